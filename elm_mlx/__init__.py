@@ -1,0 +1,1 @@
+"""OpenELM on MLX."""

@@ -1,0 +1,253 @@
+"""The shape of an OpenELM: the layer-wise scaling rule, the four presets, JSON.
+
+Knows how wide each layer is, and how to say so in the `config.json` that Hugging Face
+and mlx-lm read. Knows nothing of arrays: importing this imports no MLX.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from elm_mlx.errors import InputError
+
+MODEL_TYPE = "openelm"
+
+
+def make_divisible(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, at least `divisor`, never more than 10 % below."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def spread(multiplier: float | Sequence[float], num_layers: int) -> list[float]:
+    """One multiplier for each layer: a pair is interpolated (paper, section 2.1), a number repeated."""
+    if isinstance(multiplier, (int, float)):
+        return [float(multiplier)] * num_layers
+    low, high = multiplier
+    step = (high - low) / (num_layers - 1) if num_layers > 1 else 0.0
+    values = [low + step * layer for layer in range(num_layers)]
+    if num_layers > 1:
+        values[-1] = high
+    # numpy's rounding, which CoreNet uses: scaled, then half to even. Python's round(v, 2) differs at the halves.
+    return [round(v * 100) / 100 for v in values]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """An OpenELM's shape. Field names are those of the `config.json` on the hub.
+
+    Args:
+        num_query_heads: query heads of each layer, first to last.
+        num_kv_heads: key/value heads of each layer; each divides its query heads.
+        ffn_multipliers: FFN width of each layer as a share of `model_dim`, before
+            rounding to a multiple of `ffn_dim_divisor`.
+
+    Raises:
+        InputError: when the fields contradict each other.
+    """
+
+    vocab_size: int
+    model_dim: int
+    head_dim: int
+    num_query_heads: tuple[int, ...]
+    num_kv_heads: tuple[int, ...]
+    ffn_multipliers: tuple[float, ...]
+    ffn_dim_divisor: int = 256
+    ffn_with_glu: bool = True
+    normalize_qk_projections: bool = True
+    share_input_output_layers: bool = True
+    rms_norm_eps: float = 1e-6
+    rope_freq_constant: float = 10_000.0
+    max_context_length: int = 2048
+    rope_max_length: int = 4096
+    bos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 2
+    # What `quantize` left behind: {"group_size", "bits", …}, as mlx-lm writes it.
+    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.num_query_heads)
+
+    @property
+    def ffn_dims(self) -> tuple[int, ...]:
+        """FFN width of each layer: what `proj_2` reads, half of what `proj_1` writes under GLU."""
+        return tuple(make_divisible(m * self.model_dim, self.ffn_dim_divisor) for m in self.ffn_multipliers)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's canonical name and shape, from input to output."""
+        dim, head = self.model_dim, self.head_dim
+        shapes: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": (self.vocab_size, dim)}
+        for i, (q, kv, ffn) in enumerate(zip(self.num_query_heads, self.num_kv_heads, self.ffn_dims, strict=True)):
+            layer = f"transformer.layers.{i}"
+            shapes[f"{layer}.attn_norm.weight"] = (dim,)
+            shapes[f"{layer}.attn.qkv_proj.weight"] = ((q + 2 * kv) * head, dim)
+            if self.normalize_qk_projections:
+                shapes[f"{layer}.attn.q_norm.weight"] = (head,)
+                shapes[f"{layer}.attn.k_norm.weight"] = (head,)
+            shapes[f"{layer}.attn.out_proj.weight"] = (dim, q * head)
+            shapes[f"{layer}.ffn_norm.weight"] = (dim,)
+            shapes[f"{layer}.ffn.proj_1.weight"] = (2 * ffn if self.ffn_with_glu else ffn, dim)
+            shapes[f"{layer}.ffn.proj_2.weight"] = (dim, ffn)
+        shapes["transformer.norm.weight"] = (dim,)
+        if not self.share_input_output_layers:
+            shapes["lm_head.weight"] = (self.vocab_size, dim)
+        return shapes
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Size of the KV cache for one token over all layers."""
+        return 2 * sum(self.num_kv_heads) * self.head_dim * bytes_per_value
+
+    @classmethod
+    def scaled(
+        cls,
+        *,
+        vocab_size: int,
+        num_layers: int,
+        model_dim: int,
+        head_dim: int,
+        num_gqa_groups: int = 4,
+        qkv_multipliers: float | Sequence[float] = (0.5, 1.0),
+        ffn_multipliers: float | Sequence[float] = (0.5, 4.0),
+        **fields: Any,
+    ) -> ModelConfig:
+        """The layer-wise scaling rule (paper, section 2.1): multipliers that grow linearly with depth.
+
+        `num_gqa_groups` is query heads per key/value head. A single number in place of a
+        pair of multipliers gives a uniform model.
+        """
+        query_heads = [
+            make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
+            for m in spread(qkv_multipliers, num_layers)
+        ]
+        return cls(
+            vocab_size=vocab_size,
+            model_dim=model_dim,
+            head_dim=head_dim,
+            num_query_heads=tuple(query_heads),
+            num_kv_heads=tuple(heads // num_gqa_groups for heads in query_heads),
+            ffn_multipliers=tuple(spread(ffn_multipliers, num_layers)),
+            **fields,
+        )
+
+    @classmethod
+    def preset(cls, name: str, vocab_size: int = 32_000) -> ModelConfig:
+        """One of the paper's four models: `OpenELM-270M`, `-450M`, `-1_1B`, `-3B`."""
+        if name not in PRESETS:
+            raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+        num_layers, model_dim, head_dim = PRESETS[name]
+        return cls.scaled(vocab_size=vocab_size, num_layers=num_layers, model_dim=model_dim, head_dim=head_dim)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """From the keys of a `config.json`; keys that say nothing about shape are passed over.
+
+        The lists may be absent where `qkv_multipliers`, a pair of `ffn_multipliers` and
+        `num_gqa_groups` say the same, as in CoreNet.
+
+        Raises:
+            InputError: names the key, and `where` it was read, when one is missing or makes no sense.
+        """
+        model_type = values.get("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise InputError(f"{where}: model_type is {model_type!r}, and this reads {MODEL_TYPE!r}")
+        activation = values.get("activation_fn_name", "swish")
+        if activation != "swish":
+            raise InputError(f"{where}: activation_fn_name is {activation!r}; only 'swish' is known")
+        norm = values.get("normalization_layer_name", "rms_norm")
+        if norm != "rms_norm":
+            raise InputError(f"{where}: normalization_layer_name is {norm!r}; only 'rms_norm' is known")
+        known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
+        try:
+            num_layers = int(values["num_transformer_layers"])
+            if "num_query_heads" not in known:
+                rule = {k: values[k] for k in ("num_gqa_groups", "qkv_multipliers", "ffn_multipliers") if k in values}
+                return cls.scaled(num_layers=num_layers, **{**known, **rule})
+            known["ffn_multipliers"] = tuple(
+                known["ffn_multipliers"]
+                if len(known["ffn_multipliers"]) == num_layers
+                else spread(known["ffn_multipliers"], num_layers)
+            )
+            for name in ("num_query_heads", "num_kv_heads"):
+                known[name] = tuple(int(heads) for heads in known[name])
+                if len(known[name]) != num_layers:
+                    raise InputError(
+                        f"{where}: {name} has {len(known[name])} entries for num_transformer_layers {num_layers}"
+                    )
+            if isinstance(known.get("eos_token_id"), list):
+                known["eos_token_id"] = tuple(known["eos_token_id"])
+            return cls(**known)
+        except KeyError as error:
+            raise InputError(f"{where}: {error.args[0]} is missing") from None
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{where}: {error}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> ModelConfig:
+        """From a `config.json`. Raises InputError when it cannot be read."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        except ValueError as error:
+            raise InputError(f"{path}: not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise InputError(f"{path}: holds no JSON object")
+        return cls.from_dict(values, where=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a `config.json` that this package, mlx-lm and the hub's code read alike."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "quantization"}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        values |= {
+            "model_type": MODEL_TYPE,
+            "architectures": ["OpenELMForCausalLM"],
+            "num_transformer_layers": self.num_layers,
+            "activation_fn_name": "swish",
+            "normalization_layer_name": "rms_norm",
+        }
+        if self.quantization is not None:
+            values["quantization"] = dict(self.quantization)
+        return values
+
+    def with_vocab_size(self, vocab_size: int) -> ModelConfig:
+        return replace(self, vocab_size=vocab_size)
+
+    def _check(self) -> None:
+        for name in ("vocab_size", "model_dim", "head_dim", "ffn_dim_divisor", "max_context_length", "rope_max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}: a positive whole number is needed")
+        lengths = {len(self.num_query_heads), len(self.num_kv_heads), len(self.ffn_multipliers)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise InputError(
+                "num_query_heads, num_kv_heads and ffn_multipliers need one entry a layer, but have "
+                f"{len(self.num_query_heads)}, {len(self.num_kv_heads)} and {len(self.ffn_multipliers)}"
+            )
+        for layer, (query, kv) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
+            if query < 1 or kv < 1 or query % kv:
+                raise InputError(f"layer {layer}: {query} query heads cannot share {kv} key/value heads")
+        if any(not m > 0 for m in self.ffn_multipliers):
+            raise InputError("every ffn multiplier must be above 0")
+        if self.head_dim % 2:
+            raise InputError(f"head_dim is {self.head_dim}: RoPE rotates pairs, so it must be even")
+
+
+# layers, model_dim, head_dim (paper, table 9 of the appendix; CoreNet's general_gpt.py)
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "OpenELM-270M": (16, 1280, 64),
+    "OpenELM-450M": (20, 1536, 64),
+    "OpenELM-1_1B": (28, 2048, 64),
+    "OpenELM-3B": (36, 3072, 128),
+}
