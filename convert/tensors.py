@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-# How many bytes a value takes. Only the first three can be a weight.
+# How many bytes a value takes. Only floats can be a weight; uint32 is what MLX packs quantized weights into.
 ITEM_SIZES = {
     "float32": 4, "float16": 2, "bfloat16": 2, "float64": 8,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "uint32": 4,
 }  # fmt: skip
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -52,6 +52,13 @@ class LazyTensor:
     def rows(self) -> int:
         return self.shape[0] if self.shape else 1
 
+    def renamed(self, name: str) -> LazyTensor:
+        return replace(self, name=name)
+
+    def first_rows(self, count: int) -> LazyTensor:
+        """The same tensor without the rows from `count` on."""
+        return replace(self, shape=(min(count, self.rows), *self.shape[1:]))
+
     def read(self) -> np.ndarray:
         """The whole tensor."""
         return self.read_rows(0, self.rows).reshape(self.shape)
@@ -77,22 +84,32 @@ def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Between float32, float16 and bfloat16, to the nearest value, ties to even; NaN stays NaN."""
+    """From any float type to float32, float16 or bfloat16: to the nearest value, ties to even; NaN stays NaN.
+
+    What is too large becomes infinite, without a warning: see `all_finite`.
+    """
     if source == target:
         return values
-    wide = to_float32(values, source)
-    if target == "float32":
-        return wide
-    if target == "float16":
-        with np.errstate(over="ignore"):  # what overflows is found by the caller, who can name the tensor
-            return wide.astype(np.float16)
+    with np.errstate(over="ignore"):
+        wide = to_float32(values, source)
+        if target != "bfloat16":
+            return wide.astype(numpy_dtype(target), copy=False)
     bits = np.ascontiguousarray(wide).view(np.uint32)
-    rounded = (bits >> 16) & 1
+    rounded = bits >> 16
+    rounded &= 1
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
     narrow = rounded.astype(np.uint16)
     nan = np.isnan(wide)
-    if nan.any():
+    if nan.any():  # rounding up may have carried a NaN's bits into another number's
         narrow[nan] = 0x7FC0
     return narrow
+
+
+def all_finite(values: np.ndarray, dtype: str) -> bool:
+    """Whether `values` of type `dtype` (bfloat16 as bit patterns) holds neither NaN nor an infinity."""
+    if dtype in ("bfloat16", "float16"):  # an exponent of all ones; on bits this is four times as fast as np.isfinite
+        magnitudes = values.view(np.uint16) & 0x7FFF
+        return values.size == 0 or int(magnitudes.max()) < (0x7F80 if dtype == "bfloat16" else 0x7C00)
+    return bool(np.isfinite(values).all())

@@ -1,0 +1,291 @@
+"""Files and directories that appear whole, or not at all.
+
+Knows how to write beside a path and then move into place, so that whoever opens the path at any
+instant, after a crash too, finds the old content complete or the new. Knows nothing of what is written.
+
+A temporary entry is a sibling called `.NAME.tmp-XXXXXXXX`, locked (flock) by the process that writes it.
+The kernel drops the lock when that process dies, however it dies; so what can be locked is litter, and the
+next writer to the same path removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from elm_mlx.errors import ElmError, InputError
+
+# What the kernel answers when it or the file system cannot swap two names.
+_CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RENAME_EXCHANGE = 2  # Linux, renameat2(2)
+_RENAME_SWAP = 2  # macOS, renamex_np(2)
+_AT_FDCWD = -100
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path`, replacing what was there, when the block ends without an exception.
+
+    Raises:
+        ElmError: it cannot be written. `path` is then as it was.
+    """
+    path = Path(os.path.realpath(path))
+    with _failures_named(path):
+        remove_abandoned(path)
+        temporary, lock = _make_locked(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666)))
+    try:
+        with _full_disk_named(path), temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        with _failures_named(path):
+            temporary.replace(path)
+            _sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        _unlock(lock)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`text` in UTF-8 as the whole of `path`, atomically. Raises ElmError."""
+    with new_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """An empty directory to fill that becomes `path` when the block ends without an exception.
+
+    Everything in it is flushed to the disk before it takes its name. With `replace`, a directory that is
+    there changes places with it in one step of the kernel, and is then removed; a symbolic link stays, and
+    what it points to is replaced. Where neither kernel nor file system can swap names (not on ext4, XFS,
+    btrfs, tmpfs, APFS), two renames follow each other: a crash exactly between them leaves no `path`, and
+    the next call for it puts the old one back first.
+
+    Raises:
+        InputError: `path` exists and `replace` was not asked for, or it is no directory.
+        ElmError: it cannot be written. `path` is then as it was.
+    """
+    path = Path(os.path.realpath(path))
+    with _failures_named(path):
+        made = _make_parents(path.parent)
+    try:
+        with _failures_named(path):
+            remove_abandoned(path)
+            _check_free(path, replace)
+            temporary, lock = _make_locked(path, os.mkdir)
+        try:
+            with _full_disk_named(path):
+                yield temporary
+            with _failures_named(path):
+                _sync_tree(temporary)
+                _move_into_place(temporary, path, replace)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # half of the new, or after a swap the old
+            _unlock(lock)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):  # not empty: someone else is at home there by now
+                parent.rmdir()
+        raise
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what writers to `path` that were killed have left beside it; what a live one writes stays.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    ours = re.compile(re.escape(f".{path.name}.") + "(tmp|old)-[0-9a-f]{8}")
+    for entry in list(path.parent.iterdir()):
+        match = ours.fullmatch(entry.name)
+        if not match:
+            continue
+        try:
+            lock = _lock(entry)
+        except OSError:  # where locks do not work, nothing tells litter from work
+            continue
+        if lock is None:
+            continue
+        try:
+            if match[1] == "old" and not os.path.lexists(path):
+                entry.rename(path)  # killed between the two renames of a file system that cannot swap
+            elif entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        finally:
+            os.close(lock)
+
+
+def free_bytes(path: Path) -> int:
+    """What this user may still write to the file system that `path`, or the nearest parent there is, lies on."""
+    path = Path(os.path.realpath(path))
+    while not path.exists():
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def _check_free(path: Path, replace: bool) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file, and a directory is to be written")
+    if path.exists() and not replace:
+        raise InputError(f"{path}: exists already")
+
+
+def _make_parents(directory: Path) -> list[Path]:
+    """Makes `directory`. Returns what was made, innermost first."""
+    missing = [parent for parent in (directory, *directory.parents) if not parent.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+    return missing
+
+
+def _make_locked(path: Path, make: Callable[[str], None]) -> tuple[Path, int | None]:
+    """Makes an entry beside `path` under a free name, and locks it before anyone takes it for litter."""
+    while True:
+        entry = path.with_name(f".{path.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            make(str(entry))
+        except FileExistsError:
+            continue
+        try:
+            lock = _lock(entry)
+        except OSError:  # a file system without locks: it works, only litter is not told from work there
+            return entry, None
+        if lock is not None:
+            return entry, lock
+
+
+def _lock(entry: Path) -> int | None:
+    """Locks a file or directory. Returns the descriptor that holds the lock; None when it is taken or gone.
+
+    Raises:
+        OSError: it cannot be locked at all.
+    """
+    try:
+        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held, named = os.fstat(descriptor), os.lstat(entry)
+        if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
+def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
+    if not os.path.lexists(path) or not replace:
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ElmError(f"{path}: was made by someone else meanwhile, and is kept as it is") from None
+            raise
+    elif not _swap(temporary, path):
+        _rename_twice(temporary, path)
+    _sync_directory(path.parent)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Exchanges two names in one step. False where that does not exist."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    a, b = os.fsencode(first), os.fsencode(second)
+    if sys.platform == "darwin":
+        done = libc.renamex_np(a, b, _RENAME_SWAP)
+    elif hasattr(libc, "renameat2"):
+        done = libc.renameat2(_AT_FDCWD, a, _AT_FDCWD, b, _RENAME_EXCHANGE)
+    else:
+        return False
+    if done == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_SWAP:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _rename_twice(temporary: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old-{temporary.name[-8:]}")
+    lock = None
+    with suppress(OSError):
+        lock = _lock(path)  # so that nobody recovers it while we are alive
+    try:
+        path.rename(old)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        _sync_directory(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        _unlock(lock)
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            descriptor = os.open(Path(folder, name), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_directory(Path(folder))
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """A disk that fills up while the caller writes, as an ElmError that says what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ElmError(f"{path}: cannot be written: {os.strerror(error.errno)}; nothing was changed") from None
+        raise
+
+
+@contextmanager
+def _failures_named(path: Path) -> Iterator[None]:
+    """Whatever the system refuses in steps of our own, as an ElmError that says what was to be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ElmError(f"{path}: cannot be written: {error.strerror}") from None
