@@ -1,0 +1,338 @@
+"""PyTorch's files without PyTorch: plain values, and tensors that stay on disk until their rows are read.
+
+Knows what torch.save writes: the zip layout of PyTorch 1.6 and later, and the row of pickles with raw
+data behind it that came before. Knows no checkpoint's keys, and no model. Nothing in a file is ever
+imported or called: `opcodes` runs the pickle, and the globals listed here are looked up by name and
+mean functions of this module. Each view of a storage is checked against the bytes that the file has
+before any of them is used.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from elm_mlx_convert.archive import Entry, File, read_archive, read_entry, require_stored, shown
+from elm_mlx_convert.opcodes import MAX_PICKLE_BYTES, Machine, Stream
+from elm_mlx_convert.storages import Record, Storage, view
+from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor
+
+# The number that opens a file of the old layout, as LONG1 spells it.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_MARK = b"\x8a\x0a" + _LEGACY_MAGIC.to_bytes(10, "little")
+_LEGACY_PROTOCOL = 1001
+
+_RESAVE = "save it again with torch.save(model.state_dict(), ...)"
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """What the file names but does not hold: a dtype, a device. It does nothing."""
+
+    name: str
+
+
+def is_torch_file(path: Path) -> bool:
+    """Whether the file starts as the files of torch.save do: as a zip archive, or with the old layout's number.
+
+    Raises:
+        InputError: when it cannot be read.
+    """
+    file = File(path)
+    return _is_zip(file) or _is_legacy(file)
+
+
+def load(path: Path) -> Any:
+    """What torch.save put into the file, with a LazyTensor, its name empty, for each tensor and parameter.
+
+    Dicts of every kind come as dict, torch.Size as tuple, dtypes and devices as Symbol. No data is
+    read: the tensors keep the file open and read from it, and notice if it changes meanwhile.
+
+    Raises:
+        InputError: when the file is damaged, lies about itself, or asks for more than values and
+            tensors. The tensors' `read_rows` raise it when the file changed since.
+    """
+    file = File(path)
+    if _is_zip(file):
+        return _load_zip(file)
+    if _is_legacy(file):
+        return _load_legacy(file)
+    raise file.fail(f"{_guess(file)}, not a file of torch.save")
+
+
+def _is_zip(file: File) -> bool:
+    return _head(file).startswith(b"PK\3\4")
+
+
+def _is_legacy(file: File) -> bool:
+    head = _head(file)
+    return head.startswith(b"\x80") and _LEGACY_MARK in head[:32]
+
+
+def _head(file: File) -> bytes:
+    return file.read(0, min(512, file.size))
+
+
+def _guess(file: File) -> str:
+    """What a file that is not ours seems to be."""
+    head = _head(file)
+    if not head:
+        return "is empty"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.size:
+        return "is a safetensors file"
+    if head[257:262] == b"ustar":
+        return "is a tar archive, perhaps one of PyTorch 0.1"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer (fetch the real file with `git lfs pull`)"
+    if head.startswith(b"GGUF"):
+        return "is a GGUF file"
+    if head.startswith(b"\x80"):
+        return "is a pickle of something else"
+    return "is of an unknown kind"
+
+
+# The two layouts
+
+
+def _load_zip(file: File) -> Any:
+    entries = read_archive(file)
+    top = _find_top(file, entries)
+    if order := entries.get(f"{top}/byteorder"):
+        _require_little_endian(file, read_entry(file, order, limit=16) == b"little")
+
+    def find(key: str, dtype: str, numel: int) -> Record:
+        entry = entries.get(f"{top}/data/{key}")
+        if entry is None:
+            raise file.fail(f"its storage {shown(key)} is missing from the archive")
+        require_stored(file, entry)
+        return Record(entry.size, numel, entry.start)
+
+    pickle = entries[f"{top}/data.pkl"]
+    require_stored(file, pickle)
+    if pickle.size > MAX_PICKLE_BYTES:
+        raise file.fail(f"its data.pkl has {pickle.size:,} bytes; {MAX_PICKLE_BYTES:,} is the most that is read")
+    stream = Stream(file, pickle.start, pickle.size)
+    value = _TorchMachine(stream, find, reference_fields=5).run()
+    if stream.position != pickle.start + pickle.size:
+        raise file.fail("its data.pkl goes on behind its pickle")
+    return value
+
+
+def _find_top(file: File, entries: dict[str, Entry]) -> str:
+    """The folder in the archive that everything is in."""
+    tops = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
+    script = [name for name in entries if name.endswith("/constants.pkl") or "/code/" in name]
+    if script:
+        raise file.fail(f"is a TorchScript archive, a program; load it with torch.jit.load and {_RESAVE}")
+    if not tops:
+        raise file.fail("is a zip archive without a data.pkl, not a file of torch.save")
+    if len(tops) > 1:
+        raise file.fail("is an archive with more than one data.pkl")
+    return tops[0]
+
+
+def _load_legacy(file: File) -> Any:
+    stream = Stream(file, 0, MAX_PICKLE_BYTES)
+    magic, protocol, system = (Machine(stream).run() for _ in range(3))
+    if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or type(system) is not dict:
+        raise file.fail(f"starts as a file of torch.save, but of a layout that is not known; {_RESAVE}")
+    _require_little_endian(file, system.get("little_endian") is True)
+    records: dict[str, Record] = {}
+
+    def find(key: str, dtype: str, numel: int) -> Record:
+        return records.setdefault(key, Record(numel * ITEM_SIZES[dtype], numel))
+
+    value = _TorchMachine(stream, find, reference_fields=6).run()
+    _place_records(file, records, keys=Machine(stream).run(), position=stream.position)
+    return value
+
+
+def _require_little_endian(file: File, is_little: bool) -> None:
+    if not is_little:
+        raise file.fail(f"was written on a big-endian machine; load it with torch and {_RESAVE}")
+
+
+def _place_records(file: File, records: dict[str, Record], keys: Any, position: int) -> None:
+    """Finds each storage's bytes: in the order of `keys`, each behind a count of its values."""
+    if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(records):
+        raise file.fail("its list of storages is not that of the storages that its tensors use")
+    for key in keys:
+        record = records[key]
+        (numel,) = struct.unpack("<q", file.read(position, 8))
+        record.start = position + 8
+        position = record.start + record.nbytes
+        if numel != record.numel:
+            raise file.fail(f"its storage {shown(key)} has {numel:,} values, and its tensors say {record.numel:,}")
+        if position > file.size:
+            raise file.fail(f"is truncated: it has {file.size:,} bytes, and its storages end at byte {position:,}")
+    if position != file.size:
+        raise file.fail(f"has {file.size - position:,} bytes behind its last storage")
+
+
+# What the globals mean
+
+_STORAGES = {
+    "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "DoubleStorage": "float64",
+    "LongStorage": "int64", "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8",
+    "ByteStorage": "uint8", "BoolStorage": "bool",
+}  # fmt: skip
+_STORAGE_DTYPES = {f"{module}.{name}": dtype for name, dtype in _STORAGES.items() for module in ("torch", "torch.cuda")}
+_STORAGE_DTYPES |= {
+    f"{module}.{name}": "uint8"
+    for module in ("torch", "torch.storage")
+    for name in ("UntypedStorage", "_UntypedStorage")
+}
+_NUMPY_LAYOUTS = {
+    "f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "i1": "<b",
+    "u8": "<Q", "u4": "<I", "u2": "<H", "u1": "<B", "b1": "<?",
+}  # fmt: skip
+
+
+class _TorchMachine(Machine):
+    """Runs the pickle that torch.save makes of an object.
+
+    Args:
+        find: the record of the storage `(key, dtype, numel)`.
+        reference_fields: how many fields a reference to a storage has; the sixth is the old layout's.
+    """
+
+    def __init__(self, stream: Stream, find: Callable[[str, str, int], Record], reference_fields: int) -> None:
+        super().__init__(stream)
+        self._find = find
+        self._reference_fields = reference_fields
+
+    def resolve(self, name: str) -> Any:
+        return _SYMBOLS[name] if name in _SYMBOLS else super().resolve(name)
+
+    def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        meaning = _CALLS.get(function.name) if type(function) is Symbol else None
+        return meaning(self, arguments) if meaning else super().call(function, arguments)
+
+    def build(self, value: Any, state: Any) -> Any:
+        if type(value) is dict:  # a state dict's `_metadata`
+            return value
+        if type(value) is Symbol and value.name.startswith("numpy.dtype "):
+            if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|"):
+                self.fail("a numpy value in it is not little-endian")
+            return value
+        return super().build(value, state)
+
+    def persistent(self, reference: Any) -> Storage:
+        if type(reference) is tuple and reference[:1] == ("module",):
+            self.fail(f"holds a whole module, not its weights; {_RESAVE}")
+        self.expect("a storage", reference, (str, Symbol, str, str, int), most=self._reference_fields)
+        tag, kind, key, _, numel, *rest = reference
+        dtype = _STORAGE_DTYPES.get(kind.name)
+        if tag != "storage" or dtype is None or len(reference) != self._reference_fields:
+            self.fail("its pickle refers to something that is not a storage")
+        if numel < 0:
+            self.fail(f"its storage {shown(key)} has a negative size")
+        record = self._find(key, dtype, numel)
+        if record.nbytes != numel * ITEM_SIZES[dtype]:
+            self.fail(
+                f"its storage {shown(key)} has {record.nbytes:,} bytes, and its pickle says {numel:,} values of {dtype}"
+            )
+        storage = Storage(record, dtype, 0, numel)
+        return storage if not rest or rest[0] is None else self._narrow(storage, rest[0])
+
+    def _narrow(self, storage: Storage, view: Any) -> Storage:
+        """The part of a storage that the old layout calls a view of it: its key, first value and size."""
+        self.expect("a view of a storage", view, (str, int, int))
+        _, first, numel = view
+        if first < 0 or numel < 0 or first + numel > storage.numel:
+            self.fail("it has a view of a storage that ends past it")
+        return replace(storage, first=first, numel=numel)
+
+    def expect(self, what: str, values: Any, kinds: tuple[type, ...], most: int | None = None) -> None:
+        """Refuses `values` unless it is a tuple that starts with `kinds`, with `most` items at most."""
+        most = len(kinds) if most is None else most
+        if (
+            type(values) is not tuple
+            or not len(kinds) <= len(values) <= most
+            or any(type(value) is not kind for value, kind in zip(values, kinds, strict=False))
+        ):
+            self.fail(f"its pickle describes {what} in a way that torch.save does not")
+
+
+def _tensor(machine: _TorchMachine, arguments: tuple[Any, ...]) -> LazyTensor:
+    """storage, offset, shape, strides; then whether it needs a gradient, hooks, and flags, of which none is known."""
+    machine.expect("a tensor", arguments, (Storage, int, tuple, tuple), most=7)
+    storage, offset, shape, strides = arguments[:4]
+    if len(arguments) == 7 and arguments[6]:
+        machine.fail("it has a tensor that is conjugated or negated lazily; save it after .resolve_neg()")
+    return view(machine.stream.file, storage, offset, shape, strides)
+
+
+def _parameter(machine: _TorchMachine, arguments: tuple[Any, ...]) -> LazyTensor:
+    """The tensor; whether it needs a gradient, hooks and attributes do not matter."""
+    machine.expect("a parameter", arguments, (LazyTensor,), most=4)
+    tensor: LazyTensor = arguments[0]
+    return tensor
+
+
+def _ordered_dict(machine: _TorchMachine, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    """Empty, or from a list of pairs, as Python 2 wrote it."""
+    made: dict[Any, Any] = {}
+    if arguments:
+        machine.expect("a dict", arguments, (list,))
+        machine.spend(len(arguments[0]))
+        for pair in arguments[0]:
+            if type(pair) not in (list, tuple) or len(pair) != 2:
+                machine.fail("its pickle makes a dict of something other than pairs")
+            machine.put(made, *pair)
+    return made
+
+
+def _size(machine: _TorchMachine, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(arguments) != 1 or type(arguments[0]) not in (tuple, list):
+        machine.fail("its pickle makes a torch.Size of something other than a list")
+    machine.spend(len(arguments[0]))
+    return tuple(arguments[0])
+
+
+def _device(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Symbol:
+    return Symbol("torch.device")
+
+
+def _bytes(machine: _TorchMachine, arguments: tuple[Any, ...]) -> bytes:
+    """How protocol 2 spells bytes: a text, and that its characters are they."""
+    machine.expect("bytes", arguments, (str, str))
+    text, encoding = arguments
+    machine.spend(len(text))
+    if encoding not in ("latin1", "latin-1") or any(character > "\xff" for character in text):
+        machine.fail("its pickle spells bytes in a way that torch.save does not")
+    return bytes(map(ord, text))
+
+
+def _numpy_dtype(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Symbol:
+    machine.expect("a numpy dtype", arguments, (str,), most=3)
+    return Symbol(f"numpy.dtype {shown(arguments[0])}")
+
+
+def _numpy_scalar(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Any:
+    """A number, such as a metric that numpy computed."""
+    machine.expect("a numpy value", arguments, (Symbol, bytes))
+    layout = _NUMPY_LAYOUTS.get(arguments[0].name.removeprefix("numpy.dtype "))
+    if layout is None or struct.calcsize(layout) != len(arguments[1]):
+        machine.fail("it has a numpy value that is not a number")
+    return struct.unpack(layout, arguments[1])[0]
+
+
+_CALLS: dict[str, Callable[[_TorchMachine, tuple[Any, ...]], Any]] = {
+    "collections.OrderedDict": _ordered_dict,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "_codecs.encode": _bytes,
+    "numpy.dtype": _numpy_dtype,
+    "numpy.core.multiarray.scalar": _numpy_scalar,
+    "numpy._core.multiarray.scalar": _numpy_scalar,
+}
+# All the globals that a file may name.
+_SYMBOLS = {name: Symbol(name) for name in (*_CALLS, *_STORAGE_DTYPES, *(f"torch.{dtype}" for dtype in ITEM_SIZES))}
