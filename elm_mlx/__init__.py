@@ -1,1 +1,26 @@
-"""OpenELM on MLX."""
+"""OpenELM on MLX: `load` a model directory, `generate` from it.
+
+Importing this loads a fast BLAS on Linux, which must come before MLX does, and nothing else:
+the public names are imported when first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from elm_mlx import blas
+
+blas.prefer_fast()
+
+if TYPE_CHECKING:
+    from elm_mlx.generation import generate, stream_generate
+    from elm_mlx.store import load
+
+__version__ = "0.1.0"
+__all__ = ["generate", "load", "stream_generate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from elm_mlx import generation, store
+
+    return getattr(store if name == "load" else generation, name)

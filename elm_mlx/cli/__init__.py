@@ -1,1 +1,65 @@
-"""The command line: one file a command; parse, call one function, print. No logic."""
+"""The command line: one file a command; parse, call one function, print. No logic.
+
+What a command needs of MLX is imported when the command runs, so that `--help` and errors come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from elm_mlx import __version__
+from elm_mlx.cli.convert import convert
+from elm_mlx.cli.generate import generate
+from elm_mlx.cli.info import info
+from elm_mlx.errors import ElmError
+
+app = typer.Typer(
+    name="elm-mlx",
+    help="Own a small language model: convert, talk to and measure Apple's OpenELM with MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(convert)
+app.command()(generate)
+app.command()(info)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"elm-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+_debug = False
+
+
+def main() -> None:
+    """Run the command line. An error is one line on stderr; 2 is the exit code of bad input, 1 of any other."""
+    try:
+        app()
+    except ElmError as error:
+        if _debug:
+            raise
+        print(f"elm-mlx: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

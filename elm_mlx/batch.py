@@ -1,0 +1,140 @@
+"""Several prompts at once: one decode step for all of them.
+
+Knows how rows of different length share a step. Each prompt is read by itself, without padding, just as
+`generation` does it; only decoding is batched, so a row's text is that of the prompt alone but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from elm_mlx.cache import KVCache, make_prompt_cache, pad_left
+from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, encode_prompt, prefill
+from elm_mlx.model import Model
+from elm_mlx.sampling import Sampler
+from elm_mlx.stopping import TextStream
+from elm_mlx.tokenizer import Tokenizer
+
+BATCH_SIZE = 8  # prompts in one step: reading the weights once serves them all
+
+
+@dataclass
+class Completion:
+    """What followed one prompt; `finish_reason` as in `generation.Response`."""
+
+    prompt_tokens: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass
+class _Row:
+    completion: Completion
+    stream: TextStream
+    room: int  # tokens until its context is full
+
+    def add(self, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> bool:
+        """Take one token; whether the row goes on."""
+        done = self.completion
+        done.tokens.append(token)
+        done.logprobs.append(logprob)
+        ended = token in eos
+        if not ended:
+            piece, ended = self.stream.add(token)
+            done.text += piece
+            if ended:
+                done.finish_reason = "stop"
+                return False
+        if ended or len(done.tokens) == min(max_tokens, self.room):
+            done.text += self.stream.finish()
+            done.finish_reason = "stop" if ended else "length" if max_tokens <= self.room else "context"
+            return False
+        return True
+
+
+def generate_batch(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    prefill_step: int = PREFILL_STEP,
+    batch_size: int = BATCH_SIZE,
+) -> Iterator[Completion]:
+    """A completion for each of `prompts`, in order, `batch_size` of them computed together.
+
+    The settings are those of `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
+    luck depends on its place in the batch.
+
+    Raises:
+        InputError: as `stream_generate`, before anything is computed.
+    """
+    sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
+    check_steps(max_tokens, prefill_step)
+    ids = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
+    for start in range(0, len(ids), batch_size):
+        group = ids[start : start + batch_size]
+        rows = [
+            _Row(
+                Completion(len(prompt)),
+                TextStream(tokenizer, prompt, stop),
+                model.config.max_context_length - len(prompt),
+            )
+            for prompt in group
+        ]
+        _run(model, group, rows, sampler, max_tokens, seed, prefill_step)
+        yield from (row.completion for row in rows)
+
+
+def _run(
+    model: Model,
+    prompts: list[list[int]],
+    rows: list[_Row],
+    sampler: Sampler,
+    max_tokens: int,
+    seed: int | None,
+    prefill_step: int,
+) -> None:
+    eos = frozenset(model.config.eos_token_ids)
+    by_prompt = [make_prompt_cache(model) for _ in prompts]
+    logits = []
+    for prompt, caches in zip(prompts, by_prompt, strict=True):
+        logits.append(prefill(model, prompt, caches, prefill_step))
+        mx.eval(logits[-1], [cache.state for cache in caches])
+    tokens, logprobs, state = sampler(mx.concatenate(logits), sampler.start(prompts, seed))
+    decoder = Decoder(model, sampler, _merge(by_prompt), tokens, state, _padding(prompts))
+    active = rows
+    while active:
+        values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
+        going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, eos, max_tokens)]
+        if len(going_on) < len(active):
+            decoder.keep(going_on)
+        active = [active[i] for i in going_on]
+        if active:
+            tokens, logprobs = decoder.advance()
+
+
+def _merge(by_prompt: list[list[KVCache]]) -> list[KVCache]:
+    merged = [KVCache() for _ in by_prompt[0]]
+    for cache, of_layer in zip(merged, zip(*by_prompt, strict=True), strict=True):
+        cache.keys, cache.values = pad_left(of_layer)
+        cache.offset = cache.capacity
+    return merged
+
+
+def _padding(prompts: list[list[int]]) -> mx.array | None:
+    """How many empty positions each row starts with; None for a single one, which then runs as alone."""
+    longest = max(map(len, prompts))
+    return mx.array([longest - len(prompt) for prompt in prompts]) if len(prompts) > 1 else None

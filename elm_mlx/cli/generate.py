@@ -1,0 +1,147 @@
+"""`elm-mlx generate`: continue a prompt, or several."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.generation import Response
+
+
+def generate(
+    model: options.ModelPath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue; - reads stdin.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file with a prompt on each line; .jsonl: objects with `prompt`.")
+    ] = None,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temp = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")] = False,
+    logprobs: Annotated[bool, typer.Option(help="Print each token with its log-probability.")] = False,
+    prefill_step: options.PrefillStep = 512,
+    compute_dtype: options.ComputeDtype = None,
+) -> None:
+    """Continue a prompt. The text goes to stdout as it comes, speed and memory to stderr."""
+    if (prompt is None) == (prompts is None):
+        raise InputError("give one of --prompt TEXT and --prompts FILE")
+    from elm_mlx import settings
+    from elm_mlx.describe import check_directory
+    from elm_mlx.store import open_model
+
+    flags = {
+        "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    chosen: dict[str, Any] = settings.merge(check_directory(model), flags)
+    texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt or "")]
+    loaded = open_model(model, compute_dtype)
+    for note in loaded.notes:
+        print(f"elm-mlx: {note}", file=sys.stderr)
+    if loaded.tokenizer is None:
+        raise InputError(f"{model}: has no tokenizer, so it cannot read a prompt; convert again with --tokenizer")
+    chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
+    if prompts:
+        from elm_mlx.batch import generate_batch
+
+        completions = generate_batch(loaded.model, loaded.tokenizer, texts, **chosen)
+        for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
+            if as_json:
+                _print_json(text, asdict(done), logprobs)
+            else:
+                print(f"--- {number}: {text}\n{done.text}")
+        return
+    from elm_mlx.generation import stream_generate
+
+    responses = stream_generate(loaded.model, loaded.tokenizer, texts[0], **chosen)
+    (_as_json if as_json else _as_tokens if logprobs else _as_text)(texts[0], responses, logprobs)
+
+
+def _as_text(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
+    if sys.stdout.isatty():
+        typer.secho(prompt, dim=True, nl=False)
+    last = None
+    try:
+        for last in responses:
+            print(last.text, end="", flush=True)
+    finally:  # Ctrl-C too
+        print(flush=True)
+        _print_statistics(last)
+
+
+def _as_tokens(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
+    last = None
+    for last in responses:
+        print(f"{last.token:>6}  {last.logprob:9.4f}  {json.dumps(last.text, ensure_ascii=False)}", flush=True)
+    _print_statistics(last)
+
+
+def _as_json(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
+    every = list(responses)
+    result = asdict(every[-1])
+    result |= {
+        "text": "".join(response.text for response in every),
+        "tokens": [response.token for response in every],
+        "logprobs": [response.logprob for response in every],
+    }
+    _print_json(prompt, {name: value for name, value in result.items() if name not in ("token", "logprob")}, logprobs)
+
+
+def _print_json(prompt: str, result: dict[str, Any], logprobs: bool) -> None:
+    if not logprobs:
+        del result["logprobs"]
+    print(json.dumps({"prompt": prompt, **result}, ensure_ascii=False), flush=True)
+
+
+def _print_statistics(last: Response | None) -> None:
+    if last is None:
+        return
+    print(
+        f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s | "
+        f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s | "
+        f"first token: {last.time_to_first_token:.3f} s | peak memory: {last.peak_memory / 1e9:.2f} GB"
+        + (f" | ended by: {last.finish_reason}" if last.finish_reason else ""),
+        file=sys.stderr,
+    )
+
+
+def _read_prompt(prompt: str) -> str:
+    """The text itself, or stdin without the line's end that `echo` adds."""
+    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    if path.suffix == ".jsonl":
+        lines = [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    if not lines:
+        raise InputError(f"{path}: holds no prompts")
+    return lines
+
+
+def _prompt_of(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+        raise InputError(f"{where}: no object with a text `prompt`")
+    return record["prompt"]

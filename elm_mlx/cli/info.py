@@ -1,0 +1,108 @@
+"""`elm-mlx info`: what a model directory holds, and what this machine computes with."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx import blas
+from elm_mlx.cli import options
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.describe import Description
+
+_BAR = 16  # characters of the longest bar: all columns fit 80
+
+
+def info(
+    model: options.OptionalModelPath = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    system: Annotated[bool, typer.Option("--system", help="Say what MLX computes with on this machine.")] = False,
+) -> None:
+    """Show a model's size, its memory and its layers."""
+    if model is None and not system:
+        raise InputError("give a model directory, or --system")
+    result: dict[str, object] = {}
+    if system:
+        result |= {"system": _system()}
+    if model is not None:
+        from elm_mlx.describe import check_directory, describe
+
+        description = describe(check_directory(model))
+        result |= description.to_dict()
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    if system:
+        for name, value in _system().items():
+            print(f"{name + ':':<14}{value}")
+    if model is not None:
+        _print(description)
+
+
+def _system() -> dict[str, str]:
+    import mlx.core as mx
+
+    from elm_mlx import device
+
+    found = blas.status()
+    served = f"{found.name} ({found.note})" if found.note else found.name
+    memory = device.available_memory()
+    return {
+        "mlx": mx.__version__,
+        "device": str(mx.default_device()),
+        "processor": str(mx.device_info().get("device_name", platform.processor())),
+        "computes in": "the stored type" if device.on_gpu() else "float32 where memory allows",
+        "blas": served + (f", {found.path}" if found.path else ""),
+        "free memory": f"{memory / 1e9:.1f} GB" if memory is not None else "not known",
+    }
+
+
+def _print(about: Description) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    print(f"{about.path}: OpenELM, {about.parameters:,} parameters ({about.embedding_parameters:,} in the embedding)")
+    parts = [
+        "SwiGLU" if about.glu else "plain FFN",
+        "QK norm" if about.qk_norm else "no QK norm",
+        "tied head" if about.tied_head else "untied head",
+    ]
+    lines = {
+        "shape": f"{len(about.layers)} layers, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
+        "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
+        "context": f"{about.context:,} tokens",
+        "stored": f"{about.dtype}, {_bytes(about.file_bytes)}",
+        "memory": ", ".join(f"{_bytes(size)} in {name}" for name, size in about.memory.items()),
+        "KV cache": ", ".join(f"{size:,} bytes a token in {name}" for name, size in about.kv_bytes_per_token.items()),
+    }
+    for name, line in lines.items():
+        print(f"  {name:<11} {line}")
+    table = Table(box=None, pad_edge=True)
+    for header in ("layer", "heads", "KV"):
+        table.add_column(header, justify="right")
+    table.add_column("query heads")
+    table.add_column("FFN", justify="right")
+    table.add_column("FFN width")
+    table.add_column("parameters", justify="right")
+    heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
+    for i, layer in enumerate(about.layers):
+        table.add_row(
+            str(i), str(layer.query_heads), str(layer.kv_heads), _bar(layer.query_heads / heads),
+            f"{layer.ffn_dim:,}", _bar(layer.ffn_dim / widths), f"{layer.parameters:,}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _bar(share: float) -> str:
+    """A bar of eighths of a character."""
+    eighths = max(1, round(share * _BAR * 8))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

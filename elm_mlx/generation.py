@@ -1,0 +1,263 @@
+"""A prompt to a stream of tokens: prefill, decode, stop.
+
+Knows the model, its cache and how a token is chosen; of text only what a tokenizer's streaming decoder
+says. The public names are mlx-lm's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from elm_mlx import device
+from elm_mlx.cache import KVCache, StepCache, make_prompt_cache
+from elm_mlx.errors import InputError
+from elm_mlx.model import Model
+from elm_mlx.sampling import Sampler, State
+from elm_mlx.stopping import TextStream
+from elm_mlx.tokenizer import Tokenizer
+
+PREFILL_STEP = 512  # prompt tokens in one pass: bounds memory
+
+
+@dataclass(frozen=True)
+class Response:
+    """One token, and how the generation stands after it.
+
+    Attributes:
+        text: what this token made final of the text; may be empty, or flush what earlier tokens held back.
+        token: its id.
+        logprob: natural logarithm of the model's own probability of it, before temperature and filters.
+        finish_reason: None but for the last: "stop" (EOS or a stop string), "length" (`max_tokens`) or
+            "context" (the model's context is full).
+        prompt_tps, generation_tps: tokens a second. time_to_first_token: seconds. peak_memory: bytes.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float
+    time_to_first_token: float
+    peak_memory: int
+
+
+def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[int], **options: Any) -> str:
+    """The text that `stream_generate` streams, whole. Takes its `options`."""
+    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stop_at_eos: bool = True,
+    prefill_step: int = PREFILL_STEP,
+    prompt_cache: list[KVCache] | None = None,
+) -> Iterator[Response]:
+    """Continue `prompt`, a token at a time.
+
+    Args:
+        tokenizer: None where the prompt is ids and no text is wanted.
+        prompt: text, which gets BOS in front, or token ids as they are.
+        max_tokens: at most so many; fewer where the context ends.
+        temp, top_p, top_k, min_p, repetition_penalty: see `sampling.Sampler`.
+        seed: the same one gives the same tokens; None draws one.
+        stop: strings that end the text; neither they nor EOS are part of it.
+        stop_at_eos: False to go on past EOS, for measurements.
+        prefill_step: prompt tokens computed in one pass.
+        prompt_cache: from `make_prompt_cache`, with what came before `prompt` in it or empty; afterwards it
+            holds the prompt and every token that was yielded, but for the last of a finished generation.
+
+    Raises:
+        InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
+            a setting out of range.
+    """
+    sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
+    caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
+    ids = encode_prompt(model, tokenizer, prompt, used=caches[0].offset)
+    check_steps(max_tokens, prefill_step)
+    if tokenizer is None and stop:
+        raise InputError("stop strings need a tokenizer")
+    room = model.config.max_context_length - caches[0].offset - len(ids)
+    return _stream(
+        model, ids, caches, sampler, seed, min(max_tokens, room), prefill_step,
+        eos=frozenset(model.config.eos_token_ids) if stop_at_eos else frozenset(),
+        text=TextStream(tokenizer, ids, stop) if tokenizer else None,
+        cut_off="length" if max_tokens <= room else "context",
+    )  # fmt: skip
+
+
+def check_steps(max_tokens: int, prefill_step: int) -> None:
+    """Raises InputError for a count that is not at least 1."""
+    for name, value in (("max_tokens", max_tokens), ("prefill_step", prefill_step)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: it must be 1 or more")
+
+
+def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Sequence[int], used: int = 0) -> list[int]:
+    """The prompt's ids, checked against the vocabulary and the context, of which `used` tokens are taken."""
+    config = model.config
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InputError("the model directory has no tokenizer: give the prompt as token ids, or convert with one")
+        ids = tokenizer.encode(prompt, add_bos=used == 0)
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise InputError("the prompt is empty")
+    outside = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if outside is not None:
+        raise InputError(f"token id {outside} is outside the vocabulary of {config.vocab_size}")
+    if used + len(ids) >= config.max_context_length:
+        before = f" after {used} already in the cache" if used else ""
+        raise InputError(
+            f"the prompt has {len(ids)} tokens{before}, and the model's context is {config.max_context_length}: "
+            "there is no room for an answer"
+        )
+    return ids
+
+
+def prefill(model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP) -> mx.array:
+    """Read `ids` into `caches`, `step` at a time; logits `(1, vocab)` after the last, not yet computed."""
+    rows = mx.array(ids)[None]
+    while rows.shape[1] > step:
+        model.transformer(rows[:, :step], caches)
+        mx.eval([cache.state for cache in caches])
+        rows = rows[:, step:]
+    return model.head(model.transformer(rows, caches)[:, -1])
+
+
+class Decoder:
+    """The rest of a generation: one compiled step, run ahead of the reader by one token.
+
+    The cache's arrays are of fixed capacity inside the step, and it is traced anew when they grow.
+
+    Args:
+        caches: of `batch` rows, filled by `prefill`; written to, and always whole between two steps.
+        padding: `(batch,)`, empty positions at the start of each row.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Sampler,
+        caches: list[KVCache],
+        tokens: mx.array,
+        state: State,
+        padding: mx.array | None = None,
+    ):
+        self.caches = caches
+        self.tokens = tokens
+        self.state = state
+        self.position = mx.array([caches[0].offset])
+        self._padding = padding
+        self._sampler = sampler
+        self._step = mx.compile(partial(_step, model, sampler))
+
+    def advance(self) -> tuple[mx.array, mx.array]:
+        """Feed the current tokens and launch, without waiting, the choice of the next: ids and log-probabilities."""
+        length = self.caches[0].offset + 1
+        for cache in self.caches:
+            cache.reserve(length)
+        arrays = [cache.state for cache in self.caches]
+        self.tokens, logprobs, self.state, self.position, arrays = self._step(
+            self.tokens, self.state, self.position, self._padding, arrays
+        )
+        for cache, (cache.keys, cache.values) in zip(self.caches, arrays, strict=True):
+            cache.offset = length
+        del arrays  # the last reference to what went in is gone, so the step writes in place
+        mx.async_eval(self.tokens, logprobs)
+        return self.tokens, logprobs
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        index = mx.array(rows, dtype=mx.int32)
+        self.tokens = self.tokens[index]
+        self.state = self._sampler.keep(self.state, index)
+        self._padding = None if self._padding is None else self._padding[index]
+        for cache in self.caches:
+            assert cache.keys is not None and cache.values is not None
+            cache.keys, cache.values = cache.keys[index], cache.values[index]
+
+
+def _step(
+    model: Model,
+    sampler: Sampler,
+    tokens: mx.array,
+    state: State,
+    position: mx.array,
+    padding: mx.array | None,
+    arrays: list[tuple[mx.array, mx.array]],
+) -> tuple[mx.array, mx.array, State, mx.array, list[tuple[mx.array, mx.array]]]:
+    caches = [StepCache(keys, values, position, padding) for keys, values in arrays]
+    logits = model(tokens[:, None], cache=caches)[:, 0]
+    tokens, logprobs, state = sampler(logits, state)
+    return tokens, logprobs, state, position + 1, [(cache.keys, cache.values) for cache in caches]
+
+
+def _stream(
+    model: Model,
+    ids: list[int],
+    caches: list[KVCache],
+    sampler: Sampler,
+    seed: int | None,
+    max_tokens: int,
+    prefill_step: int,
+    *,
+    eos: frozenset[int],
+    text: TextStream | None,
+    cut_off: str,
+) -> Iterator[Response]:
+    start = time.perf_counter()
+    tokens, logprobs, state = sampler(prefill(model, ids, caches, prefill_step), sampler.start([ids], seed))
+    mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
+    decoder = Decoder(model, sampler, caches, tokens, state)
+    first = 0.0
+    for count in range(1, max_tokens + 1):
+        current, current_logprobs = tokens, logprobs
+        if count == 1:
+            token = int(current.item())  # before the step is traced: the first token should not wait for that
+            first = time.perf_counter()
+        if count < max_tokens:
+            tokens, logprobs = decoder.advance()
+        token = int(current.item())
+        ended = token in eos
+        piece = ""
+        if text is not None:
+            piece, ended = (text.finish(), True) if ended else text.add(token)
+        reason = "stop" if ended else cut_off if count == max_tokens else None
+        if reason is not None and not ended and text is not None:
+            piece += text.finish()
+        elapsed = time.perf_counter() - first
+        yield Response(
+            text=piece,
+            token=token,
+            logprob=float(current_logprobs.item()),
+            finish_reason=reason,
+            prompt_tokens=len(ids),
+            generation_tokens=count,
+            prompt_tps=len(ids) / (first - start),
+            generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
+            time_to_first_token=first - start,
+            peak_memory=device.peak_memory() if reason else 0,
+        )
+        if reason is not None:
+            return

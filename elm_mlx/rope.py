@@ -1,0 +1,46 @@
+"""Rotary position embeddings, on pairs half a head apart (not interleaved).
+
+Knows positions and nothing of the network around them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from elm_mlx import device
+
+Rotate = Callable[[mx.array], mx.array]
+
+
+class Rope:
+    """Made once for a model; called once a forward pass, for a function that every layer's queries and keys share."""
+
+    def __init__(self, head_dim: int, base: float):
+        self.head_dim = head_dim
+        self.base = base
+
+    def __call__(self, length: int, offset: int | mx.array) -> Rotate:
+        """A function that rotates `(batch, heads, length, head_dim)` for positions from `offset` on.
+
+        `offset` is a whole number, an array `(1,)`, or one `(batch,)` with a position for each row.
+        """
+        one_position = isinstance(offset, int) or offset.size == 1
+        if length == 1 and one_position and not device.on_gpu():
+            turn = self._matrix(offset)
+            return lambda x: x @ turn.astype(x.dtype)
+        return lambda x: mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=offset)
+
+    def _matrix(self, offset: int | mx.array) -> mx.array:
+        """The rotation by one position as a `(head_dim, head_dim)` matrix, to be multiplied from the right.
+
+        On a CPU `mx.fast.rope` is twenty-odd small primitives; a product with this is one, and the sines
+        are taken once a token instead of twice a layer.
+        """
+        half = self.head_dim // 2
+        frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(self.base) / half))
+        angles = mx.concatenate([frequencies, frequencies]) * offset
+        across = mx.eye(self.head_dim, k=half) - mx.eye(self.head_dim, k=-half)
+        return mx.eye(self.head_dim) * mx.cos(angles) + across * mx.sin(angles)

@@ -1,0 +1,171 @@
+"""A model directory on disk: check it, load it.
+
+Knows `config.json`, the safetensors beside it and how quantized weights lie in them. Knows nothing of where
+a directory came from; `convert` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from elm_mlx import device
+from elm_mlx.config import ModelConfig
+from elm_mlx.describe import check_directory
+from elm_mlx.errors import InputError
+from elm_mlx.model import Model
+from elm_mlx.tokenizer import FILE_NAME as TOKENIZER_FILE
+from elm_mlx.tokenizer import Tokenizer
+
+# group_size, bits and mode of a quantized weight, as mx.dequantize takes them
+Packing = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model directory holds.
+
+    Attributes:
+        tokenizer: None where the directory has none.
+        stored: how the weights lie on disk, such as "bfloat16" or "4-bit, group 64".
+        notes: lines that a user should know of, such as what the weights are computed in.
+    """
+
+    model: Model
+    tokenizer: Tokenizer | None
+    stored: str
+    notes: tuple[str, ...]
+
+
+def load(path: str | Path, compute_dtype: str | None = None) -> tuple[Model, Tokenizer | None]:
+    """The model and tokenizer of a model directory; None for a tokenizer that is not there.
+
+    `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
+    computes in the type that is stored, and a CPU in float32 where memory allows.
+
+    Raises:
+        InputError: names the file, and the tensor, that is missing or does not fit.
+    """
+    loaded = open_model(path, compute_dtype)
+    return loaded.model, loaded.tokenizer
+
+
+def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
+    """`load`, with what there is to say about it."""
+    path = check_directory(Path(path))
+    config = ModelConfig.load(path / "config.json")
+    weights = _read_weights(path)
+    packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
+    _check_weights(config, packing, weights, path)
+    some_scale = next((weights[_scales(name)] for name in packing), None)
+    stored = some_scale.dtype if some_scale is not None else weights["transformer.token_embeddings.weight"].dtype
+    parameters = sum(math.prod(shape) for shape in config.shapes().values())
+    dtype, note = device.compute_dtype(stored, parameters, bool(packing), compute_dtype)
+    model = Model(config)
+    if packing and device.unpacks(dtype):
+        _unpack(weights, packing)
+    elif packing:
+        nn.quantize(model, class_predicate=lambda module, _: packing.get(f"{module}.weight", False))
+    for name in list(weights):  # one by one, so that both types of all weights are never in memory together
+        if mx.issubdtype(weights[name].dtype, mx.floating):
+            weights[name] = weights[name].astype(dtype)
+        mx.eval(weights[name])
+    model.load_weights(list(weights.items()))
+    model.eval()
+    model.freeze()
+    tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
+    if tokenizer is not None:
+        tokenizer.eos_ids = config.eos_token_ids
+    return Loaded(model, tokenizer, _describe(stored, packing), (note,) if note else ())
+
+
+def _read_weights(path: Path) -> dict[str, mx.array]:
+    """Every tensor of the directory's `model*.safetensors`, not yet read from the disk."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(path.glob("model*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise InputError(f"{index}: holds no weight_map") from None
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")
+    if not files:
+        raise InputError(f"{path}: holds no model.safetensors")
+    weights: dict[str, mx.array] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):  # MLX does not check a header against the file's size
+                pass
+            weights.update(mx.load(str(file)))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise InputError(f"{file}: damaged or no safetensors file: {error}") from None
+    return weights
+
+
+def _check_weights(
+    config: ModelConfig, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path
+) -> None:
+    """Every tensor that `config` wants, in its shape, and no other."""
+    expected = dict(config.shapes())
+    for name, how in packing.items():
+        rows, width = expected[name]
+        expected[name] = (rows, width * how["bits"] // 32)
+        for part in (_scales(name), _biases(name)):
+            if part in weights:
+                expected[part] = (rows, width // how["group_size"])
+    for name, shape in expected.items():
+        if name not in weights:
+            raise InputError(f"{path}: tensor {name} is missing")
+        if weights[name].shape != shape:
+            raise InputError(f"{path}: tensor {name} is {weights[name].shape}, and config.json implies {shape}")
+    extra = next((name for name in weights if name not in expected), None)
+    if extra is not None:
+        raise InputError(f"{path}: tensor {extra} has no place in the model that config.json describes")
+
+
+def _packing(config: ModelConfig, name: str) -> Packing:
+    """How the weight `name` is quantized: its own entry in the config, or the config's default."""
+    quantization = config.quantization
+    if quantization is None:
+        raise InputError(f"tensor {name} is quantized, and config.json has no `quantization` to say how")
+    own = quantization.get(name.removesuffix(".weight"))
+    how = own if isinstance(own, Mapping) else quantization
+    try:
+        return {"group_size": int(how["group_size"]), "bits": int(how["bits"]), "mode": str(how.get("mode", "affine"))}
+    except (KeyError, TypeError, ValueError):
+        raise InputError("config.json: `quantization` needs whole numbers `group_size` and `bits`") from None
+
+
+def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
+    """Replace quantized weights by the values that they stand for."""
+    for name, how in packing.items():
+        scales, biases = weights.pop(_scales(name)), weights.pop(_biases(name), None)
+        weights[name] = mx.dequantize(weights[name], scales, biases, **how)
+        mx.eval(weights[name])
+
+
+def _scales(name: str) -> str:
+    return name.removesuffix("weight") + "scales"
+
+
+def _biases(name: str) -> str:
+    return name.removesuffix("weight") + "biases"
+
+
+def _describe(stored: mx.Dtype, packing: Mapping[str, Packing]) -> str:
+    if not packing:
+        return str(stored).removeprefix("mlx.core.")
+    bits = sorted({how["bits"] for how in packing.values()})
+    groups = sorted({how["group_size"] for how in packing.values()})
+    return f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
