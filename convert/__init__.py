@@ -3,3 +3,20 @@
 Turns checkpoints of OpenELM, in whatever file they come, into an MLX model directory.
 Knows no model class and imports no MLX.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__all__ = ["Conversion", "Plan", "convert"]
+
+
+_PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, and no more: names and shapes need no reader of files."""
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,8 +19,8 @@ ITEM_SIZES = {
 }  # fmt: skip
 FLOATS = ("float32", "float16", "bfloat16")
 
-# Rows are read and cast this many bytes at a time: it bounds memory, and stays in a core's cache.
-CHUNK_BYTES = 4 << 20
+# Rows are read and cast this many bytes at a time, which bounds memory.
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class LazyTensor:
         """The whole tensor."""
         return self.read_rows(0, self.rows).reshape(self.shape)
 
-    def chunks(self, dtype: str) -> Iterator[np.ndarray]:
-        """Runs of rows, first to last, cast to `dtype`, about CHUNK_BYTES each."""
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Runs of rows, first to last, about BLOCK_BYTES each, in the type that the file has."""
         row_bytes = max(1, self.nbytes // max(1, self.rows))
-        step = max(1, CHUNK_BYTES // row_bytes)
+        step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, self.rows, step):
-            yield cast(self.read_rows(start, min(start + step, self.rows)), self.dtype, dtype)
+            yield self.read_rows(start, min(start + step, self.rows))
 
 
 def numpy_dtype(dtype: str) -> np.dtype:

@@ -1,0 +1,214 @@
+"""A checkpoint in, an MLX model directory out: the one function that the rest of this package serves.
+
+Knows the order of the steps and what the directory holds. Decisions are made in `plan`, bytes in `writer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from elm_mlx import __version__
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.files import free_bytes, new_directory
+from elm_mlx_convert import tokenizers
+from elm_mlx_convert.names import listed
+from elm_mlx_convert.plan import Plan, make_plan
+from elm_mlx_convert.sources import Source
+from elm_mlx_convert.verify import Difference, compare
+from elm_mlx_convert.writer import foreign_entries, write_weights
+
+# Config, tokenizer and record of the largest vocabulary, with room to spare.
+_OTHER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` has done.
+
+    Args:
+        destination: None after a dry run.
+        differences: of each group of weights from the source, if they were verified.
+        warnings: the plan's, and what only the values could tell.
+        seconds: from the start to the finished directory.
+    """
+
+    plan: Plan
+    destination: Path | None
+    differences: tuple[Difference, ...]
+    warnings: tuple[str, ...]
+    seconds: float
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    config: Path | None = None,
+    preset: str | None = None,
+    head_dim: int | None = None,
+    lora_alpha: float | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    ema: bool = False,
+    verify: bool = False,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_progress: Callable[[str, int], None] = lambda step, count: None,
+) -> Conversion:
+    """Turns a checkpoint of an OpenELM into a directory that this package and mlx-lm open.
+
+    Args:
+        source: a PyTorch or safetensors file, a directory of the hub's or of MLX, or a hub repository's name.
+        destination: the directory to make. It appears complete or not at all.
+        tokenizer: a SentencePiece model, a directory or repository that has one; by default the source's own.
+        config: a `config.json` or CoreNet YAML; by default the one that lies beside the source.
+        preset: one of the paper's models, as in `elm_mlx.config.PRESETS`.
+        head_dim: the size of a head, where no QK norm and no config tells it.
+        lora_alpha: of an adapter in the source, which is merged.
+        dtype: float32, float16 or bfloat16; by default the source's if that has 16 bits, else bfloat16.
+        revision: of a repository.
+        ema: take the moving average of a training checkpoint.
+        verify: read both sides back and compare every value, before the directory takes its name.
+        dry_run: decide everything, write nothing.
+        overwrite: replace a model directory that is there.
+        on_plan: called when everything is decided.
+        on_progress: called with "write" or "verify" and the number of bytes written or read since the last call.
+
+    Raises:
+        InputError: the source, or what was asked of it, is at fault.
+        ElmError: something else failed: the hub, the disk, the verification.
+        In both cases `destination` is as it was.
+    """
+    start = time.perf_counter()
+    path = Path(destination).expanduser()
+    _check_destination(path, overwrite)
+    plan = make_plan(
+        source,
+        tokenizer=tokenizer,
+        config=config,
+        preset=preset,
+        head_dim=head_dim,
+        lora_alpha=lora_alpha,
+        dtype=dtype,
+        revision=revision,
+        ema=ema,
+    )
+    _check_apart(plan.source, path)
+    on_plan(plan)
+    if dry_run:
+        return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
+    _check_room(plan, path)
+    try:
+        differences, broken = _write(plan, path, verify=verify, overwrite=overwrite, on_progress=on_progress)
+    except OSError as error:
+        raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
+    odd = (f"values that are no numbers, or infinite, in {listed(broken)}",) if broken else ()
+    return Conversion(plan, path, differences, plan.warnings + odd, time.perf_counter() - start)
+
+
+def _write(
+    plan: Plan, path: Path, *, verify: bool, overwrite: bool, on_progress: Callable[[str, int], None]
+) -> tuple[tuple[Difference, ...], list[str]]:
+    differences: list[Difference] = []
+    with _hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
+        broken = write_weights(directory, plan.tensors, plan.dtype, progress=partial(on_progress, "write"))
+        _write_json(directory / "config.json", plan.config.to_dict())
+        if plan.tokenizer is not None:
+            length = plan.config.max_context_length
+            tokenizers.write(plan.tokenizer, directory, max_length=length, chat_template=plan.chat_template)
+        if verify:
+            differences = compare(plan.tensors, directory, plan.dtype, partial(on_progress, "verify"))
+        _write_json(directory / "conversion.json", _record(plan, hashes()))
+    return tuple(differences), broken
+
+
+def _check_destination(path: Path, overwrite: bool) -> None:
+    """Refuses to replace what is not plainly a model directory."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file, and a directory is to be written")
+    if not overwrite:
+        raise InputError(f"{path}: exists already; pass --overwrite to replace it, or choose another")
+    try:
+        foreign = foreign_entries(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if foreign:
+        raise InputError(
+            f"{path}: is no model directory, or more than one: it holds {listed(foreign)}; nothing was replaced"
+        )
+
+
+def _check_apart(source: Source, path: Path) -> None:
+    """Refuses a destination that the source itself lies in: its own conversion would replace it."""
+    real = path.resolve()
+    for file in source.files:
+        if real in (file.absolute().parent, *file.resolve().parents):
+            raise InputError(f"{path}: holds the source, {file.name}: choose another directory")
+
+
+def _check_room(plan: Plan, path: Path) -> None:
+    needed, free = plan.nbytes + _OTHER_BYTES, free_bytes(path)
+    if needed > free:
+        raise ElmError(f"{path}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+
+
+@contextmanager
+def _hashing(files: tuple[Path, ...]) -> Iterator[Callable[[], dict[str, str]]]:
+    """Takes the files' SHA-256 in the background; what it yields waits for them, by file name."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
+        try:
+            futures = {file.name: pool.submit(_sha256, file, stop) for file in files}
+            yield lambda: {name: future.result() for name, future in futures.items()}
+        finally:
+            stop.set()
+
+
+def _sha256(file: Path, stop: threading.Event | None = None) -> str:
+    digest = hashlib.sha256()
+    buffer = bytearray(1 << 20)
+    with file.open("rb", buffering=0) as stream:
+        while (count := stream.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _record(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
+    """Where the model comes from. Says nothing of when or by whom: equal input gives equal bytes."""
+    return {
+        "tool": f"elm-mlx {__version__}",
+        "source": {
+            "name": plan.source.label,
+            "kind": plan.source.kind,
+            "revision": plan.source.revision,
+            "files": [
+                {"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file.name]}
+                for file in plan.source.files
+            ],
+        },
+        "config": plan.config_origin,
+        "dtype": {"source": plan.source_dtype, "written": plan.dtype},
+        "dropped_vocabulary_rows": plan.dropped_rows,
+        "merged_adapter": {"alpha": plan.scaling.alpha, "rank_stabilised": plan.scaling.by_root}
+        if plan.scaling
+        else None,
+        "tokenizer_sha256": _sha256(plan.tokenizer) if plan.tokenizer else None,
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,263 @@
+"""What a conversion is going to do, settled before anything is written.
+
+Knows the order of the decisions: the tensors, their adapters, their names, the config, the vocabulary, the
+type. Reads headers and, rarely, values; writes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_mlx.config import PRESETS, ModelConfig
+from elm_mlx.errors import InputError
+from elm_mlx_convert import adapters, tokenizers
+from elm_mlx_convert.adapters import Scaling
+from elm_mlx_convert.configs import Settings, decide, find_settings, read_settings
+from elm_mlx_convert.infer import EMBEDDING, HEAD
+from elm_mlx_convert.names import canonical_names, listed, unwrapped
+from elm_mlx_convert.sources import Source, open_source
+from elm_mlx_convert.tensors import FLOATS, LazyTensor
+from elm_mlx_convert.texts import read_json
+from elm_mlx_convert.writer import written_bytes
+
+# Apple's 3B, whose activations float16 cannot hold. Nothing smaller is known to need more.
+_WIDE_MODEL_DIM = 3072
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and how that was found out.
+
+    Args:
+        config: of the model that is written.
+        config_origin: where it comes from, in words.
+        source_dtype: the type that most values have in the source.
+        tensors: canonical names, from input to output, not cast yet.
+        dropped_rows: of the embedding, past the tokenizer's last piece.
+        notes: what is done that is not self-evident; warnings: what may not be wanted.
+    """
+
+    source: Source
+    config: ModelConfig
+    config_origin: str
+    source_dtype: str
+    dtype: str
+    tensors: tuple[LazyTensor, ...]
+    tokenizer: Path | None
+    chat_template: str | None
+    scaling: Scaling | None
+    dropped_rows: int
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(tensor.size for tensor in self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the weights, as they will be written."""
+        return written_bytes(self.tensors, self.dtype)
+
+
+def make_plan(
+    source: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    config: Path | None = None,
+    preset: str | None = None,
+    head_dim: int | None = None,
+    lora_alpha: float | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    ema: bool = False,
+) -> Plan:
+    """Opens the source and decides everything. The arguments are those of `convert`.
+
+    Raises:
+        InputError: the source cannot be converted, or not as asked: says why.
+        ElmError: the hub cannot be reached.
+    """
+    _check_flags(preset, dtype)
+    notes: list[str] = []
+    warnings: list[str] = []
+    opened = open_source(source, revision=revision, ema=ema)
+    settings = _settings(opened, config, preset)
+    raw = unwrapped(opened.tensors, opened.label)
+    source_dtype = _main_dtype(raw)
+    scaling = _scaling(raw, lora_alpha, settings, opened.label)
+    merged = adapters.merge(raw, scaling, opened.label) if scaling else raw
+    untied = scaling is not None and HEAD in merged and HEAD not in raw
+    tensors = _weights(merged, opened.label)
+    if not untied:
+        _drop_tied_head(tensors, settings, notes)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    model, origin = decide(settings, preset, shapes, opened.label, head_dim=head_dim, untied=untied)
+    if scaling is not None:
+        notes.append(_merged_note(scaling, untied))
+    file = _tokenizer_file(tokenizer, opened)
+    if file is None:
+        warnings.append("no tokenizer: the model cannot read or write text; pass --tokenizer FILE|DIR|REPO")
+    else:
+        model = _fit_tokenizer(model, file, settings, notes, warnings)
+    if not model.ffn_with_glu:
+        warnings.append("its FFN has no gate (GLU), which mlx-lm cannot express: only elm-mlx opens the result")
+    dropped = shapes[EMBEDDING][0] - model.vocab_size
+    return Plan(
+        source=opened,
+        config=model,
+        config_origin=origin,
+        source_dtype=source_dtype,
+        dtype=_dtype(dtype, source_dtype, model, notes),
+        tensors=_cut(tensors, model),
+        tokenizer=file,
+        chat_template=_chat_template(opened.directory) if file else None,
+        scaling=scaling,
+        dropped_rows=dropped,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+
+
+def _check_flags(preset: str | None, dtype: str | None) -> None:
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+    if dtype is not None and dtype not in FLOATS:
+        raise InputError(f"--dtype {dtype}: there are {', '.join(FLOATS)}")
+
+
+def _settings(source: Source, config: Path | None, preset: str | None) -> Settings | None:
+    if config is not None:
+        return read_settings(config)
+    try:
+        return find_settings(source.directory)
+    except InputError:
+        if preset is None:
+            raise
+        return None  # --preset says what a file that was only found there cannot
+
+
+def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _scaling(
+    tensors: Mapping[str, LazyTensor], alpha: float | None, settings: Settings | None, where: str
+) -> Scaling | None:
+    """How to merge the adapter; None when there is none."""
+    if not adapters.has_adapter(tensors):
+        if alpha is not None:
+            raise InputError(f"--lora-alpha is for a LoRA or DoRA checkpoint, and {where} holds no adapter")
+        return None
+    if alpha is not None:
+        if not math.isfinite(alpha):
+            raise InputError(f"--lora-alpha is {alpha}: a number is needed")
+        return Scaling(alpha)
+    if settings is not None and settings.scaling is not None:
+        return settings.scaling
+    raise InputError(
+        f"{where}: holds a LoRA adapter, whose strength is not in the file: pass --lora-alpha, or with --config the "
+        "YAML that it was trained with"
+    )
+
+
+def _merged_note(scaling: Scaling, untied: bool) -> str:
+    note = f"merged its adapter, alpha {scaling.alpha:g}{' over the root of the rank' if scaling.by_root else ''}"
+    return note + ("; its head is untied, since it reads the embedding without the adapter" if untied else "")
+
+
+def _weights(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
+    """By canonical name. Raises InputError for what is no weight of an OpenELM, or no float."""
+    packed = [name for name, tensor in tensors.items() if tensor.dtype == "uint32" or name.endswith(".scales")]
+    if packed:
+        raise InputError(f"{where}: is already quantized ({listed(packed)}); convert the original, then quantize it")
+    weights = {name: tensors[given].renamed(name) for name, given in canonical_names(tensors, where).items()}
+    for name, tensor in weights.items():
+        if tensor.dtype not in (*FLOATS, "float64"):
+            raise InputError(f"{where}: {name} holds {tensor.dtype}; a weight is a float")
+    return weights
+
+
+def _drop_tied_head(tensors: dict[str, LazyTensor], settings: Settings | None, notes: list[str]) -> None:
+    """A head that is the embedding, value for value, is a tied one that was saved twice."""
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    says_untied = settings is not None and settings.config and not settings.config.share_input_output_layers
+    if head is None or embedding is None or says_untied:
+        return
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return
+    if all(np.array_equal(a, b) for a, b in zip(head.blocks(), embedding.blocks(), strict=True)):
+        del tensors[HEAD]
+        notes.append("its head is the embedding, saved twice: written once, tied")
+
+
+def _tokenizer_file(asked: str | Path | None, source: Source) -> Path | None:
+    if asked is not None:
+        return tokenizers.find(asked)
+    beside = source.directory / "tokenizer.model"
+    return beside if beside.is_file() else None
+
+
+def _fit_tokenizer(
+    config: ModelConfig, file: Path, settings: Settings | None, notes: list[str], warnings: list[str]
+) -> ModelConfig:
+    """The config with as many tokens as the tokenizer has pieces, and with its special tokens."""
+    from elm_mlx.tokenizer import Tokenizer
+
+    pieces, rows = tokenizers.vocab_size(file), config.vocab_size
+    if pieces > rows:
+        raise InputError(f"{file}: has {pieces} pieces, but the model's embedding has {rows} rows: not its tokenizer")
+    if pieces < rows:
+        notes.append(f"dropped {rows - pieces} rows of the embedding, past the tokenizer's {pieces} pieces")
+        if rows - pieces > pieces // 8:
+            warnings.append(f"{rows - pieces} rows are more than padding: is {file.name} the model's tokenizer?")
+    tokenizer = Tokenizer.load(file)
+    special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    if settings is None or settings.config is None:
+        config = replace(config, **{name: token for name, token in special.items() if token is not None})
+    elif tokenizer.eos_id is not None and tokenizer.eos_id not in config.eos_token_ids:
+        warnings.append(
+            f"the tokenizer ends texts with token {tokenizer.eos_id}, the config with {config.eos_token_id}"
+        )
+    return config.with_vocab_size(pieces)
+
+
+def _cut(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> tuple[LazyTensor, ...]:
+    """In the order from input to output, without the rows of tokens that are not there."""
+    return tuple(tensors[name].first_rows(shape[0]) for name, shape in config.shapes().items())
+
+
+def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str]) -> str:
+    wide = config.model_dim >= _WIDE_MODEL_DIM
+    if asked == "float16" and wide:
+        raise InputError(
+            "--dtype float16: the activations of a model as wide as the 3B overflow float16; use bfloat16 or float32"
+        )
+    if asked is not None:
+        return asked
+    if found == "float16" and wide:
+        notes.append("written as bfloat16: the activations of a model this wide overflow float16")
+        return "bfloat16"
+    return found if found in ("float16", "bfloat16") else "bfloat16"
+
+
+def _chat_template(directory: Path) -> str | None:
+    """The source's own, which a fine-tuned model expects its prompts in."""
+    if (directory / "chat_template.jinja").is_file():
+        try:
+            return (directory / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{directory / 'chat_template.jinja'}: cannot be read: {error}") from None
+    if (directory / "tokenizer_config.json").is_file():
+        template = read_json(directory / "tokenizer_config.json").get("chat_template")
+        return template if isinstance(template, str) else None
+    return None

@@ -1,0 +1,167 @@
+"""What a path or name is, and its tensors, still on disk, by the names that it gives them.
+
+Knows the files that checkpoints come in: CoreNet's `.pt` (a state dict, or a training checkpoint around
+one), Hugging Face directories and hub repositories (safetensors, `.bin`, sharded by an index), MLX
+directories. Knows no name of a weight, and no config.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from elm_mlx.errors import InputError
+from elm_mlx_convert import hub, pickles, safetensors_files
+from elm_mlx_convert.names import listed
+from elm_mlx_convert.tensors import LazyTensor
+from elm_mlx_convert.texts import read_json
+
+# Where training loops keep the model's state dict; CoreNet's is the first.
+_STATES = ("model_state_dict", "state_dict", "model")
+_EMA = "ema_state_dict"
+
+_Reader = Callable[[Path], dict[str, LazyTensor]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that has been opened.
+
+    Args:
+        label: what it is called in messages and in the record: a file's or directory's name, a repository.
+        kind: what it turned out to be, in words.
+        directory: where a config or a tokenizer may lie beside the tensors.
+        files: what holds the tensors.
+        tensors: by the file's own names.
+        revision: the commit, for a repository on the hub.
+    """
+
+    label: str
+    kind: str
+    directory: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, LazyTensor]
+    revision: str | None = None
+
+
+def open_source(source: str | Path, *, revision: str | None = None, ema: bool = False) -> Source:
+    """Opens a checkpoint: a file, a directory, or the name of a hub repository.
+
+    Args:
+        revision: of a repository: a branch, tag or commit.
+        ema: take the moving average that a training checkpoint holds, not the model itself.
+
+    Raises:
+        InputError: there is no such thing, or it is damaged or hostile: says what and where.
+        ElmError: the hub cannot be reached.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and isinstance(source, str) and hub.is_repository(source):
+        directory = hub.download(source, revision)
+        found = _open_directory(directory, ema)
+        return Source(source, found.kind, directory, found.files, found.tensors, directory.name)
+    if revision is not None:
+        raise InputError(f"--revision {revision} is for a repository on the hub, and {path} is a path")
+    if not path.exists():
+        raise InputError(f"{path}: no such file or directory, and no repository's name")
+    return _open_directory(path, ema) if path.is_dir() else _open_file(path, ema)
+
+
+def _open_file(path: Path, ema: bool) -> Source:
+    if path.suffix == ".safetensors":
+        _refuse_ema(path, ema)
+        return Source(path.name, "safetensors file", path.parent, (path,), safetensors_files.read(path))
+    kind, tensors = _state_dict(pickles.load(path), path, ema)
+    return Source(path.name, kind, path.parent, (path,), tensors)
+
+
+def _open_directory(directory: Path, ema: bool) -> Source:
+    label = directory.resolve().name
+    for index, reader, kind in (
+        ("model.safetensors.index.json", safetensors_files.read, "safetensors in shards"),
+        ("pytorch_model.bin.index.json", _read_torch, "PyTorch files in shards"),
+    ):
+        if (directory / index).is_file() and not (directory / "model.safetensors").is_file():
+            _refuse_ema(directory, ema)
+            files, tensors = _read_shards(directory / index, reader)
+            return Source(label, kind, directory, files, tensors)
+    for name in ("model.safetensors", "weights.safetensors", "pytorch_model.bin"):  # the second is of Apple's MLX code
+        if (directory / name).is_file():
+            found = _open_file(directory / name, ema)
+            return Source(label, found.kind, directory, found.files, found.tensors)
+    checkpoints = sorted(directory.glob("*.pt"))
+    if len(checkpoints) == 1:
+        return _open_file(checkpoints[0], ema)
+    if checkpoints:
+        raise InputError(f"{directory}: holds {listed([c.name for c in checkpoints])}: name the one to convert")
+    raise InputError(f"{directory}: holds no model.safetensors, no pytorch_model.bin and no .pt file")
+
+
+def _refuse_ema(path: Path, ema: bool) -> None:
+    if ema:
+        raise InputError(f"{path}: --ema is for a training checkpoint, and this is none")
+
+
+def _read_torch(path: Path) -> dict[str, LazyTensor]:
+    return _state_dict(pickles.load(path), path, False)[1]
+
+
+def _state_dict(tree: Any, path: Path, ema: bool) -> tuple[str, dict[str, LazyTensor]]:
+    """The state dict in what a PyTorch file holds, and in words what the file is."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: holds a {type(tree).__name__}, not a state dict: save model.state_dict()")
+    kind = "PyTorch state dict"
+    wanted = (_EMA,) if ema else _STATES
+    key = next((key for key in wanted if isinstance(tree.get(key), dict)), None)
+    if key is not None:
+        kind = f"PyTorch training checkpoint, its {key}"
+        if not ema and isinstance(tree.get(_EMA), dict):
+            kind += " (--ema takes its ema_state_dict)"
+        tree = tree[key]
+    elif ema:
+        raise InputError(f"{path}: has no {_EMA}, which --ema asks for; it holds {_keys(tree)}")
+    tensors = {}
+    for name, value in tree.items():
+        if isinstance(value, LazyTensor) and isinstance(name, str):
+            tensors[name] = value.renamed(name)
+        elif isinstance(value, (LazyTensor, dict, list, tuple)):
+            raise InputError(f"{path}: holds no state dict of tensors by name, but {_keys(tree)}")
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors, but {_keys(tree)}")
+    return kind, tensors
+
+
+def _keys(tree: dict[Any, Any]) -> str:
+    return listed([str(key) for key in tree], most=5) if tree else "nothing"
+
+
+def _read_shards(index: Path, reader: _Reader) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
+    """The tensors of all files that an index names, each found in the file where the index puts it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index}: has no weight_map")
+    files = _shard_files(index, weight_map.values())
+    tensors: dict[str, LazyTensor] = {}
+    for file in files:
+        for name, tensor in reader(file).items():
+            if weight_map.get(name) != file.name:
+                raise InputError(f"{file}: holds {name!r}, which {index.name} does not put there")
+            tensors[name] = tensor
+    missing = [name for name in weight_map if name not in tensors]
+    if missing:
+        raise InputError(f"{index}: names tensors that its files do not hold: {listed(missing)}")
+    return files, tensors
+
+
+def _shard_files(index: Path, names: Iterable[Any]) -> tuple[Path, ...]:
+    files = []
+    for name in sorted({name if isinstance(name, str) else repr(name) for name in names}):
+        if name != Path(name).name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise InputError(f"{index}: points to {name!r}: a file in the same directory is needed")
+        file = index.parent / name
+        if not file.is_file():
+            raise InputError(f"{index}: names {name}, which is not there: was the download completed?")
+        files.append(file)
+    return tuple(files)

@@ -1,0 +1,149 @@
+"""Tensors into the safetensors files of a model directory, a few megabytes at a time.
+
+Knows the layout of an MLX model directory, the limit of a shard, and that a value may not fit the type it
+is cast to. Reading and casting overlap with writing, in a thread. Knows nothing of where tensors come from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from elm_mlx.errors import InputError
+from elm_mlx_convert import safetensors_files
+from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, all_finite, cast, to_float32
+
+# mlx-lm's limit, 5 GB.
+SHARD_BYTES = 5 << 30
+
+# What a model directory may hold: ours, mlx-lm's and the hub's. Anything else is someone's own.
+_KNOWN = (
+    "config.json", "conversion.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "README.md", ".gitattributes", ".DS_Store",
+)  # fmt: skip
+
+_LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}
+_WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
+_QUEUE = 2  # blocks between the thread that casts and the one that writes
+
+
+def foreign_entries(directory: Path) -> list[str]:
+    """What in `directory` is not of a model directory; a `config.json` must be there to make it one."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    foreign = [name for name in names if not any(fnmatchcase(name, known) for known in _KNOWN)]
+    foreign += [name for name in names if name not in foreign and not (directory / name).is_file()]
+    return foreign if foreign or "config.json" in names or not names else names
+
+
+def written_bytes(tensors: Sequence[LazyTensor], dtype: str) -> int:
+    """What the tensors take in `dtype`."""
+    return sum(tensor.size for tensor in tensors) * ITEM_SIZES[dtype]
+
+
+def write_weights(
+    directory: Path,
+    tensors: Sequence[LazyTensor],
+    dtype: str,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int], None] = lambda count: None,
+) -> list[str]:
+    """Writes `tensors`, cast to `dtype`, as `model.safetensors`, or as shards and their index.
+
+    Args:
+        shard_bytes: no shard is larger, unless a single tensor is.
+        progress: called with the number of bytes written since the last call.
+
+    Returns:
+        The names of tensors that hold NaN or infinite values in the source.
+
+    Raises:
+        InputError: a value overflows `dtype`; names the tensor.
+        OSError: the system could not write.
+    """
+    shards = _shards(tensors, dtype, shard_bytes)
+    count = len(shards)
+    names = (
+        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
+    not_finite: list[str] = []
+    for name, shard in zip(names, shards, strict=True):
+        header = safetensors_files.header([(t.name, dtype, t.shape) for t in shard], {"format": "mlx"})
+        with (directory / name).open("wb", buffering=0) as file:
+            _write_all(file, header)
+            _write_overlapped(file, _cast_blocks(shard, dtype, not_finite), progress)
+    if count > 1:
+        size = {"total_size": written_bytes(tensors, dtype), "total_parameters": sum(t.size for t in tensors)}
+        placed = sorted((tensor.name, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)
+        index = {"metadata": size, "weight_map": dict(placed)}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return not_finite
+
+
+def _shards(tensors: Sequence[LazyTensor], dtype: str, limit: int) -> list[list[LazyTensor]]:
+    shards: list[list[LazyTensor]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.size * ITEM_SIZES[dtype]
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(tensor)
+        room -= size
+    return shards
+
+
+def _cast_blocks(tensors: Sequence[LazyTensor], dtype: str, not_finite: list[str]) -> Iterator[np.ndarray]:
+    for tensor in tensors:
+        for block in tensor.blocks():
+            values = cast(block, tensor.dtype, dtype)
+            if not all_finite(values, dtype):
+                _refuse_overflow(tensor, block, values, dtype)
+                if tensor.name not in not_finite:
+                    not_finite.append(tensor.name)
+            yield values
+
+
+def _refuse_overflow(tensor: LazyTensor, block: np.ndarray, values: np.ndarray, dtype: str) -> None:
+    """Raises InputError where a finite value has become infinite."""
+    wide = block if tensor.dtype == "float64" else to_float32(block, tensor.dtype)
+    lost = np.isfinite(wide) & ~np.isfinite(to_float32(values, dtype))
+    if lost.any():
+        value = float(np.abs(wide[lost]).max())
+        wider = f": use --dtype {_WIDER[dtype]}" if dtype in _WIDER else ""
+        raise InputError(
+            f"{tensor.name} holds values up to {value:.6g}, and {dtype} ends at {_LARGEST[dtype]}{wider}; "
+            "nothing was written"
+        )
+
+
+def _write_overlapped(file: BinaryIO, blocks: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
+    """Writes blocks in order while the next ones are being made."""
+    waiting: deque[Future[int]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        try:
+            for block in blocks:
+                waiting.append(pool.submit(_write_all, file, np.ascontiguousarray(block).reshape(-1).view(np.uint8)))
+                if len(waiting) > _QUEUE:
+                    progress(waiting.popleft().result())
+            while waiting:
+                progress(waiting.popleft().result())
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _write_all(file: BinaryIO, data: bytes | np.ndarray) -> int:
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+    return done

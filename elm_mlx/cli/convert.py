@@ -1,0 +1,153 @@
+"""`elm-mlx convert SRC DST`: a checkpoint becomes an MLX model directory."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from elm_mlx_convert import Conversion, Plan
+
+
+def convert(
+    src: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A CoreNet .pt (LoRA and DoRA are merged), a safetensors file, a Hugging Face or MLX directory, or a "
+            "repository such as apple/OpenELM-270M.",
+        ),
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model; by default the one beside SRC."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16; by default SRC's if that has 16 bits, else bfloat16."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A config.json or CoreNet YAML; by default the one beside SRC, or what the shapes tell."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="One of the paper's models, such as OpenELM-1_1B.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Size of a head, for a model without QK norms.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the adapter in SRC.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's moving average.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every value.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+) -> None:
+    """Convert a PyTorch, Hugging Face or MLX checkpoint into a directory that elm-mlx and mlx-lm open."""
+    import elm_mlx_convert
+
+    with _Progress(verify) as progress:
+        done = elm_mlx_convert.convert(
+            src,
+            dst,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            config=config,
+            preset=preset,
+            head_dim=head_dim,
+            lora_alpha=lora_alpha,
+            ema=ema,
+            revision=revision,
+            verify=verify,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            on_plan=progress.begin,
+            on_progress=progress.advance,
+        )
+    _print_end(done)
+
+
+def _print_plan(plan: Plan) -> None:
+    config, source = plan.config, plan.source
+    heads, kv, ffn = config.num_query_heads, config.num_kv_heads, config.ffn_dims
+    rows = [
+        ("source", f"{source.label}: {source.kind}, {plan.source_dtype}"),
+        ("commit", source.revision),
+        ("config", plan.config_origin),
+        ("model", f"{plan.parameters:,} parameters, {config.num_layers} layers of {config.model_dim}"),
+        ("", f"heads {_range(heads)} of {config.head_dim}, key/value heads {_range(kv)}, FFN {_range(ffn)}"),
+        ("", _traits(config)),
+        ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),
+        ("tokenizer", plan.tokenizer.name if plan.tokenizer else "none"),
+        ("write", f"{plan.dtype}, {_size(plan.nbytes)}"),
+        *(("note", note) for note in plan.notes),
+        *(("warning", warning) for warning in plan.warnings),
+    ]
+    for name, text in rows:
+        if text:
+            typer.echo(f"{name:<10}  {text}")
+
+
+def _print_end(done: Conversion) -> None:
+    for difference in done.differences:
+        typer.echo(
+            f"{'verified':<10}  {difference.group:<9}  {difference.values:>13,} values, largest difference "
+            f"{difference.largest:.3g} (largest value {difference.magnitude:.3g})"
+        )
+    for warning in done.warnings[len(done.plan.warnings) :]:
+        typer.echo(f"{'warning':<10}  {warning}", err=True)
+    if done.destination is None:
+        typer.echo("dry run: nothing was written")
+    else:
+        typer.echo(f"{'wrote':<10}  {done.destination} in {done.seconds:.1f} s")
+
+
+def _traits(config: Any) -> str:
+    return ", ".join(
+        (
+            "gated FFN" if config.ffn_with_glu else "FFN without a gate",
+            "QK norms" if config.normalize_qk_projections else "no QK norms",
+            "tied head" if config.share_input_output_layers else "head of its own",
+        )
+    )
+
+
+def _range(values: tuple[int, ...]) -> str:
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+class _Progress(AbstractContextManager["_Progress"]):
+    """The plan, then a bar a step on stderr; the bar only where someone is looking."""
+
+    def __init__(self, verify: bool) -> None:
+        self._steps = ("write", "verify") if verify else ("write",)
+        self._bars: AbstractContextManager[Progress] = nullcontext()  # type: ignore[assignment]
+        self._progress: Progress | None = None
+        self._tasks: dict[str, Any] = {}
+
+    def begin(self, plan: Plan) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        _print_plan(plan)
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            return
+        columns = (TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self._bars = Progress(*columns, console=console, transient=True)
+        self._progress = self._bars.__enter__()
+        self._tasks = {step: self._progress.add_task(step, total=plan.nbytes) for step in self._steps}
+
+    def advance(self, step: str, count: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._tasks[step], count)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bars.__exit__(*exception)
