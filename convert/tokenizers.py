@@ -1,0 +1,242 @@
+"""A SentencePiece model into a model directory, in the forms that this package and Hugging Face's libraries read.
+
+Knows where tokenizers are found (a file, a directory, the hub) and Hugging Face's `tokenizer.json`. Knows nothing
+of checkpoints; imports no MLX, and neither transformers nor tokenizers.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from elm_mlx import spm
+from elm_mlx.errors import InputError
+from elm_mlx.files import new_file, write_text
+from elm_mlx.tokenizer import FILE_NAME, Tokenizer
+from elm_mlx_convert import hub
+
+_SPACE = "\u2581"
+
+Json = dict[str, Any]
+
+
+def find(source: str | Path, revision: str | None = None) -> Path:
+    """The SentencePiece model that `source` means: a file, a directory that holds one, or a hub repository.
+
+    Args:
+        revision: of a repository: a branch, tag or commit.
+
+    Raises:
+        InputError: there is none there, or the repository is gated or does not exist.
+        ElmError: the hub cannot be reached, and its cache has no copy.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and isinstance(source, str) and hub.is_repository(source):
+        return _inside(hub._snapshot(source, revision, [FILE_NAME]), source)
+    if revision is not None:
+        raise InputError(f"revision {revision} is of a repository on the hub, and {path} is a path")
+    return _inside(path, str(path)) if path.is_dir() else path
+
+
+def _inside(directory: Path, label: str) -> Path:
+    if (directory / FILE_NAME).exists():
+        return directory / FILE_NAME
+    others = sorted(directory.glob("*.model"))
+    if len(others) == 1:
+        return others[0]
+    found = f"{len(others)} files *.model, none of them called so" if others else "no SentencePiece model"
+    if (directory / "tokenizer.json").exists():
+        found += " (tokenizer.json is made from one, and is not enough)"
+    raise InputError(f"{label}: no {FILE_NAME}: {found}; name the file")
+
+
+def vocab_size(model_file: Path) -> int:
+    """How many pieces the model has. Raises InputError when it is none."""
+    return spm.read(model_file).vocab_size
+
+
+def write(model_file: Path, directory: Path, *, max_length: int, chat_template: str | None = None) -> str | None:
+    """Puts the tokenizer into `directory`: `tokenizer.model` unchanged, `tokenizer.json`, `tokenizer_config.json`.
+
+    With the last two, transformers and mlx-lm make the ids and texts that SentencePiece makes, with one exception
+    that nothing spares them: to them the name of a control piece (`</s>`) is that piece wherever it stands in a
+    text. Equal input gives equal bytes.
+
+    Args:
+        max_length: the model's context in tokens.
+        chat_template: Jinja text.
+
+    Returns:
+        None when that holds. A sentence to show when `tokenizer.json` cannot express the model (it is then not
+        written), or not to the last character: models with normalization rules, unigrams and their like, none of
+        them an OpenELM's.
+
+    Raises:
+        InputError: the model is damaged. Nothing was written.
+    """
+    model, tokenizer = spm.read(model_file), Tokenizer.load(model_file)
+    pieces = model.pieces()
+    inexpressible = _first(_inexpressible(model, pieces))
+    with new_file(directory / FILE_NAME) as file:
+        file.write(model.data)
+    _write_json(directory / "tokenizer_config.json", _config(tokenizer, max_length, chat_template))
+    if inexpressible:
+        return f"mlx-lm and transformers cannot read this tokenizer: {inexpressible}"
+    _write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer))
+    inexact = _first(_inexact(model, pieces))
+    return inexact and f"mlx-lm and transformers read some rare texts otherwise than this tokenizer: {inexact}"
+
+
+def _config(tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> Json:
+    names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    pieces = tokenizer.pieces
+    config: Json = {
+        # This class takes tokenizer.json as it is; LlamaTokenizer would put rules of its own in place of some.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{name: pieces[token] for name, token in names.items() if token is not None},
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    return config if chat_template is None else {**config, "chat_template": chat_template}
+
+
+def _tokenizer(model: spm.ModelFile, pieces: list[spm.Piece], tokenizer: Tokenizer) -> Json:
+    """The content of `tokenizer.json`: SentencePiece's steps in the words of the tokenizers library."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": token, "content": piece.text, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for token, piece in enumerate(pieces)
+            if piece.type in (spm.CONTROL, spm.UNKNOWN)
+        ],
+        "normalizer": _normalizer(model),
+        "pre_tokenizer": _pre_tokenizer(pieces),
+        "post_processor": _post_processor(tokenizer),
+        "decoder": _decoder(model),
+        "model": _bpe(model, pieces) if model.model_type == spm.BPE else _unigram(model, pieces),
+    }
+
+
+def _inexpressible(model: spm.ModelFile, pieces: list[spm.Piece]) -> dict[str, bool]:
+    """What the tokenizers library has no words for, and whether the model has it."""
+    return {
+        "it splits into whole words, or single characters": model.model_type not in (spm.BPE, spm.UNIGRAM),
+        "its pieces end with their space instead of beginning with it": model.whitespace_as_suffix,
+        "it does not mark spaces": not model.escape_whitespaces,
+        "it has unused pieces": any(piece.type == spm.UNUSED for piece in pieces),
+    }
+
+
+def _inexact(model: spm.ModelFile, pieces: list[spm.Piece]) -> dict[str, bool]:
+    """What the tokenizers library does a little differently, and whether the model has it."""
+    return {
+        "they normalize combined characters and line ends otherwise": model.charsmap != b"",
+        "they leave unknown characters out when decoding": not model.byte_fallback,
+        f"they keep {_SPACE} at the start of a text": model.remove_extra_whitespaces,
+        "to them '<0x41>' in a text is that byte": model.model_type == spm.UNIGRAM,
+        "to them '<0x41>' between user-defined symbols is that byte": any(p.type == spm.USER_DEFINED for p in pieces),
+    }
+
+
+def _first(reasons: dict[str, bool]) -> str | None:
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _normalizer(model: spm.ModelFile) -> Json:
+    steps: list[Json] = []
+    if model.charsmap:
+        charsmap = base64.b64encode(model.charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if model.remove_extra_whitespaces:
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"\A +|[ {_SPACE}]+\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
+    if model.add_dummy_prefix:
+        steps.append({"type": "Prepend", "prepend": _SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _pre_tokenizer(pieces: list[spm.Piece]) -> Json | None:
+    """User-defined symbols are cut out first, the longest that fits; the rest is left in one."""
+    symbols = sorted((p.text for p in pieces if p.type == spm.USER_DEFINED), key=len, reverse=True)
+    if not symbols:
+        return None
+    pattern = "|".join(re.escape(symbol) for symbol in symbols)
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def _post_processor(tokenizer: Tokenizer) -> Json | None:
+    """BOS in front."""
+    if tokenizer.bos_id is None:
+        return None
+    bos = tokenizer.pieces[tokenizer.bos_id]
+    first, second = (
+        [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
+        for i, name in enumerate("AB")
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": first + second,
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+    }
+
+
+def _decoder(model: spm.ModelFile) -> Json:
+    """mlx-lm streams text in linear time when it finds exactly this."""
+    steps: list[Json] = [
+        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if model.add_dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _bpe(model: spm.ModelFile, pieces: list[spm.Piece]) -> Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next(piece.text for piece in pieces if piece.type == spm.UNKNOWN),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.byte_fallback,
+        # For user-defined symbols, which no merge makes.
+        "ignore_merges": any(piece.type == spm.USER_DEFINED for piece in pieces),
+        "vocab": {piece.text: token for token, piece in enumerate(pieces)},
+        "merges": _merges(pieces),
+    }
+
+
+def _merges(pieces: list[spm.Piece]) -> list[str]:
+    """SentencePiece joins the neighbours whose union scores highest; here, every such pair, best first."""
+    known = {piece.text: piece.score for piece in pieces if piece.type == spm.NORMAL}
+    pairs = [
+        (score, text[:i], text[i:])
+        for text, score in known.items()
+        for i in range(1, len(text))
+        if text[:i] in known and text[i:] in known
+    ]
+    pairs.sort(key=lambda pair: -pair[0])
+    return [f"{left} {right}" for _, left, right in pairs]
+
+
+def _unigram(model: spm.ModelFile, pieces: list[spm.Piece]) -> Json:
+    return {
+        "type": "Unigram",
+        "unk_id": next(token for token, piece in enumerate(pieces) if piece.type == spm.UNKNOWN),
+        "vocab": [[piece.text, piece.score] for piece in pieces],
+        "byte_fallback": model.byte_fallback,
+    }
+
+
+def _write_json(path: Path, content: Json) -> None:
+    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

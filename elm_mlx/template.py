@@ -1,0 +1,315 @@
+"""A conversation as token ids: the OpenELM-instruct template, and templates that come with a model.
+
+Knows what stands between messages, and what ends an answer. A control token comes from the template alone: its
+name in a message is text, whoever wrote it. Knows nothing of models, caches and context lengths.
+
+A template makes *parts*: runs of text, and ids of control tokens between them. Each run is encoded by itself, as
+Llama's tokenizer in Hugging Face's libraries does ("legacy" behaviour, which the instruct models were trained
+with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elm_mlx.errors import InputError
+from elm_mlx.jinja import Renderer
+from elm_mlx.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, str]]
+Part = str | int
+
+ROLES = ("system", "user", "assistant")
+OPENELM_INSTRUCT, NONE = "openelm-instruct", "none"
+
+# `OpenELMInstruct` in Jinja, to be written beside a model for mlx-lm and transformers; the ids are the same.
+OPENELM_INSTRUCT_JINJA = r"""{{ bos_token }}
+{%- if messages[0]['role'] != 'system' %}{{ '<|system|>\n' + eos_token + '\n' }}{% endif %}
+{%- for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+
+class Template(ABC):
+    """How one tokenizer's model was taught to converse.
+
+    Attributes:
+        stop_ids: the tokens that end an answer.
+        stop_strings: texts that end one, where the model goes on to the next turn by itself. Not part of it.
+    """
+
+    stop_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        """The conversation as runs of text and control tokens, BOS first where the tokenizer has one.
+
+        Raises:
+            InputError: the template does not take such a conversation.
+        """
+
+    def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        """The ids of the conversation, exactly one BOS in front.
+
+        Args:
+            messages: each with a `role` of ROLES and its `content`.
+            add_generation_prompt: end with what makes the model answer.
+
+        Raises:
+            InputError: there is no message, or one is malformed, or the template does not take it.
+        """
+        return self._encode(self.parts(_checked(messages), add_generation_prompt))
+
+    def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
+        """`encode(messages)`, beginning with `ids` wherever the template allows, so that a cache of them serves on.
+
+        An answer's text, encoded, need not give the ids that the model chose, and templates may rewrite what
+        was said. Where the template closes an answer with a control token and leaves what came before alone,
+        the result is `ids`, that token unless `ids` end with it, and the new message. Otherwise it is
+        `encode(messages)`, of which a cache may still share a beginning.
+
+        Args:
+            ids: the conversation up to and with its last answer, in the ids that the model saw and chose.
+            messages: the same, and one new message.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        messages = _checked(messages)
+        after = self.parts(messages, True)
+        if len(messages) < 3 or messages[-2]["role"] != "assistant":
+            return self._encode(after)
+        asked, answered = self.parts(messages[:-2], True), self.parts(messages[:-1], False)
+        end = max((i for i, part in enumerate(answered) if isinstance(part, int)), default=-1)
+        closes = len(_controls(answered)) > len(_controls(asked))
+        if not closes or after[: end + 1] != answered[: end + 1]:
+            return self._encode(after)
+        said = list(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+        return said + self._encode(after[end:])
+
+    def _encode(self, parts: Sequence[Part]) -> list[int]:
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, add_bos=False)
+        return ids
+
+
+class OpenELMInstruct(Template):
+    """The template of the OpenELM-instruct models, which is the alignment handbook's for zephyr.
+
+    A conversation without a system message gets an empty one, as in their training.
+    """
+
+    stop_strings = tuple(f"\n<|{role}|>\n" for role in ROLES)
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+            raise InputError(f"{tokenizer.path}: has no BOS or no EOS, and the template {OPENELM_INSTRUCT} needs both")
+        self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
+        self.stop_ids = _unique(*tokenizer.eos_ids, self._eos)
+
+    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+        parts: list[Part] = [self._bos]
+        newline = ""
+        for message in messages:
+            parts += [f"{newline}<|{message['role']}|>\n{message['content']}", self._eos]
+            newline = "\n"
+        return [*parts, "\n<|assistant|>\n" if add_generation_prompt else "\n"]
+
+
+class JinjaTemplate(Template):
+    """A template that came with a model.
+
+    BOS is put in front where the template doesn't write it (in Hugging Face's libraries it is then missing).
+
+    Args:
+        source: Jinja text.
+        where: its file, for messages.
+        names: what `bos_token`, `eos_token` and their like are called, for the template to write.
+
+    Raises:
+        InputError: `source` is no Jinja.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
+        super().__init__(tokenizer)
+        self._renderer = Renderer(source, where)
+        self._source, self._names = source, dict(names)
+        self._ids = tokenizer.control_ids
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.stop_ids, self.stop_strings = self._ends()
+
+    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        mark = self._unused_character(messages)
+        shielded = [{**message, "content": self._shield(message["content"], mark)} for message in messages]
+        safe = self._split(self._render(shielded, add_generation_prompt))
+        parts = self._split(self._render(messages, add_generation_prompt))
+        if _controls(parts) != _controls(safe):  # a message holds the name of a control token
+            parts = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
+        bos = self.tokenizer.bos_id
+        return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
+        return self._renderer.render(messages, add_generation_prompt, **self._names)
+
+    def _split(self, text: str) -> list[Part]:
+        parts: list[Part] = []
+        start = 0
+        for match in self._pattern.finditer(text):
+            parts += [text[start : match.start()], self._ids[match[0]]]
+            start = match.end()
+        return [part for part in (*parts, text[start:]) if part != ""]
+
+    def _shield(self, content: str, mark: str) -> str:
+        """`content` with `mark`s in it, so that no name of a control token can begin, end or lie in it.
+
+        They stand after each first character of a name and before each last one, and after the content's own
+        first character should all of it be the middle of a name. So none is beyond the space at its ends,
+        where the template could not trim it.
+        """
+        first, last = {name[0] for name in self._ids}, {name[-1] for name in self._ids}
+        text = "".join(mark * (c in last) + c + mark * (c in first) for c in content)
+        word = content.strip()
+        if word and any(word in name for name in self._ids):
+            at = text.index(word[0]) + 1
+            text = text[:at] + mark + text[at:]
+        return text
+
+    def _unused_character(self, messages: Messages) -> str:
+        used = {*self._source, *"".join(self._ids), *(c for message in messages for c in message["content"])}
+        return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+
+    def _ends(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What the template writes after an answer: a control token, or else text."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "\uf8ff"}
+        following = {"role": "user", "content": "\uf8fe"}
+        eos_ids = self.tokenizer.eos_ids
+        for messages in ([question, answer], [question, answer, following]):
+            try:
+                text = self._render(messages, False)
+            except InputError:  # one that wants more of a conversation, say a system message
+                continue
+            ending = self._split(text.rpartition("\uf8ff")[2].partition("\uf8fe")[0])
+            written = [part for part in ending if isinstance(part, int) or part.strip()]
+            if written:
+                end = written[0]
+                return (_unique(*eos_ids, end), ()) if isinstance(end, int) else (eos_ids, (end.rstrip(),))
+        return eos_ids, ()
+
+
+def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -> Template | None:
+    """The template to converse with the model in `directory` by; None for a base model, which just continues.
+
+    Args:
+        override: `openelm-instruct`, `none`, or a file of Jinja text, in place of the directory's own.
+
+    Raises:
+        InputError: the template cannot be read, or does not go with the tokenizer.
+    """
+    if override is None:
+        source, where = _own_source(directory)
+    else:
+        source, where = read_source(override), override
+    if source is None:
+        return None
+    if source == OPENELM_INSTRUCT_JINJA:  # the same ids, without Jinja
+        return OpenELMInstruct(tokenizer)
+    return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer))
+
+
+def read_source(name: str) -> str | None:
+    """The Jinja text that `name` means: `openelm-instruct`, a file; None for `none`. Raises InputError."""
+    if name == NONE:
+        return None
+    if name == OPENELM_INSTRUCT:
+        return OPENELM_INSTRUCT_JINJA
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"{name}: no chat template: {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
+    return _read(path)
+
+
+def source_for(model_name: str) -> str | None:
+    """The Jinja text that goes with a checkpoint that is called so: OpenELM's instruct models say it in the name."""
+    return OPENELM_INSTRUCT_JINJA if "instruct" in model_name.lower() else None
+
+
+def _own_source(directory: Path) -> tuple[str | None, str]:
+    """The directory's Jinja text, if it has one, and where that stands."""
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return _read(path), str(path)
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = directory / name
+        source = _read_json(path).get("chat_template")
+        if isinstance(source, list):  # several, each with a name
+            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+            source = named.get("default")
+        if isinstance(source, str):
+            return source, str(path)
+    return None, ""
+
+
+def _names(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template's `bos_token`, `eos_token` and their like read; by the directory, or else by the tokenizer."""
+    pieces = tokenizer.control_ids
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names = {name: piece for name, token in ids.items() for piece in pieces if pieces[piece] == token}
+    for name, value in _read_json(directory / "tokenizer_config.json").items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            names[name] = text
+    return names
+
+
+def _controls(parts: Sequence[Part]) -> list[int]:
+    return [part for part in parts if isinstance(part, int)]
+
+
+def _unique(*ids: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(ids))
+
+
+def _checked(messages: Messages) -> Messages:
+    if not messages:
+        raise InputError("a conversation needs a message")
+    for number, message in enumerate(messages, 1):
+        if message.get("role") not in ROLES:
+            raise InputError(f"message {number}: role is {message.get('role')!r}, and not one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"message {number}: content is no text")
+    return messages
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The file's object; empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        values = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return values
