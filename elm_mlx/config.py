@@ -16,6 +16,9 @@ from elm_mlx.errors import InputError
 
 MODEL_TYPE = "openelm"
 
+# A config.json may come from anywhere: lists are made only as long as a model could need.
+_MAX_LAYERS = 10_000
+
 
 def make_divisible(value: float, divisor: int) -> int:
     """The multiple of `divisor` nearest to `value`, at least `divisor`, never more than 10 % below."""
@@ -169,29 +172,28 @@ class ModelConfig:
         if norm != "rms_norm":
             raise InputError(f"{where}: normalization_layer_name is {norm!r}; only 'rms_norm' is known")
         known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         try:
-            num_layers = int(values["num_transformer_layers"])
+            num_layers = values["num_transformer_layers"]
+            if type(num_layers) is not int or not 0 < num_layers <= _MAX_LAYERS:
+                raise InputError(
+                    f"num_transformer_layers is {_short(num_layers)}: at most {_MAX_LAYERS} layers are known"
+                )
             if "num_query_heads" not in known:
                 rule = {k: values[k] for k in ("num_gqa_groups", "qkv_multipliers", "ffn_multipliers") if k in values}
                 return cls.scaled(num_layers=num_layers, **{**known, **rule})
-            known["ffn_multipliers"] = tuple(
-                known["ffn_multipliers"]
-                if len(known["ffn_multipliers"]) == num_layers
-                else spread(known["ffn_multipliers"], num_layers)
-            )
+            if len(known["ffn_multipliers"]) != num_layers:
+                known["ffn_multipliers"] = tuple(spread(known["ffn_multipliers"], num_layers))
             for name in ("num_query_heads", "num_kv_heads"):
-                known[name] = tuple(int(heads) for heads in known[name])
                 if len(known[name]) != num_layers:
-                    raise InputError(
-                        f"{where}: {name} has {len(known[name])} entries for num_transformer_layers {num_layers}"
-                    )
-            if isinstance(known.get("eos_token_id"), list):
-                known["eos_token_id"] = tuple(known["eos_token_id"])
+                    raise InputError(f"{name} has {len(known[name])} entries for num_transformer_layers {num_layers}")
             return cls(**known)
         except KeyError as error:
             raise InputError(f"{where}: {error.args[0]} is missing") from None
-        except (TypeError, ValueError) as error:
+        except InputError as error:
             raise InputError(f"{where}: {error}") from None
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError) as error:
+            raise InputError(f"{where}: a value has the wrong type or size: {error}") from None
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
@@ -226,9 +228,19 @@ class ModelConfig:
 
     def _check(self) -> None:
         for name in ("vocab_size", "model_dim", "head_dim", "ffn_dim_divisor", "max_context_length", "rope_max_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} is {value!r}: a positive whole number is needed")
+            _require(name, getattr(self, name), "a positive whole number", _is_size(getattr(self, name)))
+        for name in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
+            _require(name, getattr(self, name), "true or false", isinstance(getattr(self, name), bool))
+        _require("rms_norm_eps", self.rms_norm_eps, "a small number", _is_number(self.rms_norm_eps, 0, 1))
+        _require(
+            "rope_freq_constant", self.rope_freq_constant, "a number", _is_number(self.rope_freq_constant, 1, 1e12)
+        )
+        ids = (
+            self.bos_token_id,
+            *([self.eos_token_id] if not isinstance(self.eos_token_id, tuple) else self.eos_token_id),
+        )
+        _require("bos_token_id or eos_token_id", ids, "token ids", all(type(i) is int and 0 <= i < 2**31 for i in ids))
+        _require("quantization", self.quantization, "an object", isinstance(self.quantization, (Mapping, type(None))))
         lengths = {len(self.num_query_heads), len(self.num_kv_heads), len(self.ffn_multipliers)}
         if len(lengths) != 1 or 0 in lengths:
             raise InputError(
@@ -236,12 +248,34 @@ class ModelConfig:
                 f"{len(self.num_query_heads)}, {len(self.num_kv_heads)} and {len(self.ffn_multipliers)}"
             )
         for layer, (query, kv) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
-            if query < 1 or kv < 1 or query % kv:
-                raise InputError(f"layer {layer}: {query} query heads cannot share {kv} key/value heads")
-        if any(not m > 0 for m in self.ffn_multipliers):
-            raise InputError("every ffn multiplier must be above 0")
+            if not _is_size(query) or not _is_size(kv) or query % kv:
+                raise InputError(
+                    f"layer {layer}: {_short(query)} query heads cannot share {_short(kv)} key/value heads"
+                )
+        for multiplier in self.ffn_multipliers:
+            fits = _is_number(multiplier, 0, 2**31 / self.model_dim) and multiplier > 0
+            _require("an ffn multiplier", multiplier, "a number above 0", fits)
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: RoPE rotates pairs, so it must be even")
+
+
+def _require(name: str, value: object, needed: str, holds: bool) -> None:
+    if not holds:
+        raise InputError(f"{name} is {_short(value)}: {needed} is needed")
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """A NaN is not: it is on neither side of a limit."""
+    return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 # layers, model_dim, head_dim (paper, table 9 of the appendix; CoreNet's general_gpt.py)
