@@ -98,7 +98,7 @@ def _check(parts: dict[str, LazyTensor], rank: int, where: str, module: str, *, 
     if len(shape) != 2 or rank < 1:
         raise InputError(f"{where}: {module}{_BASE} of shape {shape} is no matrix that an adapter fits")
     rows, columns = shape
-    expected = {"base": shape}
+    expected: dict[str, tuple[int, ...]] = {"base": shape}
     if of_embedding:
         expected |= {"lora_embedding_A": (rank, rows), "lora_embedding_B": (columns, rank)}
     else:

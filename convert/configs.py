@@ -6,6 +6,7 @@ Knows `config.json`, CoreNet's YAML, the presets' names, and which of them count
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -166,7 +167,7 @@ def _lora(path: Path, values: Mapping[str, Any] | None) -> Scaling | None:
     for entry in entries:
         params = entry.get("params") if isinstance(entry, Mapping) else None
         alpha = params.get("lora_alpha") if isinstance(params, Mapping) else None
-        if not isinstance(params, Mapping) or type(alpha) not in (int, float):
+        if not isinstance(params, Mapping) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
             raise InputError(f"{path}: model.lora.config has an entry without a lora_alpha in its params")
         found.add(Scaling(float(alpha), params.get("use_rslora") is True))
     if len(found) > 1:

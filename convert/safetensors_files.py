@@ -74,7 +74,7 @@ def _lazy(file: File, name: str, shape: tuple[int, ...], dtype: str, offset: int
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         rows = np.empty((stop - start, *row_shape), numpy_dtype(dtype))
-        file.read_into(offset + start * row_bytes, memoryview(rows.reshape(-1).view(np.uint8)))
+        file.read_into(offset + start * row_bytes, rows.reshape(-1).view(np.uint8).data)
         return rows
 
     return LazyTensor(name, shape, dtype, read_rows)

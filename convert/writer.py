@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -125,13 +125,14 @@ def _refuse_overflow(tensor: LazyTensor, block: np.ndarray, values: np.ndarray, 
         )
 
 
-def _write_overlapped(file: BinaryIO, blocks: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
+def _write_overlapped(file: FileIO, blocks: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
     """Writes blocks in order while the next ones are being made."""
     waiting: deque[Future[int]] = deque()
     with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
         try:
             for block in blocks:
-                waiting.append(pool.submit(_write_all, file, np.ascontiguousarray(block).reshape(-1).view(np.uint8)))
+                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+                waiting.append(pool.submit(_write_all, file, data))
                 if len(waiting) > _QUEUE:
                     progress(waiting.popleft().result())
             while waiting:
@@ -141,9 +142,8 @@ def _write_overlapped(file: BinaryIO, blocks: Iterator[np.ndarray], progress: Ca
                 future.cancel()
 
 
-def _write_all(file: BinaryIO, data: bytes | np.ndarray) -> int:
-    view = memoryview(data)
+def _write_all(file: FileIO, data: bytes | memoryview) -> int:
     done = 0
-    while done < len(view):
-        done += file.write(view[done:])
+    while done < len(data):
+        done += file.write(memoryview(data)[done:]) or 0
     return done
