@@ -36,7 +36,7 @@ class Tokenizer:
         self._processor = SentencePieceProcessor()
         try:
             self._processor.load_from_serialized_proto(model.data)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:
             raise InputError(f"{model.path}: SentencePiece cannot load it: {_reason(error)}") from None
         if model.denormalizes:
             raise InputError(f"{model.path}: has rules that rewrite decoded text, which are not supported")
