@@ -128,7 +128,7 @@ def test_no_message_makes_a_control_token(tokenizer, source, question, answer):
         assert controls(tokenizer, ids) == expected
 
 
-@pytest.mark.parametrize("content", ["/s", "s", " s\n", "|im_end|", "/s>", "</s", "</s></s>"])
+@pytest.mark.parametrize("content", ["/s", "s", " s\n", "|im_end|", "/s>", "</s", "</s></s>", "/s> more", "more </s"])
 def test_markup_around_a_message_does_not_complete_a_name(tokenizer, content):
     form = jinja(tokenizer, "{{ bos_token }}{% for m in messages %}{{ '<' + m.content | trim + '>' }}{% endfor %}")
     ids = form.encode([user(content)])
