@@ -32,15 +32,16 @@ def download(repository: str, revision: str | None) -> Path:
         InputError: the hub has no such repository or revision, or wants a login.
         ElmError: the hub cannot be reached and the cache does not hold it.
     """
-    directory = _snapshot(repository, revision, _NEEDED)
+    directory = snapshot(repository, revision, _NEEDED)
     if not any(directory.glob("*.safetensors")):
-        directory = _snapshot(repository, revision, _OLDER)
+        directory = snapshot(repository, revision, _OLDER)
     with suppress(ElmError):
-        _snapshot(repository, revision, _WELCOME)
+        snapshot(repository, revision, _WELCOME)
     return directory
 
 
-def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The directory of the repository's snapshot, with the files that match `patterns`. Raises as `download`."""
     from huggingface_hub import errors, snapshot_download
 
     at = f" at {revision}" if revision else ""

@@ -35,7 +35,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     """
     path = Path(source).expanduser()
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
-        return _inside(hub._snapshot(source, revision, [FILE_NAME]), source)
+        return _inside(hub.snapshot(source, revision, [FILE_NAME]), source)
     if revision is not None:
         raise InputError(f"revision {revision} is of a repository on the hub, and {path} is a path")
     return _inside(path, str(path)) if path.is_dir() else path

@@ -1,15 +1,13 @@
 """Tensors into the safetensors files of a model directory, a few megabytes at a time.
 
 Knows the layout of an MLX model directory, the limit of a shard, and that a value may not fit the type it
-is cast to. Reading and casting overlap with writing, in a thread. Knows nothing of where tensors come from.
+is cast to. Knows nothing of where tensors come from.
 """
 
 from __future__ import annotations
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path
@@ -32,7 +30,6 @@ _KNOWN = (
 
 _LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}
 _WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
-_QUEUE = 2  # blocks between the thread that casts and the one that writes
 
 
 def foreign_entries(directory: Path) -> list[str]:
@@ -79,7 +76,9 @@ def write_weights(
         header = safetensors_files.header([(t.name, dtype, t.shape) for t in shard], {"format": "mlx"})
         with (directory / name).open("wb", buffering=0) as file:
             _write_all(file, header)
-            _write_overlapped(file, _cast_blocks(shard, dtype, not_finite), progress)
+            # A second thread to write in was measured, and gained nothing: the kernel writes in the background.
+            for block in _cast_blocks(shard, dtype, not_finite):
+                progress(_write_all(file, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data))
     if count > 1:
         size = {"total_size": written_bytes(tensors, dtype), "total_parameters": sum(t.size for t in tensors)}
         placed = sorted((tensor.name, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)
@@ -123,23 +122,6 @@ def _refuse_overflow(tensor: LazyTensor, block: np.ndarray, values: np.ndarray, 
             f"{tensor.name} holds values up to {value:.6g}, and {dtype} ends at {_LARGEST[dtype]}{wider}; "
             "nothing was written"
         )
-
-
-def _write_overlapped(file: FileIO, blocks: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
-    """Writes blocks in order while the next ones are being made."""
-    waiting: deque[Future[int]] = deque()
-    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        try:
-            for block in blocks:
-                data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-                waiting.append(pool.submit(_write_all, file, data))
-                if len(waiting) > _QUEUE:
-                    progress(waiting.popleft().result())
-            while waiting:
-                progress(waiting.popleft().result())
-        finally:
-            for future in waiting:
-                future.cancel()
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> int:

@@ -1,0 +1,163 @@
+"""The safetensors format: what the reference library writes is read, what it reads is written, lies are refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from elm_mlx.errors import InputError
+from elm_mlx_convert import safetensors_files
+
+
+def raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(shape: list[Any], begin: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def test_what_the_library_writes(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        dtype: random.integers(0, 2, (3, 5)).astype(dtype)
+        for dtype in ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "uint32", "bool")
+    }
+    arrays |= {"scalar": np.array(3, np.float32), "empty": np.zeros((0, 4), np.float32)}
+    save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    read = safetensors_files.read(tmp_path / "x.safetensors")
+    assert read.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert read[name].shape == array.shape and read[name].dtype == array.dtype.name
+        np.testing.assert_array_equal(read[name].read(), array)
+    np.testing.assert_array_equal(read["int16"].read_rows(1, 3), arrays["int16"][1:3])
+
+
+def test_what_mlx_writes_bfloat16_too(tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    array = mx.array(np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)).astype(mx.bfloat16)
+    mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": array})
+    tensor = safetensors_files.read(tmp_path / "x.safetensors")["a"]
+    assert tensor.dtype == "bfloat16"
+    np.testing.assert_array_equal(tensor.read(), np.array(array.view(mx.uint16)))
+
+
+def test_header_is_what_the_library_reads(tmp_path: Path) -> None:
+    head = safetensors_files.header([("b", "float32", (2, 3)), ("a", "float16", (1,))], {"format": "mlx"})
+    assert len(head) % 8 == 0
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(head + np.arange(6, dtype="<f4").tobytes() + np.float16(7).tobytes())
+    with safe_open(path, "np") as file:
+        assert file.metadata() == {"format": "mlx"}
+        np.testing.assert_array_equal(file.get_tensor("b"), np.arange(6, dtype=np.float32).reshape(2, 3))
+        np.testing.assert_array_equal(file.get_tensor("a"), np.array([7], np.float16))
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "message"),
+    [
+        ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, "'b' overlaps"),
+        ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, "'b' overlaps"),
+        ({"a": entry([2], 0, 8), "b": entry([2], 12, 20)}, 20, "'b' leaves a hole"),
+        ({"a": entry([2], 4, 12)}, 12, "'a' leaves a hole"),
+        ({"a": entry([2], 0, 8)}, 7, "take 8 bytes, but 7 follow"),
+        ({"a": entry([2], 0, 8)}, 9, "take 8 bytes, but 9 follow"),
+        ({"a": entry([3], 0, 8)}, 8, r"\[3\] in F32 needs 12 bytes, but its data_offsets span 8"),
+        ({"a": entry([2], 0, 8, "F16")}, 8, "needs 4 bytes"),
+        ({"a": entry([2**31, 2**31, 2**31], 0, 8)}, 8, "needs .* bytes, but"),
+        ({"a": entry([2**64], 0, 8)}, 8, "a list of sizes"),
+        ({"a": entry([-2], 0, 8)}, 8, "a list of sizes"),
+        ({"a": entry([2.0], 0, 8)}, 8, "a list of sizes"),
+        ({"a": entry([True], 0, 4)}, 4, "a list of sizes"),
+        ({"a": entry(["2"], 0, 8)}, 8, "a list of sizes"),
+        ({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}, 8, "a list of sizes"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "a begin and an end"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, 8, "a begin and an end"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "a list of sizes"),
+        ({"a": entry([2], 0, 8, "F8_E4M3")}, 8, "has the type 'F8_E4M3'; known are"),
+        ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, 8, "known are"),
+        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8, "needs exactly"),
+        ({"a": entry([2], 0, 8) | {"more": 1}}, 8, "needs exactly"),
+        ({"a": 3}, 8, "needs exactly"),
+        ([1, 2], 0, "no JSON object"),
+        (b'{"a": 1, "a": 2}', 0, "a name is there twice"),
+        (b"{", 0, "cannot be read"),
+        (b"\xff\xfe{}", 0, "cannot be read"),
+        (b"[" * 100_000, 0, "cannot be read"),
+        (b'{"a": ' + b"1" * 5000 + b"}", 0, "cannot be read|needs exactly"),
+    ],
+)
+def test_headers_that_lie(tmp_path: Path, header: Any, data: int, message: str) -> None:
+    path = raw(tmp_path / "x.safetensors", header, b"\0" * data)
+    with pytest.raises(InputError, match=message) as caught:
+        safetensors_files.read(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [0, 1, 50, 2**31, 2**63, 2**64 - 1])
+def test_header_lengths_that_lie(tmp_path: Path, length: int) -> None:
+    path = raw(tmp_path / "x.safetensors", {"a": entry([1], 0, 4)}, b"\0" * 4, length)
+    with pytest.raises(InputError, match=r"truncated|cannot be read"):
+        safetensors_files.read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\0" * 8, b"version https://git-lfs.github.com/spec/v1\noid 1"])
+def test_files_too_short_to_be_one(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(InputError, match=r"truncated|cannot be read"):
+        safetensors_files.read(tmp_path / "x")
+
+
+def test_absent_and_directory(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        safetensors_files.read(tmp_path / "x")
+    with pytest.raises(InputError, match="directory"):
+        safetensors_files.read(tmp_path)
+
+
+def test_cut_short_after_it_was_opened(tmp_path: Path) -> None:
+    path = raw(tmp_path / "x", {"a": entry([2], 0, 8)}, b"\0" * 8)
+    tensor = safetensors_files.read(path)["a"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(InputError):
+        tensor.read()
+
+
+def test_flipped_bytes_are_refused_wherever_the_library_refuses_them(tmp_path: Path) -> None:
+    """3,000 damaged files: no error but InputError, and nothing accepted that the reference would not accept."""
+    choose = random.Random(7)
+    header = {"__metadata__": {"format": "pt"}, "a": entry([2, 3], 0, 24), "b": entry([4], 24, 32, "BF16")}
+    sound = raw(tmp_path / "x", header, bytes(range(32))).read_bytes()
+    refused = 0
+    for _ in range(3000):
+        data = bytearray(sound)
+        for _ in range(choose.randint(1, 3)):
+            action, at = choose.random(), choose.randrange(len(data))
+            if action < 0.6:
+                data[at] ^= 1 << choose.randrange(8)
+            elif action < 0.8:
+                data[at] = choose.choice(b'0123456789,:[]{}"')
+            else:
+                del data[at : at + choose.randint(1, 9)]
+        path = tmp_path / "y"
+        path.unlink(missing_ok=True)  # writing over it would make ext4 flush
+        path.write_bytes(data)
+        try:
+            for tensor in safetensors_files.read(path).values():
+                tensor.read()
+        except InputError:
+            refused += 1
+        else:
+            with safe_open(path, "np"):
+                pass
+    assert 1000 < refused < 3000

@@ -1,0 +1,265 @@
+"""What a path is: every kind of checkpoint opened, every other thing refused in plain words."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch_files
+from checkpoints import corenet, save_hub, save_pt, tensors, tiny, weights
+from safetensors.numpy import save_file
+
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx_convert import hub
+from elm_mlx_convert.sources import open_source
+
+CONFIG = tiny()
+WEIGHTS = weights(CONFIG)
+
+
+def check(path: Path | str, expected: dict[str, np.ndarray], **options: Any) -> Any:
+    source = open_source(path, **options)
+    assert source.tensors.keys() == expected.keys()
+    for name, tensor in source.tensors.items():
+        np.testing.assert_array_equal(tensor.read(), expected[name], err_msg=name)
+    return source
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_state_dict(tmp_path: Path, legacy: bool) -> None:
+    path = save_pt(tmp_path / "c.pt", WEIGHTS, legacy=legacy)
+    source = check(path, corenet(WEIGHTS))
+    assert (source.label, source.kind, source.files) == ("c.pt", "PyTorch state dict", (path,))
+
+
+def test_a_training_checkpoint_and_its_average(tmp_path: Path) -> None:
+    average = corenet(weights(CONFIG, seed=1))
+    tree = {
+        "iterations": 7,
+        "model_state_dict": tensors(corenet(WEIGHTS)),
+        "optim_state_dict": {"state": {0: {"exp_avg": torch_files.tensor(np.ones(3, np.float32))}}},
+        "ema_state_dict": tensors(average),
+    }
+    path = torch_files.save(tmp_path / "t.pt", tree)
+    source = check(path, corenet(WEIGHTS))
+    assert source.kind == "PyTorch training checkpoint, its model_state_dict (--ema takes its ema_state_dict)"
+    assert check(path, average, ema=True).kind == "PyTorch training checkpoint, its ema_state_dict"
+
+
+def test_numbers_beside_tensors_are_passed_over(tmp_path: Path) -> None:
+    tree = tensors(corenet(WEIGHTS)) | {"epoch": 3, "done": True, "note": "x", "nothing": None}
+    check(torch_files.save(tmp_path / "t.pt", tree), corenet(WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ([1, 2], "holds a list, not a state dict"),
+        ({}, "holds no tensors, but nothing"),
+        ({"epoch": 3}, "holds no tensors, but 'epoch'"),
+        ({"weights": {"a": 1}, "epoch": 3}, "no state dict of tensors by name, but 'weights', 'epoch'"),
+        ({"model_state_dict": {}}, "holds no tensors, but nothing"),
+        ({3: torch_files.tensor(np.ones(2, np.float32))}, "no state dict of tensors by name"),
+    ],
+)
+def test_torch_files_without_a_state_dict(tmp_path: Path, tree: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_source(torch_files.save(tmp_path / "t.pt", tree))
+
+
+def test_ema_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no ema_state_dict, which --ema asks for"):
+        open_source(save_pt(tmp_path / "c.pt", WEIGHTS), ema=True)
+    with pytest.raises(InputError, match="this is none"):
+        open_source(save_hub(tmp_path / "hub", CONFIG, WEIGHTS), ema=True)
+
+
+def test_directories(tmp_path: Path) -> None:
+    directory = save_hub(tmp_path / "hub", CONFIG, WEIGHTS)
+    source = check(directory, WEIGHTS)
+    assert (source.label, source.directory) == ("hub", directory)
+    check(directory / "model.safetensors", WEIGHTS)
+    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+    check(directory, WEIGHTS)
+    (directory / "weights.safetensors").unlink()
+    torch_files.save(directory / "pytorch_model.bin", tensors(WEIGHTS))
+    check(directory, WEIGHTS)
+    (directory / "pytorch_model.bin").rename(directory / "some.pt")
+    assert check(directory, WEIGHTS).label == "some.pt"
+    (directory / "other.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"holds 'other\.pt', 'some\.pt': name the one"):
+        open_source(directory)
+
+
+def split(directory: Path, kind: str) -> dict[str, str]:
+    """Two shards and their index; returns the weight map."""
+    directory.mkdir()
+    names = list(WEIGHTS)
+    halves = {"1": names[: len(names) // 2], "2": names[len(names) // 2 :]}
+    suffix = "safetensors" if kind == "model" else "bin"
+    weight_map = {}
+    for number, part in halves.items():
+        file = f"{kind}-0000{number}-of-00002.{suffix}"
+        chosen = {name: WEIGHTS[name] for name in part}
+        if suffix == "bin":
+            torch_files.save(directory / file, tensors(chosen))
+        else:
+            save_file(chosen, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    write_index(directory, kind, {"metadata": {"total_size": 1}, "weight_map": weight_map})
+    return weight_map
+
+
+def write_index(directory: Path, kind: str, index: Any) -> None:
+    suffix = "safetensors" if kind == "model" else "bin"
+    (directory / f"{kind}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["model", "pytorch_model"])
+def test_shards(tmp_path: Path, kind: str) -> None:
+    split(tmp_path / "d", kind)
+    source = check(tmp_path / "d", WEIGHTS)
+    assert len(source.files) == 2
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", ".", "a\\b", "a\0b", 3, None, ["x"]],
+)
+def test_an_index_that_points_elsewhere(tmp_path: Path, target: Any) -> None:
+    weight_map = split(tmp_path / "d", "model")
+    (tmp_path / "d" / "sub").mkdir()
+    for place in (tmp_path / "outside.safetensors", tmp_path / "d" / "sub" / "x.safetensors"):
+        save_file({"transformer.norm.weight": WEIGHTS["transformer.norm.weight"]}, place)
+    write_index(tmp_path / "d", "model", {"weight_map": weight_map | {"transformer.norm.weight": target}})
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json: (points to|names)"):
+        open_source(tmp_path / "d")
+
+
+def test_an_index_that_does_not_match_its_files(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    weight_map = split(directory, "model")
+    for index, message in (
+        ({}, "has no weight_map"),
+        ({"weight_map": []}, "has no weight_map"),
+        ({"weight_map": weight_map | {"more": "model-00001-of-00002.safetensors"}}, "do not hold: 'more'"),
+        ({"weight_map": weight_map | {"more": "model-00009-of-00002.safetensors"}}, "is not there: was the download"),
+        ({"weight_map": {k: v for k, v in weight_map.items() if "norm" not in k}}, "does not put there"),
+        ([], "no JSON object"),
+    ):
+        write_index(directory, "model", index)
+        with pytest.raises(InputError, match=message):
+            open_source(directory)
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.txt").write_text("hello")
+    (tmp_path / "x.safetensors").write_text("hello")
+    for path, message in (
+        (tmp_path / "empty", "holds no model.safetensors, no pytorch_model.bin and no .pt"),
+        (tmp_path / "x.txt", "not a file of torch.save"),
+        (tmp_path / "x.safetensors", "no safetensors file"),
+        (tmp_path / "absent", "no such file or directory"),
+        (str(tmp_path / "absent.pt"), "no such file or directory"),
+        ("models/absent.pt", "no such file or directory"),
+        ("absent", "no such file or directory"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_source(path)
+    with pytest.raises(InputError, match="--revision main is for a repository"):
+        open_source(tmp_path / "empty", revision="main")
+
+
+def test_what_could_be_a_repository() -> None:
+    assert hub.is_repository("apple/OpenELM-1_1B-Instruct")
+    for name in ("OpenELM", "a/b/c", "./a/b", "/a", "a/", "~/a", "a/b.pt", "a/b.safetensors", "a b/c", "a/-b", ""):
+        assert not hub.is_repository(name)
+
+
+def cached_repository(home: Path, config: Any, commit: str = "0123456789abcdef0123456789abcdef01234567") -> Path:
+    """What `hf download` of a repository leaves in the cache."""
+    repository = home / "hub" / "models--apple--OpenELM-tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    return save_hub(repository / "snapshots" / commit, config, WEIGHTS)
+
+
+def open_in_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """huggingface_hub reads its environment when it is imported."""
+    code = (
+        "import sys\nfrom elm_mlx.errors import ElmError\nfrom elm_mlx_convert.sources import open_source\n"
+        "try:\n    s = open_source(sys.argv[1], revision=sys.argv[2] if sys.argv[2:] else None)\n"
+        "    print(s.label, s.revision, len(s.tensors))\n"
+        "except ElmError as error:\n    print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(home)}
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_repository_from_the_cache_offline(tmp_path: Path) -> None:
+    snapshot = cached_repository(tmp_path, CONFIG)
+    done = open_in_process(tmp_path, "apple/OpenELM-tiny")
+    assert done.stdout == f"apple/OpenELM-tiny {snapshot.name} {len(WEIGHTS)}\n", done.stderr
+    done = open_in_process(tmp_path, "apple/OpenELM-tiny", snapshot.name)
+    assert done.stdout == f"apple/OpenELM-tiny {snapshot.name} {len(WEIGHTS)}\n", done.stderr
+
+
+def test_a_repository_that_is_not_in_the_cache_offline(tmp_path: Path) -> None:
+    done = open_in_process(tmp_path, "apple/OpenELM-other")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("apple/OpenELM-other: no such path here, and it cannot be had from the hub: ")
+    assert done.stdout.count("\n") == 1
+
+
+def test_what_the_hub_answers_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def answer(kind: type[Exception]) -> Any:
+        def raises(*_: Any, **__: Any) -> str:
+            error = kind.__new__(kind)
+            error.args = ("long\nstory",)
+            raise error
+
+        return raises
+
+    for kind, expected, message in (
+        (errors.GatedRepoError, InputError, "terms accepted"),
+        (errors.RepositoryNotFoundError, InputError, "no such repository on the hub"),
+        (errors.RevisionNotFoundError, InputError, "at v2: the hub has no such revision"),
+        (errors.HFValidationError, InputError, "no name that a repository could have"),
+        (ConnectionError, ElmError, "cannot be had from the hub: long story"),
+    ):
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(kind))
+        with pytest.raises(expected, match=message) as caught:
+            hub.download("apple/OpenELM", "v2")
+        assert "\n" not in str(caught.value)
+
+
+def test_bin_only_when_there_is_no_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        if "tokenizer.model" in allow_patterns:
+            raise ConnectionError
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.download("a/b", None) == tmp_path
+    assert [patterns[0] for patterns in asked] == ["config.json", "*.bin", "tokenizer.model"]
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    asked.clear()
+    hub.download("a/b", None)
+    assert [patterns[0] for patterns in asked] == ["config.json", "tokenizer.model"]
