@@ -1,0 +1,58 @@
+"""What the tests share: tiny models made by code, and the small real one."""
+
+from __future__ import annotations
+
+import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its BLAS
+
+# isort: split
+from pathlib import Path
+
+import pytest
+import tiny
+
+from elm_mlx.config import ModelConfig
+from elm_mlx.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model of 320 pieces: BPE with byte fallback, BOS 1, EOS 2."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(tiny.train_tokenizer())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tiny_tokenizer_file: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_tokenizer_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_tokenizer: Tokenizer) -> ModelConfig:
+    """Three layers that grow, 512 tokens of context, the vocabulary of `tiny_tokenizer`."""
+    return tiny.scaled_config(tiny_tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_config: ModelConfig, tiny_tokenizer_file: Path
+) -> Path:
+    """A base model of random weights in bfloat16, with a tokenizer. Not to be written to."""
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    return tiny.write_directory(path, tiny.random_model(tiny_config), tiny_tokenizer_file.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def classics_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small real model, converted: the project's own copy of it, or else the one beside the project."""
+    from elm_mlx_convert import convert
+
+    sources = [ROOT / "examples" / "classics", ROOT / ".." / "shared" / "data" / "classics"]
+    found = next((path for folder in sources for path in sorted(folder.glob("*.pt"))), None)
+    if found is None:
+        pytest.skip(f"no checkpoint in {' or '.join(map(str, sources))}")
+    path = tmp_path_factory.mktemp("classics") / "model"
+    convert(found, path)
+    return path

@@ -1,0 +1,105 @@
+"""Model directories made by code: small enough to load in milliseconds, whole enough for every command.
+
+Knows how a tokenizer is trained, a random model drawn, and a model made that says one given thing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import mlx.core as mx
+import sentencepiece
+from mlx.utils import tree_flatten, tree_map
+
+from elm_mlx.config import ModelConfig
+from elm_mlx.model import Model
+from elm_mlx.tokenizer import Tokenizer
+
+CONTEXT = 512
+WORDS = "the quick brown fox jumps over lazy dogs while an old king told stories of naïve cafés and 漢字 to us"
+
+
+def train_tokenizer(vocab_size: int = 320, **options: object) -> bytes:
+    """A SentencePiece model with Llama's settings: BPE, byte fallback, text left as it is, BOS 1, EOS 2."""
+    draw = random.Random(0)
+    lines = [
+        " ".join(word + draw.choice(["", ",", "."]) for word in draw.choices(WORDS.split(), k=9)) for _ in range(99)
+    ]
+    model = io.BytesIO()
+    settings: dict[str, object] = {
+        "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False, "vocab_size": vocab_size, "num_threads": 1, "minloglevel": 2,
+    }  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model, **settings | options)
+    return model.getvalue()
+
+
+def scaled_config(vocab_size: int, **fields: object) -> ModelConfig:
+    """Three layers that grow, in a few kilobytes."""
+    options: dict[str, object] = {
+        "num_layers": 3, "model_dim": 64, "head_dim": 16, "num_gqa_groups": 2, "ffn_dim_divisor": 16,
+        "max_context_length": CONTEXT, "rope_max_length": 2 * CONTEXT,
+    }  # fmt: skip
+    return ModelConfig.scaled(vocab_size=vocab_size, **options | fields)  # type: ignore[arg-type]
+
+
+def random_model(config: ModelConfig, seed: int = 0) -> Model:
+    """Weights large enough that what came before decides what comes next, norms' weights aside from 1."""
+    model = Model(config)
+    keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
+    model.update(tree_map(lambda weight: _drawn(weight, next(keys)), model.parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def spelling_model(tokenizer: Tokenizer, text: str, context: int = CONTEXT) -> Model:
+    """A model that answers whatever ends with a newline, or says nothing of `text`, by `text` and then EOS.
+
+    Its layers add nothing: the last token alone decides, so no token of `text` may come twice. A `text` that
+    begins with its own last token goes round in circles, for ever.
+    """
+    chain = [*tokenizer.encode("\n")[-1:], *tokenizer.encode("\n" + text, add_bos=False)[2:]]
+    if chain[1] == chain[-1]:
+        nexts = dict(pairwise(chain)) | {chain[-1]: chain[2]}
+    else:
+        assert len({*chain}) == len(chain), "a token comes twice"
+        nexts = dict(zip(chain, [*chain[1:], tokenizer.eos_id], strict=True))
+    size = tokenizer.vocab_size
+    width = -(-size // 32) * 32
+    config = ModelConfig.scaled(
+        vocab_size=size, num_layers=1, model_dim=width, head_dim=8, num_gqa_groups=1, qkv_multipliers=8 / width,
+        ffn_multipliers=8 / width, ffn_dim_divisor=8, max_context_length=context, rope_max_length=2 * context,
+        share_input_output_layers=False,
+    )  # fmt: skip
+    model = Model(config)
+    layer = model.layers[0]
+    layer.attn.out_proj.weight = mx.zeros_like(layer.attn.out_proj.weight)
+    layer.ffn.proj_2.weight = mx.zeros_like(layer.ffn.proj_2.weight)
+    model.transformer.token_embeddings.weight = mx.eye(size, width)
+    following = [nexts.get(token, chain[1]) for token in range(size)]
+    head = mx.zeros((size, width))
+    head[mx.array(following), mx.arange(size)] = 10.0
+    model.lm_head.weight = head
+    mx.eval(model.parameters())
+    return model
+
+
+def write_directory(path: Path, model: Model, tokenizer: bytes | None, dtype: mx.Dtype = mx.bfloat16) -> Path:
+    """A model directory at `path`, which is made if need be."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    weights = {name: weight.astype(dtype) for name, weight in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    if tokenizer is not None:
+        (path / "tokenizer.model").write_bytes(tokenizer)
+    return path
+
+
+def _drawn(weight: mx.array, key: mx.array) -> mx.array:
+    if weight.ndim == 1:
+        return 1 + 0.2 * mx.random.normal(weight.shape, key=key)
+    return mx.random.normal(weight.shape, key=key) * (1.5 / weight.shape[1] ** 0.5)
