@@ -285,7 +285,7 @@ class TestFind:
             asked.append((repository, revision, patterns))
             return tmp_path
 
-        monkeypatch.setattr(hub, "_snapshot", snapshot)
+        monkeypatch.setattr(hub, "snapshot", snapshot)
         with pytest.raises(InputError, match=r"^owner/name: no tokenizer\.model"):
             converter.find("owner/name")
         (tmp_path / "tokenizer.model").write_bytes(llama_like.read_bytes())
