@@ -164,13 +164,13 @@ class ModelConfig:
         """
         model_type = values.get("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
-            raise InputError(f"{where}: model_type is {model_type!r}, and this reads {MODEL_TYPE!r}")
+            raise InputError(f"{where}: model_type is {_short(model_type)}, and this reads {MODEL_TYPE!r}")
         activation = values.get("activation_fn_name", "swish")
         if activation != "swish":
-            raise InputError(f"{where}: activation_fn_name is {activation!r}; only 'swish' is known")
+            raise InputError(f"{where}: activation_fn_name is {_short(activation)}; only 'swish' is known")
         norm = values.get("normalization_layer_name", "rms_norm")
         if norm != "rms_norm":
-            raise InputError(f"{where}: normalization_layer_name is {norm!r}; only 'rms_norm' is known")
+            raise InputError(f"{where}: normalization_layer_name is {_short(norm)}; only 'rms_norm' is known")
         known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
         known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         try:
@@ -202,7 +202,7 @@ class ModelConfig:
             values = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON: {error}") from None
         if not isinstance(values, dict):
             raise InputError(f"{path}: holds no JSON object")
