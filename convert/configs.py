@@ -153,7 +153,8 @@ def _words(path: Path, values: Mapping[str, Any], scaling: Scaling | None) -> Se
     for key in ("vocab_size", "max_context_length"):
         value = values.get(key)
         if value is not None and (type(value) is not int or not 0 < value < 2**31):
-            raise InputError(f"{path}: {key} is {value!r}: a positive whole number is needed")
+            shown = "huge" if isinstance(value, int) and abs(value) > 2**63 else repr(value)[:40]
+            raise InputError(f"{path}: {key} is {shown}: a positive whole number is needed")
         numbers[key] = value
     return Settings(path, None, name, numbers["vocab_size"], numbers["max_context_length"], scaling)
 

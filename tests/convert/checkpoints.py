@@ -18,6 +18,7 @@ import torch_files
 from safetensors.numpy import save_file
 
 from elm_mlx.config import ModelConfig
+from elm_mlx_convert import safetensors_files
 from elm_mlx_convert.names import to_corenet
 
 Weights = dict[str, np.ndarray]
@@ -112,6 +113,21 @@ def save_tokenizer(directory: Path, pieces: int = 300) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "tokenizer.model").write_bytes(tokenizer_model(pieces))
     return directory / "tokenizer.model"
+
+
+def read(directory: Path) -> Weights:
+    """What was written, as it lies there: bfloat16 as bit patterns."""
+    return {name: tensor.read() for name, tensor in safetensors_files.read(directory / "model.safetensors").items()}
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    """Every file under it."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def made(directory: Path) -> Path:
+    directory.mkdir()
+    return directory
 
 
 def reference_logits(config: ModelConfig, weights: Mapping[str, np.ndarray], ids: Sequence[int]) -> np.ndarray:
