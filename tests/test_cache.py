@@ -1,0 +1,135 @@
+"""Caches against a plain list of what was written, across growth, trimming and padding."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, pad_left
+from elm_mlx.config import ModelConfig
+from elm_mlx.model import Model
+
+
+def drawn(length: int, seed: int, batch: int = 1, heads: int = 2) -> tuple[mx.array, mx.array]:
+    keys, values = mx.random.normal((2, batch, heads, length, 4), key=mx.random.key(seed))
+    return keys, values
+
+
+def filled(length: int, seed: int = 0, batch: int = 1) -> KVCache:
+    cache = KVCache()
+    cache.update_and_fetch(*drawn(length, seed, batch))
+    return cache
+
+
+steps = st.lists(
+    st.tuples(st.just("write"), st.sampled_from([1, 1, 2, 100, 255, 256, 257, 600]))
+    | st.tuples(st.just("trim"), st.integers(0, 400)),
+    max_size=8,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps)
+def test_a_cache_is_what_was_written_and_not_trimmed(actions: list[tuple[str, int]]) -> None:
+    cache, keys, values = KVCache(), np.zeros((1, 2, 0, 4)), np.zeros((1, 2, 0, 4))
+    for seed, (action, count) in enumerate(actions):
+        if action == "trim":
+            assert cache.trim(count) == min(count, keys.shape[2])
+            kept = keys.shape[2] - min(count, keys.shape[2])
+            keys, values = keys[:, :, :kept], values[:, :, :kept]
+        else:
+            new = drawn(count, seed)
+            fetched = cache.update_and_fetch(*new)
+            keys, values = (np.concatenate([old, x], axis=2) for old, x in zip((keys, values), new, strict=True))
+            np.testing.assert_array_equal(fetched[0], keys.astype(np.float32))
+            np.testing.assert_array_equal(fetched[1], values.astype(np.float32))
+        assert cache.offset == keys.shape[2] <= cache.capacity
+        assert cache.capacity % KVCache.step == 0
+
+
+def test_an_empty_cache_is_empty() -> None:
+    cache = KVCache()
+    assert (cache.offset, cache.capacity, cache.nbytes, cache.state) == (0, 0, 0, (None, None))
+    assert cache.trim(5) == 0 and cache.is_trimmable()
+
+
+def test_room_is_made_once_and_says_its_size() -> None:
+    cache = filled(256)
+    assert cache.capacity == 256
+    assert cache.nbytes == 2 * 2 * 256 * 4 * 4
+    before = np.array(cache.keys)
+    cache.reserve(257)
+    assert cache.capacity == 512 and cache.offset == 256
+    np.testing.assert_array_equal(cache.keys[:, :, :256], before)
+    keys = cache.keys
+    cache.reserve(400)
+    assert cache.keys is keys
+
+
+def test_the_type_of_what_is_written_stays() -> None:
+    cache = KVCache()
+    keys, _ = cache.update_and_fetch(*(x.astype(mx.bfloat16) for x in drawn(3, 0)))
+    assert keys.dtype == mx.bfloat16
+    cache.reserve(300)
+    assert cache.keys is not None and cache.keys.dtype == mx.bfloat16
+
+
+def test_only_what_comes_after_is_hidden() -> None:
+    assert KVCache().make_mask(1) is None
+    assert KVCache().make_mask(2) == "causal"
+
+
+def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
+    cache = filled(5)
+    assert cache.keys is not None and cache.values is not None
+    step = StepCache(cache.keys, cache.values, mx.array([5]))
+    np.testing.assert_array_equal(step.offset, [5])
+    new = drawn(1, 9)
+    keys, values = step.update_and_fetch(*new)
+    expected = filled(5).update_and_fetch(*new)
+    np.testing.assert_array_equal(keys[:, :, :6], expected[0])
+    np.testing.assert_array_equal(values[:, :, :6], expected[1])
+    assert not np.array(keys[:, :, 6:]).any()
+    np.testing.assert_array_equal(np.array(step.make_mask(1)).reshape(-1), np.arange(256) <= 5)
+
+
+def test_a_padded_step_hides_the_padding_and_counts_positions_from_its_end() -> None:
+    cache = filled(5, batch=3)
+    assert cache.keys is not None and cache.values is not None
+    step = StepCache(cache.keys, cache.values, mx.array([5]), mx.array([0, 2, 4]))
+    np.testing.assert_array_equal(step.offset, [5, 3, 1])
+    mask = np.array(step.make_mask(1))
+    assert mask.shape == (3, 1, 1, 256)
+    for row, first in enumerate((0, 2, 4)):
+        np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(first, 6))
+
+
+def test_caches_of_different_length_are_stacked_with_their_ends_together() -> None:
+    caches = [filled(length, seed=length) for length in (3, 7, 1)]
+    caches[1].trim(1)  # what was trimmed does not come along
+    keys, values = pad_left(caches)
+    assert keys.shape == values.shape == (3, 2, 6, 4)
+    for row, cache in enumerate(caches):
+        assert cache.keys is not None and cache.values is not None
+        np.testing.assert_array_equal(keys[row, :, 6 - cache.offset :], cache.keys[0, :, : cache.offset])
+        np.testing.assert_array_equal(values[row, :, 6 - cache.offset :], cache.values[0, :, : cache.offset])
+        assert not np.array(keys[row, :, : 6 - cache.offset]).any()
+
+
+def test_every_layer_gets_a_cache_of_its_own() -> None:
+    model = Model(tiny.scaled_config(64))
+    caches = make_prompt_cache(model)
+    assert len(caches) == 3 and len({id(cache) for cache in caches}) == 3
+
+
+@pytest.mark.parametrize("name", ["OpenELM-270M", "OpenELM-3B"])
+def test_a_token_takes_the_bytes_that_the_config_says(name: str) -> None:
+    config = ModelConfig.preset(name)
+    caches = [KVCache() for _ in config.num_kv_heads]
+    for cache, heads in zip(caches, config.num_kv_heads, strict=True):
+        cache.update_and_fetch(*mx.zeros((2, 1, heads, 1, config.head_dim), mx.bfloat16))
+    assert sum(cache.nbytes for cache in caches) == KVCache.step * config.kv_bytes_per_token(2)
