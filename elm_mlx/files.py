@@ -86,7 +86,7 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             _check_free(path, replace)
             temporary, lock = _make_locked(path, os.mkdir)
         try:
-            with _full_disk_named(path):
+            with _full_disk_named(path), _temporary_unnamed(temporary, path):
                 yield temporary
             with _failures_named(path):
                 _sync_tree(temporary)
@@ -280,6 +280,17 @@ def _full_disk_named(path: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise ElmError(f"{path}: cannot be written: {os.strerror(error.errno)}; nothing was changed") from None
         raise
+
+
+@contextmanager
+def _temporary_unnamed(temporary: Path, path: Path) -> Iterator[None]:
+    """Errors about files in `temporary` say where they were to end up."""
+    try:
+        yield
+    except ElmError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(temporary), str(path))) from None
 
 
 @contextmanager

@@ -171,6 +171,15 @@ def test_full_disk_says_so(tmp_path: Path) -> None:
     assert names(tmp_path) == ["d"]
 
 
+def test_errors_within_do_not_name_the_temporary(tmp_path: Path) -> None:
+    for kind in (ElmError, InputError):
+        with pytest.raises(kind) as caught, new_directory(tmp_path / "d") as directory:
+            raise kind(f"{directory}/a: is bad")
+        assert str(caught.value) == f"{tmp_path}/d/a: is bad"
+    with pytest.raises(InputError, match="elsewhere"), new_directory(tmp_path / "d"):
+        raise InputError("elsewhere")
+
+
 def test_file_size_limit_is_met_as_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text("old")
