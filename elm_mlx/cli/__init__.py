@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx import __version__
+from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
@@ -24,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(chat)
 app.command()(convert)
 app.command()(generate)
 app.command()(info)

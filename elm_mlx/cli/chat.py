@@ -1,0 +1,63 @@
+"""`elm-mlx chat`: a conversation at a terminal, or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.errors import InputError
+
+
+def chat(
+    model: options.ModelPath,
+    system: Annotated[str | None, typer.Option(help="What the model is told before anything else.")] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="openelm-instruct, none, or a file of Jinja text.  [default: the model's own]"),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Of an answer, at most.  [default: 512, or 256 of a base model]")
+    ] = None,
+    temp: Annotated[
+        float | None, typer.Option(help="Temperature; 0 takes the likeliest token.  [default: 0.7]")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the likeliest tokens that reach this probability.  [default: 0.9]")
+    ] = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this string; may be repeated.")] = None,
+    compute_dtype: options.ComputeDtype = None,
+) -> None:
+    """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
+    from elm_mlx.chat import Chat, options_for
+    from elm_mlx.cli.session import Session
+    from elm_mlx.describe import check_directory
+    from elm_mlx.store import open_model
+    from elm_mlx.template import choose
+
+    loaded = open_model(check_directory(model), compute_dtype)
+    if loaded.tokenizer is None:
+        raise InputError(f"{model}: has no tokenizer, so it cannot read a message; convert again with --tokenizer")
+    for note in loaded.notes:
+        print(f"elm-mlx: {note}", file=sys.stderr)
+    chosen = choose(model, loaded.tokenizer, template)
+    flags = {
+        "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    conversation = Chat(
+        loaded.model,
+        loaded.tokenizer,
+        chosen,
+        system=system,
+        options=options_for(model, flags, continues=chosen is None),
+        stop=stop or (),
+        seed=seed,
+    )
+    raise typer.Exit(Session(conversation, model).run())

@@ -1,0 +1,275 @@
+"""What a person types in a chat, and what is shown of it.
+
+Knows lines, keys and the commands; the conversation itself is `elm_mlx.chat`. Answers go to stdout, and all
+else to stderr, so that a pipe gets answers alone.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import FrameType
+
+import typer
+
+from elm_mlx.chat import DEFAULTS, Chat, Reply, save_options
+from elm_mlx.cli.lines import Pipe, Terminal, interactive
+from elm_mlx.errors import ElmError, InputError
+
+BLOCK = '"""'
+
+HELP = f"""\
+/undo        drop the last message and its answer
+/retry       answer the last message anew
+/reset       drop everything but the system prompt
+/save FILE   write the conversation to a JSON file
+/load FILE   go on with the conversation in such a file
+/set         show the settings; /set temp 0.7 changes one, /set save keeps them in the model's directory
+/stats       show tokens, speed and memory
+/quit        leave; Ctrl-D does too
+Ctrl-C       stop an answer, and keep what was said of it; clear a line
+{BLOCK}          begins a message of several lines, and ends it
+//           begins a message that begins with a /"""
+HELP_CONTINUING = """
+Enter        alone: let the model go on
+a space      at the beginning of a line: go on where the text ends, and not in a new line"""
+
+MEANINGS = {
+    "temp": "temperature; 0 takes the likeliest token",
+    "top_p": "keep the likeliest tokens that reach this probability",
+    "top_k": "keep this many of the likeliest tokens; 0 keeps all",
+    "min_p": "drop tokens below this share of the likeliest one's probability",
+    "repetition_penalty": "make tokens of the last 64 less likely; 1 does nothing",
+    "max_tokens": "of an answer, at most",
+    "seed": "the same one gives the same answers; none draws one",
+}
+
+# What would move the cursor or worse, if a model says it.
+_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+class Session:
+    """A conversation with whoever types; `directory` is the model's, where settings are kept."""
+
+    def __init__(self, chat: Chat, directory: Path) -> None:
+        self._chat = chat
+        self._directory = directory
+        self._interactive = interactive()
+        self._lines = Terminal() if self._interactive else Pipe()
+        self._exit_code = 0
+        self._commands: dict[str, Callable[[str], None]] = {
+            "undo": self._undo, "retry": self._retry, "reset": self._reset, "save": self._save, "load": self._load,
+            "set": self._set, "stats": self._stats, "help": self._help, "quit": self._quit,
+        }  # fmt: skip
+
+    def run(self) -> int:
+        """Until the end of the input. Returns the exit code: that of the last message that could not be taken."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                signal.signal(number, _leave)
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+        self._greet()
+        while True:
+            try:
+                text, literal = self._message()
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                if not self._interactive:
+                    raise
+                print()
+                continue
+            try:
+                self._take(text, literal)
+            except EOFError:  # /quit
+                return self._exit_code
+            except ElmError as error:
+                self._fail(error)
+        if self._interactive:
+            print()  # the shell's prompt should not stand beside ours
+        return self._exit_code
+
+    def _greet(self) -> None:
+        name = self._directory.resolve().name
+        if self._chat.continues:
+            what = f"{name} is a base model without a chat template: it continues what you write."
+        else:
+            what = f"Talking to {name}."
+        if self._interactive or self._chat.continues:
+            self._note(what + " /help shows the commands." * self._interactive)
+
+    def _message(self) -> tuple[str, bool]:
+        """The next message, and whether it is to be taken as it is. Raises EOFError at the end."""
+        line = self._lines.read("> ")
+        if not line.startswith(BLOCK):
+            return line, False
+        lines, line = [], line[len(BLOCK) :]
+        while not line.rstrip().endswith(BLOCK):
+            lines.append(line)
+            try:
+                line = self._lines.read("... ")
+            except EOFError:
+                return "\n".join(lines).strip("\n"), True
+        lines.append(line.rstrip()[: -len(BLOCK)])
+        return "\n".join(lines).strip("\n"), True
+
+    def _take(self, text: str, literal: bool) -> None:
+        if text.startswith("/") and not literal and not text.startswith("//"):
+            name, _, rest = text[1:].partition(" ")
+            if name not in self._commands:
+                raise InputError(f"no command /{name}: /help lists them; a message may begin with //")
+            self._commands[name](rest.strip())
+            return
+        if text.startswith("//") and not literal:
+            text = text[1:]
+        if text.strip():
+            self._show(self._chat.ask(text))
+        elif self._interactive and self._chat.continues:
+            self._show(self._chat.ask(""))
+
+    def _show(self, reply: Reply) -> None:
+        if reply.forgotten:
+            self._note(f"(context full: dropped the oldest {reply.forgotten})")
+        last = ""
+        try:
+            with self._interruptible() as stopped, closing(reply.stream(stopped)) as pieces:
+                for piece in pieces:
+                    last = piece.translate(_CONTROLS) if self._interactive else piece
+                    print(last, end="", flush=True)
+        except KeyboardInterrupt:
+            if not self._interactive:
+                raise
+        except RuntimeError as error:  # MLX's, such as memory that is not there
+            self._fail(ElmError(f"the answer failed: {error}"))
+        if not last.endswith("\n"):
+            print(flush=True)
+        self._explain(reply, said=bool(last))
+
+    def _explain(self, reply: Reply, said: bool) -> None:
+        limit = int(self._chat.options["max_tokens"])
+        if reply.finish_reason == "interrupted" and not said:
+            self._note("(stopped before an answer: the message is dropped)")
+        elif reply.finish_reason == "stop" and not said:
+            self._note("(the model has nothing to say)")
+        elif reply.finish_reason == "length" and not self._chat.continues:
+            self._note(f"(cut off after {limit} tokens: /set max_tokens allows more)")
+        elif reply.finish_reason == "context" and not self._chat.continues:
+            self._note("(cut off: the context is full)")
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[Callable[[], bool]]:
+        """At a terminal, the first Ctrl-C asks the answer to stop, and a second one does not wait for that."""
+        if not self._interactive:
+            yield lambda: False
+            return
+        pressed = False
+
+        def note(number: int, frame: FrameType | None) -> None:
+            nonlocal pressed
+            if pressed:
+                raise KeyboardInterrupt
+            pressed = True
+
+        before = signal.signal(signal.SIGINT, note)
+        try:
+            yield lambda: pressed
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _undo(self, rest: str) -> None:
+        dropped = self._chat.undo().question
+        self._note(f"(dropped: {dropped[:60]}{'…' * (len(dropped) > 60)})")
+
+    def _retry(self, rest: str) -> None:
+        self._show(self._chat.retry())
+
+    def _reset(self, rest: str) -> None:
+        self._chat.reset()
+        self._note("(a new conversation)")
+
+    def _save(self, rest: str) -> None:
+        path = _file(rest, "save")
+        self._chat.save(path)
+        self._note(f"(saved to {path})")
+
+    def _load(self, rest: str) -> None:
+        self._chat.load(_file(rest, "load"))
+        self._note(f"(loaded: {len(self._chat.exchanges)} messages with their answers)")
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        if not name:
+            for name in (*DEFAULTS, "seed"):
+                value = str(self._chat.options[name] if name in DEFAULTS else self._chat.seed).lower()
+                self._note(f"{name:<18}  {value:<8}  {MEANINGS[name]}")
+        elif name == "save" and not value:
+            self._note(f"(saved to {save_options(self._directory, self._chat.options)})")
+        elif not value.strip():
+            raise InputError(f"/set {name} needs a value")
+        elif name == "seed":
+            self._chat.seed = _seed(value.strip())
+        else:
+            self._chat.set(name, _number(name, value))
+
+    def _stats(self, rest: str) -> None:
+        chat, last = self._chat, self._chat.last
+        used, context = len(chat.cache.ids), chat.model.config.max_context_length
+        self._note(f"context       {used} of {context} tokens, {chat.cache.nbytes / 1e6:.1f} MB")
+        if last is None:
+            self._note("no answer yet")
+            return
+        reused = last.prompt_tokens - last.read_tokens
+        self._note(
+            f"prompt        {last.prompt_tokens} tokens: {last.read_tokens} read, {reused} were in the cache\n"
+            f"first token   after {last.time_to_first_token:.3f} s\n"
+            f"answer        {last.generated_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"memory        {last.peak_memory / 1e9:.2f} GB at most"
+        )
+
+    def _help(self, rest: str) -> None:
+        self._note(HELP + HELP_CONTINUING * self._chat.continues)
+
+    def _quit(self, rest: str) -> None:
+        raise EOFError
+
+    def _note(self, text: str) -> None:
+        sys.stdout.flush()
+        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
+        print(text if plain else typer.style(text, dim=True), file=sys.stderr, flush=True)
+
+    def _fail(self, error: ElmError) -> None:
+        sys.stdout.flush()
+        print(f"elm-mlx: {error}", file=sys.stderr, flush=True)
+        self._exit_code = 0 if self._interactive else error.exit_code
+
+
+def _file(name: str, command: str) -> Path:
+    if not name:
+        raise InputError(f"/{command} needs a file's name")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # ~ and no such user: a name like another
+        return Path(name)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{name} is {text.strip()!r}: a number is needed") from None
+
+
+def _seed(text: str) -> int | None:
+    try:
+        return None if text == "none" else int(text)
+    except ValueError:
+        raise InputError(f"seed is {text!r}: a whole number is needed, or none") from None
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    sys.exit(128 + number)
