@@ -32,6 +32,7 @@ def attention(config: ModelConfig, w: Mapping[str, Array], x: Array, layer: int)
     query_heads, kv_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
     projected = (x @ w["attn.qkv_proj.weight"].T).reshape(length, -1, size)
     assert projected.shape[1] == query_heads + 2 * kv_heads
+    future = np.arange(length)[None, :] > np.arange(length)[:, None]
     outputs = []
     for head in range(query_heads):
         group = head // (query_heads // kv_heads)
@@ -41,8 +42,8 @@ def attention(config: ModelConfig, w: Mapping[str, Array], x: Array, layer: int)
             q = rms_norm(q, w["attn.q_norm.weight"], config.rms_norm_eps)
             k = rms_norm(k, w["attn.k_norm.weight"], config.rms_norm_eps)
         q, k = (rope(part, np.arange(length), config.rope_freq_constant) for part in (q, k))
-        rows = [softmax(q[i] @ k[: i + 1].T / np.sqrt(size)) @ v[: i + 1] for i in range(length)]
-        outputs.append(np.stack(rows))
+        scores = np.where(future, -np.inf, q @ k.T / np.sqrt(size))
+        outputs.append(softmax(scores) @ v)
     return np.concatenate(outputs, axis=-1) @ w["attn.out_proj.weight"].T
 
 
