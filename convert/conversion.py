@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -92,25 +93,25 @@ def convert(
         In both cases `destination` is as it was.
     """
     start = time.perf_counter()
-    path = Path(destination).expanduser()
-    _check_destination(path, overwrite)
-    plan = make_plan(
-        source,
-        tokenizer=tokenizer,
-        config=config,
-        preset=preset,
-        head_dim=head_dim,
-        lora_alpha=lora_alpha,
-        dtype=dtype,
-        revision=revision,
-        ema=ema,
-    )
-    _check_apart(plan.source, path)
-    on_plan(plan)
-    if dry_run:
-        return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
-    _check_room(plan, path)
+    path = Path(destination)
     try:
+        _check_destination(path, overwrite)
+        plan = make_plan(
+            source,
+            tokenizer=tokenizer,
+            config=config,
+            preset=preset,
+            head_dim=head_dim,
+            lora_alpha=lora_alpha,
+            dtype=dtype,
+            revision=revision,
+            ema=ema,
+        )
+        _check_apart(plan.source, path)
+        on_plan(plan)
+        if dry_run:
+            return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
+        _check_room(plan, path)
         differences, broken = _write(plan, path, verify=verify, overwrite=overwrite, on_progress=on_progress)
     except OSError as error:
         raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
@@ -142,10 +143,7 @@ def _check_destination(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: is a file, and a directory is to be written")
     if not overwrite:
         raise InputError(f"{path}: exists already; pass --overwrite to replace it, or choose another")
-    try:
-        foreign = foreign_entries(path)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    foreign = foreign_entries(path)
     if foreign:
         raise InputError(
             f"{path}: is no model directory, or more than one: it holds {listed(foreign)}; nothing was replaced"
@@ -154,7 +152,7 @@ def _check_destination(path: Path, overwrite: bool) -> None:
 
 def _check_apart(source: Source, path: Path) -> None:
     """Refuses a destination that the source itself lies in: its own conversion would replace it."""
-    real = path.resolve()
+    real = Path(os.path.realpath(path))  # unlike resolve(), no exception for a loop of links
     for file in source.files:
         if real in (file.absolute().parent, *file.resolve().parents):
             raise InputError(f"{path}: holds the source, {file.name}: choose another directory")
@@ -211,4 +209,4 @@ def _record(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

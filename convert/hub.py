@@ -7,6 +7,7 @@ and `HF_HUB_OFFLINE` are huggingface_hub's own business.
 from __future__ import annotations
 
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,7 +44,10 @@ def download(repository: str, revision: str | None) -> Path:
 def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
     """The directory of the repository's snapshot, with the files that match `patterns`. Raises as `download`."""
     from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     at = f" at {revision}" if revision else ""
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))

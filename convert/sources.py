@@ -57,7 +57,7 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
         InputError: there is no such thing, or it is damaged or hostile: says what and where.
         ElmError: the hub cannot be reached.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
         directory = hub.download(source, revision)
         found = _open_directory(directory, ema)

@@ -80,28 +80,32 @@ def _print_plan(plan: Plan) -> None:
         ("", f"heads {_range(heads)} of {config.head_dim}, key/value heads {_range(kv)}, FFN {_range(ffn)}"),
         ("", _traits(config)),
         ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),
-        ("tokenizer", plan.tokenizer.name if plan.tokenizer else "none"),
+        ("tokenizer", str(plan.tokenizer or "none")),
         ("write", f"{plan.dtype}, {_size(plan.nbytes)}"),
         *(("note", note) for note in plan.notes),
         *(("warning", warning) for warning in plan.warnings),
     ]
     for name, text in rows:
         if text:
-            typer.echo(f"{name:<10}  {text}")
+            _say(name, text)
 
 
 def _print_end(done: Conversion) -> None:
     for difference in done.differences:
-        typer.echo(
-            f"{'verified':<10}  {difference.group:<9}  {difference.values:>13,} values, largest difference "
-            f"{difference.largest:.3g} (largest value {difference.magnitude:.3g})"
-        )
+        size = f"{difference.group:<9}  {difference.values:>13,} values"
+        largest = f"largest difference {difference.largest:.3g} (largest value {difference.magnitude:.3g})"
+        _say("verified", f"{size}, {largest}")
     for warning in done.warnings[len(done.plan.warnings) :]:
-        typer.echo(f"{'warning':<10}  {warning}", err=True)
+        _say("warning", warning)
     if done.destination is None:
-        typer.echo("dry run: nothing was written")
+        _say("dry run", "nothing was written")
     else:
-        typer.echo(f"{'wrote':<10}  {done.destination} in {done.seconds:.1f} s")
+        _say("wrote", f"{done.destination} in {done.seconds:.1f} s")
+
+
+def _say(name: str, text: str) -> None:
+    """One line of the report; a file's name may hold anything, and is shown without what moves the cursor."""
+    typer.echo(f"{name:<10}  {''.join(c if c.isprintable() else '?' for c in text)}")
 
 
 def _traits(config: Any) -> str:

@@ -57,7 +57,7 @@ def test_what_it_prints(run: Run, tmp_path: Path, source: Path) -> None:
         "            heads 4 to 6 of 8, key/value heads 2 to 3, FFN 32 to 192",
         "            gated FFN, QK norms, tied head",
         "vocabulary  300 tokens, context 2,048",
-        "tokenizer   tokenizer.model",
+        f"tokenizer   {tmp_path / 'in' / 'tokenizer.model'}",
         "write       bfloat16, 0.2 MB",
         "note        dropped 20 rows of the embedding, past the tokenizer's 300 pieces",
         lines[9],
@@ -70,7 +70,7 @@ def test_what_it_prints(run: Run, tmp_path: Path, source: Path) -> None:
 
 def test_dry_run(run: Run, tmp_path: Path, source: Path) -> None:
     code, out, _ = run("convert", source, tmp_path / "out", "--dry-run")
-    assert code == 0 and out.splitlines()[-1] == "dry run: nothing was written"
+    assert code == 0 and out.splitlines()[-1] == "dry run     nothing was written"
     assert "write       bfloat16" in out
     assert not (tmp_path / "out").exists()
 
@@ -101,6 +101,13 @@ def test_warnings_are_shown(run: Run, tmp_path: Path) -> None:
     _, out, _ = run("convert", save_pt(tmp_path / "a.pt", weights(config)), tmp_path / "out")
     assert "warning     no tokenizer: " in out
     assert "warning     its FFN has no gate (GLU), which mlx-lm cannot express: only elm-mlx opens the result" in out
+
+
+def test_a_name_that_is_no_text(run: Run, tmp_path: Path, source: Path) -> None:
+    odd = source.rename(source.parent / os.fsdecode(b"caf\xe9\x1b[2J.pt"))
+    code, out, err = run("convert", odd, tmp_path / "out")
+    assert (code, err) == (0, "") and out.startswith("source      caf??[2J.pt: ")
+    assert "caf" in (tmp_path / "out" / "conversion.json").read_text()
 
 
 def test_errors_are_one_line_and_exit_2(run: Run, tmp_path: Path, source: Path) -> None:

@@ -57,7 +57,7 @@ def entries(directory: Path) -> list[str]:
 
 
 def test_killed_at_any_moment(tmp_path: Path, sources: list[Path]) -> None:
-    """SIGKILL at 25 random moments of a process that replaces one model by another without a pause."""
+    """SIGKILL at 20 random moments of a process that replaces one model by another without a pause."""
     complete = []
     for number, source in enumerate(sources):
         convert(source, tmp_path / f"expected{number}")
@@ -67,7 +67,7 @@ def test_killed_at_any_moment(tmp_path: Path, sources: list[Path]) -> None:
     convert(sources[0], out)
     choose = random.Random(11)
     left = set()
-    for _ in range(25):
+    for _ in range(20):
         command = [sys.executable, "-c", FOREVER, str(out), *map(str, sources)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None

@@ -67,6 +67,16 @@ def test_destination_is_a_file_or_under_one(tmp_path: Path, source: Path) -> Non
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_names_that_no_file_system_takes(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(ElmError, match="File name too long"):
+        convert(source, tmp_path / ("x" * 300))
+    with pytest.raises(ElmError, match="File name too long"):
+        convert("x" * 300, tmp_path / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ElmError):
+        convert(source, tmp_path / "loop")
+
+
 def test_destination_holds_or_is_the_source(tmp_path: Path, source: Path) -> None:
     convert(source, tmp_path / "a")
     before = snapshot(tmp_path)
