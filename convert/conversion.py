@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import __version__
+from elm_mlx.version import __version__
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import free_bytes, new_directory
 from elm_mlx_convert import tokenizers

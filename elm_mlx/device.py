@@ -46,17 +46,21 @@ def compute_dtype(
         return stored, None
     needed, available = 4 * parameters, available_memory()
     kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
-    if available is not None and needed > 0.8 * available:
+    if not _widened_fits(parameters, available):
         return stored, (
             f"computing with {kind} weights, slowly on a CPU: float32 would take {needed / 1e9:.1f} GB "
-            f"of the {available / 1e9:.1f} GB of memory that are free"
+            f"of the {(available or 0) / 1e9:.1f} GB of memory that are free"
         )
     return mx.float32, f"{kind} weights computed in float32, faster on a CPU ({needed / 1e9:.2f} GB)"
 
 
-def unpacks(dtype: mx.Dtype) -> bool:
+def unpacks(dtype: mx.Dtype, parameters: int) -> bool:
     """Whether quantized weights are expanded at load to compute in `dtype`: on a CPU, to be multiplied by BLAS."""
-    return not on_gpu() and dtype == mx.float32
+    return not on_gpu() and dtype == mx.float32 and _widened_fits(parameters, available_memory())
+
+
+def _widened_fits(parameters: int, available: int | None) -> bool:
+    return available is None or 4 * parameters <= 0.8 * available
 
 
 def available_memory() -> int | None:
@@ -65,7 +69,10 @@ def available_memory() -> int | None:
         meminfo = Path("/proc/meminfo").read_text()
     except OSError:
         return None
-    available = next(int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    lines = (line for line in meminfo.splitlines() if line.startswith("MemAvailable"))
+    available = next((int(line.split()[1]) * 1024 for line in lines), None)
+    if available is None:
+        return None
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

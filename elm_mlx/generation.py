@@ -83,8 +83,8 @@ def stream_generate(
         stop: strings that end the text; neither they nor EOS are part of it.
         stop_at_eos: False to go on past EOS, for measurements.
         prefill_step: prompt tokens computed in one pass.
-        prompt_cache: from `make_prompt_cache`, with what came before `prompt` in it or empty; afterwards it
-            holds the prompt and every token that was yielded, but for the last of a finished generation.
+        prompt_cache: from `make_prompt_cache`, empty or with what came before `prompt` in it. Between two tokens,
+            and after the last, it holds the first `offset` of what was before, `prompt` and the tokens so far.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
@@ -145,8 +145,27 @@ def prefill(model: Model, ids: Sequence[int], caches: list[KVCache], step: int =
     return model.head(model.transformer(rows, caches)[:, -1])
 
 
+def decode(
+    model: Model, caches: list[KVCache], sampler: Sampler, logits: mx.array, state: State, max_tokens: int
+) -> Iterator[tuple[int, float]]:
+    """Tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` left on.
+
+    When a token comes it is in `caches` already, but for the first and the `max_tokens`th.
+    """
+    tokens, logprobs, state = sampler(logits, state)
+    mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
+    decoder = Decoder(model, sampler, caches, tokens, state)
+    for count in range(1, max_tokens + 1):
+        current, current_logprobs = tokens, logprobs
+        if 1 < count < max_tokens:
+            tokens, logprobs = decoder.advance()  # runs while this token is read
+        yield int(current.item()), float(current_logprobs.item())
+        if count == 1 < max_tokens:  # only now, so that the first token does not wait until the step is traced
+            tokens, logprobs = decoder.advance()
+
+
 class Decoder:
-    """The rest of a generation: one compiled step, run ahead of the reader by one token.
+    """One compiled step for each token, launched without waiting for it.
 
     The cache's arrays are of fixed capacity inside the step, and it is traced anew when they grow.
 
@@ -227,18 +246,11 @@ def _stream(
     cut_off: str,
 ) -> Iterator[Response]:
     start = time.perf_counter()
-    tokens, logprobs, state = sampler(prefill(model, ids, caches, prefill_step), sampler.start([ids], seed))
-    mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
-    decoder = Decoder(model, sampler, caches, tokens, state)
+    logits = prefill(model, ids, caches, prefill_step)
     first = 0.0
-    for count in range(1, max_tokens + 1):
-        current, current_logprobs = tokens, logprobs
-        if count == 1:
-            token = int(current.item())  # before the step is traced: the first token should not wait for that
-            first = time.perf_counter()
-        if count < max_tokens:
-            tokens, logprobs = decoder.advance()
-        token = int(current.item())
+    drawn = decode(model, caches, sampler, logits, sampler.start([ids], seed), max_tokens)
+    for count, (token, logprob) in enumerate(drawn, start=1):
+        first = first or time.perf_counter()
         ended = token in eos
         piece = ""
         if text is not None:
@@ -250,7 +262,7 @@ def _stream(
         yield Response(
             text=piece,
             token=token,
-            logprob=float(current_logprobs.item()),
+            logprob=logprob,
             finish_reason=reason,
             prompt_tokens=len(ids),
             generation_tokens=count,

@@ -8,17 +8,19 @@ Speaks mlx-lm's model protocol, so that its tools can drive it: `model(ids, cach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from elm_mlx import ops
 from elm_mlx.cache import KVCache, StepCache
 from elm_mlx.config import MODEL_TYPE, ModelConfig
 from elm_mlx.norm import RMSNorm
+from elm_mlx.ops import Mask
 from elm_mlx.rope import Rope, Rotate
 
-Mask = mx.array | str | None
-Cache = KVCache | StepCache
+Cache: TypeAlias = KVCache | StepCache
 
 
 class Attention(nn.Module):
@@ -47,7 +49,7 @@ class Attention(nn.Module):
         queries, keys = rotate(queries), rotate(keys)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=mask)
+        out = ops.attention(queries, keys, values, self.head_dim**-0.5, mask)
         return self.out_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
 
 
@@ -64,9 +66,9 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         x = self.proj_1(x)
         if not self.with_glu:
-            return self.proj_2(nn.silu(x))
+            return self.proj_2(ops.silu(x))
         gate, up = mx.split(x, 2, axis=-1)
-        return self.proj_2(nn.silu(gate) * up)
+        return self.proj_2(ops.swiglu(gate, up))
 
 
 class Block(nn.Module):

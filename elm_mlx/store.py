@@ -64,12 +64,12 @@ def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
     weights = _read_weights(path)
     packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
     _check_weights(config, packing, weights, path)
-    some_scale = next((weights[_scales(name)] for name in packing), None)
-    stored = some_scale.dtype if some_scale is not None else weights["transformer.token_embeddings.weight"].dtype
+    # Norms are never quantized, so theirs is the type that a quantized model came in.
+    stored = weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
     parameters = sum(math.prod(shape) for shape in config.shapes().values())
     dtype, note = device.compute_dtype(stored, parameters, bool(packing), compute_dtype)
     model = Model(config)
-    if packing and device.unpacks(dtype):
+    if packing and device.unpacks(dtype, parameters):
         _unpack(weights, packing)
     elif packing:
         nn.quantize(model, class_predicate=lambda module, _: packing.get(f"{module}.weight", False))
@@ -82,6 +82,11 @@ def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
     model.freeze()
     tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
     if tokenizer is not None:
+        if tokenizer.vocab_size > config.vocab_size:
+            raise InputError(
+                f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {config.vocab_size}: "
+                "it is another model's tokenizer"
+            )
         tokenizer.eos_ids = config.eos_token_ids
     return Loaded(model, tokenizer, _describe(stored, packing), (note,) if note else ())
 
@@ -90,27 +95,37 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
     """Every tensor of the directory's `model*.safetensors`, not yet read from the disk."""
     from safetensors import SafetensorError, safe_open
 
+    weights: dict[str, mx.array] = {}
+    for file in _weight_files(path):
+        try:
+            with safe_open(file, framework="numpy"):  # MLX does not check a header against the file's size
+                pass
+            tensors = mx.load(str(file))
+        except (SafetensorError, RuntimeError, OSError) as error:
+            raise InputError(f"{file}: damaged or no safetensors file: {error}") from None
+        twice = next((name for name in tensors if name in weights), None)
+        if twice is not None:
+            raise InputError(f"{file}: tensor {twice} is in another file of the directory too")
+        weights.update(tensors)
+    return weights
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that the index names, where there is one; else all that look like it."""
     files = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(f"{index}: holds no weight_map") from None
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")
+        files = [file for file in files if file.name in named]
     if not files:
         raise InputError(f"{path}: holds no model.safetensors")
-    weights: dict[str, mx.array] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy"):  # MLX does not check a header against the file's size
-                pass
-            weights.update(mx.load(str(file)))
-        except (SafetensorError, RuntimeError, OSError) as error:
-            raise InputError(f"{file}: damaged or no safetensors file: {error}") from None
-    return weights
+    return files
 
 
 def _check_weights(
@@ -129,9 +144,20 @@ def _check_weights(
             raise InputError(f"{path}: tensor {name} is missing")
         if weights[name].shape != shape:
             raise InputError(f"{path}: tensor {name} is {weights[name].shape}, and config.json implies {shape}")
+        if name in packing:
+            _check_packed(name, packing[name], weights, path)
+        elif not (mx.issubdtype(weights[name].dtype, mx.floating) or name.endswith("scales")):
+            raise InputError(f"{path}: tensor {name} is {weights[name].dtype}, which is no type of a weight")
     extra = next((name for name in weights if name not in expected), None)
     if extra is not None:
         raise InputError(f"{path}: tensor {extra} has no place in the model that config.json describes")
+
+
+def _check_packed(name: str, how: Packing, weights: dict[str, mx.array], path: Path) -> None:
+    try:
+        mx.dequantize(weights[name], weights[_scales(name)], weights.get(_biases(name)), **how)  # not computed
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: tensor {name} cannot be dequantized as config.json says: {error}") from None
 
 
 def _packing(config: ModelConfig, name: str) -> Packing:
@@ -141,10 +167,10 @@ def _packing(config: ModelConfig, name: str) -> Packing:
         raise InputError(f"tensor {name} is quantized, and config.json has no `quantization` to say how")
     own = quantization.get(name.removesuffix(".weight"))
     how = own if isinstance(own, Mapping) else quantization
-    try:
-        return {"group_size": int(how["group_size"]), "bits": int(how["bits"]), "mode": str(how.get("mode", "affine"))}
-    except (KeyError, TypeError, ValueError):
-        raise InputError("config.json: `quantization` needs whole numbers `group_size` and `bits`") from None
+    group_size, bits, mode = how.get("group_size"), how.get("bits"), how.get("mode", "affine")
+    if type(group_size) is not int or type(bits) is not int or not (0 < group_size <= 1024 and 0 < bits <= 32):
+        raise InputError("config.json: `quantization` needs whole numbers `group_size` and `bits`")
+    return {"group_size": group_size, "bits": bits, "mode": str(mode)}
 
 
 def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:

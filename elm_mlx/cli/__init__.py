@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from elm_mlx import __version__
+from elm_mlx.version import __version__
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.generate import generate

@@ -1,0 +1,44 @@
+# make demo   convert the checkpoint that comes with the project, and let it tell a story
+# make test   run every test
+# make check  lint, types and the import contract
+# make bench  speed against mlx-lm, as ratios
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+MODEL  := build/classics
+
+.PHONY: demo test check bench clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.installed
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@mkdir -p build
+	$(BIN)/elm-mlx convert examples/classics/checkpoint_average.pt $(MODEL) --tokenizer examples/classics/tokenizer.model --verify --overwrite
+	$(BIN)/elm-mlx info $(MODEL)
+	$(BIN)/elm-mlx generate $(MODEL) --prompt "Once upon a time there was a" --max-tokens 200 --temp 0.7 --top-p 0.9 --seed 7
+	@echo
+	@echo "Now try: $(BIN)/elm-mlx chat $(MODEL)"
+
+test: $(VENV)/.developing
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.developing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.developing
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/convert.py
+
+clean:
+	rm -rf build $(VENV)
