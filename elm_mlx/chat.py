@@ -6,6 +6,7 @@ to be read, `prefix` does. Knows nothing of terminals.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import time
@@ -206,13 +207,13 @@ class Chat:
         """
         system, pairs = transcript.read(path)
         exchanges = [Exchange(question, answer) for question, answer in pairs]
-        present, self._window.system = self.system, system
+        window = copy.copy(self._window)
+        window.system = system
         try:
-            self._window.prompt(exchanges, "?", 1)
+            window.prompt(exchanges, "?", 1)
         except InputError as error:
-            self._window.system = present
             raise InputError(f"{path}: {error}") from None
-        self.exchanges = exchanges
+        self._window, self.exchanges = window, exchanges
 
     def _reply(self, before: Sequence[Exchange], question: str) -> Reply:
         prompt = self._window.prompt(before, question, int(self.options["max_tokens"]))

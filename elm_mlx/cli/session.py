@@ -88,6 +88,10 @@ class Session:
                 self._take(text, literal)
             except EOFError:  # /quit
                 return self._exit_code
+            except KeyboardInterrupt:  # before an answer began
+                if not self._interactive:
+                    raise
+                print()
             except ElmError as error:
                 self._fail(error)
         if self._interactive:
@@ -151,13 +155,14 @@ class Session:
         self._explain(reply, said=bool(last))
 
     def _explain(self, reply: Reply, said: bool) -> None:
-        limit = int(self._chat.options["max_tokens"])
-        if reply.finish_reason == "interrupted" and not said:
-            self._note("(stopped before an answer: the message is dropped)")
+        """A line about how the answer ended, where that is not plain to see."""
+        stays = len(self._chat.exchanges) > len(reply.before)
+        if reply.finish_reason is None or (reply.finish_reason == "interrupted" and not said):
+            self._note(f"(stopped: {'the earlier answer stays' if stays else 'your message is dropped, too'})")
         elif reply.finish_reason == "stop" and not said:
-            self._note("(the model has nothing to say)")
+            self._note("(the model says nothing)")
         elif reply.finish_reason == "length" and not self._chat.continues:
-            self._note(f"(cut off after {limit} tokens: /set max_tokens allows more)")
+            self._note(f"(cut off after {reply.statistics.generated_tokens} tokens: /set max_tokens allows more)")
         elif reply.finish_reason == "context" and not self._chat.continues:
             self._note("(cut off: the context is full)")
 
@@ -186,6 +191,8 @@ class Session:
         self._note(f"(dropped: {dropped[:60]}{'…' * (len(dropped) > 60)})")
 
     def _retry(self, rest: str) -> None:
+        if self._chat.options["temp"] == 0:
+            self._note("(temp is 0: the answer will be the same)")
         self._show(self._chat.retry())
 
     def _reset(self, rest: str) -> None:
