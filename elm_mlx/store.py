@@ -133,6 +133,8 @@ def _check_weights(
 ) -> None:
     """Every tensor that `config` wants, in its shape, and no other."""
     expected = dict(config.shapes())
+    # Scales of the "mx" and "nv" modes are 8-bit floats, which MLX keeps as bytes.
+    bytes_ = {_scales(name) for name, how in packing.items() if how["mode"] != "affine"}
     for name, how in packing.items():
         rows, width = expected[name]
         expected[name] = (rows, width * how["bits"] // 32)
@@ -146,7 +148,7 @@ def _check_weights(
             raise InputError(f"{path}: tensor {name} is {weights[name].shape}, and config.json implies {shape}")
         if name in packing:
             _check_packed(name, packing[name], weights, path)
-        elif not (mx.issubdtype(weights[name].dtype, mx.floating) or name.endswith("scales")):
+        elif not (mx.issubdtype(weights[name].dtype, mx.floating) or name in bytes_):
             raise InputError(f"{path}: tensor {name} is {weights[name].dtype}, which is no type of a weight")
     extra = next((name for name in weights if name not in expected), None)
     if extra is not None:
@@ -176,9 +178,14 @@ def _packing(config: ModelConfig, name: str) -> Packing:
 def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
     """Replace quantized weights by the values that they stand for."""
     for name, how in packing.items():
-        scales, biases = weights.pop(_scales(name)), weights.pop(_biases(name), None)
+        # Wide first, or the products would be rounded to the scales' 16 bits, which no kernel does.
+        scales, biases = _wide(weights.pop(_scales(name))), _wide(weights.pop(_biases(name), None))
         weights[name] = mx.dequantize(weights[name], scales, biases, **how)
         mx.eval(weights[name])
+
+
+def _wide(part: mx.array | None) -> mx.array | None:
+    return part if part is None or part.dtype == mx.uint8 else part.astype(mx.float32)
 
 
 def _scales(name: str) -> str:

@@ -1,0 +1,144 @@
+"""Both answers to each question, by saying what the machine is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from elm_mlx import device
+from elm_mlx.errors import InputError
+
+GIGABYTE = 10**9
+STORED = [mx.float32, mx.bfloat16, mx.float16]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: False)
+    monkeypatch.setattr(device, "available_memory", lambda: 10 * GIGABYTE)
+
+
+def test_the_device_is_the_one_that_mlx_defaults_to() -> None:
+    assert device.on_gpu() is (mx.default_device().type == mx.gpu)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("stored", STORED)
+def test_a_gpu_computes_in_what_is_stored(stored: mx.Dtype, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda: 0)
+    assert device.compute_dtype(stored, 10**12, packed) == (stored, None)
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize(
+    ("stored", "packed", "kind"),
+    [(mx.bfloat16, False, "bfloat16"), (mx.float16, False, "float16"), (mx.bfloat16, True, "quantized"),
+     (mx.float32, True, "quantized")],
+)  # fmt: skip
+def test_a_cpu_widens_and_says_so(stored: mx.Dtype, packed: bool, kind: str) -> None:
+    dtype, note = device.compute_dtype(stored, 250_000_000, packed)
+    assert dtype == mx.float32
+    assert note == f"{kind} weights computed in float32, faster on a CPU (1.00 GB)"
+
+
+@pytest.mark.usefixtures("cpu")
+def test_float32_is_nothing_to_talk_about() -> None:
+    assert device.compute_dtype(mx.float32, 10**12) == (mx.float32, None)
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize(("parameters", "widened"), [(2 * 10**9, True), (2 * 10**9 + 1, False), (10**12, False)])
+def test_a_cpu_widens_only_into_four_fifths_of_the_free_memory(parameters: int, widened: bool) -> None:
+    dtype, note = device.compute_dtype(mx.bfloat16, parameters)
+    assert (dtype == mx.float32) is widened
+    assert note is not None and (("slowly" in note and "10.0 GB of memory that are free" in note) is not widened)
+
+
+@pytest.mark.usefixtures("cpu")
+def test_where_the_system_does_not_say_what_is_free_weights_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda: None)
+    assert device.compute_dtype(mx.bfloat16, 10**12)[0] == mx.float32
+
+
+@pytest.mark.parametrize("name", device.DTYPES)
+@pytest.mark.parametrize("packed", [True, False])
+def test_what_is_asked_for_goes_before_all(name: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu in (True, False):
+        monkeypatch.setattr(device, "on_gpu", lambda gpu=gpu: gpu)
+        for stored in STORED:
+            assert device.compute_dtype(stored, 1, packed, name) == (device.DTYPES[name], None)
+
+
+@pytest.mark.parametrize("name", ["float64", "int8", "bf16", "", "FLOAT32"])
+def test_another_type_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=rf"no compute dtype '{name}'; there are float32, float16, bfloat16"):
+        device.compute_dtype(mx.float32, 1, requested=name)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_computes_with_quantized_weights_as_they_are() -> None:
+    assert not any(device.unpacks(dtype, 1) for dtype in STORED)
+
+
+@pytest.mark.usefixtures("cpu")
+def test_a_cpu_unpacks_quantized_weights_to_float32_where_they_fit() -> None:
+    assert [device.unpacks(dtype, 1) for dtype in STORED] == [True, False, False]
+    assert not device.unpacks(mx.float32, 10**12)
+
+
+def test_free_memory_is_less_than_there_is() -> None:
+    free = device.available_memory()
+    if free is None:
+        pytest.skip("this system does not say")
+    assert 0 < free < 2**50
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   4000 kB\n"}, 4_096_000),
+        ({"/proc/meminfo": "MemAvailable: 4000 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}, 4_096_000),
+        (
+            {
+                "/proc/meminfo": "MemAvailable: 4000 kB\n",
+                "/sys/fs/cgroup/memory.max": "3000000\n",
+                "/sys/fs/cgroup/memory.current": "1000000\n",
+            },
+            2_000_000,
+        ),
+        (
+            {
+                "/proc/meminfo": "MemAvailable: 4000 kB\n",
+                "/sys/fs/cgroup/memory.max": "3000000\n",
+                "/sys/fs/cgroup/memory.current": "5000000\n",
+            },
+            0,
+        ),
+        ({"/proc/meminfo": "MemTotal: 9 kB\n"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_counts(
+    files: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, *args: object, **options: object) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert device.available_memory() == expected
+
+
+def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 10**7 < device.peak_memory() < 10**12  # Python and MLX alone take some 50 MB
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    assert device.peak_memory() == mx.get_peak_memory()
