@@ -14,7 +14,7 @@ import mlx.core as mx
 from elm_mlx.cache import KVCache, make_prompt_cache, pad_left
 from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, encode_prompt, prefill
 from elm_mlx.model import Model
-from elm_mlx.sampling import Sampler
+from elm_mlx.sampling import Sampler, check_seed
 from elm_mlx.stopping import TextStream
 from elm_mlx.tokenizer import Tokenizer
 
@@ -83,6 +83,7 @@ def generate_batch(
     """
     sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
     check_steps(max_tokens, prefill_step)
+    check_seed(seed)
     ids = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     for start in range(0, len(ids), batch_size):
         group = ids[start : start + batch_size]

@@ -98,7 +98,7 @@ def stream_generate(
         raise InputError("stop strings need a tokenizer")
     room = model.config.max_context_length - caches[0].offset - len(ids)
     return _stream(
-        model, ids, caches, sampler, seed, min(max_tokens, room), prefill_step,
+        model, ids, caches, sampler, sampler.start([ids], seed), min(max_tokens, room), prefill_step,
         eos=frozenset(model.config.eos_token_ids) if stop_at_eos else frozenset(),
         text=TextStream(tokenizer, ids, stop) if tokenizer else None,
         cut_off="length" if max_tokens <= room else "context",
@@ -237,7 +237,7 @@ def _stream(
     ids: list[int],
     caches: list[KVCache],
     sampler: Sampler,
-    seed: int | None,
+    state: State,
     max_tokens: int,
     prefill_step: int,
     *,
@@ -248,7 +248,7 @@ def _stream(
     start = time.perf_counter()
     logits = prefill(model, ids, caches, prefill_step)
     first = 0.0
-    drawn = decode(model, caches, sampler, logits, sampler.start([ids], seed), max_tokens)
+    drawn = decode(model, caches, sampler, logits, state, max_tokens)
     for count, (token, logprob) in enumerate(drawn, start=1):
         first = first or time.perf_counter()
         ended = token in eos

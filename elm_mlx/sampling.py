@@ -58,7 +58,12 @@ class Sampler:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be {range_}")
 
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None = None) -> State:
-        """The state before the first token after `prompts`, one for each row. `seed` None draws one."""
+        """The state before the first token after `prompts`, one for each row. `seed` None draws one.
+
+        Raises:
+            InputError: the seed does not fit 64 bits.
+        """
+        check_seed(seed)
         state: State = ()
         if self.temp > 0:
             state += (mx.random.key(int.from_bytes(os.urandom(4), "big") if seed is None else seed),)
@@ -113,5 +118,12 @@ class Sampler:
             logits = mx.where(before < self.top_p, logits, -mx.inf)
         if self.min_p > 0:
             logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(self.min_p), logits, -mx.inf)
-        drawn = mx.random.categorical(logits / self.temp, key=key)
+        temp = min(max(self.temp, 1e-6), 1e6)  # as good as none, and as good as infinite: float32 takes no more
+        drawn = mx.random.categorical(logits / temp, key=key)
         return drawn if candidates is None else mx.take_along_axis(candidates, drawn[:, None], axis=-1)[:, 0]
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises InputError for a seed that does not fit 64 bits."""
+    if seed is not None and not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}: it must be from 0 to 2**64 - 1")
