@@ -36,7 +36,7 @@ def load(directory: Path) -> dict[str, float]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no JSON object")

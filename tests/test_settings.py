@@ -1,0 +1,80 @@
+"""The `generation_config.json` of Hugging Face's tools, and what it may not say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elm_mlx import settings
+from elm_mlx.errors import InputError
+
+
+def write(directory: Path, **values: Any) -> Path:
+    (directory / settings.FILE_NAME).write_text(json.dumps(values))
+    return directory
+
+
+ALL = dict.fromkeys(settings.DEFAULTS)
+
+
+def test_without_a_file_the_defaults_hold(tmp_path: Path) -> None:
+    assert settings.load(tmp_path) == {}
+    assert settings.merge(tmp_path, ALL) == settings.DEFAULTS
+
+
+def test_the_files_names_become_ours(tmp_path: Path) -> None:
+    write(
+        tmp_path, do_sample=True, temperature=0.7, top_p=0.9, top_k=40, min_p=0.05, repetition_penalty=1.1,
+        max_new_tokens=64, eos_token_id=2, transformers_version="4.0",
+    )  # fmt: skip
+    expected = {
+        "temp": 0.7, "top_p": 0.9, "top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1, "max_tokens": 64,
+    }  # fmt: skip
+    assert settings.load(tmp_path) == expected
+    assert settings.merge(tmp_path, ALL) == expected
+
+
+def test_flags_go_before_the_file_and_zero_is_a_flag(tmp_path: Path) -> None:
+    write(tmp_path, do_sample=True, temperature=0.7, top_k=40)
+    assert settings.merge(tmp_path, {"temp": 0.0, "top_k": 0, "top_p": None}) == {"temp": 0.0, "top_k": 0, "top_p": 1.0}
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": False}, {"do_sample": None}])
+def test_a_model_that_does_not_sample_has_no_temperature(tmp_path: Path, sampling: dict[str, Any]) -> None:
+    write(tmp_path, temperature=0.7, **sampling)
+    assert settings.merge(tmp_path, ALL)["temp"] == 0.0
+
+
+def test_null_is_nothing_said(tmp_path: Path) -> None:
+    write(tmp_path, do_sample=True, temperature=None, top_k=None, max_new_tokens=None)
+    assert settings.load(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("temperature", "hot"), ("temperature", [1]), ("temperature", True), ("top_k", 2.5), ("top_k", "40"),
+     ("top_k", True), ("max_new_tokens", 1e3), ("max_new_tokens", {}), ("top_p", "0.9"), ("min_p", False)],
+)  # fmt: skip
+def test_what_is_no_number_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    write(tmp_path, do_sample=True, **{key: value})
+    with pytest.raises(InputError, match=rf"generation_config\.json: {key} is .*: a number is needed") as caught:
+        settings.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"null", b"\xff\xff", b"[" * 100_000], ids=lambda c: repr(c[:8])
+)
+def test_what_is_no_json_object_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / settings.FILE_NAME).write_bytes(content)
+    with pytest.raises(InputError, match=r"generation_config\.json: "):
+        settings.load(tmp_path)
+
+
+def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
+    (tmp_path / settings.FILE_NAME).mkdir()
+    with pytest.raises(InputError, match=r"generation_config\.json: cannot be read"):
+        settings.load(tmp_path)
