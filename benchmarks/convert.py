@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ with open(sys.argv[1], "rb") as file:
 
 def run(command: list[str]) -> tuple[float, float]:
     """Wall-clock seconds and peak RSS in MB of a process, start included."""
+    os.sync()  # so that it does not wait for what others have left to be written
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -62,11 +64,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         source, copy, out = (str(Path(name, part)) for part in ("model.pt", "copy.pt", "out"))
         run([sys.executable, "-c", MAKE, source, str(tests), PRESET])
-        print(f"{PRESET}, float32, {os.stat(source).st_size / 1e9:.2f} GB, to bfloat16; {arguments.rounds} rounds in turns")
+        size = Path(source).stat().st_size / 1e9
+        print(f"{PRESET}, float32, {size:.2f} GB, to bfloat16; {arguments.rounds} rounds in turns")
         ours, baseline = [], []
         for _ in range(arguments.rounds):
             baseline.append(run([sys.executable, "-c", BASELINE, source, copy]))
-            ours.append(run([sys.executable, "-m", "elm_mlx", "convert", source, out, "--overwrite"]))
+            Path(copy).unlink()
+            ours.append(run([sys.executable, "-m", "elm_mlx", "convert", source, out]))
+            shutil.rmtree(out)
         best, least = min(ours)[0], min(baseline)[0]
         print(f"copy and numpy cast   best {least:.2f} s of {', '.join(f'{s:.2f}' for s, _ in baseline)}")
         print(f"elm-mlx convert       best {best:.2f} s of {', '.join(f'{s:.2f}' for s, _ in ours)}")

@@ -85,9 +85,10 @@ def check_shapes(config: ModelConfig, shapes: Shapes, where: str, source: str) -
 
 
 def preset_name(config: ModelConfig) -> str | None:
-    """Which of the paper's four models has these widths, with any vocabulary and context."""
+    """Which of the paper's four models has these widths, with any vocabulary and context, tied or not."""
+    tied = config.share_input_output_layers
     for name in PRESETS:
-        preset = ModelConfig.preset(name, config.vocab_size)
+        preset = replace(ModelConfig.preset(name, config.vocab_size), share_input_output_layers=tied)
         if preset.shapes() == config.shapes():
             return name
     return None

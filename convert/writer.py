@@ -7,6 +7,7 @@ is cast to. Knows nothing of where tensors come from.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from io import FileIO
@@ -79,6 +80,7 @@ def write_weights(
             # A second thread to write in was measured, and gained nothing: the kernel writes in the background.
             for block in _cast_blocks(shard, dtype, not_finite):
                 progress(_write_all(file, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data))
+            os.fsync(file)  # now, while the source is still being hashed
     if count > 1:
         size = {"total_size": written_bytes(tensors, dtype), "total_parameters": sum(t.size for t in tensors)}
         placed = sorted((tensor.name, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)

@@ -23,6 +23,8 @@ def test_presets_are_recognised_in_the_papers_own_words(name: str, vocab_size: i
     preset = ModelConfig.preset(name, vocab_size)
     assert infer_config(preset.shapes(), "x") == preset
     assert preset_name(replace(preset, max_context_length=512)) == name
+    untied = replace(preset, share_input_output_layers=False)
+    assert infer_config(untied.shapes(), "x") == untied
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
