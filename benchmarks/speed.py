@@ -21,6 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import elm_mlx  # before MLX, for its BLAS
+
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # What others set for OpenBLAS would decide the result.
@@ -31,7 +33,6 @@ def seeded_model(preset: str, directory: Path) -> Path:
     """A model directory with random bfloat16 weights, the same ones each time."""
     import mlx.core as mx
 
-    import elm_mlx  # noqa: F401  (its BLAS must come before MLX)
     from elm_mlx.config import ModelConfig
 
     config = ModelConfig.preset(preset)
@@ -98,7 +99,6 @@ def machine() -> str:
 
     import mlx.core as mx
 
-    import elm_mlx
 
     return (
         f"{mx.device_info().get('device_name', platform.processor())}, {os.cpu_count()} cores, "

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.version import __version__
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import free_bytes, new_directory
+from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.plan import Plan, make_plan

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import headers
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
 
@@ -96,19 +97,11 @@ def check_directory(path: Path) -> Path:
 
 def _stored(path: Path, config: ModelConfig) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
-    from safetensors import SafetensorError, safe_open
-
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    types: set[str] = set()
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise InputError(f"{path}: holds no model.safetensors")
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as tensors:
-                types |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file}: damaged or no safetensors file: {error}") from None
+    types = {entry.dtype for file in files for entry in headers.read(file)}
     floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))
     if config.quantization is not None:
         bits, group = config.quantization.get("bits"), config.quantization.get("group_size")

@@ -342,7 +342,7 @@ def test_a_head_that_is_not_tied_is_not_tied_silently(directory: Path) -> None:
 def test_a_truncated_file_is_named(directory: Path, size: int) -> None:
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:size])
-    refused(directory, r"model\.safetensors: damaged or no safetensors file")
+    refused(directory, r"model\.safetensors: ")
 
 
 @pytest.mark.parametrize("content", [b"PK\x03\x04", b"\xff" * 4096, b"\x08\0\0\0\0\0\0\0{}      ", b"{" * 9999])
@@ -354,13 +354,13 @@ def test_another_file_under_that_name_is_refused(directory: Path, content: bytes
 def test_a_file_with_bytes_left_over_is_refused(directory: Path) -> None:
     with (directory / "model.safetensors").open("ab") as file:
         file.write(b"more")
-    refused(directory, r"model\.safetensors: damaged")
+    refused(directory, r"model\.safetensors: its tensors take")
 
 
 def test_a_folder_in_place_of_a_file_is_refused(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors").mkdir()
-    refused(directory, r"model\.safetensors: damaged")
+    refused(directory, r"model\.safetensors: cannot be read")
 
 
 def test_a_directory_without_weights_says_so(directory: Path) -> None:

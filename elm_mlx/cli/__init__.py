@@ -11,12 +11,12 @@ from typing import Annotated
 
 import typer
 
-from elm_mlx.version import __version__
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
 from elm_mlx.errors import ElmError
+from elm_mlx.version import __version__
 
 app = typer.Typer(
     name="elm-mlx",
