@@ -126,6 +126,8 @@ def _write(
     with _hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
         broken = write_weights(directory, plan.tensors, plan.dtype, progress=partial(on_progress, "write"))
         _write_json(directory / "config.json", plan.config.to_dict())
+        if plan.generation is not None:
+            _write_json(directory / "generation_config.json", plan.generation)
         if plan.tokenizer is not None:
             length = plan.config.max_context_length
             tokenizers.write(plan.tokenizer, directory, max_length=length, chat_template=plan.chat_template)

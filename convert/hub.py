@@ -16,7 +16,7 @@ from elm_mlx.errors import ElmError, InputError
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _OLDER = ["*.bin", "*.bin.index.json"]
-_WELCOME = ["tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
+_WELCOME = ["tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
 
 
 def is_repository(source: str) -> bool:

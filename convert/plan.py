@@ -39,6 +39,7 @@ class Plan:
         config_origin: where it comes from, in words.
         source_dtype: the type that most values have in the source.
         tensors: canonical names, from input to output, not cast yet.
+        generation: the source's `generation_config.json`, how it likes to be sampled.
         dropped_rows: of the embedding, past the tokenizer's last piece.
         notes: what is done that is not self-evident; warnings: what may not be wanted.
     """
@@ -51,6 +52,7 @@ class Plan:
     tensors: tuple[LazyTensor, ...]
     tokenizer: Path | None
     chat_template: str | None
+    generation: dict[str, Any] | None
     scaling: Scaling | None
     dropped_rows: int
     notes: tuple[str, ...]
@@ -118,6 +120,7 @@ def make_plan(
         tensors=_cut(tensors, model),
         tokenizer=file,
         chat_template=_chat_template(opened.directory) if file else None,
+        generation=_generation(opened.directory),
         scaling=scaling,
         dropped_rows=dropped,
         notes=tuple(notes),
@@ -261,3 +264,8 @@ def _chat_template(directory: Path) -> str | None:
         template = read_json(directory / "tokenizer_config.json").get("chat_template")
         return template if isinstance(template, str) else None
     return None
+
+
+def _generation(directory: Path) -> dict[str, Any] | None:
+    path = directory / "generation_config.json"
+    return read_json(path) if path.is_file() else None

@@ -320,6 +320,14 @@ def test_an_untied_head_loses_the_same_rows(tmp_path: Path) -> None:
     assert read(tmp_path / "out")["lm_head.weight"].shape == (300, 48)
 
 
+def test_how_the_source_likes_to_be_sampled_is_kept(tmp_path: Path) -> None:
+    hub = save_hub(tmp_path / "hub", CONFIG, WEIGHTS)
+    (hub / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    convert(hub, tmp_path / "a")
+    kept = json.loads((tmp_path / "a" / "generation_config.json").read_text())
+    assert kept == {"temperature": 0.7, "do_sample": True}
+
+
 def test_the_sources_chat_template_is_kept(tmp_path: Path) -> None:
     hub = save_hub(tmp_path / "hub", CONFIG, WEIGHTS)
     save_tokenizer(hub)

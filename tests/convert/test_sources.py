@@ -85,6 +85,9 @@ def test_directories(tmp_path: Path) -> None:
     source = check(directory, WEIGHTS)
     assert (source.label, source.directory) == ("hub", directory)
     check(directory / "model.safetensors", WEIGHTS)
+    write_index(directory, "model", {"weight_map": dict.fromkeys(WEIGHTS, "model.safetensors")})
+    check(directory, WEIGHTS)  # mlx-lm writes an index even for one file
+    (directory / "model.safetensors.index.json").unlink()
     (directory / "model.safetensors").rename(directory / "weights.safetensors")
     check(directory, WEIGHTS)
     (directory / "weights.safetensors").unlink()
