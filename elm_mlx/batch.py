@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from elm_mlx.cache import KVCache, make_prompt_cache, pad_left
+from elm_mlx.errors import InputError
 from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, encode_prompt, prefill
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler, check_seed
@@ -84,6 +85,8 @@ def generate_batch(
     sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
     check_steps(max_tokens, prefill_step)
     check_seed(seed)
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}: it must be 1 or more")
     ids = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     for start in range(0, len(ids), batch_size):
         group = ids[start : start + batch_size]
