@@ -5,8 +5,11 @@ What a command needs of MLX is imported when the command runs, so that `--help` 
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -53,15 +56,26 @@ _debug = False
 
 def main() -> None:
     """Run the command line. An error is one line on stderr; 2 is the exit code of bad input, 1 of any other."""
+    _prepare_streams()
     try:
         app()
-    except ElmError as error:
+    except (ElmError, OSError) as error:  # OSError: such as a full disk behind stdout
         if _debug:
             raise
         print(f"elm-mlx: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        if isinstance(error, ElmError):
+            sys.exit(error.exit_code)
+        with suppress(OSError):  # or the exit would flush to it again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+
+
+def _prepare_streams() -> None:
+    """What stdout cannot show becomes a question mark, and a stream that is closed takes everything."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")

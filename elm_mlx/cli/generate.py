@@ -40,6 +40,8 @@ def generate(
     """Continue a prompt. The text goes to stdout as it comes, speed and memory to stderr."""
     if (prompt is None) == (prompts is None):
         raise InputError("give one of --prompt TEXT and --prompts FILE")
+    if prompts and logprobs and not as_json:
+        raise InputError("--prompts shows --logprobs only with --json")
     from elm_mlx import settings
     from elm_mlx.describe import check_directory
     from elm_mlx.store import open_model
@@ -86,9 +88,11 @@ def _as_text(prompt: str, responses: Iterator[Response], logprobs: bool) -> None
 
 def _as_tokens(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
     last = None
-    for last in responses:
-        print(f"{last.token:>6}  {last.logprob:9.4f}  {json.dumps(last.text, ensure_ascii=False)}", flush=True)
-    _print_statistics(last)
+    try:
+        for last in responses:
+            print(f"{last.token:>6}  {last.logprob:9.4f}  {json.dumps(last.text, ensure_ascii=False)}", flush=True)
+    finally:
+        _print_statistics(last)
 
 
 def _as_json(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
@@ -111,10 +115,12 @@ def _print_json(prompt: str, result: dict[str, Any], logprobs: bool) -> None:
 def _print_statistics(last: Response | None) -> None:
     if last is None:
         return
+    from elm_mlx.device import peak_memory
+
     print(
         f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s | "
         f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s | "
-        f"first token: {last.time_to_first_token:.3f} s | peak memory: {last.peak_memory / 1e9:.2f} GB"
+        f"first token: {last.time_to_first_token:.3f} s | peak memory: {peak_memory() / 1e9:.2f} GB"
         + (f" | ended by: {last.finish_reason}" if last.finish_reason else ""),
         file=sys.stderr,
     )
@@ -127,20 +133,22 @@ def _read_prompt(prompt: str) -> str:
 
 def _read_prompts(path: Path) -> list[str]:
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
-    if path.suffix == ".jsonl":
-        lines = [_prompt_of(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    # Not splitlines(), which also splits where a prompt may hold U+2028 or a form feed.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise InputError(f"{path}: holds no prompts")
-    return lines
+    if path.suffix == ".jsonl":
+        return [_prompt_of(line, f"{path}, line {number}") for number, line in lines]
+    return [line for _, line in lines]
 
 
 def _prompt_of(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f"{where}: no object with a text `prompt`")
