@@ -69,31 +69,39 @@ class StepCache:
     Args:
         keys, values: `(batch, num_kv_heads, capacity, head_dim)`.
         position: `(1,)`, where the step writes, the same in every row.
-        padding: `(batch,)`, how many positions at the start of each row hold nothing; None for none.
+        offset: what RoPE counts from, `(1,)` or `(batch,)`; less than `position` where a row starts with padding.
+        mask: boolean, `(1 or batch, 1, 1, capacity)`, what has been written, `position` included.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, padding: mx.array | None = None):
+    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, offset: mx.array, mask: mx.array):
         self.keys = keys
         self.values = values
-        self.position = position
-        self.padding = padding
-
-    @property
-    def offset(self) -> mx.array:
-        """The position that RoPE sees, `(1,)` or `(batch,)`."""
-        return self.position if self.padding is None else self.position - self.padding
+        self.offset = offset
+        self._position = position
+        self._mask = mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys = mx.slice_update(self.keys, keys, self.position, axes=[2])
-        self.values = mx.slice_update(self.values, values, self.position, axes=[2])
+        self.keys = mx.slice_update(self.keys, keys, self._position, axes=[2])
+        self.values = mx.slice_update(self.values, values, self._position, axes=[2])
         return self.keys, self.values
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Boolean, `(1 or batch, 1, 1, capacity)`: what has been written, padding apart."""
+        """For a single new position, which is all that a step has."""
         assert length == 1
-        positions = mx.arange(self.keys.shape[2])
-        written = (positions <= self.position)[None, None, None, :]
-        return written if self.padding is None else written & (positions >= self.padding[:, None, None, None])
+        return self._mask
+
+
+def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
+    """`position`, `offset` and `mask` for the StepCaches of a step that writes at `start`.
+
+    `padding` `(batch,)`: how many positions at the beginning of each row hold nothing.
+    """
+    position = mx.array([start])
+    positions = mx.arange(capacity)
+    mask = (positions <= start)[None, None, None]
+    if padding is None:
+        return position, position, mask
+    return position, start - padding, mask & (positions >= padding[:, None, None, None])
 
 
 def make_prompt_cache(model: Any) -> list[KVCache]:

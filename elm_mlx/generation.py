@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from elm_mlx import device
-from elm_mlx.cache import KVCache, StepCache, make_prompt_cache
+from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, place_step
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler, State
@@ -167,7 +167,8 @@ def decode(
 class Decoder:
     """One compiled step for each token, launched without waiting for it.
 
-    The cache's arrays are of fixed capacity inside the step, and it is traced anew when they grow.
+    The cache's arrays are of fixed capacity inside the step, and it is traced anew when they grow. Choosing
+    the token stays outside: MLX compiles each new constant anew on a CPU, and every temperature is one.
 
     Args:
         caches: of `batch` rows, filled by `prefill`; written to, and always whole between two steps.
@@ -186,23 +187,22 @@ class Decoder:
         self.caches = caches
         self.tokens = tokens
         self.state = state
-        self.position = mx.array([caches[0].offset])
         self._padding = padding
         self._sampler = sampler
-        self._step = mx.compile(partial(_step, model, sampler))
+        self._step = mx.compile(partial(_step, model))
 
     def advance(self) -> tuple[mx.array, mx.array]:
         """Feed the current tokens and launch, without waiting, the choice of the next: ids and log-probabilities."""
-        length = self.caches[0].offset + 1
+        start = self.caches[0].offset
         for cache in self.caches:
-            cache.reserve(length)
+            cache.reserve(start + 1)
+        position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
         arrays = [cache.state for cache in self.caches]
-        self.tokens, logprobs, self.state, self.position, arrays = self._step(
-            self.tokens, self.state, self.position, self._padding, arrays
-        )
+        logits, arrays = self._step(self.tokens, position, offset, mask, arrays)
         for cache, (cache.keys, cache.values) in zip(self.caches, arrays, strict=True):
-            cache.offset = length
+            cache.offset = start + 1
         del arrays  # the last reference to what went in is gone, so the step writes in place
+        self.tokens, logprobs, self.state = self._sampler(logits, self.state)
         mx.async_eval(self.tokens, logprobs)
         return self.tokens, logprobs
 
@@ -219,17 +219,16 @@ class Decoder:
 
 def _step(
     model: Model,
-    sampler: Sampler,
     tokens: mx.array,
-    state: State,
     position: mx.array,
-    padding: mx.array | None,
+    offset: mx.array,
+    mask: mx.array,
     arrays: list[tuple[mx.array, mx.array]],
-) -> tuple[mx.array, mx.array, State, mx.array, list[tuple[mx.array, mx.array]]]:
-    caches = [StepCache(keys, values, position, padding) for keys, values in arrays]
+) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
+    """Tokens `(batch,)` to logits `(batch, vocab)`, and the caches' arrays with them in it."""
+    caches = [StepCache(keys, values, position, offset, mask) for keys, values in arrays]
     logits = model(tokens[:, None], cache=caches)[:, 0]
-    tokens, logprobs, state = sampler(logits, state)
-    return tokens, logprobs, state, position + 1, [(cache.keys, cache.values) for cache in caches]
+    return logits, [(cache.keys, cache.values) for cache in caches]
 
 
 def _stream(

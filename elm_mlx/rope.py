@@ -21,6 +21,12 @@ class Rope:
     def __init__(self, head_dim: int, base: float):
         self.head_dim = head_dim
         self.base = base
+        half = head_dim // 2
+        frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
+        self._frequencies = mx.concatenate([frequencies, frequencies])
+        self._along = mx.eye(head_dim)
+        self._across = mx.eye(head_dim, k=half) - mx.eye(head_dim, k=-half)
+        mx.eval(self._frequencies, self._along, self._across)  # or each trace would compute them
 
     def __call__(self, length: int, offset: int | mx.array) -> Rotate:
         """A function that rotates `(batch, heads, length, head_dim)` for positions from `offset` on.
@@ -39,8 +45,5 @@ class Rope:
         On a CPU `mx.fast.rope` is twenty-odd small primitives; a product with this is one, and the sines
         are taken once a token instead of twice a layer.
         """
-        half = self.head_dim // 2
-        frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(self.base) / half))
-        angles = mx.concatenate([frequencies, frequencies]) * offset
-        across = mx.eye(self.head_dim, k=half) - mx.eye(self.head_dim, k=-half)
-        return mx.eye(self.head_dim) * mx.cos(angles) + across * mx.sin(angles)
+        angles = self._frequencies * offset
+        return self._along * mx.cos(angles) + self._across * mx.sin(angles)

@@ -9,7 +9,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, pad_left
+from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, pad_left, place_step
 from elm_mlx.config import ModelConfig
 from elm_mlx.model import Model
 
@@ -86,7 +86,7 @@ def test_only_what_comes_after_is_hidden() -> None:
 def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     cache = filled(5)
     assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, mx.array([5]))
+    step = StepCache(cache.keys, cache.values, *place_step(5, cache.capacity))
     np.testing.assert_array_equal(step.offset, [5])
     new = drawn(1, 9)
     keys, values = step.update_and_fetch(*new)
@@ -100,7 +100,7 @@ def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
 def test_a_padded_step_hides_the_padding_and_counts_positions_from_its_end() -> None:
     cache = filled(5, batch=3)
     assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, mx.array([5]), mx.array([0, 2, 4]))
+    step = StepCache(cache.keys, cache.values, *place_step(5, cache.capacity, mx.array([0, 2, 4])))
     np.testing.assert_array_equal(step.offset, [5, 3, 1])
     mask = np.array(step.make_mask(1))
     assert mask.shape == (3, 1, 1, 256)
