@@ -62,6 +62,7 @@ def convert(
     dtype: str | None = None,
     revision: str | None = None,
     ema: bool = False,
+    chat_template: str | None = None,
     verify: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -81,6 +82,8 @@ def convert(
         dtype: float32, float16 or bfloat16; by default the source's if that has 16 bits, else bfloat16.
         revision: of a repository.
         ema: take the moving average of a training checkpoint.
+        chat_template: `openelm-instruct`, `none`, or a file of Jinja text; by default the source's own, or what
+            its name implies.
         verify: read both sides back and compare every value, before the directory takes its name.
         dry_run: decide everything, write nothing.
         overwrite: replace a model directory that is there.
@@ -106,6 +109,7 @@ def convert(
             dtype=dtype,
             revision=revision,
             ema=ema,
+            chat_template=chat_template,
         )
         _check_apart(plan.source, path)
         on_plan(plan)

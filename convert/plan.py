@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_mlx import template
 from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
 from elm_mlx_convert import adapters, tokenizers
@@ -79,6 +80,7 @@ def make_plan(
     dtype: str | None = None,
     revision: str | None = None,
     ema: bool = False,
+    chat_template: str | None = None,
 ) -> Plan:
     """Opens the source and decides everything. The arguments are those of `convert`.
 
@@ -119,7 +121,7 @@ def make_plan(
         dtype=_dtype(dtype, source_dtype, model, notes),
         tensors=_cut(tensors, model),
         tokenizer=file,
-        chat_template=_chat_template(opened.directory) if file else None,
+        chat_template=_chat_template(chat_template, opened, notes) if file else None,
         generation=_generation(opened.directory),
         scaling=scaling,
         dropped_rows=dropped,
@@ -253,17 +255,17 @@ def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str])
     return found if found in ("float16", "bfloat16") else "bfloat16"
 
 
-def _chat_template(directory: Path) -> str | None:
-    """The source's own, which a fine-tuned model expects its prompts in."""
-    if (directory / "chat_template.jinja").is_file():
-        try:
-            return (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(f"{directory / 'chat_template.jinja'}: cannot be read: {error}") from None
-    if (directory / "tokenizer_config.json").is_file():
-        template = read_json(directory / "tokenizer_config.json").get("chat_template")
-        return template if isinstance(template, str) else None
-    return None
+def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str | None:
+    """What was asked for, or the source's own, or the one that its name implies."""
+    if asked is not None:
+        return template.read_source(asked)
+    own, _ = template.own_source(source.directory)
+    if own is not None:
+        return own
+    implied = template.source_for(source.label)
+    if implied is not None:
+        notes.append("writes OpenELM-instruct's chat template, as the name says; --chat-template none for none")
+    return implied
 
 
 def _generation(directory: Path) -> dict[str, Any] | None:

@@ -219,7 +219,7 @@ def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -
         InputError: the template cannot be read, or does not go with the tokenizer.
     """
     if override is None:
-        source, where = _own_source(directory)
+        source, where = own_source(directory)
     else:
         source, where = read_source(override), override
     if source is None:
@@ -246,7 +246,7 @@ def source_for(model_name: str) -> str | None:
     return OPENELM_INSTRUCT_JINJA if "instruct" in model_name.lower() else None
 
 
-def _own_source(directory: Path) -> tuple[str | None, str]:
+def own_source(directory: Path) -> tuple[str | None, str]:
     """The directory's Jinja text, if it has one, and where that stands."""
     path = directory / "chat_template.jinja"
     if path.exists():

@@ -40,6 +40,12 @@ def convert(
     head_dim: Annotated[int | None, typer.Option(help="Size of a head, for a model without QK norms.")] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the adapter in SRC.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's moving average.")] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE", help="openelm-instruct, none or a file; by default what SRC has, or its name says."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every value.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
@@ -59,6 +65,7 @@ def convert(
             head_dim=head_dim,
             lora_alpha=lora_alpha,
             ema=ema,
+            chat_template=chat_template,
             revision=revision,
             verify=verify,
             dry_run=dry_run,

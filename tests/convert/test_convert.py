@@ -30,6 +30,7 @@ from checkpoints import (
 
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.template import OPENELM_INSTRUCT_JINJA
 from elm_mlx_convert import convert, pickles
 from elm_mlx_convert.tensors import cast
 
@@ -337,6 +338,25 @@ def test_the_sources_chat_template_is_kept(tmp_path: Path) -> None:
     (hub / "chat_template.jinja").write_text("from file")
     convert(hub, tmp_path / "b")
     assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())["chat_template"] == "from file"
+
+
+def test_an_instruct_model_gets_the_template_that_its_name_says(tmp_path: Path) -> None:
+    hub = save_hub(tmp_path / "OpenELM-270M-Instruct", CONFIG, WEIGHTS)
+    save_tokenizer(hub)
+
+    def written(name: str, **options: str) -> object:
+        done = convert(hub, tmp_path / name, **options)
+        template = json.loads((tmp_path / name / "tokenizer_config.json").read_text()).get("chat_template")
+        assert any("chat template" in note for note in done.plan.notes) == (not options)
+        return template
+
+    assert written("by name") == OPENELM_INSTRUCT_JINJA
+    assert written("without", chat_template="none") is None
+    (tmp_path / "own.jinja").write_text("my own")
+    assert written("own", chat_template=str(tmp_path / "own.jinja")) == "my own"
+    with pytest.raises(InputError, match="no chat template"):
+        convert(hub, tmp_path / "refused", chat_template="alpaca")
+    assert not (tmp_path / "refused").exists()
 
 
 # The real one
