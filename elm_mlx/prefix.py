@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 
 from elm_mlx.cache import make_prompt_cache
-from elm_mlx.generation import Decoder, prefill
+from elm_mlx.generation import decode, prefill
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler
 
@@ -68,22 +68,19 @@ class PrefixCache:
         return logits
 
     def decode(self, logits: mx.array, sampler: Sampler, seed: int, max_tokens: int) -> Iterator[int]:
-        """The tokens after what was read, at most `max_tokens`. Each is in the caches when it comes, but for that last.
+        """The tokens after what was read, at most `max_tokens`.
 
         Args:
             logits: what `read` returned. Nothing else may have been read since.
         """
         with self._cleared_by_failure():
-            tokens, _, state = sampler(logits, sampler.start([self.ids], seed))
-            decoder = Decoder(self.model, sampler, self.caches, tokens, state)
-            tokens.item()  # before the step is traced: the first token should not wait for that
-            for left in reversed(range(max_tokens)):
-                current = tokens
-                if left:
-                    tokens, _ = decoder.advance()
-                token = int(current.item())
-                if left:
-                    self.ids.append(token)
+            state = sampler.start([self.ids], seed)
+            chosen: list[int] = []  # and not yet in the caches
+            for token, _ in decode(self.model, self.caches, sampler, logits, state, max_tokens):
+                chosen.append(token)
+                fed = self.caches[0].offset - len(self.ids)
+                self.ids += chosen[:fed]
+                del chosen[:fed]
                 yield token
 
     @contextmanager

@@ -60,7 +60,13 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     def begin(model: Path, *flags: str, **variables: str) -> pexpect.spawn:
         arguments = ["-m", "elm_mlx", "chat", str(model), *flags]
         child = pexpect.spawn(
-            sys.executable, arguments, env=environment | variables, encoding="utf-8", timeout=30, dimensions=(40, 200)
+            sys.executable,
+            arguments,
+            cwd=environment["HOME"],
+            env=environment | variables,
+            encoding="utf-8",
+            timeout=30,
+            dimensions=(40, 200),
         )
         running.append(child)
         child.delaybeforesend = None
@@ -139,6 +145,11 @@ def test_commands_and_blocks_in_a_pipe(speaking_dir: Path, tmp_path: Path, envir
         "alone",
     ]
     assert {m["content"] for m in messages if m["role"] == "assistant"} == {ANSWER}
+
+
+def test_empty_input(speaking_dir: Path, environment: dict[str, str]) -> None:
+    done = piped(speaking_dir, "", environment=environment)
+    assert (done.returncode, done.stdout) == (0, b"")
 
 
 def test_reader_that_leaves_is_no_error(endless_dir: Path, environment: dict[str, str]) -> None:
@@ -265,6 +276,18 @@ def test_ctrl_c_stops_the_answer_and_not_the_session(endless_dir: Path, start: S
     assert leave(child) == 0
 
 
+def test_typing_ahead_does_not_show_amid_an_answer(endless_dir: Path, start: Start) -> None:
+    child = start(endless_dir, "--max-tokens", "150000", "--template", "openelm-instruct")
+    child.sendline("hello")
+    child.expect_exact("xyzxyzxyz")
+    child.sendline("/stats")
+    time.sleep(0.2)
+    child.sendintr()
+    child.expect(r"([^\r]*)\r\n> ")
+    assert set(child.match[1]) == set("xyz"), "no ^C either"
+    assert leave(child) == 0
+
+
 def test_ctrl_c_at_the_prompt_clears_the_line(speaking_dir: Path, start: Start) -> None:
     child = start(speaking_dir, "--template", "openelm-instruct")
     child.send("half a thou")
@@ -292,6 +315,21 @@ def test_blocks_at_a_terminal(speaking_dir: Path, start: Start) -> None:
     assert leave(child) == 0
 
 
+def test_pasted_lines_are_one_message(speaking_dir: Path, start: Start, tmp_path: Path) -> None:
+    child = start(speaking_dir, "--template", "openelm-instruct", TERM="xterm")
+    if "\x1b[?2004h" not in child.before:
+        pytest.skip("this readline has no bracketed paste")
+    child.send("\x1b[200~one\ntwo\nthree\x1b[201~\r")
+    child.expect_exact(ANSWER)
+    child.expect_exact("> ")
+    child.sendline("/save talk.json")
+    child.expect_exact("saved to")
+    child.expect_exact("> ")
+    assert leave(child) == 0
+    saved = json.loads((tmp_path / "talk.json").read_text())
+    assert saved["messages"][0]["content"] == "one\ntwo\nthree"
+
+
 def test_history_lasts(speaking_dir: Path, start: Start, tmp_path: Path) -> None:
     first = start(speaking_dir, "--template", "openelm-instruct")
     assert say(first, "hello 漢") == ANSWER
@@ -305,7 +343,7 @@ def test_history_lasts(speaking_dir: Path, start: Start, tmp_path: Path) -> None
     path = tmp_path / ".local" / "state" / "elm-mlx" / "chat_history"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    path.write_text('not json\n"harmless"\n' + path.read_text())
+    path.write_text("[" * 99_999 + '\nnot json\n3\n"\\u0000"\n"\\ud800"\n' + path.read_text())
     second = start(speaking_dir, "--template", "openelm-instruct")
     second.send("\x1b[A\x1b[A")
     second.expect_exact("hello 漢!")

@@ -16,16 +16,14 @@ def chat(
     system: Annotated[str | None, typer.Option(help="What the model is told before anything else.")] = None,
     template: Annotated[
         str | None,
-        typer.Option(help="openelm-instruct, none, or a file of Jinja text.  [default: the model's own]"),
+        typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Of an answer, at most.  [default: 512, or 256 of a base model]")
+        int | None, typer.Option(help="Of an answer, at most. (default: 512, or 256 of a base model)")
     ] = None,
-    temp: Annotated[
-        float | None, typer.Option(help="Temperature; 0 takes the likeliest token.  [default: 0.7]")
-    ] = None,
+    temp: Annotated[float | None, typer.Option(help="Temperature; 0 takes the likeliest token. (default: 0.7)")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens that reach this probability.  [default: 0.9]")
+        float | None, typer.Option(help="Keep the likeliest tokens that reach this probability. (default: 0.9)")
     ] = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,

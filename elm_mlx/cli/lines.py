@@ -5,10 +5,12 @@ Knows terminals and the history file; knows nothing of what the lines mean.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from elm_mlx import files
@@ -21,8 +23,32 @@ def interactive() -> bool:
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
+@contextmanager
+def without_echo() -> Iterator[None]:
+    """What is typed meanwhile at a terminal does not show amid the output. It is kept for the next line."""
+    import termios
+
+    try:
+        before = termios.tcgetattr(sys.stdin)
+        quiet = list(before)
+        quiet[3] &= ~termios.ECHO
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    except (termios.error, OSError):  # no terminal any more
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(termios.error, OSError):
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
 class Pipe:
-    """Lines as they come."""
+    """Lines as they come; bytes that are no text are left for the tokenizer to refuse."""
+
+    def __init__(self) -> None:
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")
 
     def read(self, prompt: str) -> str:
         """The next line, without its end. Raises EOFError when there is none."""
@@ -36,13 +62,17 @@ class Terminal:
     """Lines that a person edits, and finds again with arrow-up, next time too, where a history can be kept."""
 
     def __init__(self) -> None:
+        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
         self._history = _history_path()
         self._last = ""
         with suppress(ImportError):  # a Python without it still reads lines
             import readline
 
             for line in self._recall():
-                readline.add_history(line)
+                with suppress(ValueError):  # what no terminal has typed, such as NUL
+                    readline.add_history(line)
+            if "libedit" not in (readline.__doc__ or "") and os.environ.get("TERM", "dumb") != "dumb":
+                readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted text is one line, whole
 
     def read(self, prompt: str) -> str:
         """The next line, without its end. Raises EOFError on Ctrl-D and KeyboardInterrupt on Ctrl-C."""
@@ -65,7 +95,7 @@ class Terminal:
             return []
         lines = []
         for record in records[-_KEPT:]:
-            with suppress(ValueError):
+            with suppress(ValueError, RecursionError):
                 lines.append(json.loads(record))
         return [line for line in lines if isinstance(line, str)]
 

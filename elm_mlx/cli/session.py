@@ -17,7 +17,7 @@ from types import FrameType
 import typer
 
 from elm_mlx.chat import DEFAULTS, Chat, Reply, save_options
-from elm_mlx.cli.lines import Pipe, Terminal, interactive
+from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
 from elm_mlx.errors import ElmError, InputError
 
 BLOCK = '"""'
@@ -28,7 +28,7 @@ HELP = f"""\
 /reset       drop everything but the system prompt
 /save FILE   write the conversation to a JSON file
 /load FILE   go on with the conversation in such a file
-/set         show the settings; /set temp 0.7 changes one, /set save keeps them in the model's directory
+/set         show the settings; /set temp 0.7 changes one, /set save keeps all
 /stats       show tokens, speed and memory
 /quit        leave; Ctrl-D does too
 Ctrl-C       stop an answer, and keep what was said of it; clear a line
@@ -36,7 +36,7 @@ Ctrl-C       stop an answer, and keep what was said of it; clear a line
 //           begins a message that begins with a /"""
 HELP_CONTINUING = """
 Enter        alone: let the model go on
-a space      at the beginning of a line: go on where the text ends, and not in a new line"""
+a space      at the beginning: go on where the text ends, not in a new line"""
 
 MEANINGS = {
     "temp": "temperature; 0 takes the likeliest token",
@@ -71,8 +71,6 @@ class Session:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _leave)
-        sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
         self._greet()
         while True:
             try:
@@ -101,7 +99,7 @@ class Session:
     def _greet(self) -> None:
         name = self._directory.resolve().name
         if self._chat.continues:
-            what = f"{name} is a base model without a chat template: it continues what you write."
+            what = f"{name} is a base model: it continues what you write."
         else:
             what = f"Talking to {name}."
         if self._interactive or self._chat.continues:
@@ -168,7 +166,7 @@ class Session:
 
     @contextmanager
     def _interruptible(self) -> Iterator[Callable[[], bool]]:
-        """At a terminal, the first Ctrl-C asks the answer to stop, and a second one does not wait for that."""
+        """At a terminal, the first Ctrl-C asks the answer to stop; a second one does not wait for that."""
         if not self._interactive:
             yield lambda: False
             return
@@ -182,7 +180,8 @@ class Session:
 
         before = signal.signal(signal.SIGINT, note)
         try:
-            yield lambda: pressed
+            with without_echo():
+                yield lambda: pressed
         finally:
             signal.signal(signal.SIGINT, before)
 
