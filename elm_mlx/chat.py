@@ -7,15 +7,13 @@ to be read, `prefix` does. Knows nothing of terminals.
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from elm_mlx import device, files, settings, transcript
+from elm_mlx import device, settings, transcript
 from elm_mlx.draft import Draft
 from elm_mlx.errors import InputError
 from elm_mlx.generation import check_steps, encode_prompt
@@ -28,6 +26,8 @@ from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.window import Continued, Exchange, Prompt, Templated, as_messages
 
 DEFAULTS: dict[str, float] = {**settings.DEFAULTS, "temp": 0.7, "top_p": 0.9, "max_tokens": 512}
+# A base model has no end of its own to come to.
+CONTINUING = {**DEFAULTS, "max_tokens": settings.DEFAULTS["max_tokens"]}
 
 
 @dataclass
@@ -261,42 +261,6 @@ class Chat:
         rest = draft.finish()
         if rest:
             yield rest
-
-
-def options_for(directory: Path, flags: Mapping[str, float | None], continues: bool) -> dict[str, float]:
-    """`flags` that were given, else what the model directory says, else DEFAULTS.
-
-    Raises:
-        InputError: the directory's `generation_config.json` cannot be read.
-    """
-    saved = settings.load(directory)
-    if _generation_config(directory).get("do_sample") is False:
-        saved["temp"] = 0.0
-    defaults = {**DEFAULTS, "max_tokens": settings.DEFAULTS["max_tokens"]} if continues else DEFAULTS
-    return {**defaults, **saved, **{name: value for name, value in flags.items() if value is not None}}
-
-
-def save_options(directory: Path, options: Mapping[str, float]) -> Path:
-    """Write `options` to the model directory's `generation_config.json`, which is returned; other keys in it stay.
-
-    Raises:
-        InputError: the file that is there cannot be read.
-        ElmError: it cannot be written.
-    """
-    values = _generation_config(directory) | {settings.NAMES[name]: value for name, value in options.items()}
-    values["do_sample"] = options["temp"] > 0
-    if not values["do_sample"]:  # Hugging Face's libraries refuse a temperature of 0
-        del values[settings.NAMES["temp"]]
-    path = directory / settings.FILE_NAME
-    files.write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    return path
-
-
-def _generation_config(directory: Path) -> dict[str, Any]:
-    settings.load(directory)  # which refuses what is no object
-    path = directory / settings.FILE_NAME
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return values
 
 
 def _sampler(options: Mapping[str, float]) -> Sampler:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from elm_mlx import files
 from elm_mlx.errors import InputError
 
 FILE_NAME = "generation_config.json"
@@ -26,11 +28,50 @@ DEFAULTS = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_pen
 
 
 def load(directory: Path) -> dict[str, float]:
-    """Settings by our names, only those that the directory has. `do_sample` false, or absent, means `temp` 0.
+    """Settings by our names, only those that the directory has.
+
+    `do_sample` false means `temp` 0; without `do_sample` a temperature is not used, as in Hugging Face's tools.
 
     Raises:
         InputError: the file is no JSON, or a setting is no number.
     """
+    path, values = directory / FILE_NAME, _read(directory)
+    found = {ours: values[theirs] for ours, theirs in NAMES.items() if values.get(theirs) is not None}
+    for ours, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, (int, type(DEFAULTS[ours]))):
+            raise InputError(f"{path}: {NAMES[ours]} is {value!r}: a number is needed")
+    if values.get("do_sample") is False:
+        found["temp"] = 0.0
+    elif not values.get("do_sample"):
+        found.pop("temp", None)
+    return found
+
+
+def merge(
+    directory: Path, flags: Mapping[str, float | None], defaults: Mapping[str, float] = DEFAULTS
+) -> dict[str, float]:
+    """`flags` that were given, else what the directory says, else `defaults`; the keys are those of `flags`."""
+    saved = {**defaults, **load(directory)}
+    return {name: saved[name] if value is None else value for name, value in flags.items()}
+
+
+def save(directory: Path, settings: Mapping[str, float]) -> Path:
+    """Write `settings` to the directory's file, whose path is returned; what else is in it stays.
+
+    Raises:
+        InputError: the file that is there cannot be read.
+        ElmError: it cannot be written.
+    """
+    load(directory)  # what could not be read again is not written over
+    values = _read(directory) | {NAMES[name]: value for name, value in settings.items()}
+    values["do_sample"] = settings["temp"] > 0
+    if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0
+        del values[NAMES["temp"]]
+    files.write_text(directory / FILE_NAME, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return directory / FILE_NAME
+
+
+def _read(directory: Path) -> dict[str, Any]:
     path = directory / FILE_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -40,16 +81,4 @@ def load(directory: Path) -> dict[str, float]:
         raise InputError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no JSON object")
-    found = {ours: values[theirs] for ours, theirs in NAMES.items() if values.get(theirs) is not None}
-    for ours, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, (int, type(DEFAULTS[ours]))):
-            raise InputError(f"{path}: {NAMES[ours]} is {value!r}: a number is needed")
-    if not values.get("do_sample", False):
-        found.pop("temp", None)
-    return found
-
-
-def merge(directory: Path, flags: Mapping[str, float | None]) -> dict[str, float]:
-    """`flags` that were given, else what the directory says, else DEFAULTS; the keys are those of `flags`."""
-    saved = {**DEFAULTS, **load(directory)}
-    return {name: saved[name] if value is None else value for name, value in flags.items()}
+    return values

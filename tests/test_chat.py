@@ -14,7 +14,7 @@ import tiny
 
 from elm_mlx import generation, prefix
 from elm_mlx.cache import make_prompt_cache
-from elm_mlx.chat import DEFAULTS, Chat, Reply, options_for, save_options
+from elm_mlx.chat import DEFAULTS, Chat, Reply
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
 from elm_mlx.generation import prefill, stream_generate
@@ -517,31 +517,6 @@ def test_settings_are_checked(model: Model, tiny_tokenizer: Tokenizer) -> None:
         Chat(model, tiny_tokenizer, options={"top_p": 7})
     with pytest.raises(InputError, match="stop string"):
         Chat(model, tiny_tokenizer, stop=[""])
-
-
-def test_settings_are_kept_in_the_directory(tmp_path: Path) -> None:
-    flags = dict.fromkeys(DEFAULTS)
-    assert options_for(tmp_path, flags, continues=False) == DEFAULTS
-    assert options_for(tmp_path, flags, continues=True)["max_tokens"] == 256
-    path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({"bos_token_id": 1, "temperature": 0.3, "note": "é"}))
-    assert options_for(tmp_path, flags, False) == DEFAULTS, "a temperature without sampling is not used"
-    for temp in (0.25, 0.0):
-        chosen = {**DEFAULTS, "temp": temp, "top_k": 7, "max_tokens": 99}
-        assert save_options(tmp_path, chosen) == path
-        assert options_for(tmp_path, flags, True) == chosen, "the file goes before what we like"
-        assert options_for(tmp_path, {**flags, "temp": 0.9}, False) == {**chosen, "temp": 0.9}, "and flags before it"
-        saved = json.loads(path.read_text("utf-8"))
-        assert (saved["bos_token_id"], saved["note"], saved["max_new_tokens"]) == (1, "é", 99)
-        assert saved["do_sample"] is (temp > 0) and ("temperature" in saved) is (temp > 0)
-    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-    for broken in ("{", "[]", '{"top_k": "many"}'):
-        path.write_text(broken)
-        with pytest.raises(InputError, match="generation_config"):
-            options_for(tmp_path, flags, False)
-        with pytest.raises(InputError, match="generation_config"):
-            save_options(tmp_path, DEFAULTS)
-        assert path.read_text() == broken
 
 
 def test_statistics(tiny_tokenizer: Tokenizer, template: Template) -> None:

@@ -78,3 +78,27 @@ def test_a_folder_in_its_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / settings.FILE_NAME).mkdir()
     with pytest.raises(InputError, match=r"generation_config\.json: cannot be read"):
         settings.load(tmp_path)
+
+
+def test_settings_are_kept_in_the_directory(tmp_path: Path) -> None:
+    liked = {**settings.DEFAULTS, "temp": 0.7, "max_tokens": 512}
+    assert settings.merge(tmp_path, ALL, liked) == liked
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"bos_token_id": 1, "temperature": 0.3, "note": "é"}))
+    assert settings.merge(tmp_path, ALL, liked) == liked, "a temperature without sampling is not used"
+    for temp in (0.25, 0.0):
+        chosen = {**liked, "temp": temp, "top_k": 7, "max_tokens": 99}
+        assert settings.save(tmp_path, chosen) == path
+        assert settings.merge(tmp_path, ALL, liked) == chosen, "the file goes before what we like"
+        assert settings.merge(tmp_path, {**ALL, "temp": 0.9}, liked) == {**chosen, "temp": 0.9}, "and flags before it"
+        saved = json.loads(path.read_text("utf-8"))
+        assert (saved["bos_token_id"], saved["note"], saved["max_new_tokens"]) == (1, "é", 99)
+        assert saved["do_sample"] is (temp > 0) and ("temperature" in saved) is (temp > 0)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    for broken in ("{", "[]", '{"top_k": "many"}'):
+        path.write_text(broken)
+        with pytest.raises(InputError, match="generation_config"):
+            settings.load(tmp_path)
+        with pytest.raises(InputError, match="generation_config"):
+            settings.save(tmp_path, liked)
+        assert path.read_text() == broken

@@ -33,7 +33,8 @@ def chat(
     compute_dtype: options.ComputeDtype = None,
 ) -> None:
     """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
-    from elm_mlx.chat import Chat, options_for
+    from elm_mlx import settings
+    from elm_mlx.chat import CONTINUING, DEFAULTS, Chat
     from elm_mlx.cli.session import Session
     from elm_mlx.describe import check_directory
     from elm_mlx.store import open_model
@@ -54,7 +55,7 @@ def chat(
         loaded.tokenizer,
         chosen,
         system=system,
-        options=options_for(model, flags, continues=chosen is None),
+        options=settings.merge(model, flags, DEFAULTS if chosen else CONTINUING),
         stop=stop or (),
         seed=seed,
     )

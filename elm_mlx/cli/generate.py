@@ -33,7 +33,7 @@ def generate(
     seed: options.Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")] = False,
-    logprobs: Annotated[bool, typer.Option(help="Print each token with its log-probability.")] = False,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
     prefill_step: options.PrefillStep = 512,
     compute_dtype: options.ComputeDtype = None,
 ) -> None:

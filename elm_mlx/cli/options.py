@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
-MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.  [default: 256]", show_default=False)]
+MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens. (default: 256)", show_default=False)]
 Temp = Annotated[float | None, typer.Option(help="Temperature; 0 takes the likeliest token.", show_default=False)]
 TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that reach this probability.")]
 TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
@@ -16,11 +16,11 @@ MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share o
 RepetitionPenalty = Annotated[
     float | None, typer.Option(help="Make tokens of the last 64 less likely; 1 does nothing, 1.1 a little.")
 ]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.  [default: drawn]")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")]
 PrefillStep = Annotated[int, typer.Option(help="Prompt tokens computed in one pass.")]
 ComputeDtype = Annotated[
     str | None,
-    typer.Option(help="float32, float16 or bfloat16.  [default: as stored on a GPU, float32 on a CPU]"),
+    typer.Option(help="float32, float16 or bfloat16. (default: as stored on a GPU, float32 on a CPU)"),
 ]
 OptionalModelPath = Annotated[
     Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)

@@ -16,7 +16,8 @@ from types import FrameType
 
 import typer
 
-from elm_mlx.chat import DEFAULTS, Chat, Reply, save_options
+from elm_mlx import settings
+from elm_mlx.chat import DEFAULTS, Chat, Reply
 from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
 from elm_mlx.errors import ElmError, InputError
 
@@ -214,7 +215,7 @@ class Session:
                 value = str(self._chat.options[name] if name in DEFAULTS else self._chat.seed).lower()
                 self._note(f"{name:<18}  {value:<8}  {MEANINGS[name]}")
         elif name == "save" and not value:
-            self._note(f"(saved to {save_options(self._directory, self._chat.options)})")
+            self._note(f"(saved to {settings.save(self._directory, self._chat.options)})")
         elif not value.strip():
             raise InputError(f"/set {name} needs a value")
         elif name == "seed":
