@@ -73,9 +73,9 @@ def main() -> None:
 
 
 def _prepare_streams() -> None:
-    """What stdout cannot show becomes a question mark, and a stream that is closed takes everything."""
-    for name in ("stdout", "stderr"):
+    """A closed stream becomes an empty one, or the next file would get its number; what stdout cannot show, a `?`."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
