@@ -88,6 +88,32 @@ def first_token(model: Path, pairs: int) -> str:
     return row("process start to first token, s", mine, other, [b / a for a, b in results])
 
 
+def norms(repeats: int = 200) -> str:
+    """The fused RMSNorm against the naive one, in bfloat16 as a GPU runs it and in float32 as a CPU does."""
+    import mlx.core as mx
+
+    from elm_mlx.norm import NaiveRMSNorm, RMSNorm
+
+    def microseconds(norm: RMSNorm, x: mx.array) -> float:
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            mx.eval(norm(x))
+            times.append(time.perf_counter() - start)
+        return statistics.median(times) * 1e6
+
+    lines = []
+    for dtype in (mx.float32, mx.bfloat16):
+        x = mx.random.normal((1, 128, 1280)).astype(dtype)
+        fused, naive = RMSNorm(1280), NaiveRMSNorm(1280)
+        for norm in (fused, naive):
+            norm.set_dtype(dtype)
+        mx.eval(x, fused.parameters(), naive.parameters())
+        name = str(dtype).removeprefix("mlx.core.")
+        lines.append(f"{name} fused {microseconds(fused, x):.0f} µs, naive {microseconds(naive, x):.0f} µs")
+    return f"RMSNorm of (1, 128, 1280) on {mx.default_device()}: {'; '.join(lines)}"
+
+
 def row(title: str, mine: list[float], theirs: list[float], ratios: list[float]) -> str:
     middle = statistics.median
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
@@ -98,7 +124,6 @@ def machine() -> str:
     from importlib.metadata import version
 
     import mlx.core as mx
-
 
     return (
         f"{mx.device_info().get('device_name', platform.processor())}, {os.cpu_count()} cores, "
@@ -123,6 +148,7 @@ def main() -> None:
             ("270M as published, mlx-lm as installed", seeded, "stock", 128, 12, 2),
         ):
             print("\n".join(compare(title, model, peer, prompt, new, count)), flush=True)
+    print(f"\n{norms()}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -57,9 +58,17 @@ def _system() -> dict[str, str]:
         "device": str(mx.default_device()),
         "processor": str(mx.device_info().get("device_name", platform.processor())),
         "computes in": "the stored type" if device.on_gpu() else "float32 where memory allows",
-        "blas": served + (f", {found.path}" if found.path else ""),
+        "blas": served + (f", {_short(found.path)}" if found.path else ""),
         "free memory": f"{memory / 1e9:.1f} GB" if memory is not None else "not known",
     }
+
+
+def _short(path: str) -> str:
+    """`path`, from `~` on where it lies in the user's home."""
+    try:
+        return f"~/{Path(path).relative_to(Path.home())}"
+    except (ValueError, RuntimeError):  # elsewhere; no home
+        return path
 
 
 def _print(about: Description) -> None:

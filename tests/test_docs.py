@@ -1,0 +1,42 @@
+"""The documentation against the command line: what it names is there, and what is there is named."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from elm_mlx.cli import app
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def flags(command: str) -> set[str]:
+    return {name for parameter in COMMANDS[command].params for name in parameter.opts if name.startswith("--")}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_in_the_documentation_can_be_parsed(page: Path) -> None:
+    lines = re.findall(r"^(?: {4}|\$ )(?:.*\| )?(?:\.venv/bin/)?elm-mlx ([a-z]+) (.*)", page.read_text("utf-8"), re.M)
+    for command, rest in lines:
+        assert command in COMMANDS, f"{page.name}: elm-mlx {command}"
+        known = flags(command) | {"--help"}
+        for flag in re.findall(r"(?<!\S)--[a-z-]+", rest):
+            assert flag in known, f"{page.name}: elm-mlx {command} {flag}"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_flag_has_a_place_in_its_commands_page(command: str) -> None:
+    page = (ROOT / "docs" / f"{command}.md").read_text("utf-8")
+    missing = {flag for flag in flags(command) - {"--help"} if f"{flag}" not in page}
+    assert not missing, f"docs/{command}.md says nothing of {sorted(missing)}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
