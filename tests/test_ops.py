@@ -97,3 +97,20 @@ def test_other_types_keep_their_type(dtype: mx.Dtype) -> None:
     out = ops.attention(heads, heads, heads, 0.2, "causal")
     assert out.dtype == dtype
     np.testing.assert_allclose(float64(out), attention64(heads, heads, heads, 0.2, causal=True), atol=3e-2)
+
+
+def test_the_derivatives_are_those_of_mlxs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries, keys, values = drawn((1, 8, 128, 32), 1), drawn((1, 2, 150, 32), 2), drawn((1, 2, 150, 32), 3)
+    gate, up, weights = drawn((200, 100), 4, 3.0), drawn((200, 100), 5), drawn((1, 8, 128, 32), 6)
+
+    def scalar(queries: mx.array, keys: mx.array, values: mx.array, gate: mx.array, up: mx.array) -> mx.array:
+        attended = ops.attention(queries, keys, values, 32**-0.5, "causal")
+        return (attended * weights).sum() + mx.sin(ops.swiglu(gate, up)).sum() + ops.silu(gate).sum()
+
+    grad = mx.grad(scalar, argnums=(0, 1, 2, 3, 4))
+    ours = grad(queries, keys, values, gate, up)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    theirs = grad(queries, keys, values, gate, up)
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=2e-5 * float(mx.abs(reference).max()))
+        assert float(mx.abs(reference).max()) > 0.1
