@@ -25,13 +25,15 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import math
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +61,7 @@ class _Unusable(Exception):
 @functools.cache
 def status() -> Status:
     """Load a fast BLAS, once, and say which one serves."""
-    choice = os.environ.get(VARIABLE, "auto")
+    choice = os.environ.get(VARIABLE) or "auto"
     if sys.platform == "darwin":
         return Status("Accelerate")
     if not sys.platform.startswith("linux"):
@@ -96,7 +98,8 @@ def _load_packaged() -> Status:
     reasons = []
     for make, detail in ((_compile_shim, ROWS_BY_GEMV), (_rename_symbols, "")):
         try:
-            return Status(name + detail, path=_load(_cached(original, make), original))
+            with _made(original, make) as path:
+                return Status(name + detail, path=_load(path, original))
         except (OSError, _Unusable, subprocess.SubprocessError) as error:
             reasons.append(str(error))
     return _load_system("; ".join(reasons))
@@ -117,7 +120,10 @@ def _load(path: str, original: Path | None = None) -> str:
     """
     if original is not None:
         ctypes.CDLL(str(original), mode=ctypes.RTLD_GLOBAL)
-    if not _multiplies(ctypes.CDLL(path)):
+    library = ctypes.CDLL(path)
+    if not hasattr(library, SYMBOLS[0]):
+        raise _Unusable(f"{path} has no {SYMBOLS[0]}")
+    if not _multiplies(library):
         raise _Unusable(f"{path} multiplies wrongly on this processor")
     ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
     _respect_cpu_quota(ctypes.CDLL(None))
@@ -126,10 +132,7 @@ def _load(path: str, original: Path | None = None) -> str:
 
 def _multiplies(library: ctypes.CDLL) -> bool:
     """Whether `cblas_sgemm` gives whole-number products exactly: a row and a block, both orientations."""
-    try:
-        gemm = library.cblas_sgemm
-    except AttributeError:
-        return False
+    gemm = library.cblas_sgemm
     gemm.restype = None
     shapes = [(1, 33, 19), (17, 9, 21), (33, 1, 19)]
     for (m, n, k), transposed in itertools.product(shapes, (True, False)):
@@ -137,7 +140,7 @@ def _multiplies(library: ctypes.CDLL) -> bool:
         b = [(i * 5 + 1) % 13 - 6 for i in range(k * n)]  # (n, k) when transposed, else (k, n)
         columns = [b[j * k : (j + 1) * k] if transposed else b[j::n] for j in range(n)]
         expected = [sum(map(int.__mul__, a[i * k : (i + 1) * k], column)) for i in range(m) for column in columns]
-        result = (ctypes.c_float * (m * n))()
+        result = (ctypes.c_float * (m * n))(*[math.nan] * (m * n))  # as memory may hold that MLX does not clear
         gemm(
             _ROW_MAJOR, _NO_TRANS, _TRANS if transposed else _NO_TRANS, m, n, k,
             ctypes.c_float(1), (ctypes.c_float * len(a))(*a), k,
@@ -174,11 +177,13 @@ def _packaged_library() -> Path:
     return library
 
 
-def _cached(original: Path, make: Callable[[Path, Path], None]) -> str:
-    """Path of what `make` makes of `original`, made once and kept in the user's cache.
+@contextmanager
+def _made(original: Path, make: Callable[[Path, Path], None]) -> Iterator[str]:
+    """Path of what `make` makes of `original`, made once and kept in the user's cache; or, without one, till loaded.
 
     It is put there only when a process of its own has multiplied with it: an OpenBLAS that crashes on this
-    processor takes that process down, not ours.
+    processor takes that process down, not ours. What cannot be loaded is not kept, so that the next process
+    makes it anew.
     """
     stat = original.stat()
     key = (
@@ -190,14 +195,24 @@ def _cached(original: Path, make: Callable[[Path, Path], None]) -> str:
         os.environ.get("OPENBLAS_CORETYPE"),
     )
     name = f"libcblas{make.__name__}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
-    path = (_cache_directory() or Path(tempfile.mkdtemp(prefix="elm-mlx-"))) / name
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as directory:
-            made = Path(directory, name)
-            make(original, made)
-            _check_in_process(original, made)
-            made.replace(path)
-    return str(path)
+    cache = _cache_directory()
+    with nullcontext(cache) if cache else tempfile.TemporaryDirectory(prefix="elm-mlx-") as directory:
+        path = Path(directory, name)
+        if not path.exists():
+            _make_checked(original, make, path)
+        try:
+            yield str(path)
+        except (OSError, _Unusable):
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _make_checked(original: Path, make: Callable[[Path, Path], None], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as directory:
+        made = Path(directory, path.name)
+        make(original, made)
+        _check_in_process(original, made)
+        made.replace(path)
 
 
 def _check_in_process(original: Path, made: Path) -> None:
@@ -231,7 +246,7 @@ def _rename_symbols(original: Path, made: Path) -> None:
 def _run(command: list[str], what: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode:
-        raise _Unusable(f"{what}: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
+        raise _Unusable(f"{what}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
 
 
 def _cache_directory() -> Path | None:

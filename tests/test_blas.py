@@ -1,0 +1,293 @@
+"""Each way of getting a BLAS, and of not getting one, in a process of its own: MLX multiplies rightly in all."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elm_mlx import blas
+
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux needs a BLAS of its own"),
+    pytest.mark.skipif(importlib.util.find_spec("scipy_openblas32") is None, reason="scipy-openblas32 is missing"),
+]
+COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+ASK = """
+import json, elm_mlx
+from elm_mlx import blas
+import mlx.core as mx
+a, b = (mx.arange(40 * 40).reshape(40, 40) % m - 3.0 for m in (7, 11))
+exact = (a.astype(mx.int32)[:, :, None] * b.astype(mx.int32)[None]).sum(axis=1)
+right = all(mx.array_equal(product, expected) for product, expected in (
+    (a @ b, exact), (a[:1] @ b, exact[:1]), (a @ b[:, :1], exact[:, :1]), (a.T.T @ b.T.T, exact)))
+print(json.dumps({"name": blas.status().name, "path": blas.status().path, "note": blas.status().note, "right": right}))
+"""
+
+
+class Answer:
+    """What a new process says of its BLAS, and how it multiplies."""
+
+    def __init__(self, code: str = ASK, **environment: str | None) -> None:
+        changed = {**os.environ, "ELM_MLX_BLAS": None, **environment}
+        kept = {name: value for name, value in changed.items() if value is not None}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=kept, timeout=120)
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        self.name, self.path, self.note = answer["name"], answer["path"], answer["note"]
+        self.warnings = done.stderr.splitlines()
+        assert answer["right"]
+
+    @property
+    def fast(self) -> bool:
+        return self.path is not None and self.warnings == []
+
+    def warns(self, about: str) -> bool:
+        """One line, that says what is slow, why, and what to set."""
+        (line,) = self.warnings
+        return (
+            self.path is None
+            and line.startswith("elm-mlx: slow matrix products: ")
+            and line.endswith("(ELM_MLX_BLAS chooses a BLAS)")
+            and about in line
+        )
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A user's cache, empty."""
+    path = tmp_path / "cache"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """Where temporary files go, to see that none stays."""
+    path = tmp_path / "scratch"
+    path.mkdir()
+    return path
+
+
+def library(path: Path, source: str) -> Path:
+    """A shared library of a few lines of C."""
+    if COMPILER is None:
+        pytest.skip("no C compiler")
+    path.with_suffix(".c").write_text(source)
+    subprocess.run([COMPILER, "-shared", "-fPIC", "-o", str(path), str(path.with_suffix(".c"))], check=True)
+    return path
+
+
+def test_a_fast_one_is_made_once_and_kept(cache: Path, scratch: Path) -> None:
+    first = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
+    assert first.fast and first.name.startswith("OpenBLAS (scipy-openblas32)")
+    (kept,) = (cache / "elm-mlx").iterdir()
+    assert first.path == str(kept) and kept.parent.stat().st_mode & 0o777 == 0o700
+    before = kept.stat()
+    second = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
+    assert second.fast and second.path == first.path and second.name == first.name
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not list(scratch.iterdir())
+
+
+def test_many_first_processes_at_once(cache: Path) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    environment.pop("ELM_MLX_BLAS", None)
+    processes = [
+        subprocess.Popen([sys.executable, "-c", ASK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+        for _ in range(4)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0 and err == b""
+        assert json.loads(out)["path"] and json.loads(out)["right"]
+    assert len(list((cache / "elm-mlx").iterdir())) == 1
+
+
+@pytest.mark.parametrize("made", ["by the compiler", "by patchelf"])
+def test_without_a_compiler_symbols_are_renamed(cache: Path, made: str) -> None:
+    path = os.environ.get("PATH") if made == "by the compiler" else str(cache)  # where there is no cc
+    answer = Answer(XDG_CACHE_HOME=str(cache), PATH=path)
+    assert answer.fast
+    by_compiler = made == "by the compiler" and COMPILER is not None
+    assert (blas.ROWS_BY_GEMV in answer.name) is by_compiler
+
+
+@pytest.mark.parametrize("how", ["a file in its place", "open to others", "under a file"])
+def test_without_a_cache_that_is_ours_alone_nothing_is_kept(cache: Path, scratch: Path, how: str) -> None:
+    own = cache / "elm-mlx"
+    if how == "a file in its place":
+        own.touch()
+    elif how == "open to others":
+        own.mkdir()
+        own.chmod(0o777)
+    else:
+        cache = cache / "file"
+        cache.touch()
+    answer = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
+    assert answer.fast
+    assert how != "open to others" or not list(own.iterdir())
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize("missing", [["HOME"], ["HOME", "PATH", "USER", "LOGNAME"]])
+def test_without_a_home_or_a_path(missing: list[str], cache: Path) -> None:
+    assert Answer(XDG_CACHE_HOME=str(cache), **dict.fromkeys(missing)).fast
+    if "PATH" not in missing:
+        assert Answer(XDG_CACHE_HOME=None, HOME="/nonexistent").fast
+
+
+def test_a_damaged_copy_is_made_anew(cache: Path) -> None:
+    path = Answer(XDG_CACHE_HOME=str(cache)).path
+    for content in (b"", b"no library", b"\x7fELF"):
+        Path(path).write_bytes(content)
+        assert Answer(XDG_CACHE_HOME=str(cache)).fast
+        again = Answer(XDG_CACHE_HOME=str(cache))
+        assert again.fast and again.path == path
+
+
+def test_it_can_be_switched_off(cache: Path) -> None:
+    answer = Answer(ELM_MLX_BLAS="off", XDG_CACHE_HOME=str(cache))
+    assert answer.path is None and answer.note == "ELM_MLX_BLAS=off" and answer.warnings == []
+    assert not list(cache.iterdir())
+
+
+def test_an_empty_choice_is_none() -> None:
+    assert Answer(ELM_MLX_BLAS="").fast
+
+
+NAIVE = """
+void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
+                 const float *b, int ldb, float beta, float *c, int ldc) {
+  for (int i = 0; i < m; i++) for (int j = 0; j < n; j++) {
+    float sum = 0;
+    for (int l = 0; l < k; l++)
+      sum += (ta == 111 ? a[i * lda + l] : a[l * lda + i]) * (tb == 111 ? b[l * ldb + j] : b[j * ldb + l]);
+    c[i * ldc + j] = alpha * sum + (beta == 0 ? 0 : beta * c[i * ldc + j]);
+  }
+}
+"""
+
+
+def test_one_that_multiplies_rightly_is_taken(tmp_path: Path) -> None:
+    answer = Answer(ELM_MLX_BLAS=str(library(tmp_path / "libmine.so", NAIVE)))
+    assert answer.fast and answer.name == "libmine.so"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("sum = 0;", "sum = 0; return;"),
+        ("alpha * sum", "1.0001f * sum"),
+        ("(tb == 111", "(tb != 111"),
+        ("l < k", "l < (m == 1 ? k - 1 : k)"),
+        ("(beta == 0 ? 0 : beta * c[i * ldc + j])", "beta * c[i * ldc + j]"),
+        ("i < m", "i < 16 && i < m"),
+    ],
+)
+def test_one_that_multiplies_wrongly_is_refused(tmp_path: Path, right: str, wrong: str) -> None:
+    assert right in NAIVE
+    path = library(tmp_path / "libwrong.so", NAIVE.replace(right, wrong))
+    assert Answer(ELM_MLX_BLAS=str(path)).warns(f"{path} multiplies wrongly")
+
+
+def test_what_is_no_blas_is_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.so"
+    text.write_text("no library at all")
+    assert Answer(ELM_MLX_BLAS=str(text)).warns("text.so")
+    assert Answer(ELM_MLX_BLAS=str(tmp_path / "nowhere.so")).warns("nowhere.so")
+    assert Answer(ELM_MLX_BLAS=str(tmp_path)).warns(str(tmp_path))
+    other = library(tmp_path / "libother.so", "int answer(void) { return 42; }")
+    assert Answer(ELM_MLX_BLAS=str(other)).warns("libother.so has no cblas_sgemm")
+
+
+def test_mlx_before_us_is_too_late() -> None:
+    assert Answer("import mlx.core\n" + ASK).warns("import elm_mlx first")
+
+
+def test_without_any_blas_it_is_slow_and_says_so(cache: Path) -> None:
+    """As if the packages were not installed, and the system had none."""
+    code = """
+import os
+os.environ["ELM_MLX_BLAS"] = "off"
+from elm_mlx import blas
+import importlib.util
+importlib.util.find_spec = lambda name: None
+del os.environ["ELM_MLX_BLAS"]
+load = blas._load
+def only_files(path, original=None):
+    if path == "libopenblas.so.0":
+        raise OSError("none")
+    return load(path, original)
+blas._load = only_files
+blas.status.cache_clear()
+blas.prefer_fast()
+"""
+    assert Answer(code + ASK, XDG_CACHE_HOME=str(cache)).warns("the package scipy-openblas32 is not installed")
+
+
+def test_where_nothing_can_be_made_the_reasons_are_given(cache: Path) -> None:
+    code = """
+import os
+os.environ["ELM_MLX_BLAS"] = "off"
+from elm_mlx import blas
+import shutil
+shutil.which = lambda *_, **__: None
+del os.environ["ELM_MLX_BLAS"]
+blas._load_system = lambda reason: (_ for _ in ()).throw(blas._Unusable(reason))
+blas.status.cache_clear()
+blas.prefer_fast()
+"""
+    answer = Answer(code + ASK, XDG_CACHE_HOME=str(cache))
+    assert answer.warns("no C compiler") and answer.warns("patchelf is not installed")
+
+
+@pytest.mark.parametrize(("platform", "name"), [("darwin", "Accelerate"), ("win32", "MLX's own")])
+def test_elsewhere_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch, platform: str, name: str) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert blas.status.__wrapped__() == blas.Status(name)
+
+
+def test_this_process_multiplies_with_a_fast_one() -> None:
+    if os.environ.get("ELM_MLX_BLAS"):
+        pytest.skip("ELM_MLX_BLAS is set")
+    assert blas.status().path is not None, blas.status()
+
+
+def test_rows_and_columns_of_every_layout_are_right() -> None:
+    """The C that sends them to gemv, on memory that holds NaN, as fresh memory may."""
+    path = blas.status().path
+    if path is None:
+        pytest.skip("no fast BLAS here")
+    gemm = ctypes.CDLL(path).cblas_sgemm
+    gemm.restype = None
+    draw = random.Random(0)
+    shapes = [(1, 1, 1), (1, 33, 19), (1, 2, 300), (33, 1, 19), (2, 1, 300), (17, 9, 21)]
+    for (m, n, k), ta, tb, beta in itertools.product(shapes, (111, 112), (111, 112), (0.0, 1.0, 0.5)):
+        spare = 3  # rows are longer than they need to be, as a slice of a matrix has them
+        lda, ldb, ldc = (k if ta == 111 else m) + spare, (n if tb == 111 else k) + spare, n + spare
+        a = [draw.randint(-4, 4) for _ in range((m if ta == 111 else k) * lda)]
+        b = [draw.randint(-4, 4) for _ in range((k if tb == 111 else n) * ldb)]
+        old = 2.0 if beta else math.nan
+        c = (ctypes.c_float * (m * ldc))(*[old] * (m * ldc))
+        gemm(
+            101, ta, tb, m, n, k, ctypes.c_float(1), (ctypes.c_float * len(a))(*a), lda,
+            (ctypes.c_float * len(b))(*b), ldb, ctypes.c_float(beta), c, ldc,
+        )  # fmt: skip
+        for i, j in itertools.product(range(m), range(ldc)):
+            if j >= n:  # not ours to write
+                assert c[i * ldc + j] == old or (math.isnan(old) and math.isnan(c[i * ldc + j]))
+                continue
+            row = (a[i * lda + x] if ta == 111 else a[x * lda + i] for x in range(k))
+            column = (b[x * ldb + j] if tb == 111 else b[j * ldb + x] for x in range(k))
+            assert c[i * ldc + j] == sum(map(int.__mul__, row, column)) + (beta * old if beta else 0)
