@@ -16,6 +16,7 @@ class TextStream:
     """The tokens that follow `prompt` in, text out, up to the first of the `stop` strings."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+        stop = (stop,) if isinstance(stop, str) else stop  # a string is a sequence of strings, and never meant as one
         if any(not string for string in stop):
             raise InputError("a stop string is empty")
         self._decoder = tokenizer.detokenizer(prompt)

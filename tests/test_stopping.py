@@ -112,3 +112,9 @@ def test_a_stop_string_may_complete_in_the_bytes_that_are_left(tiny_tokenizer: T
 def test_an_empty_stop_string_is_refused(tiny_tokenizer: Tokenizer, stop: list[str]) -> None:
     with pytest.raises(InputError, match="a stop string is empty"):
         TextStream(tiny_tokenizer, [1], stop)
+
+
+def test_one_string_alone_is_one_stop_string(tiny_tokenizer: Tokenizer) -> None:
+    prompt, ids = continuation(tiny_tokenizer, "abba.")
+    text = TextStream(tiny_tokenizer, prompt, "ba")
+    assert "".join(text.add(token)[0] for token in ids[:4]) == "ab"
