@@ -54,6 +54,17 @@ def test_16_bit_values_are_normalised_in_float32(dtype: mx.Dtype) -> None:
             np.testing.assert_allclose(np.array(result.astype(mx.float32)), expected, rtol=tolerance, atol=1e-4)
 
 
+def test_the_naive_one_rounds_where_corenet_does() -> None:
+    """Back to 16 bits first, then times the weight: two roundings."""
+    _, naive = norms(64)
+    naive.weight = naive.weight.astype(mx.bfloat16)
+    x = mx.random.normal((8, 64), key=mx.random.key(1)).astype(mx.bfloat16)
+    normed = reference.rms_norm(np.array(x.astype(mx.float32), np.float64), np.ones(64), naive.eps)
+    expected = mx.array(normed.astype(np.float32)).astype(mx.bfloat16) * naive.weight
+    differ = np.array(naive(x).astype(mx.float32)) != np.array(expected.astype(mx.float32))
+    assert differ.mean() < 0.01  # but for ties that float32 decides otherwise than float64
+
+
 def test_zeros_stay_zeros() -> None:
     for norm in norms(8):
         assert not np.array(norm(mx.zeros((2, 8)))).any()

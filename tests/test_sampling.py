@@ -188,6 +188,15 @@ def test_a_repetition_penalty_is_exact_step_after_step(prompt: list[int], penalt
         history.append(int(tokens[0]))
 
 
+@pytest.mark.parametrize(
+    ("logits", "chosen"),
+    [([0.4, 0.3, -9.0], 1), ([0.4, 0.1, -9.0], 0), ([-0.2, -0.3, -9.0], 1), ([0.0, -0.1, -9.0], 0)],
+)
+def test_a_penalty_divides_what_is_positive_and_multiplies_what_is_not(logits: list[float], chosen: int) -> None:
+    sampler = Sampler(repetition_penalty=2.0)
+    assert int(sampler(mx.array([logits]), sampler.start([[0]]))[0][0]) == chosen
+
+
 def test_a_penalty_makes_what_was_said_rarer_and_then_forgets_it() -> None:
     logits = np.zeros(100, np.float32)
     logits[7] = 2.0
