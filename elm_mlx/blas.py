@@ -1,7 +1,7 @@
 """A fast BLAS for MLX on Linux.
 
 The Linux wheel of MLX links the reference BLAS, tens of times slower than the machine. It takes
-just three functions from it, by name, when they are first called: a library that defines them and is
+just three CBLAS functions from it, by name, when they are first called: a library that defines them and is
 loaded globally *before* MLX is found first by the dynamic linker. This module loads one that hands them to
 the OpenBLAS of the `scipy-openblas32` wheel, whose own names carry a prefix. There are two ways to such a
 library, both taken once and kept in the user's cache:
@@ -32,8 +32,9 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,16 +43,24 @@ SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 PREFIX = "scipy_"
 ROWS_BY_GEMV = ", single rows by gemv"
 SHIM = Path(__file__).with_name("gemv.c")
+_RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 
 
 @dataclass(frozen=True)
 class Status:
-    """Which BLAS MLX multiplies with: its `name`, the `path` loaded if it was us, and a `note` if it is slow."""
+    """Which BLAS MLX multiplies with.
+
+    Attributes:
+        path: of the library that was loaded for it; None if none was.
+        note: what else there is to say; of a slow one, why.
+        slow: that a way which should have worked did not.
+    """
 
     name: str
     path: str | None = None
     note: str | None = None
+    slow: bool = False
 
 
 class _Unusable(Exception):
@@ -66,11 +75,11 @@ def status() -> Status:
         return Status("Accelerate")
     if not sys.platform.startswith("linux"):
         return Status("MLX's own")
-    slow = "reference BLAS of the MLX wheel"
+    reference = "reference BLAS of the MLX wheel"
     if choice == "off":
-        return Status(slow, note=f"{VARIABLE}=off")
+        return Status(reference, note=f"{VARIABLE}=off")
     if "mlx.core" in sys.modules:
-        return Status(slow, note="mlx was imported before elm_mlx: import elm_mlx first")
+        return Status(reference, note="mlx was imported before elm_mlx: import elm_mlx first", slow=True)
     if hasattr(ctypes.CDLL(None), SYMBOLS[0]):
         return Status("the process's own CBLAS", note="found in the process before MLX was loaded")
     try:
@@ -78,13 +87,13 @@ def status() -> Status:
             return Status(Path(choice).name, path=_load(choice))
         return _load_packaged()
     except (OSError, _Unusable, subprocess.SubprocessError) as error:
-        return Status(slow, note=str(error))
+        return Status(reference, note=str(error), slow=True)
 
 
 def prefer_fast() -> None:
     """Load a fast BLAS if there is one; a line of warning if a way that should work did not."""
     found = status()
-    if found.path is None and found.note and os.environ.get(VARIABLE) != "off" and "process" not in found.name:
+    if found.slow:
         print(f"elm-mlx: slow matrix products: {found.note} ({VARIABLE} chooses a BLAS)", file=sys.stderr)
 
 
@@ -96,10 +105,10 @@ def _load_packaged() -> Status:
     except _Unusable as error:
         return _load_system(str(error))
     reasons = []
-    for make, detail in ((_compile_shim, ROWS_BY_GEMV), (_rename_symbols, "")):
+    for make, detail, beside in ((_compile_shim, ROWS_BY_GEMV, original), (_rename_symbols, "", None)):
         try:
-            with _made(original, make) as path:
-                return Status(name + detail, path=_load(path, original))
+            with _made(original, make, beside) as path:
+                return Status(name + detail, path=_load(path, beside))
         except (OSError, _Unusable, subprocess.SubprocessError) as error:
             reasons.append(str(error))
     return _load_system("; ".join(reasons))
@@ -113,20 +122,19 @@ def _load_system(reason: str) -> Status:
         raise _Unusable(reason) from None
 
 
-def _load(path: str, original: Path | None = None) -> str:
+def _load(path: str, beside: Path | None = None) -> str:
     """Open `path` for every library loaded later to see, after some products came out right.
 
-    `original` is the OpenBLAS that a shim at `path` calls.
+    `beside` is the OpenBLAS that a shim at `path` calls.
     """
-    if original is not None:
-        ctypes.CDLL(str(original), mode=ctypes.RTLD_GLOBAL)
+    opened = [ctypes.CDLL(str(beside), mode=ctypes.RTLD_GLOBAL)] if beside else []
     library = ctypes.CDLL(path)
     if not hasattr(library, SYMBOLS[0]):
         raise _Unusable(f"{path} has no {SYMBOLS[0]}")
     if not _multiplies(library):
         raise _Unusable(f"{path} multiplies wrongly on this processor")
-    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    _respect_cpu_quota(ctypes.CDLL(None))
+    opened.append(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
+    _respect_cpu_quota(opened)
     return path
 
 
@@ -152,7 +160,7 @@ def _multiplies(library: ctypes.CDLL) -> bool:
     return True
 
 
-def _respect_cpu_quota(process: ctypes.CDLL) -> None:
+def _respect_cpu_quota(libraries: list[ctypes.CDLL]) -> None:
     """One thread for each processor that a container may use: OpenBLAS sees the machine's, not the quota."""
     if any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
         return
@@ -162,9 +170,10 @@ def _respect_cpu_quota(process: ctypes.CDLL) -> None:
     except (OSError, ValueError):  # no cgroup, or "max": no quota
         return
     if allowed < len(os.sched_getaffinity(0)):
-        for name in ("openblas_set_num_threads", PREFIX + "openblas_set_num_threads"):
-            if hasattr(process, name):
-                getattr(process, name)(allowed)
+        names = ("openblas_set_num_threads", PREFIX + "openblas_set_num_threads")
+        for library, name in itertools.product(libraries, names):
+            if hasattr(library, name):
+                getattr(library, name)(allowed)
 
 
 def _packaged_library() -> Path:
@@ -178,28 +187,21 @@ def _packaged_library() -> Path:
 
 
 @contextmanager
-def _made(original: Path, make: Callable[[Path, Path], None]) -> Iterator[str]:
+def _made(original: Path, make: Callable[[Path, Path], None], beside: Path | None) -> Iterator[str]:
     """Path of what `make` makes of `original`, made once and kept in the user's cache; or, without one, till loaded.
 
     It is put there only when a process of its own has multiplied with it: an OpenBLAS that crashes on this
     processor takes that process down, not ours. What cannot be loaded is not kept, so that the next process
-    makes it anew.
+    makes it anew; what cannot be made is not tried again for a day.
     """
     stat = original.stat()
-    key = (
-        original,
-        stat.st_size,
-        stat.st_mtime_ns,
-        SHIM.read_bytes(),
-        _processor(),
-        os.environ.get("OPENBLAS_CORETYPE"),
-    )
-    name = f"libcblas{make.__name__}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.so"
+    built_for = (_processor(), os.environ.get("OPENBLAS_CORETYPE"), _compiler())
+    key = repr((original, stat.st_size, stat.st_mtime_ns, SHIM.read_bytes(), built_for))
+    stem = f"libcblas{make.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     cache = _cache_directory()
-    with nullcontext(cache) if cache else tempfile.TemporaryDirectory(prefix="elm-mlx-") as directory:
-        path = Path(directory, name)
-        if not path.exists():
-            _make_checked(original, make, path)
+    with nullcontext(cache) if cache else tempfile.TemporaryDirectory(prefix="elm-mlx-") as name:
+        directory = Path(name)
+        path = _kept(directory, stem) or _make_checked(original, make, beside, directory, stem)
         try:
             yield str(path)
         except (OSError, _Unusable):
@@ -207,29 +209,51 @@ def _made(original: Path, make: Callable[[Path, Path], None]) -> Iterator[str]:
             raise
 
 
-def _make_checked(original: Path, make: Callable[[Path, Path], None], path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as directory:
-        made = Path(directory, path.name)
-        make(original, made)
-        _check_in_process(original, made)
-        made.replace(path)
-
-
-def _check_in_process(original: Path, made: Path) -> None:
-    check = (
-        f"import ctypes, elm_mlx.blas as b; from pathlib import Path; b._load({str(made)!r}, Path({str(original)!r}))"
+def _kept(directory: Path, stem: str) -> Path | None:
+    """The library kept earlier; none that is not as long as its name says, for loading half of one is fatal."""
+    return next(
+        (path for path in directory.glob(f"{stem}-*.so") if path.stem.endswith(f"-{path.stat().st_size}")), None
     )
+
+
+def _make_checked(
+    original: Path, make: Callable[[Path, Path], None], beside: Path | None, directory: Path, stem: str
+) -> Path:
+    failed = directory / f"{stem}.failed"
+    with suppress(OSError):
+        if time.time() - failed.stat().st_mtime < _RETRY_SECONDS:
+            raise _Unusable(failed.read_text())
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as temporary:
+        made = Path(temporary, f"{stem}.so")
+        try:
+            make(original, made)
+            _check_in_process(made, beside)
+        except (_Unusable, subprocess.SubprocessError) as error:
+            failed.write_text(str(error))
+            raise
+        with made.open("rb") as file:
+            os.fsync(file.fileno())
+        return made.replace(directory / f"{stem}-{made.stat().st_size}.so")
+
+
+def _check_in_process(made: Path, beside: Path | None) -> None:
+    load = f"b._load({str(made)!r}, {f'Path({str(beside)!r})' if beside else None})"
     environment = {**os.environ, VARIABLE: "off", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    if subprocess.run([sys.executable, "-c", check], capture_output=True, timeout=60, env=environment).returncode:
+    check = [sys.executable, "-c", f"import elm_mlx.blas as b; from pathlib import Path; {load}"]
+    if subprocess.run(check, capture_output=True, timeout=60, env=environment).returncode:
         raise _Unusable("the OpenBLAS of scipy-openblas32 fails on this processor")
 
 
 def _compile_shim(original: Path, made: Path) -> None:
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    compiler = _compiler()
     if compiler is None:
         raise _Unusable("no C compiler")
     command = [compiler, "-O2", "-shared", "-fPIC", str(SHIM), "-o", str(made)]
     _run(command, "the C compiler cannot make a library")
+
+
+def _compiler() -> str | None:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
 def _rename_symbols(original: Path, made: Path) -> None:

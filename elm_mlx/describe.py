@@ -5,6 +5,7 @@ Knows `config.json` and the headers of the weights; imports no MLX.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,13 +96,39 @@ def check_directory(path: Path) -> Path:
     return path
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files of `path`'s weights: those that the index names, where there is one; else all that look like it.
+
+    Raises:
+        InputError: there is none, or one is missing.
+    """
+    files = sorted(path.glob("model*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise InputError(f"{index}: holds no weight_map") from None
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")
+        files = [file for file in files if file.name in named]
+    if not files:
+        raise InputError(f"{path}: holds no model.safetensors")
+    return files
+
+
 def _stored(path: Path, config: ModelConfig) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
-        raise InputError(f"{path}: holds no model.safetensors")
-    types = {entry.dtype for file in files for entry in headers.read(file)}
+    files = weight_files(path)
+    entries = {entry.name: entry for file in files for entry in headers.read(file)}
+    for name, shape in config.shapes().items() if config.quantization is None else ():
+        if name not in entries:
+            raise InputError(f"{path}: tensor {name} is missing")
+        if entries[name].shape != shape:
+            raise InputError(f"{path}: tensor {name} is {entries[name].shape}, and config.json implies {shape}")
+    types = {entry.dtype for entry in entries.values()}
     floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))
     if config.quantization is not None:
         bits, group = config.quantization.get("bits"), config.quantization.get("group_size")

@@ -6,8 +6,11 @@ tested on one machine by replacing `on_gpu`.
 
 from __future__ import annotations
 
+import os
 import resource
+import stat
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,10 +24,17 @@ def on_gpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.gpu))
 
 
-def compute_dtype(
-    stored: mx.Dtype, parameters: int, packed: bool = False, requested: str | None = None
-) -> tuple[mx.Dtype, str | None]:
-    """What to compute in, and a note for the user when that is not what is stored.
+@dataclass(frozen=True)
+class Computation:
+    """What to compute in; whether quantized weights are expanded for it at load; what to tell the user, if anything."""
+
+    dtype: mx.Dtype
+    unpack: bool = False
+    note: str | None = None
+
+
+def computation(stored: mx.Dtype, parameters: int, packed: bool = False, requested: str | None = None) -> Computation:
+    """How to compute with weights as they are stored.
 
     A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than
     a float32 product by BLAS, so there the weights are widened, where that leaves a fifth of the free memory.
@@ -41,26 +51,41 @@ def compute_dtype(
     if requested is not None:
         if requested not in DTYPES:
             raise InputError(f"no compute dtype {requested!r}; there are {', '.join(DTYPES)}")
-        return DTYPES[requested], None
+        return Computation(DTYPES[requested], unpack=packed and requested == "float32" and not on_gpu())
     if on_gpu() or (stored == mx.float32 and not packed):
-        return stored, None
+        return Computation(stored)
     needed, available = 4 * parameters, available_memory()
     kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
-    if not _widened_fits(parameters, available):
-        return stored, (
+    if available is not None and needed > 0.8 * available:
+        slow = (
             f"computing with {kind} weights, slowly on a CPU: float32 would take {needed / 1e9:.1f} GB "
-            f"of the {(available or 0) / 1e9:.1f} GB of memory that are free"
+            f"of the {available / 1e9:.1f} GB of memory that are free"
         )
-    return mx.float32, f"{kind} weights computed in float32, faster on a CPU ({needed / 1e9:.2f} GB)"
+        return Computation(stored, note=slow)
+    fast = f"{kind} weights computed in float32, faster on a CPU ({needed / 1e9:.2f} GB)"
+    return Computation(mx.float32, unpack=packed, note=fast)
 
 
-def unpacks(dtype: mx.Dtype, parameters: int) -> bool:
-    """Whether quantized weights are expanded at load to compute in `dtype`: on a CPU, to be multiplied by BLAS."""
-    return not on_gpu() and dtype == mx.float32 and _widened_fits(parameters, available_memory())
+def compile_hindrance() -> str | None:
+    """Why a step is not to be compiled; None where it is.
 
-
-def _widened_fits(parameters: int, available: int | None) -> bool:
-    return available is None or 4 * parameters <= 0.8 * available
+    On a CPU MLX builds libraries with the C++ compiler, under a name that anyone can foretell in the directory for
+    temporary files, and loads what it finds there. So that place must be ours alone: else another user's code would
+    run in this process, or, where we cannot write, MLX would fail.
+    """
+    if on_gpu():
+        return None
+    path = Path(next(filter(None, map(os.environ.get, ("TMPDIR", "TMP", "TEMP", "TEMPDIR"))), "/tmp"))
+    try:
+        for name in ("mlx", mx.__version__, "cpu"):
+            path /= name
+            path.mkdir(mode=0o700, exist_ok=True)
+            status = path.lstat()
+            if status.st_uid != os.getuid() or status.st_mode & 0o022 or not stat.S_ISDIR(status.st_mode):
+                return f"{path} is not this user's alone"
+        return None if os.access(path, os.W_OK) else f"{path} cannot be written"
+    except OSError as error:
+        return f"{path}: {error.strerror}"
 
 
 def available_memory() -> int | None:
@@ -76,8 +101,10 @@ def available_memory() -> int | None:
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
     except (OSError, ValueError):  # no container, or "max": no limit
         return available
+    used -= int(statistics.get("inactive_file", 0))  # cached files, which make room when it is needed
     return min(available, max(0, limit - used))
 
 

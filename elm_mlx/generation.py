@@ -189,7 +189,8 @@ class Decoder:
         self.state = state
         self._padding = padding
         self._sampler = sampler
-        self._step = mx.compile(partial(_step, model))
+        step = partial(_step, model)
+        self._step = mx.compile(step) if device.compile_hindrance() is None else step
 
     def advance(self) -> tuple[mx.array, mx.array]:
         """Feed the current tokens and launch, without waiting, the choice of the next: ids and log-probabilities."""
@@ -198,9 +199,14 @@ class Decoder:
             cache.reserve(start + 1)
         position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
         arrays = [cache.state for cache in self.caches]
-        logits, arrays = self._step(self.tokens, position, offset, mask, arrays)
-        for cache, (cache.keys, cache.values) in zip(self.caches, arrays, strict=True):
-            cache.offset = start + 1
+        try:
+            logits, arrays = self._step(self.tokens, position, offset, mask, arrays)
+            for cache, (cache.keys, cache.values) in zip(self.caches, arrays, strict=True):
+                cache.offset = start + 1
+        except BaseException:  # Ctrl-C, say: whatever was written, no cache claims it
+            for cache in self.caches:
+                cache.offset = start
+            raise
         del arrays  # the last reference to what went in is gone, so the step writes in place
         self.tokens, logprobs, self.state = self._sampler(logits, self.state)
         mx.async_eval(self.tokens, logprobs)

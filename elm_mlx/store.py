@@ -6,7 +6,6 @@ a directory came from; `convert` makes them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import mlx.nn as nn
 
 from elm_mlx import device, headers
 from elm_mlx.config import ModelConfig
-from elm_mlx.describe import check_directory
+from elm_mlx.describe import check_directory, weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -67,15 +66,15 @@ def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
     # Norms are never quantized, so theirs is the type that a quantized model came in.
     stored = weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
     parameters = sum(math.prod(shape) for shape in config.shapes().values())
-    dtype, note = device.compute_dtype(stored, parameters, bool(packing), compute_dtype)
+    how = device.computation(stored, parameters, bool(packing), compute_dtype)
     model = Model(config)
-    if packing and device.unpacks(dtype, parameters):
+    if how.unpack:
         _unpack(weights, packing)
     elif packing:
         nn.quantize(model, class_predicate=lambda module, _: packing.get(f"{module}.weight", False))
     for name in list(weights):  # one by one, so that both types of all weights are never in memory together
         if mx.issubdtype(weights[name].dtype, mx.floating):
-            weights[name] = weights[name].astype(dtype)
+            weights[name] = weights[name].astype(how.dtype)
         mx.eval(weights[name])
     model.load_weights(list(weights.items()))
     model.eval()
@@ -88,13 +87,17 @@ def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
                 "it is another model's tokenizer"
             )
         tokenizer.eos_ids = config.eos_token_ids
-    return Loaded(model, tokenizer, _describe(stored, packing), (note,) if note else ())
+    hindrance = device.compile_hindrance()
+    uncompiled = (
+        f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
+    )
+    return Loaded(model, tokenizer, _describe(stored, packing), tuple(filter(None, (how.note, uncompiled))))
 
 
 def _read_weights(path: Path) -> dict[str, mx.array]:
     """Every tensor of the directory's `model*.safetensors`, not yet read from the disk."""
     weights: dict[str, mx.array] = {}
-    for file in _weight_files(path):
+    for file in weight_files(path):
         headers.read(file)  # MLX believes a header
         try:
             tensors = mx.load(str(file))
@@ -105,24 +108,6 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
             raise InputError(f"{file}: tensor {twice} is in another file of the directory too")
         weights.update(tensors)
     return weights
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files that the index names, where there is one; else all that look like it."""
-    files = sorted(path.glob("model*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{index}: holds no weight_map") from None
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")
-        files = [file for file in files if file.name in named]
-    if not files:
-        raise InputError(f"{path}: holds no model.safetensors")
-    return files
 
 
 def _check_weights(

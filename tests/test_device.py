@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 
 from elm_mlx import device
+from elm_mlx.device import Computation
 from elm_mlx.errors import InputError
 
 GIGABYTE = 10**9
@@ -34,7 +35,7 @@ def test_the_device_is_the_one_that_mlx_defaults_to() -> None:
 @pytest.mark.parametrize("stored", STORED)
 def test_a_gpu_computes_in_what_is_stored(stored: mx.Dtype, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_memory", lambda: 0)
-    assert device.compute_dtype(stored, 10**12, packed) == (stored, None)
+    assert device.computation(stored, 10**12, packed) == Computation(stored)
 
 
 @pytest.mark.usefixtures("cpu")
@@ -44,28 +45,31 @@ def test_a_gpu_computes_in_what_is_stored(stored: mx.Dtype, packed: bool, monkey
      (mx.float32, True, "quantized")],
 )  # fmt: skip
 def test_a_cpu_widens_and_says_so(stored: mx.Dtype, packed: bool, kind: str) -> None:
-    dtype, note = device.compute_dtype(stored, 250_000_000, packed)
-    assert dtype == mx.float32
-    assert note == f"{kind} weights computed in float32, faster on a CPU (1.00 GB)"
+    how = device.computation(stored, 250_000_000, packed)
+    assert how.dtype == mx.float32 and how.unpack is packed
+    assert how.note == f"{kind} weights computed in float32, faster on a CPU (1.00 GB)"
 
 
 @pytest.mark.usefixtures("cpu")
 def test_float32_is_nothing_to_talk_about() -> None:
-    assert device.compute_dtype(mx.float32, 10**12) == (mx.float32, None)
+    assert device.computation(mx.float32, 10**12) == Computation(mx.float32)
 
 
 @pytest.mark.usefixtures("cpu")
 @pytest.mark.parametrize(("parameters", "widened"), [(2 * 10**9, True), (2 * 10**9 + 1, False), (10**12, False)])
 def test_a_cpu_widens_only_into_four_fifths_of_the_free_memory(parameters: int, widened: bool) -> None:
-    dtype, note = device.compute_dtype(mx.bfloat16, parameters)
-    assert (dtype == mx.float32) is widened
-    assert note is not None and (("slowly" in note and "10.0 GB of memory that are free" in note) is not widened)
+    for packed in (True, False):
+        how = device.computation(mx.bfloat16, parameters, packed)
+        assert (how.dtype == mx.float32) is widened
+        assert how.unpack is (packed and widened)
+        assert how.note is not None
+        assert ("slowly" in how.note and "10.0 GB of memory that are free" in how.note) is not widened
 
 
 @pytest.mark.usefixtures("cpu")
 def test_where_the_system_does_not_say_what_is_free_weights_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_memory", lambda: None)
-    assert device.compute_dtype(mx.bfloat16, 10**12)[0] == mx.float32
+    assert device.computation(mx.bfloat16, 10**12).dtype == mx.float32
 
 
 @pytest.mark.parametrize("name", device.DTYPES)
@@ -74,24 +78,42 @@ def test_what_is_asked_for_goes_before_all(name: str, packed: bool, monkeypatch:
     for gpu in (True, False):
         monkeypatch.setattr(device, "on_gpu", lambda gpu=gpu: gpu)
         for stored in STORED:
-            assert device.compute_dtype(stored, 1, packed, name) == (device.DTYPES[name], None)
+            how = device.computation(stored, 10**12, packed, name)
+            assert how == Computation(device.DTYPES[name], unpack=packed and name == "float32" and not gpu)
 
 
 @pytest.mark.parametrize("name", ["float64", "int8", "bf16", "", "FLOAT32"])
 def test_another_type_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=rf"no compute dtype '{name}'; there are float32, float16, bfloat16"):
-        device.compute_dtype(mx.float32, 1, requested=name)
+        device.computation(mx.float32, 1, requested=name)
 
 
-@pytest.mark.usefixtures("gpu")
-def test_a_gpu_computes_with_quantized_weights_as_they_are() -> None:
-    assert not any(device.unpacks(dtype, 1) for dtype in STORED)
+def test_a_gpu_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    assert device.compile_hindrance() is None
 
 
 @pytest.mark.usefixtures("cpu")
-def test_a_cpu_unpacks_quantized_weights_to_float32_where_they_fit() -> None:
-    assert [device.unpacks(dtype, 1) for dtype in STORED] == [True, False, False]
-    assert not device.unpacks(mx.float32, 10**12)
+def test_a_cpu_compiles_only_where_nobody_else_can_put_a_library(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert device.compile_hindrance() is None
+    made = tmp_path / "mlx" / mx.__version__ / "cpu"
+    assert made.is_dir() and not made.stat().st_mode & 0o077
+    for path in (made, made.parent, made.parent.parent):
+        path.chmod(0o777)
+        assert device.compile_hindrance() == f"{path} is not this user's alone"
+        path.chmod(0o700)
+    assert device.compile_hindrance() is None
+    made.rmdir()
+    made.symlink_to(tmp_path)
+    assert device.compile_hindrance() == f"{made} is not this user's alone"
+    monkeypatch.setattr(device.os, "getuid", lambda: 12345)
+    assert "is not this user's alone" in str(device.compile_hindrance())
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    assert "No such file" in str(device.compile_hindrance())
 
 
 def test_free_memory_is_less_than_there_is() -> None:
@@ -110,15 +132,17 @@ def test_free_memory_is_less_than_there_is() -> None:
             {
                 "/proc/meminfo": "MemAvailable: 4000 kB\n",
                 "/sys/fs/cgroup/memory.max": "3000000\n",
-                "/sys/fs/cgroup/memory.current": "1000000\n",
+                "/sys/fs/cgroup/memory.current": "1700000\n",
+                "/sys/fs/cgroup/memory.stat": "anon 900000\ninactive_file 700000\n",
             },
-            2_000_000,
+            2_000_000,  # cached files make room
         ),
         (
             {
                 "/proc/meminfo": "MemAvailable: 4000 kB\n",
                 "/sys/fs/cgroup/memory.max": "3000000\n",
                 "/sys/fs/cgroup/memory.current": "5000000\n",
+                "/sys/fs/cgroup/memory.stat": "anon 5000000\n",
             },
             0,
         ),
