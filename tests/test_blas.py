@@ -91,7 +91,7 @@ def library(path: Path, source: str) -> Path:
 def test_a_fast_one_is_made_once_and_kept(cache: Path, scratch: Path) -> None:
     first = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
     assert first.fast and first.name.startswith("OpenBLAS (scipy-openblas32)")
-    (kept,) = (cache / "elm-mlx").iterdir()
+    (kept,) = (cache / "elm-mlx").glob("*.so")
     assert first.path == str(kept) and kept.parent.stat().st_mode & 0o777 == 0o700
     before = kept.stat()
     second = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
@@ -111,7 +111,7 @@ def test_many_first_processes_at_once(cache: Path) -> None:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0 and err == b""
         assert json.loads(out)["path"] and json.loads(out)["right"]
-    assert len(list((cache / "elm-mlx").iterdir())) == 1
+    assert len(list((cache / "elm-mlx").glob("*.so"))) == 1
 
 
 @pytest.mark.parametrize("made", ["by the compiler", "by patchelf"])
@@ -149,11 +149,27 @@ def test_without_a_home_or_a_path(missing: list[str], cache: Path) -> None:
 
 def test_a_damaged_copy_is_made_anew(cache: Path) -> None:
     path = Answer(XDG_CACHE_HOME=str(cache)).path
-    for content in (b"", b"no library", b"\x7fELF"):
+    for content in (b"", b"no library", b"\x7fELF", bytes(Path(path).stat().st_size)):
         Path(path).write_bytes(content)
         assert Answer(XDG_CACHE_HOME=str(cache)).fast
         again = Answer(XDG_CACHE_HOME=str(cache))
         assert again.fast and again.path == path
+
+
+def test_what_cannot_be_made_is_tried_once_a_day(cache: Path, tmp_path: Path) -> None:
+    tried, tools = tmp_path / "tried", tmp_path / "bin"
+    tools.mkdir()
+    (tools / "cc").write_text(f"#!/bin/sh\necho again >> {tried}\necho no headers here >&2\nexit 1\n")
+    (tools / "cc").chmod(0o755)
+    for _ in range(2):
+        answer = Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools))
+        assert answer.fast and blas.ROWS_BY_GEMV not in answer.name
+    assert tried.read_text() == "again\n"
+    (failed,) = (cache / "elm-mlx").glob("*.failed")
+    assert "no headers here" in failed.read_text()
+    os.utime(failed, (0, 0))
+    assert Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools)).fast
+    assert tried.read_text() == "again\n" * 2
 
 
 def test_it_can_be_switched_off(cache: Path) -> None:
