@@ -83,16 +83,24 @@ def describe(path: Path) -> Description:
     )
 
 
-def check_directory(path: Path) -> Path:
+def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
     """`path`, if it looks like a model directory; else an InputError that says what to do."""
+    path = path.expanduser()
     if not path.exists():
-        raise InputError(f"{path}: no such directory; `elm-mlx convert SRC {path}` makes a model there")
+        raise InputError(
+            f"{path}: no such directory; `elm-mlx convert SRC DST` makes one of a checkpoint or repository"
+        )
     if not path.is_dir():
         raise InputError(
             f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of a checkpoint"
         )
     if not (path / "config.json").exists():
         raise InputError(f"{path}: holds no config.json, so it is no model directory")
+    if with_tokenizer and not (path / "tokenizer.model").exists():
+        raise InputError(
+            f"{path}: holds no tokenizer.model, so it reads and writes no text: copy the one of the model that it was "
+            "made from into it, or convert that again with --tokenizer"
+        )
     return path
 
 

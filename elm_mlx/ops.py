@@ -28,7 +28,8 @@ def silu(x: mx.array) -> mx.array:
     """`x * sigmoid(x)`, elementwise."""
     if _mlx_is_best(x, x.size):
         return nn.silu(x) if device.on_gpu() else x * mx.sigmoid(x)
-    return x / (1 + _exp(mx.clip(-x, -87.0, 87.0)))
+    x = mx.maximum(x, -87.0)  # where it is 1e-36 from 0
+    return x / (1 + _exp(mx.maximum(-x, -87.0)))
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -68,7 +69,7 @@ def _attend_block(queries: mx.array, keys: mx.array, values: mx.array, scale: fl
     grouped = (queries * scale).reshape(batch, kv_heads, -1, head_dim)
     scores = (grouped @ keys[:, :, :seen].swapaxes(2, 3)).reshape(batch, heads, rows, seen)
     later = mx.arange(seen) > mx.arange(seen - rows, seen)[:, None]
-    scores = scores + mx.where(later, -1e9, 0.0)
+    scores = mx.where(later, -1e30, scores)
     weights = _exp(mx.maximum(scores - scores.max(axis=-1, keepdims=True), -87.0))
     out = (weights.reshape(batch, kv_heads, -1, seen) @ values[:, :, :seen]).reshape(batch, heads, rows, head_dim)
     return out / weights.sum(axis=-1, keepdims=True)

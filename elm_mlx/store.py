@@ -6,7 +6,6 @@ a directory came from; `convert` makes them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +64,7 @@ def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
     _check_weights(config, packing, weights, path)
     # Norms are never quantized, so theirs is the type that a quantized model came in.
     stored = weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
-    parameters = sum(math.prod(shape) for shape in config.shapes().values())
-    how = device.computation(stored, parameters, bool(packing), compute_dtype)
+    how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
     model = Model(config)
     if how.unpack:
         _unpack(weights, packing)

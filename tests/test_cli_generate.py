@@ -252,7 +252,8 @@ def test_a_directory_that_is_none(run: Run, tiny_model_dir: Path, tmp_path: Path
     refused(run("generate", tmp_path, "--prompt", "x"), r"holds no config\.json")
     path = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     (path / "tokenizer.model").unlink()
-    refused(run("generate", path, "--prompt", "x"), "has no tokenizer, .* convert again with --tokenizer")
+    refused(run("generate", path, "--prompt", "x"), r"holds no tokenizer\.model, .* with --tokenizer")
+    shutil.copy(tiny_model_dir / "tokenizer.model", path)
     (path / "model.safetensors").write_bytes(b"{}")
     refused(run("generate", path, "--prompt", "x"), r"model\.safetensors: ")
 

@@ -175,7 +175,7 @@ def test_an_empty_text_is_bos_alone(tiny_tokenizer: Tokenizer) -> None:
         ([1, 96], {}, "token id 96 is outside the vocabulary of 96"),
         ([-1], {}, "token id -1 is outside the vocabulary of 96"),
         ([10**30], {}, "is outside the vocabulary"),
-        ("text", {}, "no tokenizer: give the prompt as token ids"),
+        ("text", {}, "a text needs a tokenizer"),
         ([1] * 1024, {}, "the prompt has 1024 tokens, and the model's context is 1024"),
         ([1] * 5000, {}, "the prompt has 5000 tokens, and the model's context is 1024"),
         ([1], {"max_tokens": 0}, "max_tokens is 0"),

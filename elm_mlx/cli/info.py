@@ -11,6 +11,7 @@ import typer
 
 from elm_mlx import blas
 from elm_mlx.cli import options
+from elm_mlx.cli.show import printable, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ def _print(about: Description) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    print(f"{about.path}: OpenELM, {about.parameters:,} parameters ({about.embedding_parameters:,} in the embedding)")
+    embedding = f"({about.embedding_parameters:,} in the embedding)"
+    print(f"{printable(about.path)}: OpenELM, {about.parameters:,} parameters {embedding}")
     parts = [
         "SwiGLU" if about.glu else "plain FFN",
         "QK norm" if about.qk_norm else "no QK norm",
@@ -85,33 +87,34 @@ def _print(about: Description) -> None:
         "shape": f"{len(about.layers)} layers, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
         "context": f"{about.context:,} tokens",
-        "stored": f"{about.dtype}, {_bytes(about.file_bytes)}",
-        "memory": ", ".join(f"{_bytes(size)} in {name}" for name, size in about.memory.items()),
-        "KV cache": ", ".join(f"{size:,} bytes a token in {name}" for name, size in about.kv_bytes_per_token.items()),
+        "stored": f"{about.dtype}, {size(about.file_bytes)}",
+        "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
+        "KV cache": ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items()),
     }
     for name, line in lines.items():
         print(f"  {name:<11} {line}")
+    console = Console()
+    bars = console.width >= 72
     table = Table(box=None, pad_edge=True)
     for header in ("layer", "heads", "KV"):
         table.add_column(header, justify="right")
-    table.add_column("query heads")
+    if bars:
+        table.add_column("query heads")
     table.add_column("FFN", justify="right")
-    table.add_column("FFN width")
+    if bars:
+        table.add_column("FFN width")
     table.add_column("parameters", justify="right")
     heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
     for i, layer in enumerate(about.layers):
-        table.add_row(
+        cells = [
             str(i), str(layer.query_heads), str(layer.kv_heads), _bar(layer.query_heads / heads),
             f"{layer.ffn_dim:,}", _bar(layer.ffn_dim / widths), f"{layer.parameters:,}",
-        )  # fmt: skip
-    Console().print(table)
+        ]  # fmt: skip
+        table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
+    console.print(table)
 
 
 def _bar(share: float) -> str:
     """A bar of eighths of a character."""
     eighths = max(1, round(share * _BAR * 8))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -173,7 +173,7 @@ def test_mlx_lm_knows_the_special_tokens_and_streams_in_linear_time(written, loa
     assert loaded.eos_token_ids == {ours.eos_id}
     assert loaded.bos_token_id == ours.bos_id
     assert loaded.model_max_length == 2048
-    assert len(loaded) == ours.vocab_size
+    assert len(loaded.get_vocab()) == ours.vocab_size
     assert type(loaded.detokenizer).__name__ == "SPMStreamingDetokenizer"
 
 
