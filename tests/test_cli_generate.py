@@ -321,7 +321,9 @@ def test_ctrl_c_ends_it_with_what_there_is_to_say(endless: Path, flags: list[str
         assert process.stdout is not None
         begun = b""
         while len(begun) < 500:  # MLX's first compilation asks for g++ by system(), during which signals are lost
-            begun += os.read(process.stdout.fileno(), 500)  # past Python's buffer, which `communicate` forgets
+            read = os.read(process.stdout.fileno(), 500)  # past Python's buffer, which `communicate` forgets
+            assert read
+            begun += read
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
     assert process.returncode == 130
