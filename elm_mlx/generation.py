@@ -144,6 +144,7 @@ def prefill(model: Model, ids: Sequence[int], caches: list[KVCache], step: int =
     while rows.shape[1] > step:
         model.transformer(rows[:, :step], caches)
         mx.eval([cache.state for cache in caches])
+        mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
         rows = rows[:, step:]
     return model.head(model.transformer(rows, caches)[:, -1])
 

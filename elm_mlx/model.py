@@ -2,7 +2,8 @@
 
 Knows the architecture (paper, section 2) and nothing of files, tokens' meaning or sampling.
 Speaks mlx-lm's model protocol, so that its tools can drive it: `model(ids, cache=...)`,
-`.layers`, and caches that are anything with `update_and_fetch`, `offset` and `make_mask`.
+`.layers`, and caches that are anything with `update_and_fetch`, `offset` and `make_mask`, and give arrays (mlx-lm's
+quantized ones do not).
 """
 
 from __future__ import annotations
