@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from elm_mlx import device
 from elm_mlx.cache import KVCache, make_prompt_cache, pad_left
 from elm_mlx.errors import InputError
 from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, checked, encode_prompt, prefill
@@ -117,16 +116,14 @@ def _run(
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
     decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts))
     active = rows
-    mx.eval(tokens, logprobs)
-    with device.decoding(model.config.parameters):
-        while active:
-            values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
-            going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, eos, max_tokens)]
-            if 0 < len(going_on) < len(active):
-                decoder.keep(going_on)
-            active = [active[i] for i in going_on]
-            if active:
-                tokens, logprobs = decoder.advance()
+    while active:
+        values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
+        going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, eos, max_tokens)]
+        if 0 < len(going_on) < len(active):
+            decoder.keep(going_on)
+        active = [active[i] for i in going_on]
+        if active:
+            tokens, logprobs = decoder.advance()
 
 
 def _prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:

@@ -43,7 +43,6 @@ SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 PREFIX = "scipy_"
 ROWS_BY_GEMV = ", single rows by gemv"
 SHIM = Path(__file__).with_name("gemv.c")
-_setters: list[Callable[[int], object]] = []  # of the libraries loaded
 _RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 
@@ -135,25 +134,8 @@ def _load(path: str, beside: Path | None = None) -> str:
     if not _multiplies(library):
         raise _Unusable(f"{path} multiplies wrongly on this processor")
     opened.append(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
-    _setters.extend(setter for library in opened if (setter := _thread_setter(library)))
-    use_threads(None)
+    _respect_cpu_quota(opened)
     return path
-
-
-def use_threads(count: int | None) -> None:
-    """Multiply with so many threads; None for one on each processor that this process may use.
-
-    Does nothing where the user has chosen (OPENBLAS_NUM_THREADS, OMP_NUM_THREADS), and with another BLAS than ours.
-    """
-    if any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
-        return
-    for setter in _setters:
-        setter(count or _processors())
-
-
-def _thread_setter(library: ctypes.CDLL) -> Callable[[int], object] | None:
-    names = ("openblas_set_num_threads", PREFIX + "openblas_set_num_threads")
-    return next((getattr(library, name) for name in names if hasattr(library, name)), None)
 
 
 def _multiplies(library: ctypes.CDLL) -> bool:
@@ -178,15 +160,20 @@ def _multiplies(library: ctypes.CDLL) -> bool:
     return True
 
 
-@functools.cache
-def _processors() -> int:
-    """How many processors this process may use, a container's quota counted: OpenBLAS sees the machine's."""
-    count = len(os.sched_getaffinity(0))
+def _respect_cpu_quota(libraries: list[ctypes.CDLL]) -> None:
+    """One thread for each processor that a container may use: OpenBLAS sees the machine's, not the quota."""
+    if any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
+        return
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(count, max(1, round(int(quota) / int(period))))
+        allowed = max(1, round(int(quota) / int(period)))
     except (OSError, ValueError):  # no cgroup, or "max": no quota
-        return count
+        return
+    if allowed < len(os.sched_getaffinity(0)):
+        names = ("openblas_set_num_threads", PREFIX + "openblas_set_num_threads")
+        for library, name in itertools.product(libraries, names):
+            if hasattr(library, name):
+                getattr(library, name)(allowed)
 
 
 def _packaged_library() -> Path:

@@ -10,17 +10,12 @@ import os
 import resource
 import stat
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import blas
 from elm_mlx.errors import InputError
-
-_SMALL = 16_000_000  # parameters, 64 MB in float32
 
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -91,20 +86,6 @@ def compile_hindrance() -> str | None:
         return None if os.access(path, os.W_OK) else f"{path} cannot be written"
     except OSError as error:
         return f"{path}: {error.strerror}"
-
-
-@contextmanager
-def decoding(parameters: int) -> Iterator[None]:
-    """Around the decoding of a model: on a CPU one thread multiplies where the weights fit a core's cache.
-
-    A product with one row of such a model takes 10 to 50 us; to wake a second thread and wait for it costs as much, and
-    a multiple of it when the machine is busy.
-    """
-    blas.use_threads(1 if parameters < _SMALL else None)
-    try:
-        yield
-    finally:
-        blas.use_threads(None)
 
 
 def available_memory() -> int | None:

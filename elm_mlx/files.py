@@ -45,14 +45,14 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     with _failures_named(path):
         remove_abandoned(path)
         temporary, lock = _make_locked(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666)))
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
     try:
         with _full_disk_named(path), temporary.open("wb") as file:
             yield file
             file.flush()
             _sync(file.fileno())
         with _failures_named(path):
-            if path.exists():
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
             temporary.replace(path)
             _sync_directory(path.parent)
     finally:

@@ -157,16 +157,15 @@ def decode(
     When a token comes it is in `caches` already, but for the first and the `max_tokens`th.
     """
     tokens, logprobs, state = sampler(logits, state)
-    mx.eval(tokens, logprobs, [cache.state for cache in caches])
+    mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
     decoder = Decoder(model, sampler, caches, tokens, state)
-    with device.decoding(model.config.parameters):
-        for count in range(1, max_tokens + 1):
-            current, current_logprobs = tokens, logprobs
-            if 1 < count < max_tokens:
-                tokens, logprobs = decoder.advance()  # runs while this token is read
-            yield int(current.item()), checked(float(current_logprobs.item()))
-            if count == 1 < max_tokens:  # only now, so that the first token does not wait until the step is traced
-                tokens, logprobs = decoder.advance()
+    for count in range(1, max_tokens + 1):
+        current, current_logprobs = tokens, logprobs
+        if 1 < count < max_tokens:
+            tokens, logprobs = decoder.advance()  # runs while this token is read
+        yield int(current.item()), checked(float(current_logprobs.item()))
+        if count == 1 < max_tokens:  # only now, so that the first token does not wait until the step is traced
+            tokens, logprobs = decoder.advance()
 
 
 def checked(logprob: float) -> float:

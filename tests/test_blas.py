@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from elm_mlx import blas, device
+from elm_mlx import blas
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux needs a BLAS of its own"),
@@ -320,18 +320,3 @@ def test_mlx_takes_no_cblas_function_that_we_do_not_give() -> None:
         pytest.skip("MLX's library lies elsewhere on this system")
     wanted = set(re.findall(rb"\0(cblas_[a-z]+)(?=\0)", library.read_bytes()))
     assert {name.decode() for name in wanted} <= set(blas.SYMBOLS)
-
-
-def test_threads_are_counted_down_and_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    counts: list[int] = []
-    monkeypatch.setattr(blas, "_setters", [counts.append])
-    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    with device.decoding(3_000_000):
-        assert counts == [1]
-    with device.decoding(300_000_000):
-        pass
-    assert counts == [1, *[blas._processors()] * 3]
-    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
-    with device.decoding(3_000_000):
-        assert len(counts) == 4, "the user has chosen"
