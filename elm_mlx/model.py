@@ -101,7 +101,10 @@ class Transformer(nn.Module):
         x = self.token_embeddings(ids)
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0])
-        rotate = self.rope(ids.shape[1], 0 if caches[0] is None else caches[0].offset)
+        offset = 0 if caches[0] is None else caches[0].offset
+        if not isinstance(offset, int):
+            offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
+        rotate = self.rope(ids.shape[1], offset)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, rotate, layer_cache)
         return self.norm(x)
