@@ -30,6 +30,7 @@ def chat(
     seed: options.Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End an answer before this string; may be repeated.")] = None,
     compute_dtype: options.ComputeDtype = None,
+    adapter: options.AdapterPath = None,
 ) -> None:
     """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
     from elm_mlx import sampling, settings
@@ -40,7 +41,7 @@ def chat(
     from elm_mlx.template import choose
 
     sampling.check_seed(seed)
-    loaded = open_model(check_directory(model, with_tokenizer=True), compute_dtype)
+    loaded = open_model(check_directory(model, with_tokenizer=True), compute_dtype, adapter)
     assert loaded.tokenizer is not None
     for note in loaded.notes:
         print(f"elm-mlx: {note}", file=sys.stderr)

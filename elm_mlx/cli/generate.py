@@ -38,6 +38,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
     prefill_step: options.PrefillStep = 512,
     compute_dtype: options.ComputeDtype = None,
+    adapter: options.AdapterPath = None,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes, speed and memory to stderr."""
     if (prompt is None) == (prompts is None):
@@ -59,7 +60,7 @@ def generate(
     check_steps(chosen["max_tokens"], prefill_step)
     check_seed(seed)
     texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt or "")]
-    loaded = open_model(model, compute_dtype)
+    loaded = open_model(model, compute_dtype, adapter)
     for note in loaded.notes:
         print(f"elm-mlx: {note}", file=sys.stderr)
     assert loaded.tokenizer is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,27 +16,33 @@ from elm_mlx.cli.show import printable, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.describe import Description
+    from elm_mlx.describe import AdapterDescription, Description
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
 
 
 def info(
     model: options.OptionalModelPath = None,
+    adapter: options.AdapterPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     system: Annotated[bool, typer.Option("--system", help="Say what MLX computes with on this machine.")] = False,
 ) -> None:
-    """Show a model's size, its memory and its layers."""
+    """Show a model's size, its memory and its layers, and what an adapter changes in it."""
     if model is None and not system:
         raise InputError("give a model directory, or --system")
+    if adapter is not None and model is None:
+        raise InputError("--adapter needs the model that it is for")
     result: dict[str, object] = {}
     if system:
         result |= {"system": _system()}
     if model is not None:
-        from elm_mlx.describe import check_directory, describe
+        from elm_mlx.describe import check_directory, describe, describe_adapter
 
         description = describe(check_directory(model))
         result |= description.to_dict()
+        about = None if adapter is None else describe_adapter(adapter, model)
+        if about is not None:
+            result |= {"adapter": asdict(about)}
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -44,6 +51,8 @@ def info(
             print(f"{name + ':':<14}{value}")
     if model is not None:
         _print(description)
+        if about is not None:
+            _print_adapter(about)
 
 
 def _system() -> dict[str, str]:
@@ -112,6 +121,19 @@ def _print(about: Description) -> None:
         ]  # fmt: skip
         table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
     console.print(table)
+
+
+def _print_adapter(about: AdapterDescription) -> None:
+    print(f"{printable(about.path)}: {about.summary}")
+    lines = {
+        "parameters": f"{about.parameters:,}, {about.share:.2%} of the model's; {size(about.file_bytes)}",
+        "head": about.head,
+        "made for": about.made_for,
+    }
+    for name, line in lines.items():
+        print(f"  {name:<11} {line}")
+    for module, ranks in about.modules.items():
+        print(f"  {module:<24} rank {ranks}")
 
 
 def _bar(share: float) -> str:
