@@ -73,33 +73,43 @@ def load(model: Model, adapter: Adapter) -> None:
 
 
 def save(directory: Path, model: Model, adapter: Adapter, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes the adapter in `model` as mlx-lm's directory, which is made if need be; each file atomically.
+    """`write` of the adapter that is in `model`; for "full", of what is trainable in it."""
+    if adapter.kind == "full":
+        write(directory, adapter, dict(tree_flatten(model.trainable_parameters())), model.config, extra)
+    else:
+        parameters = dict(tree_flatten(model.parameters()))
+        values = {name: parameters[name] for name in adapter.shapes(model.config)}
+        write(directory, adapter, values, model.config, extra)
 
-    Ranks that differ are filled up with zeros to the largest, which changes nothing and is all that mlx-lm can
-    read. For "full", what is trainable in `model` is written.
+
+def write(
+    directory: Path,
+    adapter: Adapter,
+    values: Mapping[str, mx.array],
+    config: ModelConfig,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes mlx-lm's directory of an adapter, which is made if need be; each of the two files atomically.
+
+    Ranks that differ are filled up with zeros to the largest, which changes nothing and is all that mlx-lm can read.
 
     Args:
+        values: the adapter's arrays by their names in the model.
         extra: more keys for `adapter_config.json`, such as how it was trained.
 
     Raises:
         ElmError: it cannot be written.
     """
-    if adapter.kind == "full":
-        values = dict(tree_flatten(model.trainable_parameters()))
-    else:
-        parameters = dict(tree_flatten(model.parameters()))
-        values = {
-            adapter.file_name(name, model.config): _filled(name, parameters[name], adapter.rank)
-            for name in adapter.shapes(model.config)
-        }
-    config = {**(extra or {}), **adapters.to_config(adapter, model.config)}
+    if adapter.kind != "full":
+        values = {adapter.file_name(name, config): _filled(name, v, adapter.rank) for name, v in values.items()}
+    text = json.dumps({**(extra or {}), **adapters.to_config(adapter, config)}, indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ElmError(f"{directory}: cannot be made: {error.strerror}") from None
     with files.new_file(directory / adapters.WEIGHTS) as file:
-        mx.save_safetensors(file, values, metadata={"format": "mlx"})
-    files.write_text(directory / adapters.CONFIG, json.dumps(config, indent=2) + "\n")
+        mx.save_safetensors(file, dict(values), metadata={"format": "mlx"})
+    files.write_text(directory / adapters.CONFIG, text)
 
 
 def read_values(adapter: Adapter, config: ModelConfig) -> dict[str, mx.array]:

@@ -294,7 +294,8 @@ def _keys(where: Path, keys: object, num_layers: object, config: ModelConfig) ->
     for key in LINEARS if keys is None else keys:
         named = [f"transformer.layers.{layer}.{key}" for layer in layers] if key in LINEARS else [key]
         if named[0] not in known:
-            raise InputError(f"{where}: keys names {_short(key)}, and this model has no such module")
+            hint = ": its head is untied, as after fusing" if key == INPUT_EMBEDDING else ""
+            raise InputError(f"{where}: keys names {_short(key)}, and this model has no such module{hint}")
         found |= dict.fromkeys(named)
     if not found or {EMBEDDING, INPUT_EMBEDDING} <= found.keys():
         raise InputError(f"{where}: keys names {'the embedding twice' if found else 'no module'}")

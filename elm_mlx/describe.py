@@ -92,10 +92,16 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
         parameters=parameters,
         share=parameters / sum(math.prod(shape) for shape in config.shapes().values()),
         file_bytes=(path / adapters.WEIGHTS).stat().st_size,
-        head="reads the adapted embedding" if adapter.adapted_head else "as in the model",
+        head=_head(adapter, config),
         made_for="this model" if adapter.model_sha256 else "a model of these shapes; it does not say which",
         modules={module: _runs(of_layers) for module, of_layers in ranks.items()},
     )
+
+
+def _head(adapter: adapters.Adapter, config: ModelConfig) -> str:
+    if not config.share_input_output_layers or adapters.EMBEDDING not in adapter.ranks:
+        return "as in the model"
+    return "reads the adapted embedding" if adapter.adapted_head else "reads the embedding without its adapter"
 
 
 def _runs(ranks: list[int]) -> str:

@@ -122,7 +122,8 @@ def fuse(
         stored_type = read_weights(directory, fused.model.config)[0]["transformer.norm.weight"].dtype
         fusion = Fusion(
             target, adapter, fused.stored, untied, ids.size, on_text,
-            effect=_rms(before - base), **_compare(before, after), tolerance=None if requantized else _TOLERANCES[stored_type],
+            effect=_rms(before - base), **_compare(before, after),
+            tolerance=None if requantized else _TOLERANCES[stored_type],
         )  # fmt: skip
         _check(fusion)
     return fusion

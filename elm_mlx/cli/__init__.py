@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from elm_mlx.cli.adapter import adapter
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.fuse import fuse
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(adapter)
 app.command()(chat)
 app.command()(convert)
 app.command()(fuse)
