@@ -40,6 +40,7 @@ def attach(model: Model, adapter: Adapter, seed: int = 0) -> None:
         for (name, rank), key in zip(adapter.ranks.items(), keys, strict=False)
     ]  # fmt: skip
     model.update_modules(tree_unflatten(wrapped))
+    model.train(model.training)
     train_adapter(model)
 
 
