@@ -21,7 +21,7 @@ from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
 from elm_mlx.store import load, open_model
-from elm_mlx.weight_files import fingerprint
+from elm_mlx.describe import fingerprint
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
 ALL = [f"transformer.layers.{layer}.{name}" for layer in range(3) for name in LINEARS]

@@ -18,7 +18,7 @@ from elm_mlx import adapt
 from elm_mlx.adapters import plan
 from elm_mlx.cli import main
 from elm_mlx.store import load
-from elm_mlx.weight_files import fingerprint
+from elm_mlx.describe import fingerprint
 
 Run = Callable[..., tuple[int, str, str]]
 
