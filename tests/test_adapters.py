@@ -18,10 +18,10 @@ from mlx.utils import tree_flatten
 from elm_mlx import adapt, adapters, device
 from elm_mlx.adapters import EMBEDDING, INPUT_EMBEDDING, LINEARS, Adapter, plan
 from elm_mlx.config import ModelConfig
+from elm_mlx.describe import fingerprint
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
 from elm_mlx.store import load, open_model
-from elm_mlx.describe import fingerprint
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
 ALL = [f"transformer.layers.{layer}.{name}" for layer in range(3) for name in LINEARS]

@@ -17,8 +17,8 @@ import tiny
 from elm_mlx import adapt
 from elm_mlx.adapters import plan
 from elm_mlx.cli import main
-from elm_mlx.store import load
 from elm_mlx.describe import fingerprint
+from elm_mlx.store import load
 
 Run = Callable[..., tuple[int, str, str]]
 

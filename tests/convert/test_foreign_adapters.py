@@ -102,9 +102,7 @@ def test_pefts_embedding(tmp_path: Path) -> None:
         ({"lora_alpha": 0}, {QKV: 0, OUT: 0}),
     ],
 )
-def test_pefts_ranks_and_strengths_by_module(
-    options: dict[str, Any], scales: dict[str, float], tmp_path: Path
-) -> None:
+def test_pefts_ranks_and_strengths_by_module(options: dict[str, Any], scales: dict[str, float], tmp_path: Path) -> None:
     tensors = peft_tensors({QKV: 2, OUT: 5})
     adapter, arrays = read_peft(peft_directory(tmp_path, tensors, **options), CONFIG)
     assert adapter.ranks == {QKV: 2, OUT: 5}
