@@ -249,7 +249,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path / CONFIG}: holds no JSON object")
     if "peft_type" in values:
-        raise InputError(f"{path}: an adapter of PEFT; `elm-mlx adapter {path} DST` makes one of it that can be used")
+        raise InputError(
+            f"{path}: an adapter of PEFT; `elm-mlx adapter MODEL {path} DST` makes one of it that can be used"
+        )
     return values
 
 

@@ -52,9 +52,16 @@ def _print(done: Fusion) -> None:
         "difference": f"{done.rms / done.spread:.2g} of the logits' spread; {verdict}",
         "": f"largest {done.largest:.3g}, mean {done.mean:.3g}, spread {done.spread:.3g}",
         "divergence": f"{done.divergence:.2g} nats; the likeliest token is the same at {done.same_top:.1%}",
-        "warning": "that is as much as the adapter changes: little of it is left" if done.rms > done.effect / 2 else "",
+        "warning": _warning(done),
         "wrote": f"{done.destination}, {done.dtype}",
     }
     for name, line in lines.items():
         if line:
             typer.echo(f"{name:<10}  {line}")
+
+
+def _warning(done: Fusion) -> str:
+    if done.rms <= done.effect / 2:
+        return ""
+    advice = "; --dequantize keeps it" if done.tolerance is None else ""
+    return f"that is more than half of what the adapter changes: little of it is left{advice}"
