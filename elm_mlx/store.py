@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx import adapt, adapters, device, headers, lora
+from elm_mlx import device, headers
 from elm_mlx.config import ModelConfig
 from elm_mlx.describe import check_directory, fingerprint, weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME as TOKENIZER_FILE
 from elm_mlx.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
+    from elm_mlx.adapters import Adapter
 
 # group_size, bits and mode of a quantized weight, as mx.dequantize takes them
 Packing = dict[str, Any]
@@ -81,6 +84,8 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     model.freeze()
     adapted = None
     if adapter is not None:
+        from elm_mlx import adapt
+
         adapt.load(model, adapter)
         adapted = f"adapter {adapter.directory}: {adapter.describe()}"
     tokenizer = _tokenizer(path, config)
@@ -104,12 +109,14 @@ def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def open_adapter(adapter_path: str | Path, path: Path, config: ModelConfig) -> adapters.Adapter:
+def open_adapter(adapter_path: str | Path, path: Path, config: ModelConfig) -> Adapter:
     """The adapter in a directory, checked against the model in `path`: its shapes, and its weights where known.
 
     Raises:
         InputError: it does not fit, or says that it was made for other weights.
     """
+    from elm_mlx import adapters
+
     adapter = adapters.read(adapter_path, config)
     if adapter.model_sha256 is not None:
         adapters.check_model(adapter, fingerprint(path))
@@ -193,6 +200,8 @@ def _packing(config: ModelConfig, name: str) -> Packing:
 
 def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
     """Replace quantized weights by the values that they stand for."""
+    from elm_mlx import lora
+
     for name, how in packing.items():
         scales, biases = weights.pop(_scales(name)), weights.pop(_biases(name), None)
         weights[name] = lora.dequantize(weights[name], scales, biases, **how)
