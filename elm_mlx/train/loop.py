@@ -174,7 +174,8 @@ class _Run:
         step.optimizer.state = checkpoint.fill(step.optimizer.state, saved.optimizer, saved.path / checkpoint.OPTIMIZER)
         self.progress.__dict__.update(saved.progress.__dict__)
         self.saved = self.progress.step
-        mx.random.state[0] = mx.array(self.progress.random[self._group.rank()], mx.uint32)
+        high, low = self.progress.random[self._group.rank()]
+        mx.random.seed(high << 32 | low)  # a key is its seed's two halves
         if self._writes():
             checkpoint.cut_metrics(self._out, self.progress.step)
 

@@ -150,12 +150,13 @@ class _Recomputed(Block):
     def __call__(self, x: mx.array, mask: Mask, rotate: Rotate, cache: Any) -> mx.array:
         if not self.training:
             return super().__call__(x, mask, rotate, cache)
-        kept = self.trainable_parameters()
 
-        def block(parameters: Parameters, x: mx.array) -> mx.array:
-            self.update(parameters)
-            return Block.__call__(self, x, mask, rotate, None)
+        def block(parameters: Parameters, x: mx.array) -> mx.array:  # called again on the way back
+            kept = self.trainable_parameters()
+            try:
+                self.update(parameters)
+                return Block.__call__(self, x, mask, rotate, None)
+            finally:
+                self.update(kept)
 
-        out = mx.checkpoint(block)(kept, x)
-        self.update(kept)
-        return out
+        return mx.checkpoint(block)(self.trainable_parameters(), x)
