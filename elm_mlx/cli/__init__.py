@@ -16,6 +16,7 @@ import typer
 
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
+from elm_mlx.cli.data import data
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
 from elm_mlx.errors import ElmError
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(chat)
 app.command()(convert)
+app.command()(data)
 app.command()(generate)
 app.command()(info)
 

@@ -11,6 +11,7 @@ import typer
 
 from elm_mlx import blas
 from elm_mlx.cli import options
+from elm_mlx.cli.bars import bar
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -101,16 +102,10 @@ def _print(about: Description) -> None:
     heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
     for i, layer in enumerate(about.layers):
         table.add_row(
-            str(i), str(layer.query_heads), str(layer.kv_heads), _bar(layer.query_heads / heads),
-            f"{layer.ffn_dim:,}", _bar(layer.ffn_dim / widths), f"{layer.parameters:,}",
+            str(i), str(layer.query_heads), str(layer.kv_heads), bar(layer.query_heads / heads, _BAR),
+            f"{layer.ffn_dim:,}", bar(layer.ffn_dim / widths, _BAR), f"{layer.parameters:,}",
         )  # fmt: skip
     Console().print(table)
-
-
-def _bar(share: float) -> str:
-    """A bar of eighths of a character."""
-    eighths = max(1, round(share * _BAR * 8))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _bytes(count: int) -> str:
