@@ -36,10 +36,11 @@ _MOST_SKIPPED = 10  # in a row, before even "skip" stops
 
 
 class Batches(Protocol):
-    """An endless iterator that can say where it stands."""
+    """An endless iterator that can say where it stands, and go there."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> Any: ...
+    def resume(self, state: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Result:
 
 def train(
     model: Model,
-    batches: Callable[[Any], Batches],
+    batches: Batches,
     validation: Callable[[], Iterable[Batch]] | None,
     settings: Settings,
     out: Path,
@@ -99,7 +100,7 @@ def train(
     """Train `model`'s trainable parameters in place. Ctrl-C and SIGTERM end it after an update, with a checkpoint.
 
     Args:
-        batches: gives the batches from the position that is handed to it on; None is the beginning.
+        batches: at their beginning.
         validation: gives the same batches at each call.
         out: the run's directory.
         identity: of the run; `settings.identity()` is added to its config here.
@@ -114,21 +115,21 @@ def train(
     progress, steps = run.progress, settings.schedule.steps
     if resume:
         run.resume()
+        batches.resume(progress.data)
     else:
         run.start()
         if validation is not None:
             run.validate(validation())
-    source = batches(progress.data)
     with _stop_requests() as stop:
         while progress.step < steps and not run.agreed(stop.is_set()):
-            run.update(source)
+            run.update(batches)
             last, better = progress.step == steps, False
             if validation is not None and (last or progress.step % settings.eval_every == 0):
                 better = run.validate(validation())
             if last or better or progress.step % settings.save_every == 0:
-                run.save(source)
+                run.save(batches)
     if run.saved != progress.step:
-        run.save(source)
+        run.save(batches)
     best = None if progress.best_step is None else checkpoint.directory(out, progress.best_step)
     return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
 

@@ -8,7 +8,7 @@ import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its B
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,8 @@ def examples(count: int = 24, seed: int = 0) -> list[Example]:
     return made
 
 
-def batches(packed: bool = True, size: int = 2, data: list[Example] | None = None) -> Callable[[Any], Batches]:
-    def at(state: Any) -> Batches:
-        found = examples() if data is None else data
-        if state is None:
-            return Batches(found, size, LENGTH, packed=packed)
-        return Batches.from_state(state, found, size, LENGTH, packed=packed)
-
-    return at
+def batches(packed: bool = True, size: int = 2, data: list[Example] | None = None) -> Batches:
+    return Batches(examples() if data is None else data, size, LENGTH, packed=packed)
 
 
 def validation() -> Iterable[Batch]:

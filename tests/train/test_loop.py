@@ -60,7 +60,7 @@ def plain_gradients(model: Any, batch: Batch) -> tuple[mx.array, Any]:
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_step_has_the_gradients_of_each_example_by_itself(packed: bool) -> None:
     model = runs.model()
-    batch = next(runs.batches(packed, size=4)(None))
+    batch = next(runs.batches(packed, size=4))
     expected, truth = plain_gradients(model, batch)
     step = Step(model, make_optimizer("adamw", 0.0))
     loss, gradients, count = step.gradients(batch)
@@ -71,7 +71,7 @@ def test_a_step_has_the_gradients_of_each_example_by_itself(packed: bool) -> Non
 
 
 def test_recomputing_blocks_changes_nothing() -> None:
-    batch = next(runs.batches()(None))
+    batch = next(runs.batches())
     results = []
     for again in (False, True):
         model = runs.model()
@@ -92,7 +92,7 @@ def test_only_what_is_not_frozen_moves() -> None:
     model.layers[1].ffn.unfreeze()
     before = flat(model.parameters())
     step = Step(model, make_optimizer("adafactor", 0.0))
-    loss, gradients, count = step.gradients(next(runs.batches()(None)))
+    _, gradients, count = step.gradients(next(runs.batches()))
     step.apply(gradients, mx.array(1.0), count, 1e-2)
     moved = {name for name, value in flat(model.parameters()).items() if not mx.array_equal(value, before[name])}
     assert moved == {"transformer.layers.1.ffn.proj_1.weight", "transformer.layers.1.ffn.proj_2.weight"}
@@ -102,8 +102,8 @@ def test_parameters_stay_wide_where_the_computation_is_narrow() -> None:
     model = runs.model()
     step = Step(model, make_optimizer("adamw", 0.0), compute_dtype=mx.bfloat16)
     before = flat(model.parameters())
-    wide = Step(runs.model(), make_optimizer("adamw", 0.0)).gradients(next(runs.batches()(None)))
-    loss, gradients, count = step.gradients(next(runs.batches()(None)))
+    wide = Step(runs.model(), make_optimizer("adamw", 0.0)).gradients(next(runs.batches()))
+    loss, gradients, count = step.gradients(next(runs.batches()))
     assert loss.item() == pytest.approx(wide[0].item(), rel=0.05) and loss.item() != wide[0].item()
     step.apply(gradients, mx.array(1.0), count, 1e-6)
     after = flat(model.parameters())
@@ -234,24 +234,26 @@ class _Poisoned:
     def state(self) -> Any:
         return self.inner.state()
 
+    def resume(self, state: Any) -> None:
+        raise AssertionError
+
 
 def poisoned_run(out: Path, bad: set[int], **options: Any) -> Any:
     model = runs.model()
     model.freeze()
     model.layers[0].unfreeze()
     model.transformer.norm.unfreeze()
-
-    def batches(state: Any) -> _Poisoned:
-        return _Poisoned(model, bad, runs.batches()(state))
-
-    return runs.train(model, batches, None, runs.settings(8, **options), out, runs.IDENTITY)
+    return runs.train(
+        model, _Poisoned(model, bad, runs.batches()), None, runs.settings(8, **options), out, runs.IDENTITY
+    )
 
 
 def test_a_loss_that_is_no_number_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ElmError, match=r"step 5: the loss is nan.*last good checkpoint is .*step-00000003"):
         poisoned_run(tmp_path, {5})
     assert [path.name for path in checkpoint.all_of(tmp_path)] == ["step-00000003"]
-    assert all(np.isfinite(np.array(v)).all() for v in mx.load(str(tmp_path / "checkpoints/step-00000003/parameters.safetensors")).values())  # fmt: skip
+    kept = mx.load(str(tmp_path / "checkpoints" / "step-00000003" / checkpoint.PARAMETERS))
+    assert all(mx.isfinite(value).all().item() for value in kept.values())
 
 
 def test_skipping_leaves_the_update_out(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_skipping_for_ever_stops(tmp_path: Path) -> None:
     with pytest.raises(ElmError, match="step 10: the loss is nan"):
         model = runs.model()
         bad = set(range(1, 50))
-        runs.train(model, lambda state: _Poisoned(model, bad, runs.batches()(state)), None,
+        runs.train(model, _Poisoned(model, bad, runs.batches()), None,
                    runs.settings(40, on_nan="skip"), tmp_path, runs.IDENTITY)  # fmt: skip
 
 
@@ -284,8 +286,11 @@ def test_a_spike_is_told(tmp_path: Path) -> None:
         def state(self) -> Any:
             return self.inner.state()
 
+        def resume(self, state: Any) -> None:
+            raise AssertionError
+
     with pytest.raises(ElmError, match="step 31: the loss jumped to"):
-        runs.train(runs.model(), lambda state: Rising(runs.batches()(state)), None,
+        runs.train(runs.model(), Rising(runs.batches()), None,
                    runs.settings(40, schedule=Schedule(3e-3, 40), spike=1.5), tmp_path, runs.IDENTITY)  # fmt: skip
 
 

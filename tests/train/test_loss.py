@@ -109,7 +109,9 @@ def test_gradients_are_finite_differences() -> None:
     head, parameters = logits_of(module), module.trainable_parameters()
     hidden, targets, trained = problem(0.2)
     at = arrays(Positions.of(targets, trained))
-    grads = dict(tree_flatten(mx.grad(lambda p, h: summed_loss(head, VOCAB, p, h, at), argnums=(0, 1))(parameters, hidden)))
+    grads = dict(
+        tree_flatten(mx.grad(lambda p, h: summed_loss(head, VOCAB, p, h, at), argnums=(0, 1))(parameters, hidden))
+    )
 
     def loss64(parts: dict[str, np.ndarray]) -> float:
         weight = np.array(module.base.weight, np.float64)
