@@ -89,12 +89,13 @@ class Prepared:
         longest = f"the longest, {self.longest[1]}, has {self.longest[0]:,}"
         lines = []
         if self.split:
-            lines.append(f"{self.split:,} texts {over} are split, into {self.windows:,} examples; {longest}")
+            texts = "1 text" if self.split == 1 else f"{self.split:,} texts"
+            lines.append(f"{texts} {over} split into {self.windows:,} examples; {longest}")
         if self.cut:
-            lines.append(f"{self.cut:,} of {len(self.lengths):,} records {over} lose their end; {longest}")
+            lines.append(f"{self.cut:,} of {len(self.lengths):,} records {over}: their end is cut off; {longest}")
         if self.left_out:
-            help_ = "" if self.cut else "; --truncate cuts them, a larger --max-seq-length keeps them"
-            lines.append(f"{self.left_out:,} of {len(self.lengths):,} records {over} are left out; {longest}{help_}")
+            remedy = "" if self.cut else "; --truncate cuts them, a larger --max-seq-length keeps them"
+            lines.append(f"{self.left_out:,} of {len(self.lengths):,} records {over}: left out; {longest}{remedy}")
         return lines
 
 
@@ -102,7 +103,8 @@ class BadRecords(InputError):
     """Records are not whole. `reasons` has a line for each: where it stands, and what is wrong."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
-        more = f" ({len(reasons) - 1:,} more are bad; `elm-mlx data` names them all)" if len(reasons) > 1 else ""
+        others = f"{len(reasons) - 1:,} more {'is' if len(reasons) == 2 else 'are'} bad"
+        more = f" ({others}; `elm-mlx data` names them all)" if len(reasons) > 1 else ""
         super().__init__(f"{reasons[0]}{more}; mend the data, or --skip-bad leaves such records out")
         self.reasons = tuple(reasons)
 

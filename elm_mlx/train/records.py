@@ -111,10 +111,9 @@ def _files(path: Path) -> dict[str, list[Path]]:
     for file in sorted(path.iterdir()):
         if match := pattern.fullmatch(file.name):
             files = found.setdefault("valid" if match[1] == "validation" else match[1], [])
-            if files and (match[2] is None or pattern.fullmatch(files[0].name)[2] is None):  # type: ignore[index]
-                raise InputError(
-                    f"{path}: {files[0].name} and {file.name} are two of one split; keep one, or pass a file"
-                )
+            if files and not (match[2] and "-of-" in files[0].name):
+                both = f"{files[0].name} and {file.name}"
+                raise InputError(f"{path}: {both} are of the same split; keep one, or pass a file")
             files.append(file)
     if "train" not in found:
         raise InputError(f"{path}: holds no train{', train'.join(SUFFIXES)}; to train on one file alone, pass it")
@@ -174,7 +173,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield f"{path}, line {number}", _parsed(line)
+            yield f"{path}, line {number}", _parsed(line.rstrip())
 
 
 def _parsed(line: bytes) -> Any:
