@@ -9,10 +9,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Conversion", "Plan", "convert"]
+__all__ = ["Conversion", "Plan", "convert", "read_corenet", "read_peft", "write_peft"]
 
 
 _PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan"}
+_PLACES |= dict.fromkeys(("read_corenet", "read_peft", "write_peft"), "foreign_adapters")
 
 
 def __getattr__(name: str) -> Any:

@@ -82,7 +82,7 @@ class File:
         done = 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptor, [view[done : done + _READ_BYTES]], start + done)
+                count = _pread_into(self._descriptor, view[done : done + _READ_BYTES], start + done)
             except OSError as error:
                 raise self.fail(error.strerror or "cannot be read") from None
             if not count:
@@ -286,3 +286,12 @@ def _checked_name(file: File, raw: bytes) -> str:
     if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
         raise file.fail(f"is not a sound archive: {shown(name) or 'an entry'} is not a name that stays inside it")
     return name
+
+
+def _pread_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """As much as comes at once; how many bytes that was. macOS does not promise `os.preadv`, which spares a copy."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    data = os.pread(descriptor, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)

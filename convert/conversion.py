@@ -96,7 +96,7 @@ def convert(
         In both cases `destination` is as it was.
     """
     start = time.perf_counter()
-    path = Path(destination)
+    path = Path(destination).expanduser()
     try:
         _check_destination(path, overwrite)
         plan = make_plan(
@@ -116,17 +116,20 @@ def convert(
         if dry_run:
             return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
         _check_room(plan, path)
-        differences, broken = _write(plan, path, verify=verify, overwrite=overwrite, on_progress=on_progress)
+        differences, said = _write(plan, path, verify=verify, overwrite=overwrite, on_progress=on_progress)
+    except BrokenPipeError:  # of whoever reads the plan
+        raise
     except OSError as error:
         raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
-    odd = (f"values that are no numbers, or infinite, in {listed(broken)}",) if broken else ()
-    return Conversion(plan, path, differences, plan.warnings + odd, time.perf_counter() - start)
+    return Conversion(plan, path, differences, plan.warnings + said, time.perf_counter() - start)
 
 
 def _write(
     plan: Plan, path: Path, *, verify: bool, overwrite: bool, on_progress: Callable[[str, int], None]
-) -> tuple[tuple[Difference, ...], list[str]]:
+) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
+    """What `verify` found, and what there is to warn of."""
     differences: list[Difference] = []
+    warnings: list[str | None] = []
     with _hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
         broken = write_weights(directory, plan.tensors, plan.dtype, progress=partial(on_progress, "write"))
         _write_json(directory / "config.json", plan.config.to_dict())
@@ -134,11 +137,14 @@ def _write(
             _write_json(directory / "generation_config.json", plan.generation)
         if plan.tokenizer is not None:
             length = plan.config.max_context_length
-            tokenizers.write(plan.tokenizer, directory, max_length=length, chat_template=plan.chat_template)
+            said = tokenizers.write(plan.tokenizer, directory, max_length=length, chat_template=plan.chat_template)
+            warnings.append(said)
         if verify:
             differences = compare(plan.tensors, directory, plan.dtype, partial(on_progress, "verify"))
         _write_json(directory / "conversion.json", _record(plan, hashes()))
-    return tuple(differences), broken
+    if broken:
+        warnings.append(f"values that are no numbers, or infinite, in {listed(broken)}")
+    return tuple(differences), tuple(filter(None, warnings))
 
 
 def _check_destination(path: Path, overwrite: bool) -> None:

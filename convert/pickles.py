@@ -35,16 +35,6 @@ class Symbol:
     name: str
 
 
-def is_torch_file(path: Path) -> bool:
-    """Whether the file starts as the files of torch.save do: as a zip archive, or with the old layout's number.
-
-    Raises:
-        InputError: when it cannot be read.
-    """
-    file = File(path)
-    return _is_zip(file) or _is_legacy(file)
-
-
 def load(path: Path) -> Any:
     """What torch.save put into the file, with a LazyTensor, its name empty, for each tensor and parameter.
 

@@ -57,7 +57,9 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
         InputError: there is no such thing, or it is damaged or hostile: says what and where.
         ElmError: the hub cannot be reached.
     """
-    path = Path(source)
+    if not str(source):  # an unset variable of a shell, say, which would be the current directory
+        raise InputError("no source was named: SRC is empty")
+    path = Path(source).expanduser()
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
         directory = hub.download(source, revision)
         found = _open_directory(directory, ema)

@@ -23,11 +23,8 @@ _SPACE = "\u2581"
 Json = dict[str, Any]
 
 
-def find(source: str | Path, revision: str | None = None) -> Path:
+def find(source: str | Path) -> Path:
     """The SentencePiece model that `source` means: a file, a directory that holds one, or a hub repository.
-
-    Args:
-        revision: of a repository: a branch, tag or commit.
 
     Raises:
         InputError: there is none there, or the repository is gated or does not exist.
@@ -35,9 +32,7 @@ def find(source: str | Path, revision: str | None = None) -> Path:
     """
     path = Path(source).expanduser()
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
-        return _inside(hub.snapshot(source, revision, [FILE_NAME]), source)
-    if revision is not None:
-        raise InputError(f"revision {revision} is of a repository on the hub, and {path} is a path")
+        return _inside(hub.snapshot(source, None, [FILE_NAME]), source)
     return _inside(path, str(path)) if path.is_dir() else path
 
 

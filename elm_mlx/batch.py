@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from elm_mlx.cache import KVCache, make_prompt_cache, pad_left
 from elm_mlx.errors import InputError
-from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, encode_prompt, prefill
+from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, checked, encode_prompt, prefill
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler, check_seed
 from elm_mlx.stopping import TextStream
@@ -43,7 +43,7 @@ class _Row:
         """Take one token; whether the row goes on."""
         done = self.completion
         done.tokens.append(token)
-        done.logprobs.append(logprob)
+        done.logprobs.append(checked(logprob))
         ended = token in eos
         if not ended:
             piece, ended = self.stream.add(token)
@@ -76,7 +76,7 @@ def generate_batch(
 ) -> Iterator[Completion]:
     """A completion for each of `prompts`, in order, `batch_size` of them computed together.
 
-    The settings are those of `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
+    The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
     luck depends on its place in the batch.
 
     Raises:
@@ -112,30 +112,34 @@ def _run(
     prefill_step: int,
 ) -> None:
     eos = frozenset(model.config.eos_token_ids)
-    by_prompt = [make_prompt_cache(model) for _ in prompts]
-    logits = []
-    for prompt, caches in zip(prompts, by_prompt, strict=True):
-        logits.append(prefill(model, prompt, caches, prefill_step))
-        mx.eval(logits[-1], [cache.state for cache in caches])
-    tokens, logprobs, state = sampler(mx.concatenate(logits), sampler.start(prompts, seed))
-    decoder = Decoder(model, sampler, _merge(by_prompt), tokens, state, _padding(prompts))
+    logits, caches = _prefill_each(model, prompts, prefill_step)
+    tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
+    decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts))
     active = rows
     while active:
         values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
         going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, eos, max_tokens)]
-        if len(going_on) < len(active):
+        if 0 < len(going_on) < len(active):
             decoder.keep(going_on)
         active = [active[i] for i in going_on]
         if active:
             tokens, logprobs = decoder.advance()
 
 
-def _merge(by_prompt: list[list[KVCache]]) -> list[KVCache]:
-    merged = [KVCache() for _ in by_prompt[0]]
+def _prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:
+    """The logits `(batch, vocab)` after each prompt, and caches with all of them, padded on the left."""
+    logits, by_prompt = [], [make_prompt_cache(model) for _ in prompts]
+    for prompt, caches in zip(prompts, by_prompt, strict=True):
+        logits.append(prefill(model, prompt, caches, prefill_step))
+        mx.eval(logits[-1], [cache.state for cache in caches])
+    merged = make_prompt_cache(model)
     for cache, of_layer in zip(merged, zip(*by_prompt, strict=True), strict=True):
         cache.keys, cache.values = pad_left(of_layer)
         cache.offset = cache.capacity
-    return merged
+        mx.eval(cache.state)
+        for single in of_layer:  # layer by layer, so that nothing is there twice
+            single.keys = single.values = None
+    return mx.concatenate(logits), merged
 
 
 def _padding(prompts: list[list[int]]) -> mx.array | None:

@@ -277,6 +277,8 @@ def _cache_directory() -> Path | None:
     """Where the copy is kept: ours alone, since code is loaded from it. None where there is no such place."""
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "elm-mlx")
+        if not path.is_absolute():  # an empty HOME: whoever owns this directory should not choose our code
+            return None
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         stat = path.stat()
     except (OSError, RuntimeError):  # RuntimeError: no home

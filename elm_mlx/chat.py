@@ -19,7 +19,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.generation import check_steps, encode_prompt
 from elm_mlx.model import Model
 from elm_mlx.prefix import PrefixCache
-from elm_mlx.sampling import Sampler
+from elm_mlx.sampling import Sampler, sampler_from
 from elm_mlx.stopping import TextStream
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
@@ -265,5 +265,4 @@ class Chat:
 
 def _sampler(options: Mapping[str, float]) -> Sampler:
     check_steps(int(options["max_tokens"]), 1)
-    top_k = int(options["top_k"])
-    return Sampler(options["temp"], options["top_p"], top_k, options["min_p"], options["repetition_penalty"])
+    return sampler_from(options)

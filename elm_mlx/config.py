@@ -7,6 +7,7 @@ and mlx-lm read. Knows nothing of arrays: importing this imports no MLX.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,6 +108,10 @@ class ModelConfig:
         if not self.share_input_output_layers:
             shapes["lm_head.weight"] = (self.vocab_size, dim)
         return shapes
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes().values())
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Size of the KV cache for one token over all layers."""

@@ -5,13 +5,14 @@ Knows `config.json` and the headers of the weights; imports no MLX.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import headers
+from elm_mlx import adapters, headers
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
 
@@ -51,6 +52,65 @@ class Description:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class AdapterDescription:
+    """An adapter in figures.
+
+    Attributes:
+        summary: kind, rank and scale.
+        share: of its parameters in the model's.
+        head: what a tied head reads.
+        made_for: what it says of the model that it was made for.
+        modules: kind of module -> its ranks, of layers first to last.
+    """
+
+    path: str
+    summary: str
+    parameters: int
+    share: float
+    file_bytes: int
+    head: str
+    made_for: str
+    modules: dict[str, str]
+
+
+def describe_adapter(path: Path, model: Path) -> AdapterDescription:
+    """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
+    config = ModelConfig.load(model / "config.json")
+    adapter = adapters.read(path, config)
+    if adapter.model_sha256 is not None:
+        adapters.check_model(adapter, fingerprint(model))
+    entries = headers.read(path / adapters.WEIGHTS)
+    shapes = adapter.shapes(config) if adapter.ranks else {entry.name: entry.shape for entry in entries}
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    ranks: dict[str, list[int]] = {}
+    for module, rank in adapter.ranks.items():
+        ranks.setdefault(module.split(".")[-1], []).append(rank)
+    return AdapterDescription(
+        path=str(path),
+        summary=adapter.describe(),
+        parameters=parameters,
+        share=parameters / sum(math.prod(shape) for shape in config.shapes().values()),
+        file_bytes=(path / adapters.WEIGHTS).stat().st_size,
+        head=_head(adapter, config),
+        made_for="this model" if adapter.model_sha256 else "a model of these shapes; it does not say which",
+        modules={module: _runs(of_layers) for module, of_layers in ranks.items()},
+    )
+
+
+def _head(adapter: adapters.Adapter, config: ModelConfig) -> str:
+    if not config.share_input_output_layers or adapters.EMBEDDING not in adapter.ranks:
+        return "as in the model"
+    return "reads the adapted embedding" if adapter.adapted_head else "reads the embedding without its adapter"
+
+
+def _runs(ranks: list[int]) -> str:
+    """`8, in 3 modules` or, where they differ, all of them."""
+    if len(set(ranks)) > 1:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}" + (f", in {len(ranks)} layers" if len(ranks) > 1 else "")
+
+
 def describe(path: Path) -> Description:
     """Read `path`'s config and headers. Raises InputError where they cannot be read."""
     config = ModelConfig.load(path / "config.json")
@@ -83,16 +143,24 @@ def describe(path: Path) -> Description:
     )
 
 
-def check_directory(path: Path) -> Path:
+def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
     """`path`, if it looks like a model directory; else an InputError that says what to do."""
+    path = path.expanduser()
     if not path.exists():
-        raise InputError(f"{path}: no such directory; `elm-mlx convert SRC {path}` makes a model there")
+        raise InputError(
+            f"{path}: no such directory; `elm-mlx convert SRC DST` makes one of a checkpoint or repository"
+        )
     if not path.is_dir():
         raise InputError(
             f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of a checkpoint"
         )
     if not (path / "config.json").exists():
         raise InputError(f"{path}: holds no config.json, so it is no model directory")
+    if with_tokenizer and not (path / "tokenizer.model").exists():
+        raise InputError(
+            f"{path}: holds no tokenizer.model, so it reads and writes no text: copy the one of the model that it was "
+            "made from into it, or convert that again with --tokenizer"
+        )
     return path
 
 
@@ -116,6 +184,23 @@ def weight_files(path: Path) -> list[Path]:
     if not files:
         raise InputError(f"{path}: holds no model.safetensors")
     return files
+
+
+def fingerprint(path: str | Path) -> str:
+    """What tells a model's weights from others': SHA-256 over the headers of its files and a piece of each tensor.
+
+    Reads 4 KB a tensor, from its middle, so that it takes milliseconds for a model of any size.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(Path(path)):
+        entries = headers.read(file)
+        with file.open("rb") as stream:
+            length = 8 + int.from_bytes(stream.read(8), "little")
+            for entry in entries:
+                digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
+                stream.seek(length + max(entry.begin, (entry.begin + entry.end) // 2 - 2048))
+                digest.update(stream.read(min(4096, entry.end - entry.begin)))
+    return digest.hexdigest()
 
 
 def _stored(path: Path, config: ModelConfig) -> tuple[str, int]:

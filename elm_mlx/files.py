@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ from typing import BinaryIO
 from elm_mlx.errors import ElmError, InputError
 
 # What the kernel answers when it or the file system cannot swap two names.
-_CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+_CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RENAME_EXCHANGE = 2  # Linux, renameat2(2)
 _RENAME_SWAP = 2  # macOS, renamex_np(2)
@@ -44,11 +45,13 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     with _failures_named(path):
         remove_abandoned(path)
         temporary, lock = _make_locked(path, lambda name: os.close(os.open(name, os.O_CREAT | os.O_EXCL, 0o666)))
+        if path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
     try:
         with _full_disk_named(path), temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         with _failures_named(path):
             temporary.replace(path)
             _sync_directory(path.parent)
@@ -209,7 +212,12 @@ def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
                 raise ElmError(f"{path}: was made by someone else meanwhile, and is kept as it is") from None
             raise
     elif not _swap(temporary, path):
-        _rename_twice(temporary, path)
+        try:
+            _rename_twice(temporary, path)
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # overlayfs: it comes from a layer below
+                raise ElmError(f"{path}: lies in a container image and cannot be replaced: choose another") from None
+            raise
     _sync_directory(path.parent)
 
 
@@ -254,10 +262,19 @@ def _sync_tree(directory: Path) -> None:
         for name in names:
             descriptor = os.open(Path(folder, name), os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                os.fsync(descriptor)
+                _sync(descriptor)
             finally:
                 os.close(descriptor)
         _sync_directory(Path(folder))
+
+
+def _sync(descriptor: int) -> None:
+    """Onto the disk itself: on macOS fsync alone stops at the drive's cache."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with suppress(OSError):  # a file system that does not know it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
 
 
 def _sync_directory(directory: Path) -> None:

@@ -6,6 +6,7 @@ says. The public names are mlx-lm's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import mlx.core as mx
 
 from elm_mlx import device
 from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, place_step
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler, State
 from elm_mlx.stopping import TextStream
@@ -91,9 +92,9 @@ def stream_generate(
             a setting out of range.
     """
     sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
+    check_steps(max_tokens, prefill_step)
     caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     ids = encode_prompt(model, tokenizer, prompt, used=caches[0].offset)
-    check_steps(max_tokens, prefill_step)
     if tokenizer is None and stop:
         raise InputError("stop strings need a tokenizer")
     room = model.config.max_context_length - caches[0].offset - len(ids)
@@ -117,7 +118,9 @@ def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Seque
     config = model.config
     if isinstance(prompt, str):
         if tokenizer is None:
-            raise InputError("the model directory has no tokenizer: give the prompt as token ids, or convert with one")
+            raise InputError(
+                "a text needs a tokenizer, which the model's directory lacks: give the prompt as token ids"
+            )
         ids = tokenizer.encode(prompt, add_bos=used == 0)
     else:
         ids = [int(token) for token in prompt]
@@ -141,6 +144,7 @@ def prefill(model: Model, ids: Sequence[int], caches: list[KVCache], step: int =
     while rows.shape[1] > step:
         model.transformer(rows[:, :step], caches)
         mx.eval([cache.state for cache in caches])
+        mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
         rows = rows[:, step:]
     return model.head(model.transformer(rows, caches)[:, -1])
 
@@ -159,9 +163,19 @@ def decode(
         current, current_logprobs = tokens, logprobs
         if 1 < count < max_tokens:
             tokens, logprobs = decoder.advance()  # runs while this token is read
-        yield int(current.item()), float(current_logprobs.item())
+        yield int(current.item()), checked(float(current_logprobs.item()))
         if count == 1 < max_tokens:  # only now, so that the first token does not wait until the step is traced
             tokens, logprobs = decoder.advance()
+
+
+def checked(logprob: float) -> float:
+    """Raises ElmError for the logarithm of a probability that is no number: then no text is one either."""
+    if math.isnan(logprob):
+        raise ElmError(
+            "the model computes values that are no numbers: its weights are damaged, or overflow the type that is "
+            "computed in; --compute-dtype float32 tells which"
+        )
+    return logprob
 
 
 class Decoder:

@@ -1,8 +1,8 @@
 """Chat templates in Jinja, as Hugging Face's libraries write and run them.
 
 Knows the language, and that a template comes with a model from anywhere: it runs in Jinja's sandbox, its output
-is bounded, and whatever goes wrong in it is an error that names its file. Knows no tokens. Importing this imports
-no Jinja.
+is bounded (its time is not), and whatever goes wrong in it is an error that names its file. Knows no tokens.
+Importing this imports no Jinja.
 """
 
 from __future__ import annotations

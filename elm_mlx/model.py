@@ -2,7 +2,8 @@
 
 Knows the architecture (paper, section 2) and nothing of files, tokens' meaning or sampling.
 Speaks mlx-lm's model protocol, so that its tools can drive it: `model(ids, cache=...)`,
-`.layers`, and caches that are anything with `update_and_fetch`, `offset` and `make_mask`.
+`.layers`, and caches that are anything with `update_and_fetch`, `offset` and `make_mask`, and give arrays (mlx-lm's
+quantized ones do not).
 """
 
 from __future__ import annotations
@@ -100,7 +101,10 @@ class Transformer(nn.Module):
         x = self.token_embeddings(ids)
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0]) if segments is None else ops.Segments(segments)
-        rotate = self.rope(ids.shape[1], 0 if caches[0] is None else caches[0].offset)
+        offset = 0 if caches[0] is None else caches[0].offset
+        if not isinstance(offset, int):
+            offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
+        rotate = self.rope(ids.shape[1], offset)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, rotate, layer_cache)
         return self.norm(x)

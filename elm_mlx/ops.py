@@ -139,7 +139,7 @@ def _block_scores(queries: mx.array, keys: mx.array, start: int, segments: mx.ar
     hidden = mx.arange(seen) > mx.arange(seen - rows, seen)[:, None]
     if segments is not None:
         hidden = hidden | (segments[:, None, seen - rows : seen, None] != segments[:, None, None, :seen])
-    return scores + mx.where(hidden, -1e9, 0.0)
+    return mx.where(hidden, -1e30, scores)
 
 
 def _attend_block(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -175,29 +175,33 @@ def _derive_block(
 
 @mx.custom_function
 def _silu(x: mx.array) -> mx.array:
+    x = mx.maximum(x, -87.0)  # where it is 1e-36 from 0
     return x * _sigmoid(x)
 
 
 @_silu.vjp
 def _(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    x = mx.maximum(x, -87.0)
     share = _sigmoid(x)
     return cotangent * share * (1 + x * (1 - share))
 
 
 @mx.custom_function
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    gate = mx.maximum(gate, -87.0)
     return gate * _sigmoid(gate) * up
 
 
 @_swiglu.vjp
 def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = primals
+    gate = mx.maximum(gate, -87.0)
     share = _sigmoid(gate)  # again, rather than kept: gate and up are in memory anyway
     return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
 
 
 def _sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + _exp(mx.clip(-x, -87.0, 87.0)))
+    return 1 / (1 + _exp(mx.maximum(-x, -87.0)))
 
 
 @mx.custom_function

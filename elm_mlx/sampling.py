@@ -1,16 +1,17 @@
-"""Logits to the next token, inside the graph.
+"""Logits to the next token, as part of the graph: nothing waits for it.
 
 Knows probabilities; knows nothing of text or of the network. A sampler's state (its random key, and the
-tokens that a repetition penalty looks at) is arrays that go in and come out, so that a compiled step can
-carry it and a seed reproduces a run.
+tokens that a repetition penalty looks at) is arrays that go in and come out, so that the next step can be
+launched before this one's token is read, and a seed reproduces a run.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -121,6 +122,12 @@ class Sampler:
         temp = min(max(self.temp, 1e-6), 1e6)  # as good as none, and as good as infinite: float32 takes no more
         drawn = mx.random.categorical(logits / temp, key=key)
         return drawn if candidates is None else mx.take_along_axis(candidates, drawn[:, None], axis=-1)[:, 0]
+
+
+def sampler_from(settings: Mapping[str, float]) -> Sampler:
+    """The Sampler that `settings` say by its fields' names; other names are passed over. Raises InputError."""
+    values: dict[str, Any] = {name: settings[name] for name in Sampler.__dataclass_fields__ if name in settings}
+    return Sampler(**values)
 
 
 def check_seed(seed: int | None) -> None:

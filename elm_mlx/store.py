@@ -6,7 +6,6 @@ a directory came from; `convert` makes them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx import device, headers
+from elm_mlx import adapt, adapters, device, headers, lora
 from elm_mlx.config import ModelConfig
-from elm_mlx.describe import check_directory, weight_files
+from elm_mlx.describe import check_directory, fingerprint, weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME as TOKENIZER_FILE
@@ -43,30 +42,31 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load(path: str | Path, compute_dtype: str | None = None) -> tuple[Model, Tokenizer | None]:
+def load(
+    path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None
+) -> tuple[Model, Tokenizer | None]:
     """The model and tokenizer of a model directory; None for a tokenizer that is not there.
 
     `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
-    computes in the type that is stored, and a CPU in float32 where memory allows.
+    computes in the type that is stored, and a CPU in float32 where memory allows. `adapter_path` is a directory
+    with an adapter for the model, made here or by mlx-lm.
 
     Raises:
         InputError: names the file, and the tensor, that is missing or does not fit.
     """
-    loaded = open_model(path, compute_dtype)
+    loaded = open_model(path, compute_dtype, adapter_path)
     return loaded.model, loaded.tokenizer
 
 
-def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
+def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:
     """`load`, with what there is to say about it."""
     path = check_directory(Path(path))
     config = ModelConfig.load(path / "config.json")
-    weights = _read_weights(path)
-    packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
-    _check_weights(config, packing, weights, path)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
+    weights, packing = read_weights(path, config)
     # Norms are never quantized, so theirs is the type that a quantized model came in.
     stored = weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
-    parameters = sum(math.prod(shape) for shape in config.shapes().values())
-    how = device.computation(stored, parameters, bool(packing), compute_dtype)
+    how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
     model = Model(config)
     if how.unpack:
         _unpack(weights, packing)
@@ -79,19 +79,53 @@ def open_model(path: str | Path, compute_dtype: str | None = None) -> Loaded:
     model.load_weights(list(weights.items()))
     model.eval()
     model.freeze()
-    tokenizer = Tokenizer.load(path) if (path / TOKENIZER_FILE).exists() else None
-    if tokenizer is not None:
-        if tokenizer.vocab_size > config.vocab_size:
-            raise InputError(
-                f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {config.vocab_size}: "
-                "it is another model's tokenizer"
-            )
-        tokenizer.eos_ids = config.eos_token_ids
+    adapted = None
+    if adapter is not None:
+        adapt.load(model, adapter)
+        adapted = f"adapter {adapter.directory}: {adapter.describe()}"
+    tokenizer = _tokenizer(path, config)
     hindrance = device.compile_hindrance()
     uncompiled = (
         f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
     )
-    return Loaded(model, tokenizer, _describe(stored, packing), tuple(filter(None, (how.note, uncompiled))))
+    return Loaded(model, tokenizer, _describe(stored, packing), tuple(filter(None, (how.note, adapted, uncompiled))))
+
+
+def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
+    if not (path / TOKENIZER_FILE).exists():
+        return None
+    tokenizer = Tokenizer.load(path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {config.vocab_size}: "
+            "it is another model's tokenizer"
+        )
+    tokenizer.eos_ids = config.eos_token_ids
+    return tokenizer
+
+
+def open_adapter(adapter_path: str | Path, path: Path, config: ModelConfig) -> adapters.Adapter:
+    """The adapter in a directory, checked against the model in `path`: its shapes, and its weights where known.
+
+    Raises:
+        InputError: it does not fit, or says that it was made for other weights.
+    """
+    adapter = adapters.read(adapter_path, config)
+    if adapter.model_sha256 is not None:
+        adapters.check_model(adapter, fingerprint(path))
+    return adapter
+
+
+def read_weights(path: Path, config: ModelConfig) -> tuple[dict[str, mx.array], dict[str, Packing]]:
+    """Every tensor of a model directory, not yet read from the disk, and how those that are quantized lie in it.
+
+    Raises:
+        InputError: names the file, and the tensor, that is missing or does not fit `config`.
+    """
+    weights = _read_weights(path)
+    packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
+    _check_weights(config, packing, weights, path)
+    return weights, packing
 
 
 def _read_weights(path: Path) -> dict[str, mx.array]:
@@ -160,14 +194,9 @@ def _packing(config: ModelConfig, name: str) -> Packing:
 def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
     """Replace quantized weights by the values that they stand for."""
     for name, how in packing.items():
-        # Wide first, or the products would be rounded to the scales' 16 bits, which no kernel does.
-        scales, biases = _wide(weights.pop(_scales(name))), _wide(weights.pop(_biases(name), None))
-        weights[name] = mx.dequantize(weights[name], scales, biases, **how)
+        scales, biases = weights.pop(_scales(name)), weights.pop(_biases(name), None)
+        weights[name] = lora.dequantize(weights[name], scales, biases, **how)
         mx.eval(weights[name])
-
-
-def _wide(part: mx.array | None) -> mx.array | None:
-    return part if part is None or part.dtype == mx.uint8 else part.astype(mx.float32)
 
 
 def _scales(name: str) -> str:

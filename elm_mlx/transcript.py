@@ -35,6 +35,8 @@ def read(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     Raises:
         InputError: the file cannot be read, or holds something else; says where.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no file")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

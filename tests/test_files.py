@@ -302,3 +302,11 @@ def test_killed_at_any_moment_leaves_it_complete(tmp_path: Path) -> None:
     fill(path, "last", replace=True)
     assert content(path) == ("last", "last")
     assert names(tmp_path) == ["d"]
+
+
+def test_a_file_keeps_its_mode_when_it_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "private"
+    write_text(path, "one")
+    path.chmod(0o600)
+    write_text(path, "two")
+    assert path.read_text() == "two" and path.stat().st_mode & 0o777 == 0o600

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, generate, stream_generate
 from elm_mlx.cache import KVCache, make_prompt_cache
-from elm_mlx.errors import InputError
-from elm_mlx.generation import Response
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.generation import Decoder, Response, prefill
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler
 from elm_mlx.tokenizer import Tokenizer
@@ -106,7 +106,7 @@ def test_where_the_cache_grows_nothing_changes(model: Model, length: int) -> Non
     ],
     ids=str,
 )
-def test_sampling_in_the_graph_is_sampling_outside(model: Model, sampling: dict[str, Any]) -> None:
+def test_sampling_as_the_loop_does_is_sampling_by_hand(model: Model, sampling: dict[str, Any]) -> None:
     expected, logprobs = eager(model, PROMPT, 20, **sampling)
     responses = run(model, PROMPT, 20, seed=0, **sampling)
     assert tokens(responses) == expected
@@ -175,7 +175,7 @@ def test_an_empty_text_is_bos_alone(tiny_tokenizer: Tokenizer) -> None:
         ([1, 96], {}, "token id 96 is outside the vocabulary of 96"),
         ([-1], {}, "token id -1 is outside the vocabulary of 96"),
         ([10**30], {}, "is outside the vocabulary"),
-        ("text", {}, "no tokenizer: give the prompt as token ids"),
+        ("text", {}, "a text needs a tokenizer"),
         ([1] * 1024, {}, "the prompt has 1024 tokens, and the model's context is 1024"),
         ([1] * 5000, {}, "the prompt has 5000 tokens, and the model's context is 1024"),
         ([1], {"max_tokens": 0}, "max_tokens is 0"),
@@ -425,3 +425,47 @@ def test_nothing_is_computed_before_the_first_is_asked_for(model: Model) -> None
     assert caches[0].offset == 0
     next(stream)
     assert caches[0].offset >= 5
+
+
+def test_a_step_writes_in_place(model: Model) -> None:
+    caches = make_prompt_cache(model)
+    stream = stream_generate(model, None, ids_of(5), max_tokens=40, prompt_cache=caches, stop_at_eos=False)
+
+    def addresses() -> list[int]:
+        mx.eval([cache.state for cache in caches])
+        arrays = [array for cache in caches for array in cache.state]
+        return [np.array(array, copy=False).__array_interface__["data"][0] for array in arrays]
+
+    for _ in range(4):
+        next(stream)
+    before = addresses()
+    for _ in range(30):
+        next(stream)
+    assert addresses() == before
+
+
+def test_a_model_of_damaged_weights_ends_in_an_error_and_not_in_nonsense() -> None:
+    model = Model(tiny.scaled_config(96))
+    model.transformer.norm.weight = mx.full(model.transformer.norm.weight.shape, mx.nan)
+    with pytest.raises(ElmError, match=r"values that are no numbers.*--compute-dtype float32"):
+        list(stream_generate(model, None, [1, 2, 3], max_tokens=5))
+
+
+def test_ctrl_c_amid_a_step_leaves_the_caches_whole(model: Model) -> None:
+    caches = make_prompt_cache(model)
+    sampler = Sampler()
+    tokens, _, state = sampler(prefill(model, ids_of(5), caches), ())
+    decoder = Decoder(model, sampler, caches, tokens, state)
+    decoder.advance()
+    whole = decoder._step
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    decoder._step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        decoder.advance()
+    assert [cache.offset for cache in caches] == [6] * len(caches)
+    decoder._step = whole
+    expected, _ = eager(model, ids_of(5), 3)
+    assert decoder.advance()[0].item() == expected[2]

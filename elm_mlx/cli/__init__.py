@@ -14,11 +14,14 @@ from typing import Annotated
 
 import typer
 
+from elm_mlx.cli.adapter import adapter
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
+from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
+from elm_mlx.cli.show import printable
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
@@ -29,9 +32,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(adapter)
 app.command()(chat)
 app.command()(convert)
 app.command()(data)
+app.command()(fuse)
 app.command()(generate)
 app.command()(info)
 
@@ -64,11 +69,16 @@ def main() -> None:
     except (ElmError, OSError) as error:  # OSError: such as a full disk behind stdout
         if _debug:
             raise
-        print(f"elm-mlx: {error}", file=sys.stderr)
+        print(f"elm-mlx: {printable(error)}", file=sys.stderr)
         if isinstance(error, ElmError):
             sys.exit(error.exit_code)
         with suppress(OSError):  # or the exit would flush to it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except RuntimeError as error:  # MLX's own
+        if _debug:
+            raise
+        print(f"elm-mlx: MLX failed: {printable(error)} (--debug shows where)", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.errors import InputError
 
 
 def chat(
@@ -31,18 +30,19 @@ def chat(
     seed: options.Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End an answer before this string; may be repeated.")] = None,
     compute_dtype: options.ComputeDtype = None,
+    adapter: options.AdapterPath = None,
 ) -> None:
     """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
-    from elm_mlx import settings
+    from elm_mlx import sampling, settings
     from elm_mlx.chat import CONTINUING, DEFAULTS, Chat
     from elm_mlx.cli.session import Session
     from elm_mlx.describe import check_directory
     from elm_mlx.store import open_model
     from elm_mlx.template import choose
 
-    loaded = open_model(check_directory(model), compute_dtype)
-    if loaded.tokenizer is None:
-        raise InputError(f"{model}: has no tokenizer, so it cannot read a message; convert again with --tokenizer")
+    sampling.check_seed(seed)
+    loaded = open_model(check_directory(model, with_tokenizer=True), compute_dtype, adapter)
+    assert loaded.tokenizer is not None
     for note in loaded.notes:
         print(f"elm-mlx: {note}", file=sys.stderr)
     chosen = choose(model, loaded.tokenizer, template)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from elm_mlx.cli.show import printable, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -88,7 +92,7 @@ def _print_plan(plan: Plan) -> None:
         ("", _traits(config)),
         ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),
         ("tokenizer", str(plan.tokenizer or "none")),
-        ("write", f"{plan.dtype}, {_size(plan.nbytes)}"),
+        ("write", f"{plan.dtype}, {size(plan.nbytes)}"),
         *(("note", note) for note in plan.notes),
         *(("warning", warning) for warning in plan.warnings),
     ]
@@ -112,7 +116,10 @@ def _print_end(done: Conversion) -> None:
 
 def _say(name: str, text: str) -> None:
     """One line of the report; a file's name may hold anything, and is shown without what moves the cursor."""
-    typer.echo(f"{name:<10}  {''.join(c if c.isprintable() else '?' for c in text)}")
+    try:
+        print(f"{name:<10}  {printable(text)}", flush=True)
+    except BrokenPipeError:  # who stops reading still wants the model
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _traits(config: Any) -> str:
@@ -128,10 +135,6 @@ def _traits(config: Any) -> str:
 def _range(values: tuple[int, ...]) -> str:
     low, high = min(values), max(values)
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 class _Progress(AbstractContextManager["_Progress"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from elm_mlx.cli import options
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
+    from elm_mlx.batch import Completion
     from elm_mlx.generation import Response
 
 
@@ -36,6 +38,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
     prefill_step: options.PrefillStep = 512,
     compute_dtype: options.ComputeDtype = None,
+    adapter: options.AdapterPath = None,
 ) -> None:
     """Continue a prompt. The text goes to stdout as it comes, speed and memory to stderr."""
     if (prompt is None) == (prompts is None):
@@ -44,34 +47,52 @@ def generate(
         raise InputError("--prompts shows --logprobs only with --json")
     from elm_mlx import settings
     from elm_mlx.describe import check_directory
+    from elm_mlx.generation import check_steps
+    from elm_mlx.sampling import check_seed, sampler_from
     from elm_mlx.store import open_model
 
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    chosen: dict[str, Any] = settings.merge(check_directory(model), flags)
+    chosen: dict[str, Any] = settings.merge(check_directory(model, with_tokenizer=True), flags)
+    sampler_from(chosen)
+    check_steps(chosen["max_tokens"], prefill_step)
+    check_seed(seed)
     texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt or "")]
-    loaded = open_model(model, compute_dtype)
+    loaded = open_model(model, compute_dtype, adapter)
     for note in loaded.notes:
         print(f"elm-mlx: {note}", file=sys.stderr)
-    if loaded.tokenizer is None:
-        raise InputError(f"{model}: has no tokenizer, so it cannot read a prompt; convert again with --tokenizer")
+    assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
     if prompts:
         from elm_mlx.batch import generate_batch
 
         completions = generate_batch(loaded.model, loaded.tokenizer, texts, **chosen)
-        for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
-            if as_json:
-                _print_json(text, asdict(done), logprobs)
-            else:
-                print(f"--- {number}: {text}\n{done.text}")
+        _print_batch(texts, completions, as_json, logprobs)
         return
     from elm_mlx.generation import stream_generate
 
     responses = stream_generate(loaded.model, loaded.tokenizer, texts[0], **chosen)
     (_as_json if as_json else _as_tokens if logprobs else _as_text)(texts[0], responses, logprobs)
+
+
+def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: bool, logprobs: bool) -> None:
+    from elm_mlx import device
+
+    start, read, written = time.perf_counter(), 0, 0
+    for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
+        read, written = read + done.prompt_tokens, written + len(done.tokens)
+        if as_json:
+            _print_json(text, asdict(done), logprobs)
+        else:
+            print(f"--- {number}: {text}\n{done.text}", flush=True)
+    seconds = time.perf_counter() - start
+    print(
+        f"{len(texts)} prompts: {read} tokens read and {written} generated in {seconds:.1f} s, "
+        f"{written / seconds:.1f} tokens/s | peak memory: {device.peak_memory() / 1e9:.2f} GB",
+        file=sys.stderr,
+    )
 
 
 def _as_text(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
@@ -109,7 +130,11 @@ def _as_json(prompt: str, responses: Iterator[Response], logprobs: bool) -> None
 def _print_json(prompt: str, result: dict[str, Any], logprobs: bool) -> None:
     if not logprobs:
         del result["logprobs"]
-    print(json.dumps({"prompt": prompt, **result}, ensure_ascii=False), flush=True)
+    print(json.dumps({"prompt": prompt, **result}, ensure_ascii=not _speaks_utf8(), allow_nan=False), flush=True)
+
+
+def _speaks_utf8() -> bool:
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def _print_statistics(last: Response | None) -> None:
@@ -135,7 +160,7 @@ def _read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     # Not splitlines(), which also splits where a prompt may hold U+2028 or a form feed.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:

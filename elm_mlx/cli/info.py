@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,30 +13,37 @@ import typer
 from elm_mlx import blas
 from elm_mlx.cli import options
 from elm_mlx.cli.bars import bar
+from elm_mlx.cli.show import printable, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.describe import Description
+    from elm_mlx.describe import AdapterDescription, Description
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
 
 
 def info(
     model: options.OptionalModelPath = None,
+    adapter: options.AdapterPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     system: Annotated[bool, typer.Option("--system", help="Say what MLX computes with on this machine.")] = False,
 ) -> None:
-    """Show a model's size, its memory and its layers."""
+    """Show a model's size, its memory and its layers, and what an adapter changes in it."""
     if model is None and not system:
         raise InputError("give a model directory, or --system")
+    if adapter is not None and model is None:
+        raise InputError("--adapter needs the model that it is for")
     result: dict[str, object] = {}
     if system:
         result |= {"system": _system()}
     if model is not None:
-        from elm_mlx.describe import check_directory, describe
+        from elm_mlx.describe import check_directory, describe, describe_adapter
 
         description = describe(check_directory(model))
         result |= description.to_dict()
+        about = None if adapter is None else describe_adapter(adapter, model)
+        if about is not None:
+            result |= {"adapter": asdict(about)}
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -44,6 +52,8 @@ def info(
             print(f"{name + ':':<14}{value}")
     if model is not None:
         _print(description)
+        if about is not None:
+            _print_adapter(about)
 
 
 def _system() -> dict[str, str]:
@@ -76,7 +86,8 @@ def _print(about: Description) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    print(f"{about.path}: OpenELM, {about.parameters:,} parameters ({about.embedding_parameters:,} in the embedding)")
+    embedding = f"({about.embedding_parameters:,} in the embedding)"
+    print(f"{printable(about.path)}: OpenELM, {about.parameters:,} parameters {embedding}")
     parts = [
         "SwiGLU" if about.glu else "plain FFN",
         "QK norm" if about.qk_norm else "no QK norm",
@@ -86,27 +97,41 @@ def _print(about: Description) -> None:
         "shape": f"{len(about.layers)} layers, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
         "context": f"{about.context:,} tokens",
-        "stored": f"{about.dtype}, {_bytes(about.file_bytes)}",
-        "memory": ", ".join(f"{_bytes(size)} in {name}" for name, size in about.memory.items()),
-        "KV cache": ", ".join(f"{size:,} bytes a token in {name}" for name, size in about.kv_bytes_per_token.items()),
+        "stored": f"{about.dtype}, {size(about.file_bytes)}",
+        "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
+        "KV cache": ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items()),
     }
     for name, line in lines.items():
         print(f"  {name:<11} {line}")
+    console = Console()
+    bars = console.width >= 72
     table = Table(box=None, pad_edge=True)
     for header in ("layer", "heads", "KV"):
         table.add_column(header, justify="right")
-    table.add_column("query heads")
+    if bars:
+        table.add_column("query heads")
     table.add_column("FFN", justify="right")
-    table.add_column("FFN width")
+    if bars:
+        table.add_column("FFN width")
     table.add_column("parameters", justify="right")
     heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
     for i, layer in enumerate(about.layers):
-        table.add_row(
+        cells = [
             str(i), str(layer.query_heads), str(layer.kv_heads), bar(layer.query_heads / heads, _BAR),
             f"{layer.ffn_dim:,}", bar(layer.ffn_dim / widths, _BAR), f"{layer.parameters:,}",
-        )  # fmt: skip
-    Console().print(table)
+        ]  # fmt: skip
+        table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
+    console.print(table)
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def _print_adapter(about: AdapterDescription) -> None:
+    print(f"{printable(about.path)}: {about.summary}")
+    lines = {
+        "parameters": f"{about.parameters:,}, {about.share:.2%} of the model's; {size(about.file_bytes)}",
+        "head": about.head,
+        "made for": about.made_for,
+    }
+    for name, line in lines.items():
+        print(f"  {name:<11} {line}")
+    for module, ranks in about.modules.items():
+        print(f"  {module:<24} rank {ranks}")

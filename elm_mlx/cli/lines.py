@@ -116,6 +116,8 @@ def _history_path() -> Path | None:
     try:
         base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
         directory = Path(base, "elm-mlx")
+        if not directory.is_absolute():  # an empty HOME
+            return None
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: no home
         return None

@@ -25,3 +25,6 @@ ComputeDtype = Annotated[
 OptionalModelPath = Annotated[
     Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)
 ]
+AdapterPath = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
+]

@@ -103,6 +103,8 @@ def tokenizer_model(pieces: int = 300) -> bytes:
         model_type="bpe",
         vocab_size=pieces,
         byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )

@@ -183,3 +183,11 @@ def test_large_reads_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(archives, "_READ_BYTES", 7)
     values = np.arange(100, dtype=np.int16)
     assert load(put(tmp_path, zip_file(tensor(values)))).read().tolist() == values.tolist()
+
+
+def test_without_preadv_as_on_a_mac_the_same_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).standard_normal((70, 90)).astype(np.float32)
+    path = tmp_path / "a.pt"
+    path.write_bytes(zip_file({"a": tensor(values)}))
+    monkeypatch.delattr(archives.os, "preadv", raising=False)
+    np.testing.assert_array_equal(load(path)["a"].read(), values)

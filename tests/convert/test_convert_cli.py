@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch_files
 from checkpoints import corenet, made, save_hub, save_pt, save_tokenizer, tensors, tiny, weights
 
@@ -44,6 +46,23 @@ class Run:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(capsys, monkeypatch)
+
+
+def test_a_tokenizer_that_mlx_lm_reads_otherwise_is_warned_of(run: Run, tmp_path: Path, source: Path) -> None:
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words and others, " * 5] * 20), model_writer=out, model_type="word",
+        vocab_size=8, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    (tmp_path / "word.model").write_bytes(out.getvalue())
+    code, printed, _ = run("convert", source, tmp_path / "out", "--tokenizer", tmp_path / "word.model")
+    assert code == 0 and "warning     " in printed and "mlx-lm" in printed
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_an_empty_source_is_not_the_current_directory(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("convert", "", tmp_path / "out")
+    assert code == 2 and "SRC is empty" in err and not (tmp_path / "out").exists()
 
 
 def test_what_it_prints(run: Run, tmp_path: Path, source: Path) -> None:

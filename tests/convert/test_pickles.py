@@ -33,7 +33,7 @@ from torch_files import (
 )  # fmt: skip
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.pickles import Symbol, is_torch_file, load
+from elm_mlx_convert.pickles import Symbol, load
 from elm_mlx_convert.tensors import LazyTensor, numpy_dtype
 
 LAYOUTS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
@@ -60,7 +60,6 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: str, protocol
     bits = np.random.default_rng(1).integers(0, 2 if dtype == "bool" else 256, 35 * carrier.itemsize, np.uint8)
     array = bits.view(carrier).reshape(5, 7)
     path = save(tmp_path / "a.pt", {"a": tensor(array, dtype)}, legacy=legacy, protocol=protocol)
-    assert is_torch_file(path)
     lazy = load(path)["a"]
     assert (lazy.shape, lazy.dtype, lazy.nbytes) == ((5, 7), dtype, array.nbytes)
     assert lazy.read().dtype == carrier and lazy.read().tobytes() == array.tobytes()
@@ -338,15 +337,13 @@ def test_byte_order_and_version(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_other_files_are_named(tmp_path: Path, data: bytes, words: str) -> None:
     assert words in error_of(tmp_path, data)
-    assert not is_torch_file(tmp_path / "file.pt")
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path, words in [(tmp_path, "directory"), (tmp_path / "none", "No such file"), (tmp_path / "pipe", "not a reg")]:
-        for function in (load, is_torch_file):
-            with pytest.raises(InputError, match=words):
-                function(path)
+        with pytest.raises(InputError, match=words):
+            load(path)
 
 
 def test_torchscript_and_foreign_archives(tmp_path: Path) -> None:

@@ -1,0 +1,259 @@
+"""Adapters of PEFT and of CoreNet into figures and arrays, and back out to PEFT.
+
+Knows how both name and lay out the parts (`X.lora_A.weight` (rank, inputs), `X.lora_embedding_A` (rank, tokens), …)
+and what PEFT's config says. Gives arrays by the names and in the layout of `elm_mlx.adapters`. Knows no model class.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elm_mlx.adapters import EMBEDDING, Adapter
+from elm_mlx.config import ModelConfig
+from elm_mlx.errors import InputError
+from elm_mlx_convert import pickles, safetensors_files
+from elm_mlx_convert.adapters import Scaling
+from elm_mlx_convert.configs import find_settings, read_settings
+from elm_mlx_convert.infer import HEAD
+from elm_mlx_convert.names import listed, to_canonical, unwrap
+from elm_mlx_convert.sources import open_source
+from elm_mlx_convert.tensors import FLOATS, LazyTensor, to_float32
+from elm_mlx_convert.texts import read_json
+
+PEFT_CONFIG = "adapter_config.json"
+_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX = "base_model.model."
+_PART = re.compile(
+    r"(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
+)
+# Ways in which PEFT's adapter would mean something else than a product added to the model's own weights.
+_UNKNOWN = ("lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
+_Parts = dict[str, dict[str, LazyTensor]]
+Arrays = dict[str, np.ndarray]
+
+
+def read_peft(directory: Path, config: ModelConfig) -> tuple[Adapter, Arrays]:
+    """The adapter that PEFT has saved in `directory`, for `config`'s model: parameter -> array, float32.
+
+    Raises:
+        InputError: a file is missing or damaged, a part does not fit the model (names it and both shapes), or the
+            adapter is of a kind that cannot be expressed here.
+    """
+    values = read_json(directory / PEFT_CONFIG)
+    where = str(directory / PEFT_CONFIG)
+    if values.get("peft_type") != "LORA":
+        raise InputError(f"{where}: peft_type is {str(values.get('peft_type'))[:40]!r}; only LORA is known")
+    unknown = [name for name in _UNKNOWN if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
+    if unknown:
+        raise InputError(f"{where}: asks for {listed(unknown)}, which this does not know")
+    if str(values.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
+        raise InputError(
+            f"{where}: init_lora_weights changed the model's own weights; convert it to plain LoRA in PEFT"
+        )
+    file = next((directory / name for name in _PEFT_WEIGHTS if (directory / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{directory}: holds neither {_PEFT_WEIGHTS[0]} nor {_PEFT_WEIGHTS[1]}")
+    tensors = safetensors_files.read(file) if file.suffix == ".safetensors" else _read_bin(file)
+    alpha, pattern = values.get("lora_alpha"), values.get("alpha_pattern") or {}
+    if (
+        alpha is None
+        or not _is_number(alpha)
+        or not isinstance(pattern, dict)
+        or not all(map(_is_number, pattern.values()))
+    ):
+        raise InputError(f"{where}: lora_alpha or alpha_pattern is no number")
+    parts, rest = _parts(tensors, str(file))
+    strange = [name for name in rest if not name.endswith("base_layer.weight")]  # PEFT saves an adapted embedding whole
+    if strange:
+        raise InputError(f"{file}: holds what is no part of a LoRA or DoRA adapter: {listed(strange)}")
+    by_root = values.get("use_rslora") is True
+    alphas = {module: Scaling(_alpha(module, float(alpha), pattern), by_root) for module in parts}
+    dropout = values.get("lora_dropout", 0.0)
+    return _assemble(parts, alphas, config, str(file), float(dropout) if _is_number(dropout) else 0.0)
+
+
+def read_corenet(
+    source: Path, config: ModelConfig, *, alpha: float | None = None, settings: Path | None = None
+) -> tuple[Adapter, Arrays]:
+    """The adapter in a CoreNet checkpoint, without the model that stands beside it there.
+
+    Args:
+        alpha: the adapter's strength, which is not in the file; or it is in the YAML `settings`, or beside `source`.
+
+    Raises:
+        InputError: as `read_peft`; or the strength is not known.
+    """
+    opened = open_source(source)
+    parts, _ = _parts(opened.tensors, opened.label)
+    if not parts:
+        raise InputError(f"{source}: holds no adapter")
+    if alpha is None:
+        found = read_settings(settings) if settings is not None else find_settings(opened.directory)
+        if found is None or found.scaling is None:
+            raise InputError(
+                f"{source}: does not say how strong its adapter is: pass --alpha, or with --config its YAML"
+            )
+        scaling = found.scaling
+    else:
+        scaling = Scaling(alpha)
+    return _assemble(_without_padding(parts, config), dict.fromkeys(parts, scaling), config, opened.label, 0.0)
+
+
+def write_peft(directory: Path, adapter: Adapter, arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+    """Fills `directory` with what `PeftModel.from_pretrained` reads; its model is the hub's, by Apple's code.
+
+    Raises:
+        InputError: PEFT has no word for the adapter.
+    """
+    if adapter.kind == "full":
+        raise InputError("weights of the whole model are no adapter for PEFT; fuse them")
+    if EMBEDDING in adapter.ranks and adapter.kind == "dora":
+        raise InputError(
+            "PEFT's DoRA of an embedding measures its columns, and this one its rows: it cannot be written"
+        )
+    if EMBEDDING in adapter.ranks and adapter.adapted_head and config.share_input_output_layers:
+        raise InputError(
+            "PEFT's tied head reads the base embedding, and this adapter's the adapted one: fuse it instead"
+        )
+    tensors: Arrays = {}
+    for module in adapter.ranks:
+        a, b = ("lora_embedding_A", "lora_embedding_B") if module == EMBEDDING else ("lora_A.weight", "lora_B.weight")
+        tensors[f"{_PREFIX}{module}.{a}"] = np.ascontiguousarray(arrays[f"{module}.lora_a"].T)
+        tensors[f"{_PREFIX}{module}.{b}"] = np.ascontiguousarray(arrays[f"{module}.lora_b"].T)
+        if adapter.kind == "dora":
+            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = arrays[f"{module}.m"]
+    header = safetensors_files.header([(n, "float32", t.shape) for n, t in tensors.items()], {"format": "pt"})
+    with (directory / _PEFT_WEIGHTS[0]).open("wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor, "<f4").data)
+    text = json.dumps(_peft_config(adapter), indent=2) + "\n"
+    (directory / PEFT_CONFIG).write_text(text, encoding="utf-8")
+
+
+def _peft_config(adapter: Adapter) -> dict[str, Any]:
+    differ = {module: rank for module, rank in adapter.ranks.items() if rank != adapter.rank}
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "r": adapter.rank, "lora_alpha": adapter.scale * adapter.rank, "lora_dropout": adapter.dropout,
+        "target_modules": list(adapter.ranks), "rank_pattern": differ,
+        "alpha_pattern": {module: adapter.scale * rank for module, rank in differ.items()},
+        "use_dora": adapter.kind == "dora", "use_rslora": False, "bias": "none", "fan_in_fan_out": False,
+    }  # fmt: skip
+
+
+def _read_bin(path: Path) -> dict[str, LazyTensor]:
+    tree = pickles.load(path)
+    if not isinstance(tree, dict) or not all(isinstance(v, LazyTensor) for v in tree.values()):
+        raise InputError(f"{path}: holds no tensors by name")
+    return {str(name): tensor for name, tensor in tree.items()}
+
+
+def _parts(tensors: Mapping[str, LazyTensor], where: str) -> tuple[_Parts, list[str]]:
+    """Canonical module -> part -> tensor, and the names of what is no part."""
+    parts: _Parts = {}
+    rest = []
+    for name, tensor in tensors.items():
+        match = _PART.fullmatch(name)
+        if match is None:
+            rest.append(name)
+            continue
+        canonical = to_canonical(unwrap(match[1].removeprefix(_PREFIX)) + ".weight")
+        if canonical is None:
+            raise InputError(f"{where}: adapts {listed([match[1]])}, which is no module of an OpenELM")
+        found = parts.setdefault(canonical.removesuffix(".weight"), {})
+        if match[2] in found:
+            raise InputError(f"{where}: holds two adapters; save one alone")
+        found[match[2]] = tensor
+    return parts, rest
+
+
+def _without_padding(parts: _Parts, config: ModelConfig) -> _Parts:
+    """CoreNet pads the vocabulary; what stands for tokens that the model has not is left out."""
+    size = config.vocab_size
+    head = parts.get(HEAD.removesuffix(".weight"), {})
+    if "lora_B" in head:
+        head["lora_B"] = head["lora_B"].first_rows(size)
+    tokens = parts.get(EMBEDDING, {}).get("lora_embedding_A")
+    if tokens is not None and len(tokens.shape) == 2 and tokens.shape[1] > size:
+        read = tokens.read_rows
+        parts[EMBEDDING]["lora_embedding_A"] = LazyTensor(
+            tokens.name, (tokens.shape[0], size), tokens.dtype, lambda start, stop: read(start, stop)[:, :size]
+        )
+    return parts
+
+
+def _assemble(
+    parts: _Parts, scalings: Mapping[str, Scaling], config: ModelConfig, where: str, dropout: float
+) -> tuple[Adapter, Arrays]:
+    order = [name.removesuffix(".weight") for name in config.shapes()]
+    missing = [module for module in parts if module not in order]
+    if missing or not parts:
+        raise InputError(f"{where}: adapts {listed(missing) if missing else 'nothing'}, which the model does not have")
+    dora = any("lora_magnitude_vector" in found for found in parts.values())
+    arrays: Arrays = {}
+    ranks: dict[str, int] = {}
+    for module in sorted(parts, key=order.index):
+        ranks[module] = _take(module, parts[module], config, where, dora, arrays)
+    scales = {module: scalings[module].of(rank) for module, rank in ranks.items()}
+    scale = scales[max(ranks, key=lambda module: ranks[module])]
+    for module, own in scales.items():
+        if own != scale:  # there is one scale for all; the rest goes into B
+            arrays[f"{module}.lora_b"] *= np.float32(own / scale if scale else 0.0)
+    return Adapter("dora" if dora else "lora", ranks, scale, dropout if 0 <= dropout < 1 else 0.0), arrays
+
+
+def _take(
+    module: str, found: dict[str, LazyTensor], config: ModelConfig, where: str, dora: bool, arrays: Arrays
+) -> int:
+    """Puts the module's parts into `arrays`, checked. Returns its rank."""
+    rows, columns = config.shapes()[f"{module}.weight"]
+    embedding = module == EMBEDDING
+    a, b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
+    wanted = [a, b, *(["lora_magnitude_vector"] if dora else [])]
+    if embedding and dora:
+        raise InputError(
+            f"{where}: DoRA of an embedding measures its columns in PEFT, and its rows here: merge it there"
+        )
+    for part in {*wanted, *found}:
+        if part not in found:
+            raise InputError(f"{where}: {module}.{part} is missing")
+        if part not in wanted:
+            raise InputError(f"{where}: {module} has a {part}, which has no place there")
+        if found[part].dtype not in (*FLOATS, "float64"):
+            raise InputError(f"{where}: {module}.{part} is {found[part].dtype}, and floats are needed")
+    rank = found[a].shape[0] if len(found[a].shape) == 2 else 0
+    if not 0 < rank <= config.vocab_size:
+        raise InputError(f"{where}: {module}.{a} of shape {found[a].shape} is no matrix of a rank")
+    inputs, outputs = (rows, columns) if embedding else (columns, rows)
+    for part, shape in ((a, (rank, inputs)), (b, (outputs, rank)), ("lora_magnitude_vector", (rows,))):
+        if part in found and found[part].shape != shape:
+            raise InputError(f"{where}: {module}.{part} is {found[part].shape}, and the model needs {shape}")
+    for part, name in ((a, "lora_a"), (b, "lora_b"), ("lora_magnitude_vector", "m")):
+        if part in found:
+            value = to_float32(found[part].read(), found[part].dtype)
+            arrays[f"{module}.{name}"] = np.array(value.T, np.float32, order="C")
+    return rank
+
+
+def _alpha(module: str, alpha: float, pattern: Mapping[str, Any]) -> float:
+    """PEFT's patterns are regular expressions; a module's name, or its end, is all that is followed here."""
+    for key, value in pattern.items():
+        if not re.fullmatch(r"[\w.]+", key):
+            raise InputError(f"alpha_pattern has {key[:40]!r}, which is no module's name")
+        if f".{module}".endswith(f".{key}"):
+            return float(value)
+    return alpha
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

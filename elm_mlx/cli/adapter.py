@@ -1,0 +1,33 @@
+"""`elm-mlx adapter MODEL SRC DST`: an adapter from PEFT or CoreNet, or to PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.errors import InputError
+
+
+def adapter(
+    model: options.ModelPath,
+    src: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A directory of PEFT's, a CoreNet .pt, or an adapter of ours.")
+    ],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    to: Annotated[str, typer.Option(help="mlx: what --adapter and mlx-lm read; or peft.")] = "mlx",
+    alpha: Annotated[float | None, typer.Option(help="The strength of a CoreNet adapter.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="YAML", help="CoreNet's, with lora_alpha in it. (default: beside SRC)")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter at DST.")] = False,
+) -> None:
+    """Bring an adapter into the layout of mlx-lm or of PEFT, checked against the model that it is for."""
+    if to not in ("mlx", "peft"):
+        raise InputError(f"--to is {to!r}; there are mlx and peft")
+    from elm_mlx.foreign import convert_adapter
+
+    made = convert_adapter(model, src, dst, to=to, alpha=alpha, settings=config, overwrite=overwrite)
+    typer.echo(f"wrote       {dst}: {made.describe()}")

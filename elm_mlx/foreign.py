@@ -1,0 +1,85 @@
+"""An adapter from one tool's directory to another's, for a given model.
+
+Knows what a path is: an adapter of ours, of PEFT's, a CoreNet checkpoint. Reading and writing the others' files is
+`elm_mlx_convert`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import elm_mlx_convert
+from elm_mlx import adapt, adapters, files
+from elm_mlx.adapters import Adapter
+from elm_mlx.config import ModelConfig
+from elm_mlx.describe import check_directory
+from elm_mlx.errors import InputError
+from elm_mlx.store import open_adapter
+
+_KNOWN = ("adapter_config.json", "adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "README.md")
+
+
+def convert_adapter(
+    model: Path,
+    src: Path,
+    dst: Path,
+    *,
+    to: str = "mlx",
+    alpha: float | None = None,
+    settings: Path | None = None,
+    overwrite: bool = False,
+) -> Adapter:
+    """Reads the adapter `src` for the model in `model`, and writes it to `dst`, which appears whole or not at all.
+
+    Args:
+        to: "mlx" or "peft".
+        alpha: strength of a CoreNet adapter; or it is in its YAML, `settings` or beside `src`.
+
+    Raises:
+        InputError: `src` cannot be read or does not fit, `dst` is taken, or the layout cannot express the adapter.
+        ElmError: it cannot be written.
+    """
+    config = ModelConfig.load(check_directory(model) / "config.json")
+    _check_free(src, dst, overwrite)
+    found, values = _read(model, src, config, alpha, settings)
+    with files.new_directory(dst, replace=overwrite) as directory:
+        if to == "peft":
+            elm_mlx_convert.write_peft(directory, found, values, config)
+        else:
+            adapt.write(directory, found, {name: mx.array(value) for name, value in values.items()}, config)
+    return found
+
+
+def _read(
+    model: Path, src: Path, config: ModelConfig, alpha: float | None, settings: Path | None
+) -> tuple[Adapter, dict[str, np.ndarray]]:
+    if (src / adapters.WEIGHTS).is_file():
+        adapter = open_adapter(src, model, config)
+        if adapter.kind == "full":
+            raise InputError(f"{src}: weights of the whole model are no adapter; `elm-mlx fuse` merges them")
+        return adapter, {name: np.array(value) for name, value in adapt.read_values(adapter, config).items()}
+    if (src / adapters.CONFIG).is_file():
+        found: tuple[Adapter, dict[str, np.ndarray]] = elm_mlx_convert.read_peft(src, config)
+    elif src.exists():
+        found = elm_mlx_convert.read_corenet(src, config, alpha=alpha, settings=settings)
+    else:
+        raise InputError(f"{src}: no such file or directory")
+    odd = next((name for name, value in found[1].items() if not np.isfinite(value).all()), None)
+    if odd is not None:
+        raise InputError(f"{src}: {odd} holds values that are no numbers, or infinite")
+    return found
+
+
+def _check_free(src: Path, dst: Path, overwrite: bool) -> None:
+    if not dst.exists():
+        return
+    if dst.is_file() or not overwrite:
+        raise InputError(f"{dst}: exists already; pass --overwrite to replace it, or choose another")
+    if dst.resolve() in (src.resolve(), *src.resolve().parents):
+        raise InputError(f"{dst}: holds {src.name}, which is to be read: choose another directory")
+    foreign = [entry.name for entry in sorted(dst.iterdir()) if entry.name not in _KNOWN]
+    if foreign:
+        raise InputError(f"{dst}: is no adapter alone: it holds {foreign[0]}; nothing was replaced")
