@@ -97,10 +97,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.rope = Rope(config.head_dim, config.rope_freq_constant)
 
-    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None) -> mx.array:
+    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: mx.array | None = None) -> mx.array:
         x = self.token_embeddings(ids)
         caches = [None] * len(self.layers) if cache is None else cache
-        mask = causal_mask(ids.shape[1], caches[0])
+        mask = causal_mask(ids.shape[1], caches[0]) if segments is None else ops.Segments(segments)
         offset = 0 if caches[0] is None else caches[0].offset
         if not isinstance(offset, int):
             offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
@@ -122,9 +122,15 @@ class Model(nn.Module):
         if not config.share_input_output_layers:
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
 
-    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None = None) -> mx.array:
-        """Ids `(batch, length)` to logits `(batch, length, vocab_size)`."""
-        return self.head(self.transformer(ids, cache))
+    def __call__(
+        self, ids: mx.array, cache: Sequence[Cache] | None = None, segments: mx.array | None = None
+    ) -> mx.array:
+        """Ids `(batch, length)` to logits `(batch, length, vocab_size)`.
+
+        `segments`, `(batch, length)` integers, keeps texts that share a row apart: each position sees those of
+        its own number alone. Not together with a cache.
+        """
+        return self.head(self.transformer(ids, cache, segments))
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""

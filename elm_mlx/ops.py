@@ -8,14 +8,33 @@ prefill was written with the polynomial below, the FFN's gates and attention's s
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import device
 
-Mask: TypeAlias = mx.array | str | None
+
+@dataclass(frozen=True)
+class Segments:
+    """A mask for several texts in a row: causal, and each position sees those of its own number alone.
+
+    Attributes:
+        numbers: `(batch, length)` integers.
+    """
+
+    numbers: mx.array
+
+    def seen(self) -> mx.array:
+        """The same as a boolean `(batch, 1, length, length)`."""
+        positions = mx.arange(self.numbers.shape[1])
+        same = self.numbers[:, None, :, None] == self.numbers[:, None, None, :]
+        return same & (positions <= positions[:, None])
+
+
+Mask: TypeAlias = mx.array | Segments | str | None
 
 # 2**f for f in [-1/2, 1/2], constant first: least squares of the relative error at Chebyshev nodes (8e-8).
 _POWER_OF_TWO = (1.0000001, 0.69314694, 0.24022122, 0.055507425, 0.009675460, 0.0013266970)
@@ -28,62 +47,178 @@ def silu(x: mx.array) -> mx.array:
     """`x * sigmoid(x)`, elementwise."""
     if _mlx_is_best(x, x.size):
         return nn.silu(x) if device.on_gpu() else x * mx.sigmoid(x)
-    x = mx.maximum(x, -87.0)  # where it is 1e-36 from 0
-    return x / (1 + _exp(mx.maximum(-x, -87.0)))
+    return _silu(x)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) * up` (Shazeer, 2020)."""
-    return silu(gate) * up
+    return silu(gate) * up if _mlx_is_best(gate, gate.size) else _swiglu(gate, up)
+
+
+def exp(x: mx.array) -> mx.array:
+    """`exp(x)` elementwise, for `x` up to 87; below -87 it is 1e-38 rather than less."""
+    return mx.exp(x) if _mlx_is_best(x, x.size) else _exp(mx.maximum(x, -87.0))
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 
-    `mask` is None, "causal" (the last query sees all positions), or boolean `(…, length, positions)`.
+    `mask` is None, "causal" (the last query sees all positions), `Segments` (as many queries as positions), or
+    boolean `(…, length, positions)`.
     """
     batch, heads, length, head_dim = queries.shape
     kv_heads, positions = keys.shape[1], keys.shape[2]
+    segments = mask.numbers if isinstance(mask, Segments) else None
+    if isinstance(mask, Segments) and (length == 1 or _mlx_is_best(queries, batch * heads * length * positions)):
+        mask = mask.seen()
     if length == 1 and not device.on_gpu():  # the queries that share a head are rows of one product
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
         return out.reshape(batch, heads, 1, head_dim)
-    if mask != "causal" or _mlx_is_best(queries, batch * heads * length * positions):
+    if isinstance(mask, mx.array) or mask is None or _mlx_is_best(queries, batch * heads * length * positions):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    rows = max(32, _BLOCK_SCORES // (batch * heads * positions))
-    blocks = [
-        _attend_block(queries[:, :, start : start + rows], keys, values, scale, start - length)
-        for start in range(0, length, rows)
-    ]
-    return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+    return _causal_attention(queries, keys, values, scale, segments)
 
 
-def _attend_block(queries: mx.array, keys: mx.array, values: mx.array, scale: float, start: int) -> mx.array:
-    """Causal attention of a run of queries, the first of which stands `-start` positions before the end.
+def _causal_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, segments: mx.array | None
+) -> mx.array:
+    """In blocks of queries, with derivatives that compute each block's weights again rather than keep them.
+
+    Kept, they and what they were made of would be most of what a training step holds in memory.
+    """
+    batch, heads, length, _ = queries.shape
+    rows = max(32, _BLOCK_SCORES // (batch * heads * keys.shape[2]))
+    blocks = [(start, min(start + rows, length)) for start in range(0, length, rows)]
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        parts = []
+        for start, stop in blocks:
+            scores = _block_scores(queries[:, :, start:stop] * scale, keys, start - length, segments)
+            parts.append(_attend_block(scores, values))
+        if len(parts) == 1:
+            return parts[0]
+        return tuple(mx.concatenate(part, axis=2) for part in zip(*parts, strict=True))
+
+    @attend.vjp
+    def derive(primals: tuple[mx.array, ...], cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        queries, keys, values = primals
+        out, log_sums = outputs
+        along = (cotangents[0] * out).sum(axis=-1, keepdims=True)
+        query_grads: list[mx.array] = []
+        key_grad, value_grad = mx.zeros_like(keys), mx.zeros_like(values)
+        for start, stop in blocks:
+            part = queries[:, :, start:stop] * scale
+            if query_grads:  # one block after the other, or all blocks' scores would be in memory together
+                part = mx.depends([part], [query_grads[-1], key_grad, value_grad])[0]
+            scores = _block_scores(part, keys, start - length, segments)
+            weights = exp(scores - log_sums[:, :, start:stop])
+            query_part, key_part, value_part = _derive_block(
+                part, keys, values, weights, cotangents[0][:, :, start:stop], along[:, :, start:stop]
+            )
+            query_grads.append(query_part * scale)
+            seen = scores.shape[3]
+            key_grad[:, :, :seen] += key_part
+            value_grad[:, :, :seen] += value_part
+        return mx.concatenate(query_grads, axis=2), key_grad, value_grad
+
+    return attend(queries, keys, values)[0]
+
+
+def _block_scores(queries: mx.array, keys: mx.array, start: int, segments: mx.array | None) -> mx.array:
+    """Scores of a run of queries, the first of which stands `-start` positions before the end.
 
     Positions after the last query are not computed at all.
     """
     batch, heads, rows, head_dim = queries.shape
     kv_heads, end = keys.shape[1], keys.shape[2]
     seen = end + start + rows
-    grouped = (queries * scale).reshape(batch, kv_heads, -1, head_dim)
+    grouped = queries.reshape(batch, kv_heads, -1, head_dim)
     scores = (grouped @ keys[:, :, :seen].swapaxes(2, 3)).reshape(batch, heads, rows, seen)
-    later = mx.arange(seen) > mx.arange(seen - rows, seen)[:, None]
-    scores = mx.where(later, -1e30, scores)
-    weights = _exp(mx.maximum(scores - scores.max(axis=-1, keepdims=True), -87.0))
+    hidden = mx.arange(seen) > mx.arange(seen - rows, seen)[:, None]
+    if segments is not None:
+        hidden = hidden | (segments[:, None, seen - rows : seen, None] != segments[:, None, None, :seen])
+    return mx.where(hidden, -1e30, scores)
+
+
+def _attend_block(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    """Attention by `scores`, and the logarithm of what each row's exponentials sum to."""
+    batch, heads, rows, seen = scores.shape
+    kv_heads, head_dim = values.shape[1], values.shape[3]
+    largest = scores.max(axis=-1, keepdims=True)
+    weights = _exp(mx.maximum(scores - largest, -87.0))
+    sums = weights.sum(axis=-1, keepdims=True)
     out = (weights.reshape(batch, kv_heads, -1, seen) @ values[:, :, :seen]).reshape(batch, heads, rows, head_dim)
-    return out / weights.sum(axis=-1, keepdims=True)
+    return out / sums, largest + mx.log(sums)
 
 
+def _derive_block(
+    queries: mx.array, keys: mx.array, values: mx.array, weights: mx.array, cotangent: mx.array, along: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Cotangents of scaled queries, keys and values, the latter two for the positions that the block sees.
+
+    `along` is the cotangent's product with the output, row by row: what the softmax takes off each score's.
+    """
+    batch, kv_heads = keys.shape[:2]
+    seen = weights.shape[3]
+
+    def grouped(x: mx.array) -> mx.array:
+        return x.reshape(batch, kv_heads, -1, x.shape[-1])
+
+    value_grad = grouped(weights).swapaxes(2, 3) @ grouped(cotangent)
+    weight_grad = (grouped(cotangent) @ values[:, :, :seen].swapaxes(2, 3)).reshape(weights.shape)
+    score_grad = grouped(weights * (weight_grad - along))
+    query_grad = (score_grad @ keys[:, :, :seen]).reshape(queries.shape)
+    return query_grad, score_grad.swapaxes(2, 3) @ grouped(queries), value_grad
+
+
+@mx.custom_function
+def _silu(x: mx.array) -> mx.array:
+    x = mx.maximum(x, -87.0)  # where it is 1e-36 from 0
+    return x * _sigmoid(x)
+
+
+@_silu.vjp
+def _(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+    x = mx.maximum(x, -87.0)
+    share = _sigmoid(x)
+    return cotangent * share * (1 + x * (1 - share))
+
+
+@mx.custom_function
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    gate = mx.maximum(gate, -87.0)
+    return gate * _sigmoid(gate) * up
+
+
+@_swiglu.vjp
+def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    gate = mx.maximum(gate, -87.0)
+    share = _sigmoid(gate)  # again, rather than kept: gate and up are in memory anyway
+    return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
+
+
+def _sigmoid(x: mx.array) -> mx.array:
+    return 1 / (1 + _exp(mx.maximum(-x, -87.0)))
+
+
+@mx.custom_function
 def _exp(x: mx.array) -> mx.array:
     """`exp(x)` of float32 within [-87, 87], in passes that vectorise; to 3e-7 of its value near 0, 4e-6 at the ends."""
     x = x * math.log2(math.e)
-    whole = mx.stop_gradient((x + _ROUNDER) - _ROUNDER)  # or it would take all of the derivative
+    whole = (x + _ROUNDER) - _ROUNDER
     part = x - whole
     power = mx.array(_POWER_OF_TWO[-1])
     for coefficient in reversed(_POWER_OF_TWO[:-1]):
         power = power * part + coefficient
     return power * ((whole.astype(mx.int32) + 127) << 23).view(mx.float32)
+
+
+@_exp.vjp
+def _(_: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
+    return cotangent * power
 
 
 def _mlx_is_best(x: mx.array, size: int) -> bool:

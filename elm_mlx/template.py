@@ -66,7 +66,7 @@ class Template(ABC):
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
         """
-        return self._encode(self.parts(_checked(messages), add_generation_prompt))
+        return self._encode(self.parts(check_messages(messages), add_generation_prompt))
 
     def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
         """`encode(messages)`, beginning with `ids` wherever the template allows, so that a cache of them serves on.
@@ -83,7 +83,7 @@ class Template(ABC):
         Raises:
             InputError: as `encode`.
         """
-        messages = _checked(messages)
+        messages = check_messages(messages)
         after = self.parts(messages, True)
         if len(messages) < 3 or messages[-2]["role"] != "assistant":
             return self._encode(after)
@@ -209,6 +209,18 @@ class JinjaTemplate(Template):
         return eos_ids, ()
 
 
+def check_messages(messages: Messages) -> Messages:
+    """`messages`, each of which has a `role` of ROLES and a text as `content`. Raises InputError."""
+    if not messages:
+        raise InputError("a conversation needs a message")
+    for number, message in enumerate(messages, 1):
+        if message.get("role") not in ROLES:
+            raise InputError(f"message {number}: role is {message.get('role')!r}, and not one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"message {number}: content is no text")
+    return messages
+
+
 def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -> Template | None:
     """The template to converse with the model in `directory` by; None for a base model, which just continues.
 
@@ -280,17 +292,6 @@ def _controls(parts: Sequence[Part]) -> list[int]:
 
 def _unique(*ids: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
-
-
-def _checked(messages: Messages) -> Messages:
-    if not messages:
-        raise InputError("a conversation needs a message")
-    for number, message in enumerate(messages, 1):
-        if message.get("role") not in ROLES:
-            raise InputError(f"message {number}: role is {message.get('role')!r}, and not one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise InputError(f"message {number}: content is no text")
-    return messages
 
 
 def _read(path: Path) -> str:

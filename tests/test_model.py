@@ -216,3 +216,17 @@ def test_a_preset_has_its_shapes() -> None:
     config = ModelConfig.preset("OpenELM-3B")
     model = Model(config)  # lazily: nothing is allocated
     assert {key: weight.shape for key, weight in tree_flatten(model.parameters())} == config.shapes()
+
+
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("name", FEW[:4])
+def test_texts_that_share_a_row_have_the_logits_of_each_alone(name: str) -> None:
+    """Also where the blocks of long rows begin in the middle of a text, and beside padding."""
+    model, lengths = variant(name), [130, 1, 200, 69]
+    texts = [ids_of(length) for length in lengths]
+    row = mx.concatenate([*texts, mx.zeros((1, 20), mx.int32)], axis=1)
+    numbers = np.repeat([1, 2, 3, 4, 0], [*lengths, 20])[None]
+    together = model(row, segments=mx.array(numbers))
+    for number, text in enumerate(texts, 1):
+        own = mx.array(np.flatnonzero(numbers[0] == number))
+        assert_close(together[:, own], expected(model, text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -114,3 +116,48 @@ def test_the_derivatives_are_those_of_mlxs_own(monkeypatch: pytest.MonkeyPatch) 
     for mine, reference in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, reference, atol=2e-5 * float(mx.abs(reference).max()))
         assert float(mx.abs(reference).max()) > 0.1
+
+
+NUMBERS = mx.array([[1] * 50 + [2] * 70 + [3] * 9 + [0] * 31, [1] * 160])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (8, 2), (24, 8)])
+def test_segments_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, gpu: bool) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: gpu)
+    queries = drawn((2, heads, 160, 16), 1)
+    keys, values = (drawn((2, kv_heads, 160, 16), seed) for seed in (2, 3))
+    out = ops.attention(queries, keys, values, 0.25, ops.Segments(NUMBERS))
+    for row, starts in enumerate(([0, 50, 120, 129, 160], [0, 160])):
+        for start, stop in pairwise(starts):
+            q, k, v = (x[row : row + 1, :, start:stop] for x in (queries, keys, values))
+            np.testing.assert_allclose(
+                float64(out[row : row + 1, :, start:stop]), attention64(q, k, v, 0.25, causal=True), atol=3e-6
+            )
+
+
+def test_segments_of_a_single_token() -> None:
+    values = drawn((2, 2, 1, 16), 3)
+    out = ops.attention(drawn((2, 4, 1, 16), 1), drawn((2, 2, 1, 16), 2), values, 0.25, ops.Segments(mx.ones((2, 1))))
+    np.testing.assert_allclose(out[:, ::2], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_derivatives_within_segments_are_those_of_mlxs_own(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    queries, keys, values = drawn((2, 8, 160, 16), 1), drawn((2, 2, 160, 16), 2), drawn((2, 2, 160, 16), 3)
+    weights = drawn((2, 8, 160, 16), 4)
+
+    def scalar(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        return (ops.attention(queries, keys, values, 0.25, ops.Segments(NUMBERS)) * weights).sum()
+
+    grad = mx.grad(scalar, argnums=(0, 1, 2))
+    ours = (mx.compile(grad) if compiled else grad)(queries, keys, values)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    for mine, reference in zip(ours, grad(queries, keys, values), strict=True):
+        np.testing.assert_allclose(mine, reference, atol=2e-5 * float(mx.abs(reference).max()))
+
+
+def test_the_public_exponential_bears_anything_below_87() -> None:
+    x = mx.concatenate([mx.array([-1e30, -100.0, 0.0, 1.0]), mx.zeros((ops._LITTLE,))])
+    np.testing.assert_allclose(np.array(ops.exp(x))[:4], [0, 0, 1, np.e], rtol=1e-6, atol=1e-37)
+    np.testing.assert_allclose(mx.grad(lambda x: ops.exp(x).sum())(x)[2:4], [1, np.e], rtol=1e-6)

@@ -17,6 +17,7 @@ import typer
 from elm_mlx.cli.adapter import adapter
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
+from elm_mlx.cli.data import data
 from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
@@ -34,6 +35,7 @@ app = typer.Typer(
 app.command()(adapter)
 app.command()(chat)
 app.command()(convert)
+app.command()(data)
 app.command()(fuse)
 app.command()(generate)
 app.command()(info)

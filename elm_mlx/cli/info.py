@@ -12,6 +12,7 @@ import typer
 
 from elm_mlx import blas
 from elm_mlx.cli import options
+from elm_mlx.cli.bars import bar
 from elm_mlx.cli.show import printable, size
 from elm_mlx.errors import InputError
 
@@ -116,8 +117,8 @@ def _print(about: Description) -> None:
     heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
     for i, layer in enumerate(about.layers):
         cells = [
-            str(i), str(layer.query_heads), str(layer.kv_heads), _bar(layer.query_heads / heads),
-            f"{layer.ffn_dim:,}", _bar(layer.ffn_dim / widths), f"{layer.parameters:,}",
+            str(i), str(layer.query_heads), str(layer.kv_heads), bar(layer.query_heads / heads, _BAR),
+            f"{layer.ffn_dim:,}", bar(layer.ffn_dim / widths, _BAR), f"{layer.parameters:,}",
         ]  # fmt: skip
         table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
     console.print(table)
@@ -134,9 +135,3 @@ def _print_adapter(about: AdapterDescription) -> None:
         print(f"  {name:<11} {line}")
     for module, ranks in about.modules.items():
         print(f"  {module:<24} rank {ranks}")
-
-
-def _bar(share: float) -> str:
-    """A bar of eighths of a character."""
-    eighths = max(1, round(share * _BAR * 8))
-    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -1,0 +1,164 @@
+"""`elm-mlx data`: what a model would be fine-tuned on."""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx.cli.bars import bar
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.tokenizer import Tokenizer
+    from elm_mlx.train.examples import Example, Prepared
+
+_SHOWN = 5  # examples
+_HEAD, _TAIL = 160, 80  # tokens of a long one
+_BINS = 12
+_BAR = 40
+_BATCH = 4  # rows, for the share of padding without packing
+
+
+def data(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data file, or a directory with train, valid, test.")],
+    model: Annotated[Path, typer.Option(help="The model directory that is to learn from it.", show_default=False)],
+    format: Annotated[
+        str | None, typer.Option(help="completion, messages, alpaca or text. (default: each record's keys tell)")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
+    ] = None,
+    max_seq_length: Annotated[
+        int | None, typer.Option(help="Tokens of an example, at most. (default: the model's context)")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut off what is longer.")] = False,
+    train_on_prompt: Annotated[
+        bool, typer.Option("--train-on-prompt", help="Count the loss of every token, not of answers alone.")
+    ] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; they are still named.")] = False,
+) -> None:
+    """Check training data, and show it as the model will see it: counts, lengths, packing, examples."""
+    from elm_mlx.config import ModelConfig
+    from elm_mlx.describe import check_directory
+    from elm_mlx.template import choose
+    from elm_mlx.tokenizer import Tokenizer
+    from elm_mlx.train import examples
+
+    config = ModelConfig.load(check_directory(model) / "config.json")
+    tokenizer = Tokenizer.load(model)
+    tokenizer.eos_ids = config.eos_token_ids
+    try:
+        splits = examples.load(
+            path,
+            tokenizer,
+            choose(model, tokenizer, template),
+            config.max_context_length if max_seq_length is None else max_seq_length,
+            format=format,
+            train_on_prompt=train_on_prompt,
+            truncate=truncate,
+            skip_bad=skip_bad,
+        )
+    except examples.BadRecords as error:
+        _name_bad(error.reasons)
+        raise InputError(
+            f"{path}: {_counted(len(error.reasons), 'bad record')}; mend them, or --skip-bad leaves them out"
+        ) from None
+    for name, prepared in splits.items():
+        _name_bad(prepared.bad)
+        _print_split(name, prepared)
+    _print_examples(splits["train"], tokenizer)
+
+
+def _name_bad(reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        print(reason, file=sys.stderr)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+def _print_split(name: str, prepared: Prepared) -> None:
+    from elm_mlx.train.batches import Batches
+
+    rows = Batches(prepared.examples, 1, prepared.max_length)
+    grouped = Batches(prepared.examples, _BATCH, prepared.max_length, packed=False)
+    kinds = ", ".join(_counted(count, kind.lower()) for kind, count in prepared.counts.items())
+    share = prepared.trained_tokens / prepared.tokens
+    print(f"{name}: {_counted(len(prepared.examples), 'example')} of {kinds}")
+    lines = [("bad", f"{_counted(len(prepared.bad), 'record')} left out")] if prepared.bad else []
+    lines += [("length", warning) for warning in prepared.warnings()]
+    lines += [
+        ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
+        ("packed", f"{_counted(rows.steps(), 'row')} of {prepared.max_length:,} tokens, {rows.fill():.1%} full"),
+        ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
+        ("lengths", f"median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
+    ]
+    for label, line in lines:
+        print(f"  {label:<9} {line}")
+    bins = list(_histogram(prepared.lengths, prepared.max_length))
+    most = max(count for _, count in bins)
+    width = max(len(label) for label, _ in bins)
+    for label, count in bins:
+        print(f"    {label:>{width}}  {bar(count / most, _BAR) if count else '':<{_BAR}} {count:>9,}")
+
+
+def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
+    """How many lengths lie in each of a few intervals up to `limit`, and how many above it."""
+    fitting = [length for length in lengths if length <= limit]
+    if fitting:
+        width = 1
+        while (max(fitting) - 1) // width - (min(fitting) - 1) // width >= _BINS:
+            width *= 2
+        for below in range((min(fitting) - 1) // width * width, max(fitting), width):
+            last = min(below + width, limit)
+            label = f"{below + 1:,} to {last:,}" if below + 1 < last else f"{last:,}"
+            yield label, sum(below < length <= last for length in fitting)
+    if len(fitting) < len(lengths):
+        yield f"over {limit:,}", len(lengths) - len(fitting)
+
+
+def _print_examples(prepared: Prepared, tokenizer: Tokenizer) -> None:
+    """A few, from all over the data."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    count = min(_SHOWN, len(prepared.examples))
+    print(f"\nWhat is trained is {typer.style('green', fg='green') if colour else 'in ⟦ ⟧'}.")
+    for shown in range(count):
+        number = shown * len(prepared.examples) // count
+        example, source = prepared.examples[number], prepared.sources[number]
+        print(f"\nexample {number + 1:,}: {source}, {_counted(len(example.ids), 'token')}")
+        print("    " + _marked(example, tokenizer, colour).replace("\n", "\n    "))
+
+
+def _marked(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
+    """The example's text, its control tokens by name, and what is trained marked; of a long one, both ends."""
+    names = {token: name for name, token in tokenizer.control_ids.items()}
+    decoder = tokenizer.detokenizer()
+    texts = [decoder.add(token) + names.get(token, "") for token in example.ids]
+    texts[-1] += decoder.finish()
+    tokens = list(zip(texts, example.trained, strict=True))
+    if len(tokens) <= _HEAD + _TAIL:
+        return _joined(tokens, colour)
+    hidden = len(tokens) - _HEAD - _TAIL
+    return f"{_joined(tokens[:_HEAD], colour)}\n… {hidden:,} tokens …\n{_joined(tokens[-_TAIL:], colour)}"
+
+
+def _joined(tokens: Sequence[tuple[str, bool]], colour: bool) -> str:
+    output = []
+    for trained, run in groupby(tokens, key=lambda token: token[1]):
+        text = _visible("".join(text for text, _ in run))
+        output.append(text if not trained else typer.style(text, fg="green") if colour else f"⟦{text}⟧")
+    return "".join(output)
+
+
+def _visible(text: str) -> str:
+    """Without what a terminal would obey: data come from anywhere."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

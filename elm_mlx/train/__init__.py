@@ -1,0 +1,1 @@
+"""Fine-tuning: data in, an adapter out."""

@@ -1,0 +1,209 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+Knows the directory of a run:
+
+    OUT/checkpoints/step-00000100/parameters.safetensors   what is trained
+                                  optimizer.safetensors    the optimizer's state
+                                  state.json               step, position in the data, random state, what the run is
+    OUT/metrics.jsonl                                       a line a step, cut back to the checkpoint on resuming
+
+Each checkpoint appears whole or not at all. Knows nothing of how any of it came about.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from elm_mlx import files, headers
+from elm_mlx.errors import InputError
+
+FORMAT = 1
+METRICS = "metrics.jsonl"
+PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must be the same for a run to be the same run.
+
+    Attributes:
+        model: a hash of the model that training started from.
+        data: a hash of the examples, training and validation.
+        config: every setting that bears on the losses.
+    """
+
+    model: str
+    data: str
+    config: Mapping[str, Any]
+
+
+@dataclass
+class Progress:
+    """Where a run stands. JSON can hold all of it, and gives it back to the bit.
+
+    Attributes:
+        step: updates made.
+        data: the position in the data, as the batches give it.
+        random: MLX's random key, of each process.
+        tokens, trained_tokens: read and counted in the loss so far.
+        seconds: spent training so far.
+        skipped: updates that were not made, because of their loss.
+        loss_mean: of the last updates; what a spike is told by.
+        best_step, best_loss: the least validation loss and the checkpoint it was found at.
+    """
+
+    step: int = 0
+    data: Any = None
+    random: list[list[int]] = field(default_factory=list)
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    loss_mean: float = 0.0
+    best_step: int | None = None
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it was read: parameters and the optimizer's state by dotted name, and the rest."""
+
+    path: Path
+    parameters: dict[str, mx.array]
+    optimizer: dict[str, mx.array]
+    progress: Progress
+
+
+def directory(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:08d}"
+
+
+def all_of(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(path for path in out.glob("checkpoints/step-????????") if path.name[5:].isdigit())
+
+
+def save(
+    out: Path, parameters: dict[str, Any], optimizer: dict[str, Any], progress: Progress, identity: Identity
+) -> Path:
+    """Write the checkpoint of `progress.step`, in place of one that is there. Returns where.
+
+    Raises:
+        ElmError: it cannot be written; what was there before is as it was.
+    """
+    path = directory(out, progress.step)
+    state = {"format": FORMAT, "identity": asdict(identity), "progress": asdict(progress)}
+    with files.new_directory(path, replace=True) as made:
+        mx.save_safetensors(str(made / PARAMETERS), _flat(parameters))
+        mx.save_safetensors(str(made / OPTIMIZER), _flat(optimizer))
+        (made / STATE).write_text(json.dumps(state, indent=1))
+    return path
+
+
+def load(path: Path, identity: Identity) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        InputError: a file is missing or damaged, or the run is another one than `identity`; says in what.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise InputError(f"{path}: has format {state['format']}, and this version reads {FORMAT}")
+        saved, progress = Identity(**state["identity"]), Progress(**state["progress"])
+    except OSError as error:
+        raise InputError(f"{path / STATE}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path / STATE}: is no state of a checkpoint") from None
+    _check_same(path, saved, identity)
+    return Checkpoint(path, _read(path / PARAMETERS), _read(path / OPTIMIZER), progress)
+
+
+def fill(tree: Any, values: Mapping[str, mx.array], path: Path) -> Any:
+    """`tree` with every array replaced by that of its name.
+
+    Raises:
+        InputError: `values`, which are from `path`, have other names or shapes.
+    """
+    expected = {name: value.shape for name, value in tree_flatten(tree)}
+    different = expected.items() ^ {name: value.shape for name, value in values.items()}.items()
+    if different:
+        raise InputError(f"{path}: does not fit what is trained: {min(name for name, _ in different)} differs")
+    return tree_map_with_path(lambda name, _: values[name], tree)
+
+
+def newest(out: Path) -> Path:
+    """The run's last checkpoint. Raises InputError where there is none."""
+    found = all_of(out)
+    if not found:
+        raise InputError(f"{out}: holds no checkpoint to resume from")
+    return found[-1]
+
+
+def prune(out: Path, keep: int, best_step: int | None) -> None:
+    """Remove all but the last `keep` checkpoints and the one of `best_step`."""
+    best = None if best_step is None else directory(out, best_step)
+    for path in all_of(out)[:-keep]:
+        if path != best:  # it loses the name of a checkpoint before it ceases to be whole
+            path.rename(path.with_name(f".{path.name}.old"))
+    for doomed in out.glob("checkpoints/.step-????????.old"):
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def cut_metrics(out: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and the half of a line that a killed run may have left."""
+    path = out / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    files.write_text(path, "".join(kept))
+
+
+def hash_of(tree: Any) -> str:
+    """SHA-256 of a tree of arrays: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tree_flatten(tree)):
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(memoryview(value.reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
+
+
+def _flat(tree: Any) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))
+
+
+def _read(path: Path) -> dict[str, mx.array]:
+    headers.read(path)
+    try:
+        return dict(mx.load(str(path)))
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{path}: MLX cannot load it: {error}") from None
+
+
+def _check_same(path: Path, saved: Identity, now: Identity) -> None:
+    if saved.model != now.model:
+        raise InputError(f"{path}: was trained from another model than the one given")
+    if saved.data != now.data:
+        raise InputError(f"{path}: was trained on other data than is given")
+    config = json.loads(json.dumps(now.config))  # as it would be read back: lists for tuples
+    for name in sorted({*saved.config, *config}):
+        before, after = saved.config.get(name), config.get(name)
+        if before != after:
+            raise InputError(
+                f"{path}: was trained with {name} = {before}, not {after}; resume with the same, or start anew"
+            )

@@ -1,0 +1,327 @@
+"""A run: updates, validation, metrics, checkpoints, and an end that leaves something to go on from.
+
+Knows the order of these things. Knows nothing of where batches come from, which parameters are trained, or how
+anything is shown. A run that is resumed has the losses of one that was never interrupted, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from elm_mlx import device
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model import Model
+from elm_mlx.train import checkpoint
+from elm_mlx.train import optimizer as optimization
+from elm_mlx.train.batches import Batch
+from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.settings import Settings
+from elm_mlx.train.step import Step, recompute_blocks
+
+_SETTLED = 20  # updates before a loss can be told to be a spike
+_MOST_SKIPPED = 10  # in a row, before even "skip" stops
+
+
+class Batches(Protocol):
+    """An endless iterator that can say where it stands, and go there."""
+
+    def __next__(self) -> Batch: ...
+    def state(self) -> Any: ...
+    def resume(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """One line of `metrics.jsonl`: an update, or a validation after it.
+
+    Attributes:
+        step: updates made, this one included.
+        loss: mean over its trained tokens, in nats; None in a line of a validation.
+        valid_loss: the validation's; None in a line of an update.
+        grad_norm: before clipping.
+        tokens_per_second: of this update, trained or not, padding excepted.
+        memory: bytes at most in use so far.
+        skipped: whether the update was left out.
+    """
+
+    step: int
+    loss: float | None = None
+    valid_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    memory: int | None = None
+    skipped: bool | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        interrupted: whether someone stopped it before its last update; it can be resumed.
+        last, best: checkpoints; the best by validation is None where there was none.
+    """
+
+    progress: Progress
+    interrupted: bool
+    last: Path
+    best: Path | None
+
+
+def train(
+    model: Model,
+    batches: Batches,
+    validation: Callable[[], Iterable[Batch]] | None,
+    settings: Settings,
+    out: Path,
+    identity: Identity,
+    *,
+    resume: bool = False,
+    compute_dtype: mx.Dtype | None = None,
+    on_report: Callable[[Report], None] = lambda report: None,
+) -> Result:
+    """Train `model`'s trainable parameters in place. Ctrl-C and SIGTERM end it after an update, with a checkpoint.
+
+    Args:
+        batches: at their beginning.
+        validation: gives the same batches at each call.
+        out: the run's directory.
+        identity: of the run; `settings.identity()` is added to its config here.
+        resume: go on from the newest checkpoint.
+
+    Raises:
+        InputError: `out` holds another run, or one that wasn't to be resumed.
+        ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
+    """
+    config = {**identity.config, **settings.identity()}
+    run = _Run(model, settings, out, Identity(identity.model, identity.data, config), compute_dtype, on_report)
+    progress, steps = run.progress, settings.schedule.steps
+    if resume:
+        run.resume()
+        batches.resume(progress.data)
+    else:
+        run.start()
+        if validation is not None:
+            run.validate(validation())
+    with _stop_requests() as stop:
+        while progress.step < steps and not run.agreed(stop.is_set()):
+            run.update(batches)
+            last, better = progress.step == steps, False
+            if validation is not None and (last or progress.step % settings.eval_every == 0):
+                better = run.validate(validation())
+            if last or better or progress.step % settings.save_every == 0:
+                run.save(batches)
+    if run.saved != progress.step:
+        run.save(batches)
+    best = None if progress.best_step is None else checkpoint.directory(out, progress.best_step)
+    return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
+
+
+class _Run:
+    """A run under way: the step, where it stands, and the files it writes."""
+
+    def __init__(
+        self,
+        model: Model,
+        settings: Settings,
+        out: Path,
+        identity: Identity,
+        compute_dtype: mx.Dtype | None,
+        on_report: Callable[[Report], None],
+    ):
+        self.progress = Progress()
+        self.saved = -1  # the step of the last checkpoint
+        self._settings, self._out, self._identity, self._on_report = settings, out, identity, on_report
+        self._group = mx.distributed.init()
+        self._skipped_in_a_row = 0
+        if settings.grad_checkpoint:
+            recompute_blocks(model)
+        model.train()
+        optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay)
+        self._step = Step(model, optimizer, settings.clip, compute_dtype)
+
+    def start(self) -> None:
+        if checkpoint.all_of(self._out):
+            raise InputError(f"{self._out}: holds a run already: resume it, or choose another directory")
+        mx.random.seed(self._settings.seed + self._group.rank())
+        if self._writes():
+            self._out.mkdir(parents=True, exist_ok=True)
+            (self._out / checkpoint.METRICS).unlink(missing_ok=True)
+
+    def resume(self) -> None:
+        """Go back to the newest checkpoint."""
+        saved = checkpoint.load(checkpoint.newest(self._out), self._identity)
+        step = self._step
+        step.model.update(
+            checkpoint.fill(step.model.trainable_parameters(), saved.parameters, saved.path / checkpoint.PARAMETERS)
+        )
+        step.optimizer.state = checkpoint.fill(step.optimizer.state, saved.optimizer, saved.path / checkpoint.OPTIMIZER)
+        self.progress.__dict__.update(saved.progress.__dict__)
+        self.saved = self.progress.step
+        high, low = self.progress.random[self._group.rank()]
+        mx.random.seed(high << 32 | low)  # a key is its seed's two halves
+        if self._writes():
+            checkpoint.cut_metrics(self._out, self.progress.step)
+
+    def update(self, source: Batches) -> None:
+        """One update, or one that is skipped. Raises ElmError where the loss says stop."""
+        started = time.perf_counter()
+        loss, gradients, trained, tokens = self._accumulated(source)
+        norm = optimization.global_norm(gradients) / trained
+        mx.eval(loss, norm)
+        mean, length = loss.item() / trained, norm.item()
+        rate = self._settings.schedule(self.progress.step)
+        wrong = self._what_is_wrong(mean, length)
+        if wrong is None:
+            self._step.apply(gradients, norm, trained, rate)
+            self._note(mean)
+        else:
+            self._refuse(wrong)
+        del gradients  # so that their memory can be used by what replaces the parameters
+        mx.eval(self._step.state())
+        seconds = time.perf_counter() - started
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += tokens
+        progress.trained_tokens += trained
+        progress.seconds += seconds
+        self._report(
+            Report(
+                step=progress.step,
+                loss=mean,
+                learning_rate=rate,
+                grad_norm=length,
+                tokens=tokens,
+                trained_tokens=trained,
+                seconds=seconds,
+                tokens_per_second=tokens / seconds,
+                memory=device.peak_memory(),
+                skipped=wrong is not None,
+            )
+        )
+
+    def validate(self, batches: Iterable[Batch]) -> bool:
+        """Whether the loss is the least so far."""
+        started = time.perf_counter()
+        total, count = 0.0, 0
+        for batch in batches:
+            loss, trained = self._step.loss(batch)
+            total, count = total + loss.item(), count + trained
+        total, count = self._summed(mx.array(total)).item(), int(self._summed(mx.array(count)).item())
+        mean, progress = total / max(1, count), self.progress
+        self._report(Report(step=progress.step, valid_loss=mean, seconds=time.perf_counter() - started))
+        if progress.step == 0 or not mean < (math.inf if progress.best_loss is None else progress.best_loss):
+            return False
+        progress.best_step, progress.best_loss = progress.step, mean
+        return True
+
+    def save(self, source: Batches) -> None:
+        """A checkpoint of where the run stands; superfluous ones go."""
+        progress = self.progress
+        progress.data = source.state()
+        keys = mx.distributed.all_gather(mx.random.state[0][None], group=self._group)
+        progress.random = keys.tolist()
+        if self._writes():
+            step = self._step
+            parameters = step.model.trainable_parameters()
+            checkpoint.save(self._out, parameters, step.optimizer.state, progress, self._identity)
+            checkpoint.prune(self._out, self._settings.keep, progress.best_step)
+        self.saved = progress.step
+
+    def agreed(self, stop: bool) -> bool:
+        """Whether any process wants to stop."""
+        return stop if self._group.size() == 1 else bool(self._summed(mx.array(int(stop))).item())
+
+    def _accumulated(self, source: Batches) -> tuple[mx.array, Any, int, int]:
+        """Summed loss, summed gradients, trained tokens and tokens of one update, over all processes."""
+        loss, gradients, trained, tokens = mx.array(0.0), None, 0, 0
+        for _ in range(self._settings.accumulate):
+            batch = next(source)
+            new_loss, new, count = self._step.gradients(batch)
+            gradients = new if gradients is None else tree_map(mx.add, gradients, new)
+            loss, trained, tokens = loss + new_loss, trained + count, tokens + batch.tokens
+            mx.eval(loss, gradients)  # one batch's activations at a time
+        size = self._group.size()
+        if size > 1:  # MLX averages; sums are wanted
+            averaged = nn.average_gradients(gradients, self._group)
+            gradients = tree_map(lambda grad: grad * size, averaged)
+            loss = self._summed(loss)
+            trained, tokens = (int(self._summed(mx.array(count)).item()) for count in (trained, tokens))
+        return loss, gradients, max(1, trained), tokens
+
+    def _what_is_wrong(self, loss: float, norm: float) -> str | None:
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"the loss is {loss}, the gradients' norm {norm}"
+        spike, mean = self._settings.spike, self.progress.loss_mean
+        if spike is not None and self.progress.step >= _SETTLED and loss > mean + spike:
+            return f"the loss jumped to {loss:.3f}, from {mean:.3f}"
+        return None
+
+    def _refuse(self, wrong: str) -> None:
+        """Count an update that is not made, or raise."""
+        self.progress.skipped += 1
+        self._skipped_in_a_row += 1
+        if self._settings.on_nan == "skip" and self._skipped_in_a_row < _MOST_SKIPPED:
+            return
+        kept = checkpoint.all_of(self._out)
+        good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise ElmError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
+
+    def _note(self, loss: float) -> None:
+        """Take a loss into the running mean, which reaches over some twenty updates."""
+        progress = self.progress
+        self._skipped_in_a_row = 0
+        share = max(1 / _SETTLED, 1 / (progress.step + 1))
+        progress.loss_mean += share * (loss - progress.loss_mean)
+
+    def _summed(self, value: mx.array) -> mx.array:
+        return value if self._group.size() == 1 else mx.distributed.all_sum(value, group=self._group)
+
+    def _writes(self) -> bool:
+        return bool(self._group.rank() == 0)
+
+    def _report(self, report: Report) -> None:
+        if self._writes():
+            values = {name: value for name, value in asdict(report).items() if value is not None}
+            with (self._out / checkpoint.METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        self._on_report(report)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set. A second Ctrl-C interrupts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def request(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, kept[signal.Signals(number)])
+
+    for number in kept:
+        signal.signal(number, request)
+    try:
+        yield event
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

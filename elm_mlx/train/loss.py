@@ -1,0 +1,152 @@
+"""Cross-entropy on the positions that are trained, and on no others, without their logits ever existing at once.
+
+Knows the output head as a function of some parameters, and nothing of the network below it. What an ordinary
+loss costs is mostly logits: `(tokens, vocab_size)` several times over, of which the prompt's and the padding's
+are computed to be multiplied by nought. Here the hidden states of trained positions are gathered before the
+head, and go through it in chunks; each chunk's gradients are taken at once, while its logits are still there.
+So nothing is computed twice, and what stays in memory is one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten, tree_map
+
+from elm_mlx import ops
+
+Parameters = dict[str, Any]  # a tree of arrays, as nn.Module has it
+Head = Callable[[Parameters, mx.array], mx.array]  # parameters, (positions, model_dim) -> (positions, vocab_size)
+
+_CHUNK_LOGITS = 1 << 20  # logits computed at once
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which positions of a batch are trained, padded so that few different sizes occur.
+
+    Attributes:
+        where: `(n,)` int32, into the batch's rows laid end to end; padding points to 0.
+        targets: `(n,)` int32, the token to predict at each.
+        weights: `(n,)` float32, 1, or 0 for padding.
+        count: how many are not padding.
+    """
+
+    where: mx.array
+    targets: mx.array
+    weights: mx.array
+    count: int
+
+    @classmethod
+    def of(cls, targets: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_]) -> Positions:
+        """From `(batch, length)` targets and which of them are trained."""
+        found, tokens = np.flatnonzero(trained), targets.reshape(-1)
+        padding = padded_size(len(found)) - len(found)
+        where = np.pad(found, (0, padding)).astype(np.int32)
+        weights = np.pad(np.ones(len(found), np.float32), (0, padding))
+        return cls(mx.array(where), mx.array(tokens[where]), mx.array(weights), len(found))
+
+
+def padded_size(count: int) -> int:
+    """The next of eight sizes between powers of two, from 64 on: a compiled step is traced for few, an eighth
+    is wasted at most.
+    """
+    grain = max(64, 1 << max(0, (count - 1).bit_length() - 4))
+    return max(1, -(-count // grain)) * grain
+
+
+def summed_loss(
+    head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+) -> mx.array:
+    """The sum of the cross-entropies in nats, a float32 scalar; differentiable in `parameters` and `hidden`.
+
+    Gradients are made on the way forward; where none are wanted, `summed_loss_only` is cheaper.
+
+    Args:
+        head: must be linear in nothing, only differentiable: tied, quantized, adapted, whatever it is.
+        parameters: what of the head is trained, as a tree of arrays; may be empty.
+        hidden: `(batch, length, model_dim)`.
+        at: `where`, `targets` and `weights` of `Positions`.
+    """
+    where, targets, weights = at
+    rows = hidden.reshape(-1, hidden.shape[-1])[where]
+
+    def chunk_loss(parameters: Parameters, rows: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
+        return (_cross_entropy(head(parameters, rows), targets) * weights).sum()
+
+    @mx.custom_function
+    def total(parameters: Parameters, rows: mx.array) -> tuple[mx.array, Parameters, mx.array]:
+        step = chunk_size(rows.shape[0], vocab_size)
+        losses: list[mx.array] = []
+        row_grads: list[mx.array] = []
+        grads: Parameters = {}
+        gradient = mx.value_and_grad(chunk_loss, argnums=(0, 1))
+        for start in range(0, rows.shape[0], step):
+            part = slice(start, start + step)
+            chunk = rows[part]
+            if row_grads:  # or all chunks' logits would be computed first, and wait in memory for their gradients
+                chunk = mx.depends([chunk], [row_grads[-1], *(grad for _, grad in tree_flatten(grads))])[0]
+            loss, (new, row_grad) = gradient(parameters, chunk, targets[part], weights[part])
+            grads = tree_map(mx.add, grads, new) if losses else new
+            losses.append(loss)
+            row_grads.append(row_grad)
+        return mx.stack(losses).sum(), grads, mx.concatenate(row_grads)
+
+    @total.vjp
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[Parameters, mx.array]:
+        _, grads, row_grads = outputs
+        scale = cotangents[0]
+        scaled = tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads)
+        return scaled, (row_grads * scale).astype(row_grads.dtype)
+
+    return total(parameters, rows)[0]
+
+
+def summed_loss_only(
+    head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+) -> mx.array:
+    """`summed_loss` without its gradients."""
+    where, targets, weights = at
+    rows = hidden.reshape(-1, hidden.shape[-1])[where]
+    step = chunk_size(rows.shape[0], vocab_size)
+    total = mx.array(0.0)
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        chunk = mx.depends([rows[part]], [total])[0]
+        total = total + (_cross_entropy(head(parameters, chunk), targets[part]) * weights[part]).sum()
+    return total
+
+
+def chunk_size(rows: int, vocab_size: int) -> int:
+    """Rows that go through the head at once."""
+    return min(rows, max(64, _CHUNK_LOGITS // vocab_size // 64 * 64))
+
+
+@mx.custom_function
+def _cross_entropy_parts(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    wide = logits.astype(mx.float32)
+    largest = wide.max(axis=-1, keepdims=True)
+    powers = ops.exp(wide - largest)
+    sums = powers.sum(axis=-1, keepdims=True)
+    chosen = mx.take_along_axis(wide, targets[:, None], axis=-1)
+    return (mx.log(sums) + largest - chosen)[:, 0], powers, sums
+
+
+@_cross_entropy_parts.vjp
+def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
+    """Softmax minus one at the target."""
+    logits, targets = primals
+    _, powers, sums = outputs
+    weights = cotangents[0][:, None]
+    grad = (powers * (weights / sums)).at[mx.arange(targets.shape[0]), targets].add(-weights[:, 0])
+    return grad.astype(logits.dtype), mx.zeros_like(targets)
+
+
+def _cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """`(rows, vocab_size)` and `(rows,)` to nats `(rows,)`."""
+    return _cross_entropy_parts(logits, targets)[0]

@@ -1,0 +1,61 @@
+"""How to train: every choice of a run that is not its model or its data.
+
+Knows what is allowed, and which choices bear on the losses. Knows nothing of how any is carried out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from elm_mlx.errors import InputError
+from elm_mlx.train.optimizer import Schedule
+
+ON_NAN = ("stop", "skip")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. All but those of the last group bear on the losses.
+
+    Args:
+        schedule: the learning rate; its `steps` are the run's.
+        optimizer: "adamw" or "adafactor".
+        clip: the limit on the gradients' norm; None for none.
+        accumulate: batches to an update.
+        seed: of dropout.
+        grad_checkpoint: compute blocks again on the way back rather than keep them.
+        spike: a loss that is this many nats above its running mean counts as one that is no number; None for none.
+        on_nan: "stop", or "skip" the update.
+        eval_every: updates between validations; the last is followed by one too. The same for `save_every`.
+        keep: checkpoints to keep, beside the best.
+    """
+
+    schedule: Schedule
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+    accumulate: int = 1
+    seed: int = 0
+    grad_checkpoint: bool = False
+    spike: float | None = 3.0
+    on_nan: str = "stop"
+
+    eval_every: int = 200
+    save_every: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.on_nan not in ON_NAN:
+            raise InputError(f"no way {self.on_nan!r} to treat a loss that is no number; there are {', '.join(ON_NAN)}")
+        for name in ("accumulate", "eval_every", "save_every", "keep"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"the limit on the gradients' norm must be above 0, not {self.clip}")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change when a run is resumed. When to save may."""
+        free = ("eval_every", "save_every", "keep", "schedule")
+        own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in free}
+        return own | {f"learning rate's {name}": value for name, value in asdict(self.schedule).items()}

@@ -1,0 +1,162 @@
+"""One update: gradients of one or several batches, summed, scaled and applied. Compiled.
+
+Knows the model, the loss and the optimizer; knows nothing of files, schedules or when to stop. An update's
+gradient is that of the mean over its trained tokens, however they are spread over batches and processes:
+sums are added up, and divided once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+from elm_mlx.model import Block, Model
+from elm_mlx.ops import Mask
+from elm_mlx.rope import Rotate
+from elm_mlx.train import optimizer as optimization
+from elm_mlx.train.batches import Batch
+from elm_mlx.train.loss import Parameters, Positions, summed_loss, summed_loss_only
+
+
+class Step:
+    """What turns batches into updates of `model`'s trainable parameters, which it changes in place.
+
+    With parameters in float32 and `compute_dtype` bfloat16, the parameters are rounded where they are used,
+    and updated unrounded: small updates are not lost.
+
+    Args:
+        clip: the limit on the gradients' norm; None for none.
+        compute_dtype: what trainable parameters are cast to for the forward pass; None for what they are.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        optimizer: optimization.Optimizer,
+        clip: float | None = 1.0,
+        compute_dtype: mx.Dtype | None = None,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self._clip = clip
+        self._dtype = compute_dtype
+        optimizer.init(model.trainable_parameters())
+        random = mx.random.state
+        self._gradients = mx.compile(mx.value_and_grad(self._loss), inputs=random, outputs=random)
+        self._evaluate = mx.compile(self._loss_only)
+        self._apply = mx.compile(self._applied)
+
+    def gradients(self, batch: Batch) -> tuple[mx.array, Any, int]:
+        """The summed loss of a batch, its gradients, and how many tokens it counts. Not yet computed."""
+        arrays, count = _arrays(batch)
+        loss, grads = self._gradients(self.model.trainable_parameters(), *arrays)
+        return loss, grads, count
+
+    def apply(self, gradients: Any, norm: mx.array, tokens: float, learning_rate: float) -> None:
+        """Update parameters and optimizer by summed `gradients`, whose mean's norm is `norm`. Not yet computed."""
+        parameters, self.optimizer.state = self._apply(
+            self.model.trainable_parameters(),
+            self.optimizer.state | {"learning_rate": mx.array(learning_rate)},
+            gradients,
+            norm,
+            mx.array(tokens, mx.float32),
+        )
+        self.model.update(parameters)
+
+    def loss(self, batch: Batch) -> tuple[mx.array, int]:
+        """The summed loss of a batch without dropout, and how many tokens it counts."""
+        arrays, count = _arrays(batch)
+        self.model.eval()
+        try:
+            return self._evaluate(self.model.trainable_parameters(), *arrays), count
+        finally:
+            self.model.train()
+
+    def state(self) -> list[Any]:
+        """All that an update changes, to be evaluated."""
+        return [self.model.trainable_parameters(), self.optimizer.state]
+
+    def _loss(self, parameters: Parameters, *batch: Any) -> mx.array:
+        return self._with(parameters, summed_loss, *batch)
+
+    def _loss_only(self, parameters: Parameters, *batch: Any) -> mx.array:
+        return self._with(parameters, summed_loss_only, *batch)
+
+    def _with(
+        self,
+        parameters: Parameters,
+        loss: Any,
+        inputs: mx.array,
+        segments: mx.array | None,
+        at: tuple[mx.array, ...],
+    ) -> mx.array:
+        """The loss with `parameters` in the model's place; the model is left as it was."""
+        model, kept = self.model, self.model.trainable_parameters()
+        try:
+            model.update(tree_map(self._cast, parameters))
+            hidden = model.transformer(inputs, None, segments)
+            owner = head_module(model)
+            own = owner.trainable_parameters()
+
+            def head(own: Parameters, rows: mx.array) -> mx.array:
+                owner.update(own)
+                return model.head(rows)
+
+            return loss(head, model.config.vocab_size, own, hidden, at)
+        finally:
+            model.update(kept)
+
+    def _cast(self, parameter: mx.array) -> mx.array:
+        return parameter if self._dtype is None else parameter.astype(self._dtype)
+
+    def _applied(
+        self, parameters: Parameters, state: dict[str, Any], gradients: Any, norm: mx.array, tokens: mx.array
+    ) -> tuple[Parameters, dict[str, Any]]:
+        gradients = tree_map(lambda grad: grad / tokens, gradients)
+        if self._clip is not None:
+            gradients = optimization.clipped(gradients, norm, self._clip)
+        optimizer = self.optimizer
+        optimizer.state = state
+        return optimizer.apply_gradients(gradients, parameters), optimizer.state
+
+
+def _arrays(batch: Batch) -> tuple[tuple[Any, ...], int]:
+    """What the compiled functions take, and how many tokens are trained."""
+    at = Positions.of(batch.targets, batch.trained)
+    segments = None if batch.segments is None else mx.array(batch.segments)
+    return (mx.array(batch.inputs), segments, (at.where, at.targets, at.weights)), at.count
+
+
+def head_module(model: Model) -> nn.Module:
+    """The module whose parameters turn hidden states into logits."""
+    return model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
+
+
+def recompute_blocks(model: Model) -> None:
+    """Gradient checkpointing: keep what enters each block, and compute the rest again on the way back.
+
+    A block's own activations are most of a step's memory; this costs a third more arithmetic.
+    """
+    for layer in model.layers:
+        layer.__class__ = _Recomputed
+
+
+class _Recomputed(Block):
+    """A block that keeps only what it was given."""
+
+    def __call__(self, x: mx.array, mask: Mask, rotate: Rotate, cache: Any) -> mx.array:
+        if not self.training:
+            return super().__call__(x, mask, rotate, cache)
+
+        def block(parameters: Parameters, x: mx.array) -> mx.array:  # called again on the way back
+            kept = self.trainable_parameters()
+            try:
+                self.update(parameters)
+                return Block.__call__(self, x, mask, rotate, None)
+            finally:
+                self.update(kept)
+
+        return mx.checkpoint(block)(self.trainable_parameters(), x)

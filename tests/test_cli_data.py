@@ -1,0 +1,207 @@
+"""`elm-mlx data`: figures that are the data's, examples with their trained tokens marked, and every bad record named."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elm_mlx.cli import main
+from elm_mlx.template import OPENELM_INSTRUCT_JINJA
+from elm_mlx.tokenizer import Tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+BAR = "[█▏▎▍▌▋▊▉]"
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path) -> Run:
+    """The command in this process, on the tiny model unless told otherwise: exit code, stdout, stderr."""
+
+    def call(*arguments: object, model: Path = tiny_model_dir) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["elm-mlx", "data", *map(str, arguments), "--model", str(model)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+def write(path: Path, *values: Any) -> Path:
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def turns(count: int) -> list[dict[str, str]]:
+    return [{"prompt": "the quick " * (i % 7 + 1), "completion": f"fox {i}"} for i in range(count)]
+
+
+def test_counts_lengths_and_fill(run: Run, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+    rows = turns(70)
+    code, out, err = run(write(tmp_path / "a.jsonl", *rows), "--max-seq-length", 64)
+    assert code == 0 and err == ""
+    # The words of these are whole before the answer, so ids of the two together are those of the example.
+    lengths = [len(tiny_tokenizer.encode(row["prompt"] + row["completion"])) + 1 for row in rows]
+    answers = [length - len(tiny_tokenizer.encode(row["prompt"])) for length, row in zip(lengths, rows, strict=True)]
+    assert out.startswith("train: 70 examples of 70 completions\n")
+    share = sum(answers) / sum(lengths)
+    assert f"tokens    {sum(lengths):,}, {sum(answers):,} of them trained ({share:.1%})\n" in out
+    assert f"lengths   median {sorted(lengths)[34]}, longest {max(lengths)}\n" in out
+    packed = re.search(r"packed    (\d+) rows of 64 tokens, ([\d.]+)% full", out)
+    assert packed and float(packed[2]) == pytest.approx(
+        100 * sum(length - 1 for length in lengths) / (int(packed[1]) * 64), abs=0.051
+    )
+    assert re.search(r"unpacked  batches of 4 by length, [\d.]+% full", out)
+
+
+def test_the_histogram_counts_every_record(run: Run, tmp_path: Path) -> None:
+    rows = [*turns(70), {"prompt": "the quick " * 99, "completion": "fox"}]
+    out = run(write(tmp_path / "a.jsonl", *rows), "--max-seq-length", 64)[1]
+    bins = re.findall(rf"^ +(?:(\d+) to )?(over )?([\d,]+)  ({BAR}*) +(\d+)$", out, re.M)
+    assert sum(int(count) for *_, count in bins) == 71
+    assert bins[-1][1:3] == ("over ", "64") and bins[-1][4] == "1"
+    inside = [(int(low or high), int(high)) for low, _, high, *_ in bins[:-1]]
+    assert all(low == last + 1 for (_, last), (low, _) in zip(inside, inside[1:], strict=False))
+    most = max(int(count) for *_, count in bins)
+    for *_, bar, count in bins:
+        assert abs(len(bar) - 40 * int(count) / most) <= 1 and bool(bar) == bool(int(count))
+    assert all(len(line) <= 80 for line in out.splitlines() if re.search(BAR, line))
+
+
+def test_examples_as_the_model_sees_them(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(11))
+    out = run(path)[1]
+    shown = out.partition("What is trained is in ⟦ ⟧.\n")[2]
+    assert re.findall(r"^example (\d+): (.*), \d+ tokens$", shown, re.M) == [
+        (str(number), f"{path}, line {number}") for number in (1, 3, 5, 7, 9)
+    ]
+    assert "    <s>the quick ⟦fox 0</s>⟧\n" in shown
+    assert "⟦fox 2</s>⟧" in shown and "⟦fox 1" not in shown
+
+
+def test_the_prompt_too(run: Run, tmp_path: Path) -> None:
+    out = run(write(tmp_path / "a.jsonl", *turns(1)), "--train-on-prompt")[1]
+    assert "<s>⟦the quick fox 0</s>⟧" in out
+
+
+def test_the_models_template_or_another(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(1))
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(OPENELM_INSTRUCT_JINJA)
+    instruct = "<s><|system|>\n    </s> \n    <|user|>\n    the quick </s> \n    <|assistant|>\n    ⟦fox 0</s>⟧\n"
+    assert instruct in run(path, model=model)[1]
+    assert instruct in run(path, "--template", "openelm-instruct")[1]
+    assert "<s>the quick ⟦fox 0</s>⟧" in run(path, "--template", "none", model=model)[1]
+
+
+def test_colour_on_a_terminal(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(1))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = run(path)[1]
+    assert "<s>the quick \x1b[32mfox 0</s>\x1b[0m" in out and "⟦" not in out
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert "⟦fox 0</s>⟧" in run(path)[1]
+
+
+def test_data_cannot_command_the_terminal(run: Run, tmp_path: Path) -> None:
+    out = run(write(tmp_path / "a.jsonl", {"text": "a\x1b[2Jb\rc\x9bd\te"}))[1]
+    assert "⟦a\\x1b[2Jb\\x0dc\\x9bd\te</s>⟧" in out
+
+
+def test_a_long_example_shows_both_ends(run: Run, tmp_path: Path) -> None:
+    out = run(write(tmp_path / "a.jsonl", {"prompt": "the quick " * 99 + "end", "completion": " dogs"}))[1]
+    tokens = int(re.search(r"line 1, (\d+) tokens", out)[1])  # type: ignore[index]
+    assert f"\n    … {tokens - 240:,} tokens …\n" in out and out.rstrip().endswith("end⟦ dogs</s>⟧")
+
+
+def test_what_is_too_long(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(3), {"prompt": "the", "completion": "quick " * 99})
+    out = run(path, "--max-seq-length", 32)[1]
+    assert out.startswith("train: 3 examples of 4 completions\n")
+    assert re.search(r"length    1 of 4 records longer than 32 tokens: left out; the longest, .* line 4, has ", out)
+    out = run(path, "--max-seq-length", 32, "--truncate")[1]
+    assert "train: 4 examples" in out and "1 of 4 records longer than 32 tokens: their end is cut off" in out
+
+
+def test_by_default_the_models_context_is_the_limit(run: Run, tmp_path: Path) -> None:
+    out = run(write(tmp_path / "a.jsonl", {"text": "the quick brown fox " * 300}))[1]
+    assert "1 text longer than 512 tokens split into" in out and "rows of 512 tokens" in out
+
+
+def test_every_bad_record_is_named(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(2), {"prompt": "a"}, {"text": "\ud800"}, 7)
+    code, out, err = run(path)
+    named = [
+        f"{path}, line 3: has none of these sets of keys: `prompt`, `completion`; `messages`; `instruction`, `output`; "
+        "`text`; it has `prompt`",
+        f"{path}, line 5: is a number, and not an object",
+        f"{path}, line 4: the text is no valid Unicode: character 1 is U+D800",
+    ]
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [*named, f"elm-mlx: {path}: 3 bad records; mend them, or --skip-bad leaves them out"]
+    code, out, err = run(path, "--skip-bad")
+    assert code == 0 and err.splitlines() == named
+    assert out.startswith("train: 2 examples of 2 completions\n  bad       3 records left out\n")
+
+
+def test_every_split_is_shown(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", {"text": "the fox"}, {"messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    ]})  # fmt: skip
+    write(tmp_path / "valid.jsonl", {"text": "the king"})
+    out = run(tmp_path, "--template", "openelm-instruct")[1]
+    assert "train: 2 examples of 1 text, 1 conversation\n" in out and "valid: 1 example of 1 text\n" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such file or directory"),
+        (["a.jsonl", "--format", "csv"], "--format csv: is not one of completion, messages, alpaca, text"),
+        (["a.jsonl", "--max-seq-length", "1"], "--max-seq-length 1: an example has two tokens or more"),
+        (["a.jsonl", "--template", "nowhere"], "nowhere: no chat template"),
+        (["a.jsonl", "--model", "nowhere"], "nowhere: no such directory"),
+        (["talk.jsonl"], "talk.jsonl, line 1: is a conversation, and the model has no chat template"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_2(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", *turns(1))
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    write(tmp_path / "talk.jsonl", {"messages": talk})
+    model = Path("nowhere") if "--model" in arguments else tiny_model_dir
+    code, out, err = run(*arguments[:1], *(arguments[1:] if "--model" not in arguments else []), model=model)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and err.startswith(f"elm-mlx: {message}")
+
+
+def test_a_model_without_a_tokenizer(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (model / "tokenizer.model").unlink()
+    code, _, err = run(write(tmp_path / "a.jsonl", *turns(1)), model=model)
+    assert code == 2 and "holds no tokenizer.model" in err
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path, tiny_model_dir: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(3))
+    code = (
+        f"import sys; sys.argv = ['elm-mlx', 'data', {str(path)!r}, '--model', {str(tiny_model_dir)!r}]\n"
+        "from elm_mlx.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: print(*sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "3 examples" in done.stdout
+    found = {name.partition(".")[0] for name in done.stderr.split()}
+    assert not found & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "pyarrow", "rich"}

@@ -1,0 +1,107 @@
+"""Checkpoints: whole or not at all, exact, the right ones kept, damage and strangers named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.train import checkpoint
+from elm_mlx.train.checkpoint import Identity, Progress
+
+IDENTITY = Identity("model", "data", {"rank": 8, "betas": (0.9, 0.95)})
+PARAMETERS = {"layers": [{}, {"weight": mx.array([1.5, -0.1])}], "norm": mx.ones((3,), mx.bfloat16)}
+OPTIMIZER = {"step": mx.array(7, mx.uint64), "layers": [{}, {"weight": {"m": mx.zeros((2,))}}]}
+
+
+def save(out: Path, step: int, **values: object) -> Path:
+    progress = Progress(step=step, random=[[1, 2]], data={"epoch": 3}, loss_mean=0.1 + 0.2)
+    return checkpoint.save(out, PARAMETERS, OPTIMIZER, replace(progress, **values), IDENTITY)
+
+
+def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
+    path = save(tmp_path, 40)
+    read = checkpoint.load(path, IDENTITY)
+    assert read.progress == Progress(step=40, random=[[1, 2]], data={"epoch": 3}, loss_mean=0.1 + 0.2)
+    filled = checkpoint.fill(PARAMETERS, read.parameters, path)
+    assert filled["layers"][0] == {} and mx.array_equal(
+        filled["layers"][1]["weight"], PARAMETERS["layers"][1]["weight"]
+    )
+    assert filled["norm"].dtype == mx.bfloat16
+    assert checkpoint.fill(OPTIMIZER, read.optimizer, path)["step"].dtype == mx.uint64
+
+
+def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40, 50):
+        save(tmp_path, step)
+        checkpoint.prune(tmp_path, 2, best_step=20)
+    assert [int(path.name[5:]) for path in checkpoint.all_of(tmp_path)] == [20, 40, 50]
+    assert checkpoint.newest(tmp_path).name == "step-00000050"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "nothing half removed is left"
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 10)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", fail)
+    with pytest.raises(ElmError, match="No space left"):
+        save(tmp_path, 20)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
+
+
+@pytest.mark.parametrize("name", [checkpoint.PARAMETERS, checkpoint.OPTIMIZER, checkpoint.STATE])
+@pytest.mark.parametrize("damage", ["absent", "cut", "empty"])
+def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    path = save(tmp_path, 10)
+    content = (path / name).read_bytes()
+    (path / name).unlink()
+    if damage != "absent":
+        (path / name).write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    with pytest.raises(InputError, match=name):
+        checkpoint.load(path, IDENTITY)
+
+
+def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
+    path = save(tmp_path, 10)
+    for identity, complaint in (
+        (replace(IDENTITY, model="x"), "another model"), (replace(IDENTITY, data="x"), "other data"),
+        (replace(IDENTITY, config={"rank": 8}), r"betas = \[0.9, 0.95\], not None"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=complaint):
+            checkpoint.load(path, identity)
+    with pytest.raises(InputError, match=r"does not fit what is trained: layers.1.weight"):
+        checkpoint.fill(
+            {**PARAMETERS, "layers": [{}, {"weight": mx.zeros((5,))}]}, checkpoint.load(path, IDENTITY).parameters, path
+        )
+    state = json.loads((path / checkpoint.STATE).read_text())
+    (path / checkpoint.STATE).write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        checkpoint.load(path, IDENTITY)
+
+
+def test_metrics_are_cut_back_with_what_a_kill_left(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 0.1 * step}) for step in range(1, 8)]
+    (tmp_path / checkpoint.METRICS).write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    checkpoint.cut_metrics(tmp_path, 5)
+    assert (tmp_path / checkpoint.METRICS).read_text().splitlines() == lines[:5]
+    checkpoint.cut_metrics(tmp_path / "none", 5)
+
+
+def test_hashes_tell_names_types_shapes_and_values_apart() -> None:
+    value = np.arange(6, dtype=np.float32)
+    trees = [
+        {"a": mx.array(value)}, {"b": mx.array(value)}, {"a": mx.array(value).reshape(2, 3)},
+        {"a": mx.array(value).astype(mx.int32)}, {"a": mx.array(value) + 1}, {"a": mx.array(value).astype(mx.bfloat16)},
+    ]  # fmt: skip
+    assert len({checkpoint.hash_of(tree) for tree in trees}) == len(trees)
+    assert checkpoint.hash_of({"a": mx.array(value)[::2]}) == checkpoint.hash_of({"a": mx.array(value[::2].copy())})

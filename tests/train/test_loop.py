@@ -1,0 +1,303 @@
+"""Runs: they learn, count exactly, go on to the bit after any death, and refuse to go on with something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+sys.path.insert(0, str(Path(__file__).parent))
+import runs
+
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.train import checkpoint
+from elm_mlx.train.batches import Batch
+from elm_mlx.train.loop import Report
+from elm_mlx.train.optimizer import Schedule, make_optimizer
+from elm_mlx.train.step import Step, recompute_blocks
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    return dict(tree_flatten(tree))
+
+
+def close(mine: Any, reference: Any, tolerance: float = 1e-4) -> None:
+    mine, reference = flat(mine), flat(reference)
+    assert mine.keys() == reference.keys()
+    for name, value in reference.items():
+        scale = max(float(mx.abs(value).max()), 1e-3)
+        np.testing.assert_allclose(mine[name], value, atol=tolerance * scale, err_msg=name)
+
+
+def plain_gradients(model: Any, batch: Batch) -> tuple[mx.array, Any]:
+    def loss(model: Any) -> mx.array:
+        total = mx.array(0.0)
+        for row in range(len(batch.inputs)):
+            numbers = np.ones_like(batch.inputs[row]) if batch.segments is None else batch.segments[row]
+            for number in range(1, numbers.max() + 1):
+                own = numbers == number
+                logits = model(mx.array(batch.inputs[row][own])[None])[0]
+                each = nn.losses.cross_entropy(logits, mx.array(batch.targets[row][own]))
+                total = total + (each * mx.array(batch.trained[row][own])).sum()
+        return total
+
+    return nn.value_and_grad(model, loss)(model)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_step_has_the_gradients_of_each_example_by_itself(packed: bool) -> None:
+    model = runs.model()
+    batch = next(runs.batches(packed, size=4))
+    expected, truth = plain_gradients(model, batch)
+    step = Step(model, make_optimizer("adamw", 0.0))
+    loss, gradients, count = step.gradients(batch)
+    assert count == batch.trained.sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert step.loss(batch)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    close(gradients, truth)
+
+
+def test_recomputing_blocks_changes_nothing() -> None:
+    batch = next(runs.batches())
+    results = []
+    for again in (False, True):
+        model = runs.model()
+        if again:
+            recompute_blocks(model)
+        model.train()
+        step = Step(model, make_optimizer("adamw", 0.0))
+        loss, gradients, _ = step.gradients(batch)
+        step.apply(gradients, mx.array(1.0), 10, 1e-3)
+        results.append((loss.item(), model.trainable_parameters()))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    close(results[1][1], results[0][1])
+
+
+def test_only_what_is_not_frozen_moves() -> None:
+    model = runs.model()
+    model.freeze()
+    model.layers[1].ffn.unfreeze()
+    before = flat(model.parameters())
+    step = Step(model, make_optimizer("adafactor", 0.0))
+    _, gradients, count = step.gradients(next(runs.batches()))
+    step.apply(gradients, mx.array(1.0), count, 1e-2)
+    moved = {name for name, value in flat(model.parameters()).items() if not mx.array_equal(value, before[name])}
+    assert moved == {"transformer.layers.1.ffn.proj_1.weight", "transformer.layers.1.ffn.proj_2.weight"}
+
+
+def test_parameters_stay_wide_where_the_computation_is_narrow() -> None:
+    model = runs.model()
+    step = Step(model, make_optimizer("adamw", 0.0), compute_dtype=mx.bfloat16)
+    before = flat(model.parameters())
+    wide = Step(runs.model(), make_optimizer("adamw", 0.0)).gradients(next(runs.batches()))
+    loss, gradients, count = step.gradients(next(runs.batches()))
+    assert loss.item() == pytest.approx(wide[0].item(), rel=0.05) and loss.item() != wide[0].item()
+    step.apply(gradients, mx.array(1.0), count, 1e-6)
+    after = flat(model.parameters())
+    assert all(value.dtype == mx.float32 for value in after.values())
+    name = "transformer.layers.0.ffn.proj_1.weight"
+    assert 0 < mx.abs(after[name] - before[name]).max().item() < 2e-6
+
+
+def test_a_run_learns_and_leaves_its_metrics_and_checkpoints(tmp_path: Path) -> None:
+    seen: list[Report] = []
+    result = runs.run(tmp_path, runs.settings(60, eval_every=20, save_every=25, keep=1), on_report=seen.append)
+    assert not result.interrupted and result.progress.step == 60
+    updates = [report for report in seen if report.loss is not None]
+    valid = [report.valid_loss for report in seen if report.valid_loss is not None]
+    assert len(updates) == 60 and len(valid) == 4 and valid[-1] < valid[0] - 1
+    assert updates[0].loss is not None and updates[-1].loss is not None and updates[-1].loss < updates[0].loss - 1
+    assert result.progress.tokens == sum(report.tokens or 0 for report in updates)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [report.step for report in seen]
+    assert lines[1]["learning_rate"] == pytest.approx(3e-3 / 2)
+    assert {path.name for path in checkpoint.all_of(tmp_path)} == {result.last.name, result.best.name}  # type: ignore[union-attr]
+    assert result.progress.best_loss == min(valid[1:])
+
+
+def test_accumulated_batches_are_one_large_one(tmp_path: Path) -> None:
+    """Token by token: batches of different counts have no more say than their tokens."""
+    finals = []
+    for size, accumulate in ((4, 1), (1, 4)):
+        data, model = runs.examples(4), runs.model()
+        runs.train(
+            model, runs.batches(size=size, data=data, packed=False), None,
+            runs.settings(5, accumulate=accumulate, rate=1e-3), tmp_path / str(size), runs.IDENTITY,
+        )  # fmt: skip
+        finals.append([loss for _, loss, _ in runs.losses(tmp_path / str(size))])
+    np.testing.assert_allclose(finals[0], finals[1], rtol=1e-4)
+
+
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    runs.run(tmp_path / "whole", trained=runs.model_with_dropout())
+
+    def stop(report: Report) -> None:
+        if report.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = runs.run(tmp_path / "halves", trained=runs.model_with_dropout(), on_report=stop)
+    assert result.interrupted and result.last.name == "step-00000007"
+    result = runs.run(tmp_path / "halves", trained=runs.model_with_dropout(), resume=True)
+    assert not result.interrupted
+    assert runs.losses(tmp_path / "halves") == runs.losses(tmp_path / "whole")
+    whole, halves = (checkpoint.load(checkpoint.newest(tmp_path / name), _identity()) for name in ("whole", "halves"))
+    assert all(mx.array_equal(halves.parameters[name], value) for name, value in whole.parameters.items())
+
+
+def _identity() -> checkpoint.Identity:
+    return replace(runs.IDENTITY, config={**runs.IDENTITY.config, **runs.settings().identity()})
+
+
+def test_killed_at_random_moments_the_losses_are_those_of_a_run_that_lived(tmp_path: Path) -> None:
+    steps, draw = 14, random.Random(5)
+
+    def start(out: Path, how: str) -> subprocess.Popen[str]:
+        command = [sys.executable, runs.__file__, str(out), str(steps), how]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    reference = start(whole, "new")
+    deaths = 0
+    while deaths < 4:
+        process = start(out, "resume" if checkpoint.all_of(out) else "new")
+        assert process.stdout is not None
+        lines = iter(process.stdout)
+        for _ in range(draw.randint(2, 6)):
+            next(lines, None)
+        timer = threading.Timer(draw.random() * 0.05, process.kill)
+        timer.start()
+        _, errors = process.communicate()
+        timer.cancel()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        deaths += process.returncode != 0
+        if process.returncode == 0:
+            break
+    assert deaths >= 2
+    last = start(out, "resume")
+    assert last.wait(60) == 0, last.communicate()[1]
+    assert reference.wait(60) == 0, reference.communicate()[1]
+    assert [step for step, _, norm in runs.losses(whole) if norm] == list(range(1, steps + 1))
+    assert runs.losses(out) == runs.losses(whole)
+
+
+def test_another_model_data_or_setting_is_refused_by_name(tmp_path: Path) -> None:
+    runs.run(tmp_path, runs.settings(3))
+
+    def resume(identity: checkpoint.Identity = runs.IDENTITY, **options: Any) -> None:
+        chosen = runs.settings(**{"steps": 3} | options)
+        runs.train(runs.model(), runs.batches(), None, chosen, tmp_path, identity, resume=True)
+
+    resume(eval_every=9, save_every=1, keep=7)
+    with pytest.raises(InputError, match="trained from another model"):
+        resume(replace(runs.IDENTITY, model="another"))
+    with pytest.raises(InputError, match="trained on other data"):
+        resume(replace(runs.IDENTITY, data="other"))
+    with pytest.raises(InputError, match="trained with rank = 8, not 16"):
+        resume(replace(runs.IDENTITY, config={"rank": 16}))
+    with pytest.raises(InputError, match=r"learning rate's peak = 0.003, not 0.1"):
+        resume(rate=0.1)
+    with pytest.raises(InputError, match="accumulate = 1, not 2"):
+        resume(accumulate=2)
+    with pytest.raises(InputError, match="holds a run already"):
+        runs.run(tmp_path)
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        runs.run(tmp_path / "nowhere", resume=True)
+
+
+class _Poisoned:
+    """Batches of which some give a loss that is no number."""
+
+    def __init__(self, model: Any, bad: set[int], inner: Any):
+        self.model, self.bad, self.inner, self.number = model, bad, inner, 0
+        self.norm = model.transformer.norm.weight
+
+    def __next__(self) -> Batch:
+        self.number += 1
+        weight = self.model.transformer.norm.weight
+        self.model.transformer.norm.weight = weight * mx.nan if self.number in self.bad else self.norm
+        return next(self.inner)  # type: ignore[no-any-return]
+
+    def state(self) -> Any:
+        return self.inner.state()
+
+    def resume(self, state: Any) -> None:
+        raise AssertionError
+
+
+def poisoned_run(out: Path, bad: set[int], **options: Any) -> Any:
+    model = runs.model()
+    model.freeze()
+    model.layers[0].unfreeze()
+    model.transformer.norm.unfreeze()
+    return runs.train(
+        model, _Poisoned(model, bad, runs.batches()), None, runs.settings(8, **options), out, runs.IDENTITY
+    )
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ElmError, match=r"step 5: the loss is nan.*last good checkpoint is .*step-00000003"):
+        poisoned_run(tmp_path, {5})
+    assert [path.name for path in checkpoint.all_of(tmp_path)] == ["step-00000003"]
+    kept = mx.load(str(tmp_path / "checkpoints" / "step-00000003" / checkpoint.PARAMETERS))
+    assert all(mx.isfinite(value).all().item() for value in kept.values())
+
+
+def test_skipping_leaves_the_update_out(tmp_path: Path) -> None:
+    result = poisoned_run(tmp_path, {5, 6}, on_nan="skip")
+    assert result.progress.step == 8 and result.progress.skipped == 2
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["skipped"]] == [5, 6]
+
+
+def test_skipping_for_ever_stops(tmp_path: Path) -> None:
+    with pytest.raises(ElmError, match="step 10: the loss is nan"):
+        model = runs.model()
+        bad = set(range(1, 50))
+        runs.train(model, _Poisoned(model, bad, runs.batches()), None,
+                   runs.settings(40, on_nan="skip"), tmp_path, runs.IDENTITY)  # fmt: skip
+
+
+def test_a_spike_is_told(tmp_path: Path) -> None:
+    class Rising:
+        """Counting downwards after 30 batches."""
+
+        def __init__(self, inner: Any):
+            self.inner, self.number = inner, 0
+
+        def __next__(self) -> Batch:
+            self.number += 1
+            batch: Batch = next(self.inner)
+            return batch if self.number <= 30 else replace(batch, targets=(batch.targets + 40) % runs.VOCAB)
+
+        def state(self) -> Any:
+            return self.inner.state()
+
+        def resume(self, state: Any) -> None:
+            raise AssertionError
+
+    with pytest.raises(ElmError, match="step 31: the loss jumped to"):
+        runs.train(runs.model(), Rising(runs.batches()), None,
+                   runs.settings(40, schedule=Schedule(3e-3, 40), spike=1.5), tmp_path, runs.IDENTITY)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [({"on_nan": "hope"}, "no way 'hope'"), ({"accumulate": 0}, "accumulate"), ({"clip": 0.0}, "norm must be above 0")],
+)
+def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        runs.settings(**options)
