@@ -1,4 +1,4 @@
-"""`elm-mlx data`: figures that are the data's, examples with their trained tokens marked, and every bad record named."""
+"""`elm-mlx data`: figures that are the data's, examples with trained tokens marked, and every bad record named."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def test_the_histogram_counts_every_record(run: Run, tmp_path: Path) -> None:
     assert sum(int(count) for *_, count in bins) == 71
     assert bins[-1][1:3] == ("over ", "64") and bins[-1][4] == "1"
     inside = [(int(low or high), int(high)) for low, _, high, *_ in bins[:-1]]
-    assert all(low == last + 1 for (_, last), (low, _) in zip(inside, inside[1:], strict=False))
+    assert all(low == last + 1 for (_, last), (low, _) in pairwise(inside))
     most = max(int(count) for *_, count in bins)
     for *_, bar, count in bins:
         assert abs(len(bar) - 40 * int(count) / most) <= 1 and bool(bar) == bool(int(count))
@@ -119,7 +120,11 @@ def test_data_cannot_command_the_terminal(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_long_example_shows_both_ends(run: Run, tmp_path: Path) -> None:
-    out = run(write(tmp_path / "a.jsonl", {"prompt": "the quick " * 99 + "end", "completion": " dogs"}))[1]
+    out = run(
+        write(tmp_path / "a.jsonl", {"prompt": "the quick " * 99 + "end", "completion": " dogs"}),
+        "--max-seq-length",
+        999,
+    )[1]
     tokens = int(re.search(r"line 1, (\d+) tokens", out)[1])  # type: ignore[index]
     assert f"\n    … {tokens - 240:,} tokens …\n" in out and out.rstrip().endswith("end⟦ dogs</s>⟧")
 
