@@ -7,6 +7,7 @@ tested on one machine by replacing `on_gpu`.
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import stat
 import sys
@@ -64,6 +65,13 @@ def computation(stored: mx.Dtype, parameters: int, packed: bool = False, request
         return Computation(stored, note=slow)
     fast = f"{kind} weights computed in float32, faster on a CPU ({needed / 1e9:.2f} GB)"
     return Computation(mx.float32, unpack=packed, note=fast)
+
+
+def machine() -> str:
+    """What computes, for records of what was measured on it."""
+    name = mx.device_info().get("device_name", platform.processor())
+    where = f"{platform.system()} {platform.machine()}, mlx {mx.__version__}"
+    return f"{name}, {os.cpu_count()} cores, {where}, on {'GPU' if on_gpu() else 'CPU'}"
 
 
 def compile_hindrance() -> str | None:

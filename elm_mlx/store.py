@@ -67,8 +67,7 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     config = ModelConfig.load(path / "config.json")
     adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
     weights, packing = read_weights(path, config)
-    # Norms are never quantized, so theirs is the type that a quantized model came in.
-    stored = weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
+    stored = _stored(weights, packing)
     how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
     model = Model(config)
     if how.unpack:
@@ -94,6 +93,17 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
         f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
     )
     return Loaded(model, tokenizer, _describe(stored, packing), tuple(filter(None, (how.note, adapted, uncompiled))))
+
+
+def computation(path: Path, config: ModelConfig, compute_dtype: str | None = None) -> device.Computation:
+    """What `open_model` would compute in. Raises InputError as it does."""
+    weights, packing = read_weights(path, config)
+    return device.computation(_stored(weights, packing), config.parameters, bool(packing), compute_dtype)
+
+
+def _stored(weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
+    """The type that the model came in: norms are never quantized, so theirs of one that is."""
+    return weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
 
 
 def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:

@@ -21,13 +21,14 @@ from elm_mlx.cli.data import data
 from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
+from elm_mlx.cli.lora import LoraCommand, lora
 from elm_mlx.cli.show import printable
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
 app = typer.Typer(
     name="elm-mlx",
-    help="Own a small language model: convert, talk to and measure Apple's OpenELM with MLX.",
+    help="Own a small language model: convert, talk to, fine-tune and measure Apple's OpenELM with MLX.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,6 +40,7 @@ app.command()(data)
 app.command()(fuse)
 app.command()(generate)
 app.command()(info)
+app.command(cls=LoraCommand)(lora)
 
 
 def _version(wanted: bool) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,17 @@ def all_of(out: Path) -> list[Path]:
 
 
 def save(
-    out: Path, parameters: dict[str, Any], optimizer: dict[str, Any], progress: Progress, identity: Identity
+    out: Path,
+    parameters: dict[str, Any],
+    optimizer: dict[str, Any],
+    progress: Progress,
+    identity: Identity,
+    export: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of `progress.step`, in place of one that is there. Returns where.
+
+    Args:
+        export: writes into the checkpoint's directory what other programs read.
 
     Raises:
         ElmError: it cannot be written; what was there before is as it was.
@@ -106,6 +114,8 @@ def save(
         mx.save_safetensors(str(made / PARAMETERS), _flat(parameters))
         mx.save_safetensors(str(made / OPTIMIZER), _flat(optimizer))
         (made / STATE).write_text(json.dumps(state, indent=1))
+        if export is not None:
+            export(made)
     return path
 
 
@@ -139,6 +149,11 @@ def fill(tree: Any, values: Mapping[str, mx.array], path: Path) -> Any:
     if different:
         raise InputError(f"{path}: does not fit what is trained: {min(name for name, _ in different)} differs")
     return tree_map_with_path(lambda name, _: values[name], tree)
+
+
+def parameters(path: Path, tree: Any) -> Any:
+    """`tree` with the parameters of the checkpoint in `path`. Raises InputError as `load` and `fill`."""
+    return fill(tree, _read(path / PARAMETERS), path / PARAMETERS)
 
 
 def newest(out: Path) -> Path:

@@ -33,6 +33,7 @@ from elm_mlx.train.step import Step, recompute_blocks
 
 _SETTLED = 20  # updates before a loss can be told to be a spike
 _MOST_SKIPPED = 10  # in a row, before even "skip" stops
+_LONG = 60.0  # seconds of a trial, of which compiling is then a small part
 
 
 class Batches(Protocol):
@@ -95,7 +96,10 @@ def train(
     *,
     resume: bool = False,
     compute_dtype: mx.Dtype | None = None,
+    rehearsal: Batch | None = None,
+    on_ready: Callable[[float], None] = lambda seconds: None,
     on_report: Callable[[Report], None] = lambda report: None,
+    export: Callable[[Path], None] | None = None,
 ) -> Result:
     """Train `model`'s trainable parameters in place. Ctrl-C and SIGTERM end it after an update, with a checkpoint.
 
@@ -105,21 +109,27 @@ def train(
         out: the run's directory.
         identity: of the run; `settings.identity()` is added to its config here.
         resume: go on from the newest checkpoint.
+        compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
+        rehearsal: a batch as those to come, to see how long one takes.
+        on_ready: told before the first update how many seconds an update is going to take, by the `rehearsal`.
+        export: writes into each checkpoint's directory what other programs read.
 
     Raises:
         InputError: `out` holds another run, or one that wasn't to be resumed.
         ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
     """
     config = {**identity.config, **settings.identity()}
-    run = _Run(model, settings, out, Identity(identity.model, identity.data, config), compute_dtype, on_report)
+    run = _Run(model, settings, out, Identity(identity.model, identity.data, config), compute_dtype, on_report, export)
     progress, steps = run.progress, settings.schedule.steps
     if resume:
         run.resume()
         batches.resume(progress.data)
     else:
         run.start()
-        if validation is not None:
-            run.validate(validation())
+    if rehearsal is not None and progress.step < steps:
+        on_ready(run.trial(rehearsal))
+    if not resume and validation is not None:
+        run.validate(validation())
     with _stop_requests() as stop:
         while progress.step < steps and not run.agreed(stop.is_set()):
             run.update(batches)
@@ -145,10 +155,12 @@ class _Run:
         identity: Identity,
         compute_dtype: mx.Dtype | None,
         on_report: Callable[[Report], None],
+        export: Callable[[Path], None] | None,
     ):
         self.progress = Progress()
         self.saved = -1  # the step of the last checkpoint
-        self._settings, self._out, self._identity, self._on_report = settings, out, identity, on_report
+        self._settings, self._out, self._identity = settings, out, identity
+        self._on_report, self._export = on_report, export
         self._group = mx.distributed.init()
         self._skipped_in_a_row = 0
         if settings.grad_checkpoint:
@@ -175,10 +187,21 @@ class _Run:
         step.optimizer.state = checkpoint.fill(step.optimizer.state, saved.optimizer, saved.path / checkpoint.OPTIMIZER)
         self.progress.__dict__.update(saved.progress.__dict__)
         self.saved = self.progress.step
-        high, low = self.progress.random[self._group.rank()]
-        mx.random.seed(high << 32 | low)  # a key is its seed's two halves
+        _set_random_key(self.progress.random[self._group.rank()])
         if self._writes():
             checkpoint.cut_metrics(self._out, self.progress.step)
+
+    def trial(self, batch: Batch) -> float:
+        """Seconds that an update takes of this batch, which leaves no trace; the first time compiles the step."""
+        kept = mx.random.state[0].tolist()
+        for _ in range(2):
+            started = time.perf_counter()
+            mx.eval(self._step.gradients(batch)[:2])
+            seconds = time.perf_counter() - started
+            if seconds > _LONG:
+                break
+        _set_random_key(kept)
+        return seconds * self._settings.accumulate
 
     def update(self, source: Batches) -> None:
         """One update, or one that is skipped. Raises ElmError where the loss says stop."""
@@ -241,7 +264,7 @@ class _Run:
         if self._writes():
             step = self._step
             parameters = step.model.trainable_parameters()
-            checkpoint.save(self._out, parameters, step.optimizer.state, progress, self._identity)
+            checkpoint.save(self._out, parameters, step.optimizer.state, progress, self._identity, self._export)
             checkpoint.prune(self._out, self._settings.keep, progress.best_step)
         self.saved = progress.step
 
@@ -303,6 +326,11 @@ class _Run:
             with (self._out / checkpoint.METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         self._on_report(report)
+
+
+def _set_random_key(key: list[int]) -> None:
+    high, low = key
+    mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
 
 @contextmanager

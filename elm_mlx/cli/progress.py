@@ -1,0 +1,110 @@
+"""A training run as it goes: a bar on a terminal, lines elsewhere.
+
+Knows reports and how they are shown. Knows nothing of how a run is made.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from elm_mlx.cli.show import printable, size
+
+if TYPE_CHECKING:
+    from elm_mlx.train.loop import Report
+
+_SMOOTH = 0.1  # the share of an update in the loss that is shown
+_PAUSE = 10.0  # seconds between lines where there is no terminal
+
+
+class Progress:
+    """Shows the reports of a run of `steps` updates, between `with` and its end. `quiet` shows nothing."""
+
+    def __init__(self, steps: int, quiet: bool = False):
+        self._steps, self._quiet = steps, quiet
+        self._loss: float | None = None
+        self._rate = 0.0
+        self._best: float | None = None
+        self._last = time.monotonic()
+        self._bar: Any = None
+        self._task: Any = None
+
+    def lines(self, lines: Iterable[tuple[str, str]]) -> None:
+        """A table of two columns."""
+        if not self._quiet:
+            for label, text in lines:
+                print(f"{label:<9} {printable(text)}", flush=True)
+
+    def ready(self, seconds: float) -> None:
+        """What is known when the model is loaded: how long an update takes."""
+        self.lines([("time", f"about {duration(seconds * self._steps)}, {seconds:.2g} s an update")])
+
+    def __enter__(self) -> Progress:
+        if not self._quiet and sys.stdout.isatty():
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("{task.completed:,}/{task.total:,}"), BarColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(elapsed_when_finished=True), TextColumn("left"), speed_estimate_period=120,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task("reading the model", total=self._steps)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def report(self, report: Report) -> None:
+        """An update or a validation."""
+        if self._quiet:
+            return
+        if report.valid_loss is not None:
+            self._validated(report.step, report.valid_loss)
+        else:
+            self._updated(report)
+
+    def _updated(self, report: Report) -> None:
+        assert report.loss is not None and report.tokens_per_second is not None and report.memory is not None
+        if report.skipped:
+            self._say(f"step {report.step:,}: left out, with a loss of {report.loss:.4g}")
+            return
+        share = 1.0 if self._loss is None else _SMOOTH
+        self._loss = report.loss if self._loss is None else self._loss + share * (report.loss - self._loss)
+        self._rate += share * (report.tokens_per_second - self._rate)
+        text = f"loss {self._loss:.3f}, {self._rate:,.0f} tokens/s, {size(report.memory)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=report.step, description=text)
+        elif time.monotonic() - self._last > _PAUSE or report.step == self._steps:
+            self._last = time.monotonic()
+            left = (self._steps - report.step) * (report.seconds or 0)
+            print(f"step {report.step:,} of {self._steps:,}: {text}, {duration(left)} left", flush=True)
+
+    def _validated(self, step: int, loss: float) -> None:
+        best = step > 0 and (self._best is None or loss < self._best)
+        if best:
+            self._best = loss
+        self._say(f"step {step:,}: validation loss {loss:.4f}" + (", the best yet" if best else ""))
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`2 h 5 min`, `5 min 3 s`, `4.2 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,258 @@
+"""Fine-tuning from paths: a model directory and data in, a run's directory with an adapter out.
+
+Knows which parts make a run: tokenizer and template, examples and batches, adapter, model, loop. All that can be
+wrong with any of them is found before the weights are read. Knows nothing of flags, and nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from elm_mlx import adapt, adapters, device, files, store, template
+from elm_mlx.adapters import Adapter
+from elm_mlx.config import ModelConfig
+from elm_mlx.describe import check_directory, fingerprint
+from elm_mlx.errors import InputError
+from elm_mlx.model import Model
+from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.train import batches as batching
+from elm_mlx.train import checkpoint, examples
+from elm_mlx.train.batches import Batch, Batches
+from elm_mlx.train.checkpoint import Identity
+from elm_mlx.train.examples import Prepared
+from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.settings import Settings
+from elm_mlx.version import __version__
+
+RUN_FILE = "run.json"  # what the run was asked for, in its directory
+_GRAIN = 32  # rows are as long as a multiple of this
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained: the whole model, or an adapter as `adapters.plan` takes its figures."""
+
+    full: bool = False
+    rank: adapters.Rank = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = adapters.LINEARS
+    num_layers: int = -1
+    dropout: float = 0.0
+    dora: bool = False
+    rslora: bool = False
+
+    def adapter(self, config: ModelConfig) -> Adapter:
+        """Raises InputError where a figure makes none."""
+        if self.full and config.quantization is not None:
+            raise InputError("--full trains weights, and a quantized model's cannot be: convert its source again")
+        if self.full:
+            return Adapter("full")
+        return adapters.plan(
+            config, rank=self.rank, alpha=self.alpha, targets=self.targets, num_layers=self.num_layers,
+            dropout=self.dropout, dora=self.dora, rslora=self.rslora,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """What it is trained on, and how much of it at a time.
+
+    Args:
+        path, format, template, truncate, train_on_prompt, skip_bad: as `examples.load` and `template.choose` take them.
+        max_length: tokens of an example, at most; None for the model's context.
+        batch_size: rows of a batch, of one process.
+        packed: put several examples in a row.
+        valid_batches: batches of a validation; -1 for all there are.
+    """
+
+    path: Path
+    format: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    truncate: bool = False
+    train_on_prompt: bool = False
+    skip_bad: bool = False
+    batch_size: int = 4
+    packed: bool = True
+    valid_batches: int = -1
+
+
+class Finetuning:
+    """A run that is checked, and not begun: its weights are not read yet.
+
+    Attributes:
+        adapter: what is trained.
+        splits: the examples, "train" first.
+        batches: of the training examples.
+        trainable: how many parameters are trained.
+        computation: what the model is computed in.
+        row_length: positions of a row.
+        batch_size: rows of a batch, of one process.
+        world: processes that train together.
+        leads: whether this is the one that writes and speaks.
+
+    Raises:
+        InputError: the model, the data or the method is not as it must be; or one that `out` says.
+    """
+
+    def __init__(
+        self, model: Path, data: Data, method: Method, out: Path, *, seed: int = 0, compute_dtype: str | None = None
+    ) -> None:
+        self.path, self.out, self._data, self._seed = check_directory(model, with_tokenizer=True), out, data, seed
+        _check_out(out)
+        self.config = ModelConfig.load(self.path / "config.json")
+        self.adapter = replace(method.adapter(self.config), model_sha256=fingerprint(self.path))
+        self.computation = store.computation(self.path, self.config, compute_dtype)
+        self.trainable = sum(_sizes(self.adapter, self.config))
+        self.splits = _load(self.path, self.config, data)
+        group = mx.distributed.init()
+        self.world, self.leads = group.size(), bool(group.rank() == 0)
+        self.batch_size = data.batch_size
+        length = _row_length(self.splits["train"], data.batch_size * self.world)
+        self.batches = Batches(
+            self.splits["train"].examples, data.batch_size, length, packed=data.packed, seed=seed,
+            rank=group.rank(), world=self.world,
+        )  # fmt: skip
+        self._validation = None
+        if "valid" in self.splits:
+            valid = self.splits["valid"]
+            self._validation = Batches(
+                valid.examples, data.batch_size, _row_length(valid, data.batch_size * self.world),
+                packed=data.packed, rank=group.rank(), world=self.world,
+            )  # fmt: skip
+        self.row_length = length
+
+    def steps(self, epochs: float, accumulate: int) -> int:
+        """Updates that `epochs` take."""
+        return max(1, round(epochs * self.batches.steps() / accumulate))
+
+    def trained_positions(self) -> int:
+        """The most that a batch is likely to train, were its share of trained tokens the data's."""
+        prepared = self.splits["train"]
+        share = prepared.trained_tokens / prepared.tokens
+        return max(1, round(min(1.0, 1.25 * share) * self._data.batch_size * self.row_length))
+
+    def train(
+        self,
+        settings: Settings,
+        record: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_report: Callable[[Report], None] = lambda report: None,
+    ) -> Result:
+        """Train, and leave the adapter in `out`: the best by validation, or the last where there is none.
+
+        Args:
+            record: what the run was asked for, as JSON's types; kept in its directory.
+            on_ready: told before the first update how many seconds one is going to take.
+
+        Raises:
+            InputError, ElmError: as `loop.train`.
+        """
+        model, dtype = self._open()
+
+        def ready(seconds: float) -> None:
+            self._record(record)
+            on_ready(seconds)
+
+        result = train(
+            model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
+            resume=resume, compute_dtype=dtype, rehearsal=next(self.batches.once()),
+            on_ready=ready, on_report=on_report,
+            export=None if self.adapter.kind == "full" else lambda path: adapt.save(path, model, self.adapter),
+        )  # fmt: skip
+        if self.leads:
+            self._finish(model, result)
+        return result
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        if self.leads:
+            about = {
+                "command": "lora", "settings": dict(record), "trained": self.adapter.describe(),
+                "trainable": self.trainable, "parameters": self.config.parameters, "machine": device.machine(),
+                "processes": self.world, "version": __version__,
+            }  # fmt: skip
+            files.write_text(self.out / RUN_FILE, json.dumps(about, indent=1) + "\n")
+
+    def _open(self) -> tuple[Model, mx.Dtype | None]:
+        """The model with what is trained in float32, and what that is to be rounded to where it is used."""
+        how = self.computation.dtype
+        full = self.adapter.kind == "full"
+        name = next(name for name, dtype in device.DTYPES.items() if dtype == (mx.float32 if full else how))
+        loaded = store.open_model(self.path, name)
+        if full:
+            loaded.model.unfreeze()
+        else:
+            adapt.attach(loaded.model, self.adapter, self._seed)
+        return loaded.model, None if how == mx.float32 else how
+
+    def _validations(self) -> Iterable[Batch]:
+        assert self._validation is not None
+        batches: Iterator[Batch] = self._validation.once()
+        return batches if self._data.valid_batches < 0 else islice(batches, self._data.valid_batches)
+
+    def _identity(self) -> Identity:
+        adapter, ranks = self.adapter, json.dumps(dict(self.adapter.ranks))
+        config = {
+            "method": adapter.kind, "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout,
+            "number of adapted modules": len(adapter.ranks),
+            "adapted modules": hashlib.sha256(ranks.encode()).hexdigest()[:8],
+            "batch size": self._data.batch_size * self.world, "row length": self.row_length,
+            "packing": self._data.packed, "compute dtype": str(self.computation.dtype).removeprefix("mlx.core."),
+        }  # fmt: skip
+        data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
+        return Identity(str(adapter.model_sha256), " ".join(data), config)
+
+    def _finish(self, model: Model, result: Result) -> None:
+        """Write the adapter that the run is for."""
+        if result.best is not None and result.best != result.last:
+            model.update(checkpoint.parameters(result.best, model.trainable_parameters()))
+        adapt.save(self.out, model, self.adapter)
+
+
+def _load(path: Path, config: ModelConfig, data: Data) -> dict[str, Prepared]:
+    tokenizer = Tokenizer.load(path)
+    tokenizer.eos_ids = config.eos_token_ids
+    return examples.load(
+        data.path,
+        tokenizer,
+        template.choose(path, tokenizer, data.template),
+        config.max_context_length if data.max_length is None else data.max_length,
+        format=data.format,
+        train_on_prompt=data.train_on_prompt,
+        truncate=data.truncate,
+        skip_bad=data.skip_bad,
+    )
+
+
+def _row_length(prepared: Prepared, rows: int) -> int:
+    """As long as asked for, or as an epoch in one batch needs: no row is to be mostly padding."""
+    needs = [len(example.ids) - 1 for example in prepared.examples]
+    wanted = max(max(needs), -(-sum(needs) // rows))
+    return min(prepared.max_length, -(-wanted // _GRAIN) * _GRAIN)
+
+
+def _sizes(adapter: Adapter, config: ModelConfig) -> Iterator[int]:
+    for shape in (config.shapes() if adapter.kind == "full" else adapter.shapes(config)).values():
+        size = 1
+        for side in shape:
+            size *= side
+        yield size
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; --out names the directory that the adapter is written to")
+    if (out / "config.json").exists():
+        raise InputError(f"{out}: is a model directory; --out names another one, for the adapter")
+    if (out / adapters.WEIGHTS).exists() and not checkpoint.all_of(out):
+        raise InputError(f"{out}: holds an adapter already; choose another directory")
