@@ -54,7 +54,7 @@ class Configured(typer.core.TyperCommand):
             try:
                 ctx.params[name] = parameter.type_cast_value(ctx, _as_written(value))
             except typer.BadParameter as error:
-                raise InputError(f"{where}: {name}: {error.format_message()}") from None
+                raise InputError(f"{where}: {name}: {error.message}") from None
             except TypeError:
                 raise InputError(f"{where}: {name}: {value!r} is no value for it") from None
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli.bars import bar
-from elm_mlx.errors import InputError
+from elm_mlx.cli.show import bad_records_named, counted, name_bad
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def data(
     config = ModelConfig.load(check_directory(model) / "config.json")
     tokenizer = Tokenizer.load(model)
     tokenizer.eos_ids = config.eos_token_ids
-    try:
+    with bad_records_named(path):
         splits = examples.load(
             path,
             tokenizer,
@@ -66,24 +66,10 @@ def data(
             truncate=truncate,
             skip_bad=skip_bad,
         )
-    except examples.BadRecords as error:
-        _name_bad(error.reasons)
-        raise InputError(
-            f"{path}: {_counted(len(error.reasons), 'bad record')}; mend them, or --skip-bad leaves them out"
-        ) from None
     for name, prepared in splits.items():
-        _name_bad(prepared.bad)
+        name_bad(prepared.bad)
         _print_split(name, prepared)
     _print_examples(splits["train"], tokenizer)
-
-
-def _name_bad(reasons: Sequence[str]) -> None:
-    for reason in reasons:
-        print(reason, file=sys.stderr)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def _print_split(name: str, prepared: Prepared) -> None:
@@ -91,14 +77,14 @@ def _print_split(name: str, prepared: Prepared) -> None:
 
     rows = Batches(prepared.examples, 1, prepared.max_length)
     grouped = Batches(prepared.examples, _BATCH, prepared.max_length, packed=False)
-    kinds = ", ".join(_counted(count, kind.lower()) for kind, count in prepared.counts.items())
+    kinds = ", ".join(counted(count, kind.lower()) for kind, count in prepared.counts.items())
     share = prepared.trained_tokens / prepared.tokens
-    print(f"{name}: {_counted(len(prepared.examples), 'example')} of {kinds}")
-    lines = [("bad", f"{_counted(len(prepared.bad), 'record')} left out")] if prepared.bad else []
+    print(f"{name}: {counted(len(prepared.examples), 'example')} of {kinds}")
+    lines = [("bad", f"{counted(len(prepared.bad), 'record')} left out")] if prepared.bad else []
     lines += [("length", warning) for warning in prepared.warnings()]
     lines += [
         ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
-        ("packed", f"{_counted(rows.steps(), 'row')} of {prepared.max_length:,} tokens, {rows.fill():.1%} full"),
+        ("packed", f"{counted(rows.steps(), 'row')} of {prepared.max_length:,} tokens, {rows.fill():.1%} full"),
         ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
         ("lengths", f"median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
     ]
@@ -134,7 +120,7 @@ def _print_examples(prepared: Prepared, tokenizer: Tokenizer) -> None:
     for shown in range(count):
         number = shown * len(prepared.examples) // count
         example, source = prepared.examples[number], prepared.sources[number]
-        print(f"\nexample {number + 1:,}: {source}, {_counted(len(example.ids), 'token')}")
+        print(f"\nexample {number + 1:,}: {source}, {counted(len(example.ids), 'token')}")
         print("    " + _marked(example, tokenizer, colour).replace("\n", "\n    "))
 
 

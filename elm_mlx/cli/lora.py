@@ -10,6 +10,7 @@ import typer
 
 from elm_mlx.cli import configured, options
 from elm_mlx.cli.configured import Configured
+from elm_mlx.cli.show import bad_records_named, name_bad
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def lora(
     what = Data(
         data, format, template, max_seq_length, truncate, train_on_prompt, skip_bad, batch_size, pack, val_batches
     )
-    run = Finetuning(model, what, method, out, seed=seed, compute_dtype=compute_dtype)
+    with bad_records_named(data):
+        run = Finetuning(model, what, method, out, seed=seed, compute_dtype=compute_dtype)
     steps = run.steps(epochs, grad_accumulation_steps) if iters is None else iters
     settings = Settings(
         Schedule(
@@ -133,6 +135,7 @@ def lora(
         save_every=save_every,
         keep=keep,
     )
+    name_bad(reason for split in run.splits.values() for reason in split.bad)
     shown = progress.Progress(steps, quiet=not run.leads)
     shown.lines(_plan(run, settings))
     used = configured.settings(ctx) | {"model": str(model.resolve()), "data": str(data.resolve())}
@@ -161,7 +164,7 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
     config, batches, steps = run.config, run.batches, settings.schedule.steps
     dtype = str(run.computation.dtype).removeprefix("mlx.core.")
     train = run.splits["train"]
-    lines = [("bad", reason) for split in run.splits.values() for reason in split.bad]
+    lines = [("bad", f"{len(split.bad):,} records left out") for split in run.splits.values() if split.bad]
     for name, split in run.splits.items():
         lines += [("length", f"{name}: {warning}") for warning in split.warnings()]
     valid = f", {len(run.splits['valid'].examples):,} to validate" if "valid" in run.splits else ", none to validate"

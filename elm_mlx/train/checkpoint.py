@@ -216,7 +216,7 @@ def _check_same(path: Path, saved: Identity, now: Identity) -> None:
     if saved.data != now.data:
         raise InputError(f"{path}: was trained on other data than is given")
     config = json.loads(json.dumps(now.config))  # as it would be read back: lists for tuples
-    for name in sorted({*saved.config, *config}):
+    for name in {**config, **saved.config}:
         before, after = saved.config.get(name), config.get(name)
         if before != after:
             raise InputError(

@@ -237,7 +237,7 @@ def _load(path: Path, config: ModelConfig, data: Data) -> dict[str, Prepared]:
 def _row_length(prepared: Prepared, rows: int) -> int:
     """As long as asked for, or as an epoch in one batch needs: no row is to be mostly padding."""
     needs = [len(example.ids) - 1 for example in prepared.examples]
-    wanted = max(max(needs), -(-sum(needs) // rows))
+    wanted = max(max(needs), -(-sum(needs) // max(1, rows)))
     return min(prepared.max_length, -(-wanted // _GRAIN) * _GRAIN)
 
 

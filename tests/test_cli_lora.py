@@ -1,0 +1,237 @@
+"""`elm-mlx lora`: what it leaves behind, what it refuses, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pexpect
+import pytest
+from mlx.utils import tree_flatten
+
+from elm_mlx.cli import main
+from elm_mlx.cli.lora import parse_rank
+from elm_mlx.errors import InputError
+from elm_mlx.store import load
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A directory with 24 examples to train on and 4 to validate."""
+    path = tmp_path / "data"
+    path.mkdir()
+    for name, count in (("train", 24), ("valid", 4)):
+        rows = ({"prompt": "the quick " * (i % 4 + 1), "completion": f"brown fox {i}"} for i in range(count))
+        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def updates(out: Path) -> list[tuple[int, float]]:
+    """Step and loss of every line of the metrics, validations included."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss", line.get("valid_loss"))) for line in lines]
+
+
+QUICK = ("--iters", 6, "--steps-per-eval", 3, "--batch-size", 2, "--max-seq-length", 64, "--learning-rate", 0.01)
+
+
+def test_a_run_says_what_it_will_do_and_leaves_an_adapter(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", out, *QUICK, "--rank", 4)
+    assert code == 0, err
+    assert re.search(r"trained   LoRA of rank 4, scale 4, on 12 modules: [\d,]+ parameters, [\d.]+%", text)
+    assert re.search(r"data      24 examples, [\d,]+ tokens, [\d,]+ of them trained, 4 to validate", text)
+    assert re.search(r"memory    about [\d.]+ [MG]B", text)
+    assert re.search(r"time      about .+ an update", text)
+    losses = updates(out)
+    assert [step for step, _ in losses] == [0, 1, 2, 3, 3, 4, 5, 6, 6] and losses[-1][1] < losses[0][1]
+    assert f"best      validation loss {losses[-1][1]:.4f}, after 6 updates" in text
+    model, _ = load(tiny_model_dir, "float32", adapter_path=out)
+    assert any(float(mx.abs(value).max()) > 0 for name, value in tree_flatten(model.parameters()) if "lora_b" in name)
+    assert run("generate", tiny_model_dir, "--adapter", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
+    # each checkpoint is an adapter too
+    assert load(tiny_model_dir, adapter_path=out / "checkpoints" / "step-00000003")[0] is not None
+
+
+def test_the_best_by_validation_is_kept(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--iters", 6, "--steps-per-eval", 1, "--learning-rate", 0.3, "--lr-schedule", "constant", "--warmup", 5)
+    text = run("lora", tiny_model_dir, "--data", data, "--out", out, *options)[1]
+    found = re.search(r"best      validation loss [\d.]+, after (\d) updates", text)
+    assert found and int(found[1]) < 6, "the learning rate should have been ruinous"
+    best = mx.load(str(out / "checkpoints" / f"step-0000000{found[1]}" / "adapters.safetensors"))
+    kept = mx.load(str(out / "adapters.safetensors"))
+    assert best.keys() == kept.keys() and all(mx.array_equal(best[name], kept[name]) for name in best)
+
+
+@pytest.mark.parametrize("options", [("--dora",), ("--rslora", "--dropout", 0.1), ("--full",), ("--no-pack",)])
+def test_ways_to_train(options: tuple[Any, ...], run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", out, *QUICK, *options)
+    assert code == 0, err
+    losses = updates(out)
+    assert losses[-1][1] < losses[0][1]
+    assert run("fuse", tiny_model_dir, out, tmp_path / "fused")[0] == 0
+
+
+def test_options_from_a_file_and_a_recipe(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text(
+        f"model: {tiny_model_dir}\ndata: {data}\nrank: {{'*': 4, 'qkv_proj': 2}}\nlearning-rate: 0.01\n"
+        "target: [qkv_proj, ffn.*]\niters: 3\nmax_seq_length: 64\n"
+    )
+    out = tmp_path / "out"
+    code, text, err = run("lora", "--config", config, "--out", out, "--iters", 2, "--recipe", "openelm")
+    assert code == 0, err
+    # ranks and targets of the file, alpha of the recipe, iters of the command line
+    assert "trained   LoRA of rank 2 to 4, scale 8, on 9 modules" in text and "updates   2," in text
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert settings["dropout"] == 0.1 and settings["rank"] == "*=4,qkv_proj=2" and settings["batch_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("learning_rte: 1", "learning_rte is no option; the nearest is learning_rate"),
+        ("iters: many", "iters: 'many' is not a valid int"),
+        ("[1, 2]", "holds no options"),
+        ("a: [", "is no YAML"),
+        ("resume: true", "resume is no option"),
+    ],
+)
+def test_a_bad_file_of_options_is_named(line: str, error: str, run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text(line + "\n")
+    code, _, err = run("lora", "--config", config)
+    assert code == 2 and err.startswith(f"elm-mlx: {config}: ") and error in err and err.count("\n") == 1
+
+
+def test_resuming_needs_no_options_and_gives_the_same_losses(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    options = (*QUICK, "--save-every", 2, "--dropout", 0.1, "--seed", 3)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run("lora", tiny_model_dir, "--data", data, "--out", whole, *options)[0] == 0
+    assert run("lora", tiny_model_dir, "--data", data, "--out", cut, *options)[0] == 0
+    shutil.rmtree(cut / "checkpoints" / "step-00000006")
+    (cut / "adapters.safetensors").unlink()
+    code, _, err = run("lora", "--out", cut, "--resume")
+    assert code == 0, err
+    assert updates(cut) == updates(whole)
+    assert (cut / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
+    code, _, err = run("lora", "--out", cut, "--resume", "--rank", 4)
+    assert code == 2 and "was trained with rank = 8, not 4" in err
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", cut, *options)
+    assert code == 2 and "holds a run already" in err
+
+
+def test_killed_and_resumed(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Twice killed without warning, the run's losses are those of one that lived."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "elm_mlx", "lora", str(tiny_model_dir), "--data", str(data)]
+    options = ["--iters", "40", "--steps-per-eval", "9", "--save-every", "4", "--batch-size", "2", "--dropout", "0.1"]
+    subprocess.run([*command, "--out", str(whole), *options], check=True, capture_output=True)
+    for after, resume in ((7, []), (21, ["--resume"])):
+        with subprocess.Popen([*command, "--out", str(out), *options, *resume], stdout=subprocess.DEVNULL) as process:
+            while not ((out / "metrics.jsonl").exists() and f'"step": {after},' in (out / "metrics.jsonl").read_text()):
+                assert process.poll() is None
+            process.kill()
+    subprocess.run([*command, "--out", str(out), *options, "--resume"], check=True, capture_output=True)
+    assert updates(out) == updates(whole)
+
+
+def test_ctrl_c_on_a_terminal_saves_and_ends(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["-m", "elm_mlx", "lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", "--iters", 100_000]
+    child = pexpect.spawn(sys.executable, list(map(str, arguments)), timeout=60, encoding="utf-8", dimensions=(40, 140))
+    child.expect(r"loss \d+\.\d+, [\d,]+ tokens/s, [\d.]+ [MG]B")  # the bar
+    os.kill(child.pid, signal.SIGINT)
+    child.expect(r"stopped   after [\d,]+ updates; --resume goes on")
+    child.expect(pexpect.EOF)
+    child.close()
+    assert child.exitstatus == 130 and (tmp_path / "out" / "adapters.safetensors").exists()
+    assert load(tiny_model_dir, adapter_path=tmp_path / "out")[0] is not None
+
+
+def test_every_bad_record_is_named_before_anything_is_done(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    with (data / "train.jsonl").open("a") as file:
+        file.write('{"prompt": "a"}\n{"text": ""}\n')
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert code == 2 and "line 25: " in err and "line 26: " in err and "2 bad records" in err
+    assert not (tmp_path / "out").exists()
+    code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK, "--skip-bad")
+    assert code == 0 and "line 25: " in err and "bad       2 records left out" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--rank", "a"), "--rank a: needs a number"),
+        (("--rank", "1,2"), "rank has 2 entries, and the model 3 layers"),
+        (("--target", "head"), "no module is called 'head'"),
+        (("--lr-schedule", "step"), "no learning rate schedule 'step'"),
+        (("--optimizer", "sgd"), "no optimizer 'sgd'"),
+        (("--on-nan", "ignore"), "no way 'ignore'"),
+        (("--learning-rate", "-1"), "the learning rate must be above 0"),
+        (("--warmup", "9"), "warm-up of 9 steps does not fit in 6"),
+        (("--recipe", "llama"), "there is no such"),
+        (("--batch-size", "0"), "batches of 0 rows"),
+        (("--compute-dtype", "int8"), "no compute dtype 'int8'"),
+        (("--max-seq-length", "1"), "two tokens or more"),
+    ],
+)
+def test_what_makes_no_run_is_refused(
+    options: tuple[str, str], error: str, run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK, *options)
+    assert code == 2 and error in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_that_are_no_place_for_an_adapter(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tiny_model_dir, *QUICK)
+    assert code == 2 and "is a model directory" in err
+    (tmp_path / "file").touch()
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "file", *QUICK)
+    assert code == 2 and "is a file" in err
+    for missing, given in (("MODEL", ()), ("--data", (tiny_model_dir,)), ("--out", (tiny_model_dir, "--data", data))):
+        code, _, err = run("lora", *given)
+        assert code == 2 and f"{missing} is missing" in err
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "none", "--resume")
+    assert code == 2 and "holds no checkpoint to resume from" in err
+
+
+def test_ranks_as_they_are_written() -> None:
+    assert parse_rank("8") == 8
+    assert parse_rank("4, 8,16") == [4, 8, 16]
+    assert parse_rank("qkv_proj=8,ffn.*=4") == {"qkv_proj": 8, "ffn.*": 4}
+    with pytest.raises(InputError):
+        parse_rank("qkv_proj=x")
