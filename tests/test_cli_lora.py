@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -235,3 +236,34 @@ def test_ranks_as_they_are_written() -> None:
     assert parse_rank("qkv_proj=8,ffn.*=4") == {"qkv_proj": 8, "ffn.*": 4}
     with pytest.raises(InputError):
         parse_rank("qkv_proj=x")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Over MLX's ring: the same losses, and one voice; resumed, to the bit."""
+    command = [sys.executable, "-m", "elm_mlx", "lora", str(tiny_model_dir), "--data", str(data)]
+    options = ["--iters", "6", "--steps-per-eval", "3", "--save-every", "2", "--max-seq-length", "64"]
+    launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "--cwd", Path.cwd()]
+
+    def together(*more: str) -> str:
+        two = [*command, "--out", str(tmp_path / "two"), *options, "--batch-size", "2", *more]
+        port = ["-p", str(free_port())]
+        return subprocess.run(
+            [*launch, *port, "--", *two], check=True, capture_output=True, text=True, timeout=120
+        ).stdout
+
+    one = [*command, "--out", str(tmp_path / "one"), *options, "--batch-size", "4"]
+    subprocess.run(one, check=True, capture_output=True)
+    said = together()
+    assert said.count("step 6: validation loss") == 1 and "2 rows of 64 tokens in each of 2 processes" in said
+    alone, shared = updates(tmp_path / "one"), updates(tmp_path / "two")
+    assert [step for step, _ in alone] == [step for step, _ in shared]
+    assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in alone], rel=1e-5)
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
+    together("--resume")
+    assert updates(tmp_path / "two") == shared
