@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pexpect
 import pytest
+import tiny
 from mlx.utils import tree_flatten
 
 from elm_mlx.cli import main
@@ -100,6 +102,26 @@ def test_ways_to_train(options: tuple[Any, ...], run: Run, tiny_model_dir: Path,
     losses = updates(out)
     assert losses[-1][1] < losses[0][1]
     assert run("fuse", tiny_model_dir, out, tmp_path / "fused")[0] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # widened at load; multiplied as it is packed
+def test_an_adapter_of_a_quantized_model(
+    dtype: str, run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    base, _ = load(tiny_model_dir, "float32")
+    fits = lambda _, module: hasattr(module, "to_quantized") and module.weight.shape[1] % 32 == 0  # noqa: E731
+    nn.quantize(base, group_size=32, bits=4, class_predicate=fits)
+    packed = tiny.write_directory(tmp_path / "packed", base, (tiny_model_dir / "tokenizer.model").read_bytes())
+    mx.save_safetensors(str(packed / "model.safetensors"), dict(tree_flatten(base.parameters())))
+    config = base.config.to_dict() | {"quantization": {"group_size": 32, "bits": 4}}
+    (packed / "config.json").write_text(json.dumps(config))
+    out, before = tmp_path / "out", (packed / "model.safetensors").read_bytes()
+    code, _, err = run("lora", packed, "--data", data, "--out", out, *QUICK, "--compute-dtype", dtype)
+    assert code == 0, err
+    losses = updates(out)
+    assert losses[-1][1] < losses[0][1] and (packed / "model.safetensors").read_bytes() == before
+    code, _, err = run("lora", packed, "--data", data, "--out", tmp_path / "full", *QUICK, "--full")
+    assert code == 2 and "--full trains weights, and a quantized model's cannot be" in err
 
 
 def test_options_from_a_file_and_a_recipe(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -180,6 +180,9 @@ class _Run:
     def resume(self) -> None:
         """Go back to the newest checkpoint."""
         saved = checkpoint.load(checkpoint.newest(self._out), self._identity)
+        before, now = len(saved.progress.random), self._group.size()
+        if before != now:
+            raise InputError(f"{saved.path}: was trained by {before} processes, and cannot go on with {now}")
         step = self._step
         step.model.update(
             checkpoint.fill(step.model.trainable_parameters(), saved.parameters, saved.path / checkpoint.PARAMETERS)
