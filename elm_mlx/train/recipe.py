@@ -1,0 +1,110 @@
+"""A pretraining run's choices and what each means, with the paper's values as presets.
+
+Knows the sections of the file that `elm-mlx pretrain` reads. Knows nothing of TOML, and of how a choice is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elm_mlx.config import PRESETS, ModelConfig
+from elm_mlx.errors import InputError
+from elm_mlx.train.optimizer import Schedule
+from elm_mlx.train.settings import Settings
+from elm_mlx.train.tables import said
+
+# CoreNet, projects/openelm/pretraining_configs
+_LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
+_ROWS = 2048  # sequences of an update: 4M tokens
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The network. Heads and FFN widths grow from the first layer to the last (paper, section 2.1)."""
+
+    num_layers: int = said("layers")
+    model_dim: int = said("width of the residual stream")
+    head_dim: int = said("width of a head")
+    num_gqa_groups: int = said("query heads that share a key and value head", 4)
+    qkv_multipliers: tuple[float, ...] = said(
+        "width of the heads as a share of model_dim, in the first and the last layer; one number for a uniform model",
+        (0.5, 1.0),
+    )
+    ffn_multipliers: tuple[float, ...] = said("width of the FFN, likewise", (0.5, 4.0))
+    ffn_dim_divisor: int = said("FFN widths are multiples of this", 256)
+    context: int = said("the most tokens that the model is to read", 2048)
+    share_input_output_layers: bool = said("whether the head is the embedding", True)
+
+    def config(self, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:
+        """Raises InputError where the figures make no model."""
+        return ModelConfig.scaled(
+            vocab_size=vocab_size, num_layers=self.num_layers, model_dim=self.model_dim, head_dim=self.head_dim,
+            num_gqa_groups=self.num_gqa_groups, qkv_multipliers=_one_or_two(self.qkv_multipliers),
+            ffn_multipliers=_one_or_two(self.ffn_multipliers), ffn_dim_divisor=self.ffn_dim_divisor,
+            max_context_length=self.context, rope_max_length=2 * self.context, bos_token_id=bos_id,
+            eos_token_id=eos_id, share_input_output_layers=self.share_input_output_layers,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How parameters move."""
+
+    lr: float = said("the highest learning rate")
+    steps: int = said("updates", 350_000)
+    warmup: int = said("updates in which the learning rate rises", 5_000)
+    warmup_from: float = said("where it begins", 1e-6)
+    shape: str = said("cosine, linear or constant after that", "cosine")
+    end: float = said("the share of lr that is left at the end", 0.1)
+    name: str = said("adamw, or adafactor, which needs less memory", "adamw")
+    betas: tuple[float, ...] = said("of AdamW", (0.9, 0.95))
+    eps: float = said("of AdamW", 1e-8)
+    weight_decay: float = said("on matrices, never on norms", 0.1)
+    clip: float = said("the limit on the gradients' norm; 0 for none", 1.0)
+    z_loss: float = said("weight of the squared log-partition, which keeps logits from drifting; 0 for none", 1e-4)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How much at a time, and what is kept."""
+
+    batch_size: int = said("sequences of a batch, in one process", 16)
+    accumulate: int = said("batches to an update", _ROWS // 16)
+    compute_dtype: str | None = said("float32, bfloat16 (default: bfloat16 on a GPU, float32 on a CPU)", None)
+    grad_checkpoint: bool = said("compute layers again on the way back: less memory, slower", False)
+    seed: int = said("of the weights and the order of the data", 0)
+    eval_every: int = said("updates between validations", 1_000)
+    save_every: int = said("updates between checkpoints", 5_000)
+    keep: int = said("checkpoints that are kept: what `average` averages", 5)
+    on_nan: str = said("at a loss that is no number, or a spike: stop, or skip", "stop")
+
+
+def settings(optimizer: Optimizer, run: Run) -> Settings:
+    """What the loop takes. Raises InputError where a value is out of its range."""
+    if len(optimizer.betas) != 2:
+        raise InputError(f"betas are two numbers, not {len(optimizer.betas)}")
+    return Settings(
+        Schedule(
+            optimizer.lr, optimizer.steps, optimizer.warmup, optimizer.shape, optimizer.end, optimizer.warmup_from
+        ),
+        optimizer=optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip or None,
+        accumulate=run.accumulate, seed=run.seed, grad_checkpoint=run.grad_checkpoint, on_nan=run.on_nan,
+        eval_every=run.eval_every, save_every=run.save_every, keep=run.keep,
+    )  # fmt: skip
+
+
+def _one_or_two(multipliers: Sequence[float]) -> float | tuple[float, float]:
+    if len(multipliers) == 1:
+        return multipliers[0]
+    if len(multipliers) != 2:
+        raise InputError(f"multipliers are one or two numbers, not {len(multipliers)}")
+    return multipliers[0], multipliers[1]
+
+
+def preset(name: str) -> tuple[Shape, Optimizer]:
+    """The paper's shape and learning rate. Raises InputError where there is no such model."""
+    if name not in PRESETS:
+        raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+    num_layers, model_dim, head_dim = PRESETS[name]
+    return Shape(num_layers, model_dim, head_dim), Optimizer(_LEARNING_RATES[name])

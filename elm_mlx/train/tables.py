@@ -1,0 +1,137 @@
+"""Frozen dataclasses as TOML: read and checked, single fields overridden, written with what each field means.
+
+Knows types: whole numbers, numbers, texts, truth values, tuples of them, and dataclasses in dataclasses. Knows nothing
+of what any field is for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar
+
+from elm_mlx.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T")
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def said(about: str, default: Any = MISSING) -> Any:
+    """A dataclass's field, with what it means."""
+    if default is MISSING:
+        return field(metadata={"about": about})
+    return field(default=default, metadata={"about": about})
+
+
+def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
+    """The `cls` that a file says, after `overrides` like `optimizer.lr=0.001`.
+
+    Raises:
+        InputError: names the file and the key that is unknown, missing or of another type.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is no TOML: {error}") from None
+    for override in overrides:
+        _override(values, override)
+    made: T = _table(cls, values, "", str(path))
+    return made
+
+
+def write(value: Any, about: str) -> str:
+    """`value` as TOML, each field under a comment that says what it is; `about` stands in front."""
+    return "".join(f"# {line}\n" for line in about.splitlines()) + "\n" + _written(value, "").lstrip("\n")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    name, sign, text = override.partition("=")
+    *tables, key = name.strip().split(".")
+    if not sign or not key:
+        raise InputError(f"--set {override}: needs the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a text without its quotes
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise InputError(f"--set {override}: {table} is no section")
+    values[key] = value
+
+
+def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> Any:
+    """An instance of a dataclass."""
+    known = {item.name: item for item in fields(cls)}
+    types = typing.get_type_hints(cls)
+    at = f"{where}: [{name}]" if name else f"{where}:"
+    found = {}
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(known)}"
+            raise InputError(f"{at} has no key {key!r}; {hint}")
+        found[key] = _value(types[key], value, f"{name}.{key}".lstrip("."), where)
+    for key, item in known.items():
+        if key not in found and item.default is MISSING and item.default_factory is MISSING:
+            raise InputError(f"{at} {key} is missing: {item.metadata.get('about', '')}")
+    try:
+        return cls(**found)
+    except InputError as error:
+        raise InputError(f"{at} {error}") from None
+
+
+def _value(kind: Any, value: Any, name: str, where: str) -> Any:
+    if typing.get_origin(kind) in (typing.Union, UnionType):
+        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise InputError(f"{where}: {name} is no section; it starts with [{name}]")
+        return _table(typing.cast(type, kind), value, name, where)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        items = value if isinstance(value, list) else [value]  # one of them needs no list
+        return tuple(_value(item, each, name, where) for each in items)
+    right = type(value) is kind or (kind is float and type(value) is int)
+    if not right:
+        raise InputError(f"{where}: {name} is {value!r}; it needs {_KINDS[kind]}")
+    return kind(value)
+
+
+def _written(value: Any, name: str) -> str:
+    """The fields that are values, and then each table."""
+    lines, tables = [], []
+    for item in fields(value):
+        inner = getattr(value, item.name)
+        path = f"{name}.{item.name}".lstrip(".")
+        about = item.metadata.get("about", "")
+        if is_dataclass(inner):
+            note = "".join(f"# {line.strip()}\n" for line in (type(inner).__doc__ or "").strip().splitlines()[:1])
+            tables.append(f"\n{note}[{path}]\n{_written(inner, path)}")
+        elif isinstance(inner, tuple) and inner and is_dataclass(inner[0]):
+            note = f"# {about}\n" if about else ""
+            tables += [f"\n{note}[[{path}]]\n{_written(each, path)}" for each in inner]
+        elif inner is None:
+            lines.append(f"# {about}\n# {item.name} =\n")
+        else:
+            lines.append(f"# {about}\n{item.name} = {_literal(inner)}\n")
+    return "".join(lines) + "".join(tables)
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_literal, value))}]"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
