@@ -1,0 +1,98 @@
+"""Dataclasses as TOML: there and back, and every mistake named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elm_mlx.errors import InputError
+from elm_mlx.train import recipe, tables
+from elm_mlx.train.tables import said
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part."""
+
+    path: str = said("where")
+    weight: float = said("how much", 1.0)
+
+
+@dataclass(frozen=True)
+class Whole:
+    part: Part
+    parts: tuple[Part, ...] = said("several", ())
+    count: int = said("how many", 3)
+    note: str | None = said("what is said", None)
+    on: bool = said("whether", False)
+    pair: tuple[float, ...] = said("two", (0.5, 1.0))
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise InputError(f"count must not be below 0, and is {self.count}")
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> Whole:
+    (tmp_path / "a.toml").write_text(text)
+    return tables.read(tmp_path / "a.toml", Whole, overrides)
+
+
+FULL = 'count = 4\npair = 0.25\n[part]\npath = "p"\n[[parts]]\npath = "q"\nweight = 2\n'
+
+
+def test_types_and_defaults(tmp_path: Path) -> None:
+    assert read(tmp_path, FULL) == Whole(Part("p"), (Part("q", 2.0),), 4, pair=(0.25,))
+
+
+def test_overrides(tmp_path: Path) -> None:
+    made = read(tmp_path, FULL, "count=7", "part.path=/a b/c", "on=true", "pair=[1, 2]", 'note="x"')
+    assert made == Whole(Part("/a b/c"), (Part("q", 2.0),), 7, "x", True, (1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("[prt]\n", "a.toml: has no key 'prt'; the nearest is part"),
+        ('[part]\npath = "p"\nwieght = 1\n', "a.toml: [part] has no key 'wieght'; the nearest is weight"),
+        ("[part]\n", "[part] path is missing: where"),
+        ("[part]\npath = 3\n", "part.path is 3; it needs a text"),
+        ('count = 1.5\n[part]\npath = "p"\n', "count is 1.5; it needs a whole number"),
+        ('count = true\n[part]\npath = "p"\n', "count is True; it needs a whole number"),
+        ('count = -1\n[part]\npath = "p"\n', "a.toml: count must not be below 0"),
+        ('part = "p"\n', "part is no section; it starts with [part]"),
+        ("count = \n", "is no TOML"),
+    ],
+)
+def test_mistakes_are_named(text: str, error: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, text)
+    assert error in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["count", "count.x=1", "=1"])
+def test_overrides_that_are_none(override: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--set"):
+        read(tmp_path, FULL, override)
+
+
+@given(st.text(max_size=20), st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 2**62), st.booleans())
+def test_what_is_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, text: str, number: float, count: int, on: bool
+) -> None:
+    whole = Whole(Part(text, number), (Part("a"), Part(text, 1e-8)), count, None, on, (number,))
+    path = tmp_path_factory.mktemp("toml") / "a.toml"
+    path.write_text(tables.write(whole, "a run\nof two lines"), encoding="utf-8")
+    assert tables.read(path, Whole) == whole
+
+
+def test_every_field_of_a_recipe_is_said_in_the_file(tmp_path: Path) -> None:
+    shape, optimizer = recipe.preset("OpenELM-270M")
+    text = tables.write(optimizer, "")
+    assert "# the highest learning rate\nlr = 0.0053\n" in text
+    for part in (shape, optimizer, recipe.Run()):
+        for item in part.__dataclass_fields__.values():
+            assert item.metadata["about"], item.name
