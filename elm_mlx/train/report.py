@@ -75,13 +75,17 @@ def summary(runs: Sequence[Run]) -> Rows:
 
 
 def about(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """What the runs say of themselves: each key, its values, and whether those who say something differ in it."""
+    """What the runs say of themselves: each key, its values, and whether those who say something differ in it.
+
+    Where they differ comes first.
+    """
     keys = dict.fromkeys(key for run in runs for key in run.about)
     telling = [run.about for run in runs if run.about]
-    return [
-        (key, [run.about.get(key, "") for run in runs], len({values.get(key) for values in telling}) > 1)
-        for key in keys
-    ]
+    rows = []
+    for key in keys:
+        differs = len({values.get(key) for values in telling}) > 1
+        rows.append((key, [run.about.get(key, "") for run in runs], differs))
+    return sorted(rows, key=lambda row: not row[2])
 
 
 def _summed_up(run: Run) -> dict[str, str]:
@@ -241,7 +245,8 @@ def _draw(axes: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
                 axes.plot(steps, values, color=style["color"], linewidth=0.6, alpha=0.35)
                 every = max(1, len(column.steps) // _MOST)
                 steps = column.steps[::every].tolist()
-                values = smoothed(column.values, len(column.steps) / 50)[::every]
+                count = len(column.steps)
+                values = smoothed(column.values, max(min(8, count / 4), count / 50))[::every]
             axes.plot(steps, values, **style)
     axes.set_title(keys[0].replace("_", " "), loc="left", fontsize=10).set_parse_math(False)
     axes.set_xlabel("step", fontsize=9)

@@ -147,11 +147,11 @@ def test_settings_are_flat_and_differences_marked(tmp_path: Path) -> None:
     )
     assert found[3].notes == ["run.json cannot be read"]
     assert report.about(found) == [
-        ("command", ["lora", "lora", "", ""], False),
         ("settings.rank", ["8", "16", "", ""], True),
         ("settings.schedule.rate", ["0.1", "", "", ""], True),
         ("settings.targets", ['["a", "b"]', "", "", ""], True),
         ("settings.x", ["{}", "", "", ""], True),
+        ("command", ["lora", "lora", "", ""], False),
     ]
 
 
