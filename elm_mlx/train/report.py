@@ -97,10 +97,10 @@ def _summed_up(run: Run) -> dict[str, str]:
     return {
         "steps": f"{run.steps:,}",
         "tokens": f"{run.tokens.values[-1]:,.0f}" if run.tokens.values and run.tokens.values[-1] else "",
-        "training loss at the end": f"{statistics.fmean(losses[-_LAST_LOSSES:]):.4f}" if losses else "",
-        "validation, first": f"{numbers[0]:.4f}" if numbers else "",
-        "validation, last": f"{numbers[-1]:.4f}" if numbers else "",
-        "validation, best": f"{best:.4f}" if numbers else "",
+        "training loss at the end": _loss(statistics.fmean(losses[-_LAST_LOSSES:])) if losses else "",
+        "validation, first": _loss(numbers[0]) if numbers else "",
+        "validation, last": _loss(numbers[-1]) if numbers else "",
+        "validation, best": _loss(best) if numbers else "",
         "best at step": f"{valid.steps[valid.values.index(best)]:,}" if numbers else "",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "",
         "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",
@@ -108,6 +108,10 @@ def _summed_up(run: Run) -> dict[str, str]:
         "skipped updates": f"{sum(run.column('skipped').values):.0f}" if "skipped" in run.columns else "",
         "losses that are no number": f"{lost:,}" if lost else "",
     }
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _duration(seconds: float) -> str:
@@ -209,7 +213,8 @@ def write_png(runs: Sequence[Run], out: Path) -> None:
         place = grid[0, :] if number == 0 else grid[1 + (number - 1) // 2, (number - 1) % 2]
         _draw(figure.add_subplot(place), runs, keys)
     handles = [figure.axes[0].plot([], [], **_style(i))[0] for i in range(len(runs))]
-    legend = figure.legend(handles, [""] * len(runs), loc="outside upper left", ncols=4, frameon=False)
+    columns = min(4, max(1, 130 // (8 + max(len(run.name) for run in runs))))
+    legend = figure.legend(handles, [""] * len(runs), loc="outside upper left", ncols=columns, frameon=False)
     for text, run in zip(legend.get_texts(), runs, strict=True):
         text.set_parse_math(False)
         text.set_text(run.name)
