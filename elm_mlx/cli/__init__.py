@@ -22,6 +22,7 @@ from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
 from elm_mlx.cli.lora import LoraCommand, lora
+from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
@@ -41,6 +42,7 @@ app.command()(fuse)
 app.command()(generate)
 app.command()(info)
 app.command(cls=LoraCommand)(lora)
+app.command()(report)
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,55 @@
+"""`elm-mlx report`: runs side by side on one page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx.cli.show import printable
+
+if TYPE_CHECKING:
+    from elm_mlx.train.metrics import Run
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories that runs were written to.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page. (default: report.html in the first run's directory)")
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Also a picture of the charts; needs matplotlib.")] = None,
+) -> None:
+    """Write one page with the curves of training runs, laid over each other."""
+    from elm_mlx.train import metrics
+    from elm_mlx.train import report as pages
+
+    found = metrics.read(runs)
+    out = runs[0] / "report.html" if out is None else out
+    if png is not None:
+        pages.write_png(found, png)
+    pages.write_page(found, out)
+    for run in found:
+        for note in run.notes:
+            print(f"{printable(run.name)}: {note}", file=sys.stderr)
+    if sys.stdout.isatty():
+        _print(found)
+    count = f"{len(found):,} runs" if len(found) > 1 else "1 run"
+    print(f"wrote {printable(out)}" + (f" and {printable(png)}" if png is not None else "") + f": {count}")
+
+
+def _print(runs: list[Run]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from elm_mlx.train.report import summary
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("")
+    for run in runs:
+        table.add_column(Text(printable(run.name)), justify="right")
+    for label, cells in summary(runs):
+        table.add_row(label, *cells)
+    Console().print(table)

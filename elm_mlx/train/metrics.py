@@ -1,0 +1,181 @@
+"""Runs read back from what they wrote: `metrics.jsonl`, and `run.json` beside it.
+
+Knows lines and columns: any numeric key of a line is a column over steps. Knows nothing of what the numbers mean, apart
+from a loss that tells an update and a `valid_` that tells a validation; nothing of how they are shown. A run may
+still be under way: a last line without its end is left for later.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from elm_mlx.errors import InputError
+
+METRICS, ABOUT = "metrics.jsonl", "run.json"
+_CLOCK = ("step", "seconds", "tokens", "trained_tokens")  # what a column is seen against, not columns
+
+
+@dataclass
+class Column:
+    """The values of one key; steps rise. What came no number is NaN or infinite here too."""
+
+    steps: array[int] = field(default_factory=lambda: array("q"))
+    values: array[float] = field(default_factory=lambda: array("d"))
+
+    def add(self, step: int, value: float) -> None:
+        """Append; where the run has gone back to `step`, what it had from there on is replaced."""
+        while self.steps and self.steps[-1] >= step:
+            self.steps.pop()
+            self.values.pop()
+        self.steps.append(step)
+        self.values.append(value)
+
+    def finite(self) -> list[float]:
+        return [value for value in self.values if math.isfinite(value)]
+
+
+@dataclass
+class Run:
+    """What one directory tells.
+
+    Attributes:
+        name: what tells it from the others that it was read with.
+        about: `run.json`, nested keys joined by dots, values as text; empty where there is none.
+        columns: by key, in the order of their first lines; `skipped` is 0 or 1.
+        tokens, seconds: spent in updates up to and with each one; validations are in neither.
+        notes: what a reader should know of the files, a sentence each.
+    """
+
+    name: str
+    path: Path
+    about: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
+    tokens: Column = field(default_factory=Column)
+    seconds: Column = field(default_factory=Column)
+    notes: list[str] = field(default_factory=list)
+
+    def column(self, key: str) -> Column:
+        return self.columns.get(key, Column())
+
+    @property
+    def steps(self) -> int:
+        """Updates made."""
+        return max((column.steps[-1] for column in self.columns.values()), default=0)
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """The runs in these directories, each once, in this order.
+
+    Raises:
+        InputError: one is no directory, or there is no line of metrics to read in it.
+    """
+    unique: dict[Path, Path] = {}
+    for path in paths:
+        unique.setdefault(path.resolve(), path)
+    return [_read(path, name) for path, name in zip(unique.values(), _names(list(unique)), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """For each absolute path as many of its last parts as tell it from the others."""
+    names = []
+    for path in paths:
+        count = 1
+        while any(other.parts[-count:] == path.parts[-count:] for other in paths if other != path):
+            count += 1
+        names.append(_text("/".join(path.parts[-count:])))
+    return names
+
+
+def _read(path: Path, name: str) -> Run:
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory; give the directory that a run was written to")
+    run = Run(name, path)
+    damaged = repeated = 0
+    for line in _lines(path / METRICS):
+        try:
+            repeated += _take(run, json.loads(line))
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            damaged += 1
+    if not run.columns:
+        raise InputError(f"{path / METRICS}: holds no line that can be read" + (" yet" if not damaged else ""))
+    if damaged:
+        run.notes.append(f"{damaged:,} damaged {'line' if damaged == 1 else 'lines'} in {METRICS} left out")
+    if repeated:
+        times = "once" if repeated == 1 else f"{repeated:,} times"
+        run.notes.append(f"the run went back {times}; of each step, the last is shown")
+    run.about = _about(run)
+    return run
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines that are whole; the last one too if only its end is missing."""
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
+                    yield line
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the directory that a run was written to") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _take(run: Run, line: Any) -> bool:
+    """Add a line's numbers. Whether the run went back with it. Raises what a line that is none makes raise."""
+    step = line["step"]
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        raise ValueError(step)
+    numbers = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
+    went_back = False
+    if "loss" in numbers:
+        went_back = bool(run.tokens.steps) and run.tokens.steps[-1] >= step
+        for total, key in ((run.tokens, "tokens"), (run.seconds, "seconds")):
+            spent = numbers.get(key, 0.0)
+            while total.steps and total.steps[-1] >= step:
+                total.steps.pop()
+                total.values.pop()
+            before = total.values[-1] if total.values else 0.0
+            total.add(step, before + (spent if 0 <= spent < math.inf else 0.0))
+    for key, value in numbers.items():
+        if key not in _CLOCK:
+            run.columns.setdefault(_text(key), Column()).add(step, value)
+    return went_back
+
+
+def _about(run: Run) -> dict[str, str]:
+    path = run.path / ABOUT
+    try:
+        found = json.loads(path.read_bytes())
+        return dict(_flat("", found)) if isinstance(found, dict) else {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError):
+        run.notes.append(f"{ABOUT} cannot be read")
+        return {}
+
+
+def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield _text(prefix), _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _text(text: str) -> str:
+    """`text` as UTF-8 can hold it: names of files may be no text at all."""
+    return text.encode("utf-8", "replace").decode()

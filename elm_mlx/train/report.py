@@ -1,0 +1,261 @@
+"""Runs side by side: a page that opens anywhere, a picture, and the few figures that sum a run up.
+
+Knows what is shown, and how much of it: a long run's points are thinned, its extremes kept. The page's looks and its
+script are `report.html`. Knows nothing of training, nor of files other than those it writes.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import math
+import statistics
+import warnings
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elm_mlx import files
+from elm_mlx.errors import ElmError
+from elm_mlx.train.metrics import Column, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_FIRST = ("loss", "learning_rate", "tokens_per_second", "grad_norm", "memory")
+_AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth
+_LAST_LOSSES = 20  # whose mean is the final one
+_BUCKETS, _LEAST, _MOST = 22_000, 40, 1_000  # of the page; of a column at least, at most: a page of 2 MB or less
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito's
+_MARKERS = "os^D"
+_LINES = ("-", "--", ":", "-.")  # of the first seven runs, the next seven, …
+
+Rows = list[tuple[str, list[str]]]
+
+
+def write_page(runs: Sequence[Run], out: Path) -> None:
+    """One HTML file without anything outside it. Raises ElmError where it cannot be written."""
+    files.write_text(out, page(runs))
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page's text: `report.html` with the runs in it as JSON, which cannot end the element that it is in."""
+    charted = [chart for chart in charts(runs) if chart]
+    count = sum(key in run.columns for run in runs for chart in charted for key in chart) + len(runs)
+    buckets = min(_MOST, max(_LEAST, _BUCKETS // count))
+    title = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
+    content = {
+        "title": title,
+        "charts": charted,
+        "smoothed": [key for key, *_ in charted if key not in _AS_IT_IS],
+        "runs": [_embedded(run, charted, buckets) for run in runs],
+        "summary": summary(runs),
+        "about": about(runs),
+    }
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    template = resources.files("elm_mlx.train").joinpath("report.html").read_text("utf-8")
+    head, _, tail = template.partition("{{content}}")
+    return head.replace("{{title}}", html.escape(title)) + text + tail
+
+
+def charts(runs: Sequence[Run]) -> list[list[str]]:
+    """The keys of each chart: a key, and its `valid_` fellow if there is one."""
+    keys = dict.fromkeys(key for run in runs for key in run.columns if key != "skipped")
+    bases = dict.fromkeys(key.removeprefix("valid_") for key in keys)
+    order = [key for key in _FIRST if key in bases] + [key for key in bases if key not in _FIRST]
+    return [[key for key in (base, f"valid_{base}") if key in keys] for base in order]
+
+
+def summary(runs: Sequence[Run]) -> Rows:
+    """Rows of a label and a cell for each run; rows that no run has anything for are left out."""
+    columns = [_summed_up(run) for run in runs]
+    return [(label, [column[label] for column in columns]) for label in columns[0] if any(c[label] for c in columns)]
+
+
+def about(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """What the runs say of themselves: each key, its values, and whether those who say something differ in it.
+
+    Where they differ comes first.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.about)
+    telling = [run.about for run in runs if run.about]
+    rows = []
+    for key in keys:
+        differs = len({values.get(key) for values in telling}) > 1
+        rows.append((key, [run.about.get(key, "") for run in runs], differs))
+    return sorted(rows, key=lambda row: not row[2])
+
+
+def _summed_up(run: Run) -> dict[str, str]:
+    valid, losses = run.column("valid_loss"), run.column("loss").finite()
+    numbers = valid.finite()
+    best = min(numbers, default=math.nan)
+    rates, memory = run.column("tokens_per_second").finite(), run.column("memory").finite()
+    lost = sum(len(column.values) - len(column.finite()) for column in (valid, run.column("loss")))
+    return {
+        "steps": f"{run.steps:,}",
+        "tokens": f"{run.tokens.values[-1]:,.0f}" if run.tokens.values and run.tokens.values[-1] else "",
+        "training loss at the end": _loss(statistics.fmean(losses[-_LAST_LOSSES:])) if losses else "",
+        "validation, first": _loss(numbers[0]) if numbers else "",
+        "validation, last": _loss(numbers[-1]) if numbers else "",
+        "validation, best": _loss(best) if numbers else "",
+        "best at step": f"{valid.steps[valid.values.index(best)]:,}" if numbers else "",
+        "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "",
+        "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",
+        "time in updates": _duration(run.seconds.values[-1]) if run.seconds.values else "",
+        "skipped updates": f"{sum(run.column('skipped').values):.0f}" if "skipped" in run.columns else "",
+        "losses that are no number": f"{lost:,}" if lost else "",
+    }
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
+
+
+def _embedded(run: Run, charted: Sequence[Sequence[str]], buckets: int) -> dict[str, Any]:
+    # One step in so many: between these, tokens and seconds grow evenly enough for an axis.
+    every = max(1, len(run.tokens.steps) // buckets)
+    kept = sorted({*range(0, len(run.tokens.steps), every), len(run.tokens.steps) - 1} - {-1})
+    columns = {key: run.columns[key] for chart in charted for key in chart if key in run.columns}
+    return {
+        "name": run.name,
+        "path": _readable(str(run.path)),
+        "notes": run.notes,
+        "clock": {
+            "step": [run.tokens.steps[i] for i in kept],
+            "tokens": [round(run.tokens.values[i]) for i in kept],
+            "seconds": [round(run.seconds.values[i], 2) for i in kept],
+        },
+        "series": {key: thinned(column, buckets) for key, column in columns.items()},
+    }
+
+
+def thinned(column: Column, buckets: int) -> dict[str, list[Any]]:
+    """A column as JSON can hold it; what is no number is null.
+
+    One of more than twice `buckets` values is cut into as many stretches. Of each stay, under `step` and `value`, its
+    least and its greatest value and the first that is no number, and, under `mean`, `count` and `at`, the mean of its
+    numbers, how many they are and the last one's step: what smoothing needs, whose result is then that of all values.
+    """
+    steps, values = column.steps, column.values
+    if len(steps) <= 2 * buckets:
+        return {"step": steps.tolist(), "value": [_short(value) for value in values]}
+    kept, means = {0, len(steps) - 1}, []
+    for bucket in range(buckets):
+        part = range(bucket * len(steps) // buckets, (bucket + 1) * len(steps) // buckets)
+        numbers = [i for i in part if math.isfinite(values[i])]
+        if len(numbers) < len(part):
+            kept.add(next(i for i in part if not math.isfinite(values[i])))
+        if numbers:
+            kept |= {min(numbers, key=values.__getitem__), max(numbers, key=values.__getitem__)}
+        mean = statistics.fmean(values[i] for i in numbers) if numbers else math.nan
+        means.append((steps[part[-1]], _short(mean), len(numbers)))
+    at, mean_values, counts = (list(each) for each in zip(*means, strict=True))
+    order = sorted(kept)
+    return {
+        "step": [steps[i] for i in order],
+        "value": [_short(values[i]) for i in order],
+        "at": at,
+        "mean": mean_values,
+        "count": counts,
+    }
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _readable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def smoothed(values: Sequence[float], over: float) -> list[float]:
+    """An exponential mean that reaches over about `over` values, without a bias to 0 at its start; NaN stays NaN."""
+    decay = 1 - 1 / max(1.0, over)
+    total = weight = 0.0
+    means = []
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        means.append(total / weight if math.isfinite(value) else math.nan)
+    return means
+
+
+def check_plotting() -> None:
+    """Raises ElmError where matplotlib is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ElmError("a PNG needs matplotlib: pip install 'elm-mlx[plot]'; the page needs nothing") from None
+
+
+def write_png(runs: Sequence[Run], out: Path) -> None:
+    """The page's charts as a picture. Raises ElmError where matplotlib is missing or `out` cannot be written."""
+    check_plotting()
+    from matplotlib.figure import Figure  # draws with Agg: no display, no window
+
+    charted = charts(runs)
+    rows = 1 + math.ceil((len(charted) - 1) / 2)
+    figure = Figure(figsize=(11, 4.5 + 2.6 * (rows - 1)), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(rows, 2, height_ratios=[1.7] + [1.0] * (rows - 1))
+    for number, keys in enumerate(charted):
+        place = grid[0, :] if number == 0 else grid[1 + (number - 1) // 2, (number - 1) % 2]
+        _draw(figure.add_subplot(place), runs, keys)
+    handles = [figure.axes[0].plot([], [], **_style(i))[0] for i in range(len(runs))]
+    columns = min(4, max(1, 130 // (8 + max(len(run.name) for run in runs))))
+    legend = figure.legend(handles, [""] * len(runs), loc="outside upper left", ncols=columns, frameon=False)
+    for text, run in zip(legend.get_texts(), runs, strict=True):
+        text.set_parse_math(False)
+        text.set_text(run.name)
+    image = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a glyph that no font has
+        figure.savefig(image, format="png")
+    with files.new_file(out) as file:
+        file.write(image.getvalue())
+
+
+def _style(number: int) -> dict[str, Any]:
+    line = _LINES[number // len(_COLOURS) % len(_LINES)]
+    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": line, "linewidth": 1.6}
+
+
+def _draw(axes: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
+    from matplotlib.ticker import EngFormatter
+
+    for i, run in enumerate(runs):
+        for key in keys:
+            column, style = run.column(key), _style(i)
+            points = thinned(column, _MOST)
+            steps, values = points["step"], [math.nan if value is None else value for value in points["value"]]
+            lost = [step for step, value in zip(steps, values, strict=True) if math.isnan(value)]
+            if lost:
+                top = axes.get_xaxis_transform()
+                (marks,) = axes.plot(lost, [1.0] * len(lost), "x", color=style["color"], transform=top, clip_on=False)
+                marks.set_in_layout(False)
+            if key.startswith("valid_"):
+                style |= {"marker": _MARKERS[i % len(_MARKERS)], "markersize": 4.5, "markerfacecolor": "white"}
+            elif key not in _AS_IT_IS and len(column.steps) > 1:
+                axes.plot(steps, values, color=style["color"], linewidth=0.6, alpha=0.35)
+                every = max(1, len(column.steps) // _MOST)
+                steps = column.steps[::every].tolist()
+                count = len(column.steps)
+                values = smoothed(column.values, max(min(8, count / 4), count / 50))[::every]
+            axes.plot(steps, values, **style)
+    axes.set_title(keys[0].replace("_", " "), loc="left", fontsize=10).set_parse_math(False)
+    axes.set_xlabel("step", fontsize=9)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if keys[0] == "memory":
+        axes.yaxis.set_major_formatter(EngFormatter())

@@ -1,0 +1,89 @@
+"""`elm-mlx report`: what it writes, where, and what it says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from elm_mlx.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["elm-mlx", "report", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+def trained(path: Path, more: str = "") -> Path:
+    path.mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": 3.0 - step / 10, "tokens": 50, "seconds": 1}) for step in range(1, 6)]
+    (path / "metrics.jsonl").write_text("\n".join([*lines, more]))
+    return path
+
+
+def test_a_page_lands_in_the_first_runs_directory(run: Run, tmp_path: Path) -> None:
+    first, second = trained(tmp_path / "a"), trained(tmp_path / "b")
+    code, out, err = run(first, second)
+    assert (code, out, err) == (0, f"wrote {first / 'report.html'}: 2 runs\n", "")
+    assert "</html>" in (first / "report.html").read_text() and not (second / "report.html").exists()
+    assert {path.name for path in first.iterdir()} == {"metrics.jsonl", "report.html"}
+
+
+def test_out_and_a_picture(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    page, picture = tmp_path / "page.html", tmp_path / "all.png"
+    code, out, _ = run(trained(tmp_path / "a"), "--out", page, "--png", picture)
+    assert (code, out) == (0, f"wrote {page} and {picture}: 1 run\n")
+    assert page.exists() and picture.read_bytes()[1:4] == b"PNG" and not (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_terminal_gets_the_figures(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, out, _ = run(trained(tmp_path / "[red]a"), trained(tmp_path / "b"))
+    assert code == 0 and "[red]a" in out
+    rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
+    assert rows["steps"] == ["5", "5"] and rows["tokens"] == ["250", "250"]
+    assert rows["training loss at the end"] == ["2.7000", "2.7000"]
+    assert out.splitlines()[-1].startswith("wrote ")
+
+
+def test_damage_is_told(run: Run, tmp_path: Path) -> None:
+    code, _, err = run(trained(tmp_path / "a", "rubbish\n"))
+    assert (code, err) == (0, "a: 1 damaged line in metrics.jsonl left out\n")
+
+
+def test_errors_are_one_line_and_write_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = trained(tmp_path / "a")
+    code, out, err = run(good, tmp_path / "none")
+    assert (code, out) == (2, "") and err.startswith(f"elm-mlx: {tmp_path / 'none'}: no such directory")
+    assert err.count("\n") == 1 and not (good / "report.html").exists()
+    code, _, err = run(good, "--out", tmp_path / "nowhere" / "x.html")
+    assert code == 1 and "cannot be written" in err and err.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(good, "--png", tmp_path / "x.png")
+    assert code == 1 and "elm-mlx[plot]" in err and not (good / "report.html").exists()
+
+
+def test_nothing_heavy_is_imported_for_a_page(tmp_path: Path) -> None:
+    program = (
+        "import sys; from elm_mlx.cli import main; sys.argv = ['elm-mlx', 'report', sys.argv[1]]\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "print(sorted({'mlx_lm', 'matplotlib', 'transformers', 'pyarrow'} & set(sys.modules)))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, trained(tmp_path / "a")], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.splitlines()[-1] == "[]"
