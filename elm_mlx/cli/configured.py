@@ -17,7 +17,6 @@ import typer.core
 
 from elm_mlx.errors import InputError
 
-RUN_FILE = "run.json"  # what a run was started with, in its directory
 _NEVER = {"config", "resume", "recipe", "help"}  # of no sense in a file
 
 
@@ -33,7 +32,9 @@ class Configured(typer.core.TyperCommand):
         if config is not None:
             self._fill(ctx, open_, _read(Path(config), self._names()), str(config))
         if ctx.params.get("resume") and ctx.params.get("out") is not None:
-            path = Path(ctx.params["out"]) / RUN_FILE
+            from elm_mlx.train.metrics import ABOUT
+
+            path = Path(ctx.params["out"]) / ABOUT
             self._fill(ctx, open_, _settings(path, self._names()), str(path))
         recipe = ctx.params.get("recipe")
         if recipe is not None:

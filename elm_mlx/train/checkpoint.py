@@ -25,9 +25,9 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from elm_mlx import files, headers
 from elm_mlx.errors import InputError
+from elm_mlx.train.metrics import METRICS
 
 FORMAT = 1
-METRICS = "metrics.jsonl"
 PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
 
 

@@ -29,10 +29,10 @@ from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
 from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.settings import Settings
 from elm_mlx.version import __version__
 
-RUN_FILE = "run.json"  # what the run was asked for, in its directory
 _GRAIN = 32  # rows are as long as a multiple of this
 
 
@@ -181,7 +181,7 @@ class Finetuning:
                 "trainable": self.trainable, "parameters": self.config.parameters, "machine": device.machine(),
                 "processes": self.world, "version": __version__,
             }  # fmt: skip
-            files.write_text(self.out / RUN_FILE, json.dumps(about, indent=1) + "\n")
+            files.write_text(self.out / ABOUT, json.dumps(about, indent=1) + "\n")
 
     def _open(self) -> tuple[Model, mx.Dtype | None]:
         """The model with what is trained in float32, and what that is to be rounded to where it is used."""

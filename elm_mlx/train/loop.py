@@ -28,6 +28,7 @@ from elm_mlx.train import checkpoint
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
 
@@ -175,7 +176,7 @@ class _Run:
         mx.random.seed(self._settings.seed + self._group.rank())
         if self._writes():
             self._out.mkdir(parents=True, exist_ok=True)
-            (self._out / checkpoint.METRICS).unlink(missing_ok=True)
+            (self._out / METRICS).unlink(missing_ok=True)
 
     def resume(self) -> None:
         """Go back to the newest checkpoint."""
@@ -326,7 +327,7 @@ class _Run:
     def _report(self, report: Report) -> None:
         if self._writes():
             values = {name: value for name, value in asdict(report).items() if value is not None}
-            with (self._out / checkpoint.METRICS).open("a", encoding="utf-8") as file:
+            with (self._out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         self._on_report(report)
 

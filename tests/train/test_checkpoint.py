@@ -13,6 +13,7 @@ import pytest
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint
 from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.metrics import METRICS
 
 IDENTITY = Identity("model", "data", {"rank": 8, "betas": (0.9, 0.95)})
 PARAMETERS = {"layers": [{}, {"weight": mx.array([1.5, -0.1])}], "norm": mx.ones((3,), mx.bfloat16)}
@@ -91,9 +92,9 @@ def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
 
 def test_metrics_are_cut_back_with_what_a_kill_left(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "loss": 0.1 * step}) for step in range(1, 8)]
-    (tmp_path / checkpoint.METRICS).write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 3, "lo')
     checkpoint.cut_metrics(tmp_path, 5)
-    assert (tmp_path / checkpoint.METRICS).read_text().splitlines() == lines[:5]
+    assert (tmp_path / METRICS).read_text().splitlines() == lines[:5]
     checkpoint.cut_metrics(tmp_path / "none", 5)
 
 
