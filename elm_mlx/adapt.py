@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from elm_mlx import adapters, files, lora
+from elm_mlx import adapters, files, lora, shards
 from elm_mlx.adapters import Adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
@@ -109,7 +109,7 @@ def write(
     except OSError as error:
         raise ElmError(f"{directory}: cannot be made: {error.strerror}") from None
     with files.new_file(directory / adapters.WEIGHTS) as file:
-        mx.save_safetensors(file, dict(values), metadata={"format": "mlx"})
+        shards.write_arrays(file, values)
     files.write_text(directory / adapters.CONFIG, text)
 
 

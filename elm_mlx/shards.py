@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 
 SHARD_BYTES = 5 << 30  # mlx-lm's limit
 
-_NAMES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32", mx.uint8: "U8"}
+_NAMES = {
+    mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint64: "U64", mx.uint32: "U32", mx.uint8: "U8",
+    mx.int64: "I64", mx.int32: "I32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ def write(directory: Path, tensors: Sequence[Pending], shard_bytes: int = SHARD_
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     names = names if count > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards, strict=True):
-        _write_shard(directory / name, shard)
+        with (directory / name).open("wb") as file:
+            _write(file, shard)
     if count > 1:
         placed = {tensor.name: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         index = {
@@ -58,7 +64,15 @@ def write(directory: Path, tensors: Sequence[Pending], shard_bytes: int = SHARD_
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shard(path: Path, tensors: Sequence[Pending]) -> None:
+def write_arrays(file: BinaryIO, arrays: Mapping[str, mx.array]) -> None:
+    """`arrays` as one file. MLX's own writer would not say why it failed. Raises OSError."""
+    _write(
+        file,
+        [Pending(name, array.dtype, array.shape, partial(arrays.__getitem__, name)) for name, array in arrays.items()],
+    )
+
+
+def _write(file: BinaryIO, tensors: Sequence[Pending]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
     offset = 0
     for tensor in tensors:
@@ -67,11 +81,10 @@ def _write_shard(path: Path, tensors: Sequence[Pending]) -> None:
         offset = span[1]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            array = tensor.make()
-            assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
-            file.write(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
-            del array
-            mx.clear_cache()
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors:
+        array = tensor.make()
+        assert (array.dtype, array.shape) == (tensor.dtype, tensor.shape), tensor.name
+        file.write(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
+        del array
+        mx.clear_cache()

@@ -23,7 +23,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from elm_mlx import files, headers
+from elm_mlx import files, headers, shards
 from elm_mlx.errors import InputError
 from elm_mlx.train.metrics import METRICS
 
@@ -111,8 +111,9 @@ def save(
     path = directory(out, progress.step)
     state = {"format": FORMAT, "identity": asdict(identity), "progress": asdict(progress)}
     with files.new_directory(path, replace=True) as made:
-        mx.save_safetensors(str(made / PARAMETERS), _flat(parameters))
-        mx.save_safetensors(str(made / OPTIMIZER), _flat(optimizer))
+        for name, tree in ((PARAMETERS, parameters), (OPTIMIZER, optimizer)):
+            with (made / name).open("wb") as file:
+                shards.write_arrays(file, _flat(tree))
         (made / STATE).write_text(json.dumps(state, indent=1))
         if export is not None:
             export(made)
