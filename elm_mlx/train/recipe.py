@@ -12,7 +12,6 @@ from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
 from elm_mlx.train.optimizer import Schedule
 from elm_mlx.train.settings import Settings
-from elm_mlx.train.tables import said
 
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
@@ -21,20 +20,30 @@ _ROWS = 2048  # sequences of an update: 4M tokens
 
 @dataclass(frozen=True)
 class Shape:
-    """The network. Heads and FFN widths grow from the first layer to the last (paper, section 2.1)."""
+    """The network. Heads and FFN widths grow from the first layer to the last (paper, section 2.1).
 
-    num_layers: int = said("layers")
-    model_dim: int = said("width of the residual stream")
-    head_dim: int = said("width of a head")
-    num_gqa_groups: int = said("query heads that share a key and value head", 4)
-    qkv_multipliers: tuple[float, ...] = said(
-        "width of the heads as a share of model_dim, in the first and the last layer; one number for a uniform model",
-        (0.5, 1.0),
-    )
-    ffn_multipliers: tuple[float, ...] = said("width of the FFN, likewise", (0.5, 4.0))
-    ffn_dim_divisor: int = said("FFN widths are multiples of this", 256)
-    context: int = said("the most tokens that the model is to read", 2048)
-    share_input_output_layers: bool = said("whether the head is the embedding", True)
+    Args:
+        num_layers: layers.
+        model_dim: width of the residual stream.
+        head_dim: width of a head.
+        num_gqa_groups: query heads that share a key and value head.
+        qkv_multipliers: width of the heads as a share of model_dim, in the first and the last layer; one number for a
+            uniform model.
+        ffn_multipliers: width of the FFN, likewise.
+        ffn_dim_divisor: FFN widths are multiples of this.
+        context: the most tokens that the model is to read.
+        share_input_output_layers: whether the head is the embedding.
+    """
+
+    num_layers: int
+    model_dim: int
+    head_dim: int
+    num_gqa_groups: int = 4
+    qkv_multipliers: tuple[float, ...] = (0.5, 1.0)
+    ffn_multipliers: tuple[float, ...] = (0.5, 4.0)
+    ffn_dim_divisor: int = 256
+    context: int = 2048
+    share_input_output_layers: bool = True
 
     def config(self, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:
         """Raises InputError where the figures make no model."""
@@ -49,35 +58,62 @@ class Shape:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How parameters move."""
+    """How parameters move.
 
-    lr: float = said("the highest learning rate")
-    steps: int = said("updates", 350_000)
-    warmup: int = said("updates in which the learning rate rises", 5_000)
-    warmup_from: float = said("where it begins", 1e-6)
-    shape: str = said("cosine, linear or constant after that", "cosine")
-    end: float = said("the share of lr that is left at the end", 0.1)
-    name: str = said("adamw, or adafactor, which needs less memory", "adamw")
-    betas: tuple[float, ...] = said("of AdamW", (0.9, 0.95))
-    eps: float = said("of AdamW", 1e-8)
-    weight_decay: float = said("on matrices, never on norms", 0.1)
-    clip: float = said("the limit on the gradients' norm; 0 for none", 1.0)
-    z_loss: float = said("weight of the squared log-partition, which keeps logits from drifting; 0 for none", 1e-4)
+    Args:
+        lr: the highest learning rate.
+        steps: updates.
+        warmup: updates in which the learning rate rises.
+        warmup_from: where it begins.
+        shape: cosine, linear or constant after that.
+        end: the share of lr that is left at the end.
+        name: adamw, or adafactor, which needs less memory.
+        betas: of AdamW.
+        eps: of AdamW.
+        weight_decay: on matrices, never on norms.
+        clip: the limit on the gradients' norm; 0 for none.
+        z_loss: weight of the squared log-partition, which keeps logits from drifting; 0 for none.
+    """
+
+    lr: float
+    steps: int = 350_000
+    warmup: int = 5_000
+    warmup_from: float = 1e-6
+    shape: str = "cosine"
+    end: float = 0.1
+    name: str = "adamw"
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    z_loss: float = 1e-4
 
 
 @dataclass(frozen=True)
 class Run:
-    """How much at a time, and what is kept."""
+    """How much at a time, and what is kept.
 
-    batch_size: int = said("sequences of a batch, in one process", 16)
-    accumulate: int = said("batches to an update", _ROWS // 16)
-    compute_dtype: str | None = said("float32, bfloat16 (default: bfloat16 on a GPU, float32 on a CPU)", None)
-    grad_checkpoint: bool = said("compute layers again on the way back: less memory, slower", False)
-    seed: int = said("of the weights and the order of the data", 0)
-    eval_every: int = said("updates between validations", 1_000)
-    save_every: int = said("updates between checkpoints", 5_000)
-    keep: int = said("checkpoints that are kept: what `average` averages", 5)
-    on_nan: str = said("at a loss that is no number, or a spike: stop, or skip", "stop")
+    Args:
+        batch_size: sequences of a batch, in one process.
+        accumulate: batches to an update.
+        compute_dtype: float32, bfloat16 (default: bfloat16 on a GPU, float32 on a CPU).
+        grad_checkpoint: compute layers again on the way back: less memory, slower.
+        seed: of the weights and the order of the data.
+        eval_every: updates between validations.
+        save_every: updates between checkpoints.
+        keep: checkpoints that are kept: what `average` averages.
+        on_nan: at a loss that is no number, or a spike: stop, or skip.
+    """
+
+    batch_size: int = 16
+    accumulate: int = _ROWS // 16
+    compute_dtype: str | None = None
+    grad_checkpoint: bool = False
+    seed: int = 0
+    eval_every: int = 1_000
+    save_every: int = 5_000
+    keep: int = 5
+    on_nan: str = "stop"
 
 
 def settings(optimizer: Optimizer, run: Run) -> Settings:

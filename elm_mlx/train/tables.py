@@ -1,17 +1,19 @@
 """Frozen dataclasses as TOML: read and checked, single fields overridden, written with what each field means.
 
-Knows types: whole numbers, numbers, texts, truth values, tuples of them, and dataclasses in dataclasses. Knows nothing
-of what any field is for.
+Knows types: whole numbers, numbers, texts, truth values, tuples of them, and dataclasses in dataclasses. What a field
+is for, its class's docstring says under `Args:`.
 """
 
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
+import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
@@ -25,13 +27,6 @@ else:
 
 T = TypeVar("T")
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-def said(about: str, default: Any = MISSING) -> Any:
-    """A dataclass's field, with what it means."""
-    if default is MISSING:
-        return field(metadata={"about": about})
-    return field(default=default, metadata={"about": about})
 
 
 def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -87,7 +82,7 @@ def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> 
         found[key] = _value(types[key], value, f"{name}.{key}".lstrip("."), where)
     for key, item in known.items():
         if key not in found and item.default is MISSING and item.default_factory is MISSING:
-            raise InputError(f"{at} {key} is missing: {item.metadata.get('about', '')}")
+            raise InputError(f"{at} {key} is missing: {_abouts(cls).get(key, '')}")
     try:
         return cls(**found)
     except InputError as error:
@@ -113,22 +108,31 @@ def _value(kind: Any, value: Any, name: str, where: str) -> Any:
 
 def _written(value: Any, name: str) -> str:
     """The fields that are values, and then each table."""
-    lines, tables = [], []
+    lines, tables, abouts = [], [], _abouts(type(value))
     for item in fields(value):
         inner = getattr(value, item.name)
         path = f"{name}.{item.name}".lstrip(".")
-        about = item.metadata.get("about", "")
+        about = f"# {abouts[item.name]}\n" if item.name in abouts else ""
         if is_dataclass(inner):
-            note = "".join(f"# {line.strip()}\n" for line in (type(inner).__doc__ or "").strip().splitlines()[:1])
-            tables.append(f"\n{note}[{path}]\n{_written(inner, path)}")
+            tables.append(f"\n{_heading(inner)}[{path}]\n{_written(inner, path)}")
         elif isinstance(inner, tuple) and inner and is_dataclass(inner[0]):
-            note = f"# {about}\n" if about else ""
-            tables += [f"\n{note}[[{path}]]\n{_written(each, path)}" for each in inner]
-        elif inner is None:
-            lines.append(f"# {about}\n# {item.name} =\n")
+            tables += [f"\n{_heading(each)}[[{path}]]\n{_written(each, path)}" for each in inner]
         else:
-            lines.append(f"# {about}\n{item.name} = {_literal(inner)}\n")
+            lines.append(about + (f"# {item.name} =\n" if inner is None else f"{item.name} = {_literal(inner)}\n"))
     return "".join(lines) + "".join(tables)
+
+
+def _heading(value: Any) -> str:
+    return f"# {(type(value).__doc__ or '').strip().splitlines()[0]}\n"
+
+
+def _abouts(cls: type[Any]) -> dict[str, str]:
+    """What the `Args:` of a docstring say of each field, on one line each."""
+    _, _, text = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
+    abouts: dict[str, str] = {}
+    for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.M):
+        abouts |= dict.fromkeys(names.split(", "), " ".join(about.split()))
+    return abouts
 
 
 def _literal(value: Any) -> str:

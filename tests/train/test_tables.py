@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,25 +12,29 @@ from hypothesis import strategies as st
 
 from elm_mlx.errors import InputError
 from elm_mlx.train import recipe, tables
-from elm_mlx.train.tables import said
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part."""
+    """A part.
 
-    path: str = said("where")
-    weight: float = said("how much", 1.0)
+    Args:
+        path: where.
+        weight: how much.
+    """
+
+    path: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class Whole:
     part: Part
-    parts: tuple[Part, ...] = said("several", ())
-    count: int = said("how many", 3)
-    note: str | None = said("what is said", None)
-    on: bool = said("whether", False)
-    pair: tuple[float, ...] = said("two", (0.5, 1.0))
+    parts: tuple[Part, ...] = ()
+    count: int = 3
+    note: str | None = None
+    on: bool = False
+    pair: tuple[float, ...] = (0.5, 1.0)
 
     def __post_init__(self) -> None:
         if self.count < 0:
@@ -92,7 +97,9 @@ def test_what_is_written_is_read(
 def test_every_field_of_a_recipe_is_said_in_the_file(tmp_path: Path) -> None:
     shape, optimizer = recipe.preset("OpenELM-270M")
     text = tables.write(optimizer, "")
-    assert "# the highest learning rate\nlr = 0.0053\n" in text
+    assert "# the highest learning rate.\nlr = 0.0053\n" in text
     for part in (shape, optimizer, recipe.Run()):
-        for item in part.__dataclass_fields__.values():
-            assert item.metadata["about"], item.name
+        lines = tables.write(part, "").splitlines()
+        for name in part.__dataclass_fields__:
+            at = next(i for i, line in enumerate(lines) if re.match(rf"(# )?{name} =", line))
+            assert re.match(r"# \w", lines[at - 1]), name
