@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 VARIABLE = "ELM_MLX_BLAS"
 SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
@@ -45,6 +46,7 @@ ROWS_BY_GEMV = ", single rows by gemv"
 SHIM = Path(__file__).with_name("gemv.c")
 _RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
+_opened: list[ctypes.CDLL] = []  # what serves, for as long as the process lives
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,34 @@ def prefer_fast() -> None:
         print(f"elm-mlx: slow matrix products: {found.note} ({VARIABLE} chooses a BLAS)", file=sys.stderr)
 
 
+def threads() -> int:
+    """How many processors a product uses, where that can be changed; else 1."""
+    count = _openblas("openblas_get_num_threads")
+    return max(1, count()) if count else 1
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """While it lasts, products use one processor: for whoever computes several at the same time."""
+    kept, change = threads(), _openblas("openblas_set_num_threads")
+    if change is None:
+        yield
+        return
+    change(1)
+    try:
+        yield
+    finally:
+        change(kept)
+
+
+def _openblas(name: str) -> Callable[..., int] | None:
+    """A function of the OpenBLAS that serves, if one does."""
+    for library, full in itertools.product(_opened, (name, PREFIX + name)):
+        if hasattr(library, full):
+            return cast(Callable[..., int], getattr(library, full))
+    return None
+
+
 def _load_packaged() -> Status:
     """The wheel's OpenBLAS, or else the system's."""
     name = "OpenBLAS (scipy-openblas32)"
@@ -135,6 +165,7 @@ def _load(path: str, beside: Path | None = None) -> str:
         raise _Unusable(f"{path} multiplies wrongly on this processor")
     opened.append(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
     _respect_cpu_quota(opened)
+    _opened[:] = opened
     return path
 
 

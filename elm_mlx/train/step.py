@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx.model import Block, Model
 from elm_mlx.ops import Mask
@@ -19,6 +19,7 @@ from elm_mlx.rope import Rotate
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.loss import Parameters, Positions, summed_loss, summed_loss_only
+from elm_mlx.train.parts import Parts
 
 
 class Step:
@@ -43,17 +44,24 @@ class Step:
         self.optimizer = optimizer
         self._clip = clip
         self._dtype = compute_dtype
-        optimizer.init(model.trainable_parameters())
+        trained = model.trainable_parameters()
+        optimizer.init(trained)
+        mx.eval(model.parameters())
+        self._parts = Parts(sum(parameter.nbytes for _, parameter in tree_flatten(trained)))
         random = mx.random.state
         self._gradients = mx.compile(mx.value_and_grad(self._loss), inputs=random, outputs=random)
         self._evaluate = mx.compile(self._loss_only)
         self._apply = mx.compile(self._applied)
 
     def gradients(self, batch: Batch) -> tuple[mx.array, Any, int]:
-        """The summed loss of a batch, its gradients, and how many tokens it counts. Not yet computed."""
-        arrays, count = _arrays(batch)
-        loss, grads = self._gradients(self.model.trainable_parameters(), *arrays)
-        return loss, grads, count
+        """The summed loss of a batch, its gradients, and how many tokens it counts. Perhaps not yet computed."""
+
+        parameters = self.model.trainable_parameters()
+        parts = self._parts.compute(lambda part: self._gradients(parameters, *_arrays(part)), batch, parameters)
+        (loss, grads), *others = parts
+        for other_loss, other in others:
+            loss, grads = loss + other_loss, tree_map(mx.add, grads, other)
+        return loss, grads, int(batch.trained.sum())
 
     def apply(self, gradients: Any, norm: mx.array, tokens: float, learning_rate: float) -> None:
         """Update parameters and optimizer by summed `gradients`, whose mean's norm is `norm`. Not yet computed."""
@@ -68,10 +76,12 @@ class Step:
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """The summed loss of a batch without dropout, and how many tokens it counts."""
-        arrays, count = _arrays(batch)
+
+        parameters = self.model.trainable_parameters()
         self.model.eval()
         try:
-            return self._evaluate(self.model.trainable_parameters(), *arrays), count
+            parts = self._parts.compute(lambda part: self._evaluate(parameters, *_arrays(part)), batch, parameters)
+            return mx.stack(parts).sum(), int(batch.trained.sum())
         finally:
             self.model.train()
 
@@ -123,11 +133,11 @@ class Step:
         return optimizer.apply_gradients(gradients, parameters), optimizer.state
 
 
-def _arrays(batch: Batch) -> tuple[tuple[Any, ...], int]:
-    """What the compiled functions take, and how many tokens are trained."""
+def _arrays(batch: Batch) -> tuple[Any, ...]:
+    """What the compiled functions take."""
     at = Positions.of(batch.targets, batch.trained)
     segments = None if batch.segments is None else mx.array(batch.segments)
-    return (mx.array(batch.inputs), segments, (at.where, at.targets, at.weights)), at.count
+    return mx.array(batch.inputs), segments, (at.where, at.targets, at.weights)
 
 
 def head_module(model: Model) -> nn.Module:
