@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli.adapter import adapter
+from elm_mlx.cli.average import average
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
@@ -35,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(adapter)
+app.command()(average)
 app.command()(chat)
 app.command()(convert)
 app.command()(data)
