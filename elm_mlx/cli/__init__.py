@@ -25,6 +25,7 @@ from elm_mlx.cli.info import info
 from elm_mlx.cli.lora import LoraCommand, lora
 from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
+from elm_mlx.cli.train_tokenizer import train_tokenizer
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
@@ -45,6 +46,7 @@ app.command()(generate)
 app.command()(info)
 app.command(cls=LoraCommand)(lora)
 app.command()(report)
+app.command()(train_tokenizer)
 
 
 def _version(wanted: bool) -> None:
