@@ -60,7 +60,7 @@ def _print(done: Average, checkpoints: list[str]) -> None:
     furthest = max(done.distances)
     for given, distance in zip(checkpoints, done.distances, strict=True):
         drawn = bar(distance / furthest, _BAR) if furthest else ""
-        _say("distance", f"{distance:<8.2g}  {drawn:<{_BAR}}  {given}")
+        _say("distance", f"{distance:<#8.2g}  {drawn:<{_BAR}}  {given}")
     for name, texts in (("note", plan.notes), ("warning", done.warnings)):
         for text in texts:
             _say(name, text)

@@ -53,7 +53,7 @@ def train_tokenizer(
         )
         _say("trained", f"{tokenizer.vocab_size:,} pieces in {time.perf_counter() - start:.1f} s")
         if sample.held_out:
-            _print_measure("held out", vocabulary.measure(tokenizer, sample.held_out), tokenizer)
+            _print_measure("measured", vocabulary.measure(tokenizer, sample.held_out), tokenizer)
             if other is not None:
                 _print_measure("compared", vocabulary.measure(other, sample.held_out), other)
     _say("wrote", str(out))

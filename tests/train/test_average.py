@@ -227,6 +227,8 @@ def test_a_run_is_no_checkpoint(run: Path, tmp_path: Path) -> None:
     refused([run], tmp_path, "run: is a run with 5 checkpoints: pass --last N, or name some of them")
     with pytest.raises(InputError, match=r"run: holds 5 checkpoints .*--last asks for 6"):
         last(run, 6)
+    with pytest.raises(InputError, match="none: no such directory"):
+        last(tmp_path / "none", 1)
     with pytest.raises(InputError, match="--last 0: one checkpoint at least"):
         last(run, 0)
 

@@ -313,7 +313,7 @@ def test_the_command(command: Command, corpus: Path, tmp_path: Path, any_tokeniz
     code, printed, err = command(corpus, "--out", out, "--vocab-size", 340, "--compare", any_tokenizer.path)
     assert (code, err) == (0, "") and signal.getsignal(signal.SIGINT) == before
     names = [line[:10].strip() for line in printed.splitlines()]
-    assert names == ["read", "sample", "held out", "trained", "held out", "", "compared", "", "wrote"]
+    assert names == ["read", "sample", "held out", "trained", "measured", "", "compared", "", "wrote"]
     drawn = sample([corpus])
     assert f"{measure(Tokenizer.load(out), drawn.held_out).bytes_per_token:.3f} bytes a token" in printed
     assert f"{len(drawn.held_out)} of {len(drawn.held_out)} lines come back as they were" in printed
