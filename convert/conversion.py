@@ -5,31 +5,23 @@ Knows the order of the steps and what the directory holds. Decisions are made in
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import free_bytes, new_directory
+from elm_mlx.errors import ElmError
+from elm_mlx.files import new_directory
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
+from elm_mlx_convert.destination import check_apart, check_destination, check_room, hashing, sha256
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.plan import Plan, make_plan
-from elm_mlx_convert.sources import Source
 from elm_mlx_convert.verify import Difference, compare
-from elm_mlx_convert.writer import foreign_entries, write_weights
-
-# Config, tokenizer and record of the largest vocabulary, with room to spare.
-_OTHER_BYTES = 16 << 20
+from elm_mlx_convert.writer import write_weights
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ def convert(
     start = time.perf_counter()
     path = Path(destination).expanduser()
     try:
-        _check_destination(path, overwrite)
+        check_destination(path, overwrite)
         plan = make_plan(
             source,
             tokenizer=tokenizer,
@@ -111,11 +103,11 @@ def convert(
             ema=ema,
             chat_template=chat_template,
         )
-        _check_apart(plan.source, path)
+        check_apart(plan.source.files, path)
         on_plan(plan)
         if dry_run:
             return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
-        _check_room(plan, path)
+        check_room(path, plan.nbytes)
         differences, said = _write(plan, path, verify=verify, overwrite=overwrite, on_progress=on_progress)
     except BrokenPipeError:  # of whoever reads the plan
         raise
@@ -130,7 +122,7 @@ def _write(
     """What `verify` found, and what there is to warn of."""
     differences: list[Difference] = []
     warnings: list[str | None] = []
-    with _hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
+    with hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
         broken = write_weights(directory, plan.tensors, plan.dtype, progress=partial(on_progress, "write"))
         _write_json(directory / "config.json", plan.config.to_dict())
         if plan.generation is not None:
@@ -147,57 +139,7 @@ def _write(
     return tuple(differences), tuple(filter(None, warnings))
 
 
-def _check_destination(path: Path, overwrite: bool) -> None:
-    """Refuses to replace what is not plainly a model directory."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise InputError(f"{path}: is a file, and a directory is to be written")
-    if not overwrite:
-        raise InputError(f"{path}: exists already; pass --overwrite to replace it, or choose another")
-    foreign = foreign_entries(path)
-    if foreign:
-        raise InputError(
-            f"{path}: is no model directory, or more than one: it holds {listed(foreign)}; nothing was replaced"
-        )
-
-
-def _check_apart(source: Source, path: Path) -> None:
-    """Refuses a destination that the source itself lies in: its own conversion would replace it."""
-    real = Path(os.path.realpath(path))  # unlike resolve(), no exception for a loop of links
-    for file in source.files:
-        if real in (file.absolute().parent, *file.resolve().parents):
-            raise InputError(f"{path}: holds the source, {file.name}: choose another directory")
-
-
-def _check_room(plan: Plan, path: Path) -> None:
-    needed, free = plan.nbytes + _OTHER_BYTES, free_bytes(path)
-    if needed > free:
-        raise ElmError(f"{path}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
-
-
-@contextmanager
-def _hashing(files: tuple[Path, ...]) -> Iterator[Callable[[], dict[str, str]]]:
-    """Takes the files' SHA-256 in the background; what it yields waits for them, by file name."""
-    stop = threading.Event()
-    with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
-        try:
-            futures = {file.name: pool.submit(_sha256, file, stop) for file in files}
-            yield lambda: {name: future.result() for name, future in futures.items()}
-        finally:
-            stop.set()
-
-
-def _sha256(file: Path, stop: threading.Event | None = None) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(1 << 16)  # stays in the cache: a third faster than 1 MB
-    with file.open("rb", buffering=0) as stream:
-        while (count := stream.readinto(buffer)) and not (stop and stop.is_set()):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
-
-
-def _record(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
+def _record(plan: Plan, hashes: dict[Path, str]) -> dict[str, Any]:
     """Where the model comes from. Says nothing of when or by whom: equal input gives equal bytes."""
     return {
         "tool": f"elm-mlx {__version__}",
@@ -206,8 +148,7 @@ def _record(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
             "kind": plan.source.kind,
             "revision": plan.source.revision,
             "files": [
-                {"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file.name]}
-                for file in plan.source.files
+                {"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file]} for file in plan.source.files
             ],
         },
         "config": plan.config_origin,
@@ -216,7 +157,7 @@ def _record(plan: Plan, hashes: dict[str, str]) -> dict[str, Any]:
         "merged_adapter": {"alpha": plan.scaling.alpha, "rank_stabilised": plan.scaling.by_root}
         if plan.scaling
         else None,
-        "tokenizer_sha256": _sha256(plan.tokenizer) if plan.tokenizer else None,
+        "tokenizer_sha256": sha256(plan.tokenizer) if plan.tokenizer else None,
     }
 
 

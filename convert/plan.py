@@ -70,7 +70,7 @@ class Plan:
 
 
 def make_plan(
-    source: str | Path,
+    source: str | Path | Source,
     *,
     tokenizer: str | Path | None = None,
     config: Path | None = None,
@@ -82,7 +82,7 @@ def make_plan(
     ema: bool = False,
     chat_template: str | None = None,
 ) -> Plan:
-    """Opens the source and decides everything. The arguments are those of `convert`.
+    """Opens the source, unless it is open already, and decides everything. The arguments are those of `convert`.
 
     Raises:
         InputError: the source cannot be converted, or not as asked: says why.
@@ -91,7 +91,7 @@ def make_plan(
     _check_flags(preset, dtype)
     notes: list[str] = []
     warnings: list[str] = []
-    opened = open_source(source, revision=revision, ema=ema)
+    opened = source if isinstance(source, Source) else open_source(source, revision=revision, ema=ema)
     settings = _settings(opened, config, preset)
     raw = unwrapped(opened.tensors, opened.label)
     source_dtype = _main_dtype(raw)

@@ -21,7 +21,7 @@ def flags(command: str) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_line_in_the_documentation_can_be_parsed(page: Path) -> None:
-    lines = re.findall(r"^(?: {4}|\$ )(?:.*\| )?(?:\.venv/bin/)?elm-mlx ([a-z]+) (.*)", page.read_text("utf-8"), re.M)
+    lines = re.findall(r"^(?: {4}|\$ )(?:.*\| )?(?:\.venv/bin/)?elm-mlx ([a-z-]+) (.*)", page.read_text("utf-8"), re.M)
     for command, rest in lines:
         assert command in COMMANDS, f"{page.name}: elm-mlx {command}"
         known = flags(command) | {"--help"}

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli.adapter import adapter
+from elm_mlx.cli.average import average
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
@@ -24,6 +25,7 @@ from elm_mlx.cli.info import info
 from elm_mlx.cli.lora import LoraCommand, lora
 from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
+from elm_mlx.cli.train_tokenizer import train_tokenizer
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
@@ -35,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(adapter)
+app.command()(average)
 app.command()(chat)
 app.command()(convert)
 app.command()(data)
@@ -43,6 +46,7 @@ app.command()(generate)
 app.command()(info)
 app.command(cls=LoraCommand)(lora)
 app.command()(report)
+app.command()(train_tokenizer)
 
 
 def _version(wanted: bool) -> None:

@@ -99,6 +99,16 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
     return splits
 
 
+def entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each value of a data file, one at a time, with where it stands; BadRecord in place of what is no JSON.
+
+    Raises:
+        InputError, ElmError: as `read`.
+    """
+    suffix = _suffix(path)
+    return _parquet(path) if suffix == ".parquet" else _json(path, suffix.endswith(".gz"))
+
+
 def _files(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
         _suffix(path)
@@ -130,9 +140,7 @@ def _suffix(path: Path) -> str:
 
 def _read_file(path: Path, format: str | None, split: Split) -> None:
     """Appends the file's records to `split`, good and bad."""
-    suffix = _suffix(path)
-    entries = _parquet(path) if suffix == ".parquet" else _json(path, suffix.endswith(".gz"))
-    for where, value in entries:
+    for where, value in entries(path):
         try:
             if isinstance(value, BadRecord):
                 raise value

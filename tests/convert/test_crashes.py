@@ -154,7 +154,7 @@ def test_a_full_disk(small_disk: Path, sources: list[Path], monkeypatch: pytest.
     out = small_disk / "out"
     with pytest.raises(ElmError, match=r"out: needs 0\.02 GB, and 0\.00 GB are free"):
         convert(sources[0], out)
-    monkeypatch.setattr(conversion, "_check_room", lambda plan, path: None)
+    monkeypatch.setattr(conversion, "check_room", lambda path, nbytes: None)
     convert(sources[0], out)
     before = snapshot(out)
     with pytest.raises(ElmError, match=r"disk/out.*: cannot be written: No space left on device; nothing was changed"):

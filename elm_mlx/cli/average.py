@@ -1,0 +1,87 @@
+"""`elm-mlx average CKPT… --out DST`: several checkpoints of one model become their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx.cli.bars import bar
+from elm_mlx.cli.show import printable, size
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.train.average import Average
+
+_BAR = 30
+
+
+def average(
+    checkpoints: Annotated[
+        list[str], typer.Argument(metavar="CKPT...", help="Checkpoints of a run, or anything that `convert` reads.")
+    ],
+    out: Annotated[Path, typer.Option(metavar="DST", help="The model directory to make.", show_default=False)],
+    last: Annotated[
+        int | None, typer.Option(metavar="N", help="Take the newest N checkpoints of the one run that is named.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A config.json or CoreNet YAML for all. (default: the one beside each)")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|DIR|REPO", help="The tokenizer.model for all. (default: the one beside each)"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+) -> None:
+    """Average the weights of checkpoints, and say how far each lies from the mean."""
+    from elm_mlx.train import average as averaging
+
+    chosen: list[str] = checkpoints
+    if last is not None:
+        if len(checkpoints) > 1:
+            raise InputError(f"--last {last}: takes the checkpoints of one run, and {len(checkpoints)} are named")
+        chosen = [str(path) for path in averaging.last(Path(checkpoints[0]).expanduser(), last)]
+    with _progress() as advance:
+        done = averaging.average(
+            chosen, out, config=config, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, on_progress=advance
+        )
+    _print(done, chosen)
+
+
+def _print(done: Average, checkpoints: list[str]) -> None:
+    plan = done.plan
+    _say("mean of", f"{len(checkpoints)} checkpoints of {plan.parameters:,} parameters, in float64")
+    _say("config", plan.config_origin)
+    _say("tokenizer", str(plan.tokenizer or "none"))
+    furthest = max(done.distances)
+    for given, distance in zip(checkpoints, done.distances, strict=True):
+        drawn = bar(distance / furthest, _BAR) if furthest else ""
+        _say("distance", f"{distance:<#8.2g}  {drawn:<{_BAR}}  {given}")
+    for name, texts in (("note", plan.notes), ("warning", done.warnings)):
+        for text in texts:
+            _say(name, text)
+    _say("wrote", f"{done.destination}, {plan.dtype}, {size(plan.nbytes)}")
+
+
+def _say(name: str, text: str) -> None:
+    typer.echo(f"{name:<10}  {printable(text)}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where someone is looking."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("average"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task("average")
+        yield lambda done, total: bars.update(task, advance=done, total=total)
