@@ -21,6 +21,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
+from elm_mlx import device
 from elm_mlx.cli import main
 from elm_mlx.cli.lora import parse_rank
 from elm_mlx.errors import InputError
@@ -212,6 +213,15 @@ def test_every_bad_record_is_named_before_anything_is_done(
     assert not (tmp_path / "out").exists()
     code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK, "--skip-bad")
     assert code == 0 and "line 25: " in err and "bad       2 records left out" in text
+
+
+def test_what_does_not_fit_into_memory_is_refused(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "available_memory", lambda: 50_000_000)
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert code == 2 and re.search(r"training would take about \d+ MB, and 50 MB are free", err)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import typer
 
 from elm_mlx.cli import configured, options
 from elm_mlx.cli.configured import Configured
-from elm_mlx.cli.show import bad_records_named, name_bad
+from elm_mlx.cli.show import bad_records_named, name_bad, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def lora(
     if model is None or data is None or out is None:
         missing = next(n for n, value in (("MODEL", model), ("--data", data), ("--out", out)) if value is None)
         raise InputError(f"{missing} is missing: on the command line, or in a file given by --config")
+    from elm_mlx import device
     from elm_mlx.cli import progress
+    from elm_mlx.train import memory
     from elm_mlx.train.finetune import Data, Finetuning, Method
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
@@ -135,6 +137,7 @@ def lora(
         save_every=save_every,
         keep=keep,
     )
+    memory.check(run.load(settings), device.available_memory())
     name_bad(reason for split in run.splits.values() for reason in split.bad)
     shown = progress.Progress(steps, quiet=not run.leads)
     shown.lines(_plan(run, settings))
@@ -179,8 +182,17 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
                  f"{valid}"),
         ("batches", f"{run.batch_size} rows of {run.row_length:,} tokens{processes}, {batches.fill():.0%} full, "
                     f"{settings.accumulate} to an update"),
+        ("memory", _memory(run, settings)),
         ("updates", f"{steps:,}, {steps / updates:.3g} epochs, {tokens:,} tokens"),
     ]  # fmt: skip
+
+
+def _memory(run: Finetuning, settings: Settings) -> str:
+    from elm_mlx import device
+    from elm_mlx.train import memory
+
+    needed, free = memory.estimate(run.load(settings)).total, device.available_memory()
+    return f"about {size(needed)} at most" + ("" if free is None else f", of {size(free)} that are free")
 
 
 def _outcome(run: Finetuning, result: Result) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import batches as batching
-from elm_mlx.train import checkpoint, examples
+from elm_mlx.train import checkpoint, examples, memory
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
@@ -134,11 +134,15 @@ class Finetuning:
         """Updates that `epochs` take."""
         return max(1, round(epochs * self.batches.steps() / accumulate))
 
-    def trained_positions(self) -> int:
-        """The most that a batch is likely to train, were its share of trained tokens the data's."""
-        prepared = self.splits["train"]
-        share = prepared.trained_tokens / prepared.tokens
-        return max(1, round(min(1.0, 1.25 * share) * self._data.batch_size * self.row_length))
+    def load(self, settings: Settings) -> memory.Load:
+        """What the run asks of the machine."""
+        value = int(self.computation.dtype.size)
+        packed = self.config.quantization is not None and not self.computation.unpack
+        stored = int(self.config.quantization["bits"]) / 8 if packed and self.config.quantization else value
+        return memory.Load(
+            self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
+            self.row_length, settings.optimizer, settings.grad_checkpoint,
+        )  # fmt: skip
 
     def train(
         self,

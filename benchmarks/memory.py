@@ -1,0 +1,117 @@
+"""The memory that a training run is said to take, against what it takes: `python benchmarks/memory.py`.
+
+Each case is a process of its own that makes three updates; its peak is that of its resident set. Ends with exit code 1
+where a case is off by more than a fifth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import elm_mlx  # noqa: F401  before MLX, for its BLAS
+
+sys.path.insert(0, str(Path(__file__).parent))
+from speed import ENVIRONMENT, embedded_model, machine, seeded_model
+
+SMALL: list[dict[str, Any]] = [
+    {"rows": 4, "length": 512},
+    {"rows": 1, "length": 512},
+    {"rows": 8, "length": 256, "trained_share": 0.2},
+    {"rows": 4, "length": 512, "grad_checkpoint": True},
+    {"rows": 8, "length": 256, "full": True},
+    {"rows": 8, "length": 256, "full": True, "optimizer": "adafactor"},
+]
+LARGE: list[dict[str, Any]] = [
+    {"rows": 1, "length": 512},
+    {"rows": 2, "length": 512},
+    {"rows": 2, "length": 512, "grad_checkpoint": True},
+    {"rows": 1, "length": 256, "full": True},
+]
+
+
+def measure(
+    model: str,
+    rows: int,
+    length: int,
+    full: bool = False,
+    optimizer: str = "adamw",
+    grad_checkpoint: bool = False,
+    trained_share: float = 1.0,
+) -> tuple[int, int]:
+    """Bytes estimated and bytes at most in use, of three updates."""
+    import mlx.core as mx
+    import numpy as np
+    from mlx.utils import tree_flatten
+
+    from elm_mlx import adapt, device
+    from elm_mlx.adapters import plan
+    from elm_mlx.store import open_model
+    from elm_mlx.train import memory
+    from elm_mlx.train.batches import Batches
+    from elm_mlx.train.examples import Example
+    from elm_mlx.train.optimizer import global_norm, make_optimizer
+    from elm_mlx.train.step import Step, recompute_blocks
+
+    network = open_model(model, "float32").model
+    if full:
+        network.unfreeze()
+    else:
+        adapt.attach(network, plan(network.config))
+    if grad_checkpoint:
+        recompute_blocks(network)
+    network.train()
+    trained = sum(value.size for _, value in tree_flatten(network.trainable_parameters()))
+    step = Step(network, make_optimizer(optimizer, 0.0))
+    draw = np.random.default_rng(0)
+    marks = (False, *(bool(i >= length * (1 - trained_share)) for i in range(length)))
+    ids = draw.integers(3, network.config.vocab_size, (4 * rows, length + 1)).tolist()
+    batches = Batches([Example(tuple(row), marks) for row in ids], rows, length)
+    for _ in range(3):
+        loss, gradients, count = step.gradients(next(batches))
+        norm = global_norm(gradients) / count
+        mx.eval(loss, norm, gradients)
+        step.apply(gradients, norm, count, 1e-4)
+        del gradients
+        mx.eval(step.state())
+    load = memory.Load(network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint)
+    return memory.estimate(load).total, device.peak_memory()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="the embedded model alone")
+    small_only = parser.parse_args().small
+    print(
+        machine(),
+        "\n\n| model | case | estimated | measured | off by |\n| --- | --- | ---: | ---: | ---: |",
+        flush=True,
+    )
+    wrong = False
+    with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
+        models = [("embedded 3.6M", embedded_model(Path(small)), SMALL)]
+        if not small_only:
+            models.append(("270M", seeded_model("OpenELM-270M", Path(large)), LARGE))
+        for name, path, cases in models:
+            for case in cases:
+                command = [sys.executable, __file__, json.dumps(case | {"model": str(path)})]
+                done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+                said, taken = json.loads(done.stdout)
+                off = said / taken - 1
+                wrong |= abs(off) > 0.2
+                what = ", ".join(f"{key} {value}" for key, value in case.items())
+                print(f"| {name} | {what} | {said / 1e6:,.0f} MB | {taken / 1e6:,.0f} MB | {off:+.0%} |", flush=True)
+    sys.exit(wrong)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2 and sys.argv[1].startswith("{"):
+        print(json.dumps(measure(**json.loads(sys.argv[1]))))
+        os._exit(0)
+    main()

@@ -1,0 +1,139 @@
+"""How much memory a run takes at its worst moment, said before it starts; and what helps where that is too much.
+
+Knows what a step keeps for its way back, from the model's figures alone: what each product, norm, rotation and gate
+was given. The factors over that are measured, on MLX's CPU backend (`python benchmarks/memory.py`), where buffers are
+handed out some operations ahead of their use. Imports no MLX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from elm_mlx.config import ModelConfig
+from elm_mlx.errors import InputError
+
+_PROCESS = 110_000_000  # Python, MLX and what it compiles
+_ACTIVATIONS = 1.45  # of what a block keeps
+_OF_ONE_BLOCK, _BETWEEN_BLOCKS = 2.0, 5.0  # the same with --grad-checkpoint: the widest block; each block's input
+_LOGITS = 16  # buffers as large as a chunk's logits
+_CHUNK_LOGITS, _LEAST_CHUNK = 1 << 20, 64  # as in loss.py, a test says
+_FRAGMENTS = 1.12  # what the allocator loses of what comes and goes
+_STATES = {"adamw": 2.0, "adafactor": 0.05}  # values of the optimizer for each one trained
+_UPDATE = 1.5  # copies of what is trained, while it is being replaced
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a run asks of a machine.
+
+    Args:
+        weight_bytes: of a value of the model's weights, as they are held; below 2 where they stay quantized.
+        value_bytes: of a value in the forward pass.
+        trained: values that are trained, each held in 4 bytes.
+        full: whether they are the model's own weights.
+        rows, length: of a batch, in one process.
+        optimizer: "adamw" or "adafactor".
+        grad_checkpoint: whether blocks are computed again on the way back.
+    """
+
+    config: ModelConfig
+    weight_bytes: float
+    value_bytes: int
+    trained: int
+    full: bool
+    rows: int
+    length: int
+    optimizer: str = "adamw"
+    grad_checkpoint: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes. `activations` and `update` never come together: the larger counts.
+
+    Attributes:
+        process: without any model.
+        weights: of the model; of what is trained of it too.
+        training: gradients and the optimizer's state.
+        activations: what a step keeps for its way back, and the logits of one chunk.
+        update: what is new before the old is gone.
+    """
+
+    process: int
+    weights: int
+    training: int
+    activations: int
+    update: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.weights + self.training + max(self.activations, self.update)
+
+
+def estimate(load: Load) -> Estimate:
+    """The most memory that a run holds at once."""
+    config, tokens = load.config, load.rows * load.length
+    blocks = [_kept(config, layer) for layer in range(config.num_layers)]
+    if load.grad_checkpoint:
+        values = _OF_ONE_BLOCK * max(blocks) + _BETWEEN_BLOCKS * config.model_dim * config.num_layers
+    else:
+        values = _ACTIVATIONS * sum(blocks)
+    chunk = min(tokens, max(_LEAST_CHUNK, _CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
+    activations = values * tokens * load.value_bytes + 4 * _LOGITS * chunk
+    model = 4 * config.parameters if load.full else load.weight_bytes * config.parameters + 4 * load.trained
+    return Estimate(
+        process=_PROCESS,
+        weights=round(model),
+        training=round(4 * load.trained * (1 + _STATES[load.optimizer])),
+        activations=round(_FRAGMENTS * activations),
+        update=round(4 * load.trained * _UPDATE),
+    )
+
+
+def check(load: Load, available: int | None) -> None:
+    """Raises InputError where a run would not fit into `available` bytes; with what would help, and by how much.
+
+    None stands for a machine that does not say.
+    """
+    needed = estimate(load).total
+    if available is None or needed <= available:
+        return
+    turned = [(name, estimate(changed).total) for name, changed in _knobs(load)]
+    turned = sorted((each for each in turned if each[1] < 0.98 * needed), key=lambda each: each[1])
+    helps = "; ".join(f"{name} would take {_gigabytes(total)}" for name, total in turned)
+    raise InputError(
+        f"training would take about {_gigabytes(needed)}, and {_gigabytes(available)} are free"
+        + (f"; {helps}" if helps else "; a smaller model is needed")
+    )
+
+
+def _knobs(load: Load) -> list[tuple[str, Load]]:
+    """The options that can make a run smaller, each turned by itself."""
+    knobs = []
+    if not load.grad_checkpoint:
+        knobs.append(("--grad-checkpoint", replace(load, grad_checkpoint=True)))
+    if load.rows > 1:
+        knobs.append(("--batch-size 1", replace(load, rows=1)))
+    if load.length > 256:
+        half = load.length // 2
+        knobs.append((f"--max-seq-length {half}", replace(load, length=half)))
+    if load.optimizer == "adamw":
+        knobs.append(("--optimizer adafactor", replace(load, optimizer="adafactor")))
+    if load.full:
+        adapter = load.config.parameters // 100
+        knobs.append(("an adapter in place of --full", replace(load, full=False, trained=adapter)))
+    return knobs
+
+
+def _kept(config: ModelConfig, layer: int) -> int:
+    """Values that a block keeps for each token."""
+    heads, kv_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
+    projected = (heads + 2 * kv_heads) * config.head_dim
+    rotated = 2 * (heads + kv_heads) * config.head_dim  # normed, and turned
+    attended = 2 * heads * config.head_dim
+    gated = (3 if config.ffn_with_glu else 2) * config.ffn_dims[layer]
+    return 4 * config.model_dim + projected + rotated + attended + gated
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
