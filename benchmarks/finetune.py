@@ -120,7 +120,10 @@ def main() -> None:
         bases = [
             Base("embedded 3.6M, 4,096 tokens", embedded_model(models[0]), 4096, Path(first)),
             Base(
-                f"seeded {wide.parameters / 1e6:.0f}M, 32,000 tokens", seeded_model(wide, models[1]), 32_000, Path(second)
+                f"seeded {wide.parameters / 1e6:.0f}M, 32,000 tokens",
+                seeded_model(wide, models[1]),
+                32_000,
+                Path(second),
             ),
         ]
         for base in bases:

@@ -1,10 +1,10 @@
 """The plain PyTorch side of `pytorch.py`: an OpenELM as one would write it down, and the loop that trains it.
 
-    torch_loop.py CONFIG TRAINING_STEPS DTYPE < job.npz
+    torch_loop.py SHAPE JOB STEPS DTYPE
 
-Reads initial weights by their canonical names and the steps' token ids from an `.npz`, and prints its losses and
-tokens a second as JSON. Needs PyTorch and NumPy alone, none of this project. DTYPE is `float32` or `bfloat16`, which
-is autocast. Run by whatever Python has PyTorch.
+SHAPE is the model's config as JSON, JOB an `.npz` of its initial weights by their canonical names and of token ids,
+DTYPE `float32`, or `bfloat16`, which is autocast. Prints each update's loss and seconds as JSON. Needs PyTorch and
+NumPy alone, and none of this project: it is run by whatever Python has them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,17 +82,19 @@ class Network(nn.Module):
 
 def fill(network: Network, weights: dict[str, np.ndarray]) -> None:
     """Our names are PyTorch's but for two levels."""
-    short = {
-        name.replace("transformer.", "").replace("attn.", "").replace("ffn.", ""): w for name, w in weights.items()
-    }
-    network.load_state_dict({name: torch.from_numpy(w) for name, w in short.items()}, strict=False)
+    short = {}
+    for name, array in weights.items():
+        for level in ("transformer.", "attn.", "ffn."):
+            name = name.replace(level, "")
+        short[name] = torch.from_numpy(array)
+    network.load_state_dict(short, strict=False)  # not the angles
     missing = {name for name, _ in network.named_parameters()} ^ short.keys()
     assert not missing, missing
 
 
 def main() -> None:
-    config, steps, dtype = json.loads(open(sys.argv[1]).read()), int(sys.argv[2]), sys.argv[3]
-    job = dict(np.load(sys.argv[4]))
+    config, job = json.loads(Path(sys.argv[1]).read_text()), dict(np.load(sys.argv[2]))
+    steps, dtype = int(sys.argv[3]), sys.argv[4]
     ids = torch.from_numpy(job.pop("ids")).long()  # (batches, rows, length + 1)
     network = Network(config, ids.shape[2] - 1)
     fill(network, job)
