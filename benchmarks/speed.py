@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import elm_mlx  # before MLX, for its BLAS
+from elm_mlx.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -29,13 +30,10 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
 
 
-def seeded_model(preset: str, directory: Path) -> Path:
+def seeded_model(config: ModelConfig, directory: Path) -> Path:
     """A model directory with random bfloat16 weights, the same ones each time."""
     import mlx.core as mx
 
-    from elm_mlx.config import ModelConfig
-
-    config = ModelConfig.preset(preset)
     mx.random.seed(0)
     weights = {
         name: (mx.ones(shape) if len(shape) == 1 else mx.random.normal(shape) * shape[-1] ** -0.5).astype(mx.bfloat16)
@@ -139,7 +137,7 @@ def main() -> None:
     print(machine(), "\n", flush=True)
     print("| what | elm-mlx | mlx-lm | ratio, median of pairs | spread |\n| --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
-        embedded, seeded = embedded_model(Path(small)), seeded_model("OpenELM-270M", Path(large))
+        embedded, seeded = embedded_model(Path(small)), seeded_model(ModelConfig.preset("OpenELM-270M"), Path(large))
         print(first_token(embedded, 2 * pairs), flush=True)
         for title, model, peer, prompt, new, count in (
             ("embedded 3.6M, same BLAS and float32", embedded, "equal", 128, 256, pairs),
