@@ -25,10 +25,10 @@ def table(output: str) -> dict[str, float]:
 
 def plain_loss(model_path: Path, text: str, adapter_path: Path | None = None) -> float:
     """Nats a token of a text that fits the context, the logits' softmax taken in float64."""
-    model, tokenizer = load(model_path, adapter_path=adapter_path)
+    model, tokenizer = load(model_path, compute_dtype="float32", adapter_path=adapter_path)
     assert tokenizer is not None
     ids = np.array(tokenizer.encode(text))
-    logits = np.array(model(mx.array(ids)[None])[0, :-1].astype(mx.float32), np.float64)
+    logits = np.array(model(mx.array(ids)[None])[0, :-1], np.float64)
     logits -= logits.max(-1, keepdims=True)
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return float(-logprobs[np.arange(len(ids) - 1), ids[1:]].mean())
@@ -61,7 +61,7 @@ def test_shakespeare_learns_and_fusing_keeps_it(shakespeare: tuple[Path, str, st
     _, printed, _ = shakespeare
     before, adapted, fused = table(printed).values()
     assert adapted < before - 0.01
-    assert fused == pytest.approx(adapted, abs=1e-2)  # the fused weights are rounded to bfloat16
+    assert fused == pytest.approx(adapted, abs=1e-3)  # but for rounding weights to bfloat16
 
 
 def test_shakespeare_goes_on_where_it_was(shakespeare: tuple[Path, str, str]) -> None:

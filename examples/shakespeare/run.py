@@ -52,7 +52,8 @@ def main() -> None:
 
     print(f"\n| held out: {arguments.data / 'valid.jsonl'} | loss, nats a token | perplexity |\n| --- | ---: | ---: |")
     for name, model, adapter_path in (("before", base, None), ("with the adapter", base, run), ("fused", fused, None)):
-        loss = held_out_loss(*elm_mlx.load(model, adapter_path=adapter_path), arguments.data / "valid.jsonl")
+        loaded = elm_mlx.load(model, compute_dtype="float32", adapter_path=adapter_path)
+        loss = held_out_loss(*loaded, arguments.data / "valid.jsonl")
         print(f"| {name} | {loss:.4f} | {math.exp(loss):.1f} |", flush=True)
 
 
