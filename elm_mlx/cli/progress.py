@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, steps: int, quiet: bool = False):
         self._steps, self._quiet = steps, quiet
         self._loss: float | None = None
-        self._rate = 0.0
+        self._rate = self._seconds = 0.0
         self._best: float | None = None
         self._last = time.monotonic()
         self._bar: Any = None
@@ -41,6 +41,8 @@ class Progress:
     def ready(self, seconds: float) -> None:
         """What is known when the model is loaded: how long an update takes."""
         self.lines([("time", f"about {duration(seconds * self._steps)}, {seconds:.2g} s an update")])
+        if self._bar is not None:
+            self._bar.update(self._task, description="starting")
 
     def __enter__(self) -> Progress:
         if not self._quiet and sys.stdout.isatty():
@@ -49,7 +51,7 @@ class Progress:
 
             self._bar = Bar(
                 TextColumn("{task.completed:,}/{task.total:,}"), BarColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(elapsed_when_finished=True), TextColumn("left"), speed_estimate_period=120,
+                TimeRemainingColumn(), TextColumn("left"), speed_estimate_period=120,
             )  # fmt: skip
             self._bar.start()
             self._task = self._bar.add_task("reading the model", total=self._steps)
@@ -76,12 +78,13 @@ class Progress:
         share = 1.0 if self._loss is None else _SMOOTH
         self._loss = report.loss if self._loss is None else self._loss + share * (report.loss - self._loss)
         self._rate += share * (report.tokens_per_second - self._rate)
+        self._seconds += share * ((report.seconds or 0.0) - self._seconds)
         text = f"loss {self._loss:.3f}, {self._rate:,.0f} tokens/s, {size(report.memory)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=text)
         elif time.monotonic() - self._last > _PAUSE or report.step == self._steps:
             self._last = time.monotonic()
-            left = (self._steps - report.step) * (report.seconds or 0)
+            left = (self._steps - report.step) * self._seconds
             print(f"step {report.step:,} of {self._steps:,}: {text}, {duration(left)} left", flush=True)
 
     def _validated(self, step: int, loss: float) -> None:

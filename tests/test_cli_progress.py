@@ -1,0 +1,48 @@
+"""What a training run shows as it goes."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+
+import pytest
+
+from elm_mlx.cli import progress
+from elm_mlx.train.loop import Report
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def update(step: int, seconds: float) -> Report:
+    return Report(step=step, loss=3.0, tokens_per_second=100 / seconds, seconds=seconds, memory=1_000_000)
+
+
+def test_the_time_that_is_left_is_not_that_of_a_single_slow_update(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PAUSE", -1.0)
+    with progress.Progress(100) as shown:
+        for step in range(1, 50):
+            shown.report(update(step, seconds=1.0))
+        shown.report(update(50, seconds=11.0))
+    left = [re.search(r", ([^,]*) left$", line) for line in capsys.readouterr().out.splitlines()]
+    assert [match and match[1] for match in left[-2:]] == ["51 s", "1 min 40 s"]  # a tenth of 10 s more, 50 times
+
+
+def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with progress.Progress(2) as shown:
+        shown.ready(0.5)
+        shown.report(update(1, seconds=0.5))
+        shown.report(update(2, seconds=0.5))
+    written = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
+    assert "time      about 1.0 s, 0.5 s an update" in written
+    last = [line for line in re.split(r"[\r\n]+", written) if line.startswith("2/2")][-1]
+    assert last.rstrip().endswith("0:00:00 left")

@@ -1,0 +1,93 @@
+"""The examples run as their READMEs say, on little."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from elm_mlx.store import load
+
+ROOT = Path(__file__).parent.parent
+SHAKESPEARE = ROOT / "examples" / "shakespeare"
+
+
+def table(output: str) -> dict[str, float]:
+    """The loss of each row."""
+    return {name: float(loss) for name, loss in re.findall(r"^\| ([a-z ]+) \| ([\d.]+) \| [\d.]+ \|$", output, re.M)}
+
+
+def plain_loss(model_path: Path, text: str, adapter_path: Path | None = None) -> float:
+    """Nats a token of a text that fits the context, the logits' softmax taken in float64."""
+    model, tokenizer = load(model_path, compute_dtype="float32", adapter_path=adapter_path)
+    assert tokenizer is not None
+    ids = np.array(tokenizer.encode(text))
+    logits = np.array(model(mx.array(ids)[None])[0, :-1], np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return float(-logprobs[np.arange(len(ids) - 1), ids[1:]].mean())
+
+
+@pytest.fixture(scope="module")
+def shakespeare(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The example run for five updates on little: what it wrote, what it printed, and the text it held out."""
+    directory = tmp_path_factory.mktemp("shakespeare")
+    for name, start, count in (("train", 0, 40), ("valid", 40, 1)):
+        lines = (SHAKESPEARE / "data" / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (directory / f"{name}.jsonl").write_text("".join(lines[start : start + count]), "utf-8")
+    held_out = json.loads((directory / "valid.jsonl").read_text("utf-8"))["text"]
+    command = [sys.executable, SHAKESPEARE / "run.py", "--data", directory, "--out", directory / "out", "--iters", "5"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return directory / "out", done.stdout, held_out
+
+
+def test_shakespeares_table_is_the_loss_of_what_was_written(shakespeare: tuple[Path, str, str]) -> None:
+    out, printed, held_out = shakespeare
+    losses = table(printed)
+    assert list(losses) == ["before", "with the adapter", "fused"]
+    assert losses["before"] == pytest.approx(plain_loss(out / "base", held_out), abs=2e-4)
+    assert losses["with the adapter"] == pytest.approx(plain_loss(out / "base", held_out, out / "run"), abs=2e-4)
+    assert losses["fused"] == pytest.approx(plain_loss(out / "fused", held_out), abs=2e-4)
+
+
+def test_shakespeare_learns_and_fusing_keeps_it(shakespeare: tuple[Path, str, str]) -> None:
+    _, printed, _ = shakespeare
+    before, adapted, fused = table(printed).values()
+    assert adapted < before - 0.01
+    assert fused == pytest.approx(adapted, abs=1e-3)  # but for rounding weights to bfloat16
+
+
+def test_shakespeare_goes_on_where_it_was(shakespeare: tuple[Path, str, str]) -> None:
+    out, printed, _ = shakespeare
+    steps = [json.loads(line)["step"] for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert max(steps) == 5
+    command = [sys.executable, SHAKESPEARE / "run.py", "--data", out.parent, "--out", out, "--iters", "5"]
+    again = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert again.returncode == 0, again.stderr
+    assert "--resume" in again.stdout and table(again.stdout) == table(printed)
+
+
+def test_shakespeare_chooses_by_other_passages_than_it_trains_on(shakespeare: tuple[Path, str, str]) -> None:
+    out, _, held_out = shakespeare
+    train, valid = ((out / "data" / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("train", "valid"))
+    assert (len(train), len(valid)) == (38, 2)
+    assert not set(train) & set(valid)
+    assert all(json.loads(line)["text"] != held_out for line in [*train, *valid])
+
+
+@pytest.mark.parametrize("name", ["train", "valid"])
+def test_shakespeares_extract_is_whole_plays(name: str) -> None:
+    lines = (SHAKESPEARE / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()
+    titles = {json.loads(line)["title"] for line in lines}
+    assert titles == ({"Hamlet", "Macbeth"} if name == "train" else {"Julius Caesar"})
+    for title in titles:
+        passages = [passage for passage in map(json.loads, lines) if passage["title"] == title]
+        assert passages[0]["text"].startswith(f"Title: {title}\n")
+        assert "ACT V" in "".join(passage["text"] for passage in passages)
