@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,7 @@ def _cached(task: Hash, cache: Path | None) -> Path | None:
 
 
 def _keep(path: Path, data: bytes) -> None:
-    try:
+    with suppress(ElmError, OSError):  # read-only, full: the next run hashes again
+        path.parent.mkdir(parents=True, exist_ok=True)
         with files.new_file(path) as file:
             file.write(data)
-    except ElmError:  # read-only, full: the next run hashes again
-        pass

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,7 @@ class Feed:
     def ready(self) -> bool:
         """Whether `advance` would not have to wait. Has work done ahead."""
         while self._pool.workers and len(self._tasks) < self._ahead:
-            self._tasks.append(self._pool.read(self._read))
+            self._tasks.append(self._pool.read(partial(self._read, self._raws)))
         return bool(self._current) or bool(
             self._tasks and self._tasks[0].done() and self._tasks[0].result().answer.done()
         )
@@ -100,7 +101,9 @@ class Feed:
         """
         while not self._current:
             self.ready()
-            task: _Task = (self._tasks.popleft() if self._tasks else self._pool.read(self._read)).result()
+            task: _Task = (
+                self._tasks.popleft() if self._tasks else self._pool.read(partial(self._read, self._raws))
+            ).result()
             self._current = deque(zip(task.raws, self._outcomes(task), strict=True))
         raw, outcome = self._current.popleft()
         self._step(raw.position)
@@ -141,12 +144,12 @@ class Feed:
         self._tasks: deque[Answer] = deque()
         self._current.clear()
 
-    def _read(self) -> _Task:
+    def _read(self, documents: Iterator[Raw]) -> _Task:
         """Reads some documents and has them encoded."""
         raws: list[Raw] = []
         contents: list[bytes | str] = []
         size = 0
-        for raw in self._raws:
+        for raw in documents:
             raws.append(raw)
             if isinstance(raw.content, bytes | str):
                 contents.append(raw.content)

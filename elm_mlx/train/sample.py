@@ -40,14 +40,14 @@ class Sample:
     Attributes:
         tokens: that were prepared, from its beginning.
         seconds: that took, with all workers; without their start, and without looking for duplicates.
-        duplicates_seconds: what came before: finding the files, looking for duplicates where that was asked for.
+        opening_seconds: what came before: finding files, looking for duplicates, starting the workers.
         whole: whether it was every source's every document, at least once.
     """
 
     parts: list[Part]
     tokens: int
     seconds: float
-    duplicates_seconds: float
+    opening_seconds: float
     whole: bool
 
     @property
