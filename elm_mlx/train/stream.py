@@ -140,12 +140,8 @@ class TextBatches:
         return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
     def counts(self) -> list[Counts]:
-        """Of each source, in this process, up to the block under way, which may be ahead of the batches given."""
-        totals = [Counts() for _ in self._files]
-        for mixture in self._mixtures:
-            for total, feed in zip(totals, mixture.feeds, strict=True):
-                _add(total, feed.counts)
-        return totals
+        """Of each source, in this process, up to the end of the block under way."""
+        return _totals([[Counts(**each["counts"]) for each in lane["sources"]] for lane in self._next.values()])
 
     def state(self) -> dict[str, Any]:
         """Where the iterator stands, as JSON's types: what `resume` takes. All processes call it at once."""
@@ -247,7 +243,7 @@ class TextBatches:
 
     def _wrong(self, line: str) -> None:
         self._on_wrong(line)
-        counts = self.counts()
+        counts = _totals([[feed.counts for feed in mixture.feeds] for mixture in self._mixtures])
         bad, broken = sum(each.bad for each in counts), sum(len(each.broken) for each in counts)
         for number, limit, what in ((broken, self._reading.max_broken, "file"), (bad, self._reading.max_bad, "record")):
             if number > limit:
@@ -283,15 +279,18 @@ def _random(seed: int, stream: int) -> np.random.Philox:
     return np.random.Philox(key=np.array([seed & (2**64 - 1), stream], np.uint64))
 
 
-def _add(total: Counts, counts: Counts) -> None:
-    total.epoch = max(total.epoch, counts.epoch)
-    total.read, total.kept, total.tokens = (
-        total.read + counts.read, total.kept + counts.kept, total.tokens + counts.tokens,
-    )  # fmt: skip
-    for reason, number in counts.dropped.items():
-        total.dropped[reason] += number
-    total.bad += counts.bad
-    total.broken += [line for line in counts.broken if line not in total.broken]
+def _totals(shards: Sequence[Sequence[Counts]]) -> list[Counts]:
+    """Of each source, over shards."""
+    totals = []
+    for parts in zip(*shards, strict=True):
+        total = Counts(epoch=max(part.epoch for part in parts))
+        for part in parts:
+            total.read, total.kept = total.read + part.read, total.kept + part.kept
+            total.tokens, total.bad = total.tokens + part.tokens, total.bad + part.bad
+            total.dropped = {reason: number + part.dropped[reason] for reason, number in total.dropped.items()}
+            total.broken += [line for line in part.broken if line not in total.broken]
+        totals.append(total)
+    return totals
 
 
 def _told(state: Any, name: str, value: Any) -> str:
