@@ -1,25 +1,24 @@
-"""Files of training data as records: JSON lines, JSON arrays, both gzipped, Parquet; a file, or a directory of splits.
+"""Files of training data as records: a file of any of SUFFIXES, or a directory of splits.
 
-Knows formats and what makes a record whole, and names each one that isn't by file and line with the reason. Knows
-nothing of tokens, templates and lengths. Importing this imports no pyarrow.
+Knows what makes a record whole, and names each one that isn't by file and line with the reason. Knows nothing of
+how files are packed, and of tokens, templates and lengths.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError
 from elm_mlx.template import check_messages
+from elm_mlx.train import formats
+from elm_mlx.train.formats import BadRecord, keys_of, kind_of
 
 SPLITS = ("train", "valid", "test")
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+SUFFIXES = (*formats.JSON, formats.PARQUET)
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,6 @@ class Split:
     bad: list[str] = field(default_factory=list)
 
 
-class BadRecord(Exception):
-    """One record is not whole; the text is the reason."""
-
-
 def read(path: Path, format: str | None = None) -> dict[str, Split]:
     """Every record of a file, as split `train`, or of a directory's splits.
 
@@ -99,19 +94,9 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
     return splits
 
 
-def entries(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each value of a data file, one at a time, with where it stands; BadRecord in place of what is no JSON.
-
-    Raises:
-        InputError, ElmError: as `read`.
-    """
-    suffix = _suffix(path)
-    return _parquet(path) if suffix == ".parquet" else _json(path, suffix.endswith(".gz"))
-
-
 def _files(path: Path) -> dict[str, list[Path]]:
     if path.is_file():
-        _suffix(path)
+        formats.suffix_of(path, SUFFIXES)
         return {"train": [path]}
     if not path.is_dir():
         raise InputError(f"{path}: no such file or directory")
@@ -130,17 +115,9 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return {name: found[name] for name in SPLITS if name in found}
 
 
-def _suffix(path: Path) -> str:
-    """Which of SUFFIXES the file's name ends with, the longest."""
-    matching = [suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)]
-    if not matching:
-        raise InputError(f"{path}: no kind of data file that can be read, which are {', '.join(SUFFIXES)}")
-    return max(matching, key=len)
-
-
 def _read_file(path: Path, format: str | None, split: Split) -> None:
     """Appends the file's records to `split`, good and bad."""
-    for where, value in entries(path):
+    for where, value in _entries(path, formats.suffix_of(path, SUFFIXES)):
         try:
             if isinstance(value, BadRecord):
                 raise value
@@ -149,109 +126,33 @@ def _read_file(path: Path, format: str | None, split: Split) -> None:
             split.bad.append(f"{where}: {error}")
 
 
-def _json(path: Path, zipped: bool) -> Iterator[tuple[str, Any]]:
-    """Each value of JSON lines or of a JSON array, with where it stands; BadRecord for a line that is no JSON.
-
-    Which of the two a file is, its first character tells and not its name: Hugging Face's `.json` are often lines.
-    """
-    try:
-        with _open(path, zipped) as file:
-            array = _begins_array(file)
-            file.seek(0)
-            yield from _array(path, file.read()) if array else _lines(path, file)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged gzip: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _open(path: Path, zipped: bool) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path) if zipped else path.open("rb"))
-
-
-def _begins_array(file: IO[bytes]) -> bool:
-    for line in file:
-        if text := line.removeprefix(b"\xef\xbb\xbf").strip():
-            return text.startswith(b"[")
-    return False
-
-
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield f"{path}, line {number}", _parsed(line.rstrip())
+def _entries(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
+    """Each value of a file, with where it stands; BadRecord for a line that is no JSON."""
+    if suffix == formats.PARQUET:
+        for row, group, value in formats.parquet(path, tuple(_COLUMNS)):
+            yield f"{path}, row {row + 1} (row group {group})", value
+        return
+    array = formats.is_array(path)
+    with formats.opened(path) as file:
+        if array:
+            for number, value in formats.array(path, file.read()):
+                yield f"{path}, line {number}", value
+            return
+        for number, line in formats.lines(file):
+            yield f"{path}, line {number}", _parsed(line)
 
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start + 1} of the line")
-    except json.JSONDecodeError as error:
-        return BadRecord(f"not JSON: {error.msg} at column {error.pos + 1}")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested by thousands
-        return BadRecord(f"not JSON: {error}")
-
-
-def _array(path: Path, data: bytes) -> Iterator[tuple[str, Any]]:
-    """Each element, by the line that it begins on. After one that is no JSON, nobody knows where the next begins."""
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
-    line = at = 0
-
-    def skip(position: int) -> int:
-        """Past white space, counting lines from where the last call ended."""
-        nonlocal line, at
-        position = space.match(text, position).end()  # type: ignore[union-attr]
-        line, at = line + text.count("\n", at, position), position
-        return position
-
-    try:
-        text = data.decode("utf-8-sig")
-        position = skip(skip(0) + 1)
-        while text[position : position + 1] != "]":
-            where = f"{path}, line {line + 1}"
-            value, position = decoder.raw_decode(text, position)
-            yield where, value
-            position = skip(position)
-            if text[position : position + 1] == ",":
-                position = skip(position + 1)
-            elif text[position : position + 1] != "]":
-                raise InputError(f"{path}, line {line + 1}: not JSON: a comma or ] is missing")
-        if skip(position + 1) < len(text):
-            raise InputError(f"{path}, line {line + 1}: not JSON: something follows the array")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {data.count(10, 0, error.start) + 1}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {line + 1}: not JSON: {error}") from None
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ElmError(f"{path}: Parquet needs pyarrow: pip install 'elm-mlx[parquet]'") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in file.schema_arrow.names if name in _COLUMNS]
-            row = 0
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=columns):
-                    for value in batch.to_pylist():
-                        row += 1
-                        yield f"{path}, row {row} (row group {group})", value
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
+        return formats.parsed(line)
+    except BadRecord as error:
+        return error
 
 
 def _record(where: str, value: Any, format: str | None) -> Record:
     """The record that a JSON value is. Raises BadRecord."""
     if not isinstance(value, dict):
-        raise BadRecord(f"is {_kind(value)}, and not an object")
+        raise BadRecord(f"is {kind_of(value)}, and not an object")
     for name in ("tools", "functions"):
         if value.get(name):
             raise BadRecord(f"has `{name}`, which no template here can show")
@@ -259,17 +160,17 @@ def _record(where: str, value: Any, format: str | None) -> Record:
         format = next((name for name, (_, keys) in FORMATS.items() if all(key in value for key in keys)), None)
     if format is None:
         wanted = "; ".join(", ".join(f"`{key}`" for key in keys) for _, keys in FORMATS.values())
-        raise BadRecord(f"has none of these sets of keys: {wanted}; it has {_named(value)}")
+        raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}")
     make, keys = FORMATS[format]
     missing = next((key for key in keys if key not in value), None)
     if missing:
-        raise BadRecord(f"`{missing}` is missing; it has {_named(value)}")
+        raise BadRecord(f"`{missing}` is missing; it has {keys_of(value)}")
     return make(where, value)
 
 
 def _text(value: Mapping[str, Any], key: str) -> str:
     if not isinstance(value[key], str):
-        raise BadRecord(f"`{key}` is {_kind(value[key])}, and not a text")
+        raise BadRecord(f"`{key}` is {kind_of(value[key])}, and not a text")
     if not value[key].strip():
         raise BadRecord(f"`{key}` is empty")
     return value[key]
@@ -318,16 +219,3 @@ FORMATS: dict[str, tuple[Callable[[str, Mapping[str, Any]], Record], tuple[str, 
     "text": (_make_text, ("text",)),
 }
 _COLUMNS = {key for _, keys in FORMATS.values() for key in keys} | {"input", "tools", "functions"}
-
-
-def _named(value: Mapping[str, Any]) -> str:
-    """A few of its keys, on one line whatever they hold."""
-    keys = [f"`{key[:30].encode('unicode_escape').decode()}`" for key in list(value)[:8]]
-    return ", ".join([*keys, "…"] if len(value) > 8 else keys) or "no keys"
-
-
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")

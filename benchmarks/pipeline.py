@@ -1,0 +1,134 @@
+"""What preparing text costs a training run: `python benchmarks/pipeline.py`.
+
+1. Preparing alone: tokens/s of this process, and of worker processes; how long until a worker answers.
+2. Beside training: steps on text that is prepared meanwhile, against steps on the same kind of batches from memory, in
+   pairs, one right after the other. A window as long as a pair's side has every side prepare as much as it uses up.
+   What counts is the median of the pairs' ratios, workers' use of the processor included, and the time that a step
+   waits for its batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
+from pathlib import Path
+
+import elm_mlx  # before MLX, for its BLAS
+from elm_mlx.config import ModelConfig
+from elm_mlx.train.batches import Batch
+from elm_mlx.train.filters import Filters
+from elm_mlx.train.pool import Pool
+from elm_mlx.train.sources import Source
+from elm_mlx.train.stream import Reading, TextBatches
+from elm_mlx.train.worker import Encode
+
+ROOT = Path(__file__).parent.parent
+TOKENIZER = ROOT / "examples/classics/tokenizer.model"
+TEXTS = ROOT / "../shared/data/classics/train.jsonl.gz"
+ROWS, LENGTH = 8, 256
+# As the embedded model is.
+CONFIG = {
+    "num_layers": 8, "model_dim": 192, "head_dim": 32, "num_gqa_groups": 2, "normalize_qk_projections": True,
+    "share_input_output_layers": True, "ffn_multipliers": (0.5, 4.0), "qkv_multipliers": (0.5, 1.0),
+    "ffn_dim_divisor": 64, "rope_max_length": 1024, "max_context_length": 512, "vocab_size": 4096,
+}  # fmt: skip
+
+
+def opened(texts: Path, workers: int, window: int) -> TextBatches:
+    return TextBatches([Source(str(texts))], TOKENIZER, Filters(), Reading(ROWS, LENGTH, 0, window, workers=workers))
+
+
+def alone(texts: Path, workers: int, seconds: float) -> float:
+    """Tokens/s, once everything has begun. Batches are as small as they get, for blocks not to matter."""
+    with opened(texts, workers, 1) as batches:
+        next(batches)
+        begun = time.perf_counter()
+        first = batches.counts()[0].tokens
+        while time.perf_counter() - begun < seconds:
+            next(batches)
+        return (batches.counts()[0].tokens - first) / (time.perf_counter() - begun)
+
+
+def first_answer() -> float:
+    """Seconds from the start of a worker until it has encoded a word."""
+    begun = time.perf_counter()
+    pool = Pool(1, TOKENIZER, Filters())
+    pool.submit(Encode(["word"], "text")).result()
+    taken = time.perf_counter() - begun
+    pool.close()
+    return taken
+
+
+def stepper() -> Callable[[Batch], None]:
+    """A function that makes one update by a batch."""
+    import mlx.core as mx
+
+    from elm_mlx.model import Model
+    from elm_mlx.train.optimizer import global_norm, make_optimizer
+    from elm_mlx.train.step import Step
+
+    mx.random.seed(0)
+    model = Model(ModelConfig.scaled(**CONFIG))  # type: ignore[arg-type]
+    step = Step(model, make_optimizer("adamw", 0.1))
+
+    def update(batch: Batch) -> None:
+        loss, gradients, count = step.gradients(batch)
+        norm = global_norm(gradients) / count
+        step.apply(gradients, norm, count, 1e-3)
+        mx.eval(loss, step.state())
+
+    return update
+
+
+def timed(update: Callable[[Batch], None], batches: Iterator[Batch], steps: int) -> tuple[float, float]:
+    """Seconds in all, and those of them that went by until there was a batch."""
+    begun, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - asked
+        update(batch)
+    return time.perf_counter() - begun, waited
+
+
+def beside_training(texts: Path, workers: int, pairs: int, steps: int) -> str:
+    update = stepper()
+    with opened(texts, workers, steps * ROWS * LENGTH) as live:
+        memory = cycle(islice(live, steps))
+        timed(update, memory, 4)  # compiled
+        timed(update, live, steps)
+        sides = [(timed(update, live, steps), timed(update, memory, steps)) for _ in range(pairs)]
+    ratios = [prepared / held for (prepared, _), (held, _) in sides]
+    waits = [waited / prepared for (prepared, waited), _ in sides]
+    speed = statistics.median(steps * ROWS * LENGTH / prepared for (prepared, _), _ in sides)
+    return (
+        f"| {workers} | {speed:,.0f} | {statistics.median(waits):.2%} | {statistics.median(ratios) - 1:+.1%} "
+        f"| {min(ratios) - 1:+.1%} to {max(ratios) - 1:+.1%} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--texts", type=Path, default=TEXTS)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=8, help="steps of a pair's side")
+    parser.add_argument("--seconds", type=float, default=4, help="for each figure of preparing alone")
+    options = parser.parse_args()
+    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, BLAS: {elm_mlx.blas.status().name}\n")
+    print("| workers | tokens/s prepared, nothing else running |\n| ---: | ---: |")
+    for workers in (0, 1, 2):
+        print(f"| {workers} | {alone(options.texts, workers, options.seconds):,.0f} |", flush=True)
+    print(f"\nA worker's first answer: {statistics.median(first_answer() for _ in range(5)):.2f} s after its start\n")
+    print("| workers | tokens/s trained | waiting for batches | time more than from memory | spread of the pairs |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for workers in (0, 1):
+        print(beside_training(options.texts, workers, options.pairs, options.steps), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Which texts are worth training on: lengths, repetition, symbols. Each can be switched off; each names what it drops.
+
+Knows texts. Knows nothing of files, tokens and duplicates. Needs Python's own library alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+
+from elm_mlx.errors import InputError
+
+_RUN = 5  # words
+
+# Why a document is left out, in the order in which that is asked.
+DUPLICATE, SHORT, REPETITIVE, SYMBOLS, FEW_TOKENS = "duplicate", "short", "repetitive", "symbols", "few tokens"
+REASONS = (DUPLICATE, SHORT, REPETITIVE, SYMBOLS, FEW_TOKENS)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What of the raw text is kept, by default as OpenELM's was where the paper says.
+
+    Args:
+        nfc: bring text into Unicode's normal form C.
+        duplicates: leave out a document whose text, in normal form C, an earlier one has.
+        min_chars: leave out texts of fewer characters. Empty ones always are.
+        max_repetition: leave out texts with a larger `repetition`; None for none.
+        max_symbols: leave out texts with a larger share of `symbols`; None for none.
+        min_tokens: leave out texts of fewer tokens, BOS and EOS not counted.
+    """
+
+    nfc: bool = True
+    duplicates: bool = True
+    min_chars: int = 200
+    max_repetition: float | None = 0.3
+    max_symbols: float | None = 0.3
+    min_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("min_chars", "min_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
+        for name in ("max_repetition", "max_symbols"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise InputError(f"{name} is a share from 0 to 1, not {value}")
+
+    def normalized(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text) if self.nfc else text
+
+    def objection(self, text: str) -> str | None:
+        """Why the text is left out; None if it isn't, as far as can be told without tokens."""
+        if len(text) < self.min_chars or not text.strip():
+            return SHORT
+        if self.max_repetition is not None and repetition(text) > self.max_repetition:
+            return REPETITIVE
+        if self.max_symbols is not None and symbols(text) > self.max_symbols:
+            return SYMBOLS
+        return None
+
+
+def repetition(text: str) -> float:
+    """The share of the runs of five words that occurred before in the text. Without spaces, as in Chinese, 0."""
+    words = text.split()
+    runs = len(words) - _RUN + 1
+    if runs < 1:
+        return 0.0
+    return 1 - len(set(zip(*(words[i:] for i in range(_RUN)), strict=False))) / runs
+
+
+def symbols(text: str) -> float:
+    """The share of characters, white space not counted, that are punctuation, symbols or controls."""
+    counts = Counter(text)
+    visible = sum(count for character, count in counts.items() if not character.isspace())
+    odd = (count for c, count in counts.items() if unicodedata.category(c)[0] in "PSC" and not c.isspace())
+    return sum(odd) / visible if visible else 0.0
+
+
+def text_hash(text: str) -> int:
+    """64 bits by which a text is known, 0 excepted; the same for all its Unicode forms."""
+    data = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
