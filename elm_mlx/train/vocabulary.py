@@ -7,25 +7,22 @@ as much. Equal data, seed and settings give equal bytes, on any machine. Knows n
 
 from __future__ import annotations
 
-import gzip
 import io
 import random
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from elm_mlx import spm
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_file
 from elm_mlx.tokenizer import Tokenizer
-from elm_mlx.train import records
-from elm_mlx.train.records import BadRecord
-
-TEXT_SUFFIXES = (".txt", ".txt.gz")
+from elm_mlx.train import formats
+from elm_mlx.train.formats import BadRecord
+from elm_mlx.train.sources import SUFFIXES, text_of
 
 # One line in a hundred is for measuring, up to a megabyte.
 _HELD_OUT, _HELD_OUT_BYTES = 0.01, 1_000_000
@@ -84,7 +81,8 @@ def sample(files: Sequence[Path], *, max_bytes: int = 100_000_000, seed: int = 0
     """Draws lines from data, each with the same chance, until `max_bytes` are full.
 
     Args:
-        files: JSON lines or a JSON array of `{"text": …}`, both gzipped or not, Parquet with such a column, or text.
+        files: JSON lines or a JSON array of `{"text": …}`, Parquet with such a column, or text; all but Parquet
+            may be packed by gzip or Zstandard.
         skip_bad: leave out records that are not whole, and name them; otherwise the first is an error.
 
     Raises:
@@ -194,41 +192,44 @@ class _Reservoir:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
-    """Each text in the file, in UTF-8, with where it stands."""
-    if path.name.lower().endswith(TEXT_SUFFIXES):
-        yield from _plain(path)
-        return
-    for where, value in records.entries(path):
-        yield where, value if isinstance(value, BadRecord) else _text(value)
+    """Each text in the file, in UTF-8, with where it stands. Of a text file, each line."""
+    suffix = formats.suffix_of(path, SUFFIXES)
+    if suffix == formats.PARQUET:
+        for number, group, row in formats.parquet(path, ("text",)):
+            yield f"{path}, row {number + 1} (row group {group})", _text(row)
+    elif suffix in formats.JSON and formats.is_array(path):
+        with formats.opened(path) as file:
+            for line, value in formats.array(path, file.read()):
+                yield f"{path}, line {line}", _text(value)
+    else:
+        decode = _decoded if suffix in formats.TEXT else _parsed
+        with formats.opened(path) as file:
+            for line, data in formats.lines(file):
+                yield f"{path}, line {line}", decode(data)
+
+
+def _parsed(line: bytes) -> bytes | BadRecord:
+    try:
+        return _text(formats.parsed(line))
+    except BadRecord as error:
+        return error
 
 
 def _text(value: Any) -> bytes | BadRecord:
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        return BadRecord("no record with a `text`")
     try:
-        return text.encode("utf-8")
+        return text_of(value, "text").encode("utf-8")
+    except BadRecord as error:
+        return error
     except UnicodeEncodeError as error:
         return BadRecord(f"no valid Unicode: character {error.start + 1} is half of a surrogate pair")
 
 
-def _plain(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
-    """Each line of a text file."""
+def _decoded(line: bytes) -> bytes | BadRecord:
     try:
-        with cast(IO[bytes], gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")) as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                where = f"{path}, line {number}"
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    yield where, BadRecord(f"not UTF-8 at byte {error.start + 1} of the line")
-                else:
-                    yield where, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged gzip: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(f"not UTF-8 at byte {error.start + 1} of the line")
+    return line
 
 
 def _lines(text: bytes) -> Iterator[bytes]:
