@@ -23,6 +23,7 @@ from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
 from elm_mlx.cli.lora import LoraCommand, lora
+from elm_mlx.cli.pretrain import pretrain
 from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
 from elm_mlx.cli.train_tokenizer import train_tokenizer
@@ -45,6 +46,7 @@ app.command()(fuse)
 app.command()(generate)
 app.command()(info)
 app.command(cls=LoraCommand)(lora)
+app.command()(pretrain)
 app.command()(report)
 app.command()(train_tokenizer)
 

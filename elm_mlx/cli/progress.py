@@ -24,7 +24,7 @@ class Progress:
     """Shows the reports of a run of `steps` updates, between `with` and its end. `quiet` shows nothing."""
 
     def __init__(self, steps: int, quiet: bool = False):
-        self._steps, self._quiet = steps, quiet
+        self._steps, self.quiet = steps, quiet
         self._loss: float | None = None
         self._rate = self._seconds = 0.0
         self._best: float | None = None
@@ -34,7 +34,7 @@ class Progress:
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
         """A table of two columns."""
-        if not self._quiet:
+        if not self.quiet:
             for label, text in lines:
                 print(f"{label:<9} {printable(text)}", flush=True)
 
@@ -45,7 +45,7 @@ class Progress:
             self._bar.update(self._task, description="starting")
 
     def __enter__(self) -> Progress:
-        if not self._quiet and sys.stdout.isatty():
+        if not self.quiet and sys.stdout.isatty():
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
@@ -63,7 +63,7 @@ class Progress:
 
     def report(self, report: Report) -> None:
         """An update or a validation."""
-        if self._quiet:
+        if self.quiet:
             return
         if report.valid_loss is not None:
             self._validated(report.step, report.valid_loss)
@@ -73,7 +73,7 @@ class Progress:
     def _updated(self, report: Report) -> None:
         assert report.loss is not None and report.tokens_per_second is not None and report.memory is not None
         if report.skipped:
-            self._say(f"step {report.step:,}: left out, with a loss of {report.loss:.4g}")
+            self.say(f"step {report.step:,}: left out, with a loss of {report.loss:.4g}")
             return
         share = 1.0 if self._loss is None else _SMOOTH
         self._loss = report.loss if self._loss is None else self._loss + share * (report.loss - self._loss)
@@ -91,9 +91,10 @@ class Progress:
         best = step > 0 and (self._best is None or loss < self._best)
         if best:
             self._best = loss
-        self._say(f"step {step:,}: validation loss {loss:.4f}" + (", the best yet" if best else ""))
+        self.say(f"step {step:,}: validation loss {loss:.4f}" + (", the best yet" if best else ""))
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line, above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False)
         else:

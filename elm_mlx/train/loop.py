@@ -167,7 +167,7 @@ class _Run:
         if settings.grad_checkpoint:
             recompute_blocks(model)
         model.train()
-        optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay)
+        optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay, settings.betas, settings.eps)
         self._step = Step(model, optimizer, settings.clip, compute_dtype)
 
     def start(self) -> None:

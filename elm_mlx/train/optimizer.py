@@ -89,13 +89,15 @@ class Adafactor(optim.Adafactor):
 Optimizer = AdamW | Adafactor
 
 
-def make_optimizer(name: str, weight_decay: float) -> Optimizer:
+def make_optimizer(
+    name: str, weight_decay: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8
+) -> Optimizer:
     """One of `OPTIMIZERS`. Raises InputError for another."""
     if name not in OPTIMIZERS:
         raise InputError(f"no optimizer {name!r}; there are {', '.join(OPTIMIZERS)}")
     if not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise InputError(f"weight decay must be at least 0, not {weight_decay}")
-    return AdamW(weight_decay) if name == "adamw" else Adafactor(weight_decay)
+    return AdamW(weight_decay, betas, eps) if name == "adamw" else Adafactor(weight_decay)
 
 
 def global_norm(gradients: Any) -> mx.array:

@@ -6,12 +6,15 @@ Knows the sections of the file that `elm-mlx pretrain` reads. Knows nothing of T
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.train.filters import Filters
 from elm_mlx.train.optimizer import Schedule
 from elm_mlx.train.settings import Settings
+from elm_mlx.train.sources import Source
+from elm_mlx.train.stream import Reading
 
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
@@ -116,6 +119,55 @@ class Run:
     on_nan: str = "stop"
 
 
+@dataclass(frozen=True)
+class Data:
+    """What is read, and how.
+
+    Args:
+        sequence_length: tokens of a row; documents are packed end to end.
+        window: tokens that are shuffled with one another.
+        segments: let attention keep to a document; otherwise a row is one text, as in the paper.
+        workers: processes that filter and tokenize; 0 to do it in the training process.
+        max_bad: records that cannot be read before the run stops.
+        max_broken: files that cannot be read before the run stops.
+        validation: a file of texts that are not trained on.
+        validation_batches: how much of it counts, from its beginning.
+        sources: the mixture.
+    """
+
+    sources: tuple[Source, ...]
+    sequence_length: int = 2048
+    window: int = 1 << 22
+    segments: bool = False
+    workers: int = 1
+    max_bad: int = 100
+    max_broken: int = 0
+    validation: str | None = None
+    validation_batches: int = 16
+
+    def reading(self, run: Run) -> Reading:
+        return Reading(
+            run.batch_size, self.sequence_length, run.seed, self.window, self.segments, None, self.workers,
+            self.max_bad, self.max_broken,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A pretraining run.
+
+    Args:
+        tokenizer: a SentencePiece model, such as Llama 2's or one of `elm-mlx train-tokenizer`.
+    """
+
+    tokenizer: str
+    model: Shape
+    data: Data
+    optimizer: Optimizer
+    filters: Filters = field(default_factory=Filters)
+    run: Run = field(default_factory=Run)
+
+
 def settings(optimizer: Optimizer, run: Run) -> Settings:
     """What the loop takes. Raises InputError where a value is out of its range."""
     if len(optimizer.betas) != 2:
@@ -124,7 +176,8 @@ def settings(optimizer: Optimizer, run: Run) -> Settings:
         Schedule(
             optimizer.lr, optimizer.steps, optimizer.warmup, optimizer.shape, optimizer.end, optimizer.warmup_from
         ),
-        optimizer=optimizer.name, weight_decay=optimizer.weight_decay, clip=optimizer.clip or None,
+        optimizer=optimizer.name, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay, z_loss=optimizer.z_loss, clip=optimizer.clip or None,
         accumulate=run.accumulate, seed=run.seed, grad_checkpoint=run.grad_checkpoint, on_nan=run.on_nan,
         eval_every=run.eval_every, save_every=run.save_every, keep=run.keep,
     )  # fmt: skip
@@ -138,9 +191,14 @@ def _one_or_two(multipliers: Sequence[float]) -> float | tuple[float, float]:
     return multipliers[0], multipliers[1]
 
 
-def preset(name: str) -> tuple[Shape, Optimizer]:
-    """The paper's shape and learning rate. Raises InputError where there is no such model."""
+def preset(name: str) -> Recipe:
+    """The paper's recipe for one of its models; tokenizer and data are to be filled in.
+
+    Raises:
+        InputError: there is no such model.
+    """
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     num_layers, model_dim, head_dim = PRESETS[name]
-    return Shape(num_layers, model_dim, head_dim), Optimizer(_LEARNING_RATES[name])
+    data = Data((Source("data/*.jsonl.gz"),))
+    return Recipe("tokenizer.model", Shape(num_layers, model_dim, head_dim), data, Optimizer(_LEARNING_RATES[name]))

@@ -21,6 +21,8 @@ class Settings:
     Args:
         schedule: the learning rate; its `steps` are the run's.
         optimizer: "adamw" or "adafactor".
+        betas, eps: of AdamW.
+        z_loss: weight of the squared log-partition in what is made small (PaLM, section 5); losses are shown without
         clip: the limit on the gradients' norm; None for none.
         accumulate: batches to an update.
         seed: of dropout.
@@ -33,7 +35,10 @@ class Settings:
 
     schedule: Schedule
     optimizer: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
     weight_decay: float = 0.0
+    z_loss: float = 0.0
     clip: float | None = 1.0
     accumulate: int = 1
     seed: int = 0
@@ -51,6 +56,8 @@ class Settings:
         for name in ("accumulate", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0 or not self.z_loss >= 0:
+            raise InputError("betas are from 0 to below 1, eps is above 0, and z_loss not below 0")
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"the limit on the gradients' norm must be above 0, not {self.clip}")
 

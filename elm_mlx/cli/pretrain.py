@@ -1,0 +1,108 @@
+"""`elm-mlx pretrain CONFIG`: from raw text to a model, by a recipe in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx.cli.show import size
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.train.loop import Result
+    from elm_mlx.train.pretrain import Pretraining
+    from elm_mlx.train.recipe import Recipe
+
+_ABOUT = "A recipe for `elm-mlx pretrain`; docs/pretrain.md says more. Paths are relative to where the command runs."
+
+
+def pretrain(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A TOML file with the recipe.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model.")] = None,
+    init: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a recipe to start from, and end.")] = None,
+    preset: Annotated[
+        str, typer.Option(help="Of --init: OpenELM-270M, OpenELM-450M, OpenELM-1_1B or OpenELM-3B.")
+    ] = "OpenELM-270M",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")] = False,
+) -> None:
+    """Train a model from raw text: filtered and tokenized as it is read, by the paper's recipe or your own."""
+    from elm_mlx.train import tables
+
+    if init is not None:
+        _init(init, preset)
+        return
+    if config is None or out is None:
+        raise InputError(f"{'CONFIG' if config is None else '--out'} is missing; --init FILE writes a first recipe")
+    from elm_mlx import device
+    from elm_mlx.cli import progress
+    from elm_mlx.train import memory
+    from elm_mlx.train.pretrain import Pretraining
+    from elm_mlx.train.recipe import Recipe
+
+    recipe = tables.read(config, Recipe, set_ or [])
+    shown = progress.Progress(recipe.optimizer.steps)
+    with Pretraining(recipe, out, on_wrong=shown.say) as run:
+        memory.check(run.load(), device.available_memory())
+        shown.quiet = not run.leads
+        shown.lines(_plan(run, recipe))
+        with shown:
+            result = run.train(resume=resume, on_ready=shown.ready, on_report=shown.report)
+        shown.lines(_outcome(run, result))
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _init(path: Path, preset: str) -> None:
+    from elm_mlx import files
+    from elm_mlx.train import recipe, tables
+
+    if path.exists():
+        raise InputError(f"{path}: is there already; choose another name")
+    files.write_text(path, tables.write(recipe.preset(preset), _ABOUT))
+    print(f"wrote {path}; fill in tokenizer and data, then: elm-mlx pretrain {path} --out run")
+
+
+def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
+    from elm_mlx import device
+    from elm_mlx.train import memory
+
+    config, steps, free = run.config, recipe.optimizer.steps, device.available_memory()
+    needed = memory.estimate(run.load()).total
+    tokens = run.tokens_per_update
+    processes = f" in each of {run.world} processes" if run.world > 1 else ""
+    sources = ", ".join(source.name for source in recipe.data.sources)
+    return [
+        ("model", f"{config.parameters:,} parameters in {config.num_layers} layers, {config.vocab_size:,} tokens"),
+        ("data", f"{sources}; tokenized by {recipe.tokenizer}"),
+        ("batches", f"{recipe.run.batch_size} rows of {recipe.data.sequence_length:,} tokens{processes}, "
+                    f"{recipe.run.accumulate} to an update"),
+        ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
+                    f"{steps * tokens / config.parameters:.1f} a parameter"),
+        ("memory", f"about {size(needed)} at most" + ("" if free is None else f", of {size(free)} that are free")),
+    ]  # fmt: skip
+
+
+def _outcome(run: Pretraining, result: Result) -> list[tuple[str, str]]:
+    from elm_mlx.cli.progress import duration
+
+    done = result.progress
+    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens in {duration(done.seconds)}")]
+    if result.interrupted:
+        lines = [("stopped", f"after {done.step:,} updates; --resume goes on from {result.last}")]
+    if done.skipped:
+        lines.append(("skipped", f"{done.skipped:,} updates"))
+    if done.best_step is not None:
+        lines.append(("best", f"validation loss {done.best_loss:.4f}, after {done.best_step:,} updates"))
+    for source, counts in zip(run.sources, run.batches.counts(), strict=True):
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
+        kept = f"{counts.kept:,} of {counts.read:,} documents kept, {counts.tokens:,} tokens, epoch {counts.epoch + 1}"
+        lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
+    lines.append(("wrote", f"{run.out}; try: elm-mlx average --last 5 {run.out} --out DIR"))
+    return lines

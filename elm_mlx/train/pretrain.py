@@ -1,0 +1,175 @@
+"""Pretraining from a recipe: raw text in, a run's directory with checkpoints and a model in it out.
+
+Knows which parts make a run: tokenizer, network, mixture, loop. Knows nothing of files of options, and nothing of how a
+run is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from elm_mlx import device, files, shards
+from elm_mlx.errors import InputError
+from elm_mlx.model import Model
+from elm_mlx.tokenizer import FILE_NAME, Tokenizer
+from elm_mlx.train import checkpoint, initial, memory
+from elm_mlx.train import recipe as recipes
+from elm_mlx.train.batches import Batch
+from elm_mlx.train.checkpoint import Identity
+from elm_mlx.train.filters import Filters
+from elm_mlx.train.gather import gather
+from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.metrics import ABOUT
+from elm_mlx.train.recipe import Recipe
+from elm_mlx.train.sources import Source
+from elm_mlx.train.stream import Reading, TextBatches
+from elm_mlx.version import __version__
+
+_UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
+
+
+class Pretraining:
+    """A run that is checked, and not begun. To be closed, which ends the workers that read.
+
+    Attributes:
+        config: of the network.
+        settings: of the loop.
+        batches: of the mixture.
+        sources: what they are read from.
+        world: processes that train together.
+        leads: whether this is the one that writes and speaks.
+
+    Raises:
+        InputError: the recipe, a source or the tokenizer is not as it must be.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, on_wrong: Callable[[str], None] = lambda line: None) -> None:
+        self._recipe, self.out, self.sources = recipe, out, recipe.data.sources
+        self._tokenizer = Tokenizer.load(Path(recipe.tokenizer))
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        if bos is None or eos is None:
+            raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
+        self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
+        self.settings = recipes.settings(recipe.optimizer, recipe.run)
+        if recipe.data.sequence_length > recipe.model.context:
+            raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
+        self._dtype = _compute_dtype(recipe.run.compute_dtype)
+        group = mx.distributed.init()
+        self.world, self.leads = group.size(), bool(group.rank() == 0)
+        self.batches = TextBatches(
+            recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.data.reading(recipe.run),
+            rank=group.rank(), world=self.world, cache=out / "duplicates", on_wrong=on_wrong, gather=gather,
+        )  # fmt: skip
+
+    def __enter__(self) -> Pretraining:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.batches.close()
+
+    @property
+    def tokens_per_update(self) -> int:
+        run, data = self._recipe.run, self._recipe.data
+        return run.batch_size * run.accumulate * self.world * data.sequence_length
+
+    def load(self) -> memory.Load:
+        """What the run asks of the machine."""
+        size = 4 if self._dtype is None else int(self._dtype.size)
+        return memory.Load(
+            self.config, 4, size, self.config.parameters, True, self._recipe.run.batch_size,
+            self._recipe.data.sequence_length, self._recipe.optimizer.name, self._recipe.run.grad_checkpoint,
+        )  # fmt: skip
+
+    def train(
+        self,
+        *,
+        resume: bool = False,
+        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_report: Callable[[Report], None] = lambda report: None,
+    ) -> Result:
+        """Train, and leave the last weights in `out`, which is a model directory then.
+
+        Args:
+            on_ready: told before the first update how many seconds one is going to take.
+
+        Raises:
+            InputError, ElmError: as `loop.train`, and as the batches do.
+        """
+        if not resume and checkpoint.all_of(self.out):
+            raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
+        model = Model(self.config)
+        initial.draw(model, self._recipe.run.seed)
+        validation = list(self._validation())
+        if self.leads:
+            self._describe()
+        result = train(
+            model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
+            self._identity(validation), resume=resume, compute_dtype=self._dtype,
+            rehearsal=self._rehearsal(), on_ready=on_ready, on_report=on_report,
+        )  # fmt: skip
+        if self.leads:
+            with files.new_file(self.out / "model.safetensors") as file:
+                shards.write_arrays(file, dict(tree_flatten(model.parameters())))
+        return result
+
+    def _describe(self) -> None:
+        """What makes a model directory of `out`, but for the weights; and what the run was asked for."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        with files.new_file(self.out / FILE_NAME) as file:
+            file.write(self._tokenizer.path.read_bytes())
+        about = {
+            "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
+            "trainable": self.config.parameters, "machine": device.machine(), "processes": self.world,
+            "version": __version__,
+        }  # fmt: skip
+        files.write_text(self.out / ABOUT, json.dumps(about, indent=1) + "\n")
+
+    def _validation(self) -> Iterator[Batch]:
+        """The first batches of the validation's text, whole documents in their order."""
+        data, run = self._recipe.data, self._recipe.run
+        if data.validation is None:
+            return
+        group = mx.distributed.init()
+        reading = Reading(run.batch_size, data.sequence_length, window=1, workers=0)
+        with TextBatches(
+            [Source(data.validation)], self._tokenizer.path, _UNFILTERED, reading, rank=group.rank(), world=self.world
+        ) as batches:
+            yield from islice(batches, data.validation_batches)
+
+    def _rehearsal(self) -> Batch:
+        shape = (self._recipe.run.batch_size, self._recipe.data.sequence_length)
+        ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape, dtype=np.int32)
+        return Batch(ids, ids, np.ones(shape, np.bool_), None, ids.size)
+
+    def _identity(self, validation: list[Batch]) -> Identity:
+        """The recipe but for what may change; the loop adds its own settings."""
+        digest = hashlib.sha256()
+        for batch in validation:
+            digest.update(batch.inputs.tobytes())
+        run = self._recipe.run
+        config = {
+            **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},
+            "batch size": run.batch_size * self.world, "compute dtype": str(self._dtype),
+        }  # fmt: skip
+        data = f"{self.batches.fingerprint} {digest.hexdigest()}"
+        return Identity(hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), data, config)
+
+
+def _compute_dtype(name: str | None) -> mx.Dtype | None:
+    """What weights are rounded to where they are used; None for float32, in which they are kept."""
+    if name is not None and name not in device.DTYPES:
+        raise InputError(f"no compute_dtype {name!r}; there are {', '.join(device.DTYPES)}")
+    if name is None:
+        return mx.bfloat16 if device.on_gpu() else None
+    return None if name == "float32" else device.DTYPES[name]
