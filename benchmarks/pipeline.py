@@ -1,6 +1,8 @@
 """What preparing text costs a training run: `python benchmarks/pipeline.py`.
 
-1. Preparing alone: tokens/s of this process, and of worker processes; how long until a worker answers.
+1. Preparing alone: tokens/s of this process, and of worker processes; processor time for a million tokens, that of all
+   processes and of what they started, which hardly depends on what else the machine does; how long until a worker
+   answers.
 2. Beside training: steps on text that is prepared meanwhile, against steps on the same kind of batches from memory, in
    pairs, one right after the other. A window as long as a pair's side has every side prepare as much as it uses up.
    What counts is the median of the pairs' ratios, workers' use of the processor included, and the time that a step
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -43,15 +46,25 @@ def opened(texts: Path, workers: int, window: int) -> TextBatches:
     return TextBatches([Source(str(texts))], TOKENIZER, Filters(), Reading(ROWS, LENGTH, 0, window, workers=workers))
 
 
-def alone(texts: Path, workers: int, seconds: float) -> float:
-    """Tokens/s, once everything has begun. Batches are as small as they get, for blocks not to matter."""
-    with opened(texts, workers, 1) as batches:
+def alone(texts: Path, workers: int, seconds: float) -> str:
+    """Tokens/s once everything has begun; processor time from the start to the end, and its share of training."""
+    before = processor_seconds()
+    with opened(texts, workers, ROWS * LENGTH * 16) as batches:
         next(batches)
         begun = time.perf_counter()
         first = batches.counts()[0].tokens
         while time.perf_counter() - begun < seconds:
             next(batches)
-        return (batches.counts()[0].tokens - first) / (time.perf_counter() - begun)
+        tokens = batches.counts()[0].tokens
+        speed = (tokens - first) / (time.perf_counter() - begun)
+    used = (processor_seconds() - before) / tokens
+    return f"| {workers} | {speed:,.0f} | {used * 1e6:.2f} | {used * 1e4:.2%} |"
+
+
+def processor_seconds() -> float:
+    """Of this process, and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def first_answer() -> float:
@@ -120,9 +133,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="for each figure of preparing alone")
     options = parser.parse_args()
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, BLAS: {elm_mlx.blas.status().name}\n")
-    print("| workers | tokens/s prepared, nothing else running |\n| ---: | ---: |")
+    print("| workers | tokens/s prepared | processor seconds for 1M tokens | of a core, training at 10,000 tokens/s |")
+    print("| ---: | ---: | ---: | ---: |")
     for workers in (0, 1, 2):
-        print(f"| {workers} | {alone(options.texts, workers, options.seconds):,.0f} |", flush=True)
+        print(alone(options.texts, workers, options.seconds), flush=True)
     print(f"\nA worker's first answer: {statistics.median(first_answer() for _ in range(5)):.2f} s after its start\n")
     print("| workers | tokens/s trained | waiting for batches | time more than from memory | spread of the pairs |")
     print("| ---: | ---: | ---: | ---: | ---: |")

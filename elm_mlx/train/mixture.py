@@ -174,7 +174,8 @@ class Feed:
         if position.epoch > self.position.epoch:
             if not self._kept:
                 dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
-                left = "; ".join(filter(None, (dropped, f"{counts.bad:,} bad" if counts.bad else "")))
+                bad = f"{counts.bad:,} bad" if counts.bad else ""
+                left = "; ".join(filter(None, (dropped, bad, *counts.broken)))
                 raise InputError(f"{self.source.name}: none of its {counts.read:,} documents is kept: {left}")
             self._kept = 0
         self.position = Position(position.epoch, position.file, position.number + 1)

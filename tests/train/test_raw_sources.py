@@ -48,6 +48,7 @@ def epochs(files: Files, count: int, **options: Any) -> list[Raw]:
 class TestFiles:
     def test_a_file_a_directory_and_a_glob(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         names = ["b.jsonl", "a.json.gz", "deep/c.txt", "deep/d.parquet", "notes.md", ".hidden/e.jsonl", ".f.jsonl"]
+        names += ["valid.jsonl", "deep/Test-00000-of-00001.parquet", "validation.json.gz", "testing.md"]
         for name in names:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text("")
@@ -57,7 +58,7 @@ class TestFiles:
 
         assert found(f"{tmp_path}/b.jsonl") == ["b.jsonl"]
         assert found(str(tmp_path)) == ["a.json.gz", "b.jsonl", "c.txt", "d.parquet"]
-        assert found(f"{tmp_path}/*.jso*") == ["a.json.gz", "b.jsonl"]
+        assert found(f"{tmp_path}/*.jso*") == ["a.json.gz", "b.jsonl", "valid.jsonl", "validation.json.gz"]
         assert found(f"{tmp_path}/**/[cd].*") == ["c.txt", "d.parquet"]
         monkeypatch.chdir(tmp_path)
         assert found("deep") == ["c.txt", "d.parquet"] and found("deep/c*") == ["c.txt"]

@@ -346,6 +346,17 @@ class TestDamage:
             (counts,) = batches.counts()
         assert len(counts.broken) == 1 and counts.broken[0].startswith(f"{broken}: ")
 
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_a_source_that_is_broken_from_its_beginning(
+        self, tmp_path: Path, tiny_tokenizer_file: Path, workers: int
+    ) -> None:
+        (tmp_path / "a.json").write_text('[{"text": ')
+        with (
+            made([tmp_path / "a.json"], tiny_tokenizer_file, max_broken=1, workers=workers) as batches,
+            pytest.raises(InputError, match=r"none of its 0 documents is kept: .*a\.json, line 1: not JSON"),
+        ):
+            next(batches)
+
     def test_an_error_is_not_the_end_of_waiting(self, tmp_path: Path, tiny_tokenizer_file: Path) -> None:
         (tmp_path / "a.jsonl").write_text("\n")
         for workers in (0, 1):
