@@ -57,7 +57,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 def exp(x: mx.array) -> mx.array:
     """`exp(x)` elementwise, for `x` up to 87; below -87 it is 1e-38 rather than less."""
-    return mx.exp(x) if _mlx_is_best(x, x.size) else _exp(mx.maximum(x, -87.0))
+    return mx.exp(x) if _mlx_is_best(x, x.size) else _derivable_exp(mx.maximum(x, -87.0))
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
@@ -113,7 +113,7 @@ def _causal_attention(
             if query_grads:  # one block after the other, or all blocks' scores would be in memory together
                 part = mx.depends([part], [query_grads[-1], key_grad, value_grad])[0]
             scores = _block_scores(part, keys, start - length, segments)
-            weights = exp(scores - log_sums[:, :, start:stop])
+            weights = _exp(mx.maximum(scores - log_sums[:, :, start:stop], -87.0))
             query_part, key_part, value_part = _derive_block(
                 part, keys, values, weights, cotangents[0][:, :, start:stop], along[:, :, start:stop]
             )
@@ -176,37 +176,40 @@ def _derive_block(
 @mx.custom_function
 def _silu(x: mx.array) -> mx.array:
     x = mx.maximum(x, -87.0)  # where it is 1e-36 from 0
-    return x * _sigmoid(x)
+    return x / _one_and_exp(-x)
 
 
 @_silu.vjp
 def _(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     x = mx.maximum(x, -87.0)
-    share = _sigmoid(x)
+    share = 1 / _one_and_exp(-x)
     return cotangent * share * (1 + x * (1 - share))
 
 
 @mx.custom_function
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
     gate = mx.maximum(gate, -87.0)
-    return gate * _sigmoid(gate) * up
+    return gate / _one_and_exp(-gate) * up
 
 
 @_swiglu.vjp
 def _(primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
     gate, up = primals
     gate = mx.maximum(gate, -87.0)
-    share = _sigmoid(gate)  # again, rather than kept: gate and up are in memory anyway
+    share = 1 / _one_and_exp(-gate)  # again, rather than kept: gate and up are in memory anyway
     return cotangent * up * share * (1 + gate * (1 - share)), cotangent * gate * share
 
 
-def _sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + _exp(mx.maximum(-x, -87.0)))
+def _one_and_exp(x: mx.array) -> mx.array:
+    return 1 + _exp(mx.maximum(x, -87.0))
 
 
-@mx.custom_function
 def _exp(x: mx.array) -> mx.array:
-    """`exp(x)` of float32 within [-87, 87], in passes that vectorise; to 3e-7 of its value near 0, 4e-6 at the ends."""
+    """`exp(x)` of float32 within [-87, 87], in passes that vectorise; to 3e-7 of its value near 0, 4e-6 at the ends.
+
+    Only for functions that say what their derivatives are: this one's would be nonsense, for the rounding in it. One
+    that is custom holds on to what it is given, which could else be overwritten, and prefill would be slower for it.
+    """
     x = x * math.log2(math.e)
     whole = (x + _ROUNDER) - _ROUNDER
     part = x - whole
@@ -216,7 +219,12 @@ def _exp(x: mx.array) -> mx.array:
     return power * ((whole.astype(mx.int32) + 127) << 23).view(mx.float32)
 
 
-@_exp.vjp
+@mx.custom_function
+def _derivable_exp(x: mx.array) -> mx.array:
+    return _exp(x)
+
+
+@_derivable_exp.vjp
 def _(_: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
     return cotangent * power
 

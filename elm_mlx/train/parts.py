@@ -40,7 +40,7 @@ class Parts:
     def __init__(self, gradient_bytes: int):
         processors = 1 if device.on_gpu() else blas.threads()
         self.most = max(1, min(processors, _GRADIENT_BYTES // max(1, gradient_bytes)))
-        if self.most > 1:
+        if not device.on_gpu():
             _keep_freed_memory()
         # The first part is the calling thread's. The others' graphs are made there too, but evaluated elsewhere.
         self._streams = [mx.new_thread_unsafe_stream(mx.cpu) for _ in range(1, self.most)]
