@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
@@ -68,7 +68,7 @@ class Pretraining:
         self.world, self.leads = group.size(), bool(group.rank() == 0)
         self.batches = TextBatches(
             recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.data.reading(recipe.run),
-            rank=group.rank(), world=self.world, cache=out / "duplicates", on_wrong=on_wrong, gather=gather,
+            rank=group.rank(), world=self.world, cache=_cache(), on_wrong=on_wrong, gather=gather,
         )  # fmt: skip
 
     def __enter__(self) -> Pretraining:
@@ -114,7 +114,7 @@ class Pretraining:
             self._describe()
         result = train(
             model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
-            self._identity(validation), resume=resume, compute_dtype=self._dtype,
+            self._identity(), resume=resume, compute_dtype=self._dtype,
             rehearsal=self._rehearsal(), on_ready=on_ready, on_report=on_report,
         )  # fmt: skip
         if self.leads:
@@ -136,27 +136,28 @@ class Pretraining:
         files.write_text(self.out / ABOUT, json.dumps(about, indent=1) + "\n")
 
     def _validation(self) -> Iterator[Batch]:
-        """The first batches of the validation's text, whole documents in their order."""
-        data, run = self._recipe.data, self._recipe.run
+        """This process's share of the first rows of the validation's text, unfiltered."""
+        data, size, rank = self._recipe.data, self._recipe.run.batch_size, mx.distributed.init().rank()
         if data.validation is None:
             return
-        group = mx.distributed.init()
-        reading = Reading(run.batch_size, data.sequence_length, window=1, workers=0)
-        with TextBatches(
-            [Source(data.validation)], self._tokenizer.path, _UNFILTERED, reading, rank=group.rank(), world=self.world
-        ) as batches:
-            yield from islice(batches, data.validation_batches)
+        reading = Reading(data.validation_rows, data.sequence_length, window=1, shards=1, workers=0)
+        with TextBatches([Source(data.validation)], self._tokenizer.path, _UNFILTERED, reading) as batches:
+            rows = next(batches)
+        inputs, targets = (each[rank :: self.world] for each in (rows.inputs, rows.targets))
+        for start in range(0, len(inputs), size):
+            part = inputs[start : start + size]
+            yield Batch(part, targets[start : start + size], np.ones(part.shape, np.bool_), None, part.size)
 
     def _rehearsal(self) -> Batch:
         shape = (self._recipe.run.batch_size, self._recipe.data.sequence_length)
         ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape, dtype=np.int32)
         return Batch(ids, ids, np.ones(shape, np.bool_), None, ids.size)
 
-    def _identity(self, validation: list[Batch]) -> Identity:
+    def _identity(self) -> Identity:
         """The recipe but for what may change; the loop adds its own settings."""
         digest = hashlib.sha256()
-        for batch in validation:
-            digest.update(batch.inputs.tobytes())
+        if self._recipe.data.validation is not None:
+            digest.update(Path(self._recipe.data.validation).read_bytes())
         run = self._recipe.run
         config = {
             **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},
@@ -164,6 +165,14 @@ class Pretraining:
         }  # fmt: skip
         data = f"{self.batches.fingerprint} {digest.hexdigest()}"
         return Identity(hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), data, config)
+
+
+def _cache() -> Path | None:
+    """Where documents' hashes are kept from run to run; None without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "elm-mlx", "hashes")
+    except RuntimeError:
+        return None
 
 
 def _compute_dtype(name: str | None) -> mx.Dtype | None:

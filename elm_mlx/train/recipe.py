@@ -127,11 +127,12 @@ class Data:
         sequence_length: tokens of a row; documents are packed end to end.
         window: tokens that are shuffled with one another.
         segments: let attention keep to a document; otherwise a row is one text, as in the paper.
+        shards: streams that documents are dealt to; a multiple of the number of processes, which is the default.
         workers: processes that filter and tokenize; 0 to do it in the training process.
         max_bad: records that cannot be read before the run stops.
         max_broken: files that cannot be read before the run stops.
         validation: a file of texts that are not trained on.
-        validation_batches: how much of it counts, from its beginning.
+        validation_rows: rows of it that count, from its beginning.
         sources: the mixture.
     """
 
@@ -139,15 +140,16 @@ class Data:
     sequence_length: int = 2048
     window: int = 1 << 22
     segments: bool = False
+    shards: int | None = None
     workers: int = 1
     max_bad: int = 100
     max_broken: int = 0
     validation: str | None = None
-    validation_batches: int = 16
+    validation_rows: int = 256
 
     def reading(self, run: Run) -> Reading:
         return Reading(
-            run.batch_size, self.sequence_length, run.seed, self.window, self.segments, None, self.workers,
+            run.batch_size, self.sequence_length, run.seed, self.window, self.segments, self.shards, self.workers,
             self.max_bad, self.max_broken,
         )  # fmt: skip
 

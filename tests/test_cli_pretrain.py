@@ -1,0 +1,163 @@
+"""`elm-mlx pretrain`: a recipe written, read and carried out; stopped and resumed; by two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from test_cli_lora import free_port, updates
+
+from elm_mlx.cli import main
+from elm_mlx.store import load
+from elm_mlx.train import checkpoint, recipe, tables
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """The command in this process, with a cache of its own: exit code, stdout, stderr."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer_file: Path) -> Path:
+    """A recipe of a tiny model, and texts for it: of each document, how often a word comes says what comes next."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]
+    for name, count in (("texts", 60), ("valid", 6)):
+        texts = (" ".join(words[(i + j * (i % 3 + 1)) % 8] for j in range(80)) for i in range(count))
+        lines = (json.dumps({"text": f"{number}. {text}"}) + "\n" for number, text in enumerate(texts))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+tokenizer = "{tiny_tokenizer_file}"
+[model]
+num_layers = 2
+model_dim = 32
+head_dim = 16
+num_gqa_groups = 1
+ffn_dim_divisor = 16
+context = 64
+[data]
+sequence_length = 32
+window = 2048
+validation = "{tmp_path / "valid.jsonl"}"
+validation_rows = 8
+[[data.sources]]
+path = "{tmp_path / "texts.jsonl"}"
+[filters]
+min_tokens = 10
+max_repetition = 1.0
+[optimizer]
+lr = 0.01
+steps = 6
+warmup = 2
+[run]
+batch_size = 4
+accumulate = 2
+eval_every = 3
+save_every = 2
+"""
+    )
+    return path
+
+
+def test_from_text_to_a_model(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    code, text, err = run("pretrain", config, "--out", out)
+    assert code == 0, err
+    losses = updates(out)
+    assert [step for step, _ in losses] == [0, 1, 2, 3, 3, 4, 5, 6, 6] and losses[-1][1] < losses[0][1] - 0.3
+    assert losses[0][1] == pytest.approx(5.77, abs=1.0), "an untrained model knows nothing: log 320"
+    assert "updates   6 of 256 tokens, 1,536 in all" in text and "documents kept" in text
+    model, tokenizer = load(out)
+    assert tokenizer is not None and run("generate", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
+    last = mx.load(str(checkpoint.directory(out, 6) / checkpoint.PARAMETERS))
+    assert all(mx.array_equal(last[name], value) for name, value in tree_flatten(model.parameters()))
+    assert run("average", "--last", 2, out, "--out", tmp_path / "mean")[0] == 0
+    code, _, err = run("pretrain", config, "--out", out)
+    assert code == 2 and "holds a run already" in err
+
+
+def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run("pretrain", config, "--out", whole, "--set", "data.workers=0")[0] == 0
+    shutil.copytree(whole, cut)
+    for step in (4, 6):
+        shutil.rmtree(checkpoint.directory(cut, step))
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "data.workers=2")
+    assert code == 0, err
+    assert updates(cut) == updates(whole)
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "optimizer.lr=0.02")
+    assert code == 2 and "was trained with learning rate's peak = 0.01, not 0.02" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "filters.min_tokens=11")
+    assert code == 2 and "was trained on other data" in err
+
+
+def test_two_processes_are_one_with_twice_the_batch(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "elm_mlx", "pretrain", str(config), "--set", "data.workers=0"]
+    # As many streams of documents on both sides, or they would be dealt otherwise.
+    one = [*command, "--out", str(tmp_path / "one"), "--set", "data.shards=2"]
+    subprocess.run(one, check=True, capture_output=True)
+    launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "-p", str(free_port())]
+    two = [*command, "--out", str(tmp_path / "two"), "--set", "run.batch_size=2", "--set", "data.shards=2"]
+    subprocess.run([*launch, "--cwd", Path.cwd(), "--", *two], check=True, capture_output=True, timeout=120)
+    alone, shared = updates(tmp_path / "one"), updates(tmp_path / "two")
+    assert [step for step, _ in alone] == [step for step, _ in shared]
+    trained = [[loss for _, loss in each] for each in (shared, alone)]
+    assert trained[0] == pytest.approx(trained[1], rel=1e-4)
+
+
+def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    assert run("pretrain", "--init", path, "--preset", "OpenELM-1_1B")[0] == 0
+    made = tables.read(path, recipe.Recipe)
+    assert made == recipe.preset("OpenELM-1_1B")
+    assert (made.optimizer.lr, made.optimizer.steps, made.optimizer.warmup) == (0.0024, 350_000, 5_000)
+    assert made.run.batch_size * made.run.accumulate * made.data.sequence_length == 4_194_304
+    code, _, err = run("pretrain", "--init", path)
+    assert code == 2 and "is there already" in err
+    code, _, err = run("pretrain", "--init", tmp_path / "other", "--preset", "OpenELM-2B")
+    assert code == 2 and "no preset 'OpenELM-2B'" in err
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("optimizer.warm_up=1", "[optimizer] has no key 'warm_up'; the nearest is warmup"),
+        ("tokenizer=none.model", "none.model"),
+        ("data.sequence_length=65", "exceed the model's context"),
+        ("run.compute_dtype=int8", "no compute_dtype 'int8'"),
+        ("optimizer.betas=0.9", "betas are two numbers"),
+        ("optimizer.warmup=7", "warm-up of 7 steps does not fit in 6"),
+        ("model.qkv_multipliers=[1, 2, 3]", "multipliers are one or two numbers"),
+        ("filters.min_chars=-1", "min_chars must be at least 0"),
+    ],
+)
+def test_what_makes_no_run_is_refused(override: str, error: str, run: Run, config: Path, tmp_path: Path) -> None:
+    code, _, err = run("pretrain", config, "--out", tmp_path / "run", "--set", override)
+    assert code == 2 and error in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_missing_is_said(run: Run, config: Path) -> None:
+    assert "CONFIG is missing" in run("pretrain")[2]
+    assert "--out is missing" in run("pretrain", config)[2]
