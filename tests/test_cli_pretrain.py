@@ -161,3 +161,14 @@ def test_what_makes_no_run_is_refused(override: str, error: str, run: Run, confi
 def test_what_is_missing_is_said(run: Run, config: Path) -> None:
     assert "CONFIG is missing" in run("pretrain")[2]
     assert "--out is missing" in run("pretrain", config)[2]
+
+
+def test_a_look_at_the_mixture(run: Run, config: Path, tmp_path: Path) -> None:
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write('{"text": "short"}\n{"txt": 1}\n')
+    code, text, err = run("data", "--config", config)
+    assert code == 0 and "texts.jsonl, line 62: " in err
+    assert "all there is" in text and "tokens/s with 1 worker" in text
+    assert "share     100.0% of the tokens; the weights say 100.0%" in text
+    assert "kept      61 of 63 documents" in text and "dropped   1 short" in text and "bad       1 record" in text
+    assert "PATH is missing" in run("data")[2]

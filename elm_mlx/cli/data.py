@@ -15,6 +15,7 @@ import typer
 
 from elm_mlx.cli.bars import bar
 from elm_mlx.cli.show import bad_records_named, counted, name_bad
+from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
@@ -28,8 +29,18 @@ _BATCH = 4  # rows, for the share of padding without packing
 
 
 def data(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A data file, or a directory with train, valid, test.")],
-    model: Annotated[Path, typer.Option(help="The model directory that is to learn from it.", show_default=False)],
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PATH]", help="A data file, or a directory with train, valid, test.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="The model directory that is to learn from it.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="completion, messages, alpaca or text. (default: each record's keys tell)")
     ] = None,
@@ -46,21 +57,26 @@ def data(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; they are still named.")] = False,
 ) -> None:
     """Check training data, and show it as the model will see it: counts, lengths, packing, examples."""
+    if config is not None:
+        _print_mixture(config)
+        return
+    if path is None or model is None:
+        raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
     from elm_mlx.config import ModelConfig
     from elm_mlx.describe import check_directory
     from elm_mlx.template import choose
     from elm_mlx.tokenizer import Tokenizer
     from elm_mlx.train import examples
 
-    config = ModelConfig.load(check_directory(model) / "config.json")
+    shape = ModelConfig.load(check_directory(model) / "config.json")
     tokenizer = Tokenizer.load(model)
-    tokenizer.eos_ids = config.eos_token_ids
+    tokenizer.eos_ids = shape.eos_token_ids
     with bad_records_named(path):
         splits = examples.load(
             path,
             tokenizer,
             choose(model, tokenizer, template),
-            config.max_context_length if max_seq_length is None else max_seq_length,
+            shape.max_context_length if max_seq_length is None else max_seq_length,
             format=format,
             train_on_prompt=train_on_prompt,
             truncate=truncate,
@@ -70,6 +86,35 @@ def data(
         name_bad(prepared.bad)
         _print_split(name, prepared)
     _print_examples(splits["train"], tokenizer)
+
+
+def _print_mixture(config: Path) -> None:
+    """What a recipe's sources give, by a million tokens of them."""
+    from elm_mlx.train import recipe, sample, tables
+
+    plan = tables.read(config, recipe.Recipe)
+    found = sample.sample(
+        plan.data.sources, Path(plan.tokenizer), plan.filters, plan.data.reading(plan.run), on_wrong=_warn
+    )
+    what = "all there is" if found.whole else "from the beginning"
+    speed = f"{found.tokens_per_second:,.0f} tokens/s with {counted(plan.data.workers, 'worker')}"
+    print(f"{found.tokens:,} tokens, {what}; {speed}, after {found.opening_seconds:.1f} s to start")
+    for part in found.parts:
+        counts = part.counts
+        lines = [
+            ("share", f"{part.share:.1%} of the tokens; the weights say {part.wanted:.1%}"),
+            ("kept", f"{counts.kept:,} of {counts.read:,} documents, {counts.tokens:,} tokens"),
+            *(("dropped", f"{number:,} {reason}") for reason, number in counts.dropped.items() if number),
+            *([("bad", f"{counted(counts.bad, 'record')}")] if counts.bad else []),
+            *(("broken", line) for line in counts.broken),
+        ]
+        print(part.source.name)
+        for label, line in lines:
+            print(f"  {label:<9} {line}")
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _print_split(name: str, prepared: Prepared) -> None:
