@@ -96,7 +96,7 @@ def plan(
     config: ModelConfig,
     *,
     rank: Rank = 8,
-    alpha: float = 16.0,
+    alpha: float | None = None,
     targets: Sequence[str] = LINEARS,
     num_layers: int = -1,
     dropout: float = 0.0,
@@ -109,7 +109,7 @@ def plan(
     Args:
         rank: one number; one for each layer of the model (an embedding and a head get the largest); or numbers by
             pattern as in `targets`, or by a layer's number, the last that fits counts.
-        alpha: the strength: `scale` is alpha / rank, of the largest rank where they differ.
+        alpha: the strength: `scale` is alpha / rank, of the largest rank where they differ; None for twice that.
         targets: modules by name or pattern, with or without what stands in front: `qkv_proj`, `ffn.*`,
             `layers.3.*`, `token_embeddings`, `lm_head`.
         num_layers: adapt the last so many layers alone; -1: all. Says nothing of the embedding and the head.
@@ -121,7 +121,7 @@ def plan(
     """
     if not (-1 <= num_layers <= config.num_layers):
         raise InputError(f"num_layers is {num_layers}, and the model has {config.num_layers} layers (-1 means all)")
-    for name, value, most in (("alpha", alpha, 1e6), ("dropout", dropout, 1 - 1e-9)):
+    for name, value, most in (("alpha", alpha or 0.0, 1e6), ("dropout", dropout, 1 - 1e-9)):
         if not 0 <= value <= most:
             raise InputError(
                 f"{name} is {value}: a number from 0 to {'below 1' if most < 1 else f'{most:g}'} is needed"
@@ -130,6 +130,7 @@ def plan(
     chosen = _choose(config, targets, first)
     ranks = {module: _rank_of(module, rank, config) for module in chosen}
     largest = max(ranks.values())
+    alpha = 2.0 * largest if alpha is None else alpha
     scale = alpha / (math.sqrt(largest) if rslora else largest)
     return Adapter("dora" if dora else "lora", ranks, scale, dropout, adapted_head)
 

@@ -194,7 +194,7 @@ def test_what_is_saved_is_loaded(kind: str, tiny_model_dir: Path, tmp_path: Path
 def test_notes_say_what_is_adapted(tiny_model_dir: Path, tmp_path: Path) -> None:
     made(tiny_model_dir, tmp_path, rank=[2, 5, 3], num_layers=2)
     notes = open_model(tiny_model_dir, adapter_path=tmp_path).notes
-    assert notes[-1] == f"adapter {tmp_path}: LoRA of rank 3 to 5, scale 3.2, on 8 modules"
+    assert notes[-1] == f"adapter {tmp_path}: LoRA of rank 3 to 5, scale 2, on 8 modules"
 
 
 def test_weights_of_the_whole_model(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_run_says_what_it_will_do_and_leaves_an_adapter(
     out = tmp_path / "out"
     code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", out, *QUICK, "--rank", 4)
     assert code == 0, err
-    assert re.search(r"trained   LoRA of rank 4, scale 4, on 12 modules: [\d,]+ parameters, [\d.]+%", text)
+    assert re.search(r"trained   LoRA of rank 4, scale 2, on 12 modules: [\d,]+ parameters, [\d.]+%", text)
     assert re.search(r"data      24 examples, [\d,]+ tokens, [\d,]+ of them trained, 4 to validate", text)
     assert re.search(r"memory    about [\d.]+ [MG]B", text)
     assert re.search(r"time      about .+ an update", text)
@@ -236,7 +236,8 @@ def test_what_does_not_fit_into_memory_is_refused(
         (("--learning-rate", "-1"), "the learning rate must be above 0"),
         (("--warmup", "9"), "warm-up of 9 steps does not fit in 6"),
         (("--recipe", "llama"), "there is no such"),
-        (("--batch-size", "0"), "batches of 0 rows"),
+        (("--batch-size", "0"), "at least 1 row, not 0"),
+        (("--iters", "0"), "at least 1 update, not 0"),
         (("--compute-dtype", "int8"), "no compute dtype 'int8'"),
         (("--max-seq-length", "1"), "two tokens or more"),
     ],
@@ -260,6 +261,11 @@ def test_places_that_are_no_place_for_an_adapter(run: Run, tiny_model_dir: Path,
         assert code == 2 and f"{missing} is missing" in err
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "none", "--resume")
     assert code == 2 and "holds no checkpoint to resume from" in err
+
+
+def test_no_epochs_are_no_run(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", "--epochs", 0)
+    assert code == 2 and "--epochs 0: must be above 0" in err
 
 
 def test_ranks_as_they_are_written() -> None:

@@ -39,10 +39,10 @@ def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     with progress.Progress(2) as shown:
-        shown.ready(0.5)
+        shown.ready(0.5, 2)
         shown.report(update(1, seconds=0.5))
         shown.report(update(2, seconds=0.5))
     written = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", terminal.getvalue())
-    assert "time      about 1.0 s, 0.5 s an update" in written
+    assert "time      about 1.0 s and validations, 0.5 s an update" in written
     last = [line for line in re.split(r"[\r\n]+", written) if line.startswith("2/2")][-1]
     assert last.rstrip().endswith("0:00:00 left")

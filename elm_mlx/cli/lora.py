@@ -50,7 +50,9 @@ def lora(
     rank: Annotated[
         str, typer.Option(help="Of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).")
     ] = "8",
-    alpha: Annotated[float, typer.Option(help="Strength: adapters are scaled by alpha / rank.")] = 16.0,
+    alpha: Annotated[
+        float | None, typer.Option(help="Strength: adapters are scaled by alpha / rank. (default: twice the rank)")
+    ] = None,
     dropout: Annotated[float, typer.Option(help="Of the adapters' inputs.")] = 0.0,
     target: Annotated[
         list[str] | None,
@@ -117,7 +119,7 @@ def lora(
         data, format, template, max_seq_length, truncate, train_on_prompt, skip_bad, batch_size, pack, val_batches
     )
     with bad_records_named(data):
-        run = Finetuning(model, what, method, out, seed=seed, compute_dtype=compute_dtype)
+        run = Finetuning(model, what, method, out, seed=seed, compute_dtype=compute_dtype, resume=resume)
     steps = run.steps(epochs, grad_accumulation_steps) if iters is None else iters
     settings = Settings(
         Schedule(
@@ -143,7 +145,9 @@ def lora(
     shown.lines(_plan(run, settings))
     used = configured.settings(ctx) | {"model": str(model.resolve()), "data": str(data.resolve())}
     with shown:
-        result = run.train(settings, used, resume=resume, on_ready=shown.ready, on_report=shown.report)
+        result = run.train(
+            settings, used, resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping
+        )
     shown.lines(_outcome(run, result))
     if result.interrupted:
         raise typer.Exit(130)
@@ -173,7 +177,7 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
     valid = f", {len(run.splits['valid'].examples):,} to validate" if "valid" in run.splits else ", none to validate"
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     updates = batches.steps() / settings.accumulate
-    tokens = round(train.tokens * steps / updates)
+    tokens = round((train.tokens - len(train.examples)) * steps / updates)
     return [
         *lines,
         ("model", f"{run.path}: {config.parameters:,} parameters, computed in {dtype}"),
@@ -199,7 +203,7 @@ def _outcome(run: Finetuning, result: Result) -> list[tuple[str, str]]:
     from elm_mlx.cli.progress import duration
 
     done = result.progress
-    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens in {duration(done.seconds)}")]
+    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens, {duration(done.seconds)} and validations")]
     if result.interrupted:
         lines = [("stopped", f"after {done.step:,} updates; --resume goes on from {result.last}")]
     if done.skipped:

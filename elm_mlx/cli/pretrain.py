@@ -53,7 +53,7 @@ def pretrain(
         shown.quiet = not run.leads
         shown.lines(_plan(run, recipe))
         with shown:
-            result = run.train(resume=resume, on_ready=shown.ready, on_report=shown.report)
+            result = run.train(resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping)
         shown.lines(_outcome(run, result))
     if result.interrupted:
         raise typer.Exit(130)
@@ -93,7 +93,7 @@ def _outcome(run: Pretraining, result: Result) -> list[tuple[str, str]]:
     from elm_mlx.cli.progress import duration
 
     done = result.progress
-    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens in {duration(done.seconds)}")]
+    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens, {duration(done.seconds)} and validations")]
     if result.interrupted:
         lines = [("stopped", f"after {done.step:,} updates; --resume goes on from {result.last}")]
     if done.skipped:

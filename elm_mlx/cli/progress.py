@@ -27,7 +27,6 @@ class Progress:
         self._steps, self.quiet = steps, quiet
         self._loss: float | None = None
         self._rate = self._seconds = 0.0
-        self._best: float | None = None
         self._last = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -38,9 +37,9 @@ class Progress:
             for label, text in lines:
                 print(f"{label:<9} {printable(text)}", flush=True)
 
-    def ready(self, seconds: float) -> None:
-        """What is known when the model is loaded: how long an update takes."""
-        self.lines([("time", f"about {duration(seconds * self._steps)}, {seconds:.2g} s an update")])
+    def ready(self, seconds: float, left: int) -> None:
+        """What is known when the model is loaded: how long an update takes, and how many are left."""
+        self.lines([("time", f"about {duration(seconds * left)} and validations, {seconds:.2g} s an update")])
         if self._bar is not None:
             self._bar.update(self._task, description="starting")
 
@@ -66,7 +65,7 @@ class Progress:
         if self.quiet:
             return
         if report.valid_loss is not None:
-            self._validated(report.step, report.valid_loss)
+            self._validated(report.step, report.valid_loss, bool(report.best))
         else:
             self._updated(report)
 
@@ -87,10 +86,12 @@ class Progress:
             left = (self._steps - report.step) * self._seconds
             print(f"step {report.step:,} of {self._steps:,}: {text}, {duration(left)} left", flush=True)
 
-    def _validated(self, step: int, loss: float) -> None:
-        best = step > 0 and (self._best is None or loss < self._best)
-        if best:
-            self._best = loss
+    def stopping(self) -> None:
+        """Someone wants to end the run."""
+        if not self.quiet:
+            self.say("stopping after this update; again ends at once")
+
+    def _validated(self, step: int, loss: float, best: bool) -> None:
         self.say(f"step {step:,}: validation loss {loss:.4f}" + (", the best yet" if best else ""))
 
     def say(self, text: str) -> None:

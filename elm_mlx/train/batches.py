@@ -73,8 +73,10 @@ class Batches:
     ) -> None:
         if not examples:
             raise InputError("there are no examples to make batches of")
-        if batch_size < 1 or not 0 <= rank < world:
-            raise InputError(f"batches of {batch_size} rows for process {rank} of {world}: there are no such")
+        if batch_size < 1:
+            raise InputError(f"a batch has at least 1 row, not {batch_size}")
+        if not 0 <= rank < world:
+            raise InputError(f"there is no process {rank} of {world}")
         self._examples = examples
         self._needs = np.array([len(example.ids) - 1 for example in examples])
         if self._needs.max() > row_length:

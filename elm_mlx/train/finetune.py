@@ -42,7 +42,7 @@ class Method:
 
     full: bool = False
     rank: adapters.Rank = 8
-    alpha: float = 16.0
+    alpha: float | None = None
     targets: Sequence[str] = adapters.LINEARS
     num_layers: int = -1
     dropout: float = 0.0
@@ -104,10 +104,18 @@ class Finetuning:
     """
 
     def __init__(
-        self, model: Path, data: Data, method: Method, out: Path, *, seed: int = 0, compute_dtype: str | None = None
+        self,
+        model: Path,
+        data: Data,
+        method: Method,
+        out: Path,
+        *,
+        seed: int = 0,
+        compute_dtype: str | None = None,
+        resume: bool = False,
     ) -> None:
         self.path, self.out, self._data, self._seed = check_directory(model, with_tokenizer=True), out, data, seed
-        _check_out(out)
+        _check_out(out, resume)
         self.config = ModelConfig.load(self.path / "config.json")
         self.adapter = replace(method.adapter(self.config), model_sha256=fingerprint(self.path))
         self.computation = store.computation(self.path, self.config, compute_dtype)
@@ -131,7 +139,9 @@ class Finetuning:
         self.row_length = length
 
     def steps(self, epochs: float, accumulate: int) -> int:
-        """Updates that `epochs` take."""
+        """Updates that `epochs` take. Raises InputError where that is none."""
+        if not epochs > 0:
+            raise InputError(f"--epochs {epochs:g}: must be above 0")
         return max(1, round(epochs * self.batches.steps() / accumulate))
 
     def load(self, settings: Settings) -> memory.Load:
@@ -142,6 +152,7 @@ class Finetuning:
         return memory.Load(
             self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
             self.row_length, settings.optimizer, settings.grad_checkpoint,
+            memory.adapter_values(self.adapter, self.config),
         )  # fmt: skip
 
     def train(
@@ -150,28 +161,30 @@ class Finetuning:
         record: Mapping[str, Any],
         *,
         resume: bool = False,
-        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_ready: Callable[[float, int], None] = lambda seconds, left: None,
         on_report: Callable[[Report], None] = lambda report: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> Result:
         """Train, and leave the adapter in `out`: the best by validation, or the last where there is none.
 
         Args:
             record: what the run was asked for, as JSON's types; kept in its directory.
-            on_ready: told before the first update how many seconds one is going to take.
+            on_ready: told before the first update how many seconds one is going to take, and how many are left.
+            on_stop: told that someone wants to end the run, which it will after this update.
 
         Raises:
             InputError, ElmError: as `loop.train`.
         """
         model, dtype = self._open()
 
-        def ready(seconds: float) -> None:
+        def ready(seconds: float, left: int) -> None:
             self._record(record)
-            on_ready(seconds)
+            on_ready(seconds, left)
 
         result = train(
             model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
             resume=resume, compute_dtype=dtype, rehearsal=next(self.batches.once()),
-            on_ready=ready, on_report=on_report,
+            on_ready=ready, on_report=on_report, on_stop=on_stop,
             export=None if self.adapter.kind == "full" else lambda path: adapt.save(path, model, self.adapter),
         )  # fmt: skip
         if self.leads:
@@ -253,10 +266,14 @@ def _sizes(adapter: Adapter, config: ModelConfig) -> Iterator[int]:
         yield size
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names the directory that the adapter is written to")
     if (out / "config.json").exists():
         raise InputError(f"{out}: is a model directory; --out names another one, for the adapter")
+    if resume:
+        checkpoint.newest(out)
+    elif checkpoint.all_of(out):
+        raise InputError(f"{out}: holds a run already; --resume goes on with it, or choose another directory")
     if (out / adapters.WEIGHTS).exists() and not checkpoint.all_of(out):
         raise InputError(f"{out}: holds an adapter already; choose another directory")

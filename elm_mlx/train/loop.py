@@ -57,6 +57,7 @@ class Report:
         tokens_per_second: of this update, trained or not, padding excepted.
         memory: bytes at most in use so far.
         skipped: whether the update was left out.
+        best: True where the validation's loss is the least so far.
     """
 
     step: int
@@ -70,6 +71,7 @@ class Report:
     tokens_per_second: float | None = None
     memory: int | None = None
     skipped: bool | None = None
+    best: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ def train(
     resume: bool = False,
     compute_dtype: mx.Dtype | None = None,
     rehearsal: Batch | None = None,
-    on_ready: Callable[[float], None] = lambda seconds: None,
+    on_ready: Callable[[float, int], None] = lambda seconds, left: None,
     on_report: Callable[[Report], None] = lambda report: None,
+    on_stop: Callable[[], None] = lambda: None,
     export: Callable[[Path], None] | None = None,
 ) -> Result:
     """Train `model`'s trainable parameters in place. Ctrl-C and SIGTERM end it after an update, with a checkpoint.
@@ -112,7 +115,9 @@ def train(
         resume: go on from the newest checkpoint.
         compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
         rehearsal: a batch as those to come, to see how long one takes.
-        on_ready: told before the first update how many seconds an update is going to take, by the `rehearsal`.
+        on_ready: told before the first update how many seconds an update is going to take, by the `rehearsal`, and how
+            many are left.
+        on_stop: told that someone wants to end the run, which it will after this update.
         export: writes into each checkpoint's directory what other programs read.
 
     Raises:
@@ -128,10 +133,10 @@ def train(
     else:
         run.start()
     if rehearsal is not None and progress.step < steps:
-        on_ready(run.trial(rehearsal))
+        on_ready(run.trial(rehearsal), steps - progress.step)
     if not resume and validation is not None:
         run.validate(validation())
-    with _stop_requests() as stop:
+    with _stop_requests(on_stop) as stop:
         while progress.step < steps and not run.agreed(stop.is_set()):
             run.update(batches)
             last, better = progress.step == steps, False
@@ -175,7 +180,10 @@ class _Run:
             raise InputError(f"{self._out}: holds a run already: resume it, or choose another directory")
         mx.random.seed(self._settings.seed + self._group.rank())
         if self._writes():
-            self._out.mkdir(parents=True, exist_ok=True)
+            try:
+                self._out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"{self._out}: cannot be made: {error.strerror}") from None
             (self._out / METRICS).unlink(missing_ok=True)
 
     def resume(self) -> None:
@@ -253,11 +261,12 @@ class _Run:
             total, count = total + loss.item(), count + trained
         total, count = self._summed(mx.array(total)).item(), int(self._summed(mx.array(count)).item())
         mean, progress = total / max(1, count), self.progress
-        self._report(Report(step=progress.step, valid_loss=mean, seconds=time.perf_counter() - started))
-        if progress.step == 0 or not mean < (math.inf if progress.best_loss is None else progress.best_loss):
-            return False
-        progress.best_step, progress.best_loss = progress.step, mean
-        return True
+        best = progress.step > 0 and mean < (math.inf if progress.best_loss is None else progress.best_loss)
+        if best:
+            progress.best_step, progress.best_loss = progress.step, mean
+        seconds = time.perf_counter() - started
+        self._report(Report(step=progress.step, valid_loss=mean, seconds=seconds, best=best or None))
+        return best
 
     def save(self, source: Batches) -> None:
         """A checkpoint of where the run stands; superfluous ones go."""
@@ -338,7 +347,7 @@ def _set_random_key(key: list[int]) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
+def _stop_requests(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
     """An event that Ctrl-C and SIGTERM set. A second Ctrl-C interrupts as usual."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -348,6 +357,7 @@ def _stop_requests() -> Iterator[threading.Event]:
 
     def request(number: int, frame: Any) -> None:
         event.set()
+        on_stop()
         signal.signal(number, kept[signal.Signals(number)])
 
     for number in kept:

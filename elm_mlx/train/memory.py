@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from elm_mlx.adapters import Adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
 
@@ -31,6 +32,7 @@ class Load:
         value_bytes: of a value in the forward pass.
         trained: values that are trained, each held in 4 bytes.
         full: whether they are the model's own weights.
+        adapter_values: what adapters keep for each token beside that: see `adapter_values`.
         rows, length: of a batch, in one process.
         optimizer: "adamw" or "adafactor".
         grad_checkpoint: whether blocks are computed again on the way back.
@@ -45,6 +47,7 @@ class Load:
     length: int
     optimizer: str = "adamw"
     grad_checkpoint: bool = False
+    adapter_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def estimate(load: Load) -> Estimate:
     if load.grad_checkpoint:
         values = _OF_ONE_BLOCK * max(blocks) + _BETWEEN_BLOCKS * config.model_dim * config.num_layers
     else:
-        values = _ACTIVATIONS * sum(blocks)
+        values = _ACTIVATIONS * sum(blocks) + load.adapter_values
     chunk = min(tokens, max(_LEAST_CHUNK, _CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
     activations = values * tokens * load.value_bytes + 4 * _LOGITS * chunk
     model = 4 * config.parameters if load.full else load.weight_bytes * config.parameters + 4 * load.trained
@@ -88,6 +91,12 @@ def estimate(load: Load) -> Estimate:
         activations=round(_FRAGMENTS * activations),
         update=round(4 * load.trained * _UPDATE),
     )
+
+
+def adapter_values(adapter: Adapter, config: ModelConfig) -> int:
+    """Values for each token that adapters keep: their narrow product, and with dropout its mask and what it leaves."""
+    widths = [config.shapes()[f"{module}.weight"][1] for module in adapter.ranks]
+    return 2 * sum(adapter.ranks.values()) + (2 * sum(widths) if adapter.dropout else 0)
 
 
 def check(load: Load, available: int | None) -> None:

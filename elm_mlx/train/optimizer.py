@@ -48,7 +48,9 @@ class Schedule:
             raise InputError(f"no learning rate schedule {self.shape!r}; there are {', '.join(SHAPES)}")
         if not (math.isfinite(self.peak) and self.peak > 0):
             raise InputError(f"the learning rate must be above 0, not {self.peak}")
-        if self.steps < 1 or not 0 <= self.warmup <= self.steps:
+        if self.steps < 1:
+            raise InputError(f"a run has at least 1 update, not {self.steps}")
+        if not 0 <= self.warmup <= self.steps:
             raise InputError(f"warm-up of {self.warmup} steps does not fit in {self.steps}")
 
     def __call__(self, step: int) -> float:

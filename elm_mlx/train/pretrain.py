@@ -94,13 +94,14 @@ class Pretraining:
         self,
         *,
         resume: bool = False,
-        on_ready: Callable[[float], None] = lambda seconds: None,
+        on_ready: Callable[[float, int], None] = lambda seconds, left: None,
         on_report: Callable[[Report], None] = lambda report: None,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> Result:
         """Train, and leave the last weights in `out`, which is a model directory then.
 
         Args:
-            on_ready: told before the first update how many seconds one is going to take.
+            on_ready, on_report, on_stop: as of `loop.train`.
 
         Raises:
             InputError, ElmError: as `loop.train`, and as the batches do.
@@ -115,7 +116,7 @@ class Pretraining:
         result = train(
             model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
             self._identity(), resume=resume, compute_dtype=self._dtype,
-            rehearsal=self._rehearsal(), on_ready=on_ready, on_report=on_report,
+            rehearsal=self._rehearsal(), on_ready=on_ready, on_report=on_report, on_stop=on_stop,
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.train.optimizer import Schedule
+from elm_mlx.train.optimizer import OPTIMIZERS, Schedule
 
 ON_NAN = ("stop", "skip")
 
@@ -51,6 +51,8 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(f"no optimizer {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}")
         if self.on_nan not in ON_NAN:
             raise InputError(f"no way {self.on_nan!r} to treat a loss that is no number; there are {', '.join(ON_NAN)}")
         for name in ("accumulate", "eval_every", "save_every", "keep"):

@@ -31,7 +31,7 @@ def test_linear_constant_and_no_warmup() -> None:
     ("options", "complaint"),
     [
         ({"shape": "step"}, "no learning rate schedule 'step'"), ({"peak": 0.0}, "above 0"),
-        ({"peak": math.nan}, "above 0"), ({"warmup": 11}, "warm-up of 11"), ({"steps": 0}, "does not fit in 0"),
+        ({"peak": math.nan}, "above 0"), ({"warmup": 11}, "warm-up of 11"), ({"steps": 0}, "at least 1 update, not 0"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(options: dict[str, float], complaint: str) -> None:

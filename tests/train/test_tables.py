@@ -95,11 +95,13 @@ def test_what_is_written_is_read(
 
 
 def test_every_field_of_a_recipe_is_said_in_the_file(tmp_path: Path) -> None:
-    shape, optimizer = recipe.preset("OpenELM-270M")
-    text = tables.write(optimizer, "")
+    made = recipe.preset("OpenELM-270M")
+    text = tables.write(made, "")
     assert "# the highest learning rate.\nlr = 0.0053\n" in text
-    for part in (shape, optimizer, recipe.Run()):
+    for part in (made.model, made.data, made.data.sources[0], made.filters, made.optimizer, made.run):
         lines = tables.write(part, "").splitlines()
-        for name in part.__dataclass_fields__:
+        for name, value in vars(part).items():
+            if isinstance(value, tuple) and not isinstance(value[0], float):
+                continue  # tables of their own
             at = next(i for i, line in enumerate(lines) if re.match(rf"(# )?{name} =", line))
             assert re.match(r"# \w", lines[at - 1]), name
