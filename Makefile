@@ -1,7 +1,7 @@
 # make demo   convert the checkpoint that comes with the project, and let it tell a story
 # make test   run every test
 # make check  lint, types and the import contract
-# make bench  speed against mlx-lm, as ratios
+# make bench  speed against mlx-lm, as ratios: generation, conversion, fine-tuning
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -39,6 +39,7 @@ check: $(VENV)/.developing
 bench: $(VENV)/.developing
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/finetune.py
 
 clean:
 	rm -rf build $(VENV)

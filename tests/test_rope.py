@@ -94,3 +94,34 @@ def test_a_gpu_uses_the_fused_rotation_for_one_position_and_for_many(monkeypatch
     for length in (1, 6):
         Rope(16, 10_000.0)(length, 3)(mx.zeros((1, 2, length, 16)))
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("offset", [0, 77, mx.array([77])])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_derivative_of_many_positions_is_that_of_the_fused_rotation(
+    monkeypatch: pytest.MonkeyPatch, offset: int | mx.array, compiled: bool
+) -> None:
+    x, weights = mx.random.normal((2, 2, 3, 40, 32), key=mx.random.key(5))
+
+    def scalar(x: mx.array) -> mx.array:
+        return (mx.sin(Rope(32, 10_000.0)(40, offset)(x)) * weights).sum()
+
+    grads = []
+    for gpu in (False, True):
+        monkeypatch.setattr(device, "on_gpu", lambda gpu=gpu: gpu)
+        grad = mx.grad(scalar)
+        grads.append(np.array((mx.compile(grad) if compiled else grad)(x)))
+    np.testing.assert_allclose(*grads, atol=1e-4)
+
+
+def test_the_derivative_turns_back() -> None:
+    """Against finite differences, in the direction of a random vector."""
+    x, weights, direction = np.random.default_rng(0).normal(size=(3, 1, 2, 9, 16))
+    rotate = Rope(16, 10_000.0)(9, 30)
+    grad = np.array(mx.grad(lambda x: (rotate(x) * mx.array(weights, mx.float32)).sum())(mx.array(x, mx.float32)))
+    up, down = ((rotated64(x + sign * 1e-4 * direction) * weights).sum() for sign in (1, -1))
+    assert (grad * direction).sum() == pytest.approx((up - down) / 2e-4, rel=1e-4)
+
+
+def rotated64(x: np.ndarray) -> np.ndarray:
+    return np.stack([reference.rope(row, 30 + np.arange(x.shape[2]), 10_000.0) for row in x])
