@@ -9,7 +9,7 @@ the template writes after that, the model never has to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -136,6 +136,12 @@ def load(
         name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate)
         for name, split in records.read(path, format).items()
     }
+    check(path, splits, skip_bad)
+    return splits
+
+
+def check(path: Path, splits: Mapping[str, Prepared], skip_bad: bool) -> None:
+    """Whether all records of `path` are whole, or `skip_bad`, and each split has an example. Raises as `load`."""
     bad = [reason for split in splits.values() for reason in split.bad]
     if bad and not skip_bad:
         raise BadRecords(bad)
@@ -143,7 +149,6 @@ def load(
         if not split.examples:
             lost = "; ".join(split.warnings()) or split.bad[0]
             raise InputError(f"{path}: no example is left to {name} on: {lost}")
-    return splits
 
 
 def prepare(

@@ -7,7 +7,7 @@ how files are packed, and of tokens, templates and lengths.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,13 +85,38 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: is not one of {', '.join(FORMATS)}")
     splits: dict[str, Split] = {}
-    for name, files in _files(path).items():
+    for name, found in values(path, _COLUMNS).items():
         split = splits[name] = Split()
-        for file in files:
-            _read_file(file, format, split)
-        if not split.records and not split.bad:
-            raise InputError(f"{', '.join(map(str, files))}: holds no records")
+        for where, value in found:
+            try:
+                if isinstance(value, BadRecord):
+                    raise value
+                split.records.append(_record(where, value, format))
+            except BadRecord as error:
+                split.bad.append(f"{where}: {error}")
     return splits
+
+
+def values(path: Path, columns: Collection[str]) -> dict[str, Iterator[tuple[str, Any]]]:
+    """By split, as `read`, each value with where it stands, read when asked for; BadRecord for a line that is no JSON.
+
+    Args:
+        columns: of Parquet, those that are read.
+
+    Raises:
+        InputError, ElmError: as `read`; what is wrong within a file, when it is reached.
+    """
+    return {name: _values(files, columns) for name, files in _files(path).items()}
+
+
+def _values(files: list[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    empty = True
+    for file in files:
+        for entry in _entries(file, formats.suffix_of(file, SUFFIXES), columns):
+            empty = False
+            yield entry
+    if empty:
+        raise InputError(f"{', '.join(map(str, files))}: holds no records")
 
 
 def _files(path: Path) -> dict[str, list[Path]]:
@@ -115,21 +140,10 @@ def _files(path: Path) -> dict[str, list[Path]]:
     return {name: found[name] for name in SPLITS if name in found}
 
 
-def _read_file(path: Path, format: str | None, split: Split) -> None:
-    """Appends the file's records to `split`, good and bad."""
-    for where, value in _entries(path, formats.suffix_of(path, SUFFIXES)):
-        try:
-            if isinstance(value, BadRecord):
-                raise value
-            split.records.append(_record(where, value, format))
-        except BadRecord as error:
-            split.bad.append(f"{where}: {error}")
-
-
-def _entries(path: Path, suffix: str) -> Iterator[tuple[str, Any]]:
+def _entries(path: Path, suffix: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Each value of a file, with where it stands; BadRecord for a line that is no JSON."""
     if suffix == formats.PARQUET:
-        for row, group, value in formats.parquet(path, tuple(_COLUMNS)):
+        for row, group, value in formats.parquet(path, tuple(columns)):
             yield f"{path}, row {row + 1} (row group {group})", value
         return
     array = formats.is_array(path)

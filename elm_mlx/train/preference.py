@@ -1,0 +1,181 @@
+"""Losses of pairs: how much more likely than the rejected answer the chosen one has become.
+
+Knows four losses as functions of answers' log-probabilities, and how one of them becomes a gradient of the network
+without logits of more than a chunk of positions in memory. Knows nothing of files, tokens and templates.
+
+A pair's loss depends on its tokens through two sums alone. So the log-probabilities are computed first, by a pass
+through the head that keeps nothing; the loss's derivative by each sum is then the weight of all of that answer's
+tokens in an ordinary cross-entropy, whose gradient is the pair's. The network below the head runs once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from elm_mlx.errors import InputError
+from elm_mlx.train.loss import Head, Parameters, Positions, chunk_size, summed_loss
+from elm_mlx.train.pairs import PairBatch
+
+LOSSES = ("sigmoid", "hinge", "ipo", "orpo")
+MEASURES = ("chosen_reward", "rejected_reward", "margin", "accuracy")
+_CERTAIN = -1e-6  # a mean log-probability beyond which odds aren't told apart
+
+
+@dataclass(frozen=True)
+class Preferring:
+    """A loss of pairs.
+
+    In terms of the ratio r, an answer's log-probability less the reference's, and the margin m, the chosen answer's
+    r less the rejected one's:
+
+    - sigmoid: -log sigmoid(beta m). DPO, arXiv 2305.18290, equation 7.
+    - hinge: max(0, 1 - beta m). SLiC's loss on DPO's ratios, arXiv 2309.06657.
+    - ipo: (m - 1 / (2 beta))², arXiv 2310.12036, equation 17, with the log-probabilities divided by their answer's
+      number of tokens, as in TRL: or long answers would have to differ as little as short ones.
+    - orpo: -p + beta (-log sigmoid(log odds of chosen - log odds of rejected)), arXiv 2403.07691, equations 3 to 7,
+      where p is the chosen answer's mean log-probability and the odds are those of exp of each one's mean. There is
+      no reference. (TRL's p covers the prompt as well; the paper's, and this, the answer alone.)
+
+    An answer's reward is beta r; under ORPO, beta times its mean log-probability.
+
+    Raises:
+        InputError: there is no such loss, or `beta` isn't positive.
+    """
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise InputError(f"--loss {self.loss}: is not one of {', '.join(LOSSES)}")
+        if not self.beta > 0:
+            raise InputError(f"--beta {self.beta}: has to be positive")
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.loss != "orpo"
+
+    def __call__(self, policy: mx.array, reference: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        """The losses `(pairs,)`, differentiable in `policy`, and the rewards `(pairs, 2)`.
+
+        Args:
+            policy: `(pairs, 2)`: summed log-probabilities of chosen and rejected answers.
+            reference: as `policy`; ORPO has no use for it.
+            lengths: `(pairs, 2)`: their tokens.
+        """
+        if self.loss == "orpo":
+            mean = policy / lengths
+            certain = mx.minimum(mean, _CERTAIN)
+            odds = certain - mx.log(-mx.expm1(certain))
+            return _softplus(odds[:, 1] - odds[:, 0]) * self.beta - mean[:, 0], self.beta * mean
+        ratios = policy - reference
+        if self.loss == "ipo":
+            ratios = ratios / lengths
+        margins = ratios[:, 0] - ratios[:, 1]
+        return self._of_margin(margins), self.beta * ratios
+
+    def _of_margin(self, margins: mx.array) -> mx.array:
+        if self.loss == "sigmoid":
+            return _softplus(-self.beta * margins)
+        if self.loss == "hinge":
+            return mx.maximum(0, 1 - self.beta * margins)
+        return mx.square(margins - 1 / (2 * self.beta))
+
+
+def _softplus(x: mx.array) -> mx.array:
+    return mx.logaddexp(x, mx.zeros_like(x))
+
+
+def positions(batch: PairBatch) -> tuple[mx.array, ...]:
+    """What the functions below take as `at`.
+
+    Returns:
+        where, targets, weights: as `Positions`.
+        answers: `(n,)` int32: for each position its answer's place in `real` and `reference`.
+        real: `(rows * most * 2,)` float32: 1, or 0 where there is no such answer.
+        reference: as `real`: log-probabilities.
+    """
+    at = Positions.of(batch.targets, batch.trained)
+    assert batch.segments is not None
+    row_answers = batch.pairs.shape[1] * 2
+    first = np.arange(len(batch.inputs))[:, None] * row_answers
+    answers = (first + np.maximum(batch.segments - 1, 0)).reshape(-1)[np.flatnonzero(batch.trained)]
+    padded = np.pad(answers, (0, at.where.shape[0] - at.count)).astype(np.int32)
+    real = np.repeat(batch.pairs.reshape(-1) >= 0, 2).astype(np.float32)
+    return (
+        at.where, at.targets, at.weights, mx.array(padded), mx.array(real), mx.array(batch.reference.reshape(-1)),
+    )  # fmt: skip
+
+
+def log_probabilities(
+    head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array]:
+    """The sum of each answer's log-probabilities, and its number of tokens, both `(answers,)`. No gradient.
+
+    Args:
+        head, vocab_size, parameters, hidden: as `loss.summed_loss` takes them.
+        at: of `positions`.
+    """
+    where, targets, weights, answers, real, _ = at
+    rows = mx.stop_gradient(hidden).reshape(-1, hidden.shape[-1])[where]
+    step = chunk_size(rows.shape[0], vocab_size)
+    losses: list[mx.array] = []
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        chunk = mx.depends([rows[part]], losses[-1:])[0] if losses else rows[part]
+        logits = mx.stop_gradient(head(parameters, chunk)).astype(mx.float32)
+        losses.append(nn.losses.cross_entropy(logits, targets[part]))
+    nothing = mx.zeros_like(real)
+    return nothing.at[answers].add(-mx.concatenate(losses) * weights), nothing.at[answers].add(weights)
+
+
+def summed_pair_loss(
+    preferring: Preferring,
+    head: Head,
+    vocab_size: int,
+    parameters: Parameters,
+    hidden: mx.array,
+    at: tuple[mx.array, ...],
+) -> tuple[mx.array, mx.array]:
+    """The sum of the pairs' losses, differentiable in `parameters` and `hidden`; and the sums of MEASURES, `(4,)`."""
+    sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
+    loss, measures, slopes = _losses(preferring, sums, lengths, at)
+    where, targets, weights, answers, *_ = at
+    weighted = summed_loss(head, vocab_size, parameters, hidden, (where, targets, -slopes[answers] * weights))
+    # The value of one with the gradient of the other.
+    return loss + (weighted - mx.stop_gradient(weighted)), measures
+
+
+def summed_pair_loss_only(
+    preferring: Preferring,
+    head: Head,
+    vocab_size: int,
+    parameters: Parameters,
+    hidden: mx.array,
+    at: tuple[mx.array, ...],
+) -> tuple[mx.array, mx.array]:
+    """`summed_pair_loss` without its gradients."""
+    sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
+    return _losses(preferring, sums, lengths, at)[:2]
+
+
+def _losses(
+    preferring: Preferring, sums: mx.array, lengths: mx.array, at: tuple[mx.array, ...]
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The summed loss, the sums of MEASURES, and the derivative of the loss by each of `sums`."""
+    real, reference = at[4].reshape(-1, 2)[:, 0], at[5].reshape(-1, 2)
+    counted = mx.maximum(lengths, 1).reshape(-1, 2)
+
+    def loss(sums: mx.array) -> tuple[mx.array, Any]:
+        losses, rewards = preferring(sums.reshape(-1, 2), reference, counted)
+        return (losses * real).sum(), rewards
+
+    (total, rewards), slopes = mx.value_and_grad(loss)(sums)
+    margins = rewards[:, 0] - rewards[:, 1]
+    measures = mx.stack([rewards[:, 0], rewards[:, 1], margins, (margins > 0).astype(mx.float32)])
+    return total, (measures * real).sum(axis=1), slopes
