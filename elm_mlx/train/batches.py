@@ -44,6 +44,11 @@ class Batch:
     segments: npt.NDArray[np.int32] | None
     tokens: int
 
+    def rows(self, at: slice) -> Batch:
+        """A batch of some of the rows, the tokens of which are not counted: 0."""
+        segments = None if self.segments is None else self.segments[at]
+        return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0)
+
 
 class Batches:
     """An endless iterator of an epoch's batches after the other, every example once in each epoch.

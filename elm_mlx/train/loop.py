@@ -11,9 +11,9 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from elm_mlx.train import checkpoint
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.loss import Objective
 from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
@@ -51,13 +52,15 @@ class Report:
 
     Attributes:
         step: updates made, this one included.
-        loss: mean over its trained tokens, in nats; None in a line of a validation.
+        loss: mean over its trained tokens, in nats, or over its pairs; None in a line of a validation.
         valid_loss: the validation's; None in a line of an update.
         grad_norm: before clipping.
         tokens_per_second: of this update, trained or not, padding excepted.
         memory: bytes at most in use so far.
         skipped: whether the update was left out.
         best: True where the validation's loss is the least so far.
+        measures: means of what the objective measures, an update's or a validation's, by name. In the file each of
+            them is a value of its own, a validation's as `valid_NAME`.
     """
 
     step: int
@@ -72,6 +75,7 @@ class Report:
     memory: int | None = None
     skipped: bool | None = None
     best: bool | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def train(
     *,
     resume: bool = False,
     compute_dtype: mx.Dtype | None = None,
+    objective: Objective | None = None,
     rehearsal: Batch | None = None,
     on_ready: Callable[[float, int], None] = lambda seconds, left: None,
     on_report: Callable[[Report], None] = lambda report: None,
@@ -114,6 +119,7 @@ def train(
         identity: of the run; `settings.identity()` is added to its config here.
         resume: go on from the newest checkpoint.
         compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
+        objective: what is made small; None for trained tokens' cross-entropy.
         rehearsal: a batch as those to come, to see how long one takes.
         on_ready: told before the first update how many seconds an update is going to take, by the `rehearsal`, and how
             many are left.
@@ -125,7 +131,8 @@ def train(
         ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
     """
     config = {**identity.config, **settings.identity()}
-    run = _Run(model, settings, out, Identity(identity.model, identity.data, config), compute_dtype, on_report, export)
+    own = Identity(identity.model, identity.data, config)
+    run = _Run(model, settings, out, own, compute_dtype, objective, on_report, export)
     progress, steps = run.progress, settings.schedule.steps
     if resume:
         run.resume()
@@ -160,6 +167,7 @@ class _Run:
         out: Path,
         identity: Identity,
         compute_dtype: mx.Dtype | None,
+        objective: Objective | None,
         on_report: Callable[[Report], None],
         export: Callable[[Path], None] | None,
     ):
@@ -173,7 +181,7 @@ class _Run:
             recompute_blocks(model)
         model.train()
         optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay, settings.betas, settings.eps)
-        self._step = Step(model, optimizer, settings.clip, compute_dtype)
+        self._step = Step(model, optimizer, settings.clip, compute_dtype, objective)
 
     def start(self) -> None:
         if checkpoint.all_of(self._out):
@@ -218,14 +226,14 @@ class _Run:
     def update(self, source: Batches) -> None:
         """One update, or one that is skipped. Raises ElmError where the loss says stop."""
         started = time.perf_counter()
-        loss, gradients, trained, tokens = self._accumulated(source)
-        norm = optimization.global_norm(gradients) / trained
-        mx.eval(loss, norm)
-        mean, length = loss.item() / trained, norm.item()
+        sums, gradients, count, trained, tokens = self._accumulated(source)
+        norm = optimization.global_norm(gradients) / count
+        mx.eval(sums, norm)
+        (mean, *measured), length = self._means(sums, count), norm.item()
         rate = self._settings.schedule(self.progress.step)
         wrong = self._what_is_wrong(mean, length)
         if wrong is None:
-            self._step.apply(gradients, norm, trained, rate)
+            self._step.apply(gradients, norm, count, rate)
             self._note(mean)
         else:
             self._refuse(wrong)
@@ -249,23 +257,25 @@ class _Run:
                 tokens_per_second=tokens / seconds,
                 memory=device.peak_memory(),
                 skipped=wrong is not None,
+                measures=self._named(measured),
             )
         )
 
     def validate(self, batches: Iterable[Batch]) -> bool:
         """Whether the loss is the least so far."""
         started = time.perf_counter()
-        total, count = 0.0, 0
+        total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
         for batch in batches:
-            loss, trained = self._step.loss(batch)
-            total, count = total + loss.item(), count + trained
-        total, count = self._summed(mx.array(total)).item(), int(self._summed(mx.array(count)).item())
-        mean, progress = total / max(1, count), self.progress
+            sums, units = self._step.loss(batch)
+            total, count = total + sums, count + units
+            mx.eval(total)
+        count = int(self._summed(mx.array(count)).item())
+        (mean, *measured), progress = self._means(self._summed(total), max(1, count)), self.progress
         best = progress.step > 0 and mean < (math.inf if progress.best_loss is None else progress.best_loss)
         if best:
             progress.best_step, progress.best_loss = progress.step, mean
-        seconds = time.perf_counter() - started
-        self._report(Report(step=progress.step, valid_loss=mean, seconds=seconds, best=best or None))
+        seconds, measures = time.perf_counter() - started, self._named(measured)
+        self._report(Report(progress.step, valid_loss=mean, seconds=seconds, best=best or None, measures=measures))
         return best
 
     def save(self, source: Batches) -> None:
@@ -285,22 +295,29 @@ class _Run:
         """Whether any process wants to stop."""
         return stop if self._group.size() == 1 else bool(self._summed(mx.array(int(stop))).item())
 
-    def _accumulated(self, source: Batches) -> tuple[mx.array, Any, int, int]:
-        """Summed loss, summed gradients, trained tokens and tokens of one update, over all processes."""
-        loss, gradients, trained, tokens = mx.array(0.0), None, 0, 0
+    def _accumulated(self, source: Batches) -> tuple[mx.array, Any, int, int, int]:
+        """Summed loss and measures, summed gradients, count, trained tokens and tokens of an update, of all."""
+        sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
         for _ in range(self._settings.accumulate):
             batch = next(source)
-            new_loss, new, count = self._step.gradients(batch)
+            new_sums, new, units = self._step.gradients(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
-            loss, trained, tokens = loss + new_loss, trained + count, tokens + batch.tokens
-            mx.eval(loss, gradients)  # one batch's activations at a time
+            sums, count = sums + new_sums, count + units
+            trained, tokens = trained + int(batch.trained.sum()), tokens + batch.tokens
+            mx.eval(sums, gradients)  # one batch's activations at a time
         size = self._group.size()
         if size > 1:  # MLX averages; sums are wanted
             averaged = nn.average_gradients(gradients, self._group)
             gradients = tree_map(lambda grad: grad * size, averaged)
-            loss = self._summed(loss)
-            trained, tokens = (int(self._summed(mx.array(count)).item()) for count in (trained, tokens))
-        return loss, gradients, max(1, trained), tokens
+            sums = self._summed(sums)
+            count, trained, tokens = (int(self._summed(mx.array(each)).item()) for each in (count, trained, tokens))
+        return sums, gradients, max(1, count), trained, tokens
+
+    def _means(self, sums: mx.array, count: int) -> list[float]:
+        return [value / count for value in sums.tolist()]
+
+    def _named(self, measured: list[float]) -> dict[str, float]:
+        return dict(zip(self._step.objective.measures, measured, strict=True))
 
     def _what_is_wrong(self, loss: float, norm: float) -> str | None:
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -336,6 +353,8 @@ class _Run:
     def _report(self, report: Report) -> None:
         if self._writes():
             values = {name: value for name, value in asdict(report).items() if value is not None}
+            prefix = "" if report.valid_loss is None else "valid_"
+            values |= {prefix + name: value for name, value in values.pop("measures").items()}
             with (self._out / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         self._on_report(report)

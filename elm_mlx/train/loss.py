@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import ops
+from elm_mlx.train.batches import Batch
 
 Parameters = dict[str, Any]  # a tree of arrays, as nn.Module has it
 Head = Callable[[Parameters, mx.array], mx.array]  # parameters, (positions, model_dim) -> (positions, vocab_size)
@@ -50,6 +51,56 @@ class Positions:
         where = np.pad(found, (0, padding)).astype(np.int32)
         weights = np.pad(np.ones(len(found), np.float32), (0, padding))
         return cls(mx.array(where), mx.array(tokens[where]), mx.array(weights), len(found))
+
+
+class Objective(Protocol):
+    """What an update makes small: a sum over some units of a batch, which may be shared out by rows.
+
+    Attributes:
+        measures: names of what else is summed on the way, to be told.
+    """
+
+    @property
+    def measures(self) -> tuple[str, ...]: ...
+
+    def count(self, batch: Batch) -> int:
+        """The batch's units; sums over all an update's batches are divided by theirs."""
+
+    def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
+        """What the losses take as `at`."""
+
+    def with_gradients(
+        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """The sum of the losses, as `summed_loss`, and those of the measures, `(measures,)`."""
+
+    def without_gradients(
+        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """The same, not to be differentiated."""
+
+
+class TokenLoss:
+    """The objective of every training but that of pairs: trained tokens' cross-entropies."""
+
+    measures: tuple[str, ...] = ()
+
+    def count(self, batch: Batch) -> int:
+        return int(batch.trained.sum())
+
+    def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
+        at = Positions.of(batch.targets, batch.trained)
+        return at.where, at.targets, at.weights
+
+    def with_gradients(
+        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        return summed_loss(head, vocab_size, parameters, hidden, at), mx.zeros(0)
+
+    def without_gradients(
+        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        return summed_loss_only(head, vocab_size, parameters, hidden, at), mx.zeros(0)
 
 
 def padded_size(count: int) -> int:

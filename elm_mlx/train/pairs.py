@@ -248,6 +248,10 @@ class PairBatch(Batch):
     pairs: npt.NDArray[np.int32]
     reference: npt.NDArray[np.float32]
 
+    def rows(self, at: slice) -> PairBatch:
+        batch = super().rows(at)
+        return PairBatch(**vars(batch), pairs=self.pairs[at], reference=self.reference[at])
+
 
 class PairBatches(Batches):
     """Batches of pairs, every pair in one row. Otherwise as `Batches`, in whose `steps` and order a pair is an example.

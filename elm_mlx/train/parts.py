@@ -76,12 +76,7 @@ def cut(batch: Batch, count: int) -> list[Batch]:
     rows = len(batch.inputs)
     edges = np.linspace(0, rows, min(count, rows) + 1).round().astype(int)
 
-    def part(start: int, stop: int) -> Batch:
-        at = slice(start, stop)
-        segments = None if batch.segments is None else batch.segments[at]
-        return Batch(batch.inputs[at], batch.targets[at], batch.trained[at], segments, 0)
-
-    return [part(start, stop) for start, stop in pairwise(edges)]
+    return [batch.rows(slice(start, stop)) for start, stop in pairwise(edges)]
 
 
 @functools.cache

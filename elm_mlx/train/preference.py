@@ -11,18 +11,18 @@ tokens in an ordinary cross-entropy, whose gradient is the pair's. The network b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from elm_mlx.errors import InputError
+from elm_mlx.train.batches import Batch
 from elm_mlx.train.loss import Head, Parameters, Positions, chunk_size, summed_loss
 from elm_mlx.train.pairs import PairBatch
 
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo")
-MEASURES = ("chosen_reward", "rejected_reward", "margin", "accuracy")
 _CERTAIN = -1e-6  # a mean log-probability beyond which odds aren't told apart
 
 
@@ -41,7 +41,10 @@ class Preferring:
       where p is the chosen answer's mean log-probability and the odds are those of exp of each one's mean. There is
       no reference. (TRL's p covers the prompt as well; the paper's, and this, the answer alone.)
 
-    An answer's reward is beta r; under ORPO, beta times its mean log-probability.
+    An answer's reward is beta r; under ORPO, beta times its mean log-probability. `measures` are of the two
+    rewards, their difference, and whether that is above nought.
+
+    It is an `Objective` whose units are pairs.
 
     Raises:
         InputError: there is no such loss, or `beta` isn't positive.
@@ -49,6 +52,7 @@ class Preferring:
 
     loss: str = "sigmoid"
     beta: float = 0.1
+    measures: ClassVar[tuple[str, ...]] = ("chosen_reward", "rejected_reward", "margin", "accuracy")
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -78,6 +82,48 @@ class Preferring:
             ratios = ratios / lengths
         margins = ratios[:, 0] - ratios[:, 1]
         return self._of_margin(margins), self.beta * ratios
+
+    def count(self, batch: Batch) -> int:
+        """Its pairs."""
+        assert isinstance(batch, PairBatch)
+        return int((batch.pairs >= 0).sum())
+
+    def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
+        assert isinstance(batch, PairBatch)
+        return positions(batch)
+
+    def with_gradients(
+        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """The sum of the pairs' losses, differentiable in `parameters` and `hidden`; and the measures' sums, `(4,)`."""
+        sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
+        loss, measures, slopes = self._summed(sums, lengths, at)
+        where, targets, weights, answers, *_ = at
+        weighted = summed_loss(head, vocab_size, parameters, hidden, (where, targets, -slopes[answers] * weights))
+        # The value of one with the gradient of the other.
+        return loss + (weighted - mx.stop_gradient(weighted)), measures
+
+    def without_gradients(
+        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
+        return self._summed(sums, lengths, at)[:2]
+
+    def _summed(
+        self, sums: mx.array, lengths: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """The summed loss, the measures' sums, and the derivative of the loss by each of `sums`."""
+        real, reference = at[4].reshape(-1, 2)[:, 0], at[5].reshape(-1, 2)
+        counted = mx.maximum(lengths, 1).reshape(-1, 2)
+
+        def loss(sums: mx.array) -> tuple[mx.array, mx.array]:
+            losses, rewards = self(sums.reshape(-1, 2), reference, counted)
+            return (losses * real).sum(), rewards
+
+        (total, rewards), slopes = mx.value_and_grad(loss)(sums)
+        margins = rewards[:, 0] - rewards[:, 1]
+        measures = mx.stack([rewards[:, 0], rewards[:, 1], margins, (margins > 0).astype(mx.float32)])
+        return total, (measures * real).sum(axis=1), slopes
 
     def _of_margin(self, margins: mx.array) -> mx.array:
         if self.loss == "sigmoid":
@@ -132,50 +178,3 @@ def log_probabilities(
         losses.append(nn.losses.cross_entropy(logits, targets[part]))
     nothing = mx.zeros_like(real)
     return nothing.at[answers].add(-mx.concatenate(losses) * weights), nothing.at[answers].add(weights)
-
-
-def summed_pair_loss(
-    preferring: Preferring,
-    head: Head,
-    vocab_size: int,
-    parameters: Parameters,
-    hidden: mx.array,
-    at: tuple[mx.array, ...],
-) -> tuple[mx.array, mx.array]:
-    """The sum of the pairs' losses, differentiable in `parameters` and `hidden`; and the sums of MEASURES, `(4,)`."""
-    sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
-    loss, measures, slopes = _losses(preferring, sums, lengths, at)
-    where, targets, weights, answers, *_ = at
-    weighted = summed_loss(head, vocab_size, parameters, hidden, (where, targets, -slopes[answers] * weights))
-    # The value of one with the gradient of the other.
-    return loss + (weighted - mx.stop_gradient(weighted)), measures
-
-
-def summed_pair_loss_only(
-    preferring: Preferring,
-    head: Head,
-    vocab_size: int,
-    parameters: Parameters,
-    hidden: mx.array,
-    at: tuple[mx.array, ...],
-) -> tuple[mx.array, mx.array]:
-    """`summed_pair_loss` without its gradients."""
-    sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
-    return _losses(preferring, sums, lengths, at)[:2]
-
-
-def _losses(
-    preferring: Preferring, sums: mx.array, lengths: mx.array, at: tuple[mx.array, ...]
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The summed loss, the sums of MEASURES, and the derivative of the loss by each of `sums`."""
-    real, reference = at[4].reshape(-1, 2)[:, 0], at[5].reshape(-1, 2)
-    counted = mx.maximum(lengths, 1).reshape(-1, 2)
-
-    def loss(sums: mx.array) -> tuple[mx.array, Any]:
-        losses, rewards = preferring(sums.reshape(-1, 2), reference, counted)
-        return (losses * real).sum(), rewards
-
-    (total, rewards), slopes = mx.value_and_grad(loss)(sums)
-    margins = rewards[:, 0] - rewards[:, 1]
-    measures = mx.stack([rewards[:, 0], rewards[:, 1], margins, (margins > 0).astype(mx.float32)])
-    return total, (measures * real).sum(axis=1), slopes

@@ -1,7 +1,7 @@
 """One update: gradients of one or several batches, summed, scaled and applied. Compiled.
 
 Knows the model, the loss and the optimizer; knows nothing of files, schedules or when to stop. An update's
-gradient is that of the mean over its trained tokens, however they are spread over batches and processes:
+gradient is that of the mean over its trained tokens, or pairs, however they are spread over batches and processes:
 sums are added up, and divided once.
 """
 
@@ -18,7 +18,7 @@ from elm_mlx.ops import Mask
 from elm_mlx.rope import Rotate
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
-from elm_mlx.train.loss import Parameters, Positions, summed_loss, summed_loss_only
+from elm_mlx.train.loss import Objective, Parameters, TokenLoss
 from elm_mlx.train.parts import Parts
 
 
@@ -31,6 +31,7 @@ class Step:
     Args:
         clip: the limit on the gradients' norm; None for none.
         compute_dtype: what trainable parameters are cast to for the forward pass; None for what they are.
+        objective: what is made small.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class Step:
         optimizer: optimization.Optimizer,
         clip: float | None = 1.0,
         compute_dtype: mx.Dtype | None = None,
+        objective: Objective | None = None,
     ):
         self.model = model
         self.optimizer = optimizer
         self._clip = clip
         self._dtype = compute_dtype
+        self.objective = objective or TokenLoss()
         trained = model.trainable_parameters()
         optimizer.init(trained)
         mx.eval(model.parameters())
@@ -54,14 +57,16 @@ class Step:
         self._apply = mx.compile(self._applied)
 
     def gradients(self, batch: Batch) -> tuple[mx.array, Any, int]:
-        """The summed loss of a batch, its gradients, and how many tokens it counts. Perhaps not yet computed."""
+        """The summed loss of a batch and then its measures, `(1 + measures,)`; the loss's gradients; the batch's count.
 
+        Perhaps not yet computed.
+        """
         parameters = self.model.trainable_parameters()
-        parts = self._parts.compute(lambda part: self._gradients(parameters, *_arrays(part)), batch, parameters)
-        (loss, grads), *others = parts
-        for other_loss, other in others:
-            loss, grads = loss + other_loss, tree_map(mx.add, grads, other)
-        return loss, grads, int(batch.trained.sum())
+        parts = self._parts.compute(lambda part: self._gradients(parameters, *self._arrays(part)), batch, parameters)
+        ((_, sums), grads), *others = parts
+        for (_, other_sums), other in others:
+            sums, grads = sums + other_sums, tree_map(mx.add, grads, other)
+        return sums, grads, self.objective.count(batch)
 
     def apply(self, gradients: Any, norm: mx.array, tokens: float, learning_rate: float) -> None:
         """Update parameters and optimizer by summed `gradients`, whose mean's norm is `norm`. Not yet computed."""
@@ -75,13 +80,12 @@ class Step:
         self.model.update(parameters)
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
-        """The summed loss of a batch without dropout, and how many tokens it counts."""
-
+        """The sums of a batch without dropout, as `gradients` has them, and its count."""
         parameters = self.model.trainable_parameters()
         self.model.eval()
         try:
-            parts = self._parts.compute(lambda part: self._evaluate(parameters, *_arrays(part)), batch, parameters)
-            return mx.stack(parts).sum(), int(batch.trained.sum())
+            parts = self._parts.compute(lambda part: self._evaluate(parameters, *self._arrays(part)), batch, parameters)
+            return mx.stack([sums for _, sums in parts]).sum(axis=0), self.objective.count(batch)
         finally:
             self.model.train()
 
@@ -89,11 +93,16 @@ class Step:
         """All that an update changes, to be evaluated."""
         return [self.model.trainable_parameters(), self.optimizer.state]
 
-    def _loss(self, parameters: Parameters, *batch: Any) -> mx.array:
-        return self._with(parameters, summed_loss, *batch)
+    def _arrays(self, batch: Batch) -> tuple[Any, ...]:
+        """What the compiled functions take."""
+        segments = None if batch.segments is None else mx.array(batch.segments)
+        return mx.array(batch.inputs), segments, self.objective.arrays(batch)
 
-    def _loss_only(self, parameters: Parameters, *batch: Any) -> mx.array:
-        return self._with(parameters, summed_loss_only, *batch)
+    def _loss(self, parameters: Parameters, *batch: Any) -> tuple[mx.array, mx.array]:
+        return self._with(parameters, self.objective.with_gradients, *batch)
+
+    def _loss_only(self, parameters: Parameters, *batch: Any) -> tuple[mx.array, mx.array]:
+        return self._with(parameters, self.objective.without_gradients, *batch)
 
     def _with(
         self,
@@ -102,8 +111,8 @@ class Step:
         inputs: mx.array,
         segments: mx.array | None,
         at: tuple[mx.array, ...],
-    ) -> mx.array:
-        """The loss with `parameters` in the model's place; the model is left as it was."""
+    ) -> tuple[mx.array, mx.array]:
+        """The loss, and it again with the measures, of `parameters` in the model's place; which is left as it was."""
         model, kept = self.model, self.model.trainable_parameters()
         try:
             model.update(tree_map(self._cast, parameters))
@@ -115,7 +124,8 @@ class Step:
                 owner.update(own)
                 return model.head(rows)
 
-            return loss(head, model.config.vocab_size, own, hidden, at)
+            total, measures = loss(head, model.config.vocab_size, own, hidden, at)
+            return total, mx.concatenate([total[None], measures])
         finally:
             model.update(kept)
 
@@ -131,13 +141,6 @@ class Step:
         optimizer = self.optimizer
         optimizer.state = state
         return optimizer.apply_gradients(gradients, parameters), optimizer.state
-
-
-def _arrays(batch: Batch) -> tuple[Any, ...]:
-    """What the compiled functions take."""
-    at = Positions.of(batch.targets, batch.trained)
-    segments = None if batch.segments is None else mx.array(batch.segments)
-    return mx.array(batch.inputs), segments, (at.where, at.targets, at.weights)
 
 
 def head_module(model: Model) -> nn.Module:

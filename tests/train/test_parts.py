@@ -13,7 +13,7 @@ from elm_mlx.train import parts
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.parts import Parts, cut
-from elm_mlx.train.step import Step, _arrays
+from elm_mlx.train.step import Step
 
 
 def batch(rows: int) -> Batch:
@@ -74,7 +74,9 @@ def test_parts_have_dropout_of_their_own(processors: int) -> None:
     step = Step(model, make_optimizer("adamw", 0.0))
     row = batch(1)
     same = Batch(*(np.repeat(each, processors, axis=0) for each in (row.inputs, row.targets, row.trained)), None, 0)
-    built = step._parts.compute(lambda part: step._gradients(model.trainable_parameters(), *_arrays(part)), same, [])
+    built = step._parts.compute(
+        lambda part: step._gradients(model.trainable_parameters(), *step._arrays(part)), same, []
+    )
     grads = [np.array(tree_flatten(grads)[-1][1]) for _, grads in built]
     assert all(np.abs(grads[0] - other).max() > 1e-6 for other in grads[1:])
 

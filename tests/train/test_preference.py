@@ -19,7 +19,7 @@ from elm_mlx.model import Model
 from elm_mlx.train.examples import Example
 from elm_mlx.train.loss import Parameters
 from elm_mlx.train.pairs import PairBatch, PairBatches
-from elm_mlx.train.preference import LOSSES, Preferring, positions, summed_pair_loss, summed_pair_loss_only
+from elm_mlx.train.preference import LOSSES, Preferring
 from elm_mlx.train.step import head_module
 
 Array = npt.NDArray[np.float64]
@@ -159,7 +159,7 @@ def in_batch(model: Model, batch: PairBatch, preferring: Preferring, function: A
             return model.head(rows)
 
         own = owner.trainable_parameters()
-        return function(preferring, head, runs.VOCAB, own, hidden, positions(batch))
+        return function(head, runs.VOCAB, own, hidden, preferring.arrays(batch))
 
     return loss
 
@@ -182,14 +182,16 @@ def test_a_batch_has_the_loss_and_gradient_of_its_pairs_one_by_one(loss: str, pa
     assert isinstance(batch, PairBatch)
     numbers = batch.pairs[batch.pairs >= 0].tolist()
     assert len(numbers) >= 3 and (batch.pairs < 0).any()
-    (value, measures), gradients = mx.value_and_grad(in_batch(model, batch, preferring, summed_pair_loss))(parameters)
+    (value, measures), gradients = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(
+        parameters
+    )
     wanted, wanted_gradients = mx.value_and_grad(plainly)(parameters, numbers)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     for (name, found), (_, expected) in zip(tree_flatten(gradients), tree_flatten(wanted_gradients), strict=True):
         scale = float(mx.abs(expected).max())
         assert float(mx.abs(found - expected).max()) <= 2e-4 * max(scale, 1e-3), name
     model.update(parameters)
-    again, measured = in_batch(model, batch, preferring, summed_pair_loss_only)(parameters)
+    again, measured = in_batch(model, batch, preferring, preferring.without_gradients)(parameters)
     assert again.item() == value.item() and measured.tolist() == measures.tolist()
 
 
@@ -199,7 +201,7 @@ def test_measures_are_sums_over_pairs() -> None:
     made.reference = np.random.default_rng(2).normal(-30, 4, (7, 2)).astype(np.float32)
     batch = next(made)
     assert isinstance(batch, PairBatch)
-    _, measures = in_batch(model, batch, preferring, summed_pair_loss_only)(model.trainable_parameters())
+    _, measures = in_batch(model, batch, preferring, preferring.without_gradients)(model.trainable_parameters())
     numbers = batch.pairs[batch.pairs >= 0]
     sums = np.array(one_by_one(model, pairs)[0])[numbers]
     rewards = 0.4 * (sums - made.reference[numbers])
@@ -225,10 +227,10 @@ def test_logits_are_never_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
         return real(self, rows)
 
     monkeypatch.setattr(type(model), "head", head)
-    (whole, _), gradients = mx.value_and_grad(in_batch(model, batch, preferring, summed_pair_loss))(parameters)
+    (whole, _), gradients = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(parameters)
     monkeypatch.setattr(loss, "_CHUNK_LOGITS", 64 * runs.VOCAB)
     sizes.clear()
-    (chunked, _), others = mx.value_and_grad(in_batch(model, batch, preferring, summed_pair_loss))(parameters)
+    (chunked, _), others = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(parameters)
     assert max(sizes) == 64 and len(sizes) >= 6
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-5)
     for (name, found), (_, expected) in zip(tree_flatten(gradients), tree_flatten(others), strict=True):
