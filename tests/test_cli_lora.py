@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device
 from elm_mlx.cli import main
-from elm_mlx.cli.lora import parse_rank
+from elm_mlx.cli.training import parse_rank
 from elm_mlx.errors import InputError
 from elm_mlx.store import load
 

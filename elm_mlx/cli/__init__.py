@@ -19,6 +19,7 @@ from elm_mlx.cli.average import average
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
+from elm_mlx.cli.dpo import DpoCommand, dpo
 from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
@@ -42,6 +43,7 @@ app.command()(average)
 app.command()(chat)
 app.command()(convert)
 app.command()(data)
+app.command(cls=DpoCommand)(dpo)
 app.command()(fuse)
 app.command()(generate)
 app.command()(info)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ class Progress:
         self._steps, self.quiet = steps, quiet
         self._loss: float | None = None
         self._rate = self._seconds = 0.0
+        self._measures: dict[str, float] = {}
         self._last = time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -60,12 +61,21 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def reference(self, done: int, pairs: int) -> None:
+        """So many pairs' reference is computed."""
+        text = f"reference of {done:,} of {pairs:,} pairs"
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+        elif not self.quiet and (time.monotonic() - self._last > _PAUSE or done == pairs):
+            self._last = time.monotonic()
+            print(text, flush=True)
+
     def report(self, report: Report) -> None:
         """An update or a validation."""
         if self.quiet:
             return
         if report.valid_loss is not None:
-            self._validated(report.step, report.valid_loss, bool(report.best))
+            self._validated(report.step, report.valid_loss, bool(report.best), report.measures)
         else:
             self._updated(report)
 
@@ -78,7 +88,10 @@ class Progress:
         self._loss = report.loss if self._loss is None else self._loss + share * (report.loss - self._loss)
         self._rate += share * (report.tokens_per_second - self._rate)
         self._seconds += share * ((report.seconds or 0.0) - self._seconds)
-        text = f"loss {self._loss:.3f}, {self._rate:,.0f} tokens/s, {size(report.memory)}"
+        for name, value in report.measures.items():
+            before = self._measures.get(name, value)
+            self._measures[name] = before + share * (value - before)
+        text = f"loss {self._loss:.3f}{_named(self._measures)}, {self._rate:,.0f} tokens/s, {size(report.memory)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=text)
         elif time.monotonic() - self._last > _PAUSE or report.step == self._steps:
@@ -91,8 +104,8 @@ class Progress:
         if not self.quiet:
             self.say("stopping after this update; again ends at once")
 
-    def _validated(self, step: int, loss: float, best: bool) -> None:
-        self.say(f"step {step:,}: validation loss {loss:.4f}" + (", the best yet" if best else ""))
+    def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
+        self.say(f"step {step:,}: validation loss {loss:.4f}{_named(measures)}" + (", the best yet" if best else ""))
 
     def say(self, text: str) -> None:
         """A line, above the bar."""
@@ -100,6 +113,11 @@ class Progress:
             self._bar.console.print(text, highlight=False, markup=False)
         else:
             print(text, flush=True)
+
+
+def _named(measures: Mapping[str, float]) -> str:
+    """Of pairs, what they are told by; their rewards are in the metrics."""
+    return "".join(f", {name} {measures[name]:.3g}" for name in ("margin", "accuracy") if name in measures)
 
 
 def duration(seconds: float) -> str:

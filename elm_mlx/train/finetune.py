@@ -22,6 +22,7 @@ from elm_mlx.config import ModelConfig
 from elm_mlx.describe import check_directory, fingerprint
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
+from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import batches as batching
 from elm_mlx.train import checkpoint, examples, memory
@@ -29,6 +30,7 @@ from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
 from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.loss import Objective
 from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.settings import Settings
 from elm_mlx.version import __version__
@@ -103,6 +105,8 @@ class Finetuning:
         InputError: the model, the data or the method is not as it must be; or one that `out` says.
     """
 
+    command, unit = "lora", "examples"
+
     def __init__(
         self,
         model: Path,
@@ -120,23 +124,17 @@ class Finetuning:
         self.adapter = replace(method.adapter(self.config), model_sha256=fingerprint(self.path))
         self.computation = store.computation(self.path, self.config, compute_dtype)
         self.trainable = sum(_sizes(self.adapter, self.config))
-        self.splits = _load(self.path, self.config, data)
+        self.splits = self._prepared()
         group = mx.distributed.init()
         self.world, self.leads = group.size(), bool(group.rank() == 0)
         self.batch_size = data.batch_size
-        length = _row_length(self.splits["train"], data.batch_size * self.world)
-        self.batches = Batches(
-            self.splits["train"].examples, data.batch_size, length, packed=data.packed, seed=seed,
-            rank=group.rank(), world=self.world,
-        )  # fmt: skip
-        self._validation = None
-        if "valid" in self.splits:
-            valid = self.splits["valid"]
-            self._validation = Batches(
-                valid.examples, data.batch_size, _row_length(valid, data.batch_size * self.world),
-                packed=data.packed, rank=group.rank(), world=self.world,
-            )  # fmt: skip
-        self.row_length = length
+        self.row_length = self._row_length(self.splits["train"])
+        self.batches = self._batches(self.splits["train"], seed)
+        self._validation = self._batches(self.splits["valid"]) if "valid" in self.splits else None
+
+    def count(self, split: str = "train") -> int:
+        """What a split has of what `unit` names."""
+        return len(self.splits[split].examples)
 
     def steps(self, epochs: float, accumulate: int) -> int:
         """Updates that `epochs` take. Raises InputError where that is none."""
@@ -176,6 +174,7 @@ class Finetuning:
             InputError, ElmError: as `loop.train`.
         """
         model, dtype = self._open()
+        objective = self._objective(model, dtype)
 
         def ready(seconds: float, left: int) -> None:
             self._record(record)
@@ -183,7 +182,7 @@ class Finetuning:
 
         result = train(
             model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
-            resume=resume, compute_dtype=dtype, rehearsal=next(self.batches.once()),
+            resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
             on_ready=ready, on_report=on_report, on_stop=on_stop,
             export=None if self.adapter.kind == "full" else lambda path: adapt.save(path, model, self.adapter),
         )  # fmt: skip
@@ -194,7 +193,7 @@ class Finetuning:
     def _record(self, record: Mapping[str, Any]) -> None:
         if self.leads:
             about = {
-                "command": "lora", "settings": dict(record), "trained": self.adapter.describe(),
+                "command": self.command, "settings": dict(record), "trained": self.adapter.describe(),
                 "trainable": self.trainable, "parameters": self.config.parameters, "machine": device.machine(),
                 "processes": self.world, "version": __version__,
             }  # fmt: skip
@@ -211,6 +210,37 @@ class Finetuning:
         else:
             adapt.attach(loaded.model, self.adapter, self._seed)
         return loaded.model, None if how == mx.float32 else how
+
+    def _prepared(self) -> dict[str, Prepared]:
+        data = self._data
+        tokenizer, used, length = self._encoding()
+        return examples.load(
+            data.path, tokenizer, used, length, format=data.format, train_on_prompt=data.train_on_prompt,
+            truncate=data.truncate, skip_bad=data.skip_bad,
+        )  # fmt: skip
+
+    def _encoding(self) -> tuple[Tokenizer, Template | None, int]:
+        """Tokenizer, template, and tokens of an example at most."""
+        data, config = self._data, self.config
+        tokenizer = Tokenizer.load(self.path)
+        tokenizer.eos_ids = config.eos_token_ids
+        most = config.max_context_length if data.max_length is None else data.max_length
+        return tokenizer, template.choose(self.path, tokenizer, data.template), most
+
+    def _batches(self, prepared: Prepared, seed: int = 0) -> Batches:
+        data, group = self._data, mx.distributed.init()
+        return Batches(
+            prepared.examples, data.batch_size, self._row_length(prepared), packed=data.packed, seed=seed,
+            rank=group.rank(), world=group.size(),
+        )  # fmt: skip
+
+    def _row_length(self, prepared: Prepared) -> int:
+        needs = [len(example.ids) - 1 for example in prepared.examples]
+        return row_length(needs, prepared.max_length, self.batch_size * self.world)
+
+    def _objective(self, model: Model, dtype: mx.Dtype | None) -> Objective | None:
+        """What is made small; called with the model as it is before the first update."""
+        return None
 
     def _validations(self) -> Iterable[Batch]:
         assert self._validation is not None
@@ -236,26 +266,10 @@ class Finetuning:
         adapt.save(self.out, model, self.adapter)
 
 
-def _load(path: Path, config: ModelConfig, data: Data) -> dict[str, Prepared]:
-    tokenizer = Tokenizer.load(path)
-    tokenizer.eos_ids = config.eos_token_ids
-    return examples.load(
-        data.path,
-        tokenizer,
-        template.choose(path, tokenizer, data.template),
-        config.max_context_length if data.max_length is None else data.max_length,
-        format=data.format,
-        train_on_prompt=data.train_on_prompt,
-        truncate=data.truncate,
-        skip_bad=data.skip_bad,
-    )
-
-
-def _row_length(prepared: Prepared, rows: int) -> int:
-    """As long as asked for, or as an epoch in one batch needs: no row is to be mostly padding."""
-    needs = [len(example.ids) - 1 for example in prepared.examples]
+def row_length(needs: Sequence[int], most: int, rows: int) -> int:
+    """`most` positions, or as many as an epoch in one batch of `rows` needs: no row is to be mostly padding."""
     wanted = max(max(needs), -(-sum(needs) // max(1, rows)))
-    return min(prepared.max_length, -(-wanted // _GRAIN) * _GRAIN)
+    return min(most, -(-wanted // _GRAIN) * _GRAIN)
 
 
 def _sizes(adapter: Adapter, config: ModelConfig) -> Iterator[int]:

@@ -21,7 +21,8 @@ from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import examples, records
 from elm_mlx.train.batches import Batch, Batches, Row
 from elm_mlx.train.examples import Encoder, Example, Prepared
-from elm_mlx.train.records import BadRecord, Completion, Conversation
+from elm_mlx.train.formats import BadRecord
+from elm_mlx.train.records import Completion, Conversation
 
 COLUMNS = ("prompt", "chosen", "rejected")
 Message = Mapping[str, str]

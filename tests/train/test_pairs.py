@@ -17,8 +17,9 @@ from elm_mlx.template import JinjaTemplate, OpenELMInstruct, Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train.batches import Batches
 from elm_mlx.train.examples import BadRecords, Encoder, Example, Prepared
+from elm_mlx.train.formats import BadRecord
 from elm_mlx.train.pairs import Joined, PairBatch, PairBatches, Preference, load, preference, prepare
-from elm_mlx.train.records import BadRecord, Completion, Conversation
+from elm_mlx.train.records import Completion, Conversation
 
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 

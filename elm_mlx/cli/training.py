@@ -1,0 +1,146 @@
+"""What the commands that train share: options, how a run is announced, and what is said at its end.
+
+Knows options by name and help, and runs as `elm_mlx.train.finetune` makes them. Each command has defaults of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx.cli.show import size
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.adapters import Rank as Ranks
+    from elm_mlx.train.finetune import Finetuning
+    from elm_mlx.train.loop import Result
+    from elm_mlx.train.settings import Settings
+
+_MOST_WARMUP = 100  # updates
+
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its adapter.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
+Rank = Annotated[str, typer.Option(help="Of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).")]
+Alpha = Annotated[
+    float | None, typer.Option(help="Strength: adapters are scaled by alpha / rank. (default: twice the rank)")
+]
+Target = Annotated[
+    list[str] | None,
+    typer.Option(help="A module to adapt, by name or pattern; can be repeated. (default: all linears of layers)"),
+]
+NumLayers = Annotated[int, typer.Option(help="Adapt so many of the last layers; -1: all.")]
+Dora = Annotated[bool, typer.Option("--dora", help="DoRA: learn the lengths of weights' rows too.")]
+Rslora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
+Full = Annotated[bool, typer.Option("--full", help="Train all the model's weights, and no adapter.")]
+Iters = Annotated[int | None, typer.Option(help="Updates. (default: what --epochs take)")]
+BatchSize = Annotated[int, typer.Option(help="Rows of a batch.")]
+GradAccumulationSteps = Annotated[int, typer.Option(help="Batches to an update.")]
+LrSchedule = Annotated[str, typer.Option(help="After warm-up: cosine or linear to a tenth, or constant.")]
+Warmup = Annotated[
+    float | None,
+    typer.Option(help="Updates of rising learning rate; below 1 their share. (default: a tenth, at most 100)"),
+]
+Optimizer = Annotated[str, typer.Option(help="adamw, or adafactor, which needs less memory.")]
+WeightDecay = Annotated[float, typer.Option(help="Of matrices; never of norms.")]
+Clip = Annotated[float, typer.Option(help="The limit on the gradients' norm; 0 for none.")]
+GradCheckpoint = Annotated[
+    bool, typer.Option("--grad-checkpoint", help="Compute layers again on the way back: less memory, slower.")
+]
+Template = Annotated[str | None, typer.Option(help="Of conversations. (default: the model's own)")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut off what is longer.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; they are still named.")]
+Pack = Annotated[bool, typer.Option(help="Several examples to a row, kept apart; or else one.")]
+ValBatches = Annotated[int, typer.Option(help="Batches of a validation; -1 for all there are.")]
+StepsPerEval = Annotated[int, typer.Option(help="Updates between validations.")]
+SaveEvery = Annotated[int, typer.Option(help="Updates between checkpoints.")]
+Keep = Annotated[int, typer.Option(help="Checkpoints that are kept, beside the best.")]
+OnNan = Annotated[str, typer.Option(help="At a loss that is no number, or a spike: stop, or skip.")]
+Seed = Annotated[int, typer.Option(help="Of the adapters, the order and dropout.")]
+Data = Annotated[
+    Path | None, typer.Option(help="A data file, or a directory with train and valid.", show_default=False)
+]
+Epochs = Annotated[float, typer.Option(help="Times that all examples are seen.")]
+MaxSeqLength = Annotated[int | None, typer.Option(help="Tokens of an example, at most. (default: the model's context)")]
+
+
+def given(model: Path | None, data: Path | None, out: Path | None) -> tuple[Path, Path, Path]:
+    """The three that have no default. Raises InputError where one is missing."""
+    if model is None or data is None or out is None:
+        missing = next(n for n, value in (("MODEL", model), ("--data", data), ("--out", out)) if value is None)
+        raise InputError(f"{missing} is missing: on the command line, or in a file given by --config")
+    return model, data, out
+
+
+def warmup_steps(warmup: float | None, steps: int) -> int:
+    """Updates of rising learning rate, of so many."""
+    if warmup is None:
+        return min(_MOST_WARMUP, steps // 10)
+    return round(warmup if warmup >= 1 else warmup * steps)
+
+
+def parse_rank(text: str) -> Ranks:
+    """`8`, `4,4,8` or `qkv_proj=8,ffn.*=4`. Raises InputError."""
+    items = [item.strip() for item in text.split(",")]
+    try:
+        if "=" in text:
+            pairs = (item.rsplit("=", 1) for item in items)
+            return {name.strip(): int(number) for name, number in pairs}
+        numbers = [int(item) for item in items]
+    except ValueError:
+        raise InputError(f"--rank {text}: needs a number, numbers like 4,4,8, or qkv_proj=8,ffn.*=4") from None
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
+    """What is about to happen, to be shown."""
+    config, batches, steps = run.config, run.batches, settings.schedule.steps
+    dtype = str(run.computation.dtype).removeprefix("mlx.core.")
+    train = run.splits["train"]
+    lines = [("bad", f"{len(split.bad):,} records left out") for split in run.splits.values() if split.bad]
+    for name, split in run.splits.items():
+        lines += [("length", f"{name}: {warning}") for warning in split.warnings()]
+    valid = f", {run.count('valid'):,} to validate" if "valid" in run.splits else ", none to validate"
+    processes = f" in each of {run.world} processes" if run.world > 1 else ""
+    updates = batches.steps() / settings.accumulate
+    tokens = round((train.tokens - len(train.examples)) * steps / updates)
+    return [
+        *lines,
+        ("model", f"{run.path}: {config.parameters:,} parameters, computed in {dtype}"),
+        ("trained", f"{run.adapter.describe()}: {run.trainable:,} parameters, {run.trainable / config.parameters:.2%}"),
+        ("data", f"{run.count():,} {run.unit}, {train.tokens:,} tokens, {train.trained_tokens:,} of them trained"
+                 f"{valid}"),
+        ("batches", f"{run.batch_size} rows of {run.row_length:,} tokens{processes}, {batches.fill():.0%} full, "
+                    f"{settings.accumulate} to an update"),
+        ("memory", _memory(run, settings)),
+        ("updates", f"{steps:,}, {steps / updates:.3g} epochs, {tokens:,} tokens"),
+    ]  # fmt: skip
+
+
+def _memory(run: Finetuning, settings: Settings) -> str:
+    from elm_mlx import device
+    from elm_mlx.train import memory
+
+    needed, free = memory.estimate(run.load(settings)).total, device.available_memory()
+    return f"about {size(needed)} at most" + ("" if free is None else f", of {size(free)} that are free")
+
+
+def outcome(run: Finetuning, result: Result) -> list[tuple[str, str]]:
+    """How it ended, to be shown."""
+    from elm_mlx.cli.progress import duration
+
+    done = result.progress
+    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens, {duration(done.seconds)} and validations")]
+    if result.interrupted:
+        lines = [("stopped", f"after {done.step:,} updates; --resume goes on from {result.last}")]
+    if done.skipped:
+        lines.append(("skipped", f"{done.skipped:,} updates"))
+    if done.best_step is not None:
+        lines.append(("best", f"validation loss {done.best_loss:.4f}, after {done.best_step:,} updates"))
+    lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.path} --adapter {run.out} --prompt …"))
+    return lines
