@@ -14,13 +14,15 @@ import pytest
 import runs
 from mlx.utils import tree_flatten
 
+from elm_mlx import blas
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.train.examples import Example
 from elm_mlx.train.loss import Parameters
+from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.pairs import PairBatch, PairBatches
 from elm_mlx.train.preference import LOSSES, Preferring
-from elm_mlx.train.step import head_module
+from elm_mlx.train.step import Step, head_module
 
 Array = npt.NDArray[np.float64]
 
@@ -234,4 +236,25 @@ def test_logits_are_never_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(sizes) == 64 and len(sizes) >= 6
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-5)
     for (name, found), (_, expected) in zip(tree_flatten(gradients), tree_flatten(others), strict=True):
+        assert mx.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(mx.abs(expected).max())).item(), name
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+def test_a_step_of_pairs_shared_out_by_rows_is_the_same(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "threads", lambda: processors)
+    made = PairBatches(drawn(30), 5, 64)
+    made.reference = np.random.default_rng(2).normal(-30, 4, (30, 2)).astype(np.float32)
+    batch, model, preferring = next(made), runs.model(), Preferring("sigmoid", 0.4)
+    assert isinstance(batch, PairBatch)
+    step = Step(model, make_optimizer("adamw", 0.0), objective=preferring)
+    sums, gradients, count = step.gradients(batch)
+    parameters = model.trainable_parameters()
+    (value, measures), wanted = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(
+        parameters
+    )
+    model.update(parameters)
+    assert count == (batch.pairs >= 0).sum() > 5
+    np.testing.assert_allclose(sums.tolist(), [value.item(), *measures.tolist()], rtol=1e-4)
+    np.testing.assert_allclose(step.loss(batch)[0].tolist(), sums.tolist(), rtol=1e-4)
+    for (name, found), (_, expected) in zip(tree_flatten(gradients), tree_flatten(wanted), strict=True):
         assert mx.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(mx.abs(expected).max())).item(), name
