@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +21,7 @@ from elm_mlx import device, files, shards
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, initial, memory
+from elm_mlx.train import checkpoint, duplicates, initial, memory
 from elm_mlx.train import recipe as recipes
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity
@@ -68,7 +67,7 @@ class Pretraining:
         self.world, self.leads = group.size(), bool(group.rank() == 0)
         self.batches = TextBatches(
             recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.data.reading(recipe.run),
-            rank=group.rank(), world=self.world, cache=_cache(), on_wrong=on_wrong, gather=gather,
+            rank=group.rank(), world=self.world, cache=duplicates.default_cache(), on_wrong=on_wrong, gather=gather,
         )  # fmt: skip
 
     def __enter__(self) -> Pretraining:
@@ -166,14 +165,6 @@ class Pretraining:
         }  # fmt: skip
         data = f"{self.batches.fingerprint} {digest.hexdigest()}"
         return Identity(hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), data, config)
-
-
-def _cache() -> Path | None:
-    """Where documents' hashes are kept from run to run; None without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "elm-mlx", "hashes")
-    except RuntimeError:
-        return None
 
 
 def _compute_dtype(name: str | None) -> mx.Dtype | None:
