@@ -28,7 +28,7 @@ from elm_mlx.train import checkpoint
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity, Progress
-from elm_mlx.train.loss import Objective
+from elm_mlx.train.loss import Objective, TokenLoss
 from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
@@ -181,7 +181,7 @@ class _Run:
             recompute_blocks(model)
         model.train()
         optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay, settings.betas, settings.eps)
-        self._step = Step(model, optimizer, settings.clip, compute_dtype, objective)
+        self._step = Step(model, optimizer, settings.clip, compute_dtype, objective or TokenLoss(settings.z_loss))
 
     def start(self) -> None:
         if checkpoint.all_of(self._out):

@@ -81,9 +81,15 @@ class Objective(Protocol):
 
 
 class TokenLoss:
-    """The objective of every training but that of pairs: trained tokens' cross-entropies."""
+    """The objective of every training but that of pairs: trained tokens' cross-entropies.
+
+    `z_loss` is the weight of their squared log-partitions in what gradients make small (PaLM, section 5).
+    """
 
     measures: tuple[str, ...] = ()
+
+    def __init__(self, z_loss: float = 0.0) -> None:
+        self._z_loss = z_loss
 
     def count(self, batch: Batch) -> int:
         return int(batch.trained.sum())
@@ -95,7 +101,7 @@ class TokenLoss:
     def with_gradients(
         self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
-        return summed_loss(head, vocab_size, parameters, hidden, at), mx.zeros(0)
+        return summed_loss(head, vocab_size, parameters, hidden, at, self._z_loss), mx.zeros(0)
 
     def without_gradients(
         self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
@@ -112,7 +118,12 @@ def padded_size(count: int) -> int:
 
 
 def summed_loss(
-    head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    head: Head,
+    vocab_size: int,
+    parameters: Parameters,
+    hidden: mx.array,
+    at: tuple[mx.array, ...],
+    z_loss: float = 0.0,
 ) -> mx.array:
     """The sum of the cross-entropies in nats, a float32 scalar; differentiable in `parameters` and `hidden`.
 
@@ -123,12 +134,17 @@ def summed_loss(
         parameters: what of the head is trained, as a tree of arrays; may be empty.
         hidden: `(batch, length, model_dim)`.
         at: `where`, `targets` and `weights` of `Positions`.
+        z_loss: adds so many times the squared log-partition to what the gradients are of, and not to the value.
     """
     where, targets, weights = at
     rows = hidden.reshape(-1, hidden.shape[-1])[where]
 
-    def chunk_loss(parameters: Parameters, rows: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return (_cross_entropy(head(parameters, rows), targets) * weights).sum()
+    def chunk_loss(
+        parameters: Parameters, rows: mx.array, targets: mx.array, weights: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        nats, log_partition, _, _ = _cross_entropy_parts(head(parameters, rows), targets)
+        shown = (nats * weights).sum()
+        return (shown + z_loss * (log_partition.square() * weights).sum() if z_loss else shown), shown
 
     @mx.custom_function
     def total(parameters: Parameters, rows: mx.array) -> tuple[mx.array, Parameters, mx.array]:
@@ -142,7 +158,7 @@ def summed_loss(
             chunk = rows[part]
             if row_grads:  # or all chunks' logits would be computed first, and wait in memory for their gradients
                 chunk = mx.depends([chunk], [row_grads[-1], *(grad for _, grad in tree_flatten(grads))])[0]
-            loss, (new, row_grad) = gradient(parameters, chunk, targets[part], weights[part])
+            (_, loss), (new, row_grad) = gradient(parameters, chunk, targets[part], weights[part])
             grads = tree_map(mx.add, grads, new) if losses else new
             losses.append(loss)
             row_grads.append(row_grad)
@@ -179,22 +195,24 @@ def chunk_size(rows: int, vocab_size: int) -> int:
 
 
 @mx.custom_function
-def _cross_entropy_parts(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def _cross_entropy_parts(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Nats and log-partitions `(rows,)`; and what their derivatives are made of."""
     wide = logits.astype(mx.float32)
     largest = wide.max(axis=-1, keepdims=True)
     powers = ops.exp(wide - largest)
     sums = powers.sum(axis=-1, keepdims=True)
     chosen = mx.take_along_axis(wide, targets[:, None], axis=-1)
-    return (mx.log(sums) + largest - chosen)[:, 0], powers, sums
+    log_partition = mx.log(sums) + largest
+    return (log_partition - chosen)[:, 0], log_partition[:, 0], powers, sums
 
 
 @_cross_entropy_parts.vjp
 def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
-    """Softmax minus one at the target."""
+    """Softmax, minus one at the target."""
     logits, targets = primals
-    _, powers, sums = outputs
-    weights = cotangents[0][:, None]
-    grad = (powers * (weights / sums)).at[mx.arange(targets.shape[0]), targets].add(-weights[:, 0])
+    _, _, powers, sums = outputs
+    grad = powers * ((cotangents[0] + cotangents[1])[:, None] / sums)
+    grad = grad.at[mx.arange(targets.shape[0]), targets].add(-cotangents[0])
     return grad.astype(logits.dtype), mx.zeros_like(targets)
 
 

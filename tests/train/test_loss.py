@@ -196,3 +196,27 @@ def test_few_sizes_and_little_padding() -> None:
     assert len(sizes) < 70
     for count in range(1, 20_001):
         assert count <= padded_size(count) <= count * 1.13 + 64
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("name", ["tied", "adapted"])
+def test_z_loss_is_in_the_gradients_alone(name: str) -> None:
+    """Against the plain formula, cross-entropy plus z (log Z)², by MLX's own derivatives."""
+    module = heads()[name]
+    head, parameters = logits_of(module), module.trainable_parameters()
+    hidden, targets, trained = problem()
+    at = arrays(Positions.of(targets, trained))
+
+    def ours(parameters: Any, hidden: mx.array) -> mx.array:
+        return summed_loss(head, VOCAB, parameters, hidden, at, 0.03)
+
+    def theirs(parameters: Any, hidden: mx.array) -> mx.array:
+        partitions = mx.logsumexp(head(parameters, hidden), axis=-1)
+        drift = (partitions.square() * mx.array(trained)).sum()
+        return plain(head, parameters, hidden, targets, trained) + 0.03 * drift
+
+    value, grads = mx.value_and_grad(ours, argnums=(0, 1))(parameters, hidden)
+    _, expected = mx.value_and_grad(theirs, argnums=(0, 1))(parameters, hidden)
+    assert value.item() == pytest.approx(plain(head, parameters, hidden, targets, trained).item(), rel=1e-5)
+    for (path, found), (_, wanted) in zip(tree_flatten(grads), tree_flatten(expected), strict=True):
+        assert mx.allclose(found, wanted, rtol=1e-3, atol=1e-4 * float(mx.abs(wanted).max())).item(), path
