@@ -40,6 +40,7 @@ bench: $(VENV)/.developing
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/finetune.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf build $(VENV)

@@ -59,7 +59,7 @@ def test_fused_says_what_model_and_adapter_say(run: Run, tiny_model_dir: Path, a
     assert load(tiny_model_dir, adapter_path=adapter)[0] is not None
     code, out, err = run("fuse", tiny_model_dir, adapter, tmp_path / "fused")
     assert (code, err) == (0, "")
-    assert "LoRA of rank 4, scale 4, on 12 modules; moves the logits by" in out
+    assert "LoRA of rank 4, scale 2, on 12 modules; moves the logits by" in out
     assert "equal but for rounding to bfloat16, which explains 0.047" in out
     assert "positions of text" in out and f"wrote       {tmp_path / 'fused'}, bfloat16" in out
     assert run("info", tmp_path / "fused")[0] == 0
@@ -75,7 +75,7 @@ def test_chat_with_an_adapter(run: Run, tiny_model_dir: Path, adapter: Path) -> 
 
 def test_info_shows_it(run: Run, tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
     code, out, _ = run("info", tiny_model_dir, "--adapter", adapter)
-    assert code == 0 and "LoRA of rank 4, scale 4, on 12 modules" in out
+    assert code == 0 and "LoRA of rank 4, scale 2, on 12 modules" in out
     assert "made for    this model" in out and "qkv_proj                 rank 4, in 3 layers" in out
     about = json.loads(run("info", tiny_model_dir, "--adapter", adapter, "--json")[1])["adapter"]
     tensors = mx.load(str(adapter / "adapters.safetensors"))
