@@ -88,6 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="the embedded model alone")
     small_only = parser.parse_args().small
+    from elm_mlx.config import ModelConfig
+
     print(
         machine(),
         "\n\n| model | case | estimated | measured | off by |\n| --- | --- | ---: | ---: | ---: |",
@@ -97,7 +99,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
         models = [("embedded 3.6M", embedded_model(Path(small)), SMALL)]
         if not small_only:
-            models.append(("270M", seeded_model("OpenELM-270M", Path(large)), LARGE))
+            models.append(("270M", seeded_model(ModelConfig.preset("OpenELM-270M"), Path(large)), LARGE))
         for name, path, cases in models:
             for case in cases:
                 command = [sys.executable, __file__, json.dumps(case | {"model": str(path)})]

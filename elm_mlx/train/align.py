@@ -7,6 +7,7 @@ is asked first. All else is `finetune`'s.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import numpy as np
 
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
-from elm_mlx.train import checkpoint, pairs, reference
+from elm_mlx.train import checkpoint, memory, pairs, reference
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
 from elm_mlx.train.finetune import Data, Finetuning, Method, row_length
@@ -22,6 +23,7 @@ from elm_mlx.train.loss import Objective
 from elm_mlx.train.pairs import PairBatches
 from elm_mlx.train.preference import Preferring
 from elm_mlx.train.reference import Table
+from elm_mlx.train.settings import Settings
 
 
 class Alignment(Finetuning):
@@ -76,6 +78,10 @@ class Alignment(Finetuning):
     def _row_length(self, prepared: Prepared) -> int:
         needs = [len(pair.ids) - 1 for pair in pairs.Joined(prepared.examples)]
         return row_length(needs, 2 * prepared.max_length, self.batch_size * self.world)
+
+    def load(self, settings: Settings) -> memory.Load:
+        """As of a `Finetuning`."""
+        return replace(super().load(settings), pairs=True)
 
     def _objective(self, model: Model, dtype: mx.Dtype | None) -> Objective:
         """Asks the model what it says before it learns, unless that is known."""

@@ -19,6 +19,7 @@ _OF_ONE_BLOCK, _BETWEEN_BLOCKS = 2.0, 5.0  # the same with --grad-checkpoint: th
 _LOGITS = 16  # buffers as large as a chunk's logits
 _CHUNK_LOGITS, _LEAST_CHUNK = 1 << 20, 64  # as in loss.py, a test says
 _FRAGMENTS = 1.12  # what the allocator loses of what comes and goes
+_PAIRS = 1.5  # of the activations: beside them the reference is computed, and pairs are validated
 _STATES = {"adamw": 2.0, "adafactor": 0.05}  # values of the optimizer for each one trained
 _UPDATE = 1.5  # copies of what is trained, while it is being replaced
 
@@ -32,6 +33,7 @@ class Load:
         value_bytes: of a value in the forward pass.
         trained: values that are trained, each held in 4 bytes.
         full: whether they are the model's own weights.
+        pairs: whether rows hold pairs of answers.
         adapter_values: what adapters keep for each token beside that: see `adapter_values`.
         rows, length: of a batch, in one process.
         optimizer: "adamw" or "adafactor".
@@ -48,6 +50,7 @@ class Load:
     optimizer: str = "adamw"
     grad_checkpoint: bool = False
     adapter_values: int = 0
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def estimate(load: Load) -> Estimate:
         values = _ACTIVATIONS * sum(blocks) + load.adapter_values
     chunk = min(tokens, max(_LEAST_CHUNK, _CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
     activations = values * tokens * load.value_bytes + 4 * _LOGITS * chunk
+    if load.pairs:
+        activations *= _PAIRS
     model = 4 * config.parameters if load.full else load.weight_bytes * config.parameters + 4 * load.trained
     return Estimate(
         process=_PROCESS,
