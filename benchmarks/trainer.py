@@ -36,7 +36,8 @@ def ours(job: Job) -> dict[str, Any]:
     import mlx.core as mx
 
     from elm_mlx.train.checkpoint import Identity
-    from elm_mlx.train.loop import Report, train
+    from elm_mlx.train.journal import Report
+    from elm_mlx.train.loop import train
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from elm_mlx.cli import progress
-from elm_mlx.train.loop import Report
+from elm_mlx.train.journal import Report
 
 
 class Terminal(io.StringIO):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from elm_mlx.cli.show import printable, size
 
 if TYPE_CHECKING:
-    from elm_mlx.train.loop import Report
+    from elm_mlx.train.journal import Report
 
 _SMOOTH = 0.1  # the share of an update in the loss that is shown
 _PAUSE = 10.0  # seconds between lines where there is no terminal

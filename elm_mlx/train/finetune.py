@@ -29,7 +29,8 @@ from elm_mlx.train import checkpoint, examples, memory
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
-from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.journal import Report
+from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.settings import Settings

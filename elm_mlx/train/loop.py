@@ -6,14 +6,10 @@ anything is shown. A run that is resumed has the losses of one that was never in
 
 from __future__ import annotations
 
-import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,10 +20,12 @@ from mlx.utils import tree_map
 from elm_mlx import device
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
-from elm_mlx.train import checkpoint
+from elm_mlx.train import checkpoint, journal
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.interrupts import stop_requests
+from elm_mlx.train.journal import Report
 from elm_mlx.train.loss import Objective, TokenLoss
 from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
@@ -44,38 +42,6 @@ class Batches(Protocol):
     def __next__(self) -> Batch: ...
     def state(self) -> Any: ...
     def resume(self, state: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class Report:
-    """One line of `metrics.jsonl`: an update, or a validation after it.
-
-    Attributes:
-        step: updates made, this one included.
-        loss: mean over its trained tokens, in nats, or over its pairs; None in a line of a validation.
-        valid_loss: the validation's; None in a line of an update.
-        grad_norm: before clipping.
-        tokens_per_second: of this update, trained or not, padding excepted.
-        memory: bytes at most in use so far.
-        skipped: whether the update was left out.
-        best: True where the validation's loss is the least so far.
-        measures: means of what the objective measures, an update's or a validation's, by name. In the file each of
-            them is a value of its own, a validation's as `valid_NAME`.
-    """
-
-    step: int
-    loss: float | None = None
-    valid_loss: float | None = None
-    learning_rate: float | None = None
-    grad_norm: float | None = None
-    tokens: int | None = None
-    trained_tokens: int | None = None
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-    memory: int | None = None
-    skipped: bool | None = None
-    best: bool | None = None
-    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -143,7 +109,7 @@ def train(
         on_ready(run.trial(rehearsal), steps - progress.step)
     if not resume and validation is not None:
         run.validate(validation())
-    with _stop_requests(on_stop) as stop:
+    with stop_requests(on_stop) as stop:
         while progress.step < steps and not run.agreed(stop.is_set()):
             run.update(batches)
             last, better = progress.step == steps, False
@@ -352,37 +318,10 @@ class _Run:
 
     def _report(self, report: Report) -> None:
         if self._writes():
-            values = {name: value for name, value in asdict(report).items() if value is not None}
-            prefix = "" if report.valid_loss is None else "valid_"
-            values |= {prefix + name: value for name, value in values.pop("measures").items()}
-            with (self._out / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            journal.append(self._out, report)
         self._on_report(report)
 
 
 def _set_random_key(key: list[int]) -> None:
     high, low = key
     mx.random.seed(high << 32 | low)  # a key is its seed's two halves
-
-
-@contextmanager
-def _stop_requests(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set. A second Ctrl-C interrupts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def request(number: int, frame: Any) -> None:
-        event.set()
-        on_stop()
-        signal.signal(number, kept[signal.Signals(number)])
-
-    for number in kept:
-        signal.signal(number, request)
-    try:
-        yield event
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -27,7 +27,8 @@ from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.filters import Filters
 from elm_mlx.train.gather import gather
-from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.journal import Report
+from elm_mlx.train.loop import Result, train
 from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.recipe import Recipe
 from elm_mlx.train.sources import Source

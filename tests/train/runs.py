@@ -22,7 +22,8 @@ from elm_mlx.model import Model
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Example
-from elm_mlx.train.loop import Report, Result, train
+from elm_mlx.train.journal import Report
+from elm_mlx.train.loop import Result, train
 from elm_mlx.train.optimizer import Schedule
 from elm_mlx.train.settings import Settings
 

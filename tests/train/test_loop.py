@@ -25,7 +25,7 @@ import runs
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint
 from elm_mlx.train.batches import Batch
-from elm_mlx.train.loop import Report
+from elm_mlx.train.journal import Report
 from elm_mlx.train.optimizer import Schedule, make_optimizer
 from elm_mlx.train.step import Step, recompute_blocks
 
