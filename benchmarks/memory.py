@@ -53,7 +53,7 @@ def measure(
     from elm_mlx import adapt, device
     from elm_mlx.adapters import plan
     from elm_mlx.store import open_model
-    from elm_mlx.train import memory
+    from elm_mlx.train import memory, parts
     from elm_mlx.train.batches import Batches
     from elm_mlx.train.examples import Example
     from elm_mlx.train.optimizer import global_norm, make_optimizer
@@ -80,7 +80,9 @@ def measure(
         step.apply(gradients, norm, count, 1e-4)
         del gradients
         mx.eval(step.state())
-    load = memory.Load(network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint)
+    load = memory.Load(
+        network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint, parts=parts.most(4 * trained)
+    )
     return memory.estimate(load).total, device.peak_memory()
 
 

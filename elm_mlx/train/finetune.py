@@ -25,7 +25,7 @@ from elm_mlx.model import Model
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import batches as batching
-from elm_mlx.train import checkpoint, examples, memory
+from elm_mlx.train import checkpoint, examples, memory, parts
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
@@ -151,7 +151,8 @@ class Finetuning:
         return memory.Load(
             self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
             self.row_length, settings.optimizer, settings.grad_checkpoint,
-            memory.adapter_values(self.adapter, self.config),
+            memory.adapter_values(self.adapter, self.config), parts=parts.most(4 * self.trainable),
+            accumulate=settings.accumulate,
         )  # fmt: skip
 
     def train(

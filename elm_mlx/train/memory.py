@@ -18,6 +18,7 @@ _ACTIVATIONS = 1.45  # of what a block keeps
 _OF_ONE_BLOCK, _BETWEEN_BLOCKS = 2.0, 5.0  # the same with --grad-checkpoint: the widest block; each block's input
 _LOGITS = 16  # buffers as large as a chunk's logits
 _CHUNK_LOGITS, _LEAST_CHUNK = 1 << 20, 64  # as in loss.py, a test says
+_HEAD_GRADIENTS = 2  # a trained head's, of the chunks so far and of the one being added
 _FRAGMENTS = 1.12  # what the allocator loses of what comes and goes
 _PAIRS = 1.5  # of the activations: beside them the reference is computed, and pairs are validated
 _STATES = {"adamw": 2.0, "adafactor": 0.05}  # values of the optimizer for each one trained
@@ -35,6 +36,8 @@ class Load:
         full: whether they are the model's own weights.
         pairs: whether rows hold pairs of answers.
         adapter_values: what adapters keep for each token beside that: see `adapter_values`.
+        parts: of a batch that are computed at the same time, at most: see `parts.most`.
+        accumulate: batches of an update.
         rows, length: of a batch, in one process.
         optimizer: "adamw" or "adafactor".
         grad_checkpoint: whether blocks are computed again on the way back.
@@ -51,29 +54,33 @@ class Load:
     grad_checkpoint: bool = False
     adapter_values: int = 0
     pairs: bool = False
+    parts: int = 1
+    accumulate: int = 1
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes. `activations` and `update` never come together: the larger counts.
+    """Bytes. `activations`, `gradients` and `update` never come together: the largest counts.
 
     Attributes:
         process: without any model.
         weights: of the model; of what is trained of it too.
-        training: gradients and the optimizer's state.
-        activations: what a step keeps for its way back, and the logits of one chunk.
-        update: what is new before the old is gone.
+        training: the optimizer's state, and the sum of gradients where an update has several batches.
+        activations: what a step keeps for its way back, the logits of one chunk, and the head's gradient.
+        gradients: of all parts, on whose way back activations went.
+        update: gradients, and what is new before the old is gone.
     """
 
     process: int
     weights: int
     training: int
     activations: int
+    gradients: int
     update: int
 
     @property
     def total(self) -> int:
-        return self.process + self.weights + self.training + max(self.activations, self.update)
+        return self.process + self.weights + self.training + max(self.activations, self.gradients, self.update)
 
 
 def estimate(load: Load) -> Estimate:
@@ -85,6 +92,9 @@ def estimate(load: Load) -> Estimate:
     else:
         values = _ACTIVATIONS * sum(blocks) + load.adapter_values
     chunk = min(tokens, max(_LEAST_CHUNK, _CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
+    parts = min(load.parts, load.rows)
+    head = _HEAD_GRADIENTS * parts * config.vocab_size * config.model_dim if load.full else 0
+    summed = load.accumulate > 1
     activations = values * tokens * load.value_bytes + 4 * _LOGITS * chunk
     if load.pairs:
         activations *= _PAIRS
@@ -92,9 +102,10 @@ def estimate(load: Load) -> Estimate:
     return Estimate(
         process=_PROCESS,
         weights=round(model),
-        training=round(4 * load.trained * (1 + _STATES[load.optimizer])),
-        activations=round(_FRAGMENTS * activations),
-        update=round(4 * load.trained * _UPDATE),
+        training=round(4 * load.trained * (summed + _STATES[load.optimizer])),
+        activations=round(_FRAGMENTS * activations + 4 * head),
+        gradients=4 * load.trained * parts,
+        update=round(4 * load.trained * (_UPDATE + (not summed))),
     )
 
 

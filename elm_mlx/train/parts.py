@@ -38,8 +38,7 @@ class Parts:
     """
 
     def __init__(self, gradient_bytes: int):
-        processors = 1 if device.on_gpu() else blas.threads()
-        self.most = max(1, min(processors, _GRADIENT_BYTES // max(1, gradient_bytes)))
+        self.most = most(gradient_bytes)
         if not device.on_gpu():
             _keep_freed_memory()
         # The first part is the calling thread's. The others' graphs are made there too, but evaluated elsewhere.
@@ -69,6 +68,12 @@ class Parts:
                 for other in others:
                     other.result()
         return graphs
+
+
+def most(gradient_bytes: int) -> int:
+    """Parts that are computed at the same time, at most, where the gradients of one take `gradient_bytes`."""
+    processors = 1 if device.on_gpu() else blas.threads()
+    return max(1, min(processors, _GRADIENT_BYTES // max(1, gradient_bytes)))
 
 
 def cut(batch: Batch, count: int) -> list[Batch]:

@@ -21,7 +21,7 @@ from elm_mlx import device, files, shards
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, duplicates, initial, memory
+from elm_mlx.train import checkpoint, duplicates, initial, memory, parts
 from elm_mlx.train import recipe as recipes
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity
@@ -88,6 +88,7 @@ class Pretraining:
         return memory.Load(
             self.config, 4, size, self.config.parameters, True, self._recipe.run.batch_size,
             self._recipe.data.sequence_length, self._recipe.optimizer.name, self._recipe.run.grad_checkpoint,
+            parts=parts.most(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
         )  # fmt: skip
 
     def train(

@@ -1,4 +1,4 @@
-"""The estimate of memory: its parts by hand, what makes it grow, what it refuses; and one real run."""
+"""The estimate of memory: its parts by hand, what makes it grow, what it refuses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,24 @@ LOAD = Load(CONFIG, 4, 4, 1_000_000, False, 2, 512)
 def test_parts_by_hand() -> None:
     found = estimate(LOAD)
     assert found.weights == 4 * CONFIG.parameters + 4_000_000
-    assert found.training == 12_000_000  # gradients, and two moments
-    assert found.update == 6_000_000
+    assert found.training == 8_000_000  # two moments
+    assert found.gradients == 4_000_000
+    assert found.update == 10_000_000  # gradients, and one and a half of what replaces
     assert found.total == found.process + found.weights + found.training + found.activations
     full = estimate(replace(LOAD, full=True, trained=CONFIG.parameters, length=32))
     assert full.weights == 4 * CONFIG.parameters and full.update > full.activations
     assert full.total == full.process + full.weights + full.training + full.update
+
+
+def test_gradients_are_each_parts_and_summed_over_batches() -> None:
+    one = replace(LOAD, full=True, trained=CONFIG.parameters)
+    copy, head = 4 * CONFIG.parameters, 2 * 4 * CONFIG.vocab_size * CONFIG.model_dim
+    alone, two, several = (estimate(each) for each in (one, replace(one, parts=2), replace(one, accumulate=2)))
+    assert (alone.gradients, two.gradients) == (copy, 2 * copy)
+    assert two.activations - alone.activations == pytest.approx(head, abs=1), "each part adds up the head's"
+    assert estimate(replace(one, parts=2, rows=1)) == estimate(replace(one, rows=1)), "a row is not cut"
+    assert several.training - alone.training == copy and alone.update - several.update == copy
+    assert several == estimate(replace(one, accumulate=8)), "one sum, of however many"
 
 
 def test_activations_are_those_of_a_plain_count() -> None:
