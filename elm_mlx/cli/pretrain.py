@@ -85,7 +85,7 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
                     f"{recipe.run.accumulate} to an update"),
         ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
                     f"{steps * tokens / config.parameters:.1f} a parameter"),
-        ("memory", f"about {size(needed)} at most" + ("" if free is None else f", of {size(free)} that are free")),
+        ("memory", f"about {size(needed)}" + ("" if free is None else f", of {size(free)} that are free")),
     ]  # fmt: skip
 
 

@@ -127,7 +127,7 @@ def _memory(run: Finetuning, settings: Settings) -> str:
     from elm_mlx.train import memory
 
     needed, free = memory.estimate(run.load(settings)).total, device.available_memory()
-    return f"about {size(needed)} at most" + ("" if free is None else f", of {size(free)} that are free")
+    return f"about {size(needed)}" + ("" if free is None else f", of {size(free)} that are free")
 
 
 def outcome(run: Finetuning, result: Result) -> list[tuple[str, str]]:
