@@ -172,3 +172,17 @@ def test_a_look_at_the_mixture(run: Run, config: Path, tmp_path: Path) -> None:
     assert "share     100.0% of the tokens; the weights say 100.0%" in text
     assert "kept      61 of 63 documents" in text and "dropped   1 short" in text and "bad       1 record" in text
     assert "PATH is missing" in run("data")[2]
+
+
+def test_learning_rates_are_tried(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    options = ("--steps", 4, "--lr", "0.0001,0.01,1e30")
+    code, text, err = run("lr-sweep", config, "--out", out, *options)
+    assert code == 0, err
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "the least" in lines["0.01"] and "broke off" in lines["1e+30"]
+    assert f"{updates(out / 'lr-0.01')[-1][1]:.4f}" in lines["0.01"]
+    assert [step for step, _ in updates(out / "lr-0.0001")] == [0, 1, 2, 3, 4, 4]
+    assert (out / "report.html").read_text().count("lr-0.01") > 0
+    assert "holds something already" in run("lr-sweep", config, "--out", out, *options)[2]
+    assert "needs numbers" in run("lr-sweep", config, "--out", tmp_path / "other", "--lr", "a")[2]

@@ -24,6 +24,7 @@ from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
 from elm_mlx.cli.lora import LoraCommand, lora
+from elm_mlx.cli.lr_sweep import lr_sweep
 from elm_mlx.cli.pretrain import pretrain
 from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
@@ -48,6 +49,7 @@ app.command()(fuse)
 app.command()(generate)
 app.command()(info)
 app.command(cls=LoraCommand)(lora)
+app.command()(lr_sweep)
 app.command()(pretrain)
 app.command()(report)
 app.command()(train_tokenizer)

@@ -1,0 +1,53 @@
+"""`elm-mlx lr-sweep CONFIG`: a few short runs, to see which learning rate is best."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elm_mlx.cli.bars import bar
+from elm_mlx.errors import InputError
+
+_BAR = 30
+
+
+def lr_sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe, as of `pretrain`.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of the runs.", show_default=False)],
+    lr: Annotated[
+        str | None, typer.Option(help="Rates to try, as 0.001,0.002,0.004. (default: a quarter to four times its own)")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates of each run.")] = 100,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as run.batch_size=4.")
+    ] = None,
+) -> None:
+    """Try learning rates in short runs of a recipe, and draw them over each other."""
+    from elm_mlx.train import metrics, recipe, report, sweep, tables
+
+    plan = tables.read(config, recipe.Recipe, set_ or [])
+    rates = sweep.rates(plan) if lr is None else _rates(lr)
+    trials = []
+    for trial in sweep.sweep(plan, rates, steps, out, lambda rate: print(f"learning rate {rate:g} …", flush=True)):
+        trials.append(trial)
+        if trial.interrupted:
+            raise typer.Exit(130)
+    losses = [trial.loss for trial in trials if trial.loss is not None]
+    for trial in trials:
+        if trial.loss is None:
+            print(f"{trial.rate:<9g} {'broke off':>9}")
+        else:
+            share = (trial.loss - min(losses)) / max(1e-9, max(losses) - min(losses))
+            best = "  the least" if trial.loss == min(losses) else ""
+            print(f"{trial.rate:<9g} {trial.loss:>9.4f}  {bar(share, _BAR)}{best}")
+    report.write_page(metrics.read([trial.directory for trial in trials]), out / "report.html")
+    print(f"wrote     {out / 'report.html'}")
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise InputError(f"--lr {text}: needs numbers like 0.001,0.002") from None
