@@ -277,9 +277,16 @@ def test_ranks_as_they_are_written() -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """One that is free, as is the next: the ring takes a port for each process."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = int(first.getsockname()[1])
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
