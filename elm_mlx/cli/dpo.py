@@ -9,7 +9,8 @@ import typer
 
 from elm_mlx.cli import configured, options, training
 from elm_mlx.cli.configured import Configured
-from elm_mlx.cli.show import bad_records_named, name_bad
+from elm_mlx.cli.progress import Progress
+from elm_mlx.cli.show import bad_records_named
 
 _PAPER = {"beta": 0.01, "max_seq_length": 1024}
 
@@ -72,9 +73,6 @@ def dpo(
 ) -> None:
     """Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights."""
     model, data, out = training.given(model, data, out)
-    from elm_mlx import device
-    from elm_mlx.cli import progress
-    from elm_mlx.train import memory
     from elm_mlx.train.align import Alignment
     from elm_mlx.train.finetune import Data, Method
     from elm_mlx.train.optimizer import Schedule
@@ -113,16 +111,6 @@ def dpo(
         save_every=save_every,
         keep=keep,
     )
-    memory.check(run.load(settings), device.available_memory())
-    name_bad(reason for split in run.splits.values() for reason in split.bad)
-    shown = progress.Progress(steps, quiet=not run.leads)
-    shown.lines(training.plan(run, settings))
-    used = configured.settings(ctx) | {"model": str(model.resolve()), "data": str(data.resolve())}
+    shown = Progress(steps, quiet=not run.leads)
     run.on_reference = shown.reference
-    with shown:
-        result = run.train(
-            settings, used, resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping
-        )
-    shown.lines(training.outcome(run, result))
-    if result.interrupted:
-        raise typer.Exit(130)
+    training.carry_out(run, settings, shown, configured.settings(ctx), resume)

@@ -9,7 +9,8 @@ import typer
 
 from elm_mlx.cli import configured, options, training
 from elm_mlx.cli.configured import Configured
-from elm_mlx.cli.show import bad_records_named, name_bad
+from elm_mlx.cli.progress import Progress
+from elm_mlx.cli.show import bad_records_named
 
 
 class LoraCommand(Configured):
@@ -73,9 +74,6 @@ def lora(
 ) -> None:
     """Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take."""
     model, data, out = training.given(model, data, out)
-    from elm_mlx import device
-    from elm_mlx.cli import progress
-    from elm_mlx.train import memory
     from elm_mlx.train.finetune import Data, Finetuning, Method
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
@@ -114,15 +112,5 @@ def lora(
         save_every=save_every,
         keep=keep,
     )
-    memory.check(run.load(settings), device.available_memory())
-    name_bad(reason for split in run.splits.values() for reason in split.bad)
-    shown = progress.Progress(steps, quiet=not run.leads)
-    shown.lines(training.plan(run, settings))
-    used = configured.settings(ctx) | {"model": str(model.resolve()), "data": str(data.resolve())}
-    with shown:
-        result = run.train(
-            settings, used, resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping
-        )
-    shown.lines(training.outcome(run, result))
-    if result.interrupted:
-        raise typer.Exit(130)
+    shown = Progress(steps, quiet=not run.leads)
+    training.carry_out(run, settings, shown, configured.settings(ctx), resume)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import size
+from elm_mlx.cli import training
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,12 +70,7 @@ def _init(path: Path, preset: str) -> None:
 
 
 def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
-    from elm_mlx import device
-    from elm_mlx.train import memory
-
-    config, steps, free = run.config, recipe.optimizer.steps, device.available_memory()
-    needed = memory.estimate(run.load()).total
-    tokens = run.tokens_per_update
+    config, steps, tokens = run.config, recipe.optimizer.steps, run.tokens_per_update
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     sources = ", ".join(source.name for source in recipe.data.sources)
     return [
@@ -85,21 +80,12 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
                     f"{recipe.run.accumulate} to an update"),
         ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
                     f"{steps * tokens / config.parameters:.1f} a parameter"),
-        ("memory", f"about {size(needed)}" + ("" if free is None else f", of {size(free)} that are free")),
+        ("memory", training.needed(run.load())),
     ]  # fmt: skip
 
 
 def _outcome(run: Pretraining, result: Result) -> list[tuple[str, str]]:
-    from elm_mlx.cli.progress import duration
-
-    done = result.progress
-    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens, {duration(done.seconds)} and validations")]
-    if result.interrupted:
-        lines = [("stopped", f"after {done.step:,} updates; --resume goes on from {result.last}")]
-    if done.skipped:
-        lines.append(("skipped", f"{done.skipped:,} updates"))
-    if done.best_step is not None:
-        lines.append(("best", f"validation loss {done.best_loss:.4f}, after {done.best_step:,} updates"))
+    lines = training.ended(result)
     for source, counts in zip(run.sources, run.batches.counts(), strict=True):
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
         kept = f"{counts.kept:,} of {counts.read:,} documents kept, {counts.tokens:,} tokens, epoch {counts.epoch + 1}"

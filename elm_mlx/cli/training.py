@@ -6,17 +6,19 @@ Knows options by name and help, and runs as `elm_mlx.train.finetune` makes them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_mlx.cli.show import size
+from elm_mlx.cli.progress import Progress, duration
+from elm_mlx.cli.show import name_bad, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.adapters import Rank as Ranks
     from elm_mlx.train.finetune import Finetuning
     from elm_mlx.train.loop import Result
+    from elm_mlx.train.memory import Load
     from elm_mlx.train.settings import Settings
 
 _MOST_WARMUP = 100  # updates
@@ -97,7 +99,26 @@ def parse_rank(text: str) -> Ranks:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
+def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[str, Any], resume: bool) -> None:
+    """Say what is about to happen, train, and say how it ended; `used` are the options, which the run keeps."""
+    from elm_mlx import device
+    from elm_mlx.train import memory
+
+    memory.check(run.load(settings), device.available_memory())
+    name_bad(reason for split in run.splits.values() for reason in split.bad)
+    shown.lines(_plan(run, settings))
+    used = used | {name: str(Path(used[name]).resolve()) for name in ("model", "data")}
+    with shown:
+        result = run.train(
+            settings, used, resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping
+        )
+    tried = f"elm-mlx generate {run.path} --adapter {run.out} --prompt …"
+    shown.lines([*ended(result), ("wrote", f"{run.out}; try: {tried}")])
+    if result.interrupted:
+        raise typer.Exit(130)
+
+
+def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
     """What is about to happen, to be shown."""
     config, batches, steps = run.config, run.batches, settings.schedule.steps
     dtype = str(run.computation.dtype).removeprefix("mlx.core.")
@@ -117,23 +138,22 @@ def plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
                  f"{valid}"),
         ("batches", f"{run.batch_size} rows of {run.row_length:,} tokens{processes}, {batches.fill():.0%} full, "
                     f"{settings.accumulate} to an update"),
-        ("memory", _memory(run, settings)),
+        ("memory", needed(run.load(settings))),
         ("updates", f"{steps:,}, {steps / updates:.3g} epochs, {tokens:,} tokens"),
     ]  # fmt: skip
 
 
-def _memory(run: Finetuning, settings: Settings) -> str:
+def needed(load: Load) -> str:
+    """How much memory a run takes, and how much there is."""
     from elm_mlx import device
     from elm_mlx.train import memory
 
-    needed, free = memory.estimate(run.load(settings)).total, device.available_memory()
-    return f"about {size(needed)}" + ("" if free is None else f", of {size(free)} that are free")
+    free = device.available_memory()
+    return f"about {size(memory.estimate(load).total)}" + ("" if free is None else f", of {size(free)} that are free")
 
 
-def outcome(run: Finetuning, result: Result) -> list[tuple[str, str]]:
-    """How it ended, to be shown."""
-    from elm_mlx.cli.progress import duration
-
+def ended(result: Result) -> list[tuple[str, str]]:
+    """How a run ended, to be shown."""
     done = result.progress
     lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens, {duration(done.seconds)} and validations")]
     if result.interrupted:
@@ -142,5 +162,4 @@ def outcome(run: Finetuning, result: Result) -> list[tuple[str, str]]:
         lines.append(("skipped", f"{done.skipped:,} updates"))
     if done.best_step is not None:
         lines.append(("best", f"validation loss {done.best_loss:.4f}, after {done.best_step:,} updates"))
-    lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.path} --adapter {run.out} --prompt …"))
     return lines

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, device, files, store, template
+from elm_mlx import adapt, adapters, device, store, template
 from elm_mlx.adapters import Adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.describe import check_directory, fingerprint
@@ -25,16 +25,14 @@ from elm_mlx.model import Model
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import batches as batching
-from elm_mlx.train import checkpoint, examples, memory, parts
+from elm_mlx.train import checkpoint, examples, journal, memory, parts
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
 from elm_mlx.train.journal import Report
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.settings import Settings
-from elm_mlx.version import __version__
 
 _GRAIN = 32  # rows are as long as a multiple of this
 
@@ -196,10 +194,9 @@ class Finetuning:
         if self.leads:
             about = {
                 "command": self.command, "settings": dict(record), "trained": self.adapter.describe(),
-                "trainable": self.trainable, "parameters": self.config.parameters, "machine": device.machine(),
-                "processes": self.world, "version": __version__,
+                "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
             }  # fmt: skip
-            files.write_text(self.out / ABOUT, json.dumps(about, indent=1) + "\n")
+            journal.describe(self.out, about)
 
     def _open(self) -> tuple[Model, mx.Dtype | None]:
         """The model with what is trained in float32, and what that is to be rounded to where it is used."""

@@ -9,8 +9,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from elm_mlx.train.metrics import METRICS
+from elm_mlx import device, files
+from elm_mlx.train.metrics import ABOUT, METRICS
+from elm_mlx.version import __version__
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,12 @@ class Report:
     skipped: bool | None = None
     best: bool | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+
+
+def describe(out: Path, about: Mapping[str, Any]) -> None:
+    """What a run was asked for, and on what machine, beside its metrics. Raises ElmError."""
+    values = {**about, "machine": device.machine(), "version": __version__}
+    files.write_text(out / ABOUT, json.dumps(values, indent=1) + "\n")
 
 
 def append(out: Path, report: Report) -> None:

@@ -21,7 +21,7 @@ from elm_mlx import device, files, shards
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, duplicates, initial, memory, parts
+from elm_mlx.train import checkpoint, duplicates, initial, journal, memory, parts
 from elm_mlx.train import recipe as recipes
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity
@@ -29,11 +29,9 @@ from elm_mlx.train.filters import Filters
 from elm_mlx.train.gather import gather
 from elm_mlx.train.journal import Report
 from elm_mlx.train.loop import Result, train
-from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.recipe import Recipe
 from elm_mlx.train.sources import Source
 from elm_mlx.train.stream import Reading, TextBatches
-from elm_mlx.version import __version__
 
 _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
 
@@ -132,10 +130,9 @@ class Pretraining:
             file.write(self._tokenizer.path.read_bytes())
         about = {
             "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
-            "trainable": self.config.parameters, "machine": device.machine(), "processes": self.world,
-            "version": __version__,
+            "trainable": self.config.parameters, "processes": self.world,
         }  # fmt: skip
-        files.write_text(self.out / ABOUT, json.dumps(about, indent=1) + "\n")
+        journal.describe(self.out, about)
 
     def _validation(self) -> Iterator[Batch]:
         """This process's share of the first rows of the validation's text, unfiltered."""
