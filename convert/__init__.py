@@ -1,4 +1,4 @@
-"""File formats in, arrays by canonical name out.
+"""File formats in, arrays by canonical name out, and back.
 
 Turns checkpoints of OpenELM, in whatever file they come, into an MLX model directory.
 Knows no model class and imports no MLX.
@@ -9,10 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-__all__ = ["Conversion", "Plan", "convert", "read_corenet", "read_peft", "write_peft"]
+__all__ = ["Conversion", "Plan", "convert", "export", "read_corenet", "read_peft", "write_peft"]
 
 
-_PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan"}
+_PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan", "export": "exporting"}
 _PLACES |= dict.fromkeys(("read_corenet", "read_peft", "write_peft"), "foreign_adapters")
 
 

@@ -78,7 +78,7 @@ def write_weights(
         with (directory / name).open("wb", buffering=0) as file:
             _write_all(file, header)
             # A second thread to write in was measured, and gained nothing: the kernel writes in the background.
-            for block in _cast_blocks(shard, dtype, not_finite):
+            for block in cast_blocks(shard, dtype, not_finite):
                 progress(_write_all(file, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data))
             os.fsync(file)  # now, while the source is still being hashed
     if count > 1:
@@ -102,7 +102,12 @@ def _shards(tensors: Sequence[LazyTensor], dtype: str, limit: int) -> list[list[
     return shards
 
 
-def _cast_blocks(tensors: Sequence[LazyTensor], dtype: str, not_finite: list[str]) -> Iterator[np.ndarray]:
+def cast_blocks(tensors: Sequence[LazyTensor], dtype: str, not_finite: list[str]) -> Iterator[np.ndarray]:
+    """Every tensor's rows in `dtype`, a block at a time; names of those with NaN or infinities go to `not_finite`.
+
+    Raises:
+        InputError: a value overflows `dtype`; names the tensor.
+    """
     for tensor in tensors:
         for block in tensor.blocks():
             values = cast(block, tensor.dtype, dtype)

@@ -20,6 +20,7 @@ from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
 from elm_mlx.cli.dpo import DpoCommand, dpo
+from elm_mlx.cli.export import export
 from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
 from elm_mlx.cli.info import info
@@ -45,6 +46,7 @@ app.command()(chat)
 app.command()(convert)
 app.command()(data)
 app.command(cls=DpoCommand)(dpo)
+app.command()(export)
 app.command()(fuse)
 app.command()(generate)
 app.command()(info)

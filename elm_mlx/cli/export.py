@@ -1,0 +1,28 @@
+"""`elm-mlx export MODEL DST`: a model becomes a PyTorch checkpoint again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from elm_mlx.cli.show import printable, size
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or what `convert` reads.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; by default what the model has.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export at DST.")] = False,
+) -> None:
+    """Write a model as CoreNet's PyTorch checkpoint: checkpoint.pt, config.yaml and the tokenizer."""
+    import elm_mlx_convert
+
+    plan = elm_mlx_convert.export(model, dst, dtype=dtype, overwrite=overwrite)
+    for name, lines in (("note", plan.notes), ("warning", plan.warnings)):
+        for line in lines:
+            typer.echo(f"{name:<10}  {printable(line)}")
+    typer.echo(f"wrote       {printable(dst)}: {plan.parameters:,} parameters in {plan.dtype}, {size(plan.nbytes)}")
