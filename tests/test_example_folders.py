@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import pytest
 from elm_mlx.store import load
 
 ROOT = Path(__file__).parent.parent
+CLASSICS = ROOT / "examples" / "classics"
 SHAKESPEARE = ROOT / "examples" / "shakespeare"
 
 
@@ -91,3 +94,65 @@ def test_shakespeares_extract_is_whole_plays(name: str) -> None:
         passages = [passage for passage in map(json.loads, lines) if passage["title"] == title]
         assert passages[0]["text"].startswith(f"Title: {title}\n")
         assert "ACT V" in "".join(passage["text"] for passage in passages)
+
+
+@pytest.fixture(scope="module")
+def classics(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A minute of the small model's making, on the extract: what it wrote, and what it printed."""
+    out = tmp_path_factory.mktemp("classics") / "out"
+    return out, remake(out)
+
+
+def remake(out: Path) -> str:
+    command = [sys.executable, CLASSICS / "run.py", "--out", out, "--steps", "40"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def classics_table(output: str) -> dict[str, list[float]]:
+    """Nats a token and bits a byte of each model on both books."""
+    rows = re.findall(r"^\| ([a-z0-9, ]+) \| ([\d.]+), ([\d.]+) \| ([\d.]+), ([\d.]+) \|$", output, re.M)
+    return {name: [float(value) for value in values] for name, *values in rows}
+
+
+def test_the_small_models_table_is_the_loss_of_what_was_written(classics: tuple[Path, str]) -> None:
+    out, printed = classics
+    rows = classics_table(printed)
+    assert list(rows) == ["last checkpoint", "mean of the last five", "the same, exported in bfloat16"]
+    book = json.loads(gzip.decompress((CLASSICS / "held-out.jsonl.gz").read_bytes()).decode().splitlines()[0])
+    model, tokenizer = load(out / "average", compute_dtype="float32")
+    assert tokenizer is not None
+    ids = np.array(tokenizer.encode(book["text"], add_bos=True)[: 16 * 512 + 1])
+    logits = np.array(model(mx.array(ids[:-1].reshape(16, 512))), np.float64).reshape(len(ids) - 1, -1)
+    largest = logits.max(-1)
+    totals = largest + np.log(np.exp(logits - largest[:, None]).sum(-1))
+    nats = totals - logits[np.arange(len(ids) - 1), ids[1:]]
+    read = len(tokenizer.decode(ids[1:]).encode())
+    assert rows["mean of the last five"][:2] == pytest.approx([nats.mean(), nats.sum() / math.log(2) / read], abs=2e-4)
+
+
+def test_the_small_model_learns_from_raw_text_and_comes_as_a_pytorch_file(classics: tuple[Path, str]) -> None:
+    out, printed = classics
+    lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    watched = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    assert watched[-1] < watched[0] - 1.5
+    rows = classics_table(printed)
+    assert rows["the same, exported in bfloat16"] == pytest.approx(rows["mean of the last five"], abs=2e-3)
+    assert (out / "exported" / "checkpoint.pt").is_file() and "largest difference 0 " in printed
+
+
+def test_the_small_models_making_goes_on_where_it_was(classics: tuple[Path, str]) -> None:
+    out, printed = classics
+    again = remake(out)
+    assert "--resume" in again and classics_table(again) == classics_table(printed)
+
+
+def test_what_is_watched_is_not_trained_on(classics: tuple[Path, str]) -> None:
+    out, _ = classics
+    train, watched = ((out / "data" / f"{name}.jsonl").read_text("utf-8").splitlines() for name in ("train", "watched"))
+    assert train and watched and not set(train) & set(watched)
+    held_out = gzip.decompress((CLASSICS / "held-out.jsonl.gz").read_bytes()).decode()
+    titles = {json.loads(line)["title"] for line in held_out.splitlines()}
+    extract = gzip.decompress((CLASSICS / "extract.jsonl.gz").read_bytes()).decode()
+    assert not titles & {json.loads(line)["title"] for line in extract.splitlines()}
