@@ -33,6 +33,19 @@ def test_the_time_that_is_left_is_not_that_of_a_single_slow_update(
     assert [match and match[1] for match in left[-2:]] == ["51 s", "1 min 40 s"]  # a tenth of 10 s more, 50 times
 
 
+def test_a_first_update_that_waits_for_its_texts_is_no_measure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PAUSE", -1.0)
+    with progress.Progress(100) as shown:
+        shown.ready(1.0, 100)
+        shown.report(update(1, seconds=20.0))
+        shown.report(update(2, seconds=2.0))
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    assert first.endswith("1 min 39 s left")  # as the trial said
+    assert "50 tokens/s" in second and second.endswith("3 min 16 s left")
+
+
 def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)

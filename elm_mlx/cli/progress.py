@@ -27,6 +27,7 @@ class Progress:
         self._steps, self.quiet = steps, quiet
         self._loss: float | None = None
         self._rate = self._seconds = 0.0
+        self._updates = 0
         self._measures: dict[str, float] = {}
         self._last = time.monotonic()
         self._bar: Any = None
@@ -40,6 +41,7 @@ class Progress:
 
     def ready(self, seconds: float, left: int) -> None:
         """What is known when the model is loaded: how long an update takes, and how many are left."""
+        self._seconds = seconds
         self.lines([("time", f"about {duration(seconds * left)} and validations, {seconds:.2g} s an update")])
         if self._bar is not None:
             self._bar.update(self._task, description="starting")
@@ -84,13 +86,15 @@ class Progress:
         if report.skipped:
             self.say(f"step {report.step:,}: left out, with a loss of {report.loss:.4g}")
             return
-        share = 1.0 if self._loss is None else _SMOOTH
-        self._loss = report.loss if self._loss is None else self._loss + share * (report.loss - self._loss)
+        self._updates += 1
+        self._loss = report.loss if self._loss is None else self._loss + _SMOOTH * (report.loss - self._loss)
+        share = 1.0 if self._updates <= 2 else _SMOOTH  # the first waits until the window of texts is filled
         self._rate += share * (report.tokens_per_second - self._rate)
-        self._seconds += share * ((report.seconds or 0.0) - self._seconds)
+        if self._updates > 1 or not self._seconds:
+            self._seconds += share * ((report.seconds or 0.0) - self._seconds)
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
-            self._measures[name] = before + share * (value - before)
+            self._measures[name] = before + _SMOOTH * (value - before)
         text = f"loss {self._loss:.3f}{_named(self._measures)}, {self._rate:,.0f} tokens/s, {size(report.memory)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=text)
