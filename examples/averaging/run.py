@@ -1,0 +1,145 @@
+"""The last checkpoint of a run against means of its last ones: `python examples/averaging/run.py RUN`.
+
+Means are made by a command of elm-mlx's, which is printed before it runs. Loss is measured here, in the plainest way
+there is, on books that were not trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HERE = Path(os.path.relpath(Path(__file__).parent))
+sys.path.append(str(HERE.parent))
+
+import books as texts  # noqa: E402
+from measure import held_out_loss  # noqa: E402
+
+import elm_mlx  # noqa: E402
+
+CLASSICS = HERE.parent / "classics"
+MOST = 5  # checkpoints of a mean
+COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What a mean of checkpoints loses.
+
+    Attributes:
+        steps: updates that each of the checkpoints has had.
+        start: by book: nats a token and bits a byte of its first 16 windows of 512 tokens.
+        whole: the same of all of it.
+    """
+
+    steps: list[int]
+    start: dict[str, tuple[float, float]]
+    whole: dict[str, tuple[float, float]]
+
+    @property
+    def every(self) -> int:
+        """Updates from one checkpoint to the next."""
+        return self.steps[1] - self.steps[0] if len(self.steps) > 1 else 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare a run's last checkpoint with means of its last ones.")
+    parser.add_argument("run", type=Path, nargs="?", default=Path("build/remake/run"), help="a run of `pretrain`")
+    parser.add_argument("--held-out", type=Path, default=CLASSICS / "held-out.jsonl.gz", help="what is measured on")
+    parser.add_argument("--out", type=Path, default=Path("build/averaging"), help="where everything is written")
+    arguments = parser.parse_args()
+    steps = evenly(arguments.run)
+    means = [mean(arguments.run, chosen, arguments.held_out, arguments.out) for chosen in choices(steps)]
+    (arguments.out / "results.json").write_text(json.dumps([asdict(each) for each in means], indent=1) + "\n", "utf-8")
+    print("\n" + table(means))
+    if importlib.util.find_spec("matplotlib"):
+        draw(means, arguments.out / "losses.png")
+
+
+def evenly(run: Path) -> list[int]:
+    """The steps of the run's checkpoints, from the first from which on they lie evenly apart.
+
+    A run keeps its best checkpoint too, which may lie further back.
+    """
+    steps = sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    if len(steps) < 2:
+        sys.exit(f"{run}: holds {len(steps)} checkpoints; two are needed")
+    first = len(steps) - 2
+    while first and steps[first] - steps[first - 1] == steps[-1] - steps[-2]:
+        first -= 1
+    return steps[first:]
+
+
+def choices(steps: list[int]) -> list[list[int]]:
+    """The last one; the last two to five; the same leaving out every other one; all, if there are more."""
+    chosen = [steps[-1:]]
+    for every in (1, 2):
+        apart = steps[::-1][::every]
+        chosen += [apart[:count][::-1] for count in range(2, min(MOST, len(apart)) + 1)]
+    return chosen + ([steps] if len(steps) > MOST else [])
+
+
+def mean(run: Path, steps: list[int], held_out: Path, out: Path) -> Mean:
+    """Make a mean of checkpoints, a model directory in `out`, and measure it."""
+    directory = out / f"{len(steps)}-from-{steps[0]}"
+    checkpoints = [run / "checkpoints" / f"step-{step:08}" for step in steps]
+    elm("average", *checkpoints, "--out", directory, "--overwrite")
+    model, tokenizer = elm_mlx.load(directory, compute_dtype="float32")
+    assert tokenizer is not None
+    start, whole = (
+        {book["title"]: held_out_loss(model, tokenizer, book["text"], windows) for book in texts.read(held_out)}
+        for windows in (16, None)
+    )
+    return Mean(steps, start, whole)
+
+
+def table(means: list[Mean]) -> str:
+    """Markdown: nats a token of each book's beginning and of all of it, and how much less than the last one's."""
+    last, titles = means[0], list(means[0].start)
+    heads = [f"{title}, {part}" for part in ("beginning", "all") for title in titles]
+    lines = ["| mean of | updates apart | " + " | ".join(heads) + " | less than the last |"]
+    lines.append("| --- |" + " ---: |" * (len(heads) + 2))
+    for each in means:
+        losses = [measured[title][0] for measured in (each.start, each.whole) for title in titles]
+        less = sum(last.whole[title][0] - each.whole[title][0] for title in titles) / len(titles)
+        name = f"the last {len(each.steps)}" if each.every else "the last alone"
+        cells = [f"{each.every or ''}", *(f"{loss:.4f}" for loss in losses), f"{less:.4f}" if each.every else ""]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(means: list[Mean], path: Path) -> None:
+    """A panel for each book: its loss by the number of checkpoints, a line for each distance between them."""
+    from matplotlib.figure import Figure
+
+    last, titles = means[0], list(means[0].whole)
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for panel, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
+        for every, colour in zip(sorted({each.every for each in means[1:]}), COLOURS, strict=False):
+            points = [(1, last.whole[title][0])]
+            points += [(len(each.steps), each.whole[title][0]) for each in means if each.every == every]
+            panel.plot(*zip(*points, strict=True), color=colour, marker="o", label=f"{every} updates apart")
+        panel.set(xlabel="checkpoints in the mean", ylabel="nats a token", title=title)
+        panel.legend()
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=90)
+
+
+def elm(*arguments: object) -> None:
+    """Run a command of elm-mlx's; end as it does where it fails."""
+    words = [str(argument) for argument in arguments]
+    print("\n$ elm-mlx", shlex.join(words), flush=True)
+    code = subprocess.run([sys.executable, "-m", "elm_mlx", *words]).returncode
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Books as documents to train a small model on.
+
+Shared by the examples. A script in a folder beside this file finds it by
+`sys.path.append(str(Path(__file__).parent.parent))`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+_LEAST, _MOST = 1_500, 6_000  # characters of a document
+_WATCHED = 200  # one document in so many is for choosing by, and not trained on
+_ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The books of a file with `{"title": …, "text": …}` on each line, gzipped or not."""
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_documents(books: Path, directory: Path) -> None:
+    """`train.jsonl` and `watched.jsonl`: all the books, cut and mixed, the same way every time."""
+    draw, documents = random.Random(0), []
+    for book in read(books):
+        documents.extend(_cut(_plain(book["text"]), draw))
+    draw.shuffle(documents)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / "watched.jsonl", documents[::_WATCHED])
+    _write(directory / "train.jsonl", [text for i, text in enumerate(documents) if i % _WATCHED])
+
+
+def _plain(text: str) -> str:
+    """Normal form C, with a typewriter's quotes and dashes: a small vocabulary has better uses."""
+    return unicodedata.normalize("NFC", text).translate(_ASCII)
+
+
+def _cut(text: str, draw: random.Random) -> Iterator[str]:
+    """Whole paragraphs, as many as reach a length that is drawn between _LEAST and _MOST characters."""
+    paragraphs, length, wanted = [], 0, draw.randint(_LEAST, _MOST)
+    for paragraph in text.split("\n"):
+        paragraphs.append(paragraph)
+        length += len(paragraph) + 1
+        if length >= wanted:
+            yield "\n".join(paragraphs)
+            paragraphs, length, wanted = [], 0, draw.randint(_LEAST, _MOST)
+    if length >= _LEAST // 2:
+        yield "\n".join(paragraphs)
+
+
+def _write(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
