@@ -59,8 +59,9 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The beginnings of the held-out books: some 500 and 800 tokens."""
     path = tmp_path_factory.mktemp("held-out") / "books.jsonl"
     books = gzip.decompress((CLASSICS / "held-out.jsonl.gz").read_bytes()).decode().splitlines()
-    beginnings = [json.loads(book) | {"text": json.loads(book)["text"][:n]} for book, n in zip(books, (1200, 2000))]
-    path.write_text("".join(json.dumps(book) + "\n" for book in beginnings), "utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for book, length in zip(map(json.loads, books), (1200, 2000), strict=True):
+            file.write(json.dumps(book | {"text": book["text"][:length]}) + "\n")
     return path
 
 
@@ -128,8 +129,12 @@ def test_the_comparison_leaves_alone_what_is_finished(layerwise: tuple[Path, str
 
 @pytest.mark.parametrize(
     ("optimum", "tried"),
-    [(0.006, [0.003, 0.006, 0.012]), (0.002, [0.00075, 0.0015, 0.003, 0.006, 0.012]), (1.0, [0.003, 0.006, 0.012, 0.024, 0.048])],
-)  # fmt: skip
+    [
+        (0.006, [0.003, 0.006, 0.012]),
+        (0.002, [0.00075, 0.0015, 0.003, 0.006, 0.012]),
+        (1.0, [0.003, 0.006, 0.012, 0.024, 0.048]),
+    ],
+)
 def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, optimum: float, tried: list[float]
 ) -> None:
