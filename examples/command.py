@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 def elm(*arguments: object, accept: Sequence[int] = (0,)) -> int:
-    """Run `elm-mlx` with these arguments; its exit code, with which this program ends too unless it is one of `accept`."""
+    """Run `elm-mlx` with these arguments. Returns its exit code, or ends with it where it is none of `accept`."""
     words = [str(argument) for argument in arguments]
     print("\n$ elm-mlx", shlex.join(words), flush=True)
     code = subprocess.run([sys.executable, "-m", "elm_mlx", *words]).returncode
