@@ -6,6 +6,7 @@ model is `plan`'s.
 
 from __future__ import annotations
 
+import math
 import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -146,15 +147,12 @@ def _pickled(tensors: Sequence[LazyTensor], dtype: str) -> bytes:
 
 def _tensor(tensor: LazyTensor, key: str, dtype: str) -> bytes:
     """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
-    strides, step = [], 1
-    for length in reversed(tensor.shape):
-        strides.insert(0, step)
-        step *= length
+    strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
     storage = _tuple(
         _plain("storage"), _global("torch", _STORAGES[dtype]), _plain(key), _plain("cpu"), _plain(tensor.size)
     )
     arguments = _tuple(
-        storage + pickle.BINPERSID, _plain(0), _plain(tensor.shape), _plain(tuple(strides)), _plain(False),
+        storage + pickle.BINPERSID, _plain(0), _plain(tensor.shape), _plain(strides), _plain(False),
         _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE,
     )  # fmt: skip
     return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
