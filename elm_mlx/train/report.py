@@ -24,7 +24,7 @@ from elm_mlx.train.metrics import Column, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIRST = ("loss", "learning_rate", "tokens_per_second", "grad_norm", "memory")
+_FIRST = ("loss", "learning_rate", "tokens_per_second", "matmul_share", "grad_norm", "memory")
 _AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth
 _LAST_LOSSES = 20  # whose mean is the final one
 _BUCKETS, _LEAST, _MOST = 22_000, 40, 1_000  # of the page; of a column at least, at most: a page of 2 MB or less
@@ -93,6 +93,7 @@ def _summed_up(run: Run) -> dict[str, str]:
     numbers = valid.finite()
     best = min(numbers, default=math.nan)
     rates, memory = run.column("tokens_per_second").finite(), run.column("memory").finite()
+    shares = run.column("matmul_share").finite()
     lost = sum(len(column.values) - len(column.finite()) for column in (valid, run.column("loss")))
     return {
         "steps": f"{run.steps:,}",
@@ -103,6 +104,7 @@ def _summed_up(run: Run) -> dict[str, str]:
         "validation, best": _loss(best) if numbers else "",
         "best at step": f"{valid.steps[valid.values.index(best)]:,}" if numbers else "",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "",
+        "share of matmul speed, median": f"{statistics.median(shares):.1%}" if shares else "",
         "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",
         "time in updates": _duration(run.seconds.values[-1]) if run.seconds.values else "",
         "skipped updates": f"{sum(run.column('skipped').values):.0f}" if "skipped" in run.columns else "",
