@@ -1,7 +1,8 @@
 """Runs side by side: a page that opens anywhere, a picture, and the few figures that sum a run up.
 
-Knows what is shown, and how much of it: a long run's points are thinned, its extremes kept. The page's looks and its
-script are `report.html`. Knows nothing of training, nor of files other than those it writes.
+Knows what is shown, and how much of it: a long run's points are thinned, its extremes kept. The page's script is in
+`report.html`, the looks of all our pages in `page.css`. Knows nothing of training, nor of files other than those it
+writes.
 """
 
 from __future__ import annotations
@@ -56,8 +57,9 @@ def page(runs: Sequence[Run]) -> str:
     }
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = resources.files("elm_mlx.train").joinpath("report.html").read_text("utf-8")
+    style = resources.files("elm_mlx").joinpath("page.css").read_text("utf-8")
     head, _, tail = template.partition("{{content}}")
-    return head.replace("{{title}}", html.escape(title)) + text + tail
+    return head.replace("{{style}}", style).replace("{{title}}", html.escape(title)) + text + tail
 
 
 def charts(runs: Sequence[Run]) -> list[list[str]]:
