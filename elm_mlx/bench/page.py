@@ -11,7 +11,7 @@ from importlib import resources
 
 from elm_mlx.bench import tables
 from elm_mlx.bench.figures import SIDES
-from elm_mlx.bench.results import Bound, Results, Row, decode_bound, prompt_bound
+from elm_mlx.bench.results import Bound, Results, Row, bounds
 from elm_mlx.bench.tables import Table
 
 _WIDTH, _LABEL, _BAR, _GAP = 560, 175, 20, 8  # of a chart, in its own units
@@ -45,7 +45,7 @@ def _section(title: str, table: Table) -> Iterator[str]:
     if not lines:
         return
     yield f'<h2>{html.escape(title)}</h2>\n<div class="scroll"><table>'
-    if any(header):
+    if any(header[1:]):
         yield "<thead><tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header) + "</tr></thead>"
     for first, *rest in lines:
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
@@ -56,14 +56,14 @@ def _section(title: str, table: Table) -> Iterator[str]:
 def _charts(results: Results) -> Iterator[str]:
     """Two for each case: its own scale, for sizes differ by a thousand."""
     for row in results.rows:
-        bounds = {"prompt": prompt_bound(row, results.speeds), "decode": decode_bound(row, results.speeds)}
+        bound = bounds(row, results.speeds)
         for figure, what in _FIGURES.items():
             if any(row.spread(side, figure) for side in row.figures):
                 case = row.case
                 many = f", {case.batch} at once" if case.batch > 1 else ""
                 count = f"{case.prompt:,} tokens" if figure == "prompt" else f"{case.new:,} after {case.prompt:,}"
                 title = f"{tables.short(case)}, {case.precision}: {what}, {count}{many}; tokens/s"
-                chart = _bars(row, figure, bounds[figure], title)
+                chart = _bars(row, figure, bound[figure], title)
                 yield f'<div class="chart"><h3>{html.escape(title)}</h3>\n{chart}</div>'
 
 

@@ -108,8 +108,7 @@ class Results:
         """Raises ElmError where it cannot be written."""
         values: dict[str, Any] = {"version": VERSION, **asdict(self)}
         for row, written in zip(self.rows, values["rows"], strict=True):
-            bounds = {"prompt": prompt_bound(row, self.speeds), "decode": decode_bound(row, self.speeds)}
-            written["roofline"] = {name: asdict(bound) for name, bound in bounds.items() if bound}
+            written["roofline"] = {name: asdict(bound) for name, bound in bounds(row, self.speeds).items() if bound}
         files.write_text(path, json.dumps(values, indent=1) + "\n")
 
 
@@ -136,25 +135,26 @@ def load(path: Path) -> Results:
         raise InputError(f"{path}: holds no results of elm-mlx bench: {error}") from None
 
 
-def prompt_bound(row: Row, speeds: Speeds) -> Bound | None:
-    """Of reading the prompts: products, mostly. Every weight is read once, at least."""
-    about, seconds, case = row.about.get("ours"), row.spread("ours", "first"), row.case
-    if about is None or seconds is None or not about.flops:
-        return None
-    text = case.prompt * about.flops + causal(case.prompt) * about.flops_seen + about.flops_head
-    moved = about.weight_bytes + case.batch * case.prompt * about.cache_bytes
-    return _bound(case.batch * text, moved, seconds.median, about.dtype, speeds)
+def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
+    """What bounds ours: `prompt`, of the time to the first token, and `decode`, of a step half way through.
 
+    Every weight is read at least once, in a step every position's keys and values too. None where it is not known.
+    """
+    case, about = row.case, row.about.get("ours")
+    first, rate = row.spread("ours", "first"), row.spread("ours", "decode")
+    if about is None or not about.flops:
+        return {"prompt": None, "decode": None}
 
-def decode_bound(row: Row, speeds: Speeds) -> Bound | None:
-    """Of a decode step half way through: every weight is read, and every position's keys and values."""
-    about, rate, case = row.about.get("ours"), row.spread("ours", "decode"), row.case
-    if about is None or rate is None or not about.flops:
-        return None
-    positions = case.prompt + case.new // 2
-    flops = case.batch * (about.flops + positions * about.flops_seen + about.flops_head)
-    moved = about.weight_bytes + case.batch * positions * about.cache_bytes
-    return _bound(flops, moved, case.batch / rate.median, about.dtype, speeds)
+    def bound(tokens: int, seen: int, positions: int, seconds: float) -> Bound | None:
+        flops = case.batch * (tokens * about.flops + seen * about.flops_seen + about.flops_head)
+        moved = about.weight_bytes + case.batch * positions * about.cache_bytes
+        return _bound(flops, moved, seconds, about.dtype, speeds)
+
+    half = case.prompt + case.new // 2
+    return {
+        "prompt": bound(case.prompt, causal(case.prompt), case.prompt, first.median) if first else None,
+        "decode": bound(1, half, half, case.batch / rate.median) if rate else None,
+    }
 
 
 def _bound(flops: int, moved: int, seconds: float, dtype: str, speeds: Speeds) -> Bound | None:

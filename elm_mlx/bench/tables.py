@@ -5,40 +5,64 @@ Knows which columns there are and how numbers are written. Knows nothing of HTML
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from elm_mlx.bench.figures import SIDES, Case
-from elm_mlx.bench.results import Bound, Results, Row, Spread, decode_bound, prompt_bound
+from elm_mlx.bench.machine import Speeds
+from elm_mlx.bench.results import Results, Row, Spread, bounds
 from elm_mlx.config import PRESETS
 
 Table = tuple[list[str], list[list[str]]]
 
 NOTE = (
     "Medians of all measurements, least and greatest in brackets. Sides were measured in turn: a ratio is the median "
-    "of pairs that ran one right after the other, above 1 where elm-mlx is faster."
+    "of pairs that ran one right after the other, × 2 where elm-mlx is twice as fast. Of elm-mlx it is said what share "
+    "of the machine's own speed it reaches, of the one of two that bounds it."
 )
 _HEADER = [
-    "model", "tokens", "side", "prompt, tokens/s", "first token, s", "generation, tokens/s", "memory",
-    "share of roofline", "elm-mlx is faster by",
+    "model", "tokens", "side", "prompt, tokens/s", "beside it", "first token, s", "generation, tokens/s", "beside it",
+    "memory",
 ]  # fmt: skip
 
 
 def speed(results: Results) -> Table:
-    """A line for each side of each case that was measured."""
+    """A line for each side of each case that was measured; `beside it` is what the bound or the ratio is."""
     lines = []
     for row in results.rows:
         for side in row.figures:
-            spreads = [row.spread(side, figure) for figure in ("prompt", "first", "decode")]
-            memory = row.spread(side, "memory")
-            lines.append(
-                [
-                    f"{short(row.case)}, {_stored(row, side)}", _tokens(row.case), SIDES[side],
-                    *map(spread, spreads), f"{memory.high / 1e9:.2f} GB" if memory else "",
-                    _shares(row, results) if side == "ours" else "", "" if side == "ours" else _ratios(row, side),
-                ]
-            )  # fmt: skip
+            prompt, first, decode = (spread(row.spread(side, figure)) for figure in ("prompt", "first", "decode"))
+            of_prompt, of_decode = (_beside(row, side, figure, results.speeds) for figure in ("prompt", "decode"))
+            case = [f"{short(row.case)}, {_stored(row, side)}", tokens(row.case), SIDES[side]]
+            lines.append([*case, prompt, of_prompt, first, decode, of_decode, _memory(row, side)])
     return _HEADER, lines
+
+
+def brief(row: Row, speeds: Speeds) -> Table:
+    """A case in medians, for a terminal of 80 columns: the share of the roofline, or how much faster ours is."""
+    lines = []
+    for side in row.figures:
+        cells = []
+        for figure in ("prompt", "decode"):
+            found, ratio, bound = row.spread(side, figure), row.ratio(side, figure), bounds(row, speeds)[figure]
+            beside = f" {bound.share:.0%}" if side == "ours" and bound else f" ×{ratio.median:.2f}" if ratio else ""
+            cells.append(number(found.median) + (beside if side == "ours" or ratio else "") if found else "")
+        first = row.spread(side, "first")
+        lines.append([SIDES[side], cells[0], number(first.median) if first else "", cells[1], _memory(row, side)])
+    return ["", "prompt, tokens/s", "first token, s", "generation, tokens/s", "memory"], lines
+
+
+def _beside(row: Row, side: str, figure: str, speeds: Speeds) -> str:
+    bound = bounds(row, speeds)[figure]
+    if side == "ours":
+        return f"{bound.share:.0%} of {bound.by}" if bound else ""
+    ratio = spread(row.ratio(side, figure))
+    return f"× {ratio}" if ratio else ""
+
+
+def _memory(row: Row, side: str) -> str:
+    found = row.spread(side, "memory")
+    return f"{found.high / 1e9:.2f} GB" if found else ""
 
 
 def norms(results: Results) -> Table:
@@ -67,12 +91,11 @@ def roofline(results: Results) -> Table:
     header = ["model", "tokens", "figure", "to compute", "to move", "bound by", "share reached"]
     lines = []
     for row in results.rows:
-        bounds = {"prompt": prompt_bound(row, results.speeds), "a decode step": decode_bound(row, results.speeds)}
-        for name, bound in bounds.items():
+        for name, bound in zip(("prompt", "a decode step"), bounds(row, results.speeds).values(), strict=True):
             if bound is not None:
                 work = [f"{bound.flops / 1e9:,.2f} GFLOP", f"{bound.bytes / 1e6:,.0f} MB"]
                 model = f"{short(row.case)}, {_stored(row, 'ours')}"
-                lines.append([model, _tokens(row.case), name, *work, bound.by, f"{bound.share:.0%}"])
+                lines.append([model, tokens(row.case), name, *work, bound.by, f"{bound.share:.0%}"])
     return header, lines
 
 
@@ -81,7 +104,7 @@ def left_out(results: Results) -> list[str]:
     lines: dict[str, None] = {}
     for row in results.rows:
         for side, reason in row.skipped.items():
-            lines[f"{short(row.case)}, {row.case.precision}, {_tokens(row.case)}: {SIDES[side]} left out: {reason}"] = (
+            lines[f"{short(row.case)}, {row.case.precision}, {tokens(row.case)}: {SIDES[side]} left out: {reason}"] = (
                 None
             )
     return [*lines] + ([] if results.complete else ["Interrupted: the cases after these are missing."])
@@ -93,7 +116,7 @@ def markdown(results: Results) -> str:
     parts += ["\n".join(_markdown(speed(results))), NOTE, "\n".join(_markdown(roofline(results)))]
     if results.norms:
         parts.append("\n".join(_markdown(norms(results))))
-    parts += [f"- {line}" for line in left_out(results)]
+    parts.append("\n".join(f"- {line}" for line in left_out(results)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -128,7 +151,7 @@ def _stored(row: Row, side: str) -> str:
     return f"{stored} in {about.dtype}" if stored else about.dtype
 
 
-def _tokens(case: Case) -> str:
+def tokens(case: Case) -> str:
     return f"{case.prompt:,} + {case.new:,}" + (f", {case.batch} at once" if case.batch > 1 else "")
 
 
@@ -144,20 +167,3 @@ def spread(values: Spread | None) -> str:
 def number(value: float) -> str:
     """Three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _shares(row: Row, results: Results) -> str:
-    return ", ".join(
-        _share(bound) for bound in (prompt_bound(row, results.speeds), decode_bound(row, results.speeds)) if bound
-    )
-
-
-def _share(bound: Bound) -> str:
-    return f"{bound.share:.0%} of {bound.by}"
-
-
-def _ratios(row: Row, side: str) -> str:
-    ratios: Sequence[tuple[str, str]] = (("prompt", "prompt"), ("generation", "decode"))
-    return ", ".join(
-        f"{label} {spread(row.ratio(side, figure))}" for label, figure in ratios if row.ratio(side, figure)
-    )

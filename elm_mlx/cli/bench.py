@@ -106,25 +106,31 @@ def _shown() -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
 def _print(results: Results) -> None:
     from elm_mlx.bench import tables
 
-    for table in (tables.machine(results), tables.speed(results), tables.norms(results)):
-        _print_table(*table)
+    _print_table("", *tables.machine(results))
+    for row in results.rows:
+        if row.figures:
+            _print_table(f"{tables.short(row.case)}, {row.case.precision}, tokens {tables.tokens(row.case)}",
+                         *tables.brief(row, results.speeds))  # fmt: skip
+    _print_table("", *tables.norms(results))
     for line in tables.left_out(results):
         print(printable(line))
 
 
-def _print_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+def _print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     if not lines:
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for label in header:
-        table.add_column(label)
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(header[1:]))
+    for column, label in enumerate(header):
+        table.add_column(label, justify="right" if column and any(header[1:]) else "left", no_wrap=True)
     for line in lines:
         table.add_row(*(Text(printable(cell)) for cell in line))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if title:
+        print(printable(title))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
     print()
 
 
