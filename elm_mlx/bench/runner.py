@@ -15,12 +15,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
+from elm_mlx import device
 from elm_mlx.bench import machine, models, norms, sides, suites
 from elm_mlx.bench.figures import Case
 from elm_mlx.bench.results import Results, Row
 from elm_mlx.bench.sides import Programs, Side, Unavailable
 from elm_mlx.bench.suites import Suite
 from elm_mlx.config import PRESETS, ModelConfig
+from elm_mlx.errors import InputError
 
 _WARM_TOKENS = 8  # that follow the prompt in the measurement that doesn't count
 Tell: TypeAlias = Callable[[str], None]
@@ -46,6 +48,8 @@ def run(
         ElmError: the results cannot be written.
     """
     suites.check(suite)
+    if suite.compute_dtype is not None and suite.compute_dtype not in device.DTYPES:
+        raise InputError(f"no compute dtype {suite.compute_dtype!r}; there are {', '.join(device.DTYPES)}")
     for name in dict.fromkeys(case.model for case in suite.cases):
         models.check(name)
     results = Results(suite.name, datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.describe())

@@ -14,7 +14,7 @@ from elm_mlx.bench.results import Norm, Results, Row, Spread, bounds
 from elm_mlx.errors import InputError
 
 ABOUT = About("elm-mlx", "float32", 100, weight_bytes=4000, cache_bytes=8, flops=200, flops_seen=4, flops_head=60)
-SPEEDS = Speeds({"float32": 1e6}, 2e6)
+SPEEDS = Speeds({"float32": 1e6}, 2e6)  # not to be changed
 
 
 def row(batch: int = 1) -> Row:
