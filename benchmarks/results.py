@@ -2,8 +2,8 @@
 
     python benchmarks/results.py [--python PYTHON] [--only PART…] [--page]
 
-What is measured is kept in `build/results/`, a file for each part, and the page is written from what lies there: `--only`
-measures some parts anew, `--page` none. PYTHON has PyTorch, if it is to be compared with.
+What is measured is kept in `build/results/`, a file for each part, and the page is written from what lies there:
+`--only` measures some parts anew, `--page` none. PYTHON has PyTorch, if it is to be compared with.
 
 A section of the page is a title and a function that makes Markdown of its files, or nothing where there are none. For
 another one, of `eval`'s scores or `quantize`'s losses, say, add its commands to `PARTS` and its function to `SECTIONS`.

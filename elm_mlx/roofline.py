@@ -16,18 +16,26 @@ Knows nothing of what is measured against it.
 from __future__ import annotations
 
 import math
+import re
 import time
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 
 from elm_mlx.config import ModelConfig
 
-_EMBEDDING, _HEAD = "transformer.token_embeddings.weight", "lm_head.weight"
+HEAD = "lm_head"  # of every network that has one of its own
 _SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of the products that are tried
 _FASTER = 1.2  # so many times as fast, larger ones are worth a try
 _LEAST = 3  # products of each kind: someone else may be using the machine
 _MATRIX_BYTES = 1 << 28  # more than any cache holds
+
+
+class Shaped(Protocol):
+    """A config that knows the shapes of its network's weights, by name."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,21 @@ class Cost:
     head: int
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Cost:
-        shapes = config.shapes()
-        linear = [0] * config.num_layers
-        for name, shape in shapes.items():
-            if name.startswith("transformer.layers.") and len(shape) == 2:
-                linear[int(name.split(".")[2])] += 2 * math.prod(shape)
-        head = _EMBEDDING if config.share_input_output_layers else _HEAD
-        attention = tuple(4 * heads * config.head_dim for heads in config.num_query_heads)
-        return cls(tuple(linear), attention, 2 * math.prod(shapes[head]))
+    def of(cls, config: Shaped) -> Cost:
+        """Of an OpenELM; of another network attention is not counted."""
+        matrices = {name: 2 * math.prod(shape) for name, shape in config.shapes().items() if len(shape) == 2}
+        linear = [0] * (1 + max(layer_of(name) or 0 for name in matrices))
+        outside = []  # embedding, and head where there is one
+        for name, flops in matrices.items():
+            layer = layer_of(name)
+            if layer is None:
+                outside.append((name.startswith(HEAD), flops))
+            else:
+                linear[layer] += flops
+        attention = [0] * len(linear)
+        if isinstance(config, ModelConfig):
+            attention = [4 * heads * config.head_dim for heads in config.num_query_heads]
+        return cls(tuple(linear), tuple(attention), max(outside)[1] if outside else 0)
 
     def forward(self, tokens: int, seen: int, logits: int) -> int:
         """FLOPs of a forward pass.
@@ -64,6 +78,12 @@ class Cost:
             logits: how many of them go through the head.
         """
         return tokens * sum(self.linear) + seen * sum(self.attention) + logits * self.head
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a weight or module is in, if it is in one."""
+    found = re.search(r"\blayers\.(\d+)\.", name)
+    return int(found[1]) if found else None
 
 
 def causal(length: int, past: int = 0) -> int:

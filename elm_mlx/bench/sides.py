@@ -111,11 +111,13 @@ class Worker:
                 pipe.close()
 
     def _answer(self) -> dict[str, Any]:
-        """Its next line. Raises Unavailable where it died instead, with its last words."""
+        """Its next line. Raises Unavailable where that is an error, or where it died instead, with its last words."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
             answer: dict[str, Any] = json.loads(line)
+            if "error" in answer:
+                raise Unavailable(answer["error"])
             return answer
         code = self._process.wait()
         if code == -signal.SIGKILL:

@@ -3,8 +3,8 @@
     python -m elm_mlx.bench.worker SIDE MODEL DTYPE
 
 SIDE is `ours`, `naive`, `mlx-lm` or `mlx-lm-stock`; DTYPE is what to compute in, or `-` for what the side chooses. Says
-`About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its `Figures`.
-`mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+`About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its `Figures`, or
+an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device, roofline
 from elm_mlx.bench.figures import About, Figures, prompt_ids
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError
 
 
@@ -122,17 +121,15 @@ def timed(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
 
 
 def describe(model: nn.Module, config: Any, name: str, notes: tuple[str, ...]) -> About:
-    """A model in figures. One that is no OpenELM has two FLOPs for each parameter, and attention's are left out."""
+    """A model in figures; without a config, what it computes in alone."""
     weights = dict(tree_flatten(model.parameters()))
     floats = [str(array.dtype) for array in weights.values() if mx.issubdtype(array.dtype, mx.floating)]
     dtype = max(set(floats), key=floats.count).removeprefix("mlx.core.")
     if config is None:
         return About(name, dtype)
     read, size = sum(array.nbytes for array in weights.values()), device.DTYPES[dtype].size
-    if not isinstance(config, ModelConfig):
-        return About(name, dtype, config.parameters, read, flops=2 * config.parameters, notes=notes)
     if not config.share_input_output_layers:  # an embedding that is no head is looked up
-        read -= sum(array.nbytes for key, array in weights.items() if key.startswith("transformer.token_embeddings."))
+        read -= sum(array.nbytes for key, array in weights.items() if "embed" in key)
     cost = roofline.Cost.of(config)
     return About(
         name, dtype, config.parameters, read, config.kv_bytes_per_token(size), sum(cost.linear), sum(cost.attention),
@@ -162,7 +159,11 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         prompts = [prompt_ids(asked["prompt"], worker.vocab_size, row) for row in range(asked["batch"])]
-        print(json.dumps(asdict(worker.measure(prompts, asked["new"]))), file=answers, flush=True)
+        try:
+            answer = asdict(worker.measure(prompts, asked["new"]))
+        except ElmError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

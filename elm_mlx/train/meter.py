@@ -18,12 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from elm_mlx import roofline
-from elm_mlx.adapters import EMBEDDING, Adapter
-from elm_mlx.config import ModelConfig
-from elm_mlx.roofline import Cost
+from elm_mlx.adapters import Adapter
+from elm_mlx.roofline import Cost, Shaped
 from elm_mlx.train.batches import Batch
-
-_HEAD = "lm_head"
 
 
 class Meter:
@@ -34,7 +31,7 @@ class Meter:
         grad_checkpoint: whether layers are computed again on the way back.
     """
 
-    def __init__(self, config: ModelConfig, adapter: Adapter | None = None, grad_checkpoint: bool = False):
+    def __init__(self, config: Shaped, adapter: Adapter | None = None, grad_checkpoint: bool = False):
         self._cost = update_cost(config, adapter, grad_checkpoint)
         self._done = 0
         self._speed: float | None = None
@@ -53,7 +50,7 @@ class Meter:
         return None if self._speed is None else done / seconds / self._speed
 
 
-def update_cost(config: ModelConfig, adapter: Adapter | None, grad_checkpoint: bool) -> Cost:
+def update_cost(config: Shaped, adapter: Adapter | None, grad_checkpoint: bool) -> Cost:
     """What a token costs an update, way back included."""
     forward, again = Cost.of(config), int(grad_checkpoint)
     if adapter is None or adapter.kind == "full":
@@ -63,9 +60,8 @@ def update_cost(config: ModelConfig, adapter: Adapter | None, grad_checkpoint: b
             3 * forward.head,
         )
     own, own_head = _adapters_cost(adapter, config)
-    reached = [layer for layer, flops in enumerate(own) if flops]
-    first = 0 if EMBEDDING in adapter.ranks else min(reached, default=config.num_layers)
-    back = [layer >= first for layer in range(config.num_layers)]
+    first = next((layer for layer, flops in enumerate(own) if flops), len(own))
+    back = [layer >= first for layer in range(len(own))]
     return Cost(
         tuple(
             flops * (2 + again if on else 1) + extra * (3 + again)
@@ -76,22 +72,22 @@ def update_cost(config: ModelConfig, adapter: Adapter | None, grad_checkpoint: b
     )
 
 
-def _adapters_cost(adapter: Adapter, config: ModelConfig) -> tuple[list[int], int]:
+def _adapters_cost(adapter: Adapter, config: Shaped) -> tuple[list[int], int]:
     """FLOPs of a forward pass through a layer's pairs of matrices, by layer, and through the head's.
 
     An embedding's pair is looked up on its one side; its product stands at the first layer.
     """
-    shapes, layers, head = config.shapes(), [0] * config.num_layers, 0
+    shapes, layers, head = config.shapes(), [0] * len(Cost.of(config).linear), 0
     for module, rank in adapter.ranks.items():
         rows, columns = shapes[f"{module}.weight"]
-        if module == EMBEDDING:
-            layers[0] += 2 * rank * columns
-            if adapter.adapted_head:
-                head += 2 * rank * (rows + columns)
-        elif module == _HEAD:
-            head += 2 * rank * (rows + columns)
+        layer, whole = roofline.layer_of(f"{module}."), 2 * rank * (rows + columns)
+        if layer is not None:
+            layers[layer] += whole
+        elif module.startswith(roofline.HEAD):
+            head += whole
         else:
-            layers[int(module.split(".")[2])] += 2 * rank * (rows + columns)
+            layers[0] += 2 * rank * columns
+            head += whole if adapter.adapted_head else 0
     return layers, head
 
 

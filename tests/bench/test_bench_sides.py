@@ -56,7 +56,11 @@ def test_ours_says_what_it_has_and_measures(start: Callable[..., Side], tiny_mod
     sane(side.measure(Case("m", "stored", 20, 5)), 20)
     sane(side.measure(Case("m", "stored", 8, 4, batch=3)), 8, 3)
     alone = side.measure(Case("m", "stored", 8, 1))
-    assert alone.decode == 0 and side.alive()
+    assert alone.decode == 0
+    for prompt, new, reason in ((600, 2, "the model's context is 512"), (500, 30, "12 tokens came, and 30")):
+        with pytest.raises(Unavailable, match=reason):
+            side.measure(Case("m", "stored", prompt, new))
+    assert side.alive()
 
 
 def test_the_naive_one_is_ours_too(start: Callable[..., Side]) -> None:
