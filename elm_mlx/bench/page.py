@@ -11,10 +11,10 @@ from importlib import resources
 
 from elm_mlx.bench import tables
 from elm_mlx.bench.figures import SIDES
-from elm_mlx.bench.results import Bound, Results, Row, bounds
+from elm_mlx.bench.results import Bound, Results, Row, Spread, bounds
 from elm_mlx.bench.tables import Table
 
-_WIDTH, _LABEL, _BAR, _GAP = 560, 175, 20, 8  # of a chart, in its own units
+_WIDTH, _LABEL, _FIGURE, _BAR, _GAP = 560, 175, 80, 20, 8  # of a chart, in its own units
 _FIGURES = {"prompt": "reading the prompt", "decode": "generating"}
 
 
@@ -54,39 +54,52 @@ def _section(title: str, table: Table) -> Iterator[str]:
 
 
 def _charts(results: Results) -> Iterator[str]:
-    """Two for each case: its own scale, for sizes differ by a thousand."""
+    """Ours over all cases, and then all sides in each case with a scale of its own, for sizes differ by a thousand."""
+    if len([row for row in results.rows if row.figures]) > 2:
+        for figure, what in (*_FIGURES.items(), ("memory", "memory")):
+            bars = [(_label(row), found, 0) for row in results.rows if (found := row.spread("ours", figure))]
+            if bars:
+                yield _chart(f"elm-mlx: {what}, {'bytes' if figure == 'memory' else 'tokens/s'}", bars)
     for row in results.rows:
-        bound = bounds(row, results.speeds)
+        case, bound = row.case, bounds(row, results.speeds)
         for figure, what in _FIGURES.items():
-            if any(row.spread(side, figure) for side in row.figures):
-                case = row.case
-                many = f", {case.batch} at once" if case.batch > 1 else ""
+            sides = [(side, each) for side in row.figures if (each := row.spread(side, figure))]
+            if sides:
                 count = f"{case.prompt:,} tokens" if figure == "prompt" else f"{case.new:,} after {case.prompt:,}"
+                many = f", {case.batch} at once" if case.batch > 1 else ""
                 title = f"{tables.short(case)}, {case.precision}: {what}, {count}{many}; tokens/s"
-                chart = _bars(row, figure, bound[figure], title)
-                yield f'<div class="chart"><h3>{html.escape(title)}</h3>\n{chart}</div>'
+                bars = [(SIDES[side], each, number) for number, (side, each) in enumerate(sides)]
+                yield _chart(title, bars, _roof(row, figure, bound[figure]))
 
 
-def _bars(row: Row, figure: str, bound: Bound | None, title: str) -> str:
-    """A bar for each side to its median, a line from its least to its greatest value."""
-    spreads = {side: found for side in row.figures if (found := row.spread(side, figure))}
-    ceiling = spreads["ours"].median / bound.share if bound and "ours" in spreads else None
-    most = max(each.high for each in spreads.values())
-    shown = ceiling is not None and ceiling < 4 * most  # a roof far above would leave no room for the bars
-    scale = (_WIDTH - _LABEL - 70) / max(most, ceiling if shown and ceiling else 0.0)
-    height = len(spreads) * (_BAR + _GAP) + _GAP
+def _label(row: Row) -> str:
+    return f"{tables.short(row.case).removeprefix('OpenELM-')} {row.case.precision}, {tables.tokens(row.case)}"
+
+
+def _roof(row: Row, figure: str, bound: Bound | None) -> float | None:
+    """Tokens a second that the machine could do."""
+    ours = row.spread("ours", figure)
+    return ours.median / bound.share if ours and bound else None
+
+
+def _chart(title: str, bars: list[tuple[str, Spread, int]], roof: float | None = None) -> str:
+    """Bars to medians, in colours by number, each with a line from the least to the greatest value."""
+    most = max(found.high for _, found, _ in bars)
+    roof = roof if roof is not None and roof < 4 * most else None  # one far above would leave no room for the bars
+    scale = (_WIDTH - _LABEL - _FIGURE) / max(most, roof or 0.0)
+    height = len(bars) * (_BAR + _GAP) + _GAP
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(title, quote=True)}">']
-    for number, (side, found) in enumerate(spreads.items()):
+    for number, (label, found, colour) in enumerate(bars):
         y, middle = _GAP + number * (_BAR + _GAP), _GAP + number * (_BAR + _GAP) + _BAR / 2
         low, high = (_LABEL + scale * value for value in (found.low, found.high))
         parts += [
-            f'<text x="{_LABEL - 8}" y="{middle + 4:.1f}" text-anchor="end">{html.escape(SIDES[side])}</text>',
+            f'<text x="{_LABEL - 8}" y="{middle + 4:.1f}" text-anchor="end">{html.escape(label)}</text>',
             f'<rect x="{_LABEL}" y="{y}" width="{scale * found.median:.1f}" height="{_BAR}" '
-            f'style="fill:var(--c{number % 7})"/>',
+            f'style="fill:var(--c{colour % 7})"/>',
             f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>',
             f'<text x="{high + 6:.1f}" y="{middle + 4:.1f}">{tables.number(found.median)}</text>',
         ]
-    if shown and ceiling:
-        x = _LABEL + scale * ceiling
+    if roof is not None:
+        x = _LABEL + scale * roof
         parts.append(f'<line class="cross" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>')
-    return "\n".join([*parts, "</svg>"])
+    return f'<div class="chart"><h3>{html.escape(title)}</h3>\n' + "\n".join([*parts, "</svg></div>"])

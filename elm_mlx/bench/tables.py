@@ -165,5 +165,8 @@ def spread(values: Spread | None) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, or all of those before the point."""
+    """Three digits, or all of those before the point; of millions and more, a unit."""
+    for unit, name in ((1e9, "G"), (1e6, "M")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

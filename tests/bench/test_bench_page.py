@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def test_a_near_roof_is_drawn_where_it_is() -> None:
     (roof,) = re.findall(r'class="cross" x1="([\d.]+)"', prompt)
     width = float(re.findall(r'<rect [^>]*width="([\d.]+)"', prompt)[0])
     assert (float(roof) - 175) / width == pytest.approx(1 / (4 * 2280 / 1e6 / 0.015), rel=0.01)
+
+
+def test_many_cases_have_an_overview() -> None:
+    made = whole()
+    made.rows = [
+        replace(row, case=replace(row.case, model="OpenELM-3B", batch=batch))
+        for batch in (1, 2, 4)
+        for row in made.rows
+    ]
+    titles = re.findall(r"<h3>(.*?)</h3>", page.page(made))
+    assert len(titles) == 3 + 6 and titles[2] == "elm-mlx: memory, bytes"
+    assert page.page(made).count(">3B bfloat16, 10 + 5, 4 at once<") == 3
 
 
 def test_a_benchmark_without_results_is_a_page_too() -> None:

@@ -116,5 +116,11 @@ def test_an_unfinished_benchmark_says_so() -> None:
 
 
 def test_numbers_are_short() -> None:
-    assert [tables.number(value) for value in (1234.5, 100.4, 99.44, 0.012345)] == ["1,234", "100", "99.4", "0.0123"]
+    assert [tables.number(value) for value in (2.5e9, 1234.5, 100.4, 99.44, 0.012345)] == [
+        "2.5G",
+        "1,234",
+        "100",
+        "99.4",
+        "0.0123",
+    ]
     assert tables.spread(Spread(2.0, 2.0, 2.0)) == "2" and tables.spread(None) == ""

@@ -74,7 +74,10 @@ def test_mlx_lm_computes_in_what_is_asked_for(start: Callable[..., Side]) -> Non
     sane(side.measure(Case("m", "stored", 8, 4, batch=2)), 8, 2)
 
 
-def test_mlx_lm_as_installed_has_no_blas_of_ours() -> None:
+def test_mlx_lm_as_installed_has_no_blas_of_ours(start: Callable[..., Side]) -> None:
+    stock = start("mlx-lm-stock", "float32")
+    assert stock.about.dtype == "bfloat16"  # as the model came
+    sane(stock.measure(Case("m", "stored", 8, 4)), 8)
     assert sides.environment("mlx-lm-stock")["ELM_MLX_BLAS"] == "off"
     assert "ELM_MLX_BLAS" not in sides.environment("mlx-lm") or "ELM_MLX_BLAS" in os.environ
     assert not any(name.startswith("OPENBLAS_") for name in sides.environment("ours"))
