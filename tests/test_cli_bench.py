@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +84,7 @@ def test_ctrl_c_leaves_what_was_measured_and_no_process(tiny_model_dir: Path, tm
     found = results.load(tmp_path / "out" / "quick.json")
     assert not found.complete and found.rows and len(found.rows) < 8
     assert "Interrupted" in out and "Interrupted" in (tmp_path / "out" / "quick.html").read_text()
-    time.sleep(0.1)
+    if shutil.which("ps") is None:
+        return
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert not [line for line in left.splitlines() if "bench.worker" in line and str(tiny_model_dir) in line]
