@@ -1,7 +1,7 @@
 # make demo   convert the checkpoint that comes with the project, and let it tell a story
 # make test   run every test
 # make check  lint, types and the import contract
-# make bench  speed against mlx-lm, as ratios: generation, conversion, fine-tuning
+# make bench  speed against mlx-lm, as ratios: the results page, conversion, fine-tuning
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -37,7 +37,7 @@ check: $(VENV)/.developing
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.developing
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/results.py
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/memory.py

@@ -112,7 +112,7 @@ def _run(
     prefill_step: int,
 ) -> None:
     eos = frozenset(model.config.eos_token_ids)
-    logits, caches = _prefill_each(model, prompts, prefill_step)
+    logits, caches = prefill_each(model, prompts, prefill_step)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
     decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts))
     active = rows
@@ -126,7 +126,7 @@ def _run(
             tokens, logprobs = decoder.advance()
 
 
-def _prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:
+def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:
     """The logits `(batch, vocab)` after each prompt, and caches with all of them, padded on the left."""
     logits, by_prompt = [], [make_prompt_cache(model) for _ in prompts]
     for prompt, caches in zip(prompts, by_prompt, strict=True):

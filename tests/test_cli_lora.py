@@ -76,6 +76,9 @@ def test_a_run_says_what_it_will_do_and_leaves_an_adapter(
     assert re.search(r"time      about .+ an update", text)
     losses = updates(out)
     assert [step for step, _ in losses] == [0, 1, 2, 3, 3, 4, 5, 6, 6] and losses[-1][1] < losses[0][1]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert all(line["matmul_share"] > 0 for line in lines if "loss" in line)
+    assert re.search(r"step 6 of 6: loss .* tokens/s, \d+% of matmul speed, ", text)
     assert f"best      validation loss {losses[-1][1]:.4f}, after 6 updates" in text
     model, _ = load(tiny_model_dir, "float32", adapter_path=out)
     assert any(float(mx.abs(value).max()) > 0 for name, value in tree_flatten(model.parameters()) if "lora_b" in name)

@@ -85,6 +85,7 @@ def test_from_text_to_a_model(run: Run, config: Path, tmp_path: Path) -> None:
     assert code == 0, err
     losses = updates(out)
     assert [step for step, _ in losses] == [0, 1, 2, 3, 3, 4, 5, 6, 6] and losses[-1][1] < losses[0][1] - 0.3
+    assert '"matmul_share": ' in (out / "metrics.jsonl").read_text() and "% of matmul speed" in text
     assert losses[0][1] == pytest.approx(5.77, abs=1.0), "an untrained model knows nothing: log 320"
     assert "updates   6 of 256 tokens, 1,536 in all" in text and "documents kept" in text
     model, tokenizer = load(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,16 @@ def test_a_first_update_that_waits_for_its_texts_is_no_measure(
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.endswith("1 min 39 s left")  # as the trial said
     assert "50 tokens/s" in second and second.endswith("3 min 16 s left")
+
+
+def test_the_share_of_the_machines_speed_is_shown_where_it_is_known(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "_PAUSE", -1.0)
+    for reached, text in ((None, "100 tokens/s, 1.0 MB"), (0.384, "100 tokens/s, 38% of matmul speed, 1.0 MB")):
+        with progress.Progress(3) as shown:
+            shown.report(replace(update(1, seconds=1.0), matmul_share=reached))
+        assert text in capsys.readouterr().out
 
 
 def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

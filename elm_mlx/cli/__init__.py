@@ -16,6 +16,7 @@ import typer
 
 from elm_mlx.cli.adapter import adapter
 from elm_mlx.cli.average import average
+from elm_mlx.cli.bench import bench
 from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
@@ -44,6 +45,7 @@ app = typer.Typer(
 )
 app.command()(adapter)
 app.command()(average)
+app.command()(bench)
 app.command()(chat)
 app.command()(convert)
 app.command()(data)

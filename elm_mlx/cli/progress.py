@@ -26,7 +26,7 @@ class Progress:
     def __init__(self, steps: int, quiet: bool = False):
         self._steps, self.quiet = steps, quiet
         self._loss: float | None = None
-        self._rate = self._seconds = 0.0
+        self._rate = self._seconds = self._matmul = 0.0
         self._updates = 0
         self._measures: dict[str, float] = {}
         self._last = time.monotonic()
@@ -90,12 +90,15 @@ class Progress:
         self._loss = report.loss if self._loss is None else self._loss + _SMOOTH * (report.loss - self._loss)
         share = 1.0 if self._updates <= 2 else _SMOOTH  # the first waits until the window of texts is filled
         self._rate += share * (report.tokens_per_second - self._rate)
+        self._matmul += share * ((report.matmul_share or 0.0) - self._matmul)
         if self._updates > 1 or not self._seconds:
             self._seconds += share * ((report.seconds or 0.0) - self._seconds)
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
             self._measures[name] = before + _SMOOTH * (value - before)
-        text = f"loss {self._loss:.3f}{_named(self._measures)}, {self._rate:,.0f} tokens/s, {size(report.memory)}"
+        reached = f", {self._matmul:.0%} of matmul speed" if report.matmul_share else ""
+        rate = f"{self._rate:,.0f} tokens/s{reached}"
+        text = f"loss {self._loss:.3f}{_named(self._measures)}, {rate}, {size(report.memory)}"
         if self._bar is not None:
             self._bar.update(self._task, completed=report.step, description=text)
         elif time.monotonic() - self._last > _PAUSE or report.step == self._steps:

@@ -32,6 +32,7 @@ from elm_mlx.train.examples import Prepared
 from elm_mlx.train.journal import Report
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
+from elm_mlx.train.meter import Meter
 from elm_mlx.train.settings import Settings
 
 _LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
@@ -196,6 +197,7 @@ class Finetuning:
         result = train(
             model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
             resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
+            meter=Meter(self.config, self.adapter, settings.grad_checkpoint),
             on_ready=ready, on_report=on_report, on_stop=on_stop,
             export=None if self.adapter.kind == "full" else lambda path: adapt.save(path, model, self.adapter),
         )  # fmt: skip

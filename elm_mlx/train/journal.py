@@ -26,6 +26,7 @@ class Report:
         valid_loss: the validation's; None in a line of an update.
         grad_norm: before clipping.
         tokens_per_second: of this update, trained or not, padding excepted.
+        matmul_share: what must be computed for them, as a share of this machine's own matmul speed: see `meter`.
         memory: bytes at most in use so far.
         skipped: whether the update was left out.
         best: True where the validation's loss is the least so far.
@@ -42,6 +43,7 @@ class Report:
     trained_tokens: int | None = None
     seconds: float | None = None
     tokens_per_second: float | None = None
+    matmul_share: float | None = None
     memory: int | None = None
     skipped: bool | None = None
     best: bool | None = None

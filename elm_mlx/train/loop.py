@@ -27,6 +27,7 @@ from elm_mlx.train.checkpoint import Identity, Progress
 from elm_mlx.train.interrupts import stop_requests
 from elm_mlx.train.journal import Report
 from elm_mlx.train.loss import Objective, TokenLoss
+from elm_mlx.train.meter import Meter
 from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
@@ -71,6 +72,7 @@ def train(
     compute_dtype: mx.Dtype | None = None,
     objective: Objective | None = None,
     rehearsal: Batch | None = None,
+    meter: Meter | None = None,
     on_ready: Callable[[float, int], None] = lambda seconds, left: None,
     on_report: Callable[[Report], None] = lambda report: None,
     on_stop: Callable[[], None] = lambda: None,
@@ -87,6 +89,7 @@ def train(
         compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
         objective: what is made small; None for trained tokens' cross-entropy.
         rehearsal: a batch as those to come, to see how long one takes.
+        meter: what says how much of the machine's matmul speed updates reach; measures that before the first one.
         on_ready: told before the first update how many seconds an update is going to take, by the `rehearsal`, and how
             many are left.
         on_stop: told that someone wants to end the run, which it will after this update.
@@ -98,7 +101,7 @@ def train(
     """
     config = {**identity.config, **settings.identity()}
     own = Identity(identity.model, identity.data, config)
-    run = _Run(model, settings, out, own, compute_dtype, objective, on_report, export)
+    run = _Run(model, settings, out, own, compute_dtype, objective, meter, on_report, export)
     progress, steps = run.progress, settings.schedule.steps
     if resume:
         run.resume()
@@ -107,6 +110,8 @@ def train(
         run.start()
     if rehearsal is not None and progress.step < steps:
         on_ready(run.trial(rehearsal), steps - progress.step)
+    if meter is not None and mx.distributed.init().rank() == 0:
+        meter.measure(compute_dtype or mx.float32)
     if not resume and validation is not None:
         run.validate(validation())
     with stop_requests(on_stop) as stop:
@@ -134,13 +139,14 @@ class _Run:
         identity: Identity,
         compute_dtype: mx.Dtype | None,
         objective: Objective | None,
+        meter: Meter | None,
         on_report: Callable[[Report], None],
         export: Callable[[Path], None] | None,
     ):
         self.progress = Progress()
         self.saved = -1  # the step of the last checkpoint
         self._settings, self._out, self._identity = settings, out, identity
-        self._on_report, self._export = on_report, export
+        self._on_report, self._export, self._meter = on_report, export, meter
         self._group = mx.distributed.init()
         self._skipped_in_a_row = 0
         if settings.grad_checkpoint:
@@ -221,6 +227,7 @@ class _Run:
                 trained_tokens=trained,
                 seconds=seconds,
                 tokens_per_second=tokens / seconds,
+                matmul_share=None if self._meter is None else self._meter.share(seconds),
                 memory=device.peak_memory(),
                 skipped=wrong is not None,
                 measures=self._named(measured),
@@ -266,6 +273,8 @@ class _Run:
         sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
         for _ in range(self._settings.accumulate):
             batch = next(source)
+            if self._meter is not None:
+                self._meter.add(batch)
             new_sums, new, units = self._step.gradients(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             sums, count = sums + new_sums, count + units

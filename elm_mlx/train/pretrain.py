@@ -29,6 +29,7 @@ from elm_mlx.train.filters import Filters
 from elm_mlx.train.gather import gather
 from elm_mlx.train.journal import Report
 from elm_mlx.train.loop import Result, train
+from elm_mlx.train.meter import Meter
 from elm_mlx.train.recipe import Recipe
 from elm_mlx.train.sources import Source
 from elm_mlx.train.stream import Reading, TextBatches
@@ -115,7 +116,8 @@ class Pretraining:
         result = train(
             model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
             self._identity(), resume=resume, compute_dtype=self._dtype,
-            rehearsal=self._rehearsal(), on_ready=on_ready, on_report=on_report, on_stop=on_stop,
+            rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
+            on_ready=on_ready, on_report=on_report, on_stop=on_stop,
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:

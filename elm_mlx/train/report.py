@@ -1,7 +1,8 @@
 """Runs side by side: a page that opens anywhere, a picture, and the few figures that sum a run up.
 
-Knows what is shown, and how much of it: a long run's points are thinned, its extremes kept. The page's looks and its
-script are `report.html`. Knows nothing of training, nor of files other than those it writes.
+Knows what is shown, and how much of it: a long run's points are thinned, its extremes kept. The page's script is in
+`report.html`, the looks of all our pages in `page.css`. Knows nothing of training, nor of files other than those it
+writes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from elm_mlx.train.metrics import Column, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FIRST = ("loss", "learning_rate", "tokens_per_second", "grad_norm", "memory")
+_FIRST = ("loss", "learning_rate", "tokens_per_second", "matmul_share", "grad_norm", "memory")
 _AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth
 _LAST_LOSSES = 20  # whose mean is the final one
 _BUCKETS, _LEAST, _MOST = 22_000, 40, 1_000  # of the page; of a column at least, at most: a page of 2 MB or less
@@ -56,8 +57,9 @@ def page(runs: Sequence[Run]) -> str:
     }
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = resources.files("elm_mlx.train").joinpath("report.html").read_text("utf-8")
+    style = resources.files("elm_mlx").joinpath("page.css").read_text("utf-8")
     head, _, tail = template.partition("{{content}}")
-    return head.replace("{{title}}", html.escape(title)) + text + tail
+    return head.replace("{{style}}", style).replace("{{title}}", html.escape(title)) + text + tail
 
 
 def charts(runs: Sequence[Run]) -> list[list[str]]:
@@ -93,6 +95,7 @@ def _summed_up(run: Run) -> dict[str, str]:
     numbers = valid.finite()
     best = min(numbers, default=math.nan)
     rates, memory = run.column("tokens_per_second").finite(), run.column("memory").finite()
+    shares = run.column("matmul_share").finite()
     lost = sum(len(column.values) - len(column.finite()) for column in (valid, run.column("loss")))
     return {
         "steps": f"{run.steps:,}",
@@ -103,6 +106,7 @@ def _summed_up(run: Run) -> dict[str, str]:
         "validation, best": _loss(best) if numbers else "",
         "best at step": f"{valid.steps[valid.values.index(best)]:,}" if numbers else "",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "",
+        "share of matmul speed, median": f"{statistics.median(shares):.1%}" if shares else "",
         "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",
         "time in updates": _duration(run.seconds.values[-1]) if run.seconds.values else "",
         "skipped updates": f"{sum(run.column('skipped').values):.0f}" if "skipped" in run.columns else "",

@@ -161,7 +161,15 @@ def test_the_figures(tmp_path: Path) -> None:
     lines = [{"step": 0, "valid_loss": 5.0, "seconds": 99}]
     for step in range(1, 41):
         skipped = step == 7
-        lines.append(update(step, math.nan if skipped else 4 - step / 20, skipped=skipped, tokens_per_second=step))
+        lines.append(
+            update(
+                step,
+                math.nan if skipped else 4 - step / 20,
+                skipped=skipped,
+                tokens_per_second=step,
+                matmul_share=step / 100,
+            )
+        )
     lines += [{"step": 30, "valid_loss": 2.5}, {"step": 40, "valid_loss": 2.75}]
     found = metrics.read([write(tmp_path / "a", *lines), write(tmp_path / "b", {"step": 3, "valid_loss": 1.0})])
     figures = dict(report.summary(found))
@@ -174,6 +182,7 @@ def test_the_figures(tmp_path: Path) -> None:
         "validation, best": ["2.5000", "1.0000"],
         "best at step": ["30", "3"],
         "tokens/s, median": ["20", ""],
+        "share of matmul speed, median": ["20.5%", ""],
         "peak memory": ["1.00 GB", ""],
         "time in updates": ["20.0 s", ""],
         "skipped updates": ["1", ""],

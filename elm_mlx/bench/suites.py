@@ -1,0 +1,114 @@
+"""What is measured when little is asked: named sets of cases.
+
+Knows cases and nothing of how they are measured. Imports no MLX: the command line names them in its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from elm_mlx.bench.figures import PRECISIONS, SIDES, Case
+from elm_mlx.config import PRESETS
+from elm_mlx.errors import InputError
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A benchmark to be run.
+
+    Attributes:
+        against: the sides that are measured beside ours, each in turn with it.
+        repeats: measurements of each side in each case.
+        norms: whether RMSNorm is measured by itself too, fused and naive.
+        compute_dtype: what is computed in; None for what the machine is best at.
+    """
+
+    name: str
+    cases: tuple[Case, ...]
+    against: tuple[str, ...]
+    repeats: int = 3
+    norms: bool = True
+    compute_dtype: str | None = None
+
+
+def cases(
+    models: Sequence[str],
+    precisions: Sequence[str],
+    lengths: Sequence[tuple[int, int]],
+    batches: Sequence[int] = (1,),
+) -> tuple[Case, ...]:
+    """Every combination, model by model. A directory is measured as it is stored, once."""
+    made = [
+        Case(model, precision if model in PRESETS else "stored", *length, batch)
+        for model, precision, batch, length in product(models, precisions, batches, lengths)
+    ]
+    return tuple(dict.fromkeys(made))
+
+
+SUITES = {
+    # About a minute on a laptop.
+    "quick": Suite(
+        "quick", cases(["OpenELM-270M"], ["bfloat16"], [(128, 32)], [1, 4]), against=("naive", "mlx-lm"), repeats=3
+    ),
+    # The paper's setting (section 5): an M2 Max, MLX, bfloat16, one text, 1,024 tokens after a short prompt, five runs
+    # after one that doesn't count. Its question was the cost of RMSNorm.
+    "m2max": Suite(
+        "m2max", cases([*PRESETS], ["bfloat16"], [(36, 1024)]), against=("naive",), repeats=5, compute_dtype="bfloat16"
+    ),
+    # What a size and a precision cost. Takes an hour or more.
+    "full": Suite(
+        "full", cases([*PRESETS], ["bfloat16", "8bit", "4bit"], [(128, 64), (1024, 64)], [1, 8]),
+        against=("naive", "mlx-lm"), repeats=5,
+    ),
+}  # fmt: skip
+
+
+def changed(
+    suite: Suite,
+    *,
+    models: Sequence[str] = (),
+    precisions: Sequence[str] = (),
+    prompts: Sequence[int] = (),
+    new: Sequence[int] = (),
+    batches: Sequence[int] = (),
+) -> Suite:
+    """The suite with other models, lengths and so on; what is empty stays.
+
+    Raises:
+        InputError: there are several `new`, and not one for each prompt.
+    """
+    old = suite.cases
+    known = {name: list(dict.fromkeys(getattr(case, name) for case in old)) for name in ("model", "precision", "batch")}
+    lengths = list(dict.fromkeys((case.prompt, case.new) for case in old))
+    if prompts or new:
+        prompts = prompts or [prompt for prompt, _ in lengths]
+        news = list(new) or [max(count for _, count in lengths)]
+        news = news * len(prompts) if len(news) == 1 else news
+        if len(news) != len(prompts):
+            raise InputError(f"--new-tokens: give one number, or as many as there are prompts ({len(prompts)})")
+        lengths = list(zip(prompts, news, strict=True))
+    made = cases(models or known["model"], precisions or known["precision"], lengths, batches or known["batch"])
+    return replace(suite, cases=made)
+
+
+def check(suite: Suite) -> Suite:
+    """The suite itself. Raises InputError where it asks for what there is none of."""
+    for side in suite.against:
+        if side not in SIDES or side == "ours":
+            others = ", ".join(name for name in SIDES if name != "ours")
+            raise InputError(f"--against {side}: there are {others}")
+    for case in suite.cases:
+        if case.precision not in PRECISIONS:
+            raise InputError(f"--precision {case.precision}: there are {', '.join(PRECISIONS[1:])}")
+        for name, value in (("prompt-tokens", case.prompt), ("new-tokens", case.new), ("batch-size", case.batch)):
+            if value < 1:
+                raise InputError(f"--{name} {value}: must be 1 or more")
+    if "llama.cpp" in suite.against and len({case.model for case in suite.cases}) > 1:
+        raise InputError("--against llama.cpp: is given one file, so measure one model at a time")
+    if suite.repeats < 1:
+        raise InputError(f"--repeats {suite.repeats}: must be 1 or more")
+    if len(set(suite.against)) < len(suite.against):
+        raise InputError("--against: a side is named twice")
+    return suite

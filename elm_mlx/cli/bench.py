@@ -1,0 +1,145 @@
+"""`elm-mlx bench`: how fast models run here, beside others and beside what the machine could do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from elm_mlx.bench import suites
+from elm_mlx.bench.figures import SIDES
+from elm_mlx.cli import options
+from elm_mlx.cli.show import printable
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.bench.results import Results, Row
+    from elm_mlx.bench.suites import Suite
+
+
+def bench(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL…]", help="Presets (OpenELM-270M, …) or model directories.")
+    ] = None,
+    suite: Annotated[str, typer.Option(help=f"What is measured: {', '.join(suites.SUITES)}.")] = "quick",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where SUITE.json, .md and .html are written.")] = Path(
+        "bench"
+    ),
+    precision: Annotated[
+        str | None, typer.Option(help="Of presets: bfloat16, float16, float32, 8bit, 4bit, …; several by commas.")
+    ] = None,
+    prompt_tokens: Annotated[str | None, typer.Option(help="Lengths of the prompt, by commas.")] = None,
+    new_tokens: Annotated[
+        str | None, typer.Option(help="Tokens that follow, by commas; one for all, or one each.")
+    ] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Texts at once, by commas.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help=f"Who is measured in turn: {', '.join([*SIDES][1:])}; by commas, or none.")
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(help="Measurements of each side in each case.")] = None,
+    compute_dtype: options.ComputeDtype = None,
+    python: Annotated[str | None, typer.Option(help="A Python that has PyTorch. (default: this one)")] = None,
+    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program. (default: on the PATH)")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The same model as llama.cpp reads it.")] = None,
+) -> None:
+    """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
+    if suite not in suites.SUITES:
+        raise InputError(f"--suite {suite}: there are {', '.join(suites.SUITES)}")
+    chosen = suites.changed(
+        suites.SUITES[suite], models=models or [], precisions=_words(precision),
+        prompts=_numbers("--prompt-tokens", prompt_tokens), new=_numbers("--new-tokens", new_tokens),
+        batches=_numbers("--batch-size", batch_size),
+    )  # fmt: skip
+    if against is not None:
+        chosen = replace(chosen, against=tuple(side for side in _words(against) if side != "none"))
+    if repeats is not None:
+        chosen = replace(chosen, repeats=repeats)
+    if compute_dtype is not None:
+        chosen = replace(chosen, compute_dtype=compute_dtype)
+    results = _measured(suites.check(chosen), out, python, llama_bench, gguf)
+    _print(results)
+    print(f"wrote {printable(out / suite)}.json, .md and .html")
+    if not results.complete:
+        raise typer.Exit(130)
+
+
+def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | None, gguf: Path | None) -> Results:
+    from elm_mlx import files
+    from elm_mlx.bench import page, runner, tables
+    from elm_mlx.bench.sides import Programs
+
+    with _shown() as (progress, row):
+        programs = Programs(python, llama_bench, gguf)
+        results = runner.run(suite, programs, out / f"{suite.name}.json", on_progress=progress, on_row=row)
+    files.write_text(out / f"{suite.name}.md", f"# {suite.name}\n\n{tables.markdown(results)}")
+    files.write_text(out / f"{suite.name}.html", page.page(results))
+    return results
+
+
+@contextmanager
+def _shown() -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
+    """What is being done, on a terminal; and each case when it is done."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+
+    def row(row: Row) -> None:
+        reason = row.skipped.get("ours")
+        prompt, decode = (row.spread("ours", figure) for figure in ("prompt", "decode"))
+        speeds = [f"{each.median:,.0f} {name} tokens/s" for name, each in (("prompt", prompt), ("new", decode)) if each]
+        console.print(
+            printable(f"{row.case}: {reason or ', '.join(speeds)}"), highlight=False, markup=False, soft_wrap=True
+        )
+
+    if not sys.stderr.isatty():
+        yield lambda text: None, row
+        return
+    with console.status("starting") as status:
+        yield lambda text: status.update(printable(text).replace("[", "\\[")), row
+
+
+def _print(results: Results) -> None:
+    from elm_mlx.bench import tables
+
+    _print_table("", *tables.machine(results))
+    for row in results.rows:
+        if row.figures:
+            _print_table(f"{tables.short(row.case)}, {row.case.precision}, tokens {tables.tokens(row.case)}",
+                         *tables.brief(row, results.speeds))  # fmt: skip
+    _print_table("", *tables.norms(results))
+    for line in tables.left_out(results):
+        print(printable(line))
+
+
+def _print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not lines:
+        return
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(header[1:]))
+    for column, label in enumerate(header):
+        table.add_column(label, justify="right" if column and any(header[1:]) else "left", no_wrap=True)
+    for line in lines:
+        table.add_row(*(Text(printable(cell)) for cell in line))
+    if title:
+        print(printable(title))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    print()
+
+
+def _words(text: str | None) -> list[str]:
+    return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(flag: str, text: str | None) -> list[int]:
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        raise InputError(f"{flag} {text}: needs whole numbers, with commas between them") from None

@@ -1,0 +1,126 @@
+"""Medians, ratios and bounds against counts by hand; and the JSON that all of it is kept in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from elm_mlx.bench import results, tables
+from elm_mlx.bench.figures import About, Case, Figures
+from elm_mlx.bench.machine import Speeds
+from elm_mlx.bench.results import Norm, Results, Row, Spread, bounds
+from elm_mlx.errors import InputError
+
+ABOUT = About("elm-mlx", "float32", 100, weight_bytes=4000, cache_bytes=8, flops=200, flops_seen=4, flops_head=60)
+SPEEDS = Speeds({"float32": 1e6}, 2e6)  # not to be changed
+
+
+def row(batch: int = 1) -> Row:
+    ours = [Figures(0.01, 1000.0, 100.0, 5_000_000), Figures(0.02, 500.0, 90.0, 6_000_000), Figures(0.015, 667.0, 95.0)]
+    theirs = [Figures(0.02, 500.0, 50.0, None), Figures(0.02, 500.0, 60.0, None), Figures(0.04, 250.0, 10.0, None)]
+    figures = {"ours": ours, "mlx-lm": theirs}
+    return Row(
+        Case("OpenELM-270M", "bfloat16", 10, 5, batch), {"ours": ABOUT, "mlx-lm": About("mlx-lm", "float32")}, figures,
+        {"pytorch": "not here | there"},
+    )  # fmt: skip
+
+
+def whole() -> Results:
+    norm = Norm("float32", (1, 2, 3), [10.0, 20.0], [30.0, 20.0])
+    return Results(
+        "quick", "2026-01-02T03:04:05+00:00", {"processor": "<b>", "cores": "2"}, SPEEDS, [row()], [norm], True
+    )
+
+
+def test_a_ratio_is_the_median_of_pairs_and_not_of_medians() -> None:
+    assert row().spread("ours", "prompt") == Spread(667.0, 500.0, 1000.0)
+    assert row().ratio("mlx-lm", "prompt") == Spread(2.0, 1.0, 667 / 250)
+    assert row().ratio("mlx-lm", "decode") == Spread(2.0, 1.5, 9.5)
+    assert row().ratio("pytorch", "decode") is None and row().spread("mlx-lm", "memory") is None
+
+
+def test_what_bounds_a_prompt_and_a_step_by_hand() -> None:
+    found = bounds(row(), SPEEDS)
+    # Ten tokens' weights, 1 + … + 10 positions seen, one head: 2,280 FLOP take 2.28 ms, and 4,080 bytes 2.04.
+    prompt = found["prompt"]
+    assert prompt is not None and (prompt.flops, prompt.bytes, prompt.by) == (2000 + 55 * 4 + 60, 4000 + 80, "matmul")
+    assert prompt.share == pytest.approx(2280 / 1e6 / 0.015)
+    # A step after 12 tokens: 308 FLOP take 0.3 ms, 4,096 bytes 2.0.
+    step = found["decode"]
+    assert step is not None and (step.flops, step.bytes, step.by) == (200 + 48 + 60, 4000 + 96, "bandwidth")
+    assert step.share == pytest.approx(4096 / 2e6 * 95)
+
+
+def test_several_texts_share_the_weights() -> None:
+    step = bounds(row(batch=4), SPEEDS)["decode"]
+    assert step is not None and (step.flops, step.bytes) == (4 * 308, 4000 + 4 * 96)
+    assert step.share == pytest.approx((4000 + 4 * 96) / 2e6 * 95 / 4)
+
+
+def test_no_bound_is_made_up() -> None:
+    nothing = {"prompt": None, "decode": None}
+    assert bounds(row(), Speeds()) == nothing and bounds(Row(row().case), SPEEDS) == nothing
+    other = row()
+    other.about["ours"] = About("elm-mlx", "bfloat16", flops=5)
+    assert bounds(other, SPEEDS) == nothing
+
+
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    whole().save(path)
+    assert results.load(path) == whole()
+    kept = json.loads(path.read_text())
+    assert kept["rows"][0]["roofline"]["prompt"]["by"] == "matmul" and kept["version"] == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 2}', '{"version": 1, "rows": [1]}'])
+def test_what_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"a\.json: "):
+        results.load(tmp_path / "a.json")
+    with pytest.raises(InputError, match="No such file"):
+        results.load(tmp_path / "b.json")
+
+
+def test_the_table_says_it_all() -> None:
+    header, lines = tables.speed(whole())
+    ours, theirs = (
+        dict(zip(header[:3] + header[5:6] + header[8:], line[:3] + line[5:6] + line[8:], strict=True)) for line in lines
+    )
+    assert ours == {"model": "OpenELM-270M, bfloat16 in float32", "tokens": "10 + 5", "side": "elm-mlx",
+                    "first token, s": "0.015 (0.01 to 0.02)", "memory": "0.01 GB"}  # fmt: skip
+    assert theirs["side"] == "mlx-lm, same BLAS and type" and theirs["memory"] == ""
+    assert lines[0][4] == "15% of matmul" and lines[0][7] == "19% of bandwidth"
+    assert lines[1][4] == "× 2 (1 to 2.67)" and lines[1][7] == "× 2 (1.5 to 9.5)"
+    assert tables.norms(whole())[1] == [["1×2×3", "float32", "15 (10 to 20)", "25 (20 to 30)", "2 (1 to 3)"]]
+    brief = tables.brief(row(), SPEEDS)[1]
+    assert brief[0][1] == "667 15%" and brief[1][1] == "500 ×2.00" and brief[1][3] == "50 ×2.00"
+
+
+def test_markdown_has_a_cell_for_each_column() -> None:
+    text = tables.markdown(whole())
+    for block in text.split("\n\n"):
+        rows = [line for line in block.splitlines() if line.startswith("| ")]
+        assert len({line.count(" | ") for line in rows}) <= 1
+    assert "pytorch" not in text and "PyTorch left out: not here | there" in text
+    assert "Measured on 2026-01-02: <b>; 2 cores" in text
+
+
+def test_an_unfinished_benchmark_says_so() -> None:
+    made = whole()
+    made.complete = False
+    assert tables.left_out(made)[-1].startswith("Interrupted")
+
+
+def test_numbers_are_short() -> None:
+    assert [tables.number(value) for value in (2.5e9, 1234.5, 100.4, 99.44, 0.012345)] == [
+        "2.5G",
+        "1,234",
+        "100",
+        "99.4",
+        "0.0123",
+    ]
+    assert tables.spread(Spread(2.0, 2.0, 2.0)) == "2" and tables.spread(None) == ""

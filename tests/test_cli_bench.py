@@ -1,0 +1,90 @@
+"""`elm-mlx bench` as it is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from elm_mlx.bench import results
+from elm_mlx.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["elm-mlx", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+def test_from_a_model_to_three_files(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    options = ("--prompt-tokens", "16,32", "--new-tokens", 4, "--batch-size", 1, "--repeats", 2)
+    code, out, err = run(tiny_model_dir, *options, "--against", "naive,llama.cpp", "--out", tmp_path / "out")
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"quick.json", "quick.md", "quick.html"}
+    found = results.load(tmp_path / "out" / "quick.json")
+    assert found.complete and [(row.case.prompt, row.case.new) for row in found.rows] == [(16, 4), (32, 4)]
+    for row in found.rows:
+        assert {side: len(figures) for side, figures in row.figures.items()} == {"ours": 2, "naive": 2}
+        assert "llama.cpp" in row.skipped
+    kept = json.loads((tmp_path / "out" / "quick.json").read_text())
+    assert all(set(row["roofline"]) == {"prompt", "decode"} for row in kept["rows"])
+    assert "elm-mlx, naive RMSNorm" in out and "GFLOP/s" in out and "llama.cpp left out" in out
+    assert f"wrote {tmp_path}/out/quick.json, .md and .html" in out
+    assert err.count("prompt tokens/s") == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [(("--suite", "all"), "--suite all: there are quick, m2max"), (("--prompt-tokens", "ten"), "needs whole numbers"),
+     (("--against", "gpt"), "--against gpt: there are naive"), (("no-such-dir",), "no-such-dir: neither a model"),
+     (("--compute-dtype", "int8"), "no compute dtype 'int8'"), (("--repeats", "0"), "--repeats 0")],
+)  # fmt: skip
+def test_bad_input_is_one_line(options: tuple[str, ...], error: str, run: Run, tmp_path: Path) -> None:
+    code, out, err = run(*options, "--out", tmp_path)
+    assert code == 2 and err.startswith("elm-mlx: ") and error in err and err.count("\n") == 1 and out == ""
+
+
+def test_ctrl_c_leaves_what_was_measured_and_no_process(tiny_model_dir: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "elm_mlx",
+        "bench",
+        tiny_model_dir,
+        "--out",
+        tmp_path / "out",
+        "--against",
+        "naive",
+    ]
+    lengths = ["--prompt-tokens", "8,9,10,11,12,13,14,15", "--new-tokens", "300", "--repeats", "5", "--batch-size", "1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    process = subprocess.Popen(
+        [*command, *lengths], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None and process.stdout is not None
+    assert "prompt tokens/s" in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait(30) == 130, process.stderr.read()
+    found = results.load(tmp_path / "out" / "quick.json")
+    assert not found.complete and found.rows and len(found.rows) < 8
+    assert "Interrupted" in out and "Interrupted" in (tmp_path / "out" / "quick.html").read_text()
+    if shutil.which("ps") is None:
+        return
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not [line for line in left.splitlines() if "bench.worker" in line and str(tiny_model_dir) in line]
