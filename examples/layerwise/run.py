@@ -54,13 +54,16 @@ def main() -> None:
     rates, most, seeds, windows = (RATES[:2], 2, SEEDS[:2], 16) if quick else (RATES, MOST_RATES, SEEDS, None)
     common = prepare(arguments.books, out) + (QUICK if quick else [])
 
-    tuning, runs = {}, {}
-    for shape, (heads, ffn) in SHAPES.items():
-        fields = [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"]
-        run = partial(train, out / shape, fields)
-        tuning[shape] = tune(run, rates, most)
-        best = min(tuning[shape], key=tuning[shape].__getitem__)
-        runs[shape] = [run(best, seed) for seed in seeds]
+    run = {
+        shape: partial(train, out / shape, [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"])
+        for shape, (heads, ffn) in SHAPES.items()
+    }
+    tuning = {shape: tune(run[shape], rates, most) for shape in SHAPES}
+    best = {shape: min(losses, key=losses.__getitem__) for shape, losses in tuning.items()}
+    runs: dict[str, list[Path]] = {shape: [] for shape in SHAPES}
+    for seed in seeds:
+        for shape, made in runs.items():
+            made.append(run[shape](best[shape], seed))
 
     results = compare.Results(
         parameters={shape: ModelConfig.load(made[0] / "config.json").parameters for shape, made in runs.items()},
