@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +21,11 @@ _ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "
 
 def read(path: Path) -> list[dict[str, str]]:
     """The books of a file with `{"title": …, "text": …}` on each line, gzipped or not."""
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except OSError as error:
+        sys.exit(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def write_documents(books: Path, directory: Path) -> None:

@@ -31,7 +31,7 @@ def imported(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> Module
     """A module of an example, as its own script would find it."""
     import importlib
 
-    for found in ("run", "compare", "books", "measure"):
+    for found in ("run", "compare", "command", "books", "measure"):
         monkeypatch.delitem(sys.modules, found, raising=False)
     monkeypatch.setattr(sys, "path", [str(folder), str(EXAMPLES), *sys.path])
     return importlib.import_module(name)

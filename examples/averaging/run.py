@@ -1,7 +1,7 @@
 """The last checkpoint of a run against means of its last ones: `python examples/averaging/run.py RUN`.
 
-Means are made by a command of elm-mlx's, which is printed before it runs. Loss is measured here, in the plainest way
-there is, on books that were not trained on.
+Means are made by a command of elm-mlx's, which is printed before it runs, and measured (../measure.py) on books that
+were not trained on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
+from command import elm  # noqa: E402
 from measure import held_out_loss  # noqa: E402
 
 import elm_mlx  # noqa: E402
@@ -130,15 +129,6 @@ def draw(means: list[Mean], path: Path) -> None:
         panel.legend()
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=90)
-
-
-def elm(*arguments: object) -> None:
-    """Run a command of elm-mlx's; end as it does where it fails."""
-    words = [str(argument) for argument in arguments]
-    print("\n$ elm-mlx", shlex.join(words), flush=True)
-    code = subprocess.run([sys.executable, "-m", "elm_mlx", *words]).returncode
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -56,14 +56,13 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 def tables(results: Results) -> str:
     """Markdown: the shapes, the learning rates, and the losses with their spread."""
     first, second = results.parameters
-    apart = results.parameters[first] / results.parameters[second] - 1
     lines = ["| | parameters | tokens/s | best learning rate |", "| --- | ---: | ---: | ---: |"]
     for shape, tuned in results.tuning.items():
         best = min(tuned, key=tuned.__getitem__)
         lines.append(f"| {shape} | {results.parameters[shape]:,} | {results.speed[shape]:,.0f} | {best:g} |")
-    lines += ["", f"{first} has {apart:+.2%} parameters.", "", *_tuning(results), ""]
+    lines += ["", *_tuning(results), ""]
     columns = [*results.books, None]
-    lines += ["| nats a token, whole book | " + " | ".join(book or "mean of these" for book in columns) + " |"]
+    lines += ["| held out, nats a token | " + " | ".join(book or "mean of these" for book in columns) + " |"]
     lines += ["| --- |" + " ---: |" * len(columns)]
     for shape in results.parameters:
         cells = [[f"{loss:.4f}" for loss in results.of(shape, book)] for book in columns]
@@ -80,7 +79,7 @@ def tables(results: Results) -> str:
 
 def _tuning(results: Results) -> list[str]:
     rates = sorted({rate for tuned in results.tuning.values() for rate in tuned})
-    lines = ["| nats a token by learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
+    lines = ["| nats a token, by learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * len(rates))
     for shape, tuned in results.tuning.items():
         cells = " | ".join(f"{tuned[rate]:.4f}" if rate in tuned else "" for rate in rates)

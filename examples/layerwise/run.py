@@ -1,8 +1,8 @@
 """Layer-wise against uniform scaling, with as many parameters and tokens: `python examples/layerwise/run.py`.
 
-Each shape is trained with a few learning rates, and then with its own best from three other seeds. What these lose on
-two books that none has seen is the result. Every training is a command of elm-mlx's, which is printed before it runs.
-Run again, it goes on where it was stopped.
+Each shape is trained with a few learning rates, and then with its own best from three other seeds. What these lose
+(../measure.py) on two books that none has seen is the result. Every training is a command of elm-mlx's, which is
+printed before it runs. Run again, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -25,6 +23,7 @@ sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
 import compare  # noqa: E402
+from command import elm  # noqa: E402
 from measure import held_out_loss  # noqa: E402
 
 import elm_mlx  # noqa: E402
@@ -54,13 +53,16 @@ def main() -> None:
     rates, most, seeds, windows = (RATES[:2], 2, SEEDS[:2], 16) if quick else (RATES, MOST_RATES, SEEDS, None)
     common = prepare(arguments.books, out) + (QUICK if quick else [])
 
-    tuning, runs = {}, {}
-    for shape, (heads, ffn) in SHAPES.items():
-        fields = [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"]
-        run = partial(train, out / shape, fields)
-        tuning[shape] = tune(run, rates, most)
-        best = min(tuning[shape], key=tuning[shape].__getitem__)
-        runs[shape] = [run(best, seed) for seed in seeds]
+    run = {
+        shape: partial(train, out / shape, [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"])
+        for shape, (heads, ffn) in SHAPES.items()
+    }
+    tuning = {shape: tune(run[shape], rates, most) for shape in SHAPES}
+    best = {shape: min(losses, key=losses.__getitem__) for shape, losses in tuning.items()}
+    runs: dict[str, list[Path]] = {shape: [] for shape in SHAPES}
+    for seed in seeds:
+        for shape, made in runs.items():
+            made.append(run[shape](best[shape], seed))
 
     results = compare.Results(
         parameters={shape: ModelConfig.load(made[0] / "config.json").parameters for shape, made in runs.items()},
@@ -80,8 +82,7 @@ def prepare(books: Path, out: Path) -> list[str]:
     if not tokenizer.exists():
         texts.write_documents(books, data)
         vocabulary = ["--vocab-size", 1024, "--character-coverage", 0.9995]
-        if elm("train-tokenizer", data / "train.jsonl", "--out", tokenizer, *vocabulary):
-            sys.exit(1)
+        elm("train-tokenizer", data / "train.jsonl", "--out", tokenizer, *vocabulary)
     source = f'[{{path = "{data / "train.jsonl"}"}}]'
     return [f"tokenizer={tokenizer}", f"data.validation={data / 'watched.jsonl'}", f"data.sources={source}"]
 
@@ -93,9 +94,7 @@ def train(out: Path, common: list[str], rate: float, seed: int) -> Path:
     if not finished(directory, tables.read(RECIPE, Recipe, fields)):
         sets = [word for field in fields for word in ("--set", field)]
         resume = ["--resume"] if (directory / "checkpoints").exists() else []
-        code = elm("pretrain", RECIPE, "--out", directory, *sets, *resume)
-        if code not in (0, BROKE_OFF):
-            sys.exit(code)
+        elm("pretrain", RECIPE, "--out", directory, *sets, *resume, accept=(0, BROKE_OFF))
     return directory
 
 
@@ -143,13 +142,6 @@ def speed(directories: list[Path]) -> float:
 
 def metrics(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
-
-
-def elm(*arguments: object) -> int:
-    """Run a command of elm-mlx's; its exit code."""
-    words = [str(argument) for argument in arguments]
-    print("\n$ elm-mlx", shlex.join(words), flush=True)
-    return subprocess.run([sys.executable, "-m", "elm_mlx", *words]).returncode
 
 
 if __name__ == "__main__":
