@@ -18,7 +18,8 @@ from typing import Any
 from elm_mlx.errors import InputError
 
 METRICS, ABOUT = "metrics.jsonl", "run.json"
-_CLOCK = ("step", "seconds", "tokens", "trained_tokens")  # what a column is seen against, not columns
+# What a column is seen against, and a mark that validations' losses tell: no columns.
+_NO_COLUMN = ("step", "seconds", "tokens", "trained_tokens", "best")
 
 
 @dataclass
@@ -151,7 +152,7 @@ def _take(run: Run, line: Any) -> bool:
             before = total.values[-1] if total.values else 0.0
             total.add(step, before + (spent if 0 <= spent < math.inf else 0.0))
     for key, value in numbers.items():
-        if key not in _CLOCK:
+        if key not in _NO_COLUMN:
             run.columns.setdefault(_text(key), Column()).add(step, value)
     return went_back
 

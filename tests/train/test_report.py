@@ -108,6 +108,11 @@ def test_a_run_that_went_back_shows_each_step_once(tmp_path: Path) -> None:
     assert run.notes == ["the run went back once; of each step, the last is shown"]
 
 
+def test_the_mark_of_the_best_validation_is_no_curve(tmp_path: Path) -> None:
+    (run,) = metrics.read([write(tmp_path / "run", update(1), {"step": 1, "valid_loss": 2.0, "best": True})])
+    assert "best" not in run.columns and "valid_loss" in run.columns
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nowhere: no such directory"):
         metrics.read([tmp_path / "nowhere"])
