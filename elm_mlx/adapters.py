@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import headers
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -26,7 +26,6 @@ EMBEDDING = "transformer.token_embeddings"
 # What the files call the embedding when its adapter is not seen by a tied head. mlx-lm's tied head always sees it
 # and would compute something else; it knows no such module, so it refuses the file.
 INPUT_EMBEDDING = "transformer.input_embeddings"
-LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
 
 Rank = int | Sequence[int] | Mapping[str, int]
 
@@ -59,7 +58,7 @@ class Adapter:
         """The largest rank."""
         return max(self.ranks.values(), default=0)
 
-    def shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
         """The adapter's own parameters: name in the model -> shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         for module, rank in self.ranks.items():
@@ -72,13 +71,13 @@ class Adapter:
                 shapes[f"{module}.m"] = (rows,)
         return shapes
 
-    def file_name(self, name: str, config: ModelConfig) -> str:
+    def file_name(self, name: str, config: Config) -> str:
         """What the directory calls the module or parameter `name`."""
         if name.startswith(EMBEDDING) and config.share_input_output_layers and not self.adapted_head:
             return INPUT_EMBEDDING + name.removeprefix(EMBEDDING)
         return name
 
-    def unties(self, config: ModelConfig) -> bool:
+    def unties(self, config: Config) -> bool:
         """Whether merging it needs a head of its own: the base embedding, beside the adapted one."""
         return EMBEDDING in self.ranks and config.share_input_output_layers and not self.adapted_head
 
@@ -93,11 +92,11 @@ class Adapter:
 
 
 def plan(
-    config: ModelConfig,
+    config: Config,
     *,
     rank: Rank = 8,
     alpha: float | None = None,
-    targets: Sequence[str] = LINEARS,
+    targets: Sequence[str] | None = None,
     num_layers: int = -1,
     dropout: float = 0.0,
     dora: bool = False,
@@ -111,7 +110,7 @@ def plan(
             pattern as in `targets`, or by a layer's number, the last that fits counts.
         alpha: the strength: `scale` is alpha / rank, of the largest rank where they differ; None for twice that.
         targets: modules by name or pattern, with or without what stands in front: `qkv_proj`, `ffn.*`,
-            `layers.3.*`, `token_embeddings`, `lm_head`.
+            `layers.3.*`, `token_embeddings`, `lm_head`; None for all linears of the layers.
         num_layers: adapt the last so many layers alone; -1: all. Says nothing of the embedding and the head.
         rslora: alpha / sqrt(rank) instead.
         adapted_head: see `Adapter`.
@@ -127,7 +126,7 @@ def plan(
                 f"{name} is {value}: a number from 0 to {'below 1' if most < 1 else f'{most:g}'} is needed"
             )
     first = 0 if num_layers == -1 else config.num_layers - num_layers
-    chosen = _choose(config, targets, first)
+    chosen = _choose(config, config.linears if targets is None else targets, first)
     ranks = {module: _rank_of(module, rank, config) for module in chosen}
     largest = max(ranks.values())
     alpha = 2.0 * largest if alpha is None else alpha
@@ -135,7 +134,7 @@ def plan(
     return Adapter("dora" if dora else "lora", ranks, scale, dropout, adapted_head)
 
 
-def read(directory: str | Path, config: ModelConfig) -> Adapter:
+def read(directory: str | Path, config: Config) -> Adapter:
     """The adapter in `directory`, every tensor's name and shape checked against `config`'s model.
 
     Raises:
@@ -175,7 +174,7 @@ def check_model(adapter: Adapter, sha256: str) -> None:
         )
 
 
-def to_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
+def to_config(adapter: Adapter, config: Config) -> dict[str, Any]:
     """The keys of `adapter_config.json` that this package and mlx-lm read."""
     values: dict[str, Any] = {"fine_tune_type": adapter.kind, "num_layers": -1}
     if adapter.kind != "full":
@@ -190,11 +189,6 @@ def to_config(adapter: Adapter, config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _modules(config: ModelConfig) -> list[str]:
-    """What can be adapted, in the model's order."""
-    return [name.removesuffix(".weight") for name, shape in config.shapes().items() if len(shape) == 2]
-
-
 def _matches(module: str, pattern: str) -> bool:
     return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
 
@@ -204,8 +198,8 @@ def _layer(module: str) -> int | None:
     return int(parts[2]) if parts[1:2] == ["layers"] else None
 
 
-def _choose(config: ModelConfig, targets: Sequence[str], first: int) -> list[str]:
-    modules = _modules(config)
+def _choose(config: Config, targets: Sequence[str], first: int) -> list[str]:
+    modules = config.modules()
     for target in targets:
         if not any(_matches(module, target) for module in modules):
             tied = " (this model's head is its embedding)" if "lm_head" in target else ""
@@ -218,7 +212,7 @@ def _choose(config: ModelConfig, targets: Sequence[str], first: int) -> list[str
     return chosen
 
 
-def _rank_of(module: str, rank: Rank, config: ModelConfig) -> int:
+def _rank_of(module: str, rank: Rank, config: Config) -> int:
     layer = _layer(module)
     found: object = None
     if isinstance(rank, int):
@@ -256,7 +250,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_config(path: Path, values: Mapping[str, Any], config: ModelConfig) -> Adapter:
+def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapter:
     where = path / CONFIG
     kind = values.get("fine_tune_type", "lora")
     if kind not in KINDS:
@@ -280,11 +274,11 @@ def _read_config(path: Path, values: Mapping[str, Any], config: ModelConfig) -> 
     ranks = _ranks(where, values.get("ranks"), keys, rank)
     tied_embedding_seen = EMBEDDING in keys
     modules = {EMBEDDING if key == INPUT_EMBEDDING else key: rank for key, rank in ranks.items()}
-    modules = {module: modules[module] for module in _modules(config) if module in modules}
+    modules = {module: modules[module] for module in config.modules() if module in modules}
     return Adapter(kind, modules, float(scale), float(dropout), tied_embedding_seen, sha256, path)
 
 
-def _keys(where: Path, keys: object, num_layers: object, config: ModelConfig) -> list[str]:
+def _keys(where: Path, keys: object, num_layers: object, config: Config) -> list[str]:
     """The modules that mlx-lm's `keys` and `num_layers` mean: in the last layers, or by their full names."""
     if num_layers is not None and type(num_layers) is not int:
         raise InputError(f"{where}: num_layers is {_short(num_layers)}: a whole number is needed")
@@ -292,10 +286,10 @@ def _keys(where: Path, keys: object, num_layers: object, config: ModelConfig) ->
         raise InputError(f"{where}: keys is {_short(keys)}: a list of names is needed")
     count = num_layers if num_layers and num_layers > 0 else config.num_layers
     layers = range(config.num_layers)[-count:]
-    known = {*_modules(config), *([INPUT_EMBEDDING] if config.share_input_output_layers else [])}
+    known = {*config.modules(), *([INPUT_EMBEDDING] if config.share_input_output_layers else [])}
     found: dict[str, None] = {}
-    for key in LINEARS if keys is None else keys:
-        named = [f"transformer.layers.{layer}.{key}" for layer in layers] if key in LINEARS else [key]
+    for key in config.linears if keys is None else keys:
+        named = [f"{config.layers_prefix}.{layer}.{key}" for layer in layers] if key in config.linears else [key]
         if named[0] not in known:
             hint = ": its head is untied, as after fusing" if key == INPUT_EMBEDDING else ""
             raise InputError(f"{where}: keys names {_short(key)}, and this model has no such module{hint}")

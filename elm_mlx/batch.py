@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from elm_mlx.cache import KVCache, make_prompt_cache, pad_left
+from elm_mlx.cache import KVCache, make_prompt_cache
 from elm_mlx.errors import InputError
 from elm_mlx.generation import PREFILL_STEP, Decoder, check_steps, checked, encode_prompt, prefill
 from elm_mlx.model import Model
@@ -132,13 +132,14 @@ def _prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> 
     for prompt, caches in zip(prompts, by_prompt, strict=True):
         logits.append(prefill(model, prompt, caches, prefill_step))
         mx.eval(logits[-1], [cache.state for cache in caches])
-    merged = make_prompt_cache(model)
-    for cache, of_layer in zip(merged, zip(*by_prompt, strict=True), strict=True):
-        cache.keys, cache.values = pad_left(of_layer)
-        cache.offset = cache.capacity
+    merged = []
+    for of_layer in zip(*by_prompt, strict=True):
+        cache = of_layer[0].joined(of_layer)
         mx.eval(cache.state)
+        merged.append(cache)
         for single in of_layer:  # layer by layer, so that nothing is there twice
-            single.keys = single.values = None
+            single.trim(single.offset)
+            single.state = [None] * len(single.state)
     return mx.concatenate(logits), merged
 
 

@@ -1,7 +1,7 @@
-"""KV caches: the one that grows, and the window through which a compiled step writes to it.
+"""Caches: keys and values that grow, the window through which a compiled step writes to them, a state.
 
-Knows how keys and values are stored, and nothing of how they are computed. Both speak as much of mlx-lm's
-cache protocol as the model uses: `update_and_fetch`, `offset`, `make_mask`.
+Knows how keys and values are stored, and nothing of how they are computed. All speak as much of mlx-lm's
+cache protocol as the models use: `update_and_fetch`, `offset`, `make_mask`; a state, `[]`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
+
+from elm_mlx.ops import Segments
+
+Arrays = Sequence[mx.array]  # what a layer keeps
 
 
 class KVCache:
@@ -45,9 +49,26 @@ class KVCache:
     def state(self) -> tuple[mx.array | None, mx.array | None]:
         return self.keys, self.values
 
+    @state.setter
+    def state(self, arrays: Arrays) -> None:
+        self.keys, self.values = arrays
+
     @property
     def nbytes(self) -> int:
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+    @classmethod
+    def joined(cls, caches: Sequence[KVCache]) -> KVCache:
+        """One layer's caches of several prompts (batch 1 each) as one batch, padded in front to the same length."""
+        cache = cls()
+        cache.state = pad_left(caches)
+        cache.offset = cache.capacity
+        return cache
+
+    @staticmethod
+    def inside(arrays: Arrays, position: mx.array, offset: mx.array, mask: mx.array) -> StepCache:
+        """What stands for this one in a compiled step."""
+        return StepCache(arrays[0], arrays[1], position, offset, mask)
 
     def trim(self, length: int) -> int:
         """Forget the last `length` positions; returns how many there were to forget."""
@@ -58,9 +79,15 @@ class KVCache:
     def is_trimmable(self) -> bool:
         return True
 
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        """What to hide from `length` new positions: only what comes after each."""
-        return "causal" if length > 1 else None
+    def make_mask(
+        self, length: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        """What to hide from `length` new positions: what comes after each, and what is `window_size` before it."""
+        end = self.offset + length
+        if window_size is None or end <= window_size:
+            return "causal" if length > 1 else None
+        back = mx.arange(self.offset, end)[:, None] - mx.arange(end)
+        return (back >= 0) & (back < window_size)
 
 
 class StepCache:
@@ -85,10 +112,98 @@ class StepCache:
         self.values = mx.slice_update(self.values, values, self._position, axes=[2])
         return self.keys, self.values
 
+    @property
+    def state(self) -> Arrays:
+        return self.keys, self.values
+
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """For a single new position, which is all that a step has."""
         assert length == 1
-        return self._mask
+        if window_size is None:
+            return self._mask
+        return self._mask & (mx.arange(self.keys.shape[2]) > self._position - window_size)
+
+
+class StateCache:
+    """One layer's state in a network that has no keys and values (Mamba): of one size, however much was read.
+
+    Of such a state nothing can be taken back but all of it. mlx-lm's networks read and write it by `[]`.
+    """
+
+    def __init__(self, size: int = 2) -> None:
+        self._arrays: list[mx.array | None] = [None] * size
+        self.offset = 0
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        return self._arrays[index]
+
+    def __setitem__(self, index: int, array: mx.array) -> None:
+        self._arrays[index] = array
+
+    @property
+    def state(self) -> list[mx.array | None]:
+        return list(self._arrays)
+
+    @state.setter
+    def state(self, arrays: Arrays) -> None:
+        self._arrays = list(arrays)
+
+    @property
+    def capacity(self) -> int:
+        return 1
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self._arrays if array is not None)
+
+    def reserve(self, length: int) -> None:
+        """There is always room."""
+
+    def trim(self, length: int) -> int:
+        """Forget everything, if `length` is all there is; else nothing, and 0 is returned."""
+        if length < self.offset:
+            return 0
+        forgotten, self.offset = self.offset, 0
+        self._arrays = [None] * len(self._arrays)
+        return forgotten
+
+    def is_trimmable(self) -> bool:
+        return False
+
+    @classmethod
+    def joined(cls, caches: Sequence[StateCache]) -> StateCache:
+        """One layer's states of several prompts as one batch."""
+        cache = cls(len(caches[0]._arrays))
+        cache.state = [mx.concatenate(arrays) for arrays in zip(*(cache.state for cache in caches), strict=True)]
+        cache.offset = max(cache.offset for cache in caches)
+        return cache
+
+    @staticmethod
+    def inside(arrays: Arrays, position: mx.array, offset: mx.array, mask: mx.array) -> StateCache:
+        """What stands for this one in a compiled step: the same, for it does not grow."""
+        cache = StateCache()
+        cache.state = arrays
+        return cache
+
+
+class SegmentedRow:
+    """A cache's place in training on rows of several texts: keeps nothing, and its mask tells the texts apart."""
+
+    offset = 0
+
+    def __init__(self, numbers: mx.array) -> None:
+        self._numbers = numbers
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Segments | mx.array:
+        """`ops.Segments`; where a window hides more, all of it as a boolean array `(batch, 1, length, length)`."""
+        segments = Segments(self._numbers)
+        if window_size is None or length <= window_size:
+            return segments
+        positions = mx.arange(length)
+        return segments.seen() & (positions[:, None] - positions < window_size)
 
 
 def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
@@ -105,8 +220,8 @@ def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tu
 
 
 def make_prompt_cache(model: Any) -> list[KVCache]:
-    """An empty cache for each layer of `model`."""
-    return [KVCache() for _ in model.layers]
+    """An empty cache for each layer of `model`; of a network that keeps a state, `StateCache`s."""
+    return model.prompt_cache() if hasattr(model, "prompt_cache") else [KVCache() for _ in model.layers]
 
 
 def pad_left(caches: Sequence[KVCache]) -> tuple[mx.array, mx.array]:

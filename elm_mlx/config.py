@@ -16,6 +16,7 @@ from typing import Any
 from elm_mlx.errors import InputError
 
 MODEL_TYPE = "openelm"
+LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
 
 # A config.json may come from anywhere: lists are made only as long as a model could need.
 _MAX_LAYERS = 10_000
@@ -77,6 +78,10 @@ class ModelConfig:
         self._check()
 
     @property
+    def model_type(self) -> str:
+        return MODEL_TYPE
+
+    @property
     def num_layers(self) -> int:
         return len(self.num_query_heads)
 
@@ -108,6 +113,24 @@ class ModelConfig:
         if not self.share_input_output_layers:
             shapes["lm_head.weight"] = (self.vocab_size, dim)
         return shapes
+
+    def modules(self) -> list[str]:
+        """What an adapter can be put on, in the model's order: the embedding, linears, the head."""
+        return [name.removesuffix(".weight") for name, shape in self.shapes().items() if len(shape) == 2]
+
+    @property
+    def embedding(self) -> str:
+        """The embedding's name; the layers' is `layers_prefix`."""
+        return "transformer.token_embeddings"
+
+    @property
+    def layers_prefix(self) -> str:
+        return "transformer.layers"
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """What a layer's linears are called within it."""
+        return LINEARS
 
     @property
     def parameters(self) -> int:

@@ -1,6 +1,7 @@
 """What a model directory holds, without loading it.
 
-Knows `config.json` and the headers of the weights; imports no MLX.
+Knows `config.json` and the headers of the weights; imports no MLX, but for a model of another family:
+its shapes are its network's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import adapters, headers
-from elm_mlx.config import ModelConfig
+from elm_mlx import adapters, families, headers
 from elm_mlx.errors import InputError
 
 
@@ -53,6 +53,37 @@ class Description:
 
 
 @dataclass(frozen=True)
+class FamilyDescription:
+    """A model of another family in figures. Sizes as in `Description`.
+
+    Attributes:
+        family: its name, such as "Llama".
+        linears: of a layer: what an adapter can be put on.
+        keeps: "keys and values", or "a state", of which nothing can be taken back.
+    """
+
+    path: str
+    family: str
+    parameters: int
+    embedding_parameters: int
+    dtype: str
+    file_bytes: int
+    memory: dict[str, int]
+    kv_bytes_per_token: dict[str, int]
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    context: int
+    tied_head: bool
+    tokenizer: bool
+    linears: tuple[str, ...]
+    keeps: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class AdapterDescription:
     """An adapter in figures.
 
@@ -74,9 +105,19 @@ class AdapterDescription:
     modules: dict[str, str]
 
 
+def read_config(path: Path) -> families.Config:
+    """The config of a model directory, of an OpenELM or of another family. Raises InputError where it makes none."""
+    config = families.read(path)
+    if isinstance(config, families.FamilyConfig):
+        from elm_mlx import networks
+
+        return networks.described(config)
+    return config
+
+
 def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
-    config = ModelConfig.load(model / "config.json")
+    config = read_config(model)
     adapter = adapters.read(path, config)
     if adapter.model_sha256 is not None:
         adapters.check_model(adapter, fingerprint(model))
@@ -98,7 +139,7 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     )
 
 
-def _head(adapter: adapters.Adapter, config: ModelConfig) -> str:
+def _head(adapter: adapters.Adapter, config: families.Config) -> str:
     if not config.share_input_output_layers or adapters.EMBEDDING not in adapter.ranks:
         return "as in the model"
     return "reads the adapted embedding" if adapter.adapted_head else "reads the embedding without its adapter"
@@ -111,9 +152,11 @@ def _runs(ranks: list[int]) -> str:
     return f"{ranks[0]}" + (f", in {len(ranks)} layers" if len(ranks) > 1 else "")
 
 
-def describe(path: Path) -> Description:
+def describe(path: Path) -> Description | FamilyDescription:
     """Read `path`'s config and headers. Raises InputError where they cannot be read."""
-    config = ModelConfig.load(path / "config.json")
+    config = read_config(path)
+    if isinstance(config, families.FamilyConfig):
+        return _describe_other(path, config)
     sizes = {name: math.prod(shape) for name, shape in config.shapes().items()}
     parameters = sum(sizes.values())
     layers = tuple(
@@ -138,8 +181,30 @@ def describe(path: Path) -> Description:
         glu=config.ffn_with_glu,
         qk_norm=config.normalize_qk_projections,
         tied_head=config.share_input_output_layers,
-        tokenizer=(path / "tokenizer.model").exists(),
+        tokenizer=families.tokenizer_file(path) is not None,
         layers=layers,
+    )
+
+
+def _describe_other(path: Path, config: families.FamilyConfig) -> FamilyDescription:
+    dtype, file_bytes = _stored(path, config)
+    return FamilyDescription(
+        path=str(path),
+        family=config.family.name,
+        parameters=config.parameters,
+        embedding_parameters=math.prod(config.shapes()[f"{config.embedding}.weight"]),
+        dtype=dtype,
+        file_bytes=file_bytes,
+        memory={"float32": 4 * config.parameters, "16 bits": 2 * config.parameters},
+        kv_bytes_per_token={"float32": config.kv_bytes_per_token(4), "16 bits": config.kv_bytes_per_token(2)},
+        vocab_size=config.vocab_size,
+        model_dim=config.model_dim,
+        num_layers=config.num_layers,
+        context=config.max_context_length,
+        tied_head=config.share_input_output_layers,
+        tokenizer=families.tokenizer_file(path) is not None,
+        linears=config.linears,
+        keeps="keys and values" if config.family.positions else "a state",
     )
 
 
@@ -156,9 +221,10 @@ def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
         )
     if not (path / "config.json").exists():
         raise InputError(f"{path}: holds no config.json, so it is no model directory")
-    if with_tokenizer and not (path / "tokenizer.model").exists():
+    if with_tokenizer and families.tokenizer_file(path) is None:
+        name = "tokenizer.json" if families.is_other(path) else "tokenizer.model"
         raise InputError(
-            f"{path}: holds no tokenizer.model, so it reads and writes no text: copy the one of the model that it was "
+            f"{path}: holds no {name}, so it reads and writes no text: copy the one of the model that it was "
             "made from into it, or convert that again with --tokenizer"
         )
     return path
@@ -203,12 +269,14 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _stored(path: Path, config: ModelConfig) -> tuple[str, int]:
+def _stored(path: Path, config: families.Config) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     files = weight_files(path)
     entries = {entry.name: entry for file in files for entry in headers.read(file)}
-    for name, shape in config.shapes().items() if config.quantization is None else ():
+    # Another family's files may have names and shapes that only its network translates.
+    plain = config.quantization is None and not isinstance(config, families.FamilyConfig)
+    for name, shape in config.shapes().items() if plain else ():
         if name not in entries:
             raise InputError(f"{path}: tensor {name} is missing")
         if entries[name].shape != shape:

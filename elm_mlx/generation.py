@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from elm_mlx import device
-from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, place_step
+from elm_mlx.cache import Arrays, KVCache, make_prompt_cache, place_step
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
 from elm_mlx.sampling import Sampler, State
@@ -203,7 +203,7 @@ class Decoder:
         self.state = state
         self._padding = padding
         self._sampler = sampler
-        step = partial(_step, model)
+        step = partial(_step, model, [type(cache) for cache in caches])
         self._step = mx.compile(step) if device.compile_hindrance() is None else step
 
     def advance(self) -> tuple[mx.array, mx.array]:
@@ -212,10 +212,10 @@ class Decoder:
         for cache in self.caches:
             cache.reserve(start + 1)
         position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
-        arrays = [cache.state for cache in self.caches]
+        arrays: list[Any] = [cache.state for cache in self.caches]
         try:
             logits, arrays = self._step(self.tokens, position, offset, mask, arrays)
-            for cache, (cache.keys, cache.values) in zip(self.caches, arrays, strict=True):
+            for cache, cache.state in zip(self.caches, arrays, strict=True):
                 cache.offset = start + 1
         except BaseException:  # Ctrl-C, say: whatever was written, no cache claims it
             for cache in self.caches:
@@ -233,22 +233,22 @@ class Decoder:
         self.state = self._sampler.keep(self.state, index)
         self._padding = None if self._padding is None else self._padding[index]
         for cache in self.caches:
-            assert cache.keys is not None and cache.values is not None
-            cache.keys, cache.values = cache.keys[index], cache.values[index]
+            cache.state = [array[index] for array in cache.state if array is not None]
 
 
 def _step(
     model: Model,
+    kinds: Sequence[type[KVCache]],
     tokens: mx.array,
     position: mx.array,
     offset: mx.array,
     mask: mx.array,
-    arrays: list[tuple[mx.array, mx.array]],
-) -> tuple[mx.array, list[tuple[mx.array, mx.array]]]:
+    arrays: Sequence[Arrays],
+) -> tuple[mx.array, list[Arrays]]:
     """Tokens `(batch,)` to logits `(batch, vocab)`, and the caches' arrays with them in it."""
-    caches = [StepCache(keys, values, position, offset, mask) for keys, values in arrays]
+    caches = [kind.inside(own, position, offset, mask) for kind, own in zip(kinds, arrays, strict=True)]
     logits = model(tokens[:, None], cache=caches)[:, 0]
-    return logits, [(cache.keys, cache.values) for cache in caches]
+    return logits, [cache.state for cache in caches]
 
 
 def _stream(

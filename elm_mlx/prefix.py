@@ -42,9 +42,13 @@ class PrefixCache:
         return sum(cache.nbytes for cache in self.caches)
 
     def shared(self, prompt: Sequence[int]) -> int:
-        """How many ids of `prompt` need not be read. Never all: the last one's logits are not kept."""
+        """How many ids of `prompt` need not be read. Never all: the last one's logits are not kept.
+
+        Of a state that can't be cut back, all that was read or none.
+        """
         most = min(len(self.ids), len(prompt) - 1)
-        return next((i for i in range(most) if self.ids[i] != prompt[i]), most)
+        same = next((i for i in range(most) if self.ids[i] != prompt[i]), most)
+        return same if same == len(self.ids) or self.caches[0].is_trimmable() else 0
 
     def read(self, prompt: Sequence[int], stopped: Stopped = lambda: False) -> mx.array | None:
         """Hold exactly `prompt`; returns the logits `(1, vocab)` after it, or None if `stopped` said so before its end.

@@ -1,13 +1,13 @@
 """A model directory on disk: check it, load it.
 
-Knows `config.json`, the safetensors beside it and how quantized weights lie in them. Knows nothing of where
-a directory came from; `convert` makes them.
+Knows `config.json`, the safetensors beside it and how quantized weights lie in them; of an OpenELM, or of a family
+that `families` knows. Knows nothing of where a directory came from; `convert` makes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import device, headers
-from elm_mlx.config import ModelConfig
-from elm_mlx.describe import check_directory, fingerprint, weight_files
+from elm_mlx.describe import check_directory, fingerprint, read_config, weight_files
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig, tokenizer_file
 from elm_mlx.model import Model
-from elm_mlx.tokenizer import FILE_NAME as TOKENIZER_FILE
 from elm_mlx.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
@@ -34,6 +33,7 @@ class Loaded:
     """What a model directory holds.
 
     Attributes:
+        model: of another family it is mlx-lm's network, which speaks `Model`'s protocol; its names are mlx-lm's.
         tokenizer: None where the directory has none.
         stored: how the weights lie on disk, such as "bfloat16" or "4-bit, group 64".
         notes: lines that a user should know of, such as what the weights are computed in.
@@ -64,12 +64,15 @@ def load(
 def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:
     """`load`, with what there is to say about it."""
     path = check_directory(Path(path))
-    config = ModelConfig.load(path / "config.json")
+    config = read_config(path)
+    tokenizer = _tokenizer(path, config)
+    if isinstance(config, FamilyConfig) and not config.eos_token_ids and tokenizer is not None:
+        config = replace(config, eos_token_ids=tokenizer.eos_ids)
     adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
     weights, packing = read_weights(path, config)
-    stored = _stored(weights, packing)
+    stored = _stored(config, weights, packing)
     how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
-    model = Model(config)
+    model = _network(config)
     if how.unpack:
         _unpack(weights, packing)
     elif packing:
@@ -87,7 +90,6 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
 
         adapt.load(model, adapter)
         adapted = f"adapter {adapter.directory}: {adapter.describe()}"
-    tokenizer = _tokenizer(path, config)
     hindrance = device.compile_hindrance()
     uncompiled = (
         f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
@@ -95,19 +97,32 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     return Loaded(model, tokenizer, _describe(stored, packing), tuple(filter(None, (how.note, adapted, uncompiled))))
 
 
-def computation(path: Path, config: ModelConfig, compute_dtype: str | None = None) -> device.Computation:
+def _network(config: Config) -> Model:
+    """With random weights, not computed."""
+    if not isinstance(config, FamilyConfig):
+        return Model(config)
+    from elm_mlx import networks
+
+    return networks.network(config)
+
+
+def computation(path: Path, config: Config, compute_dtype: str | None = None) -> device.Computation:
     """What `open_model` would compute in. Raises InputError as it does."""
     weights, packing = read_weights(path, config)
-    return device.computation(_stored(weights, packing), config.parameters, bool(packing), compute_dtype)
+    return device.computation(_stored(config, weights, packing), config.parameters, bool(packing), compute_dtype)
 
 
-def _stored(weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
-    """The type that the model came in: norms are never quantized, so theirs of one that is."""
-    return weights["transformer.norm.weight" if packing else "transformer.token_embeddings.weight"].dtype
+def _stored(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
+    """The type that the model came in: its embedding's, or where that is quantized a norm's, which never is."""
+    embedding = f"{config.embedding}.weight"
+    if embedding not in packing:
+        return weights[embedding].dtype
+    parts = {part for name in packing for part in (name, _scales(name), _biases(name))}
+    return next(value.dtype for name, value in weights.items() if name not in parts)
 
 
-def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
-    if not (path / TOKENIZER_FILE).exists():
+def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
+    if tokenizer_file(path) is None:
         return None
     tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > config.vocab_size:
@@ -115,11 +130,11 @@ def _tokenizer(path: Path, config: ModelConfig) -> Tokenizer | None:
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {config.vocab_size}: "
             "it is another model's tokenizer"
         )
-    tokenizer.eos_ids = config.eos_token_ids
+    tokenizer.eos_ids = config.eos_token_ids or tokenizer.eos_ids
     return tokenizer
 
 
-def open_adapter(adapter_path: str | Path, path: Path, config: ModelConfig) -> Adapter:
+def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapter:
     """The adapter in a directory, checked against the model in `path`: its shapes, and its weights where known.
 
     Raises:
@@ -133,13 +148,17 @@ def open_adapter(adapter_path: str | Path, path: Path, config: ModelConfig) -> A
     return adapter
 
 
-def read_weights(path: Path, config: ModelConfig) -> tuple[dict[str, mx.array], dict[str, Packing]]:
+def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[str, Packing]]:
     """Every tensor of a model directory, not yet read from the disk, and how those that are quantized lie in it.
 
     Raises:
         InputError: names the file, and the tensor, that is missing or does not fit `config`.
     """
     weights = _read_weights(path)
+    if isinstance(config, FamilyConfig):
+        from elm_mlx import networks
+
+        weights = networks.sanitized(config, weights)
     packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
     _check_weights(config, packing, weights, path)
     return weights, packing
@@ -161,9 +180,7 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
     return weights
 
 
-def _check_weights(
-    config: ModelConfig, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path
-) -> None:
+def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path) -> None:
     """Every tensor that `config` wants, in its shape, and no other."""
     expected = dict(config.shapes())
     # Scales of the "mx" and "nv" modes are 8-bit floats, which MLX keeps as bytes.
@@ -195,7 +212,7 @@ def _check_packed(name: str, how: Packing, weights: dict[str, mx.array], path: P
         raise InputError(f"{path}: tensor {name} cannot be dequantized as config.json says: {error}") from None
 
 
-def _packing(config: ModelConfig, name: str) -> Packing:
+def _packing(config: Config, name: str) -> Packing:
     """How the weight `name` is quantized: its own entry in the config, or the config's default."""
     quantization = config.quantization
     if quantization is None:

@@ -66,7 +66,7 @@ class Template(ABC):
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
         """
-        return self._encode(self.parts(check_messages(messages), add_generation_prompt))
+        return self.tokenizer.encode_parts(self.parts(check_messages(messages), add_generation_prompt))
 
     def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
         """`encode(messages)`, beginning with `ids` wherever the template allows, so that a cache of them serves on.
@@ -86,20 +86,15 @@ class Template(ABC):
         messages = check_messages(messages)
         after = self.parts(messages, True)
         if len(messages) < 3 or messages[-2]["role"] != "assistant":
-            return self._encode(after)
+            return self.tokenizer.encode_parts(after)
         asked, answered = self.parts(messages[:-2], True), self.parts(messages[:-1], False)
-        end = max((i for i, part in enumerate(answered) if isinstance(part, int)), default=-1)
-        closes = len(_controls(answered)) > len(_controls(asked))
-        if not closes or after[: end + 1] != answered[: end + 1]:
-            return self._encode(after)
+        # Some close a whole conversation by more than an answer in it.
+        same = next((i for i, (a, b) in enumerate(zip(answered, after, strict=False)) if a != b), len(answered))
+        end = max((i for i, part in enumerate(after[:same]) if isinstance(part, int)), default=-1)
+        if len(_controls(after[: end + 1])) <= len(_controls(asked)):
+            return self.tokenizer.encode_parts(after)
         said = list(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
-        return said + self._encode(after[end:])
-
-    def _encode(self, parts: Sequence[Part]) -> list[int]:
-        ids: list[int] = []
-        for part in parts:
-            ids += [part] if isinstance(part, int) else self.tokenizer.encode(part, add_bos=False)
-        return ids
+        return said + self.tokenizer.encode_parts(after[end:])
 
 
 class OpenELMInstruct(Template):
@@ -131,7 +126,8 @@ class OpenELMInstruct(Template):
 class JinjaTemplate(Template):
     """A template that came with a model.
 
-    BOS is put in front where the template doesn't write it (in Hugging Face's libraries it is then missing).
+    BOS is put in front where the template doesn't write it (in Hugging Face's libraries it is then missing), unless
+    the tokenizer is one that was made for those.
 
     Args:
         source: Jinja text.
@@ -158,7 +154,8 @@ class JinjaTemplate(Template):
         parts = self._split(self._render(messages, add_generation_prompt))
         if _controls(parts) != _controls(safe):  # a message holds the name of a control token
             parts = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
-        bos = self.tokenizer.bos_id
+        bos = self.tokenizer.bos_id if self.tokenizer.bos_before_templates else None
+        parts = self.tokenizer.trimmed(parts)
         return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:

@@ -1,6 +1,7 @@
-"""Text to token ids and back, by SentencePiece; text that streams.
+"""Text to token ids and back; text that streams. What a tokenizer is, and the one by SentencePiece.
 
-Knows a SentencePiece model and nothing of models, prompts or templates. Imports sentencepiece alone.
+Knows a SentencePiece model and nothing of models, prompts or templates. Imports sentencepiece alone; the other
+kind, by a `tokenizer.json`, is `bpe`'s.
 
 Text is never taken for control tokens: `</s>` in it is four characters. Whoever wants a control token puts its
 id in, as `template` does.
@@ -8,10 +9,11 @@ id in, as `template` does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from elm_mlx import spm
+from elm_mlx import families, spm
 from elm_mlx.errors import InputError
 
 FILE_NAME = "tokenizer.model"
@@ -20,15 +22,100 @@ _SPACE = "\u2581"  # how a piece writes a space
 _REPLACEMENT = "\ufffd"
 
 
-class Tokenizer:
-    """A SentencePiece model. Made by `Tokenizer.load`.
+class Tokenizer(ABC):
+    """Text to token ids and back. Made by `Tokenizer.load`.
 
     Attributes:
         path: the file it was read from.
         vocab_size: the number of pieces.
-        bos_id, eos_id, unk_id: None where the model has no such piece.
+        bos_id, eos_id, unk_id: None where the model has no such piece, or puts none before a text.
         eos_ids: the ids that end a text; just `eos_id` unless set, say from a model's config.
+        bos_before_templates: whether BOS goes before a conversation whose template writes none.
     """
+
+    path: Path
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    unk_id: int | None
+    eos_ids: tuple[int, ...]
+    bos_before_templates = True
+
+    @staticmethod
+    def load(path: Path | str) -> Tokenizer:
+        """From a model directory, or from a `tokenizer.model` or `tokenizer.json` itself.
+
+        Raises:
+            InputError: there is none, or it is cut short, or something else.
+        """
+        path = Path(path)
+        if path.is_dir():
+            path = _file_of(path)
+        if path.suffix == ".json":
+            from elm_mlx.bpe import BPETokenizer
+
+            return BPETokenizer(path)
+        return SentencePieceTokenizer(spm.read(path))
+
+    @property
+    @abstractmethod
+    def pieces(self) -> list[str]:
+        """Every piece as its file writes it, by id."""
+
+    @property
+    @abstractmethod
+    def control_ids(self) -> dict[str, int]:
+        """The pieces without text, by name: `<s>`, `</s>` and their like."""
+
+    @abstractmethod
+    def encode(self, text: str, add_bos: bool = True) -> list[int]:
+        """The ids of a text, BOS in front unless unwanted. Raises InputError where it is no valid Unicode."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; control tokens are silent. Raises InputError for an id outside the vocabulary."""
+
+    @abstractmethod
+    def detokenizer(self, prompt: Iterable[int] = ()) -> Detokenizer:
+        """A decoder, fresh for each stream, of the tokens that follow `prompt`."""
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Runs of text, each encoded by itself, and ids of control tokens between them. No BOS is added."""
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                ids += self.encode_later(part) if i else self.encode(part, add_bos=False)
+        return ids
+
+    def encode_later(self, text: str) -> list[int]:
+        """The ids of a run of text that others or control tokens stand before."""
+        return self.encode(text, add_bos=False)
+
+    def trimmed(self, parts: Sequence[str | int]) -> list[str | int]:
+        """`parts` without the white space that a control token beside it swallows; few tokenizers have such."""
+        return list(parts)
+
+
+class Detokenizer(ABC):
+    """Tokens one by one in, text out as soon as it cannot change any more.
+
+    What it returned so far, the prompt's included, is always a prefix of `decode` of all the tokens; after `finish`
+    it is the whole. A prompt that ends amid a character leaves its bytes to the stream.
+    """
+
+    @abstractmethod
+    def add(self, token: int) -> str:
+        """The text that is final now that `token` has come. Raises InputError for one outside the vocabulary."""
+
+    @abstractmethod
+    def finish(self) -> str:
+        """The rest: U+FFFD for the bytes of a character that was not completed."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model."""
 
     def __init__(self, model: spm.ModelFile) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -49,20 +136,6 @@ class Tokenizer:
         self.unk_id = _known(self._processor.unk_id())
         self.eos_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
 
-    @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
-        """From a model directory, or from the SentencePiece file itself.
-
-        Raises:
-            InputError: there is none, or it is cut short, or something else.
-        """
-        path = Path(path)
-        if path.is_dir():
-            path /= FILE_NAME
-            if not path.exists():
-                raise InputError(f"{path.parent}: holds no {FILE_NAME}; `elm-mlx convert --tokenizer` puts one there")
-        return cls(spm.read(path))
-
     @property
     def pieces(self) -> list[str]:
         """Every piece as SentencePiece writes it, by id."""
@@ -81,12 +154,7 @@ class Tokenizer:
         Raises:
             InputError: `text` holds half a surrogate pair, as Python makes of bytes that are no UTF-8.
         """
-        try:
-            data = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X}"
-            raise InputError(f"the text is no valid Unicode: character {error.start + 1} is {half}") from None
-        ids: list[int] = self._processor.encode(data, out_type=int)
+        ids: list[int] = self._processor.encode(check_unicode(text), out_type=int)
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -131,15 +199,10 @@ class Tokenizer:
             raise InputError(f"token {token} is outside the vocabulary: {self.path} has {self.vocab_size} pieces")
 
 
-class StreamingDecoder:
-    """Tokens one by one in, text out as soon as it cannot change any more. Made by `Tokenizer.detokenizer`.
+class StreamingDecoder(Detokenizer):
+    """SentencePiece's. A first `▁the` gives ` the` after a prompt that has text, and `the` after BOS alone."""
 
-    What it returned so far, prompt included, is always a prefix of `decode` of all the tokens; after `finish`
-    it is the whole. So a first `▁the` gives ` the` after a prompt that has text, and `the` after BOS alone. A
-    prompt that ends amid a character leaves its bytes to the stream.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: SentencePieceTokenizer) -> None:
         self._tokenizer = tokenizer
         model = tokenizer._model
         self._strips_one = model.add_dummy_prefix or model.remove_extra_whitespaces
@@ -188,6 +251,24 @@ class StreamingDecoder:
         if text:
             self._at_start = False
         return text
+
+
+def check_unicode(text: str) -> bytes:
+    """`text` in UTF-8. Raises InputError for half a surrogate pair, as Python makes of bytes that are no UTF-8."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X}"
+        raise InputError(f"the text is no valid Unicode: character {error.start + 1} is {half}") from None
+
+
+def _file_of(directory: Path) -> Path:
+    found = families.tokenizer_file(directory)
+    if found is not None:
+        return found
+    if families.is_other(directory):
+        raise InputError(f"{directory}: holds no tokenizer.json: copy the one of the model that it was made from")
+    raise InputError(f"{directory}: holds no {FILE_NAME}; `elm-mlx convert --tokenizer` puts one there")
 
 
 def _character_size(first: int) -> int:

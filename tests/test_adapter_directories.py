@@ -17,8 +17,8 @@ import tiny
 from mlx.utils import tree_flatten
 
 from elm_mlx import adapt, adapters, device
-from elm_mlx.adapters import EMBEDDING, INPUT_EMBEDDING, LINEARS, Adapter, plan
-from elm_mlx.config import ModelConfig
+from elm_mlx.adapters import EMBEDDING, INPUT_EMBEDDING, Adapter, plan
+from elm_mlx.config import LINEARS, ModelConfig
 from elm_mlx.describe import fingerprint
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model

@@ -17,7 +17,7 @@ from elm_mlx.cli.show import printable, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.describe import AdapterDescription, Description
+    from elm_mlx.describe import AdapterDescription, Description, FamilyDescription
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
 
@@ -37,7 +37,7 @@ def info(
     if system:
         result |= {"system": _system()}
     if model is not None:
-        from elm_mlx.describe import check_directory, describe, describe_adapter
+        from elm_mlx.describe import FamilyDescription, check_directory, describe, describe_adapter
 
         description = describe(check_directory(model))
         result |= description.to_dict()
@@ -51,7 +51,10 @@ def info(
         for name, value in _system().items():
             print(f"{name + ':':<14}{value}")
     if model is not None:
-        _print(description)
+        if isinstance(description, FamilyDescription):
+            _print_other(description)
+        else:
+            _print(description)
         if about is not None:
             _print_adapter(about)
 
@@ -122,6 +125,28 @@ def _print(about: Description) -> None:
         ]  # fmt: skip
         table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
     console.print(table)
+
+
+def _print_other(about: FamilyDescription) -> None:
+    embedding = f"({about.embedding_parameters:,} in the embedding)"
+    print(f"{printable(about.path)}: {about.family}, {about.parameters:,} parameters {embedding}")
+    if about.keeps == "a state":
+        context, cache = "no limit of its own", "a state of constant size, of which nothing can be taken back"
+    else:
+        context = f"{about.context:,} tokens"
+        cache = ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items())
+    head = "tied head" if about.tied_head else "untied head"
+    lines = {
+        "shape": f"{about.num_layers} layers, width {about.model_dim}, {head}; the network is mlx-lm's",
+        "linears": ", ".join(name.rpartition(".")[2] for name in about.linears),
+        "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
+        "context": context,
+        "stored": f"{about.dtype}, {size(about.file_bytes)}",
+        "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
+        "cache": cache,
+    }
+    for name, line in lines.items():
+        print(f"  {name:<11} {line}")
 
 
 def _print_adapter(about: AdapterDescription) -> None:

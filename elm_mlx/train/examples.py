@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -277,22 +278,25 @@ class Encoder:
                 continue
             offsets = {0, len(part), *(offset for span in spans for at, offset in span if at == index)}
             for start, end in pairwise(sorted(offsets)):
-                run = self._continuation(part[:start], part[start:end])
+                run = self._continuation(part[:start], part[start:end], later=index > 0)
                 ids += run
                 trained += [_within((index, start), spans)] * len(run)
         size = len(ids) if self._all or True not in trained else len(ids) - trained[::-1].index(True)
         return Example(tuple(map(self._ids.__getitem__, ids[:size])), tuple(trained[:size]))
 
-    def _continuation(self, before: str, text: str) -> list[int]:
-        """The ids of `text` after those of `before`: of the two together, or where they would merge, by itself."""
-        encode = self._tokenizer.encode
+    def _continuation(self, before: str, text: str, later: bool) -> list[int]:
+        """The ids of `text` after those of `before`: of the two together, or where they would merge, by itself.
+
+        `later`: whether anything stands before both.
+        """
+        encode = self._tokenizer.encode_later if later else partial(self._tokenizer.encode, add_bos=False)
         if not before:
-            return encode(text, add_bos=False)
+            return encode(text)
         for beginning in (before, "\n"):  # with which a text's own first piece rarely merges
-            first, both = encode(beginning, add_bos=False), encode(beginning + text, add_bos=False)
+            first, both = encode(beginning), encode(beginning + text)
             if both[: len(first)] == first:
                 return both[len(first) :]
-        return encode(text, add_bos=False)
+        return encode(text)
 
 
 def _question(record: Completion | Instruction, plain: bool) -> tuple[str, str]:

@@ -44,7 +44,7 @@ class Method:
     full: bool = False
     rank: adapters.Rank = 8
     alpha: float | None = None
-    targets: Sequence[str] = adapters.LINEARS
+    targets: Sequence[str] | None = None
     num_layers: int = -1
     dropout: float = 0.0
     dora: bool = False

@@ -1,0 +1,165 @@
+"""Small models of other families, by code: mlx-lm's layout, random weights, a byte-level BPE trained here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from elm_mlx import networks
+from elm_mlx.describe import read_config
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for message in messages %}{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "phi3": PHI3}
+CONTROLS = {
+    "chatml": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "phi3": ["<unk>", "<s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+}
+BOS = {"chatml": "<|im_start|>", "llama3": "<|begin_of_text|>", "phi3": "<s>"}
+EOS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "phi3": "<|end|>"}
+# Llama 3's way of cutting a text into words: contractions, words, at most three digits, punctuation, white space.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXTS = [
+    "The crow was half dead with thirst, and there was a pitcher which had once been full of water.",
+    "Then a thought came to him, and he took a pebble and dropped it into the pitcher: 1, 22, 333, 4444 of them!",
+    "Ça va? Grüße, 日本語のテキスト, 🦜🦜 and\n\n  some   spaces\tand tabs.",
+] * 20
+
+_SHAPE = {
+    "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 80, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+}  # fmt: skip
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {
+        **_SHAPE, "model_type": "llama", "rope_theta": 500_000.0, "rope_scaling": LLAMA3_ROPE,
+        "tie_word_embeddings": False,
+    },
+    "mistral": {**_SHAPE, "model_type": "mistral", "attention_bias": True, "head_dim": 16, "tie_word_embeddings": True},
+    "phi3": {
+        **_SHAPE, "model_type": "phi3", "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 4, "short_factor": [1.0] * 4},
+    },
+    "olmo2": {**_SHAPE, "model_type": "olmo2", "tie_word_embeddings": False},
+    "olmo3": {
+        **_SHAPE, "model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 16, "rope_theta": 1e4,
+        "tie_word_embeddings": False,
+    },
+    "mamba": {
+        "model_type": "mamba", "hidden_size": 48, "intermediate_size": 96, "state_size": 8, "num_hidden_layers": 2,
+        "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,
+    },
+}  # fmt: skip
+STYLES = {"llama": "llama3", "phi3": "phi3"}  # the others are ChatML
+
+
+def train_tokenizer(style: str, vocab_size: int = 400) -> Any:
+    """A `tokenizers.Tokenizer`: byte-level, or for Phi-3 SentencePiece-like, with the control tokens of `style`."""
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    controls = CONTROLS[style]
+    if style == "phi3":
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=controls[:3] + bytes_, show_progress=False)
+        tokenizer.train_from_iterator(TEXTS[:2], trainer)
+        values = json.loads(tokenizer.to_str())
+        values["added_tokens"] = values["added_tokens"][:3]  # bytes are pieces like others
+        tokenizer = Tokenizer.from_str(json.dumps(values))
+        # As in Phi-3's file: no special tokens to the library, and white space after them goes.
+        tokenizer.add_tokens([AddedToken(name, rstrip=True, normalized=False) for name in controls[3:]])
+        return tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=controls, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if style == "llama3":
+        bos = BOS[style]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return tokenizer
+
+
+def write_tokenizer(path: Path, style: str, vocab_size: int = 400) -> Any:
+    tokenizer = train_tokenizer(style, vocab_size)
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS[style], "eos_token": EOS[style],
+        "chat_template": TEMPLATES[style], "clean_up_tokenization_spaces": False,
+    }  # fmt: skip
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
+
+
+def write_model(path: Path, name: str, changes: Mapping[str, Any] | None = None, seed: int = 0) -> Path:
+    """A model directory of the family `name`, float32, as mlx-lm would save it."""
+    path.mkdir(parents=True)
+    style = STYLES.get(name, "chatml")
+    tokenizer = write_tokenizer(path, style)
+    config = {
+        **CONFIGS[name], "vocab_size": tokenizer.get_vocab_size() + 3,
+        "bos_token_id": tokenizer.token_to_id(BOS[style]),
+        "eos_token_id": tokenizer.token_to_id(EOS[style]), **(changes or {}),
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    network = networks.network(read_config(path))
+    keys = mx.random.split(mx.random.key(seed), 1000)
+    weights = {
+        name: _drawn(name, value, key)
+        for (name, value), key in zip(tree_flatten(network.parameters()), keys, strict=False)
+    }
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    return path
+
+
+def _drawn(name: str, value: mx.array, key: mx.array) -> mx.array:
+    if name.endswith(("A_log", "D")):
+        return value
+    if value.ndim == 1 and name.endswith("weight"):
+        return 1 + 0.1 * mx.random.normal(value.shape, key=key)
+    return mx.random.normal(value.shape, key=key) * (0.5 if "embed" in name else 0.15)

@@ -1,0 +1,229 @@
+"""Other families: what mlx-lm makes of the same directory, and what cannot be done is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import other_models
+import pytest
+from mlx.utils import tree_flatten
+
+from elm_mlx import batch, device, generation, store
+from elm_mlx.cache import KVCache, StateCache, make_prompt_cache
+from elm_mlx.describe import read_config
+from elm_mlx.errors import InputError
+from elm_mlx.prefix import PrefixCache
+from elm_mlx.sampling import Sampler
+
+NAMES = tuple(other_models.CONFIGS)
+IDS = [(i * 37 + 11) % 380 for i in range(40)]
+
+
+@pytest.fixture(scope="session")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model directory of each family. Not to be written to."""
+    root = tmp_path_factory.mktemp("families")
+    return {name: other_models.write_model(root / name, name) for name in NAMES}
+
+
+@pytest.fixture(scope="session")
+def theirs(directories: dict[str, Path]) -> dict[str, Any]:
+    """The same by mlx-lm."""
+    from mlx_lm.utils import load_model
+
+    return {name: load_model(path)[0] for name, path in directories.items()}
+
+
+def _theirs_greedy(model: Any, ids: list[int], count: int) -> list[int]:
+    from mlx_lm.generate import generate_step
+
+    return [int(token) for token, _ in generate_step(mx.array(ids), model, max_tokens=count)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_mlx_lm(name: str, directories: dict[str, Path], theirs: dict[str, Any]) -> None:
+    model, tokenizer = store.load(directories[name])
+    ids = mx.array([IDS, IDS[::-1]])
+    expected = theirs[name](ids)
+    assert mx.allclose(model(ids), expected, atol=1e-4)
+    assert mx.allclose(model.head(model.transformer(ids, None)), expected, atol=1e-4)
+    assert tokenizer is not None and tokenizer.eos_ids == model.config.eos_token_ids
+    assert model.config.num_layers == len(model.layers)
+    assert model.config.parameters == sum(value.size for _, value in tree_flatten(theirs[name].parameters()))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_tokens_are_those_of_mlx_lm(name: str, directories: dict[str, Path], theirs: dict[str, Any]) -> None:
+    model, _ = store.load(directories[name])
+    expected = _theirs_greedy(theirs[name], IDS, 24)
+    for step in (512, 7):
+        found = generation.stream_generate(model, None, IDS, max_tokens=24, stop_at_eos=False, prefill_step=step)
+        assert [response.token for response in found] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_gives_what_each_prompt_gives(name: str, directories: dict[str, Path]) -> None:
+    model, tokenizer = store.load(directories[name])
+    assert tokenizer is not None
+    prompts = [IDS[:5], IDS[:23], IDS[7:]]
+    together = list(batch.generate_batch(model, tokenizer, prompts, max_tokens=8))
+    for prompt, row in zip(prompts, together, strict=True):
+        alone = [response.token for response in generation.stream_generate(model, tokenizer, prompt, max_tokens=8)]
+        assert row.tokens == alone
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prefix_is_read_once(name: str, directories: dict[str, Path]) -> None:
+    model, _ = store.load(directories[name])
+    cache = PrefixCache(model)
+    logits = cache.read(IDS[:30])
+    assert logits is not None
+    said = list(cache.decode(logits, Sampler(), 0, 6))
+    held = list(cache.ids)
+    longer = [*IDS[:30], *said, 5, 6]
+    assert cache.shared(longer) == len(held)
+    again = cache.read(longer)
+    fresh = generation.prefill(model, longer, make_prompt_cache(model))
+    assert again is not None and mx.allclose(again, fresh, atol=1e-4)
+    cut = [*IDS[:20], 3]
+    assert cache.shared(cut) == (20 if name != "mamba" else 0)
+    again = cache.read(cut)
+    assert again is not None
+    assert mx.allclose(again, generation.prefill(model, cut, make_prompt_cache(model)), atol=1e-4)
+
+
+def test_caches(directories: dict[str, Path]) -> None:
+    kinds = {name: type(make_prompt_cache(store.load(path)[0])[0]) for name, path in directories.items()}
+    assert kinds == {name: StateCache if name == "mamba" else KVCache for name in NAMES}
+    state = StateCache()
+    assert not state.is_trimmable() and state.nbytes == 0
+    state.state, state.offset = [mx.zeros(3), mx.zeros(2)], 5
+    assert state.trim(2) == 0 and state.offset == 5 and state[0] is not None
+    assert state.trim(5) == 5 and state.offset == 0 and state[0] is None
+
+
+def test_a_window_hides_what_lies_before_it() -> None:
+    cache = KVCache()
+    assert cache.make_mask(4, window_size=8) == "causal" and cache.make_mask(1, window_size=8) is None
+    cache.offset = 6
+    mask = cache.make_mask(3, window_size=4)
+    assert isinstance(mask, mx.array)
+    expected = [[0, 0, 0, 1, 1, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1, 1, 1, 1]]
+    assert mask.astype(mx.int32).tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "olmo2", "olmo3"])
+def test_segments_keep_texts_apart(name: str, directories: dict[str, Path]) -> None:
+    model, _ = store.load(directories[name])
+    row, numbers = mx.array([IDS]), mx.array([[1] * 17 + [2] * 23])
+    together = model(row, segments=numbers)
+    assert mx.allclose(together[:, :17], model(row[:, :17]), atol=1e-4)
+    assert mx.allclose(together[:, 17:], model(row[:, 17:]), atol=1e-4)
+
+
+def test_a_state_cannot_tell_texts_apart(directories: dict[str, Path]) -> None:
+    model, _ = store.load(directories["mamba"])
+    with pytest.raises(InputError, match="Mamba cannot tell them apart"):
+        model(mx.array([IDS]), segments=mx.ones((1, len(IDS))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_quantized(
+    name: str, on_gpu: bool, tmp_path: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By mlx-lm's own quantization, read as it is (as on a GPU) and dequantized to float32."""
+    from mlx_lm.utils import load_model, quantize_model, save
+
+    wide = {"hidden_size": 96, "intermediate_size": 192, "time_step_rank": 32, "rope_scaling": None}
+    model, config = load_model(other_models.write_model(tmp_path / "dense", name, wide))
+    quantized, config = quantize_model(model, config, 32, 4)
+    path = tmp_path / "quantized"
+    shutil.copytree(tmp_path / "dense", path)
+    (path / "model.safetensors").unlink()
+    save(path, tmp_path / "dense", quantized, _NoTokenizer(), config)
+    expected = load_model(path)[0](mx.array([IDS[:6]]))
+    monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
+    loaded = store.open_model(path)
+    assert ("4-bit" in loaded.stored) and any(hasattr(m, "bits") for m in loaded.model.modules()) == on_gpu
+    assert mx.allclose(loaded.model(mx.array([IDS[:6]])), expected, atol=2e-3, rtol=1e-3)
+
+
+class _NoTokenizer:
+    def save_pretrained(self, path: Path) -> None:
+        pass
+
+
+def test_configs_that_are_refused(tmp_path: Path, directories: dict[str, Path]) -> None:
+    def refused(changes: dict[str, Any], match: str) -> None:
+        values = {**json.loads((directories["llama"] / "config.json").read_text()), **changes}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(InputError, match=match) as error:
+            config = read_config(tmp_path)
+            assert config.shapes()
+        assert "\n" not in str(error.value)
+
+    refused({"model_type": "gpt2"}, "model_type is 'gpt2', and this reads openelm, llama")
+    refused({"model_type": "olmo"}, "OLMo 2 and 3 do")
+    refused({"vocab_size": "many"}, "vocab_size is many")
+    refused({"num_hidden_layers": 10**9}, "from 1 to 10,000")
+    refused({"max_position_embeddings": None}, "max_position_embeddings is None")
+    refused({"intermediate_size": None}, "makes no Llama network")
+    refused({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq")
+    refused({"rope_scaling": {"rope_type": "odd"}}, "makes no Llama network")
+
+
+def test_transformers_newer_names_of_rope(tmp_path: Path, directories: dict[str, Path]) -> None:
+    values = json.loads((directories["llama"] / "config.json").read_text())
+    parameters = {"rope_theta": values.pop("rope_theta"), **values.pop("rope_scaling")}
+    shutil.copytree(directories["llama"], tmp_path / "new")
+    (tmp_path / "new" / "config.json").write_text(json.dumps({**values, "rope_parameters": parameters}))
+    ids = mx.array([IDS])
+    assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(directories["llama"])[0](ids))
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, directories: dict[str, Path]) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(directories["llama"], path)
+    weights = mx.load(str(path / "model.safetensors"))
+    kept = weights.pop("model.layers.1.mlp.up_proj.weight")
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        store.load(path)
+    mx.save_safetensors(str(path / "model.safetensors"), {**weights, "model.layers.1.mlp.up_proj.weight": kept[1:]})
+    with pytest.raises(InputError, match=r"up_proj\.weight is \(79, 48\), and config\.json implies \(80, 48\)"):
+        store.load(path)
+
+
+def test_eos_ids_of_both_files(tmp_path: Path, directories: dict[str, Path]) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(directories["llama"], path)
+    own = read_config(path).eos_token_ids
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own[0], 1]}))
+    assert read_config(path).eos_token_ids == (own[0], 1)
+
+
+def test_mlx_lm_and_transformers_are_not_imported(directories: dict[str, Path]) -> None:
+    code = (
+        "import sys; from elm_mlx import store; store.load(sys.argv[1]);"
+        "print([name for name in sys.modules if name.split('.')[0] in ('mlx_lm', 'transformers')])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, directories["llama"]], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == "[]"
+
+
+def test_mlx_lm_stays_as_it_is(directories: dict[str, Path], theirs: dict[str, Any]) -> None:
+    from mlx_lm.models import activations, cache
+
+    store.load(directories["mamba"])
+    assert activations.swiglu.__module__ != "elm_mlx.ops"
+    assert cache.ArraysCache is not StateCache and isinstance(theirs["llama"], nn.Module)
