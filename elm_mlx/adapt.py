@@ -17,8 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from elm_mlx import adapters, files, lora, shards
 from elm_mlx.adapters import Adapter
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.families import Config
 from elm_mlx.model import Model
 
 
@@ -87,7 +87,7 @@ def write(
     directory: Path,
     adapter: Adapter,
     values: Mapping[str, mx.array],
-    config: ModelConfig,
+    config: Config,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes mlx-lm's directory of an adapter, which is made if need be; each of the two files atomically.
@@ -113,7 +113,7 @@ def write(
     files.write_text(directory / adapters.CONFIG, text)
 
 
-def read_values(adapter: Adapter, config: ModelConfig) -> dict[str, mx.array]:
+def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
     """The adapter's arrays by their names in the model, at their own ranks, float32 but for "full".
 
     Raises:

@@ -1,6 +1,6 @@
 """Adapters in figures: which modules, what ranks, how strong; and mlx-lm's directory of one, read and checked.
 
-Knows `adapter_config.json`, the header of `adapters.safetensors` and how both name the modules of an OpenELM.
+Knows `adapter_config.json`, the header of `adapters.safetensors` and how both name the modules of a model.
 Touches no array: importing this imports no MLX.
 """
 
@@ -290,6 +290,8 @@ def _keys(where: Path, keys: object, num_layers: object, config: Config) -> list
     found: dict[str, None] = {}
     for key in config.linears if keys is None else keys:
         named = [f"{config.layers_prefix}.{layer}.{key}" for layer in layers] if key in config.linears else [key]
+        if named[0] == config.embedding and named[0] not in known:
+            raise InputError(f"{where}: adapts the embedding, which is done for OpenELM alone")
         if named[0] not in known:
             hint = ": its head is untied, as after fusing" if key == INPUT_EMBEDDING else ""
             raise InputError(f"{where}: keys names {_short(key)}, and this model has no such module{hint}")

@@ -20,11 +20,11 @@ import mlx.core as mx
 
 from elm_mlx import adapt, adapters, files, lora, shards
 from elm_mlx.adapters import EMBEDDING, Adapter
-from elm_mlx.config import ModelConfig
-from elm_mlx.describe import check_directory
+from elm_mlx.describe import check_directory, read_config
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.families import Config
 from elm_mlx.shards import Pending
-from elm_mlx.store import Loaded, Packing, open_adapter, open_model, read_weights
+from elm_mlx.store import Loaded, Packing, open_adapter, open_model, read_weights, stored_type
 from elm_mlx.version import __version__
 
 # Root mean square of the logits' difference, as a share of their spread, that rounding every weight once explains.
@@ -106,7 +106,7 @@ def fuse(
     """
     source, target = check_directory(Path(model_path)), Path(destination)
     _check_destination(target, (source, Path(adapter_path)), overwrite)
-    config = ModelConfig.load(source / "config.json")
+    config = read_config(source)
     adapter = open_adapter(adapter_path, source, config)
     loaded = open_model(source)
     ids, on_text = _ids(loaded, text)
@@ -119,11 +119,11 @@ def fuse(
         untied, requantized = _write(source, adapter, directory, dequantize)
         fused = open_model(directory)
         after = _logits(fused, ids)
-        stored_type = read_weights(directory, fused.model.config)[0]["transformer.norm.weight"].dtype
+        dtype = stored_type(fused.model.config, *read_weights(directory, fused.model.config))
         fusion = Fusion(
             target, adapter, fused.stored, untied, ids.size, on_text,
             effect=_rms(before - base), **_compare(before, after),
-            tolerance=None if requantized else _TOLERANCES[stored_type],
+            tolerance=None if requantized else _TOLERANCES[dtype],
         )  # fmt: skip
         _check(fusion)
     return fusion
@@ -158,12 +158,12 @@ def _check_destination(target: Path, sources: tuple[Path, ...], overwrite: bool)
 
 def _write(source: Path, adapter: Adapter, directory: Path, dequantize: bool) -> tuple[bool, bool]:
     """The whole directory. Returns whether the head was untied, and whether anything was quantized anew."""
-    config = ModelConfig.load(source / "config.json")
-    merge = _Merge(*read_weights(source, config), adapt.read_values(adapter, config), adapter, dequantize)
+    config = read_config(source)
+    merge = _Merge(config, *read_weights(source, config), adapt.read_values(adapter, config), adapter, dequantize)
     untied = adapter.unties(config)
     tensors = [tensor for name in config.shapes() for tensor in merge.tensors(name, config.shapes()[name])]
     if untied:
-        base = _Merge(*read_weights(source, config), {}, Adapter(adapter.kind), dequantize)
+        base = _Merge(config, *read_weights(source, config), {}, Adapter(adapter.kind), dequantize)
         head = base.tensors(f"{EMBEDDING}.weight", config.shapes()[f"{EMBEDDING}.weight"])
         tensors += [Pending(t.name.replace(EMBEDDING, "lm_head"), t.dtype, t.shape, t.make) for t in head]
     needed, free = sum(tensor.nbytes for tensor in tensors) + (16 << 20), files.free_bytes(directory)
@@ -186,6 +186,7 @@ class _Merge:
 
     def __init__(
         self,
+        config: Config,
         weights: dict[str, mx.array],
         packing: Mapping[str, Packing],
         values: Mapping[str, mx.array],
@@ -194,8 +195,7 @@ class _Merge:
     ):
         self._weights, self._packing, self._values = weights, packing, values
         self._adapter, self._dequantize = adapter, dequantize
-        # Norms are never quantized, so theirs is the type that a quantized model came in.
-        self._dtype = weights["transformer.norm.weight"].dtype
+        self._dtype = stored_type(config, weights, packing)
         self.requantizes = any(self._changes(name) for name in packing)
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[Pending]:

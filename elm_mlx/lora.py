@@ -3,7 +3,8 @@
 LoRA (Hu et al., 2021) adds `scale * B A` to a weight; DoRA (Liu et al., 2024) then brings each row to a length that is
 learnt too. Parameters are named and laid out as in mlx-lm: `lora_a` (inputs, rank), `lora_b` (rank, outputs), `m`
 (outputs,); of an embedding a token is an input, and `m` has one length a token. The base may be quantized.
-Knows nothing of the network, nor of files. OpenELM's linears have no biases, and these have none.
+Knows nothing of the network, nor of files. OpenELM's linears have no biases; where another family's have one, it stays
+outside of what DoRA brings to length.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ class DoRALinear(LoRALinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         ratio = self._ratio() if self._settled is None else self._settled
-        return super().__call__(x) * ratio.astype(x.dtype)
+        out, bias = super().__call__(x), self.linear.get("bias")
+        if bias is None:
+            return out * ratio.astype(x.dtype)
+        return (out - bias) * ratio.astype(x.dtype) + bias
 
     def settle(self) -> None:
         """Compute the lengths once; until training, the parameters are taken for constants."""
@@ -62,6 +66,8 @@ class DoRALinear(LoRALinear):
 
     def _ratio(self) -> mx.array:
         cross = self.linear(self.lora_a.T).T  # the weight times lora_a, (outputs, rank), whatever it is packed in
+        if "bias" in self.linear:
+            cross = cross - self.linear.bias[:, None]
         gram = self.lora_a.T @ self.lora_a
         return self.m / _lengths(self._squares, cross, self.lora_b.T, gram, self.scale)
 

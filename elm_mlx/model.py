@@ -132,6 +132,10 @@ class Model(nn.Module):
         """
         return self.head(self.transformer(ids, cache, segments))
 
+    def head_module(self) -> nn.Module:
+        """The module whose parameters turn hidden states into logits."""
+        return self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head
+
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""
         if self.config.share_input_output_layers:

@@ -96,6 +96,8 @@ def network(config: FamilyConfig) -> Any:
         raise InputError(f"config.json: makes no {family.name} network: {reason}") from None
     made.__class__ = _speaking(found.Model, family.body, family.embedding)
     made.config = config
+    constants = (value for part in made.modules() for name, value in part.items() if name.startswith("_"))
+    mx.eval([value for value in constants if isinstance(value, mx.array)])  # RoPE's, or each graph would compute them
     return made
 
 

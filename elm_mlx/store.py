@@ -70,7 +70,7 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
         config = replace(config, eos_token_ids=tokenizer.eos_ids)
     adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
     weights, packing = read_weights(path, config)
-    stored = _stored(config, weights, packing)
+    stored = stored_type(config, weights, packing)
     how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
     model = _network(config)
     if how.unpack:
@@ -109,10 +109,10 @@ def _network(config: Config) -> Model:
 def computation(path: Path, config: Config, compute_dtype: str | None = None) -> device.Computation:
     """What `open_model` would compute in. Raises InputError as it does."""
     weights, packing = read_weights(path, config)
-    return device.computation(_stored(config, weights, packing), config.parameters, bool(packing), compute_dtype)
+    return device.computation(stored_type(config, weights, packing), config.parameters, bool(packing), compute_dtype)
 
 
-def _stored(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
+def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
     """The type that the model came in: its embedding's, or where that is quantized a norm's, which never is."""
     embedding = f"{config.embedding}.weight"
     if embedding not in packing:

@@ -7,6 +7,7 @@ import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its B
 # isort: split
 from pathlib import Path
 
+import other_models
 import pytest
 import tiny
 
@@ -56,3 +57,10 @@ def classics_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("classics") / "model"
     convert(found, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small model directory of each other family. Not to be written to."""
+    root = tmp_path_factory.mktemp("families")
+    return {name: other_models.write_model(root / name, name) for name in other_models.CONFIGS}

@@ -27,18 +27,11 @@ IDS = [(i * 37 + 11) % 380 for i in range(40)]
 
 
 @pytest.fixture(scope="session")
-def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A model directory of each family. Not to be written to."""
-    root = tmp_path_factory.mktemp("families")
-    return {name: other_models.write_model(root / name, name) for name in NAMES}
-
-
-@pytest.fixture(scope="session")
-def theirs(directories: dict[str, Path]) -> dict[str, Any]:
+def theirs(family_dirs: dict[str, Path]) -> dict[str, Any]:
     """The same by mlx-lm."""
     from mlx_lm.utils import load_model
 
-    return {name: load_model(path)[0] for name, path in directories.items()}
+    return {name: load_model(path)[0] for name, path in family_dirs.items()}
 
 
 def _theirs_greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -48,8 +41,8 @@ def _theirs_greedy(model: Any, ids: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_logits_are_those_of_mlx_lm(name: str, directories: dict[str, Path], theirs: dict[str, Any]) -> None:
-    model, tokenizer = store.load(directories[name])
+def test_logits_are_those_of_mlx_lm(name: str, family_dirs: dict[str, Path], theirs: dict[str, Any]) -> None:
+    model, tokenizer = store.load(family_dirs[name])
     ids = mx.array([IDS, IDS[::-1]])
     expected = theirs[name](ids)
     assert mx.allclose(model(ids), expected, atol=1e-4)
@@ -60,8 +53,8 @@ def test_logits_are_those_of_mlx_lm(name: str, directories: dict[str, Path], the
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_greedy_tokens_are_those_of_mlx_lm(name: str, directories: dict[str, Path], theirs: dict[str, Any]) -> None:
-    model, _ = store.load(directories[name])
+def test_greedy_tokens_are_those_of_mlx_lm(name: str, family_dirs: dict[str, Path], theirs: dict[str, Any]) -> None:
+    model, _ = store.load(family_dirs[name])
     expected = _theirs_greedy(theirs[name], IDS, 24)
     for step in (512, 7):
         found = generation.stream_generate(model, None, IDS, max_tokens=24, stop_at_eos=False, prefill_step=step)
@@ -69,8 +62,8 @@ def test_greedy_tokens_are_those_of_mlx_lm(name: str, directories: dict[str, Pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_gives_what_each_prompt_gives(name: str, directories: dict[str, Path]) -> None:
-    model, tokenizer = store.load(directories[name])
+def test_a_batch_gives_what_each_prompt_gives(name: str, family_dirs: dict[str, Path]) -> None:
+    model, tokenizer = store.load(family_dirs[name])
     assert tokenizer is not None
     prompts = [IDS[:5], IDS[:23], IDS[7:]]
     together = list(batch.generate_batch(model, tokenizer, prompts, max_tokens=8))
@@ -80,8 +73,8 @@ def test_a_batch_gives_what_each_prompt_gives(name: str, directories: dict[str, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_prefix_is_read_once(name: str, directories: dict[str, Path]) -> None:
-    model, _ = store.load(directories[name])
+def test_a_prefix_is_read_once(name: str, family_dirs: dict[str, Path]) -> None:
+    model, _ = store.load(family_dirs[name])
     cache = PrefixCache(model)
     logits = cache.read(IDS[:30])
     assert logits is not None
@@ -99,8 +92,8 @@ def test_a_prefix_is_read_once(name: str, directories: dict[str, Path]) -> None:
     assert mx.allclose(again, generation.prefill(model, cut, make_prompt_cache(model)), atol=1e-4)
 
 
-def test_caches(directories: dict[str, Path]) -> None:
-    kinds = {name: type(make_prompt_cache(store.load(path)[0])[0]) for name, path in directories.items()}
+def test_caches(family_dirs: dict[str, Path]) -> None:
+    kinds = {name: type(make_prompt_cache(store.load(path)[0])[0]) for name, path in family_dirs.items()}
     assert kinds == {name: StateCache if name == "mamba" else KVCache for name in NAMES}
     state = StateCache()
     assert not state.is_trimmable() and state.nbytes == 0
@@ -120,16 +113,16 @@ def test_a_window_hides_what_lies_before_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "olmo2", "olmo3"])
-def test_segments_keep_texts_apart(name: str, directories: dict[str, Path]) -> None:
-    model, _ = store.load(directories[name])
+def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> None:
+    model, _ = store.load(family_dirs[name])
     row, numbers = mx.array([IDS]), mx.array([[1] * 17 + [2] * 23])
     together = model(row, segments=numbers)
     assert mx.allclose(together[:, :17], model(row[:, :17]), atol=1e-4)
     assert mx.allclose(together[:, 17:], model(row[:, 17:]), atol=1e-4)
 
 
-def test_a_state_cannot_tell_texts_apart(directories: dict[str, Path]) -> None:
-    model, _ = store.load(directories["mamba"])
+def test_a_state_cannot_tell_texts_apart(family_dirs: dict[str, Path]) -> None:
+    model, _ = store.load(family_dirs["mamba"])
     with pytest.raises(InputError, match="Mamba cannot tell them apart"):
         model(mx.array([IDS]), segments=mx.ones((1, len(IDS))))
 
@@ -137,7 +130,7 @@ def test_a_state_cannot_tell_texts_apart(directories: dict[str, Path]) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_quantized(
-    name: str, on_gpu: bool, tmp_path: Path, directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    name: str, on_gpu: bool, tmp_path: Path, family_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By mlx-lm's own quantization, read as it is (as on a GPU) and dequantized to float32."""
     from mlx_lm.utils import load_model, quantize_model, save
@@ -161,9 +154,9 @@ class _NoTokenizer:
         pass
 
 
-def test_configs_that_are_refused(tmp_path: Path, directories: dict[str, Path]) -> None:
+def test_configs_that_are_refused(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
     def refused(changes: dict[str, Any], match: str) -> None:
-        values = {**json.loads((directories["llama"] / "config.json").read_text()), **changes}
+        values = {**json.loads((family_dirs["llama"] / "config.json").read_text()), **changes}
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(InputError, match=match) as error:
             config = read_config(tmp_path)
@@ -180,18 +173,18 @@ def test_configs_that_are_refused(tmp_path: Path, directories: dict[str, Path]) 
     refused({"rope_scaling": {"rope_type": "odd"}}, "makes no Llama network")
 
 
-def test_transformers_newer_names_of_rope(tmp_path: Path, directories: dict[str, Path]) -> None:
-    values = json.loads((directories["llama"] / "config.json").read_text())
+def test_transformers_newer_names_of_rope(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
+    values = json.loads((family_dirs["llama"] / "config.json").read_text())
     parameters = {"rope_theta": values.pop("rope_theta"), **values.pop("rope_scaling")}
-    shutil.copytree(directories["llama"], tmp_path / "new")
+    shutil.copytree(family_dirs["llama"], tmp_path / "new")
     (tmp_path / "new" / "config.json").write_text(json.dumps({**values, "rope_parameters": parameters}))
     ids = mx.array([IDS])
-    assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(directories["llama"])[0](ids))
+    assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(family_dirs["llama"])[0](ids))
 
 
-def test_weights_that_do_not_fit_are_named(tmp_path: Path, directories: dict[str, Path]) -> None:
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
     path = tmp_path / "model"
-    shutil.copytree(directories["llama"], path)
+    shutil.copytree(family_dirs["llama"], path)
     weights = mx.load(str(path / "model.safetensors"))
     kept = weights.pop("model.layers.1.mlp.up_proj.weight")
     mx.save_safetensors(str(path / "model.safetensors"), weights)
@@ -202,28 +195,28 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, directories: dict[str
         store.load(path)
 
 
-def test_eos_ids_of_both_files(tmp_path: Path, directories: dict[str, Path]) -> None:
+def test_eos_ids_of_both_files(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
     path = tmp_path / "model"
-    shutil.copytree(directories["llama"], path)
+    shutil.copytree(family_dirs["llama"], path)
     own = read_config(path).eos_token_ids
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own[0], 1]}))
     assert read_config(path).eos_token_ids == (own[0], 1)
 
 
-def test_mlx_lm_and_transformers_are_not_imported(directories: dict[str, Path]) -> None:
+def test_mlx_lm_and_transformers_are_not_imported(family_dirs: dict[str, Path]) -> None:
     code = (
         "import sys; from elm_mlx import store; store.load(sys.argv[1]);"
         "print([name for name in sys.modules if name.split('.')[0] in ('mlx_lm', 'transformers')])"
     )
     found = subprocess.run(
-        [sys.executable, "-c", code, directories["llama"]], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, family_dirs["llama"]], capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == "[]"
 
 
-def test_mlx_lm_stays_as_it_is(directories: dict[str, Path], theirs: dict[str, Any]) -> None:
+def test_mlx_lm_stays_as_it_is(family_dirs: dict[str, Path], theirs: dict[str, Any]) -> None:
     from mlx_lm.models import activations, cache
 
-    store.load(directories["mamba"])
+    store.load(family_dirs["mamba"])
     assert activations.swiglu.__module__ != "elm_mlx.ops"
     assert cache.ArraysCache is not StateCache and isinstance(theirs["llama"], nn.Module)

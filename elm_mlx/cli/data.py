@@ -62,21 +62,21 @@ def data(
         return
     if path is None or model is None:
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
-    from elm_mlx.config import ModelConfig
-    from elm_mlx.describe import check_directory
+    from elm_mlx.describe import check_directory, read_config
     from elm_mlx.template import choose
     from elm_mlx.tokenizer import Tokenizer
     from elm_mlx.train import examples
+    from elm_mlx.train.finetune import context
 
-    shape = ModelConfig.load(check_directory(model) / "config.json")
+    shape = read_config(check_directory(model))
     tokenizer = Tokenizer.load(model)
-    tokenizer.eos_ids = shape.eos_token_ids
+    tokenizer.eos_ids = shape.eos_token_ids or tokenizer.eos_ids
     with bad_records_named(path):
         splits = examples.load(
             path,
             tokenizer,
             choose(model, tokenizer, template),
-            shape.max_context_length if max_seq_length is None else max_seq_length,
+            context(shape) if max_seq_length is None else max_seq_length,
             format=format,
             train_on_prompt=train_on_prompt,
             truncate=truncate,

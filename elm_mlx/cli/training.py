@@ -138,6 +138,7 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
                  f"{valid}"),
         ("batches", f"{run.batch_size} rows of {run.row_length:,} tokens{processes}, {batches.fill():.0%} full, "
                     f"{settings.accumulate} to an update"),
+        *(("rows", note) for note in run.notes),
         ("memory", needed(run.load(settings))),
         ("updates", f"{steps:,}, {steps / updates:.3g} epochs, {tokens:,} tokens"),
     ]  # fmt: skip

@@ -65,13 +65,15 @@ class Alignment(Finetuning):
         return len(self.splits[split].examples) // 2
 
     def _prepared(self) -> dict[str, Prepared]:
+        if not self._keeps_apart():
+            raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
         tokenizer, template, length = self._encoding()
         data = self._data
         return pairs.load(data.path, tokenizer, template, length, truncate=data.truncate, skip_bad=data.skip_bad)
 
     def _batches(self, prepared: Prepared, seed: int = 0) -> PairBatches:
         return PairBatches(
-            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._data.packed, seed=seed,
+            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
             rank=mx.distributed.init().rank(), world=self.world,
         )  # fmt: skip
 

@@ -18,9 +18,9 @@ import mlx.core as mx
 
 from elm_mlx import adapt, adapters, device, store, template
 from elm_mlx.adapters import Adapter
-from elm_mlx.config import ModelConfig
-from elm_mlx.describe import check_directory, fingerprint
+from elm_mlx.describe import check_directory, fingerprint, read_config
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.model import Model
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.settings import Settings
 
+_LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
 _GRAIN = 32  # rows are as long as a multiple of this
 
 
@@ -50,7 +51,7 @@ class Method:
     dora: bool = False
     rslora: bool = False
 
-    def adapter(self, config: ModelConfig) -> Adapter:
+    def adapter(self, config: Config) -> Adapter:
         """Raises InputError where a figure makes none."""
         if self.full and config.quantization is not None:
             raise InputError("--full trains weights, and a quantized model's cannot be: convert its source again")
@@ -119,7 +120,8 @@ class Finetuning:
     ) -> None:
         self.path, self.out, self._data, self._seed = check_directory(model, with_tokenizer=True), out, data, seed
         _check_out(out, resume)
-        self.config = ModelConfig.load(self.path / "config.json")
+        self.config = read_config(self.path)
+        self._packed = data.packed and self._keeps_apart()
         self.adapter = replace(method.adapter(self.config), model_sha256=fingerprint(self.path))
         self.computation = store.computation(self.path, self.config, compute_dtype)
         self.trainable = sum(_sizes(self.adapter, self.config))
@@ -131,6 +133,13 @@ class Finetuning:
         self.batches = self._batches(self.splits["train"], seed)
         self._validation = self._batches(self.splits["valid"]) if "valid" in self.splits else None
 
+    @property
+    def notes(self) -> list[str]:
+        """What is done otherwise than asked, because the model's family cannot do it."""
+        if self._packed == self._data.packed:
+            return []
+        return ["one example in each row: this family would read them as one text"]
+
     def count(self, split: str = "train") -> int:
         """What a split has of what `unit` names."""
         return len(self.splits[split].examples)
@@ -140,6 +149,10 @@ class Finetuning:
         if not epochs > 0:
             raise InputError(f"--epochs {epochs:g}: must be above 0")
         return max(1, round(epochs * self.batches.steps() / accumulate))
+
+    def _keeps_apart(self) -> bool:
+        """Whether several texts can share a row."""
+        return not isinstance(self.config, FamilyConfig) or self.config.family.positions
 
     def load(self, settings: Settings) -> memory.Load:
         """What the run asks of the machine."""
@@ -222,14 +235,14 @@ class Finetuning:
         """Tokenizer, template, and tokens of an example at most."""
         data, config = self._data, self.config
         tokenizer = Tokenizer.load(self.path)
-        tokenizer.eos_ids = config.eos_token_ids
-        most = config.max_context_length if data.max_length is None else data.max_length
+        tokenizer.eos_ids = config.eos_token_ids or tokenizer.eos_ids
+        most = context(config) if data.max_length is None else data.max_length
         return tokenizer, template.choose(self.path, tokenizer, data.template), most
 
     def _batches(self, prepared: Prepared, seed: int = 0) -> Batches:
         data, group = self._data, mx.distributed.init()
         return Batches(
-            prepared.examples, data.batch_size, self._row_length(prepared), packed=data.packed, seed=seed,
+            prepared.examples, data.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
             rank=group.rank(), world=group.size(),
         )  # fmt: skip
 
@@ -253,7 +266,7 @@ class Finetuning:
             "number of adapted modules": len(adapter.ranks),
             "adapted modules": hashlib.sha256(ranks.encode()).hexdigest()[:8],
             "batch size": self._data.batch_size * self.world, "row length": self.row_length,
-            "packing": self._data.packed, "compute dtype": str(self.computation.dtype).removeprefix("mlx.core."),
+            "packing": self._packed, "compute dtype": str(self.computation.dtype).removeprefix("mlx.core."),
         }  # fmt: skip
         data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
         return Identity(str(adapter.model_sha256), " ".join(data), config)
@@ -265,13 +278,19 @@ class Finetuning:
         adapt.save(self.out, model, self.adapter)
 
 
+def context(config: Config) -> int:
+    """Tokens of an example at most, unless someone says otherwise."""
+    most = config.max_context_length
+    return min(most, _LONGEST) if isinstance(config, FamilyConfig) else most
+
+
 def row_length(needs: Sequence[int], most: int, rows: int) -> int:
     """`most` positions, or as many as an epoch in one batch of `rows` needs: no row is to be mostly padding."""
     wanted = max(max(needs), -(-sum(needs) // max(1, rows)))
     return min(most, -(-wanted // _GRAIN) * _GRAIN)
 
 
-def _sizes(adapter: Adapter, config: ModelConfig) -> Iterator[int]:
+def _sizes(adapter: Adapter, config: Config) -> Iterator[int]:
     for shape in (config.shapes() if adapter.kind == "full" else adapter.shapes(config)).values():
         size = 1
         for side in shape:

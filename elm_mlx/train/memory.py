@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from elm_mlx.adapters import Adapter
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig
 
 _PROCESS = 110_000_000  # Python, MLX and what it compiles
 _ACTIVATIONS = 1.45  # of what a block keeps
@@ -43,7 +43,7 @@ class Load:
         grad_checkpoint: whether blocks are computed again on the way back.
     """
 
-    config: ModelConfig
+    config: Config
     weight_bytes: float
     value_bytes: int
     trained: int
@@ -109,7 +109,7 @@ def estimate(load: Load) -> Estimate:
     )
 
 
-def adapter_values(adapter: Adapter, config: ModelConfig) -> int:
+def adapter_values(adapter: Adapter, config: Config) -> int:
     """Values for each token that adapters keep: their narrow product, and with dropout its mask and what it leaves."""
     widths = [config.shapes()[f"{module}.weight"][1] for module in adapter.ranks]
     return 2 * sum(adapter.ranks.values()) + (2 * sum(widths) if adapter.dropout else 0)
@@ -150,14 +150,27 @@ def _knobs(load: Load) -> list[tuple[str, Load]]:
     return knobs
 
 
-def _kept(config: ModelConfig, layer: int) -> int:
+def _kept(config: Config, layer: int) -> int:
     """Values that a block keeps for each token."""
+    if isinstance(config, FamilyConfig):
+        return _kept_by_other(config, layer)
     heads, kv_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
     projected = (heads + 2 * kv_heads) * config.head_dim
     rotated = 2 * (heads + kv_heads) * config.head_dim  # normed, and turned
     attended = 2 * heads * config.head_dim
     gated = (3 if config.ffn_with_glu else 2) * config.ffn_dims[layer]
     return 4 * config.model_dim + projected + rotated + attended + gated
+
+
+def _kept_by_other(config: FamilyConfig, layer: int) -> int:
+    """The same of another family, by the widths of its linears: what they give out, and what is made of that."""
+    values, start = config.values, f"{config.layers_prefix}.{layer}."
+    linears = [f"{module}.weight" for module in config.modules() if module.startswith(start)]
+    projected = sum(config.shapes()[name][0] for name in linears)
+    if config.family.positions:
+        return 3 * config.model_dim + 2 * projected
+    # Every token's state is kept, before and after it has faded and in what is made of it.
+    return 4 * config.model_dim + 2 * projected + 6 * int(values["intermediate_size"]) * int(values["state_size"])
 
 
 def _gigabytes(count: int) -> str:

@@ -7,15 +7,13 @@ sums are added up, and divided once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from elm_mlx.model import Block, Model
-from elm_mlx.ops import Mask
-from elm_mlx.rope import Rotate
+from elm_mlx.model import Model
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.loss import Objective, Parameters, TokenLoss
@@ -117,7 +115,7 @@ class Step:
         try:
             model.update(tree_map(self._cast, parameters))
             hidden = model.transformer(inputs, None, segments)
-            owner = head_module(model)
+            owner = model.head_module()
             own = owner.trainable_parameters()
 
             def head(own: Parameters, rows: mx.array) -> mx.array:
@@ -143,33 +141,35 @@ class Step:
         return optimizer.apply_gradients(gradients, parameters), optimizer.state
 
 
-def head_module(model: Model) -> nn.Module:
-    """The module whose parameters turn hidden states into logits."""
-    return model.transformer.token_embeddings if model.config.share_input_output_layers else model.lm_head
-
-
 def recompute_blocks(model: Model) -> None:
     """Gradient checkpointing: keep what enters each block, and compute the rest again on the way back.
 
     A block's own activations are most of a step's memory; this costs a third more arithmetic.
     """
     for layer in model.layers:
-        layer.__class__ = _Recomputed
+        kind: Any = type(layer)
+        layer.__class__ = _recomputed(kind)
 
 
-class _Recomputed(Block):
-    """A block that keeps only what it was given."""
+@functools.cache
+def _recomputed(block: Any) -> Any:
+    """A subclass of `block` that keeps only what it was given."""
+    if block.__name__ == "Recomputed":
+        return block
 
-    def __call__(self, x: mx.array, mask: Mask, rotate: Rotate, cache: Any) -> mx.array:
-        if not self.training:
-            return super().__call__(x, mask, rotate, cache)
+    class Recomputed(block):
+        def __call__(self, x: mx.array, *others: Any, **named: Any) -> mx.array:
+            if not self.training:
+                return super().__call__(x, *others, **named)
 
-        def block(parameters: Parameters, x: mx.array) -> mx.array:  # called again on the way back
-            kept = self.trainable_parameters()
-            try:
-                self.update(parameters)
-                return Block.__call__(self, x, mask, rotate, None)
-            finally:
-                self.update(kept)
+            def inner(parameters: Parameters, x: mx.array) -> mx.array:  # called again on the way back
+                kept = self.trainable_parameters()
+                try:
+                    self.update(parameters)
+                    return block.__call__(self, x, *others, **named)
+                finally:
+                    self.update(kept)
 
-        return mx.checkpoint(block)(self.trainable_parameters(), x)
+            return mx.checkpoint(inner)(self.trainable_parameters(), x)
+
+    return Recomputed

@@ -22,7 +22,7 @@ from elm_mlx.train.loss import Parameters
 from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.pairs import PairBatch, PairBatches
 from elm_mlx.train.preference import LOSSES, Preferring
-from elm_mlx.train.step import Step, head_module
+from elm_mlx.train.step import Step
 
 Array = npt.NDArray[np.float64]
 
@@ -150,7 +150,7 @@ def one_by_one(model: Model, pairs: list[Example]) -> tuple[mx.array, mx.array]:
 
 
 def in_batch(model: Model, batch: PairBatch, preferring: Preferring, function: Any) -> Callable[[Parameters], Any]:
-    owner = head_module(model)
+    owner = model.head_module()
 
     def loss(parameters: Parameters) -> Any:
         model.update(parameters)
