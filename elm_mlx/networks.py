@@ -11,8 +11,10 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -22,10 +24,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from elm_mlx import ops
+from elm_mlx import device, ops
 from elm_mlx.cache import KVCache, SegmentedRow, StateCache
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.families import FamilyConfig
+from elm_mlx.rope import Rope, Rotate
 
 _PACKAGE = "elm_mlx_networks"
 
@@ -35,11 +38,13 @@ class Spoken:
 
     Attributes:
         body_name, embedding_name: of the module that is all but the head, and of the embedding in it.
+        ropes: what takes the place of RoPE in the layers, on a CPU; several layers share one.
     """
 
     body_name: str
     embedding_name: str
     config: FamilyConfig
+    ropes: tuple[_SharedRope, ...]
 
     def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: mx.array | None = None) -> mx.array:
         """Ids `(batch, length)` to logits `(batch, length, vocab_size)`; as of `model.Model`."""
@@ -58,7 +63,8 @@ class Spoken:
             if not self.config.family.positions:
                 raise InputError(f"several texts in a row: {self.config.family.name} cannot tell them apart")
             cache = [SegmentedRow(segments) for _ in layers]
-        hidden = getattr(self, self.body_name)(ids, cache)
+        with _rotating(self.ropes, ids.shape[1], cache):
+            hidden = getattr(self, self.body_name)(ids, cache)
         for layer_cache in cache or ():
             if isinstance(layer_cache, StateCache):
                 layer_cache.offset += ids.shape[1]
@@ -96,6 +102,8 @@ def network(config: FamilyConfig) -> Any:
         raise InputError(f"config.json: makes no {family.name} network: {reason}") from None
     made.__class__ = _speaking(found.Model, family.body, family.embedding)
     made.config = config
+    # Beside the network's parts, not one of them.
+    object.__setattr__(made, "ropes", () if device.on_gpu() else _share_ropes(made))
     constants = (value for part in made.modules() for name, value in part.items() if name.startswith("_"))
     mx.eval([value for value in constants if isinstance(value, mx.array)])  # RoPE's, or each graph would compute them
     return made
@@ -141,6 +149,63 @@ def _package() -> None:
         ("cache", "ArraysCache", StateCache),
     ):
         setattr(importlib.import_module(f"{_PACKAGE}.{name}"), helper, ours)
+
+
+class _SharedRope(nn.Module):
+    """RoPE of several layers. During a forward pass of the network its sines are taken once, and not in each layer."""
+
+    def __init__(self, own: nn.Module, rope: Rope) -> None:
+        super().__init__()
+        self._plain, self._rope = own.__call__, rope  # the method: it counts as none of the network's modules
+        self.rotate: Rotate | None = None
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        return self._plain(x, offset) if self.rotate is None else self.rotate(x)
+
+    def begin(self, length: int, offset: int | mx.array) -> None:
+        self.rotate = self._rope(length, offset)
+
+
+def _share_ropes(network: nn.Module) -> tuple[_SharedRope, ...]:
+    """Puts one `_SharedRope` in the place of all RoPEs that are alike, where it is a plain rotation of half heads."""
+    shared: dict[tuple[Any, ...], _SharedRope] = {}
+    for part in network.modules():
+        own = part.get("rope") if isinstance(part, dict) else None
+        found = None if own is None else _rotation(own, part)
+        if found is not None:
+            frequencies, scale = found
+            key = (tuple(frequencies.tolist()), scale)
+            if key not in shared:
+                shared[key] = _SharedRope(own, Rope(2 * frequencies.size, frequencies, own, scale))
+            part.rope = shared[key]
+    return tuple(shared.values())
+
+
+def _rotation(rope: nn.Module, attention: nn.Module) -> tuple[mx.array, float] | None:
+    """Radians a position and the scale of mlx-lm's RoPE; None where it isn't such a one, or not of whole heads."""
+    kind = type(rope).__name__
+    dims = getattr(rope, "dims", getattr(rope, "dim", None))
+    if dims is None or dims != getattr(attention, "head_dim", None) or getattr(rope, "traditional", False):
+        return None
+    if kind == "RoPE":
+        half = dims // 2
+        return mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(rope.base) / half)) * rope.scale, 1.0
+    if kind == "Llama3RoPE":
+        return 1 / rope._freqs, 1.0
+    return (1 / rope._freqs, float(rope._scale)) if kind == "SuScaledRoPE" else None
+
+
+@contextmanager
+def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | None) -> Iterator[None]:
+    """A forward pass of `length` positions, for which the ropes' sines are taken now."""
+    offset = 0 if cache is None or cache[0] is None or not ropes else cache[0].offset
+    try:
+        for rope in ropes:
+            rope.begin(length, offset if isinstance(offset, int) else mx.array(offset))
+        yield
+    finally:
+        for rope in ropes:
+            rope.rotate = None
 
 
 def _attention(

@@ -13,16 +13,30 @@ import mlx.core as mx
 from elm_mlx import device
 
 Rotate = Callable[[mx.array], mx.array]
+Plain = Callable[[mx.array, int | mx.array], mx.array]
 
 
 class Rope:
-    """Made once for a model; called once a forward pass, for a function that every layer's queries and keys share."""
+    """Made once for a model; called once a forward pass, for a function that every layer's queries and keys share.
 
-    def __init__(self, head_dim: int, base: float):
+    Args:
+        frequencies: `(head_dim / 2,)`, radians a position; or the base that they are powers of.
+        plain: what rotates where the forms here are not the faster ones; None for `mx.fast.rope` of that base.
+        scale: what else the rotated is multiplied by.
+    """
+
+    def __init__(
+        self, head_dim: int, frequencies: mx.array | float, plain: Plain | None = None, scale: float = 1.0
+    ) -> None:
         self.head_dim = head_dim
-        self.base = base
+        self.scale = scale
         half = head_dim // 2
-        frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(base) / half))
+        if isinstance(frequencies, mx.array):
+            assert plain is not None
+        else:
+            plain = plain or _by_mlx(head_dim, frequencies)
+            frequencies = mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(frequencies) / half))
+        self._plain = plain
         self._frequencies = mx.concatenate([frequencies, frequencies])
         self._along = mx.eye(head_dim)
         self._across = mx.eye(head_dim, k=half) - mx.eye(head_dim, k=-half)
@@ -39,7 +53,7 @@ class Rope:
             return lambda x: x @ matrix.astype(x.dtype)
 
         def fast(x: mx.array) -> mx.array:
-            return mx.fast.rope(x, self.head_dim, traditional=False, base=self.base, scale=1.0, offset=offset)
+            return self._plain(x, offset)
 
         if not one_position or device.on_gpu():
             return fast
@@ -53,7 +67,7 @@ class Rope:
         the rotation back.
         """
         angles = (mx.arange(length) + offset)[:, None] * self._frequencies
-        cosines, sines = mx.cos(angles), mx.sin(angles)
+        cosines, sines = self._scaled(mx.cos(angles)), self._scaled(mx.sin(angles))
 
         @mx.custom_function
         def turn(x: mx.array) -> mx.array:
@@ -72,4 +86,14 @@ class Rope:
         are taken once a token instead of twice a layer.
         """
         angles = self._frequencies * offset
-        return self._along * mx.cos(angles) + self._across * mx.sin(angles)
+        return self._scaled(self._along * mx.cos(angles) + self._across * mx.sin(angles))
+
+    def _scaled(self, x: mx.array) -> mx.array:
+        return x if self.scale == 1 else x * self.scale
+
+
+def _by_mlx(head_dim: int, base: float) -> Plain:
+    def rotate(x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(x, head_dim, traditional=False, base=base, scale=1.0, offset=offset)
+
+    return rotate

@@ -220,3 +220,13 @@ def test_mlx_lm_stays_as_it_is(family_dirs: dict[str, Path], theirs: dict[str, A
     store.load(family_dirs["mamba"])
     assert activations.swiglu.__module__ != "elm_mlx.ops"
     assert cache.ArraysCache is not StateCache and isinstance(theirs["llama"], nn.Module)
+
+
+def test_layers_share_their_rotation(family_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {name: len(getattr(store.load(path)[0], "ropes", ())) for name, path in family_dirs.items()}
+    assert counts == {"llama": 1, "mistral": 1, "phi3": 1, "olmo2": 1, "olmo3": 1, "mamba": 0}
+    model, _ = store.load(family_dirs["phi3"])
+    assert [name for name, _ in model.named_modules() if "ropes" in name or "_plain" in name] == []
+    assert all(rope.rotate is None for rope in model.ropes)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    assert store.load(family_dirs["llama"])[0].ropes == ()

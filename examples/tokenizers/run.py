@@ -1,0 +1,263 @@
+"""What a larger vocabulary buys, and what it costs: `python examples/tokenizers/run.py`.
+
+Bytes of text in a token, by vocabularies that exist and by one that is trained here and cut to many sizes; the share
+of an OpenELM's parameters that are the embedding; and the speed of the 270M with seeded weights and a larger head.
+Nothing is downloaded. Prints tables, and writes `results.json` and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import elm_mlx  # noqa: F401  before MLX, for its BLAS
+
+# isort: split
+import mlx.core as mx
+
+from elm_mlx.cache import make_prompt_cache
+from elm_mlx.config import PRESETS, ModelConfig
+from elm_mlx.generation import decode, prefill
+from elm_mlx.model import Model
+from elm_mlx.sampling import Sampler
+from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.train.initial import draw
+
+ROOT = Path(__file__).parents[2]
+SIZES = (1024, 2048, 4096, 8192, 16_384, 32_000, 49_152, 65_536, 98_304, 128_256)
+HEADS = (32_000, 49_152, 128_256)  # Llama 2's, SmolLM2's, Llama 3's
+# How Llama 3 and its like cut a text into words before they merge bytes.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PROMPT, ANSWER, ROUNDS = 128, 24, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare vocabularies by bytes a token, parameters and speed.")
+    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared" / "data", help="texts and tokenizers")
+    parser.add_argument("--out", type=Path, default=Path("build/tokenizers"), help="where everything is written")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="vocabularies to cut from the trained one")
+    parser.add_argument("--no-speed", action="store_true", help="measure no speed")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    train, held_out = texts(arguments.shared)
+    found = compression(arguments.shared, train, held_out, sorted(arguments.sizes), arguments.out)
+    result: dict[str, Any] = {"bytes_per_token": found, "embedding_share": shares(), "weights_per_byte": weights(found)}
+    if not arguments.no_speed:
+        result["speed"] = speed()
+    (arguments.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+    plot(result, arguments.out / "tokenizers.png")
+
+
+def texts(shared: Path) -> tuple[list[Path], dict[str, str]]:
+    """Files to train a vocabulary on, and texts that none of them holds; of what comes with the project, little."""
+    code = "".join(path.read_text("utf-8") for path in sorted((ROOT / "elm_mlx").rglob("*.py")))
+    plays = ROOT / "examples" / "shakespeare" / "data"
+    if not shared.exists():
+        return [plays / "train.jsonl"], {"plays": joined(plays / "valid.jsonl"), "code": code}
+    return [shared / "classics" / "train.jsonl.gz", shared / "shakespeare" / "train.jsonl"], {
+        "stories": joined(shared / "classics" / "valid.jsonl"),
+        "plays": joined(shared / "shakespeare" / "valid.jsonl"),
+        "passages": joined(shared / "eval" / "boolq.jsonl", "query"),
+        "code": code,
+    }
+
+
+def records(path: Path, key: str) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        yield from (json.loads(line)[key] for line in lines)
+
+
+def joined(path: Path, key: str = "text") -> str:
+    return "\n\n".join(records(path, key))
+
+
+def compression(
+    shared: Path, train: Sequence[Path], held_out: dict[str, str], sizes: Sequence[int], out: Path
+) -> dict[str, dict[str, float]]:
+    """Vocabulary -> text -> bytes a token. Of the trained one, the name says its size."""
+    existing = {
+        "Llama 2, 32,000": shared / "tokenizer" / "llama2.model",
+        "SmolLM2, 49,152": shared / "smollm2-135m-instruct" / "tokenizer.json",
+    }
+    found = {name: measured(path, held_out) for name, path in existing.items() if path.exists()}
+    whole = trained(train, sizes[-1], out / f"bpe-{sizes[-1]}.json")
+    for size in sizes:
+        path = cut(whole, size, out / f"bpe-{size}.json")
+        if path is not None:
+            found[f"trained, {size:,}"] = measured(path, held_out)
+    return found
+
+
+def trained(files: Sequence[Path], size: int, path: Path) -> Path:
+    """A byte-level BPE of `size` pieces, or as many as occur twice; made once."""
+    if path.exists():
+        return path
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Encoder
+
+    encoder = Encoder(models.BPE())
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    encoder.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    encoder.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    start = time.perf_counter()
+    encoder.train_from_iterator((text for file in files for text in records(file, "text")), trainer)
+    print(f"trained {encoder.get_vocab_size():,} pieces in {time.perf_counter() - start:.0f} s", flush=True)
+    encoder.save(str(path))
+    return path
+
+
+def cut(whole: Path, size: int, path: Path) -> Path | None:
+    """The first `size` pieces of a trained vocabulary: what training would have ended at. None where it has fewer."""
+    values = json.loads(whole.read_text("utf-8"))
+    model = values["model"]
+    if len(model["vocab"]) < size:
+        return None
+    if path != whole:
+        model["vocab"] = {piece: token for piece, token in model["vocab"].items() if token < size}
+        model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+        path.write_text(json.dumps(values), "utf-8")
+    return path
+
+
+def measured(path: Path, held_out: dict[str, str]) -> dict[str, float]:
+    tokenizer = Tokenizer.load(path)
+    sizes = {name: len(text.encode()) for name, text in held_out.items()}
+    counts = {name: len(tokenizer.encode(text, add_bos=False)) for name, text in held_out.items()}
+    each = {name: sizes[name] / counts[name] for name in held_out}
+    return {**each, "all": sum(sizes.values()) / sum(counts.values())}
+
+
+def shares() -> dict[str, dict[str, float]]:
+    """Model -> vocabulary -> share of its parameters in the embedding, which is the head too."""
+    return {
+        name: {
+            str(size): size * config.model_dim / config.parameters for size in HEADS for config in [shape(name, size)]
+        }
+        for name in PRESETS
+    }
+
+
+def shape(name: str, vocab_size: int) -> ModelConfig:
+    return ModelConfig.preset(name, vocab_size)
+
+
+def weights(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Model -> trained vocabulary -> weights that are read to write a byte, where the vocabulary has been trained."""
+    sizes = {name: int(name.rpartition(", ")[2].replace(",", "")) for name in found if name.startswith("trained")}
+    return {
+        model: {str(size): shape(model, size).parameters / found[name]["all"] for name, size in sizes.items()}
+        for model in PRESETS
+    }
+
+
+def speed() -> dict[str, dict[str, float]]:
+    """Vocabulary -> tokens/s of the 270M in float32: medians of rounds that take turns."""
+    models = {size: Model(shape("OpenELM-270M", size)) for size in HEADS}
+    first = models[HEADS[0]]
+    draw(first, 0)
+    for size in HEADS[1:]:  # all but the embedding is the same
+        models[size].transformer.layers = first.transformer.layers
+        embedding = models[size].transformer.token_embeddings
+        embedding.weight = mx.random.normal(embedding.weight.shape) * 0.03
+        mx.eval(models[size].parameters())
+    rounds: dict[int, list[tuple[float, float]]] = {size: [] for size in HEADS}
+    for _ in range(ROUNDS + 1):
+        for size, model in models.items():
+            rounds[size].append(timed(model))
+    return {
+        str(size): {
+            "prompt": PROMPT / statistics.median(read for read, _ in of_size[1:]),  # the first warms up
+            "decode": (ANSWER - 1) / statistics.median(written for _, written in of_size[1:]),
+        }
+        for size, of_size in rounds.items()
+    }
+
+
+def timed(model: Model) -> tuple[float, float]:
+    """Seconds for the prompt, and for the tokens after the first."""
+    caches, sampler = make_prompt_cache(model), Sampler()
+    ids = [(i * 7919) % HEADS[0] for i in range(PROMPT)]
+    start = time.perf_counter()
+    logits = prefill(model, ids, caches)
+    mx.eval(logits)
+    read = time.perf_counter() - start
+    tokens = decode(model, caches, sampler, logits, sampler.start([ids], 0), ANSWER)
+    next(tokens)
+    start = time.perf_counter()
+    for _ in islice(tokens, ANSWER - 1):
+        pass
+    return read, time.perf_counter() - start
+
+
+def show(result: dict[str, Any]) -> None:
+    kinds = list(next(iter(result["bytes_per_token"].values())))
+    rows = [[name, *(f"{by[kind]:.2f}" for kind in kinds)] for name, by in result["bytes_per_token"].items()]
+    table(["bytes a token", *kinds], rows)
+    heads = [f"{size:,}" for size in HEADS]
+    table(
+        ["share in the embedding", *heads],
+        [[m, *(f"{v:.1%}" for v in by.values())] for m, by in result["embedding_share"].items()],
+    )
+    best = {model: min(by, key=by.__getitem__) for model, by in result["weights_per_byte"].items() if by}
+    rows = [
+        [model, *(f"{value / 1e6:,.0f}" for value in by.values()), f"{int(best[model]):,}"]
+        for model, by in result["weights_per_byte"].items()
+        if by
+    ]
+    if rows:
+        sizes = [f"{int(size):,}" for size in next(iter(result["weights_per_byte"].values()))]
+        table(["million weights read for a byte", *sizes, "fewest at"], rows)
+    if "speed" in result:
+        rows = [[f"{int(s):,}", f"{by['prompt']:.0f}", f"{by['decode']:.1f}"] for s, by in result["speed"].items()]
+        table(["270M, vocabulary", "prompt, tokens/s", "decode, tokens/s"], rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    print(f"\n| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bytes a token, and weights read for a byte, by the size of the vocabulary; without matplotlib, nothing."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
+    found = {name: by for name, by in result["bytes_per_token"].items() if name.startswith("trained")}
+    sizes = [int(name.rpartition(", ")[2].replace(",", "")) for name in found]
+    for kind in next(iter(result["bytes_per_token"].values())):
+        if kind != "all":
+            (line,) = left.plot(sizes, [by[kind] for by in found.values()], marker=".", label=kind)
+            for name, mark in (("Llama 2, 32,000", "s"), ("SmolLM2, 49,152", "^")):
+                if name in result["bytes_per_token"]:
+                    at = int(name.rpartition(", ")[2].replace(",", ""))
+                    left.plot([at], [result["bytes_per_token"][name][kind]], mark, color=line.get_color(), mfc="none")
+    left.set(xscale="log", xlabel="vocabulary", ylabel="bytes a token", title="□ Llama 2   △ SmolLM2   • trained here")
+    left.legend()
+    for model, by in result["weights_per_byte"].items():
+        least = min(by.values(), default=1)
+        right.plot([int(size) for size in by], [value / least for value in by.values()], marker=".", label=model)
+    right.set(xscale="log", xlabel="vocabulary", ylabel="of the fewest", title="Weights read to write a byte")
+    right.set_ylim(0.98, 1.6)
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
