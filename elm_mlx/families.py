@@ -1,6 +1,6 @@
 """Models of other families: which ones, and what the rest of the house has to know of their shape.
 
-Knows the `config.json` of Llama, Mistral, Phi-3, OLMo 2 and 3, and Mamba, and where mlx-lm's networks of them keep
+Knows the `config.json` of Llama, Mistral, Phi-3, OLMo, and Mamba, and where mlx-lm's networks of them keep
 their parts. Knows no arrays: the networks themselves are `networks`'.
 """
 
@@ -28,6 +28,7 @@ class Family:
     Attributes:
         positions: whether it looks back at keys and values. Else it keeps a state, of which nothing can be taken
             back, and texts in one row would run into each other.
+        bare_norms: whether its norms are LayerNorms without weights, in the place of RMSNorms.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Family:
     body: str = "model"
     embedding: str = "embed_tokens"
     positions: bool = True
+    bare_norms: bool = False
 
 
 _MAMBA = Family("Mamba", "mamba", "backbone", "embeddings", positions=False)
@@ -42,6 +44,8 @@ FAMILIES = {
     "llama": Family("Llama", "llama"),
     "mistral": Family("Mistral", "llama"),
     "phi3": Family("Phi-3", "phi3"),
+    # mlx-lm's own file for it wants another package, and fails on any prompt; it is a Llama but for its norms.
+    "olmo": Family("OLMo", "llama", bare_norms=True),
     "olmo2": Family("OLMo 2", "olmo2"),
     "olmo3": Family("OLMo 3", "olmo3"),
     "mamba": _MAMBA,
@@ -136,10 +140,11 @@ def read(directory: Path) -> Config:
     if model_type == MODEL_TYPE:
         return ModelConfig.from_dict(values, where=str(path))
     if model_type not in FAMILIES:
-        hint = ": mlx-lm's network of the first OLMo runs no prompts; OLMo 2 and 3 do" if model_type == "olmo" else ""
         known = ", ".join((MODEL_TYPE, *FAMILIES))
-        raise InputError(f"{path}: model_type is {str(model_type)[:60]!r}, and this reads {known}{hint}")
+        raise InputError(f"{path}: model_type is {str(model_type)[:60]!r}, and this reads {known}")
     values = _flat_rope(values)
+    if FAMILIES[model_type].bare_norms:
+        values = _as_llama(path, values)
     _check_quantization(path, values)
     return FamilyConfig(
         model_type=model_type,
@@ -188,6 +193,15 @@ def _flat_rope(values: dict[str, Any]) -> dict[str, Any]:
     if rope.get("rope_type", "default") != "default":
         flat.setdefault("rope_scaling", dict(rope))
     return flat
+
+
+def _as_llama(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The first OLMo's values as a Llama's network takes them; its LayerNorms' epsilon is fixed."""
+    if "hidden_size" not in values:
+        raise InputError(f"{path}: an OLMo in its first layout; the repository whose name ends with -hf can be read")
+    if values.get("clip_qkv") is not None:
+        raise InputError(f"{path}: clip_qkv is {str(values['clip_qkv'])[:20]}, which mlx-lm's network does not do")
+    return {"tie_word_embeddings": False, **values, "rms_norm_eps": 1e-5}
 
 
 def _check_quantization(path: Path, values: Mapping[str, Any]) -> None:

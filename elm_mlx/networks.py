@@ -100,6 +100,8 @@ def network(config: FamilyConfig) -> Any:
     except Exception as error:  # whatever a constructor makes of odd values
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(f"config.json: makes no {family.name} network: {reason}") from None
+    if family.bare_norms:
+        _bare_norms(made)
     made.__class__ = _speaking(found.Model, family.body, family.embedding)
     made.config = config
     # Beside the network's parts, not one of them.
@@ -149,6 +151,14 @@ def _package() -> None:
         ("cache", "ArraysCache", StateCache),
     ):
         setattr(importlib.import_module(f"{_PACKAGE}.{name}"), helper, ours)
+
+
+def _bare_norms(network: nn.Module) -> None:
+    """LayerNorms without weights in the place of RMSNorms."""
+    for part in network.modules():
+        for name, child in list(part.items()):
+            if isinstance(child, nn.RMSNorm):
+                part[name] = nn.LayerNorm(child.weight.size, child.eps, affine=False)
 
 
 class _SharedRope(nn.Module):

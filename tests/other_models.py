@@ -65,6 +65,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHAPE, "model_type": "phi3", "original_max_position_embeddings": 64,
         "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 4, "short_factor": [1.0] * 4},
     },
+    "olmo": {**_SHAPE, "model_type": "olmo", "num_key_value_heads": 6, "tie_word_embeddings": True, "clip_qkv": None},
     "olmo2": {**_SHAPE, "model_type": "olmo2", "tie_word_embeddings": False},
     "olmo3": {
         **_SHAPE, "model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 16, "rope_theta": 1e4,

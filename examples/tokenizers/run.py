@@ -38,6 +38,7 @@ WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+Texts = dict[str, list[str]]  # what it is -> its documents
 PROMPT, ANSWER, ROUNDS = 128, 24, 5
 
 
@@ -59,31 +60,27 @@ def main() -> None:
     plot(result, arguments.out / "tokenizers.png")
 
 
-def texts(shared: Path) -> tuple[list[Path], dict[str, str]]:
+def texts(shared: Path) -> tuple[list[Path], Texts]:
     """Files to train a vocabulary on, and texts that none of them holds; of what comes with the project, little."""
-    code = "".join(path.read_text("utf-8") for path in sorted((ROOT / "elm_mlx").rglob("*.py")))
+    code = [path.read_text("utf-8") for path in sorted((ROOT / "elm_mlx").rglob("*.py"))]
     plays = ROOT / "examples" / "shakespeare" / "data"
     if not shared.exists():
-        return [plays / "train.jsonl"], {"plays": joined(plays / "valid.jsonl"), "code": code}
+        return [plays / "train.jsonl"], {"plays": list(records(plays / "valid.jsonl")), "code": code}
     return [shared / "classics" / "train.jsonl.gz", shared / "shakespeare" / "train.jsonl"], {
-        "stories": joined(shared / "classics" / "valid.jsonl"),
-        "plays": joined(shared / "shakespeare" / "valid.jsonl"),
-        "passages": joined(shared / "eval" / "boolq.jsonl", "query"),
+        "stories": list(records(shared / "classics" / "valid.jsonl")),
+        "plays": list(records(shared / "shakespeare" / "valid.jsonl")),
+        "passages": list(records(shared / "eval" / "boolq.jsonl", "query")),
         "code": code,
     }
 
 
-def records(path: Path, key: str) -> Iterator[str]:
+def records(path: Path, key: str = "text") -> Iterator[str]:
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         yield from (json.loads(line)[key] for line in lines)
 
 
-def joined(path: Path, key: str = "text") -> str:
-    return "\n\n".join(records(path, key))
-
-
 def compression(
-    shared: Path, train: Sequence[Path], held_out: dict[str, str], sizes: Sequence[int], out: Path
+    shared: Path, train: Sequence[Path], held_out: Texts, sizes: Sequence[int], out: Path
 ) -> dict[str, dict[str, float]]:
     """Vocabulary -> text -> bytes a token. Of the trained one, the name says its size."""
     existing = {
@@ -91,11 +88,10 @@ def compression(
         "SmolLM2, 49,152": shared / "smollm2-135m-instruct" / "tokenizer.json",
     }
     found = {name: measured(path, held_out) for name, path in existing.items() if path.exists()}
-    whole = trained(train, sizes[-1], out / f"bpe-{sizes[-1]}.json")
-    for size in sizes:
-        path = cut(whole, size, out / f"bpe-{size}.json")
-        if path is not None:
-            found[f"trained, {size:,}"] = measured(path, held_out)
+    whole = trained(train, sizes[-1], out / "whole.json")
+    most = Tokenizer.load(whole).vocab_size
+    for size in (*(size for size in sizes if size < most), most):
+        found[f"trained, {size:,}"] = measured(cut(whole, size, out / f"bpe-{size}.json"), held_out)
     return found
 
 
@@ -113,29 +109,28 @@ def trained(files: Sequence[Path], size: int, path: Path) -> Path:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     start = time.perf_counter()
-    encoder.train_from_iterator((text for file in files for text in records(file, "text")), trainer)
+    encoder.train_from_iterator((text for file in files for text in records(file)), trainer)
     print(f"trained {encoder.get_vocab_size():,} pieces in {time.perf_counter() - start:.0f} s", flush=True)
     encoder.save(str(path))
     return path
 
 
-def cut(whole: Path, size: int, path: Path) -> Path | None:
-    """The first `size` pieces of a trained vocabulary: what training would have ended at. None where it has fewer."""
+def cut(whole: Path, size: int, path: Path) -> Path:
+    """The first `size` pieces of a trained vocabulary: what training would have ended at."""
     values = json.loads(whole.read_text("utf-8"))
     model = values["model"]
-    if len(model["vocab"]) < size:
-        return None
-    if path != whole:
-        model["vocab"] = {piece: token for piece, token in model["vocab"].items() if token < size}
-        model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
-        path.write_text(json.dumps(values), "utf-8")
+    model["vocab"] = {piece: token for piece, token in model["vocab"].items() if token < size}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in model["vocab"]]
+    path.write_text(json.dumps(values), "utf-8")
     return path
 
 
-def measured(path: Path, held_out: dict[str, str]) -> dict[str, float]:
+def measured(path: Path, held_out: Texts) -> dict[str, float]:
     tokenizer = Tokenizer.load(path)
-    sizes = {name: len(text.encode()) for name, text in held_out.items()}
-    counts = {name: len(tokenizer.encode(text, add_bos=False)) for name, text in held_out.items()}
+    sizes = {name: sum(len(text.encode()) for text in texts) for name, texts in held_out.items()}
+    counts = {
+        name: sum(len(tokenizer.encode(text, add_bos=False)) for text in texts) for name, texts in held_out.items()
+    }
     each = {name: sizes[name] / counts[name] for name in held_out}
     return {**each, "all": sum(sizes.values()) / sum(counts.values())}
 
@@ -211,6 +206,11 @@ def show(result: dict[str, Any]) -> None:
         ["share in the embedding", *heads],
         [[m, *(f"{v:.1%}" for v in by.values())] for m, by in result["embedding_share"].items()],
     )
+    rows = [
+        [name, *(f"{shape(name, size).parameters / shape(name, HEADS[0]).parameters:.2f}" for size in HEADS)]
+        for name in PRESETS
+    ]
+    table(["weights to read for a token, times", *heads], rows)
     best = {model: min(by, key=by.__getitem__) for model, by in result["weights_per_byte"].items() if by}
     rows = [
         [model, *(f"{value / 1e6:,.0f}" for value in by.values()), f"{int(best[model]):,}"]
