@@ -132,7 +132,8 @@ def measured(path: Path, held_out: Texts) -> dict[str, float]:
         name: sum(len(tokenizer.encode(text, add_bos=False)) for text in texts) for name, texts in held_out.items()
     }
     each = {name: sizes[name] / counts[name] for name in held_out}
-    return {**each, "all": sum(sizes.values()) / sum(counts.values())}
+    prose = [name for name in held_out if name != "code"]
+    return {**each, "prose": sum(sizes[name] for name in prose) / sum(counts[name] for name in prose)}
 
 
 def shares() -> dict[str, dict[str, float]]:
@@ -150,10 +151,10 @@ def shape(name: str, vocab_size: int) -> ModelConfig:
 
 
 def weights(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Model -> trained vocabulary -> weights that are read to write a byte, where the vocabulary has been trained."""
+    """Model -> vocabulary trained here -> weights read to write a byte of prose: all of them, for each token."""
     sizes = {name: int(name.rpartition(", ")[2].replace(",", "")) for name in found if name.startswith("trained")}
     return {
-        model: {str(size): shape(model, size).parameters / found[name]["all"] for name, size in sizes.items()}
+        model: {str(size): shape(model, size).parameters / found[name]["prose"] for name, size in sizes.items()}
         for model in PRESETS
     }
 
@@ -241,7 +242,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     found = {name: by for name, by in result["bytes_per_token"].items() if name.startswith("trained")}
     sizes = [int(name.rpartition(", ")[2].replace(",", "")) for name in found]
     for kind in next(iter(result["bytes_per_token"].values())):
-        if kind != "all":
+        if kind != "prose":
             (line,) = left.plot(sizes, [by[kind] for by in found.values()], marker=".", label=kind)
             for name, mark in (("Llama 2, 32,000", "s"), ("SmolLM2, 49,152", "^")):
                 if name in result["bytes_per_token"]:
