@@ -66,7 +66,6 @@ def data(
     from elm_mlx.template import choose
     from elm_mlx.tokenizer import Tokenizer
     from elm_mlx.train import examples
-    from elm_mlx.train.finetune import context
 
     shape = read_config(check_directory(model))
     tokenizer = Tokenizer.load(model)
@@ -76,7 +75,7 @@ def data(
             path,
             tokenizer,
             choose(model, tokenizer, template),
-            context(shape) if max_seq_length is None else max_seq_length,
+            examples.longest(shape) if max_seq_length is None else max_seq_length,
             format=format,
             train_on_prompt=train_on_prompt,
             truncate=truncate,

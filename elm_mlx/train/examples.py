@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.template import Messages, Part, Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import records
@@ -31,6 +32,8 @@ ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+
+_LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
 
 Position = tuple[int, int]  # a part of a conversation, and a character in it
 
@@ -98,6 +101,12 @@ class Prepared:
             remedy = "" if self.cut else "; --truncate cuts them, a larger --max-seq-length keeps them"
             lines.append(f"{self.left_out:,} of {len(self.lengths):,} records {over}: left out; {longest}{remedy}")
         return lines
+
+
+def longest(config: Config) -> int:
+    """Tokens of an example at most, unless someone says otherwise."""
+    most = config.max_context_length
+    return min(most, _LONGEST) if isinstance(config, FamilyConfig) else most
 
 
 class BadRecords(InputError):

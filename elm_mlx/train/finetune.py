@@ -35,7 +35,6 @@ from elm_mlx.train.loss import Objective
 from elm_mlx.train.meter import Meter
 from elm_mlx.train.settings import Settings
 
-_LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
 _GRAIN = 32  # rows are as long as a multiple of this
 
 
@@ -238,7 +237,7 @@ class Finetuning:
         data, config = self._data, self.config
         tokenizer = Tokenizer.load(self.path)
         tokenizer.eos_ids = config.eos_token_ids or tokenizer.eos_ids
-        most = context(config) if data.max_length is None else data.max_length
+        most = examples.longest(config) if data.max_length is None else data.max_length
         return tokenizer, template.choose(self.path, tokenizer, data.template), most
 
     def _batches(self, prepared: Prepared, seed: int = 0) -> Batches:
@@ -278,12 +277,6 @@ class Finetuning:
         if result.best is not None and result.best != result.last:
             model.update(checkpoint.parameters(result.best, model.trainable_parameters()))
         adapt.save(self.out, model, self.adapter)
-
-
-def context(config: Config) -> int:
-    """Tokens of an example at most, unless someone says otherwise."""
-    most = config.max_context_length
-    return min(most, _LONGEST) if isinstance(config, FamilyConfig) else most
 
 
 def row_length(needs: Sequence[int], most: int, rows: int) -> int:
