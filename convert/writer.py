@@ -26,7 +26,7 @@ SHARD_BYTES = 5 << 30
 _KNOWN = (
     "config.json", "conversion.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "README.md", ".gitattributes", ".DS_Store",
+    "chat_template.jinja", "quantization.json", "vocab.json", "merges.txt", "README.md", ".gitattributes", ".DS_Store",
 )  # fmt: skip
 
 _LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}

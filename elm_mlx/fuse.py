@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, files, lora, shards
+from elm_mlx import adapt, adapters, directories, files, lora, shards
 from elm_mlx.adapters import EMBEDDING, Adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.describe import check_directory
@@ -32,11 +30,6 @@ from elm_mlx.version import __version__
 # 1.4 where it was computed in 16 bits too, and 3.2 on a random one of 36. Of float32 the sums' order is most.
 _TOLERANCES = {mx.float32: 1e-3, mx.float16: 6 * 2.0**-10, mx.bfloat16: 6 * 2.0**-7}
 
-_CARRIED = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json",
-)  # fmt: skip
-_OWN = ("config.json", "conversion.json", "README.md", "model.safetensors.index.json")
 _MOST_TOKENS = 512
 
 # Aesop, in the public domain: what logits are compared on where nobody gives a text.
@@ -105,7 +98,7 @@ def fuse(
         ElmError: the fused model computes something else, or cannot be written. Nothing is changed then.
     """
     source, target = check_directory(Path(model_path)), Path(destination)
-    _check_destination(target, (source, Path(adapter_path)), overwrite)
+    directories.check_destination(target, (source, Path(adapter_path)), overwrite)
     config = ModelConfig.load(source / "config.json")
     adapter = open_adapter(adapter_path, source, config)
     loaded = open_model(source)
@@ -139,23 +132,6 @@ def _check(fusion: Fusion) -> None:
         )
 
 
-def _check_destination(target: Path, sources: tuple[Path, ...], overwrite: bool) -> None:
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"{target}: is a file, and a directory is to be written")
-    if not overwrite:
-        raise InputError(f"{target}: exists already; pass --overwrite to replace it, or choose another")
-    real = Path(os.path.realpath(target))
-    for source in sources:
-        if real in (Path(os.path.realpath(source)), *Path(os.path.realpath(source)).parents):
-            raise InputError(f"{target}: holds {source.name}, which is to be fused: choose another directory")
-    names = sorted(entry.name for entry in target.iterdir())
-    foreign = [n for n in names if n not in (*_CARRIED, *_OWN) and not Path(n).match("model*.safetensors")]
-    if foreign or (names and "config.json" not in names):
-        raise InputError(f"{target}: is no model directory: it holds {(foreign or names)[0]}; nothing was replaced")
-
-
 def _write(source: Path, adapter: Adapter, directory: Path, dequantize: bool) -> tuple[bool, bool]:
     """The whole directory. Returns whether the head was untied, and whether anything was quantized anew."""
     config = ModelConfig.load(source / "config.json")
@@ -172,9 +148,7 @@ def _write(source: Path, adapter: Adapter, directory: Path, dequantize: bool) ->
     shards.write(directory, tensors)
     _write_json(directory / "config.json", _config(source, untied, dequantize))
     _write_json(directory / "conversion.json", _record(source, adapter))
-    for name in _CARRIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+    directories.carry(source, directory)
     return untied, merge.requantizes and not dequantize
 
 

@@ -298,7 +298,7 @@ def test_what_is_there_is_kept_unless_asked(bases: Callable[[str], Path], tmp_pa
     with pytest.raises(InputError, match=r"no model directory: it holds thesis\.txt; nothing was replaced"):
         fuse(base, adapter, out, overwrite=True)
     copy = Path(shutil.copytree(base, tmp_path / "copy"))
-    with pytest.raises(InputError, match="holds copy, which is to be fused"):
+    with pytest.raises(InputError, match="holds copy, which is to be read"):
         fuse(copy, adapter, copy, overwrite=True)
     with pytest.raises(InputError, match="is a file"):
         fuse(base, adapter, adapter / "adapter_config.json")

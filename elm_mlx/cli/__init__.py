@@ -27,6 +27,7 @@ from elm_mlx.cli.info import info
 from elm_mlx.cli.lora import LoraCommand, lora
 from elm_mlx.cli.lr_sweep import lr_sweep
 from elm_mlx.cli.pretrain import pretrain
+from elm_mlx.cli.quantize import quantize
 from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
 from elm_mlx.cli.train_tokenizer import train_tokenizer
@@ -53,6 +54,7 @@ app.command()(info)
 app.command(cls=LoraCommand)(lora)
 app.command()(lr_sweep)
 app.command()(pretrain)
+app.command()(quantize)
 app.command()(report)
 app.command()(train_tokenizer)
 

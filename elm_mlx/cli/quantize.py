@@ -1,0 +1,134 @@
+"""`elm-mlx quantize MODEL DST`: a model in fewer bits, and what that lost."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.cli.show import printable, size
+
+if TYPE_CHECKING:
+    from elm_mlx.quantization.plan import Plan
+    from elm_mlx.quantization.quantize import Listener, Quantization
+
+
+def quantize(
+    model: options.ModelPath,
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The model directory to make.")],
+    bits: Annotated[
+        int | None, typer.Option(help="2, 3, 4, 5, 6 or 8 bits a value. (default: 4)", show_default=False)
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Values that share a scale: 32, 64 or 128. (default: 64)", show_default=False)
+    ] = None,
+    mode: Annotated[str, typer.Option(help="affine, or the floats mxfp4, mxfp8 or nvfp4.")] = "affine",
+    bpw: Annotated[
+        float | None, typer.Option(help="Mix 2 to 8 bits by what each weight can bear, within these bits a weight.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="One of mlx-lm's learned methods: awq, dwq or gptq.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="For dwq. (default: 1e-5)", show_default=False)] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text for --bpw and --method. (default: excerpts of books)")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to measure losses on. (default: of other books)")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of scales and norms: bfloat16, float16 or float32. (default: as in MODEL, of 16 bits)"),
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option(help="Write nothing where the mean KL divergence is above this, in nats.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+) -> None:
+    """Quantize a model, and measure what that lost."""
+    from elm_mlx.quantization.quantize import quantize
+    from elm_mlx.quantization.recipe import choose
+
+    recipe = choose(bits, group_size, mode, bpw=bpw, method=method, rate=learning_rate, dtype=dtype)
+    with Report() as report:
+        quantize(
+            model, dst, recipe,
+            calibration=calibration, text=text, max_kld=max_kld, overwrite=overwrite, listener=report.listener(),
+        )  # fmt: skip
+    say("wrote", str(dst))
+
+
+class Report(AbstractContextManager["Report"]):
+    """Plan and losses on stdout; a bar on stderr, only where someone is looking."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._what = ""
+
+    def listener(self) -> Listener:
+        from elm_mlx.quantization.quantize import Listener
+
+        return Listener(plan=self._plan, progress=self._progress, done=self._done)
+
+    def __enter__(self) -> Report:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if console.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._hide()
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            return
+        if what != self._what:
+            if self._task is not None:
+                self._bar.remove_task(self._task)
+            self._what, self._task = what, self._bar.add_task(what, total=total or None)
+        self._bar.update(self._task, completed=done)
+
+    def _plan(self, made: Plan) -> None:
+        table = made.table()
+        for i, (kind, told) in enumerate(table.items()):
+            say("" if i else "plan", f"{kind:<{max(map(len, table))}}  {told}")
+        predicted = "" if made.predicted is None else f"; by its parts {made.predicted:.2g} nats a token"
+        say("", f"{made.bits_per_weight:.3f} bits a weight{predicted}")
+        for note in made.notes:
+            say("note", note)
+
+    def _done(self, done: Quantization) -> None:
+        self._hide()
+        lost, before, after = done.losses, done.speed_before, done.speed_after
+        where = "made-up ids, as there is no tokenizer" if done.text is None else done.text.name
+        times = f"{done.bytes_before / done.bytes_after:.2f} times smaller"
+        bits = f"{done.bits_before:.2f} to {done.bits_after:.2f} bits a weight"
+        say("bytes", f"{size(done.bytes_before)} to {size(done.bytes_after)}, {times}; {bits}")
+        say("compared", f"{lost.tokens:,} tokens ({where})")
+        if lost.perplexity_before is not None and lost.perplexity_after is not None:
+            change = lost.perplexity_after / lost.perplexity_before - 1
+            say("perplexity", f"{lost.perplexity_before:.4g} to {lost.perplexity_after:.4g} ({change:+.2%})")
+        tail = f"99th percentile {lost.kl_p99:.3g}, largest {lost.kl_max:.3g}"
+        say("divergence", f"{lost.kl_mean:.3g} nats a token; {tail}")
+        say("flipped", f"{lost.flipped:.2%} of tokens have another likeliest one")
+        prompt = f"prompt {before.prompt:,.0f} to {after.prompt:,.0f}"
+        decode = f"decode {before.decode:,.0f} to {after.decode:,.0f}"
+        say("tokens/s", f"{prompt}, {decode}; {done.computed}")
+
+    def _hide(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def say(name: str, text: str) -> None:
+    """One line of the report."""
+    print(f"{name:<10}  {printable(text)}", flush=True)

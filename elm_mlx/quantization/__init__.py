@@ -1,0 +1,1 @@
+"""A model in fewer bits, and what that lost. `quantize.quantize` does it."""
