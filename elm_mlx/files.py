@@ -104,6 +104,31 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path`, on its disk, for what is needed only until the block ends.
+
+    What a process that was killed leaves of it goes with the next writer to `path`.
+
+    Raises:
+        ElmError: it cannot be made.
+    """
+    path = Path(os.path.realpath(path))
+    with _failures_named(path):
+        made = _make_parents(path.parent)
+        remove_abandoned(path)
+        temporary, lock = _make_locked(path, os.mkdir)
+    try:
+        with _full_disk_named(path), _temporary_unnamed(temporary, path):
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _unlock(lock)
+        for parent in made:
+            with suppress(OSError):  # not empty: what was to be written is there
+                parent.rmdir()
+
+
 def remove_abandoned(path: Path) -> None:
     """Removes what writers to `path` that were killed have left beside it; what a live one writes stays.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,13 @@ def convert(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BITS|MODE|BUDGET",
+            help="Quantize too: 2 to 8 bits, mxfp4, mxfp8, nvfp4 or, with a decimal point, a budget in bits a weight.",
+        ),
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every value.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
@@ -58,10 +66,10 @@ def convert(
     """Convert a PyTorch, Hugging Face or MLX checkpoint into a directory that elm-mlx and mlx-lm open."""
     import elm_mlx_convert
 
-    with _Progress(verify) as progress:
+    with _converted(src, dst, quantize, overwrite, dry_run) as target, _Progress(verify) as progress:
         done = elm_mlx_convert.convert(
             src,
-            dst,
+            target,
             tokenizer=tokenizer,
             dtype=dtype,
             config=config,
@@ -77,7 +85,30 @@ def convert(
             on_plan=progress.begin,
             on_progress=progress.advance,
         )
-    _print_end(done)
+        _print_end(done, to_be_quantized=quantize is not None)
+
+
+@contextmanager
+def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_run: bool) -> Iterator[Path]:
+    """Where to convert to: DST, or beside it a place from which it is quantized to DST when the block ends."""
+    if quantized is None:
+        yield dst
+        return
+    from elm_mlx import directories, files
+    from elm_mlx.cli.quantize import Report
+    from elm_mlx.quantization.quantize import quantize
+    from elm_mlx.quantization.recipe import named
+
+    recipe = named(quantized)
+    if dry_run:
+        yield dst
+        return
+    directories.check_destination(dst, (Path(src).expanduser(),), overwrite)
+    with files.scratch_directory(dst) as scratch:
+        yield scratch / dst.name
+        with Report() as report:
+            quantize(scratch / dst.name, dst, recipe, overwrite=overwrite, listener=report.listener())
+        _say("wrote", str(dst))
 
 
 def _print_plan(plan: Plan) -> None:
@@ -101,7 +132,7 @@ def _print_plan(plan: Plan) -> None:
             _say(name, text)
 
 
-def _print_end(done: Conversion) -> None:
+def _print_end(done: Conversion, to_be_quantized: bool) -> None:
     for difference in done.differences:
         size = f"{difference.group:<9}  {difference.values:>13,} values"
         largest = f"largest difference {difference.largest:.3g} (largest value {difference.magnitude:.3g})"
@@ -110,6 +141,8 @@ def _print_end(done: Conversion) -> None:
         _say("warning", warning)
     if done.destination is None:
         _say("dry run", "nothing was written")
+    elif to_be_quantized:
+        _say("converted", f"in {done.seconds:.1f} s")
     else:
         _say("wrote", f"{done.destination} in {done.seconds:.1f} s")
 

@@ -47,6 +47,22 @@ class Recipe:
             raise InputError(f"--dtype {self.dtype}: there are {', '.join(device.DTYPES)}")
 
 
+def named(name: str) -> Recipe:
+    """Of one word: a number of bits, a float mode, or with a decimal point a budget in bits a weight.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if name in formats.FLOATS:
+        return choose(mode=name)
+    try:
+        return choose(int(name)) if name.isdigit() else choose(bpw=float(name))
+    except ValueError:
+        raise InputError(
+            f"--quantize {name}: is no number of bits, none of {', '.join(formats.FLOATS)}, and no budget such as 4.5"
+        ) from None
+
+
 def choose(
     bits: int | None = None,
     group_size: int | None = None,
