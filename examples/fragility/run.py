@@ -121,7 +121,7 @@ def table(found: dict[str, Measured]) -> str:
     return "\n" + "\n".join(lines)
 
 
-PARAMETERS = 779_328
+PARAMETERS = 766_048
 
 
 def grouped(found: dict[str, Measured]) -> Iterator[tuple[int, int, dict[int, Measured]]]:
