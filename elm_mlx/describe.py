@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,7 @@ def fingerprint(path: str | Path) -> str:
 
 def _stored(path: Path, config: ModelConfig) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
     files = weight_files(path)
     entries = {entry.name: entry for file in files for entry in headers.read(file)}
     for name, shape in config.shapes().items() if config.quantization is None else ():
@@ -216,6 +217,16 @@ def _stored(path: Path, config: ModelConfig) -> tuple[str, int]:
     types = {entry.dtype for entry in entries.values()}
     floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))
     if config.quantization is not None:
-        bits, group = config.quantization.get("bits"), config.quantization.get("group_size")
-        floats = f"{bits}-bit, group {group}, scales {floats}"
+        parameters = sum(math.prod(shape) for shape in config.shapes().values())
+        per_weight = 8 * sum(entry.end - entry.begin for entry in entries.values()) / parameters
+        floats = f"{_packed(config.quantization)}, scales {floats}, {per_weight:.2f} bits a weight"
     return floats, sum(file.stat().st_size for file in files)
+
+
+def _packed(quantization: Mapping[str, Any]) -> str:
+    """Bits and group sizes of the default and of the weights that have their own; a float mode by its name."""
+    ways = [quantization, *(way for way in quantization.values() if isinstance(way, Mapping))]
+    modes = sorted({str(way["mode"]) for way in ways if way.get("mode", "affine") != "affine"})
+    bits, groups = (sorted({way.get(name) for way in ways}, key=str) for name in ("bits", "group_size"))
+    told = f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
+    return " ".join([*modes, told])

@@ -69,7 +69,7 @@ def train(out: Path, steps: int, seed: int) -> Path:
     }
     if not (model / "model.safetensors").exists():
         sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
-        elm("pretrain", HERE / "recipe.toml", "--out", model, *sets)
+        elm("pretrain", HERE / "recipe.toml", "--out", model, *sets, *resume(model))
     return model
 
 
@@ -83,11 +83,15 @@ def repair(model: Path, bits: int, iters: int, out: Path) -> Measured:
         adapter = model.with_name(f"{model.name}-{bits}-lora")
         options = {"--iters": iters, "--batch-size": 8, "--learning-rate": 2e-3, "--rank": 8, "--seed": 1}
         words = [word for pair in options.items() for word in pair]
-        elm("lora", quantized, "--data", out / "data" / "train.jsonl", "--out", adapter, *words, "--overwrite")
+        elm("lora", quantized, "--data", out / "data" / "train.jsonl", "--out", adapter, *words, *resume(adapter))
         losses = [held_out_loss(quantized, path, out / "data" / "valid.jsonl") for path in (None, adapter)]
         record.write_text(json.dumps(dict(zip(("before", "after"), losses, strict=True))), "utf-8")
     measured: Measured = json.loads(record.read_text("utf-8"))
     return measured
+
+
+def resume(run: Path) -> list[str]:
+    return ["--resume"] if (run / "checkpoints").exists() else []
 
 
 def held_out_loss(path: Path, adapter: Path | None, documents: Path) -> float:
