@@ -111,8 +111,8 @@ def test_the_losses_are_numpys(base: Path, text: Path, tmp_path: Path) -> None:
     assert before.tokenizer is not None
     ids = before.tokenizer.encode(text.read_text("utf-8"), add_bos=False)
     divergences, flips, surprises = [], [], []
-    for start in range(0, len(ids), 511):  # the context of 512 leaves so much beside BOS
-        window = [before.tokenizer.bos_id, *ids[start : start + 511]]
+    for start in range(0, len(ids), 512):
+        window = [before.tokenizer.bos_id, *ids[start : start + 512]]
         both = [
             log_softmax(np.array(loaded.model(mx.array([window[:-1]]))[0], np.float64)) for loaded in (before, after)
         ]

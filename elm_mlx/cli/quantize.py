@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -72,31 +73,30 @@ class Report(AbstractContextManager["Report"]):
 
         return Listener(plan=self._plan, progress=self._progress, done=self._done)
 
-    def __enter__(self) -> Report:
-        from rich.console import Console
-
-        console = Console(stderr=True)
-        if console.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=console, transient=True)
-            self._bar.start()
-        return self
-
     def __exit__(self, *exception: Any) -> None:
         self._hide()
 
     def _progress(self, what: str, done: int, total: int) -> None:
-        if self._bar is None:
-            return
         if what != self._what:
-            if self._task is not None:
-                self._bar.remove_task(self._task)
-            self._what, self._task = what, self._bar.add_task(what, total=total or None)
+            self._hide()
+            self._what = what
+        if not total or not sys.stderr.isatty():  # mlx-lm's methods show bars of their own
+            return
+        if self._bar is None:
+            self._show(what, total)
         self._bar.update(self._task, completed=done)
 
+    def _show(self, what: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(what, total=total)
+        self._bar.start()
+
     def _plan(self, made: Plan) -> None:
+        self._hide()
         table = made.table()
         for i, (kind, told) in enumerate(table.items()):
             say("" if i else "plan", f"{kind:<{max(map(len, table))}}  {told}")

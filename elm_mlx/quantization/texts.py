@@ -55,7 +55,7 @@ def ids(text: Text, loaded: Loaded) -> list[int]:
 def rows(text: Text, loaded: Loaded, window: int, most: int = losses.MOST_TOKENS) -> list[Row]:
     """`text` as a model reads it, at most `most` tokens of it; made-up ids where there is no tokenizer."""
     config = loaded.model.config
-    window = min(window, config.max_context_length - 1)
+    window = min(window, config.max_context_length)
     if loaded.tokenizer is None:
         made_up: Sequence[int] = [(i * 7919) % config.vocab_size for i in range(_MADE_UP)]
         return losses.rows(made_up, None, window)
