@@ -79,7 +79,7 @@ WISHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("wish", WISHES)
 def test_mlx_lm_opens_it_and_says_the_same(wish: str, base: Path, text: Path, tmp_path: Path) -> None:
-    done = quantize(base, tmp_path / "q", choose(**WISHES[wish]), text=text)
+    done = quantize(base, tmp_path / "q", choose(**WISHES[wish]), text=text, calibration=text)
     ours = logits(tmp_path / "q")
     np.testing.assert_allclose(ours, mlx_lm_logits(tmp_path / "q"), atol=2e-4 * np.abs(ours).max())
     model, _ = utils.load_model(tmp_path / "q")
@@ -171,15 +171,29 @@ def test_a_mix_meets_its_budget_and_beats_one_format_of_the_same_size(classics_d
     short = tmp_path / "text.txt"
     content = (Path(losses.__file__).parent / "texts" / "held_out.txt").read_text("utf-8")
     short.write_text(content[:4000], "utf-8")
+    learn = tmp_path / "learn.txt"  # a third of the default, to be quick
+    learn.write_text((Path(losses.__file__).parent / "texts" / "calibration.txt").read_text("utf-8")[:1500], "utf-8")
     uniform = quantize(classics_dir, tmp_path / "u", choose(4), text=short)
     budget = uniform.bits_after
-    mixed = quantize(classics_dir, tmp_path / "m", choose(bpw=budget), text=short)
+    mixed = quantize(classics_dir, tmp_path / "m", choose(bpw=budget), text=short, calibration=learn)
     assert 0.99 * budget < mixed.bits_after <= budget
     assert len({how.bits for how in mixed.formats.values()}) > 1
     assert mixed.losses.kl_mean < 0.9 * uniform.losses.kl_mean
-    for bits, bpw in ((1.0, "2 bits everywhere are"), (32.0, "the model as it is takes no more")):
-        with pytest.raises(InputError, match=bpw):
-            quantize(classics_dir, tmp_path / "x", choose(bpw=bits), text=short)
+
+
+@pytest.mark.parametrize(
+    ("bpw", "message"), [(2.4, "2 bits everywhere are 2.5"), (16.0, "the model as it is takes no more")]
+)
+def test_budgets_that_cannot_be(bpw: float, message: str, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        quantize(base, tmp_path / "q", choose(bpw=bpw))
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_budget_of_much_keeps_some_weights_whole(base: Path, text: Path, tmp_path: Path) -> None:
+    done = quantize(base, tmp_path / "q", choose(bpw=12.0), text=text, calibration=text)
+    assert 11.5 < done.bits_after <= 12.0 and 0 < len(done.formats) < 9
+    np.testing.assert_allclose(logits(tmp_path / "q"), mlx_lm_logits(tmp_path / "q"), atol=1e-3)
 
 
 def test_rows_that_do_not_divide(tmp_path: Path, tiny_tokenizer_file: Path, text: Path) -> None:
@@ -281,7 +295,7 @@ def test_killed_it_leaves_no_half_directory(base: Path, tmp_path: Path) -> None:
 
 def test_an_adapter_on_top_and_fused(base: Path, text: Path, tmp_path: Path) -> None:
     """All that follows takes a mixed model: an adapter attached, saved, and merged."""
-    quantize(base, tmp_path / "q", choose(bpw=4.6), text=text)
+    quantize(base, tmp_path / "q", choose(bpw=4.6), text=text, calibration=text)
     model, _ = load(tmp_path / "q", "float32")
     adapter = plan_adapter(model.config, rank=2)
     adapt.attach(model, adapter)

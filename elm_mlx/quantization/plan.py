@@ -80,6 +80,22 @@ def uniform(shapes: Mapping[str, tuple[int, ...]], how: Format, tensors: Tensors
     return Plan(formats, bits_per_weight(formats, tensors, dtype), notes=_notes(shapes, formats, how))
 
 
+def check_budget(
+    shapes: Mapping[str, tuple[int, ...]], group_size: int, bpw: float, tensors: Tensors, dtype: mx.Dtype
+) -> None:
+    """Raises InputError where `bpw` is below what the fewest bits take, or above what the model takes as it is."""
+    fewest = Format(BITS[0], group_size)
+    least = {name: fitted for name, shape in shapes.items() if (fitted := fewest.fitted(shape[-1])) is not None}
+    lowest, highest = (bits_per_weight(formats, tensors, dtype) for formats in (least, {}))
+    if bpw < lowest:
+        raise InputError(
+            f"--bpw {bpw:g}: {fewest.bits} bits everywhere are {lowest:.2f} bits a weight already, groups' scales and "
+            "norms counted"
+        )
+    if bpw >= highest:
+        raise InputError(f"--bpw {bpw:g}: the model as it is takes no more")
+
+
 def mixed(
     shapes: Mapping[str, tuple[int, ...]],
     group_size: int,
@@ -88,35 +104,25 @@ def mixed(
     tensors: Tensors,
     dtype: mx.Dtype,
 ) -> Plan:
-    """The bits of each weight that lose least within `bpw` bits a parameter of the whole model.
+    """The bits of each weight that lose least within `bpw` bits a parameter of the whole model; see `check_budget`.
 
     Args:
         divergences: module -> bits -> what packing it alone in so many costs, in nats a token.
-
-    Raises:
-        InputError: the budget is below what the fewest bits take.
     """
     names = [name for name in shapes if name in divergences]
     choices = {name: _choices(shapes[name], group_size) for name in names}
-    dense = 8 * int(dtype.size)
+    dense = int(dtype.size)
     sizes = {name: tensors[f"{name}.weight"].size for name in names}
-    costs = [[*(how.nbytes(sizes[name], dtype) for how in choices[name]), sizes[name] * dense // 8] for name in names]
+    costs = [[*(how.nbytes(sizes[name], dtype) for how in choices[name]), sizes[name] * dense] for name in names]
     losses = [[*(divergences[name][how.bits] for how in choices[name]), 0.0] for name in names]
     rest = stored_bytes({}, tensors, dtype) - sum(of_item[-1] for of_item in costs)
     chosen = budget.allocate(costs, losses, int(bpw * parameters(tensors) / 8) - rest)
-    if chosen is None:
-        least = {name: choices[name][0] for name in names}
-        raise InputError(
-            f"--bpw {bpw:g}: {least[names[0]].bits} bits everywhere are {bits_per_weight(least, tensors, dtype):.2f} "
-            "bits a weight already, groups' scales and norms counted"
-        )
+    assert chosen is not None, "the budget was not checked"
     formats = {
         name: choices[name][choice]
         for name, choice in zip(names, chosen, strict=True)
         if choice < len(choices[name])  # the last is to leave it as it is
     }
-    if not formats:
-        raise InputError(f"--bpw {bpw:g}: the model as it is takes no more")
     predicted = sum(of_item[choice] for of_item, choice in zip(losses, chosen, strict=True))
     return Plan(formats, bits_per_weight(formats, tensors, dtype), predicted)
 

@@ -149,6 +149,7 @@ class _Job:
         recipe = self._recipe
         if recipe.bpw is None:
             return plan.uniform(shapes, recipe.how, tensors, dtype)
+        plan.check_budget(shapes, recipe.how.group_size, recipe.bpw, tensors, dtype)
         texts.ids(self._learn, loaded)  # a made-up text tells nothing of what matters
         rows = sensitivity.spread(texts.rows(self._learn, loaded, sensitivity.WINDOW, most=1 << 20))
         advance = self._advance("sensitivity", sensitivity.passes(len(shapes)))
