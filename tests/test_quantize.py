@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 import tiny
 from mlx_lm import utils
 
-from elm_mlx import adapt, files
+from elm_mlx import adapt, files, shards
 from elm_mlx.adapters import plan as plan_adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.describe import describe
@@ -319,3 +320,15 @@ def test_scratch_beside_a_path(tmp_path: Path) -> None:
     with files.scratch_directory(tmp_path / "none" / "q"):
         pass
     assert not (tmp_path / "none").exists()
+
+
+def test_a_large_model_is_written_in_shards(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(base, tmp_path / "whole", choose(4), text=text)
+    monkeypatch.setattr(shards, "write", partial(shards.write, shard_bytes=60_000))
+    quantize(base, tmp_path / "q", choose(4), text=text)
+    index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text("utf-8"))
+    assert len(set(index["weight_map"].values())) > 1
+    np.testing.assert_array_equal(logits(tmp_path / "q"), logits(tmp_path / "whole"))
+    np.testing.assert_array_equal(mlx_lm_logits(tmp_path / "q"), mlx_lm_logits(tmp_path / "whole"))
