@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from elm_mlx import headers
-from elm_mlx.describe import weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.quantization import budget
 from elm_mlx.quantization.formats import BITS, Format
@@ -47,25 +44,13 @@ class Plan:
         return {kind: _told(of_kind) for kind, of_kind in kinds.items()}
 
 
-def read_tensors(path: Path, model: nn.Module) -> Tensors:
-    """Those of a model directory by the names that `model` has for them, not yet read from the disk."""
-    tensors: Tensors = {}
-    for file in weight_files(path):
-        headers.read(file)
-        tensors |= mx.load(str(file))
-    return dict(model.sanitize(tensors)) if hasattr(model, "sanitize") else tensors  # of mlx-lm's networks
-
-
 def packable(model: nn.Module, tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Modules that have a quantized form, in the model's order, with their weights' shapes.
 
     Raises:
-        InputError: there is none, or one is quantized already.
+        InputError: there is none.
     """
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    packed = next((name for name in tensors if name.endswith(".scales")), None)
-    if packed is not None:
-        raise InputError(f"{packed.removesuffix('.scales')} is quantized already: quantize what the model was made of")
     names = [name for name, module in leaves if hasattr(module, "to_quantized") and f"{name}.weight" in tensors]
     if not names:
         raise InputError("the model has no weight that MLX could quantize")

@@ -23,7 +23,7 @@ from elm_mlx.quantization.losses import Advance, Losses, Speed
 from elm_mlx.quantization.plan import Plan, Tensors
 from elm_mlx.quantization.recipe import Recipe
 from elm_mlx.quantization.texts import Text
-from elm_mlx.store import Loaded, open_model
+from elm_mlx.store import Loaded, open_model, read_weights
 from elm_mlx.version import __version__
 
 RECORD = "quantization.json"
@@ -119,7 +119,9 @@ class _Job:
 
     def run(self, target: Path) -> Quantization:
         loaded = open_model(self._source)
-        tensors = plan.read_tensors(self._source, loaded.model)
+        tensors, already = read_weights(self._source, loaded.model.config)
+        if already:
+            raise InputError(f"{self._source}: is quantized already ({loaded.stored}): quantize what it was made of")
         shapes = plan.packable(loaded.model, tensors)
         dtype = _dtype(self._recipe.dtype, loaded, tensors)
         ids = texts.ids(self._learn, loaded) if self._recipe.method else []
@@ -139,7 +141,7 @@ class _Job:
         return Quantization(
             target, packed, str(dtype).removeprefix("mlx.core."),
             _file_bytes(self._source), _file_bytes(self._directory),
-            bits_before, _bits(plan.read_tensors(self._directory, after.model), parameters),
+            bits_before, _bits(read_weights(self._directory, after.model.config)[0], parameters),
             found, speed_before, losses.speed(after),
             computed=after.notes[0] if after.notes else "computed as stored",
             text=self._measured if on_text else None,
