@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--iters", type=int, default=60, help="updates of each adapter")
     arguments = parser.parse_args()
 
-    cut_all(arguments.books, arguments.out / "data")
+    if not (arguments.out / "data" / "train.jsonl").exists():
+        cut_all(arguments.books, arguments.out / "data")
     found: dict[str, Measured] = {}
     for seed in arguments.seeds:
         for steps in arguments.steps:
@@ -83,7 +84,7 @@ def repair(model: Path, bits: int, iters: int, out: Path) -> Measured:
         adapter = model.with_name(f"{model.name}-{bits}-lora")
         options = {"--iters": iters, "--batch-size": 8, "--learning-rate": 2e-3, "--rank": 8, "--seed": 1}
         words = [word for pair in options.items() for word in pair]
-        elm("lora", quantized, "--data", out / "data" / "train.jsonl", "--out", adapter, *words, *resume(adapter))
+        elm("lora", quantized, "--data", out / "data" / "repair.jsonl", "--out", adapter, *words, *resume(adapter))
         losses = [held_out_loss(quantized, path, out / "data" / "valid.jsonl") for path in (None, adapter)]
         record.write_text(json.dumps(dict(zip(("before", "after"), losses, strict=True))), "utf-8")
     measured: Measured = json.loads(record.read_text("utf-8"))
@@ -170,7 +171,10 @@ def plot(found: dict[str, Measured], path: Path) -> None:
 
 
 def cut_all(books: Path, folder: Path) -> None:
-    """Passages of 1,500 characters or more, shuffled; one in fifty, or sixteen at most, is held out."""
+    """Passages of 1,500 characters or more, shuffled; one in fifty, or sixteen at most, is held out.
+
+    400 of the rest are what adapters are trained on: the same text, of which a model of few updates has seen little.
+    """
     documents: list[str] = []
     with gzip.open(books, "rt", encoding="utf-8") if books.suffix == ".gz" else books.open(encoding="utf-8") as lines:
         for line in lines:
@@ -178,6 +182,7 @@ def cut_all(books: Path, folder: Path) -> None:
     random.Random(0).shuffle(documents)
     held_out = min(16, max(1, len(documents) // 50))
     write(folder / "valid.jsonl", documents[:held_out])
+    write(folder / "repair.jsonl", documents[-400:])
     write(folder / "train.jsonl", documents[held_out:])
 
 
