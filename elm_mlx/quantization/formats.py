@@ -17,6 +17,7 @@ GROUPS = (32, 64, 128)
 # mode -> bits and group size, of which each has one: microscaling floats (OCP MX 1.0) and NVIDIA's.
 FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 AFFINE = "affine"
+_BLOCK = 32
 GROUP = 64
 
 
@@ -35,8 +36,8 @@ class Format:
     def fitted(self, columns: int) -> Format | None:
         """This, or the same in the largest smaller group that rows of `columns` values divide into; None for none."""
         groups = GROUPS if self.mode == AFFINE else (self.group_size,)
-        fitting = [group for group in groups if group <= self.group_size and columns % group == 0]
-        # Packed rows are of whole 32-bit words: 32 values fill them at any width.
+        # MLX's CPU packs 32 values at a time, in groups of 16 too, and fails on a row of 48.
+        fitting = [group for group in groups if group <= self.group_size and columns % max(group, _BLOCK) == 0]
         return replace(self, group_size=fitting[-1]) if fitting else None
 
     def nbytes(self, size: int, dtype: mx.Dtype) -> int:
