@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Quantize models trained on few and many tokens, and repair them.")
     parser.add_argument("--books", type=Path, default=HERE / "extract.jsonl.gz", help='{"text": …} a line, a book each')
     parser.add_argument("--out", type=Path, default=Path("build/fragility"), help="where everything is written")
-    parser.add_argument("--steps", type=int, nargs="+", default=[60, 1000], help="updates of each training")
+    parser.add_argument("--steps", type=int, nargs="+", default=[60, 250, 1000], help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--iters", type=int, default=60, help="updates of each adapter")
