@@ -1,18 +1,16 @@
 """Are models trained on many tokens for their size more easily hurt by quantizing? `python examples/fragility/run.py`.
 
 The same network is trained on few and on many tokens, each from several seeds; each of them is quantized to fewer and
-fewer bits, and a LoRA adapter trained on top. Losses are measured here, in the plainest way, on books' passages that
-none of this has seen. Training is elm-mlx's commands, printed before they run. Run again, it goes on where it stopped.
+fewer bits, and a LoRA adapter trained on top. Every step but the measuring (../measure.py), on two books that nothing
+is trained on, is a command of elm-mlx's, which is printed before it runs. Run again, it goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
 import importlib.util
 import json
 import os
-import random
 import shlex
 import statistics
 import subprocess
@@ -20,14 +18,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import elm_mlx  # before MLX, for its BLAS
-
-# isort: split
-import mlx.core as mx
-import mlx.nn as nn
-
 HERE = Path(os.path.relpath(Path(__file__).parent))
+sys.path.append(str(HERE.parent))
+
+import books as texts  # noqa: E402
+from measure import held_out_loss  # noqa: E402
+
+import elm_mlx  # noqa: E402
+
 CLASSICS = HERE.parent / "classics"
+HELD_OUT = CLASSICS / "held-out.jsonl.gz"
 FULL = 16  # bits of what is not quantized
 ROW_TOKENS = 8 * 256  # of an update, as in recipe.toml
 Measured = dict[str, float]  # "before" and "after" the adapter
@@ -35,16 +35,18 @@ Measured = dict[str, float]  # "before" and "after" the adapter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Quantize models trained on few and many tokens, and repair them.")
-    parser.add_argument("--books", type=Path, default=HERE / "extract.jsonl.gz", help='{"text": …} a line, a book each')
+    parser.add_argument(
+        "--books", type=Path, default=CLASSICS / "extract.jsonl.gz", help='{"text": …} a line, a book each'
+    )
     parser.add_argument("--out", type=Path, default=Path("build/fragility"), help="where everything is written")
-    parser.add_argument("--steps", type=int, nargs="+", default=[60, 1000], help="updates of each training")
+    parser.add_argument("--steps", type=int, nargs="+", default=[60, 250, 1000], help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
     parser.add_argument("--iters", type=int, default=60, help="updates of each adapter")
     arguments = parser.parse_args()
 
     if not (arguments.out / "data" / "train.jsonl").exists():
-        cut_all(arguments.books, arguments.out / "data")
+        write_data(arguments.books, arguments.out / "data")
     found: dict[str, Measured] = {}
     for seed in arguments.seeds:
         for steps in arguments.steps:
@@ -62,7 +64,7 @@ def train(out: Path, steps: int, seed: int) -> Path:
     model = out / f"steps-{steps}-seed-{seed}"
     fields = {
         "tokenizer": CLASSICS / "tokenizer.model",
-        "data.validation": out / "data" / "valid.jsonl",
+        "data.validation": out / "data" / "watched.jsonl",
         "data.sources": f'[{{path = "{out / "data" / "train.jsonl"}"}}]',
         "optimizer.steps": steps,
         "optimizer.warmup": min(40, steps // 4),
@@ -85,7 +87,7 @@ def repair(model: Path, bits: int, iters: int, out: Path) -> Measured:
         options = {"--iters": iters, "--batch-size": 8, "--learning-rate": 2e-3, "--rank": 8, "--seed": 1}
         words = [word for pair in options.items() for word in pair]
         elm("lora", quantized, "--data", out / "data" / "repair.jsonl", "--out", adapter, *words, *resume(adapter))
-        losses = [held_out_loss(quantized, path, out / "data" / "valid.jsonl") for path in (None, adapter)]
+        losses = [loss(quantized, path) for path in (None, adapter)]
         record.write_text(json.dumps(dict(zip(("before", "after"), losses, strict=True))), "utf-8")
     measured: Measured = json.loads(record.read_text("utf-8"))
     return measured
@@ -95,18 +97,14 @@ def resume(run: Path) -> list[str]:
     return ["--resume"] if (run / "checkpoints").exists() else []
 
 
-def held_out_loss(path: Path, adapter: Path | None, documents: Path) -> float:
-    """Nats a token, every document cut into pieces as long as the context."""
+def loss(path: Path, adapter: Path | None) -> float:
+    """Nats a token of the beginnings of two books that nothing is trained on, their mean."""
     model, tokenizer = elm_mlx.load(path, compute_dtype="float32", adapter_path=adapter)
     assert tokenizer is not None
-    length, total, count = model.config.max_context_length, 0.0, 0
-    for line in documents.read_text("utf-8").splitlines():
-        ids = tokenizer.encode(json.loads(line)["text"])
-        for start in range(0, len(ids) - 1, length):
-            piece = mx.array(ids[start : start + length + 1])[None]
-            total += nn.losses.cross_entropy(model(piece[:, :-1]), piece[:, 1:], reduction="sum").item()
-            count += piece.shape[1] - 1
-    return total / count
+    length = model.config.max_context_length
+    return statistics.mean(
+        held_out_loss(model, tokenizer, book["text"], windows=32, length=length).nats for book in texts.read(HELD_OUT)
+    )
 
 
 def table(found: dict[str, Measured]) -> str:
@@ -170,34 +168,11 @@ def plot(found: dict[str, Measured], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def cut_all(books: Path, folder: Path) -> None:
-    """Passages of 1,500 characters or more, shuffled; one in fifty, or sixteen at most, is held out.
-
-    400 of the rest are what adapters are trained on: the same text, of which a model of few updates has seen little.
-    """
-    documents: list[str] = []
-    with gzip.open(books, "rt", encoding="utf-8") if books.suffix == ".gz" else books.open(encoding="utf-8") as lines:
-        for line in lines:
-            documents.extend(passages(json.loads(line)["text"]))
-    random.Random(0).shuffle(documents)
-    held_out = min(16, max(1, len(documents) // 50))
-    write(folder / "valid.jsonl", documents[:held_out])
-    write(folder / "repair.jsonl", documents[-400:])
-    write(folder / "train.jsonl", documents[held_out:])
-
-
-def passages(text: str) -> Iterator[str]:
-    part: list[str] = []
-    for paragraph in text.split("\n"):
-        part.append(paragraph)
-        if sum(map(len, part)) >= 1_500:
-            yield "\n".join(part)
-            part = []
-
-
-def write(path: Path, texts: Sequence[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), "utf-8")
+def write_data(books: Path, folder: Path) -> None:
+    """Documents to train on; the first 150 of them are what adapters are trained on too."""
+    texts.write_documents(books, folder)
+    documents = (folder / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (folder / "repair.jsonl").write_text("".join(documents[:150]), "utf-8")
 
 
 def elm(*arguments: object) -> None:
