@@ -20,6 +20,7 @@ from elm_mlx.cli.chat import chat
 from elm_mlx.cli.convert import convert
 from elm_mlx.cli.data import data
 from elm_mlx.cli.dpo import DpoCommand, dpo
+from elm_mlx.cli.eval import evaluate
 from elm_mlx.cli.export import export
 from elm_mlx.cli.fuse import fuse
 from elm_mlx.cli.generate import generate
@@ -46,6 +47,7 @@ app.command()(chat)
 app.command()(convert)
 app.command()(data)
 app.command(cls=DpoCommand)(dpo)
+app.command("eval")(evaluate)
 app.command()(export)
 app.command()(fuse)
 app.command()(generate)

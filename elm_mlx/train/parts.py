@@ -13,8 +13,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -53,14 +54,18 @@ class Parts:
         parts = cut(batch, self.most)
         if len(parts) == 1:
             return [build(batch)]
+        return self.each([functools.partial(build, part) for part in parts], shared)
+
+    def each(self, builds: Sequence[Callable[[], Outputs]], shared: Any) -> list[Outputs]:
+        """What each of `builds`, `most` at most, returns, evaluated at the same time. `shared` as for `compute`."""
         mx.eval(shared)
-        graphs = [build(parts[0])]
-        for stream, part in zip(self._streams, parts[1:], strict=False):
+        graphs = [builds[0]()]
+        for stream, build in zip(self._streams, builds[1:], strict=False):
             mx.eval(mx.random.state)  # the next part's key
             with mx.stream(stream):
-                graphs.append(build(part))
+                graphs.append(build())
         mx.eval(mx.random.state)
-        with blas.one_thread():
+        with blas.one_thread() if len(graphs) > 1 else nullcontext():
             others = [self._pool.submit(mx.eval, graph) for graph in graphs[1:]]
             try:
                 mx.eval(graphs[0])

@@ -1,0 +1,188 @@
+"""`elm-mlx eval MODEL`: scores on the paper's tasks, perplexity, and runs compared."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.cli.show import printable
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.evaluate.compare import Difference
+    from elm_mlx.evaluate.evaluation import Evaluation
+    from elm_mlx.evaluate.run import Advance
+
+
+def evaluate(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="MODEL", help="A model directory; with --compare, runs' directories.")
+    ],
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks", "-t", metavar="TASK,…", help="Names, NAME@SHOTS, or .jsonl files of questions; may be repeated."
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="zero-shot, openllm or llm360, the paper's. (default: zero-shot)")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Bits per byte of a .txt or .jsonl file; may be repeated."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Files TASK.jsonl. (default: the Hugging Face hub's cache)")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples before each question, instead of the suite's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Each task's first N questions alone.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Of --text: tokens read at once. (default: the model's context)")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Of --text: tokens scored in each window. (default: half the window)")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results. (default: evals/NAME of the model)")] = None,
+    adapter: options.AdapterPath = None,
+    compute_dtype: options.ComputeDtype = None,
+    harness: Annotated[
+        bool, typer.Option("--harness", help="Have lm_eval, which must be installed, ask its own tasks.")
+    ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Compare the runs in these directories.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also a picture of the scores; needs matplotlib.")] = None,
+) -> None:
+    """Score a model on the paper's tasks as LM Evaluation Harness does, or on text; or compare such runs."""
+    if compare:
+        _compare(paths, plot)
+        return
+    if len(paths) > 1:
+        raise InputError("give one model directory; --compare takes several runs")
+    from elm_mlx.evaluate import evaluation
+
+    wanted = evaluation.Wanted(
+        tasks=tasks or [],
+        suite=suite,
+        texts=text or [],
+        data=data,
+        shots=shots,
+        limit=limit,
+        window=window,
+        stride=stride,
+    )
+    opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype)
+    for note in opened.notes:
+        print(f"elm-mlx: {printable(note)}", file=sys.stderr)
+    if harness:
+        with _progress() as advance:
+            table = opened.hand_over(lambda done, total: advance("lm_eval", 0, done, total))
+        print(table)
+    else:
+        with _progress() as advance:
+            opened.run(advance)
+        _print(opened)
+    print(f"wrote {printable(opened.out)}")
+    if plot is not None and not harness:
+        from elm_mlx.evaluate import plots
+
+        plots.draw({paths[0].name: opened.results}, plot)
+        print(f"wrote {printable(plot)}")
+
+
+def _print(done: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from elm_mlx.evaluate.scores import shown
+
+    beside = any(row.published is not None for row in done.rows)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header, side in (("task", "left"), ("shots", "right"), ("questions", "right"), ("metric", "left")):
+        table.add_column(header, justify=side)  # type: ignore[arg-type]
+    table.add_column("score", justify="right")
+    if beside:
+        table.add_column(f"{done.published}", justify="right")
+    before = None
+    for row in done.rows:
+        new = (row.name, row.shots) != before
+        before = (row.name, row.shots)
+        known = f"{row.published:.2f}" if row.published is not None else ""
+        cells = [printable(row.name), str(row.shots), f"{row.score.count:,}"] if new else ["", "", ""]
+        table.add_row(*cells, row.metric, shown(row.metric, row.score), *([known] if beside else []))
+    if done.mean is not None:
+        known = f"{done.published_mean:.2f}" if done.published_mean is not None else ""
+        table.add_row("mean", "", "", "", shown("acc", done.mean), *([known] if beside else []))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    for key, how in done.missing.items():
+        print(f"not scored: {key}: {how}")
+    if beside:
+        print(f"published: {done.source}")
+    if done.pace.items:
+        rate = done.pace.items / done.pace.seconds
+        print(f"{done.pace.items:,} items in {done.pace.seconds:.1f} s, {rate:,.1f} items/s")
+
+
+def _compare(paths: list[Path], plot: Path | None) -> None:
+    from elm_mlx.evaluate import compare, plots
+    from elm_mlx.evaluate.record import read_results
+
+    if len(paths) < 2:
+        raise InputError("--compare takes two runs or more")
+    runs: dict[str, Mapping[str, Any]] = {str(path): read_results(path) for path in paths}
+    if len(runs) < len(paths):
+        raise InputError("--compare: a run is named twice")
+    names = list(runs)
+    for other in names[1:]:
+        print(f"{printable(other)} against {printable(names[0])}")
+        _print_differences(compare.compare(runs[names[0]], runs[other]))
+    if plot is not None:
+        plots.draw(runs, plot)
+        print(f"wrote {printable(plot)}")
+
+
+def _print_differences(differences: list[Difference]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from elm_mlx.evaluate.scores import SHARES
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    headers = ("task", "shots", "questions", "metric", "first", "second", "difference", "95 % of resamples", "p", "")
+    for number, header in enumerate(headers):
+        table.add_column(header, justify="left" if number in (0, 3, 9) else "right")
+    for each in differences:
+        factor = 100 if each.metric in SHARES else 1
+        verdict = "" if each.p >= 0.05 else "better" if each.better else "worse"
+        table.add_row(
+            printable(each.task), str(each.shots), f"{each.count:,}", each.metric, f"{factor * each.first:.2f}",
+            f"{factor * each.second:.2f}", f"{factor * each.value:+.2f}",
+            f"{factor * each.low:+.2f} … {factor * each.high:+.2f}", f"{each.p:.2g}", verdict,
+        )  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@contextmanager
+def _progress() -> Iterator[Advance]:
+    """A bar on stderr, where someone is looking."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda key, items, done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("left"), console=console, transient=True) as bars:
+        task = bars.add_task("reading", total=None)
+
+        def advance(key: str, items: int, done: int, total: int) -> None:
+            bars.update(task, description=printable(key), completed=done, total=total)
+
+        yield advance

@@ -1,0 +1,129 @@
+"""Two runs on the same questions: how far apart, and whether that could be chance.
+
+Scores of one question by two models go together, so differences are resampled, not the models' scores by themselves:
+a paired bootstrap (Efron, 1979; Koehn, 2004). Where a score is right or wrong, McNemar's exact test says the same of
+the questions on which they differ. Knows `results.json`; nothing of models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elm_mlx.errors import InputError
+from elm_mlx.evaluate.scores import LOWER_IS_BETTER
+
+RESAMPLES = 10_000
+_AT_ONCE = 1 << 22  # drawn indices held at once
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of one task, of a second run less a first one's.
+
+    Attributes:
+        first, second: means, as fractions where scores are.
+        low, high: between which 95 % of the resampled differences lie.
+        p: of a difference as large or larger, by chance: McNemar's where scores are 0 or 1, else the bootstrap's.
+        better: whether the second is better, by its sign alone.
+    """
+
+    task: str
+    shots: int
+    metric: str
+    count: int
+    first: float
+    second: float
+    low: float
+    high: float
+    p: float
+    better: bool
+
+    @property
+    def value(self) -> float:
+        return self.second - self.first
+
+
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
+    """Every metric of every task that both have, a group's tasks as one.
+
+    Raises:
+        InputError: they have no task in common, or not the same questions of it.
+    """
+    for key, entry in first["tasks"].items():
+        other = second["tasks"].get(key)
+        if other is not None and other["questions"] != entry["questions"]:
+            raise InputError(f"{key}: not the same questions in both runs; run both with the same --limit and data")
+    a, b = _gathered(first), _gathered(second)
+    common = [key for key in a if key in b]
+    if not common:
+        raise InputError("the runs have no task in common")
+    for key in common:
+        if len(a[key]) != len(b[key]):  # parts of a group are missing
+            raise InputError(f"{key[0]}: {len(a[key])} questions in one run and {len(b[key])} in another")
+    return [_difference(key, a[key], b[key]) for key in common]
+
+
+def bootstrap(differences: Values, seed: int = 0) -> tuple[float, float, float]:
+    """Limits of 95 % of the means of resampled `differences`, and how often they'd be as far from 0 by chance."""
+    draw = np.random.default_rng(seed)
+    count = len(differences)
+    means = np.empty(RESAMPLES)
+    step = max(1, _AT_ONCE // count)
+    for start in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - start)
+        means[start : start + size] = differences[draw.integers(0, count, (size, count))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    middle = differences.mean()
+    further = np.count_nonzero(np.abs(means - middle) >= abs(middle) - 1e-12)
+    return float(low), float(high), (further + 1) / (RESAMPLES + 1)
+
+
+def mcnemar(first: Values, second: Values) -> float:
+    """Two-sided, exact: of the questions that one of two got right, how likely is a split as uneven by chance?"""
+    only_first = int(np.count_nonzero((first == 1) & (second == 0)))
+    only_second = int(np.count_nonzero((first == 0) & (second == 1)))
+    count, fewer = only_first + only_second, min(only_first, only_second)
+    if count == 0:
+        return 1.0
+    tail = sum(math.comb(count, k) for k in range(fewer + 1))
+    return float(min(1.0, 2 * tail / 2**count)) if count < 1000 else min(1.0, math.exp(_log_tail(count, fewer)))
+
+
+def _log_tail(count: int, fewer: int) -> float:
+    """Logarithm of twice the lower tail of a fair coin, for numbers that a float cannot hold."""
+    terms = [
+        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2)
+        for k in range(fewer + 1)
+    ]
+    largest = max(terms)
+    return largest + math.log(2 * sum(math.exp(term - largest) for term in terms))
+
+
+def _difference(key: tuple[str, int, str], a: Sequence[float], b: Sequence[float]) -> Difference:
+    name, shots, metric = key
+    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    low, high, p = bootstrap(second - first)
+    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
+        p = mcnemar(first, second)
+    one, other = float(first.mean()), float(second.mean())
+    better = other < one if metric in LOWER_IS_BETTER else other > one
+    return Difference(name, shots, metric, len(first), one, other, low, high, p, better)
+
+
+def _gathered(results: Mapping[str, Any]) -> dict[tuple[str, int, str], list[float]]:
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for key in sorted(results["tasks"]):
+        entry = results["tasks"][key]
+        for metric, values in entry["values"].items():
+            # A perplexity's values are log-probabilities, and so is their mean.
+            name = "log-likelihood" if metric == "perplexity" else metric
+            found.setdefault((entry["group"] or entry["task"], entry["shots"], name), []).extend(values)
+    return found

@@ -1,0 +1,135 @@
+"""What was scored, on disk: a line for each item as it comes, and the results at the end.
+
+A directory holds `run.json` (which model, computed how), `items.jsonl` (appended to, so that whatever a crash or a kill
+leaves is whole lines and perhaps a torn last one) and `results.json`. An item that is there with the same token ids
+is not computed again, whichever tasks and limits are asked for next.
+
+Knows lines and files; nothing of how scores come about.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from elm_mlx import files
+from elm_mlx.errors import ElmError, InputError
+
+ABOUT, ITEMS, RESULTS = "run.json", "items.jsonl", "results.json"
+_SYNC_SECONDS = 5.0
+
+
+class Record:
+    """The open directory of a run, between `with` and its end.
+
+    Attributes:
+        done: by task and item, the line of each item that is there: its `id`, `logprobs` and `greedy`.
+
+    Raises:
+        InputError: it is the record of another model, or of something computed otherwise.
+        ElmError: another process writes to it, or nobody can.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], about: Mapping[str, Any]):
+        self._out = out
+        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        known = _read_about(out)
+        if known is not None:
+            _check_same(out, known, identity)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._file: BinaryIO = (out / ITEMS).open("a+b")
+        except OSError as error:
+            raise ElmError(f"{out}: cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.close()
+            raise ElmError(f"{out}: another process writes to it; choose another --out") from None
+        self._recall()
+        if known is None:
+            files.write_text(out / ABOUT, json.dumps({**about, "identity": dict(identity)}, indent=1) + "\n")
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._sync()
+        self._file.close()
+
+    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Each with `task`, `item`, `id`, `logprobs` and `greedy`. Raises ElmError."""
+        try:
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._file.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync()
+        except OSError as error:
+            raise ElmError(f"{self._out / ITEMS}: cannot be written: {error.strerror}; what is there is kept") from None
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """The whole of `results.json`. Raises ElmError."""
+        files.write_text(self._out / RESULTS, json.dumps(results, indent=1) + "\n")
+
+    def _recall(self) -> None:
+        """Read the lines that are there, and cut off what a crash tore."""
+        self._file.seek(0)
+        whole = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            try:
+                entry = json.loads(line)
+                self.done[entry["task"], entry["item"]] = entry
+            except (ValueError, KeyError, TypeError):
+                continue  # a disk that lost a block: the item is computed again
+        self._file.truncate(whole)
+        self._file.seek(0, os.SEEK_END)
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+
+def read_results(out: Path) -> dict[str, Any]:
+    """What `write_results` wrote. Raises InputError."""
+    path = out / RESULTS if out.is_dir() else out
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; `elm-mlx eval MODEL --out {out}` makes it"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
+        raise InputError(f"{path}: no results of `elm-mlx eval`")
+    return results
+
+
+def _read_about(out: Path) -> dict[str, Any] | None:
+    try:
+        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out / ABOUT}: cannot be read: {error}; choose another --out") from None
+    if not isinstance(about, dict) or not isinstance(about.get("identity"), dict):
+        raise InputError(f"{out / ABOUT}: is not of `elm-mlx eval`; choose another --out")
+    return about
+
+
+def _check_same(out: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    for name, value in identity.items():
+        before = known["identity"].get(name)
+        if before != value:
+            raise InputError(f"{out}: holds another run's results ({name} {before}, now {value}); choose another --out")
