@@ -52,13 +52,13 @@ def run(
     if unknown:
         raise InputError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` shows what there is")
     found = simple_evaluate(
-        model=_adapter(model, tokenizer, advance), tasks=list(names), num_fewshot=shots, limit=limit,
+        model=language_model(model, tokenizer, advance), tasks=list(names), num_fewshot=shots, limit=limit,
         task_manager=manager, log_samples=True,
     )  # fmt: skip
     return found, make_table(found)
 
 
-def _adapter(model: Any, tokenizer: Any, advance: Advance | None) -> Any:
+def language_model(model: Any, tokenizer: Any, advance: Advance | None = None) -> Any:
     """An `lm_eval` model; its class can be made only where `lm_eval` is."""
     from lm_eval.api.model import LM
 

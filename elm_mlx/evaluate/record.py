@@ -122,7 +122,8 @@ def _read_about(out: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{out / ABOUT}: cannot be read: {error}; choose another --out") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{out / ABOUT}: cannot be read: {reason}; choose another --out") from None
     if not isinstance(about, dict) or not isinstance(about.get("identity"), dict):
         raise InputError(f"{out / ABOUT}: is not of `elm-mlx eval`; choose another --out")
     return about

@@ -1,0 +1,117 @@
+"""One side of `harness.py` in a process of its own: tasks asked and scored, as JSON.
+
+    harness_worker.py PEER JOB
+
+PEER is `ours`, `stock` (LM Evaluation Harness through mlx-lm, as installed), `equal` (the same with our BLAS and
+weights in float32) or `handed` (the harness' tasks, our scoring). JOB is a JSON file with `model`, `directory` and
+`tasks`, a number of examples for each. Each task's answer has `requests`, pairs of texts by question, `logprobs` and
+`greedy` alike, its `scores`, and the `seconds` that scoring took, tokenizing included.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def ours(job: dict[str, Any]) -> dict[str, Any]:
+    from elm_mlx import load
+    from elm_mlx.evaluate import examples, scores, sources, tokens
+    from elm_mlx.evaluate.scoring import Scorer
+    from elm_mlx.evaluate.tasks import TASKS, Chosen
+
+    model, tokenizer = load(job["model"])
+    assert tokenizer is not None
+    scorer = Scorer(model)
+    answers = {}
+    for name, shots in job["tasks"].items():
+        chosen = Chosen(TASKS[name], shots)
+        source = sources.load(chosen, Path(job["directory"]))
+        texts = examples.before(chosen, source.questions, source.examples)
+        requests = [question.requests(before) for question, before in zip(source.questions, texts, strict=True)]
+        start = time.perf_counter()
+        found = scorer.score([tokens.encode(each, tokenizer, model.config.max_context_length) for each in requests])
+        seconds = time.perf_counter() - start
+        values = [
+            scores.of_question(question, each.logprobs, each.greedy, chosen.task.metrics)
+            for question, each in zip(source.questions, found, strict=True)
+        ]
+        answers[name] = {
+            "requests": requests,
+            "logprobs": [each.logprobs for each in found],
+            "greedy": [each.greedy for each in found],
+            "scores": {metric: scores.mean(metric, [one[metric] for one in values]).value for metric in values[0]},
+            "seconds": seconds,
+        }
+    return answers
+
+
+def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
+    import logging
+
+    if peer != "stock":
+        import elm_mlx  # noqa: F401  (its BLAS must come before MLX)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    logging.disable(logging.WARNING)
+    language_model = _language_model(job["model"], peer)
+    asked: list[tuple[Any, Any]] = []
+    plain = language_model.loglikelihood
+    seconds = [0.0]
+
+    def recorded(requests: list[Any]) -> list[Any]:
+        start = time.perf_counter()
+        found = plain(requests)
+        seconds[0] = time.perf_counter() - start
+        asked.extend(zip(requests, found, strict=True))
+        return list(found)
+
+    language_model.loglikelihood = recorded
+    manager = TaskManager(include_path=str(Path(job["directory"], "tasks")))
+    answers = {}
+    for name, shots in job["tasks"].items():
+        asked.clear()
+        results = simple_evaluate(
+            model=language_model, tasks=[f"elm_{name}"], num_fewshot=shots, task_manager=manager, bootstrap_iters=0
+        )
+        answers[name] = _answer(asked, results["results"][f"elm_{name}"], seconds[0])
+    return answers
+
+
+def _language_model(model: str, peer: str) -> Any:
+    if peer == "handed":
+        from elm_mlx import load
+        from elm_mlx.evaluate import harness
+
+        return harness.language_model(*load(model))
+    import mlx.core as mx
+    from mlx_lm.evaluate import MLXLM
+
+    made = MLXLM(model, use_chat_template=False)
+    if peer == "equal":
+        made._model.set_dtype(mx.float32)
+        mx.eval(made._model.parameters())
+    return made
+
+
+def _answer(asked: list[tuple[Any, Any]], results: dict[str, Any], seconds: float) -> dict[str, Any]:
+    by_question: dict[int, list[tuple[Any, Any]]] = {}
+    for request, found in asked:
+        by_question.setdefault(request.doc_id, []).append((request.args, found))
+    questions = [by_question[number] for number in sorted(by_question)]
+    return {
+        "requests": [[args for args, _ in each] for each in questions],
+        "logprobs": [[found[0] for _, found in each] for each in questions],
+        "greedy": [[bool(found[1]) for _, found in each] for each in questions],
+        "scores": {name.removesuffix(",none"): value for name, value in results.items() if name.endswith(",none")},
+        "seconds": seconds,
+    }
+
+
+if __name__ == "__main__":
+    wanted = json.loads(Path(sys.argv[2]).read_text())
+    print(json.dumps(ours(wanted) if sys.argv[1] == "ours" else harness(wanted, sys.argv[1])))

@@ -1,0 +1,74 @@
+"""Comparisons: McNemar's test by hand, the bootstrap against the normal approximation."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from elm_mlx.errors import InputError
+from elm_mlx.evaluate import compare
+
+
+def results(values: dict[str, list[float]], **entry: Any) -> dict[str, Any]:
+    known = {"task": "t", "shots": 0, "group": None, "questions": "x", "values": values} | entry
+    return {"tasks": {f"{known['task']}@{known['shots']}": known}}
+
+
+def test_mcnemar_is_the_binomial_test_of_the_disagreements() -> None:
+    first = np.array([1, 1, 1, 0, 0, 0, 0, 0, 0, 1.0])
+    second = np.array([1, 1, 0, 1, 1, 1, 1, 1, 0, 1.0])
+    # 1 against 5: twice (C(6,0) + C(6,1)) / 2**6
+    assert compare.mcnemar(first, second) == pytest.approx(2 * (1 + 6) / 64)
+    assert compare.mcnemar(first, first) == 1.0
+
+
+def test_mcnemar_holds_for_many_disagreements() -> None:
+    first = np.array([1.0] * 700 + [0.0] * 800)
+    second = 1 - first
+    z = (800 - 700 - 1) / math.sqrt(1500)  # with the correction for continuity
+    assert compare.mcnemar(first, second) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.02)
+
+
+def test_resampled_limits_are_those_of_the_normal_for_many_questions() -> None:
+    draw = np.random.default_rng(0)
+    differences = draw.normal(0.1, 1.0, 900)
+    low, high, p = compare.bootstrap(differences)
+    error = differences.std(ddof=1) / 30
+    assert low == pytest.approx(differences.mean() - 1.96 * error, abs=0.05 * error * 4)
+    assert high == pytest.approx(differences.mean() + 1.96 * error, abs=0.05 * error * 4)
+    assert p == pytest.approx(math.erfc(abs(differences.mean()) / error / math.sqrt(2)), abs=0.03)
+
+
+def test_a_run_against_itself_differs_in_nothing() -> None:
+    run = results({"acc": [0.0, 1.0, 1.0]})
+    (found,) = compare.compare(run, run)
+    assert (found.value, found.low, found.high, found.p) == (0, 0, 0, 1)
+
+
+def test_which_is_better_depends_on_the_metric() -> None:
+    one = results({"acc": [0.0] * 12, "likelihood_diff": [2.0, 2.5] * 6, "perplexity": [-3.0, -4.0] * 6})
+    other = results({"acc": [1.0] * 12, "likelihood_diff": [1.0, 1.5] * 6, "perplexity": [-2.0, -2.5] * 6})
+    found = {each.metric: each for each in compare.compare(one, other)}
+    assert set(found) == {"acc", "likelihood_diff", "log-likelihood"}
+    assert all(each.better for each in found.values())
+    assert found["acc"].p == pytest.approx(2 / 2**12)
+
+
+def test_parts_of_a_group_are_one() -> None:
+    def run(values: list[float]) -> dict[str, Any]:
+        parts = [results({"acc": values}, task=f"mmlu_{n}", group="mmlu", shots=5)["tasks"] for n in "ab"]
+        return {"tasks": parts[0] | parts[1]}
+
+    (found,) = compare.compare(run([0.0, 1.0]), run([1.0, 1.0]))
+    assert (found.task, found.count, found.value) == ("mmlu", 4, 0.5)
+
+
+def test_runs_that_do_not_go_together_are_refused() -> None:
+    one = results({"acc": [1.0]})
+    with pytest.raises(InputError, match="no task in common"):
+        compare.compare(one, results({"acc": [1.0]}, task="u"))
+    with pytest.raises(InputError, match="not the same questions"):
+        compare.compare(one, results({"acc": [1.0]}, questions="y"))

@@ -1,0 +1,147 @@
+"""Log-probabilities: any batching gives what mlx-lm's model gives for each text by itself."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from elm_mlx import device
+from elm_mlx.config import ModelConfig
+from elm_mlx.evaluate import scoring
+from elm_mlx.evaluate.scoring import Scorer
+from elm_mlx.evaluate.tokens import Scored
+from elm_mlx.model import Model
+from elm_mlx.store import load
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path) -> Model:
+    return load(tiny_model_dir)[0]
+
+
+def items(count: int, seed: int = 0, stem: int = 0) -> list[list[Scored]]:
+    draw = random.Random(seed)
+    beginning = [1, *(draw.randrange(3, 300) for _ in range(stem))]
+    found = []
+    for _ in range(count):
+        context = beginning + [draw.randrange(3, 300) for _ in range(draw.randrange(0, 50))]
+        item = []
+        for _ in range(draw.choice([1, 2, 4])):
+            own = context + [draw.randrange(3, 300) for _ in range(draw.choice([0, 0, 2]))]
+            item.append(Scored(own + [draw.randrange(3, 300) for _ in range(draw.randrange(1, 14))], len(own)))
+        found.append(item)
+    return found
+
+
+def by_mlx_lm(directory: Path, asked: list[list[Scored]]) -> list[list[float]]:
+    """Each sequence by itself, whole, without a cache."""
+    from mlx_lm.utils import load_model
+
+    network, _ = load_model(directory)
+    network.set_dtype(mx.float32)
+
+    def one(each: Scored) -> float:
+        logits = np.array(network(mx.array([each.ids[:-1]]))[0], np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        return float(sum(logs[at - 1, each.ids[at]] for at in range(each.start, len(each.ids))))
+
+    return [[one(each) for each in item] for item in asked]
+
+
+def values(model: Any, asked: list[list[Scored]], tokens: int = 512) -> list[list[float]]:
+    results = Scorer(model, tokens).score(asked)
+    assert [each.item for each in results] == list(range(len(asked)))
+    return [each.logprobs for each in results]
+
+
+def test_scores_are_those_of_mlx_lm_on_the_same_tokens(model: Model, tiny_model_dir: Path) -> None:
+    asked = items(24, stem=12)
+    for one, other in zip(values(model, asked), by_mlx_lm(tiny_model_dir, asked), strict=True):
+        assert one == pytest.approx(other, abs=2e-4)
+
+
+@pytest.mark.parametrize("tokens", [16, 100, 4096])
+@pytest.mark.parametrize("seed", range(3))
+def test_neither_order_nor_size_of_batches_matters(model: Model, tokens: int, seed: int) -> None:
+    asked = items(20, seed=seed)
+    alone = [values(model, [item])[0] for item in asked]
+    order = list(range(len(asked)))
+    random.Random(seed).shuffle(order)
+    together = values(model, [asked[number] for number in order], tokens)
+    for place, number in enumerate(order):
+        assert together[place] == pytest.approx(alone[number], abs=1e-5 * max(1.0, *map(abs, alone[number])))
+
+
+def test_greedy_is_what_the_model_would_say(tiny_tokenizer: Any) -> None:
+    model = tiny.spelling_model(tiny_tokenizer, "brown fox")
+    said = tiny_tokenizer.encode("\nbrown fox")
+    start = len(tiny_tokenizer.encode("\n"))
+    other = [*said[:-1], 5]
+    result = Scorer(model).score([[Scored(said, start), Scored(other, start)]])[0]
+    assert result.greedy == [True, False]
+    assert result.logprobs[0] > -0.5 > result.logprobs[1]
+
+
+def test_where_caches_are_not_ours_each_sequence_is_read_whole(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = items(9, stem=12)
+    shared = values(model, asked)
+
+    class State:
+        """Of a recurrent layer, say."""
+
+    monkeypatch.setattr(scoring, "make_prompt_cache", lambda model: [State() for _ in model.layers])
+    scorer = Scorer(model, 512)
+    assert not scorer.sharing
+    for one, other in zip(scorer.score(asked), shared, strict=True):
+        assert one.logprobs == pytest.approx(other, abs=1e-4)
+
+
+def test_a_model_of_another_family_is_asked_for_logits(model: Model) -> None:
+    class Other:
+        """As mlx-lm's are: called with ids and caches, without a head of its own."""
+
+        config, layers = model.config, model.layers
+
+        def __call__(self, ids: mx.array, cache: Any = None) -> mx.array:
+            return model(ids, cache)
+
+        def parameters(self) -> Any:
+            return model.parameters()
+
+    asked = items(9, stem=12)
+    for one, other in zip(values(Other(), asked), values(model, asked), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_a_large_vocabulary_goes_through_the_head_in_pieces(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = items(9)
+    whole = values(model, asked)
+    monkeypatch.setattr(scoring, "_CHUNK_LOGITS", 3 * model.config.vocab_size)
+    for one, other in zip(values(model, asked), whole, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_on_a_gpu_batches_are_larger_and_one_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    scorer = Scorer(model)
+    assert scorer._tokens == 8 * scoring._TOKENS
+    assert scorer._parts.most == 1
+    asked = items(4)
+    assert len(scorer.score(asked)) == 4
+
+
+def test_an_untied_head_is_used(tiny_config: ModelConfig) -> None:
+    model = tiny.random_model(tiny.scaled_config(tiny_config.vocab_size, share_input_output_layers=False))
+    asked = items(3)
+    logits = np.array(model(mx.array([asked[0][0].ids[:-1]]))[0], np.float64)
+    logs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    each = asked[0][0]
+    expected = sum(logs[at - 1, each.ids[at]] for at in range(each.start, len(each.ids)))
+    assert values(model, asked)[0][0] == pytest.approx(expected, abs=1e-3)
