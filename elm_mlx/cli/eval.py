@@ -45,7 +45,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Each task's first N questions alone.")] = None,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Of --text: tokens read at once. (default: the model's context)")
+        int | None, typer.Option(min=1, help="Of --text: tokens read at once. (default: 2048, or the model's context)")
     ] = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Of --text: tokens scored in each window. (default: half the window)")
@@ -77,6 +77,8 @@ def evaluate(
         window=window,
         stride=stride,
     )
+    if not harness:
+        wanted.chosen()  # or what is no task is said only when the model is loaded
     opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype)
     for note in opened.notes:
         print(f"elm-mlx: {printable(note)}", file=sys.stderr)

@@ -24,6 +24,7 @@ from elm_mlx.store import open_model
 from elm_mlx.version import __version__
 
 HARNESS = "harness.json"
+_WINDOW = 2048  # tokens of text read at once, where the model reads as many
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Evaluation:
         assert tokenizer is not None
         context = model.config.max_context_length
         works, self.missing = run.prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
-        window = min(wanted.window or context, context)
+        window = min(wanted.window or _WINDOW, context)
         stride = wanted.stride or max(1, window // 2)
         works += [run.prepare_text(path, tokenizer, window, stride) for path in wanted.texts]
         if not works:
@@ -129,7 +130,7 @@ class Evaluation:
             outcomes = run.measure(works, record)
             self.rows = results.rows(outcomes, self.published)
             suite = wanted.suite_name()
-            self.mean = None if suite is None else results.mean_of_suite(self.rows, suite)
+            self.mean = None if suite is None or self.missing else results.mean_of_suite(self.rows, suite)
             about |= {"identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace)}
             about["mean"] = None if self.mean is None else asdict(self.mean)
             self.results = results.to_dict(outcomes, self.rows, self.missing, about)

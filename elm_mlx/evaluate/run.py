@@ -90,7 +90,7 @@ class Pace:
 def prepare(
     chosen: Sequence[Chosen], tokenizer: Encoder, context: int, data: Path | None = None, limit: int | None = None
 ) -> tuple[list[Work], dict[str, str]]:
-    """Tasks as items, and for each task whose data are not here, how to get them.
+    """Tasks as items, and for each task or group whose data are not here, how to get them.
 
     Args:
         context: tokens that the model reads at once.
@@ -104,7 +104,7 @@ def prepare(
         try:
             source = sources.load(each, data)
         except Missing as reason:
-            missing[each.key] = str(reason)
+            missing.setdefault(each.key if each.task.group is None else each.task.group, str(reason))
             continue
         questions = source.questions[:limit]
         texts = examples.before(each, questions, source.examples)

@@ -83,7 +83,7 @@ class Scorer:
         layers = [_Read() for _ in make_prompt_cache(self._model)]
         if ids:
             self._hidden(mx.array([ids]), layers)
-        return [layer.read for layer in layers if layer.read is not None]
+        return _read(layers)
 
     def _graph(self, batch: Batch, stem: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
         """Log-probabilities `(n,)` of a batch's targets, and whether each is the likeliest; not yet computed."""
@@ -92,7 +92,7 @@ class Scorer:
             owners = mx.zeros(len(batch.prefix), mx.int32)
             layers = _after(stem, owners) or [_Read() for _ in make_prompt_cache(self._model)]
             self._hidden(mx.array(batch.prefix), layers)
-            read = [layer.read for layer in layers if layer.read is not None]
+            read = _read(layers)
         owners = mx.array(batch.owners) if batch.prefix.size else mx.zeros(len(batch.rows), mx.int32)
         out = self._hidden(mx.array(batch.rows), _after(read, owners) or None)
         out = out.reshape(-1, out.shape[-1])[mx.array(batch.where)]
@@ -107,24 +107,25 @@ class Scorer:
         return max(1, _CHUNK_LOGITS // size)
 
 
-class _Read:
-    """One layer's cache for rows that go on from what was read: gives both, and keeps them for who goes on further."""
+class _Read(KVCache):
+    """One layer's cache for rows that go on from what was read. Holds just that, and copies nothing to make room."""
 
     def __init__(self, read: tuple[mx.array, mx.array] | None = None) -> None:
-        self.read = read
-
-    @property
-    def offset(self) -> int:
-        return 0 if self.read is None else self.read[0].shape[2]
+        super().__init__()
+        if read is not None:
+            self.keys, self.values = read
+            self.offset = read[0].shape[2]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.read is not None:
-            keys, values = (mx.concatenate(pair, axis=2) for pair in zip(self.read, (keys, values), strict=True))
-        self.read = keys, values
-        return self.read
+        if self.keys is not None and self.values is not None:
+            keys, values = mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
+        self.keys, self.values, self.offset = keys, values, keys.shape[2]
+        return keys, values
 
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> str | None:
-        return "causal" if length > 1 else None
+
+def _read(layers: list[_Read]) -> list[tuple[mx.array, mx.array]]:
+    """What each has read; nothing where nothing was."""
+    return [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
 
 
 def _after(read: list[tuple[mx.array, mx.array]], owners: mx.array) -> list[_Read]:

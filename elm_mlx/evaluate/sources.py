@@ -229,4 +229,5 @@ def _split_files(snapshot: Path, config: str | None, split: str) -> list[Path]:
 
 def _how(task: Task) -> str:
     get = f"hf download {task.dataset} --repo-type dataset"
-    return f"`{get}` fetches it, or --data names a directory with {task.name}.jsonl"
+    name = task.name if task.group is None else f"{task.group}_SUBJECT"
+    return f"`{get}` fetches it, or --data names a directory with {name}.jsonl"
