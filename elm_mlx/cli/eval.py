@@ -87,8 +87,12 @@ def evaluate(
             table = opened.hand_over(lambda done, total: advance("lm_eval", 0, done, total))
         print(table)
     else:
-        with _progress() as advance:
-            opened.run(advance)
+        try:
+            with _progress() as advance:
+                opened.run(advance)
+        except KeyboardInterrupt:
+            print(f"elm-mlx: stopped; the same command goes on from {printable(opened.out)}", file=sys.stderr)
+            raise
         _print(opened)
     print(f"wrote {printable(opened.out)}")
     if plot is not None and not harness:
