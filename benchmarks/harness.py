@@ -192,17 +192,17 @@ def main() -> None:
 
 def compare(python: str, job: Path, shots: dict[str, int], rounds: int, stock: bool, prompts: bool) -> None:
     peers: list[tuple[str, str]] = [("ours", sys.executable), ("equal", python)]
-    peers += [("handed", python)] if prompts else [("stock", python)] if stock else []
+    peers += [("encoded", python), ("handed", python)] if prompts else [("stock", python)] if stock else []
     answers: dict[str, list[dict[str, Any]]] = {peer: [] for peer, _ in peers}
     for _ in range(rounds):
         for peer, interpreter in peers:
             answers[peer].append(run(interpreter, peer, job))
     alike = True
     for name in shots:
-        for peer in ("equal", "handed") if prompts else ("equal",):
+        for peer in ("equal", "encoded", "handed") if prompts else ("equal",):
             same, words = check(name, answers["ours"][0][name], answers[peer][0][name])
             alike &= same
-            print(f"{name:<20} {shots[name]:>2} shots  {'the same' if same else 'DIFFERENT':<9} {peer:<6} {words}")
+            print(f"{name:<20} {shots[name]:>2} shots  {'the same' if same else 'DIFFERENT':<9} {peer:<7} {words}")
     if not prompts:
         rate: Callable[[str, str], float] = lambda peer, name: statistics.median(  # noqa: E731
             len(answer[name]["requests"]) / answer[name]["seconds"] for answer in answers[peer]

@@ -3,9 +3,10 @@
     harness_worker.py PEER JOB
 
 PEER is `ours`, `stock` (LM Evaluation Harness through mlx-lm, as installed), `equal` (the same with our BLAS and
-weights in float32) or `handed` (the harness' tasks, our scoring). JOB is a JSON file with `model`, `directory` and
-`tasks`, a number of examples for each. Each task's answer has `requests`, pairs of texts by question, `logprobs` and
-`greedy` alike, its `scores`, and the `seconds` that scoring took, tokenizing included.
+weights in float32), `handed` (the harness' tasks, our scoring, as `elm-mlx eval --harness`) or `encoded` (its way from
+text to ids too, as for its own PyTorch models). JOB is a JSON file with `model`, `directory` and `tasks`, a number of
+examples for each. Each task's answer has `requests`, pairs of texts by question, `logprobs` and `greedy` alike, its
+`scores`, and the `seconds` that scoring took, tokenizing included.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ def _language_model(model: str, peer: str) -> Any:
         from elm_mlx.evaluate import harness
 
         return harness.language_model(*load(model))
+    if peer == "encoded":
+        return _encoded(model)
     import mlx.core as mx
     from mlx_lm.evaluate import MLXLM
 
@@ -96,6 +99,39 @@ def _language_model(model: str, peer: str) -> Any:
         made._model.set_dtype(mx.float32)
         mx.eval(made._model.parameters())
     return made
+
+
+def _encoded(path: str) -> Any:
+    from lm_eval.api.model import TemplateLM
+
+    from elm_mlx import load
+    from elm_mlx.evaluate.scoring import Scorer
+    from elm_mlx.evaluate.tokens import Scored
+
+    model, tokenizer = load(path)
+    assert tokenizer is not None
+    context = model.config.max_context_length
+
+    class Encoded(TemplateLM):
+        backend = "causal"
+        eot_token_id = tokenizer.eos_id
+        prefix_token_id = tokenizer.bos_id
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+            return tokenizer.encode(string, add_bos=add_special_tokens is not False)
+
+        def _loglikelihood_tokens(self, requests: list[Any], **options: Any) -> list[tuple[float, bool]]:
+            sequences = [((read + scored)[-(context + 1) :], len(scored)) for _, read, scored in requests]
+            found = Scorer(model).score([[Scored(ids, len(ids) - count)] for ids, count in sequences])
+            return [(each.logprobs[0], each.greedy[0]) for each in found]
+
+        def loglikelihood_rolling(self, requests: list[Any], **options: Any) -> list[float]:
+            raise NotImplementedError
+
+        def generate_until(self, requests: list[Any], **options: Any) -> list[str]:
+            raise NotImplementedError
+
+    return Encoded()
 
 
 def _answer(asked: list[tuple[Any, Any]], results: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 An item's sequences begin alike: with the question, most often. That prefix is read once, and its keys and values are
 used for each of the rows, which are what follows. Prefixes of a batch all have the same length, cut back by a few
-tokens where that makes for fuller batches; rows are padded at their right, where a causal model doesn't look. What
-all items begin with, such as a task's description, is the stem, and read once.
+tokens where that makes for fuller batches; rows are padded at their right, where a causal model doesn't look, and
+blocks of them have rows alike in length. What all items begin with, such as a task's description, is the stem, and
+read once.
 
 Knows ids and lengths; nothing of models.
 """
@@ -36,20 +37,32 @@ class Span:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Rows that are computed as one array.
+
+    Attributes:
+        rows: `(rows, length)`, padded at the right.
+        owners: `(rows,)`, the item that each row belongs to, as a row of `Batch.prefix`.
+    """
+
+    rows: Ids
+    owners: Ids
+
+
+@dataclass(frozen=True)
 class Batch:
     """What is computed at once.
 
     Attributes:
         prefix: `(items, length)`, what follows the stem and all rows of an item share; length 0 where there is none.
-        rows: `(rows, length)`, what follows that, padded at the right.
-        owners: `(rows,)`, the item that each row belongs to, as a row of `prefix`.
-        where: `(n,)`, positions whose next token is scored, into `rows` laid end to end; `targets`: that token.
+        blocks: what follows that.
+        where: `(n,)`, positions whose next token is scored, into the blocks' rows laid end to end; `targets`: that
+            token.
         cost: its tokens, padding included.
     """
 
     prefix: Ids
-    rows: Ids
-    owners: Ids
+    blocks: list[Block]
     where: Ids
     targets: Ids
     spans: list[Span]
@@ -161,17 +174,38 @@ def _batch(items: Sequence[Sequence[Scored]], members: Sequence[int], length: in
             marks += [(known[row], at - 1 - length, each.ids[at]) for at in range(each.start, len(each.ids))]
             places.append(slice(first, len(marks)))
         spans.append(Span(number, places))
-    width = max(map(len, rows))
-    padded = np.zeros((len(rows), width), np.int32)
-    for at, row in enumerate(rows):
-        padded[at, : len(row)] = row
+    blocks, starts = _blocks(rows, owners)
     prefix = np.array([items[number][0].ids[stem:length] for number in members], np.int32)
     return Batch(
         prefix.reshape(len(members), length - stem),
-        padded,
-        np.array(owners, np.int32),
-        np.array([row * width + position for row, position, _ in marks], np.int32),
+        blocks,
+        np.array([starts[row] + position for row, position, _ in marks], np.int32),
         np.array([token for _, _, token in marks], np.int32),
         spans,
-        prefix.size + padded.size,
+        prefix.size + sum(block.rows.size for block in blocks),
     )
+
+
+def _blocks(rows: Sequence[tuple[int, ...]], owners: Sequence[int]) -> tuple[list[Block], dict[int, int]]:
+    """Rows by length in blocks, and where each begins when all are laid end to end."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    lengths = np.array([len(rows[row]) for row in order])
+    blocks, starts, laid = [], {}, 0
+    for first, last in _cuts(lengths, 0, len(order)):
+        padded = np.zeros((last - first, lengths[first]), np.int32)
+        for at, row in enumerate(order[first:last]):
+            padded[at, : len(rows[row])] = rows[row]
+            starts[row] = laid + at * int(lengths[first])
+        blocks.append(Block(padded, np.array([owners[row] for row in order[first:last]], np.int32)))
+        laid += padded.size
+    return blocks, starts
+
+
+def _cuts(lengths: npt.NDArray[np.int64], first: int, last: int) -> list[tuple[int, int]]:
+    """Where to cut rows of falling `lengths` so that what padding is saved is worth another block."""
+    below = np.arange(first + 1, last)
+    saved = (lengths[first] - lengths[below]) * (last - below)
+    if not len(saved) or saved.max() <= _OVERHEAD:
+        return [(first, last)]
+    cut = first + 1 + int(saved.argmax())
+    return _cuts(lengths, first, cut) + _cuts(lengths, cut, last)

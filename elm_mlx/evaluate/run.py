@@ -99,7 +99,8 @@ def prepare(
     Raises:
         InputError: a file is damaged, or a question cannot be scored.
     """
-    works, missing = [], {}
+    works: list[Work] = []
+    missing: dict[str, str] = {}
     for each in chosen:
         try:
             source = sources.load(each, data)

@@ -89,13 +89,15 @@ class Scorer:
         """Log-probabilities `(n,)` of a batch's targets, and whether each is the likeliest; not yet computed."""
         read = stem
         if batch.prefix.size:
-            owners = mx.zeros(len(batch.prefix), mx.int32)
-            layers = _after(stem, owners) or [_Read() for _ in make_prompt_cache(self._model)]
+            layers = _after(stem, [0] * len(batch.prefix)) or [_Read() for _ in make_prompt_cache(self._model)]
             self._hidden(mx.array(batch.prefix), layers)
             read = _read(layers)
-        owners = mx.array(batch.owners) if batch.prefix.size else mx.zeros(len(batch.rows), mx.int32)
-        out = self._hidden(mx.array(batch.rows), _after(read, owners) or None)
-        out = out.reshape(-1, out.shape[-1])[mx.array(batch.where)]
+        blocks = []
+        for block in batch.blocks:
+            owners = block.owners.tolist() if batch.prefix.size else [0] * len(block.rows)
+            out = self._hidden(mx.array(block.rows), _after(read, owners) or None)
+            blocks.append(out.reshape(-1, out.shape[-1]))
+        out = (mx.concatenate(blocks) if len(blocks) > 1 else blocks[0])[mx.array(batch.where)]
         return _scores(self._model.head if self._ours else _as_it_is, out, mx.array(batch.targets), self._chunk(out))
 
     def _hidden(self, ids: mx.array, cache: list[_Read] | None) -> mx.array:
@@ -128,9 +130,10 @@ def _read(layers: list[_Read]) -> list[tuple[mx.array, mx.array]]:
     return [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
 
 
-def _after(read: list[tuple[mx.array, mx.array]], owners: mx.array) -> list[_Read]:
+def _after(read: list[tuple[mx.array, mx.array]], owners: list[int]) -> list[_Read]:
     """Caches for rows, each of which goes on from row `owners` of what was read; none where nothing was."""
-    return [_Read((keys[owners], values[owners])) for keys, values in read]
+    rows = mx.array(owners)
+    return [_Read((keys[rows], values[rows])) for keys, values in read]
 
 
 def _as_it_is(logits: mx.array) -> mx.array:

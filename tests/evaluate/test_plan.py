@@ -30,15 +30,17 @@ def read_back(planned: plan.Plan) -> dict[int, list[list[tuple[list[int], int]]]
     """For each item and sequence, what is read before each scored token, and that token."""
     found: dict[int, list[list[tuple[list[int], int]]]] = {}
     for batch in planned.batches:
-        width = batch.rows.shape[1]
+        laid = []  # for each position of the blocks' rows: what is read up to it
+        for block in batch.blocks:
+            for row, owner in zip(block.rows.tolist(), block.owners.tolist(), strict=True):
+                before = planned.stem + batch.prefix[owner].tolist()
+                laid += [before + row[: position + 1] for position in range(len(row))]
         for span in batch.spans:
             sequences = []
             for place in span.places:
                 pairs = []
                 for where, token in zip(batch.where[place].tolist(), batch.targets[place].tolist(), strict=True):
-                    row, position = divmod(where, width)
-                    prefix = batch.prefix[batch.owners[row]].tolist()
-                    pairs.append((planned.stem + prefix + batch.rows[row, : position + 1].tolist(), token))
+                    pairs.append((laid[where], token))
                 sequences.append(pairs)
             assert span.item not in found
             found[span.item] = sequences
@@ -66,7 +68,9 @@ def test_each_token_is_scored_once_after_exactly_what_comes_before_it(
 
 def test_batches_keep_to_their_size_and_the_longest_come_first() -> None:
     planned = plan.make(items(3, 60), 256)
-    assert all(max(batch.rows.size, batch.prefix.size) <= 256 for batch in planned.batches if len(batch.prefix) > 1)
+    several = [batch for batch in planned.batches if len(batch.prefix) > 1]
+    assert all(batch.prefix.size <= 256 for batch in several)
+    assert all(sum(block.rows.size for block in batch.blocks) <= 256 for batch in several)
     costs = [batch.cost for batch in planned.batches]
     assert costs == sorted(costs, reverse=True)
 
@@ -82,9 +86,16 @@ def test_a_description_is_read_once_for_all() -> None:
 def test_choices_of_one_token_are_one_row() -> None:
     asked = [[Scored([1, 5, 6, letter], 3) for letter in (11, 12, 13, 14)]]
     batch = plan.make(asked, 2048).batches[0]
-    assert batch.rows.shape[0] == 1
+    assert [len(block.rows) for block in batch.blocks] == [1]
     assert batch.targets.tolist() == [11, 12, 13, 14]
     assert len(set(batch.where.tolist())) == 1
+
+
+def test_rows_of_very_different_lengths_are_blocks_of_their_own() -> None:
+    asked = [[Scored([1, number, *range(2, length)], 2) for length in (12, 13, 100)] for number in range(101, 117)]
+    batch = plan.make(asked, 8192).batches[0]
+    assert [len(block.rows) for block in batch.blocks] == [16, 32]
+    assert batch.cost < 16 * (1 + 98 + 2 * 12) + 32
 
 
 def test_without_sharing_every_sequence_is_read_whole() -> None:
