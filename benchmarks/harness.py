@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +207,27 @@ def compare(python: str, job: Path, shots: dict[str, int], rounds: int, stock: b
             alike &= same
             print(f"{name:<20} {shots[name]:>2} shots  {'the same' if same else 'DIFFERENT':<9} {peer:<7} {words}")
     if not prompts:
-        rate: Callable[[str, str], float] = lambda peer, name: statistics.median(  # noqa: E731
-            len(answer[name]["requests"]) / answer[name]["seconds"] for answer in answers[peer]
-        )
-        print(f"{'questions/s':<20} {'ours':>8} " + " ".join(f"{peer:>8} {'ratio':>6}" for peer, _ in peers[1:]))
-        for name in shots:
-            ours = rate("ours", name)
-            others = " ".join(f"{rate(peer, name):>8.1f} {ours / rate(peer, name):>6.1f}" for peer, _ in peers[1:])
-            print(f"{name:<20} {ours:>8.1f} {others}")
+        tell_speed(shots, answers, [peer for peer, _ in peers[1:]])
     if not alike:
         sys.exit("not the same scores")
+
+
+def tell_speed(names: Iterable[str], answers: Mapping[str, list[dict[str, Any]]], peers: list[str]) -> None:
+    """Questions a second, and ratios: by the clock, and by the processors' time, which others' work changes less."""
+
+    def rate(peer: str, name: str, clock: str) -> float:
+        return statistics.median(len(each[name]["requests"]) / each[name][clock] for each in answers[peer])
+
+    columns = " ".join(f"{peer:>10} {'ratio':>6} {'by processor':>12}" for peer in peers)
+    print(f"{'questions/s':<20} {'ours':>10} {columns}")
+    for name in names:
+        ours, used = rate("ours", name, "seconds"), rate("ours", name, "processor")
+        cells = [
+            f"{rate(peer, name, 'seconds'):>10.1f} {ours / rate(peer, name, 'seconds'):>6.1f} "
+            f"{used / rate(peer, name, 'processor'):>12.1f}"
+            for peer in peers
+        ]
+        print(f"{name:<20} {ours:>10.1f} {' '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ PEER is `ours`, `stock` (LM Evaluation Harness through mlx-lm, as installed), `e
 weights in float32), `handed` (the harness' tasks, our scoring, as `elm-mlx eval --harness`) or `encoded` (its way from
 text to ids too, as for its own PyTorch models). JOB is a JSON file with `model`, `directory` and `tasks`, a number of
 examples for each. Each task's answer has `requests`, pairs of texts by question, `logprobs` and `greedy` alike, its
-`scores`, and the `seconds` that scoring took, tokenizing included.
+`scores`, and the `seconds` that scoring took, tokenizing included, on the clock and of `processor` time.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         source = sources.load(chosen, Path(job["directory"]))
         texts = examples.before(chosen, source.questions, source.examples)
         requests = [question.requests(before) for question, before in zip(source.questions, texts, strict=True)]
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         found = scorer.score([tokens.encode(each, tokenizer, model.config.max_context_length) for each in requests])
-        seconds = time.perf_counter() - start
+        seconds, processor = time.perf_counter() - start, time.process_time() - used
         values = [
             scores.of_question(question, each.logprobs, each.greedy, chosen.task.metrics)
             for question, each in zip(source.questions, found, strict=True)
@@ -46,6 +46,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
             "greedy": [each.greedy for each in found],
             "scores": {metric: scores.mean(metric, [one[metric] for one in values]).value for metric in values[0]},
             "seconds": seconds,
+            "processor": processor,
         }
     return answers
 
@@ -62,12 +63,12 @@ def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
     language_model = _language_model(job["model"], peer)
     asked: list[tuple[Any, Any]] = []
     plain = language_model.loglikelihood
-    seconds = [0.0]
+    took = {"seconds": 0.0, "processor": 0.0}
 
     def recorded(requests: list[Any]) -> list[Any]:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         found = plain(requests)
-        seconds[0] = time.perf_counter() - start
+        took.update(seconds=time.perf_counter() - start, processor=time.process_time() - used)
         asked.extend(zip(requests, found, strict=True))
         return list(found)
 
@@ -79,7 +80,7 @@ def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
         results = simple_evaluate(
             model=language_model, tasks=[f"elm_{name}"], num_fewshot=shots, task_manager=manager, bootstrap_iters=0
         )
-        answers[name] = _answer(asked, results["results"][f"elm_{name}"], seconds[0])
+        answers[name] = _answer(asked, results["results"][f"elm_{name}"]) | took
     return answers
 
 
@@ -134,7 +135,7 @@ def _encoded(path: str) -> Any:
     return Encoded()
 
 
-def _answer(asked: list[tuple[Any, Any]], results: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _answer(asked: list[tuple[Any, Any]], results: dict[str, Any]) -> dict[str, Any]:
     by_question: dict[int, list[tuple[Any, Any]]] = {}
     for request, found in asked:
         by_question.setdefault(request.doc_id, []).append((request.args, found))
@@ -144,7 +145,6 @@ def _answer(asked: list[tuple[Any, Any]], results: dict[str, Any], seconds: floa
         "logprobs": [[found[0] for _, found in each] for each in questions],
         "greedy": [[bool(found[1]) for _, found in each] for each in questions],
         "scores": {name.removesuffix(",none"): value for name, value in results.items() if name.endswith(",none")},
-        "seconds": seconds,
     }
 
 

@@ -87,7 +87,7 @@ class Evaluation:
         self._path = check_directory(path, with_tokenizer=True)
         self._loaded = open_model(self._path, compute_dtype, adapter)
         self.notes = self._loaded.notes
-        self.out = out if out is not None else Path("evals", self._path.resolve().name)
+        self.out = out if out is not None else Path("evals", self._path.name or self._path.resolve().name)
         self.missing: dict[str, str] = {}
         self.rows: list[Row] = []
         self.mean: Score | None = None
