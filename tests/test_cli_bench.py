@@ -59,26 +59,28 @@ def test_bad_input_is_one_line(options: tuple[str, ...], error: str, run: Run, t
     assert code == 2 and err.startswith("elm-mlx: ") and error in err and err.count("\n") == 1 and out == ""
 
 
-def test_ctrl_c_leaves_what_was_measured_and_no_process(tiny_model_dir: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "elm_mlx",
-        "bench",
-        tiny_model_dir,
-        "--out",
-        tmp_path / "out",
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_leaves_what_was_measured_and_no_process(
+    number: signal.Signals, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "elm_mlx", "bench", tiny_model_dir, "--out", tmp_path / "out"]
+    lengths = [
+        "--prompt-tokens",
+        "8,9,10,11,12,13,14,15",
+        "--new-tokens",
+        "300",
+        "--repeats",
+        "5",
         "--against",
         "naive",
     ]
-    lengths = ["--prompt-tokens", "8,9,10,11,12,13,14,15", "--new-tokens", "300", "--repeats", "5", "--batch-size", "1"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     process = subprocess.Popen(
         [*command, *lengths], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None and process.stdout is not None
     assert "prompt tokens/s" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out = process.stdout.read()
     assert process.wait(30) == 130, process.stderr.read()
     found = results.load(tmp_path / "out" / "quick.json")

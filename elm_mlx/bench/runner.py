@@ -7,8 +7,11 @@ shown.
 
 from __future__ import annotations
 
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import groupby
@@ -36,7 +39,7 @@ def run(
     on_progress: Tell = lambda text: None,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Results:
-    """Measure a suite. Ctrl-C ends it with what there is; `complete` tells.
+    """Measure a suite. Ctrl-C or SIGTERM ends it with what there is; `complete` tells.
 
     Args:
         save_to: the JSON, written after each case.
@@ -56,7 +59,7 @@ def run(
     save_to.parent.mkdir(parents=True, exist_ok=True)
     results.save(save_to)  # or an hour might be lost to a directory that cannot be written
     try:
-        with tempfile.TemporaryDirectory(prefix="elm-mlx-bench-") as scratch:
+        with _terminable(), tempfile.TemporaryDirectory(prefix="elm-mlx-bench-") as scratch:
             for (model, precision), cases in groupby(suite.cases, lambda case: (case.model, case.precision)):
                 group = _Group(suite, programs, results, save_to, on_progress, on_row)
                 group.run(model, precision, list(cases), Path(scratch))
@@ -65,6 +68,19 @@ def run(
         pass
     results.save(save_to)
     return results
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM is as Ctrl-C: seeded weights are removed, and workers ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, kept)
 
 
 class _Group:
