@@ -218,21 +218,32 @@ def test_means_are_of_the_checkpoints_that_are_named(settled: Path, held_out: Pa
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_best_checkpoint_is_left_out_where_it_lies_further_back(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("elsewhere", [(100,), (750,), (300, 450)])
+def test_means_are_of_the_last_in_a_row_and_not_of_the_best_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, elsewhere: tuple[int, ...]
 ) -> None:
     run = imported(monkeypatch, AVERAGING, "run")
-    for step in (100, 700, 800, 900):
+    for step in (700, 800, 900, 940, *elsewhere):
         (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
-    assert run.evenly(tmp_path) == [700, 800, 900]
-    assert run.choices([700, 800, 900]) == [[900], [800, 900], [700, 800, 900], [700, 900]]
+    assert run.last_in_a_row(tmp_path, 100) == [700, 800, 900, 940]
+
+
+def test_means_are_of_two_to_five_and_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = imported(monkeypatch, AVERAGING, "run").choices
+    assert choices([7, 8, 9]) == [(1, [9]), (1, [8, 9]), (1, [7, 8, 9]), (2, [7, 9])]
+    made = choices([1, 2, 3, 4, 5, 6])
+    assert [steps for apart, steps in made if apart == 1][4:] == [[2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6]]
+    assert [steps for apart, steps in made if apart == 2] == [[4, 6], [2, 4, 6]]
 
 
 def test_a_run_with_one_checkpoint_has_no_mean(layerwise: tuple[Path, str], tmp_path: Path) -> None:
     run = layerwise[0] / "uniform" / "lr-0.006-seed-1"
     done = example(AVERAGING, run, "--out", tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip() == f"{run}: holds 1 checkpoints; two are needed"
+    assert done.stderr.strip() == f"{run}: needs two checkpoints in a row, and has 1"
+    done = example(AVERAGING, tmp_path, "--out", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == f"{tmp_path}: is no run of `elm-mlx pretrain`"
 
 
 def test_the_measure_begins_with_bos_and_ends_after_its_windows(

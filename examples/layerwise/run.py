@@ -39,6 +39,7 @@ RATES = (0.003, 0.006, 0.012)  # and beyond, while the best of them is the first
 MOST_RATES = 7
 BROKE_OFF = 1  # what pretrain ends with where the loss is no number or jumps: the rate is too high
 SEEDS = (1, 2, 3)  # rates are tried with seed 0, which has no part in the result
+TRIAL = ["optimizer.steps=250", "run.eval_every=250", "run.save_every=250"]  # a rate is tried in half the updates
 QUICK = ["optimizer.steps=4", "optimizer.warmup=1", "run.batch_size=2", "data.validation_rows=4", "data.window=2048"]
 
 
@@ -51,18 +52,18 @@ def main() -> None:
     arguments = parser.parse_args()
     out, quick = arguments.out, arguments.quick
     rates, most, seeds, windows = (RATES[:2], 2, SEEDS[:2], 16) if quick else (RATES, MOST_RATES, SEEDS, None)
-    common = prepare(arguments.books, out) + (QUICK if quick else [])
-
-    run = {
-        shape: partial(train, out / shape, [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"])
+    common = prepare(arguments.books, out)
+    fields = {
+        shape: [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}", *(QUICK if quick else [])]
         for shape, (heads, ffn) in SHAPES.items()
     }
-    tuning = {shape: tune(run[shape], rates, most) for shape in SHAPES}
+    trial = [] if quick else TRIAL
+    tuning = {shape: tune(partial(train, out / shape, [*fields[shape], *trial]), rates, most) for shape in SHAPES}
     best = {shape: min(losses, key=losses.__getitem__) for shape, losses in tuning.items()}
     runs: dict[str, list[Path]] = {shape: [] for shape in SHAPES}
     for seed in seeds:
         for shape, made in runs.items():
-            made.append(run[shape](best[shape], seed))
+            made.append(train(out / shape, fields[shape], best[shape], seed))
 
     results = compare.Results(
         parameters={shape: ModelConfig.load(made[0] / "config.json").parameters for shape, made in runs.items()},
