@@ -6,6 +6,7 @@ Knows how rows of different length share a step. Each prompt is read by itself, 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -77,7 +78,7 @@ def generate_batch(
     """A completion for each of `prompts`, in order, `batch_size` of them computed together.
 
     The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
-    luck depends on its place in the batch.
+    luck depends on its place among all prompts, so one prompt given many times is continued in as many ways.
 
     Raises:
         InputError: as `stream_generate`, before anything is computed.
@@ -88,6 +89,7 @@ def generate_batch(
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be 1 or more")
     ids = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
+    seeds = random.Random(seed)
     for start in range(0, len(ids), batch_size):
         group = ids[start : start + batch_size]
         rows = [
@@ -99,6 +101,7 @@ def generate_batch(
             for prompt in group
         ]
         _run(model, group, rows, sampler, max_tokens, seed, prefill_step)
+        seed = None if seed is None else seeds.getrandbits(64)  # the next group's luck is its own
         yield from (row.completion for row in rows)
 
 

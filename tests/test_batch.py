@@ -135,6 +135,14 @@ def test_a_seed_reproduces_a_batch(model: Model, tiny_tokenizer: Tokenizer) -> N
     assert len({tuple(row) for row in first}) == 4  # rows are drawn independently
 
 
+def test_one_prompt_many_times_is_drawn_anew_in_every_group(model: Model, tiny_tokenizer: Tokenizer) -> None:
+    options: dict[str, Any] = {"temp": 1.0, "seed": 5, "max_tokens": 20, "batch_size": 3}
+    drawn = [done.tokens for done in generate_batch(model, tiny_tokenizer, ["the"] * 9, **options)]
+    assert len(set(map(tuple, drawn))) == 9
+    assert [done.tokens for done in generate_batch(model, tiny_tokenizer, ["the"] * 9, **options)] == drawn
+    assert [done.tokens for done in generate_batch(model, tiny_tokenizer, ["the"] * 3, **options)] == drawn[:3]
+
+
 def test_characters_are_whole(tiny_tokenizer: Tokenizer) -> None:
     model = tiny.spelling_model(tiny_tokenizer, "x漢😀")
     done = list(generate_batch(model, tiny_tokenizer, ["\n", "\n"], max_tokens=3))
