@@ -159,6 +159,16 @@ def test_every_bad_record_is_named(run: Run, tmp_path: Path) -> None:
     assert out.startswith("train: 2 examples of 2 completions\n  bad       3 records left out\n")
 
 
+def test_of_very_many_bad_records_the_first_are_named(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", *turns(1), *({"prompt": "a"} for _ in range(1051)))
+    code, out, err = run(path)
+    named = err.splitlines()
+    assert (code, out) == (2, "") and len(named) == 52
+    assert named[0].startswith(f"{path}, line 2: ") and named[49].startswith(f"{path}, line 51: ")
+    assert named[50] == "… and 1,001 more" and ": 1051 bad records; " in named[51].replace(",", "")
+    assert len(run(path, "--skip-bad")[2].splitlines()) == 51
+
+
 def test_every_split_is_shown(run: Run, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", {"text": "the fox"}, {"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from elm_mlx.errors import InputError
 
+_NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
+
 
 def printable(text: object) -> str:
     """`text` on one line, without what moves a terminal's cursor: a file's name may hold anything."""
@@ -25,9 +27,12 @@ def counted(count: int, noun: str) -> str:
 
 
 def name_bad(reasons: Iterable[str]) -> None:
-    """Each bad record on a line of stderr."""
-    for reason in reasons:
+    """Each bad record on a line of stderr; of very many the first ones, and how many there are besides."""
+    reasons = list(reasons)
+    for reason in reasons[:_NAMED]:
         print(reason, file=sys.stderr)
+    if len(reasons) > _NAMED:
+        print(f"… and {len(reasons) - _NAMED:,} more", file=sys.stderr)
 
 
 @contextmanager
