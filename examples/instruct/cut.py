@@ -7,86 +7,81 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import itertools
 import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import task
 
 DATA = Path(__file__).parent / "data"
-COMMONEST, RAREST, SHORTEST = 200, 60, 4  # words of the books that lessons may ask for: see `vocabulary_of`
-OFTEN = 100  # lessons with the same word
-VALID = 200  # lessons to choose the best checkpoint by
+HELD_OUT, PRACTICE, VALID, TRAIN = 50, 200, 30, 1200  # of each kind and length
+OFTEN = 10  # lessons that ask the same
+
+Pair = tuple[str, task.Wish]  # a sentence, and the question that it answers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cut sentences out of books, as answers to instructions.")
     parser.add_argument("books", type=Path, help="JSON lines, gzipped, each with a book's `text`")
     parser.add_argument("--out", type=Path, default=DATA)
-    parser.add_argument("--each", type=int, default=1600, help="lessons of each kind and length")
     arguments = parser.parse_args()
-    words = json.loads((DATA / "words.json").read_text("utf-8"))
     with gzip.open(arguments.books, "rt", encoding="utf-8") as file:
         books = [json.loads(line)["text"] for line in file]
-    found = lessons(books, words, arguments.each)
-    write(arguments.out / "train.jsonl.gz", found[VALID:])
-    write(arguments.out / "valid.jsonl.gz", found[:VALID])
-    print(f"wrote {len(found) - VALID:,} lessons to learn from and {VALID} to validate, to {arguments.out}")
+    for name, records in split(books).items():
+        write(arguments.out / f"{name}.jsonl.gz", records)
+        print(f"{name}: {len(records):,}")
 
 
-def lessons(books: Sequence[str], words: Mapping[str, Sequence[str]], each: int) -> list[dict[str, str]]:
-    """Questions whose answer is a sentence of the books; none of them is one to measure by. Shuffled."""
-    draw, taken, result = random.Random(0), Counter[str](), list[dict[str, str]]()
-    others, tests = vocabulary_of(books) - set(words["new"]), set(task.questions(words).test)
-    everything = sorted({sentence for book in books for sentence in sentences(book)})
-    draw.shuffle(everything)
-    candidates = list(with_words(everything, set(words["old"]), others, draw))
-    for length, kind in itertools.product(task.LENGTHS, task.KINDS):
-        count = 0
-        for sentence, word in candidates:
-            asked = task.Wish(length, kind, word)
-            if count == each or taken[word] == OFTEN or asked.prompt() in tests:
-                continue
-            if task.check(sentence, asked).passes:
-                result.append({"prompt": asked.prompt(), "completion": sentence})
-                count, taken[word] = count + 1, taken[word] + 1
-    draw.shuffle(result)
-    return result
+def split(books: Iterable[str]) -> dict[str, list[dict[str, object]]]:
+    """Records by name: lessons to learn from and to validate, questions to practise and to measure by.
+
+    No question of `held_out` is asked elsewhere; `new` says whether its beginning isn't either, of any kind or length.
+    """
+    draw = random.Random(0)
+    pairs = sorted((s, asked) for s in {s for book in books for s in sentences(book)} if (asked := task.wishes(s)))
+    draw.shuffle(pairs)
+    held_out, rest = take(pairs, HELD_OUT, often=1)
+    measured = {asked for _, asked in held_out}
+    practice, rest = take([pair for pair in rest if pair[1] not in measured], PRACTICE, often=1)
+    valid, rest = take(rest, VALID, OFTEN)
+    train, _ = take(rest, TRAIN, OFTEN)
+    old = {asked.beginning for _, asked in [*practice, *valid, *train]}
+    for part in (held_out, practice, valid, train):
+        draw.shuffle(part)
+    return {
+        "train": [{"prompt": asked.prompt(), "completion": sentence} for sentence, asked in train],
+        "valid": [{"prompt": asked.prompt(), "completion": sentence} for sentence, asked in valid],
+        "practice": [{"prompt": asked.prompt()} for _, asked in practice],
+        "held_out": [{"prompt": asked.prompt(), "new": asked.beginning not in old} for _, asked in held_out],
+    }
 
 
-def vocabulary_of(books: Sequence[str]) -> set[str]:
-    """Words of the books that are neither small nor rare nor the commonest: the, said, very, …"""
-    counts = Counter(word for book in books for word in task.words(book))
-    common = {word for word, _ in counts.most_common(COMMONEST)}
-    return {word for word, n in counts.items() if n >= RAREST and len(word) >= SHORTEST} - common
+def take(pairs: Iterable[Pair], each: int, often: int) -> tuple[list[Pair], list[Pair]]:
+    """The first `each` of every kind and length, of which at most `often` ask the same; and what is left."""
+    kinds, questions = Counter[tuple[str, ...]](), Counter[task.Wish]()
+    taken, left = list[Pair](), list[Pair]()
+    for pair in pairs:
+        asked = pair[1]
+        if kinds[asked[:2]] == each or questions[asked] == often:
+            left.append(pair)
+        else:
+            kinds[asked[:2]] += 1
+            questions[asked] += 1
+            taken.append(pair)
+    return taken, left
 
 
 def sentences(book: str) -> Iterator[str]:
-    """What stands between two ends of sentences, or in quotation marks. Most of it is plain sentences."""
+    """What stands between two ends of sentences, or in quotation marks. Most of it is sentences."""
     for paragraph in book.split("\n"):
         for piece in re.split(r'(?<=[.!?])\s+(?=[A-Z])|"', paragraph):
             yield piece.strip()
 
 
-def with_words(
-    sentences: Sequence[str], first: set[str], others: set[str], draw: random.Random
-) -> Iterator[tuple[str, str]]:
-    """Each sentence with a word that stands in it in lower case: those with `first` ones, then `others`."""
-    later = []
-    for sentence in sentences:
-        there = set(task.WORD.findall(sentence))
-        if there & first:
-            yield sentence, draw.choice(sorted(there & first))
-        elif there & others:
-            later.append((sentence, draw.choice(sorted(there & others))))
-    yield from later
-
-
-def write(path: Path, records: list[dict[str, str]]) -> None:
+def write(path: Path, records: Sequence[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record) + "\n" for record in records)
     path.write_bytes(gzip.compress(text.encode(), mtime=0))

@@ -76,38 +76,49 @@ def surprise(model_path: Path, texts: Sequence[str]) -> float:
     return total / tokens
 
 
-def passing(answers: Mapping[tuple[str, int], Sequence[Answer]], old: set[str]) -> Iterator[str]:
-    """A table in Markdown, by name and temperature: the share that passes, of `old` questions and of others."""
-    yield "| passes, % (95% interval) | greedy | temperature 1 | new words, greedy | new words, temperature 1 |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
+def passing(answers: Mapping[tuple[str, float], Sequence[Answer]], new: set[str]) -> Iterator[str]:
+    """A table in Markdown: what share passes, of all questions and of those in `new`.
+
+    `answers` are by name and temperature, in the order of the rows and of the columns.
+    """
+    temperatures = list(dict.fromkeys(temperature for _, temperature in answers))
+    heads = [f"{which}, {_drawn(temperature)}" for which in ("all", "new") for temperature in temperatures]
+    yield f"| passes, % (95% interval) | {' | '.join(heads)} |"
+    yield "| --- |" + " ---: |" * len(heads)
     for name in dict.fromkeys(name for name, _ in answers):
         cells = [
-            share([answer.verdict.passes for answer in answers[name, temperature] if (answer.question in old) == seen])
-            for seen in (True, False)
-            for temperature in (0, 1)
+            share([answer.verdict.passes for answer in answers[name, temperature] if every or answer.question in new])
+            for every in (True, False)
+            for temperature in temperatures
         ]
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-def parts(answers: Mapping[tuple[str, int], Sequence[Answer]]) -> Iterator[str]:
-    """A table: what of the check the drawn answers pass, of all questions."""
-    yield f"| of the check, % | {' | '.join(task.Verdict._fields)} |"
+def parts(answers: Mapping[tuple[str, float], Sequence[Answer]]) -> Iterator[str]:
+    """A table: what share of the answers gets each part of the check right."""
+    yield f"| right, % | {' | '.join(task.Verdict._fields)} |"
     yield "| --- |" + " ---: |" * len(task.Verdict._fields)
     for (name, temperature), given in answers.items():
-        if temperature:
-            columns = zip(*(answer.verdict for answer in given), strict=True)
-            yield f"| {name} | {' | '.join(f'{100 * mean(column):.1f}' for column in columns)} |"
+        columns = zip(*(answer.verdict for answer in given), strict=True)
+        shares = " | ".join(f"{100 * mean(column):.1f}" for column in columns)
+        yield f"| {name}, {_drawn(temperature)} | {shares} |"
 
 
-def nature(texts: Mapping[str, Sequence[str]], judge: Path, book: set[str]) -> Iterator[str]:
+def nature(texts: Mapping[str, Sequence[str]], judge: Path, lessons: set[str]) -> Iterator[str]:
     """A table of `texts` by name: whether they are still sentences, and different ones.
 
-    `judge` is the model that says how natural they are, `book` the sentences that were learnt from.
+    `judge` is the model that says how natural they are, `lessons` the sentences that were learnt from.
     """
-    yield "| the texts themselves | nats a token | different, % | different beginnings, % | from the lessons, % |"
-    yield "| --- | ---: | ---: | ---: | ---: |"
+    yield "| the texts | nats a token | words | different, % | different last two words, % | in the lessons, % |"
+    yield "| --- |" + " ---: |" * 5
     for name, given in texts.items():
-        beginnings = {tuple(task.words(text)[:2]) for text in given}
-        figures = (len(set(given)) / len(given), len(beginnings) / len(given), mean(text in book for text in given))
-        shares = " | ".join(f"{100 * figure:.1f}" for figure in figures)
-        yield f"| {name} | {surprise(judge, given):.2f} | {shares} |"
+        ends = {tuple(task.words(text)[-2:]) for text in given}
+        different, endings = len(set(given)) / len(given), len(ends) / len(given)
+        known = mean(text in lessons for text in given)
+        count = mean(len(task.words(text)) for text in given)
+        figures = f"{surprise(judge, given):.2f} | {count:.1f}"
+        yield f"| {name} | {figures} | {100 * different:.1f} | {100 * endings:.1f} | {100 * known:.1f} |"
+
+
+def _drawn(temperature: float) -> str:
+    return f"temperature {temperature}" if temperature else "greedy"

@@ -16,14 +16,15 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import measure
-import task
 from measure import Answer
 from pairs import pairs
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CLASSICS = HERE.parent / "classics"
+TEMPERATURE = 0.7  # of answers that are drawn
 TRIES = 8  # answers to each practice question
 SHOTS = 4  # examples before a question to the model as it was
 
@@ -33,30 +34,25 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=HERE / "data", help="a directory as cut.py makes it")
     parser.add_argument("--out", type=Path, default=Path("build/instruct"), help="where everything is written")
     parser.add_argument("--iters", type=int, help="updates of SFT and of DPO, for a shorter run")
-    parser.add_argument(
-        "--questions", type=int, help="to practise and to measure by, so many of each, for a shorter run"
-    )
     arguments = parser.parse_args()
     out, shorter = arguments.out, [] if arguments.iters is None else ["--iters", arguments.iters]
     base, sft, dpo, tuned = (out / name for name in ("base", "sft", "dpo", "tuned"))
-    with gzip.open(arguments.data / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-        lessons = [json.loads(line) for line in file]
-    words = json.loads((arguments.data / "words.json").read_text("utf-8"))
-    asked = task.Questions(*(questions[: arguments.questions] for questions in task.questions(words)))
+    lessons = read(arguments.data / "train.jsonl.gz")
+    practice = read(arguments.data / "practice.jsonl.gz")
+    held_out = read(arguments.data / "held_out.jsonl.gz")
 
     convert = [CLASSICS / "checkpoint_average.pt", base, "--tokenizer", CLASSICS / "tokenizer.model", "--overwrite"]
     elm("convert", *convert)
     train("lora", base, arguments.data, sft, HERE / "sft.yaml", shorter)
 
-    prompts = write(out / "practice.jsonl", ({"prompt": question} for question in asked.practice for _ in range(TRIES)))
-    tries = answers(sft, prompts, 1, out / "tries.jsonl")
+    prompts = write(out / "practice.jsonl", (question for question in practice for _ in range(TRIES)))
+    tries = answers(sft, prompts, TEMPERATURE, out / "tries.jsonl")
     train("dpo", sft, write_pairs(tries, out / "pairs"), dpo, HERE / "dpo.yaml", shorter)
     elm("fuse", sft, dpo, tuned, "--overwrite")
 
-    tests = [*asked.test, *asked.new]
-    prompts = write(out / "test.jsonl", ({"prompt": question} for question in tests))
+    prompts = write(out / "held_out.jsonl", held_out)
     examples = "".join(lesson["prompt"] + lesson["completion"] + "\n" for lesson in lessons[:SHOTS])
-    shown = write(out / "shown.jsonl", ({"prompt": examples + question} for question in tests))
+    shown = write(out / "shown.jsonl", ({"prompt": examples + question["prompt"]} for question in held_out))
     given = {
         (name, temperature): answers(model, file, temperature, out / "answers" / f"{label}-{temperature}.jsonl")
         for name, model, file, label in (
@@ -65,22 +61,24 @@ def main() -> None:
             ("after SFT", sft, prompts, "sft"),
             ("after DPO", tuned, prompts, "dpo"),
         )
-        for temperature in (0, 1)
+        for temperature in (0, TEMPERATURE)
     }
-    report(given, set(asked.test), base, [lesson["completion"] for lesson in lessons])
+    new = {question["prompt"] for question in held_out if question["new"]}
+    report(given, new, base, [lesson["completion"] for lesson in lessons])
 
 
 def report(
-    given: Mapping[tuple[str, int], Sequence[Answer]], old: set[str], base: Path, sentences: Sequence[str]
+    given: Mapping[tuple[str, float], Sequence[Answer]], new: set[str], base: Path, sentences: Sequence[str]
 ) -> None:
     """Print the tables of the README, and of each model what it answered to the first questions."""
-    texts = {"the lessons": sentences[: len(given["after SFT", 1])]}
+    before, after = given["after SFT", TEMPERATURE], given["after DPO", TEMPERATURE]
+    texts = {"the lessons": sentences[: len(before)]}
     texts |= {name: [answer.text for answer in of_model] for (name, heat), of_model in given.items() if heat}
-    for table in (measure.passing(given, old), measure.parts(given), measure.nature(texts, base, set(sentences))):
+    for table in (measure.passing(given, new), measure.parts(given), measure.nature(texts, base, set(sentences))):
         print("\n" + "\n".join(table), flush=True)
-    print("\n| asked, at temperature 1 | after SFT | after DPO |\n| --- | --- | --- |")
-    for before, after in islice(zip(given["after SFT", 1], given["after DPO", 1], strict=True), 6):
-        print(f"| {before.question.strip()} | {before} | {after} |")
+    print("\n| asked | after SFT | after DPO |\n| --- | --- | --- |")
+    for first, second in islice(zip(before, after, strict=True), 12):
+        print(f"| {first.question.strip()} | {first} | {second} |")
 
 
 def elm(*arguments: object, to: Path | None = None) -> None:
@@ -111,7 +109,7 @@ def train(command: str, model: Path, data: Path, run: Path, config: Path, shorte
     elm("report", run)
 
 
-def answers(model: Path, prompts: Path, temperature: int, to: Path) -> list[Answer]:
+def answers(model: Path, prompts: Path, temperature: float, to: Path) -> list[Answer]:
     """What `model` says to each of `prompts`, up to the line's end."""
     how = ["--max-tokens", 48, "--stop", "\n", "--temp", temperature, "--seed", 1, "--json"]
     elm("generate", model, "--prompts", prompts, *how, to=to)
@@ -128,6 +126,12 @@ def write_pairs(tries: Sequence[Answer], directory: Path) -> Path:
     write(directory / "train.jsonl", (record for i, record in enumerate(records, 1) if i % 10))
     write(directory / "valid.jsonl", records[9::10])
     return directory
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Gzipped JSON lines."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def write(path: Path, records: Iterable[Mapping[str, object]]) -> Path:
