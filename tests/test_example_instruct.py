@@ -92,7 +92,7 @@ def test_kinds_and_lengths(kind: str, end: str, length: str, good: tuple[int, ..
 
 @pytest.mark.parametrize(
     "sentence",
-    ["", "Go.", "Well, well, said the fox.", "The fox ran. He was gone.", "The fox ran away from them all at once.",
+    ["", "Go.", "Well, well, said the fox.", "The fox ran. He was gone.", "The fox ran away from them all at once."],
 )
 def test_what_answers_no_question(sentence: str) -> None:
     assert task.wishes(sentence) is None
