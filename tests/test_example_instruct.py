@@ -141,9 +141,7 @@ def test_questions_are_cut_out_of_books(monkeypatch: pytest.MonkeyPatch) -> None
     for name in ("HELD_OUT", "PRACTICE", "VALID", "TRAIN"):
         monkeypatch.setattr(cut, name, 1)
     animals, ends = ("fox", "cat", "owl", "dog", "hen"), ("far away.", "very old?", "not here!")
-    book = "\n".join(
-        f'"The {animal} is {end}" It was so.' for animal in ("fox", "cat", "owl", "dog", "hen") for end, _ in ends
-    )
+    book = "\n".join(f'"The {animal} is {end}" It was so.' for animal in animals for end in ends)
     parts = cut.split([book, book])
     assert {name: len(part) for name, part in parts.items()} == dict.fromkeys(NAMES, 3)
     for lesson in [*parts["train"], *parts["valid"]]:
