@@ -199,7 +199,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], st
 
 def test_the_whole_runs_and_its_table_is_what_was_answered(short: tuple[Path, list[str], str]) -> None:
     out, _, printed = short
-    assert len(re.findall(r"^\$ elm-mlx (?:lora|dpo|fuse|report) ", printed, re.M)) == 5
+    assert len(re.findall(r"^\$ elm-mlx (?:lora|dpo|fuse|report) ", printed, re.M)) == 6
     rows = dict(re.findall(r"^\| (as it was(?:, after examples)?|after SFT|after DPO) \| (.*\(.*) \|$", printed, re.M))
     assert len(rows) == 4
     for name, label in zip(rows, ("base", "shown", "sft", "dpo"), strict=True):

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--iters", type=int, help="updates of SFT and of DPO, for a shorter run")
     arguments = parser.parse_args()
     out, shorter = arguments.out, [] if arguments.iters is None else ["--iters", arguments.iters]
-    base, sft, dpo, tuned = (out / name for name in ("base", "sft", "dpo", "tuned"))
+    base, sft, taught, dpo, tuned = (out / name for name in ("base", "sft", "taught", "dpo", "tuned"))
     lessons = read(arguments.data / "train.jsonl.gz")
     practice = read(arguments.data / "practice.jsonl.gz")
     held_out = read(arguments.data / "held_out.jsonl.gz")
@@ -44,11 +44,12 @@ def main() -> None:
     convert = [CLASSICS / "checkpoint_average.pt", base, "--tokenizer", CLASSICS / "tokenizer.model", "--overwrite"]
     elm("convert", *convert)
     train("lora", base, arguments.data, sft, HERE / "sft.yaml", shorter)
+    elm("fuse", base, sft, taught, "--overwrite")
 
     prompts = write(out / "practice.jsonl", (question for question in practice for _ in range(TRIES)))
-    tries = answers(sft, prompts, TEMPERATURE, out / "tries.jsonl")
-    train("dpo", sft, write_pairs(tries, out / "pairs"), dpo, HERE / "dpo.yaml", shorter)
-    elm("fuse", sft, dpo, tuned, "--overwrite")
+    tries = answers(taught, prompts, TEMPERATURE, out / "tries.jsonl")
+    train("dpo", taught, write_pairs(tries, out / "pairs"), dpo, HERE / "dpo.yaml", shorter)
+    elm("fuse", taught, dpo, tuned, "--overwrite")
 
     prompts = write(out / "held_out.jsonl", held_out)
     examples = "".join(lesson["prompt"] + lesson["completion"] + "\n" for lesson in lessons[:SHOTS])
@@ -58,7 +59,7 @@ def main() -> None:
         for name, model, file, label in (
             ("as it was", base, prompts, "base"),
             ("as it was, after examples", base, shown, "shown"),
-            ("after SFT", sft, prompts, "sft"),
+            ("after SFT", taught, prompts, "sft"),
             ("after DPO", tuned, prompts, "dpo"),
         )
         for temperature in (0, TEMPERATURE)
