@@ -22,15 +22,15 @@ INSTRUCT = ROOT / "examples" / "instruct"
 
 sys.path.insert(0, str(INSTRUCT))
 import cut  # noqa: E402
-import measure  # noqa: E402
+import scores  # noqa: E402
 import task  # noqa: E402
-from measure import Answer  # noqa: E402
 from pairs import PAIRS, pairs  # noqa: E402
+from scores import Answer  # noqa: E402
 
 sys.path.remove(str(INSTRUCT))
 
 FOX = task.Wish("short", "statement", "The fox")
-NAMES = ("train", "valid", "practice", "held_out")
+NAMES = ("train", "valid", "practice", "held-out")
 
 
 def records(name: str) -> list[dict[str, Any]]:
@@ -116,12 +116,12 @@ def test_the_lessons_pass(name: str) -> None:
 def test_what_is_measured_is_asked_nowhere_else() -> None:
     asked = {name: {record["prompt"] for record in records(name)} for name in NAMES}
     elsewhere = asked["train"] | asked["valid"] | asked["practice"]
-    assert not asked["held_out"] & elsewhere
+    assert not asked["held-out"] & elsewhere
     beginnings = {task.wish(prompt).beginning for prompt in elsewhere}
-    assert {r["prompt"]: r["new"] for r in records("held_out")} == {
-        prompt: task.wish(prompt).beginning not in beginnings for prompt in asked["held_out"]
+    assert {r["prompt"]: r["new"] for r in records("held-out")} == {
+        prompt: task.wish(prompt).beginning not in beginnings for prompt in asked["held-out"]
     }
-    for name in ("practice", "held_out"):
+    for name in ("practice", "held-out"):
         assert len(asked[name]) == len(records(name))
 
 
@@ -167,7 +167,7 @@ def test_pairs_are_of_one_question_answered_both_ways() -> None:
     [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (20, 20, 0.8389, 1.0)],
 )
 def test_wilsons_interval(passed: int, trials: int, low: float, high: float) -> None:
-    assert measure.wilson(passed, trials) == pytest.approx((low, high), abs=1e-4)
+    assert scores.wilson(passed, trials) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_surprise_is_the_mean_over_all_tokens(tiny_model_dir: Path) -> None:
@@ -180,17 +180,21 @@ def test_surprise_is_the_mean_over_all_tokens(tiny_model_dir: Path) -> None:
         logits -= logits.max(-1, keepdims=True)
         logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
         logprobs += logits[np.arange(len(ids) - 1), ids[1:]].tolist()
-    assert measure.surprise(tiny_model_dir, texts) == pytest.approx(-np.mean(logprobs), rel=1e-5)
+    assert scores.surprise(tiny_model_dir, texts) == pytest.approx(-np.mean(logprobs), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], str]:
-    """The example run on little: what it wrote, how it was called, and what it printed."""
+    """The example run on short statements: what it wrote, how it was called, and what it printed."""
     directory = tmp_path_factory.mktemp("instruct")
-    for name, count in zip(NAMES, (300, 20, 36, 36), strict=True):
-        text = "".join(json.dumps(record) + "\n" for record in records(name)[:count])
+    lessons = [lesson for lesson in records("train") if task.wish(lesson["prompt"])[:2] == FOX[:2]]
+    asked = Counter(lesson["prompt"] for lesson in lessons).most_common(20)
+    practice = [{"prompt": prompt} for prompt, _ in asked]
+    held_out = [record for record in records("held-out") if task.wish(record["prompt"])[:2] == FOX[:2]][:10]
+    for name, part in zip(NAMES, (lessons, lessons[:20], practice, held_out), strict=True):
+        text = "".join(json.dumps(record) + "\n" for record in part)
         (directory / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    options = ["--data", directory, "--out", directory / "out", "--iters", "20"]
+    options = ["--data", directory, "--out", directory / "out", "--iters", "24"]
     command = [*map(str, [sys.executable, INSTRUCT / "run.py", *options])]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -204,8 +208,8 @@ def test_the_whole_runs_and_its_table_is_what_was_answered(short: tuple[Path, li
     assert len(rows) == 4
     for name, label in zip(rows, ("base", "shown", "sft", "dpo"), strict=True):
         for temperature, column in ((0, 0), (0.7, 1)):
-            answers = measure.read(out / "answers" / f"{label}-{temperature}.jsonl")
-            assert len(answers) == 36
+            answers = scores.read(out / "answers" / f"{label}-{temperature}.jsonl")
+            assert len(answers) == 10
             passed = sum(task.check(answer.text, task.wish(answer.prompt)).passes for answer in answers)
             assert float(rows[name].split(" | ")[column].split()[0]) == pytest.approx(
                 100 * passed / len(answers), abs=0.05
@@ -214,8 +218,8 @@ def test_the_whole_runs_and_its_table_is_what_was_answered(short: tuple[Path, li
 
 def test_the_pairs_are_the_models_own_answers(short: tuple[Path, list[str], str]) -> None:
     out, _, _ = short
-    tries = measure.read(out / "tries.jsonl")
-    assert len(tries) == 36 * 8
+    tries = scores.read(out / "tries.jsonl")
+    assert len(tries) == 20 * 8
     answered = {(answer.prompt, answer.text) for answer in tries}
     for name in ("train", "valid"):
         for pair in map(json.loads, (out / "pairs" / f"{name}.jsonl").read_text("utf-8").splitlines()):
@@ -229,7 +233,7 @@ def test_run_again_it_goes_on_where_it_was(short: tuple[Path, list[str], str]) -
     (out / "answers" / "dpo-0.7.jsonl").unlink()
     again = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, cwd=ROOT)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("--resume") == 2 and again.stdout.count(" is there") == 8
+    assert again.stdout.count("--resume") == 2 and again.stdout.count("elm-mlx generate ") == 1
     tables = [text[text.index("| passes") :] for text in (printed, again.stdout)]
     assert tables[0] == tables[1]
 

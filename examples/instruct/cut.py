@@ -10,13 +10,17 @@ import gzip
 import json
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import task
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent))
 
-DATA = Path(__file__).parent / "data"
+import books as texts  # noqa: E402
+import task  # noqa: E402
+
 HELD_OUT, PRACTICE, VALID, TRAIN = 50, 200, 30, 1200  # of each kind and length
 OFTEN = 10  # lessons that ask the same
 
@@ -25,12 +29,10 @@ Pair = tuple[str, task.Wish]  # a sentence, and the question that it answers
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cut sentences out of books, as answers to instructions.")
-    parser.add_argument("books", type=Path, help="JSON lines, gzipped, each with a book's `text`")
-    parser.add_argument("--out", type=Path, default=DATA)
+    parser.add_argument("books", type=Path, help="JSON lines, gzipped or not, each with a book's `text`")
+    parser.add_argument("--out", type=Path, default=HERE / "data")
     arguments = parser.parse_args()
-    with gzip.open(arguments.books, "rt", encoding="utf-8") as file:
-        books = [json.loads(line)["text"] for line in file]
-    for name, records in split(books).items():
+    for name, records in split(book["text"] for book in texts.read(arguments.books)).items():
         write(arguments.out / f"{name}.jsonl.gz", records)
         print(f"{name}: {len(records):,}")
 
@@ -38,7 +40,7 @@ def main() -> None:
 def split(books: Iterable[str]) -> dict[str, list[dict[str, object]]]:
     """Records by name: lessons to learn from and to validate, questions to practise and to measure by.
 
-    No question of `held_out` is asked elsewhere; `new` says whether its beginning isn't either, of any kind or length.
+    No question of `held-out` is asked elsewhere; `new` says whether its beginning isn't either, of any kind or length.
     """
     draw = random.Random(0)
     pairs = sorted((s, asked) for s in {s for book in books for s in sentences(book)} if (asked := task.wishes(s)))
@@ -55,7 +57,7 @@ def split(books: Iterable[str]) -> dict[str, list[dict[str, object]]]:
         "train": [{"prompt": asked.prompt(), "completion": sentence} for sentence, asked in train],
         "valid": [{"prompt": asked.prompt(), "completion": sentence} for sentence, asked in valid],
         "practice": [{"prompt": asked.prompt()} for _, asked in practice],
-        "held_out": [{"prompt": asked.prompt(), "new": asked.beginning not in old} for _, asked in held_out],
+        "held-out": [{"prompt": asked.prompt(), "new": asked.beginning not in old} for _, asked in held_out],
     }
 
 

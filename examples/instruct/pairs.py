@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
-from measure import Answer
+from scores import Answer
 
 PAIRS = 2  # of one question, so that the middling ones don't crowd out the others
 

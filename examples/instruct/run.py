@@ -7,23 +7,23 @@ them, questions, pairs and the check, is plain Python in this folder. Run again,
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
-
-import measure
-from measure import Answer
-from pairs import pairs
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 CLASSICS = HERE.parent / "classics"
+sys.path.append(str(HERE.parent))
+
+import books as texts  # noqa: E402
+import scores  # noqa: E402
+from command import elm  # noqa: E402
+from pairs import pairs  # noqa: E402
+from scores import Answer  # noqa: E402
+
 TEMPERATURE = 0.7  # of answers that are drawn
 TRIES = 8  # answers to each practice question
 SHOTS = 4  # examples before a question to the model as it was
@@ -37,9 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     out, shorter = arguments.out, [] if arguments.iters is None else ["--iters", arguments.iters]
     base, sft, taught, dpo, tuned = (out / name for name in ("base", "sft", "taught", "dpo", "tuned"))
-    lessons = read(arguments.data / "train.jsonl.gz")
-    practice = read(arguments.data / "practice.jsonl.gz")
-    held_out = read(arguments.data / "held_out.jsonl.gz")
+    lessons = texts.read(arguments.data / "train.jsonl.gz")
+    practice = texts.read(arguments.data / "practice.jsonl.gz")
+    held_out = texts.read(arguments.data / "held-out.jsonl.gz")
 
     convert = [CLASSICS / "checkpoint_average.pt", base, "--tokenizer", CLASSICS / "tokenizer.model", "--overwrite"]
     elm("convert", *convert)
@@ -51,7 +51,7 @@ def main() -> None:
     train("dpo", taught, write_pairs(tries, out / "pairs"), dpo, HERE / "dpo.yaml", shorter)
     elm("fuse", taught, dpo, tuned, "--overwrite")
 
-    prompts = write(out / "held_out.jsonl", held_out)
+    prompts = write(out / "held-out.jsonl", held_out)
     examples = "".join(lesson["prompt"] + lesson["completion"] + "\n" for lesson in lessons[:SHOTS])
     shown = write(out / "shown.jsonl", ({"prompt": examples + question["prompt"]} for question in held_out))
     given = {
@@ -73,34 +73,13 @@ def report(
 ) -> None:
     """Print the tables of the README, and of each model what it answered to the first questions."""
     before, after = given["after SFT", TEMPERATURE], given["after DPO", TEMPERATURE]
-    texts = {"the lessons": sentences[: len(before)]}
-    texts |= {name: [answer.text for answer in of_model] for (name, heat), of_model in given.items() if heat}
-    for table in (measure.passing(given, new), measure.parts(given), measure.nature(texts, base, set(sentences))):
+    written = {"the lessons": sentences[: len(before)]}
+    written |= {name: [answer.text for answer in of_model] for (name, heat), of_model in given.items() if heat}
+    for table in (scores.passing(given, new), scores.parts(given), scores.nature(written, base, set(sentences))):
         print("\n" + "\n".join(table), flush=True)
     print("\n| asked | after SFT | after DPO |\n| --- | --- | --- |")
     for first, second in islice(zip(before, after, strict=True), 12):
         print(f"| {first.question.strip()} | {first} | {second} |")
-
-
-def elm(*arguments: object, to: Path | None = None) -> None:
-    """Run a command of elm-mlx's; end as it does where it fails. What is in the file `to` isn't made again."""
-    words = [str(argument) for argument in arguments]
-    print("\n$ elm-mlx", shlex.join(words), *(["  >", to] if to else []), flush=True)
-    command = [sys.executable, "-m", "elm_mlx", *words]
-    if to is None:
-        code = subprocess.run(command).returncode
-    elif to.exists():
-        print(f"{to} is there", flush=True)
-        return
-    else:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = to.with_suffix(".unfinished")
-        with unfinished.open("w", encoding="utf-8") as file:
-            code = subprocess.run(command, stdout=file).returncode
-    if code:
-        sys.exit(code)
-    if to is not None:
-        unfinished.replace(to)
 
 
 def train(command: str, model: Path, data: Path, run: Path, config: Path, shorter: list[object]) -> None:
@@ -111,10 +90,12 @@ def train(command: str, model: Path, data: Path, run: Path, config: Path, shorte
 
 
 def answers(model: Path, prompts: Path, temperature: float, to: Path) -> list[Answer]:
-    """What `model` says to each of `prompts`, up to the line's end."""
-    how = ["--max-tokens", 48, "--stop", "\n", "--temp", temperature, "--seed", 1, "--json"]
-    elm("generate", model, "--prompts", prompts, *how, to=to)
-    return measure.read(to)
+    """What `model` says to each of `prompts`; of an earlier run, if the file `to` is there."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    if not to.exists():
+        how = ["--max-tokens", 48, "--temp", temperature, "--seed", 1, "--json"]
+        elm("generate", model, "--prompts", prompts, *how, to=to)
+    return scores.read(to)
 
 
 def write_pairs(tries: Sequence[Answer], directory: Path) -> Path:
@@ -127,12 +108,6 @@ def write_pairs(tries: Sequence[Answer], directory: Path) -> Path:
     write(directory / "train.jsonl", (record for i, record in enumerate(records, 1) if i % 10))
     write(directory / "valid.jsonl", records[9::10])
     return directory
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """Gzipped JSON lines."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def write(path: Path, records: Iterable[Mapping[str, object]]) -> Path:

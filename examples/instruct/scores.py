@@ -43,9 +43,9 @@ class Answer:
 
 
 def read(path: Path) -> list[Answer]:
-    """What `elm-mlx generate --json` printed."""
+    """What `elm-mlx generate --json` printed. An answer is the first line: a model as it was writes on and on."""
     records = map(json.loads, path.read_text("utf-8").splitlines())
-    return [Answer(record["prompt"], record["text"].strip()) for record in records]
+    return [Answer(record["prompt"], record["text"].strip().partition("\n")[0]) for record in records]
 
 
 def share(passed: Sequence[bool]) -> str:
