@@ -131,10 +131,13 @@ def _run(
 
 def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:
     """The logits `(batch, vocab)` after each prompt, and caches with all of them, padded on the left."""
-    logits, by_prompt = [], [make_prompt_cache(model) for _ in prompts]
-    for prompt, caches in zip(prompts, by_prompt, strict=True):
-        logits.append(prefill(model, prompt, caches, prefill_step))
-        mx.eval(logits[-1], [cache.state for cache in caches])
+    read: dict[tuple[int, ...], tuple[mx.array, list[KVCache]]] = {}
+    for prompt in prompts:
+        if tuple(prompt) not in read:  # one that is given several times, to be drawn from, is read once
+            caches = make_prompt_cache(model)
+            read[tuple(prompt)] = prefill(model, prompt, caches, prefill_step), caches
+            mx.eval(read[tuple(prompt)][0], [cache.state for cache in caches])
+    logits, by_prompt = zip(*(read[tuple(prompt)] for prompt in prompts), strict=True)
     merged = []
     for of_layer in zip(*by_prompt, strict=True):
         cache = of_layer[0].joined(of_layer)
@@ -143,7 +146,7 @@ def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> t
         for single in of_layer:  # layer by layer, so that nothing is there twice
             single.trim(single.offset)
             single.state = [None] * len(single.state)
-    return mx.concatenate(logits), merged
+    return mx.concatenate(list(logits)), merged
 
 
 def _padding(prompts: list[list[int]]) -> mx.array | None:

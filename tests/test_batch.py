@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tiny
 
-from elm_mlx import device, stream_generate
+from elm_mlx import batch, device, stream_generate
 from elm_mlx.batch import BATCH_SIZE, Completion, generate_batch
 from elm_mlx.errors import InputError
+from elm_mlx.generation import prefill
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import Tokenizer
 
@@ -141,6 +142,16 @@ def test_one_prompt_many_times_is_drawn_anew_in_every_group(model: Model, tiny_t
     assert len(set(map(tuple, drawn))) == 9
     assert [done.tokens for done in generate_batch(model, tiny_tokenizer, ["the"] * 9, **options)] == drawn
     assert [done.tokens for done in generate_batch(model, tiny_tokenizer, ["the"] * 3, **options)] == drawn[:3]
+
+
+def test_one_prompt_many_times_is_read_once_in_a_group(
+    model: Model, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, read = ["the", "a fox", "the", "the", "a fox", "the"], list[list[int]]()
+    monkeypatch.setattr(batch, "prefill", lambda model, ids, *rest: read.append(ids) or prefill(model, ids, *rest))
+    together = [done.tokens for done in generate_batch(model, tiny_tokenizer, prompts, max_tokens=9, batch_size=4)]
+    assert read == [tiny_tokenizer.encode(text) for text in ("the", "a fox", "a fox", "the")]
+    assert together == [alone(model, tiny_tokenizer, prompt, max_tokens=9).tokens for prompt in prompts]
 
 
 def test_characters_are_whole(tiny_tokenizer: Tokenizer) -> None:
