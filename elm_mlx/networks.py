@@ -1,6 +1,6 @@
 """mlx-lm's networks of other families, without the rest of mlx-lm, and with the protocol of `model.Model`.
 
-Importing `mlx_lm` imports transformers and takes two seconds. Its networks need neither, so their files are
+Importing `mlx_lm` imports transformers, and takes a second. Its networks need neither, so their files are
 imported as a package of our own, beside `mlx_lm` and independent of it. There, before any network is, the helpers
 that all of them share are replaced by ours, which compute the same: on a CPU theirs are half of a prompt's time.
 Knows where the files lie and what is replaced in them; knows no weights.

@@ -74,7 +74,7 @@ def test_an_adapter_is_trained_and_fused(
     model, out, fused = family_dirs[name], tmp_path / "out", tmp_path / "fused"
     code, shown, error = run(
         "lora", model, "--data", data, "--out", out, "--iters", 12, "--rank", 4, "--learning-rate", 0.02,
-        "--batch-size", 2, "--max-seq-length", 64, *options,
+        "--batch-size", 2, "--max-seq-length", 32, *options,
     )  # fmt: skip
     assert code == 0, error
     assert ("one example in each row" in shown + error) == (name == "mamba")
