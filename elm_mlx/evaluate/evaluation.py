@@ -133,7 +133,8 @@ class Evaluation:
             self.mean = None if suite is None or self.missing else results.mean_of_suite(self.rows, suite)
             about |= {"identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace)}
             about["mean"] = None if self.mean is None else asdict(self.mean)
-            self.results = results.to_dict(outcomes, self.rows, self.missing, about)
+            now = results.to_dict(outcomes, self.rows, self.missing, about)
+            self.results = results.merged(record.results(), now)
             record.write_results(self.results)
 
     def hand_over(self, advance: Callable[[int, int], None] | None = None) -> str:

@@ -74,6 +74,13 @@ class Record:
         except OSError as error:
             raise ElmError(f"{self._out / ITEMS}: cannot be written: {error.strerror}; what is there is kept") from None
 
+    def results(self) -> dict[str, Any] | None:
+        """What `write_results` wrote last time; None where there is nothing that can be read."""
+        try:
+            return read_results(self._out)
+        except InputError:
+            return None
+
     def write_results(self, results: Mapping[str, Any]) -> None:
         """The whole of `results.json`. Raises ElmError."""
         files.write_text(self._out / RESULTS, json.dumps(results, indent=1) + "\n")

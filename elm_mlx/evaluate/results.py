@@ -77,6 +77,21 @@ def to_dict(
     return {**about, "scores": lines, "missing": dict(missing), "tasks": kept}
 
 
+def merged(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+    """`now`, with what `before` has of tasks that were not asked this time. Both are of the same model."""
+    if before is None:
+        return dict(now)
+    asked = {(line["task"], line["shots"]) for line in now["scores"]}
+    old = [line for line in before["scores"] if (line["task"], line["shots"]) not in asked]
+    kept = {
+        key: entry
+        for key, entry in before["tasks"].items()
+        if (entry["group"] or entry["task"], entry["shots"]) not in asked
+    }
+    suite = {} if now["suite"] is not None else {key: before[key] for key in ("suite", "mean", "missing")}
+    return {**now, **suite, "scores": old + now["scores"], "tasks": kept | now["tasks"]}
+
+
 def _grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], list[Outcome]]:
     found: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:

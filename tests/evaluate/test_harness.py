@@ -88,10 +88,11 @@ def test_whole_texts_and_generated_ones(tiny_model_dir: Path, lm_eval: dict[str,
     assert len(windows) > 1
     expected = sum(Scorer(model).score([windows])[0].logprobs)
     assert ours.loglikelihood_rolling([Request((text,))]) == pytest.approx([expected], rel=1e-5)
-    options = {"until": ["\n", ""], "max_gen_toks": 8, "do_sample": False, "temperature": 0.7}
-    said = generate(model, tokenizer, "an old king", max_tokens=8, stop=["\n"])
+    options = {"until": ["\n", ""], "max_gen_toks": 4, "do_sample": False, "temperature": 0.7}
+    said = generate(model, tokenizer, "an old king", max_tokens=4, stop=["\n"])
     assert ours.generate_until([Request(("an old king", options))]) == [said]
-    assert len(ours.generate_until([Request((text, {"until": "."}))])) == 1  # cut to what leaves room for an answer
+    # Cut to what leaves room for an answer.
+    assert len(ours.generate_until([Request((text, {"until": ".", "max_gen_toks": 3}))])) == 1
 
 
 def test_the_harness_results_are_kept(tiny_model_dir: Path, tmp_path: Path, lm_eval: dict[str, Any]) -> None:

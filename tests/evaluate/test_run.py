@@ -101,6 +101,9 @@ def test_more_questions_and_tasks_are_added_to_what_is_there(tiny_model_dir: Pat
     again.run()
     assert again.pace.items == 0
     assert again.rows[0].score.count == 3
+    kept = json.loads((tmp_path / "out" / RESULTS).read_text())
+    assert {line["task"] for line in kept["scores"]} == set(kept["tasks"]) == {"arc_easy", "winogrande"}
+    assert len(kept["tasks"]["arc_easy"]["logprobs"]) == 3
 
 
 def test_changed_questions_are_scored_again(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
