@@ -11,9 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
+from command import elm  # noqa: E402
 from measure import held_out_loss  # noqa: E402
 
 import elm_mlx  # noqa: E402
@@ -39,14 +38,17 @@ def main() -> None:
         "--books", type=Path, default=CLASSICS / "extract.jsonl.gz", help='{"text": …} a line, a book each'
     )
     parser.add_argument("--out", type=Path, default=Path("build/fragility"), help="where everything is written")
-    parser.add_argument("--steps", type=int, nargs="+", default=[60, 250, 1000], help="updates of each training")
+    parser.add_argument("--steps", type=int, nargs="+", default=[60, 600], help="updates of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
-    parser.add_argument("--iters", type=int, default=60, help="updates of each adapter")
+    parser.add_argument("--iters", type=int, default=30, help="updates of each adapter")
     arguments = parser.parse_args()
 
     if not (arguments.out / "data" / "train.jsonl").exists():
         write_data(arguments.books, arguments.out / "data")
+    if not (arguments.out / "tokenizer.model").exists():
+        source = arguments.out / "data" / "repair.jsonl"
+        elm("train-tokenizer", source, "--out", arguments.out / "tokenizer.model", "--vocab-size", 1024)
     found: dict[str, Measured] = {}
     for seed in arguments.seeds:
         for steps in arguments.steps:
@@ -63,11 +65,11 @@ def train(out: Path, steps: int, seed: int) -> Path:
     """The model of so many updates; not again where it is there."""
     model = out / f"steps-{steps}-seed-{seed}"
     fields = {
-        "tokenizer": CLASSICS / "tokenizer.model",
+        "tokenizer": out / "tokenizer.model",
         "data.validation": out / "data" / "watched.jsonl",
         "data.sources": f'[{{path = "{out / "data" / "train.jsonl"}"}}]',
         "optimizer.steps": steps,
-        "optimizer.warmup": min(40, steps // 4),
+        "optimizer.warmup": min(25, steps // 2),
         "run.seed": seed,
     }
     if not (model / "model.safetensors").exists():
@@ -124,7 +126,7 @@ def table(found: dict[str, Measured]) -> str:
     return "\n" + "\n".join(lines)
 
 
-PARAMETERS = 766_048
+PARAMETERS = 225_984
 
 
 def grouped(found: dict[str, Measured]) -> Iterator[tuple[int, int, dict[int, Measured]]]:
@@ -173,15 +175,6 @@ def write_data(books: Path, folder: Path) -> None:
     texts.write_documents(books, folder)
     documents = (folder / "train.jsonl").read_text("utf-8").splitlines(keepends=True)
     (folder / "repair.jsonl").write_text("".join(documents[:150]), "utf-8")
-
-
-def elm(*arguments: object) -> None:
-    """Run a command of elm-mlx's; end as it does where it fails."""
-    words = [str(argument) for argument in arguments]
-    print("\n$ elm-mlx", shlex.join(words), flush=True)
-    code = subprocess.run([sys.executable, "-m", "elm_mlx", *words]).returncode
-    if code:
-        sys.exit(code)
 
 
 if __name__ == "__main__":
