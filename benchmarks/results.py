@@ -1,6 +1,6 @@
 """The results page, `docs/results.md`, measured and written: `python benchmarks/results.py`.
 
-    python benchmarks/results.py [--python PYTHON] [--only PART…] [--page]
+    python benchmarks/results.py [--python PYTHON] [--only PART…] [--page] [--note TEXT]
 
 What is measured is kept in `build/results/`, a file for each part, and the page is written from what lies there:
 `--only` measures some parts anew, `--page` none. PYTHON has PyTorch, if it is to be compared with.
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--python", help="a Python that has PyTorch")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="measure these parts alone")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--note", default="", help="what else a reader should know of the machine")
     given = parser.parse_args()
     if not given.page:
         KEPT.mkdir(parents=True, exist_ok=True)
@@ -114,7 +115,8 @@ def main() -> None:
         for part in given.only:
             PARTS[part](Programs(python=given.python))
     sections = [(title, text) for title, make in SECTIONS if (text := make())]
-    write_text(PAGE, INTRODUCTION + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections))
+    note = f"\n{given.note}\n" if given.note else ""
+    write_text(PAGE, INTRODUCTION + note + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections))
     print(f"wrote {PAGE}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,9 @@ from elm_mlx.bench.suites import Suite
 from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
 
+_PAUSE = (
+    0.25  # seconds before each measurement: a BLAS's threads spin on for a while after the other side's last product
+)
 _WARM_TOKENS = 8  # that follow the prompt in the measurement that doesn't count
 Tell: TypeAlias = Callable[[str], None]
 
@@ -165,6 +169,7 @@ class _Group:
                     continue
                 where = "warming up" if warming else f"{turn} of {self._suite.repeats}"
                 self._on_progress(f"{case}: {where}, {side.name} ({number} of {len(self._open)})")
+                time.sleep(_PAUSE)
                 try:
                     figures = side.measure(now)
                 except Unavailable as error:

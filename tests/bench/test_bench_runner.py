@@ -55,6 +55,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Log]:
             return Counting(name, log, death)
 
         monkeypatch.setattr(sides, "start", start)
+        monkeypatch.setattr(runner, "_PAUSE", 0.0)
         monkeypatch.setattr(machine, "measure", lambda dtypes: Speeds(dict.fromkeys(dtypes, 1e9), 1e9))
         return log
 
