@@ -219,7 +219,7 @@ def test_the_whole_runs_and_its_table_is_what_was_answered(short: tuple[Path, li
 def test_the_pairs_are_the_models_own_answers(short: tuple[Path, list[str], str]) -> None:
     out, _, _ = short
     tries = scores.read(out / "tries.jsonl")
-    assert len(tries) == 20 * 8
+    assert len(tries) == 20 * 6
     answered = {(answer.prompt, answer.text) for answer in tries}
     for name in ("train", "valid"):
         for pair in map(json.loads, (out / "pairs" / f"{name}.jsonl").read_text("utf-8").splitlines()):
