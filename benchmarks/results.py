@@ -124,7 +124,7 @@ def scores() -> str:
 def losses() -> str:
     paths = [path for bits in BITS if (path := KEPT / f"{bits}-bit/quantization.json").exists()]
     lines = [
-        "| bits a weight | size, MB | perplexity before | after | divergence, nats | 99th percentile | flipped tokens |",
+        "| bits a weight | size, MB | perplexity before | after | divergence, nats | 99th percentile | flipped |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for path in paths:
