@@ -6,17 +6,20 @@ What is measured is kept in `build/results/`, a file for each part, and the page
 `--only` measures some parts anew, `--page` none. PYTHON has PyTorch, if it is to be compared with.
 
 A section of the page is a title and a function that makes Markdown of its files, or nothing where there are none. For
-another one, of `eval`'s scores or `quantize`'s losses, say, add its commands to `PARTS` and its function to `SECTIONS`.
+another one add what it measures to `PARTS`, and its function to `SECTIONS`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
-from speed import HEADER, ROOT, embedded_model, first_token
+from speed import ENVIRONMENT, HEADER, ROOT, embedded_model, first_token
 
 from elm_mlx.bench import results, runner, suites, tables
 from elm_mlx.bench.machine import Speeds
@@ -36,6 +39,7 @@ def suite(name: str, model: str, precision: str, prompt: int, new: int, batch: i
     return replace(Suite(name, case, OTHERS, repeats=5), **more)
 
 
+BITS = (8, 4, 2)
 SPEED = [
     suite("embedded", str(EMBEDDED), "stored", 128, 256),
     suite("270M", SEEDED, "bfloat16", 128, 32),
@@ -56,8 +60,24 @@ def measure_start(programs: Programs) -> None:
     write_text(KEPT / "start.md", f"{HEADER}\n{first_token(EMBEDDED, 10)}\n")
 
 
+def measure_scores(programs: Programs) -> None:
+    held_out = ROOT / "examples/classics/held-out.jsonl.gz"
+    command("eval", EMBEDDED, "--text", held_out, "--window", 256, "--out", KEPT / "eval")
+
+
+def measure_losses(programs: Programs) -> None:
+    for bits in BITS:
+        command("quantize", EMBEDDED, KEPT / f"{bits}-bit", "--bits", bits, "--overwrite")
+
+
+def command(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "elm_mlx", *map(str, words)], env=ENVIRONMENT, check=True)
+
+
 PARTS: dict[str, Callable[[Programs], None]] = {
     "start": measure_start,
+    "eval": measure_scores,
+    "quantize": measure_losses,
     **{each.name: (lambda programs, each=each: measure_speed(each, programs)) for each in SPEED},  # type: ignore[misc]
 }
 
@@ -88,9 +108,39 @@ def start() -> str:
     return path.read_text("utf-8") if path.exists() else ""
 
 
+def scores() -> str:
+    path = KEPT / "eval/results.json"
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_text("utf-8"))
+    lines = ["| model | on | figure | | standard error |", "| --- | --- | --- | ---: | ---: |"]
+    for score in found["scores"]:
+        error = "" if score["stderr"] is None else f"{score['stderr']:.3g}"
+        name = Path(found["model"]).name
+        lines.append(f"| {name} | {score['task']} | {score['metric']} | {score['value']:.4g} | {error} |")
+    return f"Measured on: {found['machine']}.\n\n" + "\n".join(lines)
+
+
+def losses() -> str:
+    paths = [path for bits in BITS if (path := KEPT / f"{bits}-bit/quantization.json").exists()]
+    lines = [
+        "| bits a weight | size, MB | perplexity before | after | divergence, nats | 99th percentile | flipped |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for path in paths:
+        found = json.loads(path.read_text("utf-8"))
+        lost, size = found["losses"], found["bytes"]["after"] / 1e6
+        perplexity = f"{lost['perplexity_before']:.2f} | {lost['perplexity_after']:.2f}"
+        apart = f"{lost['kl_mean']:.3g} | {lost['kl_p99']:.3g} | {lost['flipped']:.1%}"
+        lines.append(f"| {found['bits_per_weight']['after']:.2f} | {size:.1f} | {perplexity} | {apart} |")
+    return f"Measured on: {found['machine']}.\n\n" + "\n".join(lines) if paths else ""
+
+
 SECTIONS: list[tuple[str, Callable[[], str]]] = [
     ("Speed", speed),
     ("Starting", start),
+    ("Scores: `elm-mlx eval` on the embedded model", scores),
+    ("Losses: `elm-mlx quantize` on the embedded model", losses),
 ]
 
 INTRODUCTION = """# Results
