@@ -5,16 +5,35 @@ from __future__ import annotations
 import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its BLAS
 
 # isort: split
+import io
+import sys
 from pathlib import Path
 
 import other_models
 import pytest
 import tiny
+from commands import Run
 
+from elm_mlx.cli import main
 from elm_mlx.config import ModelConfig
 from elm_mlx.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`elm-mlx` in this process: exit code, stdout, stderr."""
+
+    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -8,27 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+from commands import Run
 
 from elm_mlx.bench import results
-from elm_mlx.cli import main
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", "bench", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+def run(run: Run) -> Run:
+    """`elm-mlx bench`."""
+    return partial(run, "bench")
 
 
 def test_from_a_model_to_three_files(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -7,31 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Run
 
-from elm_mlx.cli import main
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.tokenizer import Tokenizer
 
-Run = Callable[..., tuple[int, str, str]]
 BAR = "[█▏▎▍▌▋▊▉]"
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path) -> Run:
-    """The command in this process, on the tiny model unless told otherwise: exit code, stdout, stderr."""
+def run(run: Run, tiny_model_dir: Path) -> Run:
+    """`elm-mlx data`, on the tiny model unless told otherwise."""
 
     def call(*arguments: object, model: Path = tiny_model_dir) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", "data", *map(str, arguments), "--model", str(model)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+        return run("data", *arguments, "--model", model)
 
     return call
 

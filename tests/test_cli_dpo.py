@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +14,22 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from commands import Run
 from safetensors.numpy import load_file
 from test_cli_lora import free_port
 
-from elm_mlx.cli import main
 from elm_mlx.cli.dpo import DpoCommand
 from elm_mlx.store import load
 from elm_mlx.template import choose
 from elm_mlx.train import pairs, reference
 
-Run = Callable[..., tuple[int, str, str]]
 QUICK = ("--iters", 8, "--steps-per-eval", 4, "--batch-size", 2, "--max-seq-length", 128, "--learning-rate", 0.01)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", "dpo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+def run(run: Run) -> Run:
+    """`elm-mlx dpo`."""
+    return partial(run, "dpo")
 
 
 @pytest.fixture

@@ -9,14 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+from commands import Run
 
 from elm_mlx import generate, stream_generate
-from elm_mlx.cli import main
 from elm_mlx.store import load
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.version import __version__
@@ -27,7 +26,6 @@ STATISTICS = re.compile(
     r"first token: [\d.]+ s \| peak memory: (\d+\.\d\d) GB( \| ended by: (stop|length|context))?$",
     re.MULTILINE,
 )
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -42,20 +40,6 @@ def endless(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer)
     """Never comes to an end by itself."""
     model = tiny.spelling_model(tiny_tokenizer, "xyzx", context=1_000_000)
     return tiny.write_directory(tmp_path_factory.mktemp("endless"), model, tiny_tokenizer.path.read_bytes())
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
 
 
 def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -12,28 +12,18 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from commands import Run
 
 from elm_mlx import blas, device
-from elm_mlx.cli import main
 from elm_mlx.config import ModelConfig
 from elm_mlx.describe import describe
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit code, stdout, stderr."""
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """On a terminal of 80 columns."""
     monkeypatch.setenv("COLUMNS", "80")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    return run
 
 
 def test_the_figures_are_the_directorys(run: Run, tiny_model_dir: Path) -> None:

@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+from commands import Run
 
-from elm_mlx.cli import main
 from elm_mlx.quantization import losses
 from elm_mlx.quantization.losses import Speed
 
-Run = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process, its speeds not measured: exit code, stdout, stderr."""
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Speeds are not measured."""
     monkeypatch.setattr(losses, "speed", lambda loaded: Speed(200.0, 40.0))
-
-    def call(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
+    return run
 
 
 @pytest.fixture

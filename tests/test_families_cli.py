@@ -6,38 +6,21 @@ import io
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import other_models
 import pytest
+from commands import Run
 from mlx.utils import tree_flatten
 
 from elm_mlx import fuse, store
-from elm_mlx.cli import main
 from elm_mlx.errors import InputError
 from elm_mlx.train.finetune import Data, Finetuning, Method
 
-Run = Callable[..., tuple[int, str, str]]
-
 IDS = mx.array([[(i * 37 + 11) % 380 for i in range(24)]])
 SMOL = Path(__file__).parents[2] / "shared" / "data" / "smollm2-135m-instruct"
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process: exit code, stdout, stderr."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        code = ended.value.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="module")
