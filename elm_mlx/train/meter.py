@@ -34,20 +34,31 @@ class Meter:
     def __init__(self, config: Shaped, adapter: Adapter | None = None, grad_checkpoint: bool = False):
         self._cost = update_cost(config, adapter, grad_checkpoint)
         self._done = 0
-        self._speed: float | None = None
+        self._dtype, self._speed = mx.float32, 0.0
+        self._trials = _TRIALS
 
     def measure(self, dtype: mx.Dtype) -> None:
         """Find out how fast products of `dtype` are; takes about a third of a second."""
-        self._speed = roofline.matmul_speed(dtype)
+        self._dtype, self._speed = dtype, max(self._speed, roofline.matmul_speed(dtype))
 
     def add(self, batch: Batch) -> None:
         """A batch that is computed."""
         self._done += self._cost.forward(batch.tokens, seen(batch), int(batch.trained.sum()))
 
     def share(self, seconds: float) -> float | None:
-        """Of the measured speed, what the batches since the last call reached; None where none was measured."""
+        """Of the measured speed, what the batches since the last call reached; None where none was measured.
+
+        More than all of it means that others had the machine when it was measured: then it is measured again, a few
+        times in a run, and None is said until that helps.
+        """
         done, self._done = self._done, 0
-        return None if self._speed is None else done / seconds / self._speed
+        if not self._speed:
+            return None
+        if done > seconds * self._speed and self._trials:
+            self._trials -= 1
+            self.measure(self._dtype)
+        reached = done / seconds / self._speed
+        return reached if reached <= 1 else None
 
 
 def update_cost(config: Shaped, adapter: Adapter | None, grad_checkpoint: bool) -> Cost:

@@ -87,7 +87,7 @@ def test_rows_of_padding_see_nothing() -> None:
 
 def test_a_run_tells_its_share_and_its_losses_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = []
-    monkeypatch.setattr(roofline, "matmul_speed", lambda dtype: speeds.append(dtype) or 1e9)
+    monkeypatch.setattr(roofline, "matmul_speed", lambda dtype: speeds.append(dtype) or 1e12)
     runs.run(tmp_path / "plain", runs.settings(6))
     meter, options = Meter(runs.model().config), runs.settings(6, accumulate=2)
     runs.run(tmp_path / "plain2", options)
@@ -100,7 +100,7 @@ def test_a_run_tells_its_share_and_its_losses_are_the_same(tmp_path: Path, monke
     for line in updates:
         batches = [next(source) for _ in range(2)]
         flops = sum(3 * FORWARD.forward(batch.tokens, seen(batch), int(batch.trained.sum())) for batch in batches)
-        assert line["matmul_share"] == pytest.approx(flops / line["seconds"] / 1e9)
+        assert line["matmul_share"] == pytest.approx(flops / line["seconds"] / 1e12)
     plain = (tmp_path / "plain" / "metrics.jsonl").read_text()
     assert "matmul_share" not in plain
     assert not any("matmul_share" in line for line in lines if "valid_loss" in line)
@@ -116,3 +116,32 @@ def test_a_run_goes_on_to_the_bit_with_or_without_one(tmp_path: Path) -> None:
     assert runs.run(halves, trained=runs.model_with_dropout(), meter=meter, on_report=stop).interrupted
     runs.run(halves, trained=runs.model_with_dropout(), resume=True)
     assert runs.losses(halves) == runs.losses(tmp_path / "whole")
+
+
+def test_a_speed_that_was_measured_too_low_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine that others used at the beginning."""
+    flops = 3 * FORWARD.forward(10, 55, 10)
+    speeds = [flops / 4, flops / 2, flops * 2, flops * 9]
+    monkeypatch.setattr(roofline, "matmul_speed", lambda dtype: speeds.pop(0))
+    row = np.ones((1, 10), np.int32)
+    meter = Meter(CONFIG)
+    assert meter.share(1.0) is None  # nothing was measured
+    meter.measure(mx.float32)
+    told = []
+    for _ in range(4):
+        meter.add(Batch(row, row, row > 0, None, 10))
+        told.append(meter.share(1.0))
+    assert told == [None, 0.5, 0.5, 0.5]
+    assert speeds == [flops * 9]
+
+
+def test_the_machine_is_not_measured_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(roofline, "matmul_speed", lambda dtype: tried.append(dtype) or 1.0)
+    row = np.ones((1, 10), np.int32)
+    meter = Meter(CONFIG)
+    meter.measure(mx.float32)
+    for _ in range(20):
+        meter.add(Batch(row, row, row > 0, None, 10))
+        assert meter.share(1.0) is None
+    assert len(tried) == 6
