@@ -22,6 +22,8 @@ from elm_mlx.adapters import Adapter
 from elm_mlx.roofline import Cost, Shaped
 from elm_mlx.train.batches import Batch
 
+_TRIALS = 5  # to measure the machine's speed anew
+
 
 class Meter:
     """Counts what one process's batches cost, against its machine's speed.
