@@ -82,7 +82,8 @@ def _tuning(results: Results) -> list[str]:
     lines = ["| nats a token, by learning rate | " + " | ".join(f"{rate:g}" for rate in rates) + " |"]
     lines.append("| --- |" + " ---: |" * len(rates))
     for shape, tuned in results.tuning.items():
-        cells = " | ".join(f"{tuned[rate]:.4f}" if rate in tuned else "" for rate in rates)
+        texts = {rate: f"{loss:.4f}" if math.isfinite(loss) else "broke off" for rate, loss in tuned.items()}
+        cells = " | ".join(texts.get(rate, "") for rate in rates)
         lines.append(f"| {shape} | {cells} |")
     return lines
 
@@ -105,9 +106,11 @@ def draw(results: Results, path: Path) -> None:
     for (shape, tuned), colour, marker in zip(results.tuning.items(), _COLOURS, "os", strict=True):
         finite = {rate: loss for rate, loss in tuned.items() if math.isfinite(loss)}
         tuning.plot(list(finite), list(finite.values()), color=colour, marker=marker, label=shape)
-    tuning.set(
-        xscale="log", xlabel="learning rate, one seed", ylabel="nats a token", title="documents like the training's"
-    )
+    tuning.set(xscale="log", xlabel="learning rate", ylabel="nats a token")
+    tuning.set_title("set aside, one seed", fontsize="medium")
+    rates = sorted({rate for tuned in results.tuning.values() for rate in tuned})
+    tuning.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    tuning.set_xticks([], minor=True)
     tuning.legend()
     for panel, book in zip(panels, results.books, strict=True):
         both = [results.of(shape, book) for shape in results.parameters]
@@ -116,7 +119,8 @@ def draw(results: Results, path: Path) -> None:
         for at, (losses, colour, marker) in enumerate(zip(both, _COLOURS, "os", strict=True)):
             panel.scatter([at] * len(losses), losses, color=colour, marker=marker, zorder=2)
             panel.plot([at - 0.12, at + 0.12], [statistics.fmean(losses)] * 2, color=colour, linewidth=2)
-        panel.set(xlim=(-0.5, 1.5), title=book, ylabel="nats a token")
+        panel.set(xlim=(-0.5, 1.5), ylabel="nats a token")
+        panel.set_title(book, fontsize="medium")
         panel.set_xticks([0, 1], list(results.parameters))
     for panel in (tuning, *panels):
         panel.spines[["top", "right"]].set_visible(False)
