@@ -113,12 +113,16 @@ def computation(path: Path, config: Config, compute_dtype: str | None = None) ->
 
 
 def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
-    """The type that the model came in: its embedding's, or where that is quantized a norm's, which never is."""
+    """The type that the model came in: its embedding's, or where that is quantized a norm's, or its scales'."""
     embedding = f"{config.embedding}.weight"
     if embedding not in packing:
         return weights[embedding].dtype
     parts = {part for name in packing for part in (name, _scales(name), _biases(name))}
-    return next(value.dtype for name, value in weights.items() if name not in parts)
+    whole = [value.dtype for name, value in weights.items() if name not in parts]
+    if whole:
+        return whole[0]
+    scales = weights[_scales(embedding)].dtype  # the first OLMo's norms have no weights
+    return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
 
 
 def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
