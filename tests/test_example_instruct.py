@@ -233,7 +233,7 @@ def test_run_again_it_goes_on_where_it_was(short: tuple[Path, list[str], str]) -
     (out / "answers" / "dpo-0.7.jsonl").unlink()
     again = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, cwd=ROOT)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("--resume") == 2 and again.stdout.count("elm-mlx generate ") == 1
+    assert again.stdout.count("--resume") == 2 and again.stdout.count("$ elm-mlx generate ") == 1
     tables = [text[text.index("| passes") :] for text in (printed, again.stdout)]
     assert tables[0] == tables[1]
 
