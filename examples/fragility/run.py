@@ -120,7 +120,8 @@ def table(found: dict[str, Measured]) -> str:
         each = list(losses.values())
         added = [one["before"] - whole["before"] for one, whole in zip(each, full, strict=True)]
         left = [one["after"] - whole["after"] for one, whole in zip(each, full, strict=True)]
-        back = ["–"] if bits == FULL else [f"{1 - statistics.mean(left) / statistics.mean(added):.0%}"]
+        noise = statistics.mean(added) < 1e-3  # too little for a share of it to mean anything
+        back = ["–"] if noise else [f"{1 - statistics.mean(left) / statistics.mean(added):.0%}"]
         cells = [told([one["before"] for one in each]), told(added), told([one["after"] for one in each]), told(left)]
         lines.append(f"| {steps * ROW_TOKENS / PARAMETERS:.2g} | {bits} | {' | '.join([*cells, *back])} |")
     return "\n" + "\n".join(lines)
