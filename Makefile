@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	@mkdir -p build
 	$(BIN)/elm-mlx convert examples/classics/checkpoint_average.pt $(MODEL) --tokenizer examples/classics/tokenizer.model --verify --overwrite
 	$(BIN)/elm-mlx info $(MODEL)
-	$(BIN)/elm-mlx generate $(MODEL) --prompt "Once upon a time there was a" --max-tokens 200 --temp 0.7 --top-p 0.9 --seed 7
+	$(BIN)/elm-mlx generate $(MODEL) --prompt '"Where is the King?" asked Dorothy.' --max-tokens 200 --temp 0.6 --top-p 0.9 --seed 1
 	@echo
 	@echo "Now try: $(BIN)/elm-mlx chat $(MODEL)"
 
