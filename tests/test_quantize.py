@@ -49,6 +49,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def little(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To measure sensitivities on: each weight takes three passes."""
+    path = tmp_path_factory.mktemp("little") / "little.txt"
+    path.write_text(tiny.WORDS, encoding="utf-8")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def no_speed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     if "speed" not in request.node.name:
@@ -80,8 +88,8 @@ WISHES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("wish", WISHES)
-def test_mlx_lm_opens_it_and_says_the_same(wish: str, base: Path, text: Path, tmp_path: Path) -> None:
-    done = quantize(base, tmp_path / "q", choose(**WISHES[wish]), text=text, calibration=text)
+def test_mlx_lm_opens_it_and_says_the_same(wish: str, base: Path, text: Path, little: Path, tmp_path: Path) -> None:
+    done = quantize(base, tmp_path / "q", choose(**WISHES[wish]), text=text, calibration=little)
     ours = logits(tmp_path / "q")
     np.testing.assert_allclose(ours, mlx_lm_logits(tmp_path / "q"), atol=2e-4 * np.abs(ours).max())
     model, _ = utils.load_model(tmp_path / "q")
@@ -172,9 +180,9 @@ def test_a_mix_meets_its_budget_and_beats_one_format_of_the_same_size(classics_d
     """Of 4 bits in groups of 64, all counted."""
     short = tmp_path / "text.txt"
     content = (Path(losses.__file__).parent / "texts" / "held_out.txt").read_text("utf-8")
-    short.write_text(content[:4000], "utf-8")
-    learn = tmp_path / "learn.txt"  # a third of the default, to be quick
-    learn.write_text((Path(losses.__file__).parent / "texts" / "calibration.txt").read_text("utf-8")[:1500], "utf-8")
+    short.write_text(content[:3000], "utf-8")
+    learn = tmp_path / "learn.txt"  # one or two windows, to be quick
+    learn.write_text((Path(losses.__file__).parent / "texts" / "calibration.txt").read_text("utf-8")[:700], "utf-8")
     uniform = quantize(classics_dir, tmp_path / "u", choose(4), text=short)
     budget = uniform.bits_after
     mixed = quantize(classics_dir, tmp_path / "m", choose(bpw=budget), text=short, calibration=learn)
@@ -192,8 +200,8 @@ def test_budgets_that_cannot_be(bpw: float, message: str, base: Path, tmp_path: 
     assert not (tmp_path / "q").exists()
 
 
-def test_a_budget_of_much_keeps_some_weights_whole(base: Path, text: Path, tmp_path: Path) -> None:
-    done = quantize(base, tmp_path / "q", choose(bpw=12.0), text=text, calibration=text)
+def test_a_budget_of_much_keeps_some_weights_whole(base: Path, text: Path, little: Path, tmp_path: Path) -> None:
+    done = quantize(base, tmp_path / "q", choose(bpw=12.0), text=text, calibration=little)
     assert 11.5 < done.bits_after <= 12.0 and 0 < len(done.formats) < 9
     np.testing.assert_allclose(logits(tmp_path / "q"), mlx_lm_logits(tmp_path / "q"), atol=1e-3)
 
@@ -295,9 +303,9 @@ def test_killed_it_leaves_no_half_directory(base: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_an_adapter_on_top_and_fused(base: Path, text: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_top_and_fused(base: Path, text: Path, little: Path, tmp_path: Path) -> None:
     """All that follows takes a mixed model: an adapter attached, saved, and merged."""
-    quantize(base, tmp_path / "q", choose(bpw=4.6), text=text, calibration=text)
+    quantize(base, tmp_path / "q", choose(bpw=4.6), text=text, calibration=little)
     model, _ = load(tmp_path / "q", "float32")
     adapter = plan_adapter(model.config, rank=2)
     adapt.attach(model, adapter)
@@ -325,7 +333,7 @@ def test_scratch_beside_a_path(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", other_models.CONFIGS)
 @pytest.mark.parametrize("wish", [{"mode": "mxfp4"}, {"bpw": 6.0, "group_size": 32}], ids=["mxfp4", "budget"])
-def test_models_of_other_families(name: str, wish: dict[str, Any], text: Path, tmp_path: Path) -> None:
+def test_models_of_other_families(name: str, wish: dict[str, Any], text: Path, little: Path, tmp_path: Path) -> None:
     """Made with rows that divide into groups; mlx-lm's own network gives the same logits."""
     wider: dict[str, Any] = {"hidden_size": 96}
     if name != "mamba":
@@ -333,7 +341,7 @@ def test_models_of_other_families(name: str, wish: dict[str, Any], text: Path, t
     if name == "olmo":
         wider |= {"num_key_value_heads": 12}
     source = other_models.write_model(tmp_path / "source", name, wider)
-    done = quantize(source, tmp_path / "q", choose(**wish), text=text, calibration=text)
+    done = quantize(source, tmp_path / "q", choose(**wish), text=text, calibration=little)
     assert done.losses.kl_mean > 0 and 4 < done.bits_after <= 6.0 and done.losses.perplexity_after is not None
     if name == "olmo":  # mlx-lm's own wants a package that nobody has
         return
