@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import re
 import subprocess
@@ -240,7 +241,9 @@ def test_run_again_it_goes_on_where_it_was(short: tuple[Path, list[str], str]) -
 
 def test_too_few_pairs_are_told(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(INSTRUCT))
-    import run
-
+    found = importlib.util.spec_from_file_location("instruct_run", INSTRUCT / "run.py")  # every example has a run.py
+    assert found is not None and found.loader is not None
+    example = importlib.util.module_from_spec(found)
+    found.loader.exec_module(example)
     with pytest.raises(SystemExit, match="0 pairs: too few answers pass"):
-        run.write_pairs([Answer(FOX.prompt(), "The owl ran away.")], Path("nowhere"))
+        example.write_pairs([Answer(FOX.prompt(), "The owl ran away.")], Path("nowhere"))

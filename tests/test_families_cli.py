@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +156,5 @@ def test_a_quantized_model_is_tuned_and_fused(run: Run, data: Path, tmp_path: Pa
 
 @pytest.mark.skipif(not SMOL.exists(), reason=f"no {SMOL}")
 def test_a_real_chat_model_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("What is the capital of France?\n"))
-    code, said, error = run("chat", SMOL, "--temp", 0)
+    code, said, error = run("chat", SMOL, "--temp", 0, stdin="What is the capital of France?\n")
     assert code == 0 and said == "The capital of France is Paris.\n", error
