@@ -41,6 +41,19 @@ def spread(multiplier: float | Sequence[float], num_layers: int) -> list[float]:
     return [round(v * 100) / 100 for v in values]
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError where there is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return values
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """An OpenELM's shape. Field names are those of the `config.json` on the hub.
@@ -226,15 +239,7 @@ class ModelConfig:
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
         """From a `config.json`. Raises InputError when it cannot be read."""
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{path}: holds no JSON object")
-        return cls.from_dict(values, where=str(path))
+        return cls.from_dict(read_object(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a `config.json` that this package, mlx-lm and the hub's code read alike."""

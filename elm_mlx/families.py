@@ -6,14 +6,13 @@ their parts. Knows no arrays: the networks themselves are `networks`'.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from elm_mlx.config import MODEL_TYPE, ModelConfig
+from elm_mlx.config import MODEL_TYPE, ModelConfig, read_object
 from elm_mlx.errors import InputError
 
 _MAX_LAYERS = 10_000
@@ -135,7 +134,7 @@ def read(directory: Path) -> Config:
         InputError: it cannot be read, or is of a family that is not known here.
     """
     path = directory / "config.json"
-    values = _read_json(path)
+    values = read_object(path)
     model_type = values.get("model_type", MODEL_TYPE)
     if model_type == MODEL_TYPE:
         return ModelConfig.from_dict(values, where=str(path))
@@ -161,7 +160,7 @@ def read(directory: Path) -> Config:
 def is_other(directory: Path) -> bool:
     """Whether a model directory is of another family than OpenELM, as far as its config says."""
     try:
-        values = _read_json(directory / "config.json")
+        values = read_object(directory / "config.json")
     except InputError:
         return False
     return bool(values.get("model_type", MODEL_TYPE) != MODEL_TYPE)
@@ -219,7 +218,7 @@ def _eos(directory: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
     ids = _ids(values.get("eos_token_id"))
     generation = directory / "generation_config.json"
     if generation.exists():
-        ids = (*ids, *_ids(_read_json(generation).get("eos_token_id")))
+        ids = (*ids, *_ids(read_object(generation).get("eos_token_id")))
     return tuple(dict.fromkeys(ids))
 
 
@@ -233,15 +232,3 @@ def _size(path: Path, values: Mapping[str, Any], name: str, most: int = 1 << 31)
     if type(value) is not int or not 0 < value <= most:
         raise InputError(f"{path}: {name} is {str(value)[:60]}: a whole number from 1 to {most:,} is needed")
     return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return values
