@@ -89,7 +89,8 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="the embedded model alone")
-    small_only = parser.parse_args().small
+    parser.add_argument("--model", type=Path, help="this model directory alone, of any family")
+    given = parser.parse_args()
     from elm_mlx.config import ModelConfig
 
     print(
@@ -99,8 +100,12 @@ def main() -> None:
     )
     wrong = False
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
-        models = [("embedded 3.6M", embedded_model(Path(small)), SMALL)]
-        if not small_only:
+        models: list[tuple[str, Path, list[dict[str, Any]]]] = []
+        if given.model:
+            models.append((given.model.resolve().name, given.model, LARGE))
+        else:
+            models.append(("embedded 3.6M", embedded_model(Path(small)), SMALL))
+        if not given.model and not given.small:
             models.append(("270M", seeded_model(ModelConfig.preset("OpenELM-270M"), Path(large)), LARGE))
         for name, path, cases in models:
             for case in cases:

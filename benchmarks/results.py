@@ -160,8 +160,7 @@ def main() -> None:
     given = parser.parse_args()
     if not given.page:
         KEPT.mkdir(parents=True, exist_ok=True)
-        if not (EMBEDDED / "config.json").exists():
-            embedded_model(EMBEDDED)
+        embedded_model(EMBEDDED)  # whatever lies there may be an earlier one
         for part in given.only:
             PARTS[part](Programs(python=given.python))
     sections = [(title, text) for title, make in SECTIONS if (text := make())]

@@ -12,10 +12,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from elm_mlx import adapters, families, headers
+from elm_mlx import families, headers
 from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.adapters import Adapter
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,8 @@ def read_config(path: Path) -> families.Config:
 
 def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
+    from elm_mlx import adapters
+
     config = read_config(model)
     adapter = adapters.read(path, config)
     if adapter.model_sha256 is not None:
@@ -140,7 +145,9 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     )
 
 
-def _head(adapter: adapters.Adapter, config: families.Config) -> str:
+def _head(adapter: Adapter, config: families.Config) -> str:
+    from elm_mlx import adapters
+
     if not config.share_input_output_layers or adapters.EMBEDDING not in adapter.ranks:
         return "as in the model"
     return "reads the adapted embedding" if adapter.adapted_head else "reads the embedding without its adapter"

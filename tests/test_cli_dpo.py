@@ -18,7 +18,7 @@ from commands import Run
 from safetensors.numpy import load_file
 from test_cli_lora import free_port
 
-from elm_mlx.cli.dpo import DpoCommand
+from elm_mlx.cli.dpo import Command
 from elm_mlx.store import load
 from elm_mlx.template import choose
 from elm_mlx.train import pairs, reference
@@ -165,7 +165,7 @@ def test_recipes_are_the_papers(run: Run, tiny_model_dir: Path, data: Path, tmp_
     assert used["command"] == "dpo"
     wanted = {"loss": "sigmoid", "beta": 0.01, "learning_rate": 5e-5, "epochs": 5.0, "max_seq_length": 64}
     assert wanted.items() <= used["settings"].items()
-    values = [tuple(recipe.values()) for recipe in DpoCommand.recipes.values()]
+    values = [tuple(recipe.values()) for recipe in Command.recipes.values()]
     assert values == [
         (0.01, 1024, "hinge", 2e-5, 5.0), (0.01, 1024, "hinge", 3e-5, 8.0),
         (0.01, 1024, "sigmoid", 5e-5, 5.0), (0.01, 1024, "hinge", 1e-4, 10.0),

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from commands import Run
 
-from elm_mlx import generate, stream_generate
+from elm_mlx import cli, generate, stream_generate
 from elm_mlx.store import load
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.version import __version__
@@ -332,3 +332,12 @@ def test_nothing_heavy_is_imported(speaker: Path) -> None:
     heavy = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "matplotlib", "torch", "yaml"}
     assert not found & heavy
     assert {"mlx", "sentencepiece"} <= found
+    commands = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {
+        "__init__",
+        "options",
+        "show",
+        "generate",
+    }
+    assert "lora" in commands
+    assert not {f"elm_mlx.cli.{command}" for command in commands} & {*modules}  # the other commands' options
+    assert "elm_mlx.adapters" not in modules

@@ -1,6 +1,7 @@
 """The command line: one file a command; parse, call one function, print. No logic.
 
-What a command needs of MLX is imported when the command runs, so that `--help` and errors come at once.
+A command's file is imported when the command is asked for, and what it needs of MLX when it runs, so that `--help`
+and errors come at once, and no command's start waits for the options of the others.
 """
 
 from __future__ import annotations
@@ -8,59 +9,74 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
+import typer.main
 
-from elm_mlx.cli.adapter import adapter
-from elm_mlx.cli.average import average
-from elm_mlx.cli.bench import bench
-from elm_mlx.cli.chat import chat
-from elm_mlx.cli.convert import convert
-from elm_mlx.cli.data import data
-from elm_mlx.cli.dpo import DpoCommand, dpo
-from elm_mlx.cli.eval import evaluate
-from elm_mlx.cli.export import export
-from elm_mlx.cli.fuse import fuse
-from elm_mlx.cli.generate import generate
-from elm_mlx.cli.info import info
-from elm_mlx.cli.lora import LoraCommand, lora
-from elm_mlx.cli.lr_sweep import lr_sweep
-from elm_mlx.cli.pretrain import pretrain
-from elm_mlx.cli.quantize import quantize
-from elm_mlx.cli.report import report
 from elm_mlx.cli.show import printable
-from elm_mlx.cli.train_tokenizer import train_tokenizer
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
+# Where each command's function is. A file with options that can come from elsewhere has a class `Command`, too.
+_FUNCTIONS = {
+    "adapter": "adapter:adapter",
+    "average": "average:average",
+    "bench": "bench:bench",
+    "chat": "chat:chat",
+    "convert": "convert:convert",
+    "data": "data:data",
+    "dpo": "dpo:dpo",
+    "eval": "eval:evaluate",
+    "export": "export:export",
+    "fuse": "fuse:fuse",
+    "generate": "generate:generate",
+    "info": "info:info",
+    "lora": "lora:lora",
+    "lr-sweep": "lr_sweep:lr_sweep",
+    "pretrain": "pretrain:pretrain",
+    "quantize": "quantize:quantize",
+    "report": "report:report",
+    "train-tokenizer": "train_tokenizer:train_tokenizer",
+}
+
+
+class _Commands(Mapping[str, Any]):
+    """All commands by name, each made when it is looked up."""
+
+    def __getitem__(self, name: str) -> Any:
+        file, function = _FUNCTIONS[name].split(":")
+        module = import_module(f"elm_mlx.cli.{file}")
+        alone = typer.Typer(add_completion=False)
+        alone.command(name, cls=getattr(module, "Command", None))(getattr(module, function))
+        return typer.main.get_command(alone)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_FUNCTIONS)
+
+    def __len__(self) -> int:
+        return len(_FUNCTIONS)
+
+
+class _Group(typer.core.TyperGroup):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = _Commands()  # type: ignore[assignment]
+
+
 app = typer.Typer(
     name="elm-mlx",
+    cls=_Group,
     help="Own a small language model: convert, talk to, fine-tune and measure Apple's OpenELM with MLX.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(adapter)
-app.command()(average)
-app.command()(bench)
-app.command()(chat)
-app.command()(convert)
-app.command()(data)
-app.command(cls=DpoCommand)(dpo)
-app.command("eval")(evaluate)
-app.command()(export)
-app.command()(fuse)
-app.command()(generate)
-app.command()(info)
-app.command(cls=LoraCommand)(lora)
-app.command()(lr_sweep)
-app.command()(pretrain)
-app.command()(quantize)
-app.command()(report)
-app.command()(train_tokenizer)
 
 
 def _version(wanted: bool) -> None:

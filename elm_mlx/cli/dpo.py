@@ -15,7 +15,7 @@ from elm_mlx.cli.show import bad_records_named
 _PAPER = {"beta": 0.01, "max_seq_length": 1024}
 
 
-class DpoCommand(Configured):
+class Command(Configured):
     """OpenELM's instruction tuning, arXiv 2404.14619, by size."""
 
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {

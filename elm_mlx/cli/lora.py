@@ -13,7 +13,7 @@ from elm_mlx.cli.progress import Progress
 from elm_mlx.cli.show import bad_records_named
 
 
-class LoraCommand(Configured):
+class Command(Configured):
     """`openelm` is CoreNet's projects/openelm/peft_configs, but for the steps, which the data decide."""
 
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
