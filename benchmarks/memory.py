@@ -52,6 +52,7 @@ def measure(
 
     from elm_mlx import adapt, device
     from elm_mlx.adapters import plan
+    from elm_mlx.families import FamilyConfig
     from elm_mlx.store import open_model
     from elm_mlx.train import memory, parts
     from elm_mlx.train.batches import Batches
@@ -72,7 +73,8 @@ def measure(
     draw = np.random.default_rng(0)
     marks = (False, *(bool(i >= length * (1 - trained_share)) for i in range(length)))
     ids = draw.integers(3, network.config.vocab_size, (4 * rows, length + 1)).tolist()
-    batches = Batches([Example(tuple(row), marks) for row in ids], rows, length)
+    apart = isinstance(network.config, FamilyConfig) and not network.config.family.positions
+    batches = Batches([Example(tuple(row), marks) for row in ids], rows, length, packed=not apart)
     for _ in range(3):
         loss, gradients, count = step.gradients(next(batches))
         norm = global_norm(gradients) / count

@@ -21,6 +21,7 @@ _CHUNK_LOGITS, _LEAST_CHUNK = 1 << 20, 64  # as in loss.py, a test says
 _HEAD_GRADIENTS = 2  # a trained head's, of the chunks so far and of the one being added
 _FRAGMENTS = 1.12  # what the allocator loses of what comes and goes
 _PAIRS = 1.5  # of the activations: beside them the reference is computed, and pairs are validated
+_STATE_COPIES = 2.5  # of a Mamba's state after each token: before and after it has faded, some of it for a while
 _STATES = {"adamw": 2.0, "adafactor": 0.05}  # values of the optimizer for each one trained
 _UPDATE = 1.5  # copies of what is trained, while it is being replaced
 
@@ -163,14 +164,16 @@ def _kept(config: Config, layer: int) -> int:
 
 
 def _kept_by_other(config: FamilyConfig, layer: int) -> int:
-    """The same of another family, by the widths of its linears: what they give out, and what is made of that."""
+    """The same of another family, by the widths of its linears: what they give out, and what some are given."""
     values, start = config.values, f"{config.layers_prefix}.{layer}."
+    shapes = config.shapes()
     linears = [f"{module}.weight" for module in config.modules() if module.startswith(start)]
-    projected = sum(config.shapes()[name][0] for name in linears)
-    if config.family.positions:
-        return 3 * config.model_dim + 2 * projected
-    # Every token's state is kept, before and after it has faded and in what is made of it.
-    return 4 * config.model_dim + 2 * projected + 6 * int(values["intermediate_size"]) * int(values["state_size"])
+    projected = sum(shapes[name][0] for name in linears)
+    if config.family.positions:  # attention's answer and the gated product, beside what both norms leave
+        made = sum(shapes[name][1] for name in linears if name.endswith(("o_proj.weight", "down_proj.weight")))
+        return 2 * config.model_dim + projected + made
+    state = int(values["intermediate_size"]) * int(values["state_size"])
+    return 4 * config.model_dim + 2 * projected + round(_STATE_COPIES * state)
 
 
 def _gigabytes(count: int) -> str:
