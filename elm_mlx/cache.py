@@ -191,19 +191,18 @@ class SegmentedRow:
 
     offset = 0
 
-    def __init__(self, numbers: mx.array) -> None:
-        self._numbers = numbers
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Segments | mx.array:
         """`ops.Segments`; where a window hides more, all of it as a boolean array `(batch, 1, length, length)`."""
-        segments = Segments(self._numbers)
         if window_size is None or length <= window_size:
-            return segments
+            return self._segments
         positions = mx.arange(length)
-        return segments.seen() & (positions[:, None] - positions < window_size)
+        return self._segments.seen() & (positions[:, None] - positions < window_size)
 
 
 def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:

@@ -97,10 +97,10 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.rope = Rope(config.head_dim, config.rope_freq_constant)
 
-    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: mx.array | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: ops.Segments | None = None) -> mx.array:
         x = self.token_embeddings(ids)
         caches = [None] * len(self.layers) if cache is None else cache
-        mask = causal_mask(ids.shape[1], caches[0]) if segments is None else ops.Segments(segments)
+        mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
         offset = 0 if caches[0] is None else caches[0].offset
         if not isinstance(offset, int):
             offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
@@ -123,12 +123,11 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
 
     def __call__(
-        self, ids: mx.array, cache: Sequence[Cache] | None = None, segments: mx.array | None = None
+        self, ids: mx.array, cache: Sequence[Cache] | None = None, segments: ops.Segments | None = None
     ) -> mx.array:
         """Ids `(batch, length)` to logits `(batch, length, vocab_size)`.
 
-        `segments`, `(batch, length)` integers, keeps texts that share a row apart: each position sees those of
-        its own number alone. Not together with a cache.
+        `segments` keeps texts that share a row apart. Not together with a cache.
         """
         return self.head(self.transformer(ids, cache, segments))
 

@@ -28,6 +28,7 @@ from elm_mlx import device, ops
 from elm_mlx.cache import KVCache, SegmentedRow, StateCache
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.families import FamilyConfig
+from elm_mlx.ops import Segments
 from elm_mlx.rope import Rope, Rotate
 
 _PACKAGE = "elm_mlx_networks"
@@ -46,12 +47,12 @@ class Spoken:
     config: FamilyConfig
     ropes: tuple[_SharedRope, ...]
 
-    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: mx.array | None = None) -> mx.array:
+    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: Segments | None = None) -> mx.array:
         """Ids `(batch, length)` to logits `(batch, length, vocab_size)`; as of `model.Model`."""
         return self.head(self.transformer(ids, cache, segments))
 
     def transformer(
-        self, ids: mx.array, cache: Sequence[Any] | None = None, segments: mx.array | None = None
+        self, ids: mx.array, cache: Sequence[Any] | None = None, segments: Segments | None = None
     ) -> mx.array:
         """All but the head: `(batch, length)` to `(batch, length, model_dim)`.
 

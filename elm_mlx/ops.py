@@ -23,9 +23,11 @@ class Segments:
 
     Attributes:
         numbers: `(batch, length)` integers.
+        reach: positions that no text exceeds, so that what lies farther back is not looked at; None for all of a row.
     """
 
     numbers: mx.array
+    reach: int | None = None
 
     def seen(self) -> mx.array:
         """The same as a boolean `(batch, 1, length, length)`."""
@@ -68,9 +70,9 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
     """
     batch, heads, length, head_dim = queries.shape
     kv_heads, positions = keys.shape[1], keys.shape[2]
-    segments = mask.numbers if isinstance(mask, Segments) else None
-    if isinstance(mask, Segments) and (length == 1 or _mlx_is_best(queries, batch * heads * length * positions)):
-        mask = mask.seen()
+    segments = mask if isinstance(mask, Segments) else None
+    if segments and (length == 1 or _mlx_is_best(queries, batch * heads * length * positions)):
+        mask = segments.seen()
     if length == 1 and not device.on_gpu():  # the queries that share a head are rows of one product
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
@@ -81,22 +83,21 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
 
 
 def _causal_attention(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, segments: mx.array | None
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, segments: Segments | None
 ) -> mx.array:
     """In blocks of queries, with derivatives that compute each block's weights again rather than keep them.
 
     Kept, they and what they were made of would be most of what a training step holds in memory.
     """
     batch, heads, length, _ = queries.shape
-    rows = max(32, _BLOCK_SCORES // (batch * heads * keys.shape[2]))
-    blocks = [(start, min(start + rows, length)) for start in range(0, length, rows)]
+    blocks = _blocks(batch * heads, length, keys.shape[2], segments.reach if segments else None)
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         parts = []
-        for start, stop in blocks:
-            scores = _block_scores(queries[:, :, start:stop] * scale, keys, start - length, segments)
-            parts.append(_attend_block(scores, values))
+        for start, stop, seen in blocks:
+            scores = _block_scores(queries[:, :, start:stop] * scale, keys, seen, segments)
+            parts.append(_attend_block(scores, values[:, :, seen]))
         if len(parts) == 1:
             return parts[0]
         return tuple(mx.concatenate(part, axis=2) for part in zip(*parts, strict=True))
@@ -108,68 +109,79 @@ def _causal_attention(
         along = (cotangents[0] * out).sum(axis=-1, keepdims=True)
         query_grads: list[mx.array] = []
         key_grad, value_grad = mx.zeros_like(keys), mx.zeros_like(values)
-        for start, stop in blocks:
+        for start, stop, seen in blocks:
             part = queries[:, :, start:stop] * scale
             if query_grads:  # one block after the other, or all blocks' scores would be in memory together
                 part = mx.depends([part], [query_grads[-1], key_grad, value_grad])[0]
-            scores = _block_scores(part, keys, start - length, segments)
+            scores = _block_scores(part, keys, seen, segments)
             weights = _exp(mx.maximum(scores - log_sums[:, :, start:stop], -87.0))
             query_part, key_part, value_part = _derive_block(
-                part, keys, values, weights, cotangents[0][:, :, start:stop], along[:, :, start:stop]
-            )
+                part, keys[:, :, seen], values[:, :, seen], weights, cotangents[0][:, :, start:stop],
+                along[:, :, start:stop],
+            )  # fmt: skip
             query_grads.append(query_part * scale)
-            seen = scores.shape[3]
-            key_grad[:, :, :seen] += key_part
-            value_grad[:, :, :seen] += value_part
+            key_grad[:, :, seen] += key_part
+            value_grad[:, :, seen] += value_part
         return mx.concatenate(query_grads, axis=2), key_grad, value_grad
 
     return attend(queries, keys, values)[0]
 
 
-def _block_scores(queries: mx.array, keys: mx.array, start: int, segments: mx.array | None) -> mx.array:
-    """Scores of a run of queries, the first of which stands `-start` positions before the end.
+def _blocks(heads: int, length: int, positions: int, reach: int | None) -> list[tuple[int, int, slice]]:
+    """Runs of the last `length` positions' queries: the first, the one after the last, and the positions they see."""
+    before = positions - length
+    if reach is None:
+        rows = _BLOCK_SCORES // (heads * positions)
+    else:  # a block of `rows` queries sees `rows + reach` positions
+        rows = (math.isqrt(reach * reach + 4 * _BLOCK_SCORES // heads) - reach) // 2
+    runs = [(start, min(start + max(32, rows), length)) for start in range(0, length, max(32, rows))]
+    first = positions if reach is None else reach - 1
+    return [(start, stop, slice(max(0, before + start - first), before + stop)) for start, stop in runs]
 
-    Positions after the last query are not computed at all.
+
+def _block_scores(queries: mx.array, keys: mx.array, seen: slice, segments: Segments | None) -> mx.array:
+    """Scores of a run of queries, the last of which stands at the end of the positions `seen`.
+
+    Others are not computed at all.
     """
     batch, heads, rows, head_dim = queries.shape
-    kv_heads, end = keys.shape[1], keys.shape[2]
-    seen = end + start + rows
+    kv_heads, count = keys.shape[1], seen.stop - seen.start
     grouped = queries.reshape(batch, kv_heads, -1, head_dim)
-    scores = (grouped @ keys[:, :, :seen].swapaxes(2, 3)).reshape(batch, heads, rows, seen)
-    hidden = mx.arange(seen) > mx.arange(seen - rows, seen)[:, None]
+    scores = (grouped @ keys[:, :, seen].swapaxes(2, 3)).reshape(batch, heads, rows, count)
+    hidden = mx.arange(count) > mx.arange(count - rows, count)[:, None]
     if segments is not None:
-        hidden = hidden | (segments[:, None, seen - rows : seen, None] != segments[:, None, None, :seen])
+        numbers = segments.numbers[:, None, None, seen]
+        hidden = hidden | (numbers.swapaxes(2, 3)[:, :, count - rows :] != numbers)
     return mx.where(hidden, -1e30, scores)
 
 
 def _attend_block(scores: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
     """Attention by `scores`, and the logarithm of what each row's exponentials sum to."""
-    batch, heads, rows, seen = scores.shape
+    batch, heads, rows, seen = scores.shape  # of `values` as many positions
     kv_heads, head_dim = values.shape[1], values.shape[3]
     largest = scores.max(axis=-1, keepdims=True)
     weights = _exp(mx.maximum(scores - largest, -87.0))
     sums = weights.sum(axis=-1, keepdims=True)
-    out = (weights.reshape(batch, kv_heads, -1, seen) @ values[:, :, :seen]).reshape(batch, heads, rows, head_dim)
+    out = (weights.reshape(batch, kv_heads, -1, seen) @ values).reshape(batch, heads, rows, head_dim)
     return out / sums, largest + mx.log(sums)
 
 
 def _derive_block(
     queries: mx.array, keys: mx.array, values: mx.array, weights: mx.array, cotangent: mx.array, along: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Cotangents of scaled queries, keys and values, the latter two for the positions that the block sees.
+    """Cotangents of scaled queries, keys and values, the latter two of the positions that the block sees.
 
     `along` is the cotangent's product with the output, row by row: what the softmax takes off each score's.
     """
     batch, kv_heads = keys.shape[:2]
-    seen = weights.shape[3]
 
     def grouped(x: mx.array) -> mx.array:
         return x.reshape(batch, kv_heads, -1, x.shape[-1])
 
     value_grad = grouped(weights).swapaxes(2, 3) @ grouped(cotangent)
-    weight_grad = (grouped(cotangent) @ values[:, :, :seen].swapaxes(2, 3)).reshape(weights.shape)
+    weight_grad = (grouped(cotangent) @ values.swapaxes(2, 3)).reshape(weights.shape)
     score_grad = grouped(weights * (weight_grad - along))
-    query_grad = (score_grad @ keys[:, :, :seen]).reshape(queries.shape)
+    query_grad = (score_grad @ keys).reshape(queries.shape)
     return query_grad, score_grad.swapaxes(2, 3) @ grouped(queries), value_grad
 
 

@@ -20,6 +20,7 @@ from elm_mlx import batch, device, generation, store
 from elm_mlx.cache import KVCache, StateCache, make_prompt_cache
 from elm_mlx.describe import read_config
 from elm_mlx.errors import InputError
+from elm_mlx.ops import Segments
 from elm_mlx.prefix import PrefixCache
 from elm_mlx.sampling import Sampler
 
@@ -118,7 +119,7 @@ def test_a_window_hides_what_lies_before_it() -> None:
 def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> None:
     model, _ = store.load(family_dirs[name])
     row, numbers = mx.array([IDS]), mx.array([[1] * 17 + [2] * 23])
-    together = model(row, segments=numbers)
+    together = model(row, segments=Segments(numbers))
     assert mx.allclose(together[:, :17], model(row[:, :17]), atol=1e-4)
     assert mx.allclose(together[:, 17:], model(row[:, 17:]), atol=1e-4)
 
@@ -126,7 +127,7 @@ def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> N
 def test_a_state_cannot_tell_texts_apart(family_dirs: dict[str, Path]) -> None:
     model, _ = store.load(family_dirs["mamba"])
     with pytest.raises(InputError, match="Mamba cannot tell them apart"):
-        model(mx.array([IDS]), segments=mx.ones((1, len(IDS))))
+        model(mx.array([IDS]), segments=Segments(mx.ones((1, len(IDS)))))
 
 
 @pytest.mark.parametrize("name", MLX_LM)

@@ -17,6 +17,7 @@ from elm_mlx import device
 from elm_mlx.cache import make_prompt_cache
 from elm_mlx.config import ModelConfig
 from elm_mlx.model import Model
+from elm_mlx.ops import Segments
 from elm_mlx.store import load
 
 SCALING: dict[str, dict[str, Any]] = {
@@ -226,7 +227,7 @@ def test_texts_that_share_a_row_have_the_logits_of_each_alone(name: str) -> None
     texts = [ids_of(length) for length in lengths]
     row = mx.concatenate([*texts, mx.zeros((1, 20), mx.int32)], axis=1)
     numbers = np.repeat([1, 2, 3, 4, 0], [*lengths, 20])[None]
-    together = model(row, segments=mx.array(numbers))
+    together = model(row, segments=Segments(mx.array(numbers)))
     for number, text in enumerate(texts, 1):
         own = mx.array(np.flatnonzero(numbers[0] == number))
         assert_close(together[:, own], expected(model, text))

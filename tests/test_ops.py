@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from elm_mlx import device, ops
 
@@ -134,6 +137,44 @@ def test_segments_do_not_see_each_other(monkeypatch: pytest.MonkeyPatch, heads: 
             np.testing.assert_allclose(
                 float64(out[row : row + 1, :, start:stop]), attention64(q, k, v, 0.25, causal=True), atol=3e-6
             )
+
+
+@pytest.mark.parametrize("reach", [70, 100, 159])
+@pytest.mark.parametrize("block", [1 << 12, 1 << 18])
+def test_what_lies_farther_back_than_any_text_is_long(monkeypatch: pytest.MonkeyPatch, reach: int, block: int) -> None:
+    """Left out of the products, the results and derivatives stay those of the whole row."""
+    monkeypatch.setattr(ops, "_BLOCK_SCORES", block)
+    numbers = mx.array([[1] * 50 + [2] * 70 + [3] * 9 + [0] * 31, [1] * 70 + [2] * 20 + [3] * 70])
+    queries, keys, values = drawn((2, 8, 160, 16), 1), drawn((2, 2, 160, 16), 2), drawn((2, 2, 160, 16), 3)
+    weights = drawn((2, 8, 160, 16), 4)
+
+    def scalar(segments: ops.Segments, *heads: mx.array) -> mx.array:
+        return (ops.attention(*heads, 0.25, segments) * weights).sum()  # type: ignore[call-arg,misc]
+
+    near, whole = ops.Segments(numbers, reach), ops.Segments(numbers)
+    np.testing.assert_allclose(
+        ops.attention(queries, keys, values, 0.25, near), ops.attention(queries, keys, values, 0.25, whole), atol=3e-6
+    )
+    ours = mx.grad(partial(scalar, near), argnums=(0, 1, 2))(queries, keys, values)
+    theirs = mx.grad(partial(scalar, whole), argnums=(0, 1, 2))(queries, keys, values)
+    for mine, reference in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, reference, atol=2e-5 * float(mx.abs(reference).max()))
+
+
+@given(
+    heads=st.integers(1, 64), length=st.integers(1, 3000), before=st.integers(0, 500),
+    reach=st.none() | st.integers(1, 3000),
+)  # fmt: skip
+def test_blocks_hold_every_query_once_and_all_that_it_may_see(
+    heads: int, length: int, before: int, reach: int | None
+) -> None:
+    before = 0 if reach else before  # texts in a row have no cache before them
+    blocks = ops._blocks(heads, length, before + length, reach)
+    assert [at for start, stop, _ in blocks for at in range(start, stop)] == list(range(length))
+    for start, stop, seen in blocks:
+        assert seen.stop == before + stop
+        assert seen.start == (0 if reach is None else max(0, start - reach + 1))
+        assert stop - start <= 32 or heads * (stop - start) * (seen.stop - seen.start) <= ops._BLOCK_SCORES
 
 
 def test_segments_of_a_single_token() -> None:

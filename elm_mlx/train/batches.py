@@ -22,6 +22,7 @@ from elm_mlx.train.examples import Example
 
 Row = list[int]  # numbers of examples
 _WINDOW = 4096  # examples that are packed, or sorted, at once: what the order can move an example by
+_LEAST_REACH = 64
 _STEP = 32  # grouped batches are padded to a multiple of this, for fewer shapes to compile
 
 
@@ -48,6 +49,21 @@ class Batch:
         """A batch of some of the rows, the tokens of which are not counted: 0."""
         segments = None if self.segments is None else self.segments[at]
         return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0)
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """How many positions each text has, padding left out."""
+        if self.segments is None:  # a row is one text
+            filled = (self.inputs != 0) | (self.targets != 0) | self.trained
+            return np.where(filled.any(axis=1), filled.shape[1] - filled[:, ::-1].argmax(axis=1), 0)
+        numbers = self.segments + (self.segments.max() + 1) * np.arange(len(self.segments))[:, None]
+        _, lengths = np.unique(numbers[self.segments > 0], return_counts=True)
+        return lengths
+
+    def reach(self) -> int | None:
+        """Positions that no text exceeds, a power of two, so that few steps are compiled; None for all of a row."""
+        longest = int(self.lengths().max(initial=_LEAST_REACH))
+        reach = 1 << (longest - 1).bit_length()
+        return reach if reach < self.inputs.shape[1] else None
 
 
 class Batches:

@@ -106,11 +106,5 @@ def _adapters_cost(adapter: Adapter, config: Shaped) -> tuple[list[int], int]:
 
 def seen(batch: Batch) -> int:
     """Positions that a batch's tokens see, summed: those of the same text up to each, padding left out."""
-    if batch.segments is None:  # a row is one text
-        filled = (batch.inputs != 0) | (batch.targets != 0) | batch.trained
-        lengths = np.where(filled.any(axis=1), filled.shape[1] - filled[:, ::-1].argmax(axis=1), 0)
-    else:
-        numbers = batch.segments + (batch.segments.max() + 1) * np.arange(len(batch.segments))[:, None]
-        _, lengths = np.unique(numbers[batch.segments > 0], return_counts=True)
-    lengths = lengths.astype(np.int64)
+    lengths = batch.lengths().astype(np.int64)
     return int((lengths * (lengths + 1) // 2).sum())

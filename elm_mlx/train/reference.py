@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 from elm_mlx import files
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
+from elm_mlx.ops import Segments
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.pairs import PairBatch, PairBatches
 from elm_mlx.train.parts import Parts
@@ -56,8 +57,9 @@ def compute(
 
 
 def _sums(model: Model, batch: Batch) -> mx.array:
-    assert isinstance(batch, PairBatch)
-    hidden = model.transformer(mx.array(batch.inputs), None, mx.array(batch.segments))
+    assert isinstance(batch, PairBatch) and batch.segments is not None
+    segments = Segments(mx.array(batch.segments), batch.reach())
+    hidden = model.transformer(mx.array(batch.inputs), None, segments)
     head = lambda _, rows: model.head(rows)  # noqa: E731
     return log_probabilities(head, model.config.vocab_size, {}, hidden, positions(batch))[0]
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx.model import Model
+from elm_mlx.ops import Segments
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.loss import Objective, Parameters, TokenLoss
@@ -93,7 +94,7 @@ class Step:
 
     def _arrays(self, batch: Batch) -> tuple[Any, ...]:
         """What the compiled functions take."""
-        segments = None if batch.segments is None else mx.array(batch.segments)
+        segments = None if batch.segments is None else (mx.array(batch.segments), batch.reach())
         return mx.array(batch.inputs), segments, self.objective.arrays(batch)
 
     def _loss(self, parameters: Parameters, *batch: Any) -> tuple[mx.array, mx.array]:
@@ -107,14 +108,14 @@ class Step:
         parameters: Parameters,
         loss: Any,
         inputs: mx.array,
-        segments: mx.array | None,
+        segments: tuple[mx.array, int | None] | None,
         at: tuple[mx.array, ...],
     ) -> tuple[mx.array, mx.array]:
         """The loss, and it again with the measures, of `parameters` in the model's place; which is left as it was."""
         model, kept = self.model, self.model.trainable_parameters()
         try:
             model.update(tree_map(self._cast, parameters))
-            hidden = model.transformer(inputs, None, segments)
+            hidden = model.transformer(inputs, None, None if segments is None else Segments(*segments))
             owner = model.head_module()
             own = owner.trainable_parameters()
 

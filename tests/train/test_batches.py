@@ -92,6 +92,20 @@ def test_arrays_are_as_they_say() -> None:
     assert unpacked.inputs.shape == (3, 32) and unpacked.segments is None
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_lengths_and_reach(packed: bool) -> None:
+    examples = drawn(40, 90, seed=3)
+    found = []
+    for batch in Batches(examples, 2, 512, packed=packed).once():
+        found += batch.lengths().tolist()
+        longest = int(batch.lengths().max())
+        reach = batch.reach()
+        assert reach is None or (longest <= reach < batch.inputs.shape[1] and reach.bit_count() == 1)
+        if packed:
+            assert reach == (64 if longest <= 64 else 128)
+    assert sorted(filter(None, found)) == sorted(len(each.ids) - 1 for each in examples)
+
+
 def test_the_batch_that_a_person_would_write() -> None:
     made = Batches([Example((5, 6, 7), (False, False, True)), Example((8, 9), (False, True))], 1, 5)
     batch = next(made)

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from elm_mlx import blas
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
+from elm_mlx.ops import Segments
 from elm_mlx.train.examples import Example
 from elm_mlx.train.loss import Parameters
 from elm_mlx.train.optimizer import make_optimizer
@@ -154,7 +155,7 @@ def in_batch(model: Model, batch: PairBatch, preferring: Preferring, function: A
 
     def loss(parameters: Parameters) -> Any:
         model.update(parameters)
-        hidden = model.transformer(mx.array(batch.inputs), None, mx.array(batch.segments))
+        hidden = model.transformer(mx.array(batch.inputs), None, Segments(mx.array(batch.segments)))
 
         def head(own: Parameters, rows: mx.array) -> mx.array:
             owner.update(own)
