@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import shutil
 import signal
@@ -315,6 +316,20 @@ def test_ctrl_c_ends_it_with_what_there_is_to_say(endless: Path, flags: list[str
     (figures,) = STATISTICS.finditer(err)
     assert figures[2] is None and float(figures[1]) > 0
     assert "Traceback" not in err
+
+
+def test_a_bar_stands_for_texts_that_go_into_a_file(speaker: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "-m", "elm_mlx", "generate", speaker, "--prompts", tmp_path / "prompts.txt"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([*map(str, command)], stdout=out, stderr=terminal, env=environment, check=True, timeout=60)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(terminal)
+    os.close(ours)
+    assert "3/3" in shown and "3 prompts:" in shown
+    assert (tmp_path / "out").read_text("utf-8").count("--- ") == 3
 
 
 def test_nothing_heavy_is_imported(speaker: Path) -> None:

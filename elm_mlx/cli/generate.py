@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,18 +82,36 @@ def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: b
     from elm_mlx import device
 
     start, read, written = time.perf_counter(), 0, 0
-    for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
-        read, written = read + done.prompt_tokens, written + len(done.tokens)
-        if as_json:
-            _print_json(text, asdict(done), logprobs)
-        else:
-            print(f"--- {number}: {text}\n{done.text}", flush=True)
+    with _progress(len(texts)) as advance:
+        for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
+            read, written = read + done.prompt_tokens, written + len(done.tokens)
+            if as_json:
+                _print_json(text, asdict(done), logprobs)
+            else:
+                print(f"--- {number}: {text}\n{done.text}", flush=True)
+            advance()
     seconds = time.perf_counter() - start
     print(
         f"{len(texts)} prompts: {read} tokens read and {written} generated in {seconds:.1f} s, "
         f"{written / seconds:.1f} tokens/s | peak memory: {device.peak_memory() / 1e9:.2f} GB",
         file=sys.stderr,
     )
+
+
+@contextmanager
+def _progress(prompts: int) -> Iterator[Callable[[], None]]:
+    """A bar on stderr, where someone is looking and does not see the texts themselves."""
+    if sys.stdout.isatty() or not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bars:  # or it'd take the texts
+        task = bars.add_task("generate", total=prompts)
+        yield lambda: bars.advance(task)
 
 
 def _as_text(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
