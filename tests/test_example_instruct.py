@@ -151,15 +151,15 @@ def test_questions_are_cut_out_of_books(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_pairs_are_of_one_question_answered_both_ways() -> None:
-    good = [f"The fox ran to {place}." for place in ("town", "church", "school")]
-    bad = ["The foxes ran to town.", "Where is the fox?", "", "The owl ran to town."]
+    good = [f"The fox ran to {place}." for place in ("town", "church", "school", "market")]
+    bad = ["The foxes ran to town.", "Where is the fox?", "", "The owl ran to town.", "Where is the owl?"]
     answers = [Answer(FOX.prompt(), text) for text in (*good, *good, *bad)]
     answers += [Answer(FOX._replace(kind="question").prompt(), text) for text in good]  # none passes
     found = list(pairs(answers, seed=1))
-    assert len(found) == PAIRS == 2
+    assert len(found) == PAIRS == 3
     assert {pair["prompt"] for pair in found} == {FOX.prompt()}
     assert {pair["chosen"] for pair in found} < set(good) and {pair["rejected"] for pair in found} < set(bad) - {""}
-    assert len({pair["chosen"] for pair in found}) == 2
+    assert len({pair["chosen"] for pair in found}) == 3
     assert found == list(pairs(answers, seed=1))
 
 
@@ -220,7 +220,7 @@ def test_the_whole_runs_and_its_table_is_what_was_answered(short: tuple[Path, li
 def test_the_pairs_are_the_models_own_answers(short: tuple[Path, list[str], str]) -> None:
     out, _, _ = short
     tries = scores.read(out / "tries.jsonl")
-    assert len(tries) == 20 * 6
+    assert len(tries) == 20 * 8
     answered = {(answer.prompt, answer.text) for answer in tries}
     for name in ("train", "valid"):
         for pair in map(json.loads, (out / "pairs" / f"{name}.jsonl").read_text("utf-8").splitlines()):

@@ -12,7 +12,7 @@ from itertools import islice
 
 from scores import Answer
 
-PAIRS = 2  # of one question, so that the middling ones don't crowd out the others
+PAIRS = 3  # of one question, so that the middling ones don't crowd out the others
 
 
 def pairs(answers: Iterable[Answer], seed: int) -> Iterator[dict[str, str]]:

@@ -25,7 +25,7 @@ from pairs import pairs  # noqa: E402
 from scores import Answer  # noqa: E402
 
 TEMPERATURE = 0.7  # of answers that are drawn
-TRIES = 6  # answers to each practice question
+TRIES = 8  # answers to each practice question
 SHOTS = 4  # examples before a question to the model as it was
 
 
