@@ -6,7 +6,6 @@ and mlx-lm read. Knows nothing of arrays: importing this imports no MLX.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object
 
 MODEL_TYPE = "openelm"
 LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
@@ -39,19 +39,6 @@ def spread(multiplier: float | Sequence[float], num_layers: int) -> list[float]:
         values[-1] = high
     # numpy's rounding, which CoreNet uses: scaled, then half to even. Python's round(v, 2) differs at the halves.
     return [round(v * 100) / 100 for v in values]
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError where there is none."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return values
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from elm_mlx.config import MODEL_TYPE, ModelConfig, read_object
+from elm_mlx.config import MODEL_TYPE, ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object
 
 _MAX_LAYERS = 10_000
 # What Mamba may read: it has no positions, so its config names no limit. Far above what any text here has.

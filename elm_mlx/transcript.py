@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import files
+from elm_mlx import files, json_files
 from elm_mlx.errors import InputError
 
 
@@ -37,12 +37,7 @@ def read(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no file")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
+    record = json_files.read(path)
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list):
         raise InputError(f"{path}: no conversation: an object with a list `messages` is needed")
