@@ -76,6 +76,7 @@ class Base:
         )
 
     def compare(self, peer: str, pairs: int, warmup: int, steps: int) -> list[str]:
+        """Rows of the table: useful tokens/s and peak memory, ours packed and not against `peer`."""
         results: list[dict[str, Figures]] = []
         for _ in range(pairs):
             count = {"warmup": 4, "steps": 8}

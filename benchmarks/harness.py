@@ -125,6 +125,7 @@ def write_job(directory: Path, data: Path, names: list[str], items: int) -> None
 
 
 def run(python: str, peer: str, job: Path) -> dict[str, Any]:
+    """What `harness_worker.py` answers for `peer`, in a process of `python`, offline."""
     root = Path(__file__).parents[1]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(root), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HOME": str(job.parent / "hub"), "TOKENIZERS_PARALLELISM": "false"}
@@ -194,6 +195,7 @@ def main() -> None:
 
 
 def compare(python: str, job: Path, shots: dict[str, int], rounds: int, stock: bool, prompts: bool) -> None:
+    """Ask all peers in turn; print task by task what agrees, and how fast each was."""
     peers: list[tuple[str, str]] = [("ours", sys.executable), ("equal", python)]
     peers += [("encoded", python), ("handed", python)] if prompts else [("stock", python)] if stock else []
     answers: dict[str, list[dict[str, Any]]] = {peer: [] for peer, _ in peers}

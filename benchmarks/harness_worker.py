@@ -19,6 +19,7 @@ from typing import Any
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
+    """What is asked, what is chosen and how long it took, task by task, by `elm_mlx.evaluate`."""
     from elm_mlx import load
     from elm_mlx.evaluate import examples, scores, sources, tokens
     from elm_mlx.evaluate.scoring import Scorer
@@ -52,6 +53,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
+    """The same by the harness, through the language model that `peer` stands for."""
     import logging
 
     if peer != "stock":
@@ -66,6 +68,7 @@ def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
     took = {"seconds": 0.0, "processor": 0.0}
 
     def recorded(requests: list[Any]) -> list[Any]:
+        """The same, with what was asked and how long it took kept."""
         start, used = time.perf_counter(), time.process_time()
         found = plain(requests)
         took.update(seconds=time.perf_counter() - start, processor=time.process_time() - used)
@@ -114,6 +117,8 @@ def _encoded(path: str) -> Any:
     context = model.config.max_context_length
 
     class Encoded(TemplateLM):
+        """Our tokenizer and scores under the harness' own way from text to ids."""
+
         backend = "causal"
         eot_token_id = tokenizer.eos_id
         prefix_token_id = tokenizer.bos_id

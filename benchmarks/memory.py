@@ -102,13 +102,12 @@ def main() -> None:
     )
     wrong = False
     with tempfile.TemporaryDirectory() as small, tempfile.TemporaryDirectory() as large:
-        models: list[tuple[str, Path, list[dict[str, Any]]]] = []
         if given.model:
-            models.append((given.model.resolve().name, given.model, LARGE))
+            models = [(given.model.resolve().name, given.model, LARGE)]
         else:
-            models.append(("embedded 3.6M", embedded_model(Path(small)), SMALL))
-        if not given.model and not given.small:
-            models.append(("270M", seeded_model(ModelConfig.preset("OpenELM-270M"), Path(large)), LARGE))
+            models = [("embedded 3.6M", embedded_model(Path(small)), SMALL)]
+            if not given.small:
+                models.append(("270M", seeded_model(ModelConfig.preset("OpenELM-270M"), Path(large)), LARGE))
         for name, path, cases in models:
             for case in cases:
                 command = [sys.executable, __file__, json.dumps(case | {"model": str(path)})]
