@@ -129,14 +129,13 @@ def _causal_attention(
 
 def _blocks(heads: int, length: int, positions: int, reach: int | None) -> list[tuple[int, int, slice]]:
     """Runs of the last `length` positions' queries: the first, the one after the last, and the positions they see."""
-    before = positions - length
     if reach is None:
-        rows = _BLOCK_SCORES // (heads * positions)
+        rows, back = _BLOCK_SCORES // (heads * positions), positions
     else:  # a block of `rows` queries sees `rows + reach` positions
-        rows = (math.isqrt(reach * reach + 4 * _BLOCK_SCORES // heads) - reach) // 2
-    runs = [(start, min(start + max(32, rows), length)) for start in range(0, length, max(32, rows))]
-    first = positions if reach is None else reach - 1
-    return [(start, stop, slice(max(0, before + start - first), before + stop)) for start, stop in runs]
+        rows, back = (math.isqrt(reach * reach + 4 * _BLOCK_SCORES // heads) - reach) // 2, reach - 1
+    rows, before = max(32, rows), positions - length
+    runs = ((start, min(start + rows, length)) for start in range(0, length, rows))
+    return [(start, stop, slice(max(0, before + start - back), before + stop)) for start, stop in runs]
 
 
 def _block_scores(queries: mx.array, keys: mx.array, seen: slice, segments: Segments | None) -> mx.array:

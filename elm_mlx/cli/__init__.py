@@ -23,44 +23,30 @@ from elm_mlx.cli.show import printable
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
-# Where each command's function is. A file with options that can come from elsewhere has a class `Command`, too.
-_FUNCTIONS = {
-    "adapter": "adapter:adapter",
-    "average": "average:average",
-    "bench": "bench:bench",
-    "chat": "chat:chat",
-    "convert": "convert:convert",
-    "data": "data:data",
-    "dpo": "dpo:dpo",
-    "eval": "eval:evaluate",
-    "export": "export:export",
-    "fuse": "fuse:fuse",
-    "generate": "generate:generate",
-    "info": "info:info",
-    "lora": "lora:lora",
-    "lr-sweep": "lr_sweep:lr_sweep",
-    "pretrain": "pretrain:pretrain",
-    "quantize": "quantize:quantize",
-    "report": "report:report",
-    "train-tokenizer": "train_tokenizer:train_tokenizer",
-}
+# In each command's file is a function of that name; where its options can come from elsewhere too, a class `Command`.
+_COMMANDS = (
+    "adapter", "average", "bench", "chat", "convert", "data", "dpo", "eval", "export", "fuse", "generate", "info",
+    "lora", "lr-sweep", "pretrain", "quantize", "report", "train-tokenizer",
+)  # fmt: skip
 
 
 class _Commands(Mapping[str, Any]):
     """All commands by name, each made when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        file, function = _FUNCTIONS[name].split(":")
+        if name not in _COMMANDS:
+            raise KeyError(name)
+        file = name.replace("-", "_")
         module = import_module(f"elm_mlx.cli.{file}")
         alone = typer.Typer(add_completion=False)
-        alone.command(name, cls=getattr(module, "Command", None))(getattr(module, function))
+        alone.command(name, cls=getattr(module, "Command", None))(getattr(module, file))
         return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(_FUNCTIONS)
+        return iter(_COMMANDS)
 
     def __len__(self) -> int:
-        return len(_FUNCTIONS)
+        return len(_COMMANDS)
 
 
 class _Group(typer.core.TyperGroup):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from elm_mlx.evaluate.run import Advance
 
 
-def evaluate(
+def eval(
     paths: Annotated[
         list[Path], typer.Argument(metavar="MODEL", help="A model directory; with --compare, runs' directories.")
     ],
