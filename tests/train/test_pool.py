@@ -25,8 +25,8 @@ sys.path[:0] = {paths}
 import texts
 batches = texts.made([Path({path!r})], Path({tokenizer!r}), workers=2)
 next(batches)
-print(*(worker._process.pid for worker in batches._pool._processes), flush=True)
 try:
+    print(*(worker._process.pid for worker in batches._pool._processes), flush=True)
     while True:
         next(batches)
         time.sleep(0.001)
