@@ -56,7 +56,7 @@ def measure(
     from elm_mlx.store import open_model
     from elm_mlx.train import memory, parts
     from elm_mlx.train.batches import Batches
-    from elm_mlx.train.examples import Example
+    from elm_mlx.train.encoding import Example
     from elm_mlx.train.optimizer import global_norm, make_optimizer
     from elm_mlx.train.step import Step, recompute_blocks
 

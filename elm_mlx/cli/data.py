@@ -19,7 +19,8 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
-    from elm_mlx.train.examples import Example, Prepared
+    from elm_mlx.train.encoding import Example
+    from elm_mlx.train.examples import Prepared
 
 _SHOWN = 5  # examples
 _HEAD, _TAIL = 160, 80  # tokens of a long one

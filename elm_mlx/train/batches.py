@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.errors import InputError
-from elm_mlx.train.examples import Example
+from elm_mlx.train.encoding import Example
 
 Row = list[int]  # numbers of examples
 _WINDOW = 4096  # examples that are packed, or sorted, at once: what the order can move an example by

@@ -20,7 +20,8 @@ from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import examples, records
 from elm_mlx.train.batches import Batch, Batches, Row
-from elm_mlx.train.examples import Encoder, Example, Prepared
+from elm_mlx.train.encoding import Encoder, Example
+from elm_mlx.train.examples import Prepared
 from elm_mlx.train.formats import BadRecord
 from elm_mlx.train.records import Completion, Conversation
 

@@ -21,7 +21,7 @@ import tiny
 from elm_mlx.model import Model
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.examples import Example
+from elm_mlx.train.encoding import Example
 from elm_mlx.train.journal import Report
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.optimizer import Schedule

@@ -16,7 +16,8 @@ from elm_mlx.errors import InputError
 from elm_mlx.template import JinjaTemplate, OpenELMInstruct, Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train.batches import Batches
-from elm_mlx.train.examples import BadRecords, Encoder, Example, Prepared
+from elm_mlx.train.encoding import Encoder, Example
+from elm_mlx.train.examples import BadRecords, Prepared
 from elm_mlx.train.formats import BadRecord
 from elm_mlx.train.pairs import Joined, PairBatch, PairBatches, Preference, load, preference, prepare
 from elm_mlx.train.records import Completion, Conversation

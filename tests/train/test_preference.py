@@ -18,7 +18,7 @@ from elm_mlx import blas
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.ops import Segments
-from elm_mlx.train.examples import Example
+from elm_mlx.train.encoding import Example
 from elm_mlx.train.loss import Parameters
 from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.pairs import PairBatch, PairBatches

@@ -1,0 +1,178 @@
+"""A record as token ids, by the same template as chat, with the tokens that the loss counts marked.
+
+Knows templates and tokenizers. Knows nothing of how long an example may be, of files and of batches; imports no MLX.
+
+What stands before an answer is encoded as chat encodes it, and the answer by itself as its continuation, so that the
+model is trained on the very ids that it will be asked with. An answer's tokens, with what ends it, are trained; what
+the template writes after that, the model never has to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+from elm_mlx.errors import InputError
+from elm_mlx.template import Messages, Part, Template
+from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.train.records import Completion, Conversation, Instruction, Record, Text
+
+# Stanford Alpaca's prompts, in the wording and with the line's end that models fine-tuned on them have seen.
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+Position = tuple[int, int]  # a part of a conversation, and a character in it
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the model reads, and what of it the loss counts.
+
+    Attributes:
+        ids: two or more.
+        trained: as long as `ids`; whether predicting that token counts. The first is False: nothing predicts it.
+    """
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+class Encoder:
+    """Makes an Example of a record.
+
+    Args:
+        template: None for a base model.
+        train_on_prompt: mark every token.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Template | None, train_on_prompt: bool = False) -> None:
+        self._tokenizer, self._template, self._all = tokenizer, template, train_on_prompt
+        eos = tokenizer.eos_id if tokenizer.eos_id is not None else next(iter(tokenizer.eos_ids), None)
+        self._bos: list[Part] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        self._eos: list[Part] = [] if eos is None else [eos]
+        self._ids = tuple(range(tokenizer.vocab_size))  # the objects that all examples share: half the memory
+
+    def encode(self, record: Record) -> Example:
+        """The whole record, however long.
+
+        Raises:
+            InputError: the template doesn't take it, or the tokenizer doesn't. The text is the reason alone.
+        """
+        if isinstance(record, Text):
+            example = self._marked([*self._bos, record.text, *self._eos], [((0, 0), (3, 0))])
+        elif isinstance(record, Conversation):
+            example = self._conversation(record.messages)
+        else:
+            example = self._answer(*_question(record, self._template is None))
+        if len(example.ids) < 2:
+            raise InputError("is one token, which nothing predicts")
+        return replace(example, trained=(False, *(self._all or mark for mark in example.trained[1:])))
+
+    def _answer(self, question: str, answer: str) -> Example:
+        if self._template is not None:
+            return self._conversation(({"role": "user", "content": question}, {"role": "assistant", "content": answer}))
+        parts = [*self._bos, question + answer, *self._eos]
+        return self._marked(parts, [((len(self._bos), len(question)), (len(parts), 0))])
+
+    def _conversation(self, messages: Messages) -> Example:
+        assert self._template is not None
+        parts = self._template.parts(messages, False)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                asked = self._template.parts(messages[:i], True)
+                answered = parts if i + 1 == len(messages) else self._template.parts(messages[: i + 1], False)
+                spans.append(_span(parts, asked, answered, i + 1))
+        last = spans[-1][1]
+        if messages[-1]["role"] == "assistant" and last == _end(parts) and isinstance(parts[-1], str):
+            parts = [*parts, *self._eos]  # the template ends an answer by nothing of its own
+            spans[-1] = (spans[-1][0], _end(parts))
+        return self._marked(parts, spans)
+
+    def _marked(self, parts: Sequence[Part], spans: Sequence[tuple[Position, Position]]) -> Example:
+        """The parts' ids, those within `spans` marked. What follows the last span is left out, unless all is wanted."""
+        ids: list[int] = []
+        trained: list[bool] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, int):
+                ids.append(part)
+                trained.append(_within((index, 0), spans))
+                continue
+            offsets = {0, len(part), *(offset for span in spans for at, offset in span if at == index)}
+            for start, end in pairwise(sorted(offsets)):
+                run = self._continuation(part[:start], part[start:end], later=index > 0)
+                ids += run
+                trained += [_within((index, start), spans)] * len(run)
+        size = len(ids) if self._all or True not in trained else len(ids) - trained[::-1].index(True)
+        return Example(tuple(map(self._ids.__getitem__, ids[:size])), tuple(trained[:size]))
+
+    def _continuation(self, before: str, text: str, later: bool) -> list[int]:
+        """The ids of `text` after those of `before`: of the two together, or where they would merge, by itself.
+
+        `later`: whether anything stands before both.
+        """
+        encode = self._tokenizer.encode_later if later else partial(self._tokenizer.encode, add_bos=False)
+        if not before:
+            return encode(text)
+        for beginning in (before, "\n"):  # with which a text's own first piece rarely merges
+            first, both = encode(beginning), encode(beginning + text)
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return encode(text)
+
+
+def _question(record: Completion | Instruction, plain: bool) -> tuple[str, str]:
+    """What is asked, and the answer; `plain` for a model without a template."""
+    if isinstance(record, Completion):
+        return record.prompt, record.completion
+    if plain:
+        prompt = ALPACA_WITH_INPUT if record.input else ALPACA
+        return prompt.format(instruction=record.instruction, input=record.input), record.output
+    return "\n\n".join(filter(None, (record.instruction, record.input))), record.output
+
+
+def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: int) -> tuple[Position, Position]:
+    """From where the model begins to answer to the end of what ends the answer.
+
+    Args:
+        parts: the whole conversation.
+        asked: it, up to the answer, and what makes the model answer.
+        answered: it, up to and with the answer, which is message `number`.
+    """
+    start = _end(asked)
+    first = start[0] + (start[1] > 0)
+    closing = next((i for i in range(first, len(answered)) if isinstance(answered[i], int)), None)
+    end = _end(answered) if closing is None else (closing + 1, 0)
+    if _begins(parts, asked) and _begins(parts, answered if closing is None else answered[: closing + 1]):
+        return start, end
+    raise InputError(
+        f"message {number}: the chat template shows a past answer otherwise than it has the model give it, "
+        "so its tokens cannot be told from the rest"
+    )
+
+
+def _end(parts: Sequence[Part]) -> Position:
+    last = parts[-1]
+    return (len(parts), 0) if isinstance(last, int) else (len(parts) - 1, len(last))
+
+
+def _begins(parts: list[Part], beginning: list[Part]) -> bool:
+    """Whether `parts` begin so; the last run of text may go on."""
+    *whole, last = beginning
+    if len(parts) < len(beginning) or parts[: len(whole)] != whole:
+        return False
+    found = parts[len(whole)]
+    return found.startswith(last) if isinstance(found, str) and isinstance(last, str) else found == last
+
+
+def _within(position: Position, spans: Sequence[tuple[Position, Position]]) -> bool:
+    return any(start <= position < end for start, end in spans)
