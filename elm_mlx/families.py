@@ -29,6 +29,8 @@ class Family:
         positions: whether it looks back at keys and values. Else it keeps a state, of which nothing can be taken
             back, and texts in one row would run into each other.
         bare_norms: whether its norms are LayerNorms without weights, in the place of RMSNorms.
+        windowed: whether `sliding_window` bounds what all of its layers see. mlx-lm's network sees everything, so
+            no more than a window is read at once, where both are the same.
     """
 
     name: str
@@ -37,13 +39,14 @@ class Family:
     embedding: str = "embed_tokens"
     positions: bool = True
     bare_norms: bool = False
+    windowed: bool = False
 
 
 _MAMBA = Family("Mamba", "mamba", "backbone", "embeddings", positions=False)
 FAMILIES = {
     "llama": Family("Llama", "llama"),
-    "mistral": Family("Mistral", "llama"),
-    "phi3": Family("Phi-3", "phi3"),
+    "mistral": Family("Mistral", "llama", windowed=True),
+    "phi3": Family("Phi-3", "phi3", windowed=True),
     # mlx-lm's own file for it wants another package, and fails on any prompt; it is a Llama but for its norms.
     "olmo": Family("OLMo", "llama", bare_norms=True),
     "olmo2": Family("OLMo 2", "olmo2"),
@@ -142,7 +145,7 @@ def read(directory: Path) -> Config:
     if model_type not in FAMILIES:
         known = ", ".join((MODEL_TYPE, *FAMILIES))
         raise InputError(f"{path}: model_type is {str(model_type)[:60]!r}, and this reads {known}")
-    values = _flat_rope(values)
+    values = _flat_rope(path, values)
     if FAMILIES[model_type].bare_norms:
         values = _as_llama(path, values)
     _check_quantization(path, values)
@@ -179,15 +182,26 @@ def tokenizer_file(path: Path) -> Path | None:
 def _context(path: Path, values: Mapping[str, Any], family: Family) -> int:
     if not family.positions:
         return _UNBOUNDED
-    return _size(path, values, "max_position_embeddings")
+    most = _size(path, values, "max_position_embeddings")
+    if family.windowed and values.get("sliding_window") is not None:
+        most = min(most, _size(path, values, "sliding_window"))
+    return most
 
 
-def _flat_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """With `rope_theta` and `rope_scaling`, which mlx-lm's networks read, where the config says `rope_parameters`."""
+def _flat_rope(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """With `rope_theta` and `rope_scaling`, which mlx-lm's networks read, where the config says `rope_parameters`.
+
+    These may be apart for layers that see all and those that see a window, whose RoPE mlx-lm does not scale.
+    """
     rope = values.get("rope_parameters")
+    flat = {name: value for name, value in values.items() if value is not None or not name.startswith("rope_")}
     if not isinstance(rope, Mapping):
-        return values
-    flat = dict(values)
+        return flat
+    whole, window = rope.get("full_attention"), rope.get("sliding_attention")
+    if isinstance(whole, Mapping):
+        if isinstance(window, Mapping) and window.get("rope_theta") != whole.get("rope_theta"):
+            raise InputError(f"{path}: rope_theta differs from layer to layer, which mlx-lm's network does not do")
+        rope = whole
     if "rope_theta" in rope:
         flat.setdefault("rope_theta", rope["rope_theta"])
     if rope.get("rope_type", "default") != "default":

@@ -186,6 +186,32 @@ def test_transformers_newer_names_of_rope(tmp_path: Path, family_dirs: dict[str,
     assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(family_dirs["llama"])[0](ids))
 
 
+def test_transformers_newer_names_of_rope_by_kind_of_layer(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
+    values = json.loads((family_dirs["olmo3"] / "config.json").read_text())
+    each = {"rope_theta": values.pop("rope_theta"), "rope_type": "default"}
+    shutil.copytree(family_dirs["olmo3"], tmp_path / "new")
+
+    def write(whole: dict[str, Any], window: dict[str, Any]) -> None:
+        parameters = {"full_attention": whole, "sliding_attention": window}
+        new = {**values, "rope_theta": None, "rope_scaling": None, "rope_parameters": parameters}
+        (tmp_path / "new" / "config.json").write_text(json.dumps(new))
+
+    write(each, each)
+    ids = mx.array([IDS])
+    assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(family_dirs["olmo3"])[0](ids))
+    write(each, {**each, "rope_theta": 5e5})
+    with pytest.raises(InputError, match="rope_theta differs from layer to layer"):
+        read_config(tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["mistral", "phi3"])
+def test_a_window_that_all_layers_see_is_the_context(name: str, tmp_path: Path, family_dirs: dict[str, Path]) -> None:
+    values = json.loads((family_dirs[name] / "config.json").read_text())
+    for window, context in ((32, 32), (None, 512), (4096, 512)):
+        (tmp_path / "config.json").write_text(json.dumps({**values, "sliding_window": window}))
+        assert read_config(tmp_path).max_context_length == context
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
     path = tmp_path / "model"
     shutil.copytree(family_dirs["llama"], path)
