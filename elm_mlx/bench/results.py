@@ -104,6 +104,11 @@ class Results:
     norms: list[Norm] = field(default_factory=list)
     complete: bool = False
 
+    @property
+    def measured(self) -> bool:
+        """Whether there is a figure at all."""
+        return any(row.figures for row in self.rows)
+
     def save(self, path: Path) -> None:
         """Raises ElmError where it cannot be written."""
         values: dict[str, Any] = {"version": VERSION, **asdict(self)}

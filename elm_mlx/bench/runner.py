@@ -19,14 +19,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
-from elm_mlx import device
+from elm_mlx import device, files
 from elm_mlx.bench import machine, models, norms, sides, suites
 from elm_mlx.bench.figures import Case
 from elm_mlx.bench.results import Results, Row
 from elm_mlx.bench.sides import Programs, Side, Unavailable
 from elm_mlx.bench.suites import Suite
 from elm_mlx.config import PRESETS, ModelConfig
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 
 _PAUSE = (
     0.25  # seconds before each measurement: a BLAS's threads spin on for a while after the other side's last product
@@ -46,7 +46,7 @@ def run(
     """Measure a suite. Ctrl-C or SIGTERM ends it with what there is; `complete` tells.
 
     Args:
-        save_to: the JSON, written after each case.
+        save_to: the JSON, written after each case from the first on that has figures; what is there stays till then.
         on_progress: told what is being done.
         on_row: told each case when it is done.
 
@@ -60,8 +60,10 @@ def run(
     for name in dict.fromkeys(case.model for case in suite.cases):
         models.check(name)
     results = Results(suite.name, datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.describe())
+    with files.scratch_directory(save_to):  # or an hour might be lost to a directory that cannot be written
+        if save_to.is_dir():
+            raise ElmError(f"{save_to}: is a directory")
     save_to.parent.mkdir(parents=True, exist_ok=True)
-    results.save(save_to)  # or an hour might be lost to a directory that cannot be written
     try:
         with _terminable(), tempfile.TemporaryDirectory(prefix="elm-mlx-bench-") as scratch:
             for (model, precision), cases in groupby(suite.cases, lambda case: (case.model, case.precision)):
@@ -70,7 +72,8 @@ def run(
         results.complete = True
     except KeyboardInterrupt:
         pass
-    results.save(save_to)
+    if results.measured:
+        results.save(save_to)
     return results
 
 
@@ -190,5 +193,6 @@ class _Group:
 
     def _finish(self, row: Row) -> None:
         self._results.rows.append(row)
-        self._results.save(self._save_to)
+        if self._results.measured:
+            self._results.save(self._save_to)
         self._on_row(row)

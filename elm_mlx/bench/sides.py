@@ -56,7 +56,11 @@ def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
         return LlamaBench(programs)
     if name == "pytorch":
         python = programs.python or sys.executable
-        if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode:
+        try:
+            found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0
+        except OSError as error:
+            raise Unavailable(f"{python}: {error.strerror}") from None
+        if not found:
             raise Unavailable(f"PyTorch is not installed for {python}; --python names one that has it")
         script = str(Path(__file__).with_name("torch_worker.py"))
         return Worker(name, [python, "-I", script, str(path), dtype or "float32"])

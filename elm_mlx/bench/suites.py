@@ -77,8 +77,13 @@ def changed(
     """The suite with other models, lengths and so on; what is empty stays.
 
     Raises:
-        InputError: there are several `new`, and not one for each prompt.
+        InputError: there are several `new`, and not one for each prompt; or precisions, and no preset to have them.
     """
+    if precisions and models and not any(model in PRESETS for model in models):
+        raise InputError(
+            "--precision is of presets, whose weights are made up; a directory is measured as it is stored, and "
+            "`elm-mlx quantize` makes one of fewer bits"
+        )
     old = suite.cases
     known = {name: list(dict.fromkeys(getattr(case, name) for case in old)) for name in ("model", "precision", "batch")}
     lengths = list(dict.fromkeys((case.prompt, case.new) for case in old))

@@ -63,7 +63,10 @@ def bench(
         chosen = replace(chosen, compute_dtype=compute_dtype)
     results = _measured(suites.check(chosen), out, python, llama_bench, gguf)
     _print(results)
-    print(f"wrote {printable(out / suite)}.json, .md and .html")
+    if results.measured:
+        print(f"wrote {printable(out / suite)}.json, .md and .html")
+    else:
+        print("nothing was measured, and nothing written")
     if not results.complete:
         raise typer.Exit(130)
 
@@ -76,6 +79,8 @@ def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | No
     with _shown() as (progress, row):
         programs = Programs(python, llama_bench, gguf)
         results = runner.run(suite, programs, out / f"{suite.name}.json", on_progress=progress, on_row=row)
+    if not results.measured:
+        return results
     files.write_text(out / f"{suite.name}.md", f"# {suite.name}\n\n{tables.markdown(results)}")
     files.write_text(out / f"{suite.name}.html", page.page(results))
     return results

@@ -132,6 +132,18 @@ def test_a_case_longer_than_the_context_is_left_out(
     assert row.skipped["ours"] == "longer than the model's context of 512 tokens" and not row.figures
 
 
+def test_what_was_measured_before_stays_until_there_is_something_new(
+    counted: Callable[..., Log], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    counted()
+    path = tmp_path / "a.json"
+    kept = run(suite(tiny_model_dir), Programs(), path)
+    long = Case(str(tiny_model_dir), "stored", 500, 20)
+    assert not run(Suite("small", (long,), (), 1, norms=False), Programs(), path).measured
+    assert results.load(path) == kept
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_norms_are_measured_for_each_shape_once(
     counted: Callable[..., Log], tiny_model_dir: Path, tmp_path: Path
 ) -> None:

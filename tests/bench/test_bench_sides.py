@@ -88,6 +88,8 @@ def test_a_side_that_cannot_start_says_why(tiny_model_dir: Path, tmp_path: Path)
         sides.start("ours", tmp_path / "none", None, Programs())
     with pytest.raises(Unavailable, match=r"PyTorch is not installed for .*--python"):
         sides.start("pytorch", tiny_model_dir, None, Programs(python="/bin/false"))
+    with pytest.raises(Unavailable, match=r"/no/such/python: No such file"):
+        sides.start("pytorch", tiny_model_dir, None, Programs(python="/no/such/python"))
 
 
 @pytest.mark.parametrize(

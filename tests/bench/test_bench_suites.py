@@ -42,6 +42,9 @@ def test_what_is_not_said_stays() -> None:
     assert {(c.prompt, c.new) for c in changed(quick, prompts=[5, 6], new=[1, 2]).cases} == {(5, 1), (6, 2)}
     with pytest.raises(InputError, match="as many as there are prompts"):
         changed(quick, prompts=[5, 6, 7], new=[1, 2])
+    with pytest.raises(InputError, match="--precision is of presets"):
+        changed(quick, models=["a"], precisions=["4bit"])
+    assert len(changed(quick, models=["a", "OpenELM-270M"], precisions=["4bit"]).cases) == 4
 
 
 @pytest.mark.parametrize(
