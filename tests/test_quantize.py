@@ -360,3 +360,26 @@ def test_a_large_model_is_written_in_shards(
     assert len(set(index["weight_map"].values())) > 1
     np.testing.assert_array_equal(logits(tmp_path / "q"), logits(tmp_path / "whole"))
     np.testing.assert_array_equal(mlx_lm_logits(tmp_path / "q"), mlx_lm_logits(tmp_path / "whole"))
+
+
+def test_a_disk_that_fills_while_a_model_is_read_is_an_error(
+    base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no signal, as it would be where a mapping is written to."""
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    monkeypatch.setattr(losses.tempfile, "TemporaryFile", lambda dir: Path("/dev/full").open("w+b"))  # noqa: SIM115
+    with pytest.raises(ElmError, match=r"q: cannot be written: No space left.*nothing was changed"):
+        quantize(base, tmp_path / "q", choose(4), text=text)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("family", "method"), [("olmo", "gptq"), ("olmo", "awq"), ("phi3", "awq")])
+def test_networks_that_a_method_cannot_do_are_refused_before_anything_is_planned(
+    family: str, method: str, family_dirs: dict[str, Path], text: Path, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    with pytest.raises(InputError, match=f"--method {method}: mlx-lm"):
+        recipe = choose(4, method=method)
+        quantize(family_dirs[family], tmp_path / "q", recipe, text=text, listener=Listener(plan=seen.append))
+    assert not seen and list(tmp_path.iterdir()) == []

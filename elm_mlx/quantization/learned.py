@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from elm_mlx import device
 from elm_mlx.config import MODEL_TYPE
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.quantization.formats import AFFINE, Format
 from elm_mlx.quantization.plan import Tensors
 
@@ -43,6 +44,18 @@ def check(method: str, how: Format) -> None:
         raise InputError(f"--method gptq packs in {', '.join(map(str, _GPTQ_BITS))} bits, not {how.bits}")
     if method == "dwq" and how.bits == 8:
         raise InputError("--method dwq trains weights of fewer than 8 bits")
+
+
+def check_network(method: str, config: Config) -> None:
+    """Raises InputError where `method` cannot be had for networks of this kind."""
+    from mlx_lm.quant import awq
+
+    if isinstance(config, FamilyConfig) and config.family.bare_norms:
+        raise InputError(f"--method {method}: mlx-lm's own network of {config.family.name} does not run; leave it out")
+    if method == "awq" and isinstance(config, FamilyConfig) and config.model_type not in awq.AWQ_MODEL_CONFIGS:
+        raise InputError(
+            f"--method awq: mlx-lm does not know where a {config.model_type} model's layers take their scales"
+        )
 
 
 def quantize(
@@ -113,16 +126,11 @@ def _gptq(model: nn.Module, data: mx.array, how: Format) -> None:
 def _awq(model: nn.Module, model_type: str, data: mx.array, how: Format) -> None:
     from mlx_lm.quant import awq
 
-    known = awq.AWQ_MODEL_CONFIGS.get(model_type)
     options = {
         "group_size": how.group_size, "bits": how.bits, "embed_group_size": how.group_size, "embed_bits": how.bits,
     }  # fmt: skip
     if model_type != MODEL_TYPE:
-        if known is None:
-            raise InputError(
-                f"--method awq: mlx-lm does not know where a {model_type} model's layers take their scales"
-            )
-        awq.awq_quantize(model, data, known, **options)
+        awq.awq_quantize(model, data, awq.AWQ_MODEL_CONFIGS[model_type], **options)
         return
     view = nn.Module()  # mlx-lm looks for the embedding in `.model`, and OpenELM has it in `.transformer`
     view.model, view.layers = model.transformer, model.layers

@@ -106,18 +106,14 @@ def reference(
 ) -> Iterator[Reference]:
     """What `model` says on `rows`, in a nameless file on `folder`'s disk until the block ends."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        values, start = None, 0
         for row in rows:
             found = np.array(log_softmax(model, row))
-            if values is None:
-                positions = sum(len(row.inputs) for row in rows)
-                values = np.memmap(file, np.float32, "w+", shape=(positions, found.shape[1]))
-            values[start : start + len(found)] = found
-            start += len(found)
+            file.write(found.data)  # and not through the mapping, where a full disk is a signal that kills
             advance(len(found))
-        assert values is not None
+        file.flush()
         del model  # the caller may want to be rid of it
-        yield Reference(values, rows)
+        positions = sum(len(row.inputs) for row in rows)
+        yield Reference(np.memmap(file, np.float32, "r", shape=(positions, found.shape[1])), rows)
 
 
 def compare(before: Reference, model: nn.Module, on_text: bool, advance: Advance = lambda count: None) -> Losses:

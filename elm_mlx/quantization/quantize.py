@@ -119,6 +119,8 @@ class _Job:
 
     def run(self, target: Path) -> Quantization:
         loaded = open_model(self._source)
+        if self._recipe.method is not None:
+            learned.check_network(self._recipe.method, loaded.model.config)
         tensors, already = read_weights(self._source, loaded.model.config)
         if already:
             raise InputError(f"{self._source}: is quantized already ({loaded.stored}): quantize what it was made of")
