@@ -50,7 +50,9 @@ def eval(
     stride: Annotated[
         int | None, typer.Option(min=1, help="Of --text: tokens scored in each window. (default: half the window)")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Results. (default: evals/NAME of the model)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Results. (default: evals/MODEL or evals/MODEL+ADAPTER)")
+    ] = None,
     adapter: options.AdapterPath = None,
     compute_dtype: options.ComputeDtype = None,
     harness: Annotated[

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.errors import InputError
+from elm_mlx.evaluate import tasks
 from elm_mlx.evaluate.scores import LOWER_IS_BETTER
 
 RESAMPLES = 10_000
@@ -52,23 +53,20 @@ class Difference:
 
 
 def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """Every metric of every task that both have, a group's tasks as one.
+    """Every metric of every task that both have, a group's tasks as one where both have all of them.
 
     Raises:
         InputError: they have no task in common, or not the same questions of it.
     """
-    for key, entry in first["tasks"].items():
-        other = second["tasks"].get(key)
-        if other is not None and other["questions"] != entry["questions"]:
-            raise InputError(f"{key}: not the same questions in both runs; run both with the same --limit and data")
-    a, b = _gathered(first), _gathered(second)
-    common = [key for key in a if key in b]
-    if not common:
-        raise InputError("the runs have no task in common")
+    ours, theirs = _by_task(first), _by_task(second)
+    common = sorted(key for key in ours if key in theirs)
     for key in common:
-        if len(a[key]) != len(b[key]):  # parts of a group are missing
-            raise InputError(f"{key[0]}: {len(a[key])} questions in one run and {len(b[key])} in another")
-    return [_difference(key, a[key], b[key]) for key in common]
+        if ours[key]["questions"] != theirs[key]["questions"]:
+            raise InputError(f"{key[0]}: not the same questions in both runs; run both with the same --limit and data")
+    a, b = (_gathered([run[key] for key in common]) for run in (ours, theirs))
+    if not a:
+        raise InputError("the runs have no task in common, nor a text of several documents")
+    return [_difference(key, a[key], b[key]) for key in a]
 
 
 def bootstrap(differences: Values, seed: int = 0) -> tuple[float, float, float]:
@@ -118,12 +116,21 @@ def _difference(key: tuple[str, int, str], a: Sequence[float], b: Sequence[float
     return Difference(name, shots, metric, len(first), one, other, low, high, p, better)
 
 
-def _gathered(results: Mapping[str, Any]) -> dict[tuple[str, int, str], list[float]]:
+def _by_task(results: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, Any]]:
+    return {(entry["task"], entry["shots"]): entry for entry in results["tasks"].values()}
+
+
+def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], list[float]]:
+    """Each question's values by name, shots and metric."""
+    there: dict[tuple[str | None, int], list[str]] = {}
+    for entry in entries:
+        there.setdefault((entry["group"], entry["shots"]), []).append(entry["task"])
     found: dict[tuple[str, int, str], list[float]] = {}
-    for key in sorted(results["tasks"]):
-        entry = results["tasks"][key]
+    for entry in entries:
+        group, shots = entry["group"], entry["shots"]
+        task = group if tasks.complete(group, there[group, shots]) else entry["task"]
         for metric, values in entry["values"].items():
             # A perplexity's values are log-probabilities, and so is their mean.
             name = "log-likelihood" if metric == "perplexity" else metric
-            found.setdefault((entry["group"] or entry["task"], entry["shots"], name), []).extend(values)
+            found.setdefault((task, shots, name), []).extend(values)
     return found

@@ -6,12 +6,12 @@ Knows paths and choices; `run` does the work.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import device, files
+from elm_mlx import adapters, device, files
 from elm_mlx.describe import check_directory, fingerprint
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import published, results, run, sources, tasks
@@ -54,13 +54,17 @@ class Wanted:
         return self.suite or (None if self.tasks or self.texts else "zero-shot")
 
     def chosen(self) -> list[Chosen]:
-        """The tasks, each once. Raises InputError for what is none."""
+        """The tasks, each once. Raises InputError for what is none, or where two would have one name."""
         suite = self.suite_name()
+        if suite is None and not self.names() and not self.texts:
+            raise InputError("--tasks names no task")
         found = [] if suite is None else tasks.suite(suite)
         if self.shots is not None:
             found = [Chosen(each.task, self.shots if each.task.shots is None else each.task.shots) for each in found]
         for name in self.names():
             found += _named(name, self.shots)
+        _check_names((each.key, each.key if each.task.dataset else each.task.split) for each in found)
+        _check_names((text.name, str(text)) for text in self.texts)
         return list({each.key: each for each in found}.values())
 
 
@@ -68,7 +72,7 @@ class Evaluation:
     """A model, loaded, and what it is to be asked.
 
     Args:
-        out: where results go; by default `evals/NAME`, the model directory's name.
+        out: where results go; by default `evals/NAME`, the model directory's name, with an adapter's `NAME+ADAPTER`.
 
     Raises:
         InputError: the model, a task or its data cannot be read.
@@ -87,7 +91,8 @@ class Evaluation:
         self._path = check_directory(path, with_tokenizer=True)
         self._loaded = open_model(self._path, compute_dtype, adapter)
         self.notes = self._loaded.notes
-        self.out = out if out is not None else Path("evals", self._path.name or self._path.resolve().name)
+        names = [each.name or each.resolve().name for each in (self._path, adapter) if each is not None]
+        self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}
         self.rows: list[Row] = []
         self.mean: Score | None = None
@@ -97,7 +102,8 @@ class Evaluation:
         self.source = published.source()
         self._identity = {
             "model": fingerprint(self._path),
-            "adapter": None if adapter is None else _digest(adapter),
+            "config.json": _digest(self._path / "config.json"),
+            "adapter": None if adapter is None else _digest(adapter / adapters.WEIGHTS, adapter / adapters.CONFIG),
             "computed in": _computed_in(self._loaded.model),
         }
         self._about = {"model": str(path), "adapter": None if adapter is None else str(adapter)}
@@ -120,7 +126,7 @@ class Evaluation:
         works, self.missing = run.prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
         window = min(wanted.window or _WINDOW, context)
         stride = wanted.stride or max(1, window // 2)
-        works += [run.prepare_text(path, tokenizer, window, stride) for path in wanted.texts]
+        works += [run.prepare_text(path, tokenizer, window, stride) for path in dict.fromkeys(wanted.texts)]
         if not works:
             key, how = next(iter(self.missing.items()))
             raise InputError(f"no task's data are here; of {key}: {how}")
@@ -158,6 +164,15 @@ class Evaluation:
         return table
 
 
+def _check_names(named: Iterable[tuple[str, str]]) -> None:
+    """Whether each name that results are kept by stands for one thing. Raises InputError."""
+    known: dict[str, str] = {}
+    for name, what in named:
+        first = known.setdefault(name, what)
+        if first != what:
+            raise InputError(f"{first} and {what}: results are kept by name, and both are {name}; rename a file")
+
+
 def _named(name: str, shots: int | None) -> list[Chosen]:
     if sources.is_file(name):
         return [Chosen(sources.task_of_file(Path(name).expanduser()), shots or 0)]
@@ -177,11 +192,13 @@ def _computed_in(model: Any) -> str:
     return f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}"
 
 
-def _digest(adapter: Path) -> str:
+def _digest(*paths: Path) -> str:
     import hashlib
 
-    path = adapter / "adapters.safetensors"
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    state = hashlib.sha256()
+    for path in paths:
+        try:
+            state.update(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return state.hexdigest()

@@ -75,7 +75,8 @@ def language_model(model: Any, tokenizer: Any, advance: Advance | None = None) -
             return [next(rest[document]) for document in by_document]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            items = [list(perplexity.slide(tokenizer.encode(each.args[0]), context, context)) for each in requests]
+            texts = [tokens.begun(each.args[0], tokenizer) for each in requests]
+            items = [list(perplexity.slide(ids, context, context)) for ids in texts]
             return [sum(value for value, _ in found) for found in _each(scorer, items, advance)]
 
         def generate_until(self, requests: list[Any]) -> list[str]:

@@ -6,12 +6,14 @@ how windows slide; nothing of models.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from elm_mlx.errors import InputError
+from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scores import Score
 from elm_mlx.evaluate.tokens import Encoder, Scored
 from elm_mlx.train import formats
@@ -26,11 +28,13 @@ class Text:
         windows: each with what is scored in it.
         documents: which document each window is of.
         bytes: of each document, in UTF-8.
+        digest: of all the documents, whatever the tokenizer.
     """
 
     windows: list[Scored]
     documents: list[int]
     bytes: list[int]
+    digest: str
 
 
 def read(path: Path, tokenizer: Encoder, window: int, stride: int) -> Text:
@@ -45,17 +49,20 @@ def read(path: Path, tokenizer: Encoder, window: int, stride: int) -> Text:
     """
     if not 1 <= stride <= window:
         raise InputError(f"--stride {stride}: must lie between 1 and the window, {window}")
-    text = Text([], [], [])
-    for document in _documents(path):
-        number = len(text.bytes)
-        text.bytes.append(len(document.encode()))
-        ids = tokenizer.encode(document)
-        for scored in slide(ids, window, stride):
-            text.windows.append(scored)
-            text.documents.append(number)
-    if not text.windows:
+    windows: list[Scored] = []
+    documents: list[int] = []
+    sizes: list[int] = []
+    state = hashlib.blake2b(digest_size=8)
+    for number, document in enumerate(_documents(path)):
+        data = document.encode()
+        sizes.append(len(data))
+        state.update(len(data).to_bytes(8, "little") + data)
+        for scored in slide(tokens.begun(document, tokenizer), window, stride):
+            windows.append(scored)
+            documents.append(number)
+    if not windows:
         raise InputError(f"{path}: holds no text")
-    return text
+    return Text(windows, documents, sizes, state.hexdigest())
 
 
 def slide(ids: Sequence[int], window: int, stride: int) -> Iterator[Scored]:
@@ -66,6 +73,16 @@ def slide(ids: Sequence[int], window: int, stride: int) -> Iterator[Scored]:
         end += scored
         start = max(0, end - 1 - window)
         yield Scored(list(ids[start:end]), end - start - scored)
+
+
+def shares(text: Text, logprobs: Sequence[float]) -> list[float]:
+    """Each document's part in `bits_per_byte`, times their number: values whose mean it is; of one alone nothing.
+
+    Two models' can be compared document by document, as they share the bytes.
+    """
+    nats = _by_document(text, logprobs)
+    count = len(nats)
+    return [-each / math.log(2) * count / sum(text.bytes) for each in nats] if count > 1 else []
 
 
 def bits_per_byte(text: Text, logprobs: Sequence[float]) -> Score:

@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -61,8 +62,10 @@ class Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._sync()
-        self._file.close()
+        with nullcontext() if error is None else suppress(OSError):  # or it would hide the first one
+            self._sync()
+        with nullcontext() if error is None else suppress(OSError):
+            self._file.close()
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Each with `task`, `item`, `id`, `logprobs` and `greedy`. Raises ElmError."""
@@ -140,4 +143,11 @@ def _check_same(out: Path, known: Mapping[str, Any], identity: Mapping[str, Any]
     for name, value in identity.items():
         before = known["identity"].get(name)
         if before != value:
-            raise InputError(f"{out}: holds another run's results ({name} {before}, now {value}); choose another --out")
+            change = f"{name} {_short(before)}, now {_short(value)}"
+            raise InputError(f"{out}: holds another run's results ({change}); choose another --out")
+
+
+def _short(value: object) -> str:
+    """As much of a digest as tells it from another."""
+    text = str(value)
+    return f"{text[:8]}…" if len(text) == 64 else text

@@ -82,18 +82,27 @@ def merged(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str
     if before is None:
         return dict(now)
     asked = {(line["task"], line["shots"]) for line in now["scores"]}
+    asked |= {(entry["task"], entry["shots"]) for entry in now["tasks"].values()}
+    changed = [
+        entry
+        for key, entry in now["tasks"].items()
+        if key in before["tasks"] and before["tasks"][key]["questions"] != entry["questions"]
+    ]
+    asked |= {(entry["group"], entry["shots"]) for entry in changed}  # a group's score would be of questions past
     old = [line for line in before["scores"] if (line["task"], line["shots"]) not in asked]
-    kept = {
-        key: entry
-        for key, entry in before["tasks"].items()
-        if (entry["group"] or entry["task"], entry["shots"]) not in asked
-    }
+    kept = {key: entry for key, entry in before["tasks"].items() if (entry["task"], entry["shots"]) not in asked}
     suite = {} if now["suite"] is not None else {key: before[key] for key in ("suite", "mean", "missing")}
     return {**now, **suite, "scores": old + now["scores"], "tasks": kept | now["tasks"]}
 
 
 def _grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], list[Outcome]]:
+    """By name and shots; the parts of a group are one where all are there."""
+    there: dict[tuple[str | None, int], list[str]] = {}
+    for outcome in outcomes:
+        there.setdefault((outcome.work.group, outcome.work.shots), []).append(outcome.work.name)
     found: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:
-        found.setdefault((outcome.work.group or outcome.work.name, outcome.work.shots), []).append(outcome)
+        group, shots = outcome.work.group, outcome.work.shots
+        name = group if group is not None and tasks.complete(group, there[group, shots]) else outcome.work.name
+        found.setdefault((name, shots), []).append(outcome)
     return found

@@ -7,13 +7,14 @@ keeps them, `scores` measures.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import examples, perplexity, scores, sources, tokens
 from elm_mlx.evaluate.perplexity import Text
 from elm_mlx.evaluate.questions import Question
@@ -57,6 +58,8 @@ class Work:
     @property
     def asked(self) -> str:
         """What tells these questions from others, whatever the tokenizer."""
+        if self.text is not None:
+            return self.text.digest
         state = hashlib.blake2b(digest_size=8)
         for question in self.questions:
             state.update(repr((question.requests(), question.right)).encode())
@@ -69,7 +72,7 @@ class Outcome:
 
     Attributes:
         scores: by metric.
-        values: by metric, each question's; empty for a text.
+        values: by metric, each question's; of a text, each document's, where there are several.
         logprobs: each question's.
     """
 
@@ -135,7 +138,7 @@ def score(works: Sequence[Work], model: Any, record: Record, advance: Advance | 
     """Score what `record` does not hold yet, and put it there.
 
     Raises:
-        ElmError: the record cannot be written.
+        ElmError: the record cannot be written, or the model's log-probabilities are no numbers.
     """
     scorer = Scorer(model)
     started = time.perf_counter()
@@ -151,6 +154,11 @@ def score(works: Sequence[Work], model: Any, record: Record, advance: Advance | 
         for results, cost in scorer.run(planned):
             for result in results:
                 number = numbers[result.item]
+                if any(map(math.isnan, result.logprobs)):
+                    raise ElmError(
+                        f"{work.key}, item {number + 1}: the model's log-probabilities are no numbers: its weights are "
+                        "damaged, or overflow the type that they are computed in"
+                    )
                 record.done[work.key, number] = {
                     "task": work.key, "item": number, "id": ids[number], "logprobs": result.logprobs,
                     "greedy": result.greedy,
@@ -176,10 +184,12 @@ def _measure(work: Work, record: Record) -> Outcome:
             "bits_per_byte": perplexity.bits_per_byte(work.text, sums),
             "perplexity": perplexity.perplexity(work.text, sums),
         }
-        return Outcome(work, found, {}, logprobs)
+        shares = perplexity.shares(work.text, sums)
+        return Outcome(work, found, {"bits_per_byte": shares} if shares else {}, logprobs)
     each = [
         scores.of_question(question, line["logprobs"], line["greedy"], work.metrics)
         for question, line in zip(work.questions, lines, strict=True)
     ]
-    values = {metric: [one[metric] for one in each] for metric in work.metrics}
-    return Outcome(work, {metric: scores.mean(metric, values[metric]) for metric in work.metrics}, values, logprobs)
+    by_metric = {metric: [one[metric] for one in each] for metric in work.metrics}
+    means = {metric: scores.mean(metric, values) for metric, values in by_metric.items()}
+    return Outcome(work, means, by_metric, logprobs)

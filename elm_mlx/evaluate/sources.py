@@ -31,6 +31,9 @@ _COLUMNS = (
     "support", "text",
 )  # fmt: skip
 
+_SHARD = re.compile(r"-\d{5}-of-(\d{5})")
+_FOLDERS_OF_NO_CONFIG = ("data", "default")
+
 
 class Missing(Exception):
     """A task's data are not here; the text is how to get them."""
@@ -62,7 +65,8 @@ def task_of_file(path: Path) -> Task:
     name = path.name
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         name = name.removesuffix(suffix)
-    return Task(name, of_shape, (), split=str(path), example_split=str(path), leaves_out=True)
+    from_itself = _beside(path.parent, name) is None
+    return Task(name, of_shape, (), split=str(path), example_split=str(path), leaves_out=from_itself)
 
 
 def metrics_of(questions: list[Question]) -> tuple[str, ...]:
@@ -103,10 +107,20 @@ def _examples(chosen: Chosen, directory: Path, questions: list[Question]) -> lis
     task = chosen.task
     if not chosen.shots:
         return None
-    path = next((path for s in SUFFIXES if (path := directory / f"{task.name}.examples{s}").is_file()), None)
+    path = _beside(directory, task.name)
     if path is not None:
         return _of_file(path, task)
-    return questions if task.split == task.example_split else _of_hub(task, task.example_split)
+    if task.split == task.example_split:
+        return questions
+    try:
+        return _of_hub(task, task.example_split)
+    except Missing as reason:
+        raise Missing(f"no {task.name}.examples.jsonl is beside the questions, and {reason}") from None
+
+
+def _beside(directory: Path, name: str) -> Path | None:
+    """The file of a task's examples that lies beside its questions, if one does."""
+    return next((path for s in SUFFIXES if (path := directory / f"{name}.examples{s}").is_file()), None)
 
 
 def _local(data: Path, name: str) -> Path | None:
@@ -178,7 +192,8 @@ def _of_text(path: Path) -> Iterator[Question]:
     """HellaSwag as text, six lines a question: context, index of the right ending, four endings."""
     try:
         data = path.read_bytes()
-        lines = (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8").split("\n")
+        text = (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
+        lines = text.replace("\r\n", "\n").split("\n")
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     while lines and not lines[-1].strip():
@@ -194,7 +209,11 @@ def _rows(task: Task, split: str) -> Iterator[tuple[str, Any]]:
     """A split's records from the hub's cache. Raises Missing."""
     files = _split_files(_snapshot(task), task.config, split)
     if not files:
-        raise Missing(f"{task.dataset}: the cached copy has no {split} split; {_how(task)}")
+        of = f" of {task.config}" if task.config else ""
+        raise Missing(f"{task.dataset}: the cached copy has no {split} split{of}; {_how(task)}")
+    whole = max(int(found[1]) if (found := _SHARD.search(file.name)) else 1 for file in files)
+    if len(files) < whole:
+        raise Missing(f"{task.dataset}: the cached copy has {len(files)} of {whole} files of {split}; {_how(task)}")
     for file in files:
         yield from _records(file)
 
@@ -213,7 +232,11 @@ def _snapshot(task: Task) -> Path:
 
 
 def _split_files(snapshot: Path, config: str | None, split: str) -> list[Path]:
-    """A split's files: those whose name, or folder, is the split's, under the config's name where there is one."""
+    """A split's files: those whose name, or folder, is the split's, under the config's name where there is one.
+
+    Of a repository with several configs the copy may hold others alone: a folder of another's name is not taken.
+    """
+    plain = {*_FOLDERS_OF_NO_CONFIG, split}
     named: list[tuple[Path, list[str]]] = []
     for path in sorted(snapshot.rglob("*")):
         relative = path.relative_to(snapshot).as_posix()
@@ -222,8 +245,10 @@ def _split_files(snapshot: Path, config: str | None, split: str) -> list[Path]:
         parts = re.split(r"[/.]", relative)
         if any(part == split or re.split(r"[-_]", part)[0] == split or part.endswith(f"_{split}") for part in parts):
             named.append((path, parts))
-    of_config = [path for path, parts in named if config is not None and any(config in part for part in parts)]
-    found = of_config or [path for path, _ in named]
+    if config is not None:
+        of_config = [(path, parts) for path, parts in named if any(config in part for part in parts)]
+        named = of_config or [each for each in named if {*each[0].relative_to(snapshot).parts[:-1]} <= plain]
+    found = [path for path, _ in named]
     return [path for path in found if path.parent == found[0].parent]
 
 

@@ -8,7 +8,7 @@ Knows names and figures; `prompts` knows what is asked. Knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -140,6 +140,11 @@ def suite(name: str) -> list[Chosen]:
     if name not in SUITES:
         raise InputError(f"no suite {name!r}; there are {', '.join(SUITES)}")
     return [chosen for task, shots in SUITES[name].items() for chosen in named(task, shots)]
+
+
+def complete(group: str | None, names: Iterable[str]) -> bool:
+    """Whether all parts of a group are among `names`, so that they have its name together."""
+    return group is not None and set(GROUPS.get(group, ())) <= set(names)
 
 
 def named(name: str, shots: int | None = None) -> list[Chosen]:

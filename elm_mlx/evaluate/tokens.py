@@ -48,10 +48,20 @@ def encode(requests: Sequence[tuple[str, str]], tokenizer: Encoder, context: int
     return [_encode(text, after, tokenizer, context, known) for text, after in requests]
 
 
+def begun(text: str, tokenizer: Encoder) -> list[int]:
+    """A text's ids, and before them what the first is predicted from, as in the harness: BOS, or else EOS."""
+    ids, first = tokenizer.encode(text), _first(tokenizer)
+    return ids if first is None or ids[:1] == [first] else [first, *ids]
+
+
+def _first(tokenizer: Encoder) -> int | None:
+    return tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+
+
 def _encode(text: str, after: str, tokenizer: Encoder, context: int, known: dict[str, list[int]]) -> Scored:
     bare = text.rstrip()
     if text == "":
-        first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+        first = _first(tokenizer)
         read = [] if first is None else [first]
         scored = tokenizer.encode(after, add_bos=False)
         if not read or (scored and scored[0] == first):

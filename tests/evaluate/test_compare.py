@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import compare
+from elm_mlx.evaluate.tasks import GROUPS
 
 
 def results(values: dict[str, list[float]], **entry: Any) -> dict[str, Any]:
@@ -58,12 +60,23 @@ def test_which_is_better_depends_on_the_metric() -> None:
 
 
 def test_parts_of_a_group_are_one() -> None:
-    def run(values: list[float]) -> dict[str, Any]:
-        parts = [results({"acc": values}, task=f"mmlu_{n}", group="mmlu", shots=5)["tasks"] for n in "ab"]
-        return {"tasks": parts[0] | parts[1]}
+    def run(values: list[float], names: list[str]) -> dict[str, Any]:
+        parts = (results({"acc": values}, task=name, group="mmlu", shots=5)["tasks"] for name in names)
+        return {"tasks": dict(ChainMap(*parts))}
 
-    (found,) = compare.compare(run([0.0, 1.0]), run([1.0, 1.0]))
-    assert (found.task, found.count, found.value) == ("mmlu", 4, 0.5)
+    subjects = GROUPS["mmlu"]
+    (found,) = compare.compare(run([0.0, 1.0], subjects), run([1.0, 1.0], subjects))
+    assert (found.task, found.count, found.value) == ("mmlu", 2 * len(subjects), 0.5)
+    some = compare.compare(run([0.0, 1.0], subjects), run([1.0, 1.0], subjects[:2]))
+    assert [(each.task, each.count) for each in some] == [(name, 2) for name in subjects[:2]]
+
+
+def test_texts_are_compared_document_by_document() -> None:
+    one, other = (results({"bits_per_byte": values}, task="a.jsonl") for values in ([1.0, 2.0] * 9, [0.9, 1.8] * 9))
+    (found,) = compare.compare(one, other)
+    assert found.better and found.p < 0.01 and found.value == pytest.approx(-0.15)
+    with pytest.raises(InputError, match="nor a text of several documents"):
+        compare.compare(results({}, task="a.txt"), results({}, task="a.txt"))
 
 
 def test_runs_that_do_not_go_together_are_refused() -> None:

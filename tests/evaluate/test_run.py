@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elm_mlx.errors import InputError
-from elm_mlx.evaluate import run
+from elm_mlx import adapt, adapters
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.evaluate import compare, run, tasks
 from elm_mlx.evaluate.evaluation import Evaluation, Wanted
 from elm_mlx.evaluate.record import ITEMS, RESULTS
+from elm_mlx.store import open_model
 
 ANIMALS = ("the quick brown fox", "lazy dogs", "an old king", "cafés")
 
@@ -165,3 +168,96 @@ def test_bits_per_byte_are_the_same_however_the_text_is_cut_in_batches(
         each.run()
     assert fine.rows[0].score.count == coarse.rows[0].score.count == 1
     assert fine.rows[0].score.value == pytest.approx(coarse.rows[0].score.value, rel=0.2)
+
+
+def test_what_would_have_one_name_in_the_results_is_refused(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "tale.txt").write_text(f"the {folder} story")
+        (tmp_path / folder / "arc_easy.jsonl").write_text((data / "arc_easy.jsonl").read_text())
+    paths = [tmp_path / folder / "arc_easy.jsonl" for folder in "ab"]
+    for names in ([str(paths[0]), str(paths[1])], ["arc_easy", str(paths[0])]):
+        with pytest.raises(InputError, match="results are kept by name, and both are arc_easy"):
+            Wanted(tasks=names).chosen()
+    assert len(Wanted(tasks=[str(paths[0])] * 2).chosen()) == 1
+    texts = [tmp_path / folder / "tale.txt" for folder in "ab"]
+    with pytest.raises(InputError, match=r"both are tale\.txt"):
+        Wanted(texts=texts).chosen()
+    once = Evaluation(tiny_model_dir, Wanted(texts=texts[:1] * 2), tmp_path / "out")
+    once.run()
+    assert [row.score.count for row in once.rows] == [1, 1]
+    with pytest.raises(InputError, match="--tasks names no task"):
+        Wanted(tasks=[""]).chosen()
+
+
+def test_some_of_a_groups_parts_do_not_have_its_name_nor_take_its_place(
+    tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tasks.GROUPS, "mmlu", ["mmlu_anatomy", "mmlu_virology"])
+    for name in tasks.GROUPS["mmlu"]:
+        record = {"question": f"{name}?", "choices": list(ANIMALS), "answer": 1}
+        (data / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
+
+    def ask(*names: str) -> dict[str, Any]:
+        done = Evaluation(tiny_model_dir, Wanted(tasks=list(names), data=data), tmp_path / "out")
+        done.run()
+        return {line["task"]: line["count"] for line in done.results["scores"]}
+
+    assert ask("mmlu_anatomy") == {"mmlu_anatomy": 1}
+    assert ask("mmlu") == {"mmlu": 2}
+    assert ask("mmlu_virology") == {"mmlu": 2, "mmlu_virology": 1}
+    path = data / "mmlu_virology.jsonl"
+    path.write_text(path.read_text() * 2)
+    assert ask("mmlu_virology") == {"mmlu_virology": 2}, "the group's score was of questions past"
+    assert set(json.loads((tmp_path / "out" / RESULTS).read_text())["tasks"]) == set(tasks.GROUPS["mmlu"])
+
+
+def test_a_config_that_was_changed_needs_another_place(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, path)
+    Evaluation(path, wanted(data, limit=1), tmp_path / "out").run()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rope_freq_constant": 77}))
+    with pytest.raises(InputError, match="holds another run's results"):
+        Evaluation(path, wanted(data, limit=1), tmp_path / "out").run()
+
+
+def test_no_numbers_are_no_scores(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    done = Evaluation(tiny_model_dir, wanted(data), tmp_path / "out")
+    norm = done._loaded.model.transformer.norm
+    norm.weight = norm.weight * float("nan")
+    with pytest.raises(ElmError, match=r"arc_easy, item [0-9]+: the model's log-probabilities are no numbers"):
+        done.run()
+    assert (tmp_path / "out" / ITEMS).read_bytes() == b""
+
+
+def test_texts_differ_document_by_document(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    path = data / "tales.jsonl"
+    path.write_text("".join(json.dumps({"text": "the quick fox " * n}) + "\n" for n in range(1, 9)))
+    runs = []
+    for dtype in ("float32", "bfloat16"):
+        done = Evaluation(tiny_model_dir, Wanted(texts=[path]), tmp_path / dtype, compute_dtype=dtype)
+        done.run()
+        runs.append(done.results)
+    (found,) = compare.compare(*runs)
+    row = next(line for line in runs[0]["scores"] if line["metric"] == "bits_per_byte")
+    assert (found.task, found.metric, found.count) == ("tales.jsonl", "bits_per_byte", 8)
+    assert found.first == pytest.approx(row["value"])
+
+
+def test_an_adapters_results_have_a_place_of_their_own(
+    tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = open_model(tiny_model_dir)
+    adapter = adapters.plan(loaded.model.config, rank=2)
+    adapt.attach(loaded.model, adapter)
+    adapt.save(tmp_path / "mine", loaded.model, adapter)
+    monkeypatch.chdir(tmp_path)
+    plain, adapted = (Evaluation(tiny_model_dir, wanted(data, limit=1), adapter=path) for path in (None, Path("mine")))
+    assert adapted.out == Path("evals", f"{tiny_model_dir.name}+mine") and plain.out.name == tiny_model_dir.name
+    adapted.run()
+    config = json.loads(Path("mine/adapter_config.json").read_text())
+    config["lora_parameters"]["scale"] *= 2
+    Path("mine/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"\(adapter [0-9a-f]{8}…, now [0-9a-f]{8}…\)"):
+        Evaluation(tiny_model_dir, wanted(data, limit=1), adapter=Path("mine")).run()

@@ -61,6 +61,7 @@ def test_a_file_is_a_task_and_its_own_examples(tmp_path: Path) -> None:
     assert sources.metrics_of(found.questions) == ("acc_norm", "acc")
     assert sources.load(Chosen(task), None).examples is None
     write(tmp_path / "sums.examples.jsonl", {"query": "9+1=", "choices": ["x"], "gold": 0})
+    assert task.leaves_out and not sources.task_of_file(path).leaves_out  # none of those is a question
     examples = sources.load(Chosen(task, 1), None).examples
     assert examples is not None
     assert [each.example for each in examples] == ["9+1= x"]
@@ -89,6 +90,8 @@ def test_hellaswag_as_text(tmp_path: Path) -> None:
     found = sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions
     assert len(found) == 2
     assert found[0].requests()[3] == ("Roof: A man sits. He", " d")
+    (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.replace("\n", "\r\n").encode()))
+    assert sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions == found
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(b"Roof\n7\na\nb\nc\nd\n"))
     with pytest.raises(InputError, match="line 1: no context, index and four endings"):
         sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
@@ -109,6 +112,24 @@ def test_the_hubs_cache_is_read_where_the_directory_lacks_a_task(hub: Path, tmp_
     assert "hub cache" in found.where
 
 
+def test_a_copy_in_part_gives_no_other_configs_questions(hub: Path) -> None:
+    cached(hub, "allenai/ai2_arc", {"ARC-Easy/test-00000-of-00001.parquet": [ARC]})
+    assert len(sources.load(Chosen(TASKS["arc_easy"]), None).questions) == 1
+    with pytest.raises(sources.Missing, match="no test split of ARC-Challenge; `hf download"):
+        sources.load(Chosen(TASKS["arc_challenge"]), None)
+
+
+def test_a_split_that_lacks_a_file_is_missing(hub: Path) -> None:
+    cached(hub, "allenai/ai2_arc", {"ARC-Easy/test-00001-of-00003.parquet": [ARC]})
+    with pytest.raises(sources.Missing, match="has 1 of 3 files of test"):
+        sources.load(Chosen(TASKS["arc_easy"]), None)
+
+
+def test_a_repository_without_folders_has_one_config(hub: Path) -> None:
+    cached(hub, "allenai/ai2_arc", {"data/test-00000-of-00001.parquet": [ARC]})
+    assert len(sources.load(Chosen(TASKS["arc_challenge"]), None).questions) == 1
+
+
 @pytest.mark.parametrize(
     "name", ["validation.jsonl", "data/validation-00000-of-00001.jsonl", "plain/validation/0.jsonl"]
 )
@@ -120,7 +141,9 @@ def test_splits_are_found_by_files_and_folders(hub: Path, name: str) -> None:
 
 def test_examples_may_come_from_the_hub_for_questions_of_a_file(hub: Path, tmp_path: Path) -> None:
     write(tmp_path / "arc_easy.jsonl", ARC)
-    with pytest.raises(sources.Missing, match="hf download allenai/ai2_arc --repo-type dataset"):
+    with pytest.raises(
+        sources.Missing, match=r"no arc_easy\.examples\.jsonl is .*hf download allenai/ai2_arc --repo-type dataset"
+    ):
         sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path)
     cached(hub, "allenai/ai2_arc", {"ARC-Easy/train.jsonl": [ARC | {"question": "shown"}]})
     examples = sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path).examples

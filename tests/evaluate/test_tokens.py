@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -98,8 +99,17 @@ def test_texts_are_read_from_files_of_every_kind(tiny_tokenizer: Tokenizer, tmp_
     assert found.documents == [0, 1]
 
 
+@pytest.mark.parametrize(("bos", "puts", "first"), [(None, [], 9), (7, [7], 7), (7, [], 7)])
+def test_a_texts_first_token_is_predicted_too(bos: int | None, puts: list[int], first: int) -> None:
+    """From EOS by tokenizers that have no BOS: the harness' prefix token."""
+    tokenizer = SimpleNamespace(bos_id=bos, eos_id=9, encode=lambda text: [*puts, *map(ord, text)])
+    assert tokens.begun("ab", tokenizer) == [first, 97, 98]  # type: ignore[arg-type]
+    nobody = SimpleNamespace(bos_id=None, eos_id=None, encode=lambda text: [97])
+    assert tokens.begun("a", nobody) == [97]  # type: ignore[arg-type]
+
+
 def test_bits_per_byte_and_their_error_over_documents() -> None:
-    text = perplexity.Text([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4])
+    text = perplexity.Text([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4], "")
     logs = [-math.log(2) * 4, -math.log(2) * 4, -math.log(2) * 4]
     found = perplexity.bits_per_byte(text, logs)
     assert found.value == pytest.approx(12 / 8)
