@@ -13,11 +13,15 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from elm_mlx import blas
+
+import mlx.core as mx  # isort: skip
 
 pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux needs a BLAS of its own"),
@@ -121,7 +125,7 @@ def test_without_a_compiler_symbols_are_renamed(cache: Path, made: str) -> None:
     answer = Answer(XDG_CACHE_HOME=str(cache), PATH=path)
     assert answer.fast
     by_compiler = made == "by the compiler" and COMPILER is not None
-    assert (blas.ROWS_BY_GEMV in answer.name) is by_compiler
+    assert (blas.OWN_FEW_ROWS in answer.name) is by_compiler
 
 
 @pytest.mark.parametrize("how", ["a file in its place", "open to others", "under a file"])
@@ -166,13 +170,13 @@ def test_what_cannot_be_made_is_tried_once_a_day(cache: Path, tmp_path: Path) ->
     (tools / "cc").chmod(0o755)
     for _ in range(2):
         answer = Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools))
-        assert answer.fast and blas.ROWS_BY_GEMV not in answer.name
-    assert tried.read_text() == "again\n"
+        assert answer.fast and blas.OWN_FEW_ROWS not in answer.name
+    assert tried.read_text() == "again\n" * 2  # for this processor, and for any
     (failed,) = (cache / "elm-mlx").glob("*.failed")
     assert "no headers here" in failed.read_text()
     os.utime(failed, (0, 0))
     assert Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools)).fast
-    assert tried.read_text() == "again\n" * 2
+    assert tried.read_text() == "again\n" * 4
 
 
 def test_it_can_be_switched_off(cache: Path) -> None:
@@ -284,7 +288,7 @@ def test_this_process_multiplies_with_a_fast_one() -> None:
 
 
 def test_rows_and_columns_of_every_layout_are_right() -> None:
-    """The C that sends them to gemv, on memory that holds NaN, as fresh memory may."""
+    """The C that multiplies few, on memory that holds NaN, as fresh memory may."""
     path = blas.status().path
     if path is None:
         pytest.skip("no fast BLAS here")
@@ -292,6 +296,7 @@ def test_rows_and_columns_of_every_layout_are_right() -> None:
     gemm.restype = None
     draw = random.Random(0)
     shapes = [(1, 1, 1), (1, 33, 19), (1, 2, 300), (33, 1, 19), (2, 1, 300), (17, 9, 21)]
+    shapes += [(2, 8, 8), (3, 5, 31), (4, 3, 64), (7, 4, 9), (16, 11, 40)]
     for (m, n, k), ta, tb, beta in itertools.product(shapes, (111, 112), (111, 112), (0.0, 1.0, 0.5)):
         spare = 3  # rows are longer than they need to be, as a slice of a matrix has them
         lda, ldb, ldc = (k if ta == 111 else m) + spare, (n if tb == 111 else k) + spare, n + spare
@@ -320,3 +325,59 @@ def test_mlx_takes_no_cblas_function_that_we_do_not_give() -> None:
         pytest.skip("MLX's library lies elsewhere on this system")
     wanted = set(re.findall(rb"\0(cblas_[a-z]+)(?=\0)", library.read_bytes()))
     assert {name.decode() for name in wanted} <= set(blas.SYMBOLS)
+
+
+needs_few_rows = pytest.mark.skipif(blas.OWN_FEW_ROWS not in blas.status().name, reason="no C compiler")
+
+
+@needs_few_rows
+def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors() -> None:
+    """To the bit: whether alone or one of sixteen, shared out or not."""
+    matrix = mx.random.normal((3001, 203), key=mx.random.key(1))  # large enough to be shared out, in odd portions
+    rows = mx.random.normal((16, 203), key=mx.random.key(2))
+    together = rows @ matrix.T
+    exact = np.array(rows, np.float64) @ np.array(matrix, np.float64).T
+    assert np.abs(np.array(together) - exact).max() < 2e-5
+    for count in range(1, 17):
+        assert mx.array_equal(rows[:count] @ matrix.T, together[:count])
+    with blas.one_thread():
+        assert mx.array_equal(rows @ matrix.T, together)
+
+
+@needs_few_rows
+def test_products_at_the_same_time_do_not_disturb_each_other() -> None:
+    matrix = mx.random.normal((2000, 160), key=mx.random.key(1))
+    rows = [mx.random.normal((4, 160), key=mx.random.key(key)) for key in range(4)]
+    mx.eval(matrix, rows)
+    expected = [each @ matrix.T for each in rows]
+    mx.eval(expected)
+
+    def multiply(number: int) -> bool:
+        with mx.stream(mx.new_stream(mx.cpu)):
+            return all(mx.array_equal(rows[number] @ matrix.T, expected[number]).item() for _ in range(100))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(multiply, range(4)))
+
+
+FORKED = """
+import ctypes, elm_mlx, os
+import mlx.core as mx
+a, b = mx.ones((4, 300)), mx.ones((2000, 300))
+mx.eval(a @ b.T)
+gemm = ctypes.CDLL(elm_mlx.blas.status().path).cblas_sgemm
+child = os.fork()
+c = (ctypes.c_float * (4 * 2000))()
+x, y = (ctypes.c_float * 1200)(*[1.0] * 1200), (ctypes.c_float * 600000)(*[1.0] * 600000)
+one, zero = ctypes.c_float(1), ctypes.c_float(0)
+gemm(101, 111, 112, 4, 2000, 300, one, x, 300, y, 300, zero, c, 2000)
+assert set(c) == {300.0}
+if child and os.waitpid(child, 0)[1] == 0:
+    print("right in both")
+"""
+
+
+@needs_few_rows
+def test_a_forked_process_multiplies_too() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.returncode) == ("right in both\n", 0), done.stderr

@@ -1,0 +1,171 @@
+/* CBLAS as MLX calls it: products of few rows here, the others by the OpenBLAS of scipy-openblas32, whose names carry
+   a prefix. Compiled by blas.py.
+
+   OpenBLAS packs the matrix for every product. For one row, or a dozen, that takes longer than reading the matrix
+   once, which is all that has to be done: decoding is made of such products, a row for each text. Here they are
+   scalar products along the rows of both sides, a few at a time, so that each number is read once from memory. Each is
+   summed in the same order whatever the number of rows and threads, so a text's logits don't depend on its company.
+
+   Processors take a few columns at a time from what is left: on a machine that others use too, none waits for one that
+   is held up, but for the columns that it has in hand. */
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+
+enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+enum { FEW = 16, LANES = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
+
+void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
+                       int);
+void scipy_cblas_dgemm(int, int, int, int, int, int, double, const double *, int, const double *, int, double, double *,
+                       int);
+void scipy_cblas_cgemm(int, int, int, int, int, int, const void *, const void *, int, const void *, int, const void *,
+                       void *, int);
+void scipy_cblas_sgemv(int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
+int scipy_openblas_get_num_threads(void);
+
+/* What is multiplied: c[i][j] = alpha * a[i] . b[j] + beta * c[i][j], of m rows a and n rows b, k long. */
+struct product {
+  int m, n, k;
+  float alpha, beta;
+  const float *a, *b;
+  float *c;
+  long a_step, b_step, c_step;
+};
+
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
+
+/* Scalar products of I rows with J: as many running sums as registers hold. */
+#define TILE(I, J)                                                                                                  \
+  static void tile_##I##_##J(const struct product *p, int i0, int j0) {                                             \
+    const float *a = p->a + i0 * p->a_step, *b = p->b + j0 * p->b_step;                                             \
+    lanes sums[I][J] = {{{0}}};                                                                                     \
+    int at = 0;                                                                                                     \
+    for (; at + LANES <= p->k; at += LANES) {                                                                       \
+      lanes right[J];                                                                                               \
+      for (int j = 0; j < J; j++) right[j] = *(const lanes *)(b + j * p->b_step + at);                              \
+      for (int i = 0; i < I; i++) {                                                                                 \
+        lanes left = *(const lanes *)(a + i * p->a_step + at);                                                      \
+        for (int j = 0; j < J; j++) sums[i][j] += left * right[j];                                                  \
+      }                                                                                                             \
+    }                                                                                                               \
+    for (int i = 0; i < I; i++)                                                                                     \
+      for (int j = 0; j < J; j++) {                                                                                 \
+        lanes x = sums[i][j];                                                                                       \
+        float sum = ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));                              \
+        for (int q = at; q < p->k; q++) sum += a[i * p->a_step + q] * b[j * p->b_step + q];                         \
+        float *c = p->c + (i0 + i) * p->c_step + j0 + j;                                                            \
+        *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;                                         \
+      }                                                                                                             \
+  }
+TILE(4, 3)
+TILE(3, 3)
+TILE(2, 3)
+TILE(1, 3)
+TILE(1, 1)
+
+static void columns(const struct product *p, int from, int to) {
+  int j = from;
+  for (; j + 3 <= to; j += 3)
+    for (int i = 0; i < p->m; i += 4) switch (p->m - i) {
+        case 1: tile_1_3(p, i, j); break;
+        case 2: tile_2_3(p, i, j); break;
+        case 3: tile_3_3(p, i, j); break;
+        default: tile_4_3(p, i, j);
+      }
+  for (; j < to; j++)
+    for (int i = 0; i < p->m; i++) tile_1_1(p, i, j);
+}
+
+/* One product at a time is shared out. Whoever takes a portion takes the highest that is left, and says when it is
+   done; `left` is at most 0 when there is none, and then `shared` belongs to who holds `sharing`. */
+static struct product shared;
+static int portion;
+static atomic_int left, done;
+static pthread_mutex_t sharing = PTHREAD_MUTEX_INITIALIZER, resting = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t called = PTHREAD_COND_INITIALIZER;
+static int helpers;
+
+static void work(void) {
+  for (int number; (number = atomic_fetch_sub(&left, 1) - 1) >= 0;) {
+    int from = number * portion, to = from + portion;
+    columns(&shared, from, to < shared.n ? to : shared.n);
+    atomic_fetch_add(&done, 1);
+  }
+}
+
+static void *help(void *nothing) {
+  for (;;) {
+    for (int spins = 0; spins < SPINS && atomic_load(&left) <= 0; spins++) sched_yield();
+    pthread_mutex_lock(&resting);
+    while (atomic_load(&left) <= 0) pthread_cond_wait(&called, &resting);
+    pthread_mutex_unlock(&resting);
+    work();
+  }
+  return nothing;
+}
+
+static void forget_helpers(void) { /* a forked process has none */
+  helpers = 0;
+  pthread_mutex_init(&sharing, 0);
+  pthread_mutex_init(&resting, 0);
+  pthread_cond_init(&called, 0);
+}
+
+static void find_helpers(int wanted) {
+  if (helpers >= wanted) return;
+  sigset_t all, kept;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &kept); /* signals are the caller's */
+  for (pthread_t helper; helpers < wanted && !pthread_create(&helper, 0, help, 0); helpers++) pthread_detach(helper);
+  pthread_sigmask(SIG_SETMASK, &kept, 0);
+}
+
+__attribute__((constructor)) static void prepare(void) { pthread_atfork(0, 0, forget_helpers); }
+
+static void few_rows(const struct product *p) {
+  int threads = scipy_openblas_get_num_threads();
+  if (threads < 2 || (long)p->m * p->n * p->k < WORTH_SHARING || pthread_mutex_trylock(&sharing)) {
+    columns(p, 0, p->n);
+    return;
+  }
+  find_helpers(threads - 1);
+  shared = *p;
+  portion = (p->n / (threads * PORTIONS) / 3 + 1) * 3;
+  int portions = (p->n + portion - 1) / portion;
+  atomic_store(&done, 0);
+  pthread_mutex_lock(&resting);
+  atomic_store(&left, portions);
+  pthread_cond_broadcast(&called);
+  pthread_mutex_unlock(&resting);
+  work();
+  while (atomic_load(&done) < portions) sched_yield();
+  pthread_mutex_unlock(&sharing);
+}
+
+void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
+                 const float *b, int ldb, float beta, float *c, int ldc) {
+  int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
+  if (some && m <= FEW && ta == NO_TRANS && tb == TRANS) {
+    few_rows(&(struct product){m, n, k, alpha, beta, a, b, c, lda, ldb, ldc});
+  } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */
+    int step = ta == NO_TRANS ? 1 : lda;
+    scipy_cblas_sgemv(order, tb == NO_TRANS ? TRANS : NO_TRANS, tb == NO_TRANS ? k : n, tb == NO_TRANS ? n : k, alpha,
+                      b, ldb, a, step, beta, c, 1);
+  } else if (some && n == 1) {
+    int step = tb == NO_TRANS ? ldb : 1;
+    scipy_cblas_sgemv(order, ta, ta == NO_TRANS ? m : k, ta == NO_TRANS ? k : m, alpha, a, lda, b, step, beta, c, ldc);
+  } else {
+    scipy_cblas_sgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  }
+}
+void cblas_dgemm(int order, int ta, int tb, int m, int n, int k, double alpha, const double *a, int lda,
+                 const double *b, int ldb, double beta, double *c, int ldc) {
+  scipy_cblas_dgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+void cblas_cgemm(int order, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int lda,
+                 const void *b, int ldb, const void *beta, void *c, int ldc) {
+  scipy_cblas_cgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
