@@ -61,14 +61,15 @@ def _print(done: Average, checkpoints: list[str]) -> None:
     for given, distance in zip(checkpoints, done.distances, strict=True):
         drawn = bar(distance / furthest, _BAR) if furthest else ""
         _say("distance", f"{distance:<#8.2g}  {drawn:<{_BAR}}  {given}")
-    for name, texts in (("note", plan.notes), ("warning", done.warnings)):
-        for text in texts:
-            _say(name, text)
+    for note in plan.notes:
+        _say("note", note)
+    for warning in done.warnings:
+        _say("warning", warning, err=True)
     _say("wrote", f"{done.destination}, {plan.dtype}, {size(plan.nbytes)}")
 
 
-def _say(name: str, text: str) -> None:
-    typer.echo(f"{name:<10}  {printable(text)}")
+def _say(name: str, text: str, err: bool = False) -> None:
+    typer.echo(f"{name:<10}  {printable(text)}", err=err)
 
 
 @contextmanager

@@ -17,9 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from elm_mlx import json_files
+from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_directory
 from elm_mlx.train import checkpoint
+from elm_mlx.train.metrics import ABOUT
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.adapters import has_adapter
@@ -86,8 +89,8 @@ def average(
     Args:
         checkpoints: of our training runs (`RUN/checkpoints/step-…`), or whatever `convert` reads. One is enough.
         destination: the model directory to make. It appears complete or not at all.
-        config: a `config.json` or CoreNet YAML for all of them; by default the one beside each, a run's own for a
-            run's checkpoint.
+        config: a `config.json` or CoreNet YAML for all of them; by default the one beside each, for a run's checkpoint
+            the run's own or that of the model that it started from.
         tokenizer: a SentencePiece model, a directory or repository that has one; by default found like the config.
         dtype: float32, float16 or bfloat16.
         overwrite: replace a model directory that is there.
@@ -110,8 +113,16 @@ def average(
         said = _write(plans, tensors, path, overwrite, partial(_report, on_progress, plans[0].nbytes))
     except OSError as error:
         raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
-    warnings = (*plans[0].warnings, *([said] if said else []))
+    warnings = (*plans[0].warnings, *_guesses(plans[0]), *([said] if said else []))
     return Average(path, replace(plans[0], tensors=tensors), tally.distances(), warnings)
+
+
+def _guesses(plan: Plan) -> list[str]:
+    """What is told of a config that nobody wrote; the shapes of a known model say all of it."""
+    if plan.config_origin != "the shapes":
+        return []
+    context = plan.config.max_context_length
+    return [f"a context of {context:,} tokens, and what else the shapes don't say, is guessed: --config FILE says it"]
 
 
 def _report(on_progress: Callable[[int, int], None], total: int, count: int) -> None:
@@ -147,12 +158,25 @@ def _open(given: str | Path) -> Source:
     weights = path / checkpoint.PARAMETERS
     if weights.is_file():
         path = path if path.parent.name == "checkpoints" else path.resolve()
-        home = path.parent.parent if path.parent.name == "checkpoints" else path
-        return replace(open_source(weights), label=path.name, kind="checkpoint of a run", directory=home)
+        run = path.parent.parent if path.parent.name == "checkpoints" else path
+        source = open_source(weights)
+        return replace(source, label=path.name, kind="checkpoint of a run", directory=_home(run, source))
     found = len(checkpoint.all_of(path)) if path.is_dir() else 0
     if found and not (path / "model.safetensors").is_file():
         raise InputError(f"{given}: is a run with {found} checkpoints: pass --last N, or name some of them")
     return open_source(given)
+
+
+def _home(run: Path, source: Source) -> Path:
+    """Where a run's config and tokenizer are: with it; or, if it trained a model of that shape, still with that."""
+    if (run / "config.json").is_file():
+        return run
+    try:
+        model = Path(json_files.read_object(run / ABOUT)["settings"]["model"])
+        shapes = ModelConfig.load(model / "config.json").shapes()
+    except (InputError, KeyError, TypeError):  # no such run, or the model is gone
+        return run
+    return model if shapes == {name: tensor.shape for name, tensor in source.tensors.items()} else run
 
 
 def _check_same(first: str, expected: Plan, given: str, plan: Plan) -> None:

@@ -281,3 +281,42 @@ def test_the_commands_errors_are_one_line(command: Command, run: Path, tmp_path:
     assert (code, out, err.count("\n")) == (2, "", 1) and "takes the checkpoints of one run, and 2 are named" in err
     code, _, err = command(*last(run, 2), "--out", tmp_path / "mean", "--dtype", "int4")
     assert code == 2 and "--dtype int4: there are float32, float16, bfloat16" in err
+
+
+def test_a_run_that_trained_a_model_has_that_ones_config_and_tokenizer(
+    monkeypatch: pytest.MonkeyPatch, command: Command, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "the quick brown fox"}\n')
+    trained = tmp_path / "trained"
+    lora = ["lora", model, "--data", data, "--out", trained, "--full", "--iters", 2]
+    monkeypatch.setattr(sys, "argv", ["elm-mlx", *map(str, lora)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    code, out, err = command(trained, "--last", 1, "--out", tmp_path / "mean")
+    assert code == 0 and "warning" not in out + err
+    assert ModelConfig.load(tmp_path / "mean" / "config.json") == ModelConfig.load(model / "config.json")
+    assert (tmp_path / "mean" / "tokenizer.model").read_bytes() == (model / "tokenizer.model").read_bytes()
+    assert "chat_template" in json.loads((tmp_path / "mean" / "tokenizer_config.json").read_text())
+
+    # a model of other shapes, or none, is there now
+    other = ModelConfig.load(model / "config.json").with_vocab_size(300)
+    for changed in (json.dumps(other.to_dict()), "{", None):
+        shutil.rmtree(model) if changed is None else (model / "config.json").write_text(changed)
+        code, out, err = command(trained, "--last", 1, "--out", tmp_path / "mean", "--overwrite")
+        assert code == 0 and "config      the shapes\n" in out
+        assert "a context of 2,048 tokens, and what else the shapes don't say, is guessed: --config FILE says it" in err
+        assert "no tokenizer" in err and "warning" not in out
+
+
+@pytest.mark.parametrize("about", ["[]", "{}", '{"settings": null}', '{"settings": {"model": 3}}', "no JSON"])
+def test_a_run_that_does_not_say_what_it_trained(run: Path, tmp_path: Path, about: str) -> None:
+    (run / "config.json").unlink()
+    (run / "run.json").write_text(about)
+    done = average(last(run, 1), tmp_path / "out")
+    assert done.plan.config_origin == "the shapes" and "is guessed" in done.warnings[-1]
+    (tmp_path / "said.json").write_text(json.dumps(CONFIG.to_dict()))
+    assert average(last(run, 1), tmp_path / "other", config=tmp_path / "said.json").warnings == ()
