@@ -114,11 +114,7 @@ def test_data_cannot_command_the_terminal(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_long_example_shows_both_ends(run: Run, tmp_path: Path) -> None:
-    out = run(
-        write(tmp_path / "a.jsonl", {"prompt": "the quick " * 99 + "end", "completion": " dogs"}),
-        "--max-seq-length",
-        999,
-    )[1]
+    out = run(write(tmp_path / "a.jsonl", {"prompt": "the quick " * 50 + "end", "completion": " dogs"}))[1]
     tokens = int(re.search(r"line 1, (\d+) tokens", out)[1])  # type: ignore[index]
     assert f"\n    … {tokens - 240:,} tokens …\n" in out and out.rstrip().endswith("end⟦ dogs</s>⟧")
 
@@ -178,6 +174,7 @@ def test_every_split_is_shown(run: Run, tmp_path: Path) -> None:
         (["nowhere"], "nowhere: no such file or directory"),
         (["a.jsonl", "--format", "csv"], "--format csv: is not one of completion, messages, alpaca, text"),
         (["a.jsonl", "--max-seq-length", "1"], "--max-seq-length 1: an example has two tokens or more"),
+        (["a.jsonl", "--max-seq-length", "513"], "--max-seq-length 513: the model reads 512 tokens at most"),
         (["a.jsonl", "--template", "nowhere"], "nowhere: no chat template"),
         (["a.jsonl", "--model", "nowhere"], "nowhere: no such directory"),
         (["talk.jsonl"], "talk.jsonl, line 1: is a conversation, and the model has no chat template"),

@@ -147,6 +147,8 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
     assert "--loss dpo: is not one of sigmoid, hinge, ipo, orpo" in run(*start, "--loss", "dpo")[2]
     assert "--beta 0.0: has to be positive" in run(*start, "--beta", 0)[2]
     assert "--recipe openelm: there is no such" in run(*start, "--recipe", "openelm")[2]
+    long = "--max-seq-length 1024: the model reads 512 tokens at most, its context; give no more"
+    assert long in run(*start, "--recipe", "openelm-270M")[2]
     (data / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     code, _, err = run(*start)
     assert code == 2 and err.splitlines()[:2] == [

@@ -227,6 +227,7 @@ def test_what_does_not_fit_into_memory_is_refused(
         (("--iters", "0"), "at least 1 update, not 0"),
         (("--compute-dtype", "int8"), "no compute dtype 'int8'"),
         (("--max-seq-length", "1"), "two tokens or more"),
+        (("--max-seq-length", "513"), "--max-seq-length 513: the model reads 512 tokens at most"),
     ],
 )
 def test_what_makes_no_run_is_refused(

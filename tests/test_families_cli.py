@@ -13,7 +13,7 @@ import pytest
 from commands import Run
 from mlx.utils import tree_flatten
 
-from elm_mlx import fuse, store
+from elm_mlx import families, fuse, store
 from elm_mlx.errors import InputError
 from elm_mlx.train.finetune import Data, Finetuning, Method
 
@@ -78,6 +78,15 @@ def test_grad_checkpoint_changes_no_loss(run: Run, family_dirs: dict[str, Path],
         run("lora", family_dirs["olmo2"], "--data", data, "--out", out, "--iters", 3, "--max-seq-length", 64, *options)
         found.append(_losses(out))
     assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_examples_are_as_long_as_the_family_can_read(run: Run, family_dirs: dict[str, Path], data: Path) -> None:
+    context = families.read(family_dirs["llama"]).max_context_length
+    assert run("data", data, "--model", family_dirs["llama"], "--max-seq-length", context)[0] == 0
+    code, _, error = run("data", data, "--model", family_dirs["llama"], "--max-seq-length", context + 1)
+    assert code == 2 and f"the model reads {context} tokens at most" in error
+    # a state has no end
+    assert run("data", data, "--model", family_dirs["mamba"], "--max-seq-length", 1 << 20)[0] == 0
 
 
 def test_an_adapter_of_mlx_lm(family_dirs: dict[str, Path], tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def data(
             tokenizer,
             choose(model, tokenizer, template),
             examples.longest(shape) if max_seq_length is None else max_seq_length,
+            context=shape.max_context_length,
             format=format,
             train_on_prompt=train_on_prompt,
             truncate=truncate,

@@ -69,7 +69,10 @@ class Alignment(Finetuning):
             raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
         tokenizer, template, length = self._encoding()
         data = self._data
-        return pairs.load(data.path, tokenizer, template, length, truncate=data.truncate, skip_bad=data.skip_bad)
+        return pairs.load(
+            data.path, tokenizer, template, length, context=self.config.max_context_length, truncate=data.truncate,
+            skip_bad=data.skip_bad,
+        )  # fmt: skip
 
     def _batches(self, prepared: Prepared, seed: int = 0) -> PairBatches:
         return PairBatches(

@@ -6,7 +6,7 @@ tokens, of files' formats and of batches; imports no MLX.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Prepared:
     """A split's examples, and what became of the rest.
 
     Attributes:
+        max_length, truncate, context: as they were prepared.
         examples: each at most `max_length` tokens.
         sources: file and line of each example.
         lengths: tokens of each whole record, before anything was cut.
@@ -38,6 +39,8 @@ class Prepared:
     """
 
     max_length: int
+    truncate: bool = False
+    context: int | None = None
     examples: list[Example] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -68,9 +71,19 @@ class Prepared:
         if self.cut:
             lines.append(f"{self.cut:,} of {len(self.lengths):,} records {over}: their end is cut off; {longest}")
         if self.left_out:
-            remedy = "" if self.cut else "; --truncate cuts them, a larger --max-seq-length keeps them"
-            lines.append(f"{self.left_out:,} of {len(self.lengths):,} records {over}: left out; {longest}{remedy}")
+            why = ", as cut they would teach nothing" if self.truncate else ""
+            remedies = ", ".join(self._remedies())
+            left_out = f"{self.left_out:,} of {len(self.lengths):,} records {over}: left out{why}; {longest}"
+            lines.append(f"{left_out}; {remedies}" if remedies else left_out)
         return lines
+
+    def _remedies(self) -> Iterator[str]:
+        """What would keep records that were left out."""
+        if not self.truncate:
+            yield "--truncate cuts them"
+        if self.context is None or self.max_length < self.context:
+            all_fit = self.context is None or self.longest[0] <= self.context
+            yield f"a larger --max-seq-length keeps {'them' if all_fit else 'more'}"
 
 
 def longest(config: Config) -> int:
@@ -95,6 +108,7 @@ def load(
     template: Template | None,
     max_length: int,
     *,
+    context: int | None = None,
     format: str | None = None,
     train_on_prompt: bool = False,
     truncate: bool = False,
@@ -103,21 +117,31 @@ def load(
     """All the examples of a file or directory by split, `train` first; see `records.read` and `prepare`.
 
     Args:
+        context: tokens that the model reads, if it is known: `max_length` is no more.
         skip_bad: leave bad records out; `Prepared.bad` names them.
 
     Raises:
         BadRecords: some are, and not to be skipped.
-        InputError: no example is left of a split; or as `records.read`.
+        InputError: no example is left of a split; as `check_length`, or as `records.read`.
         ElmError: as `records.read`.
     """
-    if max_length < 2:
-        raise InputError(f"--max-seq-length {max_length}: an example has two tokens or more")
+    check_length(max_length, context)
     splits = {
-        name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate)
+        name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate, context)
         for name, split in records.read(path, format).items()
     }
     check(path, splits, skip_bad)
     return splits
+
+
+def check_length(max_length: int, context: int | None) -> None:
+    """Raises InputError where examples of `max_length` tokens are none, or more than the model reads."""
+    if max_length < 2:
+        raise InputError(f"--max-seq-length {max_length}: an example has two tokens or more")
+    if context is not None and max_length > context:
+        raise InputError(
+            f"--max-seq-length {max_length}: the model reads {context} tokens at most, its context; give no more"
+        )
 
 
 def check(path: Path, splits: Mapping[str, Prepared], skip_bad: bool) -> None:
@@ -138,6 +162,7 @@ def prepare(
     max_length: int,
     train_on_prompt: bool = False,
     truncate: bool = False,
+    context: int | None = None,
 ) -> Prepared:
     """Encodes a split's records and holds them to `max_length` tokens, two or more.
 
@@ -147,12 +172,13 @@ def prepare(
     Args:
         template: None for a base model, which continues plain text.
         train_on_prompt: the loss counts every token.
+        context: tokens that the model reads, if it is known; for what is told of records that are left out.
 
     Raises:
         InputError: there are conversations, and no template.
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
-    prepared = Prepared(max_length, bad=list(split.bad))
+    prepared = Prepared(max_length, truncate, context, bad=list(split.bad))
     for record in split.records:
         if template is None and isinstance(record, Conversation):
             raise InputError(

@@ -228,8 +228,8 @@ class Finetuning:
         data = self._data
         tokenizer, used, length = self._encoding()
         return examples.load(
-            data.path, tokenizer, used, length, format=data.format, train_on_prompt=data.train_on_prompt,
-            truncate=data.truncate, skip_bad=data.skip_bad,
+            data.path, tokenizer, used, length, context=self.config.max_context_length, format=data.format,
+            train_on_prompt=data.train_on_prompt, truncate=data.truncate, skip_bad=data.skip_bad,
         )  # fmt: skip
 
     def _encoding(self) -> tuple[Tokenizer, Template | None, int]:

@@ -128,6 +128,7 @@ def load(
     template: Template | None,
     max_length: int,
     *,
+    context: int | None = None,
     truncate: bool = False,
     skip_bad: bool = False,
 ) -> dict[str, Prepared]:
@@ -136,10 +137,9 @@ def load(
     Raises:
         BadRecords, InputError, ElmError: as `examples.load`.
     """
-    if max_length < 2:
-        raise InputError(f"--max-seq-length {max_length}: an answer to something has two tokens or more")
+    examples.check_length(max_length, context)
     splits = {
-        name: prepare(entries, tokenizer, template, max_length, truncate)
+        name: prepare(entries, tokenizer, template, max_length, truncate, context)
         for name, entries in records.values(path, COLUMNS).items()
     }
     examples.check(path, splits, skip_bad)
@@ -152,6 +152,7 @@ def prepare(
     template: Template | None,
     max_length: int,
     truncate: bool = False,
+    context: int | None = None,
 ) -> Prepared:
     """Encodes pairs and holds both answers, each with its prompt, to `max_length` tokens.
 
@@ -160,6 +161,7 @@ def prepare(
     Args:
         entries: values with where they stand, as `records.values`.
         template: None for a base model, which continues plain text.
+        context: as of `examples.prepare`.
 
     Returns:
         Of each pair two examples, the preferred answer's first: all else counts pairs, of which a length is that of
@@ -169,7 +171,7 @@ def prepare(
         InputError: there are messages, and no template.
     """
     encoder = Encoder(tokenizer, template)
-    prepared = Prepared(max_length)
+    prepared = Prepared(max_length, truncate, context)
     for where, value in entries:
         try:
             if isinstance(value, BadRecord):

@@ -63,8 +63,36 @@ class TestLength:
         assert prepared.examples[1] == Example(whole.ids[:32], whole.trained[:32])
         assert [line.partition(";")[0] for line in prepared.warnings()] == [
             "1 of 3 records longer than 32 tokens: their end is cut off",
-            "1 of 3 records longer than 32 tokens: left out",
+            "1 of 3 records longer than 32 tokens: left out, as cut they would teach nothing",
         ]
+
+    @pytest.mark.parametrize(
+        ("truncate", "context", "remedy"),
+        [
+            (False, None, "; --truncate cuts them, a larger --max-seq-length keeps them"),
+            (False, 512, "; --truncate cuts them, a larger --max-seq-length keeps them"),
+            (False, 64, "; --truncate cuts them, a larger --max-seq-length keeps more"),
+            (False, 32, "; --truncate cuts them"),
+            (True, 512, "; a larger --max-seq-length keeps them"),
+            (True, 32, ""),
+        ],
+    )
+    def test_what_is_advised_would_help(
+        self, tokenizer: Tokenizer, truncate: bool, context: int | None, remedy: str
+    ) -> None:
+        record = Completion("f, line 1", "the quick brown" * 30, " fox")
+        (line,) = prepare(Split([record]), tokenizer, None, 32, truncate=truncate, context=context).warnings()
+        assert (
+            line.partition(f"the longest, f, line 1, has {len(Encoder(tokenizer, None).encode(record).ids)}")[2]
+            == remedy
+        )
+
+    def test_no_example_is_longer_than_what_the_model_reads(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": "the fox"}\n')
+        assert load(path, tokenizer, None, 64, context=64)["train"].context == 64
+        with pytest.raises(InputError, match="--max-seq-length 65: the model reads 64 tokens at most"):
+            load(path, tokenizer, None, 65, context=64)
 
     def test_truncate_cuts_texts_too(self, tokenizer: Tokenizer) -> None:
         prepared = prepare(Split([Text("f", "the fox " * 40)]), tokenizer, None, 16, truncate=True)
