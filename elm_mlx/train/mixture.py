@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -78,6 +79,7 @@ class Feed:
         on_wrong: Callable[[str], None],
     ) -> None:
         self.source, self.counts = source, Counts()
+        self.first: Counts | None = None  # of the first epoch, once it has ended here
         self.position = Position()  # of the document after the last
         self.last = Position()  # of the last that was kept
         self._from, self._pool, self._ahead, self._on_wrong = read, pool, ahead, on_wrong
@@ -135,7 +137,7 @@ class Feed:
     def resume(self, state: dict[str, Any]) -> None:
         self.position = Position(*map(int, state["next"]))
         self._kept = int(state["kept"])
-        self.counts = Counts(**state["counts"])
+        self.counts, self.first = Counts(**state["counts"]), None
         self.counts.dropped, self.counts.broken = dict(self.counts.dropped), list(self.counts.broken)
         self._begin()
 
@@ -177,6 +179,8 @@ class Feed:
                 bad = f"{counts.bad:,} bad" if counts.bad else ""
                 left = "; ".join(filter(None, (dropped, bad, *counts.broken)))
                 raise InputError(f"{self.source.name}: none of its {counts.read:,} documents is kept: {left}")
+            if self.position.epoch == 0:
+                self.first = deepcopy(counts)
             self._kept = 0
         self.position = Position(position.epoch, position.file, position.number + 1)
         counts.epoch, counts.read = position.epoch, counts.read + 1

@@ -24,7 +24,9 @@ class Part:
     """One source in a sample.
 
     Attributes:
-        wanted, share: of the mixture's tokens, from 0 to 1: as the weights say, and as it was.
+        counts: of its first epoch.
+        wanted, share: of the mixture's tokens, from 0 to 1: as the weights say, and as it was. A source that ended
+            before others began again, and its every token counts here.
     """
 
     source: Source
@@ -38,7 +40,7 @@ class Sample:
     """What a look at a mixture found.
 
     Attributes:
-        tokens: that were prepared, from its beginning.
+        tokens: that were found, from its beginning, each once.
         seconds: that took, with all workers; without their start, and without looking for duplicates.
         opening_seconds: what came before: finding files, looking for duplicates, starting the workers.
         whole: whether it was every source's every document, at least once.
@@ -88,10 +90,11 @@ def sample(
                 break
             next(batches)
         seconds = time.perf_counter() - started
-        found = batches.counts()
-    total, weights = sum(counts.tokens for counts in found), sum(source.weight for source in sources)
+        mixed, once = batches.counts(), batches.first_epochs()
+    prepared, weights = sum(counts.tokens for counts in mixed), sum(source.weight for source in sources)
     parts = [
-        Part(source, counts, source.weight / weights, counts.tokens / total)
-        for source, counts in zip(sources, found, strict=True)
+        Part(source, counts, source.weight / weights, repeated.tokens / prepared)
+        for source, counts, repeated in zip(sources, once, mixed, strict=True)
     ]
-    return Sample(parts, total, seconds * total / max(1, total - first), started - begun, whole)
+    total = sum(counts.tokens for counts in once)
+    return Sample(parts, total, seconds * total / max(1, prepared - first), started - begun, whole)

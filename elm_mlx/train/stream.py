@@ -141,7 +141,19 @@ class TextBatches:
 
     def counts(self) -> list[Counts]:
         """Of each source, in this process, up to the end of the block under way."""
-        return _totals([[Counts(**each["counts"]) for each in lane["sources"]] for lane in self._next.values()])
+        return _totals(self._counts())
+
+    def first_epochs(self) -> list[Counts]:
+        """As `counts`, but of each source's first epoch alone; of batches that were not resumed."""
+        return _totals(
+            [
+                [
+                    counts if counts.epoch == 0 else feed.first or counts
+                    for counts, feed in zip(lane, feeds, strict=True)
+                ]
+                for lane, feeds in zip(self._counts(), (mixture.feeds for mixture in self._mixtures), strict=True)
+            ]
+        )
 
     def state(self) -> dict[str, Any]:
         """Where the iterator stands, as JSON's types: what `resume` takes. All processes call it at once."""
@@ -214,6 +226,10 @@ class TextBatches:
             run_ahead = ahead(self._reading.workers, files.source.weight, weights)
             feeds.append(Feed(files.source, read, self._pool, run_ahead, self._wrong))
         return feeds
+
+    def _counts(self) -> list[list[Counts]]:
+        """Of each shard's sources."""
+        return [[Counts(**each["counts"]) for each in lane["sources"]] for lane in self._next.values()]
 
     def _positions(self) -> dict[str, Any]:
         return {str(shard): mixture.state() for shard, mixture in zip(self._own, self._mixtures, strict=True)}

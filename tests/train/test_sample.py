@@ -29,6 +29,23 @@ def test_all_of_a_small_mixture(tmp_path: Path, tiny_tokenizer_file: Path) -> No
     assert found.tokens_per_second == found.tokens / found.seconds > 0
 
 
+@pytest.mark.parametrize("count", [1, 7])
+def test_each_document_counts_once(tmp_path: Path, tiny_tokenizer_file: Path, count: int) -> None:
+    values = texts.texts(count, words=(300, 400))
+    found = sample(
+        [Source(str(texts.write(tmp_path / "a.jsonl", values)), weight=9),
+         Source(str(texts.write(tmp_path / "b.jsonl", ["short", *texts.texts(1, 5, (900, 900))])))],
+        tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=0),
+    )  # fmt: skip
+    tokens = sum(len(texts.encoded(tiny_tokenizer_file, text)) for text in values)
+    ours, other = (part.counts for part in found.parts)
+    assert (ours.read, ours.kept, ours.tokens, ours.epoch) == (count, count, tokens, 0)
+    assert (other.read, other.kept, other.dropped["short"]) == (2, 1, 1)
+    assert found.whole and found.tokens == ours.tokens + other.tokens
+    # what the mixture repeats of the one is its share all the same
+    assert found.parts[0].share > 0.8
+
+
 def test_the_beginning_of_a_large_one(tmp_path: Path, tiny_tokenizer_file: Path) -> None:
     path = texts.write(tmp_path / "a.jsonl", texts.texts(300, words=(90, 120)))
     found = sample([Source(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=1), 20_000)
