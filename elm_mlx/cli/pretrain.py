@@ -86,9 +86,11 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
 
 def _outcome(run: Pretraining, result: Result) -> list[tuple[str, str]]:
     lines = training.ended(result)
-    for source, counts in zip(run.sources, run.batches.counts(), strict=True):
+    for source, counts in zip(run.sources, run.batches.counts(), strict=True) if run.batches.under_way else ():
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
         kept = f"{counts.kept:,} of {counts.read:,} documents kept, {counts.tokens:,} tokens, epoch {counts.epoch + 1}"
         lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
+    if run.batches.under_way:
+        lines.append(("trained", f"on {result.progress.tokens // run.world:,} of these tokens"))
     lines.append(("wrote", f"{run.out}; try: elm-mlx average --last 5 {run.out} --out DIR"))
     return lines

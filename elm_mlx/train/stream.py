@@ -139,6 +139,11 @@ class TextBatches:
         """Tells by: what the batches depend on, but for `rank` and `world`."""
         return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a batch has been read, since `resume` if that was called."""
+        return self._taken is not None
+
     def counts(self) -> list[Counts]:
         """Of each source, in this process, up to the end of the block under way."""
         return _totals(self._counts())
