@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,54 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
     assert code == 2 and "was trained on other data" in err
 
 
+def test_what_is_read_is_what_is_trained_on(run: Run, config: Path, tmp_path: Path) -> None:
+    """A window that nobody chose is no larger than the run; one that somebody did is."""
+    config.write_text(config.read_text().replace("window = 2048\n", ""))
+    made = tables.read(config, recipe.Recipe)
+    assert made.reading().window == 1536 and made.reading(world=2).window == 3072
+    assert tables.read(config, recipe.Recipe, ["optimizer.steps=100000"]).reading().window == 1 << 22
+    assert tables.read(config, recipe.Recipe, ["data.window=9999"]).reading().window == 9999
+    for name, options in (("small", ()), ("large", ("--set", "data.window=50000"))):
+        code, text, err = run("pretrain", config, "--out", tmp_path / name, *options)
+        assert code == 0, err
+        found = re.search(r"read      .*: (\d+) of \d+ documents kept, ([\d,]+) tokens, epoch (\d+)\n", text)
+        assert found and "trained   on 1,536 of these tokens\n" in text
+        documents, tokens, epoch = (int(number.replace(",", "")) for number in found.groups())
+        longest = 400
+        assert (1536 <= tokens < 1536 + longest and epoch == 1 and documents < 60) is (name == "small")
+        assert (tokens >= 50_000 and epoch > 1 and documents > 60) is (name == "large")
+
+
+def test_a_finished_run_that_is_resumed_has_read_nothing(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert "\nread  " in run("pretrain", config, "--out", out)[1]
+    code, text, err = run("pretrain", config, "--out", out, "--resume")
+    assert code == 0, err
+    assert "done      6 updates, 1,536 tokens" in text and "\nread  " not in text and "of these tokens" not in text
+
+
+def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_path: Path) -> None:
+    """They had four million tokens whatever the run (here fewer); it goes on as it was, if it is told to."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    earlier = ("--set", "data.window=8192", "--set", "data.workers=0")
+    config.write_text(config.read_text().replace("window = 2048\n", ""))
+    assert run("pretrain", config, "--out", whole, *earlier)[0] == 0
+    shutil.copytree(whole, cut)
+    for step in (4, 6):
+        shutil.rmtree(checkpoint.directory(cut, step))
+    before = sorted(path.name for path in (cut / "checkpoints").iterdir())
+    code, _, err = run("pretrain", config, "--out", cut, "--resume")
+    assert code == 2 and "shuffled windows of 8192 tokens, and this recipe now makes them of 1536" in err
+    assert "--set data.window=8192 goes on with the former" in err and err.count("\n") == 1
+    assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == before
+    assert run("pretrain", config, "--out", cut, "--resume", *earlier)[0] == 0
+    assert updates(cut) == updates(whole)
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    (checkpoint.newest(cut) / checkpoint.STATE).write_text("{")
+    code, _, err = run("pretrain", config, "--out", cut, "--resume")
+    assert code == 2 and "is no state of a checkpoint" in err
+
+
 def test_two_processes_are_one_with_twice_the_batch(config: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "elm_mlx", "pretrain", str(config), "--set", "data.workers=0"]
     # As many streams of documents on both sides, or they would be dealt otherwise.
@@ -162,7 +211,7 @@ def test_a_look_at_the_mixture(run: Run, config: Path, tmp_path: Path) -> None:
     assert code == 0 and "texts.jsonl, line 62: " in err
     assert "all there is" in text and "tokens/s with 1 worker" in text
     assert "share     100.0% of the tokens; the weights say 100.0%" in text
-    assert "kept      61 of 63 documents" in text and "dropped   1 short" in text and "bad       1 record" in text
+    assert "kept      60 of 62 documents" in text and "dropped   1 short" in text and "bad       1 record" in text
     assert "PATH is missing" in run("data")[2]
 
 

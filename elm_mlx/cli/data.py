@@ -94,9 +94,7 @@ def _print_mixture(config: Path) -> None:
     from elm_mlx.train import recipe, sample, tables
 
     plan = tables.read(config, recipe.Recipe)
-    found = sample.sample(
-        plan.data.sources, Path(plan.tokenizer), plan.filters, plan.data.reading(plan.run), on_wrong=_warn
-    )
+    found = sample.sample(plan.data.sources, Path(plan.tokenizer), plan.filters, plan.reading(), on_wrong=_warn)
     what = "all there is" if found.whole else "from the beginning"
     speed = f"{found.tokens_per_second:,.0f} tokens/s with {counted(plan.data.workers, 'worker')}"
     print(f"{found.tokens:,} tokens, {what}; {speed}, after {found.opening_seconds:.1f} s to start")

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, files, shards
+from elm_mlx import device, files, json_files, shards
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
@@ -66,7 +66,7 @@ class Pretraining:
         group = mx.distributed.init()
         self.world, self.leads = group.size(), bool(group.rank() == 0)
         self.batches = TextBatches(
-            recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.data.reading(recipe.run),
+            recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.reading(self.world),
             rank=group.rank(), world=self.world, cache=duplicates.default_cache(), on_wrong=on_wrong, gather=gather,
         )  # fmt: skip
 
@@ -78,8 +78,7 @@ class Pretraining:
 
     @property
     def tokens_per_update(self) -> int:
-        run, data = self._recipe.run, self._recipe.data
-        return run.batch_size * run.accumulate * self.world * data.sequence_length
+        return self._recipe.tokens_per_update(self.world)
 
     def load(self) -> memory.Load:
         """What the run asks of the machine."""
@@ -108,6 +107,8 @@ class Pretraining:
         """
         if not resume and checkpoint.all_of(self.out):
             raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
+        if resume:
+            self._check_window()
         model = Model(self.config)
         initial.draw(model, self._recipe.run.seed)
         validation = list(self._validation())
@@ -123,6 +124,24 @@ class Pretraining:
             with files.new_file(self.out / "model.safetensors") as file:
                 shards.write_arrays(file, dict(tree_flatten(model.parameters())))
         return result
+
+    def _check_window(self) -> None:
+        """Says how to go on with a run whose window was another because nobody chose it: an earlier version's always
+        had four million tokens.
+
+        Raises:
+            InputError: it was.
+        """
+        newest, now = checkpoint.newest(self.out), self._recipe.reading(self.world).window
+        try:
+            before = json_files.read_object(newest / checkpoint.STATE)["progress"]["data"]["window"]
+        except (InputError, KeyError, TypeError):  # of which the loop says what is wrong
+            return
+        if self._recipe.data.window is None and before != now:
+            raise InputError(
+                f"{newest}: shuffled windows of {before} tokens, and this recipe now makes them of {now}; "
+                f"--set data.window={before} goes on with the former"
+            )
 
     def _describe(self) -> None:
         """What makes a model directory of `out`, but for the weights; and what the run was asked for."""

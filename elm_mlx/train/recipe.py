@@ -19,6 +19,7 @@ from elm_mlx.train.stream import Reading
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
 _ROWS = 2048  # sequences of an update: 4M tokens
+_WINDOW = 1 << 22  # tokens that are shuffled with one another
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class Data:
 
     Args:
         sequence_length: tokens of a row; documents are packed end to end.
-        window: tokens that are shuffled with one another.
+        window: tokens that are shuffled with one another, and so are read before the first update (default: 4194304,
+            or as many as the run trains on where that is less).
         segments: let attention keep to a document; otherwise a row is one text, as in the paper.
         shards: streams that documents are dealt to; a multiple of the number of processes, which is the default.
         workers: processes that filter and tokenize; 0 to do it in the training process.
@@ -138,7 +140,7 @@ class Data:
 
     sources: tuple[Source, ...]
     sequence_length: int = 2048
-    window: int = 1 << 22
+    window: int | None = None
     segments: bool = False
     shards: int | None = None
     workers: int = 1
@@ -146,12 +148,6 @@ class Data:
     max_broken: int = 0
     validation: str | None = None
     validation_rows: int = 256
-
-    def reading(self, run: Run) -> Reading:
-        return Reading(
-            run.batch_size, self.sequence_length, run.seed, self.window, self.segments, self.shards, self.workers,
-            self.max_bad, self.max_broken,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -168,6 +164,21 @@ class Recipe:
     optimizer: Optimizer
     filters: Filters = field(default_factory=Filters)
     run: Run = field(default_factory=Run)
+
+    def tokens_per_update(self, world: int = 1) -> int:
+        """Of all of `world` processes together."""
+        return self.run.batch_size * self.run.accumulate * world * self.data.sequence_length
+
+    def reading(self, world: int = 1) -> Reading:
+        """How each of `world` processes reads the mixture."""
+        data, run = self.data, self.run
+        window = data.window
+        if window is None:
+            window = min(_WINDOW, self.optimizer.steps * self.tokens_per_update(world))
+        return Reading(
+            run.batch_size, data.sequence_length, run.seed, window, data.segments, data.shards, data.workers,
+            data.max_bad, data.max_broken,
+        )  # fmt: skip
 
 
 def settings(optimizer: Optimizer, run: Run) -> Settings:
