@@ -122,7 +122,9 @@ def array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    """Each row from number `start` on: its number from 0, its row group, and those of `columns` that there are.
+    """Each row from number `start` on: its number from 0, its row group, and its values.
+
+    Of a column that is none of `columns` the value is not read, and None, but its name is there to be told.
 
     Raises:
         InputError: the file, or a part of it, cannot be read.
@@ -135,7 +137,8 @@ def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tupl
         raise ElmError(f"{path}: Parquet needs pyarrow: pip install 'elm-mlx[parquet]'") from None
     try:
         with reader.ParquetFile(path) as file:
-            present = [name for name in file.schema_arrow.names if name in columns]
+            names = file.schema_arrow.names
+            present, unread = [name for name in names if name in columns], dict.fromkeys(names)
             row = 0
             for group in range(file.num_row_groups):
                 size = file.metadata.row_group(group).num_rows
@@ -145,7 +148,7 @@ def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tupl
                 for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=present):
                     for value in batch.to_pylist():
                         if row >= start:
-                            yield row, group, value
+                            yield row, group, unread | value
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None

@@ -206,8 +206,8 @@ def _json(path: Path, key: str, separator: str | None, start: int) -> Iterator[t
 
 def _rows(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
     for number, group, value in formats.parquet(path, (key,), start):
-        if not value:
-            raise InputError(f"{path}: has no column `{key}`")
+        if key not in value:
+            raise InputError(f"{path}: has no column `{key}`; it has {formats.keys_of(value)}")
         yield number, f"{path}, row {number + 1} (row group {group})", _content(value, key)
 
 

@@ -70,6 +70,10 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
     table = pyarrow.table({"text": [str(number) for number in range(2500)], "other": list(range(2500))})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1100)
     every = list(formats.parquet(tmp_path / "a.parquet", ("text",)))
-    assert [row for row, _, _ in every] == list(range(2500)) and every[1200] == (1200, 1, {"text": "1200"})
+    assert [row for row, _, _ in every] == list(range(2500)) and every[1200] == (
+        1200,
+        1,
+        {"text": "1200", "other": None},
+    )
     for start in (0, 1, 1099, 1100, 2499, 2500, 9999):
         assert list(formats.parquet(tmp_path / "a.parquet", ("text",), start)) == every[start:]

@@ -135,7 +135,7 @@ class TestDocuments:
         assert isinstance(bad[2], BadRecord) and str(bad[2]) == "`body` is null, and not a text"
         assert read(path, "body", start=2) == [last]
         ((_, _, broken),) = read(path, "text")
-        assert isinstance(broken, Broken) and str(broken) == f"{path}: has no column `text`"
+        assert isinstance(broken, Broken) and str(broken) == f"{path}: has no column `text`; it has `body`"
 
     def test_a_text_file_is_a_document(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes("\ufeffnaïve\r\n\r\nb\n".encode())

@@ -103,6 +103,17 @@ class TestFiles:
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
         assert bare(read(tmp_path / "a.parquet")["train"].records) == [((USER, ASSISTANT),)]
 
+    def test_other_columns_of_parquet_are_named(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        bad, same = ([line.partition(": ")[2] for line in read(tmp_path / name)["train"].bad] for name in
+                     ("a.parquet", "a.jsonl"))  # fmt: skip
+        assert bad == same and len(bad) == 2 and bad[0].endswith("`text`; it has `question`, `answer`")
+
     def test_parquet_without_pyarrow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1")
         real = builtins.__import__
