@@ -97,6 +97,8 @@ def test_a_fast_one_is_made_once_and_kept(cache: Path, scratch: Path) -> None:
     first = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
     assert first.fast and first.name.startswith("OpenBLAS (scipy-openblas32)")
     (kept,) = (cache / "elm-mlx").glob("*.so")
+    page = (Path(__file__).parents[1] / "docs" / "info.md").read_text("utf-8")
+    assert all(re.search(r"libcblas\w+-[0-9a-f]{16}-\d+\.so\b", text) for text in (kept.name, page))
     assert first.path == str(kept) and kept.parent.stat().st_mode & 0o777 == 0o700
     before = kept.stat()
     second = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
