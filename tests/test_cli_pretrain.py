@@ -176,8 +176,27 @@ def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
     assert made.run.batch_size * made.run.accumulate * made.data.sequence_length == 4_194_304
     code, _, err = run("pretrain", "--init", path)
     assert code == 2 and "is there already" in err
+    code, _, err = run("pretrain", path, "--data", "a.txt")
+    assert code == 2 and "--data goes into what --init writes" in err
     code, _, err = run("pretrain", "--init", tmp_path / "other", "--preset", "OpenELM-2B")
-    assert code == 2 and "no preset 'OpenELM-2B'" in err
+    assert code == 2 and "no preset 'OpenELM-2B'; there are small, OpenELM-270M" in err
+
+
+def test_three_commands_make_a_model_of_ones_own_text(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"{first}{second}" for first in ("st", "br", "l", "th") for second in ("ory", "own", "azy", "ings")]
+    lines = (f"{words[i % 16]} {words[i * i % 13]} {words[i // 7 % 16]} {i}.\n" for i in range(2000))
+    Path("own.txt").write_text("".join(lines))
+    assert run("train-tokenizer", "own.txt", "--out", "tokenizer.model", "--vocab-size", 300)[0] == 0
+    code, said, _ = run("pretrain", "--init", "recipe.toml", "--data", "own.txt")
+    assert code == 0 and "learns from own.txt, in the tokens of tokenizer.model" in said
+    assert tables.read(Path("recipe.toml"), recipe.Recipe) == recipe.preset("small", "own.txt")
+    steps = ("--set", "optimizer.steps=2", "--set", "optimizer.warmup=1", "--set", "run.batch_size=1")
+    code, _, err = run("pretrain", "recipe.toml", "--out", "run", *steps)
+    assert code == 0, err
+    assert load(Path("run"))[0].config.max_context_length == 512 and len(updates(Path("run"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,11 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model.")] = None,
     init: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a recipe to start from, and end.")] = None,
     preset: Annotated[
-        str, typer.Option(help="Of --init: OpenELM-270M, OpenELM-450M, OpenELM-1_1B or OpenELM-3B.")
-    ] = "OpenELM-270M",
+        str, typer.Option(help="Of --init: small, OpenELM-270M, OpenELM-450M, OpenELM-1_1B or OpenELM-3B.")
+    ] = "small",
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Of --init: the text to train on, as own.txt or data/*.jsonl.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
     ] = None,
@@ -36,8 +39,10 @@ def pretrain(
     from elm_mlx.train import tables
 
     if init is not None:
-        _init(init, preset)
+        _init(init, preset, data)
         return
+    if data is not None:
+        raise InputError("--data goes into what --init writes; CONFIG names its own sources")
     if config is None or out is None:
         raise InputError(f"{'CONFIG' if config is None else '--out'} is missing; --init FILE writes a first recipe")
     from elm_mlx import device
@@ -59,14 +64,18 @@ def pretrain(
         raise typer.Exit(130)
 
 
-def _init(path: Path, preset: str) -> None:
+def _init(path: Path, preset: str, data: str | None) -> None:
     from elm_mlx import files
     from elm_mlx.train import recipe, tables
 
     if path.exists():
         raise InputError(f"{path}: is there already; choose another name")
-    files.write_text(path, tables.write(recipe.preset(preset), _ABOUT))
-    print(f"wrote {path}; fill in tokenizer and data, then: elm-mlx pretrain {path} --out run")
+    made = recipe.preset(preset) if data is None else recipe.preset(preset, data)
+    files.write_text(path, tables.write(made, _ABOUT))
+    print(
+        f"wrote {path}: learns from {made.data.sources[0].path}, in the tokens of {made.tokenizer}, which must be there"
+    )
+    print(f"then: elm-mlx pretrain {path} --out run")
 
 
 def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:

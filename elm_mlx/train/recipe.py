@@ -1,4 +1,4 @@
-"""A pretraining run's choices and what each means, with the paper's values as presets.
+"""A pretraining run's choices and what each means, with the paper's values and some for small texts as presets.
 
 Knows the sections of the file that `elm-mlx pretrain` reads. Knows nothing of TOML, and of how a choice is carried out.
 """
@@ -20,6 +20,7 @@ from elm_mlx.train.stream import Reading
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
 _ROWS = 2048  # sequences of an update: 4M tokens
 _WINDOW = 1 << 22  # tokens that are shuffled with one another
+SMALL = "small"
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,24 @@ def _one_or_two(multipliers: Sequence[float]) -> float | tuple[float, float]:
     return multipliers[0], multipliers[1]
 
 
-def preset(name: str) -> Recipe:
-    """The paper's recipe for one of its models; tokenizer and data are to be filled in.
+def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
+    """The paper's recipe for one of its models, or `SMALL`: what a laptop learns of a few megabytes in minutes.
+
+    Args:
+        text: the path of what is trained on.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such preset.
     """
+    sources = (Source(text),)
+    if name == SMALL:
+        return Recipe(
+            "tokenizer.model",
+            Shape(8, 192, 32, num_gqa_groups=2, ffn_dim_divisor=64, context=512),
+            Data(sources, sequence_length=512, window=1 << 18, validation_rows=64),
+            Optimizer(4e-3, steps=1_000, warmup=100),
+            run=Run(batch_size=4, accumulate=1, eval_every=100, save_every=100),
+        )
     if name not in PRESETS:
-        raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
-    num_layers, model_dim, head_dim = PRESETS[name]
-    data = Data((Source("data/*.jsonl.gz"),))
-    return Recipe("tokenizer.model", Shape(num_layers, model_dim, head_dim), data, Optimizer(_LEARNING_RATES[name]))
+        raise InputError(f"no preset {name!r}; there are {', '.join((SMALL, *PRESETS))}")
+    return Recipe("tokenizer.model", Shape(*PRESETS[name]), Data(sources), Optimizer(_LEARNING_RATES[name]))

@@ -271,8 +271,8 @@ def _explained(reason: str, vocab_size: int) -> ElmError:
     asked = f"--vocab-size {vocab_size}"
     if most := re.search(r"Please set it to a value <= (\d+)", reason):
         return InputError(
-            f"{asked}: the data gives at most {most[1]} pieces; give --vocab-size {most[1]} or less (a megabyte of text "
-            "does with 4096), or more data"
+            f"{asked}: the data gives at most {most[1]} pieces; give --vocab-size {most[1]} or less (a megabyte of "
+            "text does with 4096), or more data"
         )
     if least := re.search(r"smaller than required_chars\. -?\d+ vs (\d+)", reason):
         return InputError(
