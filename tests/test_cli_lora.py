@@ -25,6 +25,7 @@ from elm_mlx import device, roofline
 from elm_mlx.cli.training import parse_rank
 from elm_mlx.errors import InputError
 from elm_mlx.store import load
+from elm_mlx.train import checkpoint
 
 
 @pytest.fixture
@@ -190,6 +191,42 @@ def test_ctrl_c_on_a_terminal_saves_and_ends(tiny_model_dir: Path, data: Path, t
     assert load(tiny_model_dir, adapter_path=tmp_path / "out")[0] is not None
 
 
+def test_a_closed_terminal_loses_nothing(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["-m", "elm_mlx", "lora", tiny_model_dir, "--data", data, "--out", out, "--iters", 100_000]
+    child = pexpect.spawn(sys.executable, list(map(str, arguments)), timeout=60, encoding="utf-8", dimensions=(40, 140))
+    child.expect(r"tokens/s")  # the bar
+    child.ptyproc.fileobj.close()  # what is written now fails, and SIGHUP comes
+    assert child.wait() == 130 and (out / "adapters.safetensors").exists()
+    made = [step for step, _ in updates(out)]
+    assert checkpoint.newest(out) == checkpoint.directory(out, made[-1])
+
+
+def test_a_listener_that_ctrl_c_ended_too_loses_nothing(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """As `elm-mlx lora … | tee log`."""
+    out = tmp_path / "out"
+    command = [
+        sys.executable,
+        "-m",
+        "elm_mlx",
+        "lora",
+        tiny_model_dir,
+        "--data",
+        data,
+        "--out",
+        out,
+        "--iters",
+        100_000,
+    ]
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while not ((out / "metrics.jsonl").exists() and '"step": 1,' in (out / "metrics.jsonl").read_text()):
+            assert process.poll() is None
+        process.stdout.close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 130 and (out / "adapters.safetensors").exists()
+
+
 def test_every_bad_record_is_named_before_anything_is_done(
     run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -248,7 +285,7 @@ def test_places_that_are_no_place_for_an_adapter(run: Run, tiny_model_dir: Path,
         code, _, err = run("lora", *given)
         assert code == 2 and f"{missing} is missing" in err
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "none", "--resume")
-    assert code == 2 and "holds no checkpoint to resume from" in err
+    assert code == 2 and "holds no checkpoint to resume from; without --resume the run begins anew" in err
 
 
 def test_no_epochs_are_no_run(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

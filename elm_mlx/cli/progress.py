@@ -5,9 +5,11 @@ Knows reports and how they are shown. Knows nothing of how a run is made.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +63,8 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with _if_anyone_looks():
+                self._bar.stop()
 
     def reference(self, done: int, pairs: int) -> None:
         """So many pairs' reference is computed."""
@@ -70,7 +73,7 @@ class Progress:
             self._bar.update(self._task, description=text)
         elif not self.quiet and (time.monotonic() - self._last > _PAUSE or done == pairs):
             self._last = time.monotonic()
-            print(text, flush=True)
+            self.say(text)
 
     def report(self, report: Report) -> None:
         """An update or a validation."""
@@ -104,7 +107,7 @@ class Progress:
         elif time.monotonic() - self._last > _PAUSE or report.step == self._steps:
             self._last = time.monotonic()
             left = (self._steps - report.step) * self._seconds
-            print(f"step {report.step:,} of {self._steps:,}: {text}, {duration(left)} left", flush=True)
+            self.say(f"step {report.step:,} of {self._steps:,}: {text}, {duration(left)} left")
 
     def stopping(self) -> None:
         """Someone wants to end the run."""
@@ -116,10 +119,21 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line, above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)
-        else:
-            print(text, flush=True)
+        with _if_anyone_looks():
+            if self._bar is not None:
+                self._bar.console.print(text, highlight=False, markup=False)
+            else:
+                print(text, flush=True)
+
+
+@contextmanager
+def _if_anyone_looks() -> Iterator[None]:
+    """No run ends because nobody can see it any more: its terminal is closed, or Ctrl-C has ended its `tee` too."""
+    try:
+        yield
+    except OSError:
+        with suppress(OSError):  # what comes now, the last flush included, goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _named(measures: Mapping[str, float]) -> str:
