@@ -161,14 +161,17 @@ def newest(out: Path) -> Path:
     """The run's last checkpoint. Raises InputError where there is none."""
     found = all_of(out)
     if not found:
-        raise InputError(f"{out}: holds no checkpoint to resume from")
+        raise InputError(f"{out}: holds no checkpoint to resume from; without --resume the run begins anew")
     return found[-1]
 
 
-def prune(out: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the last `keep` checkpoints and the one of `best_step`."""
+def prune(out: Path, keep: int, best_step: int | None, passing: int | None = None) -> None:
+    """Remove the checkpoint of step `passing`, and of the others all but the last `keep` and the one of `best_step`."""
     best = None if best_step is None else directory(out, best_step)
-    for path in all_of(out)[:-keep]:
+    passed = None if passing is None else directory(out, passing)
+    found = all_of(out)
+    others = [path for path in found if path != passed]
+    for path in {*found} - {*others[-keep:]}:
         if path != best:  # it loses the name of a checkpoint before it ceases to be whole
             path.rename(path.with_name(f".{path.name}.old"))
     for doomed in out.glob("checkpoints/.step-????????.old"):

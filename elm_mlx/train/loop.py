@@ -35,6 +35,7 @@ from elm_mlx.train.step import Step, recompute_blocks
 _SETTLED = 20  # updates before a loss can be told to be a spike
 _MOST_SKIPPED = 10  # in a row, before even "skip" stops
 _LONG = 60.0  # seconds of a trial, of which compiling is then a small part
+_SAVE_AFTER = 300.0  # seconds since a checkpoint, after which one is due however few updates there were
 
 
 class Batches(Protocol):
@@ -78,7 +79,7 @@ def train(
     on_stop: Callable[[], None] = lambda: None,
     export: Callable[[Path], None] | None = None,
 ) -> Result:
-    """Train `model`'s trainable parameters in place. Ctrl-C and SIGTERM end it after an update, with a checkpoint.
+    """Train `model`'s trainable parameters in place. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
 
     Args:
         batches: at their beginning.
@@ -122,8 +123,10 @@ def train(
                 better = run.validate(validation())
             if last or better or progress.step % settings.save_every == 0:
                 run.save(batches)
-    if run.saved != progress.step:
-        run.save(batches)
+            elif run.agreed(run.unsaved() > _SAVE_AFTER):
+                run.save(batches, passing=True)
+        if run.saved != progress.step:
+            run.save(batches)
     best = None if progress.best_step is None else checkpoint.directory(out, progress.best_step)
     return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
 
@@ -145,6 +148,8 @@ class _Run:
     ):
         self.progress = Progress()
         self.saved = -1  # the step of the last checkpoint
+        self._saved_at = time.monotonic()
+        self._passing: int | None = None  # its step, where it is to last until the next one only
         self._settings, self._out, self._identity = settings, out, identity
         self._on_report, self._export, self._meter = on_report, export, meter
         self._group = mx.distributed.init()
@@ -251,8 +256,12 @@ class _Run:
         self._report(Report(progress.step, valid_loss=mean, seconds=seconds, best=best or None, measures=measures))
         return best
 
-    def save(self, source: Batches) -> None:
-        """A checkpoint of where the run stands; superfluous ones go."""
+    def unsaved(self) -> float:
+        """Seconds since the last checkpoint, or since the beginning."""
+        return time.monotonic() - self._saved_at
+
+    def save(self, source: Batches, passing: bool = False) -> None:
+        """A checkpoint of where the run stands; superfluous ones go, and a `passing` one with the next."""
         progress = self.progress
         progress.data = source.state()
         keys = mx.distributed.all_gather(mx.random.state[0][None], group=self._group)
@@ -261,8 +270,9 @@ class _Run:
             step = self._step
             parameters = step.model.trainable_parameters()
             checkpoint.save(self._out, parameters, step.optimizer.state, progress, self._identity, self._export)
-            checkpoint.prune(self._out, self._settings.keep, progress.best_step)
-        self.saved = progress.step
+            checkpoint.prune(self._out, self._settings.keep + passing, progress.best_step, self._passing)
+        self.saved, self._saved_at = progress.step, time.monotonic()
+        self._passing = progress.step if passing else None
 
     def agreed(self, stop: bool) -> bool:
         """Whether any process wants to stop."""

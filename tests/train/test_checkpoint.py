@@ -46,6 +46,15 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "nothing half removed is left"
 
 
+def test_one_in_passing_goes_with_the_next_and_takes_no_others_place(tmp_path: Path) -> None:
+    for step in (10, 20, 25):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, 3, best_step=None)
+    save(tmp_path, 30)
+    checkpoint.prune(tmp_path, 2, best_step=10, passing=25)
+    assert [int(path.name[5:]) for path in checkpoint.all_of(tmp_path)] == [10, 20, 30]
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import runs
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.train import checkpoint
+from elm_mlx.train import checkpoint, loop
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.journal import Report
 from elm_mlx.train.optimizer import Schedule, make_optimizer
@@ -157,6 +157,27 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> No
     assert all(mx.array_equal(halves.parameters[name], value) for name, value in whole.parameters.items())
 
 
+def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint by the clock lasts until the next one; those by count are kept as they were."""
+    runs.run(tmp_path / "whole", runs.settings(eval_every=100), runs.model_with_dropout())
+    monkeypatch.setattr(loop, "_SAVE_AFTER", -1.0)
+    out, seen = tmp_path / "cut", []
+
+    def note(report: Report) -> None:
+        seen.append([int(path.name[5:]) for path in checkpoint.all_of(out)])
+        if report.step == 9:
+            raise RuntimeError("a power cut")
+
+    options = runs.settings(eval_every=100)  # and a checkpoint every 3
+    with pytest.raises(RuntimeError):
+        runs.run(out, options, runs.model_with_dropout(), on_report=note)
+    assert seen == [[], [], [1], [2], [3], [3, 4], [3, 5], [3, 6], [3, 6, 7], [3, 6, 8]]
+    runs.run(out, options, runs.model_with_dropout(), resume=True)
+    assert runs.losses(out) == runs.losses(tmp_path / "whole")
+
+
 def _identity() -> checkpoint.Identity:
     return replace(runs.IDENTITY, config={**runs.IDENTITY.config, **runs.settings().identity()})
 
@@ -214,7 +235,7 @@ def test_another_model_data_or_setting_is_refused_by_name(tmp_path: Path) -> Non
         resume(accumulate=2)
     with pytest.raises(InputError, match="holds a run already"):
         runs.run(tmp_path)
-    with pytest.raises(InputError, match="no checkpoint to resume from"):
+    with pytest.raises(InputError, match="no checkpoint to resume from; without --resume"):
         runs.run(tmp_path / "nowhere", resume=True)
 
 
