@@ -37,6 +37,7 @@ def ours(job: Job) -> dict[str, Any]:
 
     from elm_mlx.train.checkpoint import Identity
     from elm_mlx.train.journal import Report
+    from elm_mlx.train.listener import Listener
     from elm_mlx.train.loop import train
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
@@ -49,9 +50,11 @@ def ours(job: Job) -> dict[str, Any]:
     steps, before = job["warmup"] + job["steps"], memory()
     settings = Settings(Schedule(RATE, steps, shape="constant"), clip=None, save_every=steps)
     reports: list[Report] = []
+    listener = Listener()
+    listener.report = reports.append
     with tempfile.TemporaryDirectory() as out:
         identity = Identity(model="", data="", config={})
-        train(model, batches(job), None, settings, Path(out), identity, on_report=reports.append)
+        train(model, batches(job), None, settings, Path(out), identity, listener=listener)
     timed = reports[job["warmup"] :]
     return {
         "tokens": sum(report.tokens for report in timed),

@@ -154,8 +154,9 @@ def test_resuming_needs_no_options_and_gives_the_same_losses(
     assert run("lora", tiny_model_dir, "--data", data, "--out", cut, *options)[0] == 0
     shutil.rmtree(cut / "checkpoints" / "step-00000006")
     (cut / "adapters.safetensors").unlink()
-    code, _, err = run("lora", "--out", cut, "--resume")
+    code, text, err = run("lora", "--out", cut, "--resume")
     assert code == 0, err
+    assert "resumed   after 4 updates" in text
     assert updates(cut) == updates(whole)
     assert (cut / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
     code, _, err = run("lora", "--out", cut, "--resume", "--rank", 4)
@@ -189,6 +190,25 @@ def test_ctrl_c_on_a_terminal_saves_and_ends(tiny_model_dir: Path, data: Path, t
     child.close()
     assert child.exitstatus == 130 and (tmp_path / "out" / "adapters.safetensors").exists()
     assert load(tiny_model_dir, adapter_path=tmp_path / "out")[0] is not None
+
+
+def test_ctrl_c_before_the_first_update_is_answered_and_ends(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Twice, even: the second comes while the process ends, or does nothing."""
+    out = tmp_path / "out"
+    arguments = ["-m", "elm_mlx", "lora", tiny_model_dir, "--data", data, "--out", out, "--iters", 100_000]
+    more = ["--batch-size", 64, "--grad-accumulation-steps", 50, "--no-pack"]
+    (data / "train.jsonl").write_text((data / "train.jsonl").read_text() * 200)
+    arguments = [str(each) for each in (*arguments, *more)]
+    child = pexpect.spawn(sys.executable, arguments, timeout=60, encoding="utf-8", dimensions=(40, 140))
+    child.expect("measuring an update")
+    os.kill(child.pid, signal.SIGINT)
+    child.expect("stopping, with nothing to save yet; again ends at once")
+    os.kill(child.pid, signal.SIGINT)
+    child.expect(pexpect.EOF)
+    child.close()
+    assert "Traceback" not in child.before and "Exception" not in child.before
+    assert child.exitstatus == 130 or child.signalstatus == signal.SIGINT
+    assert not checkpoint.all_of(out)
 
 
 def test_a_closed_terminal_loses_nothing(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

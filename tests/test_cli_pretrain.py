@@ -95,8 +95,8 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
     shutil.copytree(whole, cut)
     for step in (4, 6):
         shutil.rmtree(checkpoint.directory(cut, step))
-    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "data.workers=2")
-    assert code == 0, err
+    code, text, err = run("pretrain", config, "--out", cut, "--resume", "--set", "data.workers=2")
+    assert code == 0 and "resumed   after 3 updates" in text, err
     assert updates(cut) == updates(whole)
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "optimizer.lr=0.02")

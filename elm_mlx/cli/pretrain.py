@@ -58,7 +58,7 @@ def pretrain(
         shown.quiet = not run.leads
         shown.lines(_plan(run, recipe))
         with shown:
-            result = run.train(resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping)
+            result = run.train(resume=resume, listener=shown)
         shown.lines(_outcome(run, result))
     if result.interrupted:
         raise typer.Exit(130)

@@ -13,7 +13,8 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import counted, printable, size
+from elm_mlx.train.listener import Listener
 
 if TYPE_CHECKING:
     from elm_mlx.train.journal import Report
@@ -22,14 +23,14 @@ _SMOOTH = 0.1  # the share of an update in the loss that is shown
 _PAUSE = 10.0  # seconds between lines where there is no terminal
 
 
-class Progress:
+class Progress(Listener):
     """Shows the reports of a run of `steps` updates, between `with` and its end. `quiet` shows nothing."""
 
     def __init__(self, steps: int, quiet: bool = False):
         self._steps, self.quiet = steps, quiet
         self._loss: float | None = None
         self._rate = self._seconds = self._matmul = 0.0
-        self._updates = 0
+        self._updates, self._resumed = 0, False
         self._measures: dict[str, float] = {}
         self._last = time.monotonic()
         self._bar: Any = None
@@ -45,8 +46,18 @@ class Progress:
         """What is known when the model is loaded: how long an update takes, and how many are left."""
         self._seconds = seconds
         self.lines([("time", f"about {duration(seconds * left)} and validations, {seconds:.2g} s an update")])
+
+    def doing(self, what: str) -> None:
+        """What takes a while, in place of what is known of the updates."""
         if self._bar is not None:
-            self._bar.update(self._task, description="starting")
+            self._bar.update(self._task, description=what)
+
+    def resumed(self, step: int) -> None:
+        """The bar begins there."""
+        self._resumed = True
+        self.lines([("resumed", f"after {counted(step, 'update')}")])
+        if self._bar is not None:
+            self._bar.reset(self._task, completed=step)
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stdout.isatty():
@@ -58,7 +69,7 @@ class Progress:
                 TimeRemainingColumn(), TextColumn("left"), speed_estimate_period=120,
             )  # fmt: skip
             self._bar.start()
-            self._task = self._bar.add_task("reading the model", total=self._steps)
+            self._task = self._bar.add_task("", total=self._steps)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -111,8 +122,10 @@ class Progress:
 
     def stopping(self) -> None:
         """Someone wants to end the run."""
-        if not self.quiet:
-            self.say("stopping after this update; again ends at once")
+        if self.quiet:
+            return
+        begun = self._updates or self._resumed
+        self.say(f"stopping{' after this update' if begun else ', with nothing to save yet'}; again ends at once")
 
     def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
         self.say(f"step {step:,}: validation loss {loss:.4f}{_named(measures)}" + (", the best yet" if best else ""))

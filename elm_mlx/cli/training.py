@@ -109,9 +109,7 @@ def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[s
     shown.lines(_plan(run, settings))
     used = used | {name: str(Path(used[name]).resolve()) for name in ("model", "data")}
     with shown:
-        result = run.train(
-            settings, used, resume=resume, on_ready=shown.ready, on_report=shown.report, on_stop=shown.stopping
-        )
+        result = run.train(settings, used, resume=resume, listener=shown)
     tried = f"elm-mlx generate {run.path} --adapter {run.out} --prompt …"
     shown.lines([*ended(result), ("wrote", f"{run.out}; try: {tried}")])
     if result.interrupted:

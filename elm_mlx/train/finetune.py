@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,11 +25,11 @@ from elm_mlx.model import Model
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import batches as batching
-from elm_mlx.train import checkpoint, examples, journal, memory, parts
+from elm_mlx.train import checkpoint, examples, memory, parts
 from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
-from elm_mlx.train.journal import Report
+from elm_mlx.train.listener import Listener
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.meter import Meter
@@ -172,45 +172,36 @@ class Finetuning:
         record: Mapping[str, Any],
         *,
         resume: bool = False,
-        on_ready: Callable[[float, int], None] = lambda seconds, left: None,
-        on_report: Callable[[Report], None] = lambda report: None,
-        on_stop: Callable[[], None] = lambda: None,
+        listener: Listener | None = None,
     ) -> Result:
         """Train, and leave the adapter in `out`: the best by validation, or the last where there is none.
 
         Args:
             record: what the run was asked for, as JSON's types; kept in its directory.
-            on_ready: told before the first update how many seconds one is going to take, and how many are left.
-            on_stop: told that someone wants to end the run, which it will after this update.
 
         Raises:
-            InputError, ElmError: as `loop.train`.
+            InputError, ElmError, KeyboardInterrupt: as `loop.train`.
         """
+        if listener is not None:
+            listener.doing("reading the model")
         model, dtype = self._open()
         objective = self._objective(model, dtype)
-
-        def ready(seconds: float, left: int) -> None:
-            self._record(record)
-            on_ready(seconds, left)
-
         result = train(
             model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
             resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
             meter=Meter(self.config, self.adapter, settings.grad_checkpoint),
-            on_ready=ready, on_report=on_report, on_stop=on_stop,
+            listener=listener, about=self._about(record),
             export=None if self.adapter.kind == "full" else lambda path: adapt.save(path, model, self.adapter),
         )  # fmt: skip
         if self.leads:
             self._finish(model, result)
         return result
 
-    def _record(self, record: Mapping[str, Any]) -> None:
-        if self.leads:
-            about = {
-                "command": self.command, "settings": dict(record), "trained": self.adapter.describe(),
-                "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
-            }  # fmt: skip
-            journal.describe(self.out, about)
+    def _about(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "command": self.command, "settings": dict(record), "trained": self.adapter.describe(),
+            "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
+        }  # fmt: skip
 
     def _open(self) -> tuple[Model, mx.Dtype | None]:
         """The model with what is trained in float32, and what that is to be rounded to where it is used."""

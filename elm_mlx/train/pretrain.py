@@ -27,7 +27,7 @@ from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.filters import Filters
 from elm_mlx.train.gather import gather
-from elm_mlx.train.journal import Report
+from elm_mlx.train.listener import Listener
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.meter import Meter
 from elm_mlx.train.recipe import Recipe
@@ -93,22 +93,22 @@ class Pretraining:
         self,
         *,
         resume: bool = False,
-        on_ready: Callable[[float, int], None] = lambda seconds, left: None,
-        on_report: Callable[[Report], None] = lambda report: None,
-        on_stop: Callable[[], None] = lambda: None,
+        listener: Listener | None = None,
     ) -> Result:
         """Train, and leave the last weights in `out`, which is a model directory then.
 
         Args:
-            on_ready, on_report, on_stop: as of `loop.train`.
+            listener: as of `loop.train`.
 
         Raises:
-            InputError, ElmError: as `loop.train`, and as the batches do.
+            InputError, ElmError, KeyboardInterrupt: as `loop.train`, and as the batches do.
         """
         if not resume and checkpoint.all_of(self.out):
             raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
         if resume:
             self._check_window()
+        if listener is not None:
+            listener.doing("drawing the weights")
         model = Model(self.config)
         initial.draw(model, self._recipe.run.seed)
         validation = list(self._validation())
@@ -118,7 +118,7 @@ class Pretraining:
             model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
             self._identity(), resume=resume, compute_dtype=self._dtype,
             rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
-            on_ready=on_ready, on_report=on_report, on_stop=on_stop,
+            listener=listener,
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:

@@ -8,7 +8,7 @@ import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its B
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from elm_mlx.train.batches import Batch, Batches
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.encoding import Example
 from elm_mlx.train.journal import Report
+from elm_mlx.train.listener import Listener
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.optimizer import Schedule
 from elm_mlx.train.settings import Settings
@@ -61,8 +62,22 @@ def settings(steps: int = 12, **options: Any) -> Settings:
     return Settings(**{"schedule": Schedule(rate, steps, 2), "eval_every": 4, "save_every": 3} | options)
 
 
-def run(out: Path, options: Settings | None = None, trained: Model | None = None, **more: Any) -> Result:
+class Reports(Listener):
+    """Calls a function with each report."""
+
+    def __init__(self, function: Callable[[Report], None]):
+        self.report = function  # type: ignore[method-assign]
+
+
+def run(
+    out: Path,
+    options: Settings | None = None,
+    trained: Model | None = None,
+    on_report: Callable[[Report], None] = lambda report: None,
+    **more: Any,
+) -> Result:
     trained = trained or model()
+    more = {"listener": Reports(on_report)} | more
     return train(trained, batches(), validation, options or settings(), out, IDENTITY, **more)
 
 

@@ -26,6 +26,8 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint, loop
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.journal import Report
+from elm_mlx.train.listener import Listener
+from elm_mlx.train.meter import Meter
 from elm_mlx.train.optimizer import Schedule, make_optimizer
 from elm_mlx.train.step import Step, recompute_blocks
 
@@ -176,6 +178,67 @@ def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
     assert seen == [[], [], [1], [2], [3], [3, 4], [3, 5], [3, 6], [3, 6, 7], [3, 6, 8]]
     runs.run(out, options, runs.model_with_dropout(), resume=True)
     assert runs.losses(out) == runs.losses(tmp_path / "whole")
+
+
+class Stopping(Listener):
+    """Presses Ctrl-C where the run does a given thing. Remembers what it was told."""
+
+    def __init__(self, at: str):
+        self.at, self.told = at, list[Any]()
+
+    def doing(self, what: str) -> None:
+        self.told.append(what)
+        if what == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def resumed(self, step: int) -> None:
+        self.told.append(step)
+
+    def ready(self, seconds: float, left: int) -> None:
+        self.told.append(left)
+
+    def report(self, report: Report) -> None:
+        self.told.append(report)
+
+
+PHASES = ["measuring an update", "measuring the machine", "validating"]
+
+
+@pytest.mark.parametrize("at", PHASES)
+def test_stopped_before_its_first_update_a_run_leaves_no_checkpoint(at: str, tmp_path: Path) -> None:
+    listener = Stopping(at)
+    meter = Meter(runs.model().config)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(tmp_path, rehearsal=next(runs.batches()), meter=meter, listener=listener)
+    assert not checkpoint.all_of(tmp_path) and signal.getsignal(signal.SIGINT) == before
+    assert not any(isinstance(each, Report) for each in listener.told)
+    runs.run(tmp_path, runs.settings(2))  # so the same command can begin it again
+    assert [step for step, _, _ in runs.losses(tmp_path)] == [0, 1, 2, 2]
+
+
+def test_a_run_tells_what_it_does_before_its_first_update(tmp_path: Path) -> None:
+    listener = Stopping("nothing")
+    meter, rehearsal = Meter(runs.model().config), next(runs.batches())
+    runs.run(tmp_path, runs.settings(2), rehearsal=rehearsal, meter=meter, listener=listener)
+    assert [each for each in listener.told if not isinstance(each, Report)] == [
+        PHASES[0], 2, *PHASES[1:], "starting", "validating",
+    ]  # fmt: skip
+
+
+def test_a_resumed_run_says_where_and_can_be_stopped_before_its_first_update(tmp_path: Path) -> None:
+    runs.run(tmp_path / "whole")
+
+    def stop(report: Report) -> None:
+        if report.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    runs.run(tmp_path / "cut", on_report=stop)
+    listener = Stopping(PHASES[0])
+    result = runs.run(tmp_path / "cut", resume=True, rehearsal=next(runs.batches()), listener=listener)
+    assert listener.told[:2] == [5, PHASES[0]] and result.interrupted and result.last.name == "step-00000005"
+    assert not runs.run(tmp_path / "cut", resume=True).interrupted
+    assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
 
 
 def _identity() -> checkpoint.Identity:
