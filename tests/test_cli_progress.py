@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from elm_mlx.cli import progress
 from elm_mlx.train.journal import Report
@@ -55,6 +56,49 @@ def test_the_share_of_the_machines_speed_is_shown_where_it_is_known(
         with progress.Progress(3) as shown:
             shown.report(replace(update(1, seconds=1.0), matmul_share=reached))
         assert text in capsys.readouterr().out
+
+
+LORA = ["loss 4.351", "1,980 tokens/s", "32% of matmul speed", "637.4 MB"]
+DPO = ["loss 0.352", "margin 1.23", "accuracy 0.75", "1,980 tokens/s", "32% of matmul speed", "637.4 MB"]
+
+
+@pytest.mark.parametrize(
+    ("told", "width", "shown"),
+    [
+        (LORA, 140, 4), (LORA, 80, 2), (LORA, 60, 1), (LORA, 34, 0),
+        (DPO, 140, 6), (DPO, 80, 3), (DPO, 60, 2),
+        (["reference of 12,345 of 20,000 pairs"], 64, 1),  # without a bar
+    ],
+)  # fmt: skip
+def test_a_narrow_terminal_is_told_what_matters_most(told: list[str], width: int, shown: int) -> None:
+    out = io.StringIO()
+    Console(width=width, file=out).print(progress.bar_line(width, 1_234, 10_000, told, "1:02:03"))
+    (line,) = out.getvalue().splitlines()
+    assert len(line) <= width
+    assert line.startswith("1,234/10,000 ") and line.rstrip().endswith(" 1:02:03 left")
+    assert ", ".join(told[:shown]) in line and not any(each in line for each in told[shown:])
+    assert any(each in line for each in "━╸") == (width != 64)
+
+
+def test_a_bar_says_what_is_done_and_after_it_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line() -> str:
+        out = io.StringIO()
+        Console(width=100, file=out).print(shown._line(100))
+        return " ".join(out.getvalue().replace("━", "").replace("╸", "").split())
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    with progress.Progress(100) as shown:
+        shown.doing("reading the model")
+        assert line() == "0/100 reading the model -:--:-- left"
+        shown.resumed(40)
+        assert line() == "40/100 reading the model -:--:-- left"
+        shown.ready(2.0, 60)
+        shown.report(update(41, seconds=2.0))
+        assert line() == "41/100 loss 3.000, 50 tokens/s, 1.0 MB 0:01:58 left"
+        shown.doing("validating")
+        assert line() == "41/100 validating 0:01:58 left"
+        shown.report(Report(step=41, valid_loss=2.0))
+        assert line() == "41/100 loss 3.000, 50 tokens/s, 1.0 MB 0:01:58 left"
 
 
 def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

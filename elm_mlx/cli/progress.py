@@ -8,19 +8,24 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elm_mlx.cli.show import counted, printable, size
 from elm_mlx.train.listener import Listener
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
     from elm_mlx.train.journal import Report
 
 _SMOOTH = 0.1  # the share of an update in the loss that is shown
 _PAUSE = 10.0  # seconds between lines where there is no terminal
+_BAR, _LEAST_BAR = 40, 8  # columns
 
 
 class Progress(Listener):
@@ -33,8 +38,8 @@ class Progress(Listener):
         self._updates, self._resumed = 0, False
         self._measures: dict[str, float] = {}
         self._last = time.monotonic()
-        self._bar: Any = None
-        self._task: Any = None
+        self._step, self._told, self._doing = 0, list[str](), ""
+        self._bar: Live | None = None
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
         """A table of two columns."""
@@ -45,31 +50,27 @@ class Progress(Listener):
     def ready(self, seconds: float, left: int) -> None:
         """What is known when the model is loaded: how long an update takes, and how many are left."""
         self._seconds = seconds
-        self.lines([("time", f"about {duration(seconds * left)} and validations, {seconds:.2g} s an update")])
+        if not self.quiet:
+            self.say(f"time      about {duration(seconds * left)} and validations, {seconds:.2g} s an update")
 
     def doing(self, what: str) -> None:
         """What takes a while, in place of what is known of the updates."""
-        if self._bar is not None:
-            self._bar.update(self._task, description=what)
+        self._doing = what
 
     def resumed(self, step: int) -> None:
         """The bar begins there."""
-        self._resumed = True
-        self.lines([("resumed", f"after {counted(step, 'update')}")])
-        if self._bar is not None:
-            self._bar.reset(self._task, completed=step)
+        self._step, self._resumed = step, True
+        if not self.quiet:
+            self.say(f"resumed   after {counted(step, 'update')}")
 
     def __enter__(self) -> Progress:
         if not self.quiet and sys.stdout.isatty():
-            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
+            from rich.console import Console
+            from rich.live import Live
 
-            self._bar = Bar(
-                TextColumn("{task.completed:,}/{task.total:,}"), BarColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(), TextColumn("left"), speed_estimate_period=120,
-            )  # fmt: skip
+            console = Console()
+            self._bar = Live(console=console, get_renderable=lambda: self._line(console.width))
             self._bar.start()
-            self._task = self._bar.add_task("", total=self._steps)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -80,9 +81,8 @@ class Progress(Listener):
     def reference(self, done: int, pairs: int) -> None:
         """So many pairs' reference is computed."""
         text = f"reference of {done:,} of {pairs:,} pairs"
-        if self._bar is not None:
-            self._bar.update(self._task, description=text)
-        elif not self.quiet and (time.monotonic() - self._last > _PAUSE or done == pairs):
+        self._doing = text
+        if self._bar is None and not self.quiet and (time.monotonic() - self._last > _PAUSE or done == pairs):
             self._last = time.monotonic()
             self.say(text)
 
@@ -90,6 +90,7 @@ class Progress(Listener):
         """An update or a validation."""
         if self.quiet:
             return
+        self._doing = ""
         if report.valid_loss is not None:
             self._validated(report.step, report.valid_loss, bool(report.best), report.measures)
         else:
@@ -97,6 +98,7 @@ class Progress(Listener):
 
     def _updated(self, report: Report) -> None:
         assert report.loss is not None and report.tokens_per_second is not None and report.memory is not None
+        self._step = report.step
         if report.skipped:
             self.say(f"step {report.step:,}: left out, with a loss of {report.loss:.4g}")
             return
@@ -110,15 +112,20 @@ class Progress(Listener):
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
             self._measures[name] = before + _SMOOTH * (value - before)
-        reached = f", {self._matmul:.0%} of matmul speed" if report.matmul_share else ""
-        rate = f"{self._rate:,.0f} tokens/s{reached}"
-        text = f"loss {self._loss:.3f}{_named(self._measures)}, {rate}, {size(report.memory)}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=report.step, description=text)
-        elif time.monotonic() - self._last > _PAUSE or report.step == self._steps:
+        self._told = [f"loss {self._loss:.3f}", *_named(self._measures), f"{self._rate:,.0f} tokens/s"]
+        if report.matmul_share:
+            self._told.append(f"{self._matmul:.0%} of matmul speed")
+        self._told.append(size(report.memory))
+        if self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps):
             self._last = time.monotonic()
-            left = (self._steps - report.step) * self._seconds
-            self.say(f"step {report.step:,} of {self._steps:,}: {text}, {duration(left)} left")
+            left = duration((self._steps - report.step) * self._seconds)
+            self.say(f"step {report.step:,} of {self._steps:,}: {', '.join(self._told)}, {left} left")
+
+    def _line(self, width: int) -> RenderableType:
+        """The bar as it is now."""
+        left = str(timedelta(seconds=round((self._steps - self._step) * self._seconds))) if self._seconds else "-:--:--"
+        told = [self._doing] if self._doing else self._told
+        return bar_line(width, self._step, self._steps, told, left)
 
     def stopping(self) -> None:
         """Someone wants to end the run."""
@@ -128,13 +135,14 @@ class Progress(Listener):
         self.say(f"stopping{' after this update' if begun else ', with nothing to save yet'}; again ends at once")
 
     def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
-        self.say(f"step {step:,}: validation loss {loss:.4f}{_named(measures)}" + (", the best yet" if best else ""))
+        told = [f"validation loss {loss:.4f}", *_named(measures), *(["the best yet"] if best else [])]
+        self.say(f"step {step:,}: {', '.join(told)}")
 
     def say(self, text: str) -> None:
         """A line, above the bar."""
         with _if_anyone_looks():
             if self._bar is not None:
-                self._bar.console.print(text, highlight=False, markup=False)
+                self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
             else:
                 print(text, flush=True)
 
@@ -149,9 +157,28 @@ def _if_anyone_looks() -> Iterator[None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _named(measures: Mapping[str, float]) -> str:
+def _named(measures: Mapping[str, float]) -> list[str]:
     """Of pairs, what they are told by; their rewards are in the metrics."""
-    return "".join(f", {name} {measures[name]:.3g}" for name in ("margin", "accuracy") if name in measures)
+    return [f"{name} {measures[name]:.3g}" for name in ("margin", "accuracy") if name in measures]
+
+
+def bar_line(width: int, step: int, steps: int, told: Sequence[str], left: str) -> RenderableType:
+    """`width` columns with the step, the time `left`, and of `told`, the most important first, as many as fit."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    count, left = f"{step:,}/{steps:,}", f"{left} left"
+    room = width - len(count) - len(left) - 2  # for a bar and a text, with a space between
+    texts = (", ".join(told[:number]) for number in range(len(told), 0, -1))
+    text = next((text for text in texts if len(text) + 1 + _LEAST_BAR <= room), ", ".join(told[:1]))
+    if len(text) > room:
+        text = ""
+    bar = min(_BAR, room - len(text) - 1)
+    parts: list[RenderableType] = [count, ProgressBar(steps, step, width=bar)] if bar > 0 else [count]
+    grid = Table.grid(padding=(0, 1))
+    grid.add_row(*parts, Text(text, no_wrap=True), Text(left, "progress.remaining", no_wrap=True))
+    return grid
 
 
 def duration(seconds: float) -> str:
