@@ -83,6 +83,18 @@ def test_the_best_by_validation_is_kept(run: Run, tiny_model_dir: Path, data: Pa
     assert best.keys() == kept.keys() and all(mx.array_equal(best[name], kept[name]) for name in best)
 
 
+def test_one_is_no_plural_and_no_validations_are_none(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    (data / "valid.jsonl").unlink()
+    (data / "train.jsonl").write_text('{"prompt": "the quick", "completion": "brown fox"}\n')
+    options = ("--iters", 1, "--batch-size", 1)
+    code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *options)
+    assert code == 0, err
+    assert "data      1 example, " in text and "batches   1 row of " in text and "updates   1, 1 epoch, " in text
+    assert "done      1 update, " in text and "validation" not in text
+
+
 @pytest.mark.parametrize("options", [("--dora",), ("--rslora", "--dropout", 0.1), ("--full",), ("--no-pack",)])
 def test_ways_to_train(options: tuple[Any, ...], run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

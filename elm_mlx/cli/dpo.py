@@ -111,6 +111,6 @@ def dpo(
         save_every=save_every,
         keep=keep,
     )
-    shown = Progress(steps, quiet=not run.leads)
+    shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
     run.on_reference = shown.reference
     training.carry_out(run, settings, shown, configured.settings(ctx), resume)

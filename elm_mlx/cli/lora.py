@@ -112,5 +112,5 @@ def lora(
         save_every=save_every,
         keep=keep,
     )
-    shown = Progress(steps, quiet=not run.leads)
+    shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
     training.carry_out(run, settings, shown, configured.settings(ctx), resume)

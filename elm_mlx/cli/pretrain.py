@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import training
+from elm_mlx.cli.show import counted
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,14 +53,14 @@ def pretrain(
     from elm_mlx.train.recipe import Recipe
 
     recipe = tables.read(config, Recipe, set_ or [])
-    shown = progress.Progress(recipe.optimizer.steps)
+    shown = progress.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
         memory.check(run.load(), device.available_memory())
         shown.quiet = not run.leads
         shown.lines(_plan(run, recipe))
         with shown:
             result = run.train(resume=resume, listener=shown)
-        shown.lines(_outcome(run, result))
+        shown.lines(_outcome(run, result, shown.validates))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -85,7 +86,7 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
     return [
         ("model", f"{config.parameters:,} parameters in {config.num_layers} layers, {config.vocab_size:,} tokens"),
         ("data", f"{sources}; tokenized by {recipe.tokenizer}"),
-        ("batches", f"{recipe.run.batch_size} rows of {recipe.data.sequence_length:,} tokens{processes}, "
+        ("batches", f"{counted(recipe.run.batch_size, 'row')} of {recipe.data.sequence_length:,} tokens{processes}, "
                     f"{recipe.run.accumulate} to an update"),
         ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
                     f"{steps * tokens / config.parameters:.1f} a parameter"),
@@ -93,11 +94,12 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
-def _outcome(run: Pretraining, result: Result) -> list[tuple[str, str]]:
-    lines = training.ended(result)
+def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[str, str]]:
+    lines = training.ended(result, validated)
     for source, counts in zip(run.sources, run.batches.counts(), strict=True) if run.batches.under_way else ():
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
-        kept = f"{counts.kept:,} of {counts.read:,} documents kept, {counts.tokens:,} tokens, epoch {counts.epoch + 1}"
+        kept = f"{counts.kept:,} of {counted(counts.read, 'document')} kept"
+        kept += f", {counts.tokens:,} tokens, epoch {counts.epoch + 1}"
         lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
     if run.batches.under_way:
         lines.append(("trained", f"on {result.progress.tokens // run.world:,} of these tokens"))

@@ -29,10 +29,15 @@ _BAR, _LEAST_BAR = 40, 8  # columns
 
 
 class Progress(Listener):
-    """Shows the reports of a run of `steps` updates, between `with` and its end. `quiet` shows nothing."""
+    """Shows the reports of a run of `steps` updates, between `with` and its end.
 
-    def __init__(self, steps: int, quiet: bool = False):
-        self._steps, self.quiet = steps, quiet
+    Attributes:
+        validates: whether the run does.
+        quiet: to show nothing.
+    """
+
+    def __init__(self, steps: int, validates: bool = True, quiet: bool = False):
+        self._steps, self.validates, self.quiet = steps, validates, quiet
         self._loss: float | None = None
         self._rate = self._seconds = self._matmul = 0.0
         self._updates, self._resumed = 0, False
@@ -51,7 +56,8 @@ class Progress(Listener):
         """What is known when the model is loaded: how long an update takes, and how many are left."""
         self._seconds = seconds
         if not self.quiet:
-            self.say(f"time      about {duration(seconds * left)} and validations, {seconds:.2g} s an update")
+            also = " and validations" if self.validates else ""
+            self.say(f"time      about {duration(seconds * left)}{also}, {seconds:.2g} s an update")
 
     def doing(self, what: str) -> None:
         """What takes a while, in place of what is known of the updates."""

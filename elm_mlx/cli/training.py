@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli.progress import Progress, duration
-from elm_mlx.cli.show import name_bad, size
+from elm_mlx.cli.show import counted, name_bad, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[s
     with shown:
         result = run.train(settings, used, resume=resume, listener=shown)
     tried = f"elm-mlx generate {run.path} --adapter {run.out} --prompt …"
-    shown.lines([*ended(result), ("wrote", f"{run.out}; try: {tried}")])
+    shown.lines([*ended(result, shown.validates), ("wrote", f"{run.out}; try: {tried}")])
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -121,24 +121,25 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
     config, batches, steps = run.config, run.batches, settings.schedule.steps
     dtype = str(run.computation.dtype).removeprefix("mlx.core.")
     train = run.splits["train"]
-    lines = [("bad", f"{len(split.bad):,} records left out") for split in run.splits.values() if split.bad]
+    lines = [("bad", f"{counted(len(split.bad), 'record')} left out") for split in run.splits.values() if split.bad]
     for name, split in run.splits.items():
         lines += [("length", f"{name}: {warning}") for warning in split.warnings()]
     valid = f", {run.count('valid'):,} to validate" if "valid" in run.splits else ", none to validate"
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     updates = batches.steps() / settings.accumulate
+    epochs = f"{steps / updates:.3g}"
     tokens = round((train.tokens - len(train.examples)) * steps / updates)
     return [
         *lines,
         ("model", f"{run.path}: {config.parameters:,} parameters, computed in {dtype}"),
         ("trained", f"{run.adapter.describe()}: {run.trainable:,} parameters, {run.trainable / config.parameters:.2%}"),
-        ("data", f"{run.count():,} {run.unit}, {train.tokens:,} tokens, {train.trained_tokens:,} of them trained"
-                 f"{valid}"),
-        ("batches", f"{run.batch_size} rows of {run.row_length:,} tokens{processes}, {batches.fill():.0%} full, "
-                    f"{settings.accumulate} to an update"),
+        ("data", f"{counted(run.count(), run.unit)}, {train.tokens:,} tokens, {train.trained_tokens:,} of them "
+                 f"trained{valid}"),
+        ("batches", f"{counted(run.batch_size, 'row')} of {run.row_length:,} tokens{processes}, {batches.fill():.0%} "
+                    f"full, {settings.accumulate} to an update"),
         *(("rows", note) for note in run.notes),
         ("memory", needed(run.load(settings))),
-        ("updates", f"{steps:,}, {steps / updates:.3g} epochs, {tokens:,} tokens"),
+        ("updates", f"{steps:,}, {epochs} {'epoch' if epochs == '1' else 'epochs'}, {tokens:,} tokens"),
     ]  # fmt: skip
 
 
@@ -151,14 +152,16 @@ def needed(load: Load) -> str:
     return f"about {size(memory.estimate(load).total)}" + ("" if free is None else f", of {size(free)} that are free")
 
 
-def ended(result: Result) -> list[tuple[str, str]]:
+def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
     """How a run ended, to be shown."""
     done = result.progress
-    lines = [("done", f"{done.step:,} updates, {done.tokens:,} tokens, {duration(done.seconds)} and validations")]
+    took = duration(done.seconds) + (" and validations" if validated else "")
+    lines = [("done", f"{counted(done.step, 'update')}, {counted(done.tokens, 'token')}, {took}")]
     if result.interrupted:
-        lines = [("stopped", f"after {done.step:,} updates; --resume goes on from {result.last}")]
+        lines = [("stopped", f"after {counted(done.step, 'update')}; --resume goes on from {result.last}")]
     if done.skipped:
-        lines.append(("skipped", f"{done.skipped:,} updates"))
+        lines.append(("skipped", counted(done.skipped, "update")))
     if done.best_step is not None:
-        lines.append(("best", f"validation loss {done.best_loss:.4f}, after {done.best_step:,} updates"))
+        best = f"validation loss {done.best_loss:.4f}, after {counted(done.best_step, 'update')}"
+        lines.append(("best", best))
     return lines

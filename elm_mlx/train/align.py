@@ -39,7 +39,7 @@ class Alignment(Finetuning):
         InputError: as `Finetuning`; or dropout, under which a margin would be mostly noise.
     """
 
-    command, unit = "dpo", "pairs"
+    command, unit = "dpo", "pair"
     batches: PairBatches
     _validation: PairBatches | None
 

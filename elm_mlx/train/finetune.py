@@ -105,7 +105,7 @@ class Finetuning:
         InputError: the model, the data or the method is not as it must be; or one that `out` says.
     """
 
-    command, unit = "lora", "examples"
+    command, unit = "lora", "example"
 
     def __init__(
         self,
