@@ -84,9 +84,23 @@ def test_from_text_to_a_model(run: Run, config: Path, tmp_path: Path, monkeypatc
     assert tokenizer is not None and run("generate", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
     last = mx.load(str(checkpoint.directory(out, 6) / checkpoint.PARAMETERS))
     assert all(mx.array_equal(last[name], value) for name, value in tree_flatten(model.parameters()))
-    assert run("average", "--last", 2, out, "--out", tmp_path / "mean")[0] == 0
+    assert f"wrote     {out}; try: elm-mlx generate {out} --prompt …" in text
+    suggested = re.search(r"^average   the last (\d) checkpoints: elm-mlx (.*) DIR$", text, re.M)
+    assert suggested and suggested[1] == "4", "3, the best; 2, 4 and 6, by count"
+    assert run(*suggested[2].split(), tmp_path / "mean")[0] == 0
     code, _, err = run("pretrain", config, "--out", out)
     assert code == 2 and "holds a run already" in err
+
+
+def test_what_is_suggested_at_the_end_works(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    set_ = [text for each in ("keep=1", "save_every=1") for text in ("--set", f"run.{each}")]
+    lines = [line for line in config.read_text().splitlines() if not line.startswith("validation")]
+    config.write_text("\n".join(lines))
+    code, text, err = run("pretrain", config, "--out", out, *set_)
+    assert code == 0, err
+    assert "elm-mlx generate" in text and "average" not in text, "of one checkpoint there is no mean"
+    assert "validation" not in text
 
 
 def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Path, tmp_path: Path) -> None:

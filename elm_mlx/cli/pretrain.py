@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from elm_mlx.train.pretrain import Pretraining
     from elm_mlx.train.recipe import Recipe
 
+_MEAN_OF = 5  # the last checkpoints, as in the paper: fewer where fewer are kept
 _ABOUT = "A recipe for `elm-mlx pretrain`; docs/pretrain.md says more. Paths are relative to where the command runs."
 
 
@@ -95,6 +96,8 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[str, str]]:
+    from elm_mlx.train import checkpoint
+
     lines = training.ended(result, validated)
     for source, counts in zip(run.sources, run.batches.counts(), strict=True) if run.batches.under_way else ():
         dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
@@ -103,5 +106,8 @@ def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[st
         lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
     if run.batches.under_way:
         lines.append(("trained", f"on {result.progress.tokens // run.world:,} of these tokens"))
-    lines.append(("wrote", f"{run.out}; try: elm-mlx average --last 5 {run.out} --out DIR"))
+    lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.out} --prompt …"))
+    last = min(_MEAN_OF, len(checkpoint.all_of(run.out)))
+    if last > 1:
+        lines.append(("average", f"the last {last} checkpoints: elm-mlx average --last {last} {run.out} --out DIR"))
     return lines
