@@ -172,9 +172,33 @@ def test_resuming_needs_no_options_and_gives_the_same_losses(
     assert updates(cut) == updates(whole)
     assert (cut / "adapters.safetensors").read_bytes() == (whole / "adapters.safetensors").read_bytes()
     code, _, err = run("lora", "--out", cut, "--resume", "--rank", 4)
-    assert code == 2 and "was trained with rank = 8, not 4" in err
+    assert (
+        code == 2 and "was trained with --rank = 8, not 4; leave it as it was, or start anew with another --out" in err
+    )
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", cut, *options)
     assert code == 2 and "holds a run already" in err
+
+
+@pytest.mark.parametrize(
+    ("started", "typed", "complaint"),
+    [
+        (("--iters", 2), ("--iters", 5), "--iters = 2, not 5"),
+        (("--epochs", 1), ("--epochs", 2), "updates (--epochs) = 12, not 24"),
+        (("--iters", 2), ("--alpha", 3), "scale (--alpha, --rslora) = 2.0, not 0.375"),
+    ],
+)
+def test_what_a_finished_run_was_not_asked_for_is_called_by_its_option(
+    started: tuple[str, int], typed: tuple[str, int], complaint: str,
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    out, options = tmp_path / "out", ("--batch-size", 2, "--no-pack")
+    assert run("lora", tiny_model_dir, "--data", data, "--out", out, *options, *started)[0] == 0
+    before = (out / "run.json").read_text(), updates(out)
+    code, _, err = run("lora", "--out", out, "--resume", *typed)
+    assert code == 2 and f"was trained with {complaint}; leave it as it was" in err and err.count("\n") == 1
+    fuse = f"begin a run on what `elm-mlx fuse {tiny_model_dir} {out} DIR` makes"
+    assert (fuse in err and "spread" in err) == (typed[0] != "--alpha")
+    assert before == ((out / "run.json").read_text(), updates(out))
 
 
 def test_killed_and_resumed(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

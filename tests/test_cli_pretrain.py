@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 from test_cli_lora import free_port, updates
 
 from elm_mlx import roofline
+from elm_mlx.cli.pretrain import _KEYS
 from elm_mlx.store import load
 from elm_mlx.train import checkpoint, recipe, tables
 
@@ -114,7 +115,9 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
     assert updates(cut) == updates(whole)
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "optimizer.lr=0.02")
-    assert code == 2 and "was trained with learning rate's peak = 0.01, not 0.02" in err
+    assert code == 2 and "was trained with optimizer.lr = 0.01, not 0.02; leave it as it was, or start" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "optimizer.steps=9")
+    assert code == 2 and "was trained with optimizer.steps = 6, not 9" in err and "learning rate is spread" in err
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "filters.min_tokens=11")
     assert code == 2 and "was trained on other data" in err
 
@@ -165,6 +168,15 @@ def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_p
     (checkpoint.newest(cut) / checkpoint.STATE).write_text("{")
     code, _, err = run("pretrain", config, "--out", cut, "--resume")
     assert code == 2 and "is no state of a checkpoint" in err
+
+
+def test_every_key_that_a_run_is_told_by_has_its_name(config: Path) -> None:
+    made = tables.read(config, recipe.Recipe)
+    names = recipe.settings(made.optimizer, made.run).identity().keys()
+    assert names - _KEYS.keys() == {"spike"}, "which no recipe says"
+    for key in _KEYS.values():
+        section, name = key.split(".")
+        assert hasattr(getattr(made, section), name)
 
 
 def test_two_processes_are_one_with_twice_the_batch(config: Path, tmp_path: Path) -> None:

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from elm_mlx.train.recipe import Recipe
 
 _MEAN_OF = 5  # the last checkpoints, as in the paper: fewer where fewer are kept
+# A recipe's keys by a run's own names of what they decide; the model's are told apart by what they make.
+_KEYS = {
+    **{f"learning rate's {name}": f"optimizer.{name}" for name in ("steps", "warmup", "shape", "end")},
+    "learning rate's peak": "optimizer.lr", "learning rate's start": "optimizer.warmup_from",
+    "optimizer": "optimizer.name",
+    **{name: f"optimizer.{name}" for name in ("betas", "eps", "weight_decay", "clip", "z_loss")},
+    "batch size": "run.batch_size", "compute dtype": "run.compute_dtype",
+    **{name: f"run.{name}" for name in ("accumulate", "seed", "grad_checkpoint", "on_nan")},
+}  # fmt: skip
 _ABOUT = "A recipe for `elm-mlx pretrain`; docs/pretrain.md says more. Paths are relative to where the command runs."
 
 
@@ -59,7 +68,7 @@ def pretrain(
         memory.check(run.load(), device.available_memory())
         shown.quiet = not run.leads
         shown.lines(_plan(run, recipe))
-        with shown:
+        with shown, training.changes_named(_KEYS):
             result = run.train(resume=resume, listener=shown)
         shown.lines(_outcome(run, result, shown.validates))
     if result.interrupted:

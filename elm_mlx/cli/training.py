@@ -5,6 +5,8 @@ Knows options by name and help, and runs as `elm_mlx.train.finetune` makes them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
     from elm_mlx.train.settings import Settings
 
 _MOST_WARMUP = 100  # updates
+_STEPS = "learning rate's steps"
+# Of what must not change in a run the options that decide it, by a run's own names.
+_OPTIONS = {
+    **{name: f"--{name.replace('_', '-').replace(' ', '-')}" for name in (
+        "rank", "dropout", "batch size", "compute dtype", "loss", "beta", "optimizer", "weight_decay", "clip", "seed",
+        "grad_checkpoint", "on_nan",
+    )},
+    "method": "method (--full, --dora)", "scale": "scale (--alpha, --rslora)", "packing": "packing (--pack)",
+    "row length": "row length (--max-seq-length)", "accumulate": "--grad-accumulation-steps",
+    "number of adapted modules": "adapted modules (--target, --num-layers)",
+    "adapted modules": "adapted modules (--target, --num-layers)",
+    "learning rate's peak": "--learning-rate", "learning rate's warmup": "--warmup",
+    "learning rate's shape": "--lr-schedule",
+}  # fmt: skip
 
 Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its adapter.")]
 Config = Annotated[
@@ -108,12 +124,30 @@ def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[s
     name_bad(reason for split in run.splits.values() for reason in split.bad)
     shown.lines(_plan(run, settings))
     used = used | {name: str(Path(used[name]).resolve()) for name in ("model", "data")}
-    with shown:
+    length = "--iters" if "iters" in used else "updates (--epochs)"
+    onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
+    with shown, changes_named({**_OPTIONS, _STEPS: length}, onwards):
         result = run.train(settings, used, resume=resume, listener=shown)
     tried = f"elm-mlx generate {run.path} --adapter {run.out} --prompt …"
     shown.lines([*ended(result, shown.validates), ("wrote", f"{run.out}; try: {tried}")])
     if result.interrupted:
         raise typer.Exit(130)
+
+
+@contextmanager
+def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]:
+    """Call what a run cannot be resumed with by the `names` that its user knows, and say how to train for longer."""
+    from elm_mlx.train.checkpoint import Changed
+
+    try:
+        yield
+    except Changed as error:
+        name = names.get(error.name, error.name)
+        why = ", for the learning rate is spread over them" if error.name == _STEPS else ""
+        raise InputError(
+            f"{error.path}: was trained with {name} = {error.before}, not {error.after}; leave it as it was{why}, "
+            f"or start anew with another --out{onwards if why else ''}"
+        ) from None
 
 
 def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:

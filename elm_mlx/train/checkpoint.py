@@ -83,6 +83,16 @@ class Checkpoint:
     progress: Progress
 
 
+class Changed(InputError):
+    """A setting that bears on the losses is not what it was: `name`, as in `Identity.config`, `before` and `after`."""
+
+    def __init__(self, path: Path, name: str, before: Any, after: Any) -> None:
+        super().__init__(
+            f"{path}: was trained with {name} = {before}, not {after}; resume with the same, or start anew"
+        )
+        self.path, self.name, self.before, self.after = path, name, before, after
+
+
 def directory(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:08d}"
 
@@ -223,6 +233,4 @@ def _check_same(path: Path, saved: Identity, now: Identity) -> None:
     for name in {**config, **saved.config}:
         before, after = saved.config.get(name), config.get(name)
         if before != after:
-            raise InputError(
-                f"{path}: was trained with {name} = {before}, not {after}; resume with the same, or start anew"
-            )
+            raise Changed(path, name, before, after)
