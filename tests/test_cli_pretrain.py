@@ -120,6 +120,10 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
     assert code == 2 and "was trained with optimizer.steps = 6, not 9" in err and "learning rate is spread" in err
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "filters.min_tokens=11")
     assert code == 2 and "was trained on other data" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "model.num_layers=1")
+    assert code == 2 and "was trained from another model" in err
+    about = json.loads((cut / "run.json").read_text())["settings"]
+    assert about["optimizer"]["lr"] == 0.01 and load(cut)[0].config.num_layers == 2, "what is refused leaves no trace"
 
 
 def test_what_is_read_is_what_is_trained_on(run: Run, config: Path, tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]
         yield
     except Changed as error:
         name = names.get(error.name, error.name)
-        why = ", for the learning rate is spread over them" if error.name == _STEPS else ""
+        why = ", for the learning rate is spread over all updates" if error.name == _STEPS else ""
         raise InputError(
             f"{error.path}: was trained with {name} = {error.before}, not {error.after}; leave it as it was{why}, "
             f"or start anew with another --out{onwards if why else ''}"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,7 @@ from elm_mlx import device, files, json_files, shards
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, duplicates, initial, journal, memory, parts
+from elm_mlx.train import checkpoint, duplicates, initial, memory, parts
 from elm_mlx.train import recipe as recipes
 from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity
@@ -112,13 +113,13 @@ class Pretraining:
         model = Model(self.config)
         initial.draw(model, self._recipe.run.seed)
         validation = list(self._validation())
-        if self.leads:
+        if self.leads and not resume:
             self._describe()
         result = train(
             model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
             self._identity(), resume=resume, compute_dtype=self._dtype,
             rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
-            listener=listener,
+            listener=listener, about=self._about(),
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:
@@ -144,16 +145,17 @@ class Pretraining:
             )
 
     def _describe(self) -> None:
-        """What makes a model directory of `out`, but for the weights; and what the run was asked for."""
+        """What makes a model directory of `out`, but for the weights."""
         self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         with files.new_file(self.out / FILE_NAME) as file:
             file.write(self._tokenizer.path.read_bytes())
-        about = {
+
+    def _about(self) -> dict[str, Any]:
+        return {
             "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
             "trainable": self.config.parameters, "processes": self.world,
         }  # fmt: skip
-        journal.describe(self.out, about)
 
     def _validation(self) -> Iterator[Batch]:
         """This process's share of the first rows of the validation's text, unfiltered."""
