@@ -180,6 +180,7 @@ def test_resuming_needs_no_options_and_gives_the_same_losses(
     [
         (("--iters", 2), ("--iters", 5), "--iters = 2, not 5"),
         (("--epochs", 1), ("--epochs", 2), "updates (--epochs) = 12, not 24"),
+        (("--iters", 2), ("--epochs", 1), "updates (--epochs) = 2, not 12"),
         (("--iters", 2), ("--alpha", 3), "scale (--alpha, --rslora) = 2.0, not 0.375"),
     ],
 )

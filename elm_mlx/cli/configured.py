@@ -21,13 +21,22 @@ _NEVER = {"config", "resume", "recipe", "help"}  # of no sense in a file
 
 
 class Configured(typer.core.TyperCommand):
-    """Fills in what the command line leaves open. `recipes` is set by the command's module."""
+    """Fills in what the command line leaves open. What stands here is set by the command's module.
+
+    Attributes:
+        recipes: options by name, of each recipe.
+        decides: an option on the command line, and one that would overrule it, which is then taken from nowhere else.
+    """
 
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    decides: ClassVar[Mapping[str, str]] = {}
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         left: list[str] = super().parse_args(ctx, args)
         open_ = {each.name: each for each in self.params if each.name and not _given(ctx, each.name)}
+        for name, other in self.decides.items():
+            if name not in open_:
+                open_.pop(other, None)
         config = ctx.params.get("config")
         if config is not None:
             self._fill(ctx, open_, _read(Path(config), self._names()), str(config))

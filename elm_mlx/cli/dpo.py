@@ -18,6 +18,7 @@ _PAPER = {"beta": 0.01, "max_seq_length": 1024}
 class Command(Configured):
     """OpenELM's instruction tuning, arXiv 2404.14619, by size."""
 
+    decides: ClassVar[Mapping[str, str]] = {"epochs": "iters"}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "openelm-270M": {**_PAPER, "loss": "hinge", "learning_rate": 2e-5, "epochs": 5.0},
         "openelm-450M": {**_PAPER, "loss": "hinge", "learning_rate": 3e-5, "epochs": 8.0},

@@ -16,6 +16,7 @@ from elm_mlx.cli.show import bad_records_named
 class Command(Configured):
     """`openelm` is CoreNet's projects/openelm/peft_configs, but for the steps, which the data decide."""
 
+    decides: ClassVar[Mapping[str, str]] = {"epochs": "iters"}
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "openelm": {
             "rank": "32", "alpha": 32.0, "dropout": 0.1,
