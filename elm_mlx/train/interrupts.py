@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_ECHO = (
-    1.0  # seconds in which a signal of the same kind says nothing new: `timeout` sends one to us and one to our group
-)
+_ECHO = 1.0  # seconds in which another of a kind is the same wish: `timeout` sends one to us and one to our group
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
