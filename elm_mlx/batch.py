@@ -40,12 +40,12 @@ class _Row:
     stream: TextStream
     room: int  # tokens until its context is full
 
-    def add(self, token: int, logprob: float, eos: frozenset[int], max_tokens: int) -> bool:
+    def add(self, token: int, logprob: float, ends: frozenset[int], max_tokens: int) -> bool:
         """Take one token; whether the row goes on."""
         done = self.completion
         done.tokens.append(token)
         done.logprobs.append(checked(logprob))
-        ended = token in eos
+        ended = token in ends
         if not ended:
             piece, ended = self.stream.add(token)
             done.text += piece
@@ -72,6 +72,7 @@ def generate_batch(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     prefill_step: int = PREFILL_STEP,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Completion]:
@@ -88,6 +89,7 @@ def generate_batch(
     check_seed(seed)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be 1 or more")
+    ends = frozenset((*stop_ids, *model.config.eos_token_ids))
     ids = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     seeds = random.Random(seed)
     for start in range(0, len(ids), batch_size):
@@ -100,7 +102,7 @@ def generate_batch(
             )
             for prompt in group
         ]
-        _run(model, group, rows, sampler, max_tokens, seed, prefill_step)
+        _run(model, group, rows, sampler, ends, max_tokens, seed, prefill_step)
         seed = None if seed is None else seeds.getrandbits(64)  # the next group's luck is its own
         yield from (row.completion for row in rows)
 
@@ -110,18 +112,18 @@ def _run(
     prompts: list[list[int]],
     rows: list[_Row],
     sampler: Sampler,
+    ends: frozenset[int],
     max_tokens: int,
     seed: int | None,
     prefill_step: int,
 ) -> None:
-    eos = frozenset(model.config.eos_token_ids)
     logits, caches = prefill_each(model, prompts, prefill_step)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
     decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts))
     active = rows
     while active:
         values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
-        going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, eos, max_tokens)]
+        going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, ends, max_tokens)]
         if 0 < len(going_on) < len(active):
             decoder.keep(going_on)
         active = [active[i] for i in going_on]

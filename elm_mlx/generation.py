@@ -69,6 +69,7 @@ def stream_generate(
     repetition_penalty: float = 1.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
     stop_at_eos: bool = True,
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
@@ -82,6 +83,7 @@ def stream_generate(
         temp, top_p, top_k, min_p, repetition_penalty: see `sampling.Sampler`.
         seed: the same one gives the same tokens; None draws one.
         stop: strings that end the text; neither they nor EOS are part of it.
+        stop_ids: tokens that end it beside EOS, such as a chat template's.
         stop_at_eos: False to go on past EOS, for measurements.
         prefill_step: prompt tokens computed in one pass.
         prompt_cache: from `make_prompt_cache`, empty or with what came before `prompt` in it. Between two tokens,
@@ -100,7 +102,7 @@ def stream_generate(
     room = model.config.max_context_length - caches[0].offset - len(ids)
     return _stream(
         model, ids, caches, sampler, sampler.start([ids], seed), min(max_tokens, room), prefill_step,
-        eos=frozenset(model.config.eos_token_ids) if stop_at_eos else frozenset(),
+        ends=frozenset((*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))),
         text=TextStream(tokenizer, ids, stop) if tokenizer else None,
         cut_off="length" if max_tokens <= room else "context",
     )  # fmt: skip
@@ -260,7 +262,7 @@ def _stream(
     max_tokens: int,
     prefill_step: int,
     *,
-    eos: frozenset[int],
+    ends: frozenset[int],
     text: TextStream | None,
     cut_off: str,
 ) -> Iterator[Response]:
@@ -270,7 +272,7 @@ def _stream(
     drawn = decode(model, caches, sampler, logits, state, max_tokens)
     for count, (token, logprob) in enumerate(drawn, start=1):
         first = first or time.perf_counter()
-        ended = token in eos
+        ended = token in ends
         piece = ""
         if text is not None:
             piece, ended = (text.finish(), True) if ended else text.add(token)

@@ -227,15 +227,17 @@ def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -
     Raises:
         InputError: the template cannot be read, or does not go with the tokenizer.
     """
-    if override is None:
-        source, where = own_source(directory)
-    else:
-        source, where = read_source(override), override
+    source, where = source_of(directory, override)
     if source is None:
         return None
     if source == OPENELM_INSTRUCT_JINJA:  # the same ids, without Jinja
         return OpenELMInstruct(tokenizer)
     return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer))
+
+
+def source_of(directory: Path, override: str | None = None) -> tuple[str | None, str]:
+    """The Jinja text that `choose` would take, if any, and where it stands. Raises InputError as it does."""
+    return own_source(directory) if override is None else (read_source(override), override)
 
 
 def read_source(name: str) -> str | None:

@@ -18,6 +18,7 @@ from commands import Run
 
 from elm_mlx import cli, generate, stream_generate
 from elm_mlx.store import load
+from elm_mlx.template import choose
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.version import __version__
 
@@ -116,6 +117,110 @@ def test_logprobs_are_a_line_a_token(run: Run, speaker: Path) -> None:
     assert int(rows[-1][0]) == 2  # EOS
 
 
+# --- by a chat template
+
+QUESTION = "the fox"
+TEMPLATED = "answered by the chat template; --no-template continues the text"
+
+
+@pytest.fixture(scope="module")
+def converser(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The tiny model with a template of its own."""
+    path = Path(shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("converser") / "model"))
+    source = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}[assistant]"
+    (path / "chat_template.jinja").write_text(source)
+    return path
+
+
+def spoken(path: Path, *messages: tuple[str, str]) -> list[int]:
+    """The ids of a conversation by the directory's own template."""
+    tokenizer = Tokenizer.load(path)
+    template = choose(path, tokenizer)
+    assert template is not None
+    return template.encode([{"role": role, "content": content} for role, content in messages])
+
+
+def test_a_prompt_is_a_message_where_the_model_has_a_template(run: Run, converser: Path) -> None:
+    model, tokenizer = load(converser)
+    assert tokenizer is not None
+    for flags, messages in (
+        ((), [("user", QUESTION)]),
+        (("--system", "be brief"), [("system", "be brief"), ("user", QUESTION)]),
+    ):
+        ids = spoken(converser, *messages)
+        code, out, err = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, *flags)
+        assert code == 0 and out == generate(model, tokenizer, ids, max_tokens=9) + "\n"
+        assert err.count(TEMPLATED) == 1 and f"prompt: {len(ids)} tokens" in err
+        code, out, err = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, "--json", *flags)
+        expected = list(stream_generate(model, tokenizer, ids, max_tokens=9))
+        assert json.loads(out)["tokens"] == [response.token for response in expected] and TEMPLATED in err
+        assert json.loads(out)["prompt"] == QUESTION
+        rows = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, "--logprobs", *flags)[1].splitlines()
+        assert [int(row.split()[0]) for row in rows] == [response.token for response in expected]
+
+
+def test_several_messages_are_answered_each_alone(run: Run, converser: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the\nquick brown fox\n")
+    flags = ("--max-tokens", 8, "--system", "be brief", "--json")
+    code, out, err = run("generate", converser, "--prompts", tmp_path / "prompts.txt", *flags)
+    assert code == 0 and err.count(TEMPLATED) == 1
+    for line in map(json.loads, out.splitlines()):
+        alone = json.loads(run("generate", converser, "-p", line["prompt"], *flags)[1])
+        assert line["tokens"] == alone["tokens"] and line["prompt_tokens"] == alone["prompt_tokens"]
+
+
+def test_a_message_may_come_from_a_pipe(run: Run, converser: Path) -> None:
+    flags = ("--max-tokens", 5, "--json")
+    piped = json.loads(run("generate", converser, "-p", "-", *flags, stdin=QUESTION + "\n")[1])
+    assert piped["tokens"] == json.loads(run("generate", converser, "-p", QUESTION, *flags)[1])["tokens"]
+
+
+def test_a_text_is_continued_all_the_same_if_asked(run: Run, converser: Path, tiny_model_dir: Path) -> None:
+    base = run("generate", tiny_model_dir, "-p", QUESTION, "--max-tokens", 9)
+    assert base[0] == 0 and "template" not in base[2]
+    for flags in (["--no-template"], ["--template", "none"]):
+        code, out, err = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, *flags)
+        assert (code, out) == (0, base[1]) and "template" not in err
+
+
+def test_a_base_model_may_be_given_a_template(run: Run, converser: Path, tiny_model_dir: Path, speaker: Path) -> None:
+    given = run("generate", tiny_model_dir, "-p", "x", "--template", converser / "chat_template.jinja", "--json")[1]
+    own = run("generate", converser, "-p", "x", "--json")[1]
+    assert json.loads(given)["tokens"] == json.loads(own)["tokens"]
+    code, out, err = run("generate", speaker, "-p", "x", "--template", "openelm-instruct")
+    assert (code, out) == (0, ANSWER + "\n") and TEMPLATED in err
+
+
+def test_what_the_template_ends_an_answer_by_ends_it(run: Run, speaker: Path, tmp_path: Path) -> None:
+    """A token that no EOS is, and a text; beside those that were asked for."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    path = Path(shutil.copytree(speaker, tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": 0}
+    (path / "config.json").write_text(json.dumps(config))
+    turns = "{% for m in messages %}{{ m.content }}END{{ '\n' }}{% endfor %}"
+    (path / "chat_template.jinja").write_text(turns.replace("END", "</s>"))
+    for prompts in (["-p", "a"], ["--prompts", tmp_path / "prompts.txt"]):
+        for line in run("generate", path, *prompts, "--json", "--max-tokens", 99)[1].splitlines():
+            assert json.loads(line)["text"] == ANSWER and json.loads(line)["finish_reason"] == "stop"
+    (path / "chat_template.jinja").write_text(turns.replace("END", "kbr"))
+    assert run("generate", path, "-p", "a")[1] == "thequic\n"
+    assert run("generate", path, "-p", "a", "--stop", "qu")[1] == "the\n"
+
+
+def test_on_a_terminal_an_answer_begins_its_own_line(speaker: Path, tmp_path: Path) -> None:
+    def shown(*flags: str) -> str:
+        ours, terminal = pty.openpty()
+        command = [sys.executable, "-m", "elm_mlx", "generate", str(speaker), "-p", "say\n", *flags]
+        subprocess.run(command, stdout=terminal, stderr=subprocess.DEVNULL, check=True, timeout=60)
+        text = os.read(ours, 1 << 16).decode()
+        os.close(terminal)
+        os.close(ours)
+        return re.sub(r"\x1b\[\d*m", "", text).replace("\r\n", "\n")
+
+    assert shown() == f"say\n{ANSWER}\n"
+    assert shown("--template", "openelm-instruct") == f"say\n\n{ANSWER}\n"
+
+
 def test_stop_strings_may_be_repeated(run: Run, speaker: Path) -> None:
     assert run("generate", speaker, "--prompt", "\n", "--stop", "foxs", "--stop", "kbr")[1] == "thequic\n"
 
@@ -204,6 +309,10 @@ def test_a_terminal_that_cannot_show_a_character_shows_question_marks(speaker: P
         (["--prompt", "x", "--temp", "1", "--seed", "-1"], "seed is -1"),
         (["--prompt", "x", "--stop", ""], "a stop string is empty"),
         (["--prompt", "x", "--compute-dtype", "int4"], "no compute dtype 'int4'"),
+        (["--prompt", "x", "--system", "be brief"], "--system needs a chat template"),
+        (["--prompt", "x", "--template", "none", "--system", "be brief"], "--system needs a chat template"),
+        (["--prompt", "x", "--template", "nowhere"], "nowhere: no chat template: openelm-instruct, none, or a file"),
+        (["--prompt", "x", "--template", "none", "--no-template"], "--template and --no-template exclude"),
         (["--prompt", "x\udcff"], "the text is no valid Unicode: character 2"),
     ],
     ids=lambda value: " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else "",

@@ -22,6 +22,7 @@ from elm_mlx import device, roofline
 from elm_mlx.cli.training import parse_rank
 from elm_mlx.errors import InputError
 from elm_mlx.store import load
+from elm_mlx.template import OPENELM_INSTRUCT_JINJA
 
 
 @pytest.fixture
@@ -66,6 +67,25 @@ def test_a_run_says_what_it_will_do_and_leaves_an_adapter(
     assert run("generate", tiny_model_dir, "--adapter", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
     # each checkpoint is an adapter too
     assert load(tiny_model_dir, adapter_path=out / "checkpoints" / "step-00000003")[0] is not None
+
+
+def test_what_to_try_is_a_chat_where_there_is_a_template(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+    def tried(*flags: str) -> str:
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        code, text, err = run("lora", model, "--data", data, "--out", out, "--iters", 1, *flags)
+        assert code == 0, err
+        return text.rstrip("\n").rpartition("; try: elm-mlx ")[2].replace(f"{model} --adapter {out}", "BOTH")
+
+    assert tried() == "generate BOTH --prompt …"
+    assert tried("--template", "openelm-instruct") == "chat BOTH --template openelm-instruct"
+    (model / "chat_template.jinja").write_text(OPENELM_INSTRUCT_JINJA)
+    assert tried() == "chat BOTH"
+    assert tried("--template", "none") == "generate BOTH --template none --prompt …"
 
 
 def test_the_best_by_validation_is_kept(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -264,6 +264,15 @@ def test_any_eos_of_the_config_ends_it(tiny_tokenizer: Tokenizer) -> None:
     assert ended[-1].finish_reason == "stop"
 
 
+def test_other_ids_may_end_it_too(tiny_tokenizer: Tokenizer) -> None:
+    model = tiny.random_model(tiny.scaled_config(96), seed=3)
+    free = tokens(run(model, PROMPT, 12))
+    wanted = free[6]
+    for at_eos in (False, True):
+        ended = run(model, PROMPT, 12, stop_ids=(95, wanted), stop_at_eos=at_eos)
+        assert tokens(ended) == free[: free.index(wanted) + 1] and ended[-1].finish_reason == "stop"
+
+
 def test_eos_may_be_ignored_for_measurements(tiny_tokenizer: Tokenizer) -> None:
     model = tiny.spelling_model(tiny_tokenizer, "the fox")
     responses = list(stream_generate(model, tiny_tokenizer, "\n", max_tokens=50, stop_at_eos=False))

@@ -12,11 +12,8 @@ from elm_mlx.cli import options
 
 def chat(
     model: options.ModelPath,
-    system: Annotated[str | None, typer.Option(help="What the model is told before anything else.")] = None,
-    template: Annotated[
-        str | None,
-        typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)"),
-    ] = None,
+    system: options.System = None,
+    template: options.ChatTemplate = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Of an answer, at most. (default: 512, or 256 of a base model)")
     ] = None,

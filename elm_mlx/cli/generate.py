@@ -1,11 +1,11 @@
-"""`elm-mlx generate`: continue a prompt, or several."""
+"""`elm-mlx generate`: continue a prompt, or answer it, or several."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,10 +23,15 @@ if TYPE_CHECKING:
 
 def generate(
     model: options.ModelPath,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text to continue; - reads stdin.")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text, or message; - reads stdin.")] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A file with a prompt on each line; .jsonl: objects with `prompt`.")
     ] = None,
+    system: options.System = None,
+    template: options.ChatTemplate = None,
+    no_template: Annotated[
+        bool, typer.Option("--no-template", help="Continue the text, though the model has a chat template.")
+    ] = False,
     max_tokens: options.MaxTokens = None,
     temp: options.Temp = None,
     top_p: options.TopP = None,
@@ -41,16 +46,23 @@ def generate(
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:
-    """Continue a prompt. The text goes to stdout as it comes, speed and memory to stderr."""
+    """Continue a text; a model with a chat template answers it. What it says goes to stdout as it comes, speed and
+    memory to stderr."""
     if (prompt is None) == (prompts is None):
         raise InputError("give one of --prompt TEXT and --prompts FILE")
     if prompts and logprobs and not as_json:
         raise InputError("--prompts shows --logprobs only with --json")
+    if no_template:
+        if template is not None:
+            raise InputError("--template and --no-template exclude one another")
+        template = "none"
     from elm_mlx import settings
     from elm_mlx.describe import check_directory
     from elm_mlx.generation import check_steps
     from elm_mlx.sampling import check_seed, sampler_from
     from elm_mlx.store import open_model
+    from elm_mlx.template import choose, source_of
+    from elm_mlx.window import as_messages
 
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
@@ -60,22 +72,36 @@ def generate(
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     check_seed(seed)
+    if source_of(model, template)[0] is None and system is not None:
+        raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt or "")]
     loaded = open_model(model, compute_dtype, adapter)
     for note in loaded.notes:
         print(f"elm-mlx: {note}", file=sys.stderr)
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
+    inputs: Sequence[str | list[int]] = texts
+    conversing = choose(model, loaded.tokenizer, template)
+    if conversing is not None:
+        before = as_messages(system, [])
+        inputs = [conversing.encode([*before, {"role": "user", "content": text}]) for text in texts]
+        chosen |= {"stop": (*conversing.stop_strings, *(stop or ())), "stop_ids": conversing.stop_ids}
+        print("elm-mlx: answered by the chat template; --no-template continues the text", file=sys.stderr)
     if prompts:
         from elm_mlx.batch import generate_batch
 
-        completions = generate_batch(loaded.model, loaded.tokenizer, texts, **chosen)
+        completions = generate_batch(loaded.model, loaded.tokenizer, inputs, **chosen)
         _print_batch(texts, completions, as_json, logprobs)
         return
     from elm_mlx.generation import stream_generate
 
-    responses = stream_generate(loaded.model, loaded.tokenizer, texts[0], **chosen)
-    (_as_json if as_json else _as_tokens if logprobs else _as_text)(texts[0], responses, logprobs)
+    responses = stream_generate(loaded.model, loaded.tokenizer, inputs[0], **chosen)
+    if as_json:
+        _as_json(texts[0], responses, logprobs)
+    elif logprobs:
+        _as_tokens(responses)
+    else:
+        _as_text(texts[0] if conversing is None else texts[0] + "\n", responses)  # an answer begins its own line
 
 
 def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: bool, logprobs: bool) -> None:
@@ -114,7 +140,7 @@ def _progress(prompts: int) -> Iterator[Callable[[], None]]:
         yield lambda: bars.advance(task)
 
 
-def _as_text(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
+def _as_text(prompt: str, responses: Iterator[Response]) -> None:
     if sys.stdout.isatty():
         typer.secho(prompt, dim=True, nl=False)
     last = None
@@ -126,7 +152,7 @@ def _as_text(prompt: str, responses: Iterator[Response], logprobs: bool) -> None
         _print_statistics(last)
 
 
-def _as_tokens(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
+def _as_tokens(responses: Iterator[Response]) -> None:
     last = None
     try:
         for last in responses:

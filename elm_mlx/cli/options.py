@@ -28,3 +28,7 @@ OptionalModelPath = Annotated[
 AdapterPath = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
 ]
+System = Annotated[str | None, typer.Option(help="What the model is told before anything else.")]
+ChatTemplate = Annotated[
+    str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
+]

@@ -128,7 +128,7 @@ def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[s
     onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
     with shown, changes_named({**_OPTIONS, _STEPS: length}, onwards):
         result = run.train(settings, used, resume=resume, listener=shown)
-    tried = f"elm-mlx generate {run.path} --adapter {run.out} --prompt …"
+    tried = _trial(run.path, run.out, used.get("template"))
     shown.lines([*ended(result, shown.validates), ("wrote", f"{run.out}; try: {tried}")])
     if result.interrupted:
         raise typer.Exit(130)
@@ -148,6 +148,16 @@ def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]
             f"{error.path}: was trained with {name} = {error.before}, not {error.after}; leave it as it was{why}, "
             f"or start anew with another --out{onwards if why else ''}"
         ) from None
+
+
+def _trial(model: Path, adapter: Path, template: str | None) -> str:
+    """The command that shows what was learnt, with the template that it was learnt by."""
+    from elm_mlx.template import source_of
+
+    converses = source_of(model, template)[0] is not None
+    command, ending = ("chat", "") if converses else ("generate", " --prompt …")
+    by = "" if template is None else f" --template {template}"
+    return f"elm-mlx {command} {model} --adapter {adapter}{by}{ending}"
 
 
 def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
