@@ -235,6 +235,9 @@ def test_settings(speaking_dir: Path, tmp_path: Path, tiny_tokenizer: Tokenizer,
     }  # fmt: skip
     for wrong in ("temp hot", "temp -1", "temp nan", "temp", "top_k 1.5", "heat 3", "seed x", "max_tokens 0"):
         assert say(child, f"/set {wrong}").startswith("elm-mlx: "), wrong
+    for unknown in ("system Be brief", "system"):
+        assert say(child, f"/set {unknown}").startswith("elm-mlx: no setting 'system'; there are temp, top_p")
+    assert say(child, "/set temp hot") == "elm-mlx: temp is 'hot': a number is needed"
     assert say(child, "/set max_tokens 3") == say(child, "/set seed 5") == ""
     assert say(child, "hello").startswith("abc\n(cut off after 3 tokens")
     assert "generation_config.json" in say(child, "/set save")
@@ -255,7 +258,10 @@ def test_save_and_load(speaking_dir: Path, tmp_path: Path, start: Start) -> None
     assert "new conversation" in say(child, "/reset")
     assert "nothing to undo" in say(child, "/undo")
     assert "No such file" in say(child, "/load ~/nothing.json")
-    assert "loaded: 1" in say(child, "/load ~/a talk.json")
+    assert say(child, "/load ~/a talk.json") == "(loaded: 1 message with its answer)"
+    say(child, "hello")
+    say(child, f"/save {tmp_path}/a talk.json")
+    assert say(child, "/load ~/a talk.json") == "(loaded: 2 messages with their answers)"
     assert "hello" in say(child, "/undo")
     assert leave(child) == 0
 

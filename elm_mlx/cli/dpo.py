@@ -51,7 +51,10 @@ def dpo(
     batch_size: training.BatchSize = 4,
     grad_accumulation_steps: training.GradAccumulationSteps = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest. (default: 5e-5; with --full 5e-6)", show_default=False)
+        float | None,
+        typer.Option(
+            "--learning-rate", "--lr", help="The highest. (default: 5e-5; with --full 5e-6)", show_default=False
+        ),
     ] = None,
     lr_schedule: training.LrSchedule = "cosine",
     warmup: training.Warmup = None,

@@ -48,7 +48,10 @@ def lora(
     batch_size: training.BatchSize = 4,
     grad_accumulation_steps: training.GradAccumulationSteps = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The highest. (default: 2e-4; with --full 2e-5)", show_default=False)
+        float | None,
+        typer.Option(
+            "--learning-rate", "--lr", help="The highest. (default: 2e-4; with --full 2e-5)", show_default=False
+        ),
     ] = None,
     lr_schedule: training.LrSchedule = "cosine",
     warmup: training.Warmup = None,

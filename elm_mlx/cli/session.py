@@ -206,7 +206,8 @@ class Session:
 
     def _load(self, rest: str) -> None:
         self._chat.load(_file(rest, "load"))
-        self._note(f"(loaded: {len(self._chat.exchanges)} messages with their answers)")
+        count = len(self._chat.exchanges)
+        self._note(f"(loaded: {'1 message with its answer' if count == 1 else f'{count} messages with their answers'})")
 
     def _set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")
@@ -216,6 +217,8 @@ class Session:
                 self._note(f"{name:<18}  {value:<8}  {MEANINGS[name]}")
         elif name == "save" and not value:
             self._note(f"(saved to {settings.save(self._directory, self._chat.options)})")
+        elif name not in MEANINGS:
+            raise InputError(f"no setting {name!r}; there are {', '.join(MEANINGS)}")
         elif not value.strip():
             raise InputError(f"/set {name} needs a value")
         elif name == "seed":
