@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx import families, headers
+from elm_mlx import families, headers, json_files
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
             f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of a checkpoint"
         )
     if not (path / "config.json").exists():
-        raise InputError(f"{path}: holds no config.json, so it is no model directory")
+        raise InputError(f"{path}: {_no_model(path)}")
     if with_tokenizer and families.tokenizer_file(path) is None:
         name = "tokenizer.json" if families.is_other(path) else "tokenizer.model"
         raise InputError(
@@ -236,6 +236,37 @@ def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
             "made from into it, or convert that again with --tokenizer"
         )
     return path
+
+
+def _no_model(path: Path) -> str:
+    """What a directory without `config.json` is, and what can be done with it."""
+    adapter, run = (_read_if_there(path / name) for name in ("adapter_config.json", "run.json"))
+    settings = run.get("settings") if run else None
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if adapter is None and run is not None and run.get("command") in ("lora", "dpo"):
+        command = f"elm-mlx {run['command']} --out {path} --resume"
+        return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
+    if adapter is None:
+        return "holds no config.json, so it is no model directory"
+    if "peft_type" in adapter:
+        return (
+            f"an adapter of PEFT, and no model; `elm-mlx adapter MODEL {path} DST` makes one of it that --adapter takes"
+        )
+    full = adapter.get("fine_tune_type") == "full"
+    what = "the trained weights of a model, kept as an adapter" if full else "an adapter"
+    model = model or adapter.get("model")  # mlx-lm's says it there
+    named = model if isinstance(model, str) else "MODEL"
+    return (
+        f"{what}, and no model directory by itself: give {named} and `--adapter {path}`, "
+        f"or make one of both by `elm-mlx fuse {named} {path} DST`"
+    )
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    try:
+        return json_files.read_object(path)
+    except InputError:
+        return None
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -88,6 +88,20 @@ def test_what_to_try_is_a_chat_where_there_is_a_template(
     assert tried("--template", "none") == "generate BOTH --template none --prompt …"
 
 
+def test_what_a_run_leaves_is_no_model_and_says_what_it_is(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert run("lora", tiny_model_dir, "--data", data, "--out", out, "--iters", 1, "--full")[0] == 0
+    for command in (("generate", out, "-p", "x"), ("chat", out), ("quantize", out, tmp_path / "small")):
+        code, _, err = run(*command)
+        assert code == 2 and err.count("\n") == 1
+        assert f"give {tiny_model_dir} and `--adapter {out}`" in err
+        assert f"`elm-mlx fuse {tiny_model_dir} {out} DST`" in err
+    (out / "adapter_config.json").unlink()
+    assert f"`elm-mlx lora --out {out} --resume` goes on with it" in run("info", out)[2]
+
+
 def test_the_best_by_validation_is_kept(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ("--iters", 6, "--steps-per-eval", 1, "--learning-rate", 0.3, "--lr-schedule", "constant", "--warmup", 5)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -116,6 +117,40 @@ def test_what_is_no_model_directory_says_what_to_do(tmp_path: Path) -> None:
         check_directory(file)
     (tmp_path / "config.json").touch()
     assert check_directory(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"adapter_config.json": {"fine_tune_type": "lora"}},
+            "out: an adapter, and no model .* give MODEL and `--adapter .*out`, or .* fuse MODEL .*out D",
+        ),
+        (
+            {
+                "adapter_config.json": {"fine_tune_type": "full"},
+                "run.json": {"command": "lora", "settings": {"model": "/base"}},
+            },
+            "out: the trained weights of a model, kept .* give /base and .* `elm-mlx fuse /base .*out DST`",
+        ),
+        ({"adapter_config.json": {"model": "theirs"}}, "give theirs and `--adapter"),
+        ({"adapter_config.json": {"model": 7}, "run.json": {"settings": 7}}, "give MODEL and `--adapter"),
+        ({"adapter_config.json": {"peft_type": "LORA"}}, "an adapter of PEFT, .* `elm-mlx adapter MODEL .*out DST`"),
+        (
+            {"run.json": {"command": "dpo"}},
+            "a training run that has left no adapter yet, .* `elm-mlx dpo --out .*out --resume` goes on",
+        ),
+        ({"run.json": {"identity": {}}}, r"holds no config\.json"),
+        ({"run.json": [], "adapter_config.json": []}, r"holds no config\.json"),
+    ],
+)
+def test_what_else_a_directory_is(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, values in files.items():
+        (out / name).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        check_directory(out)
 
 
 def test_a_directory_is_described_without_mlx(tiny_model_dir: Path) -> None:
