@@ -1,7 +1,6 @@
 """An adapter merged into its model: a model directory like another, which computes what the two computed together.
 
-Knows how a directory's weights, quantized ones too, take up an adapter, and how to prove that they did. What the
-merged weight is, is `lora`'s.
+Knows the whole directory, and how to prove that it took up the adapter. How one weight does is `merged`'s.
 """
 
 from __future__ import annotations
@@ -10,19 +9,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, directories, files, lora, shards
+from elm_mlx import adapt, adapters, device, directories, files, shards
 from elm_mlx.adapters import EMBEDDING, Adapter
 from elm_mlx.describe import check_directory, read_config
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.families import Config
+from elm_mlx.merged import Merge
 from elm_mlx.shards import Pending
-from elm_mlx.store import Loaded, Packing, open_adapter, open_model, read_weights, stored_type
+from elm_mlx.store import Loaded, open_adapter, open_model, read_weights, stored_type
 from elm_mlx.version import __version__
 
 # Root mean square of the logits' difference, as a share of their spread, that rounding every weight once explains.
@@ -56,6 +55,7 @@ class Fusion:
         divergence: mean Kullback-Leibler divergence, in nats, of the fused model's next token from the other's.
         same_top: share of positions where the likeliest token is the same.
         tolerance: what `rms / spread` may be; None where weights were quantized anew, whose loss is what it is.
+        moved: of the weights that were, the share that has another value than in the model; None where none were.
     """
 
     destination: Path
@@ -72,6 +72,7 @@ class Fusion:
     divergence: float
     same_top: float
     tolerance: float | None
+    moved: float | None = None
 
 
 def fuse(
@@ -81,16 +82,19 @@ def fuse(
     *,
     text: str | None = None,
     dequantize: bool = False,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> Fusion:
     """Merges an adapter into its model, and compares the logits of both sides before the result takes its name.
 
     Weights are merged in float32 one at a time and written in the type that the model has. Quantized ones that
-    the adapter changes are quantized anew in the same way; the others are copied bit by bit.
+    the adapter changes are quantized anew in the same way, by `requantize` where it knows it; the others are copied bit
+    by bit.
 
     Args:
         text: what to compare logits on, up to 512 tokens; a built-in fable by default.
         dequantize: write a quantized model in the type of its scales instead.
+        dtype: "float32", "bfloat16" or "float16", to write all in that type; not of what stays quantized.
         overwrite: replace a model directory that is there.
 
     Raises:
@@ -100,8 +104,10 @@ def fuse(
     source, target = check_directory(Path(model_path)), Path(destination)
     directories.check_destination(target, (source, Path(adapter_path)), overwrite)
     config = read_config(source)
+    kind = _dtype(source, config, dtype, dequantize)
     adapter = open_adapter(adapter_path, source, config)
-    loaded = open_model(source)
+    computed = None if dtype is None else "float32"  # both sides alike: else the difference would be of that, too
+    loaded = open_model(source, computed)
     ids, on_text = _ids(loaded, text)
     base = _logits(loaded, ids)
     adapt.load(loaded.model, adapter)
@@ -109,17 +115,28 @@ def fuse(
     del loaded
     mx.clear_cache()
     with files.new_directory(target, replace=overwrite) as directory:
-        untied, requantized = _write(source, adapter, directory, dequantize)
-        fused = open_model(directory)
+        untied, moved = _write(source, adapter, directory, dequantize, kind)
+        fused = open_model(directory, computed)
         after = _logits(fused, ids)
-        dtype = stored_type(fused.model.config, *read_weights(directory, fused.model.config))
+        kind = stored_type(fused.model.config, *read_weights(directory, fused.model.config))
         fusion = Fusion(
             target, adapter, fused.stored, untied, ids.size, on_text,
             effect=_rms(before - base), **_compare(before, after),
-            tolerance=None if requantized else _TOLERANCES[dtype],
+            tolerance=_TOLERANCES[kind] if moved is None else None, moved=moved,
         )  # fmt: skip
         _check(fusion)
     return fusion
+
+
+def _dtype(source: Path, config: Config, name: str | None, dequantize: bool) -> mx.Dtype | None:
+    """The type to write in; None for the one that is there. Raises InputError where there is no such choice."""
+    if name is None:
+        return None
+    if name not in device.DTYPES:
+        raise InputError(f"dtype is {name!r}; there are {', '.join(device.DTYPES)}")
+    if not dequantize and read_weights(source, config)[1]:
+        raise InputError(f"{source}: is quantized and stays so, by its own types; {name} needs --dequantize too")
+    return device.DTYPES[name]
 
 
 def _check(fusion: Fusion) -> None:
@@ -132,112 +149,37 @@ def _check(fusion: Fusion) -> None:
         )
 
 
-def _write(source: Path, adapter: Adapter, directory: Path, dequantize: bool) -> tuple[bool, bool]:
-    """The whole directory. Returns whether the head was untied, and whether anything was quantized anew."""
+def _write(
+    source: Path, adapter: Adapter, directory: Path, dequantize: bool, dtype: mx.Dtype | None
+) -> tuple[bool, float | None]:
+    """The whole directory. Returns whether the head was untied, and `Fusion.moved`."""
     config = read_config(source)
-    merge = _Merge(config, *read_weights(source, config), adapt.read_values(adapter, config), adapter, dequantize)
+    values = adapt.read_values(adapter, config)
+    merge = Merge(config, *read_weights(source, config), values, adapter, dequantize, dtype)
     untied = adapter.unties(config)
     tensors = [tensor for name in config.shapes() for tensor in merge.tensors(name, config.shapes()[name])]
     if untied:
-        base = _Merge(config, *read_weights(source, config), {}, Adapter(adapter.kind), dequantize)
+        base = Merge(config, *read_weights(source, config), {}, Adapter(adapter.kind), dequantize, dtype)
         head = base.tensors(f"{EMBEDDING}.weight", config.shapes()[f"{EMBEDDING}.weight"])
         tensors += [Pending(t.name.replace(EMBEDDING, "lm_head"), t.dtype, t.shape, t.make) for t in head]
     needed, free = sum(tensor.nbytes for tensor in tensors) + (16 << 20), files.free_bytes(directory)
     if needed > free:
         raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
     shards.write(directory, tensors)
-    _write_json(directory / "config.json", _config(source, untied, dequantize))
+    _write_json(directory / "config.json", _config(source, untied, dequantize, dtype))
     _write_json(directory / "conversion.json", _record(source, adapter))
     directories.carry(source, directory)
-    return untied, merge.requantizes and not dequantize
+    return untied, merge.moved
 
 
-class _Merge:
-    """The tensors of a fused directory, each made when it is asked for, once: `weights` is emptied on the way.
-
-    An array that MLX reads from a file stays in memory as long as anyone holds it.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        weights: dict[str, mx.array],
-        packing: Mapping[str, Packing],
-        values: Mapping[str, mx.array],
-        adapter: Adapter,
-        dequantize: bool,
-    ):
-        self._weights, self._packing, self._values = weights, packing, values
-        self._adapter, self._dequantize = adapter, dequantize
-        self._dtype = stored_type(config, weights, packing)
-        self.requantizes = any(self._changes(name) for name in packing)
-
-    def tensors(self, name: str, shape: tuple[int, ...]) -> list[Pending]:
-        """The weight `name` of that shape in the model, in the parts that it is stored in."""
-        changes = self._changes(name)
-        if name in self._packing and not self._dequantize:
-            parts = [name, *(self._part(name, kind) for kind in ("scales", "biases"))]
-            parts = [part for part in parts if part in self._weights]
-            if not changes:
-                return [self._copied(part) for part in parts]
-            quantized: dict[str, mx.array] = {}
-            return [
-                Pending(
-                    part, self._weights[part].dtype, self._weights[part].shape,
-                    partial(self._quantized_part, name, part, quantized),
-                )
-                for part in parts
-            ]  # fmt: skip
-        if not changes and name not in self._packing:
-            return [self._copied(name)]
-        dtype = self._dtype if name in self._packing else self._weights[name].dtype
-        return [Pending(name, dtype, shape, partial(self._dense, name, dtype, changes))]
-
-    def _changes(self, name: str) -> bool:
-        return name in self._values or name.removesuffix(".weight") in self._adapter.ranks
-
-    def _copied(self, name: str) -> Pending:
-        stored = self._weights[name]
-        return Pending(name, stored.dtype, stored.shape, partial(self._weights.pop, name))
-
-    def _dense(self, name: str, dtype: mx.Dtype, changes: bool) -> mx.array:
-        weight = self._merged(name) if changes else self._wide(name)
-        return weight.astype(dtype)
-
-    def _quantized_part(self, name: str, part: str, quantized: dict[str, mx.array]) -> mx.array:
-        """One of weight, scales and biases; the first call makes all, each is handed out once."""
-        if not quantized:
-            how = self._packing[name]
-            made = mx.quantize(self._merged(name).astype(self._dtype), **how)
-            quantized |= dict(zip((name, self._part(name, "scales"), self._part(name, "biases")), made, strict=False))
-        return quantized.pop(part)
-
-    def _merged(self, name: str) -> mx.array:
-        if name in self._values:  # of a full fine-tuning
-            return self._values[name].astype(mx.float32)
-        module = name.removesuffix(".weight")
-        product = self._values[f"{module}.lora_a"] @ self._values[f"{module}.lora_b"]
-        delta = self._adapter.scale * (product if module == EMBEDDING else product.T)
-        return lora.merge(self._wide(name), delta, self._values.get(f"{module}.m"))
-
-    def _wide(self, name: str) -> mx.array:
-        if name not in self._packing:
-            return self._weights.pop(name).astype(mx.float32)
-        scales = self._weights.pop(self._part(name, "scales"))
-        biases = self._weights.pop(self._part(name, "biases"), None)
-        return lora.dequantize(self._weights.pop(name), scales, biases, **self._packing[name])
-
-    @staticmethod
-    def _part(name: str, kind: str) -> str:
-        return name.removesuffix("weight") + kind
-
-
-def _config(source: Path, untied: bool, dequantize: bool) -> dict[str, Any]:
+def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:
     """The source's own, with what is different now."""
     values: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if untied:
         values["share_input_output_layers"] = False
         values.pop("tie_word_embeddings", None)
+    for key in {"dtype", "torch_dtype"} & values.keys() if dtype else ():
+        values[key] = str(dtype).removeprefix("mlx.core.")
     for key in ("quantization", "quantization_config"):
         if dequantize:
             values.pop(key, None)

@@ -45,6 +45,48 @@ def test_fused_says_what_model_and_adapter_say(run: Run, tiny_model_dir: Path, a
     assert run("info", tmp_path / "fused")[0] == 0
 
 
+def small(model_dir: Path, path: Path, size: float) -> Path:
+    """An adapter of hardly any effect."""
+    model, _ = load(model_dir, "float32")
+    made = plan(model.config, rank=4)
+    adapt.attach(model, made)
+    for _, module in model.named_modules():
+        if "lora_b" in module:
+            module.lora_b = size * mx.random.normal(module.lora_b.shape, key=mx.random.key(0))
+    adapt.save(path, model, made)
+    return path
+
+
+def test_what_is_lost_in_16_bits_is_kept_by_a_wider_type(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    adapter = small(tiny_model_dir, tmp_path / "adapter", 1e-4)
+    code, out, _ = run("fuse", tiny_model_dir, adapter, tmp_path / "fused")
+    assert code == 0 and "little of it is left; --dtype float32 keeps it\n" in out
+    code, out, _ = run("fuse", tiny_model_dir, adapter, tmp_path / "wide", "--dtype", "float32")
+    assert code == 0 and "warning" not in out and f"{tmp_path / 'wide'}, float32" in out
+    assert "dtype is 'int4'" in run("fuse", tiny_model_dir, adapter, tmp_path / "none", "--dtype", "int4")[2]
+
+
+def test_what_a_quantized_model_takes_up_is_told(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    code, _, err = run("quantize", tiny_model_dir, base, "--bits", 4, "--group-size", 32)
+    assert code == 0, err
+    adapter = small(base, tmp_path / "much", 0.2)
+    code, out, err = run("fuse", base, adapter, tmp_path / "fused")
+    assert code == 0 and "% of the quantized weights that the adapter changes; the rest are nearest" in out, err
+    assert "no quantized weight" not in out
+    adapter = small(base, tmp_path / "little", 1e-5)
+    code, out, _ = run("fuse", base, adapter, tmp_path / "same")
+    assert code == 0 and "moved       0% of the quantized weights" in out
+    assert (
+        "no quantized weight takes another value, as each changes by less than half a step; --dequantize keeps" in out
+    )
+    code, _, err = run("fuse", base, adapter, tmp_path / "none", "--dtype", "float32")
+    assert code == 2 and "float32 needs --dequantize too" in err
+    flags = ("--dequantize", "--dtype", "float32")
+    code, out, _ = run("fuse", base, adapter, tmp_path / "wide", *flags)
+    assert code == 0 and "warning" not in out and "wide, float32" in out
+
+
 def test_chat_with_an_adapter(run: Run, tiny_model_dir: Path, adapter: Path) -> None:
     options = ("--max-tokens", 8, "--temp", 0)
     code, alone, _ = run("chat", tiny_model_dir, *options, stdin="the fox\n")

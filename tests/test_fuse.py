@@ -17,7 +17,6 @@ import pytest
 import tiny
 
 from elm_mlx import adapt, adapters, lora
-from elm_mlx import fuse as module
 from elm_mlx.adapters import Adapter, plan
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
@@ -187,9 +186,10 @@ def test_a_quantized_model_is_quantized_anew_where_it_changes(
     kind: str, bases: Callable[[str], Path], tmp_path: Path
 ) -> None:
     base = bases(kind)
-    adapter = adapter_for(base, tmp_path / "adapter", size=0.01, targets=["qkv_proj", "token_embeddings"])
+    adapter = adapter_for(base, tmp_path / "adapter", size=0.3, targets=["qkv_proj", "token_embeddings"])
     done = fuse(base, adapter, tmp_path / "fused")
-    assert done.tolerance is None and done.divergence > 0 and done.largest >= done.mean > 0
+    assert done.tolerance is None and done.moved is not None and 0 < done.moved < 1
+    assert done.divergence > 0 and done.largest >= done.mean > 0
     before, after = (mx.load(str(path / "model.safetensors")) for path in (base, tmp_path / "fused"))
     kept = [name for name in before if ".qkv_proj." not in name and "embeddings" not in name]
     assert kept and all(mx.array_equal(before[name], after[name]) for name in kept)
@@ -218,6 +218,85 @@ def test_or_it_is_dequantized_without_a_loss(
         np.testing.assert_allclose(found[name], weight, rtol=2**-7, atol=1e-5, err_msg=name)
 
 
+def test_what_is_less_than_half_a_step_leaves_the_model_as_it_was(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """A new fit would move the grid under every weight."""
+    base = bases("4-bit")
+    adapter = adapter_for(base, tmp_path / "adapter", size=1e-4, targets=["qkv_proj"])
+    done = fuse(base, adapter, tmp_path / "fused")
+    assert done.moved == 0 and done.rms == pytest.approx(done.effect, rel=0.01)
+    before, after = (mx.load(str(path / "model.safetensors")) for path in (base, tmp_path / "fused"))
+    assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
+    assert fuse(base, adapter, tmp_path / "dense", dequantize=True, dtype="float32").rms < done.effect / 10
+
+
+def test_a_float_mode_is_quantized_anew_too(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    from mlx_lm import utils
+
+    base = Path(shutil.copytree(bases("bfloat16"), tmp_path / "base"))
+    model, config = utils.load_model(base)
+    model, config = utils.quantize_model(model, config, group_size=32, bits=4, mode="mxfp4")
+    (base / "model.safetensors").unlink()
+    utils.save_model(base, model)
+    utils.save_config(config, base / "config.json")
+    done = fuse(base, adapter_for(base, tmp_path / "adapter", size=0.3), tmp_path / "fused")
+    assert done.moved is not None and 0 < done.moved < 1 and done.tolerance is None
+    unchanged = fuse(base, adapter_for(base, tmp_path / "small", size=1e-6), tmp_path / "same")
+    assert unchanged.moved == 0
+
+
+# --- another type
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "4-bit"])
+def test_all_is_written_in_the_type_that_is_asked_for(
+    kind: str, dtype: str, bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = bases(kind)
+    adapter = adapter_for(base, tmp_path / "adapter", targets=["*"])
+    done = fuse(base, adapter, tmp_path / "fused", dequantize=kind == "4-bit", dtype=dtype)
+    assert done.dtype == dtype and done.untied and done.moved is None
+    assert done.tolerance and done.rms / done.spread < done.tolerance
+    stored = mx.load(str(tmp_path / "fused" / "model.safetensors"))
+    assert {str(value.dtype) for value in stored.values()} == {f"mlx.core.{dtype}"}
+    expected, found = merged(base, adapter), dense(tmp_path / "fused")
+    rounding = {"float32": 1e-5, "float16": 2**-11, "bfloat16": 2**-8}[dtype] * 1.01
+    for name, weight in expected.items():
+        np.testing.assert_allclose(found[name], weight, rtol=rounding, atol=1e-5, err_msg=name)
+
+
+def test_what_16_bits_would_swallow_float32_keeps(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("bfloat16")
+    model, _ = load(base, "float32")
+    model.layers[0].unfreeze()
+    model.layers[0].attn.out_proj.weight = model.layers[0].attn.out_proj.weight * (1 + 2**-12)
+    adapt.save(tmp_path / "adapter", model, Adapter("full"))
+    lost = fuse(base, tmp_path / "adapter", tmp_path / "16")
+    assert lost.rms > 0.9 * lost.effect > 0
+    kept = fuse(base, tmp_path / "adapter", tmp_path / "32", dtype="float32")
+    assert kept.rms < 0.05 * kept.effect and kept.dtype == "float32"
+
+
+def test_the_config_names_the_type(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bases("bfloat16"), tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    adapter = adapter_for(base, tmp_path / "adapter")
+    for dtype in (None, "float32"):
+        fuse(base, adapter, tmp_path / "fused", dtype=dtype, overwrite=True)
+        written = json.loads((tmp_path / "fused" / "config.json").read_text())
+        assert written == config | {"torch_dtype": dtype or "bfloat16"}
+
+
+def test_a_type_that_cannot_be_had_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    adapter = adapter_for(bases("4-bit"), tmp_path / "adapter")
+    with pytest.raises(InputError, match="dtype is 'int4'; there are float32, float16, bfloat16"):
+        fuse(bases("float32"), adapter, tmp_path / "fused", dtype="int4")
+    with pytest.raises(InputError, match=r"is quantized and stays so, .*; float32 needs --dequantize too"):
+        fuse(bases("4-bit"), adapter, tmp_path / "fused", dtype="float32")
+    assert not (tmp_path / "fused").exists()
+
+
 # --- proof
 
 
@@ -226,7 +305,7 @@ def test_a_merge_that_computes_something_else_is_refused(
 ) -> None:
     """With the scale left out, on the way of whoever writes."""
     adapter = adapter_for(bases("bfloat16"), tmp_path / "adapter")
-    monkeypatch.setattr(module.lora, "merge", lambda weight, delta, m: weight + delta / 2)
+    monkeypatch.setattr(lora, "merge", lambda weight, delta, m: weight + delta / 2)
     with pytest.raises(
         ElmError, match=r"fused: the fused model's logits are 0\.\d+ of their spread away .*nothing was"
     ):

@@ -24,12 +24,16 @@ def fuse(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write a quantized model in 16 bits, without a new loss.")
     ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Store in float32, bfloat16 or float16. (default: as the model is)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""
     from elm_mlx.fuse import fuse
 
-    _print(fuse(model, adapter, dst, text=_read(text), dequantize=dequantize, overwrite=overwrite))
+    done = fuse(model, adapter, dst, text=_read(text), dequantize=dequantize, dtype=dtype, overwrite=overwrite)
+    _print(done)
 
 
 def _read(path: Path | None) -> str | None:
@@ -48,6 +52,7 @@ def _print(done: Fusion) -> None:
     lines = {
         "adapter": f"{done.adapter.describe()}; moves the logits by {done.effect / done.spread:.2g} of their spread",
         "head": "a weight of its own now: the base embedding" if done.untied else "",
+        "moved": _moved(done.moved),
         "compared": f"logits at {done.tokens} positions {where}",
         "difference": f"{done.rms / done.spread:.2g} of the logits' spread; {verdict}",
         "": f"largest {done.largest:.3g}, mean {done.mean:.3g}, spread {done.spread:.3g}",
@@ -60,8 +65,21 @@ def _print(done: Fusion) -> None:
             typer.echo(f"{name:<10}  {line}")
 
 
+def _moved(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share:.2g}% of the quantized weights that the adapter changes; the rest are nearest as they were"
+
+
 def _warning(done: Fusion) -> str:
+    if done.moved == 0:
+        return (
+            "no quantized weight takes another value, as each changes by less than half a step; --dequantize keeps it"
+        )
     if done.rms <= done.effect / 2:
         return ""
-    advice = "; --dequantize keeps it" if done.tolerance is None else ""
+    if done.tolerance is None:
+        advice = "; --dequantize keeps it, and with --dtype float32 all of it"
+    else:
+        advice = "" if done.dtype == "float32" else "; --dtype float32 keeps it"
     return f"that is more than half of what the adapter changes: little of it is left{advice}"
