@@ -62,6 +62,9 @@ class Progress(Listener):
     def doing(self, what: str) -> None:
         """What takes a while, in place of what is known of the updates."""
         self._doing = what
+        if self._bar is not None:
+            with _if_anyone_looks():
+                self._bar.refresh()  # at once: what follows may keep this thread, and others, from it
 
     def resumed(self, step: int) -> None:
         """The bar begins there."""
