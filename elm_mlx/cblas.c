@@ -46,6 +46,7 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
     for (; at + LANES <= p->k; at += LANES) {                                                                       \
       lanes right[J];                                                                                               \
       for (int j = 0; j < J; j++) right[j] = *(const lanes *)(b + j * p->b_step + at);                              \
+      for (int j = 0; j < J; j++) __builtin_prefetch(b + (J + j) * p->b_step + at); /* the next tile's */           \
       for (int i = 0; i < I; i++) {                                                                                 \
         lanes left = *(const lanes *)(a + i * p->a_step + at);                                                      \
         for (int j = 0; j < J; j++) sums[i][j] += left * right[j];                                                  \
