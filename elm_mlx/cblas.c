@@ -1,7 +1,7 @@
 /* CBLAS as MLX calls it: products of few rows here, the others by the OpenBLAS of scipy-openblas32, whose names carry
    a prefix. Compiled by blas.py.
 
-   OpenBLAS packs the matrix for every product. For one row, or a dozen, that takes longer than reading the matrix
+   OpenBLAS packs the matrix for every product. For one row, or a few, that takes longer than reading the matrix
    once, which is all that has to be done: decoding is made of such products, a row for each text. Here they are
    scalar products along the rows of both sides, a few at a time, so that each number is read once from memory. Each is
    summed in the same order whatever the number of rows and threads, so a text's logits don't depend on its company.
@@ -15,7 +15,7 @@
 #include <stdatomic.h>
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
-enum { FEW = 16, LANES = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
+enum { FEW = 6, LANES = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
 
 void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
                        int);
