@@ -122,15 +122,11 @@ def _by_task(results: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, A
 
 def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], list[float]]:
     """Each question's values by name, shots and metric."""
-    there: dict[tuple[str | None, int], list[str]] = {}
-    for entry in entries:
-        there.setdefault((entry["group"], entry["shots"]), []).append(entry["task"])
+    names = tasks.shown_as([(entry["task"], entry["group"], entry["shots"]) for entry in entries])
     found: dict[tuple[str, int, str], list[float]] = {}
-    for entry in entries:
-        group, shots = entry["group"], entry["shots"]
-        task = group if tasks.complete(group, there[group, shots]) else entry["task"]
+    for task, entry in zip(names, entries, strict=True):
         for metric, values in entry["values"].items():
             # A perplexity's values are log-probabilities, and so is their mean.
             name = "log-likelihood" if metric == "perplexity" else metric
-            found.setdefault((task, shots, name), []).extend(values)
+            found.setdefault((task, entry["shots"], name), []).extend(values)
     return found

@@ -97,12 +97,8 @@ def merged(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str
 
 def _grouped(outcomes: Sequence[Outcome]) -> dict[tuple[str, int], list[Outcome]]:
     """By name and shots; the parts of a group are one where all are there."""
-    there: dict[tuple[str | None, int], list[str]] = {}
-    for outcome in outcomes:
-        there.setdefault((outcome.work.group, outcome.work.shots), []).append(outcome.work.name)
+    names = tasks.shown_as([(outcome.work.name, outcome.work.group, outcome.work.shots) for outcome in outcomes])
     found: dict[tuple[str, int], list[Outcome]] = {}
-    for outcome in outcomes:
-        group, shots = outcome.work.group, outcome.work.shots
-        name = group if group is not None and tasks.complete(group, there[group, shots]) else outcome.work.name
-        found.setdefault((name, shots), []).append(outcome)
+    for name, outcome in zip(names, outcomes, strict=True):
+        found.setdefault((name, outcome.work.shots), []).append(outcome)
     return found

@@ -8,7 +8,7 @@ Knows names and figures; `prompts` knows what is asked. Knows nothing of files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -142,9 +142,15 @@ def suite(name: str) -> list[Chosen]:
     return [chosen for task, shots in SUITES[name].items() for chosen in named(task, shots)]
 
 
-def complete(group: str | None, names: Iterable[str]) -> bool:
-    """Whether all parts of a group are among `names`, so that they have its name together."""
-    return group is not None and set(GROUPS.get(group, ())) <= set(names)
+def shown_as(asked: Sequence[tuple[str, str | None, int]]) -> list[str]:
+    """What each task, group and number of shots is shown as: the group where all its parts are there, else the task."""
+    there: dict[tuple[str | None, int], set[str]] = {}
+    for name, group, shots in asked:
+        there.setdefault((group, shots), set()).add(name)
+    return [
+        group if group is not None and set(GROUPS.get(group, ())) <= there[group, shots] else name
+        for name, group, shots in asked
+    ]
 
 
 def named(name: str, shots: int | None = None) -> list[Chosen]:
