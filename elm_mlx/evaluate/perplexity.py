@@ -81,8 +81,8 @@ def shares(text: Text, logprobs: Sequence[float]) -> list[float]:
     Two models' can be compared document by document, as they share the bytes.
     """
     nats = _by_document(text, logprobs)
-    count = len(nats)
-    return [-each / math.log(2) * count / sum(text.bytes) for each in nats] if count > 1 else []
+    count, total = len(nats), sum(text.bytes)
+    return [-each / math.log(2) * count / total for each in nats] if count > 1 else []
 
 
 def bits_per_byte(text: Text, logprobs: Sequence[float]) -> Score:
