@@ -62,10 +62,9 @@ class Record:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with nullcontext() if error is None else suppress(OSError):  # or it would hide the first one
+        # A second error would hide the first one.
+        with nullcontext() if error is None else suppress(OSError), self._file:
             self._sync()
-        with nullcontext() if error is None else suppress(OSError):
-            self._file.close()
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Each with `task`, `item`, `id`, `logprobs` and `greedy`. Raises ElmError."""
