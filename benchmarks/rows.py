@@ -25,6 +25,7 @@ PAUSE = 0.15  # seconds, in which the other side's threads come to rest
 
 
 def main() -> None:
+    """The table, a line for each number of rows; ends with a reason where there is nothing to measure."""
     found = blas.status()
     if blas.OWN_FEW_ROWS not in found.name:
         sys.exit(f"there is no C of ours here to measure: {found.name}")

@@ -25,15 +25,18 @@ from elm_mlx.store import load
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+def write_data(path: Path) -> Path:
     """A directory with 24 examples to train on and 4 to validate."""
-    path = tmp_path / "data"
     path.mkdir()
     for name, count in (("train", 24), ("valid", 4)):
         rows = ({"prompt": "the quick " * (i % 4 + 1), "completion": f"brown fox {i}"} for i in range(count))
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_data(tmp_path / "data")
 
 
 def updates(out: Path) -> list[tuple[int, float]]:

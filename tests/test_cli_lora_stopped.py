@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from test_cli_lora import updates
+from test_cli_lora import updates, write_data
 
 from elm_mlx.store import load
 from elm_mlx.train import checkpoint
@@ -20,13 +19,7 @@ from elm_mlx.train import checkpoint
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A directory with 24 examples to train on and 4 to validate."""
-    path = tmp_path / "data"
-    path.mkdir()
-    for name, count in (("train", 24), ("valid", 4)):
-        rows = ({"prompt": "the quick " * (i % 4 + 1), "completion": f"brown fox {i}"} for i in range(count))
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return write_data(tmp_path / "data")
 
 
 def on_terminal(model: Path, data: Path, out: Path, *more: object) -> Any:
