@@ -7,9 +7,11 @@ import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its B
 # isort: split
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import other_models
+import processes
 import pytest
 import tiny
 from commands import Run
@@ -19,6 +21,17 @@ from elm_mlx.config import ModelConfig
 from elm_mlx.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
+
+processes.reset_signals()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test() -> Iterator[None]:
+    """Ends what a test has started and left running, and calls that a failure."""
+    before = processes.snapshot()
+    yield
+    left = processes.end_new(before)
+    assert not left, f"left running: {left}"
 
 
 @pytest.fixture

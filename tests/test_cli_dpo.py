@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from commands import Run
 from safetensors.numpy import load_file
-from test_cli_lora import free_port
+from training_runs import free_port
 
 from elm_mlx.cli.dpo import Command
 from elm_mlx.store import load

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 import tiny
 from commands import Run
 from mlx.utils import tree_flatten
+from training_runs import free_port, updates, write_data
 
 from elm_mlx import device, roofline
 from elm_mlx.cli.training import parse_rank
@@ -25,24 +25,9 @@ from elm_mlx.store import load
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA
 
 
-def write_data(path: Path) -> Path:
-    """A directory with 24 examples to train on and 4 to validate."""
-    path.mkdir()
-    for name, count in (("train", 24), ("valid", 4)):
-        rows = ({"prompt": "the quick " * (i % 4 + 1), "completion": f"brown fox {i}"} for i in range(count))
-        (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     return write_data(tmp_path / "data")
-
-
-def updates(out: Path) -> list[tuple[int, float]]:
-    """Step and loss of every line of the metrics, validations included."""
-    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [(line["step"], line.get("loss", line.get("valid_loss"))) for line in lines]
 
 
 QUICK = ("--iters", 6, "--steps-per-eval", 3, "--batch-size", 2, "--max-seq-length", 64, "--learning-rate", 0.01)
@@ -308,19 +293,6 @@ def test_ranks_as_they_are_written() -> None:
     assert parse_rank("qkv_proj=8,ffn.*=4") == {"qkv_proj": 8, "ffn.*": 4}
     with pytest.raises(InputError):
         parse_rank("qkv_proj=x")
-
-
-def free_port() -> int:
-    """One that is free, as is the next: the ring takes a port for each process."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pexpect
 import pytest
-from test_cli_lora import updates, write_data
+from training_runs import updates, write_data
 
 from elm_mlx.store import load
 from elm_mlx.train import checkpoint

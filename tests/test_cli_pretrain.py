@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 from commands import Run
 from mlx.utils import tree_flatten
-from test_cli_lora import free_port, updates
+from training_runs import free_port, updates
 
 from elm_mlx import roofline
 from elm_mlx.cli.pretrain import _KEYS

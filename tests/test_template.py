@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from chat_templates import CHATML, LLAMA_CHAT, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tokenizer import EXACT, SHARED, train
+from sentencepiece_models import EXACT, SHARED, train
 
 from elm_mlx import template
 from elm_mlx.errors import InputError
@@ -16,19 +17,6 @@ from elm_mlx.tokenizer import Tokenizer
 
 LLAMA = SHARED / "tokenizer" / "llama2.model"
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA_CHAT = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + m['content'].strip() + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}"
-    "{% else %}{{ raise_exception('no system messages here') }}{% endif %}{% endfor %}"
-)
-PLAIN = (
-    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    "{{ 'assistant:' if add_generation_prompt }}"
-)
 
 
 def system(text: str) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import subprocess
 import sys
@@ -13,16 +12,14 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece_models import BYTES, EXACT, SHARED, train
 
 from elm_mlx import spm
 from elm_mlx.errors import InputError
 from elm_mlx.tokenizer import Tokenizer
 
-SHARED = Path(__file__).parents[1] / ".." / "shared" / "data"
 REAL = {"llama2": SHARED / "tokenizer" / "llama2.model", "classics": SHARED / "classics" / "tokenizer.model"}
 
-BYTES = {"model_type": "bpe", "byte_fallback": True}
-EXACT = {**BYTES, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 KINDS: dict[str, dict[str, object]] = {
     "like llama": EXACT,
     "normalizing": BYTES,
@@ -35,21 +32,6 @@ KINDS: dict[str, dict[str, object]] = {
     "without BOS": {**EXACT, "bos_id": -1},
 }
 TEXTS = st.text(st.sampled_from(" \n\ta1é漢😀\u200d\u2581<s/>|user0x4") | st.characters(codec="utf-8"), max_size=40)
-WORDS = "the quick brown fox jumps over lazy dogs while and 漢字 かな naïve café 12 345 </s> 😀"
-
-
-def train(path: Path, **options: object) -> Path:
-    """A SentencePiece model of 400 pieces, trained in a moment."""
-    words = WORDS.split()
-    choice = random.Random(0).choice
-    lines = [" ".join(choice(words) + choice(["", ",", "."]) for _ in range(12)) for _ in range(300)]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=400, hard_vocab_limit=False, num_threads=1,
-        minloglevel=2, **options,
-    )  # fmt: skip
-    path.write_bytes(model.getvalue())
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_bench_results import whole
+from measured import whole
 
 from elm_mlx.bench import page
 from elm_mlx.bench.machine import Speeds

@@ -78,9 +78,15 @@ def test_mlx_lm_as_installed_has_no_blas_of_ours(start: Callable[..., Side]) -> 
     stock = start("mlx-lm-stock", "float32")
     assert stock.about.dtype == "bfloat16"  # as the model came
     sane(stock.measure(Case("m", "stored", 8, 4)), 8)
-    assert sides.environment("mlx-lm-stock")["ELM_MLX_BLAS"] == "off"
-    assert "ELM_MLX_BLAS" not in sides.environment("mlx-lm") or "ELM_MLX_BLAS" in os.environ
-    assert not any(name.startswith("OPENBLAS_") for name in sides.environment("ours"))
+
+
+def test_only_mlx_lm_as_installed_is_denied_our_blas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ELM_MLX_BLAS", raising=False)
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
+    for name in ("ours", "naive", "mlx-lm", "mlx-lm-stock"):
+        kept = sides.environment(name)
+        assert kept.get("ELM_MLX_BLAS") == ("off" if name == "mlx-lm-stock" else None)
+        assert "OPENBLAS_CORETYPE" not in kept and kept["PATH"] == os.environ["PATH"]
 
 
 def test_a_side_that_cannot_start_says_why(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import CHATML, LLAMA_CHAT, PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_template import CHATML, LLAMA_CHAT, PLAIN
-from test_tokenizer import EXACT, train
+from sentencepiece_models import EXACT, train
 
 from elm_mlx.errors import InputError
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, Template

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer import EXACT, train
+from sentencepiece_models import EXACT, train
 
 from elm_mlx.errors import InputError
 from elm_mlx.tokenizer import Tokenizer

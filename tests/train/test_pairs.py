@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_template import CHATML
-from test_tokenizer import EXACT, train
+from chat_templates import CHATML
+from sentencepiece_models import EXACT, train
 
 from elm_mlx.errors import InputError
 from elm_mlx.template import JinjaTemplate, OpenELMInstruct, Template
