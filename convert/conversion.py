@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import ElmError
-from elm_mlx.files import new_directory
+from elm_mlx.files import expanded, new_directory
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.destination import check_apart, check_destination, check_room, hashing, sha256
@@ -88,7 +88,7 @@ def convert(
         In both cases `destination` is as it was.
     """
     start = time.perf_counter()
-    path = Path(destination).expanduser()
+    path = expanded(destination)
     try:
         check_destination(path, overwrite)
         plan = make_plan(

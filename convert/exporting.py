@@ -19,7 +19,7 @@ import numpy as np
 
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import new_directory
+from elm_mlx.files import expanded, new_directory
 from elm_mlx_convert.destination import check_apart, check_room
 from elm_mlx_convert.infer import preset_name
 from elm_mlx_convert.names import listed, to_corenet
@@ -48,7 +48,7 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
         InputError: the model cannot be read, or `destination` is taken; a value overflows `dtype`.
         ElmError: it cannot be written. `destination` is as it was, here and there.
     """
-    path = Path(destination).expanduser()
+    path = expanded(destination)
     try:
         _check_free(path, overwrite)
         plan = make_plan(model, dtype=dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
+from elm_mlx.files import expanded
 from elm_mlx_convert import hub, pickles, safetensors_files
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.tensors import LazyTensor
@@ -59,7 +60,7 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
     """
     if not str(source):  # an unset variable of a shell, say, which would be the current directory
         raise InputError("no source was named: SRC is empty")
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
         directory = hub.download(source, revision)
         found = _open_directory(directory, ema)

@@ -14,7 +14,7 @@ from typing import Any
 
 from elm_mlx import spm
 from elm_mlx.errors import InputError
-from elm_mlx.files import new_file, write_text
+from elm_mlx.files import expanded, new_file, write_text
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
 from elm_mlx_convert import hub
 
@@ -30,7 +30,7 @@ def find(source: str | Path) -> Path:
         InputError: there is none there, or the repository is gated or does not exist.
         ElmError: the hub cannot be reached, and its cache has no copy.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
         return _inside(hub.snapshot(source, None, [FILE_NAME]), source)
     return _inside(path, str(path)) if path.is_dir() else path

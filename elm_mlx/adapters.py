@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import headers
+from elm_mlx import files, headers
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config
 
@@ -140,7 +140,7 @@ def read(directory: str | Path, config: Config) -> Adapter:
     Raises:
         InputError: names the file, and the tensor and both shapes, where something is missing or does not fit.
     """
-    path = Path(directory)
+    path = files.expanded(directory)
     adapter = _read_config(path, _read_json(path), config)
     entries = {entry.name: entry for entry in headers.read(path / WEIGHTS)}
     for name, entry in entries.items():

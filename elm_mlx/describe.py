@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx import families, headers, json_files
+from elm_mlx import families, files, headers, json_files
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _describe_other(path: Path, config: families.FamilyConfig) -> FamilyDescript
 
 def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
     """`path`, if it looks like a model directory; else an InputError that says what to do."""
-    path = path.expanduser()
+    path = files.expanded(path)
     if not path.exists():
         raise InputError(
             f"{path}: no such directory; `elm-mlx convert SRC DST` makes one of a checkpoint or repository"

@@ -1,7 +1,8 @@
 """Files and directories that appear whole, or not at all.
 
 Knows how to write beside a path and then move into place, so that whoever opens the path at any
-instant, after a crash too, finds the old content complete or the new. Knows nothing of what is written.
+instant, after a crash too, finds the old content complete or the new; and how a path is written, `~` and all.
+Knows nothing of what is written.
 
 A temporary entry is a sibling called `.NAME.tmp-XXXXXXXX`, locked (flock) by the process that writes it.
 The kernel drops the lock when that process dies, however it dies; so what can be locked is litter, and the
@@ -32,6 +33,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RENAME_EXCHANGE = 2  # Linux, renameat2(2)
 _RENAME_SWAP = 2  # macOS, renamex_np(2)
 _AT_FDCWD = -100
+
+
+def expanded(path: str | Path) -> Path:
+    """The path that someone wrote, `~` or `~user` at its beginning replaced by that home directory.
+
+    Whatever becomes a path from outside does so here: arguments and options, settings in files, Python's arguments.
+    `./~/m` stays what it says, a directory that is called `~`, and a result can be given here again.
+    """
+    text = os.path.expanduser(path)  # noqa: PTH111 (Path would drop the ./ first, and raises where there is no user)
+    made = Path(text)
+    return made.absolute() if str(made).startswith("~") and not text.startswith("~") else made
 
 
 @contextmanager

@@ -101,8 +101,8 @@ def fuse(
         InputError: model, adapter or destination is at fault.
         ElmError: the fused model computes something else, or cannot be written. Nothing is changed then.
     """
-    source, target = check_directory(Path(model_path)), Path(destination)
-    directories.check_destination(target, (source, Path(adapter_path)), overwrite)
+    source, target = check_directory(files.expanded(model_path)), files.expanded(destination)
+    directories.check_destination(target, (source, files.expanded(adapter_path)), overwrite)
     config = read_config(source)
     kind = _dtype(source, config, dtype, dequantize)
     adapter = open_adapter(adapter_path, source, config)

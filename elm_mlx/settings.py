@@ -35,7 +35,7 @@ def load(directory: Path) -> dict[str, float]:
     Raises:
         InputError: the file is no JSON, or a setting is no number.
     """
-    path, values = directory / FILE_NAME, _read(directory)
+    path, values = files.expanded(directory) / FILE_NAME, _read(directory)
     found = {ours: values[theirs] for ours, theirs in NAMES.items() if values.get(theirs) is not None}
     for ours, value in found.items():
         if isinstance(value, bool) or not isinstance(value, (int, type(DEFAULTS[ours]))):
@@ -67,12 +67,13 @@ def save(directory: Path, settings: Mapping[str, float]) -> Path:
     values["do_sample"] = settings["temp"] > 0
     if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0
         del values[NAMES["temp"]]
-    files.write_text(directory / FILE_NAME, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-    return directory / FILE_NAME
+    path = files.expanded(directory) / FILE_NAME
+    files.write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    return path
 
 
 def _read(directory: Path) -> dict[str, Any]:
-    path = directory / FILE_NAME
+    path = files.expanded(directory) / FILE_NAME
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx import device, headers
+from elm_mlx import device, files, headers
 from elm_mlx.describe import check_directory, fingerprint, read_config, weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config, FamilyConfig, tokenizer_file
@@ -63,7 +63,7 @@ def load(
 
 def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:
     """`load`, with what there is to say about it."""
-    path = check_directory(Path(path))
+    path = check_directory(files.expanded(path))
     config = read_config(path)
     tokenizer = _tokenizer(path, config)
     if isinstance(config, FamilyConfig) and not config.eos_token_ids and tokenizer is not None:

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import files
 from elm_mlx.errors import InputError
 from elm_mlx.jinja import Renderer
 from elm_mlx.tokenizer import Tokenizer
@@ -227,6 +228,7 @@ def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -
     Raises:
         InputError: the template cannot be read, or does not go with the tokenizer.
     """
+    directory = files.expanded(directory)
     source, where = source_of(directory, override)
     if source is None:
         return None
@@ -246,7 +248,7 @@ def read_source(name: str) -> str | None:
         return None
     if name == OPENELM_INSTRUCT:
         return OPENELM_INSTRUCT_JINJA
-    path = Path(name).expanduser()
+    path = files.expanded(name)
     if not path.is_file():
         raise InputError(f"{name}: no chat template: {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
     return _read(path)
@@ -259,6 +261,7 @@ def source_for(model_name: str) -> str | None:
 
 def own_source(directory: Path) -> tuple[str | None, str]:
     """The directory's Jinja text, if it has one, and where that stands."""
+    directory = files.expanded(directory)
     path = directory / "chat_template.jinja"
     if path.exists():
         return _read(path), str(path)

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from elm_mlx import families, spm
+from elm_mlx import families, files, spm
 from elm_mlx.errors import InputError
 
 FILE_NAME = "tokenizer.model"
@@ -48,7 +48,7 @@ class Tokenizer(ABC):
         Raises:
             InputError: there is none, or it is cut short, or something else.
         """
-        path = Path(path)
+        path = files.expanded(path)
         if path.is_dir():
             path = _file_of(path)
         if path.suffix == ".json":

@@ -21,6 +21,7 @@ def write(path: Path, messages: Sequence[dict[str, str]]) -> None:
         InputError: what is there is no conversation.
         ElmError: the file cannot be written.
     """
+    path = files.expanded(path)
     if path.exists():
         try:
             read(path)
@@ -35,6 +36,7 @@ def read(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     Raises:
         InputError: the file cannot be read, or holds something else; says where.
     """
+    path = files.expanded(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no file")
     record = json_files.read(path)

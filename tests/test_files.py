@@ -36,6 +36,18 @@ def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
 
 
+def test_a_home_directory_is_put_for_its_sign_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name, path in {
+        "~": tmp_path, "~/a": tmp_path / "a", Path("~/a"): tmp_path / "a", "a~": Path("a~"), "a/~": Path("a/~"),
+        "./~/a": tmp_path / "~" / "a", ".//~": tmp_path / "~", "~of-nobody/a": Path("~of-nobody/a"), "": Path(),
+    }.items():  # fmt: skip
+        assert files.expanded(name) == path == files.expanded(files.expanded(name))
+    monkeypatch.setenv("HOME", "~")
+    assert files.expanded("~/a") == Path("~/a")
+
+
 def test_file_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     with new_file(path) as file:

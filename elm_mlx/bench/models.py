@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import device, shards
+from elm_mlx import device, files, shards
 from elm_mlx.bench.figures import Case
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.config import PRESETS, ModelConfig
@@ -34,7 +34,7 @@ _PROCESS = 300_000_000  # Python, MLX and buffers
 
 def check(model: str) -> None:
     """Raises InputError where `model` is neither a preset nor a model directory."""
-    if model not in PRESETS and not Path(model).expanduser().is_dir():
+    if model not in PRESETS and not files.expanded(model).is_dir():
         raise InputError(f"{model}: neither a model directory nor one of {', '.join(PRESETS)}")
     if model not in PRESETS:
         check_directory(Path(model))
@@ -112,7 +112,7 @@ def prepare(model: str, precision: str, scratch: Path) -> Path:
     if model not in PRESETS:
         if precision != "stored":
             raise InputError(f"{model}: is measured as it is stored; --precision is for presets")
-        return Path(model).expanduser()
+        return files.expanded(model)
     config = ModelConfig.preset(model)
     needed, free = stored_bytes(config, precision), shutil.disk_usage(scratch).free
     if needed > 0.9 * free:

@@ -19,6 +19,7 @@ import typer
 import typer.core
 import typer.main
 
+from elm_mlx import files
 from elm_mlx.cli.show import printable
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
@@ -40,13 +41,23 @@ class _Commands(Mapping[str, Any]):
         module = import_module(f"elm_mlx.cli.{file}")
         alone = typer.Typer(add_completion=False)
         alone.command(name, cls=getattr(module, "Command", None))(getattr(module, file))
-        return typer.main.get_command(alone)
+        command: Any = typer.main.get_command(alone)
+        for parameter in command.params:
+            if parameter.type.name == "path":
+                _expand(parameter.type)
+        return command
 
     def __iter__(self) -> Iterator[str]:
         return iter(_COMMANDS)
 
     def __len__(self) -> int:
         return len(_COMMANDS)
+
+
+def _expand(kind: Any) -> None:
+    """Let a parameter's type of a path take `~`, which the shell leaves alone within quotes, after `=` and in files."""
+    convert = kind.convert
+    kind.convert = lambda value, parameter, context: convert(str(files.expanded(value)), parameter, context)
 
 
 class _Group(typer.core.TyperGroup):

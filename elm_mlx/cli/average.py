@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from elm_mlx import files
 from elm_mlx.cli.bars import bar
 from elm_mlx.cli.show import printable, size
 from elm_mlx.errors import InputError
@@ -44,7 +45,7 @@ def average(
     if last is not None:
         if len(checkpoints) > 1:
             raise InputError(f"--last {last}: takes the checkpoints of one run, and {len(checkpoints)} are named")
-        chosen = [str(path) for path in averaging.last(Path(checkpoints[0]).expanduser(), last)]
+        chosen = [str(path) for path in averaging.last(files.expanded(checkpoints[0]), last)]
     with _progress() as advance:
         done = averaging.average(
             chosen, out, config=config, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, on_progress=advance

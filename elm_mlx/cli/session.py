@@ -16,7 +16,7 @@ from types import FrameType
 
 import typer
 
-from elm_mlx import settings
+from elm_mlx import files, settings
 from elm_mlx.chat import DEFAULTS, Chat, Reply
 from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
 from elm_mlx.errors import ElmError, InputError
@@ -261,10 +261,7 @@ class Session:
 def _file(name: str, command: str) -> Path:
     if not name:
         raise InputError(f"/{command} needs a file's name")
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # ~ and no such user: a name like another
-        return Path(name)
+    return files.expanded(name)
 
 
 def _number(name: str, text: str) -> float:

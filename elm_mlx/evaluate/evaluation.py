@@ -175,7 +175,7 @@ def _check_names(named: Iterable[tuple[str, str]]) -> None:
 
 def _named(name: str, shots: int | None) -> list[Chosen]:
     if sources.is_file(name):
-        return [Chosen(sources.task_of_file(Path(name).expanduser()), shots or 0)]
+        return [Chosen(sources.task_of_file(files.expanded(name)), shots or 0)]
     bare, at, own = name.partition("@")
     if at:
         if not own.isdecimal():

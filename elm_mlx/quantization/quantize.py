@@ -96,7 +96,7 @@ def quantize(
         InputError: model, texts or recipe are at fault.
         ElmError: the result is refused, or cannot be written. Nothing is changed then.
     """
-    source, target = check_directory(Path(source)), Path(destination)
+    source, target = check_directory(files.expanded(source)), files.expanded(destination)
     directories.check_destination(target, (source,), overwrite)
     learn, measured = texts.calibration(calibration), texts.held_out(text)
     with files.new_directory(target, replace=overwrite) as directory:

@@ -20,7 +20,7 @@ import numpy as np
 from elm_mlx import json_files
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import new_directory
+from elm_mlx.files import expanded, new_directory
 from elm_mlx.train import checkpoint
 from elm_mlx.train.metrics import ABOUT
 from elm_mlx.version import __version__
@@ -101,7 +101,7 @@ def average(
             that are not finite. Names it, and the tensor.
         ElmError: the directory cannot be written. `destination` is then as it was.
     """
-    path = Path(destination).expanduser()
+    path = expanded(destination)
     try:
         check_destination(path, overwrite)
         plans = _plans(checkpoints, config, tokenizer, dtype)
@@ -154,7 +154,7 @@ def _plans(
 
 def _open(given: str | Path) -> Source:
     """A checkpoint's tensors, and the directory with its config and tokenizer: the run's, if it is of a run."""
-    path = Path(given).expanduser()
+    path = expanded(given)
     weights = path / checkpoint.PARAMETERS
     if weights.is_file():
         path = path if path.parent.name == "checkpoints" else path.resolve()

@@ -179,7 +179,7 @@ class Pretraining:
         """The recipe but for what may change; the loop adds its own settings."""
         digest = hashlib.sha256()
         if self._recipe.data.validation is not None:
-            digest.update(Path(self._recipe.data.validation).read_bytes())
+            digest.update(files.expanded(self._recipe.data.validation).read_bytes())
         run = self._recipe.run
         config = {
             **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},

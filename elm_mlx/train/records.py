@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
+from elm_mlx.files import expanded
 from elm_mlx.template import check_messages
 from elm_mlx.train import formats
 from elm_mlx.train.formats import BadRecord, keys_of, kind_of
@@ -120,6 +121,7 @@ def _values(files: list[Path], columns: Collection[str]) -> Iterator[tuple[str, 
 
 
 def _files(path: Path) -> dict[str, list[Path]]:
+    path = expanded(path)
     if path.is_file():
         formats.suffix_of(path, SUFFIXES)
         return {"train": [path]}

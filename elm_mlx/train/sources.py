@@ -19,6 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from elm_mlx import files
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import formats
 from elm_mlx.train.formats import BadRecord
@@ -242,7 +243,7 @@ def _decoded(data: bytes) -> str | BadRecord:
 
 
 def _found(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
+    path = files.expanded(pattern)
     if path.is_file():
         formats.suffix_of(path, SUFFIXES)
         return [path]

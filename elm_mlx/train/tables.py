@@ -18,6 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
+from elm_mlx import files
 from elm_mlx.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -35,6 +36,7 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     Raises:
         InputError: names the file and the key that is unknown, missing or of another type.
     """
+    path = files.expanded(path)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
