@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from elm_mlx.directories import MODEL, check_destination
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
-from elm_mlx_convert.destination import check_apart, check_destination, check_room, hashing, sha256
+from elm_mlx_convert.destination import check_room, hashing, sha256
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.plan import Plan, make_plan
 from elm_mlx_convert.verify import Difference, compare
@@ -90,7 +91,7 @@ def convert(
     start = time.perf_counter()
     path = expanded(destination)
     try:
-        check_destination(path, overwrite)
+        check_destination(path, MODEL, overwrite)
         plan = make_plan(
             source,
             tokenizer=tokenizer,
@@ -103,7 +104,7 @@ def convert(
             ema=ema,
             chat_template=chat_template,
         )
-        check_apart(plan.source.files, path)
+        check_destination(path, MODEL, overwrite, plan.source.files)
         on_plan(plan)
         if dry_run:
             return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)

@@ -1,48 +1,22 @@
-"""A directory about to be written: whether it may take its name, whether it fits, and what it was made of.
+"""A directory about to be written: whether it fits, and what it was made of.
 
-Knows what `--overwrite` may replace, free space, and SHA-256 taken in the background. Knows nothing of models.
+Knows free space, and SHA-256 taken in the background. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import ElmError
 from elm_mlx.files import free_bytes
-from elm_mlx_convert.names import listed
-from elm_mlx_convert.writer import foreign_entries
 
 # Config, tokenizer and record of the largest vocabulary, with room to spare.
 _OTHER_BYTES = 16 << 20
-
-
-def check_destination(path: Path, overwrite: bool) -> None:
-    """Refuses to replace what is not plainly a model directory."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise InputError(f"{path}: is a file, and a directory is to be written")
-    if not overwrite:
-        raise InputError(f"{path}: exists already; pass --overwrite to replace it, or choose another")
-    foreign = foreign_entries(path)
-    if foreign:
-        raise InputError(
-            f"{path}: is no model directory, or more than one: it holds {listed(foreign)}; nothing was replaced"
-        )
-
-
-def check_apart(files: Iterable[Path], path: Path) -> None:
-    """Refuses a destination that a source itself lies in: its own conversion would replace it."""
-    real = Path(os.path.realpath(path))  # unlike resolve(), no exception for a loop of links
-    for file in files:
-        if real in (file.absolute().parent, *file.resolve().parents):
-            raise InputError(f"{path}: holds the source, {file.name}: choose another directory")
 
 
 def check_room(path: Path, nbytes: int) -> None:

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from elm_mlx.config import ModelConfig
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.directories import EXPORT, check_destination
+from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory
-from elm_mlx_convert.destination import check_apart, check_room
+from elm_mlx_convert.destination import check_room
 from elm_mlx_convert.infer import preset_name
 from elm_mlx_convert.names import listed, to_corenet
 from elm_mlx_convert.plan import Plan, make_plan
@@ -50,11 +51,11 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
     """
     path = expanded(destination)
     try:
-        _check_free(path, overwrite)
+        check_destination(path, EXPORT, overwrite)
         plan = make_plan(model, dtype=dtype)
         if dtype is None and plan.source_dtype in _STORAGES:
             plan = replace(plan, dtype=plan.source_dtype)
-        check_apart(plan.source.files, path)
+        check_destination(path, EXPORT, overwrite, plan.source.files)
         check_room(path, plan.nbytes)
         with new_directory(path, replace=overwrite) as directory:
             broken = write_state_dict(directory / CHECKPOINT, plan.tensors, plan.dtype)
@@ -103,16 +104,6 @@ def corenet_yaml(config: ModelConfig) -> str:
         "activation": {"name": "swish"},
     }
     return yaml.safe_dump({"model": model}, sort_keys=False)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    if not path.exists():
-        return
-    if not path.is_dir() or not overwrite:
-        raise InputError(f"{path}: exists already; pass --overwrite to replace it, or choose another directory")
-    foreign = sorted({entry.name for entry in path.iterdir()} - {CHECKPOINT, SETTINGS, TOKENIZER})
-    if foreign:
-        raise InputError(f"{path}: is no export alone: it holds {listed(foreign)}; nothing was replaced")
 
 
 def _blocks(tensor: LazyTensor, dtype: str, broken: list[str]) -> Iterator[memoryview]:

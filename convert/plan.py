@@ -16,6 +16,7 @@ import numpy as np
 
 from elm_mlx import template
 from elm_mlx.config import PRESETS, ModelConfig
+from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
 from elm_mlx_convert import adapters, tokenizers
 from elm_mlx_convert.adapters import Scaling
@@ -259,8 +260,9 @@ def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str |
     """What was asked for, or the source's own, or the one that its name implies."""
     if asked is not None:
         return template.read_source(asked)
-    own, _ = template.own_source(source.directory)
+    own, where = template.own_source(source.directory)
     if own is not None:
+        own_file(Path(where))
         return own
     implied = template.source_for(source.label)
     if implied is not None:
@@ -270,4 +272,4 @@ def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str |
 
 def _generation(directory: Path) -> dict[str, Any] | None:
     path = directory / "generation_config.json"
-    return read_json(path) if path.is_file() else None
+    return read_json(own_file(path)) if path.is_file() else None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from io import FileIO
 from pathlib import Path
 
@@ -22,23 +21,8 @@ from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, all_finite, cast, to
 # mlx-lm's limit, 5 GB.
 SHARD_BYTES = 5 << 30
 
-# What a model directory may hold: ours, mlx-lm's and the hub's. Anything else is someone's own.
-_KNOWN = (
-    "config.json", "conversion.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "quantization.json", "vocab.json", "merges.txt", "README.md", ".gitattributes", ".DS_Store",
-)  # fmt: skip
-
 _LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}
 _WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
-
-
-def foreign_entries(directory: Path) -> list[str]:
-    """What in `directory` is not of a model directory; a `config.json` must be there to make it one."""
-    names = sorted(entry.name for entry in directory.iterdir())
-    foreign = [name for name in names if not any(fnmatchcase(name, known) for known in _KNOWN)]
-    foreign += [name for name in names if name not in foreign and not (directory / name).is_file()]
-    return foreign if foreign or "config.json" in names or not names else names
 
 
 def written_bytes(tensors: Sequence[LazyTensor], dtype: str) -> int:

@@ -1,12 +1,16 @@
-"""A model directory made of another: what may be replaced, and what comes along.
+"""A directory made of another: what may be replaced, and what comes along.
 
-Knows the names of files in a model directory. Knows nothing of weights.
+Knows the names of files in a model directory, an adapter's and an export's, and what systems and downloads leave
+beside them. Knows nothing of weights.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from elm_mlx.errors import InputError
@@ -15,33 +19,150 @@ CARRIED = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_OWN = ("config.json", "conversion.json", "quantization.json", "README.md", "model.safetensors.index.json")
 
 
-def check_destination(target: Path, sources: tuple[Path, ...], overwrite: bool) -> None:
-    """Refuses to replace what is not plainly a model directory, or what one of `sources` lies in.
+@dataclass(frozen=True)
+class Kind:
+    """What `--overwrite` may replace.
+
+    Attributes:
+        name: for messages.
+        mark: the file that makes a directory one.
+        names: what else it may hold, as patterns.
+    """
+
+    name: str
+    mark: str
+    names: tuple[str, ...]
+
+
+MODEL = Kind(
+    "model directory", "config.json",
+    (
+        *CARRIED, "conversion.json", "quantization.json", "README.md", "model*.safetensors",
+        "model.safetensors.index.json",
+    ),
+)  # fmt: skip
+ADAPTER = Kind(
+    "adapter", "adapter_config.json",
+    ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "README.md"),
+)  # fmt: skip
+EXPORT = Kind("export", "checkpoint.pt", ("config.yaml", "tokenizer.model"))
+
+# What systems and downloads put into any directory; nobody misses it.
+_LITTER = (
+    ".DS_Store", "._*", ".localized", "[Tt]humbs.db", "[Dd]esktop.ini", ".directory", ".gitattributes",
+)  # fmt: skip
+
+
+def check_destination(target: Path, kind: Kind, overwrite: bool, sources: Iterable[Path] = ()) -> None:
+    """Refuses to replace what is not plainly of that kind alone, or what one of `sources` lies in.
+
+    Of a `target` that is a link, what it leads to would be replaced. Links in it are files like others: what they
+    lead to stays.
 
     Raises:
-        InputError: says which.
+        InputError: says which, and by name what is in the way.
     """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"{target}: is a file, and a directory is to be written")
-    if not overwrite:
-        raise InputError(f"{target}: exists already; pass --overwrite to replace it, or choose another")
-    real = Path(os.path.realpath(target))
+    try:
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise InputError(f"{target}: is a file, and a directory is to be written")
+        if not overwrite:
+            raise InputError(f"{target}: exists already; pass --overwrite to replace it, or choose another")
+        foreign = _foreign(target, kind)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be read: {error.strerror}") from None
+    if foreign:
+        raise InputError(f"{target}: is no {kind.name} alone: it holds {_listed(foreign)}; nothing was replaced")
     for source in sources:
-        if real in (Path(os.path.realpath(source)), *Path(os.path.realpath(source)).parents):
-            raise InputError(f"{target}: holds {source.name}, which is to be read: choose another directory")
-    names = sorted(entry.name for entry in target.iterdir())
-    foreign = [n for n in names if n not in (*CARRIED, *_OWN) and not Path(n).match("model*.safetensors")]
-    if foreign or (names and "config.json" not in names):
-        raise InputError(f"{target}: is no model directory: it holds {(foreign or names)[0]}; nothing was replaced")
+        if _lies_in(source, target):
+            raise InputError(f"{target}: holds the source, {source.name}, which is to be read: choose another")
+
+
+def check_file(target: Path, overwrite: bool, head: bytes | None = None) -> None:
+    """The same of a file.
+
+    Args:
+        head: what begins with this is of the kind that is to be written, and needs no `overwrite`.
+
+    Raises:
+        InputError: as `check_destination`.
+    """
+    if target.is_dir():
+        raise InputError(f"{target}: is a directory, and a file is to be written")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{target}: is no regular file, and one is to be written")
+    if target.exists() and not overwrite and not (head and _begins(target, head)):
+        raise InputError(f"{target}: exists already; pass --overwrite to replace it, or choose another")
 
 
 def carry(source: Path, directory: Path) -> None:
-    """Copies tokenizer, chat template and settings. Raises OSError."""
+    """Copies tokenizer, chat template and settings.
+
+    Raises:
+        InputError: one is a link out of the model's directory.
+        OSError: one cannot be copied.
+    """
     for name in CARRIED:
         if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+            shutil.copyfile(own_file(source / name), directory / name)
+
+
+def own_file(path: Path) -> Path:
+    """`path`, a file of a model directory, if what it leads to belongs to the model too.
+
+    The hub's cache is made of links: `models--X--Y/snapshots/REVISION/config.json` leads to `models--X--Y/blobs/…`. A
+    link to anywhere else would put whatever lies there into a directory that may be handed on.
+
+    Raises:
+        InputError: it is a link out of the model's directory, and of the hub's folder for it.
+    """
+    folder = Path(os.path.realpath(path.parent))
+    for parent in (folder, *folder.parents):
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            folder = parent.parent
+    real = Path(os.path.realpath(path))
+    if folder not in real.parents:
+        raise InputError(f"{path}: is a link to {real}, outside of the model's directory: put the file itself there")
+    return path
+
+
+def _foreign(directory: Path, kind: Kind) -> list[str]:
+    """The names of what is neither of a directory of that kind nor litter; of all, where its mark is missing."""
+    entries = sorted(entry for entry in directory.iterdir() if not _is_litter(entry))
+    known = (kind.mark, *kind.names)
+    found = [
+        entry.name
+        for entry in entries
+        if not (entry.is_file() and any(fnmatchcase(entry.name, name) for name in known))
+    ]
+    marked = any(entry.name == kind.mark for entry in entries)
+    return found if found or marked else [entry.name for entry in entries]
+
+
+def _is_litter(entry: Path) -> bool:
+    if entry.is_dir() and not entry.is_symlink():  # `hf download --local-dir` keeps its records here
+        return entry.name == ".cache" and all(inner.name == "huggingface" for inner in entry.iterdir())
+    return any(fnmatchcase(entry.name, name) for name in _LITTER)
+
+
+def _begins(path: Path, head: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(head)) == head
+    except OSError:
+        return False
+
+
+def _lies_in(source: Path, target: Path) -> bool:
+    """Whether `source`, or what it leads to, is `target` or in it."""
+    real = Path(os.path.realpath(target))  # unlike resolve(), no exception for a loop of links
+    named = Path(os.path.realpath(source.absolute().parent), source.name)
+    return any(real in (place, *place.parents) for place in (named, Path(os.path.realpath(source))))
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(repr(name if len(name) <= 100 else name[:97] + "...") for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

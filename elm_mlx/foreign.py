@@ -12,14 +12,12 @@ import mlx.core as mx
 import numpy as np
 
 import elm_mlx_convert
-from elm_mlx import adapt, adapters, files
+from elm_mlx import adapt, adapters, directories, files
 from elm_mlx.adapters import Adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.describe import check_directory
 from elm_mlx.errors import InputError
 from elm_mlx.store import open_adapter
-
-_KNOWN = ("adapter_config.json", "adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "README.md")
 
 
 def convert_adapter(
@@ -43,7 +41,7 @@ def convert_adapter(
         ElmError: it cannot be written.
     """
     config = ModelConfig.load(check_directory(model) / "config.json")
-    _check_free(src, dst, overwrite)
+    directories.check_destination(dst, directories.ADAPTER, overwrite, (src, model))
     found, values = _read(model, src, config, alpha, settings)
     with files.new_directory(dst, replace=overwrite) as directory:
         if to == "peft":
@@ -71,15 +69,3 @@ def _read(
     if odd is not None:
         raise InputError(f"{src}: {odd} holds values that are no numbers, or infinite")
     return found
-
-
-def _check_free(src: Path, dst: Path, overwrite: bool) -> None:
-    if not dst.exists():
-        return
-    if dst.is_file() or not overwrite:
-        raise InputError(f"{dst}: exists already; pass --overwrite to replace it, or choose another")
-    if dst.resolve() in (src.resolve(), *src.resolve().parents):
-        raise InputError(f"{dst}: holds {src.name}, which is to be read: choose another directory")
-    foreign = [entry.name for entry in sorted(dst.iterdir()) if entry.name not in _KNOWN]
-    if foreign:
-        raise InputError(f"{dst}: is no adapter alone: it holds {foreign[0]}; nothing was replaced")

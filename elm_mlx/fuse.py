@@ -102,7 +102,7 @@ def fuse(
         ElmError: the fused model computes something else, or cannot be written. Nothing is changed then.
     """
     source, target = check_directory(files.expanded(model_path)), files.expanded(destination)
-    directories.check_destination(target, (source, files.expanded(adapter_path)), overwrite)
+    directories.check_destination(target, directories.MODEL, overwrite, (source, files.expanded(adapter_path)))
     config = read_config(source)
     kind = _dtype(source, config, dtype, dequantize)
     adapter = open_adapter(adapter_path, source, config)
@@ -194,7 +194,7 @@ def _record(source: Path, adapter: Adapter) -> dict[str, Any]:
     weights = adapter.directory / adapters.WEIGHTS
     base: Any = None
     if (source / "conversion.json").is_file():
-        base = json.loads((source / "conversion.json").read_text(encoding="utf-8"))
+        base = json.loads(directories.own_file(source / "conversion.json").read_text(encoding="utf-8"))
     merged = {
         "name": adapter.directory.resolve().name,
         "what": adapter.describe(),

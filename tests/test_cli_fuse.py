@@ -165,4 +165,4 @@ def test_to_peft_and_back(run: Run, tiny_model_dir: Path, adapter: Path, tmp_pat
     assert run("adapter", tiny_model_dir, tmp_path / "peft", tmp_path / "back", "--overwrite")[0] == 0
     shutil.copy(adapter / "adapter_config.json", tmp_path / "back" / "mine.txt")
     code, _, err = run("adapter", tiny_model_dir, tmp_path / "peft", tmp_path / "back", "--overwrite")
-    assert code == 2 and "it holds mine.txt" in err
+    assert code == 2 and "it holds 'mine.txt'" in err

@@ -374,10 +374,10 @@ def test_what_is_there_is_kept_unless_asked(bases: Callable[[str], Path], tmp_pa
         fuse(base, adapter, out)
     fuse(base, adapter, out, overwrite=True)
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"no model directory: it holds thesis\.txt; nothing was replaced"):
+    with pytest.raises(InputError, match=r"no model directory alone: it holds 'thesis\.txt'; nothing was replaced"):
         fuse(base, adapter, out, overwrite=True)
     copy = Path(shutil.copytree(base, tmp_path / "copy"))
-    with pytest.raises(InputError, match="holds copy, which is to be read"):
+    with pytest.raises(InputError, match="holds the source, copy, which is to be read"):
         fuse(copy, adapter, copy, overwrite=True)
     with pytest.raises(InputError, match="is a file"):
         fuse(base, adapter, adapter / "adapter_config.json")

@@ -103,7 +103,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
     if dry_run:
         yield dst
         return
-    directories.check_destination(dst, (files.expanded(src),), overwrite)
+    directories.check_destination(dst, directories.MODEL, overwrite, (files.expanded(src),))
     with files.scratch_directory(dst) as scratch:
         yield scratch / dst.name
         with Report() as report:

@@ -20,14 +20,18 @@ def report(
         Path | None, typer.Option(help="The page. (default: report.html in the first run's directory)")
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Also a picture of the charts; needs matplotlib.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are no reports, too.")] = False,
 ) -> None:
     """Write one page with the curves of training runs, laid over each other."""
+    from elm_mlx import directories
     from elm_mlx.train import metrics
     from elm_mlx.train import report as pages
 
     found = metrics.read(runs)
     out = runs[0] / "report.html" if out is None else out
+    directories.check_file(out, overwrite, pages.PAGE_HEAD)
     if png is not None:
+        directories.check_file(png, overwrite, pages.PNG_HEAD)
         pages.write_png(found, png)
     pages.write_page(found, out)
     for run in found:

@@ -97,7 +97,7 @@ def quantize(
         ElmError: the result is refused, or cannot be written. Nothing is changed then.
     """
     source, target = check_directory(files.expanded(source)), files.expanded(destination)
-    directories.check_destination(target, (source,), overwrite)
+    directories.check_destination(target, directories.MODEL, overwrite, (source,))
     learn, measured = texts.calibration(calibration), texts.held_out(text)
     with files.new_directory(target, replace=overwrite) as directory:
         job = _Job(source, directory, recipe, learn, measured, listener)

@@ -55,7 +55,7 @@ def write(
     write_json(directory / "config.json", config | _entries(formats))
     directories.carry(source, directory)
     if (source / "conversion.json").is_file():  # where the model comes from is still true
-        shutil.copyfile(source / "conversion.json", directory / "conversion.json")
+        shutil.copyfile(directories.own_file(source / "conversion.json"), directory / "conversion.json")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

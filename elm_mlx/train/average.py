@@ -19,6 +19,7 @@ import numpy as np
 
 from elm_mlx import json_files
 from elm_mlx.config import ModelConfig
+from elm_mlx.directories import MODEL, check_destination
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import expanded, new_directory
 from elm_mlx.train import checkpoint
@@ -26,7 +27,7 @@ from elm_mlx.train.metrics import ABOUT
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.adapters import has_adapter
-from elm_mlx_convert.destination import check_apart, check_destination, check_room, hashing, sha256
+from elm_mlx_convert.destination import check_room, hashing, sha256
 from elm_mlx_convert.plan import Plan, make_plan
 from elm_mlx_convert.sources import Source, open_source
 from elm_mlx_convert.tensors import LazyTensor, to_float32
@@ -103,9 +104,9 @@ def average(
     """
     path = expanded(destination)
     try:
-        check_destination(path, overwrite)
+        check_destination(path, MODEL, overwrite)
         plans = _plans(checkpoints, config, tokenizer, dtype)
-        check_apart([file for plan in plans for file in plan.source.files], path)
+        check_destination(path, MODEL, overwrite, [file for plan in plans for file in plan.source.files])
         check_room(path, plans[0].nbytes)
         tally = _Tally(len(plans))
         names, columns = list(map(str, checkpoints)), zip(*(plan.tensors for plan in plans), strict=True)

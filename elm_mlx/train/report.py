@@ -25,6 +25,8 @@ from elm_mlx.train.metrics import Column, Run
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+PAGE_HEAD, PNG_HEAD = b"<!doctype html>", b"\x89PNG\r\n\x1a\n"  # how the files begin
+
 _FIRST = ("loss", "learning_rate", "tokens_per_second", "matmul_share", "grad_norm", "memory")
 _AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth
 _LAST_LOSSES = 20  # whose mean is the final one

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import spm
+from elm_mlx.directories import check_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_file
 from elm_mlx.tokenizer import Tokenizer
@@ -146,10 +147,7 @@ def train(
 
 def check_destination(path: Path, overwrite: bool) -> None:
     """Raises InputError where no file can be written, before hours of work rather than after."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory, and a file is to be written")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: exists already; pass --overwrite to replace it, or choose another")
+    check_file(path, overwrite)
     if not path.absolute().parent.is_dir():
         raise InputError(f"{path}: there is no directory {path.parent}")
 

@@ -79,7 +79,7 @@ def test_names_that_no_file_system_takes(tmp_path: Path, source: Path) -> None:
 def test_destination_holds_or_is_the_source(tmp_path: Path, source: Path) -> None:
     convert(source, tmp_path / "a")
     before = snapshot(tmp_path)
-    with pytest.raises(InputError, match=r"holds the source, model\.safetensors: choose another"):
+    with pytest.raises(InputError, match=r"holds the source, model\.safetensors, which is to be read: choose another"):
         convert(tmp_path / "a", tmp_path / "a", dtype="float32", overwrite=True)
     (tmp_path / "link").symlink_to("a")
     with pytest.raises(InputError, match="holds the source"):

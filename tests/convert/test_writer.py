@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as hnp
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx_convert import safetensors_files, verify
 from elm_mlx_convert.tensors import BLOCK_BYTES, FLOATS, LazyTensor, all_finite, cast, numpy_dtype
-from elm_mlx_convert.writer import foreign_entries, write_weights, written_bytes
+from elm_mlx_convert.writer import write_weights, written_bytes
 
 MLX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -221,15 +221,3 @@ def test_verification_fails_where_files_differ(tmp_path: Path, change: Any, mess
     write_weights(tmp_path, [lazy(name, array) for name, array in other.items()], "bfloat16")
     with pytest.raises(ElmError, match=f"verification failed: {message}"):
         verify.compare(tensors, tmp_path, "bfloat16")
-
-
-def test_what_is_a_model_directory(tmp_path: Path) -> None:
-    assert foreign_entries(tmp_path) == []
-    for name in ("model-00001-of-00002.safetensors", "tokenizer.json", "README.md"):
-        (tmp_path / name).write_text("")
-    assert foreign_entries(tmp_path) == ["README.md", "model-00001-of-00002.safetensors", "tokenizer.json"]
-    (tmp_path / "config.json").write_text("{}")
-    assert foreign_entries(tmp_path) == []
-    (tmp_path / "diary.txt").write_text("")
-    (tmp_path / "tokenizer.model").mkdir()
-    assert foreign_entries(tmp_path) == ["diary.txt", "tokenizer.model"]
