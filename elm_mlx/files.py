@@ -6,7 +6,7 @@ Knows nothing of what is written.
 
 A temporary entry is a sibling called `.NAME.tmp-XXXXXXXX`, locked (flock) by the process that writes it.
 The kernel drops the lock when that process dies, however it dies; so what can be locked is litter, and the
-next writer to the same path removes it.
+next writer to the same path removes it. A directory that is filled bit by bit is held by one process in the same way.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RENAME_EXCHANGE = 2  # Linux, renameat2(2)
 _RENAME_SWAP = 2  # macOS, renamex_np(2)
 _AT_FDCWD = -100
+LOCK = ".lock"  # in a directory that a process holds, with its number
 
 
 def expanded(path: str | Path) -> Path:
@@ -141,6 +142,34 @@ def scratch_directory(path: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
+@contextmanager
+def hold(directory: Path, lock: Path | None = None) -> Iterator[None]:
+    """Keeps every other process from holding `directory`, which is made where it is missing, until the block ends.
+
+    The kernel drops the lock with the process, however it dies. On a file system without locks nothing is kept out.
+
+    Args:
+        lock: the file that is locked, in place of `LOCK` in the directory: of one that appears whole, a file beside it.
+
+    Raises:
+        ElmError: another process holds it, which is named; or the lock cannot be written.
+    """
+    path = Path(os.path.realpath(directory if lock is None else lock.parent))
+    path = path / (LOCK if lock is None else lock.name)
+    with _failures_named(directory):
+        made = _make_parents(path.parent)
+        descriptor = _take(path, directory)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(descriptor)
+        for parent in made:
+            with suppress(OSError):  # not empty: what was to be written is there
+                parent.rmdir()
+
+
 def remove_abandoned(path: Path) -> None:
     """Removes what writers to `path` that were killed have left beside it; what a live one writes stays.
 
@@ -223,16 +252,47 @@ def _lock(entry: Path) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held, named = os.fstat(descriptor), os.lstat(entry)
-        if (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino):
+        if _is_at(descriptor, entry):
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         pass
     except OSError:
         os.close(descriptor)
         raise
     os.close(descriptor)
     return None
+
+
+def _take(lock: Path, directory: Path) -> int:
+    """Makes and locks the file `lock`, and writes this process's number to it. Returns the descriptor that holds it."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = os.read(descriptor, 20).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            who = f"process {number}" if number.isdigit() else "another process"
+            raise ElmError(
+                f"{directory}: {who} is writing to it; wait until it has ended, or choose another directory"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        if _is_at(descriptor, lock):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{os.getpid()}\n".encode())
+            return descriptor
+        os.close(descriptor)  # its holder has ended just now, and removed it
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether `path` still names the open file."""
+    held = os.fstat(descriptor)
+    try:
+        named = path.lstat()
+    except FileNotFoundError:
+        return False
+    return (held.st_dev, held.st_ino) == (named.st_dev, named.st_ino)
 
 
 def _unlock(lock: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from commands import Run
 from safetensors.numpy import load_file
 from training_runs import free_port
 
+from elm_mlx import files
 from elm_mlx.cli.dpo import Command
 from elm_mlx.store import load
 from elm_mlx.template import choose
@@ -156,6 +158,12 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
         for line in (1, 2)
     ]
     assert not out.exists()
+
+
+def test_two_runs_do_not_write_to_one_directory(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    with files.hold(tmp_path / "out"):
+        code, _, err = run(tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert code == 1 and f"process {os.getpid()} is writing to it" in err
 
 
 def test_recipes_are_the_papers(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from commands import Run
 from mlx.utils import tree_flatten
 from training_runs import free_port, updates, write_data
 
-from elm_mlx import device, roofline
+from elm_mlx import device, files, roofline
 from elm_mlx.cli.training import parse_rank
 from elm_mlx.errors import InputError
 from elm_mlx.store import load
@@ -280,6 +281,22 @@ def test_places_that_are_no_place_for_an_adapter(run: Run, tiny_model_dir: Path,
         assert code == 2 and f"{missing} is missing" in err
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "none", "--resume")
     assert code == 2 and "holds no checkpoint to resume from; without --resume the run begins anew" in err
+
+
+def test_two_runs_do_not_write_to_one_directory(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Neither begun nor resumed, and before anything is read: the data are another run's, and are not complained of."""
+    out = tmp_path / "out"
+    assert run("lora", tiny_model_dir, "--data", data, "--out", out, *QUICK)[0] == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with files.hold(out):
+        for more in ((), ("--resume",)):
+            code, text, err = run("lora", tiny_model_dir, "--data", tmp_path, "--out", out, *QUICK, *more)
+            assert (code, text, err.count("\n")) == (
+                1,
+                "",
+                1,
+            ) and f"{out}: process {os.getpid()} is writing to it" in err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_no_epochs_are_no_run(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from commands import Run
 from mlx.utils import tree_flatten
 from training_runs import free_port, updates
 
-from elm_mlx import roofline
+from elm_mlx import files, roofline
 from elm_mlx.cli.pretrain import _KEYS
 from elm_mlx.store import load
 from elm_mlx.train import checkpoint, recipe, tables
@@ -262,6 +263,16 @@ def test_a_look_at_the_mixture(run: Run, config: Path, tmp_path: Path) -> None:
     assert "share     100.0% of the tokens; the weights say 100.0%" in text
     assert "kept      60 of 62 documents" in text and "dropped   1 short" in text and "bad       1 record" in text
     assert "PATH is missing" in run("data")[2]
+
+
+@pytest.mark.parametrize("command", [("pretrain",), ("lr-sweep", "--steps", 4)])
+def test_two_runs_do_not_write_to_one_directory(
+    command: tuple[object, ...], run: Run, config: Path, tmp_path: Path
+) -> None:
+    with files.hold(tmp_path / "out"):
+        code, _, err = run(*command, config, "--out", tmp_path / "out")
+    assert code == 1 and f"process {os.getpid()} is writing to it" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_learning_rates_are_tried(run: Run, config: Path, tmp_path: Path) -> None:

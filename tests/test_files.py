@@ -18,7 +18,7 @@ import pytest
 
 from elm_mlx import files
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import free_bytes, new_directory, new_file, remove_abandoned, write_text
+from elm_mlx.files import LOCK, free_bytes, hold, new_directory, new_file, remove_abandoned, write_text
 
 
 def fill(path: Path, content: str, *, replace: bool = False) -> None:
@@ -322,3 +322,62 @@ def test_a_file_keeps_its_mode_when_it_is_replaced(tmp_path: Path) -> None:
     path.chmod(0o600)
     write_text(path, "two")
     assert path.read_text() == "two" and path.stat().st_mode & 0o777 == 0o600
+
+
+HOLDS = """import sys, time
+from pathlib import Path
+from elm_mlx.files import hold
+with hold(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_directory_is_held_by_one_process_until_it_ends_or_is_killed(tmp_path: Path) -> None:
+    out, link = tmp_path / "made" / "out", tmp_path / "link"
+    link.symlink_to(out)
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(out)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        for name in (out, link):
+            with pytest.raises(ElmError, match=f"{name}: process {process.pid} is writing to it; wait"), hold(name):
+                pass
+        process.kill()
+    assert names(out) == [LOCK]
+    with hold(out):
+        assert (out / LOCK).read_text() == f"{os.getpid()}\n"
+        (out / "made").touch()
+    assert names(out) == ["made"]
+
+
+def test_a_hold_leaves_no_directory_that_nothing_was_written_to(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), hold(tmp_path / "a" / "b"):
+        raise ZeroDivisionError
+    with hold(tmp_path / "x", tmp_path / "beside"):
+        assert names(tmp_path) == ["beside"]
+    assert names(tmp_path) == []
+    with pytest.raises(ElmError, match="null/x: cannot be written: Not a directory"), hold(Path("/dev/null/x")):
+        pass
+
+
+def test_a_holder_that_ends_just_now_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file was opened before it was removed, and locked after: another one may already hold a new file."""
+    flock = files.fcntl.flock
+
+    def after_its_end(*arguments: int) -> None:
+        monkeypatch.undo()
+        (tmp_path / LOCK).unlink()
+        flock(*arguments)
+
+    monkeypatch.setattr(files.fcntl, "flock", after_its_end)
+    with hold(tmp_path), pytest.raises(ElmError, match=f"process {os.getpid()} is writing"), hold(tmp_path):
+        pass
+
+
+def test_a_hold_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "no locks here")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    with hold(tmp_path), hold(tmp_path):
+        pass
+    assert names(tmp_path) == []

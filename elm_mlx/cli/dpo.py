@@ -95,26 +95,27 @@ def dpo(
         run = Alignment(
             model, what, method, Preferring(loss, beta), out, seed=seed, compute_dtype=compute_dtype, resume=resume
         )
-    steps = run.steps(epochs, grad_accumulation_steps) if iters is None else iters
-    settings = Settings(
-        Schedule(
-            (5e-6 if full else 5e-5) if learning_rate is None else learning_rate,
-            steps,
-            training.warmup_steps(warmup, steps),
-            lr_schedule,
-        ),
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        clip=clip or None,
-        accumulate=grad_accumulation_steps,
-        seed=seed,
-        grad_checkpoint=grad_checkpoint,
-        spike=None,  # of nats a token; a pair's loss has no such scale
-        on_nan=on_nan,
-        eval_every=steps_per_eval,
-        save_every=save_every,
-        keep=keep,
-    )
-    shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
-    run.on_reference = shown.reference
-    training.carry_out(run, settings, shown, configured.settings(ctx), resume)
+    with run:
+        steps = run.steps(epochs, grad_accumulation_steps) if iters is None else iters
+        settings = Settings(
+            Schedule(
+                (5e-6 if full else 5e-5) if learning_rate is None else learning_rate,
+                steps,
+                training.warmup_steps(warmup, steps),
+                lr_schedule,
+            ),
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            clip=clip or None,
+            accumulate=grad_accumulation_steps,
+            seed=seed,
+            grad_checkpoint=grad_checkpoint,
+            spike=None,  # of nats a token; a pair's loss has no such scale
+            on_nan=on_nan,
+            eval_every=steps_per_eval,
+            save_every=save_every,
+            keep=keep,
+        )
+        shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
+        run.on_reference = shown.reference
+        training.carry_out(run, settings, shown, configured.settings(ctx), resume)

@@ -97,24 +97,25 @@ def lora(
     )
     with bad_records_named(data):
         run = Finetuning(model, what, method, out, seed=seed, compute_dtype=compute_dtype, resume=resume)
-    steps = run.steps(epochs, grad_accumulation_steps) if iters is None else iters
-    settings = Settings(
-        Schedule(
-            (2e-5 if full else 2e-4) if learning_rate is None else learning_rate,
-            steps,
-            training.warmup_steps(warmup, steps),
-            lr_schedule,
-        ),
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        clip=clip or None,
-        accumulate=grad_accumulation_steps,
-        seed=seed,
-        grad_checkpoint=grad_checkpoint,
-        on_nan=on_nan,
-        eval_every=steps_per_eval,
-        save_every=save_every,
-        keep=keep,
-    )
-    shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
-    training.carry_out(run, settings, shown, configured.settings(ctx), resume)
+    with run:
+        steps = run.steps(epochs, grad_accumulation_steps) if iters is None else iters
+        settings = Settings(
+            Schedule(
+                (2e-5 if full else 2e-4) if learning_rate is None else learning_rate,
+                steps,
+                training.warmup_steps(warmup, steps),
+                lr_schedule,
+            ),
+            optimizer=optimizer,
+            weight_decay=weight_decay,
+            clip=clip or None,
+            accumulate=grad_accumulation_steps,
+            seed=seed,
+            grad_checkpoint=grad_checkpoint,
+            on_nan=on_nan,
+            eval_every=steps_per_eval,
+            save_every=save_every,
+            keep=keep,
+        )
+        shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
+        training.carry_out(run, settings, shown, configured.settings(ctx), resume)

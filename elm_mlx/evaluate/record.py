@@ -9,12 +9,11 @@ Knows lines and files; nothing of how scores come about.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -40,22 +39,19 @@ class Record:
     def __init__(self, out: Path, identity: Mapping[str, Any], about: Mapping[str, Any]):
         self._out = out
         self.done: dict[tuple[str, int], dict[str, Any]] = {}
-        known = _read_about(out)
-        if known is not None:
-            _check_same(out, known, identity)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._file: BinaryIO = (out / ITEMS).open("a+b")
-        except OSError as error:
-            raise ElmError(f"{out}: cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ElmError(f"{out}: another process writes to it; choose another --out") from None
-        self._recall()
-        if known is None:
-            files.write_text(out / ABOUT, json.dumps({**about, "identity": dict(identity)}, indent=1) + "\n")
+        with ExitStack() as held:
+            held.enter_context(files.hold(out))
+            known = _read_about(out)
+            if known is not None:
+                _check_same(out, known, identity)
+            try:
+                self._file: BinaryIO = held.enter_context((out / ITEMS).open("a+b"))
+            except OSError as error:
+                raise ElmError(f"{out}: cannot be written: {error.strerror}") from None
+            self._recall()
+            if known is None:
+                files.write_text(out / ABOUT, json.dumps({**about, "identity": dict(identity)}, indent=1) + "\n")
+            self._held = held.pop_all()
         self._synced = time.monotonic()
 
     def __enter__(self) -> Record:
@@ -63,7 +59,7 @@ class Record:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         # A second error would hide the first one.
-        with nullcontext() if error is None else suppress(OSError), self._file:
+        with nullcontext() if error is None else suppress(OSError), self._held:
             self._sync()
 
     def append(self, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from elm_mlx import json_files
 from elm_mlx.config import ModelConfig
 from elm_mlx.directories import MODEL, check_destination
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import expanded, new_directory
+from elm_mlx.files import expanded, hold, new_directory
 from elm_mlx.train import checkpoint
 from elm_mlx.train.metrics import ABOUT
 from elm_mlx.version import __version__
@@ -100,18 +100,19 @@ def average(
     Raises:
         InputError: a checkpoint cannot be read, is of another model than the first, is an adapter, or holds values
             that are not finite. Names it, and the tensor.
-        ElmError: the directory cannot be written. `destination` is then as it was.
+        ElmError: the directory cannot be written, or another process is writing it. `destination` is then as it was.
     """
     path = expanded(destination)
     try:
-        check_destination(path, MODEL, overwrite)
-        plans = _plans(checkpoints, config, tokenizer, dtype)
-        check_destination(path, MODEL, overwrite, [file for plan in plans for file in plan.source.files])
-        check_room(path, plans[0].nbytes)
-        tally = _Tally(len(plans))
-        names, columns = list(map(str, checkpoints)), zip(*(plan.tensors for plan in plans), strict=True)
-        tensors = tuple(_mean(list(zip(names, column, strict=True)), tally) for column in columns)
-        said = _write(plans, tensors, path, overwrite, partial(_report, on_progress, plans[0].nbytes))
+        with hold(path, path.with_name(f".{path.name}.lock")):
+            check_destination(path, MODEL, overwrite)
+            plans = _plans(checkpoints, config, tokenizer, dtype)
+            check_destination(path, MODEL, overwrite, [file for plan in plans for file in plan.source.files])
+            check_room(path, plans[0].nbytes)
+            tally = _Tally(len(plans))
+            names, columns = list(map(str, checkpoints)), zip(*(plan.tensors for plan in plans), strict=True)
+            tensors = tuple(_mean(list(zip(names, column, strict=True)), tally) for column in columns)
+            said = _write(plans, tensors, path, overwrite, partial(_report, on_progress, plans[0].nbytes))
     except OSError as error:
         raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
     warnings = (*plans[0].warnings, *_guesses(plans[0]), *([said] if said else []))

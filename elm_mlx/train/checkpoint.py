@@ -6,6 +6,7 @@ Knows the directory of a run:
                                   optimizer.safetensors    the optimizer's state
                                   state.json               step, position in the data, random state, what the run is
     OUT/metrics.jsonl                                       a line a step, cut back to the checkpoint on resuming
+    OUT/.lock                                               while the run goes on, by which no second one writes here
 
 Each checkpoint appears whole or not at all. Knows nothing of how any of it came about.
 """
@@ -15,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from elm_mlx import files, headers, shards
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train.metrics import METRICS
 
 FORMAT = 1
@@ -91,6 +93,28 @@ class Changed(InputError):
             f"{path}: was trained with {name} = {before}, not {after}; resume with the same, or start anew"
         )
         self.path, self.name, self.before, self.after = path, name, before, after
+
+
+@contextmanager
+def hold(out: Path) -> Iterator[None]:
+    """Keep other runs out of `out` until the block ends. Of several processes of one run, the first holds it for all.
+
+    Raises:
+        ElmError: another run is under way there, or nobody can write there; in every process.
+    """
+    group, held, failure = mx.distributed.init(), ExitStack(), None
+    with held:
+        if group.rank() == 0:
+            try:
+                held.enter_context(files.hold(out))
+            except ElmError as error:
+                failure = error
+        failed = failure is not None
+        if group.size() > 1:
+            failed = bool(mx.distributed.all_sum(mx.array(int(failed)), group=group).item())
+        if failed:
+            raise failure or ElmError(f"{out}: the first process could not begin there, and says why")
+        yield
 
 
 def directory(out: Path, step: int) -> Path:

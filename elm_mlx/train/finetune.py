@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -88,7 +90,7 @@ class Data:
 
 
 class Finetuning:
-    """A run that is checked, and not begun: its weights are not read yet.
+    """A run that is checked, and not begun: its weights are not read yet. To be closed, which gives `out` free.
 
     Attributes:
         adapter: what is trained.
@@ -103,6 +105,7 @@ class Finetuning:
 
     Raises:
         InputError: the model, the data or the method is not as it must be; or one that `out` says.
+        ElmError: another process writes to `out`.
     """
 
     command, unit = "lora", "example"
@@ -118,8 +121,24 @@ class Finetuning:
         compute_dtype: str | None = None,
         resume: bool = False,
     ) -> None:
-        self.path, self.out, self._data, self._seed = check_directory(model, with_tokenizer=True), out, data, seed
-        _check_out(out, resume)
+        self.out, self._data, self._seed = out, data, seed
+        _check_place(out)
+        with ExitStack() as held:
+            held.enter_context(checkpoint.hold(out))
+            _check_runs(out, resume)
+            self._check(model, method, compute_dtype)
+            self._held = held.pop_all()
+
+    def __enter__(self) -> Finetuning:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._held.close()
+
+    def _check(self, model: Path, method: Method, compute_dtype: str | None) -> None:
+        """Read all that decides the run, but for the weights."""
+        data = self._data
+        self.path = check_directory(model, with_tokenizer=True)
         self.config = read_config(self.path)
         self._packed = data.packed and self._keeps_apart()
         self.adapter = replace(method.adapter(self.config), model_sha256=fingerprint(self.path))
@@ -130,7 +149,7 @@ class Finetuning:
         self.world, self.leads = group.size(), bool(group.rank() == 0)
         self.batch_size = data.batch_size
         self.row_length = self._row_length(self.splits["train"])
-        self.batches = self._batches(self.splits["train"], seed)
+        self.batches = self._batches(self.splits["train"], self._seed)
         self._validation = self._batches(self.splits["valid"]) if "valid" in self.splits else None
 
     @property
@@ -284,11 +303,14 @@ def _sizes(adapter: Adapter, config: Config) -> Iterator[int]:
         yield size
 
 
-def _check_out(out: Path, resume: bool) -> None:
+def _check_place(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names the directory that the adapter is written to")
     if (out / "config.json").exists():
         raise InputError(f"{out}: is a model directory; --out names another one, for the adapter")
+
+
+def _check_runs(out: Path, resume: bool) -> None:
     if resume:
         checkpoint.newest(out)
     elif checkpoint.all_of(out):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_sy
 
 
 class Pretraining:
-    """A run that is checked, and not begun. To be closed, which ends the workers that read.
+    """A run that is checked, and not begun. To be closed, which ends the workers that read, and gives `out` free.
 
     Attributes:
         config: of the network.
@@ -51,10 +52,18 @@ class Pretraining:
 
     Raises:
         InputError: the recipe, a source or the tokenizer is not as it must be.
+        ElmError: another process writes to `out`.
     """
 
     def __init__(self, recipe: Recipe, out: Path, on_wrong: Callable[[str], None] = lambda line: None) -> None:
         self._recipe, self.out, self.sources = recipe, out, recipe.data.sources
+        with ExitStack() as held:
+            held.enter_context(checkpoint.hold(out))
+            self._check(recipe, on_wrong)
+            self._held = held.pop_all()
+
+    def _check(self, recipe: Recipe, on_wrong: Callable[[str], None]) -> None:
+        """Read all that decides the run, but for its texts."""
         self._tokenizer = Tokenizer.load(Path(recipe.tokenizer))
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         if bos is None or eos is None:
@@ -76,6 +85,7 @@ class Pretraining:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.batches.close()
+        self._held.close()
 
     @property
     def tokens_per_update(self) -> int:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from elm_mlx import files
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.train import metrics
+from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.pretrain import Pretraining
 from elm_mlx.train.recipe import Recipe
 
@@ -49,12 +50,14 @@ def sweep(
 
     Raises:
         InputError: `out` holds something already, or a rate or the recipe makes no run.
+        ElmError: another process writes to `out`.
     """
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out}: holds something already; choose another directory")
-    for rate in learning_rates:
-        on_start(rate)
-        yield _trial(_short(recipe, rate, steps), rate, out / f"lr-{rate:g}")
+    with checkpoint.hold(out):
+        if out.exists() and any(entry.name != files.LOCK for entry in out.iterdir()):
+            raise InputError(f"{out}: holds something already; choose another directory")
+        for rate in learning_rates:
+            on_start(rate)
+            yield _trial(_short(recipe, rate, steps), rate, out / f"lr-{rate:g}")
 
 
 def _short(recipe: Recipe, rate: float, steps: int) -> Recipe:

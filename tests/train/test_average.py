@@ -32,6 +32,7 @@ from checkpoints import (
 from elm_mlx.cli import main
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.files import hold
 from elm_mlx.train import checkpoint
 from elm_mlx.train.average import average, last
 from elm_mlx.train.checkpoint import Identity, Progress
@@ -246,6 +247,13 @@ def test_destinations(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(destination, "free_bytes", lambda path: 1000)
     with pytest.raises(ElmError, match=r"needs 0\.02 GB, and 0\.00 GB are free"):
         average(last(run, 2), tmp_path / "elsewhere")
+
+
+def test_two_processes_do_not_make_one_directory(run: Path, tmp_path: Path) -> None:
+    with hold(tmp_path / "out", tmp_path / ".out.lock"), pytest.raises(ElmError, match=r"out: process \d+ is writing"):
+        average(last(run, 2), tmp_path / "out")
+    average(last(run, 2), tmp_path / "out")
+    assert not (tmp_path / ".out.lock").exists()
 
 
 def test_replacing_one_of_the_sources_is_refused(tmp_path: Path) -> None:
