@@ -143,19 +143,19 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def hold(directory: Path, lock: Path | None = None) -> Iterator[None]:
-    """Keeps every other process from holding `directory`, which is made where it is missing, until the block ends.
+def hold(directory: Path, *, beside: bool = False) -> Iterator[None]:
+    """Keeps every other process from holding `directory` until the block ends; where it is missing, it is made.
 
     The kernel drops the lock with the process, however it dies. On a file system without locks nothing is kept out.
 
     Args:
-        lock: the file that is locked, in place of `LOCK` in the directory: of one that appears whole, a file beside it.
+        beside: lock a file beside the directory, and not `LOCK` in it: of one that is to appear whole.
 
     Raises:
         ElmError: another process holds it, which is named; or the lock cannot be written.
     """
-    path = Path(os.path.realpath(directory if lock is None else lock.parent))
-    path = path / (LOCK if lock is None else lock.name)
+    path = Path(os.path.realpath(directory))
+    path = path.parent / f".{path.name}{LOCK}" if beside else path / LOCK
     with _failures_named(directory):
         made = _make_parents(path.parent)
         descriptor = _take(path, directory)

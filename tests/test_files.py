@@ -352,8 +352,8 @@ def test_a_directory_is_held_by_one_process_until_it_ends_or_is_killed(tmp_path:
 def test_a_hold_leaves_no_directory_that_nothing_was_written_to(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), hold(tmp_path / "a" / "b"):
         raise ZeroDivisionError
-    with hold(tmp_path / "x", tmp_path / "beside"):
-        assert names(tmp_path) == ["beside"]
+    with hold(tmp_path / "x", beside=True):
+        assert names(tmp_path) == [".x.lock"]
     assert names(tmp_path) == []
     with pytest.raises(ElmError, match="null/x: cannot be written: Not a directory"), hold(Path("/dev/null/x")):
         pass

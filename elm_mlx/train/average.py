@@ -104,7 +104,7 @@ def average(
     """
     path = expanded(destination)
     try:
-        with hold(path, path.with_name(f".{path.name}.lock")):
+        with hold(path, beside=True):
             check_destination(path, MODEL, overwrite)
             plans = _plans(checkpoints, config, tokenizer, dtype)
             check_destination(path, MODEL, overwrite, [file for plan in plans for file in plan.source.files])

@@ -250,7 +250,7 @@ def test_destinations(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_two_processes_do_not_make_one_directory(run: Path, tmp_path: Path) -> None:
-    with hold(tmp_path / "out", tmp_path / ".out.lock"), pytest.raises(ElmError, match=r"out: process \d+ is writing"):
+    with hold(tmp_path / "out", beside=True), pytest.raises(ElmError, match=r"out: process \d+ is writing"):
         average(last(run, 2), tmp_path / "out")
     average(last(run, 2), tmp_path / "out")
     assert not (tmp_path / ".out.lock").exists()
