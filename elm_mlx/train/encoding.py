@@ -9,7 +9,7 @@ the template writes after that, the model never has to say.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -70,12 +70,12 @@ class Encoder:
         if isinstance(record, Text):
             example = self._marked([*self._bos, record.text, *self._eos], [((0, 0), (3, 0))])
         elif isinstance(record, Conversation):
-            example = self._conversation(record.messages)
+            example = self._conversation(record.messages, record.untrained)
         else:
             example = self._answer(*_question(record, self._template is None))
         if len(example.ids) < 2:
             raise InputError("is one token, which nothing predicts")
-        return replace(example, trained=(False, *(self._all or mark for mark in example.trained[1:])))
+        return replace(example, trained=(False, *example.trained[1:]))
 
     def _answer(self, question: str, answer: str) -> Example:
         if self._template is not None:
@@ -83,35 +83,50 @@ class Encoder:
         parts = [*self._bos, question + answer, *self._eos]
         return self._marked(parts, [((len(self._bos), len(question)), (len(parts), 0))])
 
-    def _conversation(self, messages: Messages) -> Example:
+    def _conversation(self, messages: Messages, untrained: Collection[int] = ()) -> Example:
+        """Every answer is trained but those of the messages that `untrained` numbers from 0."""
         assert self._template is not None
         parts = self._template.parts(messages, False)
-        spans = []
+        spans: dict[int, tuple[Position, Position]] = {}
         for i, message in enumerate(messages):
-            if message["role"] == "assistant":
+            if message["role"] == "assistant" and (self._all or i not in untrained):
                 asked = self._template.parts(messages[:i], True)
                 answered = parts if i + 1 == len(messages) else self._template.parts(messages[: i + 1], False)
-                spans.append(_span(parts, asked, answered, i + 1))
-        last = spans[-1][1]
-        if messages[-1]["role"] == "assistant" and last == _end(parts) and isinstance(parts[-1], str):
+                spans[i] = _span(parts, asked, answered, i + 1)
+        last = max(spans)
+        if last + 1 == len(messages) and spans[last][1] == _end(parts) and isinstance(parts[-1], str):
             parts = [*parts, *self._eos]  # the template ends an answer by nothing of its own
-            spans[-1] = (spans[-1][0], _end(parts))
-        return self._marked(parts, spans)
+            spans[last] = (spans[last][0], _end(parts))
+        trained, others = ([span for i, span in spans.items() if (i in untrained) is left] for left in (False, True))
+        return self._marked(parts, trained, others)
 
-    def _marked(self, parts: Sequence[Part], spans: Sequence[tuple[Position, Position]]) -> Example:
-        """The parts' ids, those within `spans` marked. What follows the last span is left out, unless all is wanted."""
+    def _marked(
+        self,
+        parts: Sequence[Part],
+        spans: Sequence[tuple[Position, Position]],
+        others: Sequence[tuple[Position, Position]] = (),
+    ) -> Example:
+        """The parts' ids, those within `spans` marked. What follows the last span is left out.
+
+        Where all is wanted, everything is marked but what is within `others`.
+        """
+        bounds = [*spans, *others]
+
+        def marked(position: Position) -> bool:
+            return not _within(position, others) if self._all else _within(position, spans)
+
         ids: list[int] = []
         trained: list[bool] = []
         for index, part in enumerate(parts):
             if isinstance(part, int):
                 ids.append(part)
-                trained.append(_within((index, 0), spans))
+                trained.append(marked((index, 0)))
                 continue
-            offsets = {0, len(part), *(offset for span in spans for at, offset in span if at == index)}
+            offsets = {0, len(part), *(offset for span in bounds for at, offset in span if at == index)}
             for start, end in pairwise(sorted(offsets)):
                 run = self._continuation(part[:start], part[start:end], later=index > 0)
                 ids += run
-                trained += [_within((index, start), spans)] * len(run)
+                trained += [marked((index, start))] * len(run)
         size = len(ids) if self._all or True not in trained else len(ids) - trained[::-1].index(True)
         return Example(tuple(map(self._ids.__getitem__, ids[:size])), tuple(trained[:size]))
 
@@ -137,7 +152,7 @@ def _question(record: Completion | Instruction, plain: bool) -> tuple[str, str]:
     if plain:
         prompt = ALPACA_WITH_INPUT if record.input else ALPACA
         return prompt.format(instruction=record.instruction, input=record.input), record.output
-    return "\n\n".join(filter(None, (record.instruction, record.input))), record.output
+    return record.question, record.output
 
 
 def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: int) -> tuple[Position, Position]:

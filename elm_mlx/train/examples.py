@@ -6,6 +6,7 @@ tokens, of files' formats and of batches; imports no MLX.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Prepared:
         lengths: tokens of each whole record, before anything was cut.
         counts: records of each format, by its class's name.
         bad: of each record that gave no example because it isn't whole, where it stands and what is wrong.
+        ignored: keys of records that mean nothing here, each with how many records have it.
         longest: the longest record's tokens, and where it stands.
         split: texts that were split, into `windows` examples.
         cut: answers that lost their end.
@@ -46,6 +48,7 @@ class Prepared:
     lengths: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     split: int = 0
     windows: int = 0
@@ -178,7 +181,7 @@ def prepare(
         InputError: there are conversations, and no template.
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
-    prepared = Prepared(max_length, truncate, context, bad=list(split.bad))
+    prepared = Prepared(max_length, truncate, context, bad=list(split.bad), ignored=split.ignored)
     for record in split.records:
         if template is None and isinstance(record, Conversation):
             raise InputError(

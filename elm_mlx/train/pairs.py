@@ -25,8 +25,8 @@ from elm_mlx.train.examples import Prepared
 from elm_mlx.train.formats import BadRecord
 from elm_mlx.train.records import Completion, Conversation
 
-COLUMNS = ("prompt", "chosen", "rejected")
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
+_KNOWN = {"prompt", *records.PAIR, *records.KNOWN}
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,19 @@ def preference(where: str, value: Any) -> Preference:
     Raises:
         BadRecord: it is none.
     """
-    if not isinstance(value, dict):
-        raise BadRecord("is no object")
-    missing = next((key for key in COLUMNS[1:] if key not in value), None)
+    records.check_keys(value)
+    missing = next((key for key in records.PAIR if key not in value), None)
     if missing:
-        raise BadRecord(f"`{missing}` is missing; a pair has `prompt`, `chosen` and `rejected`")
-    (before, chosen), (same, rejected) = (_answer(value[key], key) for key in COLUMNS[1:])
+        lora = any(all(key in value for key in keys) for _, keys in records.FORMATS.values())
+        hint = "; `elm-mlx lora` trains on such records" if lora else ""
+        raise BadRecord(f"`{missing}` is missing; a pair has `prompt`, `chosen` and `rejected`{hint}")
+    (before, chosen), (same, rejected) = (_answer(value[key], key) for key in records.PAIR)
     if before != same:
         raise BadRecord("`chosen` and `rejected` differ in more than their last answer")
     if chosen == rejected:
         raise BadRecord("`chosen` and `rejected` are the same")
-    made = Preference(where, _prompt(value.get("prompt"), before, isinstance(value["chosen"], str)), chosen, rejected)
+    prompt = _prompt(value.get("prompt"), before, isinstance(value["chosen"], str))
+    made = Preference(where, _after(records.system_of(value), prompt), chosen, rejected)
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         try:
             _record(made, answer)
@@ -74,12 +76,11 @@ def preference(where: str, value: Any) -> Preference:
 def _answer(value: Any, key: str) -> tuple[tuple[Message, ...], str]:
     """What stands before an answer, and the answer."""
     if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
-        *before, last = value
-        if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+        *before, last = _turns(value, key)
+        if last["role"] != "assistant" or not isinstance(last["content"], str):
             raise BadRecord(f"`{key}` doesn't end with a message of the assistant's")
-        tools = next((name for name in ("tool_calls", "function_call") if last.get(name)), None)
-        if tools:
-            raise BadRecord(f"`{key}` has `{tools}`, which no template here can show")
+        if not records.is_trained(value[-1], f"`{key}` "):
+            raise BadRecord(f"`{key}` ends with an answer that is not to be trained on")
         value, messages = last["content"], tuple(before)
     else:
         messages = ()
@@ -88,6 +89,25 @@ def _answer(value: Any, key: str) -> tuple[tuple[Message, ...], str]:
     if not value.strip():
         raise BadRecord(f"`{key}` is empty")
     return messages, value
+
+
+def _turns(messages: Sequence[Mapping[str, Any]], key: str) -> tuple[Message, ...]:
+    """Messages with nothing but `role` and `content`, which need not be what they should. Raises BadRecord."""
+    for number, message in enumerate(messages, 1):
+        records.check_message(message, f"`{key}`, message {number} ")
+    return tuple({name: message.get(name) for name in ("role", "content")} for message in messages)
+
+
+def _after(system: str, prompt: str | tuple[Message, ...]) -> str | tuple[Message, ...]:
+    """A prompt after the record's system prompt, if it has one, which must not be another than that in it."""
+    messages = ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+    if not system:
+        return prompt
+    if messages[0]["role"] != "system":
+        return ({"role": "system", "content": system}, *messages)
+    if messages[0]["content"] != system:
+        raise BadRecord("has a system prompt beside its messages, and another one in them: keep one")
+    return messages
 
 
 def _prompt(prompt: Any, before: tuple[Message, ...], plain: bool) -> str | tuple[Message, ...]:
@@ -104,9 +124,10 @@ def _prompt(prompt: Any, before: tuple[Message, ...], plain: bool) -> str | tupl
             return before
         return prompt if plain else ({"role": "user", "content": prompt},)
     if isinstance(prompt, list) and prompt and all(isinstance(message, dict) for message in prompt):
-        if before and before != tuple(prompt):
+        asked = _turns(prompt, "prompt")
+        if before and before != asked:
             raise BadRecord("`prompt` is not what `chosen` and `rejected` answer")
-        return tuple(prompt)
+        return asked
     if prompt is None and before:
         return before
     raise BadRecord("`prompt` is " + ("missing" if prompt is None else "neither a text nor a list of messages"))
@@ -140,7 +161,7 @@ def load(
     examples.check_length(max_length, context)
     splits = {
         name: prepare(entries, tokenizer, template, max_length, truncate, context)
-        for name, entries in records.values(path, COLUMNS).items()
+        for name, entries in records.values(path, _KNOWN).items()
     }
     examples.check(path, splits, skip_bad)
     return splits
@@ -190,6 +211,7 @@ def prepare(
         except InputError as error:
             prepared.bad.append(f"{where}: {error}")
             continue
+        prepared.ignored.update(records.ignored(value, _KNOWN))
         prepared.counts["Preference"] = prepared.counts.get("Preference", 0) + 1
         _fit(prepared, pair, where, truncate)
     return prepared

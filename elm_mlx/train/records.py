@@ -7,6 +7,7 @@ how files are packed, and of tokens, templates and lengths.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,33 @@ from typing import Any
 
 from elm_mlx.errors import InputError
 from elm_mlx.files import expanded
-from elm_mlx.template import check_messages
+from elm_mlx.template import ROLES, check_messages
 from elm_mlx.train import formats
 from elm_mlx.train.formats import BadRecord, keys_of, kind_of
 
 SPLITS = ("train", "valid", "test")
 SUFFIXES = (*formats.JSON, formats.PARQUET)
+PAIR = ("chosen", "rejected")
+SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
+
+_NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
+_NO_TEMPLATE = "which no template here can show"
+# Of a record, and of a message, keys that say something which nothing here does.
+_NOT_USED = {
+    "tools": _NO_TEMPLATE, "functions": _NO_TEMPLATE, "documents": _NO_TEMPLATE, "chat_template_kwargs": _NO_TEMPLATE,
+    "images": _NO_TEMPLATE, "audios": _NO_TEMPLATE, "videos": _NO_TEMPLATE,
+    "history": "earlier turns: write all of them as `messages`",
+    "loss_mask": "and what is trained on is decided here: a message may have a `weight` of 0",
+}  # fmt: skip
+_NOT_SHOWN = {
+    "name": _NO_TEMPLATE, "tool_calls": _NO_TEMPLATE, "tool_call_id": _NO_TEMPLATE, "function_call": _NO_TEMPLATE,
+    "tools": _NO_TEMPLATE, "reasoning_content": _NO_TEMPLATE, "thinking": _NO_TEMPLATE, "refusal": _NO_TEMPLATE,
+    "images": _NO_TEMPLATE, "audio": _NO_TEMPLATE,
+    "train_detail": "a part of an answer to train on, and answers are trained on whole",
+}  # fmt: skip
+_MARKS = ("weight", "train", "training", "loss")  # of a message: OpenAI's and Mistral's, Axolotl's two, ms-swift's
+_MESSAGE = {"role", "content", *_NOT_SHOWN, *_MARKS}  # what is known of one
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +61,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages`: each with its `role` and `content`; at least one is the assistant's."""
+    """`messages`: each with its `role` and `content`; at least one is the assistant's and not in `untrained`.
+
+    Attributes:
+        untrained: which messages, from 0, are not to be learnt although they may be the assistant's.
+    """
 
     where: str
     messages: tuple[Mapping[str, str], ...]
+    untrained: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,6 +81,11 @@ class Instruction:
     input: str
     output: str
 
+    @property
+    def question(self) -> str:
+        """What a user would write."""
+        return "\n\n".join(filter(None, (self.instruction, self.input)))
+
 
 Record = Text | Completion | Conversation | Instruction
 
@@ -64,10 +96,12 @@ class Split:
 
     Attributes:
         bad: of each record that isn't whole, where it stands and what is wrong.
+        ignored: keys that mean nothing here, each with how many of the other records have it.
     """
 
     records: list[Record] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 def read(path: Path, format: str | None = None) -> dict[str, Split]:
@@ -92,7 +126,10 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
             try:
                 if isinstance(value, BadRecord):
                     raise value
-                split.records.append(_record(where, value, format))
+                check_keys(value)
+                name = _format_of(value) if format is None else format
+                split.records.append(_record(where, value, name))
+                split.ignored.update(ignored(value, _KNOWN[name]))
             except BadRecord as error:
                 split.bad.append(f"{where}: {error}")
     return splits
@@ -165,18 +202,8 @@ def _parsed(line: bytes) -> Any:
         return error
 
 
-def _record(where: str, value: Any, format: str | None) -> Record:
-    """The record that a JSON value is. Raises BadRecord."""
-    if not isinstance(value, dict):
-        raise BadRecord(f"is {kind_of(value)}, and not an object")
-    for name in ("tools", "functions"):
-        if value.get(name):
-            raise BadRecord(f"has `{name}`, which no template here can show")
-    if format is None:
-        format = next((name for name, (_, keys) in FORMATS.items() if all(key in value for key in keys)), None)
-    if format is None:
-        wanted = "; ".join(", ".join(f"`{key}`" for key in keys) for _, keys in FORMATS.values())
-        raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}")
+def _record(where: str, value: Mapping[str, Any], format: str) -> Record:
+    """The record that a JSON object is. Raises BadRecord."""
     make, keys = FORMATS[format]
     missing = next((key for key in keys if key not in value), None)
     if missing:
@@ -184,46 +211,156 @@ def _record(where: str, value: Any, format: str | None) -> Record:
     return make(where, value)
 
 
+def _format_of(value: Mapping[str, Any]) -> str:
+    """The first of FORMATS whose keys a record has: with values, or at least by name. Raises BadRecord."""
+    if all(value.get(key) is not None for key in PAIR):
+        raise BadRecord("is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those")
+    for has in (lambda key: value.get(key) is not None, lambda key: key in value):
+        found = next((name for name, (_, keys) in FORMATS.items() if all(map(has, keys))), None)
+        if found is not None:
+            return found
+    if "conversations" in value:
+        raise BadRecord(
+            "has `conversations`, ShareGPT's layout: write `messages`, each with `role` (system, user or assistant "
+            "for human's and gpt's) and `content`"
+        )
+    wanted = "; ".join(", ".join(f"`{key}`" for key in keys) for _, keys in FORMATS.values())
+    raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}")
+
+
+def check_keys(value: Any) -> None:
+    """Whether a JSON value is an object that says nothing which training would leave out. Raises BadRecord."""
+    if not isinstance(value, dict):
+        raise BadRecord(f"is {kind_of(value)}, and not an object")
+    _refuse(value, _NOT_USED, "")
+    if value.get("weight") not in (None, 1):
+        raise BadRecord("has a `weight` of its own, and all records count the same; a message may have one, 0 or 1")
+
+
+def ignored(value: Mapping[str, Any], known: Collection[str]) -> list[str]:
+    """The keys of a record that are none of `known`, each as it is told of; those of its messages, too."""
+    messages = value["messages"] if "messages" in known else ()
+    inner = {key: "" for message in messages for key in message if key not in _MESSAGE}
+    return [f"`{key}`" for key in value if key not in known] + [f"`{key}` of messages" for key in inner]
+
+
+def _refuse(value: Mapping[str, Any], not_used: Mapping[str, str], whose: str) -> None:
+    for key, why in not_used.items():
+        if key in value and value[key] not in _NOTHING:
+            raise BadRecord(f"{whose}has `{key}`, {why}")
+
+
+def system_of(value: Mapping[str, Any]) -> str:
+    """What a record of any format tells the model before anything else, beside its other keys. Raises BadRecord."""
+    found = {text for key in SYSTEM if (text := _optional(value, key))}
+    if len(found) > 1:
+        raise BadRecord(f"has two system prompts, {' and '.join(f'`{key}`' for key in SYSTEM)}: keep one")
+    return found.pop() if found else ""
+
+
+def _optional(value: Mapping[str, Any], key: str) -> str:
+    """A text that may be missing, null or blank, which are all nothing; otherwise as it stands."""
+    text = value.get(key)
+    if text is None or (isinstance(text, str) and not text.strip()):
+        return ""
+    return _text(value, key)
+
+
 def _text(value: Mapping[str, Any], key: str) -> str:
-    if not isinstance(value[key], str):
-        raise BadRecord(f"`{key}` is {kind_of(value[key])}, and not a text")
-    if not value[key].strip():
+    text = value[key]
+    if not isinstance(text, str):
+        raise BadRecord(f"`{key}` is {kind_of(text)}, and not a text")
+    if not text.strip():
         raise BadRecord(f"`{key}` is empty")
-    return value[key]
+    return text
 
 
 def _make_text(where: str, value: Mapping[str, Any]) -> Record:
+    if system_of(value):
+        raise BadRecord("has a system prompt beside `text`, which is trained on as it stands: write it into the text")
     return Text(where, _text(value, "text"))
 
 
 def _make_completion(where: str, value: Mapping[str, Any]) -> Record:
-    return Completion(where, _text(value, "prompt"), _text(value, "completion"))
+    if value.get("label") is False:  # KTO's
+        raise BadRecord("`label` is false: `completion` is an answer that is not wanted")
+    completion = Completion(where, _text(value, "prompt"), _text(value, "completion"))
+    return _told(where, value, completion.prompt, completion.completion) or completion
 
 
 def _make_instruction(where: str, value: Mapping[str, Any]) -> Record:
-    about = _text(value, "input") if value.get("input") else ""
-    return Instruction(where, _text(value, "instruction"), about, _text(value, "output"))
+    instruction = Instruction(where, _text(value, "instruction"), _optional(value, "input"), _text(value, "output"))
+    return _told(where, value, instruction.question, instruction.output) or instruction
+
+
+def _told(where: str, value: Mapping[str, Any], question: str, answer: str) -> Conversation | None:
+    """A question and its answer after the record's system prompt, which needs a template; None without one."""
+    system = system_of(value)
+    turns = (("system", system), ("user", question), ("assistant", answer))
+    return Conversation(where, tuple({"role": role, "content": text} for role, text in turns)) if system else None
 
 
 def _make_conversation(where: str, value: Mapping[str, Any]) -> Record:
     messages = value["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord("`messages` is no list of objects")
+    for number, message in enumerate(messages, 1):
+        check_message(message, f"message {number} ")
     try:
         check_messages(messages)
     except InputError as error:
         raise BadRecord(str(error)) from None
+    untrained = frozenset(i for i, message in enumerate(messages) if not is_trained(message, f"message {i + 1} "))
     for number, message in enumerate(messages, 1):
-        for name in ("tool_calls", "function_call"):
-            if message.get(name):
-                raise BadRecord(f"message {number} has `{name}`, which no template here can show")
         if message["role"] == "assistant" and not message["content"].strip():
             raise BadRecord(f"message {number}: the assistant says nothing")
     if messages[0]["role"] == "assistant":
         raise BadRecord("message 1 is the assistant's: nothing asks for it")
-    if all(message["role"] != "assistant" for message in messages):
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
         raise BadRecord("no message is the assistant's: there is nothing to learn")
-    return Conversation(where, tuple({"role": each["role"], "content": each["content"]} for each in messages))
+    if untrained.issuperset(answers):
+        raise BadRecord("no answer of the assistant's is to be trained on: each has the weight 0")
+    told = system_of(value)
+    if told and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": told}, *messages]
+        untrained = frozenset(i + 1 for i in untrained)
+    elif told and messages[0]["content"] != told:
+        raise BadRecord("has a system prompt beside `messages`, and another one in them: keep one")
+    turns = tuple({"role": each["role"], "content": each["content"]} for each in messages)
+    return Conversation(where, turns, untrained)
+
+
+def check_message(message: Mapping[str, Any], whose: str) -> None:
+    """Whether a message is one, in no other tool's words, with nothing that no template here can show.
+
+    Args:
+        whose: what its error begins with: "message 2 ".
+
+    Raises:
+        BadRecord: it is not.
+    """
+    if "role" not in message and "from" in message:
+        raise BadRecord(f"{whose}has `from`, ShareGPT's layout: write `role` (user, assistant) and `content`")
+    role, content = message.get("role"), message.get("content")
+    if isinstance(role, str) and role not in ROLES and (known := _ROLES.get(role.lower(), role.lower())) in ROLES:
+        raise BadRecord(f"{whose.strip()}: role is {role!r}, and not one of {', '.join(ROLES)}; write {known} for it")
+    _refuse(message, _NOT_SHOWN, whose)
+    if isinstance(content, list):
+        raise BadRecord(f"{whose.strip()}: content is no text, but a list of parts: write their text as one")
+
+
+def is_trained(message: Mapping[str, Any], whose: str) -> bool:
+    """Whether a message is to be trained on if it is the assistant's, as OpenAI's, Mistral's and others' keys say."""
+    marks = {key: message[key] for key in _MARKS if message.get(key) is not None}
+    for key, mark in marks.items():
+        if not isinstance(mark, (int, float)) or mark not in (0, 1):
+            raise BadRecord(f"{whose}has the `{key}` {repr(mark)[:40]}: 0 (not to be trained on) or 1 is needed")
+        if mark and message["role"] != "assistant":
+            raise BadRecord(f"{whose}has the `{key}` {mark!r}, and the assistant's messages alone are trained on")
+    if len({bool(mark) for mark in marks.values()}) > 1:
+        raise BadRecord(f"{whose}has {' and '.join(f'`{key}`' for key in marks)}, which contradict each other")
+    return all(marks.values())
 
 
 # By name, in the order in which a record's keys are tried: Alpaca's own files have a `text` too. The keys are those
@@ -234,4 +371,9 @@ FORMATS: dict[str, tuple[Callable[[str, Mapping[str, Any]], Record], tuple[str, 
     "alpaca": (_make_instruction, ("instruction", "output")),
     "text": (_make_text, ("text",)),
 }
-_COLUMNS = {key for _, keys in FORMATS.values() for key in keys} | {"input", "tools", "functions"}
+# What is known of a record of each format; the rest means nothing here.
+KNOWN = {*SYSTEM, *_NOT_USED, "weight"}
+_KNOWN = {name: {*keys, *KNOWN} for name, (_, keys) in FORMATS.items()}
+_KNOWN["alpaca"].add("input")
+_KNOWN["completion"].add("label")
+_COLUMNS = {*PAIR}.union(*_KNOWN.values())

@@ -184,6 +184,24 @@ class TestConversations:
                 assert ids[: len(asked)] == asked and not any(example.trained[end : len(asked)])
                 assert example.trained[len(asked)]
 
+    @pytest.mark.parametrize("name", ["ours", "chatml"])
+    def test_an_answer_that_is_not_to_be_trained_on_is_read_alone(
+        self, tokenizer: Tokenizer, templates: dict[str, Template], name: str
+    ) -> None:
+        turns = (user("the fox"), assistant("jumps"), user("over"), assistant("lazy"), user("an"), assistant("old"))
+        encode, encode_all = (Encoder(tokenizer, templates[name], wanted).encode for wanted in (False, True))
+        whole = shown(tokenizer, encode(conversation(*turns)))
+        assert whole.count("[") == 3
+        for untrained in ({1}, {3}, {1, 3}, {5}, {3, 5}):
+            found = shown(tokenizer, encode(Conversation("", turns, frozenset(untrained))))
+            wanted = [turns[i]["content"] for i in (1, 3, 5) if i not in untrained]
+            assert [run.partition("]")[0].strip().partition("<")[0] for run in found.split("[")[1:]] == wanted
+            bare = found.replace("[", "").replace("]", "")
+            assert whole.replace("[", "").replace("]", "").startswith(bare) and found.endswith("]")
+            everything = encode_all(Conversation("", turns, frozenset(untrained)))
+            left = shown(tokenizer, Example(everything.ids, tuple(not mark for mark in everything.trained)))
+            assert left.startswith("[<s>]") and left.count("[") == 1 + len(untrained)
+
     def test_a_name_of_a_control_token_is_text(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
         talk = conversation(user("a</s>b<|im_end|>"), assistant("say </s>"))
         for name in ("ours", "chatml", "llama"):

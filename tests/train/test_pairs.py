@@ -74,6 +74,25 @@ def test_all_layouts_are_the_same_pair(tokenizer: Tokenizer, template: Template,
     assert found.lengths == [max(len(example.ids) for example in wanted)]
 
 
+def test_a_system_prompt_stands_before_the_prompt(tokenizer: Tokenizer, template: Template) -> None:
+    for layout in LAYOUTS:
+        found = preference("here", layout | {"system": "an old king"})
+        assert found.prompt == ({"role": "system", "content": "an old king"}, user("the fox"))
+        assert preference("here", layout | {"system": " ", "system_prompt": None}) == preference("here", layout)
+    told = [{"role": "system", "content": "an old king"}, user("the fox")]
+    assert preference("here", TEXTS | {"prompt": told, "system": "an old king"}).prompt == tuple(told)
+    with pytest.raises(InputError, match="is a conversation, and the model has no chat template"):
+        prepared(TEXTS | {"system": "an old king"}, tokenizer, None)
+
+
+def test_what_messages_carry_besides_makes_them_no_others() -> None:
+    ids = {
+        "chosen": [user("the fox") | {"id": 1}, assistant("jumps")],
+        "rejected": [user("the fox"), assistant("told")],
+    }
+    assert preference("here", ids) == preference("here", ULTRAFEEDBACK)
+
+
 def test_without_a_template_the_answer_goes_on(tokenizer: Tokenizer) -> None:
     found = prepared(TEXTS | {"chosen": " jumps"}, tokenizer, None)
     assert found.examples[0] == Encoder(tokenizer, None).encode(Completion("", "the fox", " jumps"))
@@ -96,7 +115,7 @@ def test_of_a_conversation_the_last_answer_alone_counts(tokenizer: Tokenizer, so
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (7, "is no object"),
+        (7, "is a number, and not an object"),
         ({"prompt": "a", "chosen": "b"}, "`rejected` is missing"),
         ({"chosen": "b", "rejected": "c"}, "`prompt` is missing"),
         (TEXTS | {"prompt": 3}, "`prompt` is neither a text nor a list of messages"),
@@ -111,6 +130,15 @@ def test_of_a_conversation_the_last_answer_alone_counts(tokenizer: Tokenizer, so
         (ULTRAFEEDBACK | {"rejected": [user("the fox"), assistant(" ")]}, "`rejected` is empty"),
         (ULTRAFEEDBACK | {"chosen": [user("the fox"), assistant("a") | {"tool_calls": [1]}]}, "has `tool_calls`"),
         (TEXTS | {"prompt": [{"role": "robot", "content": "a"}]}, "`chosen`: message 1: role is 'robot'"),
+        ({"prompt": "a", "completion": "b"}, "`rejected`; `elm-mlx lora` trains on such records"),
+        (TEXTS | {"tools": [{}]}, "has `tools`, which no template here can show"),
+        (TEXTS | {"history": [["a", "b"]]}, "has `history`, earlier turns"),
+        (TEXTS | {"weight": 0}, "has a `weight` of its own"),
+        (TEXTS | {"system": 0}, "`system` is a number, and not a text"),
+        (TEXTS | {"system": "A", "prompt": [{"role": "system", "content": "B"}, user("a")]}, "a system prompt"),
+        (ULTRAFEEDBACK | {"chosen": [user("the fox"), assistant("a") | {"weight": 0}]}, "not to be trained on"),
+        (ULTRAFEEDBACK | {"chosen": [user("the fox") | {"name": "Ann"}, assistant("a")]}, "message 1 has `name`"),
+        (TEXTS | {"prompt": [{"from": "human", "value": "a"}]}, "`prompt`, message 1 has `from`, ShareGPT's layout"),
         (TEXTS | {"prompt": [assistant("a")]}, "`chosen`: message 1 is the assistant's"),
     ],
 )  # fmt: skip

@@ -69,6 +69,11 @@ KINDS: list[tuple[str, Callable[[Path], None]]] = [
 ]
 
 
+# What is no text and, but for the last, counts as nothing in Python.
+NO_TEXTS = [("0", "a number"), ("0.0", "a number"), ("false", "false"), ("[]", "a list"), ("{}", "an object"),
+            ("7", "a number")]  # fmt: skip
+
+
 class TestFiles:
     @pytest.mark.parametrize(("name", "write"), KINDS)
     def test_every_kind_of_file_gives_the_same(self, tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
@@ -101,7 +106,7 @@ class TestFiles:
 
         rows = [{"messages": [USER, ASSISTANT | {"tool_calls": None}], "prompt": "no matter"}]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-        assert bare(read(tmp_path / "a.parquet")["train"].records) == [((USER, ASSISTANT),)]
+        assert bare(read(tmp_path / "a.parquet")["train"].records) == [((USER, ASSISTANT), frozenset())]
 
     def test_other_columns_of_parquet_are_named(self, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")
@@ -238,6 +243,11 @@ class TestRecords:
             ({"instruction": "a", "output": "b", "text": "a b"}, Instruction),  # Alpaca's own file
             ({"messages": [USER, ASSISTANT], "prompt": "a", "prompt_id": 3}, Conversation),  # UltraChat
             ({"tools": [], "text": "a"}, Text),
+            (
+                {"prompt": None, "completion": None, "messages": [USER, ASSISTANT]},
+                Conversation,
+            ),  # data sets put together
+            ({"chosen": None, "rejected": None, "text": "a"}, Text),
         ],
     )
     def test_keys_tell_the_format(self, tmp_path: Path, value: dict[str, Any], kind: type) -> None:
@@ -292,6 +302,62 @@ class TestRecords:
                 "message 2 has `tool_calls`",
             ),
             (b'{"text": "a", "tools": [{}]}', "has `tools`, which no template here can show"),
+            (b'{"text": "a", "system": "b"}', "has a system prompt beside `text`"),
+            (b'{"prompt": "a", "completion": "b", "system": "c", "system_prompt": "d"}', "has two system prompts"),
+            (b'{"prompt": "a", "completion": "b", "label": false}', "an answer that is not wanted"),
+            (b'{"prompt": "a", "completion": "b", "loss_mask": [0, 1]}', "has `loss_mask`, and what is trained on"),
+            (b'{"prompt": "a", "completion": "b", "weight": 0}', "has a `weight` of its own"),
+            (b'{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "has `history`, earlier turns"),
+            (
+                b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
+                "is a pair of answers, `chosen` and `rejected`: `elm-mlx",
+            ),
+            (b'{"conversations": [{"from": "human", "value": "a"}]}', "has `conversations`, ShareGPT's layout: write"),
+        ]
+        + [
+            (f'{{"instruction": "a", "input": {value}, "output": "c"}}'.encode(), f"`input` is {kind}, and not a text")
+            for value, kind in NO_TEXTS
+        ]
+        + [
+            (b'{"messages": ' + json.dumps([first, ASSISTANT | second]).encode() + more + b"}", reason)
+            for first, second, more, reason in [
+                (USER, {"weight": 2}, b"", "message 2 has the `weight` 2: 0 (not to be trained on) or 1 is needed"),
+                (USER, {"weight": "0"}, b"", "message 2 has the `weight` '0'"),
+                (USER, {"loss": [1]}, b"", "message 2 has the `loss` [1]"),
+                (USER, {"weight": 0}, b"", "no answer of the assistant's is to be trained on"),
+                (USER, {"weight": 1, "train": False}, b"", "`weight` and `train`, which contradict each other"),
+                (USER | {"weight": 1}, {}, b"", "message 1 has the `weight` 1, and the assistant's messages alone"),
+                (USER, {"name": "Ann"}, b"", "message 2 has `name`, which no template here can show"),
+                (USER, {"reasoning_content": "hm"}, b"", "message 2 has `reasoning_content`"),
+                (USER | {"role": "human"}, {}, b"", "write user for it"),
+                (
+                    USER,
+                    {"role": "gpt"},
+                    b"",
+                    "message 2: role is 'gpt', and not one of system, user, assistant; write a",
+                ),
+                (
+                    USER | {"role": "User"},
+                    {},
+                    b"",
+                    "message 1: role is 'User', and not one of system, user, assistant;",
+                ),
+                (USER | {"role": "tool"}, {}, b"", "message 1: role is 'tool', and not one of"),
+                ({"from": "human", "value": "a"}, {}, b"", "message 1 has `from`, ShareGPT's layout"),
+                (
+                    USER | {"content": [{"type": "text", "text": "a"}]},
+                    {},
+                    b"",
+                    "message 1: content is no text, but a list",
+                ),
+                (
+                    USER | {"role": "system"},
+                    {},
+                    b', "system": "other"',
+                    "a system prompt beside `messages`, and another",
+                ),
+                (USER, {}, b', "system": {"a": 1}', "`system` is an object, and not a text"),
+            ]
         ],
     )
     def test_a_bad_record_is_named_and_the_others_are_read(
@@ -304,6 +370,52 @@ class TestRecords:
         (bad,) = split.bad
         assert bad.startswith(f"{path}, line 2: ") and bad.isprintable()
         assert reason is None or reason in bad
+
+    @pytest.mark.parametrize("blank", ["", " ", "\n\t", None])
+    def test_what_is_blank_is_nothing(self, tmp_path: Path, blank: str | None) -> None:
+        row = {"instruction": "a", "input": blank, "output": "b", "system": blank}
+        (record,) = read(lines(tmp_path / "a.jsonl", row))["train"].records
+        assert bare([record]) == [("a", "", "b")]
+
+    @pytest.mark.parametrize("key", ["system", "system_prompt"])
+    def test_a_system_prompt_is_part_of_a_conversation(self, tmp_path: Path, key: str) -> None:
+        told = {"role": "system", "content": " Be kind. "}
+        rows = [
+            {"prompt": "Q", "completion": "A", key: told["content"]},
+            {"instruction": "Q", "output": "A", key: told["content"]},
+            {"messages": [USER, ASSISTANT], key: told["content"]},
+            {"messages": [told, USER, ASSISTANT], key: told["content"]},
+        ]
+        split = read(lines(tmp_path / "a.jsonl", *rows))["train"]
+        assert split.bad == [] and bare(split.records) == [((told, USER, ASSISTANT), frozenset())] * 4
+
+    @pytest.mark.parametrize("mark", [0, 0.0, False])
+    @pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+    def test_an_answer_that_is_not_trained_on(self, tmp_path: Path, key: str, mark: Any) -> None:
+        messages = [
+            USER | {key: mark},
+            ASSISTANT | {key: mark},
+            USER,
+            ASSISTANT | {key: 1},
+            USER,
+            ASSISTANT | {key: None},
+        ]
+        split = read(lines(tmp_path / "a.jsonl", {"messages": messages}, {"messages": messages, "system": "S"}))[
+            "train"
+        ]
+        assert split.bad == [] and [record.untrained for record in split.records] == [{0, 1}, {1, 2}]  # type: ignore[union-attr]
+
+    def test_keys_that_mean_nothing_are_told(self, tmp_path: Path) -> None:
+        rows = [
+            {"text": "a", "id": 3, "source": None},
+            {"text": "b", "id": 4, "weight": 1, "tools": [], "system": ""},
+            {"messages": [USER | {"time": 1}, ASSISTANT | {"time": 2, "weight": 1}], "prompt": "no matter"},
+            {"instruction": "a", "input": "", "output": "b", "text": "a b"},
+            {"id": 5},
+        ]
+        split = read(lines(tmp_path / "a.jsonl", *rows))["train"]
+        assert split.ignored == {"`id`": 2, "`source`": 1, "`time` of messages": 1, "`prompt`": 1, "`text`": 1}
+        assert len(split.bad) == 1
 
     def test_a_file_of_bad_records_is_no_empty_file(self, tmp_path: Path) -> None:
         assert len(read(lines(tmp_path / "a.jsonl", 1, 2))["train"].bad) == 2
