@@ -43,6 +43,7 @@ def test_out_and_a_picture(run: Run, tmp_path: Path) -> None:
 
 def test_a_terminal_gets_the_figures(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = run(trained(tmp_path / "[red]a"), trained(tmp_path / "b"))
     assert code == 0 and "[red]a" in out
     rows = {line[:26].strip(): line[26:].split() for line in out.splitlines()}

@@ -12,6 +12,7 @@ from elm_mlx.bench.figures import SIDES, Case
 from elm_mlx.bench.machine import Speeds
 from elm_mlx.bench.results import Results, Row, Spread, bounds
 from elm_mlx.config import PRESETS
+from elm_mlx.escape import printable
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -139,8 +140,7 @@ def _markdown(table: Table) -> Iterator[str]:
 
 def short(case: Case) -> str:
     """The model's name without the directory."""
-    name = case.model if case.model in PRESETS else Path(case.model).name or case.model
-    return "".join(character if character.isprintable() else "?" for character in name)
+    return printable(case.model if case.model in PRESETS else Path(case.model).name or case.model)
 
 
 def _stored(row: Row, side: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ import typer.core
 import typer.main
 
 from elm_mlx import files
-from elm_mlx.cli.show import printable
+from elm_mlx.cli.show import note, silence
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
 
@@ -94,29 +95,57 @@ def _options(
 
 
 _debug = False
+_DEBUG = "elm-mlx --debug … shows where"
+_ClickError: Any = typer.BadParameter.__mro__[2]  # which has no name of its own in all of typer's versions
 
 
 def main() -> None:
     """Run the command line. An error is one line on stderr; 2 is the exit code of bad input, 1 of any other."""
     _prepare_streams()
     try:
-        app()
-    except (ElmError, OSError) as error:  # OSError: such as a full disk behind stdout
+        code = _run()
+    except (KeyboardInterrupt, typer.Abort):
+        silence(sys.stdout)
+        code = 130
+    except Exception as error:
         if _debug:
             raise
-        print(f"elm-mlx: {printable(error)}", file=sys.stderr)
-        if isinstance(error, ElmError):
-            sys.exit(error.exit_code)
-        with suppress(OSError):  # or the exit would flush to it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except RuntimeError as error:  # MLX's own
-        if _debug:
-            raise
-        print(f"elm-mlx: MLX failed: {printable(error)} (--debug shows where)", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with suppress(OSError):  # nobody can be told that nobody can be told
+            code = _tell(error)
+    sys.exit(code)
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()  # here, where what goes wrong is told
+    return code if isinstance(code, int) else 0
+
+
+def _tell(error: Exception) -> int:
+    """Say what is wrong, in a line. Returns the exit code."""
+    if isinstance(error, OSError):  # of a stream, or a file that nobody thought of
+        silence(sys.stdout)  # or the exit would flush to it again
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+    if isinstance(error, (ElmError, OSError)):
+        note(error)
+    elif isinstance(error, _ClickError):
+        note(_usage(error))
+    elif isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # MLX's own
+        note(f"MLX failed: {error} ({_DEBUG})")
+    else:
+        note(f"a defect of elm-mlx: {type(error).__name__}: {error} ({_DEBUG})")
+    return getattr(error, "exit_code", 1)
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where it says what is right."""
+    text = error.format_message().rstrip(".").replace("\n", " ")
+    path = error.ctx.command_path if getattr(error, "ctx", None) else "elm-mlx"
+    return f"{text[:1].lower()}{text[1:]}; {path} -h shows what there is"
 
 
 def _prepare_streams() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli import options
+from elm_mlx.cli.show import say
 from elm_mlx.errors import InputError
 
 
@@ -30,4 +31,4 @@ def adapter(
     from elm_mlx.foreign import convert_adapter
 
     made = convert_adapter(model, src, dst, to=to, alpha=alpha, settings=config, overwrite=overwrite)
-    typer.echo(f"wrote       {dst}: {made.describe()}")
+    say("wrote", f"{dst}: {made.describe()}")

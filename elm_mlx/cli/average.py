@@ -11,7 +11,7 @@ import typer
 
 from elm_mlx import files
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import say, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,22 +55,18 @@ def average(
 
 def _print(done: Average, checkpoints: list[str]) -> None:
     plan = done.plan
-    _say("mean of", f"{len(checkpoints)} checkpoints of {plan.parameters:,} parameters, in float64")
-    _say("config", plan.config_origin)
-    _say("tokenizer", str(plan.tokenizer or "none"))
+    say("mean of", f"{len(checkpoints)} checkpoints of {plan.parameters:,} parameters, in float64")
+    say("config", plan.config_origin)
+    say("tokenizer", str(plan.tokenizer or "none"))
     furthest = max(done.distances)
     for given, distance in zip(checkpoints, done.distances, strict=True):
         drawn = bar(distance / furthest, _BAR) if furthest else ""
-        _say("distance", f"{distance:<#8.2g}  {drawn:<{_BAR}}  {given}")
+        say("distance", f"{distance:<#8.2g}  {drawn:<{_BAR}}  {given}")
     for note in plan.notes:
-        _say("note", note)
+        say("note", note)
     for warning in done.warnings:
-        _say("warning", warning, err=True)
-    _say("wrote", f"{done.destination}, {plan.dtype}, {size(plan.nbytes)}")
-
-
-def _say(name: str, text: str, err: bool = False) -> None:
-    typer.echo(f"{name:<10}  {printable(text)}", err=err)
+        say("warning", warning, err=True)
+    say("wrote", f"{done.destination}, {plan.dtype}, {size(plan.nbytes)}")
 
 
 @contextmanager

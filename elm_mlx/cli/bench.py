@@ -14,7 +14,7 @@ import typer
 from elm_mlx.bench import suites
 from elm_mlx.bench.figures import SIDES
 from elm_mlx.cli import options
-from elm_mlx.cli.show import printable
+from elm_mlx.cli.show import line, printable
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ def bench(
     results = _measured(suites.check(chosen), out, python, llama_bench, gguf)
     _print(results)
     if results.measured:
-        print(f"wrote {printable(out / suite)}.json, .md and .html")
+        line(f"wrote {out / suite}.json, .md and .html")
     else:
-        print("nothing was measured, and nothing written")
+        line("nothing was measured, and nothing written")
     if not results.complete:
         raise typer.Exit(130)
 
@@ -117,8 +117,8 @@ def _print(results: Results) -> None:
             _print_table(f"{tables.short(row.case)}, {row.case.precision}, tokens {tables.tokens(row.case)}",
                          *tables.brief(row, results.speeds))  # fmt: skip
     _print_table("", *tables.norms(results))
-    for line in tables.left_out(results):
-        print(printable(line))
+    for reason in tables.left_out(results):
+        line(reason)
 
 
 def _print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
@@ -131,10 +131,10 @@ def _print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(header[1:]))
     for column, label in enumerate(header):
         table.add_column(label, justify="right" if column and any(header[1:]) else "left", no_wrap=True)
-    for line in lines:
-        table.add_row(*(Text(printable(cell)) for cell in line))
+    for cells in lines:
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     if title:
-        print(printable(title))
+        line(title)
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     print()
 

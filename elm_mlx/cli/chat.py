@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from elm_mlx.cli import options
+from elm_mlx.cli.show import note
 
 
 def chat(
@@ -40,8 +40,8 @@ def chat(
     sampling.check_seed(seed)
     loaded = open_model(check_directory(model, with_tokenizer=True), compute_dtype, adapter)
     assert loaded.tokenizer is not None
-    for note in loaded.notes:
-        print(f"elm-mlx: {note}", file=sys.stderr)
+    for remark in loaded.notes:
+        note(remark)
     chosen = choose(model, loaded.tokenizer, template)
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import say, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -108,7 +106,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
         yield scratch / dst.name
         with Report() as report:
             quantize(scratch / dst.name, dst, recipe, overwrite=overwrite, listener=report.listener())
-        _say("wrote", str(dst))
+        say("wrote", str(dst))
 
 
 def _print_plan(plan: Plan) -> None:
@@ -129,30 +127,22 @@ def _print_plan(plan: Plan) -> None:
     ]
     for name, text in rows:
         if text:
-            _say(name, text)
+            say(name, text)
 
 
 def _print_end(done: Conversion, to_be_quantized: bool) -> None:
     for difference in done.differences:
         size = f"{difference.group:<9}  {difference.values:>13,} values"
         largest = f"largest difference {difference.largest:.3g} (largest value {difference.magnitude:.3g})"
-        _say("verified", f"{size}, {largest}")
+        say("verified", f"{size}, {largest}")
     for warning in done.warnings[len(done.plan.warnings) :]:
-        _say("warning", warning)
+        say("warning", warning)
     if done.destination is None:
-        _say("dry run", "nothing was written")
+        say("dry run", "nothing was written")
     elif to_be_quantized:
-        _say("converted", f"in {done.seconds:.1f} s")
+        say("converted", f"in {done.seconds:.1f} s")
     else:
-        _say("wrote", f"{done.destination} in {done.seconds:.1f} s")
-
-
-def _say(name: str, text: str) -> None:
-    """One line of the report; a file's name may hold anything, and is shown without what moves the cursor."""
-    try:
-        print(f"{name:<10}  {printable(text)}", flush=True)
-    except BrokenPipeError:  # who stops reading still wants the model
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say("wrote", f"{done.destination} in {done.seconds:.1f} s")
 
 
 def _traits(config: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import bad_records_named, counted, name_bad
+from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -105,15 +104,15 @@ def _print_mixture(config: Path) -> None:
             ("kept", f"{counts.kept:,} of {counts.read:,} documents, {counts.tokens:,} tokens"),
             *(("dropped", f"{number:,} {reason}") for reason, number in counts.dropped.items() if number),
             *([("bad", f"{counted(counts.bad, 'record')}")] if counts.bad else []),
-            *(("broken", line) for line in counts.broken),
+            *(("broken", reason) for reason in counts.broken),
         ]
-        print(part.source.name)
-        for label, line in lines:
-            print(f"  {label:<9} {line}")
+        line(part.source.name)
+        for label, text in lines:
+            say(f"  {label}", text)
 
 
-def _warn(line: str) -> None:
-    print(line, file=sys.stderr)
+def _warn(text: str) -> None:
+    line(text, err=True)
 
 
 def _print_split(name: str, prepared: Prepared) -> None:
@@ -132,8 +131,8 @@ def _print_split(name: str, prepared: Prepared) -> None:
         ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
         ("lengths", f"median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
     ]
-    for label, line in lines:
-        print(f"  {label:<9} {line}")
+    for label, text in lines:
+        say(f"  {label}", text)
     bins = list(_histogram(prepared.lengths, prepared.max_length))
     most = max(count for _, count in bins)
     width = max(len(label) for label, _ in bins)
@@ -164,7 +163,8 @@ def _print_examples(prepared: Prepared, tokenizer: Tokenizer) -> None:
     for shown in range(count):
         number = shown * len(prepared.examples) // count
         example, source = prepared.examples[number], prepared.sources[number]
-        print(f"\nexample {number + 1:,}: {source}, {counted(len(example.ids), 'token')}")
+        print()
+        line(f"example {number + 1:,}: {source}, {counted(len(example.ids), 'token')}")
         print("    " + _marked(example, tokenizer, colour).replace("\n", "\n    "))
 
 
@@ -184,11 +184,6 @@ def _marked(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
 def _joined(tokens: Sequence[tuple[str, bool]], colour: bool) -> str:
     output = []
     for trained, run in groupby(tokens, key=lambda token: token[1]):
-        text = _visible("".join(text for text, _ in run))
+        text = visible("".join(text for text, _ in run))
         output.append(text if not trained else typer.style(text, fg="green") if colour else f"⟦{text}⟧")
     return "".join(output)
-
-
-def _visible(text: str) -> str:
-    """Without what a terminal would obey: data come from anywhere."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)

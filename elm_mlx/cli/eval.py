@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import printable
+from elm_mlx.cli.show import line, note, printable, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,26 +82,26 @@ def eval(
     if not harness:
         wanted.chosen()  # or what is no task is said only when the model is loaded
     opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype)
-    for note in opened.notes:
-        print(f"elm-mlx: {printable(note)}", file=sys.stderr)
+    for remark in opened.notes:
+        note(remark)
     if harness:
         with _progress() as advance:
             table = opened.hand_over(lambda done, total: advance("lm_eval", 0, done, total))
-        print(table)
+        print(visible(table))
     else:
         try:
             with _progress() as advance:
                 opened.run(advance)
         except KeyboardInterrupt:
-            print(f"elm-mlx: stopped; the same command goes on from {printable(opened.out)}", file=sys.stderr)
+            note(f"stopped; the same command goes on from {opened.out}")
             raise
         _print(opened)
-    print(f"wrote {printable(opened.out)}")
+    line(f"wrote {opened.out}")
     if plot is not None and not harness:
         from elm_mlx.evaluate import plots
 
         plots.draw({paths[0].name: opened.results}, plot)
-        print(f"wrote {printable(plot)}")
+        line(f"wrote {plot}")
 
 
 def _print(done: Evaluation) -> None:
@@ -129,12 +129,12 @@ def _print(done: Evaluation) -> None:
         table.add_row("mean", "", "", "", shown("acc", done.mean), *([known] if beside else []))
     Console(width=None if sys.stdout.isatty() else 100).print(table)
     for key, how in done.missing.items():
-        print(f"not scored: {key}: {how}")
+        line(f"not scored: {key}: {how}")
     if beside:
-        print(f"published: {done.source}")
+        line(f"published: {done.source}")
     if done.pace.items:
         rate = done.pace.items / done.pace.seconds
-        print(f"{done.pace.items:,} items in {done.pace.seconds:.1f} s, {rate:,.1f} items/s")
+        line(f"{done.pace.items:,} items in {done.pace.seconds:.1f} s, {rate:,.1f} items/s")
 
 
 def _compare(paths: list[Path], plot: Path | None) -> None:
@@ -148,11 +148,11 @@ def _compare(paths: list[Path], plot: Path | None) -> None:
         raise InputError("--compare: a run is named twice")
     names = list(runs)
     for other in names[1:]:
-        print(f"{printable(other)} against {printable(names[0])}")
+        line(f"{other} against {names[0]}")
         _print_differences(compare.compare(runs[names[0]], runs[other]))
     if plot is not None:
         plots.draw(runs, plot)
-        print(f"wrote {printable(plot)}")
+        line(f"wrote {plot}")
 
 
 def _print_differences(differences: list[Difference]) -> None:
@@ -186,7 +186,7 @@ def _progress() -> Iterator[Advance]:
     if not console.is_terminal:
         yield lambda key, items, done, total: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("left"), console=console, transient=True) as bars:
         task = bars.add_task("reading", total=None)
 

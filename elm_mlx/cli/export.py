@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import say, size
 
 
 def export(
@@ -24,5 +24,5 @@ def export(
     plan = elm_mlx_convert.export(model, dst, dtype=dtype, overwrite=overwrite)
     for name, lines in (("note", plan.notes), ("warning", plan.warnings)):
         for line in lines:
-            typer.echo(f"{name:<10}  {printable(line)}")
-    typer.echo(f"wrote       {printable(dst)}: {plan.parameters:,} parameters in {plan.dtype}, {size(plan.nbytes)}")
+            say(name, line)
+    say("wrote", f"{dst}: {plan.parameters:,} parameters in {plan.dtype}, {size(plan.nbytes)}")

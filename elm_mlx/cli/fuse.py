@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import options
+from elm_mlx.cli.show import say
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _print(done: Fusion) -> None:
     }
     for name, line in lines.items():
         if line:
-            typer.echo(f"{name:<10}  {line}")
+            say(name, line)
 
 
 def _moved(share: float | None) -> str:

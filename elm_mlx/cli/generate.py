@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
+from elm_mlx.cli.show import Speech, line, note, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def generate(
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt or "")]
     loaded = open_model(model, compute_dtype, adapter)
-    for note in loaded.notes:
-        print(f"elm-mlx: {note}", file=sys.stderr)
+    for remark in loaded.notes:
+        note(remark)
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
     inputs: Sequence[str | list[int]] = texts
@@ -86,7 +87,7 @@ def generate(
         before = as_messages(system, [])
         inputs = [conversing.encode([*before, {"role": "user", "content": text}]) for text in texts]
         chosen |= {"stop": (*conversing.stop_strings, *(stop or ())), "stop_ids": conversing.stop_ids}
-        print("elm-mlx: answered by the chat template; --no-template continues the text", file=sys.stderr)
+        note("answered by the chat template; --no-template continues the text")
     if prompts:
         from elm_mlx.batch import generate_batch
 
@@ -108,19 +109,22 @@ def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: b
     from elm_mlx import device
 
     start, read, written = time.perf_counter(), 0, 0
+    speech = Speech()
     with _progress(len(texts)) as advance:
         for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
             read, written = read + done.prompt_tokens, written + len(done.tokens)
             if as_json:
                 _print_json(text, asdict(done), logprobs)
             else:
-                print(f"--- {number}: {text}\n{done.text}", flush=True)
+                speech.write(f"--- {number}: {text}\n{done.text}")
+                speech.finish()
+                print(flush=True)
             advance()
     seconds = time.perf_counter() - start
-    print(
+    line(
         f"{len(texts)} prompts: {read} tokens read and {written} generated in {seconds:.1f} s, "
         f"{written / seconds:.1f} tokens/s | peak memory: {device.peak_memory() / 1e9:.2f} GB",
-        file=sys.stderr,
+        err=True,
     )
 
 
@@ -141,13 +145,15 @@ def _progress(prompts: int) -> Iterator[Callable[[], None]]:
 
 
 def _as_text(prompt: str, responses: Iterator[Response]) -> None:
+    speech = Speech()
     if sys.stdout.isatty():
-        typer.secho(prompt, dim=True, nl=False)
+        speech.write(prompt, dim=True)
     last = None
     try:
         for last in responses:
-            print(last.text, end="", flush=True)
+            speech.write(last.text)
     finally:  # Ctrl-C too
+        speech.finish()
         print(flush=True)
         _print_statistics(last)
 
@@ -156,7 +162,7 @@ def _as_tokens(responses: Iterator[Response]) -> None:
     last = None
     try:
         for last in responses:
-            print(f"{last.token:>6}  {last.logprob:9.4f}  {json.dumps(last.text, ensure_ascii=False)}", flush=True)
+            print(f"{last.token:>6}  {last.logprob:9.4f}  {_json(last.text)}", flush=True)
     finally:
         _print_statistics(last)
 
@@ -175,11 +181,16 @@ def _as_json(prompt: str, responses: Iterator[Response], logprobs: bool) -> None
 def _print_json(prompt: str, result: dict[str, Any], logprobs: bool) -> None:
     if not logprobs:
         del result["logprobs"]
-    print(json.dumps({"prompt": prompt, **result}, ensure_ascii=not _speaks_utf8(), allow_nan=False), flush=True)
+    print(_json({"prompt": prompt, **result}), flush=True)
 
 
-def _speaks_utf8() -> bool:
-    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+def _json(value: object) -> str:
+    """As stdout can show it: in ASCII where that speaks nothing else, or is a terminal that would obey it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    speaks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    if speaks and not (sys.stdout.isatty() and visible(text) != text):
+        return text
+    return json.dumps(value, allow_nan=False)
 
 
 def _print_statistics(last: Response | None) -> None:
@@ -187,12 +198,12 @@ def _print_statistics(last: Response | None) -> None:
         return
     from elm_mlx.device import peak_memory
 
-    print(
+    line(
         f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s | "
         f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s | "
         f"first token: {last.time_to_first_token:.3f} s | peak memory: {peak_memory() / 1e9:.2f} GB"
         + (f" | ended by: {last.finish_reason}" if last.finish_reason else ""),
-        file=sys.stderr,
+        err=True,
     )
 
 

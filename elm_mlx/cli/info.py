@@ -13,7 +13,7 @@ import typer
 from elm_mlx import blas
 from elm_mlx.cli import options
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import line, say, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def info(
         return
     if system:
         for name, value in _system().items():
-            print(f"{name + ':':<14}{value}")
+            say(f"{name}:", value, 14)
     if model is not None:
         if isinstance(description, FamilyDescription):
             _print_other(description)
@@ -90,7 +90,7 @@ def _print(about: Description) -> None:
     from rich.table import Table
 
     embedding = f"({about.embedding_parameters:,} in the embedding)"
-    print(f"{printable(about.path)}: OpenELM, {about.parameters:,} parameters {embedding}")
+    line(f"{about.path}: OpenELM, {about.parameters:,} parameters {embedding}")
     parts = [
         "SwiGLU" if about.glu else "plain FFN",
         "QK norm" if about.qk_norm else "no QK norm",
@@ -104,8 +104,8 @@ def _print(about: Description) -> None:
         "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
         "KV cache": ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items()),
     }
-    for name, line in lines.items():
-        print(f"  {name:<11} {line}")
+    for name, text in lines.items():
+        say(f"  {name}", text, 14)
     console = Console()
     bars = console.width >= 72
     table = Table(box=None, pad_edge=True)
@@ -129,7 +129,7 @@ def _print(about: Description) -> None:
 
 def _print_other(about: FamilyDescription) -> None:
     embedding = f"({about.embedding_parameters:,} in the embedding)"
-    print(f"{printable(about.path)}: {about.family}, {about.parameters:,} parameters {embedding}")
+    line(f"{about.path}: {about.family}, {about.parameters:,} parameters {embedding}")
     if about.keeps == "a state":
         context, cache = "no limit of its own", "a state of constant size, of which nothing can be taken back"
     else:
@@ -145,18 +145,18 @@ def _print_other(about: FamilyDescription) -> None:
         "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
         "cache": cache,
     }
-    for name, line in lines.items():
-        print(f"  {name:<11} {line}")
+    for name, text in lines.items():
+        say(f"  {name}", text, 14)
 
 
 def _print_adapter(about: AdapterDescription) -> None:
-    print(f"{printable(about.path)}: {about.summary}")
+    line(f"{about.path}: {about.summary}")
     lines = {
         "parameters": f"{about.parameters:,}, {about.share:.2%} of the model's; {size(about.file_bytes)}",
         "head": about.head,
         "made for": about.made_for,
     }
-    for name, line in lines.items():
-        print(f"  {name:<11} {line}")
+    for name, text in lines.items():
+        say(f"  {name}", text, 14)
     for module, ranks in about.modules.items():
-        print(f"  {module:<24} rank {ranks}")
+        say(f"  {module}", f"rank {ranks}", 27)

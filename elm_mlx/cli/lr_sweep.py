@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli.bars import bar
+from elm_mlx.cli.show import say
 from elm_mlx.errors import InputError
 
 _BAR = 30
@@ -43,7 +44,7 @@ def lr_sweep(
             best = "  the least" if trial.loss == min(losses) else ""
             print(f"{trial.rate:<9g} {trial.loss:>9.4f}  {bar(share, _BAR)}{best}")
     report.write_page(metrics.read([trial.directory for trial in trials]), out / "report.html")
-    print(f"wrote     {out / 'report.html'}")
+    say("wrote", out / "report.html", 10)
 
 
 def _rates(text: str) -> list[float]:

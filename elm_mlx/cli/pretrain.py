@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import training
-from elm_mlx.cli.show import counted
+from elm_mlx.cli.show import counted, line
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -83,10 +83,10 @@ def _init(path: Path, preset: str, data: str | None) -> None:
         raise InputError(f"{path}: is there already; choose another name")
     made = recipe.preset(preset) if data is None else recipe.preset(preset, data)
     files.write_text(path, tables.write(made, _ABOUT))
-    print(
+    line(
         f"wrote {path}: learns from {made.data.sources[0].path}, in the tokens of {made.tokenizer}, which must be there"
     )
-    print(f"then: elm-mlx pretrain {path} --out run")
+    line(f"then: elm-mlx pretrain {path} --out run")
 
 
 def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:

@@ -5,16 +5,15 @@ Knows reports and how they are shown. Knows nothing of how a run is made.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from elm_mlx.cli.show import counted, printable, size
+from elm_mlx.cli.show import counted, folded, line, printable, say, silence, size
 from elm_mlx.train.listener import Listener
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Progress(Listener):
         """A table of two columns."""
         if not self.quiet:
             for label, text in lines:
-                print(f"{label:<9} {printable(text)}", flush=True)
+                say(label, text, 10)
 
     def ready(self, seconds: float, left: int) -> None:
         """What is known when the model is loaded: how long an update takes, and how many are left."""
@@ -151,9 +150,10 @@ class Progress(Listener):
         """A line, above the bar."""
         with _if_anyone_looks():
             if self._bar is not None:
+                text = folded(printable(text), 10)
                 self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
             else:
-                print(text, flush=True)
+                line(text, 10)
 
 
 @contextmanager
@@ -162,8 +162,7 @@ def _if_anyone_looks() -> Iterator[None]:
     try:
         yield
     except OSError:
-        with suppress(OSError):  # what comes now, the last flush included, goes nowhere
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
 
 
 def _named(measures: Mapping[str, float]) -> list[str]:

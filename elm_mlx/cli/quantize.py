@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import say, size
 
 if TYPE_CHECKING:
     from elm_mlx.quantization.plan import Plan
@@ -127,8 +127,3 @@ class Report(AbstractContextManager["Report"]):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def say(name: str, text: str) -> None:
-    """One line of the report."""
-    print(f"{name:<10}  {printable(text)}", flush=True)

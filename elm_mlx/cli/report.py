@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import printable
+from elm_mlx.cli.show import line, printable
 
 if TYPE_CHECKING:
     from elm_mlx.train.metrics import Run
@@ -36,11 +36,11 @@ def report(
     pages.write_page(found, out)
     for run in found:
         for note in run.notes:
-            print(f"{printable(run.name)}: {note}", file=sys.stderr)
+            line(f"{run.name}: {note}", err=True)
     if sys.stdout.isatty():
         _print(found)
     count = f"{len(found):,} runs" if len(found) > 1 else "1 run"
-    print(f"wrote {printable(out)}" + (f" and {printable(png)}" if png is not None else "") + f": {count}")
+    line(f"wrote {out}" + (f" and {png}" if png is not None else "") + f": {count}")
 
 
 def _print(runs: list[Run]) -> None:

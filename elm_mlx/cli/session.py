@@ -19,6 +19,7 @@ import typer
 from elm_mlx import files, settings
 from elm_mlx.chat import DEFAULTS, Chat, Reply
 from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
+from elm_mlx.cli.show import Speech, folded, note, visible
 from elm_mlx.errors import ElmError, InputError
 
 BLOCK = '"""'
@@ -48,9 +49,6 @@ MEANINGS = {
     "max_tokens": "of an answer, at most",
     "seed": "the same one gives the same answers; none draws one",
 }
-
-# What would move the cursor or worse, if a model says it.
-_CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class Session:
@@ -138,20 +136,21 @@ class Session:
     def _show(self, reply: Reply) -> None:
         if reply.forgotten:
             self._note(f"(context full: dropped the oldest {reply.forgotten})")
-        last = ""
+        speech, said = Speech(), False
         try:
             with self._interruptible() as stopped, closing(reply.stream(stopped)) as pieces:
                 for piece in pieces:
-                    last = piece.translate(_CONTROLS) if self._interactive else piece
-                    print(last, end="", flush=True)
+                    said = True
+                    speech.write(piece)
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
         except RuntimeError as error:  # MLX's, such as memory that is not there
             self._fail(ElmError(f"the answer failed: {error}"))
-        if not last.endswith("\n"):
+        speech.finish()
+        if not (said and speech.at_line_start):
             print(flush=True)
-        self._explain(reply, said=bool(last))
+        self._explain(reply, said)
 
     def _explain(self, reply: Reply, said: bool) -> None:
         """A line about how the answer ended, where that is not plain to see."""
@@ -173,13 +172,13 @@ class Session:
             return
         pressed = False
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def press(number: int, frame: FrameType | None) -> None:
             nonlocal pressed
             if pressed:
                 raise KeyboardInterrupt
             pressed = True
 
-        before = signal.signal(signal.SIGINT, note)
+        before = signal.signal(signal.SIGINT, press)
         try:
             with without_echo():
                 yield lambda: pressed
@@ -249,12 +248,16 @@ class Session:
 
     def _note(self, text: str) -> None:
         sys.stdout.flush()
-        plain = "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb" or not sys.stderr.isatty()
-        print(text if plain else typer.style(text, dim=True), file=sys.stderr, flush=True)
+        text = visible(text)
+        if sys.stderr.isatty():
+            text = "\n".join(map(folded, text.split("\n")))
+            if "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb":
+                text = typer.style(text, dim=True)
+        print(text, file=sys.stderr, flush=True)
 
     def _fail(self, error: ElmError) -> None:
         sys.stdout.flush()
-        print(f"elm-mlx: {error}", file=sys.stderr, flush=True)
+        note(error)
         self._exit_code = 0 if self._interactive else error.exit_code
 
 

@@ -1,20 +1,146 @@
-"""How the command line shows what is not its own: names of files, numbers of bytes."""
+"""How the command line shows what it has to say: lines, labelled lines, notes and errors, and what a model writes.
+
+All of it goes through here, so that nothing from outside steers a terminal, and lines break between words. In a pipe a
+line is one line, however long.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
+
+import typer
 
 from elm_mlx.errors import InputError
+from elm_mlx.escape import printable, stripped, visible
+
+__all__ = [
+    "Speech", "bad_records_named", "counted", "folded", "line", "name_bad", "note", "printable", "say", "silence",
+    "size", "visible",
+]  # fmt: skip
 
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
+_LONG_WORD = 24  # characters
 
 
-def printable(text: object) -> str:
-    """`text` on one line, without what moves a terminal's cursor: a file's name may hold anything."""
-    return "".join(character if character.isprintable() else "?" for character in str(text))
+def say(label: str, text: object, column: int = 12, err: bool = False) -> None:
+    """A label, and from `column` on what there is to say."""
+    line(f"{label:<{column - 1}} {text}", column, err)
+
+
+def note(text: object) -> None:
+    """What a person should know, or an error: on stderr, by the program's name."""
+    line(f"elm-mlx: {text}", err=True)
+
+
+def line(text: str, column: int = 0, err: bool = False) -> None:
+    """A line; on a terminal it goes on at `column`. Whoever stops reading still wants what the command makes."""
+    stream = sys.stderr if err else sys.stdout
+    text = printable(text)
+    try:
+        print(folded(text, column) if stream.isatty() else text, file=stream, flush=True)
+    except BrokenPipeError:
+        silence(stream)
+
+
+def silence(stream: TextIO) -> None:
+    """What is written to `stream` from now on, the last flush included, goes nowhere."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def folded(text: str, column: int = 0) -> str:
+    """`text` in lines of the terminal's width, the second and later ones from `column` on."""
+    width = _width()
+    indent = " " * (column if column <= width // 2 else 2)
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
+    )
+    return "\n".join(lines)
+
+
+class Speech:
+    """What a model writes, to stdout as it comes: on a terminal without controls, and broken between words."""
+
+    def __init__(self) -> None:
+        self._stream: TextIO = sys.stdout
+        self._on_terminal = self._stream.isatty()
+        self._column = 0  # of the cursor
+        self._word = ""  # held back until it is known on which line it fits
+        self._begun = False  # the beginning of the word is on the screen
+        self.at_line_start = True
+
+    def write(self, text: str, dim: bool = False) -> None:
+        """Shows the next piece; on a terminal the word that it ends with may wait for the rest of it."""
+        if text:
+            self.at_line_start = text.endswith("\n")
+        if self._on_terminal:
+            text = self._broken(stripped(text))
+            text = typer.style(text, dim=True) if dim and text else text
+        print(text, end="", file=self._stream, flush=True)
+
+    def finish(self) -> None:
+        """Shows what was held back."""
+        print(self._placed(), end="", file=self._stream, flush=True)
+
+    def _broken(self, text: str) -> str:
+        """The part of `text`, and of what was held back, that is to be shown now."""
+        done = []
+        for character in text:
+            if character == "\n":
+                done += [self._placed(), "\n"]
+                self._column, self._begun = 0, False
+            elif character.isspace():
+                done.append(self._placed())
+                self._begun = False
+                if self._column < _width() - 1:
+                    done.append(character)
+                    self._column += 8 - self._column % 8 if character == "\t" else 1
+                else:
+                    done.append("\n")
+                    self._column = 0
+            elif _cells(character) == 2:  # of a script without spaces, which may break anywhere
+                done.append(self._placed())
+                self._word, self._begun = character, False
+                done.append(self._placed())
+            else:
+                self._word += character
+        if self._begun or self._column + _cells(self._word) + _LONG_WORD < _width():
+            done.append(self._placed())
+        return "".join(done)
+
+    def _placed(self) -> str:
+        """What is held, in a new line if the cursor's has no room for it. A word longer than a line runs over it."""
+        word, self._word, cells = self._word, "", _cells(self._word)
+        if word and not self._begun and self._column and self._column + cells >= _width():
+            word, self._column = "\n" + word, 0
+        self._column = (self._column + cells) % _width()
+        self._begun |= cells > 0
+        return word
+
+
+def _width() -> int:
+    return max(20, shutil.get_terminal_size().columns)
+
+
+def _cells(text: str) -> int:
+    """Columns that `text` takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(_columns(character) for character in text)
+
+
+def _columns(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def size(count: int) -> str:
@@ -30,9 +156,9 @@ def name_bad(reasons: Iterable[str]) -> None:
     """Each bad record on a line of stderr; of very many the first ones, and how many there are besides."""
     reasons = list(reasons)
     for reason in reasons[:_NAMED]:
-        print(reason, file=sys.stderr)
+        line(printable(reason), err=True)
     if len(reasons) > _NAMED:
-        print(f"… and {len(reasons) - _NAMED:,} more", file=sys.stderr)
+        line(f"… and {len(reasons) - _NAMED:,} more", err=True)
 
 
 @contextmanager

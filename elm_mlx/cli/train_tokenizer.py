@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import printable, size
+from elm_mlx.cli.show import say, size
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
@@ -51,33 +51,29 @@ def train_tokenizer(
         tokenizer = vocabulary.train(
             sample, out, vocab_size=vocab_size, character_coverage=character_coverage, overwrite=overwrite
         )
-        _say("trained", f"{tokenizer.vocab_size:,} pieces in {time.perf_counter() - start:.1f} s")
+        say("trained", f"{tokenizer.vocab_size:,} pieces in {time.perf_counter() - start:.1f} s")
         if sample.held_out:
             _print_measure("measured", vocabulary.measure(tokenizer, sample.held_out), tokenizer)
             if other is not None:
                 _print_measure("compared", vocabulary.measure(other, sample.held_out), other)
-    _say("wrote", str(out))
+    say("wrote", str(out))
 
 
 def _print_sample(sample: Sample, files: int) -> None:
-    _say("read", f"{size(sample.nbytes)} of text, {sample.texts:,} records in {files} file{'s' * (files > 1)}")
+    say("read", f"{size(sample.nbytes)} of text, {sample.texts:,} records in {files} file{'s' * (files > 1)}")
     for line in sample.bad[:_SHOWN]:
-        _say("bad", line)
+        say("bad", line)
     if len(sample.bad) > _SHOWN:
-        _say("bad", f"{len(sample.bad) - _SHOWN:,} more")
-    _say("sample", f"{size(sum(map(len, sample.lines)))}, {len(sample.lines):,} lines")
+        say("bad", f"{len(sample.bad) - _SHOWN:,} more")
+    say("sample", f"{size(sum(map(len, sample.lines)))}, {len(sample.lines):,} lines")
     held_out = f"{size(sum(map(len, sample.held_out)))}, {len(sample.held_out):,} lines, for measuring"
-    _say("held out", held_out if sample.held_out else "nothing: there are too few lines")
+    say("held out", held_out if sample.held_out else "nothing: there are too few lines")
 
 
 def _print_measure(name: str, measure: Measure, tokenizer: Tokenizer) -> None:
     share = measure.byte_tokens / max(1, measure.tokens)
-    _say(name, f"{measure.bytes_per_token:.3f} bytes a token (bytes alone: 1), {share:.2%} of the tokens are bytes")
-    _say("", f"{tokenizer.path}; {measure.returned:,} of {measure.lines:,} lines come back as they were")
-
-
-def _say(name: str, text: str) -> None:
-    print(f"{name:<10}  {printable(text)}", flush=True)
+    say(name, f"{measure.bytes_per_token:.3f} bytes a token (bytes alone: 1), {share:.2%} of the tokens are bytes")
+    say("", f"{tokenizer.path}; {measure.returned:,} of {measure.lines:,} lines come back as they were")
 
 
 @contextmanager
