@@ -14,9 +14,10 @@ from typing import Any
 
 from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object
+from elm_mlx.reading import yaml_mapping
 from elm_mlx_convert.adapters import Scaling
 from elm_mlx_convert.infer import EMBEDDING, Shapes, check_shapes, infer_config, preset_name
-from elm_mlx_convert.texts import read_json, read_yaml
 
 _COMPLETE = ("num_transformer_layers", "model_type")  # a config.json with one of them means to say everything
 
@@ -44,8 +45,8 @@ def read_settings(path: Path) -> Settings:
         InputError: it cannot be read, says nothing of an OpenELM, or a value in it makes no sense.
     """
     if path.suffix in (".yaml", ".yml"):
-        return _corenet(path, read_yaml(path))
-    values = read_json(path)
+        return _corenet(path, yaml_mapping(path))
+    values = read_object(path)
     if "quantization" in values or "quantization_config" in values:
         raise InputError(f"{path}: the model is already quantized; convert the original, then quantize it")
     if any(key in values for key in _COMPLETE):

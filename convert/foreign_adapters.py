@@ -18,6 +18,7 @@ import numpy as np
 from elm_mlx.adapters import EMBEDDING, Adapter
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object
 from elm_mlx_convert import pickles, safetensors_files
 from elm_mlx_convert.adapters import Scaling
 from elm_mlx_convert.configs import find_settings, read_settings
@@ -25,7 +26,6 @@ from elm_mlx_convert.infer import HEAD
 from elm_mlx_convert.names import listed, to_canonical, unwrap
 from elm_mlx_convert.sources import open_source
 from elm_mlx_convert.tensors import FLOATS, LazyTensor, to_float32
-from elm_mlx_convert.texts import read_json
 
 PEFT_CONFIG = "adapter_config.json"
 _PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -48,7 +48,7 @@ def read_peft(directory: Path, config: ModelConfig) -> tuple[Adapter, Arrays]:
         InputError: a file is missing or damaged, a part does not fit the model (names it and both shapes), or the
             adapter is of a kind that cannot be expressed here.
     """
-    values = read_json(directory / PEFT_CONFIG)
+    values = read_object(directory / PEFT_CONFIG)
     where = str(directory / PEFT_CONFIG)
     if values.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type is {str(values.get('peft_type'))[:40]!r}; only LORA is known")

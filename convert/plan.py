@@ -18,6 +18,7 @@ from elm_mlx import template
 from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object
 from elm_mlx_convert import adapters, tokenizers
 from elm_mlx_convert.adapters import Scaling
 from elm_mlx_convert.configs import Settings, decide, find_settings, read_settings
@@ -25,7 +26,6 @@ from elm_mlx_convert.infer import EMBEDDING, HEAD
 from elm_mlx_convert.names import canonical_names, listed, unwrapped
 from elm_mlx_convert.sources import Source, open_source
 from elm_mlx_convert.tensors import FLOATS, LazyTensor
-from elm_mlx_convert.texts import read_json
 from elm_mlx_convert.writer import written_bytes
 
 # Apple's 3B, whose activations float16 cannot hold. Nothing smaller is known to need more.
@@ -272,4 +272,4 @@ def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str |
 
 def _generation(directory: Path) -> dict[str, Any] | None:
     path = directory / "generation_config.json"
-    return read_json(own_file(path)) if path.is_file() else None
+    return read_object(own_file(path)) if path.is_file() else None

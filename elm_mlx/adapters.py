@@ -6,7 +6,6 @@ Touches no array: importing this imports no MLX.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 from elm_mlx import files, headers
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config
+from elm_mlx.json_files import read_object
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -235,14 +235,7 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
-    try:
-        values = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path / CONFIG}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path / CONFIG}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path / CONFIG}: holds no JSON object")
+    values = read_object(path / CONFIG)
     if "peft_type" in values:
         raise InputError(
             f"{path}: an adapter of PEFT; `elm-mlx adapter MODEL {path} DST` makes one of it that can be used"

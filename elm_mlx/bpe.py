@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object_if_there
 from elm_mlx.tokenizer import Detokenizer, Tokenizer, check_unicode
 
 _SPACE = "\u2581"  # how a SentencePiece-like piece writes a space
@@ -42,7 +44,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         self.path = path
         self._encoder = _load(path)
-        settings = _settings(path.with_name("tokenizer_config.json"))
+        settings = read_object_if_there(path.with_name("tokenizer_config.json"))
         added = self._encoder.get_added_tokens_decoder()
         self._control = {token: entry for token, entry in added.items() if entry.special}
         self._added = {token: entry.content for token, entry in added.items()}
@@ -171,15 +173,9 @@ class StreamingDecoder(Detokenizer):
 def _load(path: Path) -> Any:
     from tokenizers import Tokenizer as Encoder
 
+    text = reading.text(path, _MAX_BYTES)
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise InputError(f"{path}: too large for a tokenizer")
-        text = path.read_text(encoding="utf-8")
         encoder = Encoder.from_str(text)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except InputError:
-        raise
     except Exception as error:  # the library's own, of no public type
         raise InputError(f"{path}: no tokenizer that can be read: {str(error)[:200]}") from None
     encoder.no_truncation()
@@ -198,19 +194,6 @@ def _looks_like_control(entry: Any) -> bool:
 
 def _names_control(content: str) -> bool:
     return content.startswith("<|") and content.endswith("|>")
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`; empty where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return values
 
 
 def _state(part: Any) -> list[dict[str, Any]]:

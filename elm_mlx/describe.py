@@ -7,7 +7,6 @@ its shapes are its network's.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -278,10 +277,10 @@ def weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("model*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.exists():
-        try:
-            named = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(f"{index}: holds no weight_map") from None
+        weight_map = json_files.read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: holds no weight_map of names of files")
+        named = set(weight_map.values())
         missing = sorted(named - {file.name for file in files})
         if missing:
             raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, device, directories, files, shards
+from elm_mlx import adapt, adapters, device, directories, files, json_files, shards
 from elm_mlx.adapters import EMBEDDING, Adapter
 from elm_mlx.describe import check_directory, read_config
 from elm_mlx.errors import ElmError, InputError
@@ -174,7 +174,7 @@ def _write(
 
 def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:
     """The source's own, with what is different now."""
-    values: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    values = json_files.read_object(source / "config.json")
     if untied:
         values["share_input_output_layers"] = False
         values.pop("tie_word_embeddings", None)
@@ -194,7 +194,7 @@ def _record(source: Path, adapter: Adapter) -> dict[str, Any]:
     weights = adapter.directory / adapters.WEIGHTS
     base: Any = None
     if (source / "conversion.json").is_file():
-        base = json.loads(directories.own_file(source / "conversion.json").read_text(encoding="utf-8"))
+        base = json_files.read_object(directories.own_file(source / "conversion.json"))
     merged = {
         "name": adapter.directory.resolve().name,
         "what": adapter.describe(),

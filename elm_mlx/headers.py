@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 
 # Bytes of a value, by the format's names of types.
@@ -42,17 +43,14 @@ def read(path: Path) -> list[Entry]:
     Raises:
         InputError: it cannot be opened, or is no well-formed safetensors file: says what is wrong.
     """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
+    with reading.opened(path) as file:
+        size = file.seek(0, 2)
 
-            def read_at(offset: int, length: int) -> bytes:
-                file.seek(offset)
-                return file.read(length)
+        def read_at(offset: int, length: int) -> bytes:
+            file.seek(offset)
+            return file.read(length)
 
-            return parse(path, size, read_at)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        return parse(path, size, read_at)
 
 
 def parse(path: Path, size: int, read_at: Callable[[int, int], bytes]) -> list[Entry]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from elm_mlx import files
 from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object_if_there
 
 FILE_NAME = "generation_config.json"
 
@@ -35,7 +35,8 @@ def load(directory: Path) -> dict[str, float]:
     Raises:
         InputError: the file is no JSON, or a setting is no number.
     """
-    path, values = files.expanded(directory) / FILE_NAME, _read(directory)
+    path = files.expanded(directory) / FILE_NAME
+    values = read_object_if_there(path)
     found = {ours: values[theirs] for ours, theirs in NAMES.items() if values.get(theirs) is not None}
     for ours, value in found.items():
         if isinstance(value, bool) or not isinstance(value, (int, type(DEFAULTS[ours]))):
@@ -63,23 +64,10 @@ def save(directory: Path, settings: Mapping[str, float]) -> Path:
         ElmError: it cannot be written.
     """
     load(directory)  # what could not be read again is not written over
-    values = _read(directory) | {NAMES[name]: value for name, value in settings.items()}
+    path = files.expanded(directory) / FILE_NAME
+    values = read_object_if_there(path) | {NAMES[name]: value for name, value in settings.items()}
     values["do_sample"] = settings["temp"] > 0
     if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0
         del values[NAMES["temp"]]
-    path = files.expanded(directory) / FILE_NAME
     files.write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return path
-
-
-def _read(directory: Path) -> dict[str, Any]:
-    path = files.expanded(directory) / FILE_NAME
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return values

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 
 # ModelProto.SentencePiece.Type
@@ -72,17 +73,9 @@ def read(path: Path) -> ModelFile:
     Raises:
         InputError: it is missing, cut short, or no SentencePiece model.
     """
-    try:
-        with path.open("rb") as file:
-            # Every model begins with the tag of its first piece: this spares reading gigabytes of something else.
-            data = file.read(1)
-            if data != b"\n":
-                raise InputError(f"{path}: {'not a SentencePiece model' if data else 'empty'}")
-            data += file.read(MAX_BYTES)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    if len(data) > MAX_BYTES:
-        raise InputError(f"{path}: too large for a SentencePiece model")
+    data = reading.content(path, MAX_BYTES)
+    if data[:1] != b"\n":  # the tag of the first piece
+        raise InputError(f"{path}: {'not a SentencePiece model' if data else 'empty'}")
     try:
         return _parse(path, data)
     except _Malformed as error:

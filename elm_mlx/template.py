@@ -10,16 +10,15 @@ with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from elm_mlx import files
+from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 from elm_mlx.jinja import Renderer
+from elm_mlx.json_files import read_object_if_there
 from elm_mlx.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, str]]
@@ -27,6 +26,7 @@ Part = str | int
 
 ROLES = ("system", "user", "assistant")
 OPENELM_INSTRUCT, NONE = "openelm-instruct", "none"
+_MAX_BYTES = 1 << 20  # of a template's file; the longest in the wild has 30 KB
 
 # `OpenELMInstruct` in Jinja, to be written beside a model for mlx-lm and transformers; the ids are the same.
 OPENELM_INSTRUCT_JINJA = r"""{{ bos_token }}
@@ -251,7 +251,7 @@ def read_source(name: str) -> str | None:
     path = files.expanded(name)
     if not path.is_file():
         raise InputError(f"{name}: no chat template: {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
-    return _read(path)
+    return reading.text(path, _MAX_BYTES)
 
 
 def source_for(model_name: str) -> str | None:
@@ -264,10 +264,10 @@ def own_source(directory: Path) -> tuple[str | None, str]:
     directory = files.expanded(directory)
     path = directory / "chat_template.jinja"
     if path.exists():
-        return _read(path), str(path)
+        return reading.text(path, _MAX_BYTES), str(path)
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = directory / name
-        source = _read_json(path).get("chat_template")
+        source = read_object_if_there(path).get("chat_template")
         if isinstance(source, list):  # several, each with a name
             named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
             source = named.get("default")
@@ -281,7 +281,7 @@ def _names(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
     pieces = tokenizer.control_ids
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {name: piece for name, token in ids.items() for piece in pieces if pieces[piece] == token}
-    for name, value in _read_json(directory / "tokenizer_config.json").items():
+    for name, value in read_object_if_there(directory / "tokenizer_config.json").items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
             names[name] = text
@@ -294,25 +294,3 @@ def _controls(parts: Sequence[Part]) -> list[int]:
 
 def _unique(*ids: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The file's object; empty where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        values = json.loads(_read(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no JSON object")
-    return values

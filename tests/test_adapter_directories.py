@@ -421,7 +421,7 @@ def test_configs_that_make_no_sense_are_refused(
 @pytest.mark.parametrize("content", [b"", b"[]", b"7", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_what_is_no_config_is_refused(content: bytes, adapter_dir: Path, tiny_model_dir: Path) -> None:
     (adapter_dir / "adapter_config.json").write_bytes(content)
-    refused(tiny_model_dir, adapter_dir, r"adapter_config\.json: (not JSON|holds no JSON object)")
+    refused(tiny_model_dir, adapter_dir, r"adapter_config\.json: (not JSON|not UTF-8|holds no JSON object)")
 
 
 def test_ranks_must_be_true(tiny_model_dir: Path, tmp_path: Path) -> None:

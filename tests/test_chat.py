@@ -450,7 +450,7 @@ USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "conte
     [
         (None, "No such file"),
         (b"{", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
+        (b"\xff\xfe", "UTF-16"),
         (b"[" * 100_000, "not JSON"),
         ([], "`messages`"),
         ({"messages": {}}, "`messages`"),

@@ -126,7 +126,7 @@ def test_pipe_goes_on_after_a_message_that_cannot_be_taken(
     assert done.stdout.decode() == f"{ANSWER}\n"
     errors = [line for line in done.stderr.decode().splitlines() if "float32" not in line]
     assert len(errors) == 3 and all(line.startswith("elm-mlx: ") for line in errors)
-    assert "512" in errors[0] and "/nonsense" in errors[1] and "Unicode" in errors[2]
+    assert "512" in errors[0] and "/nonsense" in errors[1] and "stdin, line 4: not UTF-8" in errors[2]
     assert done.returncode == 2
 
 

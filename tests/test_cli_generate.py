@@ -272,7 +272,7 @@ def test_the_directorys_settings_hold_unless_a_flag_says_else(run: Run, speaker:
     (path / "generation_config.json").write_text('{"top_p": 7}')
     refused(run("generate", path, "--prompt", "\n"), "top_p is 7")
     (path / "generation_config.json").write_text("{")
-    refused(run("generate", path, "--prompt", "\n"), r"generation_config\.json: cannot be read as JSON")
+    refused(run("generate", path, "--prompt", "\n"), r"generation_config\.json: not JSON")
 
 
 def test_a_compute_dtype_is_obeyed(run: Run, speaker: Path) -> None:
@@ -326,7 +326,7 @@ def test_bad_input_is_one_line_and_2(run: Run, tiny_model_dir: Path, arguments: 
     [
         ("p.txt", b"", "holds no prompts"),
         ("p.txt", b"\n \n\t\n", "holds no prompts"),
-        ("p.txt", b"\xff\xfe", "cannot be read"),
+        ("p.txt", b"\xff\xfe", "not UTF-8 but UTF-16"),
         ("p.jsonl", b'\n{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl, line 4: not JSON"),
         ("p.jsonl", b"\n" * 9 + b'{"text": "a"}', r"p\.jsonl, line 10: no object with a text `prompt`"),
         ("p.jsonl", b'{"prompt": 7}', "line 1: no object"),

@@ -234,10 +234,10 @@ def test_a_file_that_is_no_config_is_refused(tmp_path: Path, content: bytes) -> 
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json: No such file"):
+    with pytest.raises(InputError, match=r"config\.json: cannot be read: No such file"):
         ModelConfig.load(tmp_path / "config.json")
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(InputError, match=r"config\.json: Is a directory"):
+    with pytest.raises(InputError, match=r"config\.json: cannot be read: Is a directory"):
         ModelConfig.load(tmp_path / "config.json")
 
 

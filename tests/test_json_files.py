@@ -11,8 +11,11 @@ from elm_mlx.errors import InputError
 
 
 def test_what_a_file_holds(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text('{"text": "Grüße"}', encoding="utf-8")
-    assert json_files.read(tmp_path / "a.json") == json_files.read_object(tmp_path / "a.json") == {"text": "Grüße"}
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"text":\r\n "Gr\xc3\xbc\xc3\x9fe"}')
+    assert json_files.read(path) == json_files.read_object(path) == {"text": "Grüße"}
+    assert json_files.read_object_if_there(path) == {"text": "Grüße"}
+    assert json_files.read_object_if_there(tmp_path / "none.json") == {}
 
 
 @pytest.mark.parametrize(
@@ -20,8 +23,12 @@ def test_what_a_file_holds(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "line 1: not UTF-8"),
         (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "not JSON: lists or objects are nested too deep"),
+        (b'{"a": ' * 101 + b"1" + b"}" * 101, "not JSON: lists or objects are nested too deep"),
+        (b'{"a": ' + b"9" * 200 + b"}", "not JSON: a whole number of 200 digits"),
+        (b'{"a": -' + b"9" * 5000 + b"}", "not JSON: a whole number of 5,001 digits"),
         (b"[1]", "no JSON object"),
     ],
 )
@@ -29,5 +36,12 @@ def test_what_cannot_be_read(tmp_path: Path, content: bytes | None, message: str
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"a\.json: .*{message}"):
+    with pytest.raises(InputError, match=rf"a\.json.*{message}"):
         json_files.read_object(path)
+
+
+def test_brackets_in_texts_and_lists_side_by_side_are_not_deep() -> None:
+    assert json_files.load('["' + "[{" * 500 + '"]') == ["[{" * 500]
+    assert json_files.load("[" + "[]," * 500 + "1]")[-1] == 1
+    deep = "[" * 100 + "]" * 100
+    assert str(json_files.load(deep)) == deep

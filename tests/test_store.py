@@ -390,7 +390,7 @@ def test_a_tensor_in_two_files_is_refused(directory: Path) -> None:
 )  # fmt: skip
 def test_an_index_that_makes_no_sense_is_refused(directory: Path, index: bytes) -> None:
     (directory / "model.safetensors.index.json").write_bytes(index)
-    refused(directory, "weight_map|is missing|holds no model.safetensors")
+    refused(directory, "weight_map|is missing|holds no model.safetensors|JSON|UTF-16")
 
 
 def test_no_directory_no_config(tmp_path: Path) -> None:

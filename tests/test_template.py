@@ -300,7 +300,7 @@ class TestChoose:
     )
     def test_broken_config_is_named(self, tmp_path, tokenizer, content, reason):
         (tmp_path / "tokenizer_config.json").write_bytes(content)
-        with pytest.raises(InputError, match=rf"tokenizer_config\.json: {reason}"):
+        with pytest.raises(InputError, match=rf"tokenizer_config\.json.*: {reason}"):
             choose(tmp_path, tokenizer)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import files
+from elm_mlx import files, json_files, reading
 from elm_mlx.bench.figures import About, Case, Figures
 from elm_mlx.bench.machine import Speeds
 from elm_mlx.errors import InputError
@@ -120,7 +120,7 @@ class Results:
 def load(path: Path) -> Results:
     """What `Results.save` wrote. Raises InputError where it is something else."""
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json_files.read_object(path, reading.TEXT_BYTES)
         if values.pop("version") != VERSION:
             raise InputError(f"{path}: is of another version of elm-mlx")
         rows = [
@@ -134,8 +134,6 @@ def load(path: Path) -> Results:
         ]
         norms = [Norm(**(norm | {"shape": tuple(norm["shape"])})) for norm in values.pop("norms")]
         return Results(**(values | {"speeds": Speeds(**values["speeds"]), "rows": rows, "norms": norms}))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: holds no results of elm-mlx bench: {error}") from None
 

@@ -7,7 +7,6 @@ was started with, then a recipe, then the default. Knows nothing of what options
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 import typer
 import typer.core
 
+from elm_mlx import json_files, reading
 from elm_mlx.errors import InputError
 
 _NEVER = {"config", "resume", "recipe", "help"}  # of no sense in a file
@@ -81,16 +81,7 @@ def _given(ctx: Any, name: str) -> bool:
 
 def _read(path: Path, names: list[str]) -> dict[str, Any]:
     """The options in a YAML or JSON file, by parameter. Raises InputError."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no options; it needs lines like `rank: 8`")
+    values = reading.yaml_mapping(path)
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -104,13 +95,10 @@ def _read(path: Path, names: list[str]) -> dict[str, Any]:
 
 def _settings(path: Path, names: list[str]) -> dict[str, Any]:
     """What the run in whose directory `path` is was started with; nothing where it doesn't say."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        return {name: value for name, value in values.items() if name in names}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{path}: does not say what the run was started with") from None
+    values = json_files.read_object(path).get("settings") if path.exists() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: does not say what the run was started with")
+    return {name: value for name, value in values.items() if name in names}
 
 
 def _as_written(value: Any) -> Any:

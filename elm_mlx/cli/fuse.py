@@ -9,7 +9,6 @@ import typer
 
 from elm_mlx.cli import options
 from elm_mlx.cli.show import say
-from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.fuse import Fusion
@@ -31,17 +30,12 @@ def fuse(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""
+    from elm_mlx import reading
     from elm_mlx.fuse import fuse
 
-    done = fuse(model, adapter, dst, text=_read(text), dequantize=dequantize, dtype=dtype, overwrite=overwrite)
+    shown = None if text is None else reading.text(text, reading.CORPUS_BYTES)
+    done = fuse(model, adapter, dst, text=shown, dequantize=dequantize, dtype=dtype, overwrite=overwrite)
     _print(done)
-
-
-def _read(path: Path | None) -> str | None:
-    try:
-        return None if path is None else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 def _print(done: Fusion) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elm_mlx import json_files, reading
 from elm_mlx.cli import options
 from elm_mlx.cli.show import Speech, line, note, visible
 from elm_mlx.errors import InputError
@@ -209,14 +210,11 @@ def _print_statistics(last: Response | None) -> None:
 
 def _read_prompt(prompt: str) -> str:
     """The text itself, or stdin without the line's end that `echo` adds."""
-    return sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    return reading.stdin_text().removesuffix("\n") if prompt == "-" else prompt
 
 
 def _read_prompts(path: Path) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    text = reading.text(path)
     # Not splitlines(), which also splits where a prompt may hold U+2028 or a form feed.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -227,10 +225,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _prompt_of(line: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
+    record = json_files.parse(line, where)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f"{where}: no object with a text `prompt`")
     return record["prompt"]

@@ -5,7 +5,6 @@ Knows terminals and the history file; knows nothing of what the lines mean.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from elm_mlx import files
+from elm_mlx import files, reading
 
 _KEPT = 1000  # lines of history
 
@@ -44,18 +43,19 @@ def without_echo() -> Iterator[None]:
 
 
 class Pipe:
-    """Lines as they come; bytes that are no text are left for the tokenizer to refuse."""
+    """Lines as they come."""
 
     def __init__(self) -> None:
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")
+        self._number = 0
 
     def read(self, prompt: str) -> str:
-        """The next line, without its end. Raises EOFError when there is none."""
-        line = sys.stdin.readline()
+        """The next line, without its end. Raises EOFError when there is none, InputError where it is no text."""
+        self._number += 1
+        where = f"stdin, line {self._number}"
+        line = reading.limited_line(sys.stdin.buffer, reading.TEXT_BYTES, where)
         if not line:
             raise EOFError
-        return line.rstrip("\r\n")
+        return reading.decoded_line(reading.unmarked(line, where) if self._number == 1 else line, where).rstrip("\r\n")
 
 
 class Terminal:

@@ -81,6 +81,9 @@ class Session:
                     raise
                 print()
                 continue
+            except InputError as error:  # what is no text
+                self._fail(error)
+                continue
             try:
                 self._take(text, literal)
             except EOFError:  # /quit

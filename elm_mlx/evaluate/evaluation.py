@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import adapters, device, files
+from elm_mlx import adapters, device, files, reading
 from elm_mlx.describe import check_directory, fingerprint
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import published, results, run, sources, tasks
@@ -197,8 +197,7 @@ def _digest(*paths: Path) -> str:
 
     state = hashlib.sha256()
     for path in paths:
-        try:
-            state.update(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        with reading.opened(path) as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                state.update(block)
     return state.hexdigest()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scores import Score
@@ -115,13 +116,10 @@ def _documents(path: Path) -> Iterator[str]:
     suffix = formats.suffix_of(path, (*formats.TEXT, *formats.JSON))
     if suffix in formats.TEXT:
         with formats.opened(path) as file:
-            try:
-                yield file.read().decode("utf-8-sig")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 at byte {error.start + 1}") from None
+            yield reading.decoded(formats.whole(path, file), str(path))
         return
     with formats.opened(path) as file:
-        for number, line in formats.lines(file):
+        for number, line in formats.lines(path, file):
             try:
                 value = formats.parsed(line)
             except BadRecord as error:

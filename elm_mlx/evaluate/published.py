@@ -12,7 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import json_files
 from elm_mlx.config import PRESETS, ModelConfig
+from elm_mlx.errors import InputError
 from elm_mlx.evaluate.tasks import SUITES
 
 _FILE = Path(__file__).with_name("published.json")
@@ -55,8 +57,8 @@ def source() -> str:
 def _names(directory: Path) -> str:
     """What a model directory is called, and what it was made of."""
     try:
-        made = json.loads((directory / "conversion.json").read_text(encoding="utf-8"))["source"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
+        made = json_files.read_object(directory / "conversion.json")["source"]["name"]
+    except (InputError, KeyError, TypeError):
         made = ""
     return f"{directory.resolve().name} {made}".lower()
 

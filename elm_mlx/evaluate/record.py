@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from elm_mlx import files
+from elm_mlx import files, json_files, reading
 from elm_mlx.errors import ElmError, InputError
 
 ABOUT, ITEMS, RESULTS = "run.json", "items.jsonl", "results.json"
@@ -108,28 +108,22 @@ class Record:
 def read_results(out: Path) -> dict[str, Any]:
     """What `write_results` wrote. Raises InputError."""
     path = out / RESULTS if out.is_dir() else out
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read: {error.strerror}; `elm-mlx eval MODEL --out {out}` makes it"
-        ) from None
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict):
+    if not path.exists():
+        raise InputError(f"{path}: no such file; `elm-mlx eval MODEL --out {out}` makes it")
+    results = json_files.read_object(path, reading.TEXT_BYTES)
+    if not isinstance(results.get("tasks"), dict):
         raise InputError(f"{path}: no results of `elm-mlx eval`")
     return results
 
 
 def _read_about(out: Path) -> dict[str, Any] | None:
-    try:
-        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (out / ABOUT).exists():
         return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{out / ABOUT}: cannot be read: {reason}; choose another --out") from None
-    if not isinstance(about, dict) or not isinstance(about.get("identity"), dict):
+    try:
+        about = json_files.read_object(out / ABOUT)
+    except InputError as error:
+        raise InputError(f"{error}; choose another --out") from None
+    if not isinstance(about.get("identity"), dict):
         raise InputError(f"{out / ABOUT}: is not of `elm-mlx eval`; choose another --out")
     return about
 

@@ -7,12 +7,14 @@ said, with how to get it. Imports huggingface_hub and pyarrow only where they ar
 from __future__ import annotations
 
 import bz2
+import io
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import prompts
 from elm_mlx.evaluate.questions import SHAPES, BadQuestion, Question, has_shape, of_shape
@@ -173,12 +175,12 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             yield f"{path}, row {row + 1}", dict(value)
     elif formats.is_array(path):
         with formats.opened(path) as file:
-            for number, value in formats.array(path, file.read()):
+            for number, value in formats.array(path, formats.whole(path, file)):
                 empty = False
                 yield f"{path}, line {number}", value
     else:
         with formats.opened(path) as file:
-            for number, line in formats.lines(file):
+            for number, line in formats.lines(path, file):
                 empty = False
                 try:
                     yield f"{path}, line {number}", formats.parsed(line)
@@ -190,12 +192,14 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _of_text(path: Path) -> Iterator[Question]:
     """HellaSwag as text, six lines a question: context, index of the right ending, four endings."""
-    try:
-        data = path.read_bytes()
-        text = (bz2.decompress(data) if path.suffix == ".bz2" else data).decode("utf-8")
-        lines = text.replace("\r\n", "\n").split("\n")
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    data = reading.content(path, reading.TEXT_BYTES)
+    if path.suffix == ".bz2":
+        try:
+            with bz2.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(reading.TEXT_BYTES)
+        except (OSError, EOFError) as error:
+            raise InputError(f"{path}: damaged bzip2: {error}") from None
+    lines = reading.decoded(data, str(path)).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     for start in range(0, len(lines), 6):

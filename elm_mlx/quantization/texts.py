@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.quantization import losses
 from elm_mlx.quantization.losses import Row
@@ -65,7 +66,4 @@ def rows(text: Text, loaded: Loaded, window: int, most: int = losses.MOST_TOKENS
 def _read(path: Path | None, built_in: str, name: str) -> Text:
     if path is None:
         return Text(name, (_FOLDER / built_in).read_text(encoding="utf-8"))
-    try:
-        return Text(path.name, path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+    return Text(path.name, reading.text(path, reading.CORPUS_BYTES))

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import directories, files, shards
+from elm_mlx import directories, files, json_files, shards
 from elm_mlx.errors import ElmError
 from elm_mlx.quantization.formats import AFFINE, Format, pack
 from elm_mlx.quantization.plan import Tensors, main_dtype
@@ -51,7 +51,7 @@ def write(
     if needed > free:
         raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
     shards.write(directory, pending)
-    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config = json_files.read_object(source / "config.json")
     write_json(directory / "config.json", config | _entries(formats))
     directories.carry(source, directory)
     if (source / "conversion.json").is_file():  # where the model comes from is still true

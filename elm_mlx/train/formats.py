@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
+from elm_mlx import json_files, reading
 from elm_mlx.errors import ElmError, InputError
 
 PACKINGS = ("", ".gz", ".zst")
 JSON = tuple(kind + packing for packing in PACKINGS for kind in (".jsonl", ".json"))
 TEXT = tuple(".txt" + packing for packing in PACKINGS)
 PARQUET = ".parquet"
+
+LINE_BYTES = 128 << 20  # one text on one line: text8 has 100 MB
+_PACKED_BYTES = 1 << 12  # of Zstandard, unpacked at once: 4 bytes may become 128 KB
 
 
 class BadRecord(Exception):
@@ -44,42 +49,60 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         InputError: it cannot be read, or what was packed is damaged; also later, while the block reads.
         ElmError: Zstandard, and its package is not installed.
     """
-    try:
-        with _unpacked(path) as file:
-            yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{path}: damaged gzip: {error}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading.opened(path) as packed:
+        try:
+            with _unpacked(path, packed) as file:
+                yield file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InputError(f"{path}: damaged gzip: {error}") from None
 
 
 def is_array(path: Path) -> bool:
     """Whether the file is a JSON array. Its name doesn't tell: Hugging Face's `.json` are often lines."""
     with opened(path) as file:
-        for line in file:
-            if text := line.removeprefix(b"\xef\xbb\xbf").strip():
-                return text.startswith(b"[")
-    return False
+        return next((line.lstrip().startswith(b"[") for _, line in lines(path, file)), False)
 
 
-def lines(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Each line that isn't blank, without its end and a byte order mark, and its number from 1."""
-    for number, line in enumerate(file, 1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+def lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Each line that isn't blank, without its end, and its number from 1. Raises as `whole_lines`."""
+    for number, line in whole_lines(path, file):
         if line.strip():
             yield number, line.rstrip()
+
+
+def whole_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Each line with its end, but without a byte order mark, and its number from 1.
+
+    Raises:
+        InputError: one is longer than any text, or the file is UTF-16.
+    """
+    for number in itertools.count(1):
+        line = reading.limited_line(file, LINE_BYTES, f"{path}, line {number}")
+        if not line:
+            return
+        yield number, reading.unmarked(line, str(path)) if number == 1 else line
+
+
+def whole(path: Path, file: IO[bytes]) -> bytes:
+    """All that is in an opened file. Raises InputError where that is more than fits into memory without harm."""
+    most = reading.CORPUS_BYTES
+    if path.name.lower().endswith((".gz", ".zst")):  # of which a few kilobytes may become gigabytes
+        most = min(most, LINE_BYTES + 100 * path.stat().st_size)
+    data = file.read(most + 1)
+    if len(data) > most:
+        raise InputError(f"{path}: more than {most >> 20} MB, which only JSON lines and separated texts may have")
+    return data
 
 
 def parsed(line: bytes) -> Any:
     """The value of a line of JSON. Raises BadRecord."""
     try:
-        return json.loads(line.decode("utf-8"))
+        return json_files.load(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
         raise BadRecord(f"not JSON: {error.msg} at column {error.pos + 1}") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets nested by thousands
+    except ValueError as error:  # a number of thousands of digits; brackets nested by hundreds
         raise BadRecord(f"not JSON: {error}") from None
 
 
@@ -89,7 +112,7 @@ def array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
     Raises:
         InputError: at what is no JSON: nobody knows where the next element begins.
     """
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    space = re.compile(r"[ \t\r\n]*")
     line = at = 0
 
     def skip(position: int) -> int:
@@ -100,11 +123,12 @@ def array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
         return position
 
     try:
-        text = data.decode("utf-8-sig")
+        text = reading.decoded(data, str(path))
         position = skip(skip(0) + 1)
         while text[position : position + 1] != "]":
             number = line + 1
-            value, position = decoder.raw_decode(text, position)
+            value, position = json_files.DECODER.raw_decode(text, position)
+            json_files.check_depth(value)
             yield number, value
             position = skip(position)
             if text[position : position + 1] == ",":
@@ -113,8 +137,6 @@ def array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path}, line {line + 1}: not JSON: a comma or ] is missing")
         if skip(position + 1) < len(text):
             raise InputError(f"{path}, line {line + 1}: not JSON: something follows the array")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}, line {data.count(10, 0, error.start) + 1}: not UTF-8") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
@@ -168,35 +190,36 @@ def keys_of(value: Mapping[str, Any]) -> str:
     return ", ".join([*keys, "…"] if len(value) > 8 else keys) or "no keys"
 
 
-def _unpacked(path: Path) -> IO[bytes]:
+def _unpacked(path: Path, file: BinaryIO) -> IO[bytes]:
     name = path.name.lower()
     if name.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(path))
+        return cast(IO[bytes], gzip.open(file))
     if name.endswith(".zst"):
-        return io.BufferedReader(_Zstandard(path), 1 << 18)
-    return path.open("rb")
+        return io.BufferedReader(_Zstandard(path, file), 1 << 18)
+    return file
 
 
 class _Zstandard(io.RawIOBase):
     """Zstandard frames, one after the other. The package's own reader takes a file that is cut short for whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError:
             raise ElmError(f"{path}: Zstandard needs its package: pip install 'elm-mlx[zstd]'") from None
         self._path, self._error = path, zstandard.ZstdError
         self._unpacker: Any = zstandard.ZstdDecompressor()
-        self._file = path.open("rb")
+        self._file = file
         self._current: Any = None  # the frame that has begun and not ended
-        self._packed = self._ready = b""
+        self._packed = b""
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            self._packed = self._packed or self._file.read(1 << 16)
+            self._packed = self._packed or self._file.read(_PACKED_BYTES)
             if not self._packed:
                 if self._current is not None:
                     raise InputError(f"{self._path}: damaged Zstandard: it is cut short")
@@ -210,14 +233,9 @@ class _Zstandard(io.RawIOBase):
         if self._current is None:
             self._current = self._unpacker.decompressobj()
         try:
-            self._ready = self._current.decompress(self._packed)
+            self._ready = memoryview(self._current.decompress(self._packed))
         except self._error as error:
             raise InputError(f"{self._path}: damaged Zstandard: {error}") from None
         self._packed = self._current.unused_data
         if self._current.eof:
             self._current = None
-
-    def close(self) -> None:
-        if hasattr(self, "_file"):
-            self._file.close()
-        super().close()

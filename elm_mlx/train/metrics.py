@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import json_files, reading
 from elm_mlx.errors import InputError
 
 METRICS, ABOUT = "metrics.jsonl", "run.json"
@@ -116,15 +117,12 @@ def _read(path: Path, name: str) -> Run:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """Lines that are whole; the last one too if only its end is missing."""
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip() and (line.endswith(b"\n") or _is_json(line)):
-                    yield line
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give the directory that a run was written to") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    if not path.exists():
+        raise InputError(f"{path}: no such file; give the directory that a run was written to")
+    with reading.opened(path) as file:
+        while line := reading.limited_line(file, reading.SETTINGS_BYTES, str(path)):
+            if line.strip() and (line.endswith(b"\n") or _is_json(line)):
+                yield line
 
 
 def _is_json(line: bytes) -> bool:
@@ -160,11 +158,9 @@ def _take(run: Run, line: Any) -> bool:
 def _about(run: Run) -> dict[str, str]:
     path = run.path / ABOUT
     try:
-        found = json.loads(path.read_bytes())
-        return dict(_flat("", found)) if isinstance(found, dict) else {}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError):
+        found = json_files.read_object_if_there(path)
+        return dict(_flat("", found)) if found else {}
+    except InputError:
         run.notes.append(f"{ABOUT} cannot be read")
         return {}
 

@@ -188,10 +188,10 @@ def _entries(path: Path, suffix: str, columns: Collection[str]) -> Iterator[tupl
     array = formats.is_array(path)
     with formats.opened(path) as file:
         if array:
-            for number, value in formats.array(path, file.read()):
+            for number, value in formats.array(path, formats.whole(path, file)):
                 yield f"{path}, line {number}", value
             return
-        for number, line in formats.lines(file):
+        for number, line in formats.lines(path, file):
             yield f"{path}, line {number}", _parsed(line)
 
 

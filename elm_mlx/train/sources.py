@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from elm_mlx import files
+from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import formats
 from elm_mlx.train.formats import BadRecord
@@ -196,11 +196,11 @@ def _json(path: Path, key: str, separator: str | None, start: int) -> Iterator[t
     array = formats.is_array(path)
     with formats.opened(path) as file:
         if array:
-            for number, (line, value) in enumerate(formats.array(path, file.read())):
+            for number, (line, value) in enumerate(formats.array(path, formats.whole(path, file))):
                 if number >= start:
                     yield number, f"{path}, line {line}", _content(value, key)
             return
-        for line, data in formats.lines(file):
+        for line, data in formats.lines(path, file):
             if line > start:  # numbers begin at 0, lines at 1
                 yield line - 1, f"{path}, line {line}", data
 
@@ -214,19 +214,25 @@ def _rows(path: Path, key: str, separator: str | None, start: int) -> Iterator[t
 
 def _texts(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
     with formats.opened(path) as file:
-        parts = [(1, file.read())] if separator is None else _separated(file, separator.encode())
+        parts = [(1, _whole(path, file))] if separator is None else _separated(path, file, separator.encode())
         for number, (line, data) in enumerate(parts):
             if number >= start:
                 where = str(path) if separator is None else f"{path}, line {line}"
                 yield number, where, _decoded(data)
 
 
-def _separated(file: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
+def _whole(path: Path, file: IO[bytes]) -> bytes:
+    return reading.unmarked(formats.whole(path, file), str(path))
+
+
+def _separated(path: Path, file: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
     """What stands between separators and isn't blank, with the line that it begins on."""
     first, held = 1, bytearray()
-    for number, line in enumerate(file, 1):
+    for number, line in formats.whole_lines(path, file):
         if line.strip() != separator:
             held += line
+            if len(held) > formats.LINE_BYTES:
+                raise InputError(f"{path}, line {first}: no separator in {len(held) >> 20} MB")
             continue
         if held.strip():
             yield first, bytes(held)
@@ -237,7 +243,7 @@ def _separated(file: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]
 
 def _decoded(data: bytes) -> str | BadRecord:
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         return BadRecord(f"not UTF-8 at byte {error.start + 1}")
 

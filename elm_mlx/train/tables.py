@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
-from elm_mlx import files
+from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -37,11 +37,10 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         InputError: names the file and the key that is unknown, missing or of another type.
     """
     path = files.expanded(path)
+    text = reading.text(path, reading.TABLES_BYTES)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        values = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of any kind: dates that are none, endless numbers
         raise InputError(f"{path}: is no TOML: {error}") from None
     for override in overrides:
         _override(values, override)

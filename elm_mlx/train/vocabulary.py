@@ -197,12 +197,12 @@ def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
             yield f"{path}, row {number + 1} (row group {group})", _text(row)
     elif suffix in formats.JSON and formats.is_array(path):
         with formats.opened(path) as file:
-            for line, value in formats.array(path, file.read()):
+            for line, value in formats.array(path, formats.whole(path, file)):
                 yield f"{path}, line {line}", _text(value)
     else:
         decode = _decoded if suffix in formats.TEXT else _parsed
         with formats.opened(path) as file:
-            for line, data in formats.lines(file):
+            for line, data in formats.lines(path, file):
                 yield f"{path}, line {line}", decode(data)
 
 

@@ -62,7 +62,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: tuple[str, Any], messag
         ({"head_dim": 16}, "but --head-dim says"),
         ({"ema": True}, "no ema_state_dict"),
         ({"revision": "main"}, "--revision main is for a repository"),
-        ({"config": Path("absent.json")}, r"absent\.json: No such file"),
+        ({"config": Path("absent.json")}, r"absent\.json: cannot be read: No such file"),
         ({"tokenizer": Path("absent.model")}, r"absent\.model"),
     ],
 )

@@ -71,7 +71,7 @@ def test_results_are_read_from_a_run_or_its_file(tmp_path: Path) -> None:
         record.write_results({"tasks": {}})
     assert read_results(tmp_path) == read_results(tmp_path / "results.json") == {"tasks": {}}
     (tmp_path / "results.json").write_text("[]")
-    with pytest.raises(InputError, match="no results"):
+    with pytest.raises(InputError, match="holds no JSON object"):
         read_results(tmp_path)
     with pytest.raises(InputError, match="elm-mlx eval MODEL --out"):
         read_results(tmp_path / "nowhere")

@@ -121,7 +121,7 @@ def test_bits_per_byte_and_their_error_over_documents() -> None:
     ("name", "content", "reason"),
     [
         ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\xff", "not UTF-8 at byte 1"),
+        ("a.txt", b"\xff", "line 1: not UTF-8: byte 1"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: no object with a text"),
         ("a.jsonl", b"{\n", "line 1: not JSON"),
         ("a.pdf", b"x", "no kind of data file"),

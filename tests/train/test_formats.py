@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import gzip
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from elm_mlx import reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import formats, records
 
@@ -77,3 +80,40 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
     )
     for start in (0, 1, 1099, 1100, 2499, 2500, 9999):
         assert list(formats.parquet(tmp_path / "a.parquet", ("text",), start)) == every[start:]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("begin", [b'{"text": "', b'[\n{"text": "'])
+def test_a_line_or_a_file_that_no_text_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: bytes
+) -> None:
+    monkeypatch.setattr(formats, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "CORPUS_BYTES", 2 << 20)
+    data = begin + b"a" * (3 << 20) + b'"}'
+    pack = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": packed}[name]
+    (tmp_path / name).write_bytes(pack(data))
+    with pytest.raises(InputError, match=rf"{name}(, line 1: has more than 1 MB without an end|: more than \d MB)"):
+        records.read(tmp_path / name)
+
+
+def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "LINE_BYTES", 1 << 20)
+    array = b"[\n" + b",\n".join([b'{"text": "a"}'] * 200_000) + b"]"
+    (tmp_path / "a.json").write_bytes(array)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
+    assert len(records.read(tmp_path / "a.json")["train"].records) == 200_000
+    with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB, which only JSON lines"):
+        records.read(tmp_path / "a.json.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
+    with formats.opened(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
+        list(formats.lines(tmp_path / name, file))
+
+
+def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="is no regular file"), formats.opened(tmp_path / "a.jsonl"):
+        pass
