@@ -2,21 +2,25 @@
 
 Knows that file, and what `tokenizer_config.json` says of BOS and EOS; encoding is the `tokenizers` library's, which
 is imported only here. Decoding is ours, because text streams: every token is bytes, and a character is text when
-its bytes are there. As elsewhere, text is never taken for control tokens.
+its bytes are there. As elsewhere, text is never taken for control tokens, and an id past the last piece has no text.
+
+The library is written in Rust: what it finds wrong it raises as a bare Exception, and what it did not expect is a
+panic, which is no Exception in Python, and is written to stderr before.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object_if_there
-from elm_mlx.tokenizer import Detokenizer, Tokenizer, check_unicode
+from elm_mlx.tokenizer import Detokenizer, Tokenizer, byte_of, check_token, check_unicode, read_settings
 
 _SPACE = "\u2581"  # how a SentencePiece-like piece writes a space
 _MAX_BYTES = 64 << 20  # of the file; the largest in the wild has 35 MB
@@ -43,8 +47,12 @@ class BPETokenizer(Tokenizer):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        settings = read_settings(path.parent)
+        with _panics_unseen(), _one_error(path, "no tokenizer that can be read"):
+            self._read(path, settings)
+
+    def _read(self, path: Path, settings: dict[str, Any]) -> None:
         self._encoder = _load(path)
-        settings = read_object_if_there(path.with_name("tokenizer_config.json"))
         added = self._encoder.get_added_tokens_decoder()
         self._control = {token: entry for token, entry in added.items() if entry.special}
         self._added = {token: entry.content for token, entry in added.items()}
@@ -55,32 +63,49 @@ class BPETokenizer(Tokenizer):
         self._parts: dict[int, bytes] = {}
         self.vocab_size = max(self._encoder.get_vocab_size(), max(added, default=-1) + 1)
         self.bos_id = self._bos(settings)
-        self.eos_id = self._id(settings, "eos_token")
-        self.unk_id = self._id(settings, "unk_token")
+        self.eos_id = self.id_of(settings.get("eos_token"))
+        self.unk_id = self.id_of(settings.get("unk_token"))
         self.eos_ids = () if self.eos_id is None else (self.eos_id,)
 
     @property
     def pieces(self) -> list[str]:
-        return [self._encoder.id_to_token(token) or "" for token in range(self.vocab_size)]
+        return [self.piece_of(token) for token in range(self.vocab_size)]
 
     @property
     def control_ids(self) -> dict[str, int]:
         return {entry.content: token for token, entry in self._control.items()}
 
+    @property
+    def base_size(self) -> int:
+        return int(self._encoder.get_vocab_size(with_added_tokens=False))
+
+    def id_of(self, piece: str | None) -> int | None:
+        try:
+            return None if piece is None else self._encoder.token_to_id(piece)
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold
+            return None
+
+    def piece_of(self, token: int) -> str:
+        return self._encoder.id_to_token(token) or "" if check_token(token) < 1 << 32 else ""
+
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """BOS (unless unwanted, or the tokenizer puts none there), and then exactly the ids of the library.
 
         Raises:
-            InputError: `text` holds half a surrogate pair, as Python makes of bytes that are no UTF-8.
+            InputError: `text` holds half a surrogate pair, as Python makes of bytes that are no UTF-8; or as `checked`;
+                or the tokenizer has no piece for it.
         """
-        check_unicode(text)
-        ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+        ids = self._ids(self._encoder, text)
+        return self.checked([self.bos_id, *ids] if add_bos and self.bos_id is not None else ids)
 
     def encode_later(self, text: str) -> list[int]:
         """As of `Tokenizer`: without the space that some tokenizers put before the first run of a text."""
+        return self.checked(self._ids(self._later, text))
+
+    def _ids(self, encoder: Any, text: str) -> list[int]:
         check_unicode(text)
-        ids: list[int] = self._later.encode(text, add_special_tokens=False).ids
+        with _one_error(self.path, "cannot encode a text"):
+            ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         return ids
 
     def trimmed(self, parts: Sequence[str | int]) -> list[str | int]:
@@ -98,10 +123,10 @@ class BPETokenizer(Tokenizer):
         return isinstance(part, int) and part in self._control and bool(getattr(self._control[part], side))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text. Control tokens are silent, and bytes that are no UTF-8 become U+FFFD.
+        """The text. Control tokens and ids past the last piece are silent, and bytes that are no UTF-8 become U+FFFD.
 
         Raises:
-            InputError: an id lies outside the vocabulary.
+            InputError: an id is negative.
         """
         decoder = StreamingDecoder(self)
         numbers = ids.tolist() if hasattr(ids, "tolist") else ids
@@ -118,35 +143,30 @@ class BPETokenizer(Tokenizer):
         """What a token adds to a text."""
         part = self._parts.get(token)
         if part is None:
-            if not 0 <= token < self.vocab_size:
-                raise InputError(f"token {token} is outside the vocabulary: {self.path} has {self.vocab_size} pieces")
             part = self._parts[token] = b"" if token in self._control else self._bytes(token)
         return part
 
     def _bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
-        piece = self._encoder.id_to_token(token) or ""
+        piece = self.piece_of(token)
         if self._byte_level:
             known = all(character in self._alphabet for character in piece)
             return bytes(self._alphabet[character] for character in piece) if known else piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
+        if (byte := byte_of(piece)) is not None:
+            return bytes([byte])
         return piece.replace(_SPACE, " ").encode()
 
     def _bos(self, settings: dict[str, Any]) -> int | None:
         """`add_bos_token` decides, or else what the file's own rules put before a text."""
         wanted = settings.get("add_bos_token")
         if isinstance(wanted, bool):
-            return self._id(settings, "bos_token") if wanted else None
+            return self.id_of(settings.get("bos_token")) if wanted else None
+        if wanted is not None:
+            raise InputError(f"{self.path.parent}: add_bos_token is {str(wanted)[:60]}: true or false is needed")
         with_rules = self._encoder.encode("a", add_special_tokens=True).ids
         without = self._encoder.encode("a", add_special_tokens=False).ids
         return with_rules[0] if with_rules[:1] != without[:1] else None
-
-    def _id(self, settings: dict[str, Any], name: str) -> int | None:
-        value = settings.get(name)
-        text = value.get("content") if isinstance(value, dict) else value
-        return self._encoder.token_to_id(text) if isinstance(text, str) else None
 
 
 class StreamingDecoder(Detokenizer):
@@ -174,10 +194,7 @@ def _load(path: Path) -> Any:
     from tokenizers import Tokenizer as Encoder
 
     text = reading.text(path, _MAX_BYTES)
-    try:
-        encoder = Encoder.from_str(text)
-    except Exception as error:  # the library's own, of no public type
-        raise InputError(f"{path}: no tokenizer that can be read: {str(error)[:200]}") from None
+    encoder = Encoder.from_str(text)
     encoder.no_truncation()
     encoder.no_padding()
     if any(_looks_like_control(entry) for entry in encoder.get_added_tokens_decoder().values()):
@@ -194,6 +211,38 @@ def _looks_like_control(entry: Any) -> bool:
 
 def _names_control(content: str) -> bool:
     return content.startswith("<|") and content.endswith("|>")
+
+
+@contextmanager
+def _one_error(path: Path, what: str) -> Iterator[None]:
+    """Raises InputError for what the library raises: Exceptions of no public type, and panics."""
+    try:
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: {what}: {reason}") from None
+
+
+@contextmanager
+def _panics_unseen() -> Iterator[None]:
+    """Keeps what Rust writes of a panic off stderr: it goes past Python's, to the file itself."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _state(part: Any) -> list[dict[str, Any]]:

@@ -61,7 +61,7 @@ class FamilyConfig:
 
     Attributes:
         values: all of it, as the network's own arguments are made of it.
-        eos_token_ids: of `config.json` and `generation_config.json` together.
+        eos_token_ids: what `end_tokens` has joined, of a model that `store` has opened; empty before.
         weights: every weight's name in the network, and its shape; empty until `networks.described` asked that.
     """
 
@@ -71,7 +71,7 @@ class FamilyConfig:
     num_layers: int
     max_context_length: int
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...] = ()
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False, hash=False)
 
@@ -156,7 +156,6 @@ def read(directory: Path) -> Config:
         num_layers=_size(path, values, "num_hidden_layers", _MAX_LAYERS),
         max_context_length=_context(path, values, FAMILIES[model_type]),
         bos_token_id=next(iter(_ids(values.get("bos_token_id"))), None),
-        eos_token_ids=_eos(directory, values),
         quantization=values.get("quantization"),
     )
 
@@ -227,14 +226,6 @@ def _check_quantization(path: Path, values: Mapping[str, Any]) -> None:
         )
     if values.get("quantization") is not None and not isinstance(values["quantization"], Mapping):
         raise InputError(f"{path}: `quantization` is no JSON object")
-
-
-def _eos(directory: Path, values: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = _ids(values.get("eos_token_id"))
-    generation = directory / "generation_config.json"
-    if generation.exists():
-        ids = (*ids, *_ids(read_object(generation).get("eos_token_id")))
-    return tuple(dict.fromkeys(ids))
 
 
 def _ids(value: object) -> tuple[int, ...]:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx import device, files, headers
+from elm_mlx import device, end_tokens, files, headers
 from elm_mlx.describe import check_directory, fingerprint, read_config, weight_files
 from elm_mlx.errors import InputError
-from elm_mlx.families import Config, FamilyConfig, tokenizer_file
+from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import Tokenizer
 
@@ -65,9 +65,8 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     """`load`, with what there is to say about it."""
     path = check_directory(files.expanded(path))
     config = read_config(path)
-    tokenizer = _tokenizer(path, config)
-    if isinstance(config, FamilyConfig) and not config.eos_token_ids and tokenizer is not None:
-        config = replace(config, eos_token_ids=tokenizer.eos_ids)
+    vocabulary = end_tokens.read(path, config)
+    config = _ending(config, vocabulary.end_ids)
     adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
     weights, packing = read_weights(path, config)
     stored = stored_type(config, weights, packing)
@@ -94,7 +93,15 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     uncompiled = (
         f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
     )
-    return Loaded(model, tokenizer, _describe(stored, packing), tuple(filter(None, (how.note, adapted, uncompiled))))
+    notes = (how.note, adapted, uncompiled, *vocabulary.notes)
+    return Loaded(model, vocabulary.tokenizer, _describe(stored, packing), tuple(filter(None, notes)))
+
+
+def _ending(config: Config, end_ids: tuple[int, ...]) -> Config:
+    """With the tokens that end a text, of whatever file of the directory."""
+    if isinstance(config, FamilyConfig):
+        return replace(config, eos_token_ids=end_ids)
+    return replace(config, eos_token_id=end_ids)
 
 
 def _network(config: Config) -> Model:
@@ -123,19 +130,6 @@ def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mappin
         return whole[0]
     scales = weights[_scales(embedding)].dtype  # the first OLMo's norms have no weights
     return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
-
-
-def _tokenizer(path: Path, config: Config) -> Tokenizer | None:
-    if tokenizer_file(path) is None:
-        return None
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {config.vocab_size}: "
-            "it is another model's tokenizer"
-        )
-    tokenizer.eos_ids = config.eos_token_ids or tokenizer.eos_ids
-    return tokenizer
 
 
 def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapter:

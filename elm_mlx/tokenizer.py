@@ -4,22 +4,26 @@ Knows a SentencePiece model and nothing of models, prompts or templates. Imports
 kind, by a `tokenizer.json`, is `bpe`'s.
 
 Text is never taken for control tokens: `</s>` in it is four characters. Whoever wants a control token puts its
-id in, as `template` does.
+id in, as `template` does. An id past the last piece, as a padded embedding may give, has no text.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from elm_mlx import families, files, spm
+from elm_mlx import families, files, json_files, spm
 from elm_mlx.errors import InputError
 
 FILE_NAME = "tokenizer.model"
 
 _SPACE = "\u2581"  # how a piece writes a space
 _REPLACEMENT = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
 
 
 class Tokenizer(ABC):
@@ -29,7 +33,9 @@ class Tokenizer(ABC):
         path: the file it was read from.
         vocab_size: the number of pieces.
         bos_id, eos_id, unk_id: None where the model has no such piece, or puts none before a text.
-        eos_ids: the ids that end a text; just `eos_id` unless set, say from a model's config.
+        eos_ids: the ids that end a text, of which training writes the first; of a model's tokenizer those that
+            `end_tokens` has joined.
+        rows: how many tokens the model has, whose tokenizer it is; None where that is not known.
         bos_before_templates: whether BOS goes before a conversation whose template writes none.
     """
 
@@ -39,6 +45,7 @@ class Tokenizer(ABC):
     eos_id: int | None
     unk_id: int | None
     eos_ids: tuple[int, ...]
+    rows: int | None = None
     bos_before_templates = True
 
     @staticmethod
@@ -67,13 +74,30 @@ class Tokenizer(ABC):
     def control_ids(self) -> dict[str, int]:
         """The pieces without text, by name: `<s>`, `</s>` and their like."""
 
+    @property
+    @abstractmethod
+    def base_size(self) -> int:
+        """The number of pieces without those that were added behind them for their own sake, such as `[PAD]`."""
+
+    @abstractmethod
+    def id_of(self, piece: str) -> int | None:
+        """The id of the piece that is written so; None where there is none."""
+
+    @abstractmethod
+    def piece_of(self, token: int) -> str:
+        """How a piece is written; empty for an id that no piece has."""
+
     @abstractmethod
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """The ids of a text, BOS in front unless unwanted. Raises InputError where it is no valid Unicode."""
+        """The ids of a text, BOS in front unless unwanted.
+
+        Raises:
+            InputError: it is no valid Unicode, or uses a piece that the model has no row for.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text; control tokens are silent. Raises InputError for an id outside the vocabulary."""
+        """The text; control tokens and ids past the last piece are silent. Raises InputError for a negative id."""
 
     @abstractmethod
     def detokenizer(self, prompt: Iterable[int] = ()) -> Detokenizer:
@@ -84,9 +108,15 @@ class Tokenizer(ABC):
         ids: list[int] = []
         for i, part in enumerate(parts):
             if isinstance(part, int):
-                ids.append(part)
+                ids += self.checked([part])
             else:
                 ids += self.encode_later(part) if i else self.encode(part, add_bos=False)
+        return ids
+
+    def checked(self, ids: list[int]) -> list[int]:
+        """`ids`, of pieces. Raises InputError where the model has no row for one: its embedding may be the smaller."""
+        if self.rows is not None and ids and (most := max(ids)) >= self.rows:
+            raise InputError(f"{self.piece_of(most)!r} is token {most}, and the model knows {self.rows:,} tokens only")
         return ids
 
     def encode_later(self, text: str) -> list[int]:
@@ -107,7 +137,7 @@ class Detokenizer(ABC):
 
     @abstractmethod
     def add(self, token: int) -> str:
-        """The text that is final now that `token` has come. Raises InputError for one outside the vocabulary."""
+        """The text that is final now that `token` has come. Raises InputError for a negative one."""
 
     @abstractmethod
     def finish(self) -> str:
@@ -139,37 +169,49 @@ class SentencePieceTokenizer(Tokenizer):
     @property
     def pieces(self) -> list[str]:
         """Every piece as SentencePiece writes it, by id."""
-        texts: list[str] = self._processor.id_to_piece(list(range(self.vocab_size)))
-        return texts
+        return [self.piece_of(token) for token in range(self.vocab_size)]
 
     @property
     def control_ids(self) -> dict[str, int]:
         """The pieces without text, by name: `<s>`, `</s>` and their like."""
         flags = self._processor.is_control(list(range(self.vocab_size)))
-        return {self._processor.id_to_piece(token): token for token, flag in enumerate(flags) if flag}
+        return {self.piece_of(token): token for token, flag in enumerate(flags) if flag}
+
+    @property
+    def base_size(self) -> int:
+        """Up to the last piece that is neither a control token nor defined by a user."""
+        added = (spm.CONTROL, spm.USER_DEFINED, spm.UNUSED)
+        kinds = [piece.type for piece in self._model.pieces()]
+        return next((size for size in range(len(kinds), 0, -1) if kinds[size - 1] not in added), 0)
+
+    def id_of(self, piece: str) -> int | None:
+        """As of `Tokenizer`."""
+        token: int = self._processor.piece_to_id(check_unicode(piece))
+        return token if 0 <= token < self.vocab_size and self.piece_of(token) == piece else None
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """BOS (unless unwanted, or the model has none), and then exactly SentencePiece's ids.
 
         Raises:
-            InputError: `text` holds half a surrogate pair, as Python makes of bytes that are no UTF-8.
+            InputError: `text` holds half a surrogate pair, as Python makes of bytes that are no UTF-8; or as `checked`.
         """
         ids: list[int] = self._processor.encode(check_unicode(text), out_type=int)
-        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
+        return self.checked([self.bos_id, *ids] if add_bos and self.bos_id is not None else ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text, exactly SentencePiece's; `ids` may be an array.
 
         Control pieces are silent, the unknown piece reads ` ⁇ `, the space that `encode` puts before a text
-        goes again, and bytes that are no UTF-8 become U+FFFD, one each.
+        goes again, and bytes that are no UTF-8 become U+FFFD, one each. Ids past the last piece are left out.
 
         Raises:
-            InputError: an id lies outside the vocabulary.
+            InputError: an id is negative, or its piece damaged.
         """
         numbers = [int(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)]
-        for token in numbers:
-            self._check(token)
-        text: str = self._processor.decode(numbers)
+        try:
+            text: str = self._processor.decode([token for token in numbers if self._known(token)])
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: has a piece that is no UTF-8; fetch it again") from None
         return text
 
     def detokenizer(self, prompt: Iterable[int] = ()) -> StreamingDecoder:
@@ -183,10 +225,9 @@ class SentencePieceTokenizer(Tokenizer):
         """What a token adds to a text: a piece, its spaces as SentencePiece writes them, or a byte."""
         part = self._parts.get(token)
         if part is None:
-            self._check(token)
-            part = self._processor.id_to_piece(token)
+            part = self.piece_of(token)
             if self._processor.is_byte(token):
-                part = int(part[3:5], 16)  # <0xE2>
+                part = part if (byte := byte_of(part)) is None else byte
             elif self._processor.is_control(token):
                 part = ""
             elif token == self.unk_id:
@@ -194,9 +235,19 @@ class SentencePieceTokenizer(Tokenizer):
             self._parts[token] = part
         return part
 
-    def _check(self, token: int) -> None:
-        if not 0 <= token < self.vocab_size:
-            raise InputError(f"token {token} is outside the vocabulary: {self.path} has {self.vocab_size} pieces")
+    def piece_of(self, token: int) -> str:
+        """As of `Tokenizer`. Raises InputError for a piece that is no UTF-8."""
+        if not self._known(token):
+            return ""
+        try:
+            piece: str = self._processor.id_to_piece(token)
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: piece {token} is no UTF-8; fetch it again") from None
+        return piece
+
+    def _known(self, token: int) -> bool:
+        """Whether there is such a piece. Raises InputError for a negative id."""
+        return check_token(token) < self.vocab_size
 
 
 class StreamingDecoder(Detokenizer):
@@ -214,8 +265,10 @@ class StreamingDecoder(Detokenizer):
         """The text that is final now that `token` has come; often, not always, that of the token.
 
         Raises:
-            InputError: it lies outside the vocabulary.
+            InputError: it is negative, or its piece damaged.
         """
+        if not self._tokenizer._known(token):
+            return ""
         part = self._tokenizer._part(token)
         if isinstance(part, int):
             self._bytes.append(part)
@@ -260,6 +313,38 @@ def check_unicode(text: str) -> bytes:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise InputError(f"the text is no valid Unicode: character {error.start + 1} is {half}") from None
+
+
+def check_token(token: int) -> int:
+    """`token`. Raises InputError where it can be no id."""
+    if token < 0:
+        raise InputError(f"token {token} is outside the vocabulary")
+    return token
+
+
+def byte_of(piece: str) -> int | None:
+    """The byte that a piece like `<0xE2>` stands for; None of another."""
+    found = _BYTE.fullmatch(piece)
+    return int(found[1], 16) if found else None
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """What a directory says of its tokenizer beside the tokenizer's own file; empty where it says nothing.
+
+    Raises:
+        InputError: a file is no JSON object, or names a special token by what is no text.
+    """
+    settings: dict[str, Any] = {}
+    for path in (directory / name for name in _SETTINGS):
+        values = json_files.read_object_if_there(path)
+        for name in ("bos_token", "eos_token", "unk_token"):
+            value = values.get(name)
+            text = value.get("content") if isinstance(value, dict) else value
+            if not isinstance(text, str | None):
+                raise InputError(f"{path}: {name} is {str(value)[:60]}: a token's text is needed")
+            values[name] = text
+        settings |= {name: value for name, value in values.items() if value is not None}
+    return settings
 
 
 def _file_of(directory: Path) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,46 @@ def write_model(path: Path, name: str, changes: Mapping[str, Any] | None = None,
         name: _drawn(name, value, key)
         for (name, value), key in zip(tree_flatten(network.parameters()), keys, strict=False)
     }
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    return path
+
+
+def word(path: Path, text: str) -> int:
+    """The id of the one token that `text` is, after a space or without."""
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
+    assert len(ids) == 1, f"{text!r} is {len(ids)} tokens"
+    return ids[0]
+
+
+def write_chain(path: Path, words: Sequence[str | None]) -> Path:
+    """A Llama that says of `words` the one that comes next, without spaces, and after the last one EOS.
+
+    Its layers add nothing: the last token alone decides. None is a token that the tokenizer has no piece for, each time
+    another. The words are added to the tokenizer, as a piece each.
+    """
+    write_model(path, "llama")
+    values = json.loads((path / "tokenizer.json").read_text())
+    entry = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    size = len(values["model"]["vocab"])
+    for name in filter(None, words):
+        values["added_tokens"].append({"id": size, "content": name, **entry})
+        size += 1
+    (path / "tokenizer.json").write_text(json.dumps(values))
+    silent = iter(range(size, size + len(words)))
+    chain = [next(silent) if name is None else word(path, name) for name in words]
+    config = json.loads((path / "config.json").read_text())
+    width, rows = config["hidden_size"], size + len(words)
+    (path / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    weights = mx.load(str(path / "model.safetensors"))
+    for name, value in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] = mx.zeros_like(value)
+    embedding, head = mx.zeros((rows, width)), mx.zeros((rows, width))
+    for place, (token, following) in enumerate(zip(chain, [*chain[1:], config["eos_token_id"]], strict=True)):
+        embedding[token, place], head[following, place] = 1.0, 9.0
+    weights |= {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
     mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
     return path
 

@@ -172,11 +172,99 @@ def test_files_that_are_refused(folders: dict[str, Path], tmp_path: Path) -> Non
         Tokenizer.load(tmp_path / "empty")
     tokenizer = Tokenizer.load(folders["llama3"])
     with pytest.raises(InputError, match="outside the vocabulary"):
-        tokenizer.decode([10**6])
+        tokenizer.decode([-1])
     with pytest.raises(InputError, match=r"character 2 is U\+D800"):
         tokenizer.encode("a\ud800")
     with pytest.raises(InputError, match=r"character 2 is U\+D800"):
         tokenizer.encode_parts(["a\ud800"])
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("token", ["first", 10**6, 10**30])
+def test_an_id_past_the_last_piece_has_no_text(folders: dict[str, Path], style: str, token: Any) -> None:
+    tokenizer = Tokenizer.load(folders[style])
+    token = tokenizer.vocab_size if token == "first" else token
+    ids = tokenizer.encode("Grüße aus 日本 🦜")
+    mixed = [token, *(each for one in ids for each in (one, token))]
+    assert tokenizer.decode(mixed) == tokenizer.decode(ids) == "Grüße aus 日本 🦜"
+    assert tokenizer.piece_of(token) == ""
+
+
+def _changed(folder: Path, to: Path, **changes: Any) -> Path:
+    """A tokenizer.json with other values at the top, or `model.X`'s."""
+    values = json.loads((folder / "tokenizer.json").read_text())
+    for name, value in changes.items():
+        *inside, last = name.split("__")
+        at = values
+        for key in inside:
+            at = at[key]
+        at[last] = value
+    (to / "tokenizer.json").write_text(json.dumps(values))
+    return to / "tokenizer.json"
+
+
+PANICS: dict[str, dict[str, Any]] = {
+    # What the library panics at while it reads, and while it encodes: a thousand others are made by test_fuzz.
+    "a post-processor with a token that is not there": {
+        "post_processor": {
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [],
+            "special_tokens": {},
+        },
+    },
+    "an unk_token without a piece": {"model__unk_token": "<gone>", "model__vocab": {"b": 0}, "model__merges": []},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", PANICS)
+def test_what_the_library_throws_is_one_error(
+    folders: dict[str, Path], tmp_path: Path, what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = _changed(folders["llama3"], tmp_path, **PANICS[what])
+    with pytest.raises(InputError, match=r"tokenizer\.json: ") as error:
+        Tokenizer.load(path).encode("the crow")
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_ctrl_c_is_none_of_the_librarys_errors(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.load(folders["llama3"])
+
+    class Interrupted:
+        def encode(self, *_: Any, **__: Any) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_encoder", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("the crow")
+
+
+def test_a_byte_piece_that_is_none_is_a_piece(folders: dict[str, Path], tmp_path: Path) -> None:
+    text = (folders["phi3"] / "tokenizer.json").read_text().replace('"<0x41>"', '"<0xZZ>"')
+    (tmp_path / "tokenizer.json").write_text(text)
+    tokenizer = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.decode([tokenizer.pieces.index("<0xZZ>")]) == "<0xZZ>"
+
+
+@pytest.mark.parametrize("key", ["bos_token", "eos_token", "unk_token", "add_bos_token"])
+@pytest.mark.parametrize("value", [5, [1], 0.5, {"content": 3}, [], {"content": []}, "\ud800"])
+def test_settings_of_the_wrong_type_are_named(folders: dict[str, Path], tmp_path: Path, key: str, value: Any) -> None:
+    path = _changed(folders["llama3"], tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value}))
+    if value == "\ud800" and key != "add_bos_token":  # a text, and no token's
+        assert getattr(Tokenizer.load(path), key.replace("token", "id")) in (None, 0)
+        return
+    with pytest.raises(InputError, match=f"{key} is ") as error:
+        Tokenizer.load(path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_special_tokens_map_speaks_where_the_config_does_not(folders: dict[str, Path], tmp_path: Path) -> None:
+    path = _changed(folders["llama3"], tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|end_of_text|>"}}))
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.eos_ids == (tokenizer.control_ids["<|end_of_text|>"],)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|eot_id|>"}))
+    assert Tokenizer.load(path).eos_ids == (tokenizer.control_ids["<|eot_id|>"],)
 
 
 def test_a_space_that_only_the_first_text_gets(folders: dict[str, Path], tmp_path: Path) -> None:

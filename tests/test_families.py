@@ -225,14 +225,6 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path, family_dirs: dict[str
         store.load(path)
 
 
-def test_eos_ids_of_both_files(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
-    path = tmp_path / "model"
-    shutil.copytree(family_dirs["llama"], path)
-    own = read_config(path).eos_token_ids
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [own[0], 1]}))
-    assert read_config(path).eos_token_ids == (own[0], 1)
-
-
 def test_mlx_lm_and_transformers_are_not_imported(family_dirs: dict[str, Path]) -> None:
     code = (
         "import sys; from elm_mlx import store; store.load(sys.argv[1]);"

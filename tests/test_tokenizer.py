@@ -172,12 +172,43 @@ def test_decode_takes_arrays(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-@pytest.mark.parametrize("token", [-1, 400_000, 1 << 40])
-def test_id_outside_the_vocabulary_is_named(tokenizer, token):
-    with pytest.raises(InputError, match=f"token {token} is outside the vocabulary"):
-        tokenizer.decode([1, token])
-    with pytest.raises(InputError, match=f"token {token} "):
-        tokenizer.detokenizer().add(token)
+def test_a_negative_id_is_named(tokenizer):
+    with pytest.raises(InputError, match="token -1 is outside the vocabulary"):
+        tokenizer.decode([1, -1])
+    with pytest.raises(InputError, match="token -1 is outside"):
+        tokenizer.detokenizer().add(-1)
+
+
+@pytest.mark.parametrize("token", ["first", 400_000, 1 << 40])
+def test_an_id_past_the_last_piece_has_no_text(tokenizer, token):
+    """As an embedding with more rows than the tokenizer has pieces may give; amid a character, too."""
+    token = tokenizer.vocab_size if token == "first" else token
+    ids = tokenizer.encode("naïve 漢字 😀")
+    mixed = [token, *(each for one in ids for each in (one, token))]
+    assert tokenizer.decode(mixed) == tokenizer.decode(ids)
+    stream = tokenizer.detokenizer(mixed[:2])
+    assert "".join([*map(stream.add, mixed[2:]), stream.finish()]).strip() == tokenizer.decode(ids[1:]).strip()
+    assert tokenizer.piece_of(token) == ""
+
+
+def test_a_piece_and_its_id(tokenizer):
+    assert [tokenizer.id_of(piece) for piece in tokenizer.pieces[:9]] == list(range(9))
+    assert tokenizer.id_of("no such piece") is None
+    assert tokenizer.piece_of(2) == "</s>" or tokenizer.eos_id != 2
+
+
+def test_pieces_that_are_no_utf8_are_named(paths, tmp_path):
+    data, path = paths["like llama"].read_bytes(), tmp_path / "tokenizer.model"
+    whole = Tokenizer.load(paths["like llama"])
+    broken = next(token for token, piece in enumerate(whole.pieces) if piece.startswith("▁") and len(piece) > 3)
+    piece = whole.pieces[broken].encode()
+    field = b"\x0a" + bytes([len(piece)])
+    path.write_bytes(data.replace(field + piece, field + b"\xff" * len(piece)))
+    tokenizer = Tokenizer.load(path)
+    for use in (lambda: tokenizer.pieces, lambda: tokenizer.detokenizer([broken]), lambda: tokenizer.decode([broken])):
+        with pytest.raises(InputError, match=r"piece.* no UTF-8"):
+            use()
+    assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox", "the others are what they were"
 
 
 def test_text_that_is_no_unicode_is_refused_with_its_place(tokenizer):

@@ -56,11 +56,19 @@ def random_model(config: ModelConfig, seed: int = 0) -> Model:
     return model
 
 
-def spelling_model(tokenizer: Tokenizer, text: str, context: int = CONTEXT) -> Model:
+def with_piece(model: bytes, text: str) -> bytes:
+    """A SentencePiece model with one more piece, defined by a user, behind the others."""
+    content = text.encode()
+    piece = b"\x0a" + bytes([len(content)]) + content + b"\x18\x04"
+    return model + b"\x0a" + bytes([len(piece)]) + piece
+
+
+def spelling_model(tokenizer: Tokenizer, text: str, context: int = CONTEXT, padding: int = 0) -> Model:
     """A model that answers whatever ends with a newline, or says nothing of `text`, by `text` and then EOS.
 
     Its layers add nothing: the last token alone decides, so no token of `text` may come twice. A `text` that
-    begins with its own last token goes round in circles, for ever.
+    begins with its own last token goes round in circles, for ever. With `padding` it has so many tokens more than the
+    tokenizer has pieces, and says one of them after each of the first of `text`.
     """
     chain = [*tokenizer.encode("\n")[-1:], *tokenizer.encode("\n" + text, add_bos=False)[2:]]
     if chain[1] == chain[-1]:
@@ -68,7 +76,9 @@ def spelling_model(tokenizer: Tokenizer, text: str, context: int = CONTEXT) -> M
     else:
         assert len({*chain}) == len(chain), "a token comes twice"
         nexts = dict(zip(chain, [*chain[1:], tokenizer.eos_id], strict=True))
-    size = tokenizer.vocab_size
+    size = tokenizer.vocab_size + padding
+    for silent, token in zip(range(tokenizer.vocab_size, size), chain[1:], strict=False):
+        nexts[silent], nexts[token] = nexts[token], silent
     width = -(-size // 32) * 32
     config = ModelConfig.scaled(
         vocab_size=size, num_layers=1, model_dim=width, head_dim=8, num_gqa_groups=1, qkv_multipliers=8 / width,

@@ -62,14 +62,14 @@ def data(
         return
     if path is None or model is None:
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
+    from elm_mlx import end_tokens
     from elm_mlx.describe import check_directory, read_config
     from elm_mlx.template import choose
-    from elm_mlx.tokenizer import Tokenizer
     from elm_mlx.train import examples
 
-    shape = read_config(check_directory(model))
-    tokenizer = Tokenizer.load(model)
-    tokenizer.eos_ids = shape.eos_token_ids or tokenizer.eos_ids
+    shape = read_config(check_directory(model, with_tokenizer=True))
+    tokenizer = end_tokens.read(model, shape).tokenizer
+    assert tokenizer is not None
     with bad_records_named(path):
         splits = examples.load(
             path,

@@ -56,10 +56,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, template: Template | None, train_on_prompt: bool = False) -> None:
         self._tokenizer, self._template, self._all = tokenizer, template, train_on_prompt
-        eos = tokenizer.eos_id if tokenizer.eos_id is not None else next(iter(tokenizer.eos_ids), None)
         self._bos: list[Part] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        self._eos: list[Part] = [] if eos is None else [eos]
-        self._ids = tuple(range(tokenizer.vocab_size))  # the objects that all examples share: half the memory
+        self._eos: list[Part] = [*tokenizer.eos_ids[:1]]
+        self._ids: dict[int, int] = {}  # the objects that all examples share: half the memory
 
     def encode(self, record: Record) -> Example:
         """The whole record, however long.
@@ -119,7 +118,7 @@ class Encoder:
         trained: list[bool] = []
         for index, part in enumerate(parts):
             if isinstance(part, int):
-                ids.append(part)
+                ids += self._tokenizer.checked([part])
                 trained.append(marked((index, 0)))
                 continue
             offsets = {0, len(part), *(offset for span in bounds for at, offset in span if at == index)}
@@ -128,7 +127,7 @@ class Encoder:
                 ids += run
                 trained += [marked((index, start))] * len(run)
         size = len(ids) if self._all or True not in trained else len(ids) - trained[::-1].index(True)
-        return Example(tuple(map(self._ids.__getitem__, ids[:size])), tuple(trained[:size]))
+        return Example(tuple(map(self._ids.setdefault, ids[:size], ids)), tuple(trained[:size]))
 
     def _continuation(self, before: str, text: str, later: bool) -> list[int]:
         """The ids of `text` after those of `before`: of the two together, or where they would merge, by itself.

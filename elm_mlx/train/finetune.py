@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, device, store, template
+from elm_mlx import adapt, adapters, device, end_tokens, store, template
 from elm_mlx.adapters import Adapter
 from elm_mlx.describe import check_directory, fingerprint, read_config
 from elm_mlx.errors import InputError
@@ -245,8 +245,8 @@ class Finetuning:
     def _encoding(self) -> tuple[Tokenizer, Template | None, int]:
         """Tokenizer, template, and tokens of an example at most."""
         data, config = self._data, self.config
-        tokenizer = Tokenizer.load(self.path)
-        tokenizer.eos_ids = config.eos_token_ids or tokenizer.eos_ids
+        tokenizer = end_tokens.read(self.path, config).tokenizer
+        assert tokenizer is not None  # check_directory has seen it
         most = examples.longest(config) if data.max_length is None else data.max_length
         return tokenizer, template.choose(self.path, tokenizer, data.template), most
 

@@ -49,8 +49,8 @@ class Worker:
 
     def __init__(self, tokenizer: Path, kept: Filters) -> None:
         self._tokenizer, self._filters = Tokenizer.load(tokenizer), kept
-        bos, eos = ends(self._tokenizer)
-        self._bos, self._eos = [] if bos is None else [bos], [] if eos is None else [eos]
+        bos, self._eos = self._tokenizer.bos_id, self._tokenizer.eos_ids[:1]
+        self._bos = [] if bos is None else [bos]
 
     def run(self, task: Encode | Hash) -> list[Outcome] | bytes:
         """Of each content its outcome; of a file what `_hashes` gives."""
@@ -75,12 +75,6 @@ class Worker:
         if len(ids) < self._filters.min_tokens:
             return filters.FEW_TOKENS
         return array("I", [*self._bos, *ids, *self._eos]).tobytes()
-
-
-def ends(tokenizer: Tokenizer) -> tuple[int | None, int | None]:
-    """The ids that a document begins and ends with."""
-    eos = tokenizer.eos_id if tokenizer.eos_id is not None else next(iter(tokenizer.eos_ids), None)
-    return tokenizer.bos_id, eos
 
 
 def _hashes(task: Hash) -> bytes:
