@@ -10,14 +10,16 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from elm_mlx.adapters import EMBEDDING, Adapter
+from elm_mlx.adapters import EMBEDDING, PEFT_WEIGHTS, Adapter, weights_file
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.json_files import read_object
 from elm_mlx_convert import pickles, safetensors_files
 from elm_mlx_convert.adapters import Scaling
@@ -28,20 +30,28 @@ from elm_mlx_convert.sources import open_source
 from elm_mlx_convert.tensors import FLOATS, LazyTensor, to_float32
 
 PEFT_CONFIG = "adapter_config.json"
-_PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
 )
 # Ways in which PEFT's adapter would mean something else than a product added to the model's own weights.
-_UNKNOWN = ("lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_UNKNOWN = (
+    "lora_bias", "fan_in_fan_out", "use_qalora", "layer_replication", "alora_invocation_tokens", "modules_to_save",
+    "trainable_token_indices", "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "megatron_config",
+)  # fmt: skip
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+# What is followed of the regular expressions in PEFT's patterns: one group, two repetitions, so that no pattern of a
+# downloaded file takes more than a moment.
+_CHARACTER = r"(?:\w|\.|-|\\[.dw]|\[[\w-]+\])[*+?]?"
+_PATTERN = re.compile(rf"\^?(?:{_CHARACTER})*(?:\((?:\?:)?(?:[\w.|]|\\[.dw])+\)(?:{_CHARACTER})*)?\$?")
+_MOST_PATTERNS, _LONGEST_PATTERN = 1000, 200
 
 _Parts = dict[str, dict[str, LazyTensor]]
 Arrays = dict[str, np.ndarray]
 
 
-def read_peft(directory: Path, config: ModelConfig) -> tuple[Adapter, Arrays]:
+def read_peft(directory: Path, config: Config) -> tuple[Adapter, Arrays]:
     """The adapter that PEFT has saved in `directory`, for `config`'s model: parameter -> array, float32.
 
     Raises:
@@ -54,14 +64,14 @@ def read_peft(directory: Path, config: ModelConfig) -> tuple[Adapter, Arrays]:
         raise InputError(f"{where}: peft_type is {str(values.get('peft_type'))[:40]!r}; only LORA is known")
     unknown = [name for name in _UNKNOWN if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
     if unknown:
-        raise InputError(f"{where}: asks for {listed(unknown)}, which this does not know")
+        raise InputError(f"{where}: asks for {listed(unknown)}, which this does not know: merge it with PEFT")
     if str(values.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         raise InputError(
             f"{where}: init_lora_weights changed the model's own weights; convert it to plain LoRA in PEFT"
         )
-    file = next((directory / name for name in _PEFT_WEIGHTS if (directory / name).is_file()), None)
-    if file is None:
-        raise InputError(f"{directory}: holds neither {_PEFT_WEIGHTS[0]} nor {_PEFT_WEIGHTS[1]}")
+    file = weights_file(directory)
+    if not file.is_file():
+        raise InputError(f"{directory}: holds neither {PEFT_WEIGHTS[0]} nor {PEFT_WEIGHTS[1]}")
     tensors = safetensors_files.read(file) if file.suffix == ".safetensors" else _read_bin(file)
     alpha, pattern = values.get("lora_alpha"), values.get("alpha_pattern") or {}
     if (
@@ -71,14 +81,21 @@ def read_peft(directory: Path, config: ModelConfig) -> tuple[Adapter, Arrays]:
         or not all(map(_is_number, pattern.values()))
     ):
         raise InputError(f"{where}: lora_alpha or alpha_pattern is no number")
-    parts, rest = _parts(tensors, str(file))
+    patterns = _patterns(where, pattern)
+    parts, rest = _parts(tensors, config, str(file))
     strange = [name for name in rest if not name.endswith("base_layer.weight")]  # PEFT saves an adapted embedding whole
     if strange:
         raise InputError(f"{file}: holds what is no part of a LoRA or DoRA adapter: {listed(strange)}")
+    if values.get("use_dora") is True and not any("lora_magnitude_vector" in found for found in parts.values()):
+        raise InputError(f"{file}: holds no lora_magnitude_vector, and {PEFT_CONFIG} says use_dora")
     by_root = values.get("use_rslora") is True
-    alphas = {module: Scaling(_alpha(module, float(alpha), pattern), by_root) for module in parts}
+    strengths = {
+        module: next((value for fits, value in patterns if fits.match(module)), float(alpha)) for module in parts
+    }
+    scalings = {module: Scaling(strength, by_root) for module, strength in strengths.items()}
     dropout = values.get("lora_dropout", 0.0)
-    return _assemble(parts, alphas, config, str(file), float(dropout) if _is_number(dropout) else 0.0)
+    adapter, arrays = _assemble(parts, scalings, config, str(file), float(dropout) if _is_number(dropout) else 0.0)
+    return replace(adapter, directory=directory), arrays
 
 
 def read_corenet(
@@ -93,7 +110,7 @@ def read_corenet(
         InputError: as `read_peft`; or the strength is not known.
     """
     opened = open_source(source)
-    parts, _ = _parts(opened.tensors, opened.label)
+    parts, _ = _parts(opened.tensors, config, opened.label)
     if not parts:
         raise InputError(f"{source}: holds no adapter")
     if alpha is None:
@@ -108,8 +125,8 @@ def read_corenet(
     return _assemble(_without_padding(parts, config), dict.fromkeys(parts, scaling), config, opened.label, 0.0)
 
 
-def write_peft(directory: Path, adapter: Adapter, arrays: Mapping[str, np.ndarray], config: ModelConfig) -> None:
-    """Fills `directory` with what `PeftModel.from_pretrained` reads; its model is the hub's, by Apple's code.
+def write_peft(directory: Path, adapter: Adapter, arrays: Mapping[str, np.ndarray], config: Config) -> None:
+    """Fills `directory` with what `PeftModel.from_pretrained` reads; its model is the hub's own.
 
     Raises:
         InputError: PEFT has no word for the adapter.
@@ -132,7 +149,7 @@ def write_peft(directory: Path, adapter: Adapter, arrays: Mapping[str, np.ndarra
         if adapter.kind == "dora":
             tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = arrays[f"{module}.m"]
     header = safetensors_files.header([(n, "float32", t.shape) for n, t in tensors.items()], {"format": "pt"})
-    with (directory / _PEFT_WEIGHTS[0]).open("wb") as file:
+    with (directory / PEFT_WEIGHTS[0]).open("wb") as file:
         file.write(header)
         for tensor in tensors.values():
             file.write(np.ascontiguousarray(tensor, "<f4").data)
@@ -158,23 +175,41 @@ def _read_bin(path: Path) -> dict[str, LazyTensor]:
     return {str(name): tensor for name, tensor in tree.items()}
 
 
-def _parts(tensors: Mapping[str, LazyTensor], where: str) -> tuple[_Parts, list[str]]:
-    """Canonical module -> part -> tensor, and the names of what is no part."""
+def _parts(tensors: Mapping[str, LazyTensor], config: Config, where: str) -> tuple[_Parts, list[str]]:
+    """The model's module -> part -> tensor, and the names of what is no part."""
     parts: _Parts = {}
     rest = []
+    weights = config.shapes()
     for name, tensor in tensors.items():
         match = _PART.fullmatch(name)
         if match is None:
             rest.append(name)
             continue
-        canonical = to_canonical(unwrap(match[1].removeprefix(_PREFIX)) + ".weight")
-        if canonical is None:
-            raise InputError(f"{where}: adapts {listed([match[1]])}, which is no module of an OpenELM")
-        found = parts.setdefault(canonical.removesuffix(".weight"), {})
+        name = unwrap(match[1].removeprefix(_PREFIX))
+        weight = next((weight for weight in _names(name, config) if weight in weights), None)
+        if weight is None:
+            raise InputError(f"{where}: adapts {listed([name])}, which {_lacks(name, config)}")
+        found = parts.setdefault(weight.removesuffix(".weight"), {})
         if match[2] in found:
             raise InputError(f"{where}: holds two adapters; save one alone")
         found[match[2]] = tensor
     return parts, rest
+
+
+def _names(module: str, config: Config) -> list[str]:
+    """What the weight of a module may be called in the model: PEFT's is transformers', alone or under a head."""
+    if isinstance(config, FamilyConfig):
+        return [f"{module}.weight", f"{config.family.body}.{module}.weight"]
+    canonical = to_canonical(f"{module}.weight")
+    return [] if canonical is None else [canonical]
+
+
+def _lacks(module: str, config: Config) -> str:
+    """Why the model has no such module, as far as can be told."""
+    if module == HEAD.removesuffix(".weight") and config.share_input_output_layers:
+        return "this model does not have: its head is its embedding"
+    known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in config.modules()))
+    return f"this model does not have; there are {known}"
 
 
 def _without_padding(parts: _Parts, config: ModelConfig) -> _Parts:
@@ -193,12 +228,14 @@ def _without_padding(parts: _Parts, config: ModelConfig) -> _Parts:
 
 
 def _assemble(
-    parts: _Parts, scalings: Mapping[str, Scaling], config: ModelConfig, where: str, dropout: float
+    parts: _Parts, scalings: Mapping[str, Scaling], config: Config, where: str, dropout: float
 ) -> tuple[Adapter, Arrays]:
-    order = [name.removesuffix(".weight") for name in config.shapes()]
+    if not parts:
+        raise InputError(f"{where}: adapts nothing")
+    order = config.modules()
     missing = [module for module in parts if module not in order]
-    if missing or not parts:
-        raise InputError(f"{where}: adapts {listed(missing) if missing else 'nothing'}, which the model does not have")
+    if missing:
+        raise InputError(f"{where}: adapts {listed(missing)}, which is done for OpenELM alone")
     dora = any("lora_magnitude_vector" in found for found in parts.values())
     arrays: Arrays = {}
     ranks: dict[str, int] = {}
@@ -212,9 +249,7 @@ def _assemble(
     return Adapter("dora" if dora else "lora", ranks, scale, dropout if 0 <= dropout < 1 else 0.0), arrays
 
 
-def _take(
-    module: str, found: dict[str, LazyTensor], config: ModelConfig, where: str, dora: bool, arrays: Arrays
-) -> int:
+def _take(module: str, found: dict[str, LazyTensor], config: Config, where: str, dora: bool, arrays: Arrays) -> int:
     """Puts the module's parts into `arrays`, checked. Returns its rank."""
     rows, columns = config.shapes()[f"{module}.weight"]
     embedding = module == EMBEDDING
@@ -245,14 +280,21 @@ def _take(
     return rank
 
 
-def _alpha(module: str, alpha: float, pattern: Mapping[str, Any]) -> float:
-    """PEFT's patterns are regular expressions; a module's name, or its end, is all that is followed here."""
-    for key, value in pattern.items():
-        if not re.fullmatch(r"[\w.]+", key):
-            raise InputError(f"alpha_pattern has {key[:40]!r}, which is no module's name")
-        if f".{module}".endswith(f".{key}"):
-            return float(value)
-    return alpha
+def _patterns(where: str, pattern: Mapping[str, Any]) -> list[tuple[re.Pattern[str], float]]:
+    """PEFT's `alpha_pattern`: regular expressions of a module's name, or of its end; the first that fits counts."""
+    if len(pattern) > _MOST_PATTERNS:
+        raise InputError(f"{where}: alpha_pattern has {len(pattern):,} entries; {_MOST_PATTERNS:,} are the most")
+    for key in pattern:
+        repeated = sum(key.count(sign) for sign in "*+?") - key.count("(?:")
+        if len(key) > _LONGEST_PATTERN or repeated > 2 or not _PATTERN.fullmatch(key):
+            raise InputError(
+                f"{where}: alpha_pattern has {listed([key])}, which is more of an expression than is followed here: "
+                "name the modules"
+            )
+    try:
+        return [(re.compile(rf"(?:.*\.)?(?:{key})$"), float(value)) for key, value in pattern.items()]
+    except re.error as error:
+        raise InputError(f"{where}: alpha_pattern holds what is no regular expression: {error}") from None
 
 
 def _is_number(value: object) -> bool:

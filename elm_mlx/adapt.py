@@ -120,22 +120,31 @@ def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
         InputError: the file holds values that are no numbers, or is damaged.
     """
     assert adapter.directory is not None
-    path = adapter.directory / adapters.WEIGHTS
+    path = adapters.weights_file(adapter.directory)
+    if path.name in adapters.PEFT_WEIGHTS:
+        import elm_mlx_convert
+
+        arrays = elm_mlx_convert.read_peft(adapter.directory, config)[1]
+        values = {name: mx.array(array) for name, array in arrays.items()}
+    else:
+        values = _read_values(path, adapter, config)
+    for name, value in values.items():
+        if not mx.isfinite(value).all().item():
+            raise InputError(f"{path}: tensor {name} holds values that are no numbers, or infinite")
+    return values
+
+
+def _read_values(path: Path, adapter: Adapter, config: Config) -> dict[str, mx.array]:
     try:
         stored = mx.load(str(path))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: MLX cannot load it: {error}") from None
     if adapter.kind == "full":
-        values = dict(stored)
-    else:
-        values = {
-            name: _cut(path, name, stored[adapter.file_name(name, config)].astype(mx.float32), shape)
-            for name, shape in adapter.shapes(config).items()
-        }
-    for name, value in values.items():
-        if not mx.isfinite(value).all().item():
-            raise InputError(f"{path}: tensor {name} holds values that are no numbers, or infinite")
-    return values
+        return dict(stored)
+    return {
+        name: _cut(path, name, stored[adapter.file_name(name, config)].astype(mx.float32), shape)
+        for name, shape in adapter.shapes(config).items()
+    }
 
 
 def _replace(model: Model, values: Mapping[str, mx.array]) -> None:

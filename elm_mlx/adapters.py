@@ -20,6 +20,7 @@ from elm_mlx.json_files import read_object
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 KINDS = ("lora", "dora", "full")
 
 EMBEDDING = "transformer.token_embeddings"
@@ -137,6 +138,8 @@ def plan(
 def read(directory: str | Path, config: Config) -> Adapter:
     """The adapter in `directory`, every tensor's name and shape checked against `config`'s model.
 
+    Of mlx-lm's layout; `describe.read_adapter` reads PEFT's too.
+
     Raises:
         InputError: names the file, and the tensor and both shapes, where something is missing or does not fit.
     """
@@ -163,6 +166,20 @@ def read(directory: str | Path, config: Config) -> Adapter:
     if not entries:
         raise InputError(f"{path / WEIGHTS}: holds no tensors")
     return adapter
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether an adapter's directory is of PEFT's layout, which `elm_mlx_convert.read_peft` reads."""
+    try:
+        return "peft_type" in read_object(directory / CONFIG)
+    except InputError:
+        return False
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's arrays, in either layout; where PEFT's is missing, the first that it could be."""
+    names = PEFT_WEIGHTS if is_peft(directory) else (WEIGHTS,)
+    return next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
 
 
 def check_model(adapter: Adapter, sha256: str) -> None:
@@ -237,9 +254,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
     values = read_object(path / CONFIG)
     if "peft_type" in values:
-        raise InputError(
-            f"{path}: an adapter of PEFT; `elm-mlx adapter MODEL {path} DST` makes one of it that can be used"
-        )
+        raise InputError(f"{path}: an adapter of PEFT, in another layout than mlx-lm's")
     return values
 
 

@@ -118,16 +118,32 @@ def read_config(path: Path) -> families.Config:
     return config
 
 
+def read_adapter(path: Path, config: families.Config) -> Adapter:
+    """The adapter in a directory, of mlx-lm's layout or of PEFT's, every tensor checked against `config`'s model.
+
+    Raises:
+        InputError: it cannot be read, does not fit, or is of a kind that cannot be expressed here.
+    """
+    from elm_mlx import adapters
+
+    if adapters.is_peft(path):
+        import elm_mlx_convert
+
+        adapter: Adapter = elm_mlx_convert.read_peft(path, config)[0]
+        return adapter
+    return adapters.read(path, config)
+
+
 def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
     from elm_mlx import adapters
 
     config = read_config(model)
-    adapter = adapters.read(path, config)
+    adapter = read_adapter(path, config)
     if adapter.model_sha256 is not None:
         adapters.check_model(adapter, fingerprint(model))
-    entries = headers.read(path / adapters.WEIGHTS)
-    shapes = adapter.shapes(config) if adapter.ranks else {entry.name: entry.shape for entry in entries}
+    weights = adapters.weights_file(path)
+    shapes = adapter.shapes(config) or {entry.name: entry.shape for entry in headers.read(weights)}
     parameters = sum(math.prod(shape) for shape in shapes.values())
     ranks: dict[str, list[int]] = {}
     for module, rank in adapter.ranks.items():
@@ -137,7 +153,7 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
         summary=adapter.describe(),
         parameters=parameters,
         share=parameters / sum(math.prod(shape) for shape in config.shapes().values()),
-        file_bytes=(path / adapters.WEIGHTS).stat().st_size,
+        file_bytes=weights.stat().st_size,
         head=_head(adapter, config),
         made_for="this model" if adapter.model_sha256 else "a model of these shapes; it does not say which",
         modules={module: _runs(of_layers) for module, of_layers in ranks.items()},
@@ -248,9 +264,9 @@ def _no_model(path: Path) -> str:
     if adapter is None:
         return "holds no config.json, so it is no model directory"
     if "peft_type" in adapter:
-        return (
-            f"an adapter of PEFT, and no model; `elm-mlx adapter MODEL {path} DST` makes one of it that --adapter takes"
-        )
+        base = adapter.get("base_model_name_or_path")
+        named = f"its model ({base})" if isinstance(base, str) and base else "its model"
+        return f"an adapter of PEFT, and no model directory by itself: give {named} and `--adapter {path}`"
     full = adapter.get("fine_tune_type") == "full"
     what = "the trained weights of a model, kept as an adapter" if full else "an adapter"
     model = model or adapter.get("model")  # mlx-lm's says it there

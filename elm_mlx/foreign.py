@@ -14,9 +14,9 @@ import numpy as np
 import elm_mlx_convert
 from elm_mlx import adapt, adapters, directories, files
 from elm_mlx.adapters import Adapter
-from elm_mlx.config import ModelConfig
-from elm_mlx.describe import check_directory
+from elm_mlx.describe import check_directory, read_config
 from elm_mlx.errors import InputError
+from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.store import open_adapter
 
 
@@ -40,7 +40,7 @@ def convert_adapter(
         InputError: `src` cannot be read or does not fit, `dst` is taken, or the layout cannot express the adapter.
         ElmError: it cannot be written.
     """
-    config = ModelConfig.load(check_directory(model) / "config.json")
+    config = read_config(check_directory(model))
     directories.check_destination(dst, directories.ADAPTER, overwrite, (src, model))
     found, values = _read(model, src, config, alpha, settings)
     with files.new_directory(dst, replace=overwrite) as directory:
@@ -52,19 +52,20 @@ def convert_adapter(
 
 
 def _read(
-    model: Path, src: Path, config: ModelConfig, alpha: float | None, settings: Path | None
+    model: Path, src: Path, config: Config, alpha: float | None, settings: Path | None
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
-    if (src / adapters.WEIGHTS).is_file():
+    if (src / adapters.CONFIG).is_file():
         adapter = open_adapter(src, model, config)
         if adapter.kind == "full":
             raise InputError(f"{src}: weights of the whole model are no adapter; `elm-mlx fuse` merges them")
         return adapter, {name: np.array(value) for name, value in adapt.read_values(adapter, config).items()}
-    if (src / adapters.CONFIG).is_file():
-        found: tuple[Adapter, dict[str, np.ndarray]] = elm_mlx_convert.read_peft(src, config)
-    elif src.exists():
-        found = elm_mlx_convert.read_corenet(src, config, alpha=alpha, settings=settings)
-    else:
+    if not src.exists():
         raise InputError(f"{src}: no such file or directory")
+    if isinstance(config, FamilyConfig):
+        raise InputError(f"{src}: holds no {adapters.CONFIG}, which an adapter of a {config.family.name} has")
+    found: tuple[Adapter, dict[str, np.ndarray]] = elm_mlx_convert.read_corenet(
+        src, config, alpha=alpha, settings=settings
+    )
     odd = next((name for name, value in found[1].items() if not np.isfinite(value).all()), None)
     if odd is not None:
         raise InputError(f"{src}: {odd} holds values that are no numbers, or infinite")

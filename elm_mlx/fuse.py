@@ -191,7 +191,7 @@ def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None
 def _record(source: Path, adapter: Adapter) -> dict[str, Any]:
     """Where the model comes from: what was merged, and all that the base's own record says."""
     assert adapter.directory is not None
-    weights = adapter.directory / adapters.WEIGHTS
+    weights = adapters.weights_file(adapter.directory)
     base: Any = None
     if (source / "conversion.json").is_file():
         base = json_files.read_object(directories.own_file(source / "conversion.json"))

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import device, end_tokens, files, headers
-from elm_mlx.describe import check_directory, fingerprint, read_config, weight_files
+from elm_mlx.describe import check_directory, fingerprint, read_adapter, read_config, weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.model import Model
@@ -140,7 +140,7 @@ def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapte
     """
     from elm_mlx import adapters
 
-    adapter = adapters.read(adapter_path, config)
+    adapter = read_adapter(files.expanded(adapter_path), config)
     if adapter.model_sha256 is not None:
         adapters.check_model(adapter, fingerprint(path))
     return adapter

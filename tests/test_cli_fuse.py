@@ -155,8 +155,12 @@ def test_to_peft_and_back(run: Run, tiny_model_dir: Path, adapter: Path, tmp_pat
     assert sorted(entry.name for entry in (tmp_path / "peft").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors",
     ]  # fmt: skip
-    code, _, err = run("info", tiny_model_dir, "--adapter", tmp_path / "peft")
-    assert code == 2 and "an adapter of PEFT; `elm-mlx adapter" in err
+    code, out, err = run("info", tiny_model_dir, "--adapter", tmp_path / "peft")
+    assert code == 0 and "LoRA of rank 4, scale 2, on 12 modules" in out, err
+    options = ("--prompt", "the quick", "--temp", 0, "--max-tokens", 12)
+    said = [run("generate", tiny_model_dir, *options, "--adapter", path)[1] for path in (adapter, tmp_path / "peft")]
+    assert said[0] == said[1] != run("generate", tiny_model_dir, *options)[1]
+    assert run("fuse", tiny_model_dir, tmp_path / "peft", tmp_path / "fused")[0] == 0
     assert run("adapter", tiny_model_dir, tmp_path / "peft", tmp_path / "back")[0] == 0
     first, back = (mx.load(str(path / "adapters.safetensors")) for path in (adapter, tmp_path / "back"))
     assert first.keys() == back.keys() and all(mx.array_equal(first[name], back[name]) for name in first)

@@ -135,7 +135,14 @@ def test_what_is_no_model_directory_says_what_to_do(tmp_path: Path) -> None:
         ),
         ({"adapter_config.json": {"model": "theirs"}}, "give theirs and `--adapter"),
         ({"adapter_config.json": {"model": 7}, "run.json": {"settings": 7}}, "give MODEL and `--adapter"),
-        ({"adapter_config.json": {"peft_type": "LORA"}}, "an adapter of PEFT, .* `elm-mlx adapter MODEL .*out DST`"),
+        (
+            {"adapter_config.json": {"peft_type": "LORA"}},
+            "an adapter of PEFT, and no .* its model and `--adapter .*out`",
+        ),
+        (
+            {"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "some/llama"}},
+            r"give its model \(some/llama\) and `--adapter .*out`",
+        ),
         (
             {"run.json": {"command": "dpo"}},
             "a training run that has left no adapter yet, .* `elm-mlx dpo --out .*out --resume` goes on",

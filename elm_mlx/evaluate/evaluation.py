@@ -103,7 +103,7 @@ class Evaluation:
         self._identity = {
             "model": fingerprint(self._path),
             "config.json": _digest(self._path / "config.json"),
-            "adapter": None if adapter is None else _digest(adapter / adapters.WEIGHTS, adapter / adapters.CONFIG),
+            "adapter": None if adapter is None else _digest(adapters.weights_file(adapter), adapter / adapters.CONFIG),
             "computed in": _computed_in(self._loaded.model),
         }
         self._about = {"model": str(path), "adapter": None if adapter is None else str(adapter)}
