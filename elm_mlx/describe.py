@@ -1,7 +1,6 @@
 """What a model directory holds, without loading it.
 
-Knows `config.json` and the headers of the weights; imports no MLX, but for a model of another family:
-its shapes are its network's.
+Knows `config.json` and the headers of the weights; imports no MLX.
 """
 
 from __future__ import annotations
@@ -111,10 +110,8 @@ class AdapterDescription:
 def read_config(path: Path) -> families.Config:
     """The config of a model directory, of an OpenELM or of another family. Raises InputError where it makes none."""
     config = families.read(path)
-    if isinstance(config, families.FamilyConfig):
-        from elm_mlx import networks
-
-        return networks.described(config)
+    if isinstance(config, families.FamilyConfig) and any(path.glob("model*.safetensors")):
+        return families.with_own_head(config, weight_files(path))
     return config
 
 
@@ -328,12 +325,13 @@ def _stored(path: Path, config: families.Config) -> tuple[str, int]:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
     files = weight_files(path)
     entries = {entry.name: entry for file in files for entry in headers.read(file)}
-    # Another family's files may have names and shapes that only its network translates.
-    plain = config.quantization is None and not isinstance(config, families.FamilyConfig)
-    for name, shape in config.shapes().items() if plain else ():
+    for name, shape in config.shapes().items() if config.quantization is None else ():
         if name not in entries:
             raise InputError(f"{path}: tensor {name} is missing")
-        if entries[name].shape != shape:
+        found = entries[name].shape
+        if name.endswith("conv1d.weight") and len(found) == 3:  # in PyTorch's order, or MLX's
+            found = (found[0], max(found[1:]), min(found[1:]))
+        if found != shape:
             raise InputError(f"{path}: tensor {name} is {entries[name].shape}, and config.json implies {shape}")
     types = {entry.dtype for entry in entries.values()}
     floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))

@@ -11,25 +11,23 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-from elm_mlx import device, ops
+from elm_mlx import ops
 from elm_mlx.cache import KVCache, SegmentedRow, StateCache
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.families import FamilyConfig
 from elm_mlx.ops import Segments
 from elm_mlx.rope import Rope, Rotate
+from elm_mlx.rope_config import RopeConfig
 
 _PACKAGE = "elm_mlx_networks"
 
@@ -39,7 +37,7 @@ class Spoken:
 
     Attributes:
         body_name, embedding_name: of the module that is all but the head, and of the embedding in it.
-        ropes: what takes the place of RoPE in the layers, on a CPU; several layers share one.
+        ropes: what takes the place of RoPE in the layers; several layers share one.
     """
 
     body_name: str
@@ -88,40 +86,37 @@ class Spoken:
 
 
 def network(config: FamilyConfig) -> Any:
-    """mlx-lm's network with random weights, speaking `model.Model`'s protocol.
+    """mlx-lm's network with random weights, not computed, speaking `model.Model`'s protocol.
 
     Raises:
-        InputError: a value is missing in the config, or makes no sense to the network.
-        ElmError: mlx-lm is not there, or has no such network.
+        ElmError: mlx-lm is not there, has no such network, or not this one.
     """
     family = config.family
     found = module(family.file)
+    values = {**config.values, "tie_word_embeddings": config.share_input_output_layers}
     try:
-        made = found.Model(found.ModelArgs.from_dict(dict(config.values)))
-    except Exception as error:  # whatever a constructor makes of odd values
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"config.json: makes no {family.name} network: {reason}") from None
+        made = found.Model(found.ModelArgs.from_dict(values))
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ElmError(f"this mlx-lm makes no {family.name} network of such a config.json: {reason}") from None
     if family.bare_norms:
         _bare_norms(made)
+    for part in made.modules() if "layer_norm_epsilon" in values else ():  # which mlx-lm's Mamba does not read
+        if isinstance(part, nn.RMSNorm):
+            part.eps = values["layer_norm_epsilon"]
     made.__class__ = _speaking(found.Model, family.body, family.embedding)
     made.config = config
-    # Beside the network's parts, not one of them.
-    object.__setattr__(made, "ropes", () if device.on_gpu() else _share_ropes(made))
-    constants = (value for part in made.modules() for name, value in part.items() if name.startswith("_"))
-    mx.eval([value for value in constants if isinstance(value, mx.array)])  # RoPE's, or each graph would compute them
+    object.__setattr__(made, "ropes", _share_ropes(made))  # beside the network's parts, not one of them
     return made
-
-
-def described(config: FamilyConfig) -> FamilyConfig:
-    """`config` with the names and shapes of its network's weights. Raises as `network`."""
-    weights = {name: tuple(value.shape) for name, value in tree_flatten(network(config).parameters())}
-    return replace(config, weights=weights)
 
 
 def sanitized(config: FamilyConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
     """Weights as published by the network's names and shapes, what it does not need left out. Nothing is computed."""
-    made = network(config)
-    return made.sanitize(weights) if hasattr(made, "sanitize") else weights
+    kept = {name: value for name, value in weights.items() if config.needs(name)}
+    for name, value in kept.items():  # PyTorch keeps a convolution's channels before its width
+        if name.endswith("conv1d.weight") and value.ndim == 3 and value.shape[-1] != 1:
+            kept[name] = value.moveaxis(2, 1)
+    return kept
 
 
 def module(name: str) -> ModuleType:
@@ -163,56 +158,46 @@ def _bare_norms(network: nn.Module) -> None:
 
 
 class _SharedRope(nn.Module):
-    """RoPE of several layers. During a forward pass of the network its sines are taken once, and not in each layer."""
+    """RoPE of several layers, in the place of mlx-lm's. A forward pass of the network takes its sines once for all."""
 
-    def __init__(self, own: nn.Module, rope: Rope) -> None:
+    def __init__(self, rope: Rope) -> None:
         super().__init__()
-        self._plain, self._rope = own.__call__, rope  # the method: it counts as none of the network's modules
+        self._rope = rope  # counts as none of the network's modules
         self.rotate: Rotate | None = None
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
-        return self._plain(x, offset) if self.rotate is None else self.rotate(x)
+        """`(batch, heads, length, head_dim)`, rotated; outside a forward pass for positions from `offset` on."""
+        rotate = self._rope(x.shape[2], offset) if self.rotate is None else self.rotate
+        return rotate(x)
 
-    def begin(self, length: int, offset: int | mx.array) -> None:
-        self.rotate = self._rope(length, offset)
+    def begin(self, length: int, offset: int | mx.array, text_length: int) -> None:
+        self.rotate = self._rope(length, offset, text_length)
 
 
-def _share_ropes(network: nn.Module) -> tuple[_SharedRope, ...]:
-    """Puts one `_SharedRope` in the place of all RoPEs that are alike, where it is a plain rotation of half heads."""
-    shared: dict[tuple[Any, ...], _SharedRope] = {}
-    for part in network.modules():
-        own = part.get("rope") if isinstance(part, dict) else None
-        found = None if own is None else _rotation(own, part)
-        if found is not None:
-            frequencies, scale = found
-            key = (tuple(frequencies.tolist()), scale)
-            if key not in shared:
-                shared[key] = _SharedRope(own, Rope(2 * frequencies.size, frequencies, own, scale))
-            part.rope = shared[key]
+def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
+    """Puts one `_SharedRope` in the place of the RoPEs of all layers that rotate alike."""
+    config: FamilyConfig = network.config
+    if not config.family.positions:
+        return ()
+    shared: dict[RopeConfig, _SharedRope] = {}
+    for number, layer in enumerate(network.layers):
+        how = config.layer_rope(number)
+        if how not in shared:
+            shared[how] = _SharedRope(Rope(config.values["head_dim"], how))
+        layer.self_attn.rope = shared[how]
     return tuple(shared.values())
-
-
-def _rotation(rope: nn.Module, attention: nn.Module) -> tuple[mx.array, float] | None:
-    """Radians a position and the scale of mlx-lm's RoPE; None where it isn't such a one, or not of whole heads."""
-    kind = type(rope).__name__
-    dims = getattr(rope, "dims", getattr(rope, "dim", None))
-    if dims is None or dims != getattr(attention, "head_dim", None) or getattr(rope, "traditional", False):
-        return None
-    if kind == "RoPE":
-        half = dims // 2
-        return mx.exp(mx.arange(half, dtype=mx.float32) * (-math.log(rope.base) / half)) * rope.scale, 1.0
-    if kind == "Llama3RoPE":
-        return 1 / rope._freqs, 1.0
-    return (1 / rope._freqs, float(rope._scale)) if kind == "SuScaledRoPE" else None
 
 
 @contextmanager
 def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | None) -> Iterator[None]:
     """A forward pass of `length` positions, for which the ropes' sines are taken now."""
-    offset = 0 if cache is None or cache[0] is None or not ropes else cache[0].offset
+    first = None if cache is None or not ropes else cache[0]
+    offset = 0 if first is None else first.offset
     try:
         for rope in ropes:
-            rope.begin(length, offset if isinstance(offset, int) else mx.array(offset))
+            rope.begin(
+                length, offset if isinstance(offset, int) else mx.array(offset), getattr(first, "text_length", 0)
+            )
         yield
     finally:
         for rope in ropes:

@@ -63,7 +63,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_SHAPE, "model_type": "mistral", "attention_bias": True, "head_dim": 16, "tie_word_embeddings": True},
     "phi3": {
         **_SHAPE, "model_type": "phi3", "original_max_position_embeddings": 64,
-        "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 4, "short_factor": [1.0] * 4},
+        # both alike, for mlx-lm knows the long one alone
+        "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 4, "short_factor": [1.5] * 4},
     },
     "olmo": {**_SHAPE, "model_type": "olmo", "num_key_value_heads": 6, "tie_word_embeddings": True, "clip_qkv": None},
     "olmo2": {**_SHAPE, "model_type": "olmo2", "tie_word_embeddings": False},

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from elm_mlx.errors import InputError
+from elm_mlx.packing import BITS, FLOATS, GROUPS
 from elm_mlx.quantization import recipe
 from elm_mlx.quantization.budget import allocate
-from elm_mlx.quantization.formats import BITS, FLOATS, GROUPS, Format, choose, pack, rounded
+from elm_mlx.quantization.formats import Format, choose, pack, rounded
 
 ALL = [Format(bits, group) for bits in BITS for group in GROUPS] + [Format(*FLOATS[mode], mode) for mode in FLOATS]
 

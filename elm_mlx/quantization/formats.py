@@ -11,12 +11,8 @@ import mlx.core as mx
 
 from elm_mlx import lora
 from elm_mlx.errors import InputError
+from elm_mlx.packing import AFFINE, BITS, FLOATS, GROUPS
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (32, 64, 128)
-# mode -> bits and group size, of which each has one: microscaling floats (OCP MX 1.0) and NVIDIA's.
-FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
-AFFINE = "affine"
 _BLOCK = 32
 GROUP = 64
 

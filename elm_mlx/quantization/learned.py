@@ -23,7 +23,8 @@ from elm_mlx import device
 from elm_mlx.config import MODEL_TYPE
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config, FamilyConfig
-from elm_mlx.quantization.formats import AFFINE, Format
+from elm_mlx.packing import AFFINE
+from elm_mlx.quantization.formats import Format
 from elm_mlx.quantization.plan import Tensors
 
 METHODS = ("awq", "dwq", "gptq")

@@ -14,8 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError
+from elm_mlx.packing import BITS
 from elm_mlx.quantization import budget
-from elm_mlx.quantization.formats import BITS, Format
+from elm_mlx.quantization.formats import Format
 
 Tensors = dict[str, mx.array]
 

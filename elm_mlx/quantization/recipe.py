@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from elm_mlx import device
+from elm_mlx import device, packing
 from elm_mlx.errors import InputError
 from elm_mlx.quantization import formats, learned
 from elm_mlx.quantization.formats import Format
@@ -35,7 +35,7 @@ class Recipe:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bpw is not None and self.how.mode != formats.AFFINE:
+        if self.bpw is not None and self.how.mode != packing.AFFINE:
             raise InputError(f"--bpw mixes affine weights: it goes with no --mode {self.how.mode}")
         if self.bpw is not None and not 0 < self.bpw <= 32:
             raise InputError(f"--bpw {self.bpw:g}: bits a weight are more than 0 and at most 32")
@@ -53,20 +53,20 @@ def named(name: str) -> Recipe:
     Raises:
         InputError: it is none of these.
     """
-    if name in formats.FLOATS:
+    if name in packing.FLOATS:
         return choose(mode=name)
     try:
         return choose(int(name)) if name.isdigit() else choose(bpw=float(name))
     except ValueError:
         raise InputError(
-            f"--quantize {name}: is no number of bits, none of {', '.join(formats.FLOATS)}, and no budget such as 4.5"
+            f"--quantize {name}: is no number of bits, none of {', '.join(packing.FLOATS)}, and no budget such as 4.5"
         ) from None
 
 
 def choose(
     bits: int | None = None,
     group_size: int | None = None,
-    mode: str = formats.AFFINE,
+    mode: str = packing.AFFINE,
     *,
     bpw: float | None = None,
     method: str | None = None,

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx.quantization.formats import BITS, Format, rounded
+from elm_mlx.packing import BITS
+from elm_mlx.quantization.formats import Format, rounded
 from elm_mlx.quantization.losses import Advance, Reference, Row, divergences, log_softmax
 
 MEASURED = (2, 3, 4)

@@ -17,7 +17,8 @@ import mlx.core as mx
 
 from elm_mlx import directories, files, json_files, shards
 from elm_mlx.errors import ElmError
-from elm_mlx.quantization.formats import AFFINE, Format, pack
+from elm_mlx.packing import AFFINE
+from elm_mlx.quantization.formats import Format, pack
 from elm_mlx.quantization.plan import Tensors, main_dtype
 from elm_mlx.shards import Pending
 
