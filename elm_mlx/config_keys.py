@@ -93,8 +93,10 @@ class Keys:
 
 
 def short(value: object) -> str:
-    """A value as an error shows it: what came from a file may be of any length."""
-    text = str(value) if isinstance(value, str) else repr(value)
+    """A value on one line as an error shows it: what came from a file may be of any size, and of any depth."""
+    if isinstance(value, (list, Mapping)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -251,7 +251,7 @@ def read(directory: Path) -> Config:
         return ModelConfig.from_dict(values, where=str(path))
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join((MODEL_TYPE, *FAMILIES))
-        raise InputError(f"{path}: model_type is {short(model_type)!r}, and this reads {known}")
+        raise InputError(f"{path}: model_type is {short(model_type)}, and this reads {known}")
     return normal(Keys(str(path), values), model_type)
 
 
@@ -431,7 +431,7 @@ def _check_quantization(keys: Keys) -> None:
     if keys.has("quantization"):
         packing.check(keys.where, keys.get("quantization"))
     elif keys.within("quantization_config").says("quant_method"):
-        method = short(keys.within("quantization_config").get("quant_method"))
+        method = str(keys.within("quantization_config").get("quant_method"))[:40]
         raise InputError(
             f"{keys.where}: quantized by {method}; `mlx_lm.convert --hf-path` makes a directory that can be read"
         )
