@@ -10,6 +10,7 @@ import pytest
 
 from elm_mlx import settings
 from elm_mlx.errors import InputError
+from elm_mlx.sampling import Sampler
 
 
 def write(directory: Path, **values: Any) -> Path:
@@ -49,20 +50,45 @@ def test_a_model_that_does_not_sample_has_no_temperature(tmp_path: Path, samplin
 
 
 def test_null_is_nothing_said(tmp_path: Path) -> None:
-    write(tmp_path, do_sample=True, temperature=None, top_k=None, max_new_tokens=None)
+    write(tmp_path, do_sample=None, temperature=None, top_k=None, max_new_tokens=None, eos_token_id=None)
     assert settings.load(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({"do_sample": True}, {"temp": 1.0}),
+        ({"do_sample": True, "temperature": None, "top_p": 1.0}, {"temp": 1.0, "top_p": 1.0}),
+        ({"do_sample": True, "temperature": 0}, {"temp": 0}),
+        ({"do_sample": True, "temperature": 0.0, "top_k": -1}, {"temp": 0.0, "top_k": 0}),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 0}, {"temp": 0.0, "top_k": 0}),
+        ({"top_k": 50.0, "max_new_tokens": 1e3, "eos_token_id": [1, 2]}, {"top_k": 50, "max_tokens": 1000}),
+        ({"top_p": 1, "min_p": 0, "repetition_penalty": 1, "num_beams": 4, "max_length": 20},
+         {"top_p": 1, "min_p": 0, "repetition_penalty": 1}),
+    ],
+)  # fmt: skip
+def test_as_transformers_and_others_write_it(tmp_path: Path, said: dict[str, Any], meant: dict[str, Any]) -> None:
+    found = settings.load(write(tmp_path, **said))
+    assert found == meant
+    Sampler(**{name: value for name, value in found.items() if name != "max_tokens"})
+    assert all(type(found[name]) is int for name in found.keys() & {"top_k", "max_tokens"})
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [("temperature", "hot"), ("temperature", [1]), ("temperature", True), ("top_k", 2.5), ("top_k", "40"),
-     ("top_k", True), ("max_new_tokens", 1e3), ("max_new_tokens", {}), ("top_p", "0.9"), ("min_p", False)],
+     ("top_k", True), ("max_new_tokens", 1e3 + 0.5), ("max_new_tokens", {}), ("top_p", "0.9"), ("min_p", False),
+     ("temperature", -1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0), ("top_p", 1.5),
+     ("top_k", -2), ("min_p", 2), ("repetition_penalty", 0), ("max_new_tokens", 0), ("max_new_tokens", -1),
+     ("do_sample", "yes"), ("do_sample", 1), ("top_k", float("inf"))],
 )  # fmt: skip
-def test_what_is_no_number_is_named(tmp_path: Path, key: str, value: Any) -> None:
-    write(tmp_path, do_sample=True, **{key: value})
-    with pytest.raises(InputError, match=rf"generation_config\.json: {key} is .*: a number is needed") as caught:
+def test_what_cannot_be_used_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    write(tmp_path, **{"do_sample": True, key: value})
+    with pytest.raises(
+        InputError, match=rf"generation_config\.json: {key} is .*: .* (is needed|must be) ?.*"
+    ) as caught:
         settings.load(tmp_path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250 + len(str(tmp_path))
 
 
 @pytest.mark.parametrize(
