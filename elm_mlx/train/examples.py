@@ -34,6 +34,7 @@ class Prepared:
         counts: records of each format, by its class's name.
         bad: of each record that gave no example because it isn't whole, where it stands and what is wrong.
         ignored: keys of records that mean nothing here, each with how many records have it.
+        missing: what is told where shards of the data are not there.
         longest: the longest record's tokens, and where it stands.
         split: texts that were split, into `windows` examples.
         cut: answers that lost their end.
@@ -49,6 +50,7 @@ class Prepared:
     counts: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    missing: str | None = None
     longest: tuple[int, str] = (0, "")
     split: int = 0
     windows: int = 0
@@ -181,7 +183,9 @@ def prepare(
         InputError: there are conversations, and no template.
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
-    prepared = Prepared(max_length, truncate, context, bad=list(split.bad), ignored=split.ignored)
+    prepared = Prepared(
+        max_length, truncate, context, bad=list(split.bad), ignored=split.ignored, missing=split.missing
+    )
     for record in split.records:
         if template is None and isinstance(record, Conversation):
             raise InputError(

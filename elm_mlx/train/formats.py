@@ -21,7 +21,7 @@ from elm_mlx import json_files, reading
 from elm_mlx.errors import ElmError, InputError
 
 PACKINGS = ("", ".gz", ".zst")
-JSON = tuple(kind + packing for packing in PACKINGS for kind in (".jsonl", ".json"))
+JSON = tuple(kind + packing for packing in PACKINGS for kind in (".jsonl", ".json", ".ndjson"))
 TEXT = tuple(".txt" + packing for packing in PACKINGS)
 PARQUET = ".parquet"
 

@@ -159,10 +159,11 @@ def load(
         BadRecords, InputError, ElmError: as `examples.load`.
     """
     examples.check_length(max_length, context)
-    splits = {
-        name: prepare(entries, tokenizer, template, max_length, truncate, context)
-        for name, entries in records.values(path, _KNOWN).items()
-    }
+    splits = {}
+    for name, found in records.files(path).items():
+        entries = records.values(found.paths, _KNOWN)
+        splits[name] = prepare(entries, tokenizer, template, max_length, truncate, context)
+        splits[name].missing = found.missing
     examples.check(path, splits, skip_bad)
     return splits
 

@@ -6,9 +6,8 @@ how files are packed, and of tokens, templates and lengths.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 from elm_mlx.errors import InputError
 from elm_mlx.files import expanded
 from elm_mlx.template import ROLES, check_messages
-from elm_mlx.train import formats
+from elm_mlx.train import formats, splits
 from elm_mlx.train.formats import BadRecord, keys_of, kind_of
+from elm_mlx.train.splits import Files
 
-SPLITS = ("train", "valid", "test")
 SUFFIXES = (*formats.JSON, formats.PARQUET)
 PAIR = ("chosen", "rejected")
 SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
@@ -97,18 +96,20 @@ class Split:
     Attributes:
         bad: of each record that isn't whole, where it stands and what is wrong.
         ignored: keys that mean nothing here, each with how many of the other records have it.
+        missing: what is told where shards are not there.
     """
 
     records: list[Record] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
+    missing: str | None = None
 
 
 def read(path: Path, format: str | None = None) -> dict[str, Split]:
     """Every record of a file, as split `train`, or of a directory's splits.
 
-    A directory holds `train.jsonl` (or any of SUFFIXES), and if it likes `valid` (`validation`) and `test`; a split
-    may be in shards, `train-00000-of-00002.parquet`.
+    A directory holds `train.jsonl` (or any of SUFFIXES), and if it likes `valid` and `test`, as `splits.find` finds
+    them: in shards, in folders, by other names of theirs.
 
     Args:
         format: one of FORMATS, for every record; otherwise each one's own keys tell.
@@ -119,10 +120,10 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
     """
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: is not one of {', '.join(FORMATS)}")
-    splits: dict[str, Split] = {}
-    for name, found in values(path, _COLUMNS).items():
-        split = splits[name] = Split()
-        for where, value in found:
+    found: dict[str, Split] = {}
+    for name, of_split in files(path).items():
+        split = found[name] = Split(missing=of_split.missing)
+        for where, value in values(of_split.paths, _COLUMNS):
             try:
                 if isinstance(value, BadRecord):
                     raise value
@@ -132,11 +133,22 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
                 split.ignored.update(ignored(value, _KNOWN[name]))
             except BadRecord as error:
                 split.bad.append(f"{where}: {error}")
-    return splits
+    return found
 
 
-def values(path: Path, columns: Collection[str]) -> dict[str, Iterator[tuple[str, Any]]]:
-    """By split, as `read`, each value with where it stands, read when asked for; BadRecord for a line that is no JSON.
+def files(path: Path) -> dict[str, Files]:
+    """The files that `path` means by split: a file is `train`. Raises InputError as `read`."""
+    path = expanded(path)
+    if path.is_file():
+        formats.suffix_of(path, SUFFIXES)
+        return {"train": Files([path])}
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or directory")
+    return splits.find(path, SUFFIXES)
+
+
+def values(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Each value in files with where it stands, read when asked for; BadRecord for a line that is no JSON.
 
     Args:
         columns: of Parquet, those that are read.
@@ -144,39 +156,13 @@ def values(path: Path, columns: Collection[str]) -> dict[str, Iterator[tuple[str
     Raises:
         InputError, ElmError: as `read`; what is wrong within a file, when it is reached.
     """
-    return {name: _values(files, columns) for name, files in _files(path).items()}
-
-
-def _values(files: list[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
     empty = True
-    for file in files:
+    for file in paths:
         for entry in _entries(file, formats.suffix_of(file, SUFFIXES), columns):
             empty = False
             yield entry
     if empty:
-        raise InputError(f"{', '.join(map(str, files))}: holds no records")
-
-
-def _files(path: Path) -> dict[str, list[Path]]:
-    path = expanded(path)
-    if path.is_file():
-        formats.suffix_of(path, SUFFIXES)
-        return {"train": [path]}
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or directory")
-    names = "train|valid(?:ation)?|test"
-    pattern = re.compile(rf"({names})(-\d+-of-\d+)?({'|'.join(map(re.escape, SUFFIXES))})")
-    found: dict[str, list[Path]] = {}
-    for file in sorted(path.iterdir()):
-        if match := pattern.fullmatch(file.name):
-            files = found.setdefault("valid" if match[1] == "validation" else match[1], [])
-            if files and not (match[2] and "-of-" in files[0].name):
-                both = f"{files[0].name} and {file.name}"
-                raise InputError(f"{path}: {both} are of the same split; keep one, or pass a file")
-            files.append(file)
-    if "train" not in found:
-        raise InputError(f"{path}: holds no train{', train'.join(SUFFIXES)}; to train on one file alone, pass it")
-    return {name: found[name] for name in SPLITS if name in found}
+        raise InputError(f"{', '.join(map(str, paths))}: holds no records")
 
 
 def _entries(path: Path, suffix: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:

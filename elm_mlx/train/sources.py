@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,11 +20,10 @@ from typing import IO, Any
 
 from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.train import formats
+from elm_mlx.train import formats, splits
 from elm_mlx.train.formats import BadRecord
 
 SUFFIXES = (*formats.JSON, *formats.TEXT, formats.PARQUET)
-_HELD_OUT = re.compile(r"(valid|validation|test)[.-]", re.IGNORECASE)  # what a directory's splits are called
 _MANY = 16  # files for each process, from which on a process is given whole files rather than a share of each
 
 
@@ -34,8 +32,8 @@ class Source:
     """One part of a mixture: either `path` or `dataset`.
 
     Args:
-        path: a file; a directory: all data files below it but those that are held out by their names, `valid`,
-            `validation` and `test`; or a glob, in which `**` crosses directories.
+        path: a file; a directory: all data files below it but those that are held out by their or their folders'
+            names, as `splits.name_of` knows them; or a glob, in which `**` crosses directories.
         dataset: a data set's name on the Hub, to be streamed by the `datasets` package.
         subset, split: of `dataset`.
         weight: the share of this source's tokens, in relation to the others' weights.
@@ -255,7 +253,7 @@ def _found(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         known = (each for each in path.rglob("*") if each.name.lower().endswith(SUFFIXES) and each.is_file())
-        paths = sorted(each for each in known if not _HELD_OUT.match(each.name) and not _hidden(each.relative_to(path)))
+        paths = sorted(each for each in known if _is_meant(each.relative_to(path)))
         if not paths:
             raise InputError(f"{path}: holds no data files, which are {', '.join(SUFFIXES)}")
         return paths
@@ -268,8 +266,10 @@ def _found(pattern: str) -> list[Path]:
     return paths
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _is_meant(path: Path) -> bool:
+    """Whether a file below a source's directory is one of its files: not hidden, and not held out."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and not splits.is_held_out(path, formats.suffix_of(path, SUFFIXES))
 
 
 def _datasets(source: Source) -> Any:
