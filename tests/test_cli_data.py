@@ -211,3 +211,66 @@ def test_nothing_heavy_is_imported(tmp_path: Path, tiny_model_dir: Path) -> None
     assert "3 examples" in done.stdout
     found = {name.partition(".")[0] for name in done.stderr.split()}
     assert not found & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "pyarrow", "rich"}
+
+
+PAIRS = [
+    {"prompt": "the quick", "chosen": " brown fox", "rejected": " lazy dogs jumps", "id": 1},
+    {"prompt": "an old", "chosen": " king", "rejected": " told\nstories", "id": 2, "score": None},
+]
+
+
+class TestPairs:
+    def test_they_are_shown_as_dpo_sees_them(self, run: Run, tmp_path: Path, tiny_tokenizer: Tokenizer) -> None:
+        code, out, err = run(write(tmp_path / "a.jsonl", *PAIRS * 3))
+        assert code == 0 and err == ""
+        assert out.startswith("train: 6 pairs of answers, for `elm-mlx dpo`\n")
+        assert "ignored   keys without meaning here: `id` (6), `score` (3)\n" in out
+        whole = [
+            [len(tiny_tokenizer.encode(pair["prompt"] + pair[key])) + 1 for key in ("chosen", "rejected")]  # type: ignore[operator]
+            for pair in PAIRS
+        ]
+        assert f"tokens    {3 * sum(map(sum, whole)):,}, " in out
+        longer = sorted(map(max, whole))
+        assert f"lengths   of the longer answer: median {longer[0]}, longest {longer[1]}\n" in out
+        assert f"pair 1: {tmp_path}/a.jsonl, line 1, {whole[0][0]} tokens and {whole[0][1]} tokens\n" in out
+        assert "            <s>the quick\nchosen      ⟦ brown fox</s>⟧\nrejected    ⟦ lazy dogs jumps</s>⟧\n" in out
+        assert "rejected    ⟦ told\n            stories</s>⟧\n" in out
+        assert out.count("\npair ") == 5
+
+    def test_bad_ones_are_named(self, run: Run, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", PAIRS[0], PAIRS[0] | {"rejected": " brown fox"}, {"text": "a"})
+        code, out, err = run(path)
+        assert code == 2 and out == ""
+        assert [line.partition(": ")[2] for line in err.splitlines()[:2]] == [
+            "`chosen` and `rejected` are the same",
+            "`chosen` is missing; a pair has `prompt`, `chosen` and `rejected`; `elm-mlx lora` trains on such records",
+        ]
+        code, out, _ = run(path, "--skip-bad")
+        assert code == 0 and "train: 1 pair of answers" in out and "bad       2 records left out" in out
+
+    def test_what_is_no_pair_first_makes_pairs_bad(self, run: Run, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", {"text": "a"}, *PAIRS)
+        code, _, err = run(path)
+        assert (
+            code == 2 and err.count("is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those") == 2
+        )
+        code, _, err = run(path, "--format", "pairs")
+        assert code == 2 and err.count("`chosen` is missing") == 1 and "1 bad record;" in err
+        assert run(write(tmp_path / "b.jsonl", PAIRS[0] | {"text": "a"}), "--format", "text")[0] == 0
+
+    def test_options_that_pairs_have_not(self, run: Run, tmp_path: Path) -> None:
+        code, _, err = run(write(tmp_path / "a.jsonl", *PAIRS), "--train-on-prompt")
+        assert code == 2 and "answers alone count: leave out --train-on-prompt" in err
+
+
+def test_keys_and_shards_that_are_not_used_are_told(run: Run, tmp_path: Path) -> None:
+    write(tmp_path / "train-00001-of-00003.jsonl", *({"text": "the fox", f"k\x1b{i}": 1, "id": 1} for i in range(9)))
+    code, out, _ = run(tmp_path)
+    assert code == 0 and "\x1b" not in out
+    assert "files     1 of 3 shards are here, train-00001-of-00003.jsonl first; missing: 00000, 00002\n" in out
+    assert "ignored   keys without meaning here: `id` (9), `k\\x1b0` (1), " in out and " and 2 more\n" in out
+
+
+def test_no_tokens_at_all_are_not_the_default(run: Run, tmp_path: Path) -> None:
+    code, _, err = run(write(tmp_path / "a.jsonl", {"text": "the fox"}), "--max-seq-length", 0)
+    assert code == 2 and "--max-seq-length 0: an example has two tokens or more" in err

@@ -153,9 +153,10 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
     assert long in run(*start, "--recipe", "openelm-270M")[2]
     (data / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     code, _, err = run(*start)
+    reason = "`chosen` is missing; a pair has `prompt`, `chosen` and `rejected`"
     assert code == 2 and err.splitlines()[:2] == [
-        f"{data / 'train.jsonl'}, line {line}: `chosen` is missing; a pair has `prompt`, `chosen` and `rejected`"
-        for line in (1, 2)
+        f"{data / 'train.jsonl'}, line 1: {reason}; `elm-mlx lora` trains on such records",
+        f"{data / 'train.jsonl'}, line 2: {reason}",
     ]
     assert not out.exists()
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from elm_mlx.train.encoding import Example
     from elm_mlx.train.examples import Prepared
 
+_PAIRS = "pairs"  # of answers: what dpo trains on
 _SHOWN = 5  # examples
 _HEAD, _TAIL = 160, 80  # tokens of a long one
 _BINS = 12
@@ -42,7 +43,7 @@ def data(
         Path | None, typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture.")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="completion, messages, alpaca or text. (default: each record's keys tell)")
+        str | None, typer.Option(help="completion, messages, alpaca, text or pairs. (default: each record's keys tell)")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
@@ -65,27 +66,31 @@ def data(
     from elm_mlx import end_tokens
     from elm_mlx.describe import check_directory, read_config
     from elm_mlx.template import choose
-    from elm_mlx.train import examples
+    from elm_mlx.train import examples, pairs
 
     shape = read_config(check_directory(model, with_tokenizer=True))
     tokenizer = end_tokens.read(model, shape).tokenizer
     assert tokenizer is not None
+    chosen = choose(model, tokenizer, template)
+    length = examples.longest(shape) if max_seq_length is None else max_seq_length
+    context = shape.max_context_length
+    paired = format == _PAIRS or (format is None and pairs.are_pairs(path))
+    if paired and train_on_prompt:
+        raise InputError(f"{path}: of pairs, which these are, answers alone count: leave out --train-on-prompt")
     with bad_records_named(path):
-        splits = examples.load(
-            path,
-            tokenizer,
-            choose(model, tokenizer, template),
-            examples.longest(shape) if max_seq_length is None else max_seq_length,
-            context=shape.max_context_length,
-            format=format,
-            train_on_prompt=train_on_prompt,
-            truncate=truncate,
-            skip_bad=skip_bad,
-        )
+        if paired:
+            splits = pairs.load(
+                path, tokenizer, chosen, length, context=context, truncate=truncate, skip_bad=skip_bad
+            )  # fmt: skip
+        else:
+            splits = examples.load(
+                path, tokenizer, chosen, length, context=context, format=format, train_on_prompt=train_on_prompt,
+                truncate=truncate, skip_bad=skip_bad,
+            )  # fmt: skip
     for name, prepared in splits.items():
         name_bad(prepared.bad)
-        _print_split(name, prepared)
-    _print_examples(splits["train"], tokenizer)
+        (_print_pairs if paired else _print_split)(name, prepared)
+    _print_examples(splits["train"], tokenizer, paired)
 
 
 def _print_mixture(config: Path) -> None:
@@ -123,9 +128,8 @@ def _print_split(name: str, prepared: Prepared) -> None:
     kinds = ", ".join(counted(count, kind.lower()) for kind, count in prepared.counts.items())
     share = prepared.trained_tokens / prepared.tokens
     print(f"{name}: {counted(len(prepared.examples), 'example')} of {kinds}")
-    lines = [("bad", f"{counted(len(prepared.bad), 'record')} left out")] if prepared.bad else []
-    lines += [("length", warning) for warning in prepared.warnings()]
-    lines += [
+    lines = [
+        *_remarks(prepared),
         ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
         ("packed", f"{counted(rows.steps(), 'row')} of {prepared.max_length:,} tokens, {rows.fill():.1%} full"),
         ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
@@ -133,6 +137,41 @@ def _print_split(name: str, prepared: Prepared) -> None:
     ]
     for label, text in lines:
         say(f"  {label}", text)
+    _print_histogram(prepared)
+
+
+def _print_pairs(name: str, prepared: Prepared) -> None:
+    from elm_mlx.train.pairs import PairBatches
+
+    length = 2 * prepared.max_length  # a row has room for both answers of the longest pair
+    rows = PairBatches(prepared.examples, 1, length)
+    grouped = PairBatches(prepared.examples, _BATCH, length, packed=False)
+    chosen, rejected = (
+        statistics.median_low(sum(example.trained) for example in prepared.examples[half::2]) for half in (0, 1)
+    )
+    share = prepared.trained_tokens / prepared.tokens
+    print(f"{name}: {counted(len(prepared.examples) // 2, 'pair')} of answers, for `elm-mlx dpo`")
+    lines = [
+        *_remarks(prepared),
+        ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
+        ("answers", f"median {counted(chosen, 'token')} chosen, {counted(rejected, 'token')} rejected"),
+        ("packed", f"{counted(rows.steps(), 'row')} of {length:,} tokens, {rows.fill():.1%} full"),
+        ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
+        ("lengths", f"of the longer answer: median {statistics.median_low(prepared.lengths):,}, "
+                    f"longest {prepared.longest[0]:,}"),
+    ]  # fmt: skip
+    for label, text in lines:
+        say(f"  {label}", text)
+    _print_histogram(prepared)
+
+
+def _remarks(prepared: Prepared) -> Iterator[tuple[str, str]]:
+    if prepared.bad:
+        yield "bad", f"{counted(len(prepared.bad), 'record')} left out"
+    yield from prepared.remarks()
+
+
+def _print_histogram(prepared: Prepared) -> None:
     bins = list(_histogram(prepared.lengths, prepared.max_length))
     most = max(count for _, count in bins)
     width = max(len(label) for label, _ in bins)
@@ -155,26 +194,40 @@ def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
         yield f"over {limit:,}", len(lengths) - len(fitting)
 
 
-def _print_examples(prepared: Prepared, tokenizer: Tokenizer) -> None:
+def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> None:
     """A few, from all over the data."""
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    count = min(_SHOWN, len(prepared.examples))
+    each = 2 if paired else 1
+    total = len(prepared.examples) // each
+    count = min(_SHOWN, total)
     print(f"\nWhat is trained is {typer.style('green', fg='green') if colour else 'in ⟦ ⟧'}.")
     for shown in range(count):
-        number = shown * len(prepared.examples) // count
-        example, source = prepared.examples[number], prepared.sources[number]
+        number = shown * total // count
+        first, *others = prepared.examples[each * number : each * (number + 1)]
         print()
-        line(f"example {number + 1:,}: {source}, {counted(len(example.ids), 'token')}")
-        print("    " + _marked(example, tokenizer, colour).replace("\n", "\n    "))
+        lengths = " and ".join(counted(len(example.ids), "token") for example in (first, *others))
+        line(f"{'pair' if paired else 'example'} {number + 1:,}: {prepared.sources[each * number]}, {lengths}")
+        if not others:
+            print("    " + _marked(_texts(first, tokenizer), colour).replace("\n", "\n    "))
+            continue
+        # Both answers follow the same tokens, which are shown once.
+        chosen, rejected = (_texts(example, tokenizer) for example in (first, *others))
+        asked = first.trained.index(True)
+        for label, tokens in (("", chosen[:asked]), ("chosen", chosen[asked:]), ("rejected", rejected[asked:])):
+            print(f"{label:<10}  " + _marked(tokens, colour).replace("\n", "\n" + 12 * " "))
 
 
-def _marked(example: Example, tokenizer: Tokenizer, colour: bool) -> str:
-    """The example's text, its control tokens by name, and what is trained marked; of a long one, both ends."""
+def _texts(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Each token as text, a control token by its name, and whether it is trained."""
     names = {token: name for name, token in tokenizer.control_ids.items()}
     decoder = tokenizer.detokenizer()
     texts = [decoder.add(token) + names.get(token, "") for token in example.ids]
     texts[-1] += decoder.finish()
-    tokens = list(zip(texts, example.trained, strict=True))
+    return list(zip(texts, example.trained, strict=True))
+
+
+def _marked(tokens: Sequence[tuple[str, bool]], colour: bool) -> str:
+    """The text of tokens, what is trained marked; of many, both ends."""
     if len(tokens) <= _HEAD + _TAIL:
         return _joined(tokens, colour)
     hidden = len(tokens) - _HEAD - _TAIL

@@ -167,7 +167,7 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
     train = run.splits["train"]
     lines = [("bad", f"{counted(len(split.bad), 'record')} left out") for split in run.splits.values() if split.bad]
     for name, split in run.splits.items():
-        lines += [("length", f"{name}: {warning}") for warning in split.warnings()]
+        lines += [(label, f"{name}: {remark}") for label, remark in split.remarks()]
     valid = f", {run.count('valid'):,} to validate" if "valid" in run.splits else ", none to validate"
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     updates = batches.steps() / settings.accumulate

@@ -20,6 +20,7 @@ from elm_mlx.train.encoding import Encoder, Example
 from elm_mlx.train.records import Conversation, Record, Text
 
 _LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
+_KEYS = 8  # keys without meaning that are named
 
 
 @dataclass
@@ -64,6 +65,17 @@ class Prepared:
     @property
     def trained_tokens(self) -> int:
         return sum(sum(example.trained) for example in self.examples)
+
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        """What of the data is not used as it might seem, each under a label."""
+        if self.missing is not None:
+            yield "files", self.missing
+        if self.ignored:
+            named = [f"{key} ({count:,})" for key, count in self.ignored.most_common(_KEYS)]
+            more = len(self.ignored) - len(named)
+            yield "ignored", f"keys without meaning here: {', '.join(named)}{f' and {more:,} more' if more else ''}"
+        for warning in self.warnings():
+            yield "length", warning
 
     def warnings(self) -> list[str]:
         """A line for each thing that happened to examples for the sake of their length."""

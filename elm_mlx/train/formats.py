@@ -184,9 +184,14 @@ def kind_of(value: Any) -> str:
     return kinds.get(type(value), "a number")
 
 
+def key_of(key: str) -> str:
+    """A key on one line, whatever it holds."""
+    return f"`{key[:30].encode('unicode_escape').decode()}`"
+
+
 def keys_of(value: Mapping[str, Any]) -> str:
     """A few of its keys, on one line whatever they hold."""
-    keys = [f"`{key[:30].encode('unicode_escape').decode()}`" for key in list(value)[:8]]
+    keys = list(map(key_of, list(value)[:8]))
     return ", ".join([*keys, "…"] if len(value) > 8 else keys) or "no keys"
 
 

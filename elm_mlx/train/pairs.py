@@ -143,6 +143,13 @@ def _record(made: Preference, answer: str) -> Completion | Conversation:
     return conversation
 
 
+def are_pairs(path: Path) -> bool:
+    """Whether the first record to train on is a pair. Raises InputError, ElmError as `load`."""
+    entries = records.values(records.files(path)["train"].paths, records.PAIR)
+    first = next((value for _, value in entries if isinstance(value, dict)), {})
+    return all(first.get(key) is not None for key in records.PAIR)
+
+
 def load(
     path: Path,
     tokenizer: Tokenizer,

@@ -16,7 +16,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.files import expanded
 from elm_mlx.template import ROLES, check_messages
 from elm_mlx.train import formats, splits
-from elm_mlx.train.formats import BadRecord, keys_of, kind_of
+from elm_mlx.train.formats import BadRecord, key_of, keys_of, kind_of
 from elm_mlx.train.splits import Files
 
 SUFFIXES = (*formats.JSON, formats.PARQUET)
@@ -226,8 +226,8 @@ def check_keys(value: Any) -> None:
 def ignored(value: Mapping[str, Any], known: Collection[str]) -> list[str]:
     """The keys of a record that are none of `known`, each as it is told of; those of its messages, too."""
     messages = value["messages"] if "messages" in known else ()
-    inner = {key: "" for message in messages for key in message if key not in _MESSAGE}
-    return [f"`{key}`" for key in value if key not in known] + [f"`{key}` of messages" for key in inner]
+    inner = dict.fromkeys(key for message in messages for key in message if key not in _MESSAGE)
+    return [key_of(key) for key in value if key not in known] + [f"{key_of(key)} of messages" for key in inner]
 
 
 def _refuse(value: Mapping[str, Any], not_used: Mapping[str, str], whose: str) -> None:

@@ -66,7 +66,7 @@ def test_what_a_name_says(name: str, wanted: Name | None) -> None:
         (["train/part-10.parquet", "train/part-9.parquet"], ["train/part-9.parquet", "train/part-10.parquet"]),
         (["TRAIN/x.json", "Val/y.json"], ["TRAIN/x.json"]),
         (["data/default/train/0000.parquet", "data/default/test/0000.parquet"], ["data/default/train/0000.parquet"]),
-        (["train/2024/a.json", "train/2025/a_1.json", "train/state.json"], ["train/2024/a.json", "train/2025/a_1.json"]),
+        (["train/1/a.json", "train/2/a_1.json", "train/state.json"], ["train/1/a.json", "train/2/a_1.json"]),
         (["train/train-00000-of-00001.json"], ["train/train-00000-of-00001.json"]),
         (["train/books-00000-of-00001.json", "train/news-00000-of-00001.json"],
          ["train/books-00000-of-00001.json", "train/news-00000-of-00001.json"]),
