@@ -9,9 +9,10 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx.cache import KVCache, StepCache, make_prompt_cache, pad_left, place_step
+from elm_mlx.cache import KVCache, SegmentedRow, StateCache, StepCache, make_prompt_cache, pad_left, place_step
 from elm_mlx.config import ModelConfig
 from elm_mlx.model import Model
+from elm_mlx.ops import Segments
 
 
 def drawn(length: int, seed: int, batch: int = 1, heads: int = 2) -> tuple[mx.array, mx.array]:
@@ -133,3 +134,44 @@ def test_a_token_takes_the_bytes_that_the_config_says(name: str) -> None:
     for cache, heads in zip(caches, config.num_kv_heads, strict=True):
         cache.update_and_fetch(*mx.zeros((2, 1, heads, 1, config.head_dim), mx.bfloat16))
     assert sum(cache.nbytes for cache in caches) == KVCache.step * config.kv_bytes_per_token(2)
+
+
+def test_a_state_is_forgotten_whole_or_not_at_all() -> None:
+    cache = StateCache()
+    assert not cache.is_trimmable() and cache.nbytes == 0 and cache.capacity == 1
+    cache[0], cache[1], cache.offset = mx.ones((1, 3, 4)), mx.ones((1, 4, 2)), 7
+    assert cache.trim(6) == 0 and cache.offset == 7 and cache.nbytes == 4 * (12 + 8)
+    assert cache.trim(7) == 7 and cache.offset == 0 and cache.state == [None, None]
+
+
+def test_states_of_several_prompts_are_rows_of_one() -> None:
+    caches = []
+    for value, length in ((1.0, 3), (2.0, 5)):
+        cache = StateCache()
+        cache.state, cache.offset = [mx.full((1, 2), value), mx.full((1, 3, 2), value)], length
+        caches.append(cache)
+    joined = StateCache.joined(caches)
+    assert joined.offset == 5 and [array.shape for array in joined.state if array is not None] == [(2, 2), (2, 3, 2)]
+    assert joined[0] is not None and joined[0].tolist() == [[1.0, 1.0], [2.0, 2.0]]
+
+
+def test_a_window_hides_what_is_too_long_ago() -> None:
+    cache = filled(6)
+    assert cache.make_mask(2, window_size=8) == "causal" and cache.make_mask(1, window_size=7) is None
+    mask = np.array(cache.make_mask(3, window_size=4))
+    for row, position in enumerate((6, 7, 8)):
+        np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(position - 3, position + 1))
+    assert cache.keys is not None and cache.values is not None
+    step = StepCache(cache.keys, cache.values, *place_step(6, cache.capacity))
+    np.testing.assert_array_equal(np.flatnonzero(np.array(step.make_mask(1, window_size=4))), [3, 4, 5, 6])
+
+
+def test_texts_in_a_row_see_themselves_alone_and_their_window() -> None:
+    segments = Segments(mx.array([[0, 0, 0, 1, 1, 1]]))
+    row = SegmentedRow(segments)
+    keys, values = drawn(6, 0)
+    assert row.update_and_fetch(keys, values) == (keys, values) and row.offset == 0
+    assert row.make_mask(6) is segments and row.make_mask(6, window_size=6) is segments
+    mask = np.array(row.make_mask(6, window_size=2)).reshape(6, 6)
+    seen = {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5)}
+    assert {(int(i), int(j)) for i, j in np.argwhere(mask)} == seen
