@@ -1,0 +1,408 @@
+"""The kinds of input that come from outside, each with a good one, its damages, and what the program does with it."""
+
+from __future__ import annotations
+
+import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its BLAS
+
+# isort: split
+import gzip
+import io
+import json
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+sys.path += [str(Path(__file__).parent / folder) for folder in ("convert", "train")]
+import checkpoints
+import other_models
+import runs
+import tiny
+import torch_files
+from fuzzing import Damage, Kind, either, json_lines, json_values, raw_bytes, safetensors_header
+
+from elm_mlx import adapt, adapters, settings, transcript
+from elm_mlx.cli import main as command_line
+from elm_mlx.config import ModelConfig
+from elm_mlx.describe import describe, describe_adapter
+from elm_mlx.errors import ElmError
+from elm_mlx.evaluate import perplexity, published
+from elm_mlx.evaluate import sources as tasks
+from elm_mlx.evaluate.tasks import Chosen, named
+from elm_mlx.fuse import fuse
+from elm_mlx.generation import stream_generate
+from elm_mlx.quantization import recipe as quantization
+from elm_mlx.quantization.formats import Format
+from elm_mlx.quantization.quantize import quantize
+from elm_mlx.store import open_model
+from elm_mlx.template import choose
+from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.train import records, sources, tables, vocabulary
+from elm_mlx.train.formats import BadRecord
+from elm_mlx.train.pairs import preference
+from elm_mlx.train.recipe import Recipe
+from elm_mlx_convert.conversion import convert
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "the quick fox"},
+    {"role": "assistant", "content": "jumps"}, {"role": "user", "content": "over?"},
+]  # fmt: skip
+
+
+def answer(path: Path, adapter: Path | None = None) -> None:
+    """What `info` and `generate` do."""
+    describe(path)
+    loaded = open_model(path, adapter_path=adapter)
+    assert loaded.tokenizer is not None
+    ids: Any = "the quick fox"
+    template = choose(path, loaded.tokenizer)
+    if template is not None:
+        ids = template.encode(CONVERSATION)
+    chosen: dict[str, Any] = settings.merge(path, dict.fromkeys(settings.DEFAULTS))
+    list(stream_generate(loaded.model, loaded.tokenizer, ids, **chosen | {"max_tokens": 2, "seed": 0}))
+
+
+def write_openelm(path: Path) -> Path:
+    tokenizer = tiny.train_tokenizer()
+    model = tiny.random_model(tiny.scaled_config(320))
+    tiny.write_directory(path, model, tokenizer)
+    (path / "generation_config.json").write_text(
+        json.dumps({"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "eos_token_id": [2, 3]})
+    )
+    (path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": other_models.CHATML})
+    )
+    (path / "conversion.json").write_text(json.dumps({"tool": "x", "source": {"name": "OpenELM", "files": [{"a": 1}]}}))
+    return path
+
+
+def write_family(path: Path, name: str) -> None:
+    other_models.write_model(path / "made", name)
+    for file in (path / "made").iterdir():
+        file.rename(path / file.name)
+    (path / "made").rmdir()
+
+
+def write_quantized(path: Path) -> None:
+    write_openelm(path / "whole")
+    quantize(path / "whole", path / "q", quantization.Recipe(Format(4, 32)))
+    shutil.rmtree(path / "whole")
+    for file in (path / "q").iterdir():
+        file.rename(path / file.name)
+    (path / "q").rmdir()
+
+
+def write_sharded(path: Path) -> None:
+    write_openelm(path)
+    weights: dict[str, mx.array] = dict(mx.load(str(path / "model.safetensors")))
+    (path / "model.safetensors").unlink()
+    half = len(weights) // 2
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate((list(weights)[:half], list(weights)[half:]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        mx.save_safetensors(str(path / file), {name: weights[name] for name in names})
+        weight_map |= dict.fromkeys(names, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_adapted(path: Path) -> None:
+    write_openelm(path)
+    loaded = open_model(path)
+    adapter = adapters.plan(loaded.model.config, rank=2)
+    adapt.attach(loaded.model, adapter)
+    adapt.save(path / "adapter", loaded.model, adapter)
+    for file in (path / "adapter").iterdir():
+        file.rename(path / file.name)
+
+
+def use_adapter(path: Path) -> None:
+    describe_adapter(path, path)
+    answer(path, path)
+
+
+def use_tokenizer(path: Path) -> None:
+    tokenizer = Tokenizer.load(path)
+    for text in ("the quick fox", "", " \n日本 🦜<s>", "a" * 300):
+        ids = tokenizer.encode(text)
+        tokenizer.decode(ids)
+        stream = tokenizer.detokenizer(ids)
+        for token in (*ids, *range(min(400, tokenizer.vocab_size))):
+            stream.add(token)
+        stream.finish()
+    assert len(tokenizer.pieces) == tokenizer.vocab_size
+    assert isinstance(tokenizer.control_ids, dict)
+    template = choose(path, tokenizer)
+    if template is not None:
+        template.encode(CONVERSATION)
+
+
+def use_template(path: Path) -> None:
+    template = choose(path, Tokenizer.load(path))
+    assert template is not None
+    template.encode(CONVERSATION)
+
+
+def write_torch(path: Path) -> None:
+    config = checkpoints.tiny()
+    torch_files.save(path / "model.pt", checkpoints.tensors(checkpoints.corenet(checkpoints.weights(config))))
+    checkpoints.save_hub(path / "hub", config, checkpoints.weights(config))
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    (path / "hub" / "tokenizer.model").write_bytes(tiny.train_tokenizer())
+
+
+def use_torch(path: Path) -> None:
+    convert(path / "model.pt", path / "out", config=path / "config.json", tokenizer=path / "hub")
+
+
+def use_hub(path: Path) -> None:
+    convert(path / "hub", path / "out")
+
+
+def write_run(path: Path) -> None:
+    runs.run(path, runs.settings(4))
+    shutil.rmtree(path / "checkpoints" / "step-00000004")
+    (path / "run.json").write_text(
+        json.dumps({"command": "lora", "settings": {
+            "model": str(path / "none"), "data": str(path / "none"), "rank": "8", "alpha": 2.0, "target": ["qkv_proj"],
+            "epochs": 3.0, "batch_size": 4, "learning_rate": 1e-4, "dora": False, "warmup": 0.1, "seed": 3,
+        }})
+    )  # fmt: skip
+
+
+def use_state(path: Path) -> None:
+    runs.run(path, runs.settings(4), resume=True)
+
+
+def command(*arguments: object) -> None:
+    """`elm-mlx`, in this process. Raises the one line of its error as ElmError."""
+    said = io.StringIO()
+    sys.argv = ["elm-mlx", *map(str, arguments)]
+    with redirect_stderr(said), redirect_stdout(io.StringIO()):
+        try:
+            command_line()
+        except SystemExit as ended:
+            if ended.code in (None, 0):
+                return
+            lines = said.getvalue().rstrip("\n").split("\n")
+            assert len(lines) == 1 and lines[0].startswith("elm-mlx: "), said.getvalue()[-300:]
+            raise ElmError(lines[0]) from None
+
+
+def use_run(path: Path) -> None:
+    command("lora", "--out", path, "--resume")
+    command("report", path, "--out", path / "report.html")
+
+
+def use_report(path: Path) -> None:
+    command("report", path, "--out", path / "report.html")
+
+
+def write_yaml(path: Path) -> None:
+    (path / "lora.yaml").write_text(
+        "model: none\ndata: none\nrank: 8\nalpha: 16.0\ntarget: [qkv_proj, ffn.*]\nlearning-rate: 1e-4\n"
+        "dora: false\nepochs: 2\nseed: 7\nschedule: cosine\n".replace("schedule:", "lr-schedule:")
+    )
+
+
+def use_yaml(path: Path) -> None:
+    command("lora", path / "none", "--data", path / "none", "--out", path / "out", "--config", path / "lora.yaml")
+
+
+def write_toml(path: Path) -> None:
+    (path / "recipe.toml").write_text(
+        'tokenizer = "t"\n[model]\nnum_layers = 2\nmodel_dim = 32\nhead_dim = 16\nqkv_multipliers = [0.5, 1.0]\n'
+        'context = 64\n[data]\nsequence_length = 32\nvalidation = "v"\n[[data.sources]]\npath = "a"\nweight = 2.0\n'
+        "[filters]\nmin_tokens = 10\n[optimizer]\nsteps = 20\nlr = 1e-3\n[run]\nbatch_size = 2\n"
+    )
+
+
+def use_toml(path: Path) -> None:
+    made = tables.read(path / "recipe.toml", Recipe)
+    made.model.config(320, 1, 2).parameters  # noqa: B018
+
+
+def write_records(path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "the quick fox"}, {"prompt": "the", "completion": "fox"}, {"messages": CONVERSATION[:3]},
+        {"instruction": "jump", "input": "", "output": "over"}, {"text": "Grüße 日本", "weight": 2},
+        {"prompt": "a", "chosen": "b", "rejected": "c", "system": "s"},
+    ]  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (path / "a.jsonl").write_bytes(lines)
+    (path / "a.json").write_text(json.dumps(rows))
+    (path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (path / "a.txt").write_text("the quick\n---\nbrown fox\r\n---\n")
+    with suppress(ImportError):
+        import zstandard
+
+        (path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines))
+    with suppress(ImportError):
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": ["the quick fox", "Grüße"] * 9}), path / "a.parquet")
+
+
+def use_records(path: Path) -> None:
+    refused = []
+    for file in sorted(path.iterdir()):
+        for use in (_records, _pairs, _texts, _lines):
+            try:
+                use(file)
+            except ElmError as error:
+                refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def _records(file: Path) -> None:
+    if file.suffix != ".txt":
+        records.read(file)
+
+
+def _pairs(file: Path) -> None:
+    if file.suffix != ".txt":
+        for split in records.values(file, ("prompt", "chosen", "rejected")).values():
+            for where, value in split:
+                with suppress(BadRecord):
+                    preference(where, value)
+
+
+def _texts(file: Path) -> None:
+    list(sources.documents(file, "text", "---" if file.suffix == ".txt" else None))
+
+
+def _lines(file: Path) -> None:
+    vocabulary.sample([file], skip_bad=True)
+
+
+def _unpacked(damage: Damage) -> Damage:
+    return lambda data, draw: gzip.compress(damage(gzip.decompress(data), draw))
+
+
+def write_transcript(path: Path) -> None:
+    transcript.write(path / "talk.json", CONVERSATION[:3])
+
+
+def write_questions(path: Path) -> None:
+    row = {"query": "the quick", "choices": ["fox", "dog"], "gold": 0}
+    (path / "mine.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    (path / "text.jsonl").write_text('{"text": "the quick brown fox"}\n{"text": "jumps over"}\n')
+    (path / "text.txt").write_text("the quick brown fox\r\njumps")
+    (path / "hellaswag_val_full.txt").write_text("the quick\n1\nfox\ndog\nold\nking\n" * 3)
+    (path / "tokenizer.model").write_bytes(tiny.train_tokenizer())
+
+
+def use_questions(path: Path) -> None:
+    tokenizer = Tokenizer.load(path)
+    refused = []
+    for name in ("text.jsonl", "text.txt"):
+        try:
+            perplexity.read(path / name, tokenizer, 8, 4)
+        except ElmError as error:
+            refused.append(error)
+    for use in (_own_task, _hellaswag):
+        try:
+            use(path)
+        except ElmError as error:
+            refused.append(error)
+    if refused:
+        raise refused[0]
+
+
+def _own_task(path: Path) -> None:
+    task = tasks.task_of_file(path / "mine.jsonl")
+    found = tasks.load(Chosen(task, 1), None)
+    for question in found.questions:
+        question.requests()
+    tasks.metrics_of(found.questions)
+
+
+def _hellaswag(path: Path) -> None:
+    (chosen,) = named("hellaswag", 0)
+    for question in tasks.load(chosen, path).questions:
+        question.requests()
+
+
+def write_conversion(path: Path) -> None:
+    write_adapted(path)
+    config = ModelConfig.preset("OpenELM-270M")
+    (path / "preset.json").write_text(json.dumps(config.to_dict()))
+
+
+def use_conversion(path: Path) -> None:
+    published.name_of(ModelConfig.load(path / "preset.json"), path)
+    fuse(path, path, path.with_name("fused"), overwrite=True)
+
+
+def write_tokenizer(path: Path, style: str) -> None:
+    other_models.write_tokenizer(path, style)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+
+
+def _with_template(path: Path) -> None:
+    write_tokenizer(path, "llama3")
+    (path / "chat_template.jinja").write_text(other_models.LLAMA3)
+
+
+def _family(name: str) -> Kind:
+    return Kind(f"config {name}", lambda path: write_family(path, name), {"config.json": json_values}, answer)
+
+
+def _text(data: bytes, draw: random.Random) -> bytes:
+    """A template's or a settings file's pieces moved about: what is still nearly one."""
+    pieces = [piece + b"}" for piece in data.split(b"}")] if b"{%" in data else data.splitlines(keepends=True)
+    for _ in range(draw.randrange(1, 4)):
+        at = draw.randrange(len(pieces))
+        if draw.random() < 0.5:
+            pieces[at] = draw.choice(pieces)
+        else:
+            pieces.insert(at, raw_bytes(draw.choice(pieces), draw))
+    return b"".join(pieces)
+
+
+_MODEL: Callable[[Path], Path] = write_openelm
+_TENSORS = either(safetensors_header, raw_bytes)
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("config", _MODEL, {"config.json": json_values}, answer),
+        *map(_family, other_models.CONFIGS),
+        Kind("config quantized", write_quantized, {"config.json": json_values}, answer),
+        Kind("generation_config", _MODEL, {"generation_config.json": json_values}, answer),
+        Kind("tokenizer.json", lambda path: write_tokenizer(path, "chatml"),
+             {"tokenizer.json": either(json_values, json_values, raw_bytes)}, use_tokenizer),
+        Kind("tokenizer.json phi3", lambda path: write_tokenizer(path, "phi3"),
+             {"tokenizer.json": either(json_values, json_values, raw_bytes)}, use_tokenizer),
+        Kind("tokenizer_config", lambda path: write_family(path, "llama"),
+             {"tokenizer_config.json": json_values}, answer),
+        Kind("tokenizer.model", _MODEL, {"tokenizer.model": raw_bytes}, use_tokenizer),
+        Kind("template", _with_template, {"chat_template.jinja": either(raw_bytes, _text)}, use_template),
+        Kind("safetensors", _MODEL, {"model.safetensors": _TENSORS}, answer),
+        Kind("safetensors llama", lambda path: write_family(path, "llama"), {"model.safetensors": _TENSORS}, answer),
+        Kind("safetensors quantized", write_quantized, {"model.safetensors": _TENSORS}, answer),
+        Kind("index", write_sharded, {"model.safetensors.index.json": json_values}, answer),
+        Kind("adapter", write_adapted, {"adapter_config.json": json_values, "adapters.safetensors": _TENSORS},
+             use_adapter),
+        Kind("torch", write_torch, {"model.pt": raw_bytes, "config.json": json_values}, use_torch),
+        Kind("hub", write_torch, {"hub/config.json": json_values, "hub/model.safetensors": _TENSORS}, use_hub),
+        Kind("conversion.json", write_conversion, {"conversion.json": json_values}, use_conversion),
+        Kind("state.json", write_run, {"checkpoints/step-00000003/state.json": json_values}, use_state),
+        Kind("run.json", write_run, {"run.json": json_values}, use_run),
+        Kind("metrics", write_run, {"metrics.jsonl": json_lines, "run.json": json_values}, use_report),
+        Kind("records", write_records, {"a.jsonl": json_lines, "a.json": json_values, "a.txt": raw_bytes,
+             "a.jsonl.gz": either(raw_bytes, _unpacked(json_lines)), "a.parquet": raw_bytes}, use_records),
+        Kind("transcript", write_transcript, {"talk.json": json_values},
+             lambda path: transcript.read(path / "talk.json")),
+        Kind("yaml", write_yaml, {"lora.yaml": either(raw_bytes, _text)}, use_yaml),
+        Kind("toml", write_toml, {"recipe.toml": either(raw_bytes, _text)}, use_toml),
+        Kind("eval", write_questions, {"mine.jsonl": json_lines, "text.jsonl": json_lines, "text.txt": raw_bytes,
+             "hellaswag_val_full.txt": raw_bytes}, use_questions),
+    )
+}  # fmt: skip
