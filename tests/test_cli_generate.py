@@ -456,12 +456,8 @@ def test_nothing_heavy_is_imported(speaker: Path) -> None:
     heavy = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "matplotlib", "torch", "yaml"}
     assert not found & heavy
     assert {"mlx", "sentencepiece"} <= found
-    commands = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {
-        "__init__",
-        "options",
-        "show",
-        "generate",
-    }
+    shared = {"__init__", "command", "options", "show", "generate"}
+    commands = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - shared
     assert "lora" in commands
     assert not {f"elm_mlx.cli.{command}" for command in commands} & {*modules}  # the other commands' options
     assert "elm_mlx.adapters" not in modules

@@ -6,6 +6,7 @@ and errors come at once, and no command's start waits for the options of the oth
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import signal
@@ -20,7 +21,7 @@ import typer
 import typer.core
 import typer.main
 
-from elm_mlx import files
+from elm_mlx.cli.command import HELP, Command, legible
 from elm_mlx.cli.show import note, silence
 from elm_mlx.errors import ElmError
 from elm_mlx.version import __version__
@@ -40,13 +41,9 @@ class _Commands(Mapping[str, Any]):
             raise KeyError(name)
         file = name.replace("-", "_")
         module = import_module(f"elm_mlx.cli.{file}")
-        alone = typer.Typer(add_completion=False)
-        alone.command(name, cls=getattr(module, "Command", None))(getattr(module, file))
-        command: Any = typer.main.get_command(alone)
-        for parameter in command.params:
-            if parameter.type.name == "path":
-                _expand(parameter.type)
-        return command
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name, cls=getattr(module, "Command", Command))(getattr(module, file))
+        return typer.main.get_command(alone)
 
     def __iter__(self) -> Iterator[str]:
         return iter(_COMMANDS)
@@ -55,24 +52,28 @@ class _Commands(Mapping[str, Any]):
         return len(_COMMANDS)
 
 
-def _expand(kind: Any) -> None:
-    """Let a parameter's type of a path take `~`, which the shell leaves alone within quotes, after `=` and in files."""
-    convert = kind.convert
-    kind.convert = lambda value, parameter, context: convert(str(files.expanded(value)), parameter, context)
-
-
 class _Group(typer.core.TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = _Commands()  # type: ignore[assignment]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, legible(formatter))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, " ".join((command.help or "").split())) for name, command in self.commands.items()]
+            )
 
 
 app = typer.Typer(
     name="elm-mlx",
     cls=_Group,
     help="Own a small language model: convert, talk to, fine-tune and measure Apple's OpenELM with MLX.",
-    no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
+    context_settings=HELP,
+    rich_markup_mode=None,  # its boxes cut options off where a terminal is narrow
     pretty_exceptions_enable=False,
 )
 
@@ -85,6 +86,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -92,6 +94,9 @@ def _options(
 ) -> None:
     global _debug
     _debug = debug
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit(2)
 
 
 _debug = False
@@ -117,7 +122,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="elm-mlx", standalone_mode=False)
     except SystemExit as end:
         code = end.code
     sys.stdout.flush()  # here, where what goes wrong is told
@@ -143,9 +148,14 @@ def _tell(error: Exception) -> int:
 
 def _usage(error: Any) -> str:
     """What is wrong with a command line, and where it says what is right."""
-    text = error.format_message().rstrip(".").replace("\n", " ")
-    path = error.ctx.command_path if getattr(error, "ctx", None) else "elm-mlx"
-    return f"{text[:1].lower()}{text[1:]}; {path} -h shows what there is"
+    context = getattr(error, "ctx", None)
+    help_ = f"{context.command_path if context else 'elm-mlx'} -h shows what there is"
+    if context is not None and hasattr(error, "possibilities"):  # no such option
+        known = [name for each in context.command.params for name in (*each.opts, *each.secondary_opts)]
+        near = difflib.get_close_matches(error.option_name, [name for name in known if name.startswith("--")], 1)
+        return f"no such option: {error.option_name}" + (f"; did you mean {near[0]}?" if near else "") + f"; {help_}"
+    text = " ".join(error.format_message().split()).rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; {help_}"
 
 
 def _prepare_streams() -> None:

@@ -19,7 +19,9 @@ def adapter(
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
     to: Annotated[str, typer.Option(help="mlx: what --adapter and mlx-lm read; or peft.")] = "mlx",
-    alpha: Annotated[float | None, typer.Option(help="The strength of a CoreNet adapter.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The strength of a CoreNet adapter. (default: what --config says)")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="YAML", help="CoreNet's, with lora_alpha in it. (default: beside SRC)")
     ] = None,

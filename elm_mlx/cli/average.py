@@ -26,7 +26,10 @@ def average(
     ],
     out: Annotated[Path, typer.Option(metavar="DST", help="The model directory to make.", show_default=False)],
     last: Annotated[
-        int | None, typer.Option(metavar="N", help="Take the newest N checkpoints of the one run that is named.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Take the newest N checkpoints of the one run that is named. (default: what is named)"
+        ),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json or CoreNet YAML for all. (default: the one beside each)")

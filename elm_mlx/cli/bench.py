@@ -31,21 +31,33 @@ def bench(
         "bench"
     ),
     precision: Annotated[
-        str | None, typer.Option(help="Of presets: bfloat16, float16, float32, 8bit, 4bit, …; several by commas.")
+        str | None,
+        typer.Option(
+            help="Of presets: bfloat16, float16, float32, 8bit, 4bit, …; several by commas. (default: the suite's)"
+        ),
     ] = None,
-    prompt_tokens: Annotated[str | None, typer.Option(help="Lengths of the prompt, by commas.")] = None,
+    prompt_tokens: Annotated[
+        str | None, typer.Option(help="Lengths of the prompt, by commas. (default: the suite's)")
+    ] = None,
     new_tokens: Annotated[
-        str | None, typer.Option(help="Tokens that follow, by commas; one for all, or one each.")
+        str | None, typer.Option(help="Tokens that follow, by commas; one for all, or one each. (default: the suite's)")
     ] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Texts at once, by commas.")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Texts at once, by commas. (default: the suite's)")] = None,
     against: Annotated[
-        str | None, typer.Option(help=f"Who is measured in turn: {', '.join([*SIDES][1:])}; by commas, or none.")
+        str | None,
+        typer.Option(
+            help=f"Who is measured in turn: {', '.join([*SIDES][1:])}; by commas, or none. (default: the suite's)"
+        ),
     ] = None,
-    repeats: Annotated[int | None, typer.Option(help="Measurements of each side in each case.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help="Measurements of each side in each case. (default: the suite's)")
+    ] = None,
     compute_dtype: options.ComputeDtype = None,
     python: Annotated[str | None, typer.Option(help="A Python that has PyTorch. (default: this one)")] = None,
     llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program. (default: on the PATH)")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="The same model as llama.cpp reads it.")] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="The same model as llama.cpp reads it. (default: llama.cpp is left out)")
+    ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
     if suite not in suites.SUITES:

@@ -12,14 +12,18 @@ from elm_mlx.cli.show import note
 
 def chat(
     model: options.ModelPath,
+    message: Annotated[str | None, typer.Argument(metavar="[MESSAGE]", help="What is said first.")] = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Of an answer, at most. (default: 512, or 256 of a base model)")
+        int | None, typer.Option(help="Of an answer, at most. (default: the model's, or 512; of a base model 256)")
     ] = None,
-    temp: Annotated[float | None, typer.Option(help="Temperature; 0 takes the likeliest token. (default: 0.7)")] = None,
+    temp: Annotated[
+        float | None, typer.Option(help="Temperature; 0 takes the likeliest token. (default: the model's, or 0.7)")
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Keep the likeliest tokens that reach this probability. (default: 0.9)")
+        float | None,
+        typer.Option(help="Keep the likeliest tokens that reach this probability. (default: the model's, or 0.9)"),
     ] = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
@@ -56,4 +60,4 @@ def chat(
         stop=stop or (),
         seed=seed,
     )
-    raise typer.Exit(Session(conversation, model).run())
+    raise typer.Exit(Session(conversation, model, message).run())

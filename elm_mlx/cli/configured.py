@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import typer
-import typer.core
 
 from elm_mlx import json_files, reading
+from elm_mlx.cli.command import Command
 from elm_mlx.errors import InputError
 
 _NEVER = {"config", "resume", "recipe", "help"}  # of no sense in a file
 
 
-class Configured(typer.core.TyperCommand):
+class Configured(Command):
     """Fills in what the command line leaves open. What stands here is set by the command's module.
 
     Attributes:
@@ -53,7 +53,7 @@ class Configured(typer.core.TyperCommand):
         return left
 
     def _names(self) -> list[str]:
-        return [parameter.name for parameter in self.params if parameter.name and parameter.name not in _NEVER]
+        return [each.name for each in self.params if each.expose_value and each.name and each.name not in _NEVER]
 
     def _fill(self, ctx: Any, open_: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
         """Take from `values` what is still open."""

@@ -29,32 +29,39 @@ def convert(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
     tokenizer: Annotated[
         str | None,
-        typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model; by default the one beside SRC."),
+        typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model. (default: the one beside SRC)"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16; by default SRC's if that has 16 bits, else bfloat16."),
+        typer.Option(help="float32, float16 or bfloat16. (default: SRC's if that has 16 bits, else bfloat16)"),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A config.json or CoreNet YAML; by default the one beside SRC, or what the shapes tell."),
+        typer.Option(help="A config.json or CoreNet YAML. (default: the one beside SRC, or what the shapes tell)"),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="One of the paper's models, such as OpenELM-1_1B.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Size of a head, for a model without QK norms.")] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Alpha of the adapter in SRC.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="One of the paper's models, such as OpenELM-1_1B. (default: see --config)")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option(help="Size of a head, for a model without QK norms. (default: what its config says)")
+    ] = None,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Alpha of the adapter in SRC. (default: what its config says)")
+    ] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's moving average.")] = False,
     chat_template: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME|FILE", help="openelm-instruct, none or a file; by default what SRC has, or its name says."
+            metavar="NAME|FILE", help="openelm-instruct, none or a file. (default: what SRC has, or its name says)"
         ),
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a repository. (default: main)")] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
             metavar="BITS|MODE|BUDGET",
-            help="Quantize too: 2 to 8 bits, mxfp4, mxfp8, nvfp4 or, with a decimal point, a budget in bits a weight.",
+            help="Quantize too: 2 to 8 bits, mxfp4, mxfp8, nvfp4 or, with a decimal point, a budget in bits a weight. "
+            "(default: not)",
         ),
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every value.")] = False,

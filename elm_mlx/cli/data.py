@@ -37,10 +37,11 @@ def data(
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="The model directory that is to learn from it.", show_default=False)
+        Path | None, typer.Option(help="The model directory that is to learn from it. (no default)", show_default=False)
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture.")
+        Path | None,
+        typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture."),
     ] = None,
     format: Annotated[
         str | None, typer.Option(help="completion, messages, alpaca, text or pairs. (default: each record's keys tell)")

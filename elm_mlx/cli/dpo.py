@@ -35,7 +35,8 @@ def dpo(
     config: training.Config = None,
     resume: training.Resume = False,
     recipe: Annotated[
-        str | None, typer.Option(help="openelm-270M, -450M, -1_1B or -3B: the paper's, where none are given here.")
+        str | None,
+        typer.Option(help="openelm-270M, -450M, -1_1B or -3B: the paper's, where none are given here."),
     ] = None,
     loss: Annotated[str, typer.Option(help="sigmoid (DPO), hinge, ipo, or orpo, which has no reference.")] = "sigmoid",
     beta: Annotated[float, typer.Option(help="Of the loss: how little the model may part from what it was.")] = 0.1,

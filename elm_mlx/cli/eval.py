@@ -27,7 +27,10 @@ def eval(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            "--tasks", "-t", metavar="TASK,…", help="Names, NAME@SHOTS, or .jsonl files of questions; may be repeated."
+            "--tasks",
+            "-t",
+            metavar="TASK,…",
+            help="Names, NAME@SHOTS, or .jsonl files of questions; may be repeated. (default: the suite's)",
         ),
     ] = None,
     suite: Annotated[
@@ -41,9 +44,11 @@ def eval(
         Path | None, typer.Option(metavar="DIR", help="Files TASK.jsonl. (default: the Hugging Face hub's cache)")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question, instead of the suite's.")
+        int | None, typer.Option(min=0, help="Examples before each question. (default: the suite's)")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Each task's first N questions alone.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Each task's first N questions alone. (default: all)")
+    ] = None,
     window: Annotated[
         int | None, typer.Option(min=1, help="Of --text: tokens read at once. (default: 2048, or the model's context)")
     ] = None,

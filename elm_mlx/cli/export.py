@@ -14,7 +14,7 @@ def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or what `convert` reads.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; by default what the model has.")
+        str | None, typer.Option(help="float32, float16 or bfloat16. (default: what the model has)")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export at DST.")] = False,
 ) -> None:

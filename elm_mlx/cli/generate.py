@@ -25,9 +25,13 @@ if TYPE_CHECKING:
 
 def generate(
     model: options.ModelPath,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The text, or message; - reads stdin.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The text, or message; - reads stdin.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="PROMPT, by name. (default: the second argument)")
+    ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file with a prompt on each line; .jsonl: objects with `prompt`.")
+        Path | None,
+        typer.Option(help="A file, a prompt a line; .jsonl: objects with `prompt`. (default: PROMPT)"),
     ] = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
@@ -50,7 +54,10 @@ def generate(
 ) -> None:
     """Continue a text; a model with a chat template answers it. What it says goes to stdout as it comes, speed and
     memory to stderr."""
-    if (prompt is None) == (prompts is None):
+    alone = [each for each in (text, *(prompt or ())) if each is not None]
+    if len(alone) > 1:
+        raise InputError("the prompt is given twice; --prompts FILE takes several")
+    if bool(alone) == (prompts is not None):
         raise InputError("give one of --prompt TEXT and --prompts FILE")
     if prompts and logprobs and not as_json:
         raise InputError("--prompts shows --logprobs only with --json")
@@ -76,7 +83,7 @@ def generate(
     check_seed(seed)
     if source_of(model, template)[0] is None and system is not None:
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
-    texts = _read_prompts(prompts) if prompts else [_read_prompt(prompt or "")]
+    texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     loaded = open_model(model, compute_dtype, adapter)
     for remark in loaded.notes:
         note(remark)

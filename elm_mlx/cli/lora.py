@@ -60,7 +60,9 @@ def lora(
     clip: training.Clip = 1.0,
     grad_checkpoint: training.GradCheckpoint = False,
     compute_dtype: options.ComputeDtype = None,
-    format: Annotated[str | None, typer.Option(help="As of `elm-mlx data`, and so the next five.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="As of `elm-mlx data`, and so the next five. (default: each record's keys tell)")
+    ] = None,
     template: training.Template = None,
     max_seq_length: training.MaxSeqLength = None,
     truncate: training.Truncate = False,

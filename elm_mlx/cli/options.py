@@ -8,13 +8,27 @@ from typing import Annotated
 import typer
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
-MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens. (default: 256)", show_default=False)]
-Temp = Annotated[float | None, typer.Option(help="Temperature; 0 takes the likeliest token.", show_default=False)]
-TopP = Annotated[float | None, typer.Option(help="Keep the likeliest tokens that reach this probability.")]
-TopK = Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest one's probability.")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="At most so many tokens. (default: the model's, or 256)", show_default=False)
+]
+Temp = Annotated[
+    float | None,
+    typer.Option(help="Temperature; 0 takes the likeliest token. (default: the model's, or 0)", show_default=False),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Keep the likeliest tokens that reach this probability. (default: the model's, or 1)"),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all. (default: the model's, or 0)")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Drop tokens below this share of the likeliest one's probability. (default: the model's, or 0)"),
+]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Make tokens of the last 64 less likely; 1 does nothing, 1.1 a little.")
+    float | None,
+    typer.Option(help="Make tokens of the last 64 less likely; 1.1 does a little. (default: the model's, or 1)"),
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")]
 PrefillStep = Annotated[int, typer.Option(help="Prompt tokens computed in one pass.")]
@@ -26,9 +40,10 @@ OptionalModelPath = Annotated[
     Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)
 ]
 AdapterPath = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm."),
 ]
-System = Annotated[str | None, typer.Option(help="What the model is told before anything else.")]
+System = Annotated[str | None, typer.Option(help="What the model is told before anything else. (default: nothing)")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
 ]

@@ -33,16 +33,25 @@ def pretrain(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="A TOML file with the recipe.", show_default=False)
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model.")] = None,
-    init: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a recipe to start from, and end.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model. (no default)")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a recipe to start from, and end. (default: train)")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="Of --init: small, OpenELM-270M, OpenELM-450M, OpenELM-1_1B or OpenELM-3B.")
     ] = "small",
     data: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Of --init: the text to train on, as own.txt or data/*.jsonl.")
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="Of --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
+        ),
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")] = False,
 ) -> None:

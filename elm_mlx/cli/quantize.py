@@ -28,7 +28,10 @@ def quantize(
     ] = None,
     mode: Annotated[str, typer.Option(help="affine, or the floats mxfp4, mxfp8 or nvfp4.")] = "affine",
     bpw: Annotated[
-        float | None, typer.Option(help="Mix 2 to 8 bits by what each weight can bear, within these bits a weight.")
+        float | None,
+        typer.Option(
+            help="Mix 2 to 8 bits by what each weight can bear, within these bits a weight. (default: --bits for all)"
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="One of mlx-lm's learned methods: awq, dwq or gptq.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="For dwq. (default: 1e-5)", show_default=False)] = None,
@@ -43,7 +46,8 @@ def quantize(
         typer.Option(help="Of scales and norms: bfloat16, float16 or float32. (default: as in MODEL, of 16 bits)"),
     ] = None,
     max_kld: Annotated[
-        float | None, typer.Option(help="Write nothing where the mean KL divergence is above this, in nats.")
+        float | None,
+        typer.Option(help="Write nothing where the mean KL divergence is above this, in nats. (default: no limit)"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:

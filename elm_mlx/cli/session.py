@@ -52,11 +52,12 @@ MEANINGS = {
 
 
 class Session:
-    """A conversation with whoever types; `directory` is the model's, where settings are kept."""
+    """A conversation with whoever types; `directory` is the model's, where settings are kept; `first` is said."""
 
-    def __init__(self, chat: Chat, directory: Path) -> None:
+    def __init__(self, chat: Chat, directory: Path, first: str | None = None) -> None:
         self._chat = chat
         self._directory = directory
+        self._first = first
         self._interactive = interactive()
         self._lines = Terminal() if self._interactive else Pipe()
         self._exit_code = 0
@@ -109,6 +110,11 @@ class Session:
 
     def _message(self) -> tuple[str, bool]:
         """The next message, and whether it is to be taken as it is. Raises EOFError at the end."""
+        if self._first is not None:
+            text, self._first = self._first, None
+            if self._interactive:
+                print("> " + visible(text))
+            return text, True
         line = self._lines.read("> ")
         if not line.startswith(BLOCK):
             return line, False

@@ -39,9 +39,10 @@ _OPTIONS = {
     "learning rate's shape": "--lr-schedule",
 }  # fmt: skip
 
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its adapter.")]
+Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its adapter. (no default)")]
 Config = Annotated[
-    Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here.")
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here."),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
 Rank = Annotated[str, typer.Option(help="Of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).")]
@@ -81,7 +82,7 @@ Keep = Annotated[int, typer.Option(help="Checkpoints that are kept, beside the b
 OnNan = Annotated[str, typer.Option(help="At a loss that is no number, or a spike: stop, or skip.")]
 Seed = Annotated[int, typer.Option(help="Of the adapters, the order and dropout.")]
 Data = Annotated[
-    Path | None, typer.Option(help="A data file, or a directory with train and valid.", show_default=False)
+    Path | None, typer.Option(help="A data file, or a directory with train and valid. (no default)", show_default=False)
 ]
 Epochs = Annotated[float, typer.Option(help="Times that all examples are seen.")]
 MaxSeqLength = Annotated[int | None, typer.Option(help="Tokens of an example, at most. (default: the model's context)")]
