@@ -119,7 +119,7 @@ def _run(
 ) -> None:
     logits, caches = prefill_each(model, prompts, prefill_step)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
-    decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts))
+    decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts), prompts)
     active = rows
     while active:
         values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)

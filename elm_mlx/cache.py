@@ -17,14 +17,34 @@ Arrays = Sequence[mx.array]  # what a layer keeps
 
 
 class KVCache:
-    """One layer's keys and values: `(batch, num_kv_heads, capacity, head_dim)`, `offset` positions of it in use."""
+    """One layer's keys and values: `(batch, num_kv_heads, capacity, head_dim)`, `offset` positions of it in use.
+
+    Attributes:
+        switch: the length past which all keys of a text are rotated otherwise (LongRoPE); None where none is.
+        text_length: of the whole text that is being read, where more than `offset` tokens are known to come.
+    """
 
     step = 256  # capacity grows by this many positions
 
-    def __init__(self) -> None:
+    def __init__(self, switch: int | None = None) -> None:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.offset = 0
+        self.switch = switch
+        self.text_length = 0
+
+    def suits(self, length: int) -> bool:
+        """Whether what is cached is rotated as in a text of `length` tokens. Else all has to be read anew."""
+        if self.switch is None or self.offset == 0:
+            return True
+        return (max(self.text_length, self.offset) > self.switch) == (length > self.switch)
+
+    def replace_row(self, row: int, other: KVCache) -> None:
+        """Put what `other` holds (batch 1) in the place of the last positions of a row."""
+        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
+        place = slice(self.offset - other.offset, self.offset)
+        self.keys[row, :, place] = other.keys[0, :, : other.offset]
+        self.values[row, :, place] = other.values[0, :, : other.offset]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append `(batch, num_kv_heads, length, head_dim)`; returns all that is in use."""
@@ -60,7 +80,7 @@ class KVCache:
     @classmethod
     def joined(cls, caches: Sequence[KVCache]) -> KVCache:
         """One layer's caches of several prompts (batch 1 each) as one batch, padded in front to the same length."""
-        cache = cls()
+        cache = cls(caches[0].switch)
         cache.state = pad_left(caches)
         cache.offset = cache.capacity
         return cache
@@ -130,6 +150,9 @@ class StateCache:
     Of such a state nothing can be taken back but all of it. mlx-lm's networks read and write it by `[]`.
     """
 
+    switch = None  # it knows no positions
+    text_length = 0
+
     def __init__(self, size: int = 2) -> None:
         self._arrays: list[mx.array | None] = [None] * size
         self.offset = 0
@@ -169,6 +192,9 @@ class StateCache:
 
     def is_trimmable(self) -> bool:
         return False
+
+    def suits(self, length: int) -> bool:
+        return True
 
     @classmethod
     def joined(cls, caches: Sequence[StateCache]) -> StateCache:

@@ -157,6 +157,12 @@ class FamilyConfig:
         types = self.values["layer_types"]
         return self.ropes["full_attention" if types is None else types[layer]]
 
+    @property
+    def rope_switch(self) -> int | None:
+        """The length past which all positions of a text are rotated otherwise, within the context; None for none."""
+        switches = [rope.switch for rope in self.ropes.values() if rope.switch is not None]
+        return min((switch for switch in switches if switch < self.max_context_length), default=None)
+
     def needs(self, name: str) -> bool:
         """Whether the network has a place for a tensor that files of the family may hold.
 

@@ -140,8 +140,21 @@ def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Seque
     return ids
 
 
-def prefill(model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP) -> mx.array:
-    """Read `ids` into `caches`, `step` at a time; logits `(1, vocab)` after the last, not yet computed."""
+def prefill(
+    model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP, text_length: int = 0
+) -> mx.array:
+    """Read `ids` into `caches`, `step` at a time; logits `(1, vocab)` after the last, not yet computed.
+
+    `text_length` is that of the whole text, where more than `ids` is known to come: LongRoPE asks for it.
+
+    Raises:
+        InputError: the model rotates a text of this length otherwise than what is in `caches`.
+    """
+    text_length = max(text_length, caches[0].offset + len(ids))
+    if not caches[0].suits(text_length):
+        raise _turned(caches[0])
+    for cache in caches:
+        cache.text_length = text_length
     rows = mx.array(ids)[None]
     while rows.shape[1] > step:
         model.transformer(rows[:, :step], caches)
@@ -151,16 +164,30 @@ def prefill(model: Model, ids: Sequence[int], caches: list[KVCache], step: int =
     return model.head(model.transformer(rows, caches)[:, -1])
 
 
+def _turned(cache: KVCache) -> InputError:
+    return InputError(
+        f"the text grows past {cache.switch} tokens, where this model's RoPE changes (longrope), and what is cached "
+        "cannot be read again: give the whole text, without a prompt_cache"
+    )
+
+
 def decode(
-    model: Model, caches: list[KVCache], sampler: Sampler, logits: mx.array, state: State, max_tokens: int
+    model: Model,
+    caches: list[KVCache],
+    sampler: Sampler,
+    logits: mx.array,
+    state: State,
+    max_tokens: int,
+    ids: Sequence[int] | None,
 ) -> Iterator[tuple[int, float]]:
     """Tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` left on.
 
-    When a token comes it is in `caches` already, but for the first and the `max_tokens`th.
+    When a token comes it is in `caches` already, but for the first and the `max_tokens`th. `ids` are those that were
+    read; None where that is not known.
     """
     tokens, logprobs, state = sampler(logits, state)
     mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
-    decoder = Decoder(model, sampler, caches, tokens, state)
+    decoder = Decoder(model, sampler, caches, tokens, state, texts=None if ids is None else [ids])
     for count in range(1, max_tokens + 1):
         current, current_logprobs = tokens, logprobs
         if 1 < count < max_tokens:
@@ -189,6 +216,7 @@ class Decoder:
     Args:
         caches: of `batch` rows, filled by `prefill`; written to, and always whole between two steps.
         padding: `(batch,)`, empty positions at the start of each row.
+        texts: the ids in each row of the caches; None where they are not known.
     """
 
     def __init__(
@@ -199,8 +227,12 @@ class Decoder:
         tokens: mx.array,
         state: State,
         padding: mx.array | None = None,
+        texts: Sequence[Sequence[int]] | None = None,
     ):
         self.caches = caches
+        self._model = model
+        self._texts = texts
+        self._fed: list[mx.array] = []  # since then, `(batch,)` each
         self.tokens = tokens
         self.state = state
         self._padding = padding
@@ -210,6 +242,8 @@ class Decoder:
 
     def advance(self) -> tuple[mx.array, mx.array]:
         """Feed the current tokens and launch, without waiting, the choice of the next: ids and log-probabilities."""
+        if self.caches[0].switch is not None:
+            self._read_again(self.caches[0].switch)
         start = self.caches[0].offset
         for cache in self.caches:
             cache.reserve(start + 1)
@@ -228,9 +262,30 @@ class Decoder:
         mx.async_eval(self.tokens, logprobs)
         return self.tokens, logprobs
 
+    def _read_again(self, switch: int) -> None:
+        """Read again the rows that the next token makes longer than `switch`: from there on all is rotated otherwise.
+
+        As transformers does it for Phi-3. It takes a prefill, once a text.
+        """
+        texts, self._fed = self._texts, [*self._fed, self.tokens]
+        if texts is None:
+            if self.caches[0].suits(self.caches[0].offset + 1):
+                return
+            raise _turned(self.caches[0])
+        lengths = [len(text) + len(self._fed) for text in texts]  # with the token that is fed next
+        for row in [row for row, length in enumerate(lengths) if length == switch + 1]:
+            ids = [*texts[row], *(int(tokens[row].item()) for tokens in self._fed[:-1])]
+            again = make_prompt_cache(self._model)
+            prefill(self._model, ids, again, text_length=len(ids) + 1)
+            for cache, own in zip(self.caches, again, strict=True):
+                cache.replace_row(row, own)
+                mx.eval(cache.state)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
         index = mx.array(rows, dtype=mx.int32)
+        self._texts = None if self._texts is None else [self._texts[row] for row in rows]
+        self._fed = [tokens[index] for tokens in self._fed]
         self.tokens = self.tokens[index]
         self.state = self._sampler.keep(self.state, index)
         self._padding = None if self._padding is None else self._padding[index]
@@ -267,9 +322,10 @@ def _stream(
     cut_off: str,
 ) -> Iterator[Response]:
     start = time.perf_counter()
+    whole = ids if caches[0].offset == 0 else None
     logits = prefill(model, ids, caches, prefill_step)
     first = 0.0
-    drawn = decode(model, caches, sampler, logits, state, max_tokens)
+    drawn = decode(model, caches, sampler, logits, state, max_tokens, whole)
     for count, (token, logprob) in enumerate(drawn, start=1):
         first = first or time.perf_counter()
         ended = token in ends

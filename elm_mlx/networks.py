@@ -81,8 +81,10 @@ class Spoken:
 
     def prompt_cache(self) -> list[Any]:
         """An empty cache for each layer, as `cache.make_prompt_cache` hands them out."""
-        kind = KVCache if self.config.family.positions else StateCache
-        return [kind() for _ in self.layers]  # type: ignore[attr-defined]
+        layers: list[Any] = self.layers  # type: ignore[attr-defined]
+        if not self.config.family.positions:
+            return [StateCache() for _ in layers]
+        return [KVCache(self.config.rope_switch) for _ in layers]
 
 
 def network(config: FamilyConfig) -> Any:

@@ -44,8 +44,11 @@ class PrefixCache:
     def shared(self, prompt: Sequence[int]) -> int:
         """How many ids of `prompt` need not be read. Never all: the last one's logits are not kept.
 
-        Of a state that can't be cut back, all that was read or none.
+        Of a state that can't be cut back, all that was read or none; and none where a text of this length is rotated
+        otherwise.
         """
+        if not self.caches[0].suits(len(prompt)):
+            return 0
         most = min(len(self.ids), len(prompt) - 1)
         same = next((i for i in range(most) if self.ids[i] != prompt[i]), most)
         return same if same == len(self.ids) or self.caches[0].is_trimmable() else 0
@@ -66,7 +69,7 @@ class PrefixCache:
                 if stopped():
                     return None
                 chunk = prompt[at : at + READ_STEP]
-                logits = prefill(self.model, chunk, self.caches, READ_STEP)
+                logits = prefill(self.model, chunk, self.caches, READ_STEP, len(prompt))
                 mx.eval([cache.state for cache in self.caches])
                 self.ids += chunk
         return logits
@@ -80,7 +83,7 @@ class PrefixCache:
         with self._cleared_by_failure():
             state = sampler.start([self.ids], seed)
             chosen: list[int] = []  # and not yet in the caches
-            for token, _ in decode(self.model, self.caches, sampler, logits, state, max_tokens):
+            for token, _ in decode(self.model, self.caches, sampler, logits, state, max_tokens, tuple(self.ids)):
                 chosen.append(token)
                 fed = self.caches[0].offset - len(self.ids)
                 self.ids += chosen[:fed]

@@ -93,7 +93,10 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     uncompiled = (
         f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
     )
-    notes = (how.note, adapted, uncompiled, *vocabulary.notes)
+    untied = None
+    if isinstance(config, FamilyConfig) and config.own_head:
+        untied = "the weights hold a head of their own, which is used, though config.json says tie_word_embeddings"
+    notes = (how.note, adapted, uncompiled, untied, *vocabulary.notes)
     return Loaded(model, vocabulary.tokenizer, _describe(stored, packing), tuple(filter(None, notes)))
 
 
