@@ -1,94 +1,201 @@
-"""Chat templates in Jinja, as Hugging Face's libraries write and run them.
+"""Chat templates in Jinja, rendered as transformers renders them, within limits.
 
-Knows the language, and that a template comes with a model from anywhere: it runs in Jinja's sandbox, its output
-is bounded (its time is not), and whatever goes wrong in it is an error that names its file. Knows no tokens.
-Importing this imports no Jinja.
+Knows that a template comes with a model from anywhere, and that nothing inside a process bounds what a single filter of
+it costs. So it is rendered in a process of its own, `jinja_worker`, which the kernel ends after SECONDS and keeps below
+MEMORY; macOS limits no memory, so there this side looks every few milliseconds. Whatever goes wrong is an error that
+names the template's file. Knows no tokens. Importing this imports no Jinja and starts nothing.
 """
 
 from __future__ import annotations
 
-import datetime
+import atexit
 import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from elm_mlx.errors import InputError
+from elm_mlx import jinja_worker
+from elm_mlx.errors import ElmError, InputError
 
-# Far above any context; a template that says more is broken or means harm.
-MAX_OUTPUT = 4_000_000
+SECONDS = 2.0  # for all that is rendered at once
+MEMORY = 200 << 20  # bytes that the process may take, Jinja's own 20 MB included
+KERNEL_LIMITS_MEMORY = sys.platform == "linux"
+
+INSTEAD = "--template FILE takes another, --template none goes without one"
+
+_CODE = 20 << 20  # bytes of libraries and stack, which the kernel does not count as data
+_POLL = 5  # milliseconds
+
+Conversation = tuple[Sequence[Mapping[str, str]], bool]  # messages, and whether the generation prompt follows
 
 
-class Renderer:
-    """A template that has been read.
+class Refusal(InputError):
+    """The template does not take a conversation, or fails on it."""
+
+
+def start() -> None:
+    """Starts the process without waiting for it, so that it is ready when the model is."""
+    with _lock:
+        _running()
+
+
+def stop() -> None:
+    """Ends the process, if there is one. The next template gets another."""
+    with _lock:
+        if _process is not None:
+            _process.end()
+
+
+def render(
+    source: str, where: str, conversations: Sequence[Conversation], names: Mapping[str, str]
+) -> list[str | Refusal]:
+    """Returns each conversation as text, or why the template does not render it.
 
     Args:
         source: Jinja text.
         where: its file, for messages.
+        names: the template's further variables, `bos_token` and the like.
 
     Raises:
-        InputError: it is no Jinja.
+        InputError: `source` is no Jinja, or does not stay within the limits.
+        ElmError: the process does not start.
     """
-
-    def __init__(self, source: str, where: str) -> None:
-        self._where = where
+    common = {**names, "tools": None, "documents": None}
+    variables = [
+        {**common, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt}
+        for messages, prompt in conversations
+    ]
+    with _lock:
         try:
-            self._template = _environment().from_string(source)
-        except Exception as error:
-            raise self._failure(error) from None
+            answer = _running().ask(source, variables)
+        except _EndedError as error:
+            raise InputError(f"{where}: the chat template {error} ({INSTEAD})") from None
+    if "invalid" in answer:
+        raise InputError(f"{_failure(where, answer['invalid'])} ({INSTEAD})")
+    return [text if isinstance(text, str) else Refusal(_failure(where, text)) for text in answer["rendered"]]
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool, **names: str) -> str:
-        """The conversation as text. `names` are the template's further variables, `bos_token` and the like.
 
-        Raises:
-            InputError: the template refuses the conversation, does what it may not, or fails.
-        """
-        variables = {"messages": messages, "add_generation_prompt": add_generation_prompt, **names}
-        output: list[str] = []
-        size = 0
+def _failure(where: str, why: Mapping[str, Any]) -> str:
+    line = "" if why["line"] is None else f", line {why['line']}"
+    # A stranger's words, on their way to a terminal.
+    reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in why["reason"])
+    return f"{where}: the chat template fails{line}: {reason}"
+
+
+class _EndedError(Exception):
+    """The process came to its end; the text says of what."""
+
+
+class _Process:
+    """The process from outside. One serves all templates."""
+
+    def __init__(self) -> None:
+        self._seconds, self._memory = SECONDS, MEMORY
+        self._watched = not KERNEL_LIMITS_MEMORY
+        limits = [str(SECONDS), str(0 if self._watched else MEMORY - _CODE)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", jinja_worker.__file__, *limits, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # where Ctrl-C in the terminal does not reach it
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._arrival = select.poll()
+        self._arrival.register(self._answers)
+        self._ready = False
+        self._source: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def ask(self, source: str, conversations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The worker's answer. Raises _EndedError where there is none, and after any error the process is no more."""
         try:
-            for piece in self._template.generate(tools=None, documents=None, **variables):
-                output.append(piece)
-                size += len(piece)
-                if size > MAX_OUTPUT:
-                    raise InputError(f"{self._where}: the chat template writes without end")
-        except InputError:
+            if not self._ready and not self._answers.readline():
+                raise ElmError("the process that renders chat templates does not start: is jinja2 installed?")
+            self._ready = True
+            request = {"source": None if source == self._source else source, "conversations": conversations}
+            with suppress(BrokenPipeError):  # the end of the answers says why
+                self._requests.write(json.dumps(request).encode() + b"\n")
+                self._requests.flush()
+            self._source = source
+            line = self._line()
+            if not line:
+                raise _EndedError(self._why())
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        except BaseException:  # Ctrl-C too: nobody waits for this answer any more
+            self.end()
             raise
-        except Exception as error:  # a template can raise anything
-            raise self._failure(error) from None
-        return "".join(output)
 
-    def _failure(self, error: Exception) -> InputError:
-        line = f", line {error.lineno}" if isinstance(getattr(error, "lineno", None), int) else ""  # type: ignore[attr-defined]
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        return InputError(f"{self._where}: the chat template fails{line}: {reason}")
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._requests, self._answers):
+            with suppress(OSError):  # of what was left to be written
+                pipe.close()
+
+    def _line(self) -> bytes:
+        while self._watched and not self._arrival.poll(_POLL):
+            if _footprint(self._process.pid) > self._memory - _CODE:
+                raise _EndedError(self._needs_memory())
+        return self._answers.readline()
+
+    def _why(self) -> str:
+        code = self._process.wait()
+        if code == -signal.SIGALRM:
+            return f"takes more than {self._seconds:g} s"
+        if code == jinja_worker.TOO_MUCH_MEMORY:
+            return self._needs_memory()
+        if code == jinja_worker.TOO_MUCH_TEXT:
+            return "writes without end"
+        return f"ended the process that rendered it ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
+
+    def _needs_memory(self) -> str:
+        return f"needs more than {self._memory >> 20} MB"
 
 
-def _environment() -> Any:
-    """Jinja as Hugging Face's libraries set it up."""
-    from jinja2 import nodes, parser
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _footprint(process: int) -> int:
+    """Bytes of memory that a process has filled; 0 of one that is no more."""
+    if sys.platform == "darwin":
+        import ctypes
 
-    class Generation(Extension):
-        """`{% generation %}` marks what the assistant says, for training; here it is transparent."""
+        # libproc.h: RUSAGE_INFO_V0 is a UUID and ten figures, of which the eighth is ri_phys_footprint.
+        figures = (ctypes.c_uint64 * 12)()
+        return figures[9] if ctypes.CDLL(None).proc_pid_rusage(process, 0, ctypes.byref(figures)) == 0 else 0
+    try:
+        _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
+    except (OSError, ValueError):
+        return 0
+    return (resident - shared) * os.sysconf("SC_PAGESIZE")
 
-        tags = {"generation"}  # noqa: RUF012
 
-        def parse(self, parser: parser.Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+_lock = threading.Lock()
+_process: _Process | None = None
 
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
 
-    def to_json(value: object, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+def _running() -> _Process:
+    global _process
+    if _process is None or _process.ended:
+        _process = _Process()
+    return _process
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    return environment
+
+def _forget() -> None:
+    """In a fork of this process: the pipes are the parent's."""
+    global _lock, _process
+    _lock, _process = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(stop)

@@ -15,9 +15,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from elm_mlx import files, reading
+from elm_mlx import files, jinja, reading
 from elm_mlx.errors import InputError
-from elm_mlx.jinja import Renderer
 from elm_mlx.json_files import read_object_if_there
 from elm_mlx.tokenizer import Tokenizer
 
@@ -136,13 +135,12 @@ class JinjaTemplate(Template):
         names: what `bos_token`, `eos_token` and their like are called, for the template to write.
 
     Raises:
-        InputError: `source` is no Jinja.
+        InputError: `source` is no Jinja, or does not stay within `jinja`'s limits.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
         super().__init__(tokenizer)
-        self._renderer = Renderer(source, where)
-        self._source, self._names = source, dict(names)
+        self._source, self._where, self._names = source, where, dict(names)
         self._ids = tokenizer.control_ids
         longest_first = sorted(self._ids, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -151,16 +149,21 @@ class JinjaTemplate(Template):
     def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
         mark = self._unused_character(messages)
         shielded = [{**message, "content": self._shield(message["content"], mark)} for message in messages]
-        safe = self._split(self._render(shielded, add_generation_prompt))
-        parts = self._split(self._render(messages, add_generation_prompt))
-        if _controls(parts) != _controls(safe):  # a message holds the name of a control token
-            parts = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
+        versions = [messages, shielded] if any(mark in message["content"] for message in shielded) else [messages]
+        rendered = self._render([(version, add_generation_prompt) for version in versions])
+        refusal = next((text for text in rendered if isinstance(text, jinja.Refusal)), None)
+        if refusal is not None:
+            raise refusal
+        parts, *others = (self._split(text) for text in rendered if isinstance(text, str))
+        for safe in others:
+            if _controls(parts) != _controls(safe):  # a message holds the name of a control token
+                parts = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
         bos = self.tokenizer.bos_id if self.tokenizer.bos_before_templates else None
         parts = self.tokenizer.trimmed(parts)
         return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
 
-    def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
-        return self._renderer.render(messages, add_generation_prompt, **self._names)
+    def _render(self, conversations: Sequence[jinja.Conversation]) -> list[str | jinja.Refusal]:
+        return jinja.render(self._source, self._where, conversations, self._names)
 
     def _split(self, text: str) -> list[Part]:
         parts: list[Part] = []
@@ -194,10 +197,8 @@ class JinjaTemplate(Template):
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "\uf8ff"}
         following = {"role": "user", "content": "\uf8fe"}
         eos_ids = self.tokenizer.eos_ids
-        for messages in ([question, answer], [question, answer, following]):
-            try:
-                text = self._render(messages, False)
-            except InputError:  # one that wants more of a conversation, say a system message
+        for text in self._render([([question, answer], False), ([question, answer, following], False)]):
+            if isinstance(text, jinja.Refusal):  # one that wants more of a conversation, say a system message
                 continue
             ending = self._split(text.rpartition("\uf8ff")[2].partition("\uf8fe")[0])
             written = [part for part in ending if isinstance(part, int) or part.strip()]
@@ -235,6 +236,18 @@ def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -
     if source == OPENELM_INSTRUCT_JINJA:  # the same ids, without Jinja
         return OpenELMInstruct(tokenizer)
     return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer))
+
+
+def prepare(directory: Path, override: str | None = None) -> bool:
+    """Whether `choose` will find a template. What renders Jinja starts meanwhile, beside what the caller does next.
+
+    Raises:
+        InputError: the template cannot be read.
+    """
+    source, _ = source_of(directory, override)
+    if source not in (None, OPENELM_INSTRUCT_JINJA):
+        jinja.start()
+    return source is not None
 
 
 def source_of(directory: Path, override: str | None = None) -> tuple[str | None, str]:

@@ -13,6 +13,8 @@ import sys
 import time
 from multiprocessing import resource_tracker
 
+from elm_mlx import jinja_worker
+
 _ENDING = 5.0  # seconds that a process which is on its way out may take
 
 _started = False  # whether any process has been started since the last look
@@ -65,8 +67,10 @@ def _note_start(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _children() -> dict[int, str]:
-    """Every living process below this one, and its command; not the one of Python's own that stays to the end."""
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True)
+    """Every living process below this one, and its command; not those of Python and of `elm_mlx.jinja` that stay."""
+    listed = subprocess.run(
+        ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
+    )
     rows = [line.split(None, 3) for line in listed.stdout.splitlines()]
     parents = {int(pid): (int(parent), state, args) for pid, parent, state, args in (r for r in rows if len(r) == 4)}
     ours = {os.getpid()}
@@ -75,6 +79,7 @@ def _children() -> dict[int, str]:
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
     return {
         pid: args
-        for pid, (_, state, args) in parents.items()
+        for pid, (parent, state, args) in parents.items()
         if pid in ours - {os.getpid(), tracker} and not state.startswith("Z") and not args.startswith("ps -A ")
+        if not (parent == os.getpid() and jinja_worker.__file__ in args)
     }

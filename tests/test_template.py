@@ -217,7 +217,6 @@ class TestHostileTemplates:
             ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),
             ("{{ messages.append(1) }}", "unsafe"),
             ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-            ("{% for i in range(99999) %}{% for j in range(99999) %}abcdefgh{% endfor %}{% endfor %}", "without end"),
             ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
             ("{{ nothing.at.all }}", "undefined"),
             ("{{ 1 / 0 }}", "division by zero"),

@@ -39,10 +39,11 @@ def chat(
     from elm_mlx.cli.session import Session
     from elm_mlx.describe import check_directory
     from elm_mlx.store import open_model
-    from elm_mlx.template import choose
+    from elm_mlx.template import choose, prepare
 
     sampling.check_seed(seed)
-    loaded = open_model(check_directory(model, with_tokenizer=True), compute_dtype, adapter)
+    prepare(check_directory(model, with_tokenizer=True), template)
+    loaded = open_model(model, compute_dtype, adapter)
     assert loaded.tokenizer is not None
     for remark in loaded.notes:
         note(remark)

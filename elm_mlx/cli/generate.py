@@ -70,7 +70,7 @@ def generate(
     from elm_mlx.generation import check_steps
     from elm_mlx.sampling import check_seed, sampler_from
     from elm_mlx.store import open_model
-    from elm_mlx.template import choose, source_of
+    from elm_mlx.template import choose, prepare
     from elm_mlx.window import as_messages
 
     flags = {
@@ -81,7 +81,7 @@ def generate(
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     check_seed(seed)
-    if source_of(model, template)[0] is None and system is not None:
+    if not prepare(model, template) and system is not None:
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     loaded = open_model(model, compute_dtype, adapter)
