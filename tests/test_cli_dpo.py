@@ -161,6 +161,18 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
     assert not out.exists()
 
 
+def test_an_adapter_that_is_worse_than_none_is_not_recommended(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    """What is preferred in validation is the other answer."""
+    rows = map(json.loads, (data / "train.jsonl").read_text().splitlines())
+    swapped = ({**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows)
+    (data / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    code, text, err = run(tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert code == 0 and "no validation loss was below the 0.6931 before training" in err
+    assert "best" not in text and "try:" not in text
+
+
 def test_two_runs_do_not_write_to_one_directory(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     with files.hold(tmp_path / "out"):
         code, _, err = run(tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from mlx.utils import tree_flatten
 from training_runs import free_port, updates, write_data
 
 from elm_mlx import device, files, roofline
-from elm_mlx.cli.training import parse_rank
+from elm_mlx.cli.training import harmed, parse_rank
 from elm_mlx.errors import InputError
 from elm_mlx.store import load
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA
+from elm_mlx.train.checkpoint import Progress
+from elm_mlx.train.loop import Result
 
 
 @pytest.fixture
@@ -100,6 +103,39 @@ def test_the_best_by_validation_is_kept(run: Run, tiny_model_dir: Path, data: Pa
     best = mx.load(str(out / "checkpoints" / f"step-0000000{found[1]}" / "adapters.safetensors"))
     kept = mx.load(str(out / "adapters.safetensors"))
     assert best.keys() == kept.keys() and all(mx.array_equal(best[name], kept[name]) for name in best)
+
+
+def test_an_adapter_that_is_worse_than_none_is_not_recommended(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    """The base counts among the validations; the last weights are kept, and called what they are."""
+    out = tmp_path / "out"
+    (data / "valid.jsonl").write_text('{"prompt": "the quick ", "completion": "ZYXWV?"}\n')  # what training unlearns
+    options = ("--iters", 12, "--steps-per-eval", 6, "--learning-rate", 0.05, "--warmup", 0, "--batch-size", 1)
+    code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", out, *options)
+    assert code == 0, err
+    valid = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "valid_loss" in line]
+    base, *others = [line["valid_loss"] for line in valid]
+    assert min(others) > base, "training should have been harmful"
+    assert [line.get("best") for line in valid] == [True, None, None]
+    assert f"step 6: validation loss {others[0]:.4f}, no better than the {base:.4f} before training" in text
+    assert "best" not in text and "try:" not in text
+    assert (
+        f"no validation loss was below the {base:.4f} before training, the last is {others[-1]:.4f}: do not use" in err
+    )
+    last = mx.load(str(out / "checkpoints" / "step-00000012" / "adapters.safetensors"))
+    kept = mx.load(str(out / "adapters.safetensors"))
+    assert all(mx.array_equal(last[name], kept[name]) for name in last)
+    code, text, err = run("report", out)
+    assert "no validation's loss is below the one before training" in text + err
+    assert "0, before training" in (out / "report.html").read_text()
+
+
+def test_a_training_loss_that_rose_is_told_where_nothing_is_validated() -> None:
+    progress = Progress(step=9, loss_mean=7.5, first_loss=3.0)
+    result = Result(progress, False, Path("last"), None)
+    assert "the training loss rose from 3.0000, of the first update, to 7.5000: do not use it" in harmed(result, "--lr")
+    assert Result(replace(progress, loss_mean=4.4), False, Path("last"), None).harm is None
 
 
 def test_one_is_no_plural_and_no_validations_are_none(

@@ -105,6 +105,14 @@ def test_what_is_suggested_at_the_end_works(run: Run, config: Path, tmp_path: Pa
     assert "validation" not in text
 
 
+def test_a_model_that_is_worse_than_none_is_not_recommended(run: Run, config: Path, tmp_path: Path) -> None:
+    options = ("--set", "optimizer.lr=50", "--set", "optimizer.warmup=0", "--set", "run.on_nan=skip")
+    code, text, err = run("pretrain", config, "--out", tmp_path / "run", *options)
+    assert code == 0, err
+    assert "no validation loss was below the " in err and "a lower optimizer.lr or other data may help" in err
+    assert "best" not in text and "try:" not in text and "average" not in text
+
+
 def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert run("pretrain", config, "--out", whole, "--set", "data.workers=0")[0] == 0

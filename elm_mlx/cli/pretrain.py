@@ -80,6 +80,8 @@ def pretrain(
         with shown, training.changes_named(_KEYS):
             result = run.train(resume=resume, listener=shown)
         shown.lines(_outcome(run, result, shown.validates))
+        if result.harm is not None:
+            shown.warn(training.harmed(result, "optimizer.lr"))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -124,6 +126,8 @@ def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[st
         lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
     if run.batches.under_way:
         lines.append(("trained", f"on {result.progress.tokens // run.world:,} of these tokens"))
+    if result.harm is not None:
+        return [*lines, ("wrote", f"{run.out}: what the last update left, worse than the weights before the first")]
     lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.out} --prompt …"))
     last = min(_MEAN_OF, len(checkpoint.all_of(run.out)))
     if last > 1:

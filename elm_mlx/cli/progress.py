@@ -38,6 +38,7 @@ class Progress(Listener):
     def __init__(self, steps: int, validates: bool = True, quiet: bool = False):
         self._steps, self.validates, self.quiet = steps, validates, quiet
         self._loss: float | None = None
+        self._base: float | None = None  # the validation's loss before training
         self._rate = self._seconds = self._matmul = 0.0
         self._updates, self._resumed = 0, False
         self._measures: dict[str, float] = {}
@@ -50,6 +51,11 @@ class Progress(Listener):
         if not self.quiet:
             for label, text in lines:
                 say(label, text, 10)
+
+    def warn(self, text: str) -> None:
+        """What must not be missed, on stderr."""
+        if not self.quiet:
+            print(f"warning   {printable(text)}", file=sys.stderr, flush=True)
 
     def ready(self, seconds: float, left: int) -> None:
         """What is known when the model is loaded: how long an update takes, and how many are left."""
@@ -143,7 +149,13 @@ class Progress(Listener):
         self.say(f"stopping{' after this update' if begun else ', with nothing to save yet'}; again ends at once")
 
     def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
-        told = [f"validation loss {loss:.4f}", *_named(measures), *(["the best yet"] if best else [])]
+        told = [f"validation loss {loss:.4f}", *_named(measures)]
+        if step == 0:
+            self._base = loss
+        elif best:
+            told.append("the best yet")
+        elif self._base is not None and not loss < self._base:
+            told.append(f"no better than the {self._base:.4f} before training")
         self.say(f"step {step:,}: {', '.join(told)}")
 
     def say(self, text: str) -> None:

@@ -129,8 +129,12 @@ def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[s
     onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
     with shown, changes_named({**_OPTIONS, _STEPS: length}, onwards):
         result = run.train(settings, used, resume=resume, listener=shown)
-    tried = _trial(run.path, run.out, used.get("template"))
-    shown.lines([*ended(result, shown.validates), ("wrote", f"{run.out}; try: {tried}")])
+    shown.lines(ended(result, shown.validates))
+    if result.harm is None:
+        shown.lines([("wrote", f"{run.out}; try: {_trial(run.path, run.out, used.get('template'))}")])
+    else:
+        shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
+        shown.warn(harmed(result, "--learning-rate"))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -197,6 +201,18 @@ def needed(load: Load) -> str:
     return f"about {size(memory.estimate(load).total)}" + ("" if free is None else f", of {size(free)} that are free")
 
 
+def harmed(result: Result, rate: str) -> str:
+    """What is said where training made the loss worse; `rate` is the learning rate's option."""
+    assert result.harm is not None
+    now, before = result.harm
+    helps = f"a lower {rate} or other data may help"
+    if result.progress.valid_loss is None:
+        return f"the training loss rose from {before:.4f}, of the first update, to {now:.4f}: do not use it; {helps}"
+    return (
+        f"no validation loss was below the {before:.4f} before training, the last is {now:.4f}: do not use it; {helps}"
+    )
+
+
 def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
     """How a run ended, to be shown."""
     done = result.progress
@@ -206,7 +222,7 @@ def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
         lines = [("stopped", f"after {counted(done.step, 'update')}; --resume goes on from {result.last}")]
     if done.skipped:
         lines.append(("skipped", counted(done.skipped, "update")))
-    if done.best_step is not None:
+    if done.best_step:
         best = f"validation loss {done.best_loss:.4f}, after {counted(done.best_step, 'update')}"
         lines.append(("best", best))
     return lines

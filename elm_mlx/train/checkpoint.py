@@ -60,7 +60,10 @@ class Progress:
         seconds: spent training so far.
         skipped: updates that were not made, because of their loss.
         loss_mean: of the last updates; what a spike is told by.
-        best_step, best_loss: the least validation loss and the checkpoint it was found at.
+        first_loss: the first update's, which is of the model as it was; None before it.
+        valid_loss: the last validation's; None before the first one that follows an update.
+        best_step, best_loss: the least validation loss, and the checkpoint that it was found at. Step 0 has none: it is
+            the model before training.
     """
 
     step: int = 0
@@ -71,8 +74,15 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     loss_mean: float = 0.0
+    first_loss: float | None = None
+    valid_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
+
+    @property
+    def made(self) -> int:
+        """Updates that were not skipped."""
+        return self.step - self.skipped
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ class Finetuning:
         resume: bool = False,
         listener: Listener | None = None,
     ) -> Result:
-        """Train, and leave the adapter in `out`: the best by validation, or the last where there is none.
+        """Train, and leave the adapter in `out`: the best by validation, or the last where none is below the base.
 
         Args:
             record: what the run was asked for, as JSON's types; kept in its directory.

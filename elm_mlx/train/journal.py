@@ -29,7 +29,7 @@ class Report:
         matmul_share: what must be computed for them, as a share of this machine's own matmul speed: see `meter`.
         memory: bytes at most in use so far.
         skipped: whether the update was left out.
-        best: True where the validation's loss is the least so far.
+        best: True where the validation's loss is the least so far; of step 0, the model's before training.
         measures: means of what the objective measures, an update's or a validation's, by name. In the file each of
             them is a value of its own, a validation's as `valid_NAME`.
     """

@@ -25,6 +25,7 @@ from elm_mlx.train.run import Batches, Run
 from elm_mlx.train.settings import Settings
 
 _SAVE_AFTER = 300.0  # seconds since a checkpoint, after which one is due however few updates there were
+_RISEN = 1.5  # times the first update's loss, above which that of the last ones is no chance of their batches
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,22 @@ class Result:
 
     Attributes:
         interrupted: whether someone stopped it before its last update; it can be resumed.
-        last, best: checkpoints; the best by validation is None where there was none.
+        last, best: checkpoints; the best by validation is None where there was none, or none was below the base's.
     """
 
     progress: Progress
     interrupted: bool
     last: Path
     best: Path | None
+
+    @property
+    def harm(self) -> tuple[float, float] | None:
+        """The loss at the end and before training, where training made it worse: by validation, if there was any."""
+        done = self.progress
+        if done.valid_loss is not None and done.best_loss is not None:
+            return (done.valid_loss, done.best_loss) if done.best_step == 0 else None
+        risen = done.first_loss is not None and done.loss_mean > _RISEN * done.first_loss
+        return (done.loss_mean, done.first_loss) if risen and done.first_loss is not None else None
 
 
 def train(
@@ -113,5 +123,5 @@ def train(
             raise KeyboardInterrupt
         if run.saved != progress.step:
             run.save(batches)
-    best = None if progress.best_step is None else checkpoint.directory(out, progress.best_step)
+    best = checkpoint.directory(out, progress.best_step) if progress.best_step else None
     return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)

@@ -111,6 +111,9 @@ def _read(path: Path, name: str) -> Run:
     if repeated:
         times = "once" if repeated == 1 else f"{repeated:,} times"
         run.notes.append(f"the run went back {times}; of each step, the last is shown")
+    valid = run.column("valid_loss")
+    if valid.steps[1:] and valid.steps[0] == 0 and not min(valid.values[1:]) < valid.values[0]:
+        run.notes.append("no validation's loss is below the one before training: the model has become worse")
     run.about = _about(run)
     return run
 

@@ -96,6 +96,7 @@ def _summed_up(run: Run) -> dict[str, str]:
     valid, losses = run.column("valid_loss"), run.column("loss").finite()
     numbers = valid.finite()
     best = min(numbers, default=math.nan)
+    at = valid.steps[valid.values.index(best)] if numbers else 0
     rates, memory = run.column("tokens_per_second").finite(), run.column("memory").finite()
     shares = run.column("matmul_share").finite()
     lost = sum(len(column.values) - len(column.finite()) for column in (valid, run.column("loss")))
@@ -106,7 +107,7 @@ def _summed_up(run: Run) -> dict[str, str]:
         "validation, first": _loss(numbers[0]) if numbers else "",
         "validation, last": _loss(numbers[-1]) if numbers else "",
         "validation, best": _loss(best) if numbers else "",
-        "best at step": f"{valid.steps[valid.values.index(best)]:,}" if numbers else "",
+        "best at step": (f"{at:,}" if at else "0, before training") if numbers else "",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "",
         "share of matmul speed, median": f"{statistics.median(shares):.1%}" if shares else "",
         "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",

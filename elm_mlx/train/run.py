@@ -32,7 +32,8 @@ from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
 
-_SETTLED = 20  # updates before a loss can be told to be a spike
+_REACH = 20  # updates, some, that the running mean of losses reaches over
+_SCATTER = 5.0  # a spike's size is this many times as much larger of one token: so do the means of few tokens differ
 _MOST_SKIPPED = 10  # in a row, before even "skip" stops
 _LONG = 60.0  # seconds of a trial, of which compiling is then a small part
 
@@ -141,7 +142,7 @@ class Run:
         mx.eval(sums, norm)
         (mean, *measured), length = self._means(sums, count), norm.item()
         rate = self._settings.schedule(self.progress.step)
-        wrong = self._what_is_wrong(mean, length)
+        wrong = self._what_is_wrong(mean, length, max(1, trained))
         if wrong is None:
             self._step.apply(gradients, norm, count, rate)
             self._note(mean)
@@ -173,7 +174,7 @@ class Run:
         )
 
     def validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
-        """Whether the loss is the least so far. Nothing comes of one that `stop` breaks off."""
+        """Whether the loss is the least so far, the base's included. Nothing comes of one that `stop` breaks off."""
         self._listener.doing("validating")
         started = time.perf_counter()
         total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
@@ -187,7 +188,9 @@ class Run:
         (mean, *measured), progress = self._means(self._summed(total), max(1, count)), self.progress
         if stop is not None and self.agreed(stop.is_set()):
             return False
-        best = progress.step > 0 and mean < (math.inf if progress.best_loss is None else progress.best_loss)
+        if progress.step > 0:
+            progress.valid_loss = mean
+        best = mean < (math.inf if progress.best_loss is None else progress.best_loss)
         if best:
             progress.best_step, progress.best_loss = progress.step, mean
         seconds, measures = time.perf_counter() - started, self._named(measured)
@@ -242,11 +245,14 @@ class Run:
     def _named(self, measured: list[float]) -> dict[str, float]:
         return dict(zip(self._step.objective.measures, measured, strict=True))
 
-    def _what_is_wrong(self, loss: float, norm: float) -> str | None:
+    def _what_is_wrong(self, loss: float, norm: float, trained: int) -> str | None:
+        """Why an update of this loss, the mean over so many trained tokens, is not to be made."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss}, the gradients' norm {norm}"
         spike, mean = self._settings.spike, self.progress.loss_mean
-        if spike is not None and self.progress.step >= _SETTLED and loss > mean + spike:
+        if spike is None or self.progress.made == 0:
+            return None
+        if loss > mean + spike * (1 + _SCATTER / math.sqrt(trained)):
             return f"the loss jumped to {loss:.3f}, from {mean:.3f}"
         return None
 
@@ -261,10 +267,12 @@ class Run:
         raise ElmError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
 
     def _note(self, loss: float) -> None:
-        """Take a loss into the running mean, which reaches over some twenty updates."""
+        """Take a loss into the running mean."""
         progress = self.progress
         self._skipped_in_a_row = 0
-        share = max(1 / _SETTLED, 1 / (progress.step + 1))
+        if progress.made == 0:
+            progress.first_loss = loss
+        share = max(1 / _REACH, 1 / (progress.made + 1))
         progress.loss_mean += share * (loss - progress.loss_mean)
 
     def _summed(self, value: mx.array) -> mx.array:

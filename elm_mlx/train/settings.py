@@ -27,7 +27,8 @@ class Settings:
         accumulate: batches to an update.
         seed: of dropout.
         grad_checkpoint: compute blocks again on the way back rather than keep them.
-        spike: a loss that is this many nats above its running mean counts as one that is no number; None for none.
+        spike: a loss that is so many nats above its running mean, which begins with the first update, counts as one
+            that is no number; None for none. Of N trained tokens, 1 + 5/√N times as many, for their mean's scatter.
         on_nan: "stop", or "skip" the update.
         eval_every: updates between validations; the last is followed by one too. The same for `save_every`.
         keep: checkpoints to keep, beside the best.

@@ -29,6 +29,7 @@ from elm_mlx.train.journal import Report
 from elm_mlx.train.listener import Listener
 from elm_mlx.train.meter import Meter
 from elm_mlx.train.optimizer import Schedule, make_optimizer
+from elm_mlx.train.run import Run
 from elm_mlx.train.step import Step, recompute_blocks
 
 
@@ -355,27 +356,89 @@ def test_skipping_for_ever_stops(tmp_path: Path) -> None:
                    runs.settings(40, on_nan="skip"), tmp_path, runs.IDENTITY)  # fmt: skip
 
 
+class _Rising:
+    """Counting downwards after `good` batches."""
+
+    def __init__(self, inner: Any, good: int):
+        self.inner, self.good = inner, good
+
+    def __next__(self) -> Batch:
+        self.good -= 1
+        batch: Batch = next(self.inner)
+        return batch if self.good >= 0 else replace(batch, targets=(batch.targets + 40) % runs.VOCAB)
+
+    def state(self) -> Any:
+        return self.inner.state()
+
+    def resume(self, state: Any) -> None:
+        raise AssertionError
+
+
 def test_a_spike_is_told(tmp_path: Path) -> None:
-    class Rising:
-        """Counting downwards after 30 batches."""
-
-        def __init__(self, inner: Any):
-            self.inner, self.number = inner, 0
-
-        def __next__(self) -> Batch:
-            self.number += 1
-            batch: Batch = next(self.inner)
-            return batch if self.number <= 30 else replace(batch, targets=(batch.targets + 40) % runs.VOCAB)
-
-        def state(self) -> Any:
-            return self.inner.state()
-
-        def resume(self, state: Any) -> None:
-            raise AssertionError
-
     with pytest.raises(ElmError, match="step 31: the loss jumped to"):
-        runs.train(runs.model(), Rising(runs.batches()), None,
-                   runs.settings(40, schedule=Schedule(3e-3, 40), spike=1.5), tmp_path, runs.IDENTITY)  # fmt: skip
+        runs.train(runs.model(), _Rising(runs.batches(), 30), None,
+                   runs.settings(40, schedule=Schedule(3e-3, 40), spike=1.0), tmp_path, runs.IDENTITY)  # fmt: skip
+
+
+@pytest.mark.parametrize("at", [2, 3, 9])
+def test_a_ruined_model_is_told_from_the_first_update_on(at: int, tmp_path: Path) -> None:
+    """Not only once twenty losses are there to be compared with."""
+
+    class Ruinous(_Rising):
+        def __next__(self) -> Batch:
+            batch = super().__next__()
+            if self.good == -1:  # what an update at far too high a rate would have made of it
+                head = model.transformer.token_embeddings
+                head.weight = head.weight * 40
+            return batch
+
+    model = runs.model()
+    with pytest.raises(ElmError, match=f"step {at}: the loss jumped to .*, from .*; .*a lower learning rate may help"):
+        runs.train(model, Ruinous(runs.batches(), at - 1), None, runs.settings(12), tmp_path, runs.IDENTITY)
+    assert [step for step, *_ in runs.losses(tmp_path)] == list(range(1, at))
+
+
+def test_the_loss_of_few_tokens_may_scatter(tmp_path: Path) -> None:
+    """Their mean says less: what is a spike of many tokens is none of one."""
+    settings = runs.settings(3, spike=1.0)
+    run = Run(runs.model(), settings, tmp_path, runs.IDENTITY, None, None, None, Listener(), None)
+    run.progress.step, run.progress.loss_mean = 1, 4.0
+    assert run._what_is_wrong(6.0, 1.0, 10_000) == "the loss jumped to 6.000, from 4.000"
+    assert run._what_is_wrong(6.0, 1.0, 10) is None and run._what_is_wrong(7.0, 1.0, 10) is not None
+    run.progress.step = 0
+    assert run._what_is_wrong(60.0, 1.0, 10_000) is None, "the first loss has nothing to be compared with"
+
+
+def test_the_base_counts_where_nothing_was_better(tmp_path: Path) -> None:
+    """A rate far too high: no checkpoint is the best, and the loss before training is known."""
+    reports: list[Report] = []
+    options = runs.settings(8, rate=5.0, clip=None, spike=None)
+    result = runs.run(tmp_path, options, on_report=reports.append)
+    base, *others = [report.valid_loss for report in reports if report.valid_loss is not None]
+    assert min(others) > base
+    assert (result.best, result.progress.best_step, result.progress.best_loss) == (None, 0, base)
+    assert result.harm == (others[-1], base)
+    assert [report.step for report in reports if report.best] == [0]
+    assert runs.run(tmp_path / "good").harm is None
+
+
+def test_a_training_loss_that_rose_is_harm_where_nothing_is_validated(tmp_path: Path) -> None:
+    for name, rate, harmful in (("bad", 5.0, True), ("good", 3e-3, False)):
+        options = runs.settings(12, rate=rate, clip=None, spike=None)
+        result = runs.train(runs.model(), runs.batches(), None, options, tmp_path / name, runs.IDENTITY)
+        losses = [loss for _, loss, _ in runs.losses(tmp_path / name)]
+        assert (result.harm is not None) == harmful == (np.mean(losses) > 1.5 * losses[0])
+        if result.harm is not None:
+            assert result.harm == pytest.approx((np.mean(losses), losses[0]))
+
+
+def test_stopped_before_anything_was_compared_no_harm_is_told(tmp_path: Path) -> None:
+    def stop(report: Report) -> None:
+        if report.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = runs.run(tmp_path, runs.settings(12), on_report=stop)
+    assert result.interrupted and result.best is None and result.harm is None
 
 
 @pytest.mark.parametrize(
