@@ -111,7 +111,8 @@ def test_an_adapter_that_is_worse_than_none_is_not_recommended(
     """The base counts among the validations; the last weights are kept, and called what they are."""
     out = tmp_path / "out"
     (data / "valid.jsonl").write_text('{"prompt": "the quick ", "completion": "ZYXWV?"}\n')  # what training unlearns
-    options = ("--iters", 12, "--steps-per-eval", 6, "--learning-rate", 0.05, "--warmup", 0, "--batch-size", 1)
+    options = ("--iters", 12, "--steps-per-eval", 6, "--learning-rate", 0.05, "--warmup", 0)
+    options = (*options, "--batch-size", 1, "--max-seq-length", 64)
     code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", out, *options)
     assert code == 0, err
     valid = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "valid_loss" in line]
