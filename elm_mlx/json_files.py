@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,10 @@ def parse(text: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON: {error}") from None
 
 
-def load(text: str) -> Any:
+def load(text: str, decoder: json.JSONDecoder | None = None) -> Any:
     """The value of a JSON text. Raises ValueError where it is none, or none that a program could handle."""
     try:
-        value = DECODER.decode(text)
+        value = (decoder or DECODER).decode(text)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     if text.count("[") + text.count("{") > _MAX_DEPTH:  # or else it cannot be that deep
@@ -68,4 +69,13 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twice[:30]!r} twice")
+    return found
+
+
 DECODER = json.JSONDecoder(parse_int=_whole)
+RECORDS = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_object)  # where each value counts

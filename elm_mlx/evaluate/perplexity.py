@@ -118,12 +118,9 @@ def _documents(path: Path) -> Iterator[str]:
         with formats.opened(path) as file:
             yield reading.decoded(formats.whole(path, file), str(path))
         return
-    with formats.opened(path) as file:
-        for number, line in formats.lines(path, file):
-            try:
-                value = formats.parsed(line)
-            except BadRecord as error:
-                raise InputError(f"{path}, line {number}: {error}") from None
-            if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-                raise InputError(f"{path}, line {number}: no object with a text `text`")
-            yield value["text"]
+    for number, value in formats.values(path):
+        if isinstance(value, BadRecord):
+            raise InputError(f"{path}, line {number}: {value}")
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise InputError(f"{path}, line {number}: no object with a text `text`")
+        yield value["text"]

@@ -172,20 +172,11 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     if formats.suffix_of(path, SUFFIXES) == formats.PARQUET:
         for row, _, value in formats.parquet(path, _COLUMNS):
             empty = False
-            yield f"{path}, row {row + 1}", dict(value)
-    elif formats.is_array(path):
-        with formats.opened(path) as file:
-            for number, value in formats.array(path, formats.whole(path, file)):
-                empty = False
-                yield f"{path}, line {number}", value
+            yield f"{path}, row {row + 1}", value
     else:
-        with formats.opened(path) as file:
-            for number, line in formats.lines(path, file):
-                empty = False
-                try:
-                    yield f"{path}, line {number}", formats.parsed(line)
-                except BadRecord as error:
-                    yield f"{path}, line {number}", error
+        for number, value in formats.values(path):
+            empty = False
+            yield f"{path}, line {number}", value
     if empty:
         raise InputError(f"{path}: holds no questions")
 

@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -29,8 +30,16 @@ LINE_BYTES = 128 << 20  # one text on one line: text8 has 100 MB
 _PACKED_BYTES = 1 << 12  # of Zstandard, unpacked at once: 4 bytes may become 128 KB
 
 
+_SPACE = re.compile(r"[ \t\r\n]*")
+# What a record has, of whatever kind: an object with one of these is none that records are in.
+_OF_RECORDS = ("text", "messages", "conversations", "prompt", "chosen", "instruction")
+
+
 class BadRecord(Exception):
     """One record is not whole; the text is the reason."""
+
+
+Row = dict[str, Any] | BadRecord  # of Parquet
 
 
 def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
@@ -57,10 +66,50 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
             raise InputError(f"{path}: damaged gzip: {error}") from None
 
 
-def is_array(path: Path) -> bool:
-    """Whether the file is a JSON array. Its name doesn't tell: Hugging Face's `.json` are often lines."""
+def values(path: Path) -> Iterator[tuple[int, Any]]:
+    """Each value of a file of JSON and the line that it begins on; BadRecord for a line that is no JSON.
+
+    Raises:
+        InputError: at what is no JSON where lines don't tell where the next value begins.
+    """
+    by_line = is_lines(path)
     with opened(path) as file:
-        return next((line.lstrip().startswith(b"[") for _, line in lines(path, file)), False)
+        if not by_line:
+            yield from elements(path, whole(path, file))
+            return
+        for number, line in lines(path, file):
+            try:
+                yield number, parsed(line)
+            except BadRecord as error:
+                yield number, error
+
+
+def is_lines(path: Path) -> bool:
+    """Whether each line of a file is a JSON value; or else it is an array, or objects on several lines.
+
+    Its name doesn't tell: Hugging Face's `.json` are often lines.
+    """
+    with opened(path) as file:
+        found = lines(path, file)
+        first = next(found, (1, b""))[1].lstrip()
+        if not first.startswith(b"{"):
+            return not first.startswith(b"[")
+        try:
+            return not _wrapping(parsed(first)) or next(found, None) is not None
+        except BadRecord:
+            pass
+    return not first.endswith((b"{", b"[", b",", b":")) and not _begins_whole(path, len(first.decode(errors="replace")))
+
+
+def _begins_whole(path: Path, length: int) -> bool:
+    """Whether a file begins with an object that goes on after its first line, of `length`, or that another follows."""
+    try:
+        with opened(path) as file:
+            text = reading.decoded(whole(path, file), str(path)).lstrip()
+        end = json_files.RECORDS.raw_decode(text)[1]
+    except (InputError, ValueError, RecursionError):
+        return False
+    return end > length or text[end:].lstrip().startswith("{")
 
 
 def lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -97,54 +146,115 @@ def whole(path: Path, file: IO[bytes]) -> bytes:
 def parsed(line: bytes) -> Any:
     """The value of a line of JSON. Raises BadRecord."""
     try:
-        return json_files.load(line.decode("utf-8"))
+        return json_files.load(line.decode("utf-8"), json_files.RECORDS)
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.doc.startswith("{", error.pos):
+            raise BadRecord(f"another object begins at column {error.pos + 1}: each needs a line of its own") from None
         raise BadRecord(f"not JSON: {error.msg} at column {error.pos + 1}") from None
     except ValueError as error:  # a number of thousands of digits; brackets nested by hundreds
         raise BadRecord(f"not JSON: {error}") from None
 
 
-def array(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    """Each element of a JSON array, and the line that it begins on.
+def elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    """Each element of a JSON array, or of the only array of objects in an object, or each of several objects in a row,
+    and the line that it begins on.
 
     Raises:
         InputError: at what is no JSON: nobody knows where the next element begins.
     """
-    space = re.compile(r"[ \t\r\n]*")
-    line = at = 0
-
-    def skip(position: int) -> int:
-        """Past white space, counting lines from where the last call ended."""
-        nonlocal line, at
-        position = space.match(text, position).end()  # type: ignore[union-attr]
-        line, at = line + text.count("\n", at, position), position
-        return position
-
+    cursor = _Cursor(reading.decoded(data, str(path)))
     try:
-        text = reading.decoded(data, str(path))
-        position = skip(skip(0) + 1)
-        while text[position : position + 1] != "]":
-            number = line + 1
-            value, position = json_files.DECODER.raw_decode(text, position)
-            json_files.check_depth(value)
-            yield number, value
-            position = skip(position)
-            if text[position : position + 1] == ",":
-                position = skip(position + 1)
-            elif text[position : position + 1] != "]":
-                raise InputError(f"{path}, line {line + 1}: not JSON: a comma or ] is missing")
-        if skip(position + 1) < len(text):
-            raise InputError(f"{path}, line {line + 1}: not JSON: something follows the array")
+        key = _enter_records(path, cursor)
+        array = key is not None or cursor.sees("[")
+        if array:
+            cursor.step()
+        while not cursor.sees("]") if array else not cursor.ended:
+            yield cursor.line, cursor.value()
+            if cursor.sees(","):
+                cursor.step()
+            elif array and not cursor.sees("]"):
+                raise InputError(f"{path}, line {cursor.line}: not JSON: a comma or ] is missing")
+        if array and key is None:
+            cursor.step()
+            if not cursor.ended:
+                raise InputError(f"{path}, line {cursor.line}: not JSON: something follows the array")
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {line + 1}: not JSON: {error}") from None
+        raise InputError(f"{path}, line {cursor.line}: not JSON: {error}") from None
 
 
-def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tuple[int, int, Mapping[str, Any]]]:
-    """Each row from number `start` on: its number from 0, its row group, and its values.
+class _Cursor:
+    """A place in a JSON text, past all white space, and the line that it is on."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at, self.line = text, 0, 1
+        self._move(0)
+
+    @property
+    def ended(self) -> bool:
+        return self.at == len(self.text)
+
+    def sees(self, character: str) -> bool:
+        return self.text.startswith(character, self.at)
+
+    def step(self) -> None:
+        """Past one character."""
+        self._move(self.at + 1)
+
+    def value(self) -> Any:
+        """The value that begins here, and past it. Raises ValueError, RecursionError."""
+        found, end = json_files.RECORDS.raw_decode(self.text, self.at)
+        json_files.check_depth(found)
+        self._move(end)
+        return found
+
+    def _move(self, position: int) -> None:
+        position = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
+        self.line += self.text.count("\n", self.at, position)
+        self.at = position
+
+
+def _enter_records(path: Path, cursor: _Cursor) -> str | None:
+    """Where one object is all of a file, and holds records under a key, past that key, which is returned.
+
+    Raises:
+        InputError: it does under several.
+    """
+    if not cursor.sees("{"):
+        return None
+    whole = _Cursor(cursor.text)
+    value = whole.value()
+    keys = _wrapping(value) if whole.ended else []
+    if len(keys) > 1:
+        named = " and ".join(map(key_of, keys[:2]))
+        raise InputError(f"{path}: holds lists of objects under {named}: write each to a file of its own")
+    for key in keys:
+        while True:  # through the keys before it
+            cursor.step()
+            name = cursor.value()
+            cursor.step()
+            if name == key:
+                return key
+            cursor.value()
+    return None
+
+
+def _wrapping(value: Any) -> list[str]:
+    """The keys under which an object holds lists of objects, unless it is itself a record."""
+    if not isinstance(value, dict) or not value.keys().isdisjoint(_OF_RECORDS):
+        return []
+    return [
+        key
+        for key, inner in value.items()
+        if isinstance(inner, list) and inner and all(isinstance(each, dict) for each in inner)
+    ]
+
+
+def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tuple[int, int, Row]]:
+    """Each row from number `start` on: its number from 0, its row group, and its values, or why it has none.
 
     Of a column that is none of `columns` the value is not read, and None, but its name is there to be told.
 
@@ -160,6 +270,9 @@ def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tupl
     try:
         with reader.ParquetFile(path) as file:
             names = file.schema_arrow.names
+            twice = next((name for name in columns if names.count(name) > 1), None)
+            if twice is not None:
+                raise InputError(f"{path}: has the column {key_of(twice)} twice")
             present, unread = [name for name in names if name in columns], dict.fromkeys(names)
             row = 0
             for group in range(file.num_row_groups):
@@ -168,20 +281,33 @@ def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tupl
                     row += size
                     continue
                 for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=present):
-                    for value in batch.to_pylist():
+                    for value in _rows_of(batch):
                         if row >= start:
-                            yield row, group, unread | value
+                            yield row, group, value if isinstance(value, BadRecord) else unread | value
                         row += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
 
 
+def _rows_of(batch: Any) -> list[Any]:
+    """The rows of a part of a table as objects; BadRecord for one with what Python has no value for."""
+    try:
+        return cast(list[Any], batch.to_pylist())
+    except (ValueError, OverflowError) as error:  # no UTF-8, a time in nanoseconds
+        if len(batch) == 1:
+            return [BadRecord(f"holds what cannot be read: {' '.join(str(error).split())[:100]}")]
+    return [row for number in range(len(batch)) for row in _rows_of(batch.slice(number, 1))]
+
+
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """What a value of JSON or Parquet is, in words."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    kinds: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
+    kinds: dict[type, str] = {
+        str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number", Decimal: "a number",
+        bytes: "bytes",
+    }  # fmt: skip
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def key_of(key: str) -> str:

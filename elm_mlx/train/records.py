@@ -171,21 +171,8 @@ def _entries(path: Path, suffix: str, columns: Collection[str]) -> Iterator[tupl
         for row, group, value in formats.parquet(path, tuple(columns)):
             yield f"{path}, row {row + 1} (row group {group})", value
         return
-    array = formats.is_array(path)
-    with formats.opened(path) as file:
-        if array:
-            for number, value in formats.array(path, formats.whole(path, file)):
-                yield f"{path}, line {number}", value
-            return
-        for number, line in formats.lines(path, file):
-            yield f"{path}, line {number}", _parsed(line)
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return formats.parsed(line)
-    except BadRecord as error:
-        return error
+    for number, value in formats.values(path):
+        yield f"{path}, line {number}", value
 
 
 def _record(where: str, value: Mapping[str, Any], format: str) -> Record:

@@ -184,6 +184,8 @@ def text_of(value: Any, key: str) -> str:
 
 
 def _content(value: Any, key: str) -> str | BadRecord:
+    if isinstance(value, BadRecord):
+        return value
     try:
         return text_of(value, key)
     except BadRecord as error:
@@ -191,10 +193,10 @@ def _content(value: Any, key: str) -> str | BadRecord:
 
 
 def _json(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    array = formats.is_array(path)
+    by_line = formats.is_lines(path)
     with formats.opened(path) as file:
-        if array:
-            for number, (line, value) in enumerate(formats.array(path, formats.whole(path, file))):
+        if not by_line:
+            for number, (line, value) in enumerate(formats.elements(path, formats.whole(path, file))):
                 if number >= start:
                     yield number, f"{path}, line {line}", _content(value, key)
             return
@@ -205,7 +207,7 @@ def _json(path: Path, key: str, separator: str | None, start: int) -> Iterator[t
 
 def _rows(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
     for number, group, value in formats.parquet(path, (key,), start):
-        if key not in value:
+        if isinstance(value, dict) and key not in value:
             raise InputError(f"{path}: has no column `{key}`; it has {formats.keys_of(value)}")
         yield number, f"{path}, row {number + 1} (row group {group})", _content(value, key)
 

@@ -195,25 +195,18 @@ def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
     if suffix == formats.PARQUET:
         for number, group, row in formats.parquet(path, ("text",)):
             yield f"{path}, row {number + 1} (row group {group})", _text(row)
-    elif suffix in formats.JSON and formats.is_array(path):
-        with formats.opened(path) as file:
-            for line, value in formats.array(path, formats.whole(path, file)):
-                yield f"{path}, line {line}", _text(value)
+    elif suffix in formats.JSON:
+        for line, value in formats.values(path):
+            yield f"{path}, line {line}", _text(value)
     else:
-        decode = _decoded if suffix in formats.TEXT else _parsed
         with formats.opened(path) as file:
             for line, data in formats.lines(path, file):
-                yield f"{path}, line {line}", decode(data)
-
-
-def _parsed(line: bytes) -> bytes | BadRecord:
-    try:
-        return _text(formats.parsed(line))
-    except BadRecord as error:
-        return error
+                yield f"{path}, line {line}", _decoded(data)
 
 
 def _text(value: Any) -> bytes | BadRecord:
+    if isinstance(value, BadRecord):
+        return value
     try:
         return text_of(value, "text").encode("utf-8")
     except BadRecord as error:
