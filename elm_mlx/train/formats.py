@@ -97,8 +97,8 @@ def is_lines(path: Path) -> bool:
         try:
             return not _wrapping(parsed(first)) or next(found, None) is not None
         except BadRecord:
-            pass
-    return not first.endswith((b"{", b"[", b",", b":")) and not _begins_whole(path, len(first.decode(errors="replace")))
+            goes_on = first.endswith((b"{", b"[", b",", b":")) and next(found, None) is not None
+    return not goes_on and not _begins_whole(path, len(first.decode(errors="replace")))
 
 
 def _begins_whole(path: Path, length: int) -> bool:
