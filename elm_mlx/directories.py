@@ -17,8 +17,10 @@ from elm_mlx.errors import InputError
 
 CARRIED = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
+# Folders of further chat templates, `NAME.jinja`, as transformers writes them beside the default one.
+TEMPLATES = ("additional_chat_templates", "chat_templates")
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,11 @@ MODEL = Kind(
 )  # fmt: skip
 ADAPTER = Kind(
     "adapter", "adapter_config.json",
-    ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "README.md"),
+    ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja", "README.md"),
 )  # fmt: skip
-EXPORT = Kind("export", "checkpoint.pt", ("config.yaml", "tokenizer.model"))
+EXPORT = Kind(
+    "export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+)
 
 # What systems and downloads put into any directory; nobody misses it.
 _LITTER = (
@@ -99,7 +103,7 @@ def check_file(target: Path, overwrite: bool, head: bytes | None = None) -> None
 
 
 def carry(source: Path, directory: Path) -> None:
-    """Copies tokenizer, chat template and settings.
+    """Copies tokenizer, chat templates and settings.
 
     Raises:
         InputError: one is a link out of the model's directory.
@@ -108,6 +112,14 @@ def carry(source: Path, directory: Path) -> None:
     for name in CARRIED:
         if (source / name).is_file():
             shutil.copyfile(own_file(source / name), directory / name)
+    carry_templates(source, directory)
+
+
+def carry_templates(source: Path, directory: Path) -> None:
+    """Copies the folders of further chat templates. Raises as `carry`."""
+    for path in sorted(path for name in TEMPLATES for path in (source / name).glob("*.jinja") if path.is_file()):
+        (directory / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(own_file(path), directory / path.parent.name / path.name)
 
 
 def own_file(path: Path) -> Path:
@@ -137,9 +149,14 @@ def _foreign(directory: Path, kind: Kind) -> list[str]:
         entry.name
         for entry in entries
         if not (entry.is_file() and any(fnmatchcase(entry.name, name) for name in known))
+        and not (kind is MODEL and _has_templates_alone(entry))
     ]
     marked = any(entry.name == kind.mark for entry in entries)
     return found if found or marked else [entry.name for entry in entries]
+
+
+def _has_templates_alone(entry: Path) -> bool:
+    return entry.name in TEMPLATES and entry.is_dir() and all(each.suffix == ".jinja" for each in entry.iterdir())
 
 
 def _is_litter(entry: Path) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, device, directories, files, json_files, shards
+from elm_mlx import adapt, adapters, device, directories, files, json_files, shards, template
 from elm_mlx.adapters import EMBEDDING, Adapter
 from elm_mlx.describe import check_directory, read_config
 from elm_mlx.errors import ElmError, InputError
@@ -56,6 +56,7 @@ class Fusion:
         same_top: share of positions where the likeliest token is the same.
         tolerance: what `rms / spread` may be; None where weights were quantized anew, whose loss is what it is.
         moved: of the weights that were, the share that has another value than in the model; None where none were.
+        template: the file of the adapter's directory with the chat template that it was trained by, now the model's.
     """
 
     destination: Path
@@ -73,6 +74,7 @@ class Fusion:
     same_top: float
     tolerance: float | None
     moved: float | None = None
+    template: str | None = None
 
 
 def fuse(
@@ -115,14 +117,14 @@ def fuse(
     del loaded
     mx.clear_cache()
     with files.new_directory(target, replace=overwrite) as directory:
-        untied, moved = _write(source, adapter, directory, dequantize, kind)
+        untied, moved, trained_by = _write(source, adapter, directory, dequantize, kind)
         fused = open_model(directory, computed)
         after = _logits(fused, ids)
         kind = stored_type(fused.model.config, *read_weights(directory, fused.model.config))
         fusion = Fusion(
             target, adapter, fused.stored, untied, ids.size, on_text,
             effect=_rms(before - base), **_compare(before, after),
-            tolerance=_TOLERANCES[kind] if moved is None else None, moved=moved,
+            tolerance=_TOLERANCES[kind] if moved is None else None, moved=moved, template=trained_by,
         )  # fmt: skip
         _check(fusion)
     return fusion
@@ -151,8 +153,8 @@ def _check(fusion: Fusion) -> None:
 
 def _write(
     source: Path, adapter: Adapter, directory: Path, dequantize: bool, dtype: mx.Dtype | None
-) -> tuple[bool, float | None]:
-    """The whole directory. Returns whether the head was untied, and `Fusion.moved`."""
+) -> tuple[bool, float | None, str | None]:
+    """The whole directory. Returns whether the head was untied, `Fusion.moved` and `Fusion.template`."""
     config = read_config(source)
     values = adapt.read_values(adapter, config)
     merge = Merge(config, *read_weights(source, config), values, adapter, dequantize, dtype)
@@ -169,7 +171,8 @@ def _write(
     _write_json(directory / "config.json", _config(source, untied, dequantize, dtype))
     _write_json(directory / "conversion.json", _record(source, adapter))
     directories.carry(source, directory)
-    return untied, merge.moved
+    assert adapter.directory is not None
+    return untied, merge.moved, template.adopt(directory, adapter.directory)
 
 
 def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:

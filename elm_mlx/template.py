@@ -10,6 +10,7 @@ with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ Part = str | int
 
 ROLES = ("system", "user", "assistant")
 OPENELM_INSTRUCT, NONE = "openelm-instruct", "none"
+FILE_NAME = "chat_template.jinja"
 _MAX_BYTES = 1 << 20  # of a template's file; the longest in the wild has 30 KB
 
 # `OpenELMInstruct` in Jinja, to be written beside a model for mlx-lm and transformers; the ids are the same.
@@ -220,17 +222,20 @@ def check_messages(messages: Messages) -> Messages:
     return messages
 
 
-def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -> Template | None:
+def choose(
+    directory: Path, tokenizer: Tokenizer, override: str | None = None, adapter: Path | None = None
+) -> Template | None:
     """The template to converse with the model in `directory` by; None for a base model, which just continues.
 
     Args:
         override: `openelm-instruct`, `none`, or a file of Jinja text, in place of the directory's own.
+        adapter: the directory of one that is in the model; the template that it was trained by goes before the model's.
 
     Raises:
         InputError: the template cannot be read, or does not go with the tokenizer.
     """
     directory = files.expanded(directory)
-    source, where = source_of(directory, override)
+    source, where = source_of(directory, override, adapter)
     if source is None:
         return None
     if source == OPENELM_INSTRUCT_JINJA:  # the same ids, without Jinja
@@ -238,21 +243,60 @@ def choose(directory: Path, tokenizer: Tokenizer, override: str | None = None) -
     return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer))
 
 
-def prepare(directory: Path, override: str | None = None) -> bool:
+def prepare(directory: Path, override: str | None = None, adapter: Path | None = None) -> bool:
     """Whether `choose` will find a template. What renders Jinja starts meanwhile, beside what the caller does next.
 
     Raises:
         InputError: the template cannot be read.
     """
-    source, _ = source_of(directory, override)
+    source, _ = source_of(directory, override, adapter)
     if source not in (None, OPENELM_INSTRUCT_JINJA):
         jinja.start()
     return source is not None
 
 
-def source_of(directory: Path, override: str | None = None) -> tuple[str | None, str]:
+def source_of(directory: Path, override: str | None = None, adapter: Path | None = None) -> tuple[str | None, str]:
     """The Jinja text that `choose` would take, if any, and where it stands. Raises InputError as it does."""
-    return own_source(directory) if override is None else (read_source(override), override)
+    if override is not None:
+        return read_source(override), override
+    if adapter is not None:
+        source, where = own_source(adapter)
+        if source is not None:
+            return (source if source.strip() else None), where
+    return own_source(directory)
+
+
+def record(adapter: Path, source: str | None) -> None:
+    """Puts the template that an adapter was trained by into its directory; an empty one says that there was none.
+
+    Raises:
+        ElmError: it cannot be written.
+    """
+    files.write_text(adapter / FILE_NAME, source or "")
+
+
+def adopt(directory: Path, adapter: Path) -> str | None:
+    """Makes the template that an adapter was trained by the one of a model directory, which it was merged into.
+
+    Returns:
+        Where it stood; None where the adapter's directory says nothing, and the model's own stays.
+
+    Raises:
+        InputError: a template cannot be read.
+        ElmError: it cannot be written.
+    """
+    source, where = own_source(adapter)
+    if source is None:
+        return None
+    for name in (FILE_NAME, "chat_template.json"):
+        (directory / name).unlink(missing_ok=True)
+    settings = directory / "tokenizer_config.json"
+    values = read_object_if_there(settings)
+    if values.pop("chat_template", None) is not None:
+        files.write_text(settings, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    if source.strip():
+        files.write_text(directory / FILE_NAME, source)
+    return where
 
 
 def read_source(name: str) -> str | None:
@@ -275,7 +319,7 @@ def source_for(model_name: str) -> str | None:
 def own_source(directory: Path) -> tuple[str | None, str]:
     """The directory's Jinja text, if it has one, and where that stands."""
     directory = files.expanded(directory)
-    path = directory / "chat_template.jinja"
+    path = directory / FILE_NAME
     if path.exists():
         return reading.text(path, _MAX_BYTES), str(path)
     for name in ("tokenizer_config.json", "chat_template.json"):

@@ -42,12 +42,12 @@ def chat(
     from elm_mlx.template import choose, prepare
 
     sampling.check_seed(seed)
-    prepare(check_directory(model, with_tokenizer=True), template)
+    prepare(check_directory(model, with_tokenizer=True), template, adapter)
     loaded = open_model(model, compute_dtype, adapter)
     assert loaded.tokenizer is not None
     for remark in loaded.notes:
         note(remark)
-    chosen = choose(model, loaded.tokenizer, template)
+    chosen = choose(model, loaded.tokenizer, template, adapter)
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,

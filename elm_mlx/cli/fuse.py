@@ -48,6 +48,7 @@ def _print(done: Fusion) -> None:
         "adapter": f"{done.adapter.describe()}; moves the logits by {done.effect / done.spread:.2g} of their spread",
         "head": "a weight of its own now: the base embedding" if done.untied else "",
         "moved": _moved(done.moved),
+        "template": "" if done.template is None else f"the adapter was trained by {done.template}: now the model's",
         "compared": f"logits at {done.tokens} positions {where}",
         "difference": f"{done.rms / done.spread:.2g} of the logits' spread; {verdict}",
         "": f"largest {done.largest:.3g}, mean {done.mean:.3g}, spread {done.spread:.3g}",

@@ -81,7 +81,7 @@ def generate(
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     check_seed(seed)
-    if not prepare(model, template) and system is not None:
+    if not prepare(model, template, adapter) and system is not None:
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     loaded = open_model(model, compute_dtype, adapter)
@@ -90,7 +90,7 @@ def generate(
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
     inputs: Sequence[str | list[int]] = texts
-    conversing = choose(model, loaded.tokenizer, template)
+    conversing = choose(model, loaded.tokenizer, template, adapter)
     if conversing is not None:
         before = as_messages(system, [])
         inputs = [conversing.encode([*before, {"role": "user", "content": text}]) for text in texts]

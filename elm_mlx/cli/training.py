@@ -156,13 +156,12 @@ def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]
 
 
 def _trial(model: Path, adapter: Path, template: str | None) -> str:
-    """The command that shows what was learnt, with the template that it was learnt by."""
+    """The command that shows what was learnt; the template that it was learnt by is with the adapter."""
     from elm_mlx.template import source_of
 
     converses = source_of(model, template)[0] is not None
     command, ending = ("chat", "") if converses else ("generate", " --prompt …")
-    by = "" if template is None else f" --template {template}"
-    return f"elm-mlx {command} {model} --adapter {adapter}{by}{ending}"
+    return f"elm-mlx {command} {model} --adapter {adapter}{ending}"
 
 
 def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:

@@ -210,7 +210,7 @@ class Finetuning:
             resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
             meter=Meter(self.config, self.adapter, settings.grad_checkpoint),
             listener=listener, about=self._about(record),
-            export=None if self.adapter.kind == "full" else lambda path: adapt.save(path, model, self.adapter),
+            export=None if self.adapter.kind == "full" else lambda path: self._save(path, model),
         )  # fmt: skip
         if self.leads:
             self._finish(model, result)
@@ -286,7 +286,13 @@ class Finetuning:
         """Write the adapter that the run is for."""
         if result.best is not None and result.best != result.last:
             model.update(checkpoint.parameters(result.best, model.trainable_parameters()))
-        adapt.save(self.out, model, self.adapter)
+        self._save(self.out, model)
+
+    def _save(self, directory: Path, model: Model) -> None:
+        """The adapter, and the template that it is trained by where that is not the model's own."""
+        adapt.save(directory, model, self.adapter)
+        if self._data.template is not None:
+            template.record(directory, template.read_source(self._data.template))
 
 
 def row_length(needs: Sequence[int], most: int, rows: int) -> int:
