@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.directories import MODEL, check_destination
+from elm_mlx import template
+from elm_mlx.directories import MODEL, carry_templates, check_destination
 from elm_mlx.errors import ElmError
-from elm_mlx.files import expanded, new_directory
+from elm_mlx.files import expanded, new_directory, write_text
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.destination import check_room, hashing, sha256
@@ -125,19 +126,27 @@ def _write(
     warnings: list[str | None] = []
     with hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
         broken = write_weights(directory, plan.tensors, plan.dtype, progress=partial(on_progress, "write"))
-        _write_json(directory / "config.json", plan.config.to_dict())
-        if plan.generation is not None:
-            _write_json(directory / "generation_config.json", plan.generation)
-        if plan.tokenizer is not None:
-            length = plan.config.max_context_length
-            said = tokenizers.write(plan.tokenizer, directory, max_length=length, chat_template=plan.chat_template)
-            warnings.append(said)
+        warnings.append(write_settings(plan, directory))
         if verify:
             differences = compare(plan.tensors, directory, plan.dtype, partial(on_progress, "verify"))
         _write_json(directory / "conversion.json", _record(plan, hashes()))
     if broken:
         warnings.append(f"values that are no numbers, or infinite, in {listed(broken)}")
     return tuple(differences), tuple(filter(None, warnings))
+
+
+def write_settings(plan: Plan, directory: Path) -> str | None:
+    """All of a model directory but the weights and where they come from. Returns what there is to warn of."""
+    _write_json(directory / "config.json", plan.config.to_dict())
+    if plan.generation is not None:
+        _write_json(directory / "generation_config.json", plan.generation)
+    if plan.tokenizer is None:
+        return None
+    own = plan.chat_template
+    if own is not None and carry_templates(plan.source.directory, directory):
+        write_text(directory / template.FILE_NAME, own)  # where transformers looks for it if there are others, too
+        own = None
+    return tokenizers.write(plan.tokenizer, directory, max_length=plan.config.max_context_length, chat_template=own)
 
 
 def _record(plan: Plan, hashes: dict[Path, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ model is `plan`'s.
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import zipfile
@@ -17,10 +18,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from elm_mlx import template
 from elm_mlx.config import ModelConfig
 from elm_mlx.directories import EXPORT, check_destination
 from elm_mlx.errors import ElmError
-from elm_mlx.files import expanded, new_directory
+from elm_mlx.files import expanded, new_directory, write_text
 from elm_mlx_convert.destination import check_room
 from elm_mlx_convert.infer import preset_name
 from elm_mlx_convert.names import listed, to_corenet
@@ -38,6 +40,8 @@ _PADDING = 0x4246  # torch.save's id of the extra field that pads
 
 def export(model: str | Path, destination: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> Plan:
     """Writes a state dict in CoreNet's names, with CoreNet's YAML and the tokenizer, as a directory.
+
+    Chat template and generation settings lie beside them, where `convert` finds them again; CoreNet knows neither.
 
     Args:
         model: a model directory, or anything else that `convert` reads.
@@ -62,6 +66,10 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
             (directory / SETTINGS).write_text(corenet_yaml(plan.config), encoding="utf-8")
             if plan.tokenizer is not None:
                 (directory / TOKENIZER).write_bytes(plan.tokenizer.read_bytes())
+            if plan.chat_template is not None:
+                write_text(directory / template.FILE_NAME, plan.chat_template)
+            if plan.generation is not None:
+                write_text(directory / "generation_config.json", json.dumps(plan.generation, indent=2) + "\n")
     except OSError as error:
         raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
     said = f"values that are no numbers, or infinite, in {listed(broken)}" if broken else None

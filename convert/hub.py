@@ -11,12 +11,16 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import ElmError, InputError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _OLDER = ["*.bin", "*.bin.index.json"]
-_WELCOME = ["tokenizer.model", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+_WELCOME = [
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", *(f"{folder}/*.jinja" for folder in TEMPLATES),
+]  # fmt: skip
 
 
 def is_repository(source: str) -> bool:

@@ -220,13 +220,15 @@ def _fit_tokenizer(
     from elm_mlx.tokenizer import Tokenizer
 
     pieces, rows = tokenizers.vocab_size(file), config.vocab_size
-    if pieces > rows:
+    tokenizer = Tokenizer.load(file)
+    if pieces > rows and tokenizer.base_size > rows:
         raise InputError(f"{file}: has {pieces} pieces, but the model's embedding has {rows} rows: not its tokenizer")
     if pieces < rows:
         notes.append(f"dropped {rows - pieces} rows of the embedding, past the tokenizer's {pieces} pieces")
         if rows - pieces > pieces // 8:
             warnings.append(f"{rows - pieces} rows are more than padding: is {file.name} the model's tokenizer?")
-    tokenizer = Tokenizer.load(file)
+    if pieces > rows:
+        notes.append(f"the tokenizer's last {pieces - rows} pieces, which were added, have no row in the embedding")
     special: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     if settings is None or settings.config is None:
         config = replace(config, **{name: token for name, token in special.items() if token is not None})
@@ -234,7 +236,7 @@ def _fit_tokenizer(
         warnings.append(
             f"the tokenizer ends texts with token {tokenizer.eos_id}, the config with {config.eos_token_id}"
         )
-    return config.with_vocab_size(pieces)
+    return config.with_vocab_size(min(pieces, rows))
 
 
 def _cut(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> tuple[LazyTensor, ...]:

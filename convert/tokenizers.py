@@ -15,7 +15,7 @@ from typing import Any
 from elm_mlx import spm
 from elm_mlx.errors import InputError
 from elm_mlx.files import expanded, new_file, write_text
-from elm_mlx.tokenizer import FILE_NAME, Tokenizer
+from elm_mlx.tokenizer import FILE_NAME, Tokenizer, read_settings
 from elm_mlx_convert import hub
 
 _SPACE = "\u2581"
@@ -58,7 +58,8 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
 
     With the last two, transformers and mlx-lm make the ids and texts that SentencePiece makes, with one exception
     that nothing spares them: to them the name of a control piece (`</s>`) is that piece wherever it stands in a
-    text. Equal input gives equal bytes.
+    text. Equal input gives equal bytes. BOS and EOS are those that a `tokenizer_config.json` beside `model_file` names,
+    if it names pieces, or else the model's own.
 
     Args:
         max_length: the model's context in tokens.
@@ -87,6 +88,9 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
 
 def _config(tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> Json:
     names = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    for name, piece in read_settings(tokenizer.path.parent).items():
+        if name in names and (token := tokenizer.id_of(piece)) is not None:
+            names[name] = token
     pieces = tokenizer.pieces
     config: Json = {
         # This class takes tokenizer.json as it is; LlamaTokenizer would put rules of its own in place of some.

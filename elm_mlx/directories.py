@@ -115,11 +115,13 @@ def carry(source: Path, directory: Path) -> None:
     carry_templates(source, directory)
 
 
-def carry_templates(source: Path, directory: Path) -> None:
-    """Copies the folders of further chat templates. Raises as `carry`."""
-    for path in sorted(path for name in TEMPLATES for path in (source / name).glob("*.jinja") if path.is_file()):
+def carry_templates(source: Path, directory: Path) -> bool:
+    """Copies the folders of further chat templates, and says whether there were any. Raises as `carry`."""
+    found = sorted(path for name in TEMPLATES for path in (source / name).glob("*.jinja") if path.is_file())
+    for path in found:
         (directory / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(own_file(path), directory / path.parent.name / path.name)
+    return bool(found)
 
 
 def own_file(path: Path) -> Path:

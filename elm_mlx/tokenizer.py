@@ -186,8 +186,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     def id_of(self, piece: str) -> int | None:
         """As of `Tokenizer`."""
-        token: int = self._processor.piece_to_id(check_unicode(piece))
-        return token if 0 <= token < self.vocab_size and self.piece_of(token) == piece else None
+        try:
+            token: int = self._processor.piece_to_id(piece.encode())
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold
+            return None
+        return token if self.piece_of(token) == piece else None
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """BOS (unless unwanted, or the model has none), and then exactly SentencePiece's ids.

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_mlx import json_files
+from elm_mlx import json_files, reading, template
 from elm_mlx.config import ModelConfig
 from elm_mlx.directories import MODEL, check_destination
 from elm_mlx.errors import ElmError, InputError
@@ -25,8 +25,8 @@ from elm_mlx.files import expanded, hold, new_directory
 from elm_mlx.train import checkpoint
 from elm_mlx.train.metrics import ABOUT
 from elm_mlx.version import __version__
-from elm_mlx_convert import tokenizers
 from elm_mlx_convert.adapters import has_adapter
+from elm_mlx_convert.conversion import write_settings
 from elm_mlx_convert.destination import check_room, hashing, sha256
 from elm_mlx_convert.plan import Plan, make_plan
 from elm_mlx_convert.sources import Source, open_source
@@ -145,7 +145,7 @@ def _plans(
                 f"{given}: holds an adapter, and a mean of adapters is no adapter of the mean: make models of them "
                 "first, with `convert` or `fuse`"
             )
-        plan = make_plan(source, config=config, tokenizer=tokenizer, dtype=dtype)
+        plan = make_plan(source, config=config, tokenizer=tokenizer, dtype=dtype, chat_template=_trained_by(given))
         if plans:
             _check_same(str(checkpoints[0]), plans[0], str(given), plan)
         if any(set(plan.source.files) & set(other.source.files) for other in plans):
@@ -167,6 +167,15 @@ def _open(given: str | Path) -> Source:
     if found and not (path / "model.safetensors").is_file():
         raise InputError(f"{given}: is a run with {found} checkpoints: pass --last N, or name some of them")
     return open_source(given)
+
+
+def _trained_by(given: str | Path) -> str | None:
+    """The chat template that the run of a checkpoint was trained by, where that is not the model's own."""
+    path = expanded(given)
+    recorded = path.parent.parent / template.FILE_NAME
+    if path.parent.name != "checkpoints" or not recorded.is_file():
+        return None
+    return str(recorded) if reading.text(recorded).strip() else template.NONE
 
 
 def _home(run: Path, source: Source) -> Path:
@@ -260,16 +269,11 @@ def _write(
     progress: Callable[[int], None],
 ) -> str | None:
     """The whole directory. Returns what there is to warn of."""
-    plan, said = plans[0], None
+    plan = plans[0]
     files = dict.fromkeys(file for plan in plans for file in plan.source.files)
     with hashing(files) as hashes, new_directory(path, replace=overwrite) as directory:
         write_weights(directory, tensors, plan.dtype, progress=progress)
-        _write_json(directory / "config.json", plan.config.to_dict())
-        if plan.generation is not None:
-            _write_json(directory / "generation_config.json", plan.generation)
-        if plan.tokenizer is not None:
-            length = plan.config.max_context_length
-            said = tokenizers.write(plan.tokenizer, directory, max_length=length, chat_template=plan.chat_template)
+        said = write_settings(plan, directory)
         _write_json(directory / "conversion.json", _record(plans, hashes()))
     return said
 
