@@ -72,7 +72,7 @@ def test_templates_and_settings_come_along(
     further.mkdir()
     (further / "rag.jinja").write_text("R")
     arguments: dict[str, list[object]] = {
-        "quantize": ["quantize", model, made, "--bits", 8, "--group-size", 32],
+        "quantize": ["quantize", model, made, "--bits", 8, "--group-size", 32, "--text", data],
         "convert": ["convert", model, made],
         "average": ["average", model, "--out", made],
         "export": ["export", model, tmp_path / "exported"],
