@@ -20,6 +20,7 @@ import mlx.core as mx
 
 sys.path += [str(Path(__file__).parent / folder) for folder in ("convert", "train")]
 import checkpoints
+import family_cases
 import other_models
 import runs
 import tiny
@@ -354,6 +355,30 @@ def _family(name: str) -> Kind:
     return Kind(f"config {name}", lambda path: write_family(path, name), {"config.json": json_values}, answer)
 
 
+def _network(name: str) -> Kind:
+    """One of the small models that are shown to transformers: all kinds of RoPE are among them."""
+
+    def write(path: Path) -> None:
+        for file in family_cases.write(path / "made", name).iterdir():
+            file.rename(path / file.name)
+
+    return Kind(f"config {name}", write, {"config.json": json_values}, use_network)
+
+
+def use_network(path: Path) -> None:
+    """`info`, and more tokens than LongRoPE's short factors are for."""
+    describe(path)
+    model = open_model(path).model
+    list(stream_generate(model, None, family_cases.IDS[:14], max_tokens=4, stop_at_eos=False))
+    mx.eval(model(mx.array([family_cases.IDS])))
+
+
+_ROPES = (
+    "llama, dynamic", "llama, yarn by DeepSeek", "llama, linear", "llama, `rope_parameters`", "llama, tied and a head",
+    "phi3, longrope, partial, tied", "olmo2, yarn", "olmo3, layers apart", "mamba, biases, own head",
+)  # fmt: skip
+
+
 def _text(data: bytes, draw: random.Random) -> bytes:
     """A template's or a settings file's pieces moved about: what is still nearly one."""
     pieces = [piece + b"}" for piece in data.split(b"}")] if b"{%" in data else data.splitlines(keepends=True)
@@ -374,6 +399,7 @@ KINDS = {
     for kind in (
         Kind("config", _MODEL, {"config.json": json_values}, answer),
         *map(_family, other_models.CONFIGS),
+        *map(_network, _ROPES),
         Kind("config quantized", write_quantized, {"config.json": json_values}, answer),
         Kind("generation_config", _MODEL, {"generation_config.json": json_values}, answer),
         Kind("tokenizer.json", lambda path: write_tokenizer(path, "chatml"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import family_cases
+import fuzzing
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -206,6 +209,27 @@ def test_sizes_are_bounded_alone_and_together(tmp_path: Path) -> None:
                 assert "config.json: " in str(error) and "\n" not in str(error)
             else:
                 assert config.parameters == sum(math.prod(shape) for shape in config.shapes().values()) < 1 << 43
+
+
+@pytest.mark.parametrize("case", family_cases.CASES)
+def test_a_damaged_config_is_one_line_or_a_model(case: str, tmp_path: Path) -> None:
+    """In whatever is taken all figures are such that a network can be made of them, or its weights be looked for."""
+    text = json.dumps(family_cases.config(case)).encode()
+    taken = 0
+    for number in range(30):
+        (tmp_path / "config.json").write_bytes(fuzzing.json_values(text, random.Random(f"{case} {number}")))
+        try:
+            config = read_config(tmp_path)
+        except InputError as error:
+            assert "\n" not in str(error) and len(str(error)) < 500
+            continue
+        if isinstance(config, FamilyConfig):
+            taken += 1
+            assert config.parameters < 1 << 43 and config.kv_bytes_per_token() >= 0 and config.linears
+            for rope in config.ropes.values():
+                found = [*rope.frequencies(), *rope.frequencies(rope.original + 1), rope.scale]
+                assert all(math.isfinite(value) for value in found) and min(found) > 0
+    assert taken
 
 
 @pytest.mark.parametrize("name", NAMES)
