@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
+from elm_mlx.families import check_is_openelm
 from elm_mlx.files import expanded
 from elm_mlx.json_files import read_object
 from elm_mlx_convert import hub, pickles, safetensors_files
@@ -62,6 +63,7 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
         raise InputError("no source was named: SRC is empty")
     path = expanded(source)
     if not path.exists() and isinstance(source, str) and hub.is_repository(source):
+        check_is_openelm(hub.snapshot(source, revision, ["config.json"]), source)  # before all of it is downloaded
         directory = hub.download(source, revision)
         found = _open_directory(directory, ema)
         return Source(source, found.kind, directory, found.files, found.tensors, directory.name)
@@ -69,6 +71,8 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
         raise InputError(f"--revision {revision} is for a repository on the hub, and {path} is a path")
     if not path.exists():
         raise InputError(f"{path}: no such file or directory, and no repository's name")
+    if path.is_dir() or path.suffix == ".safetensors":
+        check_is_openelm(path if path.is_dir() else path.parent)
     return _open_directory(path, ema) if path.is_dir() else _open_file(path, ema)
 
 

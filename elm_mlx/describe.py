@@ -232,22 +232,38 @@ def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
     """`path`, if it looks like a model directory; else an InputError that says what to do."""
     path = files.expanded(path)
     if not path.exists():
-        raise InputError(
-            f"{path}: no such directory; `elm-mlx convert SRC DST` makes one of a checkpoint or repository"
-        )
+        raise InputError(f"{path}: no such directory; {_where_from(path)}")
+    if not path.is_dir() and path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+        raise InputError(f"{path}: a file of the model directory {path.parent}: give that one")
     if not path.is_dir():
         raise InputError(
-            f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of a checkpoint"
+            f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of an OpenELM's checkpoint"
         )
     if not (path / "config.json").exists():
         raise InputError(f"{path}: {_no_model(path)}")
     if with_tokenizer and families.tokenizer_file(path) is None:
-        name = "tokenizer.json" if families.is_other(path) else "tokenizer.model"
+        other = families.is_other(path)
+        name, again = (
+            ("tokenizer.json", "") if other else ("tokenizer.model", ", or convert that again with --tokenizer")
+        )
         raise InputError(
             f"{path}: holds no {name}, so it reads and writes no text: copy the one of the model that it was "
-            "made from into it, or convert that again with --tokenizer"
+            f"made from into it{again}"
         )
     return path
+
+
+def _where_from(path: Path) -> str:
+    """How one comes to a model directory; `path` may be the name of a repository."""
+    if len(path.parts) == 2 and not path.parent.exists() and not path.is_absolute():
+        return (
+            f"if it is a repository on the hub, `elm-mlx convert {path} DST` makes one of an OpenELM, and "
+            f"`hf download {path} --local-dir DST` fetches one of another family, which is used as it is"
+        )
+    return (
+        "`elm-mlx convert SRC DST` makes one of an OpenELM's checkpoint or repository; one of another family, such as "
+        "a Llama, is used as it is"
+    )
 
 
 def _no_model(path: Path) -> str:

@@ -310,7 +310,9 @@ def _attention_values(keys: Keys, family: Family, values: Mapping[str, Any]) -> 
     if heads % kv_heads:
         raise InputError(f"{keys.where}: {heads} heads (num_attention_heads) cannot share {kv_heads} of keys")
     even = values["hidden_size"] // heads
-    head_dim = keys.size("head_dim", even or None, _MAX_HEAD_DIM)
+    if not keys.says("head_dim") and not 0 < even <= _MAX_HEAD_DIM:
+        raise InputError(f"{keys.where}: {heads} heads of a hidden_size of {values['hidden_size']}: no model has such")
+    head_dim = keys.size("head_dim", even, _MAX_HEAD_DIM)
     if family.file == "phi3" and head_dim != even:
         raise InputError(f"{keys.where}: head_dim is {head_dim}, and mlx-lm's Phi-3 has hidden_size / heads, {even}")
     if keys.says("clip_qkv"):
@@ -375,6 +377,32 @@ def is_other(directory: Path) -> bool:
     except InputError:
         return False
     return bool(values.get("model_type", MODEL_TYPE) != MODEL_TYPE)
+
+
+def check_is_openelm(directory: Path, repository: str | None = None) -> None:
+    """That a directory is none of another family's model, which needs no converting.
+
+    Args:
+        repository: on the hub, of which `directory` has the config.
+
+    Raises:
+        InputError: it is: says how it is used.
+    """
+    try:
+        family = FAMILIES.get(str(read_object(directory / "config.json").get("model_type")))
+    except InputError:
+        return
+    if family is None:
+        return
+    if repository is not None:
+        how = f"`hf download {repository} --local-dir DIR`, then `elm-mlx generate DIR`"
+    elif any(directory.glob("model*.safetensors")):
+        how = f"`elm-mlx generate {directory}`"
+    else:
+        how = "but its weights must be model*.safetensors, which it holds none of"
+    raise InputError(
+        f"{repository or directory}: of the family {family.name}, used as it is, without converting: {how}"
+    )
 
 
 def tokenizer_file(path: Path) -> Path | None:

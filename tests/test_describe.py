@@ -117,6 +117,14 @@ def test_what_is_no_model_directory_says_what_to_do(tmp_path: Path) -> None:
         check_directory(file)
     (tmp_path / "config.json").touch()
     assert check_directory(tmp_path) == tmp_path
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"model\.safetensors: a file of the model directory .*: give that one"):
+        check_directory(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="`hf download meta/Llama-9 --local-dir DST` fetches one of another family"):
+        check_directory(Path("meta/Llama-9"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json.* was made from into it$"):
+        check_directory(tmp_path, with_tokenizer=True)
 
 
 @pytest.mark.parametrize(

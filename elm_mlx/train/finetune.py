@@ -56,7 +56,9 @@ class Method:
     def adapter(self, config: Config) -> Adapter:
         """Raises InputError where a figure makes none."""
         if self.full and config.quantization is not None:
-            raise InputError("--full trains weights, and a quantized model's cannot be: convert its source again")
+            raise InputError(
+                "--full trains weights, and a quantized model's cannot be: give the model that it was quantized from"
+            )
         if self.full:
             return Adapter("full")
         return adapters.plan(

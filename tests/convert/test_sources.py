@@ -180,6 +180,22 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         open_source(tmp_path / "empty", revision="main")
 
 
+def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "olmo2"}')
+    match = "of the family OLMo 2, used as it is, without converting: "
+    with pytest.raises(InputError, match=f"{match}but its weights must be model"):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(InputError, match=f"{match}`elm-mlx generate {tmp_path}`"):
+            open_source(source)
+    asked = []
+    monkeypatch.setattr(hub, "snapshot", lambda *of: (asked.append(of[2]), tmp_path)[1])
+    with pytest.raises(InputError, match=f"^a/b: {match}`hf download a/b --local-dir DIR`, then"):
+        open_source("a/b")
+    assert asked == [["config.json"]]  # and none of its weights
+
+
 def test_what_could_be_a_repository() -> None:
     assert hub.is_repository("apple/OpenELM-1_1B-Instruct")
     for name in ("OpenELM", "a/b/c", "./a/b", "/a", "a/", "~/a", "a/b.pt", "a/b.safetensors", "a b/c", "a/-b", ""):
