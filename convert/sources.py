@@ -79,7 +79,10 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
 def _open_file(path: Path, ema: bool) -> Source:
     if path.suffix == ".safetensors":
         _refuse_ema(path, ema)
-        return Source(path.name, "safetensors file", path.parent, (path,), safetensors_files.read(path))
+        tensors = safetensors_files.read(path)
+        if not tensors:
+            raise InputError(f"{path}: holds no tensors")
+        return Source(path.name, "safetensors file", path.parent, (path,), tensors)
     kind, tensors = _state_dict(pickles.load(path), path, ema)
     return Source(path.name, kind, path.parent, (path,), tensors)
 

@@ -18,8 +18,11 @@ from elm_mlx.json_files import read_object
 MODEL_TYPE = "openelm"
 LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
 
-# A config.json may come from anywhere: lists are made only as long as a model could need.
+# A config.json may come from anywhere. Far above every model that is known, and what is built of such figures alone,
+# before any weight is looked at, is small.
 _MAX_LAYERS = 10_000
+_MOST = {"vocab_size": 1 << 24, "model_dim": 1 << 20, "head_dim": 1 << 12, "ffn_dim_divisor": 1 << 20}
+_MAX_WIDTH = 1 << 24  # of any weight of a layer
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -248,7 +251,10 @@ class ModelConfig:
 
     def _check(self) -> None:
         for name in ("vocab_size", "model_dim", "head_dim", "ffn_dim_divisor", "max_context_length", "rope_max_length"):
-            _require(name, getattr(self, name), "a positive whole number", _is_size(getattr(self, name)))
+            most = _MOST.get(name, 2**31 - 1)
+            _require(
+                name, getattr(self, name), f"a whole number from 1 to {most:,}", _is_size(getattr(self, name), most)
+            )
         for name in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
             _require(name, getattr(self, name), "true or false", isinstance(getattr(self, name), bool))
         _require("rms_norm_eps", self.rms_norm_eps, "a small number", _is_number(self.rms_norm_eps, 0, 1))
@@ -268,13 +274,15 @@ class ModelConfig:
                 f"{len(self.num_query_heads)}, {len(self.num_kv_heads)} and {len(self.ffn_multipliers)}"
             )
         for layer, (query, kv) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
-            if not _is_size(query) or not _is_size(kv) or query % kv:
+            most = _MAX_WIDTH // self.head_dim
+            if not _is_size(query, most) or not _is_size(kv, most) or query % kv:
                 raise InputError(
                     f"layer {layer}: {_short(query)} query heads cannot share {_short(kv)} key/value heads"
                 )
         for multiplier in self.ffn_multipliers:
-            fits = _is_number(multiplier, 0, 2**31 / self.model_dim) and multiplier > 0
-            _require("an ffn multiplier", multiplier, "a number above 0", fits)
+            most = _MAX_WIDTH // self.model_dim
+            fits = _is_number(multiplier, 0, most) and multiplier > 0
+            _require("an ffn multiplier", multiplier, f"a number above 0 and at most {most:,}", fits)
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: RoPE rotates pairs, so it must be even")
 
@@ -284,8 +292,8 @@ def _require(name: str, value: object, needed: str, holds: bool) -> None:
         raise InputError(f"{name} is {_short(value)}: {needed} is needed")
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 < value < 2**31
+def _is_size(value: object, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
 
 
 def _is_number(value: object, low: float, high: float) -> bool:

@@ -179,12 +179,12 @@ def describe(path: Path) -> Description | FamilyDescription:
         return _describe_other(path, config)
     sizes = {name: math.prod(shape) for name, shape in config.shapes().items()}
     parameters = sum(sizes.values())
-    layers = tuple(
-        Layer(query, kv, ffn, sum(n for name, n in sizes.items() if name.startswith(f"transformer.layers.{i}.")))
-        for i, (query, kv, ffn) in enumerate(
-            zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True)
-        )
-    )
+    of_layers = [0] * config.num_layers
+    for name, size in sizes.items():
+        if name.startswith(f"{config.layers_prefix}."):
+            of_layers[int(name.split(".")[2])] += size
+    widths = zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, of_layers, strict=True)
+    layers = tuple(Layer(*each) for each in widths)
     dtype, file_bytes = _stored(path, config)
     return Description(
         path=str(path),

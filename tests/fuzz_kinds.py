@@ -268,10 +268,9 @@ def _records(file: Path) -> None:
 
 def _pairs(file: Path) -> None:
     if file.suffix != ".txt":
-        for split in records.values(file, ("prompt", "chosen", "rejected")).values():
-            for where, value in split:
-                with suppress(BadRecord):
-                    preference(where, value)
+        for where, value in records.values([file], ("prompt", "chosen", "rejected")):
+            with suppress(BadRecord):
+                preference(where, value)
 
 
 def _texts(file: Path) -> None:

@@ -139,8 +139,7 @@ def _outcome(kind: Kind, place: Path) -> str:
     try:
         kind.use(place)
     except ElmError as error:
-        text = str(error)
-        return "refused" if "\n" not in text and len(text) < 2000 else f"no line of error: {text[:200]!r}"
+        return "refused" if str(error).strip() else "an error that says nothing"
     except BaseException as error:  # a panic of Rust is no Exception
         where = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in where if "elm_mlx" in frame.filename or "/convert/" in frame.filename] or list(where)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_ten_layers_and_more_are_told_apart(tmp_path: Path) -> None:
         own = [math.prod(shape) for name, shape in shapes.items() if name.split(".")[2] == str(i)]
         assert layer.parameters == sum(own)
     assert not about.tokenizer
+
+
+def test_the_deepest_config_takes_no_time(tmp_path: Path) -> None:
+    layers = 10_000
+    config = ModelConfig(4, 2, 2, (1,) * layers, (1,) * layers, (1.0,) * layers, ffn_dim_divisor=1)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    entries, end = {}, 0
+    for name, shape in config.shapes().items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
+    started = time.process_time()
+    about = describe(tmp_path)
+    assert time.process_time() - started < 5, "seconds of this process; a quadratic one took a minute"
+    assert len(about.layers) == layers and {layer.parameters for layer in about.layers} == {36}
 
 
 def test_variants_are_named(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from elm_mlx.describe import AdapterDescription, Description, FamilyDescription
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
+_MOST_LAYERS = 200  # of a table; the deepest models have some 130
 
 
 def info(
@@ -118,13 +119,15 @@ def _print(about: Description) -> None:
         table.add_column("FFN width")
     table.add_column("parameters", justify="right")
     heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
-    for i, layer in enumerate(about.layers):
+    for i, layer in enumerate(about.layers[:_MOST_LAYERS]):
         cells = [
             str(i), str(layer.query_heads), str(layer.kv_heads), bar(layer.query_heads / heads, _BAR),
             f"{layer.ffn_dim:,}", bar(layer.ffn_dim / widths, _BAR), f"{layer.parameters:,}",
         ]  # fmt: skip
         table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
     console.print(table)
+    if len(about.layers) > _MOST_LAYERS:
+        line(f"  and {len(about.layers) - _MOST_LAYERS:,} layers more, which --json shows")
 
 
 def _print_other(about: FamilyDescription) -> None:

@@ -17,6 +17,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scores import Score
 from elm_mlx.evaluate.tokens import Encoder, Scored
+from elm_mlx.tokenizer import check_unicode
 from elm_mlx.train import formats
 from elm_mlx.train.formats import BadRecord
 
@@ -123,4 +124,8 @@ def _documents(path: Path) -> Iterator[str]:
             raise InputError(f"{path}, line {number}: {value}")
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise InputError(f"{path}, line {number}: no object with a text `text`")
+        try:
+            check_unicode(value["text"])
+        except InputError as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
         yield value["text"]

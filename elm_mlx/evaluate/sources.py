@@ -194,9 +194,10 @@ def _of_text(path: Path) -> Iterator[Question]:
     while lines and not lines[-1].strip():
         lines.pop()
     for start in range(0, len(lines), 6):
-        context, right, *endings = lines[start : start + 6]
-        if len(endings) < 4 or right not in ("0", "1", "2", "3"):
+        question = lines[start : start + 6]
+        if len(question) < 6 or question[1] not in ("0", "1", "2", "3"):
             raise InputError(f"{path}, line {start + 1}: no context, index and four endings, each on a line")
+        context, right, *endings = question
         yield prompts.hellaswag_adopted(context, endings, int(right))
 
 

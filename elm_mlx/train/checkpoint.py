@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from elm_mlx import files, headers, shards
+from elm_mlx import files, headers, json_files, reading, shards
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train.metrics import METRICS
 
@@ -170,15 +171,16 @@ def load(path: Path, identity: Identity) -> Checkpoint:
     Raises:
         InputError: a file is missing or damaged, or the run is another one than `identity`; says in what.
     """
+    state = json_files.read_object(path / STATE, reading.TEXT_BYTES)
+    if "format" in state and state["format"] != FORMAT:
+        raise InputError(f"{path}: has format {state['format']}, and this version reads {FORMAT}")
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-        if state["format"] != FORMAT:
-            raise InputError(f"{path}: has format {state['format']}, and this version reads {FORMAT}")
         saved, progress = Identity(**state["identity"]), Progress(**state["progress"])
-    except OSError as error:
-        raise InputError(f"{path / STATE}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (KeyError, TypeError):
         raise InputError(f"{path / STATE}: is no state of a checkpoint") from None
+    wrong = _what_is_wrong(saved, progress)
+    if wrong is not None:
+        raise InputError(f"{path / STATE}: {wrong} is damaged; an earlier checkpoint may be whole")
     _check_same(path, saved, identity)
     return Checkpoint(path, _read(path / PARAMETERS), _read(path / OPTIMIZER), progress)
 
@@ -256,6 +258,26 @@ def _read(path: Path) -> dict[str, mx.array]:
         return dict(mx.load(str(path)))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: MLX cannot load it: {error}") from None
+
+
+def _what_is_wrong(saved: Identity, progress: Progress) -> str | None:
+    """The first field that holds no value that `save` could have written."""
+    counts = ("step", "tokens", "trained_tokens", "skipped", *(["best_step"] if progress.best_step is not None else []))
+    numbers = ("seconds", "loss_mean", *(["best_loss"] if progress.best_loss is not None else []))
+    values = vars(progress)
+    right = {
+        **{name: type(values[name]) is int and 0 <= values[name] < 1 << 53 for name in counts},
+        **{name: type(values[name]) in (int, float) and math.isfinite(values[name]) for name in numbers},
+        "data": isinstance(progress.data, dict),
+        "random": isinstance(progress.random, list) and all(map(_is_key, progress.random)),
+        "config": isinstance(saved.config, dict),
+    }
+    return next((name for name, is_right in right.items() if not is_right), None)
+
+
+def _is_key(value: Any) -> bool:
+    """Whether it is MLX's random state: two numbers of 32 bits."""
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in value)
 
 
 def _check_same(path: Path, saved: Identity, now: Identity) -> None:

@@ -111,6 +111,14 @@ def test_header_lengths_that_lie(tmp_path: Path, length: int) -> None:
         safetensors_files.read(path)
 
 
+def test_a_header_that_would_take_gigabytes_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x").open("wb") as file:
+        file.write((99 << 20).to_bytes(8, "little") + b"{")
+        file.truncate(200 << 20)
+    with pytest.raises(InputError, match=r"x: its safetensors header has 99 MB, and at most 16 MB are read"):
+        safetensors_files.read(tmp_path / "x")
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\0" * 8, b"version https://git-lfs.github.com/spec/v1\noid 1"])
 def test_files_too_short_to_be_one(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)

@@ -73,6 +73,13 @@ def test_torch_files_without_a_state_dict(tmp_path: Path, tree: Any, message: st
         open_source(torch_files.save(tmp_path / "t.pt", tree))
 
 
+def test_a_safetensors_file_without_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(InputError, match=r"model\.safetensors: holds no tensors"):
+            open_source(source)
+
+
 def test_ema_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no ema_state_dict, which --ema asks for"):
         open_source(save_pt(tmp_path / "c.pt", WEIGHTS), ema=True)

@@ -177,6 +177,16 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, content: str, reason:
         sources.load(Chosen(sources.task_of_file(path)), None)
 
 
+@pytest.mark.parametrize("text", ["a\n", "a\n1\nb\nc\nd\ne\nf\n", "a\n4\nb\nc\nd\ne\n", "\xe9\n"])
+def test_hellaswag_as_text_is_six_lines_a_question(tmp_path: Path, text: str) -> None:
+    (tmp_path / "hellaswag_val_full.txt").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=r"line [17]: (no context, index and four endings|not UTF-8)"):
+        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+    (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(b"no bzip2")
+    with pytest.raises(InputError, match="damaged bzip2"):
+        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+
+
 def test_records_of_another_task_are_named(tmp_path: Path) -> None:
     write(tmp_path / "piqa.jsonl", ARC)
     with pytest.raises(InputError, match=r"piqa\.jsonl, line 1: is no record of this task: `goal` is missing; it has"):

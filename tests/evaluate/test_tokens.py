@@ -124,6 +124,7 @@ def test_bits_per_byte_and_their_error_over_documents() -> None:
         ("a.txt", b"\xff", "line 1: not UTF-8: byte 1"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: no object with a text"),
         ("a.jsonl", b"{\n", "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*Unicode"),
         ("a.pdf", b"x", "no kind of data file"),
     ],
 )

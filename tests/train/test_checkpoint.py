@@ -99,6 +99,31 @@ def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
         checkpoint.load(path, IDENTITY)
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "values"),
+    [
+        ("progress", "step", [-1, 2.5, "3", None, True, 1 << 60]), ("progress", "tokens", ["x", -1, []]),
+        ("progress", "seconds", [float("nan"), "1", None]), ("progress", "loss_mean", [float("inf"), {}]),
+        ("progress", "best_step", ["1", 2.0]), ("progress", "best_loss", ["1", [1.0]]),
+        ("progress", "data", [None, 7, "x", []]),
+        ("progress", "random", [None, 3, [1, 2], [[1]], [[1, -2]], [[1, 2.0]], [[1, 1 << 32]], [{"a": 1, "b": 2}]]),
+        ("identity", "config", [None, "x", [1]]),
+    ],
+)  # fmt: skip
+def test_a_state_edited_by_hand_is_named(tmp_path: Path, part: str, name: str, values: list[object]) -> None:
+    path = save(tmp_path, 10, best_step=5, best_loss=1.5)
+    state = json.loads((path / checkpoint.STATE).read_text())
+    for value in values:
+        edited = state | {part: state[part] | {name: value}}
+        (path / checkpoint.STATE).write_text(json.dumps(edited))
+        with pytest.raises(InputError, match=rf"state\.json: {name} is damaged"):
+            checkpoint.load(path, IDENTITY)
+    for edited in ({}, {"format": 1}, state | {part: None}, state | {part: {"unknown": 1}}):
+        (path / checkpoint.STATE).write_text(json.dumps(edited))
+        with pytest.raises(InputError, match=r"state\.json: is no state of a checkpoint"):
+            checkpoint.load(path, IDENTITY)
+
+
 def test_metrics_are_cut_back_with_what_a_kill_left(tmp_path: Path) -> None:
     lines = [json.dumps({"step": step, "loss": 0.1 * step}) for step in range(1, 8)]
     (tmp_path / METRICS).write_text("\n".join(lines) + '\n{"step": 3, "lo')
