@@ -11,7 +11,6 @@ with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,8 +143,7 @@ class JinjaTemplate(Template):
         super().__init__(tokenizer)
         self._source, self._where, self._names = source, where, dict(names)
         self._ids = tokenizer.control_ids
-        longest_first = sorted(self._ids, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._pattern = tokenizer.names_of_controls()
         self.stop_ids, self.stop_strings = self._ends()
 
     def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:

@@ -103,6 +103,11 @@ class Tokenizer(ABC):
     def detokenizer(self, prompt: Iterable[int] = ()) -> Detokenizer:
         """A decoder, fresh for each stream, of the tokens that follow `prompt`."""
 
+    def names_of_controls(self) -> re.Pattern[str]:
+        """Finds the names of control tokens where they are written in a text, which encodes them as letters."""
+        longest_first = sorted(self.control_ids, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Runs of text, each encoded by itself, and ids of control tokens between them. No BOS is added."""
         ids: list[int] = []

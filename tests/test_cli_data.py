@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from commands import Run
 
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA
@@ -55,6 +56,45 @@ def test_counts_lengths_and_fill(run: Run, tmp_path: Path, tiny_tokenizer: Token
         100 * sum(length - 1 for length in lengths) / (int(packed[1]) * 64), abs=0.051
     )
     assert re.search(r"unpacked  batches of 4 by length, [\d.]+% full", out)
+
+
+SPECIAL = [
+    {"messages": [{"role": "user", "content": "the </s> fox"}, {"role": "assistant", "content": "us<|im_end|>"}]},
+    {"prompt": "<s>the", "completion": "fox</s>"},
+    {"instruction": "the", "input": "<|im_end|><|im_end|>", "output": "us"},
+]
+
+
+def test_names_of_special_tokens_are_shown_as_letters_and_counted(
+    run: Run, tmp_path: Path, family_dirs: dict[str, Path]
+) -> None:
+    """By a SentencePiece model, whose own are `<s>` and `</s>`, and by a tokenizer.json, whose own is `<|im_end|>`."""
+    path = write(tmp_path / "a.jsonl", *SPECIAL)
+    for model in ({}, {"model": family_dirs["mistral"]}):
+        code, out, err = run(path, *([] if model else ["--template", "openelm-instruct"]), **model)
+        assert code == 0, err
+        named = re.search(r"special +names of special tokens in the texts: (.*): they are trained as letters", out)
+        assert named and sorted(named[1].split(", ")) == ["</s> (2)", "<s> (1)", "<|im_end|> (3)"]
+        assert "the ‹</s>› fox" in out and "us‹<|im_end|>›" in out and "‹<s>›the" in out
+        assert "‹</s>› is that name in letters" in out or "‹<|im_end|>› is that name in letters" in out
+        end = "<|im_end|>" if model else "</s>"
+        assert f"us‹<|im_end|>›{end}⟧" in out, "the token itself is shown without"
+    code, out, err = run(write(tmp_path / "b.jsonl", *turns(3)))
+    assert code == 0 and "  special" not in out and "‹" not in out
+
+
+def test_names_in_pairs_are_counted_once_a_pair(run: Run, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "the </s>", "chosen": "fox</s>", "rejected": "us"})
+    code, out, err = run(path)
+    assert code == 0 and "</s> (2): they are trained as letters" in out, err
+
+
+def test_a_piece_that_text_can_have_is_no_letters(tiny_tokenizer_file: Path, tmp_path: Path) -> None:
+    from elm_mlx.train.encoding import Names
+
+    (tmp_path / "tokenizer.model").write_bytes(tiny.with_piece(tiny_tokenizer_file.read_bytes(), "<|im_end|>"))
+    found = list(Names(Tokenizer.load(tmp_path)).find(["a<|im_end|>b</s><|x|><|user|>"]))
+    assert found == ["</s>", "<|x|>"]
 
 
 def test_the_histogram_counts_every_record(run: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -18,7 +18,7 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
-    from elm_mlx.train.encoding import Example
+    from elm_mlx.train.encoding import Example, Names
     from elm_mlx.train.examples import Prepared
 
 _PAIRS = "pairs"  # of answers: what dpo trains on
@@ -201,7 +201,12 @@ def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> N
     each = 2 if paired else 1
     total = len(prepared.examples) // each
     count = min(_SHOWN, total)
+    from elm_mlx.train.encoding import Names
+
+    names = Names(tokenizer)
     print(f"\nWhat is trained is {typer.style('green', fg='green') if colour else 'in ⟦ ⟧'}.")
+    if prepared.written:
+        line(f"‹{next(iter(prepared.written))}› is that name in letters, without ‹ › the token.")
     for shown in range(count):
         number = shown * total // count
         first, *others = prepared.examples[each * number : each * (number + 1)]
@@ -209,35 +214,49 @@ def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> N
         lengths = " and ".join(counted(len(example.ids), "token") for example in (first, *others))
         line(f"{'pair' if paired else 'example'} {number + 1:,}: {prepared.sources[each * number]}, {lengths}")
         if not others:
-            print("    " + _marked(_texts(first, tokenizer), colour).replace("\n", "\n    "))
+            print("    " + _marked(_texts(first, tokenizer), names, colour).replace("\n", "\n    "))
             continue
         # Both answers follow the same tokens, which are shown once.
         chosen, rejected = (_texts(example, tokenizer) for example in (first, *others))
         asked = first.trained.index(True)
         for label, tokens in (("", chosen[:asked]), ("chosen", chosen[asked:]), ("rejected", rejected[asked:])):
-            print(f"{label:<10}  " + _marked(tokens, colour).replace("\n", "\n" + 12 * " "))
+            print(f"{label:<10}  " + _marked(tokens, names, colour).replace("\n", "\n" + 12 * " "))
 
 
-def _texts(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """Each token as text, a control token by its name, and whether it is trained."""
+class _Token(NamedTuple):
+    """A token as text, a control token by its name."""
+
+    text: str
+    trained: bool
+    control: bool
+
+
+def _texts(example: Example, tokenizer: Tokenizer) -> list[_Token]:
     names = {token: name for name, token in tokenizer.control_ids.items()}
     decoder = tokenizer.detokenizer()
     texts = [decoder.add(token) + names.get(token, "") for token in example.ids]
     texts[-1] += decoder.finish()
-    return list(zip(texts, example.trained, strict=True))
+    return [
+        _Token(text, trained, token in names)
+        for text, trained, token in zip(texts, example.trained, example.ids, strict=True)
+    ]
 
 
-def _marked(tokens: Sequence[tuple[str, bool]], colour: bool) -> str:
-    """The text of tokens, what is trained marked; of many, both ends."""
+def _marked(tokens: Sequence[_Token], names: Names, colour: bool) -> str:
+    """The text of tokens, what is trained marked, and `names` that are letters; of many, both ends."""
     if len(tokens) <= _HEAD + _TAIL:
-        return _joined(tokens, colour)
+        return _joined(tokens, names, colour)
     hidden = len(tokens) - _HEAD - _TAIL
-    return f"{_joined(tokens[:_HEAD], colour)}\n… {hidden:,} tokens …\n{_joined(tokens[-_TAIL:], colour)}"
+    head, tail = (_joined(part, names, colour) for part in (tokens[:_HEAD], tokens[-_TAIL:]))
+    return f"{head}\n… {hidden:,} tokens …\n{tail}"
 
 
-def _joined(tokens: Sequence[tuple[str, bool]], colour: bool) -> str:
+def _joined(tokens: Sequence[_Token], names: Names, colour: bool) -> str:
     output = []
-    for trained, run in groupby(tokens, key=lambda token: token[1]):
-        text = visible("".join(text for text, _ in run))
+    for trained, run in groupby(tokens, key=lambda token: token.trained):
+        text = ""
+        for control, same in groupby(run, key=lambda token: token.control):
+            piece = visible("".join(token.text for token in same))
+            text += piece if control else names.marked(piece)
         output.append(text if not trained else typer.style(text, fg="green") if colour else f"⟦{text}⟧")
     return "".join(output)

@@ -9,7 +9,8 @@ the template writes after that, the model never has to say.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -30,6 +31,9 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
+# But for the roles, which the OpenELM-instruct template itself writes so, in letters.
+_LIKE_CONTROLS = r"<\|(?!(?:system|user|assistant)\|)[^\s<>|]+\|>|</?s>"
+
 Position = tuple[int, int]  # a part of a conversation, and a character in it
 
 
@@ -46,6 +50,29 @@ class Example:
     trained: tuple[bool, ...]
 
 
+class Names:
+    """Names of control tokens, written out in a text: the tokenizer reads them as letters.
+
+    Its own, and what is written like another model's, unless it is a piece that text can have.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        own = tokenizer.names_of_controls().pattern
+        self._pattern = re.compile(f"{own}|{_LIKE_CONTROLS}")
+        self._controls, self._id_of = tokenizer.control_ids, tokenizer.id_of
+
+    def find(self, texts: Iterable[str]) -> Iterator[str]:
+        """Each of them in `texts`, as often as it is there."""
+        return (found for text in texts for found in self._pattern.findall(text) if self._is_one(found))
+
+    def marked(self, text: str) -> str:
+        """`text` with each of them in ‹ ›."""
+        return self._pattern.sub(lambda found: f"‹{found[0]}›" if self._is_one(found[0]) else found[0], text)
+
+    def _is_one(self, name: str) -> bool:
+        return name in self._controls or self._id_of(name) is None
+
+
 class Encoder:
     """Makes an Example of a record.
 
@@ -58,6 +85,7 @@ class Encoder:
         self._tokenizer, self._template, self._all = tokenizer, template, train_on_prompt
         self._bos: list[Part] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         self._eos: list[Part] = [*tokenizer.eos_ids[:1]]
+        self.names = Names(tokenizer)
         self._ids: dict[int, int] = {}  # the objects that all examples share: half the memory
 
     def encode(self, record: Record) -> Example:

@@ -36,6 +36,7 @@ class Prepared:
         bad: of each record that gave no example because it isn't whole, where it stands and what is wrong.
         ignored: keys of records that mean nothing here, each with how many records have it.
         missing: what is told where shards of the data are not there.
+        written: names of special tokens that stand in the records' texts, with how often.
         longest: the longest record's tokens, and where it stands.
         split: texts that were split, into `windows` examples.
         cut: answers that lost their end.
@@ -52,6 +53,7 @@ class Prepared:
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
+    written: Counter[str] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     split: int = 0
     windows: int = 0
@@ -74,6 +76,12 @@ class Prepared:
             named = [f"{key} ({count:,})" for key, count in self.ignored.most_common(_KEYS)]
             more = len(self.ignored) - len(named)
             yield "ignored", f"keys without meaning here: {', '.join(named)}{f' and {more:,} more' if more else ''}"
+        if self.written:
+            named = [f"{name} ({count:,})" for name, count in self.written.most_common(_KEYS)]
+            more = len(self.written) - len(named)
+            what = f"names of special tokens in the texts: {', '.join(named)}{f' and {more:,} more' if more else ''}"
+            why = "they are trained as letters, and end nothing; the tokens themselves come around a text or message"
+            yield "special", f"{what}: {why}"
         for warning in self.warnings():
             yield "length", warning
 
@@ -209,6 +217,7 @@ def prepare(
         except InputError as error:
             prepared.bad.append(f"{record.where}: {error}")
             continue
+        prepared.written.update(encoder.names.find(records.texts(record)))
         kind = type(record).__name__
         prepared.counts[kind] = prepared.counts.get(kind, 0) + 1
         _fit(prepared, example, record, truncate)

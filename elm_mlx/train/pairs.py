@@ -220,6 +220,8 @@ def prepare(
             prepared.bad.append(f"{where}: {error}")
             continue
         prepared.ignored.update(records.ignored(value, _KNOWN))
+        asked = [record.prompt] if isinstance(record.prompt, str) else [each["content"] for each in record.prompt]
+        prepared.written.update(encoder.names.find([*asked, record.chosen, record.rejected]))
         prepared.counts["Preference"] = prepared.counts.get("Preference", 0) + 1
         _fit(prepared, pair, where, truncate)
     return prepared

@@ -89,6 +89,15 @@ class Instruction:
 Record = Text | Completion | Conversation | Instruction
 
 
+def texts(record: Record) -> Iterator[str]:
+    """What is written in a record."""
+    for value in (value for name, value in vars(record).items() if name != "where"):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, tuple):
+            yield from (message["content"] for message in value)
+
+
 @dataclass
 class Split:
     """What the files of one split hold.
