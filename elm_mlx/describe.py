@@ -336,17 +336,25 @@ def fingerprint(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def missing(path: Path, name: str) -> InputError:
+    """What is said of a tensor that a model directory lacks."""
+    untied = "; config.json does not say that it is the embedding (tie_word_embeddings)"
+    return InputError(f"{path}: tensor {name} is missing{untied if name == 'lm_head.weight' else ''}")
+
+
 def _stored(path: Path, config: families.Config) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
     files = weight_files(path)
     entries = {entry.name: entry for file in files for entry in headers.read(file)}
-    for name, shape in config.shapes().items() if config.quantization is None else ():
+    for name, shape in config.shapes().items():
         if name not in entries:
-            raise InputError(f"{path}: tensor {name} is missing")
+            raise missing(path, name)
         found = entries[name].shape
         if name.endswith("conv1d.weight") and len(found) == 3:  # in PyTorch's order, or MLX's
             found = (found[0], max(found[1:]), min(found[1:]))
+        if config.quantization is not None and len(found) == len(shape):  # a packed row has fewer values
+            found = (*found[:-1], shape[-1])
         if found != shape:
             raise InputError(f"{path}: tensor {name} is {entries[name].shape}, and config.json implies {shape}")
     types = {entry.dtype for entry in entries.values()}

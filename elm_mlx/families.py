@@ -462,7 +462,7 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
 
 def _check_quantization(keys: Keys) -> None:
     """That MLX can read the weights of a config, an OpenELM's too, if they are quantized. Raises InputError."""
-    if keys.has("quantization"):
+    if keys.says("quantization"):
         packing.check(keys.where, keys.get("quantization"))
     elif keys.within("quantization_config").says("quant_method"):
         method = str(keys.within("quantization_config").get("quant_method"))[:40]

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import device, end_tokens, files, headers
-from elm_mlx.describe import check_directory, fingerprint, read_adapter, read_config, weight_files
+from elm_mlx.describe import check_directory, fingerprint, missing, read_adapter, read_config, weight_files
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.model import Model
@@ -194,7 +194,7 @@ def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict
                 expected[part] = (rows, width // how["group_size"])
     for name, shape in expected.items():
         if name not in weights:
-            raise InputError(f"{path}: tensor {name} is missing")
+            raise missing(path, name)
         if weights[name].shape != shape:
             raise InputError(f"{path}: tensor {name} is {weights[name].shape}, and config.json implies {shape}")
         if name in packing:

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import batch, device, generation, networks, store
 from elm_mlx.cache import KVCache, StateCache, make_prompt_cache
-from elm_mlx.describe import read_config
+from elm_mlx.describe import describe, read_config
 from elm_mlx.errors import InputError
 from elm_mlx.families import FamilyConfig
 from elm_mlx.ops import Segments
@@ -293,14 +293,26 @@ def test_a_window_that_all_layers_see_is_the_context(name: str, tmp_path: Path, 
         assert read_config(tmp_path).max_context_length == context
 
 
+def test_a_head_that_is_missing_is_no_tied_one(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(family_dirs["olmo2"], path)
+    weights = mx.load(str(path / "model.safetensors"))
+    del weights["lm_head.weight"]
+    mx.save_safetensors(str(path / "model.safetensors"), weights)
+    for open_ in (store.load, describe):
+        with pytest.raises(InputError, match=r"lm_head\.weight is missing; .* \(tie_word_embeddings\)"):
+            open_(path)
+
+
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
     path = tmp_path / "model"
     shutil.copytree(family_dirs["llama"], path)
     weights = mx.load(str(path / "model.safetensors"))
     kept = weights.pop("model.layers.1.mlp.up_proj.weight")
     mx.save_safetensors(str(path / "model.safetensors"), weights)
-    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
-        store.load(path)
+    for open_ in (store.load, describe):
+        with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+            open_(path)
     mx.save_safetensors(str(path / "model.safetensors"), {**weights, "model.layers.1.mlp.up_proj.weight": kept[1:]})
     with pytest.raises(InputError, match=r"up_proj\.weight is \(79, 48\), and config\.json implies \(80, 48\)"):
         store.load(path)

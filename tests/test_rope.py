@@ -9,6 +9,7 @@ import reference
 
 from elm_mlx import device
 from elm_mlx.rope import Rope
+from elm_mlx.rope_config import RopeConfig
 
 BASES = (10_000.0, 500_000.0)
 
@@ -125,3 +126,44 @@ def test_the_derivative_turns_back() -> None:
 
 def rotated64(x: np.ndarray) -> np.ndarray:
     return np.stack([reference.rope(row, 30 + np.arange(x.shape[2]), 10_000.0) for row in x])
+
+
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_a_part_of_a_head_is_rotated_and_scaled(length: int, dtype: mx.Dtype) -> None:
+    x = mx.random.normal((2, 3, length, 16), key=mx.random.key(6)).astype(dtype)
+    result = Rope(16, RopeConfig("default", 6, 10_000.0, 64, scale=1.5))(length, 7)(x)
+    assert result.dtype == dtype and mx.array_equal(result[..., 6:], x[..., 6:])
+    expected = 1.5 * rotated(x[..., :6], [7, 7], 10_000.0)
+    near = 1e-4 if dtype == mx.float32 else 0.05
+    np.testing.assert_allclose(np.array(result[..., :6].astype(mx.float32)), expected, atol=near)
+
+
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_head_of_any_size_takes_little_memory(length: int) -> None:
+    """A config may say so; the square of it was taken three times."""
+    head_dim = 200_000
+    mx.reset_peak_memory()
+    x = mx.random.normal((1, 1, length, head_dim), key=mx.random.key(7))
+    result = np.array(Rope(head_dim, 10_000.0)(length, 3)(x))
+    assert mx.get_peak_memory() < 100e6
+    np.testing.assert_allclose(result, rotated(x, [3], 10_000.0), atol=1e-4)
+
+
+@pytest.mark.usefixtures("branch")
+def test_longrope_turns_each_row_by_its_own_length() -> None:
+    config = RopeConfig("longrope", 8, 10_000.0, 16, short=(1.0,) * 4, long=(2.0, 3.0, 4.0, 5.0))
+    rope = Rope(8, config)
+    x = mx.random.normal((3, 2, 1, 8), key=mx.random.key(8))
+    together = np.array(rope(1, mx.array([3, 15, 16]))(x))
+    for row, offset in enumerate((3, 15, 16)):
+        for given in (offset, mx.array([offset])):
+            np.testing.assert_allclose(np.array(rope(1, given)(x[row : row + 1]))[0], together[row], atol=1e-5)
+    short = Rope(8, 10_000.0)(1, 15)(x)[1]
+    np.testing.assert_allclose(together[1], np.array(short), atol=1e-5)
+    assert np.abs(together[2] - np.array(Rope(8, 10_000.0)(1, 16)(x)[2])).max() > 0.1
+    # what is known of the text's length counts
+    early = np.array(rope(1, 3, 17)(x))[0]
+    assert np.abs(early - together[0]).max() > 0.1
