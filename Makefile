@@ -28,7 +28,7 @@ demo: $(VENV)/.installed
 	@echo "Now try: $(BIN)/elm-mlx chat $(MODEL)"
 
 test: $(VENV)/.developing
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 check: $(VENV)/.developing
 	$(BIN)/ruff check

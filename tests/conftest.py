@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+# Before BLAS is loaded. Its threads wait by spinning, and so take the processor from whatever runs beside them: other
+# tests, and the programs that tests start, took up to six times as long.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# isort: split
 import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its BLAS
 
 # isort: split
@@ -16,6 +23,7 @@ import pytest
 import tiny
 from commands import Run
 
+from elm_mlx import blas
 from elm_mlx.cli import main
 from elm_mlx.config import ModelConfig
 from elm_mlx.tokenizer import Tokenizer
@@ -47,6 +55,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return (code if isinstance(code, int) else 0, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """BLAS by two threads, as a program has it that is not a test."""
+    kept, change = blas.threads(), blas._openblas("openblas_set_num_threads")
+    if change is None:
+        pytest.skip("the BLAS here cannot be told how many threads to use")
+    change(2)
+    yield
+    change(kept)
 
 
 @pytest.fixture(scope="session")

@@ -333,6 +333,7 @@ needs_few_rows = pytest.mark.skipif(blas.OWN_FEW_ROWS not in blas.status().name,
 
 
 @needs_few_rows
+@pytest.mark.usefixtures("two_threads")
 def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors() -> None:
     """To the bit: whether alone or one of six, shared out or not."""
     matrix = mx.random.normal((3001, 203), key=mx.random.key(1))  # large enough to be shared out, in odd portions
@@ -347,6 +348,7 @@ def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors()
 
 
 @needs_few_rows
+@pytest.mark.usefixtures("two_threads")
 def test_products_at_the_same_time_do_not_disturb_each_other() -> None:
     matrix = mx.random.normal((2000, 160), key=mx.random.key(1))
     rows = [mx.random.normal((4, 160), key=mx.random.key(key)) for key in range(4)]
@@ -381,5 +383,6 @@ if child and os.waitpid(child, 0)[1] == 0:
 
 @needs_few_rows
 def test_a_forked_process_multiplies_too() -> None:
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60)
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, env=environment)
     assert (done.stdout, done.returncode) == ("right in both\n", 0), done.stderr

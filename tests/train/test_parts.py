@@ -96,8 +96,9 @@ def test_what_fails_in_a_part_fails(processors: int) -> None:
         Parts(8).compute(broken, batch(4), [])
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_products_use_as_many_processors_afterwards_as_before() -> None:
-    before = blas.threads()
+    assert blas.threads() == 2
     with blas.one_thread():
         assert blas.threads() == 1
-    assert blas.threads() == before
+    assert blas.threads() == 2
