@@ -262,7 +262,7 @@ def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str |
     """What was asked for, or the source's own, or the one that its name implies."""
     if asked is not None:
         return template.read_source(asked)
-    own, where = template.own_source(source.directory)
+    own, where = template.own_source(source.directory, "--chat-template")
     if own is not None:
         own_file(Path(where))
         return own

@@ -23,6 +23,7 @@ from typing import Any
 
 from elm_mlx import jinja_worker
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.escape import printable
 
 SECONDS = 2.0  # for all that is rendered at once
 MEMORY = 200 << 20  # bytes that the process may take, Jinja's own 20 MB included
@@ -84,9 +85,7 @@ def render(
 
 def _failure(where: str, why: Mapping[str, Any]) -> str:
     line = "" if why["line"] is None else f", line {why['line']}"
-    # A stranger's words, on their way to a terminal.
-    reason = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in why["reason"])
-    return f"{where}: the chat template fails{line}: {reason}"
+    return f"{where}: the chat template fails{line}: {printable(why['reason'])}"
 
 
 class _EndedError(Exception):

@@ -11,11 +11,14 @@ with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from elm_mlx import files, jinja, reading
+from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import InputError
 from elm_mlx.json_files import read_object_if_there
 from elm_mlx.tokenizer import Tokenizer
@@ -141,6 +144,8 @@ class JinjaTemplate(Template):
 
     def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
         super().__init__(tokenizer)
+        if not source.strip():
+            raise InputError(f"{where}: the chat template is blank ({jinja.INSTEAD})")
         self._source, self._where, self._names = source, where, dict(names)
         self._ids = tokenizer.control_ids
         self._pattern = tokenizer.names_of_controls()
@@ -286,8 +291,10 @@ def adopt(directory: Path, adapter: Path) -> str | None:
     source, where = own_source(adapter)
     if source is None:
         return None
-    for name in (FILE_NAME, "chat_template.json"):
-        (directory / name).unlink(missing_ok=True)
+    others = (path for folder in TEMPLATES for path in (directory / folder).glob("*.jinja"))
+    replaced = [path for path in others if path.stem == "default" or not source.strip()]
+    for path in (directory / FILE_NAME, directory / "chat_template.json", *replaced):
+        path.unlink(missing_ok=True)
     settings = directory / "tokenizer_config.json"
     values = read_object_if_there(settings)
     if values.pop("chat_template", None) is not None:
@@ -314,21 +321,52 @@ def source_for(model_name: str) -> str | None:
     return OPENELM_INSTRUCT_JINJA if "instruct" in model_name.lower() else None
 
 
-def own_source(directory: Path) -> tuple[str | None, str]:
-    """The directory's Jinja text, if it has one, and where that stands."""
+def own_source(directory: Path, option: str = "--template") -> tuple[str | None, str]:
+    """The directory's Jinja text, if it has one, and the file that it stands in. As transformers looks for it.
+
+    Args:
+        option: by which the caller takes another one, for messages.
+
+    Raises:
+        InputError: there is one, and it cannot be used.
+    """
     directory = files.expanded(directory)
-    path = directory / FILE_NAME
-    if path.exists():
-        return reading.text(path, _MAX_BYTES), str(path)
+    instead = jinja.INSTEAD.replace("--template", option)
+    folders = [directory / name for name in TEMPLATES]
+    for path in (*(folder / "default.jinja" for folder in folders), directory / FILE_NAME):
+        if os.path.lexists(path):  # a link to nowhere is an error too
+            return reading.text(path, _MAX_BYTES), str(path)
+    for folder in folders:
+        names = sorted(path.stem for path in folder.glob("*.jinja"))
+        if names:
+            raise InputError(f"{folder}: holds {', '.join(names)}, and no default ({instead})")
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = directory / name
-        source = read_object_if_there(path).get("chat_template")
-        if isinstance(source, list):  # several, each with a name
-            named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
-            source = named.get("default")
-        if isinstance(source, str):
-            return source, str(path)
+        value = read_object_if_there(path).get("chat_template")
+        if value is not None:
+            try:
+                return _default(value), str(path)
+            except ValueError as error:
+                raise InputError(f"{path}: chat_template {error} ({instead})") from None
     return None, ""
+
+
+def _default(value: Any) -> str:
+    """The text that a JSON file's `chat_template` means: itself, or of several the one that is named so.
+
+    Raises:
+        ValueError: it means none; says why.
+    """
+    if isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in value):
+        value = {entry["name"]: entry.get("template") for entry in value}
+    if isinstance(value, dict) and value and "default" not in value:
+        raise ValueError(f"holds {', '.join(sorted(value))}, and no default")
+    text = value.get("default") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError("is no text, and no list of objects with a text each as name and template")
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"has more than {_MAX_BYTES >> 20} MB, which no template needs")
+    return text
 
 
 def _names(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pexpect
 import pytest
 import tiny
+from commands import Run
 
 from elm_mlx.tokenizer import Tokenizer
 
@@ -128,6 +129,26 @@ def test_pipe_goes_on_after_a_message_that_cannot_be_taken(
     assert len(errors) == 3 and all(line.startswith("elm-mlx: ") for line in errors)
     assert "512" in errors[0] and "/nonsense" in errors[1] and "stdin, line 4: not UTF-8" in errors[2]
     assert done.returncode == 2
+
+
+def test_what_a_template_raises_is_one_line_that_moves_no_cursor(speaking_dir: Path, tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "raising.jinja"
+    source.write_text(
+        "{{ raise_exception('\x1b]0;title\x07\u202eno\nmore ' ~ 'x' * 9999) if messages[-1].content == 'no' }}hi"
+    )
+    code, said, told = run("chat", speaking_dir, "--template", source, stdin="no\nyes\n")
+    assert (code, said) == (2, f"{ANSWER}\n")
+    (line,) = [line for line in told.splitlines() if "float32" not in line]
+    assert line.startswith(f"elm-mlx: {source}: the chat template fails: \\x1b]0;title\\x07\\u202eno more xxx")
+    assert line.isprintable() and len(line) < 600
+
+
+def test_template_without_end_costs_its_message_and_not_the_chat(speaking_dir: Path, tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "endless.jinja"
+    source.write_text("{{ 'x' * 10 ** 9 if messages[-1].content == 'no' }}hi")
+    code, said, told = run("chat", speaking_dir, "--template", source, stdin="no\nyes\n")
+    assert (code, said) == (2, f"{ANSWER}\n")
+    assert f"{source}: the chat template needs more than 200 MB" in told
 
 
 def test_commands_and_blocks_in_a_pipe(speaking_dir: Path, tmp_path: Path, environment: dict[str, str]) -> None:

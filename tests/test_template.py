@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, LLAMA_CHAT, PLAIN
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece_models import EXACT, SHARED, train
 
+from elm_mlx import jinja as jinja_engine
 from elm_mlx import template
 from elm_mlx.errors import InputError
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, choose
@@ -244,6 +247,18 @@ def test_what_templates_in_the_wild_use(tokenizer):
     assert text == '{"role": "user", "content": "é"}4 True'
 
 
+def named(name: str, source: str) -> dict[str, str]:
+    return {"name": name, "template": source}
+
+
+def write_templates(directory: Path, files: dict[str, object]) -> None:
+    """Files of a model directory by what they hold of templates: Jinja, or the `chat_template` of a JSON object."""
+    for name, value in files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(str(value) if path.suffix == ".jinja" else json.dumps({"chat_template": value}))
+
+
 class TestChoose:
     def test_base_model_has_none(self, tmp_path, tokenizer):
         assert choose(tmp_path, tokenizer) is None
@@ -273,6 +288,100 @@ class TestChoose:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": OPENELM_INSTRUCT_JINJA}))
         (tmp_path / "chat_template.jinja").write_text(PLAIN)
         assert isinstance(choose(tmp_path, tokenizer), JinjaTemplate)
+
+    @pytest.mark.parametrize(
+        ("files", "found"),
+        [
+            ({"chat_template.jinja": "J", "tokenizer_config.json": "C"}, "J"),
+            ({"tokenizer_config.json": "C", "chat_template.json": "P"}, "C"),
+            ({"tokenizer_config.json": None, "chat_template.json": "P"}, "P"),
+            ({"tokenizer_config.json": {"rag": "R", "default": "D"}}, "D"),
+            ({"tokenizer_config.json": [named("tool_use", "T"), named("default", "D")]}, "D"),
+            ({"additional_chat_templates/tool_use.jinja": "T", "chat_template.jinja": "J"}, "J"),
+            ({"additional_chat_templates/default.jinja": "D", "chat_template.jinja": "J"}, "D"),
+        ],
+    )
+    def test_it_is_looked_for_as_transformers_does(self, tmp_path, files, found):
+        """What transformers 5.24's `get_chat_template` answers; chat_template.json is read by its processors alone."""
+        write_templates(tmp_path, files)
+        source, where = template.own_source(tmp_path)
+        assert source == found
+        assert found in Path(where).read_text()
+
+    @pytest.mark.parametrize(
+        ("files", "reason"),
+        [
+            ({"tokenizer_config.json": 7}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": {}}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": []}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": False}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": [{"template": "T"}]}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": [{"name": []}]}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": ["T"]}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": [{"name": "default"}]}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": {"default": 7}}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": [named("rag", "R"), named("a", "A")]}, "holds a, rag, and no default"),
+            ({"chat_template.json": 7}, "chat_template.json: chat_template is no text"),
+            ({"additional_chat_templates/rag.jinja": "R", "tokenizer_config.json": "C"}, "holds rag, and no default"),
+            ({"tokenizer_config.json": "{% if"}, "tokenizer_config.json: the chat template fails, line 1: "),
+            ({"chat_template.jinja": "\n{% for %}", "tokenizer_config.json": "C"}, "the chat template fails, line 2: "),
+            ({"chat_template.jinja": " \n", "tokenizer_config.json": "C"}, "jinja: the chat template is blank"),
+            ({"tokenizer_config.json": ""}, "tokenizer_config.json: the chat template is blank"),
+            ({"tokenizer_config.json": "x" * 2_000_000}, "chat_template has more than 1 MB"),
+            ({"tokenizer_config.json": "{{ 'x' * 10 ** 9 }}"}, "the chat template needs more than 200 MB"),
+        ],
+    )  # fmt: skip
+    def test_one_that_cannot_be_used_is_an_error_and_no_base_model(self, tmp_path, tokenizer, files, reason):
+        write_templates(tmp_path, files)
+        with pytest.raises(InputError, match=re.escape(reason)) as error:
+            choose(tmp_path, tokenizer)
+        assert str(error.value).endswith("(--template FILE takes another, --template none goes without one)")
+        assert choose(tmp_path, tokenizer, "none") is None
+        (tmp_path / "mine.jinja").write_text(CHATML)
+        assert isinstance(choose(tmp_path, tokenizer, str(tmp_path / "mine.jinja")), JinjaTemplate)
+
+    @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja"])
+    def test_file_that_cannot_be_read_is_an_error(self, tmp_path, tokenizer, name):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.symlink_to("nowhere")
+        with pytest.raises(InputError, match=re.escape(f"{name}: cannot be read")):
+            choose(tmp_path, tokenizer)
+        path.unlink()
+        path.write_bytes(b"x" * (1 << 20) + b"y")
+        with pytest.raises(InputError, match="larger than 1 MB"):
+            choose(tmp_path, tokenizer)
+
+    @pytest.mark.parametrize("trained_by", ["A", ""])
+    def test_an_adapters_own_takes_the_place_of_whatever_the_model_had(self, tmp_path, tokenizer, trained_by):
+        files = {f"additional_chat_templates/{name}.jinja": "X" for name in ("default", "rag")}
+        model, adapter = tmp_path / "model", tmp_path / "adapter"
+        for directory in (model, adapter):
+            directory.mkdir()
+        write_templates(
+            model, files | {"tokenizer_config.json": "C", "chat_template.json": "P", "chat_template.jinja": "J"}
+        )
+        template.record(adapter, trained_by)
+        assert template.adopt(model, adapter) == str(adapter / "chat_template.jinja")
+        assert template.source_of(model)[0] == (trained_by or None)
+
+    def test_converter_names_its_own_option(self, tmp_path):
+        write_templates(tmp_path, {"tokenizer_config.json": 7})
+        with pytest.raises(
+            InputError, match=r"\(--chat-template FILE takes another, --chat-template none goes without"
+        ):
+            template.own_source(tmp_path, "--chat-template")
+
+    def test_prepared_one_starts_the_process_only_for_jinja(self, tmp_path):
+        jinja_engine.stop()
+        before = jinja_engine._process
+        assert template.prepare(tmp_path) is False
+        write_templates(tmp_path, {"tokenizer_config.json": OPENELM_INSTRUCT_JINJA})
+        assert template.prepare(tmp_path) is True
+        assert jinja_engine._process is before
+        write_templates(tmp_path, {"tokenizer_config.json": CHATML})
+        assert template.prepare(tmp_path) is True
+        assert jinja_engine._process is not before
 
     def test_names_of_special_tokens_come_from_the_config(self, tmp_path, tokenizer):
         config = {
