@@ -247,6 +247,50 @@ def test_shapes_are_the_networks(name: str, tmp_path: Path) -> None:
         assert config.parameters == sum(value.size for _, value in parameters)
 
 
+def _published(name: str, *sizes: int, **more: Any) -> dict[str, Any]:
+    keys = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "vocab_size", "max_position_embeddings",
+    )  # fmt: skip
+    return {"model_type": name, "hidden_act": "silu", **dict(zip(keys, sizes, strict=False)), **more}
+
+
+# Parameters as their model cards and papers count them, and tokens of context.
+PUBLISHED = {
+    "Llama 3.1 8B": (_published("llama", 4096, 14336, 32, 32, 8, 128256, 131072), 8_030_261_248, 131072),
+    "Llama 3.1 405B": (_published("llama", 16384, 53248, 126, 128, 8, 128256, 131072), 405_853_388_800, 131072),
+    "Mistral 7B 0.1": (_published("mistral", 4096, 14336, 32, 32, 8, 32000, 32768), 7_241_732_096, 4096),
+    "Mistral NeMo": (
+        _published("mistral", 5120, 14336, 40, 32, 8, 131072, 131072, head_dim=128, sliding_window=None),
+        12_247_782_400, 131072,
+    ),
+    "Phi-3 mini": (_published("phi3", 3072, 8192, 32, 32, 32, 32064, 4096, sliding_window=2047), 3_821_079_552, 2047),
+    "Phi-4 mini": (
+        _published("phi3", 3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True, partial_rotary_factor=0.75,
+                   rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}),
+        3_836_021_760, 131072,
+    ),
+    "OLMo 1B": (_published("olmo", 2048, 8192, 16, 16, 16, 50304, 2048, tie_word_embeddings=True), 1_176_764_416, 2048),
+    "OLMo 3 7B": (
+        _published("olmo3", 4096, 11008, 32, 32, 32, 100278, 65536, rope_scaling={
+            "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}),
+        7_298_011_136, 65536,
+    ),
+    "Mamba 130M": (
+        _published("mamba", 768, num_hidden_layers=24, vocab_size=50280, state_size=16, time_step_rank="auto"),
+        129_135_360, 1 << 20,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_parameters_and_context(name: str, tmp_path: Path) -> None:
+    values, parameters, context = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = read_config(tmp_path)
+    assert (config.parameters, config.max_context_length) == (parameters, context)
+
+
 def test_many_layers_take_no_time(tmp_path: Path) -> None:
     values = {**other_models.CONFIGS["llama"], "vocab_size": 400, "num_hidden_layers": 10_000}
     (tmp_path / "config.json").write_text(json.dumps(values))
