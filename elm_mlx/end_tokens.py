@@ -12,6 +12,7 @@ from pathlib import Path
 
 from elm_mlx import json_files
 from elm_mlx.config import ModelConfig
+from elm_mlx.config_keys import short
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config, tokenizer_file
 from elm_mlx.tokenizer import Tokenizer, read_settings
@@ -94,4 +95,4 @@ def _of_file(path: Path) -> Iterator[int]:
         if type(token) is int:
             yield token
         elif token is not None:
-            raise InputError(f"{path}: eos_token_id is {str(value)[:60]}: a token's number is needed, or several")
+            raise InputError(f"{path}: eos_token_id is {short(value)}: a token's number is needed, or several")

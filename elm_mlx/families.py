@@ -456,7 +456,9 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     if not family.positions:
         return _UNBOUNDED
     rope = ropes["full_attention"]
-    most = int(rope.original * rope.factor) if rope.kind == "yarn" else int(values["max_position_embeddings"])
+    most = int(values["max_position_embeddings"])
+    if rope.kind == "yarn":
+        most = min(int(rope.original * rope.factor), 1 << 31)
     return min(most, values["sliding_window"] or most) if family.windowed else most
 
 
