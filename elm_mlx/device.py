@@ -6,6 +6,7 @@ tested on one machine by replacing `on_gpu`.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -17,6 +18,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from elm_mlx.errors import InputError
+
+_WORKING_SET = "max_recommended_working_set_size"  # of Metal: what all buffers should take at most
+_LARGE, _FULL = 0.5, 0.8  # of it: a model that is worth wiring; when freed buffers are given back
+_WIRED_MARGIN = 2 << 30  # for what a model computes
+_RUSAGE_INFO_V4, _LIFETIME_MAX_PHYS_FOOTPRINT = 4, 2 + 28  # its place in the struct, in words
 
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -96,28 +102,43 @@ def compile_hindrance() -> str | None:
         return f"{path}: {error.strerror}"
 
 
+def total_memory() -> int | None:
+    """Bytes of memory that the machine has, or its container may use; None where the system does not say."""
+    if sys.platform == "darwin":
+        return _metal("memory_size")
+    total, limit = _meminfo("MemTotal"), _container_limit()
+    return total if total is None or limit is None else min(total, limit)
+
+
 def available_memory() -> int | None:
-    """Bytes that a process can still take, a container's limit counted; None where the system does not say."""
+    """Bytes that a process can still take; None where the system does not say.
+
+    Of Linux what is free, a container's limit counted. On macOS, which makes room by compressing and moving what
+    others hold, what Metal recommends to hold at most, less what MLX holds already.
+    """
+    if sys.platform == "darwin":
+        working_set = _metal(_WORKING_SET)
+        return None if working_set is None else max(0, working_set - mx.get_active_memory())
+    available, limit = _meminfo("MemAvailable"), _container_limit()
+    if available is None or limit is None:
+        return available
     try:
-        meminfo = Path("/proc/meminfo").read_text()
-    except OSError:
-        return None
-    lines = (line for line in meminfo.splitlines() if line.startswith("MemAvailable"))
-    available = next((int(line.split()[1]) * 1024 for line in lines), None)
-    if available is None:
-        return None
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no container, or "max": no limit
+    except (OSError, ValueError):
         return available
     used -= int(statistics.get("inactive_file", 0))  # cached files, which make room when it is needed
     return min(available, max(0, limit - used))
 
 
 def peak_memory() -> int:
-    """Bytes at most in use so far: MLX's own count on a GPU, the process's resident set on a CPU."""
+    """Bytes at most in use so far, freed buffers that MLX keeps counted.
+
+    On macOS the physical footprint, by which the system decides whom to end; on Linux the resident set, and of a GPU of
+    its own MLX's count.
+    """
+    if sys.platform == "darwin":
+        return _peak_footprint() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if on_gpu():
         return int(mx.get_peak_memory())
     try:
@@ -125,6 +146,61 @@ def peak_memory() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def wire(nbytes: int) -> None:
+    """Keeps a model of so many bytes in memory, where it is large for a Mac: macOS may else page it out between tokens.
+
+    No more than the model and a margin is wired, and nothing for a small one: what is wired nobody else can use, and
+    Macs whose memory was wired whole have frozen.
+    """
+    working_set = _metal(_WORKING_SET) if on_gpu() else None
+    if working_set is not None:
+        large = nbytes > _LARGE * working_set
+        mx.set_wired_limit(min(nbytes + _WIRED_MARGIN, working_set) if large else 0)  # more is an error
+
+
+def trim_cache() -> None:
+    """Gives back the freed buffers that MLX keeps, where with what is in use they fill most of a Mac's memory.
+
+    Batches and texts of many lengths leave buffers of many sizes.
+    """
+    working_set = _metal(_WORKING_SET) if on_gpu() else None
+    if working_set is not None and mx.get_active_memory() + mx.get_cache_memory() > _FULL * working_set:
+        mx.clear_cache()
+
+
+def _metal(key: str) -> int | None:
+    """A figure that Metal gives of a Mac; None elsewhere."""
+    try:
+        return int(mx.device_info(mx.gpu).get(key, 0)) or None if sys.platform == "darwin" else None
+    except (RuntimeError, ValueError):  # a Mac without such a GPU
+        return None
+
+
+def _peak_footprint() -> int | None:
+    """The most that macOS has ever counted for this process, as its Activity Monitor does; None where it won't say."""
+    words = (ctypes.c_uint64 * 64)()  # struct rusage_info_v4, sys/resource.h: a UUID of two words, then 36 figures
+    try:
+        if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), _RUSAGE_INFO_V4, ctypes.byref(words)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return int(words[_LIFETIME_MAX_PHYS_FOOTPRINT]) or None
+
+
+def _meminfo(key: str) -> int | None:
+    """A line of Linux' /proc/meminfo, in bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+def _container_limit() -> int | None:
+    try:
+        return int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no container, or "max": no limit
+        return None

@@ -24,6 +24,7 @@ from elm_mlx.stopping import TextStream
 from elm_mlx.tokenizer import Tokenizer
 
 PREFILL_STEP = 512  # prompt tokens in one pass: bounds memory
+_TRIM_EVERY = 256  # tokens: caches grow on the way, and what they leave may be kept
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,8 @@ class Decoder:
         start = self.caches[0].offset
         for cache in self.caches:
             cache.reserve(start + 1)
+        if start % _TRIM_EVERY == 0:
+            device.trim_cache()
         position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
         arrays: list[Any] = [cache.state for cache in self.caches]
         try:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from elm_mlx import device, end_tokens, files, headers
 from elm_mlx.describe import check_directory, fingerprint, missing, read_adapter, read_config, weight_files
@@ -89,6 +90,7 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
 
         adapt.load(model, adapter)
         adapted = f"adapter {adapter.directory}: {adapter.describe()}"
+    device.wire(sum(value.nbytes for _, value in tree_flatten(model.parameters())))
     hindrance = device.compile_hindrance()
     uncompiled = (
         f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None

@@ -270,13 +270,19 @@ def test_every_bad_record_is_named_before_anything_is_done(
     assert code == 0 and "line 25: " in err and "bad       2 records left out" in text
 
 
-def test_what_does_not_fit_into_memory_is_refused(
+def test_what_may_not_fit_into_memory_is_told_and_what_cannot_is_refused(
     run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A guess is no reason to end; `--force` goes on with what is sure to fail, too."""
     monkeypatch.setattr(device, "available_memory", lambda: 50_000_000)
-    code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
-    assert code == 2 and re.search(r"training would take about \d+ MB, and 50 MB are free", err)
+    command = ("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK, "--iters", 1, "--full")
+    monkeypatch.setattr(device, "total_memory", lambda: 100_000)
+    code, _, err = run(*command)
+    assert code == 2 and "state alone take 2 MB, and the machine has 0 MB; " in err and "--force tries it" in err
     assert not (tmp_path / "out").exists()
+    code, text, err = run(*command, "--force")
+    assert code == 0 and re.search(r"about \d+ MB may be too much for the 50 MB that are free: ", err)
+    assert "--force" not in (tmp_path / "out" / "run.json").read_text() and "force" not in text
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from elm_mlx import device
+from elm_mlx import device, store
 from elm_mlx.device import Computation
 from elm_mlx.errors import InputError
 
@@ -162,7 +165,116 @@ def test_a_containers_limit_counts(
     assert device.available_memory() == expected
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 4 kB\n"}, 9216),
+        ({"/proc/meminfo": "MemTotal: 9 kB\n", "/sys/fs/cgroup/memory.max": "9000\n"}, 9000),
+        ({"/proc/meminfo": "MemTotal: 9 kB\n", "/sys/fs/cgroup/memory.max": "max\n"}, 9216),
+        ({}, None),
+    ],
+)
+def test_all_memory_is_the_machines_or_the_containers(
+    files: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path, *args: object, **options: object) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert device.total_memory() == expected
+
+
 def test_peak_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10**7 < device.peak_memory() < 10**12  # Python and MLX alone take some 50 MB
     monkeypatch.setattr(device, "on_gpu", lambda: True)
     assert device.peak_memory() == mx.get_peak_memory()
+
+
+class Mac:
+    """What MLX and the system say of a Mac with 16 GB, of which Metal recommends 12; and what is asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.active = self.cache = self.cleared = 0
+        self.wired: list[int] = []
+        self.figures = {"memory_size": 16 * GIGABYTE, "max_recommended_working_set_size": 12 * GIGABYTE}
+        self.footprint: int | None = 5 * GIGABYTE
+        monkeypatch.setattr(device.sys, "platform", "darwin")
+        monkeypatch.setattr(device, "on_gpu", lambda: True)
+        monkeypatch.setattr(device.ctypes, "CDLL", lambda _: self)
+        for name, function in {
+            "device_info": lambda _: self.figures,
+            "get_active_memory": lambda: self.active,
+            "get_cache_memory": lambda: self.cache,
+            "set_wired_limit": self.wired.append,
+            "clear_cache": self.clear,
+        }.items():
+            monkeypatch.setattr(mx, name, function)
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+    def proc_pid_rusage(self, pid: int, flavor: int, words: Any) -> int:
+        """Fills in struct rusage_info_v4: two words of a UUID; the 29th figure is ri_lifetime_max_phys_footprint."""
+        if self.footprint is None:
+            return -1
+        assert (pid, flavor) == (os.getpid(), 4)
+        words._obj[2 + 28] = self.footprint
+        return 0
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> Mac:
+    return Mac(monkeypatch)
+
+
+def test_a_mac_says_by_metal_what_there_is_and_what_is_left(mac: Mac) -> None:
+    assert (device.total_memory(), device.available_memory()) == (16 * GIGABYTE, 12 * GIGABYTE)
+    mac.active = 4 * GIGABYTE
+    assert device.available_memory() == 8 * GIGABYTE
+    mac.active = 13 * GIGABYTE
+    assert device.available_memory() == 0
+    mac.figures = {}
+    assert device.total_memory() is None and device.available_memory() is None
+
+
+def test_a_macs_peak_is_its_footprint(mac: Mac) -> None:
+    assert device.peak_memory() == 5 * GIGABYTE
+    mac.footprint = None
+    assert device.peak_memory() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+@pytest.mark.parametrize(
+    ("model", "wired"), [(1, 0), (6, 0), (7, 7 * GIGABYTE + (2 << 30)), (11, 12 * GIGABYTE), (40, 12 * GIGABYTE)]
+)
+def test_a_large_model_is_wired_with_a_margin_and_never_more_than_metal_allows(
+    model: int, wired: int, mac: Mac, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device.wire(model * GIGABYTE)
+    assert mac.wired == [wired]
+    monkeypatch.setattr(device, "on_gpu", lambda: False)
+    device.wire(model * GIGABYTE)
+    monkeypatch.setattr(device, "on_gpu", lambda: True)
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    device.wire(model * GIGABYTE)
+    assert len(mac.wired) == 1, "nowhere but on Metal"
+
+
+def test_freed_buffers_are_given_back_where_memory_is_nearly_full(mac: Mac, monkeypatch: pytest.MonkeyPatch) -> None:
+    mac.active, mac.cache = 5 * GIGABYTE, 4 * GIGABYTE
+    device.trim_cache()
+    assert mac.cleared == 0
+    mac.cache = 5 * GIGABYTE
+    device.trim_cache()
+    assert mac.cleared == 1
+    monkeypatch.setattr(device.sys, "platform", "linux")
+    device.trim_cache()
+    assert mac.cleared == 1
+
+
+def test_an_opened_model_is_wired_by_its_size(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(device, "wire", asked.append)
+    model = store.load(tiny_model_dir, "float32")[0]
+    assert asked == [4 * model.config.parameters]

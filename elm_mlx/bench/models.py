@@ -156,7 +156,5 @@ def _needed(config: ModelConfig, stored: int, dtype: str | None, cases: Sequence
 def check_memory(needed: int) -> None:
     """Raises Unavailable where so much is not free."""
     free = device.available_memory()
-    if free is None and device.on_gpu():
-        free = int(mx.device_info().get("max_recommended_working_set_size", 0)) or None
     if free is not None and needed > _KEPT * free:
         raise Unavailable(f"would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")

@@ -17,7 +17,7 @@ from elm_mlx import json_files, reading
 from elm_mlx.cli.command import Command
 from elm_mlx.errors import InputError
 
-_NEVER = {"config", "resume", "recipe", "help"}  # of no sense in a file
+_NEVER = {"config", "resume", "force", "recipe", "help"}  # of no sense in a file
 
 
 class Configured(Command):

@@ -75,6 +75,7 @@ def dpo(
     keep: training.Keep = 2,
     on_nan: training.OnNan = "stop",
     seed: training.Seed = 0,
+    force: training.Force = False,
 ) -> None:
     """Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights."""
     model, data, out = training.given(model, data, out)
@@ -119,4 +120,4 @@ def dpo(
         )
         shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
         run.on_reference = shown.reference
-        training.carry_out(run, settings, shown, configured.settings(ctx), resume)
+        training.carry_out(run, settings, shown, configured.settings(ctx), resume, force)

@@ -77,6 +77,7 @@ def lora(
     keep: training.Keep = 2,
     on_nan: training.OnNan = "stop",
     seed: training.Seed = 0,
+    force: training.Force = False,
 ) -> None:
     """Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take."""
     model, data, out = training.given(model, data, out)
@@ -120,4 +121,4 @@ def lora(
             keep=keep,
         )
         shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
-        training.carry_out(run, settings, shown, configured.settings(ctx), resume)
+        training.carry_out(run, settings, shown, configured.settings(ctx), resume, force)

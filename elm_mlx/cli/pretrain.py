@@ -54,6 +54,7 @@ def pretrain(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")] = False,
+    force: training.Force = False,
 ) -> None:
     """Train a model from raw text: filtered and tokenized as it is read, by the paper's recipe or your own."""
     from elm_mlx.train import tables
@@ -74,9 +75,12 @@ def pretrain(
     recipe = tables.read(config, Recipe, set_ or [])
     shown = progress.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
-        memory.check(run.load(), device.available_memory())
+        free, total = device.available_memory(), device.total_memory()
+        tight = memory.check(run.load(), free, total, memory.RECIPE, force)
         shown.quiet = not run.leads
         shown.lines(_plan(run, recipe))
+        if tight:
+            shown.warn(tight)
         with shown, training.changes_named(_KEYS):
             result = run.train(resume=resume, listener=shown)
         shown.lines(_outcome(run, result, shown.validates))

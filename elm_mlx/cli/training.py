@@ -80,6 +80,7 @@ StepsPerEval = Annotated[int, typer.Option(help="Updates between validations.")]
 SaveEvery = Annotated[int, typer.Option(help="Updates between checkpoints.")]
 Keep = Annotated[int, typer.Option(help="Checkpoints that are kept, beside the best.")]
 OnNan = Annotated[str, typer.Option(help="At a loss that is no number, or a spike: stop, or skip.")]
+Force = Annotated[bool, typer.Option("--force", help="Try what is sure not to fit into this machine's memory.")]
 Seed = Annotated[int, typer.Option(help="Of the adapters, the order and dropout.")]
 Data = Annotated[
     Path | None, typer.Option(help="A data file, or a directory with train and valid. (no default)", show_default=False)
@@ -116,14 +117,19 @@ def parse_rank(text: str) -> Ranks:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def carry_out(run: Finetuning, settings: Settings, shown: Progress, used: dict[str, Any], resume: bool) -> None:
+def carry_out(
+    run: Finetuning, settings: Settings, shown: Progress, used: dict[str, Any], resume: bool, force: bool
+) -> None:
     """Say what is about to happen, train, and say how it ended; `used` are the options, which the run keeps."""
     from elm_mlx import device
     from elm_mlx.train import memory
 
-    memory.check(run.load(settings), device.available_memory())
+    load = run.load(settings)
+    tight = memory.check(load, device.available_memory(), device.total_memory(), force=force)
     name_bad(reason for split in run.splits.values() for reason in split.bad)
     shown.lines(_plan(run, settings))
+    if tight:
+        shown.warn(tight)
     used = used | {name: str(Path(used[name]).resolve()) for name in ("model", "data")}
     length = "--iters" if "iters" in used else "updates (--epochs)"
     onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import adapt, adapters, device, end_tokens, store, template
+from elm_mlx import adapt, adapters, device, end_tokens, roofline, store, template
 from elm_mlx.adapters import Adapter
 from elm_mlx.describe import check_directory, fingerprint, read_config
 from elm_mlx.errors import InputError
@@ -184,8 +184,14 @@ class Finetuning:
             self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
             self.row_length, settings.optimizer, settings.grad_checkpoint,
             memory.adapter_values(self.adapter, self.config), parts=parts.most(4 * self.trainable),
-            accumulate=settings.accumulate,
+            accumulate=settings.accumulate, layers=self._passed(),
         )  # fmt: skip
+
+    def _passed(self) -> int | None:
+        """How many of the last layers the way back passes; None where it is all."""
+        trained = [roofline.layer_of(f"{module}.") for module in self.adapter.ranks]
+        layers = [layer for layer in trained if layer is not None]
+        return None if len(layers) < len(trained) or not layers else self.config.num_layers - min(layers)
 
     def train(
         self,

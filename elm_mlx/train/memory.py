@@ -1,4 +1,4 @@
-"""How much memory a run takes at its worst moment, said before it starts; and what helps where that is too much.
+"""How much memory a run takes at its worst moment, said before it starts; and what helps where that may be too much.
 
 Knows what a step keeps for its way back, from the model's figures alone: what each product, norm, rotation and gate
 was given. The factors over that are measured, on MLX's CPU backend (`python benchmarks/memory.py`), where buffers are
@@ -7,6 +7,7 @@ handed out some operations ahead of their use. Imports no MLX.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from elm_mlx.adapters import Adapter
@@ -24,6 +25,16 @@ _PAIRS = 1.5  # of the activations: beside them the reference is computed, and p
 _STATE_COPIES = 2.5  # of a Mamba's state after each token: before and after it has faded, some of it for a while
 _STATES = {"adamw": 2.0, "adafactor": 0.05}  # values of the optimizer for each one trained
 _UPDATE = 1.5  # copies of what is trained, while it is being replaced
+_LEAST_LENGTH = 128  # tokens of a row, below which it is not advised to go
+# What can make a run smaller, as the options of `lora` and `dpo` say it, and as a recipe of `pretrain` does.
+OPTIONS = {
+    "grad_checkpoint": "--grad-checkpoint", "rows": "--batch-size {}", "length": "--max-seq-length {}",
+    "layers": "--num-layers {}", "optimizer": "--optimizer {}", "full": "an adapter in place of --full",
+}  # fmt: skip
+RECIPE = {
+    "grad_checkpoint": "run.grad_checkpoint=true", "rows": "run.batch_size={}", "length": "data.sequence_length={}",
+    "optimizer": "optimizer.name={}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,7 @@ class Load:
         adapter_values: what adapters keep for each token beside that: see `adapter_values`.
         parts: of a batch that are computed at the same time, at most: see `parts.most`.
         accumulate: batches of an update.
+        layers: the last ones, which the way back passes; None for all.
         rows, length: of a batch, in one process.
         optimizer: "adamw" or "adafactor".
         grad_checkpoint: whether blocks are computed again on the way back.
@@ -57,6 +69,7 @@ class Load:
     pairs: bool = False
     parts: int = 1
     accumulate: int = 1
+    layers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +100,10 @@ class Estimate:
 def estimate(load: Load) -> Estimate:
     """The most memory that a run holds at once."""
     config, tokens = load.config, load.rows * load.length
-    blocks = [_kept(config, layer) for layer in range(config.num_layers)]
+    passed = config.num_layers if load.layers is None else load.layers
+    blocks = [_kept(config, layer) for layer in range(config.num_layers - passed, config.num_layers)]
     if load.grad_checkpoint:
-        values = _OF_ONE_BLOCK * max(blocks) + _BETWEEN_BLOCKS * config.model_dim * config.num_layers
+        values = _OF_ONE_BLOCK * max(blocks, default=0) + _BETWEEN_BLOCKS * config.model_dim * passed
     else:
         values = _ACTIVATIONS * sum(blocks) + load.adapter_values
     chunk = min(tokens, max(_LEAST_CHUNK, _CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
@@ -116,39 +130,64 @@ def adapter_values(adapter: Adapter, config: Config) -> int:
     return 2 * sum(adapter.ranks.values()) + (2 * sum(widths) if adapter.dropout else 0)
 
 
-def check(load: Load, available: int | None) -> None:
-    """Raises InputError where a run would not fit into `available` bytes; with what would help, and by how much.
+def check(
+    load: Load, available: int | None, memory: int | None, names: Mapping[str, str] = OPTIONS, force: bool = False
+) -> str | None:
+    """What to warn of where a run may not fit into `available` bytes, with what would help, and by how much.
 
-    None stands for a machine that does not say.
+    Args:
+        memory: bytes of the machine. It and `available` are None where the system does not say.
+        names: how the options are called, as in `OPTIONS`; what has none here is not advised.
+        force: warn of what cannot be, too.
+
+    Raises:
+        InputError: weights, gradients and the optimizer's state alone take more than `memory`, and no `force`.
     """
-    needed = estimate(load).total
-    if available is None or needed <= available:
-        return
-    turned = [(name, estimate(changed).total) for name, changed in _knobs(load)]
-    turned = sorted((each for each in turned if each[1] < 0.98 * needed), key=lambda each: each[1])
-    helps = "; ".join(f"{name} would take {_gigabytes(total)}" for name, total in turned)
-    raise InputError(
-        f"training would take about {_gigabytes(needed)}, and {_gigabytes(available)} are free"
-        + (f"; {helps}" if helps else "; a smaller model is needed")
-    )
+    found = estimate(load)
+    least = found.weights + found.training + 4 * load.trained
+    if available is None or found.total <= available:
+        return None
+    turned = [(name, estimate(changed).total) for name, changed in _knobs(load, names, available)]
+    turned = sorted((each for each in turned if each[1] < 0.98 * found.total), key=lambda each: each[1])
+    helps = "; ".join(f"{name} would take {_gigabytes(total)}" for name, total in turned) or "a smaller model is needed"
+    if memory is not None and least > memory and not force:
+        raise InputError(
+            f"weights, gradients and the optimizer's state alone take {_gigabytes(least)}, and the machine has "
+            f"{_gigabytes(memory)}; {helps}; --force tries it all the same"
+        )
+    return f"about {_gigabytes(found.total)} may be too much for the {_gigabytes(available)} that are free: {helps}"
 
 
-def _knobs(load: Load) -> list[tuple[str, Load]]:
-    """The options that can make a run smaller, each turned by itself."""
-    knobs = []
+def _knobs(load: Load, names: Mapping[str, str], available: int) -> list[tuple[str, Load]]:
+    """The options that can make a run smaller, each turned by itself, as far as need be; and their names."""
+    turned: dict[str, tuple[object, Load]] = {}
     if not load.grad_checkpoint:
-        knobs.append(("--grad-checkpoint", replace(load, grad_checkpoint=True)))
-    if load.rows > 1:
-        knobs.append(("--batch-size 1", replace(load, rows=1)))
-    if load.length > 256:
-        half = load.length // 2
-        knobs.append((f"--max-seq-length {half}", replace(load, length=half)))
+        turned["grad_checkpoint"] = None, replace(load, grad_checkpoint=True)
+    for name, least in (("rows", 1), ("length", _LEAST_LENGTH), ("layers", 1)):
+        value = int(getattr(load, name) or load.config.num_layers)
+        if name == "layers" and load.full:
+            continue
+        while value // 2 >= least:
+            value //= 2
+            turned[name] = value, _with(load, name, value)
+            if estimate(turned[name][1]).total <= available:
+                break
     if load.optimizer == "adamw":
-        knobs.append(("--optimizer adafactor", replace(load, optimizer="adafactor")))
+        turned["optimizer"] = "adafactor", replace(load, optimizer="adafactor")
     if load.full:
-        adapter = load.config.parameters // 100
-        knobs.append(("an adapter in place of --full", replace(load, full=False, trained=adapter)))
-    return knobs
+        turned["full"] = None, replace(load, full=False, trained=load.config.parameters // 100)
+    return [(names[name].format(value), changed) for name, (value, changed) in turned.items() if name in names]
+
+
+def _with(load: Load, name: str, value: int) -> Load:
+    """`load` with that many rows, that length, or that many layers, of which adapters shrink with them."""
+    if name == "rows":
+        return replace(load, rows=value)
+    if name == "length":
+        return replace(load, length=value)
+    before = load.layers or load.config.num_layers
+    trained, values = load.trained * value // before, load.adapter_values * value // before
+    return replace(load, layers=value, trained=trained, adapter_values=values)
 
 
 def _kept(config: Config, layer: int) -> int:

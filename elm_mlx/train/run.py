@@ -150,6 +150,7 @@ class Run:
             self._refuse(wrong)
         del gradients  # so that their memory can be used by what replaces the parameters
         mx.eval(self._step.state())
+        device.trim_cache()
         seconds = time.perf_counter() - started
         progress = self.progress
         progress.step += 1

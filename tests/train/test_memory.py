@@ -74,19 +74,60 @@ def test_more_of_anything_is_more(rows: int, length: int, trained: int) -> None:
         assert smaller.activations < found.activations and smaller.total <= found.total
 
 
-def test_what_does_not_fit_is_refused_with_what_helps() -> None:
+@given(layers=st.integers(1, CONFIG.num_layers))
+def test_fewer_layers_on_the_way_back_keep_less(layers: int) -> None:
+    found = estimate(replace(LOAD, layers=layers))
+    assert estimate(replace(LOAD, layers=CONFIG.num_layers)) == estimate(LOAD)
+    assert (found.activations < estimate(LOAD).activations) == (layers < CONFIG.num_layers)
+    assert found.activations > estimate(replace(LOAD, layers=layers - 1)).activations
+
+
+def advice(text: str) -> dict[str, str]:
+    """What is said to help, and what each would take."""
+    return dict(each.split(" would take ") for each in text.partition("free: ")[2].split("; "))  # type: ignore[misc]
+
+
+def test_what_may_not_fit_is_told_with_what_helps() -> None:
     needed = estimate(LOAD).total
-    check(LOAD, needed)
-    check(LOAD, None)
-    with pytest.raises(InputError) as caught:
-        check(LOAD, needed // 2)
-    text = str(caught.value)
-    smaller = estimate(replace(LOAD, grad_checkpoint=True)).total
-    assert f"about {needed / 1e9:.1f} GB, and {needed // 2 / 1e9:.1f} GB are free" in text
-    assert f"--grad-checkpoint would take {smaller / 1e9:.1f} GB" in text
-    assert "--batch-size 1 would take" in text and "--max-seq-length 256 would take" in text
-    assert "adafactor" not in text, "an adapter's moments are nothing"
+    assert check(LOAD, needed, 1) is None and check(LOAD, None, None) is None
+    text = check(LOAD, needed // 2, None)
+    assert text is not None
+    assert f"about {needed / 1e9:.1f} GB may be too much for the {needed // 2 / 1e9:.1f} GB that are free: " in text
+    smaller = {
+        "--grad-checkpoint": replace(LOAD, grad_checkpoint=True),
+        "--batch-size 1": replace(LOAD, rows=1),
+        "--max-seq-length 128": replace(LOAD, length=128),
+        "--num-layers 2": replace(LOAD, layers=2, trained=LOAD.trained * 2 // CONFIG.num_layers),
+    }
+    said = advice(text)
+    assert said.keys() == smaller.keys(), "an adapter's moments are nothing, and all else helps"
+    for name, load in smaller.items():
+        assert said[name] == f"{estimate(load).total / 1e9:.1f} GB"
     full = replace(LOAD, full=True, trained=CONFIG.parameters, rows=1, length=128)
-    with pytest.raises(InputError, match="an adapter in place of --full would take") as caught:
-        check(full, 10)
-    assert "--optimizer adafactor would take" in str(caught.value) and "--batch-size" not in str(caught.value)
+    assert advice(str(check(full, 10, None))).keys() == {
+        "--optimizer adafactor", "--grad-checkpoint", "an adapter in place of --full"
+    } - ({"--grad-checkpoint"} if estimate(full).activations < estimate(full).update else set())  # fmt: skip
+
+
+def test_a_huge_batch_is_told_of_by_the_largest_that_fits() -> None:
+    load = replace(LOAD, rows=1 << 17)
+    fits = estimate(replace(load, rows=64)).total
+    said = advice(str(check(load, fits, None)))
+    assert said["--batch-size 64"] == f"{fits / 1e9:.1f} GB"
+    full = replace(load, full=True, trained=CONFIG.parameters)
+    said = advice(str(check(full, fits, None, memory.RECIPE)))
+    assert any(name.startswith("run.batch_size=") for name in said)
+    assert all("=" in name for name in said), "a recipe has keys, and no options"
+
+
+def test_only_what_is_sure_not_to_fit_is_refused() -> None:
+    """Weights, gradients and two moments: four times the weights in float32."""
+    full = replace(LOAD, full=True, trained=CONFIG.parameters)
+    least = 16 * CONFIG.parameters
+    assert check(full, 1, least) is not None
+    with pytest.raises(
+        InputError, match=f"alone take {least / 1e9:.1f} GB, and the machine has {(least - 1) / 1e9:.1f}"
+    ):
+        check(full, 1, least - 1)
+    assert "may be too much" in str(check(full, 1, least - 1, force=True))
+    assert check(full, None, None) is None
