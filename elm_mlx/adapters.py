@@ -245,7 +245,7 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
     else:
         found = max(rank) if layer is None else rank[layer]
     if type(found) is not int or not 0 < found <= config.vocab_size:
-        raise InputError(f"the rank of {module} is {found!r}: a whole number above 0 is needed")
+        raise InputError(f"the rank of {module} is {found!r}: a whole number from 1 to {config.vocab_size:,} is needed")
     return found
 
 
@@ -273,7 +273,7 @@ def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapt
     rank, scale = parameters.get("rank"), parameters.get("scale")
     dropout = parameters.get("dropout", 0.0)
     if type(rank) is not int or not 0 < rank <= config.vocab_size:
-        raise InputError(f"{where}: rank is {_short(rank)}: a whole number above 0 is needed")
+        raise InputError(f"{where}: rank is {_short(rank)}: a whole number from 1 to {config.vocab_size:,} is needed")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
         raise InputError(f"{where}: scale is {_short(scale)}: a number is needed")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:

@@ -109,16 +109,25 @@ def unmarked(data: bytes, where: str) -> bytes:
 
 
 def yaml_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file of plain values. Raises InputError when it cannot be read or is none."""
+    """The mapping in a YAML file of plain values. Raises InputError when it cannot be read, is none, or says a key
+    twice, of which YAML would take the last."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
+            if twice is not None and twice != "<<":
+                raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[:30]} stands twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(text(path, TABLES_BYTES))
+        values = yaml.load(text(path, TABLES_BYTES), Loader)
         _check_nodes(values)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not YAML of plain values: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict):
-        raise InputError(f"{path}: holds no YAML mapping")
+        raise InputError(f"{path}: holds no YAML mapping, which has lines like `key: value`")
     return values
 
 

@@ -200,7 +200,7 @@ def test_options_from_a_file_and_a_recipe(run: Run, tiny_model_dir: Path, data: 
     ("line", "error"),
     [
         ("learning_rte: 1", "learning_rte is no option; the nearest is learning_rate"),
-        ("iters: many", "iters: 'many' is not a valid int"),
+        ("iters: many", "iters is 'many'; it needs a whole number"),
         ("[1, 2]", "holds no YAML mapping"),
         ("a: [", "not YAML"),
         ("resume: true", "resume is no option"),

@@ -14,9 +14,12 @@ from typing import Any, ClassVar
 import typer
 
 from elm_mlx import json_files, reading
+from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.command import Command
 from elm_mlx.errors import InputError
+from elm_mlx.train import tables
 
+_KINDS = {"boolean": bool, "bool": bool, "integer": int, "int": int, "float": float}  # by the names of types' parsers
 _NEVER = {"config", "resume", "force", "recipe", "help"}  # of no sense in a file
 
 
@@ -38,8 +41,13 @@ class Configured(Command):
             if name not in open_:
                 open_.pop(other, None)
         config = ctx.params.get("config")
+        scale = None
         if config is not None:
-            self._fill(ctx, open_, _read(Path(config), self._names()), str(config))
+            values = _read(Path(config), self._names())
+            scale = values.pop(mlx_lm_settings.SCALE, None) if "alpha" in open_ else None
+            if scale is not None:
+                del open_["alpha"]
+            self._fill(ctx, open_, values, str(config))
         if ctx.params.get("resume") and ctx.params.get("out") is not None:
             from elm_mlx.train.metrics import ABOUT
 
@@ -50,6 +58,8 @@ class Configured(Command):
             if recipe not in self.recipes:
                 raise InputError(f"--recipe {recipe}: there is no such; there are {', '.join(self.recipes)}")
             self._fill(ctx, open_, self.recipes[recipe], f"recipe {recipe}")
+        if scale is not None:  # of the rank, which may stand anywhere
+            ctx.params["alpha"] = mlx_lm_settings.alpha(scale, ctx.params["rank"], ctx.params["rslora"])
         return left
 
     def _names(self) -> list[str]:
@@ -62,11 +72,11 @@ class Configured(Command):
                 continue
             parameter = open_.pop(name)
             try:
-                ctx.params[name] = parameter.type_cast_value(ctx, _as_written(value))
+                ctx.params[name] = parameter.type_cast_value(ctx, _written(parameter, value))
             except typer.BadParameter as error:
                 raise InputError(f"{where}: {name}: {error.message}") from None
-            except TypeError:
-                raise InputError(f"{where}: {name}: {value!r} is no value for it") from None
+            except ValueError as error:
+                raise InputError(f"{where}: {name} {error}") from None
 
 
 def settings(ctx: typer.Context) -> dict[str, Any]:
@@ -80,16 +90,24 @@ def _given(ctx: Any, name: str) -> bool:
 
 
 def _read(path: Path, names: list[str]) -> dict[str, Any]:
-    """The options in a YAML or JSON file, by parameter. Raises InputError."""
-    values = reading.yaml_mapping(path)
-    found: dict[str, Any] = {}
-    for key, value in values.items():
+    """The options in a YAML or JSON file, by parameter, and mlx-lm's scale. Raises InputError."""
+    values: dict[str, Any] = {}
+    for key, value in reading.yaml_mapping(path).items():
         name = str(key).replace("-", "_")
-        if name not in names:
+        if name in values:
+            raise InputError(f"{path}: {key} stands twice, with - and with _")
+        values[name] = value
+    try:
+        found = mlx_lm_settings.translated(values)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    for name, value in found.items():
+        if value == []:
+            raise InputError(f"{path}: {name} is an empty list: leave it out, or write what is meant")
+        if name not in (*names, mlx_lm_settings.SCALE):
             near = difflib.get_close_matches(name, names, 1)
             hint = f"; the nearest is {near[0]}" if near else f"; there are {', '.join(sorted(names))}"
-            raise InputError(f"{path}: {key} is no option{hint}")
-        found[name] = value
+            raise InputError(f"{path}: {name} is no option{hint}")
     return found
 
 
@@ -101,10 +119,23 @@ def _settings(path: Path, names: list[str]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def _as_written(value: Any) -> Any:
-    """A value as the command line would have it: a table of numbers as `a=1,b=2`, a list of them as `1,2`."""
+def _written(parameter: Any, value: Any) -> Any:
+    """A value as the command line would have it: a table of numbers as `a=1,b=2`, a list of them as `1,2`.
+
+    Raises:
+        ValueError: it is of another kind than the option's; the text goes on after its name.
+    """
+    if parameter.multiple:
+        return [tables.scalar(str, each) for each in (value if isinstance(value, list) else [value])]
+    kind = _KINDS.get(parameter.type.name, str)
+    if parameter.name == "rank" and isinstance(value, (Mapping, list)):
+        return _ranks(value)
+    if kind is str and type(value) in (int, float):  # a name may be a number: rank 8, a directory 2026
+        return str(int(value) if value == value // 1 else value)
+    return tables.scalar(kind, value)
+
+
+def _ranks(value: Mapping[Any, Any] | list[Any]) -> str:
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={number}" for name, number in value.items())
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
-        return ",".join(map(str, value))
-    return value
+        return ",".join(f"{name}={tables.scalar(int, number)}" for name, number in value.items())
+    return ",".join(str(tables.scalar(int, number)) for number in value)

@@ -13,6 +13,7 @@ import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -27,6 +28,9 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+_ENDLESS = 2**63  # no number in a file is meant to be as large
+_SHOWN = 60  # characters of a value that is wrong
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -46,6 +50,45 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         _override(values, override)
     made: T = _table(cls, values, "", str(path))
     return made
+
+
+def scalar(kind: type, value: Any) -> Any:
+    """`value` as a `kind`: a whole number, a number, a text or a truth value, however a file may write it.
+
+    1e-4 is a text in YAML, 1e5 no whole number in TOML, and a list of one thing is that thing.
+
+    Raises:
+        ValueError: it is something else; the text goes on after the value's name.
+    """
+    single = _single(value)
+    if kind in (int, float):
+        number = _number(single)
+        if kind is float and number is not None:
+            return float(number)
+        if number is not None and number == number // 1 and abs(number) < _ENDLESS:
+            return int(number)
+    elif kind is bool and isinstance(single, str) and single.lower() in _WORDS:
+        return _WORDS[single.lower()]
+    elif type(single) is kind:
+        return single
+    raise ValueError(f"is {_shown(value)}; it needs {_KINDS[kind]}")
+
+
+def _single(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def _number(value: Any) -> int | float | None:
+    if isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return value if type(value) is float or (type(value) is int and abs(value) < _ENDLESS) else None
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def write(value: Any, about: str) -> str:
@@ -94,6 +137,7 @@ def _value(kind: Any, value: Any, name: str, where: str) -> Any:
     if typing.get_origin(kind) in (typing.Union, UnionType):
         kind = next(each for each in typing.get_args(kind) if each is not type(None))
     if is_dataclass(kind):
+        value = _single(value)
         if not isinstance(value, dict):
             raise InputError(f"{where}: {name} is no section; it starts with [{name}]")
         return _table(typing.cast(type, kind), value, name, where)
@@ -101,10 +145,10 @@ def _value(kind: Any, value: Any, name: str, where: str) -> Any:
         item = typing.get_args(kind)[0]
         items = value if isinstance(value, list) else [value]  # one of them needs no list
         return tuple(_value(item, each, name, where) for each in items)
-    right = type(value) is kind or (kind is float and type(value) is int)
-    if not right:
-        raise InputError(f"{where}: {name} is {value!r}; it needs {_KINDS[kind]}")
-    return kind(value)
+    try:
+        return scalar(kind, value)
+    except ValueError as error:
+        raise InputError(f"{where}: {name} {error}") from None
 
 
 def _written(value: Any, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -76,6 +77,41 @@ def test_mistakes_are_named(text: str, error: str, tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         read(tmp_path, text)
     assert error in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "wanted"),
+    [
+        (int, "1e3", 1000), (int, 1e5, 100_000), (int, "7", 7), (int, [7], 7), (float, "1e-4", 1e-4), (float, 2, 2.0),
+        (float, "5", 5.0), (bool, "Yes", True), (bool, "off", False), (bool, [True], True), (str, ["a"], "a"),
+    ],
+)  # fmt: skip
+def test_a_value_as_files_write_it(kind: type, value: Any, wanted: Any) -> None:
+    found = tables.scalar(kind, value)
+    assert found == wanted and type(found) is kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (int, 1.5), (int, True), (int, "1.5"), (int, "x"), (int, [1, 2]), (int, None), (int, float("nan")),
+        (int, float("inf")), (int, 2**63), (int, "9" * 5000), (float, 10**400), (float, False),
+        (float, ""), (float, {}),
+        (bool, 1), (bool, "2"), (bool, None), (str, 3), (str, True), (str, ["a", "b"]), (str, {"a": 1}),
+        (str, None),
+    ],
+)  # fmt: skip
+def test_what_is_no_such_value(kind: type, value: Any) -> None:
+    with pytest.raises(ValueError, match="it needs") as caught:
+        tables.scalar(kind, value)
+    assert len(str(caught.value)) < 100
+
+
+def test_one_thing_where_several_are_meant_and_the_other_way(tmp_path: Path) -> None:
+    text = 'count = 4e0\npair = "1e-3"\non = "yes"\n[[part]]\npath = ["p"]\n[parts]\npath = "q"\n'
+    assert read(tmp_path, text) == Whole(Part("p"), (Part("q"),), 4, None, True, (1e-3,))
+    with pytest.raises(InputError, match=r"part is no section"):
+        read(tmp_path, '[[part]]\npath = "p"\n[[part]]\npath = "q"\n')
 
 
 @pytest.mark.parametrize("override", ["count", "count.x=1", "=1"])
