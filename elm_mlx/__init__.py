@@ -4,6 +4,13 @@ Importing this loads a fast BLAS on Linux, which must come before MLX does, and 
 the public names are imported when first used.
 """
 
+import sys
+
+if sys.argv[:1] == ["-m"] or (sys.argv and sys.argv[0].endswith("/elm-mlx")):  # the former: `python -m elm_mlx`
+    # The command begins: Ctrl-C ends it without a traceback of imports. (`signal` itself is slow to import.)
+    _signal = __import__("_signal")
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import blas

@@ -57,6 +57,12 @@ class _Group(typer.core.TyperGroup):
         super().__init__(**settings)
         self.commands = _Commands()  # type: ignore[assignment]
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # typer would make an error of it
+            return _tell(error)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, legible(formatter))
 
@@ -135,7 +141,8 @@ def _tell(error: Exception) -> int:
         silence(sys.stdout)  # or the exit would flush to it again
         if isinstance(error, BrokenPipeError):
             return 128 + signal.SIGPIPE
-    if isinstance(error, (ElmError, OSError)):
+        note(f"{error.filename or 'reading or writing'}: {error.strerror or error}")
+    elif isinstance(error, ElmError):
         note(error)
     elif isinstance(error, _ClickError):
         note(_usage(error))
