@@ -37,7 +37,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT / "tests"))
     import family_cases
 
-    from elm_mlx import load  # isort: skip  (its BLAS must come before MLX)
+    from elm_mlx import load_model  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
     import numpy as np
 
@@ -59,7 +59,7 @@ def main() -> None:
                 if "error" in case:
                     print(f"{name:40} {case['error'][:100]}")
                     continue
-                model, _ = load(Path(temporary) / f"{number:02}")
+                model = load_model(Path(temporary) / f"{number:02}")
                 worst = 0.0
                 for length, expected in zip(family_cases.LENGTHS, case["logits"], strict=True):
                     logits = np.array(model(mx.array([family_cases.IDS[:length]]))[0, -1])

@@ -30,7 +30,7 @@ def ours(model_path: Path, ids_path: Path, steps: int) -> dict[str, Any]:
     """Losses and seconds of each update by this project's step."""
     import time
 
-    from elm_mlx import load  # isort: skip  (its BLAS must come before MLX)
+    from elm_mlx import load_model  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
     import numpy as np
 
@@ -38,7 +38,7 @@ def ours(model_path: Path, ids_path: Path, steps: int) -> dict[str, Any]:
     from elm_mlx.train.batches import Batch
     from elm_mlx.train.step import Step
 
-    model, _ = load(model_path)
+    model = load_model(model_path)
     model.unfreeze()
     model.train()
     step = Step(model, optimization.AdamW(DECAY, BETAS), clip=1.0)

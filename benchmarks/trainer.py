@@ -32,7 +32,7 @@ Job = dict[str, Any]
 
 
 def ours(job: Job) -> dict[str, Any]:
-    from elm_mlx import adapt, adapters, load  # isort: skip  (its BLAS must come before MLX)
+    from elm_mlx import adapt, adapters, load_model  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
 
     from elm_mlx.train.checkpoint import Identity
@@ -42,7 +42,7 @@ def ours(job: Job) -> dict[str, Any]:
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
 
-    model, _ = load(job["model"])
+    model = load_model(job["model"])
     adapt.attach(model, adapters.plan(model.config, rank=RANK, alpha=RANK * SCALE))
     if not Path(job["adapter"]).exists():
         mx.save_safetensors(job["adapter"], flat(model.trainable_parameters()))

@@ -1,4 +1,4 @@
-"""OpenELM on MLX: `load` a model directory, `generate` from it.
+"""OpenELM on MLX: `load` a model directory, `generate` from it. docs/python.md shows how.
 
 Importing this loads a fast BLAS on Linux, which must come before MLX does, and nothing else:
 the public names are imported when first used.
@@ -11,6 +11,7 @@ if sys.argv[:1] == ["-m"] or (sys.argv and sys.argv[0].endswith("/elm-mlx")):  #
     _signal = __import__("_signal")
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import blas
@@ -19,15 +20,22 @@ from elm_mlx.version import __version__
 blas.prefer_fast()
 
 if TYPE_CHECKING:
+    from elm_mlx.batch import generate_batch
+    from elm_mlx.errors import ElmError, InputError
     from elm_mlx.generation import generate, stream_generate
-    from elm_mlx.store import load
+    from elm_mlx.store import load, load_model
 
-__all__ = ["__version__", "generate", "load", "stream_generate"]
+__all__ = [
+    "ElmError", "InputError", "__version__", "generate", "generate_batch", "load", "load_model", "stream_generate",
+]  # fmt: skip
+
+_HOMES = {
+    "ElmError": "errors", "InputError": "errors", "generate": "generation", "generate_batch": "batch",
+    "load": "store", "load_model": "store", "stream_generate": "generation",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("generate", "load", "stream_generate"):
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from elm_mlx import generation, store
-
-    return getattr(store if name == "load" else generation, name)
+    return getattr(import_module(f"elm_mlx.{_HOMES[name]}"), name)

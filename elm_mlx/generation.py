@@ -19,7 +19,7 @@ from elm_mlx import device
 from elm_mlx.cache import Arrays, KVCache, make_prompt_cache, place_step
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
-from elm_mlx.sampling import Sampler, State
+from elm_mlx.sampling import Choose, Process, Sampler, State
 from elm_mlx.stopping import TextStream
 from elm_mlx.tokenizer import Tokenizer
 
@@ -52,9 +52,34 @@ class Response:
     peak_memory: int
 
 
-def generate(model: Model, tokenizer: Tokenizer, prompt: str | Sequence[int], **options: Any) -> str:
-    """The text that `stream_generate` streams, whole. Takes its `options`."""
-    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    sampler: Choose | None = None,
+    logits_processors: Sequence[Process] = (),
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    stop_at_eos: bool = True,
+    prefill_step: int = PREFILL_STEP,
+    prompt_cache: list[KVCache] | None = None,
+) -> str:
+    """The text that `stream_generate` streams, whole; all options are its."""
+    responses = stream_generate(
+        model, tokenizer, prompt,
+        max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        sampler=sampler, logits_processors=logits_processors, seed=seed, stop=stop, stop_ids=stop_ids,
+        stop_at_eos=stop_at_eos, prefill_step=prefill_step, prompt_cache=prompt_cache,
+    )  # fmt: skip
+    return "".join(response.text for response in responses)
 
 
 def stream_generate(
@@ -68,6 +93,8 @@ def stream_generate(
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    sampler: Choose | None = None,
+    logits_processors: Sequence[Process] = (),
     seed: int | None = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
@@ -82,6 +109,10 @@ def stream_generate(
         prompt: text, which gets BOS in front, or token ids as they are.
         max_tokens: at most so many; fewer where the context ends.
         temp, top_p, top_k, min_p, repetition_penalty: see `sampling.Sampler`.
+        sampler: a function of the log-probabilities `(1, vocab)` that gives the next token `(1,)`, as mlx-lm's
+            `make_sampler` makes them, in place of `temp`, `top_p`, `top_k`, `min_p` and `seed`.
+        logits_processors: functions of the tokens so far, `prompt` and what followed, `(n,)` and of the logits
+            `(1, vocab)` that give other logits, as mlx-lm's `make_logits_processors` makes them; before all else.
         seed: the same one gives the same tokens; None draws one.
         stop: strings that end the text; neither they nor EOS are part of it.
         stop_ids: tokens that end it beside EOS, such as a chat template's.
@@ -94,7 +125,9 @@ def stream_generate(
         InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
             a setting out of range.
     """
-    sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
+    if sampler is not None and seed is not None:
+        raise InputError("a sampler draws by itself: `mx.random.seed` is its seed")
+    chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler, tuple(logits_processors))
     check_steps(max_tokens, prefill_step)
     caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     ids = encode_prompt(model, tokenizer, prompt, used=caches[0].offset)
@@ -102,7 +135,7 @@ def stream_generate(
         raise InputError("stop strings need a tokenizer")
     room = model.config.max_context_length - caches[0].offset - len(ids)
     return _stream(
-        model, ids, caches, sampler, sampler.start([ids], seed), min(max_tokens, room), prefill_step,
+        model, ids, caches, chosen, chosen.start([ids], seed), min(max_tokens, room), prefill_step,
         ends=frozenset((*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))),
         text=TextStream(tokenizer, ids, stop) if tokenizer else None,
         cut_off="length" if max_tokens <= room else "context",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,15 @@ import mlx.core as mx
 from elm_mlx.errors import InputError
 
 State = tuple[mx.array, ...]
+Choose = Callable[[mx.array], mx.array]  # log-probabilities (batch, vocab) -> tokens (batch,), as mlx-lm's samplers
+Process = Callable[[mx.array, mx.array], mx.array]  # tokens so far (n,), logits (1, vocab) -> logits
 
 PENALTY_WINDOW = 64  # tokens that a repetition penalty looks back on
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to choose. The order is: repetition penalty, `top_k`, `top_p`, `min_p`, temperature.
+    """How to choose. The order is: `processors`, repetition penalty, `top_k`, `top_p`, `min_p`, temperature.
 
     As in mlx-lm the filters look at the probabilities before temperature.
 
@@ -35,6 +37,10 @@ class Sampler:
         min_p: drop tokens less likely than this share of the likeliest.
         repetition_penalty: divide the logit of a token seen in the last 64, or multiply a negative one
             (Keskar et al., 2019); 1 does nothing.
+        choose: does so in place of the settings that choose, by the log-probabilities that processors and penalty
+            leave; it draws by `mx.random`'s own state.
+        processors: change the logits, each what the one before it left; they are given the prompt and the tokens
+            since, of a single row.
 
     Raises:
         InputError: names the setting that is out of range.
@@ -45,6 +51,8 @@ class Sampler:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    choose: Choose | None = None
+    processors: Sequence[Process] = ()
 
     def __post_init__(self) -> None:
         rules = (
@@ -57,6 +65,8 @@ class Sampler:
         for name, holds, range_ in rules:
             if not holds:
                 raise InputError(f"{name} is {getattr(self, name)}: it must be {range_}")
+        if self.choose is not None and (self.temp, self.top_p, self.top_k, self.min_p) != (0, 1, 0, 0):
+            raise InputError("a sampler chooses by itself: temp, top_p, top_k and min_p have no place beside it")
 
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None = None) -> State:
         """The state before the first token after `prompts`, one for each row. `seed` None draws one.
@@ -72,6 +82,9 @@ class Sampler:
             # Short prompts are filled up with their own first token, which is BOS.
             rows = [[ids[0]] * (PENALTY_WINDOW - len(ids)) + list(ids[-PENALTY_WINDOW:]) for ids in prompts]
             state += (mx.array(rows),)
+        if self.processors:
+            (ids,) = prompts
+            state += (mx.array(ids),)
         return state
 
     def __call__(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
@@ -83,8 +96,15 @@ class Sampler:
         rest = list(state)
         key = rest.pop(0) if self.temp > 0 else None
         recent = rest.pop(0) if self.repetition_penalty != 1 else None
-        adjusted = logits if recent is None else self._penalize(logits, recent)
-        if key is None:
+        so_far = rest.pop(0) if self.processors else None
+        adjusted = logits
+        for process in self.processors:
+            adjusted = process(so_far, adjusted)
+        if recent is not None:
+            adjusted = self._penalize(adjusted, recent)
+        if self.choose is not None:
+            tokens = self.choose(adjusted - mx.logsumexp(adjusted, axis=-1, keepdims=True)).reshape(-1)
+        elif key is None:
             tokens = mx.argmax(adjusted, axis=-1)
         else:
             key, draw = mx.random.split(key)
@@ -94,6 +114,8 @@ class Sampler:
         after: State = () if key is None else (key,)
         if recent is not None:
             after += (mx.concatenate([recent[:, 1:], tokens[:, None].astype(recent.dtype)], axis=-1),)
+        if so_far is not None:
+            after += (mx.concatenate([so_far, tokens.astype(so_far.dtype)]),)
         return tokens, logprobs, after
 
     def keep(self, state: State, rows: mx.array) -> State:

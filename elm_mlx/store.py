@@ -48,18 +48,25 @@ class Loaded:
 
 def load(
     path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None
-) -> tuple[Model, Tokenizer | None]:
-    """The model and tokenizer of a model directory; None for a tokenizer that is not there.
+) -> tuple[Model, Tokenizer]:
+    """The model and tokenizer of a model directory.
 
     `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
     computes in the type that is stored, and a CPU in float32 where memory allows. `adapter_path` is a directory
     with an adapter for the model, made here or by mlx-lm.
 
     Raises:
-        InputError: names the file, and the tensor, that is missing or does not fit.
+        InputError: names the file, and the tensor, that is missing or does not fit. Where the tokenizer is,
+            `load_model` loads the model alone.
     """
-    loaded = open_model(path, compute_dtype, adapter_path)
+    loaded = open_model(check_directory(Path(path), with_tokenizer=True), compute_dtype, adapter_path)
+    assert loaded.tokenizer is not None
     return loaded.model, loaded.tokenizer
+
+
+def load_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Model:
+    """The model of a directory, which needs no tokenizer. As `load` otherwise."""
+    return open_model(path, compute_dtype, adapter_path).model
 
 
 def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:

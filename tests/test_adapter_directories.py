@@ -22,7 +22,7 @@ from elm_mlx.config import LINEARS, ModelConfig
 from elm_mlx.describe import fingerprint
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
-from elm_mlx.store import load, open_model
+from elm_mlx.store import load_model, open_model
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
 ALL = [f"transformer.layers.{layer}.{name}" for layer in range(3) for name in LINEARS]
@@ -41,7 +41,7 @@ def trained(model: Model, adapter: Adapter) -> Model:
 
 def made(model_dir: Path, path: Path, **options: Any) -> tuple[Adapter, mx.array]:
     """An adapter at `path`, and the logits that it was saved with."""
-    model = load(model_dir, "float32")[0]
+    model = load_model(model_dir, "float32")
     adapter = plan(model.config, **options)
     trained(model, adapter)
     adapt.save(path, model, adapter)
@@ -124,7 +124,7 @@ def test_a_plan_that_makes_no_sense_is_refused(options: dict[str, Any], message:
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(dora: bool, tiny_model_dir: Path) -> None:
-    model, _ = load(tiny_model_dir, "float32")
+    model = load_model(tiny_model_dir, "float32")
     before = model(IDS)
     adapter = plan(model.config, targets=["*"], rank=3, dora=dora, adapted_head=True)
     adapt.attach(model, adapter)
@@ -136,7 +136,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(dora: bool, ti
 def test_a_seed_draws_the_same_adapter(tiny_model_dir: Path) -> None:
     drawn = []
     for seed in (1, 1, 2):
-        model, _ = load(tiny_model_dir)
+        model = load_model(tiny_model_dir)
         adapt.attach(model, plan(model.config), seed)
         drawn.append(model.layers[1].ffn.proj_1.lora_a)
     assert mx.array_equal(drawn[0], drawn[1]) and not mx.array_equal(drawn[0], drawn[2])
@@ -149,7 +149,7 @@ def test_a_quantized_base(gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyP
     base = quantized(tmp_path / "base")
     _, expected = made(base, tmp_path / "adapter", targets=["*"], dora=True)
     monkeypatch.setattr(device, "on_gpu", lambda: False)
-    found = load(base, "float32", tmp_path / "adapter")[0](IDS)
+    found = load_model(base, "float32", tmp_path / "adapter")(IDS)
     assert mx.abs(found - expected).max() / mx.std(expected) < 1e-2
 
 
@@ -183,7 +183,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_saved_is_loaded(kind: str, tiny_model_dir: Path, tmp_path: Path) -> None:
     adapter, logits = made(tiny_model_dir, tmp_path, dropout=0.25, **KINDS[kind])
-    model, _ = load(tiny_model_dir, "float32", tmp_path)
+    model = load_model(tiny_model_dir, "float32", tmp_path)
     assert mx.allclose(model(IDS), logits, rtol=1e-5, atol=1e-5)
     assert not tree_flatten(model.trainable_parameters()) and not model.training
     assert adapters.read(tmp_path, model.config) == replace(adapter, directory=tmp_path)
@@ -199,28 +199,28 @@ def test_notes_say_what_is_adapted(tiny_model_dir: Path, tmp_path: Path) -> None
 
 
 def test_weights_of_the_whole_model(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model, _ = load(tiny_model_dir, "float32")
+    model = load_model(tiny_model_dir, "float32")
     model.layers[2].unfreeze()
     model.layers[2].ffn.proj_1.weight = model.layers[2].ffn.proj_1.weight * 1.5
     adapt.save(tmp_path, model, Adapter("full"))
-    again, _ = load(tiny_model_dir, "float32", tmp_path)
+    again = load_model(tiny_model_dir, "float32", tmp_path)
     assert mx.array_equal(again(IDS), model(IDS))
     stored = mx.load(str(tmp_path / "adapters.safetensors"))
     assert stored.keys() and all(name.startswith("transformer.layers.2.") for name in stored)
 
 
 def test_more_is_written_beside(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model, _ = load(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     adapter = replace(plan(model.config), model_sha256=fingerprint(tiny_model_dir))
     adapt.attach(model, adapter)
     adapt.save(tmp_path / "new" / "adapter", model, adapter, {"iters": 7, "num_layers": 99})
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert config["iters"] == 7 and config["num_layers"] == -1
-    load(tiny_model_dir, adapter_path=tmp_path / "new" / "adapter")
+    load_model(tiny_model_dir, adapter_path=tmp_path / "new" / "adapter")
 
 
 def test_a_place_that_cannot_be_written_to(tiny_model_dir: Path, tmp_path: Path) -> None:
-    model, _ = load(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     adapter = plan(model.config)
     adapt.attach(model, adapter)
     (tmp_path / "file").write_text("")
@@ -238,13 +238,13 @@ def test_other_weights_are_told_apart(tiny_model_dir: Path, tmp_path: Path, tiny
     mx.save_safetensors(str(copy / "model.safetensors"), stored)
     assert fingerprint(copy) != fingerprint(tiny_model_dir)
 
-    model, _ = load(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     adapter = replace(plan(model.config), model_sha256=fingerprint(tiny_model_dir))
     adapt.attach(model, adapter)
     adapt.save(tmp_path / "adapter", model, adapter)
-    load(tiny_model_dir, adapter_path=tmp_path / "adapter")
+    load_model(tiny_model_dir, adapter_path=tmp_path / "adapter")
     with pytest.raises(InputError, match=r"adapter: was made for a model with other weights; .*take model_sha256 out"):
-        load(other, adapter_path=tmp_path / "adapter")
+        load_model(other, adapter_path=tmp_path / "adapter")
 
 
 # --- mlx-lm
@@ -252,9 +252,10 @@ def test_other_weights_are_told_apart(tiny_model_dir: Path, tmp_path: Path, tiny
 
 def theirs(model_dir: Path, adapter: Path) -> Any:
     """The model as plain mlx-lm opens it."""
-    from mlx_lm.utils import load_adapters, load_model
+    from mlx_lm.utils import load_adapters
+    from mlx_lm.utils import load_model as load_theirs
 
-    model, _ = load_model(model_dir)
+    model, _ = load_theirs(model_dir)
     model.set_dtype(mx.float32)
     model = load_adapters(model, str(adapter))
     model.eval()
@@ -299,10 +300,11 @@ def test_ours_reads_mlx_lms(
 ) -> None:
     """Made by mlx-lm's own tuner, values moved, saved as `mlx_lm.lora` does."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model, save_config
+    from mlx_lm.utils import load_model as load_theirs
+    from mlx_lm.utils import save_config
 
     base = untied_dir if keys == "head" else tiny_model_dir
-    model, _ = load_model(base)
+    model, _ = load_theirs(base)
     model.set_dtype(mx.float32)
     model.freeze()
     parameters = {"rank": 4, "scale": 3.0, "dropout": 0.0, **TUNED[keys]}
@@ -316,7 +318,7 @@ def test_ours_reads_mlx_lms(
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     config = {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters, "seed": 0}
     save_config(config, tmp_path / "adapter_config.json")
-    found = load(base, "float32", tmp_path)[0](IDS)
+    found = load_model(base, "float32", tmp_path)(IDS)
     np.testing.assert_allclose(found, model(IDS), rtol=2e-3, atol=2e-3)
 
 

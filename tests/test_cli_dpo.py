@@ -21,7 +21,7 @@ from training_runs import free_port
 
 from elm_mlx import files
 from elm_mlx.cli.dpo import Command
-from elm_mlx.store import load
+from elm_mlx.store import load, load_model
 from elm_mlx.template import choose
 from elm_mlx.train import pairs, reference
 
@@ -79,7 +79,7 @@ def test_the_reference_is_the_base_and_the_adapter_has_left_it(
     out = tmp_path / "out"
     assert run(tiny_model_dir, "--data", data, "--out", out, *QUICK)[0] == 0
     base, tokenizer = load(tiny_model_dir, "float32")
-    tuned, _ = load(tiny_model_dir, "float32", adapter_path=out)
+    tuned = load_model(tiny_model_dir, "float32", adapter_path=out)
     prepared = pairs.load(data, tokenizer, choose(tiny_model_dir, tokenizer), 128)
     margins = []
     for split, found in load_file(out / reference.FILE).items():

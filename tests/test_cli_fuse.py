@@ -15,13 +15,13 @@ from commands import Run
 from elm_mlx import adapt
 from elm_mlx.adapters import plan
 from elm_mlx.describe import fingerprint
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 
 
 @pytest.fixture
 def adapter(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """One that changes what the tiny model says, and is said to be made for it."""
-    model, _ = load(tiny_model_dir, "float32")
+    model = load_model(tiny_model_dir, "float32")
     made = replace(plan(model.config, rank=4), model_sha256=fingerprint(tiny_model_dir))
     adapt.attach(model, made)
     for number, (_, module) in enumerate(model.named_modules()):
@@ -36,7 +36,7 @@ def test_fused_says_what_model_and_adapter_say(run: Run, tiny_model_dir: Path, a
     alone = run("generate", tiny_model_dir, *options)[1]
     code, together, err = run("generate", tiny_model_dir, *options, "--adapter", adapter)
     assert code == 0 and together != alone and f"adapter {adapter}: LoRA of rank 4" in err
-    assert load(tiny_model_dir, adapter_path=adapter)[0] is not None
+    assert load_model(tiny_model_dir, adapter_path=adapter) is not None
     code, out, err = run("fuse", tiny_model_dir, adapter, tmp_path / "fused")
     assert (code, err) == (0, "")
     assert "LoRA of rank 4, scale 2, on 12 modules; moves the logits by" in out
@@ -47,7 +47,7 @@ def test_fused_says_what_model_and_adapter_say(run: Run, tiny_model_dir: Path, a
 
 def small(model_dir: Path, path: Path, size: float) -> Path:
     """An adapter of hardly any effect."""
-    model, _ = load(model_dir, "float32")
+    model = load_model(model_dir, "float32")
     made = plan(model.config, rank=4)
     adapt.attach(model, made)
     for _, module in model.named_modules():
@@ -103,14 +103,14 @@ def test_info_shows_it(run: Run, tiny_model_dir: Path, adapter: Path, tmp_path: 
     tensors = mx.load(str(adapter / "adapters.safetensors"))
     assert about["parameters"] == sum(tensor.size for tensor in tensors.values())
     assert run("info", "--adapter", adapter)[0] == 2
-    other = tiny.write_directory(tmp_path / "other", tiny.random_model(load(tiny_model_dir)[0].config, 1), None)
+    other = tiny.write_directory(tmp_path / "other", tiny.random_model(load_model(tiny_model_dir).config, 1), None)
     code, _, err = run("info", other, "--adapter", adapter)
     assert code == 2 and "was made for a model with other weights" in err
 
 
 def test_a_text_to_compare_on(run: Run, tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the quick brown fox")
-    tokenizer = load(tiny_model_dir)[1]
+    tokenizer = load_model(tiny_model_dir)[1]
     assert tokenizer is not None
     code, out, _ = run("fuse", tiny_model_dir, adapter, tmp_path / "fused", "--text", tmp_path / "text")
     assert code == 0 and f"logits at {len(tokenizer.encode('the quick brown fox'))} positions" in out

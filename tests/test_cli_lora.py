@@ -23,7 +23,7 @@ from training_runs import free_port, updates, write_data
 from elm_mlx import device, files, roofline
 from elm_mlx.cli.training import harmed, parse_rank
 from elm_mlx.errors import InputError
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.train.checkpoint import Progress
 from elm_mlx.train.loop import Result
@@ -54,11 +54,11 @@ def test_a_run_says_what_it_will_do_and_leaves_an_adapter(
     assert all(line["matmul_share"] > 0 for line in lines if "loss" in line)
     assert re.search(r"step 6 of 6: loss .* tokens/s, \d+% of matmul speed, ", text)
     assert f"best      validation loss {losses[-1][1]:.4f}, after 6 updates" in text
-    model, _ = load(tiny_model_dir, "float32", adapter_path=out)
+    model = load_model(tiny_model_dir, "float32", adapter_path=out)
     assert any(float(mx.abs(value).max()) > 0 for name, value in tree_flatten(model.parameters()) if "lora_b" in name)
     assert run("generate", tiny_model_dir, "--adapter", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
     # each checkpoint is an adapter too
-    assert load(tiny_model_dir, adapter_path=out / "checkpoints" / "step-00000003")[0] is not None
+    assert load_model(tiny_model_dir, adapter_path=out / "checkpoints" / "step-00000003") is not None
 
 
 def test_what_to_try_is_a_chat_where_there_is_a_template(
@@ -165,7 +165,7 @@ def test_ways_to_train(options: tuple[Any, ...], run: Run, tiny_model_dir: Path,
 def test_an_adapter_of_a_quantized_model(
     dtype: str, run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
-    base, _ = load(tiny_model_dir, "float32")
+    base = load_model(tiny_model_dir, "float32")
     fits = lambda _, module: hasattr(module, "to_quantized") and module.weight.shape[1] % 32 == 0  # noqa: E731
     nn.quantize(base, group_size=32, bits=4, class_predicate=fits)
     packed = tiny.write_directory(tmp_path / "packed", base, (tiny_model_dir / "tokenizer.model").read_bytes())

@@ -13,7 +13,7 @@ import pexpect
 import pytest
 from training_runs import updates, write_data
 
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 from elm_mlx.train import checkpoint
 
 
@@ -55,7 +55,7 @@ def test_ctrl_c_on_a_terminal_saves_and_ends(tiny_model_dir: Path, data: Path, t
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 130 and (tmp_path / "out" / "adapters.safetensors").exists()
-    assert load(tiny_model_dir, adapter_path=tmp_path / "out")[0] is not None
+    assert load_model(tiny_model_dir, adapter_path=tmp_path / "out") is not None
 
 
 def test_ctrl_c_before_the_first_update_is_answered_and_ends(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

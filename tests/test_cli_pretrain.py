@@ -18,7 +18,7 @@ from training_runs import free_port, updates
 
 from elm_mlx import files, roofline
 from elm_mlx.cli.pretrain import _KEYS
-from elm_mlx.store import load
+from elm_mlx.store import load, load_model
 from elm_mlx.train import checkpoint, recipe, tables
 
 
@@ -132,7 +132,9 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "model.num_layers=1")
     assert code == 2 and "was trained from another model" in err
     about = json.loads((cut / "run.json").read_text())["settings"]
-    assert about["optimizer"]["lr"] == 0.01 and load(cut)[0].config.num_layers == 2, "what is refused leaves no trace"
+    assert about["optimizer"]["lr"] == 0.01 and load_model(cut).config.num_layers == 2, (
+        "what is refused leaves no trace"
+    )
 
 
 def test_what_is_read_is_what_is_trained_on(run: Run, config: Path, tmp_path: Path) -> None:
@@ -235,7 +237,7 @@ def test_three_commands_make_a_model_of_ones_own_text(
     steps = ("--set", "optimizer.steps=2", "--set", "optimizer.warmup=1", "--set", "run.batch_size=1")
     code, _, err = run("pretrain", "recipe.toml", "--out", "run", *steps)
     assert code == 0, err
-    assert load(Path("run"))[0].config.max_context_length == 512 and len(updates(Path("run"))) == 2
+    assert load_model(Path("run")).config.max_context_length == 512 and len(updates(Path("run"))) == 2
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,9 @@ def test_every_command_goes_by_the_same_rule(
     command: Callable[[Path, Path, Path], tuple[object, ...]], run: Run, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     from elm_mlx import adapt, adapters
-    from elm_mlx.store import load
+    from elm_mlx.store import load_model
 
-    model, _ = load(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     adapter = adapters.plan(model.config, rank=2)
     adapt.attach(model, adapter)
     adapt.save(tmp_path / "adapter", model, adapter)
@@ -194,9 +194,9 @@ def test_no_command_hands_on_what_a_link_leads_to(
     file: str, name: str, run: Run, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     from elm_mlx import adapt, adapters
-    from elm_mlx.store import load
+    from elm_mlx.store import load_model
 
-    model, _ = load(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     adapter = adapters.plan(model.config, rank=2)
     adapt.attach(model, adapter)
     adapt.save(tmp_path / "adapter", model, adapter)

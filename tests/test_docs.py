@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,18 @@ def test_every_flag_has_a_place_in_its_commands_page(command: str) -> None:
     page = (ROOT / "docs" / f"{command}.md").read_text("utf-8")
     missing = {flag for flag in flags(command) - {"--help"} if f"{flag}" not in page}
     assert not missing, f"docs/{command}.md says nothing of {sorted(missing)}"
+
+
+def test_every_python_example_passes_a_strict_type_check(tmp_path: Path) -> None:
+    for page in PAGES:
+        if blocks := re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
+            (tmp_path / f"{page.stem.replace('-', '_')}_page.py").write_text("\n".join(blocks))
+    assert len([*tmp_path.iterdir()]) > 4
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent"]
+    command += ["--cache-dir", str(ROOT / ".mypy_cache" / "examples"), *map(str, tmp_path.iterdir())]
+    environment = os.environ | {"MYPYPATH": f"{ROOT}:{ROOT / '.ci' / 'typing'}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)

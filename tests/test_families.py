@@ -38,9 +38,9 @@ IDS = [(i * 37 + 11) % 380 for i in range(40)]
 @pytest.fixture(scope="session")
 def theirs(family_dirs: dict[str, Path]) -> dict[str, Any]:
     """The same by mlx-lm."""
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as load_theirs
 
-    return {name: load_model(path)[0] for name, path in family_dirs.items() if name in MLX_LM}
+    return {name: load_theirs(path)[0] for name, path in family_dirs.items() if name in MLX_LM}
 
 
 def _theirs_greedy(model: Any, ids: list[int], count: int) -> list[int]:
@@ -63,7 +63,7 @@ def test_logits_are_those_of_mlx_lm(name: str, family_dirs: dict[str, Path], the
 
 @pytest.mark.parametrize("name", MLX_LM)
 def test_greedy_tokens_are_those_of_mlx_lm(name: str, family_dirs: dict[str, Path], theirs: dict[str, Any]) -> None:
-    model, _ = store.load(family_dirs[name])
+    model = store.load_model(family_dirs[name])
     expected = _theirs_greedy(theirs[name], IDS, 24)
     for step in (512, 7):
         found = generation.stream_generate(model, None, IDS, max_tokens=24, stop_at_eos=False, prefill_step=step)
@@ -83,7 +83,7 @@ def test_a_batch_gives_what_each_prompt_gives(name: str, family_dirs: dict[str, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_prefix_is_read_once(name: str, family_dirs: dict[str, Path]) -> None:
-    model, _ = store.load(family_dirs[name])
+    model = store.load_model(family_dirs[name])
     cache = PrefixCache(model)
     logits = cache.read(IDS[:30])
     assert logits is not None
@@ -102,7 +102,7 @@ def test_a_prefix_is_read_once(name: str, family_dirs: dict[str, Path]) -> None:
 
 
 def test_caches(family_dirs: dict[str, Path]) -> None:
-    kinds = {name: type(make_prompt_cache(store.load(path)[0])[0]) for name, path in family_dirs.items()}
+    kinds = {name: type(make_prompt_cache(store.load_model(path))[0]) for name, path in family_dirs.items()}
     assert kinds == {name: StateCache if name == "mamba" else KVCache for name in NAMES}
     state = StateCache()
     assert not state.is_trimmable() and state.nbytes == 0
@@ -123,7 +123,7 @@ def test_a_window_hides_what_lies_before_it() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "olmo", "olmo2", "olmo3"])
 def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> None:
-    model, _ = store.load(family_dirs[name])
+    model = store.load_model(family_dirs[name])
     row, numbers = mx.array([IDS]), mx.array([[1] * 17 + [2] * 23])
     together = model(row, segments=Segments(numbers))
     assert mx.allclose(together[:, :17], model(row[:, :17]), atol=1e-4)
@@ -131,7 +131,7 @@ def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> N
 
 
 def test_a_state_cannot_tell_texts_apart(family_dirs: dict[str, Path]) -> None:
-    model, _ = store.load(family_dirs["mamba"])
+    model = store.load_model(family_dirs["mamba"])
     with pytest.raises(InputError, match="Mamba cannot tell them apart"):
         model(mx.array([IDS]), segments=Segments(mx.ones((1, len(IDS)))))
 
@@ -142,16 +142,17 @@ def test_quantized(
     name: str, on_gpu: bool, tmp_path: Path, family_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By mlx-lm's own quantization, read as it is (as on a GPU) and dequantized to float32."""
-    from mlx_lm.utils import load_model, quantize_model, save
+    from mlx_lm.utils import load_model as load_theirs
+    from mlx_lm.utils import quantize_model, save
 
     wide = {"hidden_size": 96, "intermediate_size": 192, "time_step_rank": 32, "rope_scaling": None}
-    model, config = load_model(other_models.write_model(tmp_path / "dense", name, wide))
+    model, config = load_theirs(other_models.write_model(tmp_path / "dense", name, wide))
     quantized, config = quantize_model(model, config, 32, 4)
     path = tmp_path / "quantized"
     shutil.copytree(tmp_path / "dense", path)
     (path / "model.safetensors").unlink()
     save(path, tmp_path / "dense", quantized, _NoTokenizer(), config)
-    expected = load_model(path)[0](mx.array([IDS[:6]]))
+    expected = load_theirs(path)[0](mx.array([IDS[:6]]))
     monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
     loaded = store.open_model(path)
     assert ("4-bit" in loaded.stored) and any(hasattr(m, "bits") for m in loaded.model.modules()) == on_gpu
@@ -306,7 +307,7 @@ def test_transformers_newer_names_of_rope(tmp_path: Path, family_dirs: dict[str,
     shutil.copytree(family_dirs["llama"], tmp_path / "new")
     (tmp_path / "new" / "config.json").write_text(json.dumps({**values, "rope_parameters": parameters}))
     ids = mx.array([IDS])
-    assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(family_dirs["llama"])[0](ids))
+    assert mx.array_equal(store.load_model(tmp_path / "new")(ids), store.load_model(family_dirs["llama"])(ids))
 
 
 def test_transformers_newer_names_of_rope_by_kind_of_layer(tmp_path: Path, family_dirs: dict[str, Path]) -> None:
@@ -321,12 +322,12 @@ def test_transformers_newer_names_of_rope_by_kind_of_layer(tmp_path: Path, famil
 
     write(each, each)
     ids = mx.array([IDS])
-    assert mx.array_equal(store.load(tmp_path / "new")[0](ids), store.load(family_dirs["olmo3"])[0](ids))
+    assert mx.array_equal(store.load_model(tmp_path / "new")(ids), store.load_model(family_dirs["olmo3"])(ids))
     write(each, {**each, "rope_theta": 5e5})
     config = read_config(tmp_path / "new")
     assert isinstance(config, FamilyConfig)
     assert [config.layer_rope(layer).theta for layer in range(4)] == [5e5, 5e5, 5e5, 1e4]
-    assert len(store.load(tmp_path / "new")[0].ropes) == 2
+    assert len(store.load_model(tmp_path / "new").ropes) == 2
 
 
 @pytest.mark.parametrize("name", ["mistral", "phi3"])
@@ -382,9 +383,9 @@ def test_mlx_lm_stays_as_it_is(family_dirs: dict[str, Path], theirs: dict[str, A
 
 
 def test_layers_share_their_rotation(family_dirs: dict[str, Path]) -> None:
-    counts = {name: len(getattr(store.load(path)[0], "ropes", ())) for name, path in family_dirs.items()}
+    counts = {name: len(getattr(store.load_model(path), "ropes", ())) for name, path in family_dirs.items()}
     assert counts == {"llama": 1, "mistral": 1, "phi3": 1, "olmo": 1, "olmo2": 1, "olmo3": 1, "mamba": 0}
-    model, _ = store.load(family_dirs["phi3"])
+    model = store.load_model(family_dirs["phi3"])
     assert [name for name, _ in model.named_modules() if "rope" in name.split(".")[0] or "_rope" in name] == []
     assert all(rope.rotate is None for rope in model.ropes)
 
@@ -420,4 +421,4 @@ def test_the_first_olmo_is_its_formulas(family_dirs: dict[str, Path]) -> None:
         gate, up = (norm(x) @ weights[f"{layer}.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
         x = x + (gate / (1 + np.exp(-gate)) * up) @ weights[f"{layer}.mlp.down_proj.weight"].T
     expected = norm(x) @ weights["model.embed_tokens.weight"].T
-    assert np.allclose(np.array(store.load(family_dirs["olmo"])[0](mx.array([IDS]))[0]), expected, atol=1e-4)
+    assert np.allclose(np.array(store.load_model(family_dirs["olmo"])(mx.array([IDS]))[0]), expected, atol=1e-4)

@@ -36,9 +36,9 @@ def _losses(out: Path) -> list[float]:
 
 def _by_mlx_lm(path: Path, adapter: Path | None = None) -> mx.array:
     from mlx_lm.tuner.utils import load_adapters
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as load_theirs
 
-    model = load_model(path)[0]
+    model = load_theirs(path)[0]
     if adapter is not None:
         model = load_adapters(model, str(adapter))
         model.eval()
@@ -62,13 +62,13 @@ def test_an_adapter_is_trained_and_fused(
     losses = _losses(out)
     assert losses[-1] < 0.8 * losses[0]
     adapted = store.open_model(model, adapter_path=out)
-    plain = store.load(model)[0](IDS)
+    plain = store.load_model(model)(IDS)
     assert not mx.allclose(adapted.model(IDS), plain, atol=1e-2)
     assert mx.allclose(adapted.model(IDS), _by_mlx_lm(model, out), atol=1e-3)
     code, _, error = run("fuse", model, out, fused)
     assert code == 0, error
     assert mx.allclose(_by_mlx_lm(fused), adapted.model(IDS), atol=1e-3)
-    assert mx.allclose(store.load(fused)[0](IDS), adapted.model(IDS), atol=1e-3)
+    assert mx.allclose(store.load_model(fused)(IDS), adapted.model(IDS), atol=1e-3)
 
 
 def test_grad_checkpoint_changes_no_loss(run: Run, family_dirs: dict[str, Path], data: Path, tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_examples_are_as_long_as_the_family_can_read(run: Run, family_dirs: dict
 def test_an_adapter_of_mlx_lm(family_dirs: dict[str, Path], tmp_path: Path) -> None:
     """Its defaults: all linears of the last layers, no names."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as load_theirs
 
-    model = load_model(family_dirs["llama"])[0]
+    model = load_theirs(family_dirs["llama"])[0]
     model.freeze()
     settings = {"rank": 4, "scale": 10.0, "dropout": 0.0}
     linear_to_lora_layers(model, 1, settings)
@@ -102,7 +102,7 @@ def test_an_adapter_of_mlx_lm(family_dirs: dict[str, Path], tmp_path: Path) -> N
     mx.save_safetensors(str(tmp_path / "adapters.safetensors"), trained)
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    ours = store.load(family_dirs["llama"], adapter_path=tmp_path)[0]
+    ours = store.load_model(family_dirs["llama"], adapter_path=tmp_path)
     assert mx.allclose(ours(IDS), _by_mlx_lm(family_dirs["llama"], tmp_path), atol=1e-3)
 
 
@@ -142,10 +142,11 @@ def test_the_commands_answer(run: Run, family_dirs: dict[str, Path]) -> None:
 
 
 def test_a_quantized_model_is_tuned_and_fused(run: Run, data: Path, tmp_path: Path) -> None:
-    from mlx_lm.utils import load_model, quantize_model, save_config
+    from mlx_lm.utils import load_model as load_theirs
+    from mlx_lm.utils import quantize_model, save_config
 
     wide = {"hidden_size": 96, "intermediate_size": 192}
-    model, config = load_model(other_models.write_model(tmp_path / "dense", "llama", wide))
+    model, config = load_theirs(other_models.write_model(tmp_path / "dense", "llama", wide))
     quantized, config = quantize_model(model, config, 32, 8)
     path = tmp_path / "quantized"
     shutil.copytree(tmp_path / "dense", path)
@@ -154,7 +155,7 @@ def test_a_quantized_model_is_tuned_and_fused(run: Run, data: Path, tmp_path: Pa
     options = ("--iters", 6, "--learning-rate", 0.02, "--max-seq-length", 64)
     code, _, error = run("lora", path, "--data", data, "--out", tmp_path / "out", *options)
     assert code == 0, error
-    adapted = store.load(path, adapter_path=tmp_path / "out")[0](IDS)
+    adapted = store.load_model(path, adapter_path=tmp_path / "out")(IDS)
     done = fuse.fuse(path, tmp_path / "out", tmp_path / "again")
     assert done.tolerance is None and "8-bit" in done.dtype
     fuse.fuse(path, tmp_path / "out", tmp_path / "wide", dequantize=True)

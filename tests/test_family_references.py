@@ -69,7 +69,7 @@ def test_both_versions_are_there_and_little_is_missing() -> None:
 @pytest.mark.parametrize(("version", "name"), CASES)
 @pytest.mark.parametrize("rewritten", [False, True], ids=["as it was given", "as it was written"])
 def test_logits_are_those_of_transformers(version: str, name: str, rewritten: bool, root: Path) -> None:
-    model, _ = store.load(directory(root, name, version if rewritten else None))
+    model = store.load_model(directory(root, name, version if rewritten else None))
     for length, expected in zip(LENGTHS, kept()[version][name]["logits"], strict=True):
         assert far(model(mx.array([IDS[:length]]))[0, -1], expected) < CLOSE
 
@@ -93,7 +93,7 @@ def test_the_kinds_differ() -> None:
 @pytest.mark.parametrize("name", [name for name in family_cases.CASES if not name.startswith("llama, dynamic")])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_prompt_in_parts_is_the_prompt(name: str, on_gpu: bool, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = store.load(directory(root, name))
+    model = store.load_model(directory(root, name))
     monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
     for length in LENGTHS:
         expected = np.array(model(mx.array([IDS[:length]]))[0, -1])
@@ -110,7 +110,7 @@ def test_answers_are_those_of_transformers(version: str, name: str, root: Path) 
 
     The reference takes each token by a forward pass over all before it.
     """
-    model, _ = store.load(directory(root, name))
+    model = store.load_model(directory(root, name))
     prompt = IDS[: ORIGINAL - 4]
     said = generation.stream_generate(model, None, prompt, max_tokens=NEW_TOKENS, stop_at_eos=False, prefill_step=5)
     assert [response.token for response in said] == kept()[version][name]["answer"]
@@ -122,7 +122,7 @@ def test_a_chat_passes_the_length_where_factors_change(
     name: str, on_gpu: bool, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And goes back behind it, when the text is cut."""
-    model, _ = store.load(directory(root, name))
+    model = store.load_model(directory(root, name))
     monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
     monkeypatch.setattr(device, "compile_hindrance", lambda: None)
     cache = PrefixCache(model)
@@ -138,7 +138,7 @@ def test_a_chat_passes_the_length_where_factors_change(
 
 @pytest.mark.parametrize("name", LONG_ROPES)
 def test_each_row_of_a_batch_passes_it_by_itself(name: str, root: Path) -> None:
-    model, _ = store.load(directory(root, name))
+    model = store.load_model(directory(root, name))
     prompts = [IDS[:3], IDS[: ORIGINAL - 2], IDS[: ORIGINAL + 5], IDS[: ORIGINAL - 6]]
     sampler = Sampler()
     logits, caches = batch.prefill_each(model, prompts, 5)
@@ -159,7 +159,7 @@ def test_each_row_of_a_batch_passes_it_by_itself(name: str, root: Path) -> None:
 @pytest.mark.parametrize("name", LONG_ROPES)
 def test_what_cannot_be_read_again_is_said(name: str, root: Path) -> None:
     """A cache whose text is not known, short of where factors change."""
-    model, _ = store.load(directory(root, name))
+    model = store.load_model(directory(root, name))
     cache = make_prompt_cache(model)
     list(generation.stream_generate(model, None, IDS[:6], max_tokens=2, prompt_cache=cache))
     with pytest.raises(InputError, match="grows past 16 tokens, where this model's RoPE changes"):

@@ -21,14 +21,14 @@ from elm_mlx.adapters import Adapter, plan
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.fuse import Fusion, fuse
-from elm_mlx.store import load, read_weights
+from elm_mlx.store import load, load_model, read_weights
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
 
 
 def adapter_for(model_dir: Path, path: Path, size: float = 0.05, **options: Any) -> Path:
     """An adapter of values that move the logits."""
-    model, _ = load(model_dir, "float32")
+    model = load_model(model_dir, "float32")
     adapter = plan(model.config, **options)
     adapt.attach(model, adapter)
     for number, (_, part) in enumerate(model.named_modules()):
@@ -134,21 +134,21 @@ def test_the_fused_model_computes_what_model_and_adapter_do(
 ) -> None:
     adapter = adapter_for(bases("float32"), tmp_path / "adapter", **KINDS[kind])
     fuse(bases("float32"), adapter, tmp_path / "fused")
-    expected = load(bases("float32"), None, adapter)[0](IDS)
-    assert mx.allclose(load(tmp_path / "fused")[0](IDS), expected, rtol=1e-4, atol=1e-4)
-    assert not mx.allclose(load(bases("float32"))[0](IDS), expected, rtol=1e-2, atol=1e-2)
+    expected = load_model(bases("float32"), None, adapter)(IDS)
+    assert mx.allclose(load_model(tmp_path / "fused")(IDS), expected, rtol=1e-4, atol=1e-4)
+    assert not mx.allclose(load_model(bases("float32"))(IDS), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_mlx_lm_reads_a_fused_model_with_a_head_of_its_own(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as load_theirs
 
     for kind in ("float32", "mixed"):
         adapter = adapter_for(bases(kind), tmp_path / f"adapter {kind}", targets=["*"])
         path = tmp_path / f"fused {kind}"
         assert fuse(bases(kind), adapter, path).untied
-        theirs, _ = load_model(path)
+        theirs, _ = load_theirs(path)
         theirs.set_dtype(mx.float32)
-        ours = load(path, "float32")[0](IDS)
+        ours = load_model(path, "float32")(IDS)
         assert mx.abs(theirs(IDS) - ours).max() / mx.std(ours) < 1e-3
 
 
@@ -267,7 +267,7 @@ def test_all_is_written_in_the_type_that_is_asked_for(
 
 def test_what_16_bits_would_swallow_float32_keeps(bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases("bfloat16")
-    model, _ = load(base, "float32")
+    model = load_model(base, "float32")
     model.layers[0].unfreeze()
     model.layers[0].attn.out_proj.weight = model.layers[0].attn.out_proj.weight * (1 + 2**-12)
     adapt.save(tmp_path / "adapter", model, Adapter("full"))
@@ -337,7 +337,7 @@ def test_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
     assert tokenizer is not None
     ids = mx.array([tokenizer.encode(text)])
     alone, before, after = (
-        np.array(other(ids)[0], np.float64) for other in (load(base)[0], model, load(tmp_path / "fused")[0])
+        np.array(other(ids)[0], np.float64) for other in (load_model(base), model, load_model(tmp_path / "fused"))
     )
     p, q = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (before, after))
     expected = Fusion(
@@ -354,13 +354,13 @@ def test_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
 
 
 def test_whole_weights(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    model, _ = load(bases("bfloat16"), "float32")
+    model = load_model(bases("bfloat16"), "float32")
     model.layers[0].unfreeze()
     model.layers[0].attn.out_proj.weight = model.layers[0].attn.out_proj.weight * 1.25
     adapt.save(tmp_path / "adapter", model, Adapter("full"))
     fuse(bases("bfloat16"), tmp_path / "adapter", tmp_path / "fused")
     expected = model(IDS)
-    assert mx.abs(load(tmp_path / "fused")[0](IDS) - expected).max() / mx.std(expected) < 0.05
+    assert mx.abs(load_model(tmp_path / "fused")(IDS) - expected).max() / mx.std(expected) < 0.05
 
 
 # --- where it is written
@@ -391,13 +391,13 @@ def test_memory_is_bounded_by_the_model_and_a_tensor(tmp_path: Path) -> None:
     size = sum(np.prod(shape) for shape in config.shapes().values()) * 4
     script = """if True:
         import resource, sys, elm_mlx
-        from elm_mlx.store import load
+        from elm_mlx.store import load, load_model
         import mlx.core as mx
         if len(sys.argv) > 3:
             from elm_mlx.fuse import fuse
             fuse(*sys.argv[1:])
         else:
-            mx.eval(load(sys.argv[1], None, sys.argv[2])[0](mx.array([list(range(128))])))
+            mx.eval(load_model(sys.argv[1], None, sys.argv[2])(mx.array([list(range(128))])))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """
 

@@ -14,6 +14,7 @@ import reference
 import tiny
 from mlx.utils import tree_flatten
 
+import elm_mlx
 from elm_mlx import device, generate, stream_generate
 from elm_mlx.cache import KVCache, make_prompt_cache
 from elm_mlx.errors import ElmError, InputError
@@ -478,3 +479,41 @@ def test_ctrl_c_amid_a_step_leaves_the_caches_whole(model: Model) -> None:
     decoder._step = whole
     expected, _ = eager(model, ids_of(5), 3)
     assert decoder.advance()[0].item() == expected[2]
+
+
+def test_a_sampler_of_ones_own_chooses_each_token(model: Model) -> None:
+    rows: list[mx.array] = []
+
+    def least(logprobs: mx.array) -> mx.array:
+        rows.append(logprobs)
+        return mx.argmin(logprobs, axis=-1)
+
+    responses = run(model, PROMPT, 5, sampler=least)
+    expected, ids = [], list(PROMPT)
+    for response in responses:
+        logits = model(mx.array([ids]))[0, -1].astype(mx.float32)
+        expected.append(int(mx.argmin(logits).item()))
+        assert response.logprob == pytest.approx((logits - mx.logsumexp(logits))[response.token].item(), abs=1e-4)
+        ids.append(response.token)
+    assert tokens(responses) == expected and rows[0].shape == (1, 96)
+    assert mx.exp(rows[0]).sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_processors_come_one_after_the_other_and_before_the_settings(model: Model) -> None:
+    def only(*wanted: int) -> Any:
+        return lambda so_far, logits: mx.where(mx.array([i in wanted for i in range(96)]), logits, -mx.inf)
+
+    assert {*tokens(run(model, PROMPT, 8, logits_processors=[only(5, 6, 7), only(6, 7, 8)], temp=5, seed=1))} <= {6, 7}
+    assert {*tokens(run(model, PROMPT, 8, logits_processors=[only(9)], repetition_penalty=2.0))} == {9}
+
+
+def test_what_contradicts_a_sampler_is_refused(model: Model) -> None:
+    for options in ({"temp": 0.5}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.5}, {"seed": 1}):
+        with pytest.raises(InputError, match="sampler"):
+            run(model, PROMPT, sampler=mx.argmax, **options)
+
+
+def test_a_misspelt_option_is_a_type_error(model: Model, tiny_tokenizer: Tokenizer) -> None:
+    for call in (generate, stream_generate, elm_mlx.generate_batch):
+        with pytest.raises(TypeError, match="max_token"):
+            call(model, tiny_tokenizer, [PROMPT], max_token=5)  # type: ignore[operator]

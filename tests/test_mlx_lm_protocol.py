@@ -12,7 +12,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, generate, load, stream_generate
+from elm_mlx import device, generate, load, load_model, stream_generate
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx_convert import tokenizers
@@ -145,7 +145,7 @@ def test_their_tools_take_our_model_and_their_tokenizer(complete_dir: Path) -> N
 def test_their_batches_take_our_model(complete_dir: Path, tiny_tokenizer: Tokenizer) -> None:
     import mlx_lm
 
-    model, _ = load(complete_dir)
+    model = load_model(complete_dir)
     theirs, their_tokenizer, *_ = mlx_lm.load(str(complete_dir))
     prompts = [tiny_tokenizer.encode(text) for text in ("the", "quick brown fox jumps over lazy dogs", "漢字")]
     driven, expected = (
@@ -167,3 +167,34 @@ def test_the_real_model_says_the_same_in_both(classics_dir: Path) -> None:
     assert [response.token for response in responses] == expected
     driven = mlx_lm.generate(model, their_tokenizer, prompt=text, max_tokens=60)
     assert driven.lstrip() == "".join(response.text for response in responses).lstrip()
+
+
+def test_samplers_and_processors_mean_what_they_mean_in_mlx_lm(tiny_model_dir: Path) -> None:
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+    model, tokenizer = load(tiny_model_dir, compute_dtype="float32")
+    seen: dict[str, list[list[int]]] = {"ours": [], "theirs": []}
+
+    def noting(name: str) -> Any:
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            seen[name].append([tokens.tolist(), list(logits.shape)])
+            return mx.where(mx.arange(logits.shape[-1]) % 2 == 0, -mx.inf, logits)
+
+        return [process, *make_logits_processors(logit_bias={7: 3.0}, repetition_penalty=1.3)]
+
+    for settings in ({"temp": 0.0}, {"temp": 0.9, "top_p": 0.9}, {"temp": 1.2, "top_k": 20}):
+        mx.random.seed(5)
+        stepped = generate_step(
+            mx.array(PROMPT), model, max_tokens=12, sampler=make_sampler(**settings), logits_processors=noting("theirs")
+        )
+        theirs = [int(token) for token, _ in stepped]
+        mx.random.seed(5)
+        options = {"sampler": make_sampler(**settings), "logits_processors": noting("ours")}
+        answered = list(stream_generate(model, None, PROMPT, max_tokens=12, stop_at_eos=False, **options))
+        assert [response.token for response in answered] == theirs and all(token % 2 for token in theirs)
+        assert seen["ours"][:12] == seen["theirs"][:12], "the prompt and all that followed, logits of one row"
+        seen["ours"].clear()
+        seen["theirs"].clear()
+    text = generate(model, tokenizer, PROMPT, max_tokens=12, stop_at_eos=False, logits_processors=noting("ours"))
+    assert text and len(seen["ours"]) >= 12

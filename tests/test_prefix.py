@@ -18,7 +18,7 @@ from elm_mlx.generation import prefill, stream_generate
 from elm_mlx.model import Model
 from elm_mlx.prefix import READ_STEP, PrefixCache
 from elm_mlx.sampling import Sampler
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 
 VOCAB = 96
 
@@ -123,7 +123,7 @@ def test_a_failure_amid_a_step_forgets_everything(model: Model, monkeypatch: pyt
 def test_a_state_that_cannot_be_cut_back_is_kept_whole_or_read_anew(
     family_dirs: dict[str, Path], read: list[int]
 ) -> None:
-    model, _ = load(family_dirs["mamba"])
+    model = load_model(family_dirs["mamba"])
     cache = PrefixCache(model)
     cache.read([5, 6, 7])
     read.clear()

@@ -19,7 +19,7 @@ from elm_mlx.quantization import losses
 from elm_mlx.quantization.losses import Speed
 from elm_mlx.quantization.quantize import quantize
 from elm_mlx.quantization.recipe import choose
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33, 260, 5, 77, 12]])
 
@@ -56,7 +56,7 @@ def test_what_it_leaves_is_opened_and_no_worse_than_rounding(
     assert capsys.readouterr() == ("", "")
     assert learnt.formats == plain.formats and learnt.bits_after == plain.bits_after
     assert learnt.losses.kl_mean < plain.losses.kl_mean
-    model, _ = load(tmp_path / "q", "float32")
+    model = load_model(tmp_path / "q", "float32")
     theirs, _ = utils.load_model(tmp_path / "q")
     theirs.set_dtype(mx.float32)
     np.testing.assert_allclose(np.array(model(IDS)), np.array(theirs(IDS)), atol=2e-3)

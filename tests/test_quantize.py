@@ -28,7 +28,7 @@ from elm_mlx.fuse import fuse
 from elm_mlx.quantization import losses, sensitivity
 from elm_mlx.quantization.quantize import RECORD, Listener, Quantization, quantize
 from elm_mlx.quantization.recipe import choose
-from elm_mlx.store import load, open_model
+from elm_mlx.store import load, load_model, open_model
 
 IDS = [1, 9, 40, 7, 120, 33, 260, 5, 77, 12]
 
@@ -64,7 +64,7 @@ def no_speed(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
 
 def logits(path: Path) -> np.ndarray:
-    model, _ = load(path, "float32")
+    model = load_model(path, "float32")
     return np.array(model(mx.array([IDS]))[0])
 
 
@@ -234,7 +234,7 @@ def test_without_a_tokenizer(base: Path, tmp_path: Path) -> None:
 def test_the_type_of_scales_and_norms(
     stored: str, asked: str | None, written: str, base: Path, text: Path, tmp_path: Path
 ) -> None:
-    model, _ = load(base, "float32")
+    model = load_model(base, "float32")
     source = tiny.write_directory(tmp_path / "s", model, None, getattr(mx, stored))
     quantize(source, tmp_path / "q", choose(4, dtype=asked), text=text)
     arrays = mx.load(str(tmp_path / "q" / "model.safetensors"))
@@ -246,7 +246,7 @@ def test_a_wide_float16_model_gets_bfloat16(monkeypatch: pytest.MonkeyPatch, bas
     from elm_mlx.quantization import quantize as module
 
     monkeypatch.setattr(module, "_WIDE", 128)
-    source = tiny.write_directory(tmp_path / "s", load(base, "float32")[0], None, mx.float16)
+    source = tiny.write_directory(tmp_path / "s", load_model(base, "float32"), None, mx.float16)
     quantize(source, tmp_path / "q", choose(4))
     assert mx.load(str(tmp_path / "q" / "model.safetensors"))["transformer.norm.weight"].dtype == mx.bfloat16
     with pytest.raises(InputError, match="overflow float16"):
@@ -306,7 +306,7 @@ def test_killed_it_leaves_no_half_directory(base: Path, tmp_path: Path) -> None:
 def test_an_adapter_on_top_and_fused(base: Path, text: Path, little: Path, tmp_path: Path) -> None:
     """All that follows takes a mixed model: an adapter attached, saved, and merged."""
     quantize(base, tmp_path / "q", choose(bpw=4.6), text=text, calibration=little)
-    model, _ = load(tmp_path / "q", "float32")
+    model = load_model(tmp_path / "q", "float32")
     adapter = plan_adapter(model.config, rank=2)
     adapt.attach(model, adapter)
     for number, (_, module) in enumerate(model.named_modules()):

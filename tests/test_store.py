@@ -20,7 +20,7 @@ from elm_mlx import device
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
-from elm_mlx.store import load, open_model
+from elm_mlx.store import load, load_model, open_model
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
 
@@ -80,17 +80,19 @@ def test_too_little_memory_leaves_16_bits(monkeypatch: pytest.MonkeyPatch, tiny_
     assert "slowly on a CPU" in loaded.notes[0]
 
 
-def test_the_tokenizer_comes_along_or_is_none(directory: Path) -> None:
+def test_the_tokenizer_comes_along_or_the_model_alone(directory: Path) -> None:
     change_config(directory, eos_token_id=[2, 5])
     model, tokenizer = load(str(directory))
-    assert isinstance(model, Model) and tokenizer is not None
+    assert isinstance(model, Model)
     assert tokenizer.eos_ids == (2, 5)
     (directory / "tokenizer.model").unlink()
-    assert load(directory)[1] is None
+    with pytest.raises(InputError, match=r"holds no tokenizer\.model"):
+        load(directory)
+    assert isinstance(load_model(directory), Model)
 
 
 def test_a_loaded_model_is_not_trained_by_accident(tiny_model_dir: Path) -> None:
-    model, _ = load(tiny_model_dir)
+    model = load_model(tiny_model_dir)
     assert not tree_flatten(model.trainable_parameters()) and not model.training
 
 
@@ -109,15 +111,15 @@ def shard(directory: Path, **more_in_map: str) -> list[Path]:
 
 def test_shards_are_one_model(directory: Path, tiny_model_dir: Path) -> None:
     shard(directory)
-    assert mx.array_equal(load(directory)[0](IDS), load(tiny_model_dir)[0](IDS))
+    assert mx.array_equal(load_model(directory)(IDS), load_model(tiny_model_dir)(IDS))
     (directory / "model.safetensors.index.json").unlink()  # also without an index
-    assert mx.array_equal(load(directory)[0](IDS), load(tiny_model_dir)[0](IDS))
+    assert mx.array_equal(load_model(directory)(IDS), load_model(tiny_model_dir)(IDS))
 
 
 def test_files_that_the_index_does_not_name_are_left_alone(directory: Path, tiny_model_dir: Path) -> None:
     shard(directory)
     (directory / "model-00003-of-00003.safetensors").write_bytes(b"left behind by another download")
-    assert mx.array_equal(load(directory)[0](IDS), load(tiny_model_dir)[0](IDS))
+    assert mx.array_equal(load_model(directory)(IDS), load_model(tiny_model_dir)(IDS))
 
 
 # --- quantized
@@ -235,12 +237,12 @@ def test_packed_float32_scales_stay_packed_where_memory_is_short(
 def test_mlx_lm_computes_the_same_with_quantized_weights(
     quantized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as load_theirs
 
     path = quantized("mixed")
     monkeypatch.setattr(device, "on_gpu", lambda: True)
-    theirs, _ = load_model(path)
-    ours, _ = load(path)
+    theirs, _ = load_theirs(path)
+    ours = load_model(path)
     truth = np.array(theirs(IDS).astype(mx.float32))
     assert np.abs(np.array(ours(IDS).astype(mx.float32)) - truth).max() / truth.std() < 0.05
 
@@ -415,7 +417,7 @@ def test_float64_weights_are_read(directory: Path) -> None:
     wide = {name: np.array(value.astype(mx.float32), np.float64) for name, value in tensors(directory).items()}
     save_file(wide, directory / "model.safetensors")
     try:
-        model, _ = load(directory, "float32")
+        model = load_model(directory, "float32")
     except InputError as error:
         assert "\n" not in str(error)
     else:

@@ -338,9 +338,9 @@ def test_other_families_against_pefts_formulas(
 def logits(model: Path, adapter: Path | None = None) -> np.ndarray:
     import mlx.core as mx
 
-    from elm_mlx.store import load
+    from elm_mlx.store import load_model
 
-    return np.array(load(model, "float32", adapter)[0](mx.array([[1, 9, 40, 7, 33]]))[0])
+    return np.array(load_model(model, "float32", adapter)(mx.array([[1, 9, 40, 7, 33]]))[0])
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,14 @@ import pytest
 from elm_mlx.evaluate.evaluation import Evaluation, Wanted
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 
 NAMES = ("llama", "mistral", "phi3", "olmo2", "olmo3", "mamba")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_those_of_each_text_by_itself(name: str, family_dirs: dict[str, Path]) -> None:
-    model, _ = load(family_dirs[name])
+    model = load_model(family_dirs[name])
     draw = random.Random(0)
     about = [draw.randrange(10, 300) for _ in range(20)]  # past OLMo 3's window, of 16 in the tiny one
     items = []

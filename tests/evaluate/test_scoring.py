@@ -17,12 +17,12 @@ from elm_mlx.evaluate import scoring
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.model import Model
-from elm_mlx.store import load
+from elm_mlx.store import load_model
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> Model:
-    return load(tiny_model_dir)[0]
+    return load_model(tiny_model_dir)
 
 
 def items(count: int, seed: int = 0, stem: int = 0) -> list[list[Scored]]:
@@ -41,9 +41,9 @@ def items(count: int, seed: int = 0, stem: int = 0) -> list[list[Scored]]:
 
 def by_mlx_lm(directory: Path, asked: list[list[Scored]]) -> list[list[float]]:
     """Each sequence by itself, whole, without a cache."""
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model as load_theirs
 
-    network, _ = load_model(directory)
+    network, _ = load_theirs(directory)
     network.set_dtype(mx.float32)
 
     def one(each: Scored) -> float:
