@@ -131,6 +131,17 @@ def read_adapter(path: Path, config: families.Config) -> Adapter:
     return adapters.read(path, config)
 
 
+def config_values(path: Path) -> dict[str, Any]:
+    """What `config.json` says, for a directory that is made of this one. Raises as `read_config`.
+
+    Of another family it says how the head is tied: where that is unsaid, mlx-lm takes it otherwise than transformers.
+    """
+    values, config = json_files.read_object(path / "config.json"), read_config(path)
+    if isinstance(config, families.FamilyConfig):
+        values["tie_word_embeddings"] = config.share_input_output_layers
+    return values
+
+
 def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
     from elm_mlx import adapters

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from elm_mlx import adapt, adapters, device, directories, files, json_files, shards, template
 from elm_mlx.adapters import EMBEDDING, Adapter
-from elm_mlx.describe import check_directory, read_config
+from elm_mlx.describe import check_directory, config_values, read_config
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.families import Config
 from elm_mlx.merged import Merge
@@ -177,7 +177,7 @@ def _write(
 
 def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:
     """The source's own, with what is different now."""
-    values = json_files.read_object(source / "config.json")
+    values = config_values(source)
     if untied:
         values["share_input_output_layers"] = False
         values.pop("tie_word_embeddings", None)

@@ -15,7 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import directories, files, json_files, shards
+from elm_mlx import directories, files, shards
+from elm_mlx.describe import config_values
 from elm_mlx.errors import ElmError
 from elm_mlx.packing import AFFINE
 from elm_mlx.quantization.formats import Format, pack
@@ -52,8 +53,7 @@ def write(
     if needed > free:
         raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
     shards.write(directory, pending)
-    config = json_files.read_object(source / "config.json")
-    write_json(directory / "config.json", config | _entries(formats))
+    write_json(directory / "config.json", config_values(source) | _entries(formats))
     directories.carry(source, directory)
     if (source / "conversion.json").is_file():  # where the model comes from is still true
         shutil.copyfile(directories.own_file(source / "conversion.json"), directory / "conversion.json")
