@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, end_tokens, files, headers
 from elm_mlx.describe import check_directory, fingerprint, missing, read_adapter, read_config, weight_files
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import Tokenizer
@@ -87,7 +87,10 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     for name in list(weights):  # one by one, so that both types of all weights are never in memory together
         if mx.issubdtype(weights[name].dtype, mx.floating):
             weights[name] = weights[name].astype(how.dtype)
-        mx.eval(weights[name])
+        try:
+            mx.eval(weights[name])
+        except RuntimeError as error:  # a file that is cut meanwhile, memory that is not there
+            raise ElmError(f"{path}: tensor {name} cannot be loaded: {error}") from None
     model.load_weights(list(weights.items()))
     model.eval()
     model.freeze()

@@ -28,14 +28,15 @@ import torch_files
 from fuzzing import Damage, Kind, either, json_lines, json_values, raw_bytes, safetensors_header
 
 from elm_mlx import adapt, adapters, settings, transcript
+from elm_mlx.adapters import read as read_adapter
 from elm_mlx.cli import main as command_line
 from elm_mlx.config import ModelConfig
-from elm_mlx.describe import describe, describe_adapter
+from elm_mlx.describe import describe, describe_adapter, read_config
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import perplexity, published
 from elm_mlx.evaluate import sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
-from elm_mlx.fuse import fuse
+from elm_mlx.fuse import _record as merge_record
 from elm_mlx.generation import stream_generate
 from elm_mlx.quantization import recipe as quantization
 from elm_mlx.quantization.formats import Format
@@ -191,6 +192,7 @@ def command(*arguments: object) -> None:
                 return
             lines = said.getvalue().rstrip("\n").split("\n")
             assert len(lines) == 1 and lines[0].startswith("elm-mlx: "), said.getvalue()[-300:]
+            assert "a defect of elm-mlx" not in lines[0], lines[0]
             raise ElmError(lines[0]) from None
 
 
@@ -337,7 +339,7 @@ def write_conversion(path: Path) -> None:
 
 def use_conversion(path: Path) -> None:
     published.name_of(ModelConfig.load(path / "preset.json"), path)
-    fuse(path, path, path.with_name("fused"), overwrite=True)
+    json.dumps(merge_record(path, read_adapter(path, read_config(path))))
 
 
 def write_tokenizer(path: Path, style: str) -> None:

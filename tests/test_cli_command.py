@@ -123,3 +123,30 @@ def test_completion(shell: str) -> None:
     names = completed("elm-mlx ")
     assert all(name in names for name in COMMANDS)
     assert "--temp" in completed("elm-mlx generate M --te") and "--top-k" not in completed("elm-mlx generate M --te")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("[read] Unable to read from file."), r"MLX failed: \[read\] Unable to read .*--debug"),
+        (ValueError("[reshape] Cannot reshape array of size 6"), r"MLX failed: \[reshape\] Cannot .*--debug"),
+        (
+            ValueError("[metal::malloc] No 7 bytes\nmore"),
+            r"MLX failed: \[metal::malloc\] .*--debug",
+        ),
+        (MemoryError(), "out of memory; a smaller model, batch or context needs less .*--debug"),
+        (ValueError("something else"), "a defect of elm-mlx: ValueError: something else .*--debug"),
+        (RecursionError("too deep"), "a defect of elm-mlx: RecursionError: too deep .*--debug"),
+    ],
+)
+def test_nothing_that_mlx_raises_is_a_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, error: Exception, line: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("elm_mlx.describe.describe", fail)
+    code, out, err = run("info", tiny_model_dir)
+    assert (code, out) == (1, "") and re.fullmatch(rf"elm-mlx: {line}.*\n", err), err
+    with pytest.raises(type(error)):
+        run("--debug", "info", tiny_model_dir)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,9 @@ import tiny
 from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
-from elm_mlx import device
+from elm_mlx import device, store
 from elm_mlx.config import ModelConfig
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import Model
 from elm_mlx.store import load, load_model, open_model
 
@@ -393,6 +394,17 @@ def test_a_tensor_in_two_files_is_refused(directory: Path) -> None:
 def test_an_index_that_makes_no_sense_is_refused(directory: Path, index: bytes) -> None:
     (directory / "model.safetensors.index.json").write_bytes(index)
     refused(directory, "weight_map|is missing|holds no model.safetensors|JSON|UTF-16")
+
+
+def test_weights_that_are_cut_while_they_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*arguments: Any) -> Any:
+        os.truncate(directory / "model.safetensors", 3000)
+        return computation(*arguments)
+
+    computation = store.device.computation
+    monkeypatch.setattr(store.device, "computation", cut)
+    with pytest.raises(ElmError, match=r"tensor transformer\..* cannot be loaded: \[read\]"):
+        store.open_model(directory)
 
 
 def test_no_directory_no_config(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -146,11 +147,20 @@ def _tell(error: Exception) -> int:
         note(error)
     elif isinstance(error, _ClickError):
         note(_usage(error))
-    elif isinstance(error, RuntimeError) and not isinstance(error, RecursionError):  # MLX's own
+    elif isinstance(error, MemoryError):  # MLX's std::bad_alloc too, which says no more
+        note(f"out of memory; a smaller model, batch or context needs less ({_DEBUG})")
+    elif _is_of_mlx(error):
         note(f"MLX failed: {error} ({_DEBUG})")
     else:
         note(f"a defect of elm-mlx: {type(error).__name__}: {error} ({_DEBUG})")
     return getattr(error, "exit_code", 1)
+
+
+def _is_of_mlx(error: Exception) -> bool:
+    """MLX raises RuntimeError and ValueError alone, the latter with the function's name in front: "[matmul] …"."""
+    if isinstance(error, ValueError):
+        return re.match(r"\[\w+(::\w+)*\]", str(error)) is not None
+    return isinstance(error, RuntimeError) and not isinstance(error, RecursionError)
 
 
 def _usage(error: Any) -> str:
