@@ -24,6 +24,7 @@ from elm_mlx.tokenizer import Detokenizer, Tokenizer, byte_of, check_token, chec
 
 _SPACE = "\u2581"  # how a SentencePiece-like piece writes a space
 _MAX_BYTES = 64 << 20  # of the file; the largest in the wild has 35 MB
+_MAX_PIECES = 1 << 24  # the most in the wild are 262,144
 _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # decoders
 
 
@@ -62,6 +63,8 @@ class BPETokenizer(Tokenizer):
         self._alphabet = _byte_of_character() if self._byte_level else {}
         self._parts: dict[int, bytes] = {}
         self.vocab_size = max(self._encoder.get_vocab_size(), max(added, default=-1) + 1)
+        if self.vocab_size > _MAX_PIECES:
+            raise InputError(f"{path}: has a piece of the id {self.vocab_size - 1}, which no model has a row for")
         self.bos_id = self._bos(settings)
         self.eos_id = self.id_of(settings.get("eos_token"))
         self.unk_id = self.id_of(settings.get("unk_token"))
@@ -159,13 +162,14 @@ class BPETokenizer(Tokenizer):
 
     def _bos(self, settings: dict[str, Any]) -> int | None:
         """`add_bos_token` decides, or else what the file's own rules put before a text."""
+        # Both always, so that a file that the library panics at does so here, where nobody sees it.
+        with_rules = self._encoder.encode("a", add_special_tokens=True).ids
+        without = self._encoder.encode("a", add_special_tokens=False).ids
         wanted = settings.get("add_bos_token")
         if isinstance(wanted, bool):
             return self.id_of(settings.get("bos_token")) if wanted else None
         if wanted is not None:
             raise InputError(f"{self.path.parent}: add_bos_token is {str(wanted)[:60]}: true or false is needed")
-        with_rules = self._encoder.encode("a", add_special_tokens=True).ids
-        without = self._encoder.encode("a", add_special_tokens=False).ids
         return with_rules[0] if with_rules[:1] != without[:1] else None
 
 

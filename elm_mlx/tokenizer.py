@@ -376,5 +376,6 @@ def _known(token: int) -> int | None:
 
 
 def _reason(error: Exception) -> str:
-    """SentencePiece's message without its source line."""
-    return str(error).partition(": ")[2].rpartition("] ")[2].strip(" .") or "it is damaged"
+    """SentencePiece's message without its source line; pieces are quoted in it, whatever they hold."""
+    text = " ".join(str(error).split())
+    return text.partition(": ")[2].rpartition("] ")[2].strip(" .")[:200] or "it is damaged"

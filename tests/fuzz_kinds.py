@@ -380,6 +380,63 @@ _ROPES = (
 )  # fmt: skip
 
 
+# Of the parts of a tokenizer.json, what the library reads and then may trip over.
+_PARTS: dict[str, tuple[Any, ...]] = {
+    "pre_tokenizer": (
+        None, {"type": "FixedLength", "length": 0},
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first"},
+        {"type": "Split", "pattern": {"Regex": "$"}, "behavior": "Isolated", "invert": True},
+        {"type": "Split", "pattern": {"String": ""}, "behavior": "Removed", "invert": False},
+        {"type": "CharDelimiterSplit", "delimiter": "a"}, {"type": "Sequence", "pretokenizers": []},
+    ),
+    "post_processor": (
+        None, {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}},
+        {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [],
+         "special_tokens": {}},
+        {"type": "BertProcessing", "sep": ["a", 10**6], "cls": ["b", 2]},
+    ),
+    "normalizer": (
+        None, {"type": "Replace", "pattern": {"String": ""}, "content": "x"}, {"type": "Sequence", "normalizers": []},
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, {"type": "Prepend", "prepend": ""},
+    ),
+    "decoder": (
+        None, {"type": "ByteFallback"}, {"type": "Sequence", "decoders": []},
+        {"type": "Strip", "content": " ", "start": 9, "stop": 9}, {"type": "Metaspace", "replacement": "▁"},
+    ),
+}  # fmt: skip
+_MODEL_PARTS: dict[str, tuple[Any, ...]] = {
+    "unk_token": ("", "<gone>", "a"), "byte_fallback": (True, False), "fuse_unk": (True,), "ignore_merges": (True,),
+    "continuing_subword_prefix": ("", "##", "é" * 9, "a" * 50), "end_of_word_suffix": ("", "</w>", "é"),
+    "dropout": (0.0, 1.0, -1.0, 2.0),
+}  # fmt: skip
+
+
+def tokenizer_parts(data: bytes, draw: random.Random) -> bytes:
+    """A tokenizer.json with parts put in the place of others that the library knows, but not together."""
+    values = json.loads(data)
+    model, added = values["model"], draw.choice(values["added_tokens"])
+    vocab, merges = model["vocab"], model["merges"]
+    for _ in range(draw.randrange(1, 4)):
+        kind = draw.randrange(6)
+        if kind == 0:
+            vocab[draw.choice(list(vocab))] = draw.choice((0, 1, len(vocab) + 5, 10**6, 2**32 - 1))
+        elif kind == 1:
+            del vocab[draw.choice(list(vocab))]
+        elif kind == 2:
+            merges.insert(draw.randrange(len(merges) + 1), draw.choice((["a", "b"], ["", "a"], ["zz", "q"], "a b")))
+        elif kind == 3:
+            key = draw.choice(list(added))
+            odd = {"id": (0, 7, 10**6, 2**32 - 1), "content": ("", " ", "a", "<0xZZ>", "\n", "é" * 300)}
+            added[key] = draw.choice(odd.get(key, (True, False)))
+        elif kind == 4:
+            key = draw.choice(list(_MODEL_PARTS))
+            model[key] = draw.choice(_MODEL_PARTS[key])
+        else:
+            key = draw.choice(list(_PARTS))
+            values[key] = draw.choice(_PARTS[key])
+    return json.dumps(values).encode()
+
+
 def _text(data: bytes, draw: random.Random) -> bytes:
     """A template's or a settings file's pieces moved about: what is still nearly one."""
     pieces = [piece + b"}" for piece in data.split(b"}")] if b"{%" in data else data.splitlines(keepends=True)
@@ -407,6 +464,8 @@ KINDS = {
              {"tokenizer.json": either(json_values, json_values, raw_bytes)}, use_tokenizer),
         Kind("tokenizer.json phi3", lambda path: write_tokenizer(path, "phi3"),
              {"tokenizer.json": either(json_values, json_values, raw_bytes)}, use_tokenizer),
+        Kind("tokenizer.json's parts", lambda path: write_tokenizer(path, "llama3"),
+             {"tokenizer.json": tokenizer_parts}, use_tokenizer),
         Kind("tokenizer_config", lambda path: write_family(path, "llama"),
              {"tokenizer_config.json": json_values}, answer),
         Kind("tokenizer.model", _MODEL, {"tokenizer.model": raw_bytes}, use_tokenizer),

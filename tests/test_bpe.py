@@ -204,13 +204,15 @@ def _changed(folder: Path, to: Path, **changes: Any) -> Path:
 
 
 PANICS: dict[str, dict[str, Any]] = {
-    # What the library panics at while it reads, and while it encodes: a thousand others are made by test_fuzz.
+    # The library panics at all but the last while it encodes; of the last it raises an Exception.
     "a post-processor with a token that is not there": {
         "post_processor": {
             "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<x>", "type_id": 0}}], "pair": [],
             "special_tokens": {},
         },
     },
+    "a prefix of pieces that is longer than they are": {"model__continuing_subword_prefix": "##########"},
+    "words of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
     "an unk_token without a piece": {"model__unk_token": "<gone>", "model__vocab": {"b": 0}, "model__merges": []},
 }  # fmt: skip
 
@@ -220,6 +222,7 @@ def test_what_the_library_throws_is_one_error(
     folders: dict[str, Path], tmp_path: Path, what: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = _changed(folders["llama3"], tmp_path, **PANICS[what])
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     with pytest.raises(InputError, match=r"tokenizer\.json: ") as error:
         Tokenizer.load(path).encode("the crow")
     assert "\n" not in str(error.value)
