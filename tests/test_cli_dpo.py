@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -116,6 +117,26 @@ def test_resuming_has_the_same_losses_and_computes_no_reference(
     keys = ("step", "loss", "valid_loss", "margin", "valid_margin", "accuracy", "grad_norm")
     bare = [[{key: line.get(key) for key in keys} for line in metrics(path)] for path in (whole, out)]
     assert bare[0] == bare[1]
+
+
+def test_ctrl_c_while_the_reference_is_computed_ends_as_elsewhere(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, nothing kept, and the same command can begin again."""
+    compute, tables = reference.compute, list[Any]()
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        tables.append(compute(*arguments))
+        return tables[-1]
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(reference, "compute", interrupted)
+    code, text, err = run(tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
+    assert code == 130 and "stopping, with nothing to save yet; again ends at once" in text
+    assert "Traceback" not in err and signal.getsignal(signal.SIGINT) == before
+    assert not (tmp_path / "out").exists()
+    assert len(tables) == 1 and (tables[0] == 0).all(axis=1).sum() > 12, "most pairs are left"
 
 
 def test_a_reference_of_something_else_is_not_taken(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -213,7 +214,7 @@ def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
     assert run("pretrain", "--init", path, "--preset", "OpenELM-1_1B")[0] == 0
     made = tables.read(path, recipe.Recipe)
     assert made == recipe.preset("OpenELM-1_1B")
-    assert (made.optimizer.lr, made.optimizer.steps, made.optimizer.warmup) == (0.0024, 350_000, 5_000)
+    assert (made.optimizer.lr, made.optimizer.steps, made.optimizer.warmup_steps()) == (0.0024, 350_000, 5_000)
     assert made.run.batch_size * made.run.accumulate * made.data.sequence_length == 4_194_304
     code, _, err = run("pretrain", "--init", path)
     assert code == 2 and "is there already" in err
@@ -248,7 +249,6 @@ def test_three_commands_make_a_model_of_ones_own_text(
         ("data.sequence_length=65", "exceed the model's context"),
         ("run.compute_dtype=int8", "no compute_dtype 'int8'"),
         ("optimizer.betas=0.9", "betas are two numbers"),
-        ("optimizer.warmup=7", "warm-up of 7 steps does not fit in 6"),
         ("model.qkv_multipliers=[1, 2, 3]", "multipliers are one or two numbers"),
         ("filters.min_chars=-1", "min_chars must be at least 0"),
     ],
@@ -257,6 +257,22 @@ def test_what_makes_no_run_is_refused(override: str, error: str, run: Run, confi
     code, _, err = run("pretrain", config, "--out", tmp_path / "run", "--set", override)
     assert code == 2 and error in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_the_warm_up_follows_the_updates(run: Run, config: Path, tmp_path: Path) -> None:
+    """A recipe for a long run, cut short: what does not fit becomes a tenth, which is told; what fits is used."""
+    said = {}
+    for steps in (1, 2):
+        code, said[steps], err = run(
+            "pretrain", config, "--out", tmp_path / str(steps), "--set", f"optimizer.steps={steps}"
+        )
+        assert code == 0, err
+    assert "warm-up   0 updates of rising learning rate: the recipe's 2 do not fit into 1\n" in said[1]
+    assert "warm-up   2 updates of rising learning rate\n" in said[2]
+    optimizer = recipe.Optimizer(1.0, steps=30)
+    assert [replace(optimizer, steps=steps).warmup_steps() for steps in (4, 30, 80_000)] == [0, 3, 5000]
+    assert replace(optimizer, warmup=30).warmup_steps() == 30 and replace(optimizer, warmup=31).warmup_steps() == 3
+    assert recipe.preset("small").optimizer.warmup_steps() == 100
 
 
 def test_what_is_missing_is_said(run: Run, config: Path) -> None:

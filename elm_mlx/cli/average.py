@@ -11,7 +11,7 @@ import typer
 
 from elm_mlx import files
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import say, size
+from elm_mlx.cli.show import counted, say, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def average(
 
 def _print(done: Average, checkpoints: list[str]) -> None:
     plan = done.plan
-    say("mean of", f"{len(checkpoints)} checkpoints of {plan.parameters:,} parameters, in float64")
+    say("mean of", f"{counted(len(checkpoints), 'checkpoint')} of {plan.parameters:,} parameters, in float64")
     say("config", plan.config_origin)
     say("tokenizer", str(plan.tokenizer or "none"))
     furthest = max(done.distances)

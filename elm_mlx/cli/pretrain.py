@@ -108,6 +108,8 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
     config, steps, tokens = run.config, recipe.optimizer.steps, run.tokens_per_update
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     sources = ", ".join(source.name for source in recipe.data.sources)
+    asked, rising = recipe.optimizer.warmup, recipe.optimizer.warmup_steps()
+    unfit = "" if asked in (None, rising) else f": the recipe's {asked:,} do not fit into {steps:,}"
     return [
         ("model", f"{config.parameters:,} parameters in {config.num_layers} layers, {config.vocab_size:,} tokens"),
         ("data", f"{sources}; tokenized by {recipe.tokenizer}"),
@@ -115,6 +117,7 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
                     f"{recipe.run.accumulate} to an update"),
         ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
                     f"{steps * tokens / config.parameters:.1f} a parameter"),
+        ("warm-up", f"{counted(rising, 'update')} of rising learning rate{unfit}"),
         ("memory", training.needed(run.load())),
     ]  # fmt: skip
 

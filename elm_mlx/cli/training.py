@@ -86,7 +86,10 @@ Data = Annotated[
     Path | None, typer.Option(help="A data file, or a directory with train and valid. (no default)", show_default=False)
 ]
 Epochs = Annotated[float, typer.Option(help="Times that all examples are seen.")]
-MaxSeqLength = Annotated[int | None, typer.Option(help="Tokens of an example, at most. (default: the model's context)")]
+MaxSeqLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of an example, at most. (default: the model's context, of other families at most 2048)"),
+]
 
 
 def given(model: Path | None, data: Path | None, out: Path | None) -> tuple[Path, Path, Path]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,8 @@ from elm_mlx.train import checkpoint, memory, pairs, reference
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.examples import Prepared
 from elm_mlx.train.finetune import Data, Finetuning, Method, row_length
+from elm_mlx.train.interrupts import stop_requests
+from elm_mlx.train.listener import Listener
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.pairs import PairBatches
 from elm_mlx.train.preference import Preferring
@@ -88,17 +91,21 @@ class Alignment(Finetuning):
         """As of a `Finetuning`."""
         return replace(super().load(settings), pairs=True)
 
-    def _objective(self, model: Model, dtype: mx.Dtype | None) -> Objective:
-        """Asks the model what it says before it learns, unless that is known."""
+    def _objective(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> Objective:
+        """Asks the model what it says before it learns, unless that is known.
+
+        Raises:
+            KeyboardInterrupt: someone ended it, as `loop.train` is ended; there is nothing to save.
+        """
         if self._preferring.needs_reference:
-            for batches, table in zip(self._all_batches().values(), self._tables(model, dtype), strict=True):
+            for batches, table in zip(self._all_batches().values(), self._tables(model, dtype, listener), strict=True):
                 batches.reference = table
         return self._preferring
 
     def _all_batches(self) -> dict[str, PairBatches]:
         return {"train": self.batches} | ({} if self._validation is None else {"valid": self._validation})
 
-    def _tables(self, model: Model, dtype: mx.Dtype | None) -> list[Table]:
+    def _tables(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> list[Table]:
         """The log-probabilities of each split's pairs; the first process alone reads and writes them."""
         path, group, splits = self.out / reference.FILE, mx.distributed.init(), self._all_batches()
         found = reference.read(path, self._whose()) if self.leads else None
@@ -111,14 +118,17 @@ class Alignment(Finetuning):
         if found is None:
             found = {name: np.zeros_like(batches.reference) for name, batches in splits.items()}
         if not known:
-            found = self._computed(model, dtype)
+            with stop_requests((listener or Listener()).stopping) as stop:
+                found = self._computed(model, dtype, stop)
+                if mx.distributed.all_sum(mx.array(int(stop.is_set())), group=group).item():
+                    raise KeyboardInterrupt
         tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in splits}
         if not known and self.leads:
             self.out.mkdir(parents=True, exist_ok=True)
             reference.write(path, tables, self._whose())
         return list(tables.values())
 
-    def _computed(self, model: Model, dtype: mx.Dtype | None) -> dict[str, Table]:
+    def _computed(self, model: Model, dtype: mx.Dtype | None, stop: Event) -> dict[str, Table]:
         """This process's part of them."""
         tables, done = {}, 0
         total = sum(len(batches.reference) for batches in self._all_batches().values())
@@ -127,7 +137,9 @@ class Alignment(Finetuning):
             def on_pairs(pairs: int, before: int = done) -> None:
                 self.on_reference(min(total, (before + pairs) * self.world), total)
 
-            tables[name] = reference.compute(model, batches, dtype, on_pairs)
+            tables[name] = reference.compute(model, batches, dtype, on_pairs, stop)
+            if stop.is_set():
+                break
             done += -(-len(batches.reference) // self.world)
         return tables
 

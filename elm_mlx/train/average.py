@@ -69,7 +69,8 @@ def last(run: Path, count: int) -> list[Path]:
         raise InputError(f"{run}: no such directory")
     found = checkpoint.all_of(run)
     if len(found) < count:
-        raise InputError(f"{run}: holds {len(found)} checkpoints (checkpoints/step-…), and --last asks for {count}")
+        held = f"{len(found)} checkpoint" + ("s" if len(found) != 1 else "")
+        raise InputError(f"{run}: holds {held} (checkpoints/step-…), and --last asks for {count}")
     return found[-count:]
 
 
@@ -139,7 +140,7 @@ def _plans(
         raise InputError("no checkpoint was named")
     plans: list[Plan] = []
     for given in checkpoints:
-        source = _open(given)
+        source = _open(given, alone=len(checkpoints) == 1)
         if has_adapter(source.tensors) or any(name.endswith((".lora_a", ".lora_b")) for name in source.tensors):
             raise InputError(
                 f"{given}: holds an adapter, and a mean of adapters is no adapter of the mean: make models of them "
@@ -154,8 +155,11 @@ def _plans(
     return plans
 
 
-def _open(given: str | Path) -> Source:
-    """A checkpoint's tensors, and the directory with its config and tokenizer: the run's, if it is of a run."""
+def _open(given: str | Path, alone: bool) -> Source:
+    """A checkpoint's tensors, and the directory with its config and tokenizer: the run's, if it is of a run.
+
+    A run of `pretrain` is a model too, its last one: not what is meant where it is named `alone`.
+    """
     path = expanded(given)
     weights = path / checkpoint.PARAMETERS
     if weights.is_file():
@@ -164,7 +168,12 @@ def _open(given: str | Path) -> Source:
         source = open_source(weights)
         return replace(source, label=path.name, kind="checkpoint of a run", directory=_home(run, source))
     found = len(checkpoint.all_of(path)) if path.is_dir() else 0
-    if found and not (path / "model.safetensors").is_file():
+    if found and (alone or not (path / "model.safetensors").is_file()):
+        if found == 1:
+            raise InputError(
+                f"{given}: is a run that kept 1 checkpoint, which is its own mean: let it keep more (`run.keep` in "
+                f"pretrain's recipe, --keep of `lora --full`), or name {checkpoint.newest(path)}"
+            )
         raise InputError(f"{given}: is a run with {found} checkpoints: pass --last N, or name some of them")
     return open_source(given)
 

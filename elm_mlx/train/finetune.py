@@ -212,7 +212,7 @@ class Finetuning:
         if listener is not None:
             listener.doing("reading the model")
         model, dtype = self._open()
-        objective = self._objective(model, dtype)
+        objective = self._objective(model, dtype, listener)
         result = train(
             model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
             resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
@@ -269,7 +269,7 @@ class Finetuning:
         needs = [len(example.ids) - 1 for example in prepared.examples]
         return row_length(needs, prepared.max_length, self.batch_size * self.world)
 
-    def _objective(self, model: Model, dtype: mx.Dtype | None) -> Objective | None:
+    def _objective(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> Objective | None:
         """What is made small; called with the model as it is before the first update."""
         return None
 

@@ -19,6 +19,7 @@ from elm_mlx.train.stream import Reading
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
 _ROWS = 2048  # sequences of an update: 4M tokens
+_MOST_WARMUP = 5_000  # updates, as in CoreNet's configs
 _WINDOW = 1 << 22  # tokens that are shuffled with one another
 SMALL = "small"
 
@@ -68,7 +69,7 @@ class Optimizer:
     Args:
         lr: the highest learning rate.
         steps: updates.
-        warmup: updates in which the learning rate rises.
+        warmup: updates in which the learning rate rises (default: a tenth of steps, at most 5000).
         warmup_from: where it begins.
         shape: cosine, linear or constant after that.
         end: the share of lr that is left at the end.
@@ -82,7 +83,7 @@ class Optimizer:
 
     lr: float
     steps: int = 350_000
-    warmup: int = 5_000
+    warmup: int | None = None
     warmup_from: float = 1e-6
     shape: str = "cosine"
     end: float = 0.1
@@ -92,6 +93,11 @@ class Optimizer:
     weight_decay: float = 0.1
     clip: float = 1.0
     z_loss: float = 1e-4
+
+    def warmup_steps(self) -> int:
+        """Updates of rising learning rate: `warmup`, or the default where that is more than there are updates."""
+        fits = self.warmup is not None and self.warmup <= self.steps
+        return self.warmup if fits and self.warmup is not None else min(_MOST_WARMUP, self.steps // 10)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,8 @@ def settings(optimizer: Optimizer, run: Run) -> Settings:
         raise InputError(f"betas are two numbers, not {len(optimizer.betas)}")
     return Settings(
         Schedule(
-            optimizer.lr, optimizer.steps, optimizer.warmup, optimizer.shape, optimizer.end, optimizer.warmup_from
+            optimizer.lr, optimizer.steps, optimizer.warmup_steps(), optimizer.shape, optimizer.end,
+            optimizer.warmup_from,
         ),
         optimizer=optimizer.name, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps,
         weight_decay=optimizer.weight_decay, z_loss=optimizer.z_loss, clip=optimizer.clip or None,
@@ -220,7 +227,7 @@ def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
             "tokenizer.model",
             Shape(8, 192, 32, num_gqa_groups=2, ffn_dim_divisor=64, context=512),
             Data(sources, sequence_length=512, window=1 << 18, validation_rows=64),
-            Optimizer(4e-3, steps=1_000, warmup=100),
+            Optimizer(4e-3, steps=1_000),
             run=Run(batch_size=4, accumulate=1, eval_every=100, save_every=100),
         )
     if name not in PRESETS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Event
 
 import mlx.core as mx
 import numpy as np
@@ -29,9 +30,13 @@ Table = npt.NDArray[np.float32]  # (pairs, 2): of chosen and rejected answers
 
 
 def compute(
-    model: Model, batches: PairBatches, dtype: mx.Dtype | None, on_pairs: Callable[[int], None] = lambda pairs: None
+    model: Model,
+    batches: PairBatches,
+    dtype: mx.Dtype | None,
+    on_pairs: Callable[[int], None] = lambda pairs: None,
+    stop: Event | None = None,
 ) -> Table:
-    """The answers' summed log-probabilities, of this process's pairs; noughts for those of others.
+    """The answers' summed log-probabilities, of this process's pairs; noughts for others', and once `stop` is set.
 
     Args:
         dtype: what trainable parameters are rounded to, as in training; None for what they are.
@@ -51,6 +56,8 @@ def compute(
             table[batch.pairs[real]] = found[real]
             done += int(real.sum())
             on_pairs(done)
+            if stop is not None and stop.is_set():
+                break
     finally:
         model.update(kept)
     return table

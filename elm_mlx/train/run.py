@@ -96,7 +96,8 @@ class Run:
         saved = checkpoint.load(checkpoint.newest(self._out), self._identity)
         before, now = len(saved.progress.random), self._group.size()
         if before != now:
-            raise InputError(f"{saved.path}: was trained by {before} processes, and cannot go on with {now}")
+            many = "1 process" if before == 1 else f"{before} processes"
+            raise InputError(f"{saved.path}: was trained by {many}, and cannot go on with {now}")
         step = self._step
         step.model.update(
             checkpoint.fill(step.model.trainable_parameters(), saved.parameters, saved.path / checkpoint.PARAMETERS)

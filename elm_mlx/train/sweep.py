@@ -63,7 +63,8 @@ def sweep(
 def _short(recipe: Recipe, rate: float, steps: int) -> Recipe:
     """The recipe with its schedule pressed into so few updates."""
     optimizer = recipe.optimizer
-    warmup = min(optimizer.warmup, max(1, round(steps * max(0.05, optimizer.warmup / optimizer.steps))))
+    rising = optimizer.warmup_steps()
+    warmup = min(rising, max(1, round(steps * max(0.05, rising / optimizer.steps))))
     return replace(
         recipe,
         optimizer=replace(optimizer, lr=rate, steps=steps, warmup=warmup),

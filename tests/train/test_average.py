@@ -234,6 +234,18 @@ def test_a_run_is_no_checkpoint(run: Path, tmp_path: Path) -> None:
         last(run, 0)
 
 
+def test_a_pretraining_run_is_not_averaged_with_itself(run: Path, tmp_path: Path) -> None:
+    """Its directory is a model too, its last one: that is no mean of anything, unless it is one among others."""
+    (run / "model.safetensors").write_bytes(Path(last(run, 1)[0], "parameters.safetensors").read_bytes())
+    refused([run], tmp_path, "run: is a run with 5 checkpoints: pass --last N, or name some of them")
+    average([run, last(run, 2)[0]], tmp_path / "two")
+    for path in last(run, 5)[:-1]:
+        shutil.rmtree(path)
+    refused([run], tmp_path, r"run: is a run that kept 1 checkpoint, .*let it keep more .*, or name .*/step-00000500")
+    with pytest.raises(InputError, match=r"run: holds 1 checkpoint .*--last asks for 2"):
+        last(run, 2)
+
+
 def test_named_twice_or_not_at_all(run: Path, tmp_path: Path) -> None:
     refused([*last(run, 2), last(run, 1)[0]], tmp_path, "step-00000500: is named twice")
     refused([], tmp_path, "no checkpoint was named")
