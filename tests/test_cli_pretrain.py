@@ -183,7 +183,7 @@ def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_p
     assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     (checkpoint.newest(cut) / checkpoint.STATE).write_text("{")
     code, _, err = run("pretrain", config, "--out", cut, "--resume")
-    assert code == 2 and "is no state of a checkpoint" in err
+    assert code == 2 and "state.json: not JSON" in err
 
 
 def test_every_key_that_a_run_is_told_by_has_its_name(config: Path) -> None:
