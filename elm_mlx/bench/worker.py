@@ -64,7 +64,7 @@ class Ours:
             logits, caches = prefill_each(self.model, prompts, PREFILL_STEP)
             tokens, _, state = sampler(logits, sampler.start(prompts, 0))
             yield tokens.tolist()
-            decoder = Decoder(self.model, sampler, caches, tokens, state)
+            decoder = Decoder(self.model, sampler, caches, tokens, state, texts=prompts)
             tokens, _ = decoder.advance()
             for left in reversed(range(new - 1)):
                 current = tokens
