@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, files, json_files, shards
+from elm_mlx import device, files, json_files, reading, shards
 from elm_mlx.errors import InputError
 from elm_mlx.model import Model
 from elm_mlx.tokenizer import FILE_NAME, Tokenizer
@@ -189,7 +189,7 @@ class Pretraining:
         """The recipe but for what may change; the loop adds its own settings."""
         digest = hashlib.sha256()
         if self._recipe.data.validation is not None:
-            digest.update(files.expanded(self._recipe.data.validation).read_bytes())
+            digest.update(reading.content(files.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
         run = self._recipe.run
         config = {
             **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},
