@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import files, headers
-from elm_mlx.errors import InputError
+from elm_mlx.errors import InputError, counted
 from elm_mlx.families import Config
 from elm_mlx.json_files import read_object
 
@@ -89,7 +89,7 @@ class Adapter:
         low, high = min(self.ranks.values()), self.rank
         ranks = f"{low}" if low == high else f"{low} to {high}"
         name = {"lora": "LoRA", "dora": "DoRA"}[self.kind]
-        return f"{name} of rank {ranks}, scale {self.scale:g}, on {len(self.ranks)} modules"
+        return f"{name} of rank {ranks}, scale {self.scale:g}, on {counted(len(self.ranks), 'module')}"
 
 
 def plan(
@@ -120,7 +120,9 @@ def plan(
         InputError: a target that names nothing, a rank for nothing or none for something, a number out of range.
     """
     if not (-1 <= num_layers <= config.num_layers):
-        raise InputError(f"num_layers is {num_layers}, and the model has {config.num_layers} layers (-1 means all)")
+        raise InputError(
+            f"num_layers is {num_layers}, and the model has {counted(config.num_layers, 'layer')} (-1 means all)"
+        )
     for name, value, most in (("alpha", alpha or 0.0, 1e6), ("dropout", dropout, 1 - 1e-9)):
         if not 0 <= value <= most:
             raise InputError(
@@ -241,7 +243,7 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
         if found is None:
             raise InputError(f"rank says nothing of {module}: a pattern '*' would fit all that no other fits")
     elif len(rank) != config.num_layers:
-        raise InputError(f"rank has {len(rank)} entries, and the model {config.num_layers} layers")
+        raise InputError(f"rank has {counted(len(rank), 'entry')}, and the model {counted(config.num_layers, 'layer')}")
     else:
         found = max(rank) if layer is None else rank[layer]
     if type(found) is not int or not 0 < found <= config.vocab_size:

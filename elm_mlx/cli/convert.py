@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_mlx.cli.show import say, size
+from elm_mlx.cli.show import counted, say, size
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -123,7 +123,7 @@ def _print_plan(plan: Plan) -> None:
         ("source", f"{source.label}: {source.kind}, {plan.source_dtype}"),
         ("commit", source.revision),
         ("config", plan.config_origin),
-        ("model", f"{plan.parameters:,} parameters, {config.num_layers} layers of {config.model_dim}"),
+        ("model", f"{plan.parameters:,} parameters, {counted(config.num_layers, 'layer')} of {config.model_dim}"),
         ("", f"heads {_range(heads)} of {config.head_dim}, key/value heads {_range(kv)}, FFN {_range(ffn)}"),
         ("", _traits(config)),
         ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),

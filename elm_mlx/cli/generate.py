@@ -15,7 +15,7 @@ import typer
 
 from elm_mlx import json_files, reading
 from elm_mlx.cli import options
-from elm_mlx.cli.show import Speech, line, note, visible
+from elm_mlx.cli.show import Speech, counted, line, note, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: b
             advance()
     seconds = time.perf_counter() - start
     line(
-        f"{len(texts)} prompts: {read} tokens read and {written} generated in {seconds:.1f} s, "
+        f"{counted(len(texts), 'prompt')}: {counted(read, 'token')} read and {written} generated in {seconds:.1f} s, "
         f"{written / seconds:.1f} tokens/s | peak memory: {device.peak_memory() / 1e9:.2f} GB",
         err=True,
     )
@@ -207,8 +207,8 @@ def _print_statistics(last: Response | None) -> None:
     from elm_mlx.device import peak_memory
 
     line(
-        f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens/s | "
-        f"generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s | "
+        f"prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s | "
+        f"generation: {counted(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s | "
         f"first token: {last.time_to_first_token:.3f} s | peak memory: {peak_memory() / 1e9:.2f} GB"
         + (f" | ended by: {last.finish_reason}" if last.finish_reason else ""),
         err=True,

@@ -13,7 +13,7 @@ import typer
 from elm_mlx import blas
 from elm_mlx.cli import options
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import line, say, size
+from elm_mlx.cli.show import counted, line, say, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -97,8 +97,9 @@ def _print(about: Description) -> None:
         "QK norm" if about.qk_norm else "no QK norm",
         "tied head" if about.tied_head else "untied head",
     ]
+    layers = counted(len(about.layers), "layer")
     lines = {
-        "shape": f"{len(about.layers)} layers, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
+        "shape": f"{layers}, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
         "context": f"{about.context:,} tokens",
         "stored": f"{about.dtype}, {size(about.file_bytes)}",
@@ -140,7 +141,7 @@ def _print_other(about: FamilyDescription) -> None:
         cache = ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items())
     head = "tied head" if about.tied_head else "untied head"
     lines = {
-        "shape": f"{about.num_layers} layers, width {about.model_dim}, {head}; the network is mlx-lm's",
+        "shape": f"{counted(about.num_layers, 'layer')}, width {about.model_dim}, {head}; the network is mlx-lm's",
         "linears": ", ".join(name.rpartition(".")[2] for name in about.linears),
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
         "context": context,

@@ -110,8 +110,9 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
     sources = ", ".join(source.name for source in recipe.data.sources)
     asked, rising = recipe.optimizer.warmup, recipe.optimizer.warmup_steps()
     unfit = "" if asked in (None, rising) else f": the recipe's {asked:,} do not fit into {steps:,}"
+    layers = counted(config.num_layers, "layer")
     return [
-        ("model", f"{config.parameters:,} parameters in {config.num_layers} layers, {config.vocab_size:,} tokens"),
+        ("model", f"{config.parameters:,} parameters in {layers}, {config.vocab_size:,} tokens"),
         ("data", f"{sources}; tokenized by {recipe.tokenizer}"),
         ("batches", f"{counted(recipe.run.batch_size, 'row')} of {recipe.data.sequence_length:,} tokens{processes}, "
                     f"{recipe.run.accumulate} to an update"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import line, printable
+from elm_mlx.cli.show import counted, line, printable
 
 if TYPE_CHECKING:
     from elm_mlx.train.metrics import Run
@@ -39,7 +39,7 @@ def report(
             line(f"{run.name}: {note}", err=True)
     if sys.stdout.isatty():
         _print(found)
-    count = f"{len(found):,} runs" if len(found) > 1 else "1 run"
+    count = counted(len(found), "run")
     line(f"wrote {out}" + (f" and {png}" if png is not None else "") + f": {count}")
 
 

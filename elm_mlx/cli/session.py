@@ -19,7 +19,7 @@ import typer
 from elm_mlx import files, settings
 from elm_mlx.chat import DEFAULTS, Chat, Reply
 from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
-from elm_mlx.cli.show import Speech, folded, note, visible
+from elm_mlx.cli.show import Speech, counted, folded, note, visible
 from elm_mlx.errors import ElmError, InputError
 
 BLOCK = '"""'
@@ -169,7 +169,9 @@ class Session:
         elif reply.finish_reason == "stop" and not said:
             self._note("(the model says nothing)")
         elif reply.finish_reason == "length" and not self._chat.continues:
-            self._note(f"(cut off after {reply.statistics.generated_tokens} tokens: /set max_tokens allows more)")
+            self._note(
+                f"(cut off after {counted(reply.statistics.generated_tokens, 'token')}: /set max_tokens allows more)"
+            )
         elif reply.finish_reason == "context" and not self._chat.continues:
             self._note("(cut off: the context is full)")
 
@@ -242,10 +244,11 @@ class Session:
             self._note("no answer yet")
             return
         reused = last.prompt_tokens - last.read_tokens
+        asked = counted(last.prompt_tokens, "token")
         self._note(
-            f"prompt        {last.prompt_tokens} tokens: {last.read_tokens} read, {reused} were in the cache\n"
+            f"prompt        {asked}: {last.read_tokens} read, {reused} were in the cache\n"
             f"first token   after {last.time_to_first_token:.3f} s\n"
-            f"answer        {last.generated_tokens} tokens, {last.generation_tps:.1f} tokens/s\n"
+            f"answer        {counted(last.generated_tokens, 'token')}, {last.generation_tps:.1f} tokens/s\n"
             f"memory        {last.peak_memory / 1e9:.2f} GB at most"
         )
 

@@ -18,7 +18,7 @@ from typing import TextIO
 
 import typer
 
-from elm_mlx.errors import InputError
+from elm_mlx.errors import InputError, counted
 from elm_mlx.escape import printable, stripped, visible
 
 __all__ = [
@@ -148,10 +148,6 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("s" if count != 1 else "")
-
-
 def name_bad(reasons: Iterable[str]) -> None:
     """Each bad record on a line of stderr; of very many the first ones, and how many there are besides."""
     reasons = list(reasons)
@@ -170,5 +166,5 @@ def bad_records_named(path: Path) -> Iterator[None]:
         yield
     except BadRecords as error:
         name_bad(error.reasons)
-        count = counted(len(error.reasons), "bad record")
-        raise InputError(f"{path}: {count}; mend them, or --skip-bad leaves them out") from None
+        count, they = counted(len(error.reasons), "bad record"), "it" if len(error.reasons) == 1 else "them"
+        raise InputError(f"{path}: {count}; mend {they}, or --skip-bad leaves {they} out") from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import say, size
+from elm_mlx.cli.show import counted, say, size
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
@@ -60,13 +60,13 @@ def train_tokenizer(
 
 
 def _print_sample(sample: Sample, files: int) -> None:
-    say("read", f"{size(sample.nbytes)} of text, {sample.texts:,} records in {files} file{'s' * (files > 1)}")
+    say("read", f"{size(sample.nbytes)} of text, {counted(sample.texts, 'record')} in {counted(files, 'file')}")
     for line in sample.bad[:_SHOWN]:
         say("bad", line)
     if len(sample.bad) > _SHOWN:
         say("bad", f"{len(sample.bad) - _SHOWN:,} more")
-    say("sample", f"{size(sum(map(len, sample.lines)))}, {len(sample.lines):,} lines")
-    held_out = f"{size(sum(map(len, sample.held_out)))}, {len(sample.held_out):,} lines, for measuring"
+    say("sample", f"{size(sum(map(len, sample.lines)))}, {counted(len(sample.lines), 'line')}")
+    held_out = f"{size(sum(map(len, sample.held_out)))}, {counted(len(sample.held_out), 'line')}, for measuring"
     say("held out", held_out if sample.held_out else "nothing: there are too few lines")
 
 

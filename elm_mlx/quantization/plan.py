@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from elm_mlx.errors import InputError
+from elm_mlx.errors import InputError, counted
 from elm_mlx.packing import BITS
 from elm_mlx.quantization import budget
 from elm_mlx.quantization.formats import Format
@@ -154,7 +154,9 @@ def _notes(shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, Format],
     left = [name for name in shapes if name not in formats]
     notes = []
     if smaller:
-        notes.append(f"{len(smaller)} weights in smaller groups, into which their rows divide; such as {smaller[0]}")
+        notes.append(
+            f"{counted(len(smaller), 'weight')} in smaller groups, into which rows divide; such as {smaller[0]}"
+        )
     if left:
-        notes.append(f"{len(left)} weights stay as they are: their rows divide into no groups; such as {left[0]}")
+        notes.append(f"{counted(len(left), 'weight')} left as stored: rows divide into no groups; such as {left[0]}")
     return tuple(notes)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from elm_mlx.errors import InputError
+from elm_mlx.errors import InputError, counted
 from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from elm_mlx.train.encoding import Encoder, Example
 from elm_mlx.train.records import Conversation, Record, Text
 
 _LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
+_PURPOSES = {"valid": "validate"}
 _KEYS = 8  # keys without meaning that are named
 
 
@@ -91,14 +92,15 @@ class Prepared:
         longest = f"the longest, {self.longest[1]}, has {self.longest[0]:,}"
         lines = []
         if self.split:
-            texts = "1 text" if self.split == 1 else f"{self.split:,} texts"
-            lines.append(f"{texts} {over} split into {self.windows:,} examples; {longest}")
+            lines.append(f"{counted(self.split, 'text')} {over} split into {self.windows:,} examples; {longest}")
         if self.cut:
-            lines.append(f"{self.cut:,} of {len(self.lengths):,} records {over}: their end is cut off; {longest}")
+            lines.append(
+                f"{self.cut:,} of {counted(len(self.lengths), 'record')} {over}: their end is cut off; {longest}"
+            )
         if self.left_out:
             why = ", as cut they would teach nothing" if self.truncate else ""
             remedies = ", ".join(self._remedies())
-            left_out = f"{self.left_out:,} of {len(self.lengths):,} records {over}: left out{why}; {longest}"
+            left_out = f"{self.left_out:,} of {counted(len(self.lengths), 'record')} {over}: left out{why}; {longest}"
             lines.append(f"{left_out}; {remedies}" if remedies else left_out)
         return lines
 
@@ -177,7 +179,7 @@ def check(path: Path, splits: Mapping[str, Prepared], skip_bad: bool) -> None:
     for name, split in splits.items():
         if not split.examples:
             lost = "; ".join(split.warnings()) or split.bad[0]
-            raise InputError(f"{path}: no example is left to {name} on: {lost}")
+            raise InputError(f"{path}: no example is left to {_PURPOSES.get(name, name)} on: {lost}")
 
 
 def prepare(

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from elm_mlx.errors import InputError
+from elm_mlx.errors import InputError, counted
 
 SHAPES = ("cosine", "linear", "constant")
 OPTIMIZERS = ("adamw", "adafactor")
@@ -51,7 +51,7 @@ class Schedule:
         if self.steps < 1:
             raise InputError(f"a run has at least 1 update, not {self.steps}")
         if not 0 <= self.warmup <= self.steps:
-            raise InputError(f"warm-up of {self.warmup} steps does not fit in {self.steps}")
+            raise InputError(f"warm-up of {counted(self.warmup, 'update')} does not fit in {self.steps}")
 
     def __call__(self, step: int) -> float:
         """The rate of update number `step`, counted from 0."""

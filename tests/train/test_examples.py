@@ -133,7 +133,7 @@ class TestLoad:
         with pytest.raises(InputError, match=r"no example is left to train on: .*line 1: `text` is empty"):
             load(bad, tokenizer, None, 99, skip_bad=True)
         long = self.write(tmp_path / "long.jsonl", {"prompt": "the fox" * 9, "completion": "x"})
-        with pytest.raises(InputError, match=r"no example is left to train on: 1 of 1 records longer than 9 tokens"):
+        with pytest.raises(InputError, match=r"no example is left to train on: 1 of 1 record longer than 9 tokens"):
             load(long, tokenizer, None, 9)
         with pytest.raises(InputError, match="--max-seq-length 1: an example has two tokens or more"):
             load(bad, tokenizer, None, 1)
