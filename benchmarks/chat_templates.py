@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import jinja
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError
 
 # Models' own, of licences that permit copies, and trl's second forms of them (Apache-2.0).
 COPIED = {
@@ -93,7 +93,7 @@ def ours(template: str) -> list[list[str | None]]:
     def render(messages: list[dict[str, str]]) -> list[str | None]:
         try:
             texts = jinja.render(template, "", [(messages, False), (messages, True)], NAMES)
-        except InputError:
+        except ElmError:
             return [None, None]
         return [text if isinstance(text, str) else None for text in texts]
 

@@ -33,12 +33,19 @@ INSTEAD = "--template FILE takes another, --template none goes without one"
 
 _CODE = 20 << 20  # bytes of libraries and stack, which the kernel does not count as data
 _POLL = 5  # milliseconds
+_NO_START = "the process that renders chat templates does not start"
 
 Conversation = tuple[Sequence[Mapping[str, str]], bool]  # messages, and whether the generation prompt follows
 
 
 class Refusal(InputError):
     """The template does not take a conversation, or fails on it."""
+
+
+class LimitError(ElmError):
+    """The template does not stay within the limits. Not of its conversation alone: the next may cost as much."""
+
+    exit_code = InputError.exit_code
 
 
 def start() -> None:
@@ -65,7 +72,8 @@ def render(
         names: the template's further variables, `bos_token` and the like.
 
     Raises:
-        InputError: `source` is no Jinja, or does not stay within the limits.
+        InputError: `source` is no Jinja.
+        LimitError: it does not stay within the limits.
         ElmError: the process does not start.
     """
     common = {**names, "tools": None, "documents": None}
@@ -77,7 +85,7 @@ def render(
         try:
             answer = _running().ask(source, variables)
         except _EndedError as error:
-            raise InputError(f"{where}: the chat template {error} ({INSTEAD})") from None
+            raise LimitError(f"{where}: the chat template {error} ({INSTEAD})") from None
     if "invalid" in answer:
         raise InputError(f"{_failure(where, answer['invalid'])} ({INSTEAD})")
     return [text if isinstance(text, str) else Refusal(_failure(where, text)) for text in answer["rendered"]]
@@ -99,13 +107,14 @@ class _Process:
         self._seconds, self._memory = SECONDS, MEMORY
         self._watched = not KERNEL_LIMITS_MEMORY
         limits = [str(SECONDS), str(0 if self._watched else MEMORY - _CODE)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", jinja_worker.__file__, *limits, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # where Ctrl-C in the terminal does not reach it
-        )
+        command = [sys.executable, "-I", "-S", jinja_worker.__file__, *limits, *sys.path]
+        pipe = subprocess.PIPE
+        try:
+            self._process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
+                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+            )
+        except OSError as error:
+            raise ElmError(f"{_NO_START}: {error.strerror}") from None
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self._arrival = select.poll()
@@ -121,7 +130,7 @@ class _Process:
         """The worker's answer. Raises _EndedError where there is none, and after any error the process is no more."""
         try:
             if not self._ready and not self._answers.readline():
-                raise ElmError("the process that renders chat templates does not start: is jinja2 installed?")
+                raise ElmError(f"{_NO_START}: is jinja2 installed?")
             self._ready = True
             request = {"source": None if source == self._source else source, "conversations": conversations}
             with suppress(BrokenPipeError):  # the end of the answers says why

@@ -20,6 +20,7 @@ from typing import Any
 from elm_mlx import files, jinja, reading
 from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import InputError
+from elm_mlx.jinja import Conversation
 from elm_mlx.json_files import read_object_if_there
 from elm_mlx.tokenizer import Tokenizer
 
@@ -53,12 +54,19 @@ class Template(ABC):
         self.tokenizer = tokenizer
 
     @abstractmethod
-    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
-        """The conversation as runs of text and control tokens, BOS first where the tokenizer has one.
+    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+        """Each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
+
+        Args:
+            conversations: of each its messages, and whether to end with what makes the model answer.
 
         Raises:
-            InputError: the template does not take such a conversation.
+            InputError: the template does not take one of them.
         """
+
+    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        """One conversation, as `parts_of`."""
+        return self.parts_of([(messages, add_generation_prompt)])[0]
 
     def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """The ids of the conversation, exactly one BOS in front.
@@ -88,10 +96,9 @@ class Template(ABC):
             InputError: as `encode`.
         """
         messages = check_messages(messages)
-        after = self.parts(messages, True)
         if len(messages) < 3 or messages[-2]["role"] != "assistant":
-            return self.tokenizer.encode_parts(after)
-        asked, answered = self.parts(messages[:-2], True), self.parts(messages[:-1], False)
+            return self.encode(messages)
+        after, asked, answered = self.parts_of([(messages, True), (messages[:-2], True), (messages[:-1], False)])
         # Some close a whole conversation by more than an answer in it.
         same = next((i for i, (a, b) in enumerate(zip(answered, after, strict=False)) if a != b), len(answered))
         end = max((i for i, part in enumerate(after[:same]) if isinstance(part, int)), default=-1)
@@ -116,7 +123,10 @@ class OpenELMInstruct(Template):
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self.stop_ids = _unique(*tokenizer.eos_ids, self._eos)
 
-    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+        return [self._parts(messages, prompt) for messages, prompt in conversations]
+
+    def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": ""}, *messages]
         parts: list[Part] = [self._bos]
@@ -139,7 +149,8 @@ class JinjaTemplate(Template):
         names: what `bos_token`, `eos_token` and their like are called, for the template to write.
 
     Raises:
-        InputError: `source` is no Jinja, or does not stay within `jinja`'s limits.
+        InputError: `source` is no Jinja.
+        LimitError: it does not stay within the limits of `jinja`.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
@@ -148,26 +159,30 @@ class JinjaTemplate(Template):
             raise InputError(f"{where}: the chat template is blank ({jinja.INSTEAD})")
         self._source, self._where, self._names = source, where, dict(names)
         self._ids = tokenizer.control_ids
+        self._first, self._last = {name[0] for name in self._ids}, {name[-1] for name in self._ids}
         self._pattern = tokenizer.names_of_controls()
         self.stop_ids, self.stop_strings = self._ends()
 
-    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
-        mark = self._unused_character(messages)
-        shielded = [{**message, "content": self._shield(message["content"], mark)} for message in messages]
-        versions = [messages, shielded] if any(mark in message["content"] for message in shielded) else [messages]
-        rendered = self._render([(version, add_generation_prompt) for version in versions])
-        refusal = next((text for text in rendered if isinstance(text, jinja.Refusal)), None)
-        if refusal is not None:
-            raise refusal
-        parts, *others = (self._split(text) for text in rendered if isinstance(text, str))
-        for safe in others:
-            if _controls(parts) != _controls(safe):  # a message holds the name of a control token
-                parts = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
+    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+        mark = self._unused_character([message for messages, _ in conversations for message in messages])
+        shielded = [(self._shielded(messages, mark), prompt) for messages, prompt in conversations]
+        differing = [i for i, (messages, _) in enumerate(shielded) if any(mark in m["content"] for m in messages)]
+        rendered = self._render([*conversations, *(shielded[i] for i in differing)])
+        for text in rendered:
+            if isinstance(text, jinja.Refusal):
+                raise text
+        split = [self._split(text) for text in rendered if isinstance(text, str)]
+        for i, safe in zip(differing, split[len(conversations) :], strict=True):
+            if _controls(split[i]) != _controls(safe):  # a message holds the name of a control token
+                split[i] = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
+        return [self._begun(parts) for parts in split[: len(conversations)]]
+
+    def _begun(self, parts: list[Part]) -> list[Part]:
         bos = self.tokenizer.bos_id if self.tokenizer.bos_before_templates else None
         parts = self.tokenizer.trimmed(parts)
         return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
 
-    def _render(self, conversations: Sequence[jinja.Conversation]) -> list[str | jinja.Refusal]:
+    def _render(self, conversations: Sequence[Conversation]) -> list[str | jinja.Refusal]:
         return jinja.render(self._source, self._where, conversations, self._names)
 
     def _split(self, text: str) -> list[Part]:
@@ -178,6 +193,9 @@ class JinjaTemplate(Template):
             start = match.end()
         return [part for part in (*parts, text[start:]) if part != ""]
 
+    def _shielded(self, messages: Messages, mark: str) -> Messages:
+        return [{**message, "content": self._shield(message["content"], mark)} for message in messages]
+
     def _shield(self, content: str, mark: str) -> str:
         """`content` with `mark`s in it, so that no name of a control token can begin, end or lie in it.
 
@@ -185,8 +203,8 @@ class JinjaTemplate(Template):
         first character should all of it be the middle of a name. So none is beyond the space at its ends,
         where the template could not trim it.
         """
-        first, last = {name[0] for name in self._ids}, {name[-1] for name in self._ids}
-        text = "".join(mark * (c in last) + c + mark * (c in first) for c in content)
+        marked = {ord(c): mark * (c in self._last) + c + mark * (c in self._first) for c in self._first | self._last}
+        text = content.translate(marked)
         word = content.strip()
         if word and any(word in name for name in self._ids):
             at = text.index(word[0]) + 1

@@ -11,7 +11,7 @@ import sys
 import time
 
 from elm_mlx import jinja
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError
 
 _LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "BODY" + "{% endfor %}" * 3
 _GROW = (
@@ -215,7 +215,7 @@ def main() -> None:
         begin = time.perf_counter()
         try:
             outcome = str(jinja.render(source, name, [(message, True)], {})[0])
-        except InputError as error:
+        except ElmError as error:
             outcome = str(error)
         took = time.perf_counter() - begin
         slowest = max(slowest, took)

@@ -127,6 +127,19 @@ def test_the_prompt_too(run: Run, tmp_path: Path) -> None:
     assert "<s>⟦the quick fox 0</s>⟧" in out
 
 
+def test_template_beyond_its_limits_is_no_matter_of_a_record(run: Run, tmp_path: Path) -> None:
+    """The next record would take the template as long."""
+    template = tmp_path / "huge.jinja"
+    template.write_text("{% for m in messages %}{{ 'x' * 10 ** 9 if m.content == 'hi' else m.content }}{% endfor %}")
+    record = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    data = tmp_path / "data.jsonl"
+    data.write_text(f"{json.dumps(record)}\n" * 100)
+    code, said, told = run(data, "--template", template, "--skip-bad")
+    assert (code, said) == (2, "")
+    assert told.startswith(f"elm-mlx: {template}: the chat template needs more than 200 MB (--template FILE")
+    assert told.count("\n") == 1
+
+
 def test_the_models_template_or_another(run: Run, tmp_path: Path, tiny_model_dir: Path) -> None:
     path = write(tmp_path / "a.jsonl", *turns(1))
     model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))

@@ -18,7 +18,8 @@ import pytest
 from hostile_templates import TEMPLATES
 
 from elm_mlx import jinja
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import ElmError
+from elm_mlx.jinja import LimitError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -76,7 +77,7 @@ class TestLimits:
             begin = time.perf_counter()
             try:
                 assert len(render(source)) < 150_000, name
-            except InputError as error:
+            except ElmError as error:
                 assert re.fullmatch(r"there\.jinja: the chat template .{1,500}", str(error)), name
                 assert str(error).isprintable(), name
             assert time.perf_counter() - begin < 2, name  # a busy machine is slow to end it
@@ -93,7 +94,7 @@ class TestLimits:
         limits.setattr(jinja, "KERNEL_LIMITS_MEMORY", False)
         limits.setattr(jinja, "SECONDS", 30)
         assert render("{{ messages[0].content }}") == "Hi"
-        with pytest.raises(InputError, match="needs more than 200 MB"):
+        with pytest.raises(LimitError, match="needs more than 200 MB"):
             render(
                 "{% set ns = namespace(s=[]) %}"
                 + ENDLESS.replace("%}{% endfor", "%}{% set ns.s = [ns.s, 'x' * 9999 ~ b] %}{% endfor", 1)
@@ -103,7 +104,7 @@ class TestLimits:
     def test_time_is_bounded(self, limits):
         limits.setattr(jinja, "SECONDS", 0.2)
         with pytest.raises(
-            InputError, match=r"takes more than 0\.2 s \(--template FILE takes another, --template none"
+            LimitError, match=r"takes more than 0\.2 s \(--template FILE takes another, --template none"
         ):
             render(ENDLESS)
 
@@ -114,7 +115,7 @@ class TestLimits:
         assert render("y") == "y"
 
     def test_text_is_bounded_by_what_was_said(self):
-        with pytest.raises(InputError, match="writes without end"):
+        with pytest.raises(LimitError, match="writes without end"):
             render("{{ 'x' * 200000 }}")
         long = [{"role": "user", "content": "é" * 500_000}]
         assert jinja.render("{{ messages[0].content }}", "", [(long, True)], {}) == ["é" * 500_000]
@@ -123,7 +124,7 @@ class TestLimits:
 class TestProcess:
     def test_next_template_gets_another_one(self):
         for source in (HUGE, "{{ 'x' * 200000 }}"):
-            with pytest.raises(InputError):
+            with pytest.raises(LimitError):
                 render(source)
             assert render("{{ messages[0].content }}") == "Hi"
 
@@ -142,7 +143,7 @@ class TestProcess:
         assert process is not None
         killer = threading.Timer(0.2, os.kill, (process._process.pid, signal.SIGKILL))
         killer.start()
-        with pytest.raises(InputError, match=r"ended the process that rendered it \(signal 9\)"):
+        with pytest.raises(LimitError, match=r"ended the process that rendered it \(signal 9\)"):
             render(ENDLESS)
         killer.join()
 

@@ -14,7 +14,7 @@ from sentencepiece_models import EXACT, SHARED, train
 
 from elm_mlx import jinja as jinja_engine
 from elm_mlx import template
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, choose
 from elm_mlx.tokenizer import Tokenizer
 
@@ -333,7 +333,7 @@ class TestChoose:
     )  # fmt: skip
     def test_one_that_cannot_be_used_is_an_error_and_no_base_model(self, tmp_path, tokenizer, files, reason):
         write_templates(tmp_path, files)
-        with pytest.raises(InputError, match=re.escape(reason)) as error:
+        with pytest.raises(ElmError, match=re.escape(reason)) as error:
             choose(tmp_path, tokenizer)
         assert str(error.value).endswith("(--template FILE takes another, --template none goes without one)")
         assert choose(tmp_path, tokenizer, "none") is None

@@ -113,13 +113,15 @@ class Encoder:
     def _conversation(self, messages: Messages, untrained: Collection[int] = ()) -> Example:
         """Every answer is trained but those of the messages that `untrained` numbers from 0."""
         assert self._template is not None
-        parts = self._template.parts(messages, False)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = [i for i in answers if self._all or i not in untrained]
+        asked = [(messages[:i], True) for i in wanted]
+        answered = [(messages[: i + 1], False) for i in wanted if i + 1 < len(messages)]
+        parts, *begun = self._template.parts_of([(messages, False), *asked, *answered])
+        begun.append(parts)  # up to and with the last answer, if that is the end
         spans: dict[int, tuple[Position, Position]] = {}
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant" and (self._all or i not in untrained):
-                asked = self._template.parts(messages[:i], True)
-                answered = parts if i + 1 == len(messages) else self._template.parts(messages[: i + 1], False)
-                spans[i] = _span(parts, asked, answered, i + 1)
+        for i, before, after in zip(wanted, begun, begun[len(wanted) :], strict=False):
+            spans[i] = _span(parts, before, after, i + 1)
         last = max(spans)
         if last + 1 == len(messages) and spans[last][1] == _end(parts) and isinstance(parts[-1], str):
             parts = [*parts, *self._eos]  # the template ends an answer by nothing of its own
