@@ -6,6 +6,7 @@ weight is, is `lora`'s; how it goes back into integers, `requantize`'s. Writes n
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -14,7 +15,7 @@ import mlx.core as mx
 from elm_mlx import lora
 from elm_mlx.adapters import EMBEDDING, Adapter
 from elm_mlx.families import Config
-from elm_mlx.requantize import requantize
+from elm_mlx.requantize import NEAREST, requantize
 from elm_mlx.shards import Pending
 from elm_mlx.store import Packing, stored_type
 
@@ -29,6 +30,7 @@ class Merge:
         values: the adapter's arrays by their names in the model.
         dequantize: write what is quantized in a type of floats.
         dtype: that of all that is not quantized; None for what it is, and of what was quantized the model's.
+        way: how what is quantized takes up the change, one of `requantize`'s.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Merge:
         adapter: Adapter,
         dequantize: bool,
         dtype: mx.Dtype | None,
+        way: str = NEAREST,
     ):
         self._weights, self._packing, self._values = weights, packing, values
         self._adapter, self._dequantize = adapter, dequantize
-        self._given = dtype
+        self._given, self._way = dtype, way
         self._dtype = dtype or stored_type(config, weights, packing)
         self._counts: list[tuple[int, int]] = []
 
@@ -90,7 +93,8 @@ class Merge:
         if not quantized:
             parts = (name, self._part(name, "scales"), self._part(name, "biases"))
             before = [self._weights[part] for part in parts if part in self._weights]
-            made, moved = _quantized(self._merged(name), before, self._packing[name], self._dtype)
+            seed = zlib.crc32(name.encode())
+            made, moved = _quantized(self._merged(name), before, self._packing[name], self._dtype, self._way, seed)
             self._counts.append((moved, made[0].size * 32 // self._packing[name]["bits"]))
             quantized |= dict(zip(parts, made, strict=False))
         return quantized.pop(part)
@@ -116,11 +120,11 @@ class Merge:
 
 
 def _quantized(
-    weight: mx.array, before: Sequence[mx.array], how: Packing, dtype: mx.Dtype
+    weight: mx.array, before: Sequence[mx.array], how: Packing, dtype: mx.Dtype, way: str, seed: int
 ) -> tuple[Sequence[mx.array], int]:
     """A merged weight in the parts, and by the way, that it had `before`; and how many of its values are others."""
     if how["mode"] == "affine":
-        *made, moved = requantize(weight, *before, group_size=how["group_size"], bits=how["bits"])
+        *made, moved = requantize(weight, *before, group_size=how["group_size"], bits=how["bits"], way=way, seed=seed)
         return made, moved
     made = mx.quantize(weight.astype(dtype), **how)
     old, new = (lora.dequantize(integers, scales, None, **how) for integers, scales in (before, made))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import tiny
 
-from elm_mlx import adapt, adapters, lora
+from elm_mlx import adapt, adapters, lora, requantize
+from elm_mlx import fuse as module
 from elm_mlx.adapters import Adapter, plan
 from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
@@ -120,7 +122,12 @@ def test_each_weight_is_the_merged_one_rounded_once(
     base = bases(dtype)
     adapter = adapter_for(base, tmp_path / "adapter", **KINDS[kind])
     done = fuse(base, adapter, tmp_path / "fused")
-    assert done.dtype == dtype and done.on_text and done.tolerance and done.rms / done.spread < done.tolerance
+    assert (
+        done.dtype == dtype
+        and "two other books" in done.compared
+        and done.tolerance
+        and done.rms / done.spread < done.tolerance
+    )
     found, expected = dense(tmp_path / "fused"), merged(base, adapter)
     assert found.keys() == expected.keys() and done.untied == (kind == "embedding")
     rounding = {"float32": 1e-5, "float16": 2**-11, "bfloat16": 2**-8}[dtype] * 1.01
@@ -218,15 +225,50 @@ def test_or_it_is_dequantized_without_a_loss(
         np.testing.assert_allclose(found[name], weight, rtol=2**-7, atol=1e-5, err_msg=name)
 
 
-def test_what_is_less_than_half_a_step_leaves_the_model_as_it_was(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    """A new fit would move the grid under every weight."""
+def test_what_four_bits_cannot_keep_is_refused_with_its_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """No weight changes by half a step, and the noise of lots is more than a hundred small weights can average."""
     base = bases("4-bit")
     adapter = adapter_for(base, tmp_path / "adapter", size=1e-4, targets=["qkv_proj"])
-    done = fuse(base, adapter, tmp_path / "fused")
-    assert done.moved == 0 and done.rms == pytest.approx(done.effect, rel=0.01)
+    with pytest.raises(ElmError, match=r"keep too little .*by lot \d+%, rounded to the nearest 0%, on a new grid 0%"):
+        fuse(base, adapter, tmp_path / "fused")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
+    kept = fuse(base, adapter, tmp_path / "dense", dequantize=True, dtype="float32")
+    assert kept.rms < kept.effect / 10 and kept.kept == {} and kept.way is None
+
+
+def test_of_an_adapter_without_effect_nothing_is_lost(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    base = bases("4-bit")
+    done = fuse(base, adapter_for(base, tmp_path / "adapter", size=0.0), tmp_path / "fused")
+    assert (done.taught, done.divergence, done.moved, done.share) == (0, 0, 0, 1)
     before, after = (mx.load(str(path / "model.safetensors")) for path in (base, tmp_path / "fused"))
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
-    assert fuse(base, adapter, tmp_path / "dense", dequantize=True, dtype="float32").rms < done.effect / 10
+
+
+@pytest.mark.parametrize("best", [requantize.LOT, requantize.ANEW])  # written again, and last
+def test_the_way_that_keeps_most_is_written(
+    best: str, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever it is: what is on the disk is what the figures are of."""
+    base = bases("4-bit")
+    adapter = adapter_for(base, tmp_path / "adapter", size=0.3)
+    monkeypatch.setattr(module, "_KEPT", -math.inf)
+    monkeypatch.setattr(module, "_ENOUGH", math.inf)
+    shares = {way: float(way == best) for way in requantize.WAYS}
+    monkeypatch.setattr(Fusion, "share", property(lambda done: shares[done.way]))
+    done = fuse(base, adapter, tmp_path / "fused")
+    assert done.way == best and done.kept == shares
+    monkeypatch.setattr(module, "WAYS", {best: ""})
+    fuse(base, adapter, tmp_path / "alone")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("fused", "alone"))
+    assert one == other
+
+
+def test_no_other_way_is_tried_where_nearly_all_is_kept(
+    bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fusion, "share", property(lambda done: 0.96))
+    done = fuse(bases("4-bit"), adapter_for(bases("4-bit"), tmp_path / "adapter"), tmp_path / "fused")
+    assert (done.way, done.kept) == (requantize.LOT, {requantize.LOT: 0.96})
 
 
 def test_a_float_mode_is_quantized_anew_too(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -240,8 +282,9 @@ def test_a_float_mode_is_quantized_anew_too(bases: Callable[[str], Path], tmp_pa
     utils.save_config(config, base / "config.json")
     done = fuse(base, adapter_for(base, tmp_path / "adapter", size=0.3), tmp_path / "fused")
     assert done.moved is not None and 0 < done.moved < 1 and done.tolerance is None
-    unchanged = fuse(base, adapter_for(base, tmp_path / "small", size=1e-6), tmp_path / "same")
-    assert unchanged.moved == 0
+    assert list(done.kept) == [requantize.ANEW]
+    with pytest.raises(ElmError, match="on a new grid 0%, and 75% are wanted"):
+        fuse(base, adapter_for(base, tmp_path / "small", size=1e-6), tmp_path / "same")
 
 
 # --- another type
@@ -324,7 +367,7 @@ def test_a_model_without_a_tokenizer_is_compared_on_made_up_ids(bases: Callable[
     base = Path(shutil.copytree(bases("float32"), tmp_path / "base"))
     (base / "tokenizer.model").unlink()
     done = fuse(base, adapter_for(base, tmp_path / "adapter"), tmp_path / "fused")
-    assert not done.on_text and done.tokens == 128
+    assert "made up" in done.compared and done.tokens == 128
 
 
 def test_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -339,15 +382,16 @@ def test_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
     alone, before, after = (
         np.array(other(ids)[0], np.float64) for other in (load_model(base), model, load_model(tmp_path / "fused"))
     )
-    p, q = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (before, after))
+    p, q, r = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (before, after, alone))
     expected = Fusion(
-        tmp_path / "fused", done.adapter, "bfloat16", False, ids.size, True,
+        tmp_path / "fused", done.adapter, "bfloat16", False, ids.size, "the text",
+        taught=float((p * np.log(p / r)).sum(axis=-1).mean()),
         effect=float(np.sqrt(((before - alone) ** 2).mean())), spread=float(before.std()),
         rms=float(np.sqrt(((before - after) ** 2).mean())), largest=float(np.abs(before - after).max()),
         mean=float(np.abs(before - after).mean()), divergence=float((p * np.log(p / q)).sum(axis=-1).mean()),
         same_top=float((before.argmax(-1) == after.argmax(-1)).mean()), tolerance=6 / 128,
     )  # fmt: skip
-    for name in ("effect", "spread", "rms", "largest", "mean", "same_top", "tolerance"):
+    for name in ("effect", "taught", "spread", "rms", "largest", "mean", "same_top", "tolerance"):
         assert getattr(done, name) == pytest.approx(getattr(expected, name), rel=1e-2), name
     assert done.divergence == pytest.approx(expected.divergence, rel=0.1, abs=1e-6)
     assert (done.tokens, done.untied, done.adapter.kind) == (expected.tokens, False, "lora")

@@ -16,10 +16,14 @@ if TYPE_CHECKING:
 
 def fuse(
     model: options.ModelPath,
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter for it, from `lora` or mlx-lm.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter for it, from `lora`, mlx-lm or PEFT.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The model directory to make.")],
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Compare logits on this text. (default: a fable)")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Compare logits on this text. (default: what the run learned from, or excerpts of books)",
+        ),
     ] = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write a quantized model in 16 bits, without a new loss.")
@@ -32,24 +36,36 @@ def fuse(
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""
     from elm_mlx import reading
     from elm_mlx.fuse import fuse
+    from elm_mlx.train.taught import sample
 
     shown = None if text is None else reading.text(text, reading.CORPUS_BYTES)
-    done = fuse(model, adapter, dst, text=shown, dequantize=dequantize, dtype=dtype, overwrite=overwrite)
+    learned = sample(adapter, model) if text is None else None
+    done = fuse(
+        model, adapter, dst, text=shown, taught=learned, dequantize=dequantize, dtype=dtype, overwrite=overwrite
+    )
     _print(done)
 
 
 def _print(done: Fusion) -> None:
-    where = "of text" if done.on_text else "made up, as there is no tokenizer"
+    from elm_mlx.fuse import WAYS, percent
+
     if done.tolerance is None:
-        verdict = "quantized anew: this is what that cost"
+        verdict = "quantized again: this is what that cost"
     else:
         verdict = f"equal but for rounding to {done.dtype}, which explains {done.tolerance:.2g}"
+    kept = {way: f"{percent(share)} {WAYS[way]}" for way, share in done.kept.items()}
+    first = kept.pop(done.way, "") if done.way is not None else ""
     lines = {
         "adapter": f"{done.adapter.describe()}; moves the logits by {done.effect / done.spread:.2g} of their spread",
         "head": "a weight of its own now: the base embedding" if done.untied else "",
-        "moved": _moved(done.moved),
         "template": "" if done.template is None else f"the adapter was trained by {done.template}: now the model's",
-        "compared": f"logits at {done.tokens} positions {where}",
+        "compared": f"logits at {done.tokens} positions: {done.compared}",
+        "kept": "; ".join([f"{first}, of the {done.taught:.2g} nats that the adapter moves it", *kept.values()])
+        if first
+        else "",
+        "moved": f"{100 * done.moved:.2g}% of the quantized weights that the adapter changes"
+        if done.moved is not None
+        else "",
         "difference": f"{done.rms / done.spread:.2g} of the logits' spread; {verdict}",
         "": f"largest {done.largest:.3g}, mean {done.mean:.3g}, spread {done.spread:.3g}",
         "divergence": f"{done.divergence:.2g} nats; the likeliest token is the same at {done.same_top:.1%}",
@@ -61,21 +77,8 @@ def _print(done: Fusion) -> None:
             say(name, line)
 
 
-def _moved(share: float | None) -> str:
-    if share is None:
-        return ""
-    return f"{100 * share:.2g}% of the quantized weights that the adapter changes; the rest are nearest as they were"
-
-
 def _warning(done: Fusion) -> str:
-    if done.moved == 0:
-        return (
-            "no quantized weight takes another value, as each changes by less than half a step; --dequantize keeps it"
-        )
-    if done.rms <= done.effect / 2:
+    if done.rms <= done.effect / 2 or done.tolerance is None:
         return ""
-    if done.tolerance is None:
-        advice = "; --dequantize keeps it, and with --dtype float32 all of it"
-    else:
-        advice = "" if done.dtype == "float32" else "; --dtype float32 keeps it"
+    advice = "" if done.dtype == "float32" else "; --dtype float32 keeps it"
     return f"that is more than half of what the adapter changes: little of it is left{advice}"
