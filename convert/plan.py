@@ -234,7 +234,7 @@ def _fit_tokenizer(
         config = replace(config, **{name: token for name, token in special.items() if token is not None})
     elif tokenizer.eos_id is not None and tokenizer.eos_id not in config.eos_token_ids:
         warnings.append(
-            f"the tokenizer ends texts with token {tokenizer.eos_id}, the config with {config.eos_token_id}"
+            f"the tokenizer ends texts with token {tokenizer.eos_id}, the config with {config.eos_token_id}: both do"
         )
     return config.with_vocab_size(min(pieces, rows))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from elm_mlx.tokenizer import Detokenizer, Tokenizer, byte_of, check_token, chec
 _SPACE = "\u2581"  # how a SentencePiece-like piece writes a space
 _MAX_BYTES = 64 << 20  # of the file; the largest in the wild has 35 MB
 _MAX_PIECES = 1 << 24  # the most in the wild are 262,144
+_one_at_a_time = threading.Lock()
 _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # decoders
 
 
@@ -234,19 +236,20 @@ def _one_error(path: Path, what: str) -> Iterator[None]:
 @contextmanager
 def _panics_unseen() -> Iterator[None]:
     """Keeps what Rust writes of a panic off stderr: it goes past Python's, to the file itself."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    with _one_at_a_time:  # or else one thread would keep what another has put there
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def _state(part: Any) -> list[dict[str, Any]]:

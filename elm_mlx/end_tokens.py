@@ -57,6 +57,7 @@ def read(directory: Path, config: Config) -> Vocabulary:
     )
     if tokenizer is not None:
         tokenizer.eos_ids = ids
+        tokenizer.eos_id = tokenizer.eos_id if tokenizer.eos_id in ids else None
     return Vocabulary(tokenizer, ids, notes)
 
 

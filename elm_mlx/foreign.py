@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 import elm_mlx_convert
-from elm_mlx import adapt, adapters, directories, files
+from elm_mlx import adapt, adapters, directories, files, template
 from elm_mlx.adapters import Adapter
 from elm_mlx.describe import check_directory, read_config
 from elm_mlx.errors import InputError
@@ -32,6 +32,8 @@ def convert_adapter(
 ) -> Adapter:
     """Reads the adapter `src` for the model in `model`, and writes it to `dst`, which appears whole or not at all.
 
+    The chat template that it was trained by goes with it.
+
     Args:
         to: "mlx" or "peft".
         alpha: strength of a CoreNet adapter; or it is in its YAML, `settings` or beside `src`.
@@ -48,6 +50,9 @@ def convert_adapter(
             elm_mlx_convert.write_peft(directory, found, values, config)
         else:
             adapt.write(directory, found, {name: mx.array(value) for name, value in values.items()}, config)
+        trained_by, _ = template.own_source(src)
+        if trained_by is not None:
+            template.record(directory, trained_by)
     return found
 
 

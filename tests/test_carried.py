@@ -122,6 +122,9 @@ def test_the_template_of_a_run_goes_with_its_adapter_and_into_the_fused_model(
         "chat", tiny_model_dir, "--max-tokens", 2, "--adapter", adapter, "--template", "none", stdin="the\n"
     )
     assert code == 0 and "base model" in err, "what is asked for goes before"
+    for to in ("peft", "mlx"):
+        code, out, err = run("adapter", tiny_model_dir, adapter, tmp_path / to, "--to", to)
+        assert code == 0 and template.own_source(tmp_path / to)[0] == JINJA, err
     fused = tmp_path / "fused"
     code, out, err = run("fuse", tiny_model_dir, adapter, fused)
     assert code == 0 and "the adapter was trained by" in out, err

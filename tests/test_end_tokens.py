@@ -105,7 +105,9 @@ def test_an_end_token_that_was_never_trained_is_not_what_training_writes(exact: 
     _add(exact, "[END]", rows)
     say(exact, "tokenizer_config.json", eos_token="[END]")
     say(exact, "config.json", eos_token_id=7)
-    assert ends(exact).end_ids == (7,) and f"end token {rows}" in ends(exact).notes[0]
+    found = ends(exact)
+    assert found.end_ids == (7,) and f"end token {rows}" in found.notes[0]
+    assert found.tokenizer is not None and found.tokenizer.eos_id is None, "nor what evaluation reads before a text"
 
 
 @pytest.mark.parametrize("kind", ["openelm", "llama"])
