@@ -143,7 +143,7 @@ def write_settings(plan: Plan, directory: Path) -> str | None:
     if plan.tokenizer is None:
         return None
     own = plan.chat_template
-    if own is not None and carry_templates(plan.source.directory, directory):
+    if own is not None and carry_templates(plan.source.directory, directory, default=False):
         write_text(directory / template.FILE_NAME, own)  # where transformers looks for it if there are others, too
         own = None
     return tokenizers.write(plan.tokenizer, directory, max_length=plan.config.max_context_length, chat_template=own)

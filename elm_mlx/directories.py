@@ -115,9 +115,13 @@ def carry(source: Path, directory: Path) -> None:
     carry_templates(source, directory)
 
 
-def carry_templates(source: Path, directory: Path) -> bool:
-    """Copies the folders of further chat templates, and says whether there were any. Raises as `carry`."""
+def carry_templates(source: Path, directory: Path, default: bool = True) -> bool:
+    """Copies the folders of further chat templates, and says whether there were any. Raises as `carry`.
+
+    `default`: the default one too, where it stands there.
+    """
     found = sorted(path for name in TEMPLATES for path in (source / name).glob("*.jinja") if path.is_file())
+    found = [path for path in found if default or path.stem != "default"]
     for path in found:
         (directory / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(own_file(path), directory / path.parent.name / path.name)

@@ -24,6 +24,7 @@ PLACES: dict[str, tuple[str, Any]] = {
     ),
     "jinja": ("chat_template.jinja", JINJA),
     "json": ("chat_template.json", {"chat_template": JINJA}),
+    "folder": ("additional_chat_templates/default.jinja", JINJA),
 }
 
 
@@ -37,6 +38,7 @@ def place(directory: Path, where: str) -> None:
         values.pop("chat_template", None)
         settings.write_text(json.dumps(values))
         content = values | content if name == settings.name else content
+    (directory / name).parent.mkdir(exist_ok=True)
     (directory / name).write_text(content if isinstance(content, str) else json.dumps(content))
     (directory / "generation_config.json").write_text(json.dumps(GENERATION))
 
@@ -60,7 +62,7 @@ def trained(run: Run, model: Path, data: Path, out: Path, *options: object) -> P
 
 @pytest.mark.parametrize(
     ("command", "where"),
-    [("quantize", "tokenizer_config"), ("fuse", "several"), ("fuse", "json"), ("average", "jinja"),
+    [("quantize", "jinja"), ("fuse", "several"), ("fuse", "folder"), ("average", "jinja"),
      *product(["convert", "export"], PLACES)],
 )  # fmt: skip
 def test_templates_and_settings_come_along(
@@ -68,9 +70,9 @@ def test_templates_and_settings_come_along(
 ) -> None:
     model, made = openelm(tiny_model_dir, tmp_path / "model"), tmp_path / "made"
     place(model, where)
-    further = model / "additional_chat_templates"
-    further.mkdir()
-    (further / "rag.jinja").write_text("R")
+    if where in ("jinja", "folder"):
+        (model / "additional_chat_templates").mkdir(exist_ok=True)
+        (model / "additional_chat_templates" / "rag.jinja").write_text("R")
     arguments: dict[str, list[object]] = {
         "quantize": ["quantize", model, made, "--bits", 8, "--group-size", 32, "--text", data],
         "convert": ["convert", model, made],
@@ -89,7 +91,8 @@ def test_templates_and_settings_come_along(
     code, _, err = run("generate", made, "-p", "the", "--max-tokens", 2)
     assert code == 0 and "answered by the chat template" in err, err
     if command != "export":  # whose directory has no place for them
-        assert (made / "additional_chat_templates" / "rag.jinja").read_text() == "R"
+        if where in ("jinja", "folder"):
+            assert (made / "additional_chat_templates" / "rag.jinja").read_text() == "R"
         if where == "tokenizer_config":
             assert json.loads((made / "tokenizer_config.json").read_text())["eos_token"] == "<s>"
         assert directories.check_destination(made, directories.MODEL, overwrite=True) is None
@@ -131,7 +134,7 @@ def test_the_template_of_a_run_goes_with_its_adapter_and_into_the_fused_model(
     assert template.own_source(fused)[0] == JINJA
 
 
-@pytest.mark.parametrize("where", ["tokenizer_config", "json"])
+@pytest.mark.parametrize("where", ["tokenizer_config", "folder"])
 def test_it_takes_the_place_of_the_models_own(
     run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, where: str
 ) -> None:
