@@ -77,15 +77,19 @@ class Plan:
     batches: list[Batch]
 
 
-def make(items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True) -> Plan:
+def make(items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True, switch: int | None = None) -> Plan:
     """All `items` in batches of about `tokens`, padding included.
 
     Args:
         items: each with the sequences that it is scored by.
         sharing: whether the model can go on from what it has read; without, each sequence is a row.
+        switch: the length past which the model reads all of a text otherwise (LongRoPE): longer ones are not in an
+            array with others, and nothing is shared with them.
     """
     if not items:
         return Plan([], [])
+    if switch is not None:
+        sharing = sharing and all(len(each.ids) - 1 <= switch for item in items for each in item)
     shared = [_shared(item) if sharing else 0 for item in items]
     stem = _stem(items, shared)
     best: tuple[int, list[tuple[int, list[int]]]] | None = None
@@ -96,7 +100,7 @@ def make(items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True) -
         if best is None or cost < best[0]:
             best = cost, groups
     assert best is not None
-    batches = [_batch(items, members, length, stem) for length, members in best[1]]
+    batches = [_batch(items, members, length, stem, switch) for length, members in best[1]]
     return Plan(list(items[0][0].ids[:stem]), sorted(batches, key=lambda batch: -batch.cost))
 
 
@@ -156,7 +160,9 @@ def _cost(items: Sequence[Sequence[Scored]], members: Sequence[int], length: int
     return len(members) * (length - stem) + sum(map(len, rows)) * max(len(row) for own in rows for row in own)
 
 
-def _batch(items: Sequence[Sequence[Scored]], members: Sequence[int], length: int, stem: int) -> Batch:
+def _batch(
+    items: Sequence[Sequence[Scored]], members: Sequence[int], length: int, stem: int, switch: int | None
+) -> Batch:
     rows: list[tuple[int, ...]] = []
     owners: list[int] = []
     marks: list[tuple[int, int, int]] = []  # row, position in it, token after it
@@ -174,7 +180,7 @@ def _batch(items: Sequence[Sequence[Scored]], members: Sequence[int], length: in
             marks += [(known[row], at - 1 - length, each.ids[at]) for at in range(each.start, len(each.ids))]
             places.append(slice(first, len(marks)))
         spans.append(Span(number, places))
-    blocks, starts = _blocks(rows, owners)
+    blocks, starts = _blocks(rows, owners, switch)
     prefix = np.array([items[number][0].ids[stem:length] for number in members], np.int32)
     return Batch(
         prefix.reshape(len(members), length - stem),
@@ -186,12 +192,15 @@ def _batch(items: Sequence[Sequence[Scored]], members: Sequence[int], length: in
     )
 
 
-def _blocks(rows: Sequence[tuple[int, ...]], owners: Sequence[int]) -> tuple[list[Block], dict[int, int]]:
+def _blocks(
+    rows: Sequence[tuple[int, ...]], owners: Sequence[int], switch: int | None
+) -> tuple[list[Block], dict[int, int]]:
     """Rows by length in blocks, and where each begins when all are laid end to end."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     lengths = np.array([len(rows[row]) for row in order])
     blocks, starts, laid = [], {}, 0
-    for first, last in _cuts(lengths, 0, len(order)):
+    longer = 0 if switch is None else int((lengths > switch).sum())
+    for first, last in _cuts(lengths, 0, longer) + _cuts(lengths, longer, len(order)):
         padded = np.zeros((last - first, lengths[first]), np.int32)
         for at, row in enumerate(order[first:last]):
             padded[at, : len(rows[row])] = rows[row]
@@ -203,6 +212,8 @@ def _blocks(rows: Sequence[tuple[int, ...]], owners: Sequence[int]) -> tuple[lis
 
 def _cuts(lengths: npt.NDArray[np.int64], first: int, last: int) -> list[tuple[int, int]]:
     """Where to cut rows of falling `lengths` so that what padding is saved is worth another block."""
+    if first == last:
+        return []
     below = np.arange(first + 1, last)
     saved = (lengths[first] - lengths[below]) * (last - below)
     if not len(saved) or saved.max() <= _OVERHEAD:

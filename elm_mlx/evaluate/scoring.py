@@ -54,11 +54,13 @@ class Scorer:
         self._tokens = tokens or (8 * _TOKENS if device.on_gpu() else _TOKENS)
         self._ours = hasattr(model, "transformer") and hasattr(model, "head")
         self._parts = Parts(0)
-        self.sharing = all(type(cache) is KVCache for cache in make_prompt_cache(model))
+        caches = make_prompt_cache(model)
+        self.sharing = all(type(cache) is KVCache for cache in caches)
+        self._switch = caches[0].switch if self.sharing else None
 
     def plan(self, items: Sequence[Sequence[Scored]]) -> Plan:
         """How `items` are to be computed."""
-        return plan.make(items, self._tokens, self.sharing)
+        return plan.make(items, self._tokens, self.sharing, self._switch)
 
     def run(self, planned: Plan) -> Iterator[tuple[list[Result], int]]:
         """Results as they come, in no order that is told, with the cost of the batches that they were in."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+import family_cases
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -30,6 +32,26 @@ def test_scores_are_those_of_each_text_by_itself(name: str, family_dirs: dict[st
         items.append([Scored(context + end, len(context)) for end in ends])
     scorer = Scorer(model, 128)
     assert scorer.sharing == (name != "mamba")
+    check(model, scorer, items)
+
+
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("name", ["llama, longrope", "phi3, longrope, partial, tied"])
+def test_longrope_reads_each_text_by_its_own_length(name: str, length: int, tmp_path: Path) -> None:
+    """Texts on both sides of the 16 tokens where its factors change."""
+    model, draw = load_model(family_cases.write(tmp_path / "model", name)), random.Random(0)
+    about = [draw.randrange(3, 64) for _ in range(9)]
+    items = []
+    for _ in range(12):
+        context = about + [draw.randrange(3, 64) for _ in range(draw.randrange(1, length - 9))]
+        ends = [[draw.randrange(3, 64) for _ in range(draw.randrange(1, 6))] for _ in range(draw.choice([1, 3]))]
+        items.append([Scored(context + end, len(context)) for end in ends])
+    for tokens in (64, 4096):
+        check(model, Scorer(model, tokens), items)
+
+
+def check(model: Any, scorer: Scorer, items: list[list[Scored]]) -> None:
+    """Against each text by itself, read whole."""
     for item, result in zip(items, scorer.score(items), strict=True):
         for each, found in zip(item, result.logprobs, strict=True):
             logits = np.array(model(mx.array([each.ids[:-1]]))[0], np.float64)
