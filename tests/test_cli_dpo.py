@@ -229,5 +229,5 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: 
     for split, table in tables[0].items():
         np.testing.assert_allclose(tables[1][split], table, rtol=1e-5, atol=1e-4)
     for alone, shared in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        for key in {"loss", "valid_loss", "margin", "valid_margin", "accuracy", "tokens"} & alone.keys():
+        for key in {"loss", "valid_loss", "margin", "valid_margin", "accuracy", "tokens", "grad_norm"} & alone.keys():
             assert shared[key] == pytest.approx(alone[key], rel=1e-3, abs=1e-4), key

@@ -18,7 +18,7 @@ import pytest
 import tiny
 from commands import Run
 from mlx.utils import tree_flatten
-from training_runs import free_port, updates, write_data
+from training_runs import free_port, gradient_norms, updates, write_data
 
 from elm_mlx import device, files, roofline
 from elm_mlx.cli.training import harmed, parse_rank
@@ -375,6 +375,8 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: 
     alone, shared = updates(tmp_path / "one"), updates(tmp_path / "two")
     assert [step for step, _ in alone] == [step for step, _ in shared]
     assert [loss for _, loss in shared] == pytest.approx([loss for _, loss in alone], rel=1e-5)
+    norms = gradient_norms(tmp_path / "one")
+    assert len(norms) == 6 and gradient_norms(tmp_path / "two") == pytest.approx(norms, rel=1e-4)
     shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-00000006")
     together("--resume")
     assert updates(tmp_path / "two") == shared

@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 from commands import Run
 from mlx.utils import tree_flatten
-from training_runs import free_port, updates
+from training_runs import free_port, gradient_norms, updates
 
 from elm_mlx import files, roofline
 from elm_mlx.cli.pretrain import _KEYS
@@ -207,6 +207,8 @@ def test_two_processes_are_one_with_twice_the_batch(config: Path, tmp_path: Path
     assert [step for step, _ in alone] == [step for step, _ in shared]
     trained = [[loss for _, loss in each] for each in (shared, alone)]
     assert trained[0] == pytest.approx(trained[1], rel=1e-4)
+    norms = gradient_norms(tmp_path / "one")
+    assert len(norms) == 6 and gradient_norms(tmp_path / "two") == pytest.approx(norms, rel=1e-3)
 
 
 def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:

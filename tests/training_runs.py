@@ -22,6 +22,12 @@ def updates(out: Path) -> list[tuple[int, float]]:
     return [(line["step"], line.get("loss", line.get("valid_loss"))) for line in lines]
 
 
+def gradient_norms(out: Path) -> list[float]:
+    """Of every update, before clipping: what a sum over processes that is off shows first."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["grad_norm"] for line in lines if "grad_norm" in line]
+
+
 def free_port() -> int:
     """One that is free, as is the next: the ring takes a port for each process."""
     while True:
