@@ -296,7 +296,7 @@ def test_what_may_not_fit_into_memory_is_told_and_what_cannot_is_refused(
         (("--on-nan", "ignore"), "no way 'ignore'"),
         (("--learning-rate", "-1"), "the learning rate must be above 0"),
         (("--lr", "-1"), "the learning rate must be above 0"),
-        (("--warmup", "9"), "warm-up of 9 steps does not fit in 6"),
+        (("--warmup", "9"), "warm-up of 9 updates does not fit in 6"),
         (("--recipe", "llama"), "there is no such"),
         (("--batch-size", "0"), "at least 1 row, not 0"),
         (("--iters", "0"), "at least 1 update, not 0"),
