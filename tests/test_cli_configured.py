@@ -32,6 +32,7 @@ def options(tmp_path: Path) -> Options:
     [
         ("learning_rate: 1e-4", "learning_rate", 1e-4),  # a text in YAML 1.1
         ("learning-rate: '2e-4'", "learning_rate", 2e-4),
+        ("lr: 3e-4", "learning_rate", 3e-4),
         ("warmup: 100", "warmup", 100.0),
         ("iters: 1e3", "iters", 1000),
         ("iters: 200.0", "iters", 200),
@@ -80,7 +81,8 @@ def test_values_as_people_write_them(line: str, name: str, value: Any, options: 
         ("pack: nein", "pack is 'nein'; it needs true or false"),
         ("pack: 1", "pack is 1; it needs true or false"),
         ("seed: 1\nseed: 2", "the key seed stands twice"),
-        ("batch-size: 1\nbatch_size: 2", "batch_size stands twice"),
+        ("batch-size: 1\nbatch_size: 2", "batch_size stands twice, in two spellings"),
+        ("lr: 1\nlearning_rate: 2", "learning_rate stands twice"),
         ("optimizer: [" + "x, " * 99 + "x]", "…; it needs a text"),
         ("", "holds no YAML mapping, which has lines like `key: value`"),
         ("# rank: 8\n", "holds no YAML mapping"),
@@ -91,6 +93,24 @@ def test_what_is_no_value_is_named_by_file_and_key(text: str, error: str, option
         options(text)
     assert str(caught.value).startswith(f"{tmp_path}/c.yaml: ") and error in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_json(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+
+    def read(text: str) -> dict[str, Any]:
+        path.write_text(text)
+        return dict(_Commands()["lora"].make_context("lora", ["-c", str(path)]).params)
+
+    assert read('{\n\t"iters": 3,\n\t"learning_rate": 1e-4\n}')["learning_rate"] == 1e-4
+    for text, error in (
+        ('{"iters": 3,}', "not JSON: "), ("[3]", "holds no JSON object"),
+        ('{"seed": 1, "seed": 2}', "has the key 'seed' twice"),
+        ("", "not JSON: "), ('{"iters": null, "seed": "x"}', "seed is 'x'; it needs a whole number"),
+    ):  # fmt: skip
+        with pytest.raises(InputError) as caught:
+            read(text)
+        assert str(caught.value).startswith(f"{path}: ") and error in str(caught.value)
 
 
 MLX_LM = """

@@ -43,7 +43,7 @@ class Configured(Command):
         config = ctx.params.get("config")
         scale = None
         if config is not None:
-            values = _read(Path(config), self._names())
+            values = _read(Path(config), self._names(), self._short())
             scale = values.pop(mlx_lm_settings.SCALE, None) if "alpha" in open_ else None
             if scale is not None:
                 del open_["alpha"]
@@ -64,6 +64,11 @@ class Configured(Command):
 
     def _names(self) -> list[str]:
         return [each.name for each in self.params if each.expose_value and each.name and each.name not in _NEVER]
+
+    def _short(self) -> dict[str, str]:
+        """Other names of options, as `lr`."""
+        spelt = {opt.lstrip("-").replace("-", "_"): each.name for each in self.params for opt in each.opts}
+        return {spelling: name for spelling, name in spelt.items() if name in self._names() and spelling != name}
 
     def _fill(self, ctx: Any, open_: dict[str, Any], values: Mapping[str, Any], where: str) -> None:
         """Take from `values` what is still open."""
@@ -89,13 +94,14 @@ def _given(ctx: Any, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _read(path: Path, names: list[str]) -> dict[str, Any]:
+def _read(path: Path, names: list[str], short: Mapping[str, str]) -> dict[str, Any]:
     """The options in a YAML or JSON file, by parameter, and mlx-lm's scale. Raises InputError."""
     values: dict[str, Any] = {}
-    for key, value in reading.yaml_mapping(path).items():
+    for key, value in _mapping(path).items():
         name = str(key).replace("-", "_")
+        name = short.get(name, name)
         if name in values:
-            raise InputError(f"{path}: {key} stands twice, with - and with _")
+            raise InputError(f"{path}: {key} stands twice, in two spellings")
         values[name] = value
     try:
         found = mlx_lm_settings.translated(values)
@@ -109,6 +115,19 @@ def _read(path: Path, names: list[str]) -> dict[str, Any]:
             hint = f"; the nearest is {near[0]}" if near else f"; there are {', '.join(sorted(names))}"
             raise InputError(f"{path}: {name} is no option{hint}")
     return found
+
+
+def _mapping(path: Path) -> dict[Any, Any]:
+    """YAML takes JSON, but for tabs. Raises InputError."""
+    if path.suffix.lower() != ".json":
+        return reading.yaml_mapping(path)
+    try:
+        values = json_files.load(reading.text(path, reading.TABLES_BYTES), json_files.RECORDS)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return values
 
 
 def _settings(path: Path, names: list[str]) -> dict[str, Any]:

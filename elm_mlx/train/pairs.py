@@ -146,8 +146,7 @@ def _record(made: Preference, answer: str) -> Completion | Conversation:
 def are_pairs(path: Path) -> bool:
     """Whether the first record to train on is a pair. Raises InputError, ElmError as `load`."""
     entries = records.values(records.files(path)["train"].paths, records.PAIR)
-    first = next((value for _, value in entries if isinstance(value, dict)), {})
-    return all(first.get(key) is not None for key in records.PAIR)
+    return records.is_pair(next((value for _, value in entries if isinstance(value, dict)), None))
 
 
 def load(

@@ -21,6 +21,7 @@ from elm_mlx.train.splits import Files
 
 SUFFIXES = (*formats.JSON, formats.PARQUET)
 PAIR = ("chosen", "rejected")
+_PAIR = "is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those"
 SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
 
 _NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
@@ -124,7 +125,8 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
         format: one of FORMATS, for every record; otherwise each one's own keys tell.
 
     Raises:
-        InputError: there is no such file, or nothing in it can be read, such as Parquet that is damaged.
+        InputError: there is no such file, or nothing in it can be read, such as Parquet that is damaged; or the
+            first record is a pair of answers, and no format is asked for.
         ElmError: Parquet, and pyarrow is not installed.
     """
     if format is not None and format not in FORMATS:
@@ -133,6 +135,8 @@ def read(path: Path, format: str | None = None) -> dict[str, Split]:
     for name, of_split in files(path).items():
         split = found[name] = Split(missing=of_split.missing)
         for where, value in values(of_split.paths, _COLUMNS):
+            if format is None and not split.records and not split.bad and is_pair(value):
+                raise InputError(f"{where}: {_PAIR}, and `elm-mlx data` shows them")
             try:
                 if isinstance(value, BadRecord):
                     raise value
@@ -195,8 +199,8 @@ def _record(where: str, value: Mapping[str, Any], format: str) -> Record:
 
 def _format_of(value: Mapping[str, Any]) -> str:
     """The first of FORMATS whose keys a record has: with values, or at least by name. Raises BadRecord."""
-    if all(value.get(key) is not None for key in PAIR):
-        raise BadRecord("is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those")
+    if is_pair(value):
+        raise BadRecord(_PAIR)
     for has in (lambda key: value.get(key) is not None, lambda key: key in value):
         found = next((name for name, (_, keys) in FORMATS.items() if all(map(has, keys))), None)
         if found is not None:
@@ -208,6 +212,11 @@ def _format_of(value: Mapping[str, Any]) -> str:
         )
     wanted = "; ".join(", ".join(f"`{key}`" for key in keys) for _, keys in FORMATS.values())
     raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}")
+
+
+def is_pair(value: Any) -> bool:
+    """Whether a JSON value has two answers, of which one is preferred."""
+    return isinstance(value, dict) and all(value.get(key) is not None for key in PAIR)
 
 
 def check_keys(value: Any) -> None:

@@ -418,6 +418,15 @@ class TestRecords:
         assert split.ignored == {"`id`": 2, "`source`": 1, "`time` of messages": 1, "`prompt`": 1, "`text`": 1}
         assert len(split.bad) == 1
 
+    def test_pairs_are_one_error_and_not_one_each(self, tmp_path: Path) -> None:
+        pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+        path = lines(tmp_path / "a.jsonl", pair, pair | {"text": "d"})
+        with pytest.raises(
+            InputError, match=r"a\.jsonl, line 1: is a pair of answers.*`elm-mlx dpo` trains on those, and"
+        ):
+            read(path)
+        assert len(read(path, "text")["train"].records) == 1
+
     def test_a_file_of_bad_records_is_no_empty_file(self, tmp_path: Path) -> None:
         assert len(read(lines(tmp_path / "a.jsonl", 1, 2))["train"].bad) == 2
 
