@@ -15,7 +15,7 @@ from commands import Run
 from elm_mlx import adapt
 from elm_mlx.adapters import plan
 from elm_mlx.describe import fingerprint
-from elm_mlx.store import load_model
+from elm_mlx.store import load, load_model
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_info_shows_it(run: Run, tiny_model_dir: Path, adapter: Path, tmp_path: 
 
 def test_a_text_to_compare_on(run: Run, tiny_model_dir: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("the quick brown fox")
-    tokenizer = load_model(tiny_model_dir)[1]
+    tokenizer = load(tiny_model_dir)[1]
     assert tokenizer is not None
     code, out, _ = run("fuse", tiny_model_dir, adapter, tmp_path / "fused", "--text", tmp_path / "text")
     assert code == 0 and f"logits at {len(tokenizer.encode('the quick brown fox'))} positions" in out

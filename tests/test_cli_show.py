@@ -125,3 +125,42 @@ def test_prompts_that_are_echoed_are_not_obeyed(
     out = run(*flags)[1]
     assert out.startswith("--- 1: a]0;title[2J2J\n") and not CONTROLS & {*out}
     assert json.loads(run(*flags, "--json")[1])["prompt"] == f"a{RUDE}"
+
+
+TABLE = (
+    ["", "prompt, tokens/s", "generation, tokens/s", "memory"],
+    [["elm-mlx", "536 55%", "35.9 53%", "1.21 GB"], ["mlx-lm, same type", "364 ×1.48", "37.3 ×0.97", "1.24 GB"]],
+)
+
+
+def test_a_table_in_a_pipe_has_a_line_a_row(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    show.table(*TABLE)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split("  ")[-3:] == ["prompt, tokens/s", "generation, tokens/s", "memory"]
+    assert lines[1].split() == ["elm-mlx", "536", "55%", "35.9", "53%", "1.21", "GB"] and len(lines) == 3
+    assert [lines[2].index(cell) + len(cell) for cell in TABLE[1][1][1:]] == [
+        lines[0].index(header) + len(header) for header in TABLE[0][1:]
+    ]
+
+
+@pytest.mark.parametrize("columns", [80, 60, 52, 40, 24])
+def test_a_table_on_a_terminal_fits_and_loses_nothing(
+    terminal: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+    show.table(*TABLE)
+    out = terminal.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    words = out.split()
+    assert all(word in words for row in [*TABLE[1], TABLE[0]] for cell in row for word in cell.split())
+
+
+def test_cells_of_a_table_are_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    show.table(["", f"a{RUDE}"], [[f"[red]{RUDE}", "漢字"], ["x", "abc"]])
+    out = capsys.readouterr().out
+    assert not CONTROLS & {*out} and "[red]" in out
+    assert out.splitlines()[1].endswith("漢字") and out.splitlines()[2].endswith("abc")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ import typer
 from elm_mlx.bench import suites
 from elm_mlx.bench.figures import SIDES
 from elm_mlx.cli import options
-from elm_mlx.cli.show import line, printable
+from elm_mlx.cli.show import line, printable, say, table
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,32 +123,21 @@ def _shown() -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
 def _print(results: Results) -> None:
     from elm_mlx.bench import tables
 
-    _print_table("", *tables.machine(results))
+    about = tables.machine(results)[1]
+    for label, text in about:
+        say(label, text, 2 + max(len(label) for label, _ in about))
+    print()
     for row in results.rows:
         if row.figures:
-            _print_table(f"{tables.short(row.case)}, {row.case.precision}, tokens {tables.tokens(row.case)}",
-                         *tables.brief(row, results.speeds))  # fmt: skip
-    _print_table("", *tables.norms(results))
+            line(f"{tables.short(row.case)}, {row.case.precision}, tokens {tables.tokens(row.case)}")
+            table(*tables.brief(row, results.speeds))
+            print()
+    headers, norms = tables.norms(results)
+    if norms:
+        table(headers, norms, left=(0, 1))
+        print()
     for reason in tables.left_out(results):
         line(reason)
-
-
-def _print_table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    if not lines:
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(header[1:]))
-    for column, label in enumerate(header):
-        table.add_column(label, justify="right" if column and any(header[1:]) else "left", no_wrap=True)
-    for cells in lines:
-        table.add_row(*(Text(printable(cell)) for cell in cells))
-    if title:
-        line(title)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print()
 
 
 def _words(text: str | None) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import line, note, printable, visible
+from elm_mlx.cli.show import line, note, printable, table, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -91,8 +90,8 @@ def eval(
         note(remark)
     if harness:
         with _progress() as advance:
-            table = opened.hand_over(lambda done, total: advance("lm_eval", 0, done, total))
-        print(visible(table))
+            scores = opened.hand_over(lambda done, total: advance("lm_eval", 0, done, total))
+        print(visible(scores))
     else:
         try:
             with _progress() as advance:
@@ -110,29 +109,22 @@ def eval(
 
 
 def _print(done: Evaluation) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from elm_mlx.evaluate.scores import shown
 
     beside = any(row.published is not None for row in done.rows)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for header, side in (("task", "left"), ("shots", "right"), ("questions", "right"), ("metric", "left")):
-        table.add_column(header, justify=side)  # type: ignore[arg-type]
-    table.add_column("score", justify="right")
-    if beside:
-        table.add_column(f"{done.published}", justify="right")
+    headers = ["task", "shots", "questions", "metric", "score", *([f"{done.published}"] if beside else [])]
+    rows = []
     before = None
     for row in done.rows:
         new = (row.name, row.shots) != before
         before = (row.name, row.shots)
         known = f"{row.published:.2f}" if row.published is not None else ""
-        cells = [printable(row.name), str(row.shots), f"{row.score.count:,}"] if new else ["", "", ""]
-        table.add_row(*cells, row.metric, shown(row.metric, row.score), *([known] if beside else []))
+        cells = [row.name, str(row.shots), f"{row.score.count:,}"] if new else ["", "", ""]
+        rows.append([*cells, row.metric, shown(row.metric, row.score), *([known] if beside else [])])
     if done.mean is not None:
         known = f"{done.published_mean:.2f}" if done.published_mean is not None else ""
-        table.add_row("mean", "", "", "", shown("acc", done.mean), *([known] if beside else []))
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+        rows.append(["mean", "", "", "", shown("acc", done.mean), *([known] if beside else [])])
+    table(headers, rows, left=(0, 3))
     for key, how in done.missing.items():
         line(f"not scored: {key}: {how}")
     if beside:
@@ -161,24 +153,19 @@ def _compare(paths: list[Path], plot: Path | None) -> None:
 
 
 def _print_differences(differences: list[Difference]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from elm_mlx.evaluate.scores import SHARES
 
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    headers = ("task", "shots", "questions", "metric", "first", "second", "difference", "95 % of resamples", "p", "")
-    for number, header in enumerate(headers):
-        table.add_column(header, justify="left" if number in (0, 3, 9) else "right")
+    rows = []
     for each in differences:
         factor = 100 if each.metric in SHARES else 1
         verdict = "" if each.p >= 0.05 else "better" if each.better else "worse"
-        table.add_row(
-            printable(each.task), str(each.shots), f"{each.count:,}", each.metric, f"{factor * each.first:.2f}",
+        rows.append([
+            each.task, str(each.shots), f"{each.count:,}", each.metric, f"{factor * each.first:.2f}",
             f"{factor * each.second:.2f}", f"{factor * each.value:+.2f}",
             f"{factor * each.low:+.2f} … {factor * each.high:+.2f}", f"{each.p:.2g}", verdict,
-        )  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        ])  # fmt: skip
+    headers = ("task", "shots", "questions", "metric", "first", "second", "difference", "95 % of resamples", "p", "")
+    table(headers, rows, left=(0, 3, 9))
 
 
 @contextmanager

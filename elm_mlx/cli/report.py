@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import counted, line, printable
+from elm_mlx.cli.show import counted, line, table
 
 if TYPE_CHECKING:
     from elm_mlx.train.metrics import Run
@@ -44,16 +44,6 @@ def report(
 
 
 def _print(runs: list[Run]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     from elm_mlx.train.report import summary
 
-    table = Table(box=None, header_style="bold")
-    table.add_column("")
-    for run in runs:
-        table.add_column(Text(printable(run.name)), justify="right")
-    for label, cells in summary(runs):
-        table.add_row(label, *cells)
-    Console().print(table)
+    table(["", *(run.name for run in runs)], [[label, *cells] for label, cells in summary(runs)])

@@ -11,7 +11,7 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -23,7 +23,7 @@ from elm_mlx.escape import printable, stripped, visible
 
 __all__ = [
     "Speech", "bad_records_named", "counted", "folded", "line", "name_bad", "note", "printable", "say", "silence",
-    "size", "visible",
+    "size", "table", "visible",
 ]  # fmt: skip
 
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
@@ -64,6 +64,50 @@ def folded(text: str, column: int = 0) -> str:
         text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )
     return "\n".join(lines)
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> None:
+    """Rows under `headers`, the columns in `left` flush left and the others right.
+
+    Where a terminal is too narrow, headers break between words, and then cells go below each other.
+    """
+    headers, rows = [printable(header) for header in headers], [[printable(cell) for cell in row] for row in rows]
+    columns = [*zip(*rows, strict=True)] or [()] * len(headers)
+    heads = [[header] for header in headers]
+    room = _width() if sys.stdout.isatty() else sys.maxsize
+    if _total(heads, columns) > room:
+        least = [max(map(_cells, (*column, *header.split()))) for header, column in zip(headers, columns, strict=True)]
+        heads = [textwrap.wrap(header, width) or [""] for header, width in zip(headers, least, strict=True)]
+    if _total(heads, columns) > room:
+        _below_each_other(headers, rows)
+        return
+    height = max(map(len, heads))
+    padded = []
+    for number, (head, column) in enumerate(zip(heads, columns, strict=True)):
+        cells = [*[""] * (height - len(head)), *head, *column]
+        width = max(map(_cells, cells))
+        blanks = [" " * (width - _cells(cell)) for cell in cells]
+        pairs = zip(cells, blanks, strict=True)
+        padded.append([cell + blank if number in left else blank + cell for cell, blank in pairs])
+    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for number, row in enumerate(zip(*padded, strict=True)):
+        text = "  ".join(row).rstrip()
+        print(typer.style(text, bold=True) if bold and number < height else text)
+
+
+def _total(heads: Sequence[Sequence[str]], columns: Sequence[Sequence[str]]) -> int:
+    """Columns of the terminal that a table takes."""
+    return sum(max(map(_cells, (*head, *column))) + 2 for head, column in zip(heads, columns, strict=True)) - 2
+
+
+def _below_each_other(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    column = 4 + max(map(_cells, headers[1:]))
+    for row in rows:
+        if row[0]:
+            line(row[0], 2)
+        for header, cell in zip(headers[1:], row[1:], strict=True):
+            if cell:
+                say(f"  {header}", cell, column)
 
 
 class Speech:
