@@ -139,7 +139,7 @@ def test_a_table_in_a_pipe_has_a_line_a_row(
     monkeypatch.setenv("COLUMNS", "20")
     show.table(*TABLE)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split("  ")[-3:] == ["prompt, tokens/s", "generation, tokens/s", "memory"]
+    assert lines[0].split() == " ".join(TABLE[0]).split()
     assert lines[1].split() == ["elm-mlx", "536", "55%", "35.9", "53%", "1.21", "GB"] and len(lines) == 3
     assert [lines[2].index(cell) + len(cell) for cell in TABLE[1][1][1:]] == [
         lines[0].index(header) + len(header) for header in TABLE[0][1:]

@@ -14,7 +14,7 @@ from elm_mlx.bench.figures import SIDES
 from elm_mlx.bench.results import Bound, Results, Row, Spread, bounds
 from elm_mlx.bench.tables import Table
 
-_WIDTH, _LABEL, _FIGURE, _BAR, _GAP = 560, 175, 80, 20, 8  # of a chart, in its own units
+_WIDTH, _FIGURE, _LABEL, _BAR, _GAP = 440, 60, 16, 16, 8  # of a chart, in its own units
 _FIGURES = {"prompt": "reading the prompt", "decode": "generating"}
 
 
@@ -44,11 +44,13 @@ def _section(title: str, table: Table) -> Iterator[str]:
     header, lines = table
     if not lines:
         return
-    yield f'<h2>{html.escape(title)}</h2>\n<div class="scroll"><table>'
+    cards = ' class="cards"' if any(header[1:]) else ""
+    yield f'<h2>{html.escape(title)}</h2>\n<div class="scroll"><table{cards}>'
     if any(header[1:]):
         yield "<thead><tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header) + "</tr></thead>"
     for first, *rest in lines:
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in rest)
+        names = [f' data-name="{html.escape(name, quote=True)}"' if name else "" for name in header[1:]]
+        cells = "".join(f"<td{name}>{html.escape(cell)}</td>" for name, cell in zip(names, rest, strict=True))
         yield f'<tr><th scope="row">{html.escape(first)}</th>{cells}</tr>'
     yield "</table></div>"
 
@@ -59,7 +61,8 @@ def _charts(results: Results) -> Iterator[str]:
         for figure, what in (*_FIGURES.items(), ("memory", "memory")):
             bars = [(_label(row), found, 0) for row in results.rows if (found := row.spread("ours", figure))]
             if bars:
-                yield _chart(f"elm-mlx: {what}, {'bytes' if figure == 'memory' else 'tokens/s'}", bars)
+                memory = figure == "memory"
+                yield _chart(f"elm-mlx: {what}, {'GB' if memory else 'tokens/s'}", bars, unit=1e9 if memory else 1)
     for row in results.rows:
         case, bound = row.case, bounds(row, results.speeds)
         for figure, what in _FIGURES.items():
@@ -82,24 +85,25 @@ def _roof(row: Row, figure: str, bound: Bound | None) -> float | None:
     return ours.median / bound.share if ours and bound else None
 
 
-def _chart(title: str, bars: list[tuple[str, Spread, int]], roof: float | None = None) -> str:
-    """Bars to medians, in colours by number, each with a line from the least to the greatest value."""
+def _chart(title: str, bars: list[tuple[str, Spread, int]], roof: float | None = None, unit: float = 1) -> str:
+    """Bars to medians, in colours by number, each below its label and with a line from the least to the greatest."""
     most = max(found.high for _, found, _ in bars)
     roof = roof if roof is not None and roof < 4 * most else None  # one far above would leave no room for the bars
-    scale = (_WIDTH - _LABEL - _FIGURE) / max(most, roof or 0.0)
-    height = len(bars) * (_BAR + _GAP) + _GAP
+    scale = (_WIDTH - _FIGURE) / max(most, roof or 0.0)
+    height = len(bars) * (_LABEL + _BAR + _GAP) + _GAP
     parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(title, quote=True)}">']
     for number, (label, found, colour) in enumerate(bars):
-        y, middle = _GAP + number * (_BAR + _GAP), _GAP + number * (_BAR + _GAP) + _BAR / 2
-        low, high = (_LABEL + scale * value for value in (found.low, found.high))
+        top = number * (_LABEL + _BAR + _GAP)
+        y, middle = top + _LABEL, top + _LABEL + _BAR / 2
+        low, high = (scale * value for value in (found.low, found.high))
         parts += [
-            f'<text x="{_LABEL - 8}" y="{middle + 4:.1f}" text-anchor="end">{html.escape(label)}</text>',
-            f'<rect x="{_LABEL}" y="{y}" width="{scale * found.median:.1f}" height="{_BAR}" '
+            f'<text x="0" y="{y - 4}">{html.escape(label)}</text>',
+            f'<rect x="0" y="{y}" width="{scale * found.median:.1f}" height="{_BAR}" '
             f'style="fill:var(--c{colour % 7})"/>',
             f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>',
-            f'<text x="{high + 6:.1f}" y="{middle + 4:.1f}">{tables.number(found.median)}</text>',
+            f'<text x="{high + 6:.1f}" y="{middle + 4:.1f}">{tables.number(found.median / unit)}</text>',
         ]
     if roof is not None:
-        x = _LABEL + scale * roof
+        x = scale * roof
         parts.append(f'<line class="cross" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>')
     return f'<div class="chart"><h3>{html.escape(title)}</h3>\n' + "\n".join([*parts, "</svg></div>"])

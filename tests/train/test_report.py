@@ -402,3 +402,22 @@ def test_without_matplotlib_it_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(ElmError, match=r"a PNG needs matplotlib: pip install 'elm-mlx\[plot\]'"):
         report.write_png(found, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_spike_does_not_flatten_a_chart(in_node: Any) -> None:
+    curve = [5 - step / 100 for step in range(400)]
+    low, high = in_node("page.robust(a[0])", [*curve[:120], 5000.0, *curve[121:]])
+    assert low == pytest.approx(curve[-1]) and 5 <= high < 10
+    low, high = in_node("page.robust(a[0])", [*curve[:120], -5000.0, None, *curve[122:]])
+    assert -5 < low <= curve[-1] and high == pytest.approx(5)
+
+
+def test_what_flattens_nothing_is_shown_whole(in_node: Any) -> None:
+    for values in (
+        [5 - step / 100 for step in range(400)],
+        [1.0, 9.0, 5000.0],
+        [3.0] * 50,
+        [10.0, 6.0, *[4.0, 3.0] * 40],
+    ):
+        assert in_node("page.robust(a[0])", values) == [min(values), max(values)]
+    assert in_node("page.robust(a[0])", [3.0] * 50 + [7.0]) == [3.0, 7.0], "of values that are all alike, none is far"
