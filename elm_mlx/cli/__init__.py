@@ -122,6 +122,7 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
+        code = 1
         with suppress(OSError):  # nobody can be told that nobody can be told
             code = _tell(error)
     sys.exit(code)
