@@ -42,6 +42,7 @@ class KVCache:
     def replace_row(self, row: int, other: KVCache) -> None:
         """Put what `other` holds (batch 1) in the place of the last positions of a row."""
         assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
+        self.text_length = max(self.text_length, other.text_length)
         place = slice(self.offset - other.offset, self.offset)
         self.keys[row, :, place] = other.keys[0, :, : other.offset]
         self.values[row, :, place] = other.values[0, :, : other.offset]

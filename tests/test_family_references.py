@@ -166,6 +166,12 @@ def test_what_cannot_be_read_again_is_said(name: str, root: Path) -> None:
         list(generation.stream_generate(model, None, IDS[:4], max_tokens=12, stop_at_eos=False, prompt_cache=cache))
     with pytest.raises(InputError, match="give the whole text, without a prompt_cache"):
         list(generation.stream_generate(model, None, IDS[:20], max_tokens=2, prompt_cache=cache))
+    cache = make_prompt_cache(model)
+    list(generation.stream_generate(model, None, IDS[:12], max_tokens=8, stop_at_eos=False, prompt_cache=cache))
+    for layer in cache:  # which are rotated as in a long text, though few are left
+        layer.trim(layer.offset - 5)
+    with pytest.raises(InputError, match="give the whole text, without a prompt_cache"):
+        list(generation.stream_generate(model, None, IDS[:4], max_tokens=2, prompt_cache=cache))
 
 
 def test_a_contradicted_tie_is_shown_and_told(root: Path) -> None:
