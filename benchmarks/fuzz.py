@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import fuzzing
-from fuzz_kinds import KINDS
+from fuzz_kinds import KINDS, mx
 
 _SHOWN = 20  # cases of a kind that are neither
 
@@ -29,6 +29,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", type=int, help="do this one alone, with its traceback")
     given = parser.parse_args()
+    mx.disable_compile()  # on a CPU each other shape would take a compiler of C++ a third of a second
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     unknown = [name for name in given.kinds if name not in KINDS]
     if unknown:
         parser.error(f"no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
@@ -46,7 +48,6 @@ def main() -> int:
         )
         for number, what in list(counts.wrong.items())[:_SHOWN]:
             print(f"    case {number}: {what}")
-        sys.stdout.flush()
     print(f"{neither} of {given.cases * len(kinds)} cases are neither answered nor refused in one line")
     return 1 if neither else 0
 

@@ -50,8 +50,8 @@ def hold(path: Path) -> None:
 def test_what_is_wrong_is_told_and_the_rest_goes_on(
     use: Callable[[Path], object], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 0.2)
-    monkeypatch.setattr(fuzzing, "WALL_SECONDS", 1)
+    monkeypatch.setattr(fuzzing, "CPU_SECONDS", 0.2 if "more than" in says else 20)
+    monkeypatch.setattr(fuzzing, "WALL_SECONDS", 1 if "no end" in says else 60)
     monkeypatch.setattr(fuzzing, "GROWTH_BYTES", 50 << 20)
     wrong = kind(use)
     there = Kind(wrong.name, wrong.write, wrong.damages, lambda path: use(path) if _drawn(path) else None)
