@@ -201,6 +201,7 @@ def test_mlx_lms_keys_that_mean_the_same(line: str, name: str, value: Any, optio
         ("optimizer: adam", "write adamw, which without weight_decay is Adam"),
         ("optimizer_config: {adamw: {betas: [0.9, 0.98]}}", "optimizer_config has betas: of these, weight_decay alone"),
         ("optimizer_config: 3", "optimizer_config is no table"),
+        ("optimizer_config: {}\noptimizer: [adamw, sgd]", "optimizer is ['adamw', 'sgd']; it needs a text"),
         ("lr_schedule: {name: cosine_decay, warmup: 100}", "lr_schedule is mlx-lm's: write cosine, linear or constant"),
         ("lora_parameters: 8", "lora_parameters is no table"),
         ("lora_parameters: {rank: 8, alpha: 16}", "write alpha beside lora_parameters, or scale in it"),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, visible
+from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, silence, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -88,10 +88,14 @@ def data(
                 path, tokenizer, chosen, length, context=context, format=format, train_on_prompt=train_on_prompt,
                 truncate=truncate, skip_bad=skip_bad,
             )  # fmt: skip
-    for name, prepared in splits.items():
-        name_bad(prepared.bad)
-        (_print_pairs if paired else _print_split)(name, prepared)
-    _print_examples(splits["train"], tokenizer, paired)
+    try:
+        for name, prepared in splits.items():
+            name_bad(prepared.bad)
+            (_print_pairs if paired else _print_split)(name, prepared)
+        _print_examples(splits["train"], tokenizer, paired)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads no further has still been told that the data are whole
+        silence(sys.stdout)
 
 
 def _print_mixture(config: Path) -> None:

@@ -131,7 +131,7 @@ def _of_lora(values: Any) -> list[tuple[str, Any]]:
 
 def _of_optimizer(values: Any, chosen: Any) -> list[tuple[str, Any]]:
     """Those of the optimizer that is chosen, as mlx-lm takes them."""
-    own = values.get(chosen or "adamw", {}) if isinstance(values, Mapping) else None
+    own = values.get(str(chosen or "adamw"), {}) if isinstance(values, Mapping) else None
     if not isinstance(own, Mapping):
         raise ValueError("optimizer_config is no table of optimizers, each with a table of its settings")
     for name in own:

@@ -5,6 +5,7 @@ Knows the names that people, mlx-lm and the Hugging Face hub write. Opens no fil
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ def find(directory: Path, suffixes: Sequence[str]) -> dict[str, Files]:
         if having:
             folder, found = having[0]
             return {split: _files(folder, split, found[split]) for split in SPLITS if split in found}
-        below = [each for folder in below for each in _entries(folder) if each.is_dir()]
+        below = [each for folder in below for each in _entries(folder) if each.is_dir() and os.access(each, os.R_OK)]
     there = [each.name for each in _entries(directory)]
     listed = ", ".join(there[:_LISTED]) + (", …" if len(there) > _LISTED else "")
     raise InputError(
@@ -125,7 +126,9 @@ def _by_split(root: Path, suffixes: Sequence[str]) -> dict[str, list[_Found]]:
         split = folder_split(folder.name)
         if split is not None and folder.is_dir():
             for file, suffix in _data(folder, suffixes, deep=True):
-                name = name_of(file, suffix) or _name_in(split, file.name[: -len(suffix)])
+                name = name_of(file, suffix)
+                if name is None or name.variant:  # train/test-questions.jsonl is of train, and train/test.jsonl is not
+                    name = _name_in(split, file.name[: -len(suffix)])
                 found.setdefault(name.split, []).append(_Found(file, name, folder))
     return found
 

@@ -71,6 +71,7 @@ def test_what_a_name_says(name: str, wanted: Name | None) -> None:
         (["train/books-00000-of-00001.json", "train/news-00000-of-00001.json"],
          ["train/books-00000-of-00001.json", "train/news-00000-of-00001.json"]),
         (["train.jsonl", "data/train.jsonl"], ["train.jsonl"]),
+        (["train/test-questions.json", "train/test.json"], ["train/test-questions.json"]),
     ],
 )  # fmt: skip
 def test_the_files_to_train_on(tmp_path: Path, names: list[str], wanted: list[str]) -> None:
