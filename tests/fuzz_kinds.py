@@ -26,6 +26,7 @@ import runs
 import tiny
 import torch_files
 from fuzzing import Damage, Kind, either, json_lines, json_values, raw_bytes, safetensors_header
+from hostile_templates import TEMPLATES
 
 from elm_mlx import adapt, adapters, settings, transcript
 from elm_mlx.adapters import read as read_adapter
@@ -449,6 +450,13 @@ def _text(data: bytes, draw: random.Random) -> bytes:
     return b"".join(pieces)
 
 
+def _hostile(data: bytes, draw: random.Random) -> bytes:
+    """A template that means harm, with its pieces moved about, around or behind the good one."""
+    worst = _text(draw.choice(list(TEMPLATES.values())).encode(), draw)
+    at = draw.choice([0, data.find(b"{%", draw.randrange(len(data))) % len(data), len(data)])
+    return data[:at] + worst + data[at:]
+
+
 _MODEL: Callable[[Path], Path] = write_openelm
 _TENSORS = either(safetensors_header, raw_bytes)
 
@@ -470,6 +478,7 @@ KINDS = {
              {"tokenizer_config.json": json_values}, answer),
         Kind("tokenizer.model", _MODEL, {"tokenizer.model": raw_bytes}, use_tokenizer),
         Kind("template", _with_template, {"chat_template.jinja": either(raw_bytes, _text)}, use_template),
+        Kind("template hostile", _with_template, {"chat_template.jinja": _hostile}, use_template),
         Kind("safetensors", _MODEL, {"model.safetensors": _TENSORS}, answer),
         Kind("safetensors llama", lambda path: write_family(path, "llama"), {"model.safetensors": _TENSORS}, answer),
         Kind("safetensors quantized", write_quantized, {"model.safetensors": _TENSORS}, answer),
