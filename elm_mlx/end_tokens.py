@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from elm_mlx import json_files
+from elm_mlx import files, json_files
 from elm_mlx.config import ModelConfig
 from elm_mlx.config_keys import short
 from elm_mlx.errors import InputError
@@ -44,6 +44,7 @@ def read(directory: Path, config: Config) -> Vocabulary:
     Raises:
         InputError: the tokenizer cannot be read, or is another model's; an end token is no number.
     """
+    directory = files.expanded(directory)
     tokenizer = None if tokenizer_file(directory) is None else open_tokenizer(directory, config.vocab_size)
     named = [] if tokenizer is None else list(_of_tokenizer(tokenizer, directory))
     named += [(token, directory / name) for name in _FILES for token in _of_file(directory / name)]
