@@ -171,7 +171,8 @@ class BPETokenizer(Tokenizer):
         if isinstance(wanted, bool):
             return self.id_of(settings.get("bos_token")) if wanted else None
         if wanted is not None:
-            raise InputError(f"{self.path.parent}: add_bos_token is {str(wanted)[:60]}: true or false is needed")
+            settings_path = self.path.with_name("tokenizer_config.json")
+            raise InputError(f"{settings_path}: add_bos_token is {str(wanted)[:60]}: true or false is needed")
         return with_rules[0] if with_rules[:1] != without[:1] else None
 
 

@@ -201,12 +201,12 @@ def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
 
 def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> None:
     """A few, from all over the data."""
+    from elm_mlx.train.encoding import Names
+
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     each = 2 if paired else 1
     total = len(prepared.examples) // each
     count = min(_SHOWN, total)
-    from elm_mlx.train.encoding import Names
-
     names = Names(tokenizer)
     print(f"\nWhat is trained is {typer.style('green', fg='green') if colour else 'in ⟦ ⟧'}.")
     if prepared.written:
@@ -236,6 +236,7 @@ class _Token(NamedTuple):
 
 
 def _texts(example: Example, tokenizer: Tokenizer) -> list[_Token]:
+    """What `tokenizer` makes of each id of an example."""
     names = {token: name for name, token in tokenizer.control_ids.items()}
     decoder = tokenizer.detokenizer()
     texts = [decoder.add(token) + names.get(token, "") for token in example.ids]
