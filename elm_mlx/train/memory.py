@@ -16,7 +16,7 @@ from elm_mlx.families import Config, FamilyConfig
 
 _PROCESS = 110_000_000  # Python, MLX and what it compiles
 _ACTIVATIONS = 1.45  # of what a block keeps
-_OF_ONE_BLOCK, _BETWEEN_BLOCKS = 2.0, 5.0  # the same with --grad-checkpoint: the widest block; each block's input
+_OF_ONE_BLOCK, _BETWEEN_BLOCKS = 2.0, 5.0  # where blocks keep nothing: the widest one; with --grad-checkpoint, inputs
 _LOGITS = 16  # buffers as large as a chunk's logits
 _CHUNK_LOGITS, _LEAST_CHUNK = 1 << 20, 64  # as in loss.py, a test says
 _HEAD_GRADIENTS = 2  # a trained head's, of the chunks so far and of the one being added
@@ -100,12 +100,13 @@ class Estimate:
 def estimate(load: Load) -> Estimate:
     """The most memory that a run holds at once."""
     config, tokens = load.config, load.rows * load.length
-    passed = config.num_layers if load.layers is None else load.layers
-    blocks = [_kept(config, layer) for layer in range(config.num_layers - passed, config.num_layers)]
+    blocks = [_kept(config, layer) for layer in range(config.num_layers)]
+    first = 0 if load.layers is None else config.num_layers - load.layers
+    ahead = _OF_ONE_BLOCK * max(blocks[:first], default=0)  # of blocks that keep nothing
     if load.grad_checkpoint:
-        values = _OF_ONE_BLOCK * max(blocks, default=0) + _BETWEEN_BLOCKS * config.model_dim * passed
+        values = _OF_ONE_BLOCK * max(blocks) + _BETWEEN_BLOCKS * config.model_dim * len(blocks[first:])
     else:
-        values = _ACTIVATIONS * sum(blocks) + load.adapter_values
+        values = min(_ACTIVATIONS * sum(blocks), _ACTIVATIONS * sum(blocks[first:]) + ahead) + load.adapter_values
     chunk = min(tokens, max(_LEAST_CHUNK, _CHUNK_LOGITS // config.vocab_size)) * config.vocab_size
     parts = min(load.parts, load.rows)
     head = _HEAD_GRADIENTS * parts * config.vocab_size * config.model_dim if load.full else 0

@@ -78,8 +78,8 @@ def test_more_of_anything_is_more(rows: int, length: int, trained: int) -> None:
 def test_fewer_layers_on_the_way_back_keep_less(layers: int) -> None:
     found = estimate(replace(LOAD, layers=layers))
     assert estimate(replace(LOAD, layers=CONFIG.num_layers)) == estimate(LOAD)
-    assert (found.activations < estimate(LOAD).activations) == (layers < CONFIG.num_layers)
-    assert found.activations > estimate(replace(LOAD, layers=layers - 1)).activations
+    assert estimate(replace(LOAD, layers=layers - 1)).activations <= found.activations <= estimate(LOAD).activations
+    assert estimate(replace(LOAD, layers=CONFIG.num_layers // 2)).activations < 0.9 * estimate(LOAD).activations
 
 
 def advice(text: str) -> dict[str, str]:
@@ -97,7 +97,7 @@ def test_what_may_not_fit_is_told_with_what_helps() -> None:
         "--grad-checkpoint": replace(LOAD, grad_checkpoint=True),
         "--batch-size 1": replace(LOAD, rows=1),
         "--max-seq-length 128": replace(LOAD, length=128),
-        "--num-layers 2": replace(LOAD, layers=2, trained=LOAD.trained * 2 // CONFIG.num_layers),
+        "--num-layers 1": replace(LOAD, layers=1, trained=LOAD.trained // CONFIG.num_layers),
     }
     said = advice(text)
     assert said.keys() == smaller.keys(), "an adapter's moments are nothing, and all else helps"
