@@ -243,7 +243,8 @@ def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
     """`path`, if it looks like a model directory; else an InputError that says what to do."""
     path = files.expanded(path)
     if not path.exists():
-        raise InputError(f"{path}: no such directory; {_where_from(path)}")
+        near = _nearest(path)
+        raise InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _where_from(path)))
     if not path.is_dir() and path.suffix == ".safetensors" and (path.parent / "config.json").exists():
         raise InputError(f"{path}: a file of the model directory {path.parent}: give that one")
     if not path.is_dir():
@@ -262,6 +263,18 @@ def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
             f"made from into it{again}"
         )
     return path
+
+
+def _nearest(path: Path) -> Path | None:
+    """The model directory beside `path` whose name is most like its."""
+    import difflib
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, 1, 0.75)
+    return path.with_name(found[0]) if found else None
 
 
 def _where_from(path: Path) -> str:

@@ -130,3 +130,19 @@ def test_a_directory_is_described_without_mlx(tiny_model_dir: Path) -> None:
     assert "parameters" in done.stdout
     found = {name.partition(".")[0] for name in done.stderr.split()}
     assert not found & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "torch"}
+
+
+def test_a_name_that_is_nearly_a_model_beside_it_is_named(run: Run, tiny_model_dir: Path) -> None:
+    code, _, err = run("info", tiny_model_dir.with_name("modle"))
+    assert code == 2 and f"modle: no such directory; did you mean {tiny_model_dir}?" in err
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_narrow_terminal_has_room_for_every_line(
+    run: Run, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    name = str(tiny_model_dir)
+    assert all(len(line) <= columns or name in line for line in run("info", tiny_model_dir)[1].splitlines())

@@ -14,7 +14,7 @@ import typer
 from elm_mlx.bench import suites
 from elm_mlx.bench.figures import SIDES
 from elm_mlx.cli import options
-from elm_mlx.cli.show import line, printable, say, table
+from elm_mlx.cli.show import folded, line, printable, say, table
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -109,9 +109,9 @@ def _shown() -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
         reason = row.skipped.get("ours")
         prompt, decode = (row.spread("ours", figure) for figure in ("prompt", "decode"))
         speeds = [f"{each.median:,.0f} {name} tokens/s" for name, each in (("prompt", prompt), ("new", decode)) if each]
-        console.print(
-            printable(f"{row.case}: {reason or ', '.join(speeds)}"), highlight=False, markup=False, soft_wrap=True
-        )
+        text = printable(f"{row.case}: {reason or ', '.join(speeds)}")
+        text = folded(text, 2) if sys.stderr.isatty() else text
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if not sys.stderr.isatty():
         yield lambda text: None, row

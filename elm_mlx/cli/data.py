@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, silence, visible
+from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, silence, terminal_width, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -180,8 +180,9 @@ def _print_histogram(prepared: Prepared) -> None:
     bins = list(_histogram(prepared.lengths, prepared.max_length))
     most = max(count for _, count in bins)
     width = max(len(label) for label, _ in bins)
+    room = min(_BAR, terminal_width() - width - 17)
     for label, count in bins:
-        print(f"    {label:>{width}}  {bar(count / most, _BAR) if count else '':<{_BAR}} {count:>9,}")
+        print(f"    {label:>{width}}  {bar(count / most, room) if count else '':<{room}} {count:>9,}")
 
 
 def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:

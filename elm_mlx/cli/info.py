@@ -13,13 +13,14 @@ import typer
 from elm_mlx import blas
 from elm_mlx.cli import options
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import counted, line, say, size
+from elm_mlx.cli.show import counted, line, say, size, table, terminal_width
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.describe import AdapterDescription, Description, FamilyDescription
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
+_WITH_BARS = 74  # columns of a terminal, at least
 _MOST_LAYERS = 200  # of a table; the deepest models have some 130
 
 
@@ -87,9 +88,6 @@ def _short(path: str) -> str:
 
 
 def _print(about: Description) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     embedding = f"({about.embedding_parameters:,} in the embedding)"
     line(f"{about.path}: OpenELM, {about.parameters:,} parameters {embedding}")
     parts = [
@@ -108,25 +106,17 @@ def _print(about: Description) -> None:
     }
     for name, text in lines.items():
         say(f"  {name}", text, 14)
-    console = Console()
-    bars = console.width >= 72
-    table = Table(box=None, pad_edge=True)
-    for header in ("layer", "heads", "KV"):
-        table.add_column(header, justify="right")
-    if bars:
-        table.add_column("query heads")
-    table.add_column("FFN", justify="right")
-    if bars:
-        table.add_column("FFN width")
-    table.add_column("parameters", justify="right")
+    bars = (3, 5) if terminal_width() >= _WITH_BARS else ()
+    rows = [[" layer", "heads", "KV", "query heads", "FFN", "FFN width", "parameters"]]
     heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
     for i, layer in enumerate(about.layers[:_MOST_LAYERS]):
-        cells = [
+        rows.append([
             str(i), str(layer.query_heads), str(layer.kv_heads), bar(layer.query_heads / heads, _BAR),
             f"{layer.ffn_dim:,}", bar(layer.ffn_dim / widths, _BAR), f"{layer.parameters:,}",
-        ]  # fmt: skip
-        table.add_row(*(cells if bars else [cell for cell in cells if "█" not in cell]))
-    console.print(table)
+        ])  # fmt: skip
+    if not bars:
+        rows = [[*row[:3], row[4], row[6]] for row in rows]
+    table(rows[0], rows[1:], left=bars)
     if len(about.layers) > _MOST_LAYERS:
         line(f"  and {len(about.layers) - _MOST_LAYERS:,} layers more, which --json shows")
 

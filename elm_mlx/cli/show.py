@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import textwrap
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from elm_mlx.escape import printable, stripped, visible
 
 __all__ = [
     "Speech", "bad_records_named", "counted", "folded", "line", "name_bad", "note", "printable", "say", "silence",
-    "size", "table", "visible",
+    "size", "table", "terminal_width", "visible",
 ]  # fmt: skip
 
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
@@ -58,7 +57,7 @@ def silence(stream: TextIO) -> None:
 
 def folded(text: str, column: int = 0) -> str:
     """`text` in lines of the terminal's width, the second and later ones from `column` on."""
-    width = _width()
+    width = terminal_width()
     indent = " " * (column if column <= width // 2 else 2)
     lines = textwrap.wrap(
         text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
@@ -74,7 +73,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collectio
     headers, rows = [printable(header) for header in headers], [[printable(cell) for cell in row] for row in rows]
     columns = [*zip(*rows, strict=True)] or [()] * len(headers)
     heads = [[header] for header in headers]
-    room = _width() if sys.stdout.isatty() else sys.maxsize
+    room = terminal_width() if sys.stdout.isatty() else sys.maxsize
     if _total(heads, columns) > room:
         least = [max(map(_cells, (*column, *header.split()))) for header, column in zip(headers, columns, strict=True)]
         heads = [textwrap.wrap(header, width) or [""] for header, width in zip(headers, least, strict=True)]
@@ -144,7 +143,7 @@ class Speech:
             elif character.isspace():
                 done.append(self._placed())
                 self._begun = False
-                if self._column < _width() - 1:
+                if self._column < terminal_width() - 1:
                     done.append(character)
                     self._column += 8 - self._column % 8 if character == "\t" else 1
                 else:
@@ -156,21 +155,22 @@ class Speech:
                 done.append(self._placed())
             else:
                 self._word += character
-        if self._begun or self._column + _cells(self._word) + _LONG_WORD < _width():
+        if self._begun or self._column + _cells(self._word) + _LONG_WORD < terminal_width():
             done.append(self._placed())
         return "".join(done)
 
     def _placed(self) -> str:
         """What is held, in a new line if the cursor's has no room for it. A word longer than a line runs over it."""
         word, self._word, cells = self._word, "", _cells(self._word)
-        if word and not self._begun and self._column and self._column + cells >= _width():
+        if word and not self._begun and self._column and self._column + cells >= terminal_width():
             word, self._column = "\n" + word, 0
-        self._column = (self._column + cells) % _width()
+        self._column = (self._column + cells) % terminal_width()
         self._begun |= cells > 0
         return word
 
 
-def _width() -> int:
+def terminal_width() -> int:
+    """Columns of the terminal, or what COLUMNS says; 80 where there is none."""
     return max(20, shutil.get_terminal_size().columns)
 
 
@@ -182,6 +182,8 @@ def _cells(text: str) -> int:
 
 
 def _columns(character: str) -> int:
+    import unicodedata
+
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
