@@ -212,7 +212,7 @@ def decode(
     logits: mx.array,
     state: State,
     max_tokens: int,
-    ids: Sequence[int] | None,
+    ids: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` left on.
 
