@@ -124,6 +124,14 @@ class Machine:
         """`value` with `state` applied, or `value` where the state does not matter."""
         self.fail("its pickle sets attributes of something that has none")
 
+    def new(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
+        """The value that a new object of the class `kind`, a global, is."""
+        self.refuse_opcode(0x81)
+
+    def is_inert(self, value: Any) -> bool:
+        """Whether `value` stands for an object that nothing is to be known of: what it is filled with is forgotten."""
+        return False
+
     def persistent(self, reference: Any) -> Any:
         """The value that `reference` to data outside of the pickle stands for."""
         self.fail("its pickle refers to data outside of it where there is none")
@@ -175,6 +183,8 @@ class Machine:
 
     def store(self, values: list[Any]) -> None:
         """Keys and values, alternating, into the dict on top."""
+        if self._stack and self.is_inert(self._stack[-1]):
+            return
         target = self.top(dict)
         if len(values) % 2:
             self.fail("its pickle has a key without a value")
@@ -223,6 +233,18 @@ class Machine:
         if type(arguments) is not tuple:
             self.fail("its pickle calls with arguments that are no tuple")
         return self.call(function, arguments)
+
+    def make(self) -> Any:
+        arguments, kind = self.pop(), self.pop()
+        if type(arguments) is not tuple:
+            self.fail("its pickle makes an object with arguments that are no tuple")
+        return self.new(kind, arguments)
+
+    def make_with_names(self) -> Any:
+        names, arguments, kind = self.pop(), self.pop(), self.pop()
+        if type(names) is not dict or type(arguments) is not tuple or not self.is_inert(kind):
+            self.refuse_opcode(0x92)
+        return self.new(kind, arguments)
 
     def build_top(self) -> Any:
         state, value = self.pop(), self.pop()
@@ -293,6 +315,7 @@ _PUSHES: dict[str, Callable[[Machine], Any]] = {
     "B": lambda m: m.take_sized("<I"),
     "C": lambda m: m.take_sized("<B"),
     "\x8e": lambda m: m.take_sized("<Q"),
+    "\x96": lambda m: m.take_sized("<Q"),  # a bytearray
     "}": lambda m: {},
     "]": lambda m: [],
     ")": lambda m: (),
@@ -302,6 +325,10 @@ _PUSHES: dict[str, Callable[[Machine], Any]] = {
     "\x87": lambda m: (m.pop(), m.pop(), m.pop())[::-1],
     "\x93": Machine.resolve_stacked,
     "R": Machine.reduce,
+    "\x81": Machine.make,
+    "\x92": Machine.make_with_names,
+    "\x8f": lambda m: m.resolve("builtins.set"),
+    "\x91": lambda m: (m.resolve("builtins.frozenset"), m.pop_to_mark())[0],
     "b": Machine.build_top,
     "Q": lambda m: m.persistent(m.pop()),
 }
@@ -312,6 +339,7 @@ _EFFECTS: dict[str, Callable[[Machine], None]] = {
     "(": Machine.mark,
     "a": lambda m: _append(m, [m.pop()]),
     "e": lambda m: _append(m, m.pop_to_mark()),
+    "\x90": lambda m: _add(m, m.pop_to_mark()),
     "s": lambda m: m.store([m.pop(), m.pop()][::-1]),
     "u": lambda m: m.store(m.pop_to_mark()),
     "q": lambda m: m.remember(m.number("<B")),
@@ -325,7 +353,14 @@ _EFFECTS: dict[str, Callable[[Machine], None]] = {
 
 
 def _append(machine: Machine, items: list[Any]) -> None:
-    machine.top(list).extend(items)
+    if not (machine._stack and machine.is_inert(machine._stack[-1])):
+        machine.top(list).extend(items)
+
+
+def _add(machine: Machine, items: list[Any]) -> None:
+    """Into a set, of which nothing is kept."""
+    if not (machine._stack and machine.is_inert(machine._stack[-1])):
+        machine.fail("its pickle fills a set where there is none")
 
 
 def _pushing(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:

@@ -3,8 +3,9 @@
 Knows what torch.save writes: the zip layout of PyTorch 1.6 and later, and the row of pickles with raw
 data behind it that came before. Knows no checkpoint's keys, and no model. Nothing in a file is ever
 imported or called: `opcodes` runs the pickle, and the globals listed here are looked up by name and
-mean functions of this module. Each view of a storage is checked against the bytes that the file has
-before any of them is used.
+mean functions of this module, or nothing at all: what training loops put beside the weights
+(hyper-parameters, paths, dates, arrays) becomes a name, whatever it was made of. Each view of a storage
+is checked against the bytes that the file has before any of them is used.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _RESAVE = "save it again with torch.save(model.state_dict(), ...)"
 
 @dataclass(frozen=True)
 class Symbol:
-    """What the file names but does not hold: a dtype, a device. It does nothing."""
+    """What the file names but does not hold: a dtype, a device, an object of a class in `_INERT`. It does nothing."""
 
     name: str
 
@@ -198,11 +199,19 @@ class _TorchMachine(Machine):
         return _SYMBOLS[name] if name in _SYMBOLS else super().resolve(name)
 
     def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
+        if self.is_inert(function):
+            return function
         meaning = _CALLS.get(function.name) if type(function) is Symbol else None
         return meaning(self, arguments) if meaning else super().call(function, arguments)
 
+    def new(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
+        return kind if self.is_inert(kind) else super().new(kind, arguments)
+
+    def is_inert(self, value: Any) -> bool:
+        return type(value) is Symbol and value.name in _INERT
+
     def build(self, value: Any, state: Any) -> Any:
-        if type(value) is dict:  # a state dict's `_metadata`
+        if type(value) is dict or self.is_inert(value):  # a state dict's `_metadata`
             return value
         if type(value) is Symbol and value.name.startswith("numpy.dtype "):
             if type(state) is not tuple or len(state) < 2 or state[1] not in ("<", "|"):
@@ -324,5 +333,63 @@ _CALLS: dict[str, Callable[[_TorchMachine, tuple[Any, ...]], Any]] = {
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
 }
+_CLASSES = {
+    "argparse": "Namespace",
+    "builtins": "set frozenset list dict tuple int float bool str bytes bytearray complex object slice range",
+    "__builtin__": "set frozenset list dict tuple int long float bool str unicode bytearray complex object slice",
+    "collections": "Counter deque defaultdict",
+    "copyreg": "_reconstructor",
+    "copy_reg": "_reconstructor",
+    "datetime": "datetime date time timedelta timezone",
+    "decimal": "Decimal",
+    "fractions": "Fraction",
+    "pathlib": "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath",
+    "pathlib._local": "Path PurePath PosixPath PurePosixPath WindowsPath PureWindowsPath",
+    "random": "Random",
+    "types": "SimpleNamespace",
+    "typing": "Any",
+    "uuid": "UUID SafeUUID",
+    "numpy": "ndarray bool_ int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64",
+    "numpy.core.multiarray": "_reconstruct",
+    "numpy._core.multiarray": "_reconstruct",
+    "numpy.core.numeric": "_frombuffer",
+    "numpy._core.numeric": "_frombuffer",
+    "numpy.random": "RandomState",
+    "numpy.random.mtrand": "RandomState",
+    "numpy.random._pickle": "__randomstate_ctor __generator_ctor __bit_generator_ctor",
+    "numpy.random._generator": "Generator",
+    "numpy.random._mt19937": "MT19937",
+    "numpy.random._pcg64": "PCG64 PCG64DXSM",
+    "numpy.random._philox": "Philox",
+    "numpy.random._sfc64": "SFC64",
+    "numpy.random.bit_generator": "SeedSequence __pyx_unpickle_SeedSequence",
+    "torch": "complex32 complex64 complex128 float8_e4m3fn float8_e5m2 uint16 uint32 uint64 Generator strided",
+    "torch.serialization": "_get_layout",
+    "torch._C": "Generator",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.base": "ContainerMetadata Metadata Node UnionNode",
+    "omegaconf.nodes": "AnyNode StringNode IntegerNode FloatNode BooleanNode BytesNode PathNode EnumNode",
+    "pytorch_lightning.utilities.parsing": "AttributeDict",
+    "lightning.pytorch.utilities.parsing": "AttributeDict",
+    "lightning_fabric.utilities.data": "AttributeDict",
+    "lightning.fabric.utilities.data": "AttributeDict",
+    "yacs.config": "CfgNode",
+    "easydict": "EasyDict",
+    "addict.addict": "Dict",
+    "munch": "Munch",
+    "ml_collections.config_dict.config_dict": "ConfigDict",
+}  # fmt: skip
+# Torch's optimizers and schedulers, where someone has saved them and not their state.
+_CLASSES |= {
+    f"torch.optim.{name.lower()}": name for name in ("Adam", "AdamW", "Adafactor", "SGD", "RMSprop", "Adagrad")
+}
+_CLASSES["torch.optim.lr_scheduler"] = (
+    "LambdaLR StepLR MultiStepLR ConstantLR LinearLR ExponentialLR CosineAnnealingLR CosineAnnealingWarmRestarts "
+    "SequentialLR ChainedScheduler PolynomialLR CyclicLR OneCycleLR ReduceLROnPlateau"
+)
+_INERT = frozenset(f"{module}.{name}" for module, names in _CLASSES.items() for name in names.split())
 # All the globals that a file may name.
-_SYMBOLS = {name: Symbol(name) for name in (*_CALLS, *_STORAGE_DTYPES, *(f"torch.{dtype}" for dtype in ITEM_SIZES))}
+_SYMBOLS = {
+    name: Symbol(name) for name in (*_CALLS, *_STORAGE_DTYPES, *_INERT, *(f"torch.{dtype}" for dtype in ITEM_SIZES))
+}

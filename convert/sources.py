@@ -121,7 +121,8 @@ def _read_torch(path: Path) -> dict[str, LazyTensor]:
 def _state_dict(tree: Any, path: Path, ema: bool) -> tuple[str, dict[str, LazyTensor]]:
     """The state dict in what a PyTorch file holds, and in words what the file is."""
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: holds a {type(tree).__name__}, not a state dict: save model.state_dict()")
+        what = tree.name if isinstance(tree, pickles.Symbol) else type(tree).__name__
+        raise InputError(f"{path}: holds a {what}, not a state dict: save model.state_dict()")
     kind = "PyTorch state dict"
     wanted = (_EMA,) if ema else _STATES
     key = next((key for key in wanted if isinstance(tree.get(key), dict)), None)

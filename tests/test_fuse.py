@@ -150,7 +150,7 @@ def test_mlx_lm_reads_a_fused_model_with_a_head_of_its_own(bases: Callable[[str]
     from mlx_lm.utils import load_model as load_theirs
 
     for kind in ("float32", "mixed"):
-        adapter = adapter_for(bases(kind), tmp_path / f"adapter {kind}", targets=["*"])
+        adapter = adapter_for(bases(kind), tmp_path / f"adapter {kind}", size=0.5, targets=["*"])
         path = tmp_path / f"fused {kind}"
         assert fuse(bases(kind), adapter, path).untied
         theirs, _ = load_theirs(path)

@@ -138,7 +138,7 @@ def test_numpy_scalars_become_numbers(tmp_path: Path, value: np.generic, protoco
 def test_other_numpy_values_are_refused(tmp_path: Path) -> None:
     assert "numpy value" in error_of(tmp_path, zip_file(np.datetime64(0, "s"), 2))
     assert "little-endian" in error_of(tmp_path, zip_file(Call("numpy.dtype", ("f8", False, True), (3, ">", None))))
-    assert "numpy.core.multiarray._reconstruct" in error_of(tmp_path, zip_file(np.zeros(3), 2)).replace("_core", "core")
+    assert "numpy.datetime64" in error_of(tmp_path, zip_file({"kind": np.datetime64}, 2))
 
 
 def test_what_python_2_wrote(tmp_path: Path) -> None:

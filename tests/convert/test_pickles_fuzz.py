@@ -5,11 +5,14 @@ Seeded, so that a failure can be had again: the id of a test and the number in i
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import tracemalloc
+from collections import Counter, deque
 from collections.abc import Iterator
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -27,7 +30,8 @@ INTERESTING = [0, 1, 2, 127, 128, 254, 255]
 # The opcodes that the machine knows, some that it does not, and operands that make sense together.
 PIECES = [
     *(bytes([code]) for code in b"NJKMILGXTUBC}])t(aesuqrhjcRbQ.0i2"),
-    *(bytes([code]) for code in b"\x80\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x93\x94\x95"),
+    *(bytes([code]) for code in b"\x80\x81\x85\x86\x87\x88\x89\x8a\x8b\x8c\x8d\x8e\x8f\x90\x91\x92\x93\x94\x95"),
+    b"cargparse\nNamespace\n)\x81}b", b"ccollections\ndeque\n)R", b"cpathlib\nPosixPath\n", b"c__builtin__\nset\n(]tR",
     b"\x00", b"\x01", b"\x02", b"\xff", b"q\x00", b"h\x00", b"q\x01", b"h\x01", b"K\x00", b"K\x02", b"\x8c\x010",
     b"X\x07\x00\x00\x00storage", b"ctorch\nFloatStorage\n", b"\x8c\x03cpu", b"ctorch._utils\n_rebuild_tensor_v2\n",
     b"ccollections\nOrderedDict\n)R", b"(\x8c\x07storagectorch\nFloatStorage\n\x8c\x010\x8c\x03cpuK\x04tQ",
@@ -44,6 +48,8 @@ def value() -> Any:
         "old": Tensor(whole.storage, 2, (), (), "_rebuild_tensor"), "empty": tensor(np.zeros((0, 3))),
         "lr": (0.1, 2**70, None, True, b"bytes"), "metric": np.float64(2), "dtype": Global("torch.float16"),
         "size": Call("torch.Size", ((2, 3),)), "groups": [{"params": [0, 1], "name": "é"}],
+        "hyper": argparse.Namespace(lr=0.1, at=datetime(2024, 1, 2), out=PurePosixPath("a/b"), seen={1, 2}),
+        "random": np.random.RandomState(0).get_state()[:2], "order": deque([1, 2], 3), "count": Counter("abca"),
     }  # fmt: skip
 
 
