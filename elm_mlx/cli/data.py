@@ -50,7 +50,10 @@ def data(
         str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
     ] = None,
     max_seq_length: Annotated[
-        int | None, typer.Option(help="Tokens of an example, at most. (default: the model's context)")
+        int | None,
+        typer.Option(
+            help="Tokens of an example, at most. (default: the model's context, of other families at most 2048)"
+        ),
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut off what is longer.")] = False,
     train_on_prompt: Annotated[
