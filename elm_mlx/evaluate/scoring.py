@@ -73,6 +73,7 @@ class Scorer:
             results = [
                 result for batch, graph in zip(batches, found, strict=True) for result in _results(batch, *graph)
             ]
+            device.trim_cache()
             yield results, sum(batch.cost for batch in batches)
 
     def score(self, items: Sequence[Sequence[Scored]]) -> list[Result]:

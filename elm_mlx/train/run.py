@@ -186,6 +186,7 @@ class Run:
             sums, units = self._step.loss(batch)
             total, count = total + sums, count + units
             mx.eval(total)
+            device.trim_cache()
         count = int(self._summed(mx.array(count)).item())
         (mean, *measured), progress = self._means(self._summed(total), max(1, count)), self.progress
         if stop is not None and self.agreed(stop.is_set()):

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 sys.path.insert(0, str(Path(__file__).parent))
 import runs
 
+from elm_mlx import device
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint, loop
 from elm_mlx.train.batches import Batch
@@ -420,6 +421,16 @@ def test_the_base_counts_where_nothing_was_better(tmp_path: Path) -> None:
     assert result.harm == (others[-1], base)
     assert [report.step for report in reports if report.best] == [0]
     assert runs.run(tmp_path / "good").harm is None
+
+
+def test_freed_buffers_are_looked_after_at_every_update_and_validation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed: list[None] = []
+    monkeypatch.setattr(device, "trim_cache", lambda: trimmed.append(None))
+    runs.run(tmp_path, runs.settings(4))
+    validations = 2 * len(list(runs.validation()))
+    assert len(trimmed) == 4 + validations
 
 
 def test_a_training_loss_that_rose_is_harm_where_nothing_is_validated(tmp_path: Path) -> None:
