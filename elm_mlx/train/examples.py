@@ -13,7 +13,7 @@ from pathlib import Path
 
 from elm_mlx.errors import InputError, counted
 from elm_mlx.families import Config, FamilyConfig
-from elm_mlx.template import Template
+from elm_mlx.template import Messages, Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import records
 from elm_mlx.train.encoding import Encoder, Example
@@ -182,6 +182,13 @@ def check(path: Path, splits: Mapping[str, Prepared], skip_bad: bool) -> None:
             raise InputError(f"{path}: no example is left to {_PURPOSES.get(name, name)} on: {lost}")
 
 
+def without_template(where: str, messages: Messages) -> InputError:
+    """The error of a model that cannot read `messages`."""
+    what = "has a system prompt" if messages[0]["role"] == "system" else "is a conversation"
+    hint = "--template openelm-instruct, or a file, gives it one"
+    return InputError(f"{where}: {what}, and the model has no chat template; {hint}")
+
+
 def prepare(
     split: records.Split,
     tokenizer: Tokenizer,
@@ -210,10 +217,7 @@ def prepare(
     )
     for record in split.records:
         if template is None and isinstance(record, Conversation):
-            raise InputError(
-                f"{record.where}: is a conversation, and the model has no chat template; "
-                "--template openelm-instruct, or a file, gives it one"
-            )
+            raise without_template(record.where, record.messages)
         try:
             example = encoder.encode(record)
         except InputError as error:

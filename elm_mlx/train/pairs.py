@@ -209,10 +209,7 @@ def prepare(
             prepared.bad.append(f"{where}: {error}")
             continue
         if template is None and not isinstance(record.prompt, str):
-            raise InputError(
-                f"{where}: is a conversation, and the model has no chat template; "
-                "--template openelm-instruct, or a file, gives it one"
-            )
+            raise examples.without_template(where, record.prompt)
         try:
             pair = encode(encoder, record)
         except InputError as error:
