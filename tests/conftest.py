@@ -33,6 +33,11 @@ ROOT = Path(__file__).parents[1]
 processes.reset_signals()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest modules first, so that no processor ends by waiting for one of them alone."""
+    items.sort(key=lambda item: "example" not in item.path.name)
+
+
 @pytest.fixture(autouse=True)
 def no_process_outlives_its_test() -> Iterator[None]:
     """Ends what a test has started and left running, and calls that a failure."""

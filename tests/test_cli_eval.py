@@ -65,7 +65,7 @@ def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_pat
     for arguments, reason in (
         ([tiny_model_dir, tiny_model_dir], "give one model directory"),
         ([tiny_model_dir, "--compare"], "two runs or more"),
-        ([tmp_path, tmp_path, "--compare"], "cannot be read"),
+        ([tmp_path, tmp_path, "--compare"], "no such file; `elm-mlx eval MODEL --out"),
         ([tiny_model_dir, "--tasks", "nonsense"], "no task 'nonsense'"),
         ([tiny_model_dir, "--tasks", "piqa@x"], "after @ stands the number of examples"),
         ([tiny_model_dir, "--suite", "glue"], "no suite 'glue'"),

@@ -22,6 +22,8 @@ from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import tables
 from elm_mlx.train.recipe import Recipe
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 LAYERWISE, AVERAGING, CLASSICS = (EXAMPLES / name for name in ("layerwise", "averaging", "classics"))

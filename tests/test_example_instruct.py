@@ -18,6 +18,8 @@ import pytest
 
 from elm_mlx.store import load
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parent.parent
 INSTRUCT = ROOT / "examples" / "instruct"
 

@@ -11,6 +11,8 @@ import pytest
 
 from elm_mlx.config import ModelConfig
 
+pytestmark = pytest.mark.timeout(900)
+
 ROOT = Path(__file__).parents[1]
 
 
