@@ -446,3 +446,9 @@ def test_control_characters_do_not_reach_the_terminal(tmp_path: Path, tiny_token
     child = start(path, "--template", "openelm-instruct")
     assert say(child, "hello") == "a[2Jb"
     assert leave(child) == 0
+
+
+def test_a_message_on_the_command_line_is_said_first(speaking_dir: Path, environment: dict[str, str]) -> None:
+    flags = ("/hello", "--template", "openelm-instruct")
+    done = piped(speaking_dir, "more\n", *flags, environment=environment)
+    assert (done.returncode, done.stdout.decode()) == (0, f"{ANSWER}\n" * 2), "and is no command"

@@ -58,12 +58,6 @@ class _Group(typer.core.TyperGroup):
         super().__init__(**settings)
         self.commands = _Commands()  # type: ignore[assignment]
 
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError as error:  # typer would make an error of it
-            return _tell(error)
-
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, legible(formatter))
 
@@ -132,6 +126,8 @@ def _run() -> int:
     try:
         code = app(prog_name="elm-mlx", standalone_mode=False)
     except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # of which typer makes an error
+            raise end.__context__ from None
         code = end.code
     sys.stdout.flush()  # here, where what goes wrong is told
     return code if isinstance(code, int) else 0

@@ -1,0 +1,60 @@
+"""The command as a process: however early Ctrl-C comes and however soon a reader leaves, it ends without a word."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = [sys.executable, "-X", "importtime", "-m", "elm_mlx"]  # which tells on stderr how far it is
+
+
+@pytest.mark.parametrize("module", ["elm_mlx.escape", "elm_mlx.cli", "typer", "mlx.core", "elm_mlx.store"])
+def test_ctrl_c_while_it_begins_is_quiet(tiny_model_dir: Path, module: str) -> None:
+    command = [*PROGRAM, "generate", str(tiny_model_dir), "the fox", "--max-tokens", "400"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.rstrip().endswith(f" {module}"):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT), rest[-500:]
+    said = [line for line in rest.splitlines() if not line.startswith(("import time:", "elm-mlx: bfloat16", "prompt:"))]
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-h"], ["info", "MODEL"], ["generate", "MODEL", "the fox", "--max-tokens", "400"]]
+)
+def test_a_reader_that_leaves_ends_it_quietly(tiny_model_dir: Path, arguments: list[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "elm_mlx",
+        *(str(tiny_model_dir) if each == "MODEL" else each for each in arguments),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(timeout=60)
+    assert process.returncode in (0, 128 + signal.SIGPIPE)
+    assert not [line for line in errors.splitlines() if not line.startswith(("elm-mlx: bfloat16", "prompt:"))]
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["--version"], ["info", "MODEL"], ["info", "MODEL", "--json"]])
+def test_a_full_disk_is_one_line(tiny_model_dir: Path, arguments: list[str]) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "elm_mlx",
+        *(str(tiny_model_dir) if each == "MODEL" else each for each in arguments),
+    ]
+    with Path("/dev/full").open("w") if Path("/dev/full").exists() else pytest.skip("no /dev/full") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and "No space left" in done.stderr and done.stderr.count("\n") == 1
