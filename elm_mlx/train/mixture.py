@@ -139,6 +139,12 @@ class Feed:
         self._kept = int(state["kept"])
         self.counts, self.first = Counts(**state["counts"]), None
         self.counts.dropped, self.counts.broken = dict(self.counts.dropped), list(self.counts.broken)
+        counts = self.counts
+        numbers = [*state["next"], counts.epoch, counts.read, counts.kept, counts.tokens, counts.bad]
+        if any(type(number) is not int or number < 0 for number in (*numbers, *counts.dropped.values())):
+            raise ValueError
+        if counts.dropped.keys() != {*filters.REASONS}:
+            raise ValueError
         self._begin()
 
     def _begin(self) -> None:

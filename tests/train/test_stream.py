@@ -289,6 +289,16 @@ class TestResuming:
             with pytest.raises(InputError, match="cannot resume: the seed changed"):
                 batches.resume(7)  # type: ignore[arg-type]
 
+    @pytest.mark.parametrize("name", ["epoch", "read", "kept", "tokens", "bad", "dropped", "next"])
+    @pytest.mark.parametrize("value", ["x", -1, 2.5, None, {"duplicate": "x"}, [-(10**30), 0, 0]])
+    def test_damaged_counts(self, folder: Path, tiny_tokenizer_file: Path, name: str, value: object) -> None:
+        with made(mixture(folder), tiny_tokenizer_file) as batches:
+            state = batches.state()
+            source = state["shards_at"]["0"]["sources"][0]
+            (source if name == "next" else source["counts"])[name] = value
+            with pytest.raises(InputError, match="cannot resume: the position in the data is damaged"):
+                batches.resume(state)
+
 
 class TestDamage:
     def damaged(self, folder: Path) -> Path:
