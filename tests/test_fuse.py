@@ -397,6 +397,23 @@ def test_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
     assert (done.tokens, done.untied, done.adapter.kind) == (expected.tokens, False, "lora")
 
 
+def test_rows_of_several_lengths_are_compared_where_they_count(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """In batches, as one after the other."""
+    base = bases("float32")
+    adapter = adapter_for(base, tmp_path / "adapter")
+    rows = [
+        ([1, *(9 + i % 300 for i in range(length))], [i % 3 == 1 for i in range(length + 1)])
+        for length in (400, 5, 70, 6, 300, 4)
+    ]
+    done = fuse(base, adapter, tmp_path / "fused", taught=module.Sample("rows", rows))
+    models = [load(base)[0], load(base, None, adapter)[0]]
+    alone, before = (
+        np.concatenate([np.array(model(mx.array([ids]))[0])[counted] for ids, counted in rows]) for model in models
+    )
+    assert (done.compared, done.tokens) == ("rows", len(alone))
+    assert done.effect == pytest.approx(float(np.sqrt(((before - alone) ** 2).mean())), rel=1e-3)
+
+
 def test_whole_weights(bases: Callable[[str], Path], tmp_path: Path) -> None:
     model = load_model(bases("bfloat16"), "float32")
     model.layers[0].unfreeze()
