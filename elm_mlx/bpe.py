@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _SPACE = "\u2581"  # how a SentencePiece-like piece writes a space
 _MAX_BYTES = 64 << 20  # of the file; the largest in the wild has 35 MB
 _MAX_PIECES = 1 << 24  # the most in the wild are 262,144
 _one_at_a_time = threading.Lock()
+_PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
 _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # decoders
 
 
@@ -201,6 +203,11 @@ def _load(path: Path) -> Any:
     from tokenizers import Tokenizer as Encoder
 
     text = reading.text(path, _MAX_BYTES)
+    if _PREFIXED.search(text):  # some of which the library ends the process at, with no exception to catch
+        raise InputError(
+            f"{path}: marks pieces that continue a word, which is not supported: byte-level and "
+            "SentencePiece-like BPE do not"
+        )
     encoder = Encoder.from_str(text)
     encoder.no_truncation()
     encoder.no_padding()

@@ -280,3 +280,13 @@ def test_a_space_that_only_the_first_text_gets(folders: dict[str, Path], tmp_pat
     end = tokenizer.control_ids["<|endoftext|>"]
     expected = theirs.encode("the crow<|endoftext|>the pebble", add_special_tokens=False).ids
     assert tokenizer.encode_parts(["the crow", end, "the pebble"]) == expected
+
+
+@pytest.mark.parametrize("prefix", ["##", "\x00", "é"])
+def test_marked_pieces_are_refused_before_the_library_sees_them(tmp_path: Path, prefix: str) -> None:
+    other_models.write_tokenizer(tmp_path, "phi3")
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["continuing_subword_prefix"] = prefix
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match="marks pieces that continue a word"):
+        BPETokenizer(tmp_path / "tokenizer.json")
