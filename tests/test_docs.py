@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from elm_mlx.cli import app
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+TRANSCRIPTS = runpy.run_path(str(ROOT / "benchmarks" / "transcripts.py"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -26,11 +30,36 @@ def flags(command: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_line_in_the_documentation_can_be_parsed(page: Path) -> None:
     lines = re.findall(r"^(?: {4}|\$ )(?:.*\| )?(?:\.venv/bin/)?elm-mlx ([a-z-]+) (.*)", page.read_text("utf-8"), re.M)
+    made_by = "".join(TRANSCRIPTS["MADE_BY"].findall(page.read_text("utf-8")))
+    lines += re.findall(r"^ *elm-mlx ([a-z-]+) (.*)", made_by, re.M)
     for command, rest in lines:
         assert command in COMMANDS, f"{page.name}: elm-mlx {command}"
         known = flags(command) | {"--help", "--model"}
         for flag in re.findall(r"(?<!\S)--[a-z-]+", rest):
             assert flag in known, f"{page.name}: elm-mlx {command} {flag}"
+
+
+def transcripts(page: Path) -> list[tuple[str, str]]:
+    """Commands of a page's transcripts, each with what it printed."""
+    blocks = TRANSCRIPTS["BLOCK"].findall(page.read_text("utf-8"))
+    return [each for block in blocks for each in TRANSCRIPTS["COMMAND"].findall(block)]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if transcripts(page)], ids=lambda page: page.name)
+def test_every_transcript_can_be_made_again(page: Path) -> None:
+    text = page.read_text("utf-8")
+    made_by = TRANSCRIPTS["MADE_BY"].findall(text)
+    assert len(made_by) == text.count("<!-- made by") <= 1
+    there = f"examples build {' '.join(made_by)}"
+    if "$SHARED" in there:
+        assert "`../shared/data/" in text, f"{page.name} does not say that it needs what is in ../shared"
+    for command, printed in transcripts(page):
+        words = shlex.split(command)
+        for before, word in pairwise(words):
+            if ("/" in word or re.search(r"\.[a-z]+$", word)) and before not in ("--out", "--png", "--init"):
+                assert word.split("/")[0] in there, f"{command}: nothing makes {word}"
+        assert len(TRANSCRIPTS["DOTS"].findall(printed)) < 2, f"{command}: dots can stand in one place alone"
+        there += f" {command} {printed}"
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
