@@ -25,6 +25,7 @@ _PAIRS = 1.5  # of the activations: beside them the reference is computed, and p
 _STATE_COPIES = 2.5  # of a Mamba's state after each token: before and after it has faded, some of it for a while
 _STATES = {"adamw": 2.0, "adafactor": 0.05}  # values of the optimizer for each one trained
 _UPDATE = 1.5  # copies of what is trained, while it is being replaced
+_SURE = 2.0  # an estimate of so many times the machine's memory: MLX's CPU backend ends there without a word (SIGSEGV)
 _LEAST_LENGTH = 128  # tokens of a row, below which it is not advised to go
 # What can make a run smaller, as the options of `lora` and `dpo` say it, and as a recipe of `pretrain` does.
 OPTIONS = {
@@ -142,7 +143,8 @@ def check(
         force: warn of what cannot be, too.
 
     Raises:
-        InputError: weights, gradients and the optimizer's state alone take more than `memory`, and no `force`.
+        InputError: weights, gradients and the optimizer's state alone take more than `memory`, or all that the run
+            holds more than twice as much, and no `force`.
     """
     found = estimate(load)
     least = found.weights + found.training + 4 * load.trained
@@ -151,11 +153,12 @@ def check(
     turned = [(name, estimate(changed).total) for name, changed in _knobs(load, names, available)]
     turned = sorted((each for each in turned if each[1] < 0.98 * found.total), key=lambda each: each[1])
     helps = "; ".join(f"{name} would take {_gigabytes(total)}" for name, total in turned) or "a smaller model is needed"
-    if memory is not None and least > memory and not force:
-        raise InputError(
-            f"weights, gradients and the optimizer's state alone take {_gigabytes(least)}, and the machine has "
-            f"{_gigabytes(memory)}; {helps}; --force tries it all the same"
-        )
+    if memory is not None and not force:
+        has = f"and the machine has {_gigabytes(memory)}; {helps}; --force tries it all the same"
+        if least > memory:
+            raise InputError(f"weights, gradients and the optimizer's state alone take {_gigabytes(least)}, {has}")
+        if found.total > _SURE * memory:
+            raise InputError(f"the run takes about {_gigabytes(found.total)}, {has}")
     return f"about {_gigabytes(found.total)} may be too much for the {_gigabytes(available)} that are free: {helps}"
 
 

@@ -130,4 +130,10 @@ def test_only_what_is_sure_not_to_fit_is_refused() -> None:
     ):
         check(full, 1, least - 1)
     assert "may be too much" in str(check(full, 1, least - 1, force=True))
+    rows = replace(LOAD, rows=1 << 12)  # little to train, and far too much to keep for the way back
+    twice = estimate(rows).total // 2
+    assert check(rows, 1, twice + 1) is not None
+    with pytest.raises(InputError, match=r"^the run takes about .*, and the machine has .*--batch-size 1 .*; --force"):
+        check(rows, 1, twice - 1)
+    assert "may be too much" in str(check(rows, 1, twice - 1, force=True))
     assert check(full, None, None) is None
