@@ -62,6 +62,9 @@ def read_peft(directory: Path, config: Config) -> tuple[Adapter, Arrays]:
     where = str(directory / PEFT_CONFIG)
     if values.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type is {str(values.get('peft_type'))[:40]!r}; only LORA is known")
+    for name in ("use_dora", "use_rslora"):
+        if not isinstance(values.get(name), bool | None):
+            raise InputError(f"{where}: {name} is {str(values[name])[:40]!r}: true or false is needed")
     unknown = [name for name in _UNKNOWN if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
     if unknown:
         raise InputError(f"{where}: asks for {listed(unknown)}, which this does not know: merge it with PEFT")

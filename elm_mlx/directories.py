@@ -56,6 +56,7 @@ EXPORT = Kind(
 # What systems and downloads put into any directory; nobody misses it.
 _LITTER = (
     ".DS_Store", "._*", ".localized", "[Tt]humbs.db", "[Dd]esktop.ini", ".directory", ".gitattributes",
+    "Icon\r",  # a folder's own icon on a Mac
 )  # fmt: skip
 
 

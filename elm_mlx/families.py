@@ -371,12 +371,13 @@ def _state_values(keys: Keys, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_other(directory: Path) -> bool:
-    """Whether a model directory is of another family than OpenELM, as far as its config says."""
-    try:
-        values = read_object(directory / "config.json")
-    except InputError:
-        return False
-    return bool(values.get("model_type", MODEL_TYPE) != MODEL_TYPE)
+    """Whether a model directory is of another family than OpenELM, as far as its config says.
+
+    Raises:
+        InputError: `config.json` is there and cannot be read.
+    """
+    path = directory / "config.json"
+    return path.exists() and bool(read_object(path).get("model_type", MODEL_TYPE) != MODEL_TYPE)
 
 
 def check_is_openelm(directory: Path, repository: str | None = None) -> None:

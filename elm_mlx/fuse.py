@@ -70,7 +70,7 @@ class Fusion:
         rms, largest, mean: of the absolute difference.
         divergence: mean Kullback-Leibler divergence, in nats, of the fused model's next token from the other's.
         same_top: share of positions where the likeliest token is the same.
-        tolerance: what `rms / spread` may be; None where weights were quantized anew, whose loss is what it is.
+        tolerance: what `of_spread(rms)` may be; None where weights were quantized anew, whose loss is what it is.
         moved: of the weights that were, the share that has another value than in the model; None where none were.
         template: the file of the adapter's directory with the chat template that it was trained by, now the model's.
         way: how they were rounded, of `requantize`'s ways; None where none were.
@@ -103,6 +103,12 @@ class Fusion:
         if self.taught == 0:
             return 1.0 if self.divergence == 0 else -math.inf
         return 1 - self.divergence / self.taught
+
+    def of_spread(self, difference: float) -> float:
+        """A difference of logits as a share of `spread`, which is 0 where a model finds all tokens alike."""
+        if self.spread == 0:
+            return 0.0 if difference == 0 else math.inf
+        return difference / self.spread
 
 
 def fuse(
@@ -211,7 +217,7 @@ def _dtype(source: Path, config: Config, name: str | None, dequantize: bool) -> 
 
 
 def _check(fusion: Fusion) -> None:
-    found = fusion.rms / fusion.spread if fusion.spread else float("nan")
+    found = fusion.of_spread(fusion.rms)
     limit = 1e3 if fusion.tolerance is None else fusion.tolerance
     if not found <= limit:  # so that a NaN is refused too
         raise ElmError(

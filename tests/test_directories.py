@@ -28,7 +28,7 @@ KINDS = {
     "export": (EXPORT, ("checkpoint.pt", "config.yaml", "tokenizer.model")),
 }
 LITTER = (
-    ".DS_Store", "._config.json", "._anything", "Thumbs.db", "desktop.ini", ".gitattributes",
+    ".DS_Store", "._config.json", "._anything", "Thumbs.db", "desktop.ini", ".gitattributes", "Icon\r",
     ".cache/huggingface/download/config.json.metadata", ".cache/huggingface/.gitignore",
 )  # fmt: skip
 

@@ -188,3 +188,15 @@ def test_a_quantized_model_is_tuned_and_fused(run: Run, data: Path, tmp_path: Pa
 def test_a_real_chat_model_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     code, said, error = run("chat", SMOL, "--temp", 0, stdin="What is the capital of France?\n")
     assert code == 0 and said == "The capital of France is Paris.\n", error
+
+
+@pytest.mark.parametrize("content", ["{}".encode("utf-16"), b"[]", b"{"])
+def test_a_config_that_cannot_be_read_is_what_is_named(
+    content: bytes, run: Run, family_dirs: dict[str, Path], tmp_path: Path
+) -> None:
+    """And no tokenizer that another family would have."""
+    broken = Path(shutil.copytree(family_dirs["llama"], tmp_path / "broken"))
+    (broken / "config.json").write_bytes(content)
+    for command in (("generate", broken, "-p", "a"), ("chat", broken), ("info", broken)):
+        code, _, err = run(*command)
+        assert code == 2 and "config.json" in err and "tokenizer" not in err, err

@@ -16,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from commands import Run
+from mlx.utils import tree_map
 
 from elm_mlx import adapt, adapters, lora, requantize
 from elm_mlx import fuse as module
@@ -354,6 +356,16 @@ def test_a_merge_that_computes_something_else_is_refused(
     ):
         fuse(bases("bfloat16"), adapter, tmp_path / "fused")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_a_model_that_finds_all_tokens_alike_is_fused(tmp_path: Path, run: Run) -> None:
+    """Nothing of its logits' spread, which is 0, is away from them."""
+    model = tiny.random_model(tiny.scaled_config(64))
+    model.update(tree_map(mx.zeros_like, model.parameters()))
+    source = tiny.write_directory(tmp_path / "source", model, None, mx.float32)
+    adapter = adapter_for(source, tmp_path / "adapter")
+    code, out, err = run("fuse", source, adapter, tmp_path / "fused")
+    assert code == 0 and "0 of the logits' spread" in out, err
 
 
 def test_values_that_overflow_are_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def _print(done: Fusion) -> None:
     kept = {way: f"{percent(share)} {WAYS[way]}" for way, share in done.kept.items()}
     first = kept.pop(done.way, "") if done.way is not None else ""
     lines = {
-        "adapter": f"{done.adapter.describe()}; moves the logits by {done.effect / done.spread:.2g} of their spread",
+        "adapter": f"{done.adapter.describe()}; moves the logits by {done.of_spread(done.effect):.2g} of their spread",
         "head": "a weight of its own now: the base embedding" if done.untied else "",
         "template": "" if done.template is None else f"the adapter was trained by {done.template}: now the model's",
         "compared": f"logits at {done.tokens} positions: {done.compared}",
@@ -66,7 +66,7 @@ def _print(done: Fusion) -> None:
         "moved": f"{100 * done.moved:.2g}% of the quantized weights that the adapter changes"
         if done.moved is not None
         else "",
-        "difference": f"{done.rms / done.spread:.2g} of the logits' spread; {verdict}",
+        "difference": f"{done.of_spread(done.rms):.2g} of the logits' spread; {verdict}",
         "": f"largest {done.largest:.3g}, mean {done.mean:.3g}, spread {done.spread:.3g}",
         "divergence": f"{done.divergence:.2g} nats; the likeliest token is the same at {done.same_top:.1%}",
         "warning": _warning(done),
