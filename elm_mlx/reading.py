@@ -11,6 +11,7 @@ import errno
 import os
 import stat
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -114,12 +115,27 @@ def yaml_mapping(path: Path) -> dict[Any, Any]:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            twice = next((key for number, key in enumerate(keys) if key in keys[:number]), None)
-            if twice is not None and twice != "<<":
+        merged = 0
+
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            """Looks at keys as they are written: later, those that `<<` brings stand among them."""
+            node = super().compose_mapping_node(anchor)
+            counts = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            twice = next((key for key, count in counts.items() if count > 1), None)
+            if twice is not None:
                 raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[:30]} stands twice")
-            return super().construct_mapping(node, deep)
+            return node
+
+        def flatten_mapping(self, node: Any) -> None:
+            """Bounds what `<<` copies: a few lines of it, each of the one before, could fill any memory."""
+            merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+            for each in (one for value in merged for one in (value.value if value.id == "sequence" else [value])):
+                if isinstance(each, yaml.MappingNode):
+                    self.flatten_mapping(each)
+                    self.merged += len(each.value)
+                    if self.merged > _MOST_NODES:
+                        raise ValueError(f"it has more than {_MOST_NODES:,} values")
+            super().flatten_mapping(node)
 
     try:
         values = yaml.load(text(path, TABLES_BYTES), Loader)

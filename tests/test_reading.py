@@ -114,6 +114,11 @@ def test_a_line_without_end_is_not_waited_for() -> None:
         ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
             f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
         ), "more than 100,000 values"),
+        ("a: {x: 1, y: {b: 1, c: 2, b: 3}}", "line 1: the key b stands twice"),
+        ("{" + ", ".join(f"k{i}: 1" for i in range(3000)) + ", k7: 1}", "the key k7 stands twice"),
+        ("x: &x {" + ", ".join(f"k{i}: 1" for i in range(1000)) + "}\ny: {<<: [" + "*x, " * 101 + "]}",
+         "more than 100,000 values"),
+        ("x: &x {<<: *x}", "not YAML of plain values"),
         ("[" * 50_000, "not YAML of plain values"),
         ("a: " + "9" * 5000, "not YAML of plain values"),
     ],
@@ -124,3 +129,9 @@ def test_yaml_is_a_mapping_of_plain_values(tmp_path: Path, text: str, message: s
     assert reading.yaml_mapping(path) == {"a": {"b": 1.5}, "c": {"b": 1.5}}
     path.write_text(text)
     refused(rf"a\.yaml: {'.*' + message}", lambda: reading.yaml_mapping(path))
+
+
+def test_yaml_keys_that_are_merged_and_said_anew_are_no_keys_said_twice(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("all:\n  a: &a {rank: 1, seed: 1}\n  b: &b {<<: *a, rank: 2}\nrun: {<<: *b, seed: 3}\n")
+    assert reading.yaml_mapping(path)["run"] == {"rank": 2, "seed": 3}
