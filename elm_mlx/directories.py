@@ -124,6 +124,7 @@ def carry_templates(source: Path, directory: Path, default: bool = True) -> bool
     found = sorted(path for name in TEMPLATES for path in (source / name).glob("*.jinja") if path.is_file())
     found = [path for path in found if default or path.stem != "default"]
     for path in found:
+        own_file(path.parent)  # a folder may be a link, too
         (directory / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(own_file(path), directory / path.parent.name / path.name)
     return bool(found)

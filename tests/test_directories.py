@@ -188,6 +188,15 @@ def test_a_link_out_of_it_is_refused_by_name(hub: bool, name: str, tmp_path: Pat
         directories.carry(source, made(tmp_path / "out", "x"))
 
 
+@pytest.mark.parametrize("name", directories.TEMPLATES)
+def test_a_folder_that_is_a_link_out_of_it_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    made(tmp_path / "elsewhere", "secret.jinja")
+    source = made(tmp_path / "model", "config.json")
+    (source / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{name}: is a link to .*elsewhere, outside of the model's directory"):
+        directories.carry(source, made(tmp_path / "out", "x"))
+
+
 @pytest.mark.parametrize("name", ["convert", "fuse", "quantize", "average"])
 @pytest.mark.parametrize("file", ["generation_config.json", "chat_template.jinja"])
 def test_no_command_hands_on_what_a_link_leads_to(
