@@ -198,7 +198,7 @@ def name_bad(reasons: Iterable[str]) -> None:
     """Each bad record on a line of stderr; of very many the first ones, and how many there are besides."""
     reasons = list(reasons)
     for reason in reasons[:_NAMED]:
-        line(printable(reason), err=True)
+        line(reason, err=True)
     if len(reasons) > _NAMED:
         line(f"… and {len(reasons) - _NAMED:,} more", err=True)
 

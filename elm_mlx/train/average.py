@@ -20,7 +20,7 @@ import numpy as np
 from elm_mlx import json_files, reading, template
 from elm_mlx.config import ModelConfig
 from elm_mlx.directories import MODEL, check_destination
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.files import expanded, hold, new_directory
 from elm_mlx.train import checkpoint
 from elm_mlx.train.metrics import ABOUT
@@ -69,7 +69,7 @@ def last(run: Path, count: int) -> list[Path]:
         raise InputError(f"{run}: no such directory")
     found = checkpoint.all_of(run)
     if len(found) < count:
-        held = f"{len(found)} checkpoint" + ("s" if len(found) != 1 else "")
+        held = counted(len(found), "checkpoint")
         raise InputError(f"{run}: holds {held} (checkpoints/step-…), and --last asks for {count}")
     return found[-count:]
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from elm_mlx import device
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.model import Model
 from elm_mlx.train import checkpoint, journal
 from elm_mlx.train import optimizer as optimization
@@ -96,8 +96,9 @@ class Run:
         saved = checkpoint.load(checkpoint.newest(self._out), self._identity)
         before, now = len(saved.progress.random), self._group.size()
         if before != now:
-            many = "1 process" if before == 1 else f"{before} processes"
-            raise InputError(f"{saved.path}: was trained by {many}, and cannot go on with {now}")
+            raise InputError(
+                f"{saved.path}: was trained by {counted(before, 'process')}, and cannot go on with {now}"
+            )
         step = self._step
         step.model.update(
             checkpoint.fill(step.model.trainable_parameters(), saved.parameters, saved.path / checkpoint.PARAMETERS)
