@@ -29,6 +29,7 @@ _MAX_BYTES = 64 << 20  # of the file; the largest in the wild has 35 MB
 _MAX_PIECES = 1 << 24  # the most in the wild are 262,144
 _one_at_a_time = threading.Lock()
 _PREFIXED = re.compile(r'"continuing_subword_prefix"\s*:\s*"[^"]')
+_ESCAPED = re.compile(r"\\u00([4-7][0-9a-fA-F])")  # a letter, as JSON may write it and nobody does
 _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}  # decoders
 
 
@@ -203,7 +204,9 @@ def _load(path: Path) -> Any:
     from tokenizers import Tokenizer as Encoder
 
     text = reading.text(path, _MAX_BYTES)
-    if _PREFIXED.search(text):  # some of which the library ends the process at, with no exception to catch
+    if _PREFIXED.search(
+        _ESCAPED.sub(lambda found: chr(int(found[1], 16)), text)
+    ):  # some of which the library ends the process at, with no exception to catch
         raise InputError(
             f"{path}: marks pieces that continue a word, which is not supported: byte-level and "
             "SentencePiece-like BPE do not"

@@ -283,10 +283,11 @@ def test_a_space_that_only_the_first_text_gets(folders: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize("prefix", ["##", "\x00", "é"])
-def test_marked_pieces_are_refused_before_the_library_sees_them(tmp_path: Path, prefix: str) -> None:
+@pytest.mark.parametrize("key", ["continuing_subword_prefix", "continuing_\\u0073ubword\\u005Fprefix"])
+def test_marked_pieces_are_refused_before_the_library_sees_them(tmp_path: Path, prefix: str, key: str) -> None:
     other_models.write_tokenizer(tmp_path, "phi3")
     values = json.loads((tmp_path / "tokenizer.json").read_text())
     values["model"]["continuing_subword_prefix"] = prefix
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values).replace("continuing_subword_prefix", key))
     with pytest.raises(InputError, match="marks pieces that continue a word"):
         BPETokenizer(tmp_path / "tokenizer.json")
