@@ -6,7 +6,8 @@ the public names are imported when first used.
 
 import sys
 
-if sys.argv[:1] == ["-m"] or (sys.argv and sys.argv[0].endswith("/elm-mlx")):  # the former: `python -m elm_mlx`
+# The former: `python -m elm_mlx`, and not another's package that imports this one.
+if (sys.argv[:1] == ["-m"] and "elm_mlx" in sys.orig_argv) or (sys.argv and sys.argv[0].endswith("/elm-mlx")):
     # The command begins: Ctrl-C ends it without a traceback of imports. (`signal` itself is slow to import.)
     _signal = __import__("_signal")
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import elm_mlx
 
 PROGRAM = [sys.executable, "-X", "importtime", "-m", "elm_mlx"]  # which tells on stderr how far it is
 
@@ -58,3 +61,13 @@ def test_a_full_disk_is_one_line(tiny_model_dir: Path, arguments: list[str]) -> 
     with Path("/dev/full").open("w") if Path("/dev/full").exists() else pytest.skip("no /dev/full") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1 and "No space left" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_another_package_that_imports_this_one_keeps_its_ctrl_c(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import elm_mlx\n")
+    (tmp_path / "theirs" / "__main__.py").write_text(
+        "import signal\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(elm_mlx.__file__).parents[1])])}
+    subprocess.run([sys.executable, "-m", "theirs"], env=environment, check=True, timeout=60)
