@@ -96,9 +96,7 @@ class Run:
         saved = checkpoint.load(checkpoint.newest(self._out), self._identity)
         before, now = len(saved.progress.random), self._group.size()
         if before != now:
-            raise InputError(
-                f"{saved.path}: was trained by {counted(before, 'process')}, and cannot go on with {now}"
-            )
+            raise InputError(f"{saved.path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
         step = self._step
         step.model.update(
             checkpoint.fill(step.model.trainable_parameters(), saved.parameters, saved.path / checkpoint.PARAMETERS)
