@@ -108,7 +108,7 @@ def test_rank_stabilised() -> None:
         ({"rank": 0}, "rank of .* is 0"),
         ({"rank": True}, "rank of .* is True"),
         ({"rank": 10**9}, "rank of"),
-        ({"rank": [8]}, "rank has 1 entries, and the model 3 layers"),
+        ({"rank": [8]}, "rank has 1 entry, and the model 3 layers"),
         ({"rank": {"qkv_proj": 4}}, "rank says nothing of transformer.layers.0.attn.out_proj"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"dropout": 1.0}, "dropout is 1.0"),

@@ -164,3 +164,10 @@ def test_cells_of_a_table_are_not_obeyed(capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert not CONTROLS & {*out} and "[red]" in out
     assert out.splitlines()[1].endswith("漢字") and out.splitlines()[2].endswith("abc")
+
+
+def test_a_path_that_no_line_can_hold_stays_beside_its_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/" + "x" * 40
+    assert show.folded(f"wrote       {path}, 4-bit", 12) == f"wrote       {path},\n{' ' * 12}4-bit"
+    assert show.folded(f"wrote to    here, and {path}", 12) == f"wrote to    here, and\n{' ' * 12}{path}"

@@ -56,12 +56,17 @@ def silence(stream: TextIO) -> None:
 
 
 def folded(text: str, column: int = 0) -> str:
-    """`text` in lines of the terminal's width, the second and later ones from `column` on."""
+    """`text` in lines of the terminal's width, the second and later ones from `column` on.
+
+    A word that no line can hold stays beside its label, and is the terminal's to break: a path can be copied.
+    """
     width = terminal_width()
     indent = " " * (column if column <= width // 2 else 2)
     lines = textwrap.wrap(
         text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False, replace_whitespace=False
     )
+    if len(lines) > 1 and lines[0] == text[:column].rstrip() and len(lines[1].split()[0]) > width - len(indent):
+        lines[:2] = [text[:column] + lines[1].lstrip()]
     return "\n".join(lines)
 
 
