@@ -7,8 +7,6 @@ import os
 # Before BLAS is loaded. Its threads wait by spinning, and so take the processor from whatever runs beside them: other
 # tests, and the programs that tests start, took up to six times as long.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-for name in ("COLUMNS", "LINES"):  # readline sets them, and pytest-xdist's workers have them from their parent
-    os.environ.pop(name, None)
 
 # isort: split
 import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its BLAS
@@ -32,6 +30,8 @@ from elm_mlx.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 
+for name in ("COLUMNS", "LINES"):  # readline sets them, and pytest-xdist's workers have them from their parent
+    os.environ.pop(name, None)
 processes.reset_signals()
 
 
