@@ -61,6 +61,15 @@ def test_a_run_says_what_it_will_do_and_leaves_an_adapter(
     assert load_model(tiny_model_dir, adapter_path=out / "checkpoints" / "step-00000003") is not None
 
 
+def test_no_batches_of_a_validation_are_no_validation(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    options = (*QUICK, "--val-batches", 0)
+    code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *options)
+    assert (code, err) == (0, "") and "none to validate" in text
+    assert "validation loss" not in text and [loss for step, loss in updates(tmp_path / "out") if step == 0] == []
+
+
 def test_what_to_try_is_a_chat_where_there_is_a_template(
     run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -76,7 +76,7 @@ class Data:
         max_length: tokens of an example, at most; None for the model's context.
         batch_size: rows of a batch, of one process.
         packed: put several examples in a row.
-        valid_batches: batches of a validation; -1 for all there are.
+        valid_batches: batches of a validation; -1 for all there are, 0 for no validation.
     """
 
     path: Path
@@ -147,6 +147,8 @@ class Finetuning:
         self.computation = store.computation(self.path, self.config, compute_dtype)
         self.trainable = sum(_sizes(self.adapter, self.config))
         self.splits = self._prepared()
+        if self._data.valid_batches == 0:
+            self.splits.pop("valid", None)
         group = mx.distributed.init()
         self.world, self.leads = group.size(), bool(group.rank() == 0)
         self.batch_size = data.batch_size
