@@ -18,11 +18,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from elm_mlx import template
+from elm_mlx import end_tokens, template
 from elm_mlx.config import ModelConfig
 from elm_mlx.directories import EXPORT, check_destination
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory, write_text
+from elm_mlx.tokenizer import Tokenizer
 from elm_mlx_convert.destination import check_room
 from elm_mlx_convert.infer import preset_name
 from elm_mlx_convert.names import listed, to_corenet
@@ -68,12 +69,25 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
                 (directory / TOKENIZER).write_bytes(plan.tokenizer.read_bytes())
             if plan.chat_template is not None:
                 write_text(directory / template.FILE_NAME, plan.chat_template)
-            if plan.generation is not None:
-                write_text(directory / "generation_config.json", json.dumps(plan.generation, indent=2) + "\n")
+            if (generation := _generation(plan)) is not None:
+                write_text(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     except OSError as error:
         raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
     said = f"values that are no numbers, or infinite, in {listed(broken)}" if broken else None
     return replace(plan, warnings=(*plan.warnings, *([said] if said else [])))
+
+
+def _generation(plan: Plan) -> dict[str, Any] | None:
+    """The source's `generation_config.json`, with the end tokens that its other files name.
+
+    An export has neither `config.json` nor `tokenizer_config.json`; what the tokenizer itself says needs no word.
+    """
+    if plan.tokenizer is None:
+        return plan.generation
+    ids = end_tokens.read(plan.tokenizer.parent, plan.config).end_ids
+    if ids == Tokenizer.load(plan.tokenizer).eos_ids:
+        return plan.generation
+    return {**(plan.generation or {}), "eos_token_id": list(ids)}
 
 
 def write_state_dict(path: Path, tensors: Sequence[LazyTensor], dtype: str) -> list[str]:

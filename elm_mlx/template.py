@@ -360,8 +360,9 @@ def own_source(directory: Path, option: str = "--template") -> tuple[str | None,
             raise InputError(f"{folder}: holds {', '.join(names)}, and no default ({instead})")
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = directory / name
-        value = read_object_if_there(path).get("chat_template")
-        if value is not None:
+        values = read_object_if_there(path)
+        value = values.get("chat_template")
+        if value is not None or (path.stem == "chat_template" and path.exists()):  # the file is there for nothing else
             try:
                 return _default(value), str(path)
             except ValueError as error:

@@ -72,6 +72,27 @@ def test_openelm_alike(openelm: Path) -> None:
     assert ends(openelm) == end_tokens.Vocabulary(None, (7, 2, 9))
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("command", ["convert", "export"])
+def test_they_go_where_the_model_goes(command: str, name: str, openelm: Path, tmp_path: Path, run: Run) -> None:
+    """An export has neither `config.json` nor `tokenizer_config.json`."""
+    values: dict[str, object] = {"eos_token": "<s>"} if name == "tokenizer_config.json" else {"eos_token_id": [2, 9]}
+    say(openelm, name, **values)
+    made = tmp_path / "made"
+    code, _, err = run(command, openelm, made)
+    assert code == 0, err
+    if command == "export":
+        code, _, err = run("convert", made, tmp_path / "back")
+        assert code == 0, err
+        made = tmp_path / "back"
+    assert {*ends(made).end_ids} == {*ends(openelm).end_ids} == {2, 1 if "eos_token" in values else 9}
+
+
+def test_an_export_says_nothing_of_a_tokenizers_own_end(openelm: Path, tmp_path: Path, run: Run) -> None:
+    code, _, err = run("export", openelm, tmp_path / "made")
+    assert code == 0 and not (tmp_path / "made" / "generation_config.json").exists(), err
+
+
 def test_a_default_counts_only_where_nothing_is_said(openelm: Path) -> None:
     say(openelm, "config.json", eos_token_id=None)
     say(openelm, "generation_config.json", eos_token_id=9)

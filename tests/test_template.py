@@ -322,6 +322,7 @@ class TestChoose:
             ({"tokenizer_config.json": {"default": 7}}, "tokenizer_config.json: chat_template is no text"),
             ({"tokenizer_config.json": [named("rag", "R"), named("a", "A")]}, "holds a, rag, and no default"),
             ({"chat_template.json": 7}, "chat_template.json: chat_template is no text"),
+            ({"chat_template.json": None}, "chat_template.json: chat_template is no text"),
             ({"additional_chat_templates/rag.jinja": "R", "tokenizer_config.json": "C"}, "holds rag, and no default"),
             ({"tokenizer_config.json": "{% if"}, "tokenizer_config.json: the chat template fails, line 1: "),
             ({"chat_template.jinja": "\n{% for %}", "tokenizer_config.json": "C"}, "the chat template fails, line 2: "),
