@@ -268,6 +268,8 @@ def _what_is_wrong(saved: Identity, progress: Progress) -> str | None:
     right = {
         **{name: type(values[name]) is int and 0 <= values[name] < 1 << 53 for name in counts},
         **{name: type(values[name]) in (int, float) and math.isfinite(values[name]) for name in numbers},
+        # Of a model that has come apart these two may be infinite, or no number.
+        **{name: values[name] is None or type(values[name]) in (int, float) for name in ("first_loss", "valid_loss")},
         "data": isinstance(progress.data, dict),
         "random": isinstance(progress.random, list) and all(map(_is_key, progress.random)),
         "config": isinstance(saved.config, dict),

@@ -103,7 +103,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise InputError(f"--set {override}: needs the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()  # a text without its quotes
     for table in tables:
         values = values.setdefault(table, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,6 +106,7 @@ def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
         ("progress", "step", [-1, 2.5, "3", None, True, 1 << 60]), ("progress", "tokens", ["x", -1, []]),
         ("progress", "seconds", [float("nan"), "1", None]), ("progress", "loss_mean", [float("inf"), {}]),
         ("progress", "best_step", ["1", 2.0]), ("progress", "best_loss", ["1", [1.0]]),
+        ("progress", "first_loss", ["1", [1.0], True]), ("progress", "valid_loss", ["1", {}]),
         ("progress", "data", [None, 7, "x", []]),
         ("progress", "random", [None, 3, [1, 2], [[1]], [[1, -2]], [[1, 2.0]], [[1, 1 << 32]], [{"a": 1, "b": 2}]]),
         ("identity", "config", [None, "x", [1]]),
@@ -122,6 +124,11 @@ def test_a_state_edited_by_hand_is_named(tmp_path: Path, part: str, name: str, v
         (path / checkpoint.STATE).write_text(json.dumps(edited))
         with pytest.raises(InputError, match=r"state\.json: is no state of a checkpoint"):
             checkpoint.load(path, IDENTITY)
+
+
+def test_losses_of_a_model_that_has_come_apart_are_read_back(tmp_path: Path) -> None:
+    path = save(tmp_path, 10, first_loss=2.0, valid_loss=math.inf)
+    assert checkpoint.load(path, IDENTITY).progress.valid_loss == math.inf
 
 
 def test_metrics_are_cut_back_with_what_a_kill_left(tmp_path: Path) -> None:

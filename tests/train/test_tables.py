@@ -114,6 +114,12 @@ def test_one_thing_where_several_are_meant_and_the_other_way(tmp_path: Path) -> 
         read(tmp_path, '[[part]]\npath = "p"\n[[part]]\npath = "q"\n')
 
 
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 50_000])
+def test_overrides_that_toml_cannot_hold(value: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="count is .* it needs a whole number"):
+        read(tmp_path, FULL, f"count={value}")
+
+
 @pytest.mark.parametrize("override", ["count", "count.x=1", "=1"])
 def test_overrides_that_are_none(override: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--set"):
