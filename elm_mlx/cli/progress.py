@@ -55,7 +55,7 @@ class Progress(Listener):
     def warn(self, text: str) -> None:
         """What must not be missed, on stderr."""
         if not self.quiet:
-            print(f"warning   {printable(text)}", file=sys.stderr, flush=True)
+            say("warning", text, 10, err=True)
 
     def ready(self, seconds: float, left: int) -> None:
         """What is known when the model is loaded: how long an update takes, and how many are left."""
