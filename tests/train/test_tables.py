@@ -116,7 +116,7 @@ def test_one_thing_where_several_are_meant_and_the_other_way(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("value", ["9" * 5000, "[" * 50_000])
 def test_overrides_that_toml_cannot_hold(value: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="count is .* it needs a whole number"):
+    with pytest.raises(InputError, match=r"count is .* it needs a whole number"):
         read(tmp_path, FULL, f"count={value}")
 
 
