@@ -124,7 +124,6 @@ def carry_templates(source: Path, directory: Path, default: bool = True) -> bool
     found = sorted(path for name in TEMPLATES for path in (source / name).glob("*.jinja") if path.is_file())
     found = [path for path in found if default or path.stem != "default"]
     for path in found:
-        own_file(path.parent)  # a folder may be a link, too
         (directory / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(own_file(path), directory / path.parent.name / path.name)
     return bool(found)
@@ -139,7 +138,8 @@ def own_file(path: Path) -> Path:
     Raises:
         InputError: it is a link out of the model's directory, and of the hub's folder for it.
     """
-    folder = Path(os.path.realpath(path.parent))
+    inner = path.parent.name in TEMPLATES  # a folder that may be a link, too
+    folder = Path(os.path.realpath(path.parent.parent if inner else path.parent))
     for parent in (folder, *folder.parents):
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
             folder = parent.parent

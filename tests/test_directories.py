@@ -190,11 +190,14 @@ def test_a_link_out_of_it_is_refused_by_name(hub: bool, name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", directories.TEMPLATES)
 def test_a_folder_that_is_a_link_out_of_it_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    made(tmp_path / "elsewhere", "secret.jinja")
+    made(tmp_path / "elsewhere", "default.jinja")
     source = made(tmp_path / "model", "config.json")
     (source / name).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(InputError, match=f"{name}: is a link to .*elsewhere, outside of the model's directory"):
+    refused = f"{name}/default.jinja: is a link to .*elsewhere/default.jinja, outside of the model's directory"
+    with pytest.raises(InputError, match=refused):
         directories.carry(source, made(tmp_path / "out", "x"))
+    with pytest.raises(InputError, match=refused):  # which `convert` asks of the one that it takes
+        directories.own_file(source / name / "default.jinja")
 
 
 @pytest.mark.parametrize("name", ["convert", "fuse", "quantize", "average"])
