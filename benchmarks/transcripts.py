@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def remade(page: str, directory: Path, shared: Path = ROOT.parent / "shared") ->
     """
     (directory / "examples").symlink_to(ROOT / "examples")
     own = MADE_BY.search(page)
-    commands = f"set -e\nexport SHARED={shared / 'data'}\n{_FIRST}{own[1] if own else ''}"
+    commands = f"set -e\nexport SHARED={shlex.quote(str(shared / 'data'))}\n{_FIRST}{own[1] if own else ''}"
     if own and "$SHARED" in own[1] and not shared.exists():
         return None
     done = _shell(commands, directory)
@@ -86,7 +87,7 @@ def shortened(new: str, old: str) -> str:
 
 
 def _shell(commands: str, directory: Path) -> subprocess.CompletedProcess[str]:
-    own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": os.environ["HOME"]}
+    own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HOME": str(Path.home())}
     own |= {"LANG": "C.UTF-8", "COLUMNS": str(_WIDTH), "TERM": "dumb", "NO_COLOR": "1"}
     return subprocess.run(
         ["bash", "-c", commands], cwd=directory, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
