@@ -59,7 +59,7 @@ def load(
         InputError: names the file, and the tensor, that is missing or does not fit. Where the tokenizer is,
             `load_model` loads the model alone.
     """
-    loaded = open_model(check_directory(Path(path), with_tokenizer=True), compute_dtype, adapter_path)
+    loaded = open_model(check_directory(files.expanded(path), with_tokenizer=True), compute_dtype, adapter_path)
     assert loaded.tokenizer is not None
     return loaded.model, loaded.tokenizer
 

@@ -79,3 +79,12 @@ def test_a_directory_that_is_called_so(run: Run, home: Path, monkeypatch: pytest
     code, _, err = run("data", home / "d.jsonl", "--model", "./~/m")
     assert code == 0, err
     assert run("data", home / "d.jsonl", "--model", "~/m")[0] == 2
+
+
+def test_a_directory_that_is_called_so_is_meant_by_python_too(
+    home: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "~" / "other")
+    monkeypatch.chdir(tmp_path)
+    model, _ = elm_mlx.load("./~/other")
+    assert model.config == elm_mlx.load_model(tiny_model_dir).config

@@ -187,9 +187,11 @@ def _of_text(path: Path) -> Iterator[Question]:
     if path.suffix == ".bz2":
         try:
             with bz2.open(io.BytesIO(data)) as unpacked:
-                data = unpacked.read(reading.TEXT_BYTES)
+                data = unpacked.read(reading.TEXT_BYTES + 1)
         except (OSError, EOFError) as error:
             raise InputError(f"{path}: damaged bzip2: {error}") from None
+        if len(data) > reading.TEXT_BYTES:
+            raise InputError(f"{path}: more than {reading.TEXT_BYTES >> 20} MB, unpacked")
     lines = reading.decoded(data, str(path)).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()

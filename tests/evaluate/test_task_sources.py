@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import sources
 from elm_mlx.evaluate.tasks import TASKS, Chosen
@@ -84,7 +85,7 @@ def test_a_directory_holds_tasks_by_name_as_the_hub_has_them_or_in_a_shape(tmp_p
     assert easy.where == str(tmp_path / "arc_easy.jsonl")
 
 
-def test_hellaswag_as_text(tmp_path: Path) -> None:
+def test_hellaswag_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Roof: A man sits. he\n3\na\nb\nc\nd\n" * 2 + "\n"
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.encode()))
     found = sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions
@@ -94,6 +95,10 @@ def test_hellaswag_as_text(tmp_path: Path) -> None:
     assert sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions == found
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(b"Roof\n7\na\nb\nc\nd\n"))
     with pytest.raises(InputError, match="line 1: no context, index and four endings"):
+        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+    monkeypatch.setattr(reading, "TEXT_BYTES", 1 << 20)  # what unpacks to more is not half a set of questions
+    (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.encode() * (1 << 15)))
+    with pytest.raises(InputError, match="more than 1 MB, unpacked"):
         sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
 
 
