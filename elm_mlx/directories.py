@@ -87,13 +87,13 @@ def check_destination(target: Path, kind: Kind, overwrite: bool, sources: Iterab
 
 
 def check_file(target: Path, overwrite: bool, head: bytes | None = None) -> None:
-    """The same of a file.
+    """Refuses to replace a file that is not plainly of the kind that is to be written.
 
     Args:
         head: what begins with this is of the kind that is to be written, and needs no `overwrite`.
 
     Raises:
-        InputError: as `check_destination`.
+        InputError: says what is in the way.
     """
     if target.is_dir():
         raise InputError(f"{target}: is a directory, and a file is to be written")

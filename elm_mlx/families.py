@@ -381,7 +381,7 @@ def is_other(directory: Path) -> bool:
 
 
 def check_is_openelm(directory: Path, repository: str | None = None) -> None:
-    """That a directory is none of another family's model, which needs no converting.
+    """Refuses the directory of another family's model, which needs no converting.
 
     Args:
         repository: on the hub, of which `directory` has the config.
@@ -464,7 +464,7 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
 
 
 def _check_quantization(keys: Keys) -> None:
-    """That MLX can read the weights of a config, an OpenELM's too, if they are quantized. Raises InputError."""
+    """Raises InputError for quantized weights, an OpenELM's too, that MLX cannot read as a config describes them."""
     if keys.says("quantization"):
         packing.check(keys.where, keys.get("quantization"))
     elif keys.within("quantization_config").says("quant_method"):

@@ -19,7 +19,7 @@ AFFINE = "affine"
 
 
 def check(where: str, quantization: object) -> None:
-    """That `quantization` says of all weights how they are packed, and of those that it names.
+    """Refuses a `quantization` that does not say of all weights how they are packed, and of those that it names.
 
     Raises:
         InputError: names `where` and the key that is missing, or that MLX has nothing for.

@@ -30,17 +30,17 @@ _LONG_WORD = 24  # characters
 
 
 def say(label: str, text: object, column: int = 12, err: bool = False) -> None:
-    """A label, and from `column` on what there is to say."""
+    """Prints a label, and from `column` on the text."""
     line(f"{label:<{column - 1}} {text}", column, err)
 
 
 def note(text: object) -> None:
-    """What a person should know, or an error: on stderr, by the program's name."""
+    """Prints what a person should know, or an error, on stderr under the program's name."""
     line(f"elm-mlx: {text}", err=True)
 
 
 def line(text: str, column: int = 0, err: bool = False) -> None:
-    """A line; on a terminal it goes on at `column`. Whoever stops reading still wants what the command makes."""
+    """Prints a line; on a terminal it goes on at `column`. A reader that has left ends nothing: the command goes on."""
     stream = sys.stderr if err else sys.stdout
     text = printable(text)
     try:
@@ -50,7 +50,7 @@ def line(text: str, column: int = 0, err: bool = False) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """What is written to `stream` from now on, the last flush included, goes nowhere."""
+    """Discards what is written to `stream` from now on, the last flush included."""
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -115,7 +115,7 @@ def _below_each_other(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> 
 
 
 class Speech:
-    """What a model writes, to stdout as it comes: on a terminal without controls, and broken between words."""
+    """Prints what a model writes as it comes: on a terminal without control characters, and broken between words."""
 
     def __init__(self) -> None:
         self._stream: TextIO = sys.stdout
@@ -200,7 +200,7 @@ def size(count: int) -> str:
 
 
 def name_bad(reasons: Iterable[str]) -> None:
-    """Each bad record on a line of stderr; of very many the first ones, and how many there are besides."""
+    """Prints each bad record on a line of stderr; of very many the first ones, and how many there are besides."""
     reasons = list(reasons)
     for reason in reasons[:_NAMED]:
         line(reason, err=True)
@@ -210,7 +210,7 @@ def name_bad(reasons: Iterable[str]) -> None:
 
 @contextmanager
 def bad_records_named(path: Path) -> Iterator[None]:
-    """All of them, and not the first alone, before the error that ends the command."""
+    """Prints all bad records, and not the first alone, before the InputError that ends the command."""
     from elm_mlx.train.examples import BadRecords
 
     try:

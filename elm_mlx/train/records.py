@@ -220,7 +220,7 @@ def is_pair(value: Any) -> bool:
 
 
 def check_keys(value: Any) -> None:
-    """Whether a JSON value is an object that says nothing which training would leave out. Raises BadRecord."""
+    """Raises BadRecord for a JSON value that is no object, or says something which training would leave out."""
     if not isinstance(value, dict):
         raise BadRecord(f"is {kind_of(value)}, and not an object")
     _refuse(value, _NOT_USED, "")
@@ -323,7 +323,7 @@ def _make_conversation(where: str, value: Mapping[str, Any]) -> Record:
 
 
 def check_message(message: Mapping[str, Any], whose: str) -> None:
-    """Whether a message is one, in no other tool's words, with nothing that no template here can show.
+    """Refuses a message in another tool's words, or with something that no template here can show.
 
     Args:
         whose: what its error begins with: "message 2 ".
