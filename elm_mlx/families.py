@@ -387,7 +387,7 @@ def check_is_openelm(directory: Path, repository: str | None = None) -> None:
         repository: on the hub, of which `directory` has the config.
 
     Raises:
-        InputError: it is: says how it is used.
+        InputError: it is one: says how it is used.
     """
     try:
         family = FAMILIES.get(str(read_object(directory / "config.json").get("model_type")))

@@ -329,7 +329,7 @@ def check_message(message: Mapping[str, Any], whose: str) -> None:
         whose: what its error begins with: "message 2 ".
 
     Raises:
-        BadRecord: it is not.
+        BadRecord: it is such a one.
     """
     if "role" not in message and "from" in message:
         raise BadRecord(f"{whose}has `from`, ShareGPT's layout: write `role` (user, assistant) and `content`")
