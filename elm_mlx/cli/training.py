@@ -5,6 +5,7 @@ Knows options by name and help, and runs as `elm_mlx.train.finetune` makes them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,8 @@ def warmup_steps(warmup: float | None, steps: int) -> int:
     """Updates of rising learning rate, of so many."""
     if warmup is None:
         return min(_MOST_WARMUP, steps // 10)
+    if not 0 <= warmup < math.inf:
+        raise InputError(f"--warmup {warmup:g}: updates, or below 1 their share, are needed")
     return round(warmup if warmup >= 1 else warmup * steps)
 
 

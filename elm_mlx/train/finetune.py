@@ -24,6 +24,7 @@ from elm_mlx.describe import check_directory, fingerprint, read_config
 from elm_mlx.errors import InputError
 from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.model import Model
+from elm_mlx.sampling import check_seed
 from elm_mlx.template import Template
 from elm_mlx.tokenizer import Tokenizer
 from elm_mlx.train import batches as batching
@@ -123,6 +124,7 @@ class Finetuning:
         compute_dtype: str | None = None,
         resume: bool = False,
     ) -> None:
+        check_seed(seed)
         self.out, self._data, self._seed = out, data, seed
         _check_place(out)
         with ExitStack() as held:
