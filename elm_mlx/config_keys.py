@@ -10,6 +10,8 @@ from typing import Any
 
 from elm_mlx.errors import InputError
 
+LARGEST = 1 << 30  # of a size: MLX adds positions up in 32 bits
+
 
 class Keys:
     """An object's keys. Each method returns a value of its type, or `default` where the key is unsaid.
@@ -36,7 +38,7 @@ class Keys:
         """What is there, unchecked; None where nothing is."""
         return self._values.get(name)
 
-    def size(self, name: str, default: int | None = None, most: int = 1 << 31, word: str | None = None) -> int:
+    def size(self, name: str, default: int | None = None, most: int = LARGEST, word: str | None = None) -> int:
         """A whole number from 1 to `most`; or `word`, which stands for the default."""
         value = default if word is not None and self.get(name) == word else self._get(name, default)
         holds = type(value) is int and 0 < value <= most

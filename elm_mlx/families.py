@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from elm_mlx import headers, packing, rope_config
 from elm_mlx.config import MODEL_TYPE, ModelConfig
-from elm_mlx.config_keys import Keys, short
+from elm_mlx.config_keys import LARGEST, Keys, short
 from elm_mlx.errors import InputError
 from elm_mlx.json_files import read_object
 from elm_mlx.rope_config import RopeConfig, RopeRules
@@ -459,7 +459,7 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     rope = ropes["full_attention"]
     most = int(values["max_position_embeddings"])
     if rope.kind == "yarn":
-        most = min(int(rope.original * rope.factor), 1 << 31)
+        most = min(int(rope.original * rope.factor), LARGEST)
     return min(most, values["sliding_window"] or most) if family.windowed else most
 
 
