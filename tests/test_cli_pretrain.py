@@ -253,6 +253,7 @@ def test_three_commands_make_a_model_of_ones_own_text(
         ("optimizer.betas=0.9", "betas are two numbers"),
         ("model.qkv_multipliers=[1, 2, 3]", "multipliers are one or two numbers"),
         ("filters.min_chars=-1", "min_chars must be at least 0"),
+        ("run.seed=-1", "seed is -1: it must be from 0"),
     ],
 )
 def test_what_makes_no_run_is_refused(override: str, error: str, run: Run, config: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from elm_mlx.errors import InputError
+from elm_mlx.sampling import check_seed
 from elm_mlx.train.optimizer import OPTIMIZERS, Schedule
 
 ON_NAN = ("stop", "skip")
@@ -52,6 +53,7 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"no optimizer {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}")
         if self.on_nan not in ON_NAN:
