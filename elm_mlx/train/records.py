@@ -250,11 +250,8 @@ def system_of(value: Mapping[str, Any]) -> str:
 
 
 def _optional(value: Mapping[str, Any], key: str) -> str:
-    """A text that may be missing, null or blank, which are all nothing; otherwise as it stands."""
-    text = value.get(key)
-    if text is None or (isinstance(text, str) and not text.strip()):
-        return ""
-    return _text(value, key)
+    """A text that may be missing, null or empty, which are all nothing; otherwise as it stands. Raises BadRecord."""
+    return "" if value.get(key) in (None, "") else _text(value, key)
 
 
 def _text(value: Mapping[str, Any], key: str) -> str:
@@ -262,7 +259,7 @@ def _text(value: Mapping[str, Any], key: str) -> str:
     if not isinstance(text, str):
         raise BadRecord(f"`{key}` is {kind_of(text)}, and not a text")
     if not text.strip():
-        raise BadRecord(f"`{key}` is empty")
+        raise BadRecord(f"`{key}` is {'white space alone' if text else 'empty'}")
     return text
 
 

@@ -78,7 +78,7 @@ def test_a_system_prompt_stands_before_the_prompt(tokenizer: Tokenizer, template
     for layout in LAYOUTS:
         found = preference("here", layout | {"system": "an old king"})
         assert found.prompt == ({"role": "system", "content": "an old king"}, user("the fox"))
-        assert preference("here", layout | {"system": " ", "system_prompt": None}) == preference("here", layout)
+        assert preference("here", layout | {"system": "", "system_prompt": None}) == preference("here", layout)
     told = [{"role": "system", "content": "an old king"}, user("the fox")]
     assert preference("here", TEXTS | {"prompt": told, "system": "an old king"}).prompt == tuple(told)
     with pytest.raises(InputError, match="has a system prompt, and the model has no chat template"):

@@ -282,7 +282,7 @@ class TestRecords:
             (b'{"Text": "a", "n\\u001b\\n": 1}', "it has `Text`, `n\\x1b\\n`"),
             (b'{"text": null}', "`text` is null, and not a text"),
             (b'{"text": 3.5}', "`text` is a number, and not a text"),
-            (b'{"text": " \\n"}', "`text` is empty"),
+            (b'{"text": " \\n"}', "`text` is white space alone"),
             (b'{"prompt": "a", "completion": ""}', "`completion` is empty"),
             (b'{"instruction": "a", "output": []}', "`output` is a list, and not a text"),
             (b'{"instruction": "a", "input": {"b": 1}, "output": "c"}', "`input` is an object, and not a text"),
@@ -372,11 +372,18 @@ class TestRecords:
         assert bad.startswith(f"{path}, line 2: ") and bad.isprintable()
         assert reason is None or reason in bad
 
-    @pytest.mark.parametrize("blank", ["", " ", "\n\t", None])
-    def test_what_is_blank_is_nothing(self, tmp_path: Path, blank: str | None) -> None:
-        row = {"instruction": "a", "input": blank, "output": "b", "system": blank}
+    @pytest.mark.parametrize("nothing", ["", None])
+    def test_what_is_empty_is_nothing(self, tmp_path: Path, nothing: str | None) -> None:
+        row = {"instruction": "a", "input": nothing, "output": "b", "system": nothing}
         (record,) = read(lines(tmp_path / "a.jsonl", row))["train"].records
         assert bare([record]) == [("a", "", "b")]
+
+    @pytest.mark.parametrize("blank", [" ", "\n\t", "\u3000"])
+    @pytest.mark.parametrize("key", ["input", "system", "instruction", "output"])
+    def test_what_is_blank_is_refused(self, tmp_path: Path, key: str, blank: str) -> None:
+        row = {"instruction": "a", "input": "c", "output": "b"} | {key: blank}
+        split = read(lines(tmp_path / "a.jsonl", row))["train"]
+        assert split.records == [] and split.bad[0].endswith(f"`{key}` is white space alone")
 
     @pytest.mark.parametrize("key", ["system", "system_prompt"])
     def test_a_system_prompt_is_part_of_a_conversation(self, tmp_path: Path, key: str) -> None:
