@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors_headers import entry, raw
 
 from elm_mlx.errors import InputError
 from elm_mlx_convert import safetensors_files
-
-
-def raw(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
-    return path
-
-
-def entry(shape: list[Any], begin: int, end: int, dtype: str = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
 def test_what_the_library_writes(tmp_path: Path) -> None:
@@ -61,69 +50,6 @@ def test_header_is_what_the_library_reads(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "mlx"}
         np.testing.assert_array_equal(file.get_tensor("b"), np.arange(6, dtype=np.float32).reshape(2, 3))
         np.testing.assert_array_equal(file.get_tensor("a"), np.array([7], np.float16))
-
-
-@pytest.mark.parametrize(
-    ("header", "data", "message"),
-    [
-        ({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, 12, "'b' overlaps"),
-        ({"a": entry([2], 0, 8), "b": entry([2], 0, 8)}, 8, "'b' overlaps"),
-        ({"a": entry([2], 0, 8), "b": entry([2], 12, 20)}, 20, "'b' leaves a hole"),
-        ({"a": entry([2], 4, 12)}, 12, "'a' leaves a hole"),
-        ({"a": entry([2], 0, 8)}, 7, "take 8 bytes, but 7 follow"),
-        ({"a": entry([2], 0, 8)}, 9, "take 8 bytes, but 9 follow"),
-        ({"a": entry([3], 0, 8)}, 8, r"\[3\] in F32 needs 12 bytes, but its data_offsets span 8"),
-        ({"a": entry([2], 0, 8, "F16")}, 8, "needs 4 bytes"),
-        ({"a": entry([2**31, 2**31, 2**31], 0, 8)}, 8, "needs .* bytes, but"),
-        ({"a": entry([2**64], 0, 8)}, 8, "a list of sizes"),
-        ({"a": entry([-2], 0, 8)}, 8, "a list of sizes"),
-        ({"a": entry([2.0], 0, 8)}, 8, "a list of sizes"),
-        ({"a": entry([True], 0, 4)}, 4, "a list of sizes"),
-        ({"a": entry(["2"], 0, 8)}, 8, "a list of sizes"),
-        ({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}, 8, "a list of sizes"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, 8, "a begin and an end"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, 8, "a begin and an end"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}}, 8, "a list of sizes"),
-        ({"a": entry([2], 0, 8, "F8_E4M3")}, 8, "has the type 'F8_E4M3'; known are"),
-        ({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}, 8, "known are"),
-        ({"a": {"shape": [2], "data_offsets": [0, 8]}}, 8, "needs exactly"),
-        ({"a": entry([2], 0, 8) | {"more": 1}}, 8, "needs exactly"),
-        ({"a": 3}, 8, "needs exactly"),
-        ([1, 2], 0, "no JSON object"),
-        (b'{"a": 1, "a": 2}', 0, "a name is there twice"),
-        (b"{", 0, "cannot be read"),
-        (b"\xff\xfe{}", 0, "cannot be read"),
-        (b"[" * 100_000, 0, "cannot be read"),
-        (b'{"a": ' + b"1" * 5000 + b"}", 0, "cannot be read|needs exactly"),
-    ],
-)
-def test_headers_that_lie(tmp_path: Path, header: Any, data: int, message: str) -> None:
-    path = raw(tmp_path / "x.safetensors", header, b"\0" * data)
-    with pytest.raises(InputError, match=message) as caught:
-        safetensors_files.read(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("length", [0, 1, 50, 2**31, 2**63, 2**64 - 1])
-def test_header_lengths_that_lie(tmp_path: Path, length: int) -> None:
-    path = raw(tmp_path / "x.safetensors", {"a": entry([1], 0, 4)}, b"\0" * 4, length)
-    with pytest.raises(InputError, match=r"truncated|cannot be read"):
-        safetensors_files.read(path)
-
-
-def test_a_header_that_would_take_gigabytes_is_not_read(tmp_path: Path) -> None:
-    with (tmp_path / "x").open("wb") as file:
-        file.write((99 << 20).to_bytes(8, "little") + b"{")
-        file.truncate(200 << 20)
-    with pytest.raises(InputError, match=r"x: its safetensors header has 99 MB, and at most 16 MB are read"):
-        safetensors_files.read(tmp_path / "x")
-
-
-@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"\0" * 8, b"version https://git-lfs.github.com/spec/v1\noid 1"])
-def test_files_too_short_to_be_one(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x").write_bytes(content)
-    with pytest.raises(InputError, match=r"truncated|cannot be read"):
-        safetensors_files.read(tmp_path / "x")
 
 
 def test_absent_and_directory(tmp_path: Path) -> None:
