@@ -402,7 +402,8 @@ def check_is_openelm(directory: Path, repository: str | None = None) -> None:
     else:
         how = "but its weights must be model*.safetensors, which it holds none of"
     raise InputError(
-        f"{repository or directory}: of the family {family.name}, used as it is, without converting: {how}"
+        f"{repository or directory}: of the family {family.name}, used as it is (OpenELM alone is converted, averaged "
+        f"and exported): {how}"
     )
 
 

@@ -189,7 +189,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "olmo2"}')
-    match = "of the family OLMo 2, used as it is, without converting: "
+    match = r"of the family OLMo 2, used as it is \(OpenELM alone is converted, averaged and exported\): "
     with pytest.raises(InputError, match=f"{match}but its weights must be model"):
         open_source(tmp_path)
     (tmp_path / "model.safetensors").touch()
