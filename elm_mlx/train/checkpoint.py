@@ -274,7 +274,8 @@ def _what_is_wrong(saved: Identity, progress: Progress) -> str | None:
         "random": isinstance(progress.random, list) and all(map(_is_key, progress.random)),
         "config": isinstance(saved.config, dict),
     }
-    return next((name for name, is_right in right.items() if not is_right), None)
+    wrong = next((name for name, is_right in right.items() if not is_right), None)
+    return "skipped" if wrong is None and progress.made < 0 else wrong
 
 
 def _is_key(value: Any) -> bool:

@@ -285,7 +285,7 @@ def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tupl
                         if row >= start:
                             yield row, group, value if isinstance(value, BadRecord) else unread | value
                         row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
 
 

@@ -104,6 +104,7 @@ def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
     ("part", "name", "values"),
     [
         ("progress", "step", [-1, 2.5, "3", None, True, 1 << 60]), ("progress", "tokens", ["x", -1, []]),
+        ("progress", "skipped", [11, -1, "1"]),
         ("progress", "seconds", [float("nan"), "1", None]), ("progress", "loss_mean", [float("inf"), {}]),
         ("progress", "best_step", ["1", 2.0]), ("progress", "best_loss", ["1", [1.0]]),
         ("progress", "first_loss", ["1", [1.0], True]), ("progress", "valid_loss", ["1", {}]),

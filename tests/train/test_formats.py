@@ -71,6 +71,17 @@ def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.Monke
         records.read(tmp_path / "a.jsonl.zst")
 
 
+def test_a_parquet_columns_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "d\u00e9tail": ["b"]}), path)
+    path.write_bytes(path.read_bytes().replace("d\u00e9tail".encode(), b"d\xed\xa9tail"))
+    with pytest.raises(InputError, match=r"a\.parquet: no Parquet that can be read: "):
+        list(formats.parquet(path, ("text",)))
+
+
 def test_parquet_from_a_row_on(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
