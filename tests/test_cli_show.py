@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -171,3 +172,8 @@ def test_a_path_that_no_line_can_hold_stays_beside_its_label(monkeypatch: pytest
     path = "/a/path/" + "x" * 40
     assert show.folded(f"wrote       {path}, 4-bit", 12) == f"wrote       {path},\n{' ' * 12}4-bit"
     assert show.folded(f"wrote to    here, and {path}", 12) == f"wrote to    here, and\n{' ' * 12}{path}"
+
+
+def test_a_terminal_without_a_size_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(show.shutil, "get_terminal_size", lambda: os.terminal_size((0, 0)))
+    assert show.terminal_width() == 80

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,10 @@ def test_the_real_model_says_the_same_in_both(classics_dir: Path) -> None:
     assert driven.lstrip() == "".join(response.text for response in responses).lstrip()
 
 
+@pytest.mark.skipif(
+    tuple(map(int, version("mlx-lm").split(".")[:2])) < (0, 32),
+    reason="before 0.32 a processor is shown the last token of a prompt alone",
+)
 def test_samplers_and_processors_mean_what_they_mean_in_mlx_lm(tiny_model_dir: Path) -> None:
     from mlx_lm.generate import generate_step
     from mlx_lm.sample_utils import make_logits_processors, make_sampler

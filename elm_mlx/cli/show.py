@@ -175,8 +175,8 @@ class Speech:
 
 
 def terminal_width() -> int:
-    """Columns of the terminal, or what COLUMNS says; 80 where there is none."""
-    return max(20, shutil.get_terminal_size().columns)
+    """Columns of the terminal, or what COLUMNS says; 80 where there is none, or it says none."""
+    return max(20, shutil.get_terminal_size().columns or 80)  # Python 3.10 leaves the 0 of a terminal that says none
 
 
 def _cells(text: str) -> int:
