@@ -126,6 +126,17 @@ def test_free_memory_is_less_than_there_is() -> None:
     assert 0 < free < 2**50
 
 
+def only_files(monkeypatch: pytest.MonkeyPatch, files: dict[str, str]) -> None:
+    """Lets the system have no other files than these."""
+
+    def read(path: Path, *args: object, **options: object) -> str:
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read)
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
@@ -156,12 +167,7 @@ def test_free_memory_is_less_than_there_is() -> None:
 def test_a_containers_limit_counts(
     files: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(path: Path, *args: object, **options: object) -> str:
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read)
+    only_files(monkeypatch, files)
     assert device.available_memory() == expected
 
 
@@ -177,12 +183,7 @@ def test_a_containers_limit_counts(
 def test_all_memory_is_the_machines_or_the_containers(
     files: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(path: Path, *args: object, **options: object) -> str:
-        if str(path) not in files:
-            raise FileNotFoundError(path)
-        return files[str(path)]
-
-    monkeypatch.setattr(Path, "read_text", read)
+    only_files(monkeypatch, files)
     assert device.total_memory() == expected
 
 

@@ -18,6 +18,7 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.tokenizer import Tokenizer
+    from elm_mlx.train.batches import Batches
     from elm_mlx.train.encoding import Example, Names
     from elm_mlx.train.examples import Prepared
 
@@ -128,19 +129,30 @@ def _warn(text: str) -> None:
     line(text, err=True)
 
 
+def _tokens(prepared: Prepared) -> tuple[str, str]:
+    share = prepared.trained_tokens / prepared.tokens
+    return "tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"
+
+
+def _fill(rows: Batches, grouped: Batches, length: int) -> list[tuple[str, str]]:
+    """Returns how full the rows of `length` tokens are, packed and in batches by length."""
+    return [
+        ("packed", f"{counted(rows.steps(), 'row')} of {length:,} tokens, {rows.fill():.1%} full"),
+        ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
+    ]
+
+
 def _print_split(name: str, prepared: Prepared) -> None:
     from elm_mlx.train.batches import Batches
 
     rows = Batches(prepared.examples, 1, prepared.max_length)
     grouped = Batches(prepared.examples, _BATCH, prepared.max_length, packed=False)
     kinds = ", ".join(counted(count, kind.lower()) for kind, count in prepared.counts.items())
-    share = prepared.trained_tokens / prepared.tokens
     print(f"{name}: {counted(len(prepared.examples), 'example')} of {kinds}")
     lines = [
         *_remarks(prepared),
-        ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
-        ("packed", f"{counted(rows.steps(), 'row')} of {prepared.max_length:,} tokens, {rows.fill():.1%} full"),
-        ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
+        _tokens(prepared),
+        *_fill(rows, grouped, prepared.max_length),
         ("lengths", f"median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
     ]
     for label, text in lines:
@@ -157,14 +169,12 @@ def _print_pairs(name: str, prepared: Prepared) -> None:
     chosen, rejected = (
         statistics.median_low(sum(example.trained) for example in prepared.examples[half::2]) for half in (0, 1)
     )
-    share = prepared.trained_tokens / prepared.tokens
     print(f"{name}: {counted(len(prepared.examples) // 2, 'pair')} of answers, for `elm-mlx dpo`")
     lines = [
         *_remarks(prepared),
-        ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
+        _tokens(prepared),
         ("answers", f"median {counted(chosen, 'token')} chosen, {counted(rejected, 'token')} rejected"),
-        ("packed", f"{counted(rows.steps(), 'row')} of {length:,} tokens, {rows.fill():.1%} full"),
-        ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
+        *_fill(rows, grouped, length),
         ("lengths", f"of the longer answer: median {statistics.median_low(prepared.lengths):,}, "
                     f"longest {prepared.longest[0]:,}"),
     ]  # fmt: skip
