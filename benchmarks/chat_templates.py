@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import jinja
 from elm_mlx.errors import ElmError
+from elm_mlx.text import jinja
 
 # Models' own, of licences that permit copies, and trl's second forms of them (Apache-2.0).
 COPIED = {

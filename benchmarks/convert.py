@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import numpy as np
 import torch_files
-from elm_mlx.config import ModelConfig
+from elm_mlx.model.config import ModelConfig
 from elm_mlx_convert.names import to_corenet
 random = np.random.default_rng(270)
 shapes = ModelConfig.preset(sys.argv[3]).shapes()
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to work; by default a temporary directory")
     arguments = parser.parse_args()
-    tests = Path(__file__).resolve().parent.parent / "tests" / "convert"
+    tests = Path(__file__).resolve().parent.parent / "tests"
     with tempfile.TemporaryDirectory(dir=arguments.dir) as name:
         source, copy, out = (str(Path(name, part)) for part in ("model.pt", "copy.pt", "out"))
         run([sys.executable, "-c", MAKE, source, str(tests), PRESET])

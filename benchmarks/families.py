@@ -4,8 +4,8 @@
 
 Each PYTHON has torch and transformers, in an environment of its own: this project doesn't need them. Of every small
 model of `tests/family_cases.py` transformers computes logits in float32, says what a greedy answer is, and writes the
-`config.json` anew in its own way. All of it goes to `tests/data/families.json`, in the place of what that version left
-there before, and how far our logits are from it is printed: `tests/test_family_references.py` asks the same.
+`config.json` anew in its own way. All of it goes to `tests/fixtures/families.json`, in place of what that version left
+there before, and how far our logits are from it is printed: `tests/model/test_family_references.py` asks the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-DATA = ROOT / "tests" / "data" / "families.json"
+DATA = ROOT / "tests" / "fixtures" / "families.json"
 
 
 def reference(python: str, root: Path, job: dict[str, Any]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=2, help="pairs of runs for each comparison")
     pairs = parser.parse_args().pairs
-    from elm_mlx.config import ModelConfig
+    from elm_mlx.model.config import ModelConfig
 
     wide = ModelConfig.scaled(vocab_size=32_000, num_layers=12, model_dim=384, head_dim=64, max_context_length=LENGTH)
     print(machine(), "\n", flush=True)

@@ -29,7 +29,7 @@ from typing import Any
 from speed import ENVIRONMENT, machine
 
 from elm_mlx.evaluate.questions import Question
-from elm_mlx.evaluate.sources import load
+from elm_mlx.evaluate.task_sources import load
 from elm_mlx.evaluate.tasks import GROUPS, TASKS, Chosen
 
 SHOTS = {"arc_challenge": 3, "crows_pairs_english": 3, "hellaswag": 2, "winogrande": 5, "mmlu_anatomy": 5}

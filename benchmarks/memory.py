@@ -50,13 +50,15 @@ def measure(
     import numpy as np
     from mlx.utils import tree_flatten
 
-    from elm_mlx import adapt, device
-    from elm_mlx.adapters import plan
-    from elm_mlx.families import FamilyConfig
-    from elm_mlx.store import open_model
-    from elm_mlx.train import memory, parts
-    from elm_mlx.train.batches import Batches
-    from elm_mlx.train.encoding import Example
+    from elm_mlx import device
+    from elm_mlx.data import parallel
+    from elm_mlx.data.batches import Batches
+    from elm_mlx.data.encoding import Example
+    from elm_mlx.model.families import FamilyConfig
+    from elm_mlx.store import adapt
+    from elm_mlx.store.adapters import plan
+    from elm_mlx.store.loading import open_model
+    from elm_mlx.train import memory
     from elm_mlx.train.optimizer import global_norm, make_optimizer
     from elm_mlx.train.step import Step, recompute_blocks
 
@@ -83,7 +85,7 @@ def measure(
         del gradients
         mx.eval(step.state())
     load = memory.Load(
-        network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint, parts=parts.most(4 * trained)
+        network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint, parts=parallel.most(4 * trained)
     )
     return memory.estimate(load).total, device.peak_memory()
 
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the embedded model alone")
     parser.add_argument("--model", type=Path, help="this model directory alone, of any family")
     given = parser.parse_args()
-    from elm_mlx.config import ModelConfig
+    from elm_mlx.model.config import ModelConfig
 
     print(
         machine(),

@@ -22,13 +22,13 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import elm_mlx  # before MLX, for its BLAS
-from elm_mlx.config import ModelConfig
-from elm_mlx.train.batches import Batch
-from elm_mlx.train.filters import Filters
-from elm_mlx.train.pool import Pool
-from elm_mlx.train.sources import Source
-from elm_mlx.train.stream import Reading, TextBatches
-from elm_mlx.train.worker import Encode
+from elm_mlx.data.batches import Batch
+from elm_mlx.data.filters import Filters
+from elm_mlx.data.stream import Reading, TextBatches
+from elm_mlx.data.text_sources import Source
+from elm_mlx.data.text_worker import Encode
+from elm_mlx.data.workers import Pool
+from elm_mlx.model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "examples/classics/tokenizer.model"
@@ -81,7 +81,7 @@ def stepper() -> Callable[[Batch], None]:
     """A function that makes one update by a batch."""
     import mlx.core as mx
 
-    from elm_mlx.model import Model
+    from elm_mlx.model.network import Model
     from elm_mlx.train.optimizer import global_norm, make_optimizer
     from elm_mlx.train.step import Step
 

@@ -34,8 +34,8 @@ def ours(model_path: Path, ids_path: Path, steps: int) -> dict[str, Any]:
     import mlx.core as mx
     import numpy as np
 
+    from elm_mlx.data.batches import Batch
     from elm_mlx.train import optimizer as optimization
-    from elm_mlx.train.batches import Batch
     from elm_mlx.train.step import Step
 
     model = load_model(model_path)
@@ -76,7 +76,7 @@ def write_job(model_path: Path, path: Path) -> None:
 
 
 def write_shape(model_path: Path, path: Path) -> None:
-    from elm_mlx.config import ModelConfig
+    from elm_mlx.model.config import ModelConfig
 
     config = ModelConfig.load(model_path / "config.json")
     path.write_text(json.dumps(config.to_dict() | {"ffn_dims": config.ffn_dims}))

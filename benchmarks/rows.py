@@ -17,7 +17,7 @@ from statistics import median
 import numpy as np
 
 from elm_mlx import blas, device
-from elm_mlx.config import ModelConfig
+from elm_mlx.model.config import ModelConfig
 
 ROWS = (1, 2, 3, 4, 5, 6)
 REPEATS = 10

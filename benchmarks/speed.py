@@ -18,7 +18,7 @@ from pathlib import Path
 import elm_mlx  # noqa: F401  (before MLX, for its BLAS)
 from elm_mlx.bench import machine as machines
 from elm_mlx.bench import models, sides
-from elm_mlx.config import ModelConfig
+from elm_mlx.model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent

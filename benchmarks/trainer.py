@@ -32,7 +32,8 @@ Job = dict[str, Any]
 
 
 def ours(job: Job) -> dict[str, Any]:
-    from elm_mlx import adapt, adapters, load_model  # isort: skip  (its BLAS must come before MLX)
+    from elm_mlx import load_model  # isort: skip  (its BLAS must come before MLX)
+    from elm_mlx.store import adapt, adapters  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
 
     from elm_mlx.train.checkpoint import Identity
@@ -156,8 +157,8 @@ def examples(job: Job) -> list[dict[str, Any]]:
 
 
 def batches(job: Job) -> Any:
-    from elm_mlx.train.batches import Batches
-    from elm_mlx.train.encoding import Example
+    from elm_mlx.data.batches import Batches
+    from elm_mlx.data.encoding import Example
 
     made = [
         Example(tuple(each["ids"]), tuple(i >= each["offset"] for i in range(len(each["ids"]))))

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
 from elm_mlx.json_files import read_object
+from elm_mlx.model.config import PRESETS, ModelConfig
 from elm_mlx.reading import yaml_mapping
-from elm_mlx_convert.adapters import Scaling
+from elm_mlx_convert.corenet_adapters import Scaling
 from elm_mlx_convert.infer import EMBEDDING, Shapes, check_shapes, infer_config, preset_name
 
 _COMPLETE = ("num_transformer_layers", "model_type")  # a config.json with one of them means to say everything

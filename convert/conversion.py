@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import template
 from elm_mlx.directories import MODEL, carry_templates, check_destination
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory, write_text
+from elm_mlx.text import chat_template
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.destination import check_room, hashing, sha256
@@ -70,7 +70,7 @@ def convert(
         destination: the directory to make. It appears complete or not at all.
         tokenizer: a SentencePiece model, a directory or repository that has one; by default the source's own.
         config: a `config.json` or CoreNet YAML; by default the one that lies beside the source.
-        preset: one of the paper's models, as in `elm_mlx.config.PRESETS`.
+        preset: one of the paper's models, as in `elm_mlx.model.config.PRESETS`.
         head_dim: the size of a head, where no QK norm and no config tells it.
         lora_alpha: of an adapter in the source, which is merged.
         dtype: float32, float16 or bfloat16; by default the source's if that has 16 bits, else bfloat16.
@@ -144,7 +144,7 @@ def write_settings(plan: Plan, directory: Path) -> str | None:
         return None
     own = plan.chat_template
     if own is not None and carry_templates(plan.source.directory, directory, default=False):
-        write_text(directory / template.FILE_NAME, own)  # where transformers looks for it if there are others, too
+        write_text(directory / chat_template.FILE_NAME, own)  # where transformers looks for it if there are others, too
         own = None
     return tokenizers.write(plan.tokenizer, directory, max_length=plan.config.max_context_length, chat_template=own)
 

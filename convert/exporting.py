@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from elm_mlx import end_tokens, template
-from elm_mlx.config import ModelConfig
 from elm_mlx.directories import EXPORT, check_destination
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory, write_text
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.text import chat_template, end_tokens
+from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert.destination import check_room
 from elm_mlx_convert.infer import preset_name
 from elm_mlx_convert.names import listed, to_corenet
@@ -68,7 +68,7 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
             if plan.tokenizer is not None:
                 (directory / TOKENIZER).write_bytes(plan.tokenizer.read_bytes())
             if plan.chat_template is not None:
-                write_text(directory / template.FILE_NAME, plan.chat_template)
+                write_text(directory / chat_template.FILE_NAME, plan.chat_template)
             if (generation := _generation(plan)) is not None:
                 write_text(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     except OSError as error:

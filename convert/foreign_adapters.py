@@ -1,7 +1,7 @@
 """Adapters of PEFT and of CoreNet into figures and arrays, and back out to PEFT.
 
 Knows how both name and lay out the parts (`X.lora_A.weight` (rank, inputs), `X.lora_embedding_A` (rank, tokens), …)
-and what PEFT's config says. Gives arrays by the names and in the layout of `elm_mlx.adapters`. Knows no model class.
+and what PEFT's config says. Gives arrays by the names and in the layout of `elm_mlx.store.adapters`. Knows no model.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from elm_mlx.adapters import EMBEDDING, PEFT_WEIGHTS, Adapter, weights_file
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
-from elm_mlx.families import Config, FamilyConfig
 from elm_mlx.json_files import read_object
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.store.adapters import EMBEDDING, PEFT_WEIGHTS, Adapter, weights_file
 from elm_mlx_convert import pickles, safetensors_files
-from elm_mlx_convert.adapters import Scaling
 from elm_mlx_convert.configs import find_settings, read_settings
+from elm_mlx_convert.corenet_adapters import Scaling
 from elm_mlx_convert.infer import HEAD
 from elm_mlx_convert.names import listed, to_canonical, unwrap
 from elm_mlx_convert.sources import open_source

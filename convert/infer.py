@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import PRESETS, ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from elm_mlx import template
-from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
 from elm_mlx.json_files import read_object
-from elm_mlx_convert import adapters, tokenizers
-from elm_mlx_convert.adapters import Scaling
+from elm_mlx.model.config import PRESETS, ModelConfig
+from elm_mlx.text import chat_template
+from elm_mlx_convert import corenet_adapters, tokenizers
 from elm_mlx_convert.configs import Settings, decide, find_settings, read_settings
+from elm_mlx_convert.corenet_adapters import Scaling
 from elm_mlx_convert.infer import EMBEDDING, HEAD
 from elm_mlx_convert.names import canonical_names, listed, unwrapped
 from elm_mlx_convert.sources import Source, open_source
@@ -97,7 +97,7 @@ def make_plan(
     raw = unwrapped(opened.tensors, opened.label)
     source_dtype = _main_dtype(raw)
     scaling = _scaling(raw, lora_alpha, settings, opened.label)
-    merged = adapters.merge(raw, scaling, opened.label) if scaling else raw
+    merged = corenet_adapters.merge(raw, scaling, opened.label) if scaling else raw
     untied = scaling is not None and HEAD in merged and HEAD not in raw
     tensors = _weights(merged, opened.label)
     if not untied:
@@ -160,7 +160,7 @@ def _scaling(
     tensors: Mapping[str, LazyTensor], alpha: float | None, settings: Settings | None, where: str
 ) -> Scaling | None:
     """How to merge the adapter; None when there is none."""
-    if not adapters.has_adapter(tensors):
+    if not corenet_adapters.has_adapter(tensors):
         if alpha is not None:
             raise InputError(f"--lora-alpha is for a LoRA or DoRA checkpoint, and {where} holds no adapter")
         return None
@@ -217,7 +217,7 @@ def _fit_tokenizer(
     config: ModelConfig, file: Path, settings: Settings | None, notes: list[str], warnings: list[str]
 ) -> ModelConfig:
     """The config with as many tokens as the tokenizer has pieces, and with its special tokens."""
-    from elm_mlx.tokenizer import Tokenizer
+    from elm_mlx.text.tokenizer import Tokenizer
 
     pieces, rows = tokenizers.vocab_size(file), config.vocab_size
     tokenizer = Tokenizer.load(file)
@@ -261,12 +261,12 @@ def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str])
 def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str | None:
     """What was asked for, or the source's own, or the one that its name implies."""
     if asked is not None:
-        return template.read_source(asked)
-    own, where = template.own_source(source.directory, "--chat-template")
+        return chat_template.read_source(asked)
+    own, where = chat_template.own_source(source.directory, "--chat-template")
     if own is not None:
         own_file(Path(where))
         return own
-    implied = template.source_for(source.label)
+    implied = chat_template.source_for(source.label)
     if implied is not None:
         notes.append("writes OpenELM-instruct's chat template, as the name says; --chat-template none for none")
     return implied

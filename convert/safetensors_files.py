@@ -1,6 +1,6 @@
 """The safetensors format: tensors still on disk, and the header that a writer puts in front.
 
-Knows how tensors lie in the file; `elm_mlx.headers` has checked every number of it by then. A tensor costs no
+Knows how tensors lie in the file; `elm_mlx.store.headers` has checked every number of it by then. A tensor costs no
 memory until its rows are asked for. Knows nothing of models.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from elm_mlx import headers
 from elm_mlx.errors import InputError
+from elm_mlx.store import headers
 from elm_mlx_convert.archive import File
 from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, numpy_dtype
 

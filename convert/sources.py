@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.families import check_is_openelm
 from elm_mlx.files import expanded
 from elm_mlx.json_files import read_object
+from elm_mlx.model.families import check_is_openelm
 from elm_mlx_convert import hub, pickles, safetensors_files
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.tensors import LazyTensor

@@ -12,10 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import spm
 from elm_mlx.errors import InputError
 from elm_mlx.files import expanded, new_file, write_text
-from elm_mlx.tokenizer import FILE_NAME, Tokenizer, read_settings
+from elm_mlx.text import sentencepiece_file
+from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer, read_settings
 from elm_mlx_convert import hub
 
 _SPACE = "\u2581"
@@ -50,7 +50,7 @@ def _inside(directory: Path, label: str) -> Path:
 
 def vocab_size(model_file: Path) -> int:
     """How many pieces the model has. Raises InputError when it is none."""
-    return spm.read(model_file).vocab_size
+    return sentencepiece_file.read(model_file).vocab_size
 
 
 def write(model_file: Path, directory: Path, *, max_length: int, chat_template: str | None = None) -> str | None:
@@ -73,7 +73,7 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
     Raises:
         InputError: the model is damaged. Nothing was written.
     """
-    model, tokenizer = spm.read(model_file), Tokenizer.load(model_file)
+    model, tokenizer = sentencepiece_file.read(model_file), Tokenizer.load(model_file)
     pieces = model.pieces()
     inexpressible = _first(_inexpressible(model, pieces))
     with new_file(directory / FILE_NAME) as file:
@@ -102,7 +102,9 @@ def _config(tokenizer: Tokenizer, max_length: int, chat_template: str | None) ->
     return config if chat_template is None else {**config, "chat_template": chat_template}
 
 
-def _tokenizer(model: spm.ModelFile, pieces: list[spm.Piece], tokenizer: Tokenizer) -> Json:
+def _tokenizer(
+    model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece], tokenizer: Tokenizer
+) -> Json:
     """The content of `tokenizer.json`: SentencePiece's steps in the words of the tokenizers library."""
     return {
         "version": "1.0",
@@ -112,34 +114,37 @@ def _tokenizer(model: spm.ModelFile, pieces: list[spm.Piece], tokenizer: Tokeniz
             {"id": token, "content": piece.text, "special": True}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             for token, piece in enumerate(pieces)
-            if piece.type in (spm.CONTROL, spm.UNKNOWN)
+            if piece.type in (sentencepiece_file.CONTROL, sentencepiece_file.UNKNOWN)
         ],
         "normalizer": _normalizer(model),
         "pre_tokenizer": _pre_tokenizer(pieces),
         "post_processor": _post_processor(tokenizer),
         "decoder": _decoder(model),
-        "model": _bpe(model, pieces) if model.model_type == spm.BPE else _unigram(model, pieces),
+        "model": _bpe(model, pieces) if model.model_type == sentencepiece_file.BPE else _unigram(model, pieces),
     }
 
 
-def _inexpressible(model: spm.ModelFile, pieces: list[spm.Piece]) -> dict[str, bool]:
+def _inexpressible(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> dict[str, bool]:
     """What the tokenizers library has no words for, and whether the model has it."""
     return {
-        "it splits into whole words, or single characters": model.model_type not in (spm.BPE, spm.UNIGRAM),
+        "it splits into whole words, or single characters": model.model_type
+        not in (sentencepiece_file.BPE, sentencepiece_file.UNIGRAM),
         "its pieces end with their space instead of beginning with it": model.whitespace_as_suffix,
         "it does not mark spaces": not model.escape_whitespaces,
-        "it has unused pieces": any(piece.type == spm.UNUSED for piece in pieces),
+        "it has unused pieces": any(piece.type == sentencepiece_file.UNUSED for piece in pieces),
     }
 
 
-def _inexact(model: spm.ModelFile, pieces: list[spm.Piece]) -> dict[str, bool]:
+def _inexact(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> dict[str, bool]:
     """What the tokenizers library does a little differently, and whether the model has it."""
     return {
         "they normalize combined characters and line ends otherwise": model.charsmap != b"",
         "they leave unknown characters out when decoding": not model.byte_fallback,
         f"they keep {_SPACE} at the start of a text": model.remove_extra_whitespaces,
-        "to them '<0x41>' in a text is that byte": model.model_type == spm.UNIGRAM,
-        "to them '<0x41>' between user-defined symbols is that byte": any(p.type == spm.USER_DEFINED for p in pieces),
+        "to them '<0x41>' in a text is that byte": model.model_type == sentencepiece_file.UNIGRAM,
+        "to them '<0x41>' between user-defined symbols is that byte": any(
+            p.type == sentencepiece_file.USER_DEFINED for p in pieces
+        ),
     }
 
 
@@ -147,7 +152,7 @@ def _first(reasons: dict[str, bool]) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def _normalizer(model: spm.ModelFile) -> Json:
+def _normalizer(model: sentencepiece_file.ModelFile) -> Json:
     steps: list[Json] = []
     if model.charsmap:
         charsmap = base64.b64encode(model.charsmap).decode()
@@ -161,9 +166,9 @@ def _normalizer(model: spm.ModelFile) -> Json:
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _pre_tokenizer(pieces: list[spm.Piece]) -> Json | None:
+def _pre_tokenizer(pieces: list[sentencepiece_file.Piece]) -> Json | None:
     """User-defined symbols are cut out first, the longest that fits; the rest is left in one."""
-    symbols = sorted((p.text for p in pieces if p.type == spm.USER_DEFINED), key=len, reverse=True)
+    symbols = sorted((p.text for p in pieces if p.type == sentencepiece_file.USER_DEFINED), key=len, reverse=True)
     if not symbols:
         return None
     pattern = "|".join(re.escape(symbol) for symbol in symbols)
@@ -187,7 +192,7 @@ def _post_processor(tokenizer: Tokenizer) -> Json | None:
     }
 
 
-def _decoder(model: spm.ModelFile) -> Json:
+def _decoder(model: sentencepiece_file.ModelFile) -> Json:
     """mlx-lm streams text in linear time when it finds exactly this."""
     steps: list[Json] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
@@ -199,25 +204,25 @@ def _decoder(model: spm.ModelFile) -> Json:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _bpe(model: spm.ModelFile, pieces: list[spm.Piece]) -> Json:
+def _bpe(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> Json:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(piece.text for piece in pieces if piece.type == spm.UNKNOWN),
+        "unk_token": next(piece.text for piece in pieces if piece.type == sentencepiece_file.UNKNOWN),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": model.byte_fallback,
         # For user-defined symbols, which no merge makes.
-        "ignore_merges": any(piece.type == spm.USER_DEFINED for piece in pieces),
+        "ignore_merges": any(piece.type == sentencepiece_file.USER_DEFINED for piece in pieces),
         "vocab": {piece.text: token for token, piece in enumerate(pieces)},
         "merges": _merges(pieces),
     }
 
 
-def _merges(pieces: list[spm.Piece]) -> list[str]:
+def _merges(pieces: list[sentencepiece_file.Piece]) -> list[str]:
     """SentencePiece joins the neighbours whose union scores highest; here, every such pair, best first."""
-    known = {piece.text: piece.score for piece in pieces if piece.type == spm.NORMAL}
+    known = {piece.text: piece.score for piece in pieces if piece.type == sentencepiece_file.NORMAL}
     pairs = [
         (score, text[:i], text[i:])
         for text, score in known.items()
@@ -228,10 +233,10 @@ def _merges(pieces: list[spm.Piece]) -> list[str]:
     return [f"{left} {right}" for _, left, right in pairs]
 
 
-def _unigram(model: spm.ModelFile, pieces: list[spm.Piece]) -> Json:
+def _unigram(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> Json:
     return {
         "type": "Unigram",
-        "unk_id": next(token for token, piece in enumerate(pieces) if piece.type == spm.UNKNOWN),
+        "unk_id": next(token for token, piece in enumerate(pieces) if piece.type == sentencepiece_file.UNKNOWN),
         "vocab": [[piece.text, piece.score] for piece in pieces],
         "byte_fallback": model.byte_fallback,
     }

@@ -21,18 +21,19 @@ from elm_mlx.version import __version__
 blas.prefer_fast()
 
 if TYPE_CHECKING:
-    from elm_mlx.batch import generate_batch
     from elm_mlx.errors import ElmError, InputError
-    from elm_mlx.generation import generate, stream_generate
-    from elm_mlx.store import load, load_model
+    from elm_mlx.inference.batch import generate_batch
+    from elm_mlx.inference.generation import generate, stream_generate
+    from elm_mlx.store.loading import load, load_model
 
 __all__ = [
     "ElmError", "InputError", "__version__", "generate", "generate_batch", "load", "load_model", "stream_generate",
 ]  # fmt: skip
 
 _HOMES = {
-    "ElmError": "errors", "InputError": "errors", "generate": "generation", "generate_batch": "batch",
-    "load": "store", "load_model": "store", "stream_generate": "generation",
+    "ElmError": "errors", "InputError": "errors", "generate": "inference.generation",
+    "generate_batch": "inference.batch", "load": "store.loading", "load_model": "store.loading",
+    "stream_generate": "inference.generation",
 }  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import elm_mlx  # noqa: F401  (before MLX, for its BLAS)
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx.model import Model
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.model.network import Model
+from elm_mlx.text.tokenizer import Tokenizer
 
 
 class HeldOut(NamedTuple):

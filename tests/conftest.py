@@ -25,8 +25,8 @@ from commands import Run
 
 from elm_mlx import blas
 from elm_mlx.cli import main
-from elm_mlx.config import ModelConfig
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 

@@ -118,7 +118,7 @@ def write(path: Path, name: str, values: dict[str, Any] | None = None) -> Path:
     """The case `name` as a model directory of Hugging Face's layout; with the config `values`, if given."""
     from safetensors.numpy import save_file
 
-    from elm_mlx import families
+    from elm_mlx.model import families
 
     path.mkdir(parents=True)
     own = config(name)

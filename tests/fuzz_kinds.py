@@ -16,11 +16,9 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
-sys.path += [str(Path(__file__).parent / folder) for folder in ("convert", "train")]
 import checkpoints
 import family_cases
+import mlx.core as mx
 import other_models
 import runs
 import tiny
@@ -28,27 +26,29 @@ import torch_files
 from fuzzing import Damage, Kind, either, json_lines, json_values, raw_bytes, safetensors_header
 from hostile_templates import TEMPLATES
 
-from elm_mlx import adapt, adapters, settings, transcript
-from elm_mlx.adapters import read as read_adapter
 from elm_mlx.cli import main as command_line
-from elm_mlx.config import ModelConfig
-from elm_mlx.describe import describe, describe_adapter, read_config
+from elm_mlx.data import records, text_sources
+from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.pairs import preference
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import perplexity, published
-from elm_mlx.evaluate import sources as tasks
+from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
-from elm_mlx.fuse import _record as merge_record
-from elm_mlx.generation import stream_generate
-from elm_mlx.quantization import recipe as quantization
-from elm_mlx.quantization.formats import Format
-from elm_mlx.quantization.quantize import quantize
-from elm_mlx.store import open_model
-from elm_mlx.template import choose
-from elm_mlx.tokenizer import Tokenizer
-from elm_mlx.train import records, sources, tables, vocabulary
-from elm_mlx.train.formats import BadRecord
-from elm_mlx.train.pairs import preference
-from elm_mlx.train.recipe import Recipe
+from elm_mlx.inference import generation_config, transcript
+from elm_mlx.inference.generation import stream_generate
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.quantize import recipe as quantization
+from elm_mlx.quantize.formats import Format
+from elm_mlx.quantize.quantization import quantize
+from elm_mlx.store import adapt, adapters
+from elm_mlx.store.adapters import read as read_adapter
+from elm_mlx.store.describe import describe, describe_adapter, read_config
+from elm_mlx.store.fusion import _record as merge_record
+from elm_mlx.store.loading import open_model
+from elm_mlx.text.chat_template import choose
+from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.train import toml_tables, vocabulary
+from elm_mlx.train.pretraining_recipe import Recipe
 from elm_mlx_convert.conversion import convert
 
 CONVERSATION = [
@@ -66,7 +66,7 @@ def answer(path: Path, adapter: Path | None = None) -> None:
     template = choose(path, loaded.tokenizer)
     if template is not None:
         ids = template.encode(CONVERSATION)
-    chosen: dict[str, Any] = settings.merge(path, dict.fromkeys(settings.DEFAULTS))
+    chosen: dict[str, Any] = generation_config.merge(path, dict.fromkeys(generation_config.DEFAULTS))
     list(stream_generate(loaded.model, loaded.tokenizer, ids, **chosen | {"max_tokens": 2, "seed": 0}))
 
 
@@ -226,7 +226,7 @@ def write_toml(path: Path) -> None:
 
 
 def use_toml(path: Path) -> None:
-    made = tables.read(path / "recipe.toml", Recipe)
+    made = toml_tables.read(path / "recipe.toml", Recipe)
     made.model.config(320, 1, 2).parameters  # noqa: B018
 
 
@@ -277,7 +277,7 @@ def _pairs(file: Path) -> None:
 
 
 def _texts(file: Path) -> None:
-    list(sources.documents(file, "text", "---" if file.suffix == ".txt" else None))
+    list(text_sources.documents(file, "text", "---" if file.suffix == ".txt" else None))
 
 
 def _lines(file: Path) -> None:

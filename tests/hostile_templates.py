@@ -10,8 +10,8 @@ import resource
 import sys
 import time
 
-from elm_mlx import jinja
 from elm_mlx.errors import ElmError
+from elm_mlx.text import jinja
 
 _LOOPS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc") + "BODY" + "{% endfor %}" * 3
 _GROW = (

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from elm_mlx import networks
-from elm_mlx.describe import read_config
+from elm_mlx.model import other_networks
+from elm_mlx.store.describe import read_config
 
 CHATML = (
     "{% for message in messages %}"
@@ -149,7 +149,7 @@ def write_model(path: Path, name: str, changes: Mapping[str, Any] | None = None,
         "eos_token_id": tokenizer.token_to_id(EOS[style]), **(changes or {}),
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(config))
-    network = networks.network(read_config(path))
+    network = other_networks.network(read_config(path))
     keys = mx.random.split(mx.random.key(seed), 1000)
     weights = {
         name: _drawn(name, value, key)

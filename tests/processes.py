@@ -13,7 +13,7 @@ import sys
 import time
 from multiprocessing import resource_tracker
 
-from elm_mlx import jinja_worker
+from elm_mlx.text import jinja_worker
 
 _ENDING = 5.0  # seconds that a process which is on its way out may take
 
@@ -67,7 +67,7 @@ def _note_start(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _children() -> dict[int, str]:
-    """Every living process below this one, and its command; not those of Python and of `elm_mlx.jinja` that stay."""
+    """Every living process below this one, and its command; not those of Python and of `text.jinja` that stay."""
     listed = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from elm_mlx.config import ModelConfig
+from elm_mlx.model.config import ModelConfig
 
 Array = np.ndarray
 

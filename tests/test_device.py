@@ -10,9 +10,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from elm_mlx import device, store
+from elm_mlx import device
 from elm_mlx.device import Computation
 from elm_mlx.errors import InputError
+from elm_mlx.store import loading
 
 GIGABYTE = 10**9
 STORED = [mx.float32, mx.bfloat16, mx.float16]
@@ -277,5 +278,5 @@ def test_freed_buffers_are_given_back_where_memory_is_nearly_full(mac: Mac, monk
 def test_an_opened_model_is_wired_by_its_size(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
     asked: list[int] = []
     monkeypatch.setattr(device, "wire", asked.append)
-    model = store.load(tiny_model_dir, "float32")[0]
+    model = loading.load(tiny_model_dir, "float32")[0]
     assert asked == [4 * model.config.parameters]

@@ -16,11 +16,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from elm_mlx.model import Model
-from elm_mlx.store import load
-from elm_mlx.tokenizer import Tokenizer
-from elm_mlx.train import tables
-from elm_mlx.train.recipe import Recipe
+from elm_mlx.model.network import Model
+from elm_mlx.store.loading import load
+from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.train import toml_tables
+from elm_mlx.train.pretraining_recipe import Recipe
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -81,7 +81,7 @@ def test_both_shapes_have_as_many_parameters(monkeypatch: pytest.MonkeyPatch) ->
     configs = []
     for heads, ffn in run.SHAPES.values():
         fields = [f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"]
-        configs.append(tables.read(LAYERWISE / "recipe.toml", Recipe, fields).model.config(1024, 1, 2))
+        configs.append(toml_tables.read(LAYERWISE / "recipe.toml", Recipe, fields).model.config(1024, 1, 2))
     scaled, uniform = configs
     assert scaled.parameters == uniform.parameters == 1_411_456
     assert sum(scaled.num_query_heads) == sum(uniform.num_query_heads)

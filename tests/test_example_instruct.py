@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from elm_mlx.store import load
+from elm_mlx.store.loading import load
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from elm_mlx.config import ModelConfig
+from elm_mlx.model.config import ModelConfig
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from commands import Run
 
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.text.tokenizer import Tokenizer
 
 
 def pipe(path: Path) -> None:
@@ -97,7 +97,7 @@ def test_what_windows_saves_reads_the_same(run: Run, model: Path, tmp_path: Path
 
 
 def test_a_directory_that_changes_while_it_is_read(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elm_mlx import headers
+    from elm_mlx.store import headers
 
     read = headers.read
 

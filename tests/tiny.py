@@ -15,9 +15,9 @@ import mlx.core as mx
 import sentencepiece
 from mlx.utils import tree_flatten, tree_map
 
-from elm_mlx.config import ModelConfig
-from elm_mlx.model import Model
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.network import Model
+from elm_mlx.text.tokenizer import Tokenizer
 
 CONTEXT = 512
 WORDS = "the quick brown fox jumps over lazy dogs while an old king told stories of naïve cafés and 漢字 to us"

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import blas, device, roofline
+from elm_mlx import blas, device
+from elm_mlx.model import roofline
 from elm_mlx.version import __version__
 
 _GIGABYTE = 1e9

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import device, files, shards
+from elm_mlx import device, files
 from elm_mlx.bench.figures import Case
 from elm_mlx.bench.sides import Unavailable
-from elm_mlx.config import PRESETS, ModelConfig
-from elm_mlx.describe import check_directory
 from elm_mlx.errors import InputError
-from elm_mlx.generation import PREFILL_STEP
-from elm_mlx.shards import Pending
+from elm_mlx.inference.generation import PREFILL_STEP
+from elm_mlx.model.config import PRESETS, ModelConfig
+from elm_mlx.store import shards
+from elm_mlx.store.describe import check_directory
+from elm_mlx.store.shards import Pending
 
 GROUP_SIZE = 64  # of quantized weights, as mlx-lm's default
 _BLOCK = 1 << 20  # values that are drawn

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from elm_mlx import device
 from elm_mlx.bench.results import Norm
-from elm_mlx.norm import NaiveRMSNorm, RMSNorm
+from elm_mlx.model.norm import NaiveRMSNorm, RMSNorm
 
 _PAIRS, _CALLS = 7, 20
 

@@ -16,7 +16,7 @@ from elm_mlx import files, json_files, reading
 from elm_mlx.bench.figures import About, Case, Figures
 from elm_mlx.bench.machine import Speeds
 from elm_mlx.errors import InputError
-from elm_mlx.roofline import causal
+from elm_mlx.model.roofline import causal
 
 VERSION = 1  # of the JSON
 

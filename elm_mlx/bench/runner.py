@@ -25,8 +25,8 @@ from elm_mlx.bench.figures import Case
 from elm_mlx.bench.results import Results, Row
 from elm_mlx.bench.sides import Programs, Side, Unavailable
 from elm_mlx.bench.suites import Suite
-from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model.config import PRESETS, ModelConfig
 
 _PAUSE = (
     0.25  # seconds before each measurement: a BLAS's threads spin on for a while after the other side's last product

@@ -65,7 +65,7 @@ def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
             raise Unavailable(f"PyTorch is not installed for {python}; --python names one that has it")
         script = str(Path(__file__).with_name("torch_worker.py"))
         return Worker(name, [python, "-I", script, str(path), dtype or "float32"])
-    return Worker(name, [sys.executable, "-m", "elm_mlx.bench.worker", name, str(path), dtype or "-"])
+    return Worker(name, [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"])
 
 
 def environment(name: str) -> dict[str, str]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from elm_mlx.bench.figures import PRECISIONS, SIDES, Case
-from elm_mlx.config import PRESETS
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import PRESETS
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from elm_mlx.bench.figures import SIDES, Case
 from elm_mlx.bench.machine import Speeds
 from elm_mlx.bench.results import Results, Row, Spread, bounds
-from elm_mlx.config import PRESETS
 from elm_mlx.escape import printable
+from elm_mlx.model.config import PRESETS
 
 Table = tuple[list[str], list[list[str]]]
 

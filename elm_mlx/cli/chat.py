@@ -34,12 +34,12 @@ def chat(
     adapter: options.AdapterPath = None,
 ) -> None:
     """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
-    from elm_mlx import sampling, settings
-    from elm_mlx.chat import CONTINUING, DEFAULTS, Chat
     from elm_mlx.cli.session import Session
-    from elm_mlx.describe import check_directory
-    from elm_mlx.store import open_model
-    from elm_mlx.template import choose, prepare
+    from elm_mlx.inference import generation_config, sampling
+    from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
+    from elm_mlx.store.describe import check_directory
+    from elm_mlx.store.loading import open_model
+    from elm_mlx.text.chat_template import choose, prepare
 
     sampling.check_seed(seed)
     prepare(check_directory(model, with_tokenizer=True), template, adapter)
@@ -57,7 +57,7 @@ def chat(
         loaded.tokenizer,
         chosen,
         system=system,
-        options=settings.merge(model, flags, DEFAULTS if chosen else CONTINUING),
+        options=generation_config.merge(model, flags, DEFAULTS if chosen else CONTINUING),
         stop=stop or (),
         seed=seed,
     )

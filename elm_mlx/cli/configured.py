@@ -17,7 +17,7 @@ from elm_mlx import json_files, reading
 from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.command import Command
 from elm_mlx.errors import InputError
-from elm_mlx.train import tables
+from elm_mlx.train import toml_tables
 
 _KINDS = {"boolean": bool, "bool": bool, "integer": int, "int": int, "float": float}  # by the names of types' parsers
 _NEVER = {"config", "resume", "force", "recipe", "help"}  # of no sense in a file
@@ -145,16 +145,16 @@ def _written(parameter: Any, value: Any) -> Any:
         ValueError: it is of another kind than the option's; the text goes on after its name.
     """
     if parameter.multiple:
-        return [tables.scalar(str, each) for each in (value if isinstance(value, list) else [value])]
+        return [toml_tables.scalar(str, each) for each in (value if isinstance(value, list) else [value])]
     kind = _KINDS.get(parameter.type.name, str)
     if parameter.name == "rank" and isinstance(value, (Mapping, list)):
         return _ranks(value)
     if kind is str and type(value) in (int, float):  # a name may be a number: rank 8, a directory 2026
         return str(int(value) if value == value // 1 else value)
-    return tables.scalar(kind, value)
+    return toml_tables.scalar(kind, value)
 
 
 def _ranks(value: Mapping[Any, Any] | list[Any]) -> str:
     if isinstance(value, Mapping):
-        return ",".join(f"{name}={tables.scalar(int, number)}" for name, number in value.items())
-    return ",".join(str(tables.scalar(int, number)) for number in value)
+        return ",".join(f"{name}={toml_tables.scalar(int, number)}" for name, number in value.items())
+    return ",".join(str(toml_tables.scalar(int, number)) for number in value)

@@ -101,8 +101,8 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
         return
     from elm_mlx import directories, files
     from elm_mlx.cli.quantize import Report
-    from elm_mlx.quantization.quantize import quantize
-    from elm_mlx.quantization.recipe import named
+    from elm_mlx.quantize.quantization import quantize
+    from elm_mlx.quantize.recipe import named
 
     recipe = named(quantized)
     if dry_run:

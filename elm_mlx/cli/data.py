@@ -17,10 +17,10 @@ from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, si
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.tokenizer import Tokenizer
-    from elm_mlx.train.batches import Batches
-    from elm_mlx.train.encoding import Example, Names
-    from elm_mlx.train.examples import Prepared
+    from elm_mlx.data.batches import Batches
+    from elm_mlx.data.encoding import Example, Names
+    from elm_mlx.data.examples import Prepared
+    from elm_mlx.text.tokenizer import Tokenizer
 
 _PAIRS = "pairs"  # of answers: what dpo trains on
 _SHOWN = 5  # examples
@@ -68,10 +68,10 @@ def data(
         return
     if path is None or model is None:
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
-    from elm_mlx import end_tokens
-    from elm_mlx.describe import check_directory, read_config
-    from elm_mlx.template import choose
-    from elm_mlx.train import examples, pairs
+    from elm_mlx.data import examples, pairs
+    from elm_mlx.store.describe import check_directory, read_config
+    from elm_mlx.text import end_tokens
+    from elm_mlx.text.chat_template import choose
 
     shape = read_config(check_directory(model, with_tokenizer=True))
     tokenizer = end_tokens.read(model, shape).tokenizer
@@ -104,10 +104,11 @@ def data(
 
 def _print_mixture(config: Path) -> None:
     """What a recipe's sources give, by a million tokens of them."""
-    from elm_mlx.train import recipe, sample, tables
+    from elm_mlx.data import mixture_sample
+    from elm_mlx.train import pretraining_recipe, toml_tables
 
-    plan = tables.read(config, recipe.Recipe)
-    found = sample.sample(plan.data.sources, Path(plan.tokenizer), plan.filters, plan.reading(), on_wrong=_warn)
+    plan = toml_tables.read(config, pretraining_recipe.Recipe)
+    found = mixture_sample.sample(plan.data.sources, Path(plan.tokenizer), plan.filters, plan.reading(), on_wrong=_warn)
     what = "all there is" if found.whole else "from the beginning"
     speed = f"{found.tokens_per_second:,.0f} tokens/s with {counted(plan.data.workers, 'worker')}"
     print(f"{found.tokens:,} tokens, {what}; {speed}, after {found.opening_seconds:.1f} s to start")
@@ -143,7 +144,7 @@ def _fill(rows: Batches, grouped: Batches, length: int) -> list[tuple[str, str]]
 
 
 def _print_split(name: str, prepared: Prepared) -> None:
-    from elm_mlx.train.batches import Batches
+    from elm_mlx.data.batches import Batches
 
     rows = Batches(prepared.examples, 1, prepared.max_length)
     grouped = Batches(prepared.examples, _BATCH, prepared.max_length, packed=False)
@@ -161,7 +162,7 @@ def _print_split(name: str, prepared: Prepared) -> None:
 
 
 def _print_pairs(name: str, prepared: Prepared) -> None:
-    from elm_mlx.train.pairs import PairBatches
+    from elm_mlx.data.pairs import PairBatches
 
     length = 2 * prepared.max_length  # a row has room for both answers of the longest pair
     rows = PairBatches(prepared.examples, 1, length)
@@ -215,7 +216,7 @@ def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
 
 def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> None:
     """A few, from all over the data."""
-    from elm_mlx.train.encoding import Names
+    from elm_mlx.data.encoding import Names
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     each = 2 if paired else 1

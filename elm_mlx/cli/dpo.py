@@ -79,8 +79,8 @@ def dpo(
 ) -> None:
     """Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights."""
     model, data, out = training.given(model, data, out)
-    from elm_mlx.train.align import Alignment
-    from elm_mlx.train.finetune import Data, Method
+    from elm_mlx.train.alignment import Alignment
+    from elm_mlx.train.finetuning import Data, Method
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.preference import Preferring
     from elm_mlx.train.settings import Settings

@@ -14,9 +14,9 @@ from elm_mlx.cli.show import line, note, printable, table, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.evaluate.compare import Difference
+    from elm_mlx.evaluate.comparison import Difference
     from elm_mlx.evaluate.evaluation import Evaluation
-    from elm_mlx.evaluate.run import Advance
+    from elm_mlx.evaluate.evaluation_run import Advance
 
 
 def eval(
@@ -135,8 +135,8 @@ def _print(done: Evaluation) -> None:
 
 
 def _compare(paths: list[Path], plot: Path | None) -> None:
-    from elm_mlx.evaluate import compare, plots
-    from elm_mlx.evaluate.record import read_results
+    from elm_mlx.evaluate import comparison, plots
+    from elm_mlx.evaluate.score_record import read_results
 
     if len(paths) < 2:
         raise InputError("--compare takes two runs or more")
@@ -146,7 +146,7 @@ def _compare(paths: list[Path], plot: Path | None) -> None:
     names = list(runs)
     for other in names[1:]:
         line(f"{other} against {names[0]}")
-        _print_differences(compare.compare(runs[names[0]], runs[other]))
+        _print_differences(comparison.compare(runs[names[0]], runs[other]))
     if plot is not None:
         plots.draw(runs, plot)
         line(f"wrote {plot}")

@@ -11,7 +11,7 @@ from elm_mlx.cli import options
 from elm_mlx.cli.show import say
 
 if TYPE_CHECKING:
-    from elm_mlx.fuse import Fusion
+    from elm_mlx.store.fusion import Fusion
 
 
 def fuse(
@@ -35,7 +35,7 @@ def fuse(
 ) -> None:
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""
     from elm_mlx import reading
-    from elm_mlx.fuse import fuse
+    from elm_mlx.store.fusion import fuse
     from elm_mlx.train.taught import sample
 
     shown = None if text is None else reading.text(text, reading.CORPUS_BYTES)
@@ -47,7 +47,7 @@ def fuse(
 
 
 def _print(done: Fusion) -> None:
-    from elm_mlx.fuse import WAYS, percent
+    from elm_mlx.store.fusion import WAYS, percent
 
     if done.tolerance is None:
         verdict = "quantized again: this is what that cost"

@@ -19,8 +19,8 @@ from elm_mlx.cli.show import Speech, counted, line, note, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.batch import Completion
-    from elm_mlx.generation import Response
+    from elm_mlx.inference.batch import Completion
+    from elm_mlx.inference.generation import Response
 
 
 def generate(
@@ -65,19 +65,19 @@ def generate(
         if template is not None:
             raise InputError("--template and --no-template exclude one another")
         template = "none"
-    from elm_mlx import settings
-    from elm_mlx.describe import check_directory
-    from elm_mlx.generation import check_steps
-    from elm_mlx.sampling import check_seed, sampler_from
-    from elm_mlx.store import open_model
-    from elm_mlx.template import choose, prepare
-    from elm_mlx.window import as_messages
+    from elm_mlx.inference import generation_config
+    from elm_mlx.inference.generation import check_steps
+    from elm_mlx.inference.sampling import check_seed, sampler_from
+    from elm_mlx.inference.window import as_messages
+    from elm_mlx.store.describe import check_directory
+    from elm_mlx.store.loading import open_model
+    from elm_mlx.text.chat_template import choose, prepare
 
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    chosen: dict[str, Any] = settings.merge(check_directory(model, with_tokenizer=True), flags)
+    chosen: dict[str, Any] = generation_config.merge(check_directory(model, with_tokenizer=True), flags)
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     check_seed(seed)
@@ -97,12 +97,12 @@ def generate(
         chosen |= {"stop": (*conversing.stop_strings, *(stop or ())), "stop_ids": conversing.stop_ids}
         note("answered by the chat template; --no-template continues the text")
     if prompts:
-        from elm_mlx.batch import generate_batch
+        from elm_mlx.inference.batch import generate_batch
 
         completions = generate_batch(loaded.model, loaded.tokenizer, inputs, **chosen)
         _print_batch(texts, completions, as_json, logprobs)
         return
-    from elm_mlx.generation import stream_generate
+    from elm_mlx.inference.generation import stream_generate
 
     responses = stream_generate(loaded.model, loaded.tokenizer, inputs[0], **chosen)
     if as_json:

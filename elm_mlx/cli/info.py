@@ -17,7 +17,7 @@ from elm_mlx.cli.show import counted, line, say, size, table, terminal_width
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.describe import AdapterDescription, Description, FamilyDescription
+    from elm_mlx.store.describe import AdapterDescription, Description, FamilyDescription
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
 _WITH_BARS = 74  # columns of a terminal, at least
@@ -39,7 +39,7 @@ def info(
     if system:
         result |= {"system": _system()}
     if model is not None:
-        from elm_mlx.describe import FamilyDescription, check_directory, describe, describe_adapter
+        from elm_mlx.store.describe import FamilyDescription, check_directory, describe, describe_adapter
 
         description = describe(check_directory(model))
         result |= description.to_dict()

@@ -81,7 +81,7 @@ def lora(
 ) -> None:
     """Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take."""
     model, data, out = training.given(model, data, out)
-    from elm_mlx.train.finetune import Data, Finetuning, Method
+    from elm_mlx.train.finetuning import Data, Finetuning, Method
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
 

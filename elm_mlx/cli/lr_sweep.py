@@ -27,12 +27,14 @@ def lr_sweep(
     ] = None,
 ) -> None:
     """Try learning rates in short runs of a recipe, and draw them over each other."""
-    from elm_mlx.train import metrics, recipe, report, sweep, tables
+    from elm_mlx.train import learning_rate_sweep, metrics, pretraining_recipe, run_report, toml_tables
 
-    plan = tables.read(config, recipe.Recipe, set_ or [])
-    rates = sweep.rates(plan) if lr is None else _rates(lr)
+    plan = toml_tables.read(config, pretraining_recipe.Recipe, set_ or [])
+    rates = learning_rate_sweep.rates(plan) if lr is None else _rates(lr)
     trials = []
-    for trial in sweep.sweep(plan, rates, steps, out, lambda rate: print(f"learning rate {rate:g} …", flush=True)):
+    for trial in learning_rate_sweep.sweep(
+        plan, rates, steps, out, lambda rate: print(f"learning rate {rate:g} …", flush=True)
+    ):
         trials.append(trial)
         if trial.interrupted:
             raise typer.Exit(130)
@@ -44,7 +46,7 @@ def lr_sweep(
             share = (trial.loss - min(losses)) / max(1e-9, max(losses) - min(losses))
             best = "  the least" if trial.loss == min(losses) else ""
             print(f"{trial.rate:<9g} {trial.loss:>9.4f}  {bar(share, _BAR)}{best}")
-    report.write_page(metrics.read([trial.directory for trial in trials]), out / "report.html")
+    run_report.write_page(metrics.read([trial.directory for trial in trials]), out / "report.html")
     say("wrote", out / "report.html", 10)
 
 

@@ -13,8 +13,8 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.train.loop import Result
-    from elm_mlx.train.pretrain import Pretraining
-    from elm_mlx.train.recipe import Recipe
+    from elm_mlx.train.pretraining import Pretraining
+    from elm_mlx.train.pretraining_recipe import Recipe
 
 _MEAN_OF = 5  # the last checkpoints, as in the paper: fewer where fewer are kept
 # A recipe's keys by a run's own names of what they decide; the model's are told apart by what they make.
@@ -57,7 +57,7 @@ def pretrain(
     force: training.Force = False,
 ) -> None:
     """Train a model from raw text: filtered and tokenized as it is read, by the paper's recipe or your own."""
-    from elm_mlx.train import tables
+    from elm_mlx.train import toml_tables
 
     if init is not None:
         _init(init, preset, data)
@@ -69,10 +69,10 @@ def pretrain(
     from elm_mlx import device
     from elm_mlx.cli import progress
     from elm_mlx.train import memory
-    from elm_mlx.train.pretrain import Pretraining
-    from elm_mlx.train.recipe import Recipe
+    from elm_mlx.train.pretraining import Pretraining
+    from elm_mlx.train.pretraining_recipe import Recipe
 
-    recipe = tables.read(config, Recipe, set_ or [])
+    recipe = toml_tables.read(config, Recipe, set_ or [])
     shown = progress.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
         free, total = device.available_memory(), device.total_memory()
@@ -92,12 +92,12 @@ def pretrain(
 
 def _init(path: Path, preset: str, data: str | None) -> None:
     from elm_mlx import files
-    from elm_mlx.train import recipe, tables
+    from elm_mlx.train import pretraining_recipe, toml_tables
 
     if path.exists():
         raise InputError(f"{path}: is there already; choose another name")
-    made = recipe.preset(preset) if data is None else recipe.preset(preset, data)
-    files.write_text(path, tables.write(made, _ABOUT))
+    made = pretraining_recipe.preset(preset) if data is None else pretraining_recipe.preset(preset, data)
+    files.write_text(path, toml_tables.write(made, _ABOUT))
     line(
         f"wrote {path}: learns from {made.data.sources[0].path}, in the tokens of {made.tokenizer}, which must be there"
     )

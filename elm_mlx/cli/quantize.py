@@ -13,8 +13,8 @@ from elm_mlx.cli import options
 from elm_mlx.cli.show import say, size
 
 if TYPE_CHECKING:
-    from elm_mlx.quantization.plan import Plan
-    from elm_mlx.quantization.quantize import Listener, Quantization
+    from elm_mlx.quantize.bit_plan import Plan
+    from elm_mlx.quantize.quantization import Listener, Quantization
 
 
 def quantize(
@@ -52,8 +52,8 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Quantize a model, and measure what that lost."""
-    from elm_mlx.quantization.quantize import quantize
-    from elm_mlx.quantization.recipe import choose
+    from elm_mlx.quantize.quantization import quantize
+    from elm_mlx.quantize.recipe import choose
 
     recipe = choose(bits, group_size, mode, bpw=bpw, method=method, rate=learning_rate, dtype=dtype)
     with Report() as report:
@@ -73,7 +73,7 @@ class Report(AbstractContextManager["Report"]):
         self._what = ""
 
     def listener(self) -> Listener:
-        from elm_mlx.quantization.quantize import Listener
+        from elm_mlx.quantize.quantization import Listener
 
         return Listener(plan=self._plan, progress=self._progress, done=self._done)
 

@@ -25,7 +25,7 @@ def report(
     """Write one page with the curves of training runs, laid over each other."""
     from elm_mlx import directories
     from elm_mlx.train import metrics
-    from elm_mlx.train import report as pages
+    from elm_mlx.train import run_report as pages
 
     found = metrics.read(runs)
     out = runs[0] / "report.html" if out is None else out
@@ -44,6 +44,6 @@ def report(
 
 
 def _print(runs: list[Run]) -> None:
-    from elm_mlx.train.report import summary
+    from elm_mlx.train.run_report import summary
 
     table(["", *(run.name for run in runs)], [[label, *cells] for label, cells in summary(runs)])

@@ -211,7 +211,7 @@ def name_bad(reasons: Iterable[str]) -> None:
 @contextmanager
 def bad_records_named(path: Path) -> Iterator[None]:
     """Prints all bad records, and not the first alone, before the InputError that ends the command."""
-    from elm_mlx.train.examples import BadRecords
+    from elm_mlx.data.examples import BadRecords
 
     try:
         yield

@@ -14,7 +14,7 @@ import typer
 from elm_mlx.cli.show import counted, say, size
 
 if TYPE_CHECKING:
-    from elm_mlx.tokenizer import Tokenizer
+    from elm_mlx.text.tokenizer import Tokenizer
     from elm_mlx.train.vocabulary import Measure, Sample
 
 _SHOWN = 5  # bad records
@@ -39,7 +39,7 @@ def train_tokenizer(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at FILE.")] = False,
 ) -> None:
     """Train a tokenizer on raw text: SentencePiece BPE with byte fallback, as Llama 2's."""
-    from elm_mlx.tokenizer import Tokenizer
+    from elm_mlx.text.tokenizer import Tokenizer
     from elm_mlx.train import vocabulary
 
     other = None if compare is None else Tokenizer.load(compare)

@@ -1,6 +1,6 @@
 """What the commands that train share: options, how a run is announced, and what is said at its end.
 
-Knows options by name and help, and runs as `elm_mlx.train.finetune` makes them. Each command has defaults of its own.
+Knows options by name and help, and runs as `elm_mlx.train.finetuning` makes them. Each command has defaults of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from elm_mlx.cli.show import counted, name_bad, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.adapters import Rank as Ranks
-    from elm_mlx.train.finetune import Finetuning
+    from elm_mlx.store.adapters import Rank as Ranks
+    from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.loop import Result
     from elm_mlx.train.memory import Load
     from elm_mlx.train.settings import Settings
@@ -169,7 +169,7 @@ def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]
 
 def _trial(model: Path, adapter: Path, template: str | None) -> str:
     """The command that shows what was learnt; the template that it was learnt by is with the adapter."""
-    from elm_mlx.template import source_of
+    from elm_mlx.text.chat_template import source_of
 
     converses = source_of(model, template)[0] is not None
     command, ending = ("chat", "") if converses else ("generate", " --prompt …")

@@ -11,16 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import adapters, device, files, reading
-from elm_mlx.describe import check_directory, fingerprint
+from elm_mlx import device, files, reading
 from elm_mlx.errors import InputError
-from elm_mlx.evaluate import published, results, run, sources, tasks
-from elm_mlx.evaluate.record import Record
-from elm_mlx.evaluate.results import Row
-from elm_mlx.evaluate.run import Advance, Pace
+from elm_mlx.evaluate import evaluation_run, published, task_results, task_sources, tasks
+from elm_mlx.evaluate.evaluation_run import Advance, Pace
+from elm_mlx.evaluate.score_record import Record
 from elm_mlx.evaluate.scores import Score
+from elm_mlx.evaluate.task_results import Row
 from elm_mlx.evaluate.tasks import Chosen
-from elm_mlx.store import open_model
+from elm_mlx.store import adapters
+from elm_mlx.store.describe import check_directory, fingerprint
+from elm_mlx.store.loading import open_model
 from elm_mlx.version import __version__
 
 HARNESS = "harness.json"
@@ -123,24 +124,24 @@ class Evaluation:
         model, tokenizer, wanted = self._loaded.model, self._loaded.tokenizer, self._wanted
         assert tokenizer is not None
         context = model.config.max_context_length
-        works, self.missing = run.prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
+        works, self.missing = evaluation_run.prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
         window = min(wanted.window or _WINDOW, context)
         stride = wanted.stride or max(1, window // 2)
-        works += [run.prepare_text(path, tokenizer, window, stride) for path in dict.fromkeys(wanted.texts)]
+        works += [evaluation_run.prepare_text(path, tokenizer, window, stride) for path in dict.fromkeys(wanted.texts)]
         if not works:
             key, how = next(iter(self.missing.items()))
             raise InputError(f"no task's data are here; of {key}: {how}")
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
         with Record(self.out, self._identity, about) as record:
-            self.pace = run.score(works, model, record, advance)
-            outcomes = run.measure(works, record)
-            self.rows = results.rows(outcomes, self.published)
+            self.pace = evaluation_run.score(works, model, record, advance)
+            outcomes = evaluation_run.measure(works, record)
+            self.rows = task_results.rows(outcomes, self.published)
             suite = wanted.suite_name()
-            self.mean = None if suite is None or self.missing else results.mean_of_suite(self.rows, suite)
+            self.mean = None if suite is None or self.missing else task_results.mean_of_suite(self.rows, suite)
             about |= {"identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace)}
             about["mean"] = None if self.mean is None else asdict(self.mean)
-            now = results.to_dict(outcomes, self.rows, self.missing, about)
-            self.results = results.merged(record.results(), now)
+            now = task_results.to_dict(outcomes, self.rows, self.missing, about)
+            self.results = task_results.merged(record.results(), now)
             record.write_results(self.results)
 
     def hand_over(self, advance: Callable[[int, int], None] | None = None) -> str:
@@ -174,8 +175,8 @@ def _check_names(named: Iterable[tuple[str, str]]) -> None:
 
 
 def _named(name: str, shots: int | None) -> list[Chosen]:
-    if sources.is_file(name):
-        return [Chosen(sources.task_of_file(files.expanded(name)), shots or 0)]
+    if task_sources.is_file(name):
+        return [Chosen(task_sources.task_of_file(files.expanded(name)), shots or 0)]
     bare, at, own = name.partition("@")
     if at:
         if not own.isdecimal():

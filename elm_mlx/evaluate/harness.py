@@ -106,7 +106,7 @@ def _each(scorer: Scorer, items: list[list[Scored]], advance: Advance | None) ->
 
 
 def _generate(model: Any, tokenizer: Any, text: str, options: dict[str, Any]) -> str:
-    from elm_mlx.generation import generate
+    from elm_mlx.inference.generation import generate
 
     until = options.get("until") or []
     most = int(options.get("max_gen_toks", _MOST_GENERATED))

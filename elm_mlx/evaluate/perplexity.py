@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elm_mlx import reading
+from elm_mlx.data import file_formats
+from elm_mlx.data.file_formats import BadRecord
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scores import Score
 from elm_mlx.evaluate.tokens import Encoder, Scored
-from elm_mlx.tokenizer import check_unicode
-from elm_mlx.train import formats
-from elm_mlx.train.formats import BadRecord
+from elm_mlx.text.tokenizer import check_unicode
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,12 @@ def _by_document(text: Text, logprobs: Sequence[float]) -> list[float]:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    suffix = formats.suffix_of(path, (*formats.TEXT, *formats.JSON))
-    if suffix in formats.TEXT:
-        with formats.opened(path) as file:
-            yield reading.decoded(formats.whole(path, file), str(path))
+    suffix = file_formats.suffix_of(path, (*file_formats.TEXT, *file_formats.JSON))
+    if suffix in file_formats.TEXT:
+        with file_formats.opened(path) as file:
+            yield reading.decoded(file_formats.whole(path, file), str(path))
         return
-    for number, value in formats.values(path):
+    for number, value in file_formats.values(path):
         if isinstance(value, BadRecord):
             raise InputError(f"{path}, line {number}: {value}")
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):

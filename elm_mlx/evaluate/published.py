@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import json_files
-from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.tasks import SUITES
+from elm_mlx.model.config import PRESETS, ModelConfig
 
 _FILE = Path(__file__).with_name("published.json")
 

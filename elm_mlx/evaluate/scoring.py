@@ -17,12 +17,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from elm_mlx import device, ops
-from elm_mlx.cache import KVCache, make_prompt_cache
-from elm_mlx.evaluate import plan
-from elm_mlx.evaluate.plan import Batch, Plan
+from elm_mlx import device
+from elm_mlx.data.parallel import Parts
+from elm_mlx.evaluate import scoring_plan
+from elm_mlx.evaluate.scoring_plan import Batch, Plan
 from elm_mlx.evaluate.tokens import Scored
-from elm_mlx.train.parts import Parts
+from elm_mlx.model import ops
+from elm_mlx.model.cache import KVCache, make_prompt_cache
 
 _TOKENS = 2048  # of a batch, on a CPU; a GPU takes more
 _CHUNK_LOGITS = 1 << 21  # logits computed at once
@@ -60,7 +61,7 @@ class Scorer:
 
     def plan(self, items: Sequence[Sequence[Scored]]) -> Plan:
         """How `items` are to be computed."""
-        return plan.make(items, self._tokens, self.sharing, self._switch)
+        return scoring_plan.make(items, self._tokens, self.sharing, self._switch)
 
     def run(self, planned: Plan) -> Iterator[tuple[list[Result], int]]:
         """Results as they come, in no order that is told, with the cost of the batches that they were in."""

@@ -26,8 +26,9 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from elm_mlx import files, headers, json_files, reading, shards
+from elm_mlx import files, json_files, reading
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.store import headers, shards
 from elm_mlx.train.metrics import METRICS
 
 FORMAT = 1

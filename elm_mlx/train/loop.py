@@ -13,16 +13,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx.model import Model
+from elm_mlx.data.batches import Batch
+from elm_mlx.model.network import Model
 from elm_mlx.train import checkpoint
-from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity, Progress
 from elm_mlx.train.interrupts import stop_requests
 from elm_mlx.train.listener import Listener
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.meter import Meter
 from elm_mlx.train.run import Batches, Run
 from elm_mlx.train.settings import Settings
+from elm_mlx.train.throughput import Meter
 
 _SAVE_AFTER = 300.0  # seconds since a checkpoint, after which one is due however few updates there were
 _RISEN = 1.5  # times the first update's loss, above which that of the last ones is no chance of their batches

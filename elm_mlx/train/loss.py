@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_map
 
-from elm_mlx import ops
-from elm_mlx.train.batches import Batch
+from elm_mlx.data.batches import Batch
+from elm_mlx.model import ops
 
 Parameters = dict[str, Any]  # a tree of arrays, as nn.Module has it
 Head = Callable[[Parameters, mx.array], mx.array]  # parameters, (positions, model_dim) -> (positions, vocab_size)

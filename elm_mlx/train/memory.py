@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from elm_mlx.adapters import Adapter
 from elm_mlx.errors import InputError
-from elm_mlx.families import Config, FamilyConfig
+from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.store.adapters import Adapter
 
 _PROCESS = 110_000_000  # Python, MLX and what it compiles
 _ACTIVATIONS = 1.45  # of what a block keeps

@@ -17,10 +17,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from elm_mlx.data.batches import Batch
+from elm_mlx.data.pairs import PairBatch
 from elm_mlx.errors import InputError
-from elm_mlx.train.batches import Batch
 from elm_mlx.train.loss import Head, Parameters, Positions, chunk_size, summed_loss
-from elm_mlx.train.pairs import PairBatch
 
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo")
 _CERTAIN = -1e-6  # a mean log-probability beyond which odds aren't told apart

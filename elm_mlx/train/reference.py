@@ -17,12 +17,12 @@ import numpy.typing as npt
 from mlx.utils import tree_map
 
 from elm_mlx import files
+from elm_mlx.data.batches import Batch
+from elm_mlx.data.pairs import PairBatch, PairBatches
+from elm_mlx.data.parallel import Parts
 from elm_mlx.errors import InputError
-from elm_mlx.model import Model
-from elm_mlx.ops import Segments
-from elm_mlx.train.batches import Batch
-from elm_mlx.train.pairs import PairBatch, PairBatches
-from elm_mlx.train.parts import Parts
+from elm_mlx.model.network import Model
+from elm_mlx.model.ops import Segments
 from elm_mlx.train.preference import log_probabilities, positions
 
 FILE = "reference.safetensors"  # in a run's directory

@@ -18,19 +18,19 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from elm_mlx import device
+from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError, counted
-from elm_mlx.model import Model
+from elm_mlx.model.network import Model
 from elm_mlx.train import checkpoint, journal
 from elm_mlx.train import optimizer as optimization
-from elm_mlx.train.batches import Batch
 from elm_mlx.train.checkpoint import Identity, Progress
 from elm_mlx.train.journal import Report
 from elm_mlx.train.listener import Listener
 from elm_mlx.train.loss import Objective, TokenLoss
-from elm_mlx.train.meter import Meter
 from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
+from elm_mlx.train.throughput import Meter
 
 _REACH = 20  # updates, some, that the running mean of losses reaches over
 _SCATTER = 5.0  # a spike's size is this many times as much larger of one token: so do the means of few tokens differ

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.sampling import check_seed
+from elm_mlx.inference.sampling import check_seed
 from elm_mlx.train.optimizer import OPTIMIZERS, Schedule
 
 ON_NAN = ("stop", "skip")

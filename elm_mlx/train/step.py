@@ -13,12 +13,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
-from elm_mlx.model import Model
-from elm_mlx.ops import Segments
+from elm_mlx.data.batches import Batch
+from elm_mlx.data.parallel import Parts
+from elm_mlx.model.network import Model
+from elm_mlx.model.ops import Segments
 from elm_mlx.train import optimizer as optimization
-from elm_mlx.train.batches import Batch
 from elm_mlx.train.loss import Objective, Parameters, TokenLoss
-from elm_mlx.train.parts import Parts
 
 
 class Step:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elm_mlx import end_tokens, template
-from elm_mlx.describe import read_config
+from elm_mlx.data import examples, pairs
+from elm_mlx.data.encoding import Example
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded
-from elm_mlx.fuse import Sample
 from elm_mlx.json_files import read_object
-from elm_mlx.train import examples, pairs
-from elm_mlx.train.encoding import Example
+from elm_mlx.store.describe import read_config
+from elm_mlx.store.fusion import Sample
+from elm_mlx.text import chat_template, end_tokens
 from elm_mlx.train.metrics import ABOUT
 
 _MOST = 256  # positions that count
@@ -51,7 +51,7 @@ def _examples(adapter: Path, model: Path) -> list[Example]:
     tokenizer = end_tokens.read(model, config).tokenizer
     if tokenizer is None:
         raise ValueError("no tokenizer")
-    used = template.choose(model, tokenizer, settings.get("template"))
+    used = chat_template.choose(model, tokenizer, settings.get("template"))
     length = settings.get("max_seq_length") or examples.longest(config)
     path, truncate = expanded(settings["data"]), bool(settings.get("truncate"))
     if about.get("command") == "dpo":

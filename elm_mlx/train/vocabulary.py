@@ -16,14 +16,14 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import spm
+from elm_mlx.data import file_formats
+from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.text_sources import SUFFIXES, text_of
 from elm_mlx.directories import check_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_file
-from elm_mlx.tokenizer import Tokenizer
-from elm_mlx.train import formats
-from elm_mlx.train.formats import BadRecord
-from elm_mlx.train.sources import SUFFIXES, text_of
+from elm_mlx.text import sentencepiece_file
+from elm_mlx.text.tokenizer import Tokenizer
 
 # One line in a hundred is for measuring, up to a megabyte.
 _HELD_OUT, _HELD_OUT_BYTES = 0.01, 1_000_000
@@ -154,7 +154,11 @@ def check_destination(path: Path, overwrite: bool) -> None:
 
 def measure(tokenizer: Tokenizer, lines: Sequence[bytes]) -> Measure:
     """Encodes and decodes every line."""
-    byte_ids = {token for token, piece in enumerate(spm.read(tokenizer.path).pieces()) if piece.type == spm.BYTE}
+    byte_ids = {
+        token
+        for token, piece in enumerate(sentencepiece_file.read(tokenizer.path).pieces())
+        if piece.type == sentencepiece_file.BYTE
+    }
     tokens = byte_tokens = returned = 0
     for line in lines:
         text = line.decode("utf-8")
@@ -191,16 +195,16 @@ class _Reservoir:
 
 def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
     """Each text in the file, in UTF-8, with where it stands. Of a text file, each line."""
-    suffix = formats.suffix_of(path, SUFFIXES)
-    if suffix == formats.PARQUET:
-        for number, group, row in formats.parquet(path, ("text",)):
+    suffix = file_formats.suffix_of(path, SUFFIXES)
+    if suffix == file_formats.PARQUET:
+        for number, group, row in file_formats.parquet(path, ("text",)):
             yield f"{path}, row {number + 1} (row group {group})", _text(row)
-    elif suffix in formats.JSON:
-        for line, value in formats.values(path):
+    elif suffix in file_formats.JSON:
+        for line, value in file_formats.values(path):
             yield f"{path}, line {line}", _text(value)
     else:
-        with formats.opened(path) as file:
-            for line, data in formats.lines(path, file):
+        with file_formats.opened(path) as file:
+            for line, data in file_formats.lines(path, file):
                 yield f"{path}, line {line}", _decoded(data)
 
 

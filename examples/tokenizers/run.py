@@ -22,13 +22,13 @@ import elm_mlx  # noqa: F401  before MLX, for its BLAS
 # isort: split
 import mlx.core as mx
 
-from elm_mlx.cache import make_prompt_cache
-from elm_mlx.config import PRESETS, ModelConfig
-from elm_mlx.generation import decode, prefill
-from elm_mlx.model import Model
-from elm_mlx.sampling import Sampler
-from elm_mlx.tokenizer import Tokenizer
-from elm_mlx.train.initial import draw
+from elm_mlx.inference.generation import decode, prefill
+from elm_mlx.inference.sampling import Sampler
+from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.config import PRESETS, ModelConfig
+from elm_mlx.model.network import Model
+from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.train.initial_weights import draw
 
 ROOT = Path(__file__).parents[2]
 SIZES = (1024, 2048, 4096, 8192, 16_384, 32_000, 49_152, 65_536, 98_304, 128_256)

@@ -15,9 +15,9 @@ from elm_mlx import device
 from elm_mlx.bench import models
 from elm_mlx.bench.figures import Case
 from elm_mlx.bench.sides import Unavailable
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
-from elm_mlx.store import open_model
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.store.loading import open_model
 
 CONFIG = tiny.scaled_config(320, head_dim=32, ffn_dim_divisor=64)  # widths that groups of 64 fit
 

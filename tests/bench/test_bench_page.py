@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from measured import whole
 
 from elm_mlx.bench import page
 from elm_mlx.bench.machine import Speeds
 from elm_mlx.bench.results import Row
-from elm_mlx.train import metrics, report
+from elm_mlx.train import metrics, run_report
 
 VOID = {"meta", "line", "rect", "br"}
 
@@ -89,4 +86,4 @@ def test_a_benchmark_without_results_is_a_page_too() -> None:
 
 def test_all_pages_look_alike() -> None:
     style, run = "--c0: #0072b2;", metrics.Run("a", Path("a"))
-    assert style in page.page(whole()) and style in report.page([run])
+    assert style in page.page(whole()) and style in run_report.page([run])

@@ -13,8 +13,8 @@ import pytest
 from elm_mlx.bench import sides
 from elm_mlx.bench.figures import About, Case, Figures
 from elm_mlx.bench.sides import Programs, Side, Unavailable, Worker
-from elm_mlx.config import ModelConfig
-from elm_mlx.roofline import Cost
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.roofline import Cost
 
 LLAMA = """#!{python}
 import json, sys

@@ -9,8 +9,8 @@ import pytest
 from elm_mlx.bench import suites
 from elm_mlx.bench.figures import Case, prompt_ids
 from elm_mlx.bench.suites import SUITES, changed, check
-from elm_mlx.config import PRESETS
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import PRESETS
 
 
 def test_every_suite_can_be_run() -> None:

@@ -28,9 +28,9 @@ from checkpoints import (
     weights,
 )
 
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
-from elm_mlx.template import OPENELM_INSTRUCT_JINJA
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
 from elm_mlx_convert import convert, pickles
 from elm_mlx_convert.tensors import cast
 

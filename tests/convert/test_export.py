@@ -12,8 +12,8 @@ from checkpoints import VARIANTS, bfloat16, corenet, read, save_hub, save_pt, sa
 from typer.testing import CliRunner
 
 from elm_mlx.cli import app
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model.config import ModelConfig
 from elm_mlx_convert import convert, export, pickles
 from elm_mlx_convert.exporting import corenet_yaml
 

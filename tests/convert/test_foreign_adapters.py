@@ -17,12 +17,12 @@ import torch_files
 from commands import Run
 from safetensors.numpy import load_file, save_file
 
-from elm_mlx.adapters import EMBEDDING, Adapter
-from elm_mlx.config import ModelConfig
-from elm_mlx.describe import read_config
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.store.adapters import EMBEDDING, Adapter
+from elm_mlx.store.describe import read_config
 from elm_mlx_convert import read_corenet, read_peft, write_peft
-from elm_mlx_convert.adapters import Scaling, merge
+from elm_mlx_convert.corenet_adapters import Scaling, merge
 from elm_mlx_convert.sources import open_source
 
 Arrays = dict[str, np.ndarray]
@@ -341,7 +341,7 @@ def test_other_families_against_pefts_formulas(
 def logits(model: Path, adapter: Path | None = None) -> np.ndarray:
     import mlx.core as mx
 
-    from elm_mlx.store import load_model
+    from elm_mlx.store.loading import load_model
 
     return np.array(load_model(model, "float32", adapter)(mx.array([[1, 9, 40, 7, 33]]))[0])
 

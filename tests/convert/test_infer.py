@@ -10,8 +10,8 @@ from checkpoints import VARIANTS, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx.config import PRESETS, ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import PRESETS, ModelConfig
 from elm_mlx_convert.infer import check_shapes, infer_config, preset_name
 
 Shapes = dict[str, tuple[int, ...]]

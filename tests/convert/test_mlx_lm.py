@@ -17,7 +17,7 @@ import pytest
 import torch_files
 from checkpoints import VARIANTS, corenet, reference_logits, save_pt, save_tokenizer, tensors, tiny, weights
 
-from elm_mlx.config import ModelConfig
+from elm_mlx.model.config import ModelConfig
 from elm_mlx_convert import convert
 
 IDS = [1, 5, 299, 17, 17, 2, 60, 123, 9]

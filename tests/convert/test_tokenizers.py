@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.template import OPENELM_INSTRUCT_JINJA, OpenELMInstruct
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, OpenELMInstruct
+from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert import hub
 from elm_mlx_convert import tokenizers as converter
 

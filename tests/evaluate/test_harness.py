@@ -15,8 +15,8 @@ from elm_mlx.errors import InputError
 from elm_mlx.evaluate import harness, perplexity, tokens
 from elm_mlx.evaluate.evaluation import HARNESS, Evaluation, Wanted
 from elm_mlx.evaluate.scoring import Scorer
-from elm_mlx.generation import generate
-from elm_mlx.store import load
+from elm_mlx.inference.generation import generate
+from elm_mlx.store.loading import load
 
 
 @dataclass

@@ -15,7 +15,7 @@ import pytest
 from elm_mlx.evaluate.evaluation import Evaluation, Wanted
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
-from elm_mlx.store import load_model
+from elm_mlx.store.loading import load_model
 
 NAMES = ("llama", "mistral", "phi3", "olmo2", "olmo3", "mamba")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from elm_mlx.config import ModelConfig
 from elm_mlx.evaluate import published
 from elm_mlx.evaluate.tasks import SUITES
+from elm_mlx.model.config import ModelConfig
 
 MODELS = [
     size + kind for size in ("OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B") for kind in ("", "-Instruct")

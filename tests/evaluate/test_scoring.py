@@ -12,12 +12,12 @@ import pytest
 import tiny
 
 from elm_mlx import device
-from elm_mlx.config import ModelConfig
 from elm_mlx.evaluate import scoring
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
-from elm_mlx.model import Model
-from elm_mlx.store import load_model
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.network import Model
+from elm_mlx.store.loading import load_model
 
 
 @pytest.fixture(scope="module")

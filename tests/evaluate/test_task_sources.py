@@ -11,7 +11,7 @@ import pytest
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.evaluate import sources
+from elm_mlx.evaluate import task_sources
 from elm_mlx.evaluate.tasks import TASKS, Chosen
 
 ARC = {"question": "What is ice?", "choices": {"text": ["fire", "water"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -54,16 +54,16 @@ def cached(hub: Path, dataset: str, files: dict[str, list[Any]]) -> None:
 
 def test_a_file_is_a_task_and_its_own_examples(tmp_path: Path) -> None:
     path = write(tmp_path / "sums.jsonl", *({"query": f"{n}+1=", "choices": ["x", "y"], "gold": 0} for n in range(4)))
-    task = sources.task_of_file(path)
-    found = sources.load(Chosen(task, 2), None)
+    task = task_sources.task_of_file(path)
+    found = task_sources.load(Chosen(task, 2), None)
     assert task.name == "sums"
     assert found.examples == found.questions
     assert len(found.questions) == 4
-    assert sources.metrics_of(found.questions) == ("acc_norm", "acc")
-    assert sources.load(Chosen(task), None).examples is None
+    assert task_sources.metrics_of(found.questions) == ("acc_norm", "acc")
+    assert task_sources.load(Chosen(task), None).examples is None
     write(tmp_path / "sums.examples.jsonl", {"query": "9+1=", "choices": ["x"], "gold": 0})
-    assert task.leaves_out and not sources.task_of_file(path).leaves_out  # none of those is a question
-    examples = sources.load(Chosen(task, 1), None).examples
+    assert task.leaves_out and not task_sources.task_of_file(path).leaves_out  # none of those is a question
+    examples = task_sources.load(Chosen(task, 1), None).examples
     assert examples is not None
     assert [each.example for each in examples] == ["9+1= x"]
 
@@ -72,7 +72,10 @@ def test_what_a_file_is_measured_by_depends_on_its_shape(tmp_path: Path) -> None
     words = write(tmp_path / "a.jsonl", {"context": "a", "continuation": "b"})
     names = write(tmp_path / "b.jsonl", {"context_options": ["a", "b"], "continuation": "c", "gold": 0})
     for path, metrics in ((words, ("acc", "perplexity")), (names, ("acc",))):
-        assert sources.metrics_of(sources.load(Chosen(sources.task_of_file(path)), None).questions) == metrics
+        assert (
+            task_sources.metrics_of(task_sources.load(Chosen(task_sources.task_of_file(path)), None).questions)
+            == metrics
+        )
 
 
 def test_a_directory_holds_tasks_by_name_as_the_hub_has_them_or_in_a_shape(tmp_path: Path) -> None:
@@ -80,7 +83,7 @@ def test_a_directory_holds_tasks_by_name_as_the_hub_has_them_or_in_a_shape(tmp_p
     write(
         tmp_path / "arc_challenge.jsonl", {"query": "Question: What is ice?", "choices": ["fire", "water"], "gold": 1}
     )
-    easy, challenge = (sources.load(Chosen(TASKS[name]), tmp_path) for name in ("arc_easy", "arc_challenge"))
+    easy, challenge = (task_sources.load(Chosen(TASKS[name]), tmp_path) for name in ("arc_easy", "arc_challenge"))
     assert easy.questions == challenge.questions
     assert easy.where == str(tmp_path / "arc_easy.jsonl")
 
@@ -88,18 +91,18 @@ def test_a_directory_holds_tasks_by_name_as_the_hub_has_them_or_in_a_shape(tmp_p
 def test_hellaswag_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "Roof: A man sits. he\n3\na\nb\nc\nd\n" * 2 + "\n"
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.encode()))
-    found = sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions
+    found = task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions
     assert len(found) == 2
     assert found[0].requests()[3] == ("Roof: A man sits. He", " d")
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.replace("\n", "\r\n").encode()))
-    assert sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions == found
+    assert task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions == found
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(b"Roof\n7\na\nb\nc\nd\n"))
     with pytest.raises(InputError, match="line 1: no context, index and four endings"):
-        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+        task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
     monkeypatch.setattr(reading, "TEXT_BYTES", 1 << 20)  # what unpacks to more is not half a set of questions
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.encode() * (1 << 15)))
     with pytest.raises(InputError, match="more than 1 MB, unpacked"):
-        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+        task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
 
 
 def test_the_hubs_cache_is_read_where_the_directory_lacks_a_task(hub: Path, tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ def test_the_hubs_cache_is_read_where_the_directory_lacks_a_task(hub: Path, tmp_
     }
     cached(hub, "allenai/ai2_arc", files)
     (tmp_path / "data").mkdir()
-    found = sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path / "data")
+    found = task_sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path / "data")
     assert [each.contexts[0] for each in found.questions] == ["Question: What is ice?\nAnswer:"]
     assert found.examples is not None
     assert "shown" in found.examples[0].example
@@ -119,20 +122,20 @@ def test_the_hubs_cache_is_read_where_the_directory_lacks_a_task(hub: Path, tmp_
 
 def test_a_copy_in_part_gives_no_other_configs_questions(hub: Path) -> None:
     cached(hub, "allenai/ai2_arc", {"ARC-Easy/test-00000-of-00001.parquet": [ARC]})
-    assert len(sources.load(Chosen(TASKS["arc_easy"]), None).questions) == 1
-    with pytest.raises(sources.Missing, match="no test split of ARC-Challenge; `hf download"):
-        sources.load(Chosen(TASKS["arc_challenge"]), None)
+    assert len(task_sources.load(Chosen(TASKS["arc_easy"]), None).questions) == 1
+    with pytest.raises(task_sources.Missing, match="no test split of ARC-Challenge; `hf download"):
+        task_sources.load(Chosen(TASKS["arc_challenge"]), None)
 
 
 def test_a_split_that_lacks_a_file_is_missing(hub: Path) -> None:
     cached(hub, "allenai/ai2_arc", {"ARC-Easy/test-00001-of-00003.parquet": [ARC]})
-    with pytest.raises(sources.Missing, match="has 1 of 3 files of test"):
-        sources.load(Chosen(TASKS["arc_easy"]), None)
+    with pytest.raises(task_sources.Missing, match="has 1 of 3 files of test"):
+        task_sources.load(Chosen(TASKS["arc_easy"]), None)
 
 
 def test_a_repository_without_folders_has_one_config(hub: Path) -> None:
     cached(hub, "allenai/ai2_arc", {"data/test-00000-of-00001.parquet": [ARC]})
-    assert len(sources.load(Chosen(TASKS["arc_challenge"]), None).questions) == 1
+    assert len(task_sources.load(Chosen(TASKS["arc_challenge"]), None).questions) == 1
 
 
 @pytest.mark.parametrize(
@@ -141,29 +144,29 @@ def test_a_repository_without_folders_has_one_config(hub: Path) -> None:
 def test_splits_are_found_by_files_and_folders(hub: Path, name: str) -> None:
     record = {"goal": "boil", "sol1": "heat", "sol2": "cool", "label": 0}
     cached(hub, "baber/piqa", {name: [record], name.replace("validation", "train"): []})
-    assert len(sources.load(Chosen(TASKS["piqa"]), None).questions) == 1
+    assert len(task_sources.load(Chosen(TASKS["piqa"]), None).questions) == 1
 
 
 def test_examples_may_come_from_the_hub_for_questions_of_a_file(hub: Path, tmp_path: Path) -> None:
     write(tmp_path / "arc_easy.jsonl", ARC)
     with pytest.raises(
-        sources.Missing, match=r"no arc_easy\.examples\.jsonl is .*hf download allenai/ai2_arc --repo-type dataset"
+        task_sources.Missing, match=r"no arc_easy\.examples\.jsonl is .*hf download allenai/ai2_arc --repo-type dataset"
     ):
-        sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path)
+        task_sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path)
     cached(hub, "allenai/ai2_arc", {"ARC-Easy/train.jsonl": [ARC | {"question": "shown"}]})
-    examples = sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path).examples
+    examples = task_sources.load(Chosen(TASKS["arc_easy"], 1), tmp_path).examples
     assert examples is not None
     assert "shown" in examples[0].example
 
 
 def test_what_is_missing_is_said_with_how_to_get_it(hub: Path) -> None:
     with pytest.raises(
-        sources.Missing, match=r"`hf download allenai/sciq --repo-type dataset` fetches it.*sciq\.jsonl"
+        task_sources.Missing, match=r"`hf download allenai/sciq --repo-type dataset` fetches it.*sciq\.jsonl"
     ):
-        sources.load(Chosen(TASKS["sciq"]), None)
+        task_sources.load(Chosen(TASKS["sciq"]), None)
     cached(hub, "allenai/sciq", {"train.jsonl": []})
-    with pytest.raises(sources.Missing, match="no test split"):
-        sources.load(Chosen(TASKS["sciq"]), None)
+    with pytest.raises(task_sources.Missing, match="no test split"):
+        task_sources.load(Chosen(TASKS["sciq"]), None)
 
 
 @pytest.mark.parametrize(
@@ -179,24 +182,24 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, content: str, reason:
     path = tmp_path / "own.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match=reason):
-        sources.load(Chosen(sources.task_of_file(path)), None)
+        task_sources.load(Chosen(task_sources.task_of_file(path)), None)
 
 
 @pytest.mark.parametrize("text", ["a\n", "a\n1\nb\nc\nd\ne\nf\n", "a\n4\nb\nc\nd\ne\n", "\xe9\n"])
 def test_hellaswag_as_text_is_six_lines_a_question(tmp_path: Path, text: str) -> None:
     (tmp_path / "hellaswag_val_full.txt").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"line [17]: (no context, index and four endings|not UTF-8)"):
-        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+        task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(b"no bzip2")
     with pytest.raises(InputError, match="damaged bzip2"):
-        sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
+        task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
 
 
 def test_records_of_another_task_are_named(tmp_path: Path) -> None:
     write(tmp_path / "piqa.jsonl", ARC)
     with pytest.raises(InputError, match=r"piqa\.jsonl, line 1: is no record of this task: `goal` is missing; it has"):
-        sources.load(Chosen(TASKS["piqa"]), tmp_path)
+        task_sources.load(Chosen(TASKS["piqa"]), tmp_path)
     with pytest.raises(InputError, match="no such directory"):
-        sources.load(Chosen(TASKS["piqa"]), tmp_path / "nowhere")
+        task_sources.load(Chosen(TASKS["piqa"]), tmp_path / "nowhere")
     with pytest.raises(InputError, match="no such file"):
-        sources.task_of_file(tmp_path / "x.jsonl")
+        task_sources.task_of_file(tmp_path / "x.jsonl")

@@ -13,7 +13,7 @@ import pytest
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import perplexity, tokens
 from elm_mlx.evaluate.tokens import Scored
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.text.tokenizer import Tokenizer
 
 
 def test_bos_stands_in_front_and_the_continuation_is_scored(tiny_tokenizer: Tokenizer) -> None:

@@ -17,21 +17,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import runs
 from mlx.utils import tree_flatten
 
-sys.path.insert(0, str(Path(__file__).parent))
-import runs
-
 from elm_mlx import device
+from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint, loop
-from elm_mlx.train.batches import Batch
 from elm_mlx.train.journal import Report
 from elm_mlx.train.listener import Listener
-from elm_mlx.train.meter import Meter
 from elm_mlx.train.optimizer import Schedule, make_optimizer
 from elm_mlx.train.run import Run
 from elm_mlx.train.step import Step, recompute_blocks
+from elm_mlx.train.throughput import Meter
 
 
 def flat(tree: Any) -> dict[str, mx.array]:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_mlx.config import ModelConfig
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import ModelConfig
 from elm_mlx.train import loss, memory
 from elm_mlx.train.memory import Load, check, estimate
 

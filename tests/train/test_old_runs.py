@@ -1,10 +1,10 @@
 """Runs that an earlier version left part-way go on to the losses that it would have come to itself.
 
-What is in tests/data/runs was made by the version at commit bd89d40, in that directory and with one BLAS thread (how
-many there are decides what dropout drops). `model` is `tiny.random_model`, two layers of width 32; the data are like
-those of the other tests. The commands below, with `--out lora`, `--out dpo` and `--out pretrain`, were killed outright
-after the seventh update: the last checkpoints are those of the fifth, and the metrics go further. `eval` was made by
-the command below with `--limit 8`. uninterrupted.json has the losses of the same commands left alone, and what
+What is in tests/fixtures/runs was made by the version at commit bd89d40, in that directory and with one BLAS thread
+(how many there are decides what dropout drops). `model` is `tiny.random_model`, two layers of width 32; the data are
+like those of the other tests. The commands below, with `--out lora`, `--out dpo` and `--out pretrain`, were killed
+outright after the seventh update: the last checkpoints are those of the fifth, and the metrics go further. `eval` was
+made by the command below with `--limit 8`. uninterrupted.json has the losses of the same commands left alone, and what
 `generate` said under the adapters of the fifth update. Paths in run.json were made relative.
 """
 
@@ -20,7 +20,7 @@ import pytest
 from commands import Run
 from training_runs import updates
 
-OLD = Path(__file__).parents[1] / "data" / "runs"
+OLD = Path(__file__).parents[1] / "fixtures" / "runs"
 KILLED_AT, SAVED_AT, STEPS = 7, 5, 16
 ALIKE = (
     *("--iters", STEPS, "--learning-rate", 0.01, "--batch-size", 2, "--max-seq-length", 64, "--steps-per-eval", 4),

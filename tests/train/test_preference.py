@@ -15,13 +15,13 @@ import runs
 from mlx.utils import tree_flatten
 
 from elm_mlx import blas
+from elm_mlx.data.encoding import Example
+from elm_mlx.data.pairs import PairBatch, PairBatches
 from elm_mlx.errors import InputError
-from elm_mlx.model import Model
-from elm_mlx.ops import Segments
-from elm_mlx.train.encoding import Example
+from elm_mlx.model.network import Model
+from elm_mlx.model.ops import Segments
 from elm_mlx.train.loss import Parameters
 from elm_mlx.train.optimizer import make_optimizer
-from elm_mlx.train.pairs import PairBatch, PairBatches
 from elm_mlx.train.preference import LOSSES, Preferring
 from elm_mlx.train.step import Step
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+import runs
 from mlx.utils import tree_flatten, tree_map
 
-sys.path.insert(0, str(Path(__file__).parent))
-import runs
-
-from elm_mlx.train.batches import Batch
+from elm_mlx.data.batches import Batch
 from elm_mlx.train.optimizer import AdamW, global_norm, make_optimizer
 from elm_mlx.train.step import Step, recompute_blocks
 

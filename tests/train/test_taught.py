@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from commands import Run
 
-from elm_mlx.tokenizer import Tokenizer
-from elm_mlx.train import examples
+from elm_mlx.data import examples
+from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train.taught import sample
 
 RECORDS = [{"prompt": f"the fox {i}", "completion": "jumps over lazy dogs"} for i in range(100)]
@@ -64,8 +64,8 @@ def test_none_where_there_is_nothing(tiny_model_dir: Path, data: Path, tmp_path:
 
 
 def test_fuse_compares_on_them(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    from elm_mlx import adapt, adapters
-    from elm_mlx.store import load
+    from elm_mlx.store import adapt, adapters
+    from elm_mlx.store.loading import load
 
     model, _ = load(tiny_model_dir)
     adapter = adapters.plan(model.config, rank=2)

@@ -18,10 +18,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx import spm
 from elm_mlx.cli import main
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.tokenizer import Tokenizer
+from elm_mlx.text import sentencepiece_file
+from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train import vocabulary
 from elm_mlx.train.vocabulary import measure, sample, train
 
@@ -49,10 +49,10 @@ def corpus(tmp_path: Path) -> Path:
 def test_ids_are_laid_out_as_in_llamas_tokenizer(corpus: Path, tmp_path: Path) -> None:
     tokenizer = train(sample([corpus]), tmp_path / "a.model", vocab_size=340)
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (0, 1, 2, 340)
-    pieces = spm.read(tmp_path / "a.model").pieces()
+    pieces = sentencepiece_file.read(tmp_path / "a.model").pieces()
     assert [piece.text for piece in pieces[:3]] == ["<unk>", "<s>", "</s>"]
     assert [piece.text for piece in pieces[3:259]] == [f"<0x{byte:02X}>" for byte in range(256)]
-    assert {piece.type for piece in pieces[259:]} == {spm.NORMAL}
+    assert {piece.type for piece in pieces[259:]} == {sentencepiece_file.NORMAL}
     assert "▁the" in tokenizer.pieces
 
 
@@ -60,7 +60,7 @@ def test_the_rules_are_those_of_llamas_own_file(corpus: Path, tmp_path: Path) ->
     if not LLAMA.exists():
         pytest.skip(f"no {LLAMA}")
     train(sample([corpus]), tmp_path / "a.model", vocab_size=340)
-    ours, llama = spm.read(tmp_path / "a.model"), spm.read(LLAMA)
+    ours, llama = sentencepiece_file.read(tmp_path / "a.model"), sentencepiece_file.read(LLAMA)
     for name in (
         "model_type", "byte_fallback", "whitespace_as_suffix", "unknown_surface", "add_dummy_prefix",
         "remove_extra_whitespaces", "escape_whitespaces", "charsmap", "denormalizes",

@@ -1,0 +1,174 @@
+"""One side of a comparison, in a process of its own: a model is loaded, and measured as often as is asked.
+
+    python -m elm_mlx.bench.side_worker SIDE MODEL DTYPE
+
+SIDE is `ours`, `naive`, `mlx-lm` or `mlx-lm-stock`; DTYPE is what to compute in, or `-` for what the side chooses. Says
+`About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its `Figures`, or
+an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from elm_mlx import device
+from elm_mlx.bench.figures import About, Figures, prompt_ids
+from elm_mlx.errors import ElmError
+from elm_mlx.model import roofline
+
+
+class Ours:
+    """This package, by the functions that `generate` calls; or with RMSNorm written out."""
+
+    def __init__(self, path: Path, dtype: str | None, naive: bool = False):
+        from elm_mlx.model.norm import NaiveRMSNorm, RMSNorm
+        from elm_mlx.store.loading import open_model
+
+        loaded = open_model(path, dtype)
+        self.model, self.vocab_size = loaded.model, loaded.model.config.vocab_size
+        norms = [module for _, module in loaded.model.named_modules() if type(module) is RMSNorm] if naive else []
+        if naive and not norms:
+            raise ElmError("the model has no RMSNorm of ours to write out")
+        for module in norms:
+            module.__class__ = NaiveRMSNorm
+        from elm_mlx.version import __version__
+
+        self.about = describe(loaded.model, loaded.model.config, f"elm-mlx {__version__}", loaded.notes)
+
+    def measure(self, prompts: list[list[int]], new: int) -> Figures:
+        if len(prompts) > 1:
+            return self._batch(prompts, new)
+        from elm_mlx.inference.generation import stream_generate
+
+        steps = stream_generate(self.model, None, prompts[0], max_tokens=new, stop_at_eos=False)
+        return timed(prompts, new, steps)
+
+    def _batch(self, prompts: list[list[int]], new: int) -> Figures:
+        from elm_mlx.inference.batch import prefill_each
+        from elm_mlx.inference.generation import PREFILL_STEP, Decoder
+        from elm_mlx.inference.sampling import Sampler
+
+        def steps() -> Iterator[list[int]]:
+            sampler = Sampler(0.0)
+            logits, caches = prefill_each(self.model, prompts, PREFILL_STEP)
+            tokens, _, state = sampler(logits, sampler.start(prompts, 0))
+            yield tokens.tolist()
+            decoder = Decoder(self.model, sampler, caches, tokens, state, texts=prompts)
+            tokens, _ = decoder.advance()
+            for left in reversed(range(new - 1)):
+                current = tokens
+                if left:
+                    tokens, _ = decoder.advance()
+                yield current.tolist()
+
+        return timed(prompts, new, steps())
+
+
+class MlxLm:
+    """mlx-lm's own model and loop. `equal` computes in the type that this package would."""
+
+    def __init__(self, path: Path, dtype: str | None, equal: bool):
+        from importlib.metadata import version
+
+        from mlx_lm.utils import dequantize_model, load_model
+
+        model, values = load_model(path)
+        if equal and dtype is not None:
+            if dtype == "float32" and not device.on_gpu():
+                model = dequantize_model(model)
+            wanted = device.DTYPES[dtype]
+            model.update(tree_map(lambda array: _cast(array, wanted), model.parameters()))
+            mx.eval(model.parameters())
+        self.model, self.vocab_size = model, int(values["vocab_size"])
+        self.about = describe(model, None, f"mlx-lm {version('mlx-lm')}", ())
+
+    def measure(self, prompts: list[list[int]], new: int) -> Figures:
+        from mlx_lm.generate import batch_generate, generate_step
+
+        if len(prompts) == 1:
+            return timed(prompts, new, generate_step(mx.array(prompts[0]), self.model, max_tokens=new))
+        tokenizer = SimpleNamespace(eos_token_ids=(), decode=lambda ids: "")
+        reset_peak()
+        stats = batch_generate(self.model, tokenizer, prompts, max_tokens=new).stats
+        return Figures(stats.prompt_time, stats.prompt_tps, stats.generation_tps, device.peak_memory())
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+
+
+def timed(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
+    """Figures of what gives one token of each prompt at each step."""
+    reset_peak()
+    start = time.perf_counter()
+    times = [time.perf_counter() for _ in steps]
+    if len(times) != new:
+        raise ElmError(f"{len(times)} tokens came, and {new} were asked for")
+    first, rest = times[0] - start, times[-1] - times[0]
+    decode = len(prompts) * (new - 1) / rest if new > 1 else 0.0
+    return Figures(first, sum(map(len, prompts)) / first, decode, device.peak_memory())
+
+
+def describe(model: nn.Module, config: Any, name: str, notes: tuple[str, ...]) -> About:
+    """A model in figures; without a config, what it computes in alone."""
+    weights = dict(tree_flatten(model.parameters()))
+    floats = [str(array.dtype) for array in weights.values() if mx.issubdtype(array.dtype, mx.floating)]
+    dtype = max(set(floats), key=floats.count).removeprefix("mlx.core.")
+    if config is None:
+        return About(name, dtype)
+    read, size = sum(array.nbytes for array in weights.values()), device.DTYPES[dtype].size
+    if not config.share_input_output_layers:  # an embedding that is no head is looked up
+        read -= sum(array.nbytes for key, array in weights.items() if "embed" in key)
+    cost = roofline.Cost.of(config)
+    return About(
+        name, dtype, config.parameters, read, config.kv_bytes_per_token(size), sum(cost.linear), sum(cost.attention),
+        cost.head, notes,
+    )  # fmt: skip
+
+
+def reset_peak() -> None:
+    """Have the peak of memory counted anew, where the system can."""
+    mx.clear_cache()
+    if device.on_gpu():
+        mx.reset_peak_memory()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def main() -> None:
+    side, path, dtype = sys.argv[1], Path(sys.argv[2]), None if sys.argv[3] == "-" else sys.argv[3]
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
+    worker: Ours | MlxLm
+    if side in ("ours", "naive"):
+        worker = Ours(path, dtype, naive=side == "naive")
+    else:
+        worker = MlxLm(path, dtype, equal=side == "mlx-lm")
+    print(json.dumps(asdict(worker.about)), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        prompts = [prompt_ids(asked["prompt"], worker.vocab_size, row) for row in range(asked["batch"])]
+        try:
+            answer = asdict(worker.measure(prompts, asked["new"]))
+        except ElmError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ElmError as error:
+        sys.exit(str(error))

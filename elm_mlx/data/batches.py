@@ -1,0 +1,233 @@
+"""Examples as batches: packed into rows, or grouped by length; in an order by seed; from where one left off.
+
+Knows lengths and order. Knows nothing of files, templates and models; its arrays are NumPy's.
+
+The order is a function of the seed, the epoch and the examples: random bits come from Philox, whose stream is fixed
+for all versions of NumPy, and sorting by them shuffles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elm_mlx.data.encoding import Example
+from elm_mlx.errors import InputError
+
+Row = list[int]  # numbers of examples
+_WINDOW = 4096  # examples that are packed, or sorted, at once: what the order can move an example by
+_LEAST_REACH = 64
+_STEP = 32  # grouped batches are padded to a multiple of this, for fewer shapes to compile
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of examples. `inputs[b, t]` predicts `targets[b, t]`, the next id of the same example.
+
+    Attributes:
+        inputs, targets: (batch, length) int32; 0 in padding.
+        trained: (batch, length) bool: which targets the loss counts. A row, and on one of several processes the whole
+            batch, may have none.
+        segments: (batch, length) int32: 1, 2, … in the order of a row's examples, 0 in padding; None where each row is
+            one example, padded at its end.
+        tokens: positions that are no padding.
+    """
+
+    inputs: npt.NDArray[np.int32]
+    targets: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_]
+    segments: npt.NDArray[np.int32] | None
+    tokens: int
+
+    def rows(self, at: slice) -> Batch:
+        """A batch of some of the rows, the tokens of which are not counted: 0."""
+        segments = None if self.segments is None else self.segments[at]
+        return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0)
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """How many positions each text has, padding left out."""
+        if self.segments is None:  # a row is one text
+            filled = (self.inputs != 0) | (self.targets != 0) | self.trained
+            return np.where(filled.any(axis=1), filled.shape[1] - filled[:, ::-1].argmax(axis=1), 0)
+        numbers = self.segments + (self.segments.max() + 1) * np.arange(len(self.segments))[:, None]
+        _, lengths = np.unique(numbers[self.segments > 0], return_counts=True)
+        return lengths
+
+    def reach(self) -> int | None:
+        """Positions that no text exceeds, a power of two, so that few steps are compiled; None for all of a row."""
+        longest = int(self.lengths().max(initial=_LEAST_REACH))
+        reach = 1 << (longest - 1).bit_length()
+        return reach if reach < self.inputs.shape[1] else None
+
+
+class Batches:
+    """An endless iterator of an epoch's batches after the other, every example once in each epoch.
+
+    Args:
+        batch_size: rows of one process's batch. The last batch of an epoch is filled up with rows of padding.
+        row_length: positions of a packed row, and the most of one that isn't. No example may need more.
+        packed: put several examples in a row; otherwise one, and similar lengths together.
+        seed: of the order; an epoch's differs from the last one's.
+        rank, world: this process's number, and how many there are. Each takes every `world`th row of batches of
+            `world * batch_size`, so that together they see what one process with that `batch_size` would.
+
+    Raises:
+        InputError: there is no example, or one is longer than a row.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        row_length: int,
+        *,
+        packed: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if not examples:
+            raise InputError("there are no examples to make batches of")
+        if batch_size < 1:
+            raise InputError(f"a batch has at least 1 row, not {batch_size}")
+        if not 0 <= rank < world:
+            raise InputError(f"there is no process {rank} of {world}")
+        self._examples = examples
+        self._needs = np.array([len(example.ids) - 1 for example in examples])
+        if self._needs.max() > row_length:
+            raise InputError(f"an example of {self._needs.max() + 1:,} tokens doesn't fit rows of {row_length:,}")
+        self._rows, self._length, self._packed, self._seed = batch_size * world, row_length, packed, seed
+        self._rank, self._world = rank, world
+        self._epoch = self._position = 0
+        self._plan = self._planned(0)
+        self._fingerprint: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, as JSON's types: what `resume` takes."""
+        return {"epoch": self._epoch, "batch": self._position, **self._identity()}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken, of batches made by the same arguments.
+
+        `world` may be another, as long as `world * batch_size` is the same.
+
+        Raises:
+            InputError: the state is of other examples or other arguments, or is damaged.
+        """
+        for name, value in self._identity().items():
+            if state.get(name) != value:
+                was = "" if name == "data" else f": {state.get(name)} before, {value} now"
+                raise InputError(f"cannot resume: the {name.replace('_', ' ')} changed{was}")
+        epoch, position = state.get("epoch"), state.get("batch")
+        if type(epoch) is not int or type(position) is not int or epoch < 0:
+            raise InputError("cannot resume: the position in the data is damaged")
+        plan = self._planned(epoch)
+        if not 0 <= position <= len(plan):
+            raise InputError("cannot resume: the position in the data is damaged")
+        self._epoch, self._position, self._plan = epoch, position, plan
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the next batch, from 0."""
+        return self._epoch + (self._position == len(self._plan))
+
+    def steps(self) -> int:
+        """Batches of the epoch that the last batch was of; with packing, other epochs may differ by a few."""
+        return len(self._plan)
+
+    def fill(self) -> float:
+        """The share of an epoch's positions that are no padding, from 0 to 1."""
+        size = sum(self._rows * self._batch_length(rows) for rows in self._plan)
+        return float(self._needs.sum()) / size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._position == len(self._plan):
+            self._epoch, self._position = self._epoch + 1, 0
+            self._plan = self._planned(self._epoch)
+        self._position += 1
+        return self._batch(self._plan[self._position - 1])
+
+    def once(self) -> Iterator[Batch]:
+        """Epoch 0 from its beginning, whatever the iterator does: for validation, the same at each time."""
+        return map(self._batch, self._planned(0))
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state's order depends on."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(self._examples)
+        return {
+            "seed": self._seed, "rows_of_a_batch": self._rows, "row_length": self._length, "packed": self._packed,
+            "data": self._fingerprint,
+        }  # fmt: skip
+
+    def _planned(self, epoch: int) -> list[list[Row]]:
+        """The epoch's batches, of all processes together."""
+        bits = np.random.Philox(key=np.array([self._seed & (2**64 - 1), epoch], np.uint64))
+        order = np.argsort(bits.random_raw(len(self._needs)), kind="stable")
+        rows: list[Row] = []
+        for start in range(0, len(order), _WINDOW):
+            window = order[start : start + _WINDOW]
+            # Longest first; equal ones stay shuffled.
+            window = window[np.argsort(-self._needs[window], kind="stable")]
+            rows += self._pack(window) if self._packed else [[int(number)] for number in window]
+        if self._packed:
+            # Or the rows of long examples would come first.
+            rows = [rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind="stable")]
+        plan = [rows[start : start + self._rows] for start in range(0, len(rows), self._rows)]
+        return plan if self._packed else [plan[i] for i in np.argsort(bits.random_raw(len(plan)), kind="stable")]
+
+    def _pack(self, numbers: npt.NDArray[np.intp]) -> list[Row]:
+        """Rows of examples, each put where it leaves the least room: best fit, and decreasing as they come."""
+        rows: list[Row] = []
+        room: list[tuple[int, int]] = []  # what is left of a row and its number, least first
+        for number in map(int, numbers):
+            need = int(self._needs[number])
+            at = bisect_left(room, (need, 0))
+            if at < len(room):
+                left, row = room.pop(at)
+                rows[row].append(number)
+            else:
+                left, row = self._length, len(rows)
+                rows.append([number])
+            insort(room, (left - need, row))
+        return rows
+
+    def _batch_length(self, rows: list[Row]) -> int:
+        if self._packed:
+            return self._length
+        longest = max(int(self._needs[row[0]]) for row in rows)
+        return min(self._length, -(-longest // _STEP) * _STEP)
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        """This process's part."""
+        shape = (self._rows // self._world, self._batch_length(rows))
+        inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
+        trained = np.zeros(shape, np.bool_)
+        tokens = 0
+        for i, row in enumerate(rows[self._rank :: self._world]):
+            start = 0
+            for segment, example in enumerate((self._examples[number] for number in row), 1):
+                end = start + len(example.ids) - 1
+                inputs[i, start:end], targets[i, start:end] = example.ids[:-1], example.ids[1:]
+                trained[i, start:end], segments[i, start:end] = example.trained[1:], segment
+                start = end
+            tokens += start
+        return Batch(inputs, targets, trained, segments if self._packed else None, tokens)
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """Tells other data by: a hash of every id and mark, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(np.array([len(example.ids), *example.ids], "<i8").tobytes())
+        digest.update(np.array(example.trained, np.bool_).tobytes())
+    return digest.hexdigest()

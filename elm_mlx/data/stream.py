@@ -1,0 +1,319 @@
+"""Batches for pretraining: raw text from a mixture of sources, filtered, encoded, packed and shuffled as it is read.
+
+Knows rows, their order, shards and where it stands. Its arrays are NumPy's; it knows nothing of models.
+
+Documents are packed end to end into rows, and rows are shuffled in blocks of a bounded number of tokens: so a document
+of any length is spread, and memory doesn't depend on the data. The order is a function of the seed, the epoch, the
+files and the number of shards; how many workers encode, and on how many machines, doesn't matter.
+
+A shard is a stream of its own, with its own share of the documents. Shards take turns to give a batch's rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elm_mlx.data import duplicates
+from elm_mlx.data.batches import Batch
+from elm_mlx.data.filters import Filters
+from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead
+from elm_mlx.data.text_sources import Files, Source
+from elm_mlx.data.workers import Pool
+from elm_mlx.errors import InputError
+from elm_mlx.text.tokenizer import Tokenizer
+
+_FILES = 1 << 63  # random streams from here on are of files' order, those below of rows'
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a mixture is read.
+
+    Args:
+        rows: of one process's batch.
+        length: positions of a row.
+        seed: of the order.
+        window: tokens that are shuffled with one another; at least a batch is.
+        segments: let attention keep to a document. Otherwise a row is one text, as in the paper.
+        shards: streams that the documents are dealt to; a multiple of the number of processes, which is the default.
+            What is read, and in which order, stays the same as long as it and all processes' rows together do.
+        workers: processes that encode; 0 to do it in this one.
+        max_bad: records, and
+        max_broken: files that cannot be read before the run stops, in each process.
+    """
+
+    rows: int
+    length: int
+    seed: int = 0
+    window: int = 1 << 20
+    segments: bool = False
+    shards: int | None = None
+    workers: int = 1
+    max_bad: int = 100
+    max_broken: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "length", "window"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("workers", "max_bad", "max_broken"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+
+class TextBatches:
+    """An endless iterator of batches of full rows; all targets are trained. To be closed, which ends the workers.
+
+    Args:
+        tokenizer: a SentencePiece model, or a model directory.
+        rank, world: this process's number, and how many there are. Each takes every `world`th row of batches of
+            `world * rows`, so that together they read what one process with that many rows (and as many shards) would.
+        cache: where `duplicates` keeps hashes; None for nowhere.
+        on_wrong: is told of each record and file that cannot be read, in a line.
+        gather: gives the list of every process's argument; with several of them, so that one's `state` is all's.
+
+    Raises:
+        InputError: a source, the tokenizer or a number won't do.
+        ElmError: a package that a source needs is not installed.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        tokenizer: Path,
+        filters: Filters,
+        reading: Reading,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        cache: Path | None = None,
+        on_wrong: Callable[[str], None] = lambda line: None,
+        gather: Callable[[Any], list[Any]] = lambda value: [value],
+    ) -> None:
+        if not sources:
+            raise InputError("the mixture has no sources")
+        self._shards = world if reading.shards is None else reading.shards
+        self._rows = reading.rows * world
+        if not 0 <= rank < world or self._shards < 1 or self._shards % world or self._rows % self._shards:
+            raise InputError(
+                f"{self._shards} shards won't do: their number is a multiple of the {world} processes, and divides "
+                f"the {self._rows} rows of a batch"
+            )
+        model = Tokenizer.load(tokenizer)
+        self._reading, self._world, self._rank = reading, world, rank
+        self._on_wrong, self._gather = on_wrong, gather
+        self._files = [Files(source) for source in sources]
+        self._identity = {
+            "seed": reading.seed, "rows of a batch": self._rows, "row length": reading.length, "window": reading.window,
+            "segments": reading.segments, "shards": self._shards, "filters": asdict(filters),
+            "tokenizer": hashlib.sha256(model.path.read_bytes()).hexdigest(),
+            "weights": [source.weight for source in sources], "data": [files.fingerprint() for files in self._files],
+        }  # fmt: skip
+        batch = self._rows // self._shards  # rows of a shard's part of a batch
+        self._batches = max(1, reading.window // (self._rows * reading.length))  # in a block
+        self._block = self._at = 0  # the next batch: its block, and its place there
+        self._taken: list[tuple[npt.NDArray[Any], ...]] | None = None  # the block's ids, starts and order, by shard
+        self._pool = Pool(reading.workers, model.path, filters)
+        try:
+            marks = duplicates.find(self._files, self._pool, cache) if filters.duplicates else None
+            size = self._batches * batch * reading.length + 1
+            self._own = range(rank, self._shards, world)
+            self._mixtures = [Mixture(self._feeds(shard, marks), size) for shard in self._own]
+        except BaseException:
+            self.close()
+            raise
+        self._begun = self._next = self._positions()
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells by: what the batches depend on, but for `rank` and `world`."""
+        return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a batch has been read, since `resume` if that was called."""
+        return self._taken is not None
+
+    def counts(self) -> list[Counts]:
+        """Of each source, in this process, up to the end of the block under way."""
+        return _totals(self._counts())
+
+    def first_epochs(self) -> list[Counts]:
+        """As `counts`, but of each source's first epoch alone; of batches that were not resumed."""
+        return _totals(
+            [
+                [
+                    counts if counts.epoch == 0 else feed.first or counts
+                    for counts, feed in zip(lane, feeds, strict=True)
+                ]
+                for lane, feeds in zip(self._counts(), (mixture.feeds for mixture in self._mixtures), strict=True)
+            ]
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Where the iterator stands, as JSON's types: what `resume` takes. All processes call it at once."""
+        block, at, lanes = self._block, self._at, self._begun
+        if at == self._batches:
+            block, at, lanes = block + 1, 0, self._next
+        every = {name: lane for part in self._gather(lanes) for name, lane in part.items()}
+        return {"block": block, "batch": at, "shards_at": every, **self._identity}
+
+    def resume(self, state: dict[str, Any]) -> None:
+        """Goes on where `state` was taken, of batches made by the same arguments but for `workers`.
+
+        `world` may be another if `shards` and `world * rows` are the same.
+
+        Raises:
+            InputError: the state is of other data or other arguments, or is damaged.
+        """
+        for name, value in json.loads(json.dumps(self._identity)).items():
+            if not isinstance(state, dict) or state.get(name) != value:
+                raise InputError(f"cannot resume: the {name} changed{_told(state, name, value)}")
+        try:
+            block, at = int(state["block"]), int(state["batch"])
+            if block < 0 or not 0 <= at < self._batches:
+                raise ValueError
+            for shard, mixture in zip(self._own, self._mixtures, strict=True):
+                mixture.resume(state["shards_at"][str(shard)])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise InputError("cannot resume: the position in the data is damaged") from None
+        self._block, self._at, self._taken = block, at, None
+        self._begun = self._next = self._positions()
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def __enter__(self) -> TextBatches:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> TextBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        """Raises InputError when too much cannot be read, ElmError when a worker came to its end."""
+        if self._at == self._batches:
+            self._block, self._at, self._taken, self._begun = self._block + 1, 0, None, self._next
+        if self._taken is None:
+            self._taken = [self._take(*each) for each in zip(self._own, self._mixtures, strict=True)]
+            self._next = self._positions()
+        self._at += 1
+        batch = self._batch(self._at - 1, self._taken)
+        for mixture in self._mixtures:
+            mixture.fill(wait=False)
+        return batch
+
+    def _feeds(self, shard: int, marks: list[duplicates.Marks] | None) -> list[Feed]:
+        weights = sum(files.source.weight for files in self._files)
+        feeds = []
+        for number, files in enumerate(self._files):
+            read = partial(
+                files.read,
+                order=_FileOrder(self._reading.seed, number),
+                shard=shard,
+                shards=self._shards,
+                skipped=_Skipped(marks[number] if marks else []),
+            )
+            run_ahead = ahead(self._reading.workers, files.source.weight, weights)
+            feeds.append(Feed(files.source, read, self._pool, run_ahead, self._wrong))
+        return feeds
+
+    def _counts(self) -> list[list[Counts]]:
+        """Of each shard's sources."""
+        return [[Counts(**each["counts"]) for each in lane["sources"]] for lane in self._next.values()]
+
+    def _positions(self) -> dict[str, Any]:
+        return {str(shard): mixture.state() for shard, mixture in zip(self._own, self._mixtures, strict=True)}
+
+    def _take(self, shard: int, mixture: Mixture) -> tuple[npt.NDArray[Any], ...]:
+        mixture.fill(wait=True)
+        ids, starts = mixture.take()
+        length = self._reading.length
+        rows, begins = (np.lib.stride_tricks.sliding_window_view(each, length + 1)[::length] for each in (ids, starts))
+        bits = _random(self._reading.seed, self._block * self._shards + shard)
+        return rows, begins, np.argsort(bits.random_raw(len(rows)), kind="stable")
+
+    def _batch(self, at: int, taken: list[tuple[npt.NDArray[Any], ...]]) -> Batch:
+        """Rows of the shards in turn."""
+        each = self._rows // self._shards
+        shape = (each * len(taken), self._reading.length + 1)
+        rows, starts = np.empty(shape, np.int32), np.empty(shape, np.bool_)
+        for number, (ids, begins, order) in enumerate(taken):
+            chosen = order[at * each : (at + 1) * each]
+            rows[number :: len(taken)], starts[number :: len(taken)] = ids[chosen], begins[chosen]
+        inputs, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
+        segments = None
+        if self._reading.segments:
+            starts[:, 0] = True
+            segments = np.cumsum(starts[:, :-1], axis=1, dtype=np.int32)
+        return Batch(inputs, targets, np.ones(inputs.shape, np.bool_), segments, inputs.size)
+
+    def _wrong(self, line: str) -> None:
+        self._on_wrong(line)
+        counts = _totals([[feed.counts for feed in mixture.feeds] for mixture in self._mixtures])
+        bad, broken = sum(each.bad for each in counts), sum(len(each.broken) for each in counts)
+        for number, limit, what in ((broken, self._reading.max_broken, "file"), (bad, self._reading.max_bad, "record")):
+            if number > limit:
+                plural = "" if number == 1 else "s"
+                raise InputError(
+                    f"{line}; that makes {number:,} {what}{plural} that cannot be read, and {limit:,} are allowed"
+                )
+
+
+class _FileOrder:
+    """An epoch's order of a source's files."""
+
+    def __init__(self, seed: int, source: int) -> None:
+        self._seed, self._source = seed, source
+
+    def __call__(self, epoch: int, count: int) -> Sequence[int]:
+        bits = _random(self._seed, _FILES + (self._source << 32) + epoch)
+        return [int(number) for number in np.argsort(bits.random_raw(count), kind="stable")]
+
+
+class _Skipped:
+    """Whether a document is marked."""
+
+    def __init__(self, marks: duplicates.Marks) -> None:
+        self._marks = marks
+
+    def __call__(self, file: int, number: int) -> bool:
+        return file < len(self._marks) and number < len(self._marks[file]) and bool(self._marks[file][number])
+
+
+def _random(seed: int, stream: int) -> np.random.Philox:
+    """Random bits that are the same for all versions of NumPy."""
+    return np.random.Philox(key=np.array([seed & (2**64 - 1), stream], np.uint64))
+
+
+def _totals(shards: Sequence[Sequence[Counts]]) -> list[Counts]:
+    """Of each source, over shards."""
+    totals = []
+    for parts in zip(*shards, strict=True):
+        total = Counts(epoch=max(part.epoch for part in parts))
+        for part in parts:
+            total.read, total.kept = total.read + part.read, total.kept + part.kept
+            total.tokens, total.bad = total.tokens + part.tokens, total.bad + part.bad
+            total.dropped = {reason: number + part.dropped[reason] for reason, number in total.dropped.items()}
+            total.broken += [line for line in part.broken if line not in total.broken]
+        totals.append(total)
+    return totals
+
+
+def _told(state: Any, name: str, value: Any) -> str:
+    short = isinstance(value, int | float) and isinstance(state, dict)
+    return f": {state.get(name)} before, {value} now" if short else ""

@@ -1,0 +1,269 @@
+"""A conversation with a model: messages in, answers out as they come, and no token read twice.
+
+Knows the history and the settings. How much of a history the model is shown, `window` decides; what of that has
+to be read, `prefix` does. Knows nothing of terminals.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from elm_mlx import device
+from elm_mlx.errors import InputError
+from elm_mlx.inference import generation_config, transcript
+from elm_mlx.inference.draft import Draft
+from elm_mlx.inference.generation import check_steps, encode_prompt
+from elm_mlx.inference.prefix import PrefixCache
+from elm_mlx.inference.sampling import Sampler, sampler_from
+from elm_mlx.inference.stopping import TextStream
+from elm_mlx.inference.window import Continued, Exchange, Prompt, Templated, as_messages
+from elm_mlx.model.network import Model
+from elm_mlx.text.chat_template import Template
+from elm_mlx.text.tokenizer import Tokenizer
+
+DEFAULTS: dict[str, float] = {**generation_config.DEFAULTS, "temp": 0.7, "top_p": 0.9, "max_tokens": 512}
+# A base model has no end of its own to come to.
+CONTINUING = {**DEFAULTS, "max_tokens": generation_config.DEFAULTS["max_tokens"]}
+
+
+@dataclass
+class Statistics:
+    """One answer in figures: tokens, seconds, bytes.
+
+    Attributes:
+        prompt_tokens: what the model was shown.
+        read_tokens: the part of it that was not in the cache yet, and had to be read.
+        generation_tps: tokens a second after the first.
+    """
+
+    prompt_tokens: int = 0
+    read_tokens: int = 0
+    generated_tokens: int = 0
+    time_to_first_token: float = 0.0
+    generation_tps: float = 0.0
+    peak_memory: int = 0
+
+    def count(self, elapsed: float) -> None:
+        """Another token, `elapsed` seconds after the beginning."""
+        self.generated_tokens += 1
+        if self.generated_tokens == 1:
+            self.time_to_first_token = elapsed
+        else:
+            self.generation_tps = (self.generated_tokens - 1) / (elapsed - self.time_to_first_token)
+
+
+class Reply:
+    """An answer: iterate, once, for its text as it comes. Made by `Chat.ask` and `Chat.retry`.
+
+    It joins the conversation when the iteration ends: of itself, by `stopped`, or by leaving the loop. If
+    nothing had been said by then, the conversation stays as it was, without the question too.
+
+    Attributes:
+        forgotten: what had to go to make room, such as "3 exchanges", the oldest; empty for nothing.
+        finish_reason: "stop" (an end mark or a stop string), "length" (`max_tokens`), "context" (which is
+            full) or "interrupted"; None before the end.
+        statistics: whole at the end.
+    """
+
+    def __init__(self, chat: Chat, before: Sequence[Exchange], question: str, prompt: Prompt) -> None:
+        self.before, self.question, self.prompt = list(before), question, prompt
+        self.forgotten = prompt.forgotten
+        self.finish_reason: str | None = None
+        self.statistics = Statistics(prompt_tokens=len(prompt.ids))
+        self._chat = chat
+
+    def __iter__(self) -> Iterator[str]:
+        return self.stream()
+
+    def stream(self, stopped: Callable[[], bool] = lambda: False) -> Generator[str, None, None]:
+        """The text as it comes, without white space at its beginning. `stopped` is asked between steps."""
+        return self._chat._answer(self, stopped)
+
+
+class Chat:
+    """A conversation.
+
+    Args:
+        template: how the model was taught to converse; None for a base model, which just continues the text.
+        system: stands in front of everything, for as long as the conversation lasts.
+        options: those of DEFAULTS that are to be otherwise; see `stream_generate`.
+        stop: strings that end an answer, besides the template's.
+        seed: the same one with the same messages gives the same answers; None draws one.
+
+    Attributes:
+        exchanges: messages and their answers, oldest first.
+        last: of the latest answer.
+
+    Raises:
+        InputError: an option is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template | None = None,
+        *,
+        system: str | None = None,
+        options: Mapping[str, float] | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+    ) -> None:
+        context = model.config.max_context_length
+        self._window: Templated | Continued = (
+            Continued(tokenizer, context, system) if template is None else Templated(template, context, system)
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self.options: dict[str, float] = {**DEFAULTS, **(options or {})}
+        _sampler(self.options)
+        self.stop = tuple(stop)
+        TextStream(tokenizer, (), self.stop)  # which refuses an empty one
+        self.seed = seed
+        self.exchanges: list[Exchange] = []
+        self.last: Statistics | None = None
+        self.cache = PrefixCache(model)
+
+    @property
+    def system(self) -> str | None:
+        return self._window.system
+
+    @property
+    def continues(self) -> bool:
+        """Whether this is one text, of a base model and its user, and not a dialogue."""
+        return isinstance(self._window, Continued)
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The whole conversation, `role` and `content` of each, also what the model is no longer shown."""
+        return as_messages(self.system, self.exchanges)
+
+    @property
+    def seed(self) -> int | None:
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int | None) -> None:
+        self._seed = seed
+        self._random = random.Random(seed)
+
+    def ask(self, question: str) -> Reply:
+        """Say something. If that is nothing, a base model goes on from where it stopped.
+
+        Raises:
+            InputError: the message alone is too long for the context, or no valid Unicode. The conversation
+                stays as it is.
+        """
+        return self._reply(self.exchanges, question)
+
+    def retry(self) -> Reply:
+        """Answer the last message anew. Until something has been said, the present answer stays.
+
+        Raises:
+            InputError: there is none.
+        """
+        if not self.exchanges:
+            raise InputError("there is no answer yet to try again")
+        return self._reply(self.exchanges[:-1], self.exchanges[-1].question)
+
+    def undo(self) -> Exchange:
+        """Drop the last message and its answer, which are returned. Raises InputError when there is none."""
+        if not self.exchanges:
+            raise InputError("there is nothing to undo")
+        return self.exchanges.pop()
+
+    def reset(self) -> None:
+        """Drop all messages but the system prompt."""
+        self.exchanges = []
+
+    def set(self, name: str, value: float) -> None:
+        """Change one of `options`. Raises InputError when there is no such one, or not with that value."""
+        if name not in DEFAULTS:
+            raise InputError(f"no setting {name!r}; there are {', '.join(DEFAULTS)}")
+        kind = type(DEFAULTS[name])
+        if kind is int and not float(value).is_integer():
+            raise InputError(f"{name} is {value}: it must be a whole number")
+        options = {**self.options, name: kind(value)}
+        _sampler(options)
+        self.options = options
+
+    def save(self, path: Path) -> None:
+        """Write `messages` to a JSON file, whole or not at all.
+
+        Raises:
+            InputError: the file is there, and is no conversation.
+            ElmError: it cannot be written.
+        """
+        transcript.write(path, self.messages)
+
+    def load(self, path: Path) -> None:
+        """Go on with the conversation of a file, its system prompt included.
+
+        Raises:
+            InputError: there is none, or the template does not take it. The present conversation stays.
+        """
+        system, pairs = transcript.read(path)
+        exchanges = [Exchange(question, answer) for question, answer in pairs]
+        window = copy.copy(self._window)
+        window.system = system
+        try:
+            window.prompt(exchanges, "?", 1)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        self._window, self.exchanges = window, exchanges
+
+    def _reply(self, before: Sequence[Exchange], question: str) -> Reply:
+        prompt = self._window.prompt(before, question, int(self.options["max_tokens"]))
+        encode_prompt(self.model, None, prompt.ids)
+        return Reply(self, before, question, prompt)
+
+    def _answer(self, reply: Reply, stopped: Callable[[], bool]) -> Generator[str, None, None]:
+        stop_strings = (*self._window.stop_strings, *self.stop)
+        draft = Draft(self.tokenizer, reply.prompt.ids, self._window.stop_ids, stop_strings)
+        try:
+            yield from self._pieces(reply, draft, stopped)
+        except GeneratorExit:  # the reader has left the loop
+            draft.finish()
+        reply.statistics.peak_memory = device.peak_memory()
+        self.last = reply.statistics
+        if reply.finish_reason is None:
+            reply.finish_reason = "interrupted"
+            if not draft.text.strip():
+                return
+        answer = draft.text if self.continues else draft.text.strip()
+        self.exchanges = [*reply.before, Exchange(reply.question, answer, reply.prompt.first, draft.ids())]
+
+    def _pieces(self, reply: Reply, draft: Draft, stopped: Callable[[], bool]) -> Generator[str, None, None]:
+        prompt, figures = reply.prompt.ids, reply.statistics
+        sampler, seed = _sampler(self.options), self._random.getrandbits(32)
+        room, wanted = self.model.config.max_context_length - len(prompt), int(self.options["max_tokens"])
+        figures.read_tokens = len(prompt) - self.cache.shared(prompt)
+        start = time.perf_counter()
+        logits = self.cache.read(prompt, stopped)
+        if logits is None:
+            return
+        for token in self.cache.decode(logits, sampler, seed, min(room, wanted)):
+            elapsed = time.perf_counter() - start
+            figures.count(elapsed)
+            piece = draft.add(token)
+            if piece:
+                yield piece
+            if draft.ended:
+                reply.finish_reason = "stop"
+                break
+            if stopped():
+                break
+        else:
+            reply.finish_reason = "length" if wanted <= room else "context"
+        rest = draft.finish()
+        if rest:
+            yield rest
+
+
+def _sampler(options: Mapping[str, float]) -> Sampler:
+    check_steps(int(options["max_tokens"]), 1)
+    return sampler_from(options)

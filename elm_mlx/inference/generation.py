@@ -1,0 +1,388 @@
+"""A prompt to a stream of tokens: prefill, decode, stop.
+
+Knows the model, its cache and how a token is chosen; of text only what a tokenizer's streaming decoder
+says. The public names are mlx-lm's.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from elm_mlx import device
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.inference.sampling import Choose, Process, Sampler, State
+from elm_mlx.inference.stopping import TextStream
+from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step
+from elm_mlx.model.network import Model
+from elm_mlx.text.tokenizer import Tokenizer
+
+PREFILL_STEP = 512  # prompt tokens in one pass: bounds memory
+_TRIM_EVERY = 256  # tokens: caches grow on the way, and what they leave may be kept
+
+
+@dataclass(frozen=True)
+class Response:
+    """One token, and how the generation stands after it.
+
+    Attributes:
+        text: what this token made final of the text; may be empty, or flush what earlier tokens held back.
+        token: its id.
+        logprob: natural logarithm of the model's own probability of it, before temperature and filters.
+        finish_reason: None but for the last: "stop" (EOS or a stop string), "length" (`max_tokens`) or
+            "context" (the model's context is full).
+        prompt_tps, generation_tps: tokens a second. time_to_first_token: seconds. peak_memory: bytes.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None
+    prompt_tokens: int
+    generation_tokens: int
+    prompt_tps: float
+    generation_tps: float
+    time_to_first_token: float
+    peak_memory: int
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    sampler: Choose | None = None,
+    logits_processors: Sequence[Process] = (),
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    stop_at_eos: bool = True,
+    prefill_step: int = PREFILL_STEP,
+    prompt_cache: list[KVCache] | None = None,
+) -> str:
+    """The text that `stream_generate` streams, whole; all options are its."""
+    responses = stream_generate(
+        model, tokenizer, prompt,
+        max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
+        sampler=sampler, logits_processors=logits_processors, seed=seed, stop=stop, stop_ids=stop_ids,
+        stop_at_eos=stop_at_eos, prefill_step=prefill_step, prompt_cache=prompt_cache,
+    )  # fmt: skip
+    return "".join(response.text for response in responses)
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer | None,
+    prompt: str | Sequence[int],
+    *,
+    max_tokens: int = 256,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    sampler: Choose | None = None,
+    logits_processors: Sequence[Process] = (),
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
+    stop_at_eos: bool = True,
+    prefill_step: int = PREFILL_STEP,
+    prompt_cache: list[KVCache] | None = None,
+) -> Iterator[Response]:
+    """Continue `prompt`, a token at a time.
+
+    Args:
+        tokenizer: None where the prompt is ids and no text is wanted.
+        prompt: text, which gets BOS in front, or token ids as they are.
+        max_tokens: at most so many; fewer where the context ends.
+        temp, top_p, top_k, min_p, repetition_penalty: see `sampling.Sampler`.
+        sampler: a function of the log-probabilities `(1, vocab)` that gives the next token `(1,)`, as mlx-lm's
+            `make_sampler` makes them, in place of `temp`, `top_p`, `top_k`, `min_p` and `seed`.
+        logits_processors: functions of the tokens so far, `prompt` and what followed, `(n,)` and of the logits
+            `(1, vocab)` that give other logits, as mlx-lm's `make_logits_processors` makes them; before all else.
+        seed: the same one gives the same tokens; None draws one.
+        stop: strings that end the text; neither they nor EOS are part of it.
+        stop_ids: tokens that end it beside EOS, such as a chat template's.
+        stop_at_eos: False to go on past EOS, for measurements.
+        prefill_step: prompt tokens computed in one pass.
+        prompt_cache: from `make_prompt_cache`, empty or with what came before `prompt` in it. Between two tokens,
+            and after the last, it holds the first `offset` of what was before, `prompt` and the tokens so far.
+
+    Raises:
+        InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
+            a setting out of range.
+    """
+    if sampler is not None and seed is not None:
+        raise InputError("a sampler draws by itself: `mx.random.seed` is its seed")
+    chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler, tuple(logits_processors))
+    check_steps(max_tokens, prefill_step)
+    caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
+    ids = encode_prompt(model, tokenizer, prompt, used=caches[0].offset)
+    if tokenizer is None and stop:
+        raise InputError("stop strings need a tokenizer")
+    room = model.config.max_context_length - caches[0].offset - len(ids)
+    return _stream(
+        model, ids, caches, chosen, chosen.start([ids], seed), min(max_tokens, room), prefill_step,
+        ends=frozenset((*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))),
+        text=TextStream(tokenizer, ids, stop) if tokenizer else None,
+        cut_off="length" if max_tokens <= room else "context",
+    )  # fmt: skip
+
+
+def check_steps(max_tokens: int, prefill_step: int) -> None:
+    """Raises InputError for a count that is not at least 1."""
+    for name, value in (("max_tokens", max_tokens), ("prefill_step", prefill_step)):
+        if value < 1:
+            raise InputError(f"{name} is {value}: it must be 1 or more")
+
+
+def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Sequence[int], used: int = 0) -> list[int]:
+    """The prompt's ids, checked against the vocabulary and the context, of which `used` tokens are taken."""
+    config = model.config
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InputError(
+                "a text needs a tokenizer, which the model's directory lacks: give the prompt as token ids"
+            )
+        ids = tokenizer.encode(prompt, add_bos=used == 0)
+    else:
+        ids = [int(token) for token in prompt]
+    if not ids:
+        raise InputError("the prompt is empty")
+    outside = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+    if outside is not None:
+        raise InputError(f"token id {outside} is outside the vocabulary of {config.vocab_size}")
+    if used + len(ids) >= config.max_context_length:
+        before = f" after {used} already in the cache" if used else ""
+        raise InputError(
+            f"the prompt has {len(ids)} tokens{before}, and the model's context is {config.max_context_length}: "
+            "there is no room for an answer"
+        )
+    return ids
+
+
+def prefill(
+    model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP, text_length: int = 0
+) -> mx.array:
+    """Read `ids` into `caches`, `step` at a time; logits `(1, vocab)` after the last, not yet computed.
+
+    `text_length` is that of the whole text, where more than `ids` is known to come: LongRoPE asks for it.
+
+    Raises:
+        InputError: the model rotates a text of this length otherwise than what is in `caches`.
+    """
+    text_length = max(text_length, caches[0].offset + len(ids))
+    if not caches[0].suits(text_length):
+        raise _turned(caches[0])
+    for cache in caches:
+        cache.text_length = text_length
+    rows = mx.array(ids)[None]
+    while rows.shape[1] > step:
+        model.transformer(rows[:, :step], caches)
+        mx.eval([cache.state for cache in caches])
+        mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
+        rows = rows[:, step:]
+    return model.head(model.transformer(rows, caches)[:, -1])
+
+
+def _turned(cache: KVCache) -> InputError:
+    return InputError(
+        f"the text grows past {cache.switch} tokens, where this model's RoPE changes (longrope), and what is cached "
+        "cannot be read again: give the whole text, without a prompt_cache"
+    )
+
+
+def decode(
+    model: Model,
+    caches: list[KVCache],
+    sampler: Sampler,
+    logits: mx.array,
+    state: State,
+    max_tokens: int,
+    ids: Sequence[int] | None = None,
+) -> Iterator[tuple[int, float]]:
+    """Tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` left on.
+
+    When a token comes it is in `caches` already, but for the first and the `max_tokens`th. `ids` are those that were
+    read; None where that is not known.
+    """
+    tokens, logprobs, state = sampler(logits, state)
+    mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
+    decoder = Decoder(model, sampler, caches, tokens, state, texts=None if ids is None else [ids])
+    for count in range(1, max_tokens + 1):
+        current, current_logprobs = tokens, logprobs
+        if 1 < count < max_tokens:
+            tokens, logprobs = decoder.advance()  # runs while this token is read
+        yield int(current.item()), checked(float(current_logprobs.item()))
+        if count == 1 < max_tokens:  # only now, so that the first token does not wait until the step is traced
+            tokens, logprobs = decoder.advance()
+
+
+def checked(logprob: float) -> float:
+    """Raises ElmError for the logarithm of a probability that is no number: then no text is one either."""
+    if math.isnan(logprob):
+        raise ElmError(
+            "the model computes values that are no numbers: its weights are damaged, or overflow the type that is "
+            "computed in; --compute-dtype float32 tells which"
+        )
+    return logprob
+
+
+class Decoder:
+    """One compiled step for each token, launched without waiting for it.
+
+    The cache's arrays are of fixed capacity inside the step, and it is traced anew when they grow. Choosing
+    the token stays outside: MLX compiles each new constant anew on a CPU, and every temperature is one.
+
+    Args:
+        caches: of `batch` rows, filled by `prefill`; written to, and always whole between two steps.
+        padding: `(batch,)`, empty positions at the start of each row.
+        texts: the ids in each row of the caches; None where they are not known.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        sampler: Sampler,
+        caches: list[KVCache],
+        tokens: mx.array,
+        state: State,
+        padding: mx.array | None = None,
+        texts: Sequence[Sequence[int]] | None = None,
+    ):
+        self.caches = caches
+        self._model = model
+        self._texts = texts
+        self._fed: list[mx.array] = []  # since then, `(batch,)` each
+        self.tokens = tokens
+        self.state = state
+        self._padding = padding
+        self._sampler = sampler
+        step = partial(_step, model, [type(cache) for cache in caches])
+        self._step = mx.compile(step) if device.compile_hindrance() is None else step
+
+    def advance(self) -> tuple[mx.array, mx.array]:
+        """Feed the current tokens and launch, without waiting, the choice of the next: ids and log-probabilities."""
+        if self.caches[0].switch is not None:
+            self._read_again(self.caches[0].switch)
+        start = self.caches[0].offset
+        for cache in self.caches:
+            cache.reserve(start + 1)
+        if start % _TRIM_EVERY == 0:
+            device.trim_cache()
+        position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
+        arrays: list[Any] = [cache.state for cache in self.caches]
+        try:
+            logits, arrays = self._step(self.tokens, position, offset, mask, arrays)
+            for cache, cache.state in zip(self.caches, arrays, strict=True):
+                cache.offset = start + 1
+        except BaseException:  # Ctrl-C, say: whatever was written, no cache claims it
+            for cache in self.caches:
+                cache.offset = start
+            raise
+        del arrays  # the last reference to what went in is gone, so the step writes in place
+        self.tokens, logprobs, self.state = self._sampler(logits, self.state)
+        mx.async_eval(self.tokens, logprobs)
+        return self.tokens, logprobs
+
+    def _read_again(self, switch: int) -> None:
+        """Read again the rows that the next token makes longer than `switch`: from there on all is rotated otherwise.
+
+        As transformers does it for Phi-3. It takes a prefill, once a text.
+        """
+        texts, self._fed = self._texts, [*self._fed, self.tokens]
+        if texts is None:
+            if self.caches[0].suits(self.caches[0].offset + 1):
+                return
+            raise _turned(self.caches[0])
+        lengths = [len(text) + len(self._fed) for text in texts]  # with the token that is fed next
+        for row in [row for row, length in enumerate(lengths) if length == switch + 1]:
+            ids = [*texts[row], *(int(tokens[row].item()) for tokens in self._fed[:-1])]
+            again = make_prompt_cache(self._model)
+            prefill(self._model, ids, again, text_length=len(ids) + 1)
+            for cache, own in zip(self.caches, again, strict=True):
+                cache.replace_row(row, own)
+                mx.eval(cache.state)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        index = mx.array(rows, dtype=mx.int32)
+        self._texts = None if self._texts is None else [self._texts[row] for row in rows]
+        self._fed = [tokens[index] for tokens in self._fed]
+        self.tokens = self.tokens[index]
+        self.state = self._sampler.keep(self.state, index)
+        self._padding = None if self._padding is None else self._padding[index]
+        for cache in self.caches:
+            cache.state = [array[index] for array in cache.state if array is not None]
+
+
+def _step(
+    model: Model,
+    kinds: Sequence[type[KVCache]],
+    tokens: mx.array,
+    position: mx.array,
+    offset: mx.array,
+    mask: mx.array,
+    arrays: Sequence[Arrays],
+) -> tuple[mx.array, list[Arrays]]:
+    """Tokens `(batch,)` to logits `(batch, vocab)`, and the caches' arrays with them in it."""
+    caches = [kind.inside(own, position, offset, mask) for kind, own in zip(kinds, arrays, strict=True)]
+    logits = model(tokens[:, None], cache=caches)[:, 0]
+    return logits, [cache.state for cache in caches]
+
+
+def _stream(
+    model: Model,
+    ids: list[int],
+    caches: list[KVCache],
+    sampler: Sampler,
+    state: State,
+    max_tokens: int,
+    prefill_step: int,
+    *,
+    ends: frozenset[int],
+    text: TextStream | None,
+    cut_off: str,
+) -> Iterator[Response]:
+    start = time.perf_counter()
+    whole = ids if caches[0].offset == 0 else None
+    logits = prefill(model, ids, caches, prefill_step)
+    first = 0.0
+    drawn = decode(model, caches, sampler, logits, state, max_tokens, whole)
+    for count, (token, logprob) in enumerate(drawn, start=1):
+        first = first or time.perf_counter()
+        ended = token in ends
+        piece = ""
+        if text is not None:
+            piece, ended = (text.finish(), True) if ended else text.add(token)
+        reason = "stop" if ended else cut_off if count == max_tokens else None
+        if reason is not None and not ended and text is not None:
+            piece += text.finish()
+        elapsed = time.perf_counter() - first
+        yield Response(
+            text=piece,
+            token=token,
+            logprob=logprob,
+            finish_reason=reason,
+            prompt_tokens=len(ids),
+            generation_tokens=count,
+            prompt_tps=len(ids) / (first - start),
+            generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
+            time_to_first_token=first - start,
+            peak_memory=device.peak_memory() if reason else 0,
+        )
+        if reason is not None:
+            return

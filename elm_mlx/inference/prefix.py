@@ -1,0 +1,101 @@
+"""A model that remembers what it has read: nothing that a text shares with the one before it is computed again.
+
+Knows ids and caches; knows nothing of text or conversations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+from elm_mlx.inference.generation import decode, prefill
+from elm_mlx.inference.sampling import Sampler
+from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.network import Model
+
+READ_STEP = 128  # tokens read between two looks at whether to stop
+
+Stopped = Callable[[], bool]
+
+
+class PrefixCache:
+    """The caches of one text that grows, and is sometimes cut back.
+
+    Attributes:
+        ids: exactly those whose keys and values the caches hold, whatever happened: an exception amid a step,
+            of which nobody knows how much it has written, empties both.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.ids: list[int] = []
+        self.caches = make_prompt_cache(self.model)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    def shared(self, prompt: Sequence[int]) -> int:
+        """How many ids of `prompt` need not be read. Never all: the last one's logits are not kept.
+
+        Of a state that can't be cut back, all that was read or none; and none where a text of this length is rotated
+        otherwise.
+        """
+        if not self.caches[0].suits(len(prompt)):
+            return 0
+        most = min(len(self.ids), len(prompt) - 1)
+        same = next((i for i in range(most) if self.ids[i] != prompt[i]), most)
+        return same if same == len(self.ids) or self.caches[0].is_trimmable() else 0
+
+    def read(self, prompt: Sequence[int], stopped: Stopped = lambda: False) -> mx.array | None:
+        """Hold exactly `prompt`; returns the logits `(1, vocab)` after it, or None if `stopped` said so before its end.
+
+        Args:
+            prompt: at least one id, no more than the context, all in the vocabulary.
+        """
+        logits = None
+        with self._cleared_by_failure():
+            start = self.shared(prompt)
+            for cache in self.caches:
+                cache.trim(cache.offset - start)
+            del self.ids[start:]
+            for at in range(start, len(prompt), READ_STEP):
+                if stopped():
+                    return None
+                chunk = prompt[at : at + READ_STEP]
+                logits = prefill(self.model, chunk, self.caches, READ_STEP, len(prompt))
+                mx.eval([cache.state for cache in self.caches])
+                self.ids += chunk
+        return logits
+
+    def decode(self, logits: mx.array, sampler: Sampler, seed: int, max_tokens: int) -> Iterator[int]:
+        """The tokens after what was read, at most `max_tokens`.
+
+        Args:
+            logits: what `read` returned. Nothing else may have been read since.
+        """
+        with self._cleared_by_failure():
+            state = sampler.start([self.ids], seed)
+            chosen: list[int] = []  # and not yet in the caches
+            for token, _ in decode(self.model, self.caches, sampler, logits, state, max_tokens, tuple(self.ids)):
+                chosen.append(token)
+                fed = self.caches[0].offset - len(self.ids)
+                self.ids += chosen[:fed]
+                del chosen[:fed]
+                yield token
+
+    @contextmanager
+    def _cleared_by_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except GeneratorExit:  # between two steps
+            raise
+        except BaseException:
+            self.clear()
+            raise

@@ -1,0 +1,481 @@
+"""Models of other families: which ones, and what the rest of the house has to know of their shape.
+
+Knows the `config.json` of Llama, Mistral, Phi-3, OLMo, and Mamba as transformers 4 and 5 write it, and where mlx-lm's
+networks of them keep their parts. `read` makes one normal form of it, every value checked, which all else reads.
+Knows no arrays: the networks themselves are `networks`'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object
+from elm_mlx.model import packing, rope_config
+from elm_mlx.model.config import MODEL_TYPE, ModelConfig
+from elm_mlx.model.config_keys import LARGEST, Keys, short
+from elm_mlx.model.rope_config import RopeConfig, RopeRules
+from elm_mlx.store import headers
+
+# A config.json may come from anywhere. These are far above what any model has, and what they allow is still a shape
+# that can be written down: nothing is made of it before the weights' headers have been compared with it.
+_MAX_LAYERS = 10_000
+_MAX_VOCABULARY = 1 << 24
+_MAX_WIDTH = 1 << 22
+_MAX_HEADS = 1 << 14
+_MAX_HEAD_DIM = 1 << 12
+_MAX_WEIGHT = 1 << 33  # values of one weight: four times Llama 405B's largest
+_MAX_PARAMETERS = 1 << 42
+# What Mamba may read: it has no positions, so its config names no limit. Far above what any text here has.
+_UNBOUNDED = 1 << 20
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where mlx-lm has a family's network: the file, and in it the module of all but the head, and the embedding.
+
+    Attributes:
+        positions: whether it looks back at keys and values. Else it keeps a state, of which nothing can be taken
+            back, and texts in one row would run into each other.
+        bare_norms: whether its norms are LayerNorms without weights, in the place of RMSNorms.
+        windowed: whether `sliding_window` bounds what all of its layers see. mlx-lm's network sees everything, so
+            no more than a window is read at once, where both are the same.
+        normed_heads: whether queries and keys are normed, and norms come after attention and FFN.
+        eps, window, tied: `rms_norm_eps`, `sliding_window` and `tie_word_embeddings` where `config.json` doesn't say;
+            as in transformers, and so is `rope`.
+    """
+
+    name: str
+    file: str
+    body: str = "model"
+    embedding: str = "embed_tokens"
+    positions: bool = True
+    bare_norms: bool = False
+    windowed: bool = False
+    normed_heads: bool = False
+    eps: float = 1e-5
+    rope: RopeRules = field(default_factory=RopeRules)
+    window: int | None = None
+    tied: bool = False
+
+
+FAMILIES = {
+    "llama": Family("Llama", "llama", eps=1e-6),
+    "mistral": Family("Mistral", "llama", windowed=True, eps=1e-6, window=4096),
+    "phi3": Family("Phi-3", "phi3", windowed=True, rope=RopeRules(original=4096, phi3=True)),
+    # mlx-lm's own file for it wants another package, and fails on any prompt; it is a Llama but for its norms.
+    "olmo": Family("OLMo", "llama", bare_norms=True),
+    "olmo2": Family("OLMo 2", "olmo2", normed_heads=True),
+    "olmo3": Family("OLMo 3", "olmo3", normed_heads=True, rope=RopeRules(500_000.0, windows_scaled=False), window=4096),
+    "mamba": Family("Mamba", "mamba", "backbone", "embeddings", positions=False, tied=True),
+}
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """What a `config.json` says of a model of another family; what `ModelConfig` is to an OpenELM.
+
+    Attributes:
+        values: the network's own arguments, by Hugging Face's names: every one that it has, checked.
+        ropes: the RoPE of each kind of layer, "full_attention" and "sliding_attention"; empty for a state.
+        eos_token_ids: what `end_tokens` has joined, of a model that `store` has opened; empty before.
+        own_head: whether the weights hold a head that differs from the embedding, though `config.json` ties them.
+    """
+
+    model_type: str
+    values: Mapping[str, Any] = field(repr=False, hash=False)
+    vocab_size: int
+    num_layers: int
+    max_context_length: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...] = ()
+    quantization: Mapping[str, Any] | None = field(default=None, hash=False)
+    ropes: Mapping[str, RopeConfig] = field(default_factory=dict, hash=False)
+    own_head: bool = False
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def embedding(self) -> str:
+        """The embedding's name; the layers' is `layers_prefix`."""
+        return f"{self.family.body}.{self.family.embedding}"
+
+    @property
+    def layers_prefix(self) -> str:
+        return f"{self.family.body}.layers"
+
+    @property
+    def share_input_output_layers(self) -> bool:
+        return bool(self.values["tie_word_embeddings"]) and not self.own_head
+
+    @property
+    def model_dim(self) -> int:
+        return int(self.values["hidden_size"])
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """What a layer's linears are called within it, as in mlx-lm's `keys`."""
+        shapes = self._layer()
+        return tuple(name.removesuffix(".weight") for name, shape in shapes.items() if _is_linear(name, shape))
+
+    @property
+    def parameters(self) -> int:
+        layer = sum(map(math.prod, self._layer().values()))
+        return self.num_layers * layer + sum(map(math.prod, self._outside().values()))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's name in the network, and its shape."""
+        outside, layer = self._outside(), self._layer()
+        embedding = f"{self.embedding}.weight"
+        shapes = {embedding: outside.pop(embedding)}
+        for number in range(self.num_layers):
+            shapes |= {f"{self.layers_prefix}.{number}.{name}": shape for name, shape in layer.items()}
+        return shapes | outside
+
+    def modules(self) -> list[str]:
+        """What an adapter can be put on: linears, and not the embedding."""
+        embedding = f"{self.embedding}.weight"
+        return [
+            name.removesuffix(".weight")
+            for name, shape in self.shapes().items()
+            if name != embedding and _is_linear(name, shape)
+        ]
+
+    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
+        """Size of the KV cache for one token over all layers; 0 for a state of constant size."""
+        if not self.family.positions:
+            return 0
+        return 2 * self.num_layers * int(self.values["num_key_value_heads"] * self.values["head_dim"]) * bytes_per_value
+
+    def layer_rope(self, layer: int) -> RopeConfig:
+        """The RoPE of one layer, counted from 0."""
+        types = self.values["layer_types"]
+        return self.ropes["full_attention" if types is None else types[layer]]
+
+    @property
+    def rope_switch(self) -> int | None:
+        """The length past which all positions of a text are rotated otherwise, within the context; None for none."""
+        switches = [rope.switch for rope in self.ropes.values() if rope.switch is not None]
+        return min((switch for switch in switches if switch < self.max_context_length), default=None)
+
+    def needs(self, name: str) -> bool:
+        """Whether the network has a place for a tensor that files of the family may hold.
+
+        They may hold RoPE's frequencies, which are computed, and the head once more where it is the embedding.
+        """
+        spare = name.endswith("rotary_emb.inv_freq") or (self.share_input_output_layers and name.startswith("lm_head."))
+        return not spare
+
+    def _outside(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all weights but the layers'."""
+        values, body = self.values, self.family.body
+        shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab_size, values["hidden_size"])}
+        if not self.family.bare_norms:
+            shapes[f"{body}.{'norm' if self.family.positions else 'norm_f'}.weight"] = (values["hidden_size"],)
+        if not self.share_input_output_layers:
+            shapes["lm_head.weight"] = (self.vocab_size, values["hidden_size"])
+        return shapes
+
+    def _layer(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of one layer's weights, by their names within it: all layers are alike."""
+        return dict(_attention_layer(self) if self.family.positions else _state_layer(self.values))
+
+
+Config: TypeAlias = ModelConfig | FamilyConfig
+Shapes: TypeAlias = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _attention_layer(config: FamilyConfig) -> Shapes:
+    values, family = config.values, config.family
+    width, ffn = values["hidden_size"], values["intermediate_size"]
+    queries = values["num_attention_heads"] * values["head_dim"]
+    keys = values["num_key_value_heads"] * values["head_dim"]
+    if family.file == "phi3":
+        linears = {
+            "self_attn.qkv_proj": (queries + 2 * keys, width), "self_attn.o_proj": (width, queries),
+            "mlp.gate_up_proj": (2 * ffn, width), "mlp.down_proj": (width, ffn),
+        }  # fmt: skip
+    else:
+        linears = {
+            "self_attn.q_proj": (queries, width), "self_attn.k_proj": (keys, width),
+            "self_attn.v_proj": (keys, width), "self_attn.o_proj": (width, queries),
+            "mlp.gate_proj": (ffn, width), "mlp.down_proj": (width, ffn), "mlp.up_proj": (ffn, width),
+        }  # fmt: skip
+    for name, shape in linears.items():
+        yield f"{name}.weight", shape
+        if values["attention_bias" if name.startswith("self_attn") else "mlp_bias"]:
+            yield f"{name}.bias", shape[:1]
+    if family.normed_heads:
+        yield "self_attn.q_norm.weight", (queries,)
+        yield "self_attn.k_norm.weight", (keys,)
+    if not family.bare_norms:
+        before = "post_feedforward_layernorm" if family.normed_heads else "input_layernorm"
+        yield f"{before}.weight", (width,)
+        yield "post_attention_layernorm.weight", (width,)
+
+
+def _state_layer(values: Mapping[str, Any]) -> Shapes:
+    """Mamba's block (Gu and Dao 2023, section 3.4)."""
+    width, inner, state = values["hidden_size"], values["intermediate_size"], values["state_size"]
+    rank = values["time_step_rank"]
+    yield "mixer.in_proj.weight", (2 * inner, width)
+    yield "mixer.conv1d.weight", (inner, values["conv_kernel"], 1)
+    yield "mixer.x_proj.weight", (rank + 2 * state, inner)
+    yield "mixer.dt_proj.weight", (inner, rank)
+    yield "mixer.dt_proj.bias", (inner,)
+    yield "mixer.out_proj.weight", (width, inner)
+    yield "mixer.A_log", (inner, state)
+    yield "mixer.D", (inner,)
+    yield "norm.weight", (width,)
+    if values["use_conv_bias"]:
+        yield "mixer.conv1d.bias", (inner,)
+    if values["use_bias"]:
+        yield "mixer.in_proj.bias", (2 * inner,)
+        yield "mixer.out_proj.bias", (width,)
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name.endswith(".weight")
+
+
+def read(directory: Path) -> Config:
+    """The config of a model directory, of an OpenELM or of another family, in its normal form.
+
+    Raises:
+        InputError: it cannot be read, is of a family that is not known here, or a value in it makes no sense.
+    """
+    path = directory / "config.json"
+    values = read_object(path)
+    model_type = values.get("model_type", MODEL_TYPE)
+    _check_quantization(Keys(str(path), values))
+    if model_type == MODEL_TYPE:
+        return ModelConfig.from_dict(values, where=str(path))
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        known = ", ".join((MODEL_TYPE, *FAMILIES))
+        raise InputError(f"{path}: model_type is {short(model_type)}, and this reads {known}")
+    return normal(Keys(str(path), values), model_type)
+
+
+def normal(keys: Keys, model_type: str) -> FamilyConfig:
+    """The normal form of what a `config.json` says of a model.
+
+    Raises:
+        InputError: a value is missing, of the wrong type or out of range, alone or by what it makes with others.
+    """
+    family = FAMILIES[model_type]
+    values: dict[str, Any] = {
+        "model_type": model_type,
+        "vocab_size": keys.size("vocab_size", most=_MAX_VOCABULARY),
+        "num_hidden_layers": keys.size("num_hidden_layers", most=_MAX_LAYERS),
+        "hidden_size": _width(keys, family),
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", family.tied),
+    }
+    keys.word("hidden_act", ("silu", "swish"), "silu")
+    values |= _attention_values(keys, family, values) if family.positions else _state_values(keys, values)
+    ropes = rope_config.read(keys, values["head_dim"], family.rope) if family.positions else {}
+    config = FamilyConfig(
+        model_type=model_type,
+        values=values,
+        vocab_size=values["vocab_size"],
+        num_layers=values["num_hidden_layers"],
+        max_context_length=_context(values, family, ropes),
+        bos_token_id=next(iter(_ids(keys.get("bos_token_id"))), None),
+        quantization=keys.get("quantization"),
+        ropes=ropes,
+    )
+    for name, shape in (config._outside() | config._layer()).items():
+        if math.prod(shape) > _MAX_WEIGHT:
+            raise InputError(f"{keys.where}: {name} would be {shape}: no model is so large")
+    if config.parameters > _MAX_PARAMETERS:
+        raise InputError(f"{keys.where}: there would be {config.parameters:,} parameters: no model is so large")
+    return config
+
+
+def _width(keys: Keys, family: Family) -> int:
+    if family.bare_norms and not keys.says("hidden_size") and keys.says("d_model"):
+        raise InputError(
+            f"{keys.where}: an OLMo in its first layout; the repository whose name ends with -hf can be read"
+        )
+    return keys.size("hidden_size", most=_MAX_WIDTH)
+
+
+def _attention_values(keys: Keys, family: Family, values: Mapping[str, Any]) -> dict[str, Any]:
+    heads = keys.size("num_attention_heads", most=_MAX_HEADS)
+    kv_heads = keys.size("num_key_value_heads", heads, _MAX_HEADS)
+    if heads % kv_heads:
+        raise InputError(f"{keys.where}: {heads} heads (num_attention_heads) cannot share {kv_heads} of keys")
+    even = values["hidden_size"] // heads
+    if not keys.says("head_dim") and not 0 < even <= _MAX_HEAD_DIM:
+        raise InputError(f"{keys.where}: {heads} heads of a hidden_size of {values['hidden_size']}: no model has such")
+    head_dim = keys.size("head_dim", even, _MAX_HEAD_DIM)
+    if family.file == "phi3" and head_dim != even:
+        raise InputError(f"{keys.where}: head_dim is {head_dim}, and mlx-lm's Phi-3 has hidden_size / heads, {even}")
+    if keys.says("clip_qkv"):
+        raise InputError(f"{keys.where}: clip_qkv is {short(keys.get('clip_qkv'))}, and mlx-lm's network does not clip")
+    if keys.flag("rope_traditional", False):
+        raise InputError(f"{keys.where}: rope_traditional is true, and pairs are half a head apart here")
+    return {
+        "intermediate_size": keys.size("intermediate_size", most=_MAX_WIDTH),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-5 if family.bare_norms else keys.number("rms_norm_eps", family.eps, high=1.0),
+        "max_position_embeddings": keys.size("max_position_embeddings"),
+        "attention_bias": family.file != "phi3" and keys.flag("attention_bias", False),
+        "mlp_bias": family.file == "llama" and keys.flag("mlp_bias", False),
+        "rope_theta": family.rope.theta,  # mlx-lm's own RoPE, of which no use is made
+        **_windows(keys, family, values["num_hidden_layers"]),
+    }
+
+
+def _windows(keys: Keys, family: Family, layers: int) -> dict[str, Any]:
+    """`sliding_window`, and which layers see it alone; no `layer_types` where all are alike."""
+    window = family.window  # null is no window, other than no word of it
+    if keys.has("sliding_window"):
+        window = keys.size("sliding_window") if keys.says("sliding_window") else None
+    if family.windowed:
+        return {"sliding_window": window, "layer_types": None}
+    each = rope_config.LAYER_TYPES
+    types = keys.words("layer_types", each, layers)
+    if types is None and family.file == "olmo3":  # every fourth sees everything
+        types = tuple(each[bool((layer + 1) % 4)] for layer in range(layers))
+    if types is None:
+        return {"sliding_window": None, "layer_types": None}
+    missing = {"full_attention", *(each if family.file == "olmo3" else ())} - {*types}
+    if missing:
+        raise InputError(f"{keys.where}: layer_types without {min(missing)}, which mlx-lm's network cannot do")
+    if "sliding_attention" in types and window is None:
+        raise InputError(f"{keys.where}: layer_types names sliding_attention, and sliding_window is missing")
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _state_values(keys: Keys, values: Mapping[str, Any]) -> dict[str, Any]:
+    width = values["hidden_size"]
+    automatic = -(-width // 16)
+    if keys.size("conv_kernel", 4, _MAX_HEADS) == 1:
+        raise InputError(f"{keys.where}: conv_kernel is 1, and mlx-lm's network keeps no such state")
+    return {
+        "intermediate_size": keys.size("intermediate_size", width * keys.size("expand", 2, 64), _MAX_WIDTH),
+        "state_size": keys.size("state_size", 16, _MAX_HEADS),
+        "conv_kernel": keys.size("conv_kernel", 4, _MAX_HEADS),
+        "use_bias": keys.flag("use_bias", False),
+        "use_conv_bias": keys.flag("use_conv_bias", True),
+        "time_step_rank": keys.size("time_step_rank", automatic, _MAX_WIDTH, word="auto"),
+        "layer_norm_epsilon": keys.number("layer_norm_epsilon", 1e-5, high=1.0),
+    }
+
+
+def is_other(directory: Path) -> bool:
+    """Whether a model directory is of another family than OpenELM, as far as its config says.
+
+    Raises:
+        InputError: `config.json` is there and cannot be read.
+    """
+    path = directory / "config.json"
+    return path.exists() and bool(read_object(path).get("model_type", MODEL_TYPE) != MODEL_TYPE)
+
+
+def check_is_openelm(directory: Path, repository: str | None = None) -> None:
+    """Refuses the directory of another family's model, which needs no converting.
+
+    Args:
+        repository: on the hub, of which `directory` has the config.
+
+    Raises:
+        InputError: it is one: says how it is used.
+    """
+    try:
+        family = FAMILIES.get(str(read_object(directory / "config.json").get("model_type")))
+    except InputError:
+        return
+    if family is None:
+        return
+    if repository is not None:
+        how = f"`hf download {repository} --local-dir DIR`, then `elm-mlx generate DIR`"
+    elif any(directory.glob("model*.safetensors")):
+        how = f"`elm-mlx generate {directory}`"
+    else:
+        how = "but its weights must be model*.safetensors, which it holds none of"
+    raise InputError(
+        f"{repository or directory}: of the family {family.name}, used as it is (OpenELM alone is converted, averaged "
+        f"and exported): {how}"
+    )
+
+
+def tokenizer_file(path: Path) -> Path | None:
+    """The file that a model directory's text is encoded by; None where it has none.
+
+    Of other families than OpenELM it is `tokenizer.json`: a `tokenizer.model` beside it lacks their control tokens.
+    """
+    names = ("tokenizer.json", "tokenizer.model") if is_other(path) else ("tokenizer.model",)
+    return next((path / name for name in names if (path / name).exists()), None)
+
+
+def with_own_head(config: FamilyConfig, files: Sequence[Path]) -> FamilyConfig:
+    """`config`, untied where it ties the head to the embedding and the weights in `files` hold another one.
+
+    As transformers 5 does it: a head that is there and differs was trained or merged apart, and is the model's.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    if not config.share_input_output_layers:
+        return config
+    entries = {entry.name: (file, entry) for file in files for entry in headers.read(file)}
+    for part in ("weight", "scales", "biases"):
+        head, embedding = entries.get(f"lm_head.{part}"), entries.get(f"{config.embedding}.{part}")
+        if head is not None and (embedding is None or not _same_bytes(head, embedding)):
+            return replace(config, own_head=True)
+    return config
+
+
+def _same_bytes(one: tuple[Path, headers.Entry], other: tuple[Path, headers.Entry]) -> bool:
+    (file, entry), (other_file, other_entry) = one, other
+    if (entry.dtype, entry.shape) != (other_entry.dtype, other_entry.shape):
+        return False
+    with file.open("rb") as stream, other_file.open("rb") as other_stream:
+        stream.seek(entry.begin), other_stream.seek(other_entry.begin)
+        left = entry.end - entry.begin
+        while left:
+            count = min(left, 1 << 20)
+            if stream.read(count) != other_stream.read(count):
+                return False
+            left -= count
+    return True
+
+
+def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, RopeConfig]) -> int:
+    """Tokens that the model was made for.
+
+    YaRN's is what its factor makes of the length before it. Dynamic RoPE's frequencies change with each token past
+    `max_position_embeddings`, so that no key in a cache would be right: there it ends.
+    """
+    if not family.positions:
+        return _UNBOUNDED
+    rope = ropes["full_attention"]
+    most = int(values["max_position_embeddings"])
+    if rope.kind == "yarn":
+        most = min(int(rope.original * rope.factor), LARGEST)
+    return min(most, values["sliding_window"] or most) if family.windowed else most
+
+
+def _check_quantization(keys: Keys) -> None:
+    """Raises InputError for quantized weights, an OpenELM's too, that MLX cannot read as a config describes them."""
+    if keys.says("quantization"):
+        packing.check(keys.where, keys.get("quantization"))
+    elif keys.within("quantization_config").says("quant_method"):
+        method = str(keys.within("quantization_config").get("quant_method"))[:40]
+        raise InputError(
+            f"{keys.where}: quantized by {method}; `mlx_lm.convert --hf-path` makes a directory that can be read"
+        )
+
+
+def _ids(value: object) -> tuple[int, ...]:
+    found = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    return tuple(token for token in found if type(token) is int and token >= 0)

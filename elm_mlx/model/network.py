@@ -1,0 +1,153 @@
+"""The network, top to bottom: token ids to logits.
+
+Knows the architecture (paper, section 2) and nothing of files, tokens' meaning or sampling.
+Speaks mlx-lm's model protocol, so that its tools can drive it: `model(ids, cache=...)`,
+`.layers`, and caches that are anything with `update_and_fetch`, `offset` and `make_mask`, and give arrays (mlx-lm's
+quantized ones do not).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from elm_mlx.model import ops
+from elm_mlx.model.cache import KVCache, StepCache
+from elm_mlx.model.config import MODEL_TYPE, ModelConfig
+from elm_mlx.model.norm import RMSNorm
+from elm_mlx.model.ops import Mask
+from elm_mlx.model.rope import Rope, Rotate
+
+Cache: TypeAlias = KVCache | StepCache
+
+
+class Attention(nn.Module):
+    """Causal self-attention where `num_query_heads / num_kv_heads` queries share a key and value (GQA)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.num_heads = config.num_query_heads[layer]
+        self.num_kv_heads = config.num_kv_heads[layer]
+        all_heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(config.model_dim, all_heads * self.head_dim, bias=False)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, config.model_dim, bias=False)
+        self.normalize_qk = config.normalize_qk_projections
+        if self.normalize_qk:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, mask: Mask, rotate: Rotate, cache: Cache | None) -> mx.array:
+        """`(batch, length, model_dim)` to the same; keys and values join `cache`."""
+        batch, length, _ = x.shape
+        qkv = self.qkv_proj(x).reshape(batch, length, -1, self.head_dim).swapaxes(1, 2)
+        queries, keys, values = mx.split(qkv, [self.num_heads, self.num_heads + self.num_kv_heads], axis=1)
+        if self.normalize_qk:  # before RoPE
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = rotate(queries), rotate(keys)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        out = ops.attention(queries, keys, values, self.head_dim**-0.5, mask)
+        return self.out_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `proj_2(silu(gate) * up)`, gate and up being the halves of `proj_1`; or without the gate."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        width = config.ffn_dims[layer]
+        self.with_glu = config.ffn_with_glu
+        self.proj_1 = nn.Linear(config.model_dim, 2 * width if self.with_glu else width, bias=False)
+        self.proj_2 = nn.Linear(width, config.model_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.proj_1(x)
+        if not self.with_glu:
+            return self.proj_2(ops.silu(x))
+        gate, up = mx.split(x, 2, axis=-1)
+        return self.proj_2(ops.swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: attention and FFN, each added to what came in."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.attn = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.ffn = FeedForward(config, layer)
+
+    def __call__(self, x: mx.array, mask: Mask, rotate: Rotate, cache: Cache | None) -> mx.array:
+        x = x + self.attn(self.attn_norm(x), mask, rotate, cache)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Transformer(nn.Module):
+    """Embedding, layers and the last norm: everything but the head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.token_embeddings = nn.Embedding(config.vocab_size, config.model_dim)
+        self.layers = [Block(config, layer) for layer in range(config.num_layers)]
+        self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
+        self.rope = Rope(config.head_dim, config.rope_freq_constant)
+
+    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: ops.Segments | None = None) -> mx.array:
+        x = self.token_embeddings(ids)
+        caches = [None] * len(self.layers) if cache is None else cache
+        mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
+        offset = 0 if caches[0] is None else caches[0].offset
+        if not isinstance(offset, int):
+            offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
+        rotate = self.rope(ids.shape[1], offset)
+        for layer, layer_cache in zip(self.layers, caches, strict=True):
+            x = layer(x, mask, rotate, layer_cache)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """An OpenELM with its head, weights as initialised by MLX until they are loaded."""
+
+    model_type = MODEL_TYPE
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        if not config.share_input_output_layers:
+            self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
+
+    def __call__(
+        self, ids: mx.array, cache: Sequence[Cache] | None = None, segments: ops.Segments | None = None
+    ) -> mx.array:
+        """Ids `(batch, length)` to logits `(batch, length, vocab_size)`.
+
+        `segments` keeps texts that share a row apart. Not together with a cache.
+        """
+        return self.head(self.transformer(ids, cache, segments))
+
+    def head_module(self) -> nn.Module:
+        """The module whose parameters turn hidden states into logits."""
+        return self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""
+        if self.config.share_input_output_layers:
+            return self.transformer.token_embeddings.as_linear(hidden)
+        return self.lm_head(hidden)
+
+    @property
+    def layers(self) -> list[Block]:
+        return self.transformer.layers
+
+
+def causal_mask(length: int, cache: Cache | None) -> Mask:
+    """Who may look at whom: nothing to hide from a single token, else what the cache says."""
+    if cache is not None:
+        return cache.make_mask(length, return_array=False, window_size=None)
+    return "causal" if length > 1 else None

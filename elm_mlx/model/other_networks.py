@@ -1,0 +1,214 @@
+"""mlx-lm's networks of other families, without the rest of mlx-lm, and with the protocol of `model.Model`.
+
+Importing `mlx_lm` imports transformers, and takes a second. Its networks need neither, so their files are
+imported as a package of our own, beside `mlx_lm` and independent of it. There, before any network is, the helpers
+that all of them share are replaced by ours, which compute the same: on a CPU theirs are half of a prompt's time.
+Knows where the files lie and what is replaced in them; knows no weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model import ops
+from elm_mlx.model.cache import KVCache, SegmentedRow, StateCache
+from elm_mlx.model.families import FamilyConfig
+from elm_mlx.model.ops import Segments
+from elm_mlx.model.rope import Rope, Rotate
+from elm_mlx.model.rope_config import RopeConfig
+
+_PACKAGE = "elm_mlx_networks"
+
+
+class Spoken:
+    """What `model.Model` has and mlx-lm's networks lack. Mixed into their classes, so that all names stay theirs.
+
+    Attributes:
+        body_name, embedding_name: of the module that is all but the head, and of the embedding in it.
+        ropes: what takes the place of RoPE in the layers; several layers share one.
+    """
+
+    body_name: str
+    embedding_name: str
+    config: FamilyConfig
+    ropes: tuple[_SharedRope, ...]
+
+    def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: Segments | None = None) -> mx.array:
+        """Ids `(batch, length)` to logits `(batch, length, vocab_size)`; as of `model.Model`."""
+        return self.head(self.transformer(ids, cache, segments))
+
+    def transformer(
+        self, ids: mx.array, cache: Sequence[Any] | None = None, segments: Segments | None = None
+    ) -> mx.array:
+        """All but the head: `(batch, length)` to `(batch, length, model_dim)`.
+
+        Raises:
+            InputError: `segments` for a network that keeps a state, which runs from one text into the next.
+        """
+        layers: list[Any] = self.layers  # type: ignore[attr-defined]
+        if segments is not None:
+            if not self.config.family.positions:
+                raise InputError(f"several texts in a row: {self.config.family.name} cannot tell them apart")
+            cache = [SegmentedRow(segments) for _ in layers]
+        with _rotating(self.ropes, ids.shape[1], cache):
+            hidden = getattr(self, self.body_name)(ids, cache)
+        for layer_cache in cache or ():
+            if isinstance(layer_cache, StateCache):
+                layer_cache.offset += ids.shape[1]
+        return hidden
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""
+        owner = self.head_module()
+        return owner.as_linear(hidden) if hasattr(owner, "as_linear") else owner(hidden)
+
+    def head_module(self) -> nn.Module:
+        """The module whose parameters turn hidden states into logits."""
+        own: nn.Module | None = getattr(self, "lm_head", None)
+        return getattr(getattr(self, self.body_name), self.embedding_name) if own is None else own
+
+    def prompt_cache(self) -> list[Any]:
+        """An empty cache for each layer, as `cache.make_prompt_cache` hands them out."""
+        layers: list[Any] = self.layers  # type: ignore[attr-defined]
+        if not self.config.family.positions:
+            return [StateCache() for _ in layers]
+        return [KVCache(self.config.rope_switch) for _ in layers]
+
+
+def network(config: FamilyConfig) -> Any:
+    """mlx-lm's network with random weights, not computed, speaking `model.Model`'s protocol.
+
+    Raises:
+        ElmError: mlx-lm is not there, has no such network, or not this one.
+    """
+    family = config.family
+    found = module(family.file)
+    values = {**config.values, "tie_word_embeddings": config.share_input_output_layers}
+    try:
+        made = found.Model(found.ModelArgs.from_dict(values))
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ElmError(f"this mlx-lm makes no {family.name} network of such a config.json: {reason}") from None
+    if family.bare_norms:
+        _bare_norms(made)
+    for part in made.modules() if "layer_norm_epsilon" in values else ():  # which mlx-lm's Mamba does not read
+        if isinstance(part, nn.RMSNorm):
+            part.eps = values["layer_norm_epsilon"]
+    made.__class__ = _speaking(found.Model, family.body, family.embedding)
+    made.config = config
+    object.__setattr__(made, "ropes", _share_ropes(made))  # beside the network's parts, not one of them
+    return made
+
+
+def sanitized(config: FamilyConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Weights as published by the network's names and shapes, what it does not need left out. Nothing is computed."""
+    kept = {name: value for name, value in weights.items() if config.needs(name)}
+    for name, value in kept.items():  # PyTorch keeps a convolution's channels before its width
+        if name.endswith("conv1d.weight") and value.ndim == 3 and value.shape[-1] != 1:
+            kept[name] = value.moveaxis(2, 1)
+    return kept
+
+
+def module(name: str) -> ModuleType:
+    """The file `mlx_lm/models/NAME.py`, imported. Raises ElmError where mlx-lm is missing, or has none of that name."""
+    _package()
+    try:
+        return importlib.import_module(f"{_PACKAGE}.{name}")
+    except ModuleNotFoundError as error:
+        raise ElmError(f"this mlx-lm has no network {name!r} ({error}): `pip install -U mlx-lm` may bring it") from None
+
+
+@functools.cache
+def _speaking(network: type, body: str, embedding: str) -> type:
+    return type(network.__name__, (Spoken, network), {"body_name": body, "embedding_name": embedding})
+
+
+@functools.cache
+def _package() -> None:
+    found = importlib.util.find_spec("mlx_lm")  # does not import it
+    if found is None or not found.submodule_search_locations:
+        raise ElmError("mlx-lm is not installed, whose networks run models other than OpenELM: pip install mlx-lm")
+    package = ModuleType(_PACKAGE, __doc__)
+    package.__path__ = [str(Path(found.submodule_search_locations[0]) / "models")]
+    sys.modules[_PACKAGE] = package
+    for name, helper, ours in (
+        ("activations", "swiglu", ops.swiglu),
+        ("base", "scaled_dot_product_attention", _attention),
+        ("cache", "ArraysCache", StateCache),
+    ):
+        setattr(importlib.import_module(f"{_PACKAGE}.{name}"), helper, ours)
+
+
+def _bare_norms(network: nn.Module) -> None:
+    """LayerNorms without weights in the place of RMSNorms."""
+    for part in network.modules():
+        for name, child in list(part.items()):
+            if isinstance(child, nn.RMSNorm):
+                part[name] = nn.LayerNorm(child.weight.size, child.eps, affine=False)
+
+
+class _SharedRope(nn.Module):
+    """RoPE of several layers, in the place of mlx-lm's. A forward pass of the network takes its sines once for all."""
+
+    def __init__(self, rope: Rope) -> None:
+        super().__init__()
+        self._rope = rope  # counts as none of the network's modules
+        self.rotate: Rotate | None = None
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """`(batch, heads, length, head_dim)`, rotated; outside a forward pass for positions from `offset` on."""
+        rotate = self._rope(x.shape[2], offset) if self.rotate is None else self.rotate
+        return rotate(x)
+
+    def begin(self, length: int, offset: int | mx.array, text_length: int) -> None:
+        self.rotate = self._rope(length, offset, text_length)
+
+
+def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
+    """Puts one `_SharedRope` in the place of the RoPEs of all layers that rotate alike."""
+    config: FamilyConfig = network.config
+    if not config.family.positions:
+        return ()
+    shared: dict[RopeConfig, _SharedRope] = {}
+    for number, layer in enumerate(network.layers):
+        how = config.layer_rope(number)
+        if how not in shared:
+            shared[how] = _SharedRope(Rope(config.values["head_dim"], how))
+        layer.self_attn.rope = shared[how]
+    return tuple(shared.values())
+
+
+@contextmanager
+def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | None) -> Iterator[None]:
+    """A forward pass of `length` positions, for which the ropes' sines are taken now."""
+    first = None if cache is None or not ropes else cache[0]
+    offset = 0 if first is None else first.offset
+    try:
+        for rope in ropes:
+            rope.begin(
+                length, offset if isinstance(offset, int) else mx.array(offset), getattr(first, "text_length", 0)
+            )
+        yield
+    finally:
+        for rope in ropes:
+            rope.rotate = None
+
+
+def _attention(
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: ops.Mask, sinks: Any = None
+) -> mx.array:
+    """mlx-lm's signature. Its quantized caches and its attention sinks are nothing that runs here."""
+    assert sinks is None and not hasattr(cache, "bits")
+    return ops.attention(queries, keys, values, scale, mask)

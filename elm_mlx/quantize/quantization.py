@@ -1,0 +1,245 @@
+"""From one model directory to another in fewer bits: plan, write, measure what was lost.
+
+Knows the order of things and what is recorded. What is packed how is `plan`'s, what it loses `losses`'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from elm_mlx import device, directories, files
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model.config import MODEL_TYPE
+from elm_mlx.quantize import bit_plan, learned, losses, quantized_weights, sensitivity, texts
+from elm_mlx.quantize.bit_plan import Plan, Tensors
+from elm_mlx.quantize.formats import Format
+from elm_mlx.quantize.losses import Advance, Losses, Speed
+from elm_mlx.quantize.recipe import Recipe
+from elm_mlx.quantize.texts import Text
+from elm_mlx.store.describe import check_directory, fingerprint, weight_files
+from elm_mlx.store.loading import Loaded, open_model, read_weights
+from elm_mlx.version import __version__
+
+RECORD = "quantization.json"
+_WIDE = 3072  # OpenELM-3B, whose activations float16 cannot hold
+
+Progress = Callable[[str, int, int], None]  # what is done; so much of it, of so much
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What was made, and what it lost.
+
+    Attributes:
+        formats: module -> how its weight is packed now.
+        dtype: of scales, biases and what is not packed.
+        bytes_before, bytes_after: of the weights' files.
+        bits_before, bits_after: a parameter, all that is stored counted.
+        speed_before, speed_after: computed as `computed` says, on this machine.
+        text: what the losses were measured on; None where made-up ids stood in for it.
+    """
+
+    destination: Path
+    formats: dict[str, Format]
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+    bits_before: float
+    bits_after: float
+    losses: Losses
+    speed_before: Speed
+    speed_after: Speed
+    computed: str
+    text: Text | None
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who is told of a quantization as it goes.
+
+    Attributes:
+        plan: of what will be done.
+        progress: of what is being done.
+        done: of the result, before it is kept or refused.
+    """
+
+    plan: Callable[[Plan], None] = lambda made: None
+    progress: Progress = lambda what, done, total: None
+    done: Callable[[Quantization], None] = lambda made: None
+
+
+def quantize(
+    source: str | Path,
+    destination: str | Path,
+    recipe: Recipe,
+    *,
+    calibration: Path | None = None,
+    text: Path | None = None,
+    max_kld: float | None = None,
+    overwrite: bool = False,
+    listener: Listener = Listener(),
+) -> Quantization:
+    """Writes `source` in fewer bits, with a record of what that lost.
+
+    Args:
+        calibration: text to measure sensitivities on, and for methods to learn from; a built-in one by default.
+        text: text to measure losses on, up to 4,096 tokens; another built-in one by default.
+        max_kld: refuse what diverges more than so many nats a token on average.
+
+    Raises:
+        InputError: model, texts or recipe are at fault.
+        ElmError: the result is refused, or cannot be written. Nothing is changed then.
+    """
+    source, target = check_directory(files.expanded(source)), files.expanded(destination)
+    directories.check_destination(target, directories.MODEL, overwrite, (source,))
+    learn, measured = texts.calibration(calibration), texts.held_out(text)
+    with files.new_directory(target, replace=overwrite) as directory:
+        job = _Job(source, directory, recipe, learn, measured, listener)
+        done = job.run(target)
+        listener.done(done)
+        _check(done, max_kld)
+        quantized_weights.write_json(directory / RECORD, _record(done, recipe, job.plan, source, learn))
+    return done
+
+
+class _Job:
+    """One quantization: the model before, its plan, what is written, the model after; one model in memory at a time."""
+
+    plan: Plan
+
+    def __init__(self, source: Path, directory: Path, recipe: Recipe, learn: Text, measured: Text, listener: Listener):
+        self._source, self._directory, self._recipe = source, directory, recipe
+        self._learn, self._measured, self._listener = learn, measured, listener
+
+    def run(self, target: Path) -> Quantization:
+        loaded = open_model(self._source)
+        if self._recipe.method is not None:
+            learned.check_network(self._recipe.method, loaded.model.config)
+        tensors, already = read_weights(self._source, loaded.model.config)
+        if already:
+            raise InputError(f"{self._source}: is quantized already ({loaded.stored}): quantize what it was made of")
+        shapes = bit_plan.packable(loaded.model, tensors)
+        dtype = _dtype(self._recipe.dtype, loaded, tensors)
+        ids = texts.ids(self._learn, loaded) if self._recipe.method else []
+        self.plan = self._planned(loaded, shapes, tensors, dtype)
+        self._listener.plan(self.plan)
+        parameters, bits_before = bit_plan.parameters(tensors), _bits(tensors, bit_plan.parameters(tensors))
+        rows = texts.rows(self._measured, loaded, losses.WINDOW)
+        positions = sum(len(row.inputs) for row in rows)
+        speed_before = losses.speed(loaded)
+        with losses.reference(loaded.model, rows, self._directory, self._advance("reading", positions)) as before:
+            del loaded  # before the other is opened
+            mx.clear_cache()
+            packed = self._write(tensors, dtype, ids)
+            after = open_model(self._directory)
+            on_text = after.tokenizer is not None
+            found = losses.compare(before, after.model, on_text, self._advance("comparing", positions))
+        return Quantization(
+            target, packed, str(dtype).removeprefix("mlx.core."),
+            _file_bytes(self._source), _file_bytes(self._directory),
+            bits_before, _bits(read_weights(self._directory, after.model.config)[0], parameters),
+            found, speed_before, losses.speed(after),
+            computed=after.notes[0] if after.notes else "computed as stored",
+            text=self._measured if on_text else None,
+        )  # fmt: skip
+
+    def _planned(self, loaded: Loaded, shapes: dict[str, tuple[int, ...]], tensors: Tensors, dtype: mx.Dtype) -> Plan:
+        recipe = self._recipe
+        if recipe.bpw is None:
+            return bit_plan.uniform(shapes, recipe.how, tensors, dtype)
+        bit_plan.check_budget(shapes, recipe.how.group_size, recipe.bpw, tensors, dtype)
+        texts.ids(self._learn, loaded)  # a made-up text tells nothing of what matters
+        rows = sensitivity.spread(texts.rows(self._learn, loaded, sensitivity.WINDOW, most=1 << 20))
+        advance = self._advance("sensitivity", sensitivity.passes(len(shapes)))
+        with losses.reference(loaded.model, rows, self._directory) as before:
+            found = sensitivity.measure(loaded.model, before, shapes, recipe.how.group_size, dtype, advance)
+        return bit_plan.mixed(shapes, recipe.how.group_size, recipe.bpw, found, tensors, dtype)
+
+    def _write(self, tensors: Tensors, dtype: mx.Dtype, ids: list[int]) -> dict[str, Format]:
+        recipe, formats = self._recipe, dict(self.plan.formats)
+        if recipe.method is None:
+            quantized_weights.write(self._source, self._directory, tensors, formats, dtype)
+            return formats
+        tensors.clear()
+        self._listener.progress(recipe.method, 0, 0)
+        learnt, formats = learned.quantize(
+            self._source, recipe.method, formats, recipe.how, ids, dtype, recipe.rate
+        )  # fmt: skip
+        quantized_weights.write(self._source, self._directory, learnt, formats, dtype, packed=True)
+        return formats
+
+    def _advance(self, what: str, total: int) -> Advance:
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            self._listener.progress(what, done, total)
+
+        return advance
+
+
+def _dtype(asked: str | None, loaded: Loaded, tensors: Tensors) -> mx.Dtype:
+    stored = bit_plan.main_dtype(tensors, mx.bfloat16)
+    config = loaded.model.config
+    wide = getattr(loaded.model, "model_type", None) == MODEL_TYPE and config.model_dim >= _WIDE
+    if asked == "float16" and wide:
+        raise InputError(
+            "--dtype float16: the activations of a model as wide as the 3B overflow float16; use bfloat16 or float32"
+        )
+    if asked is not None:
+        return device.DTYPES[asked]
+    return stored if stored == mx.float16 and not wide else mx.bfloat16
+
+
+def _check(done: Quantization, max_kld: float | None) -> None:
+    lost = done.losses.kl_mean
+    if not math.isfinite(lost):
+        raise ElmError(f"{done.destination}: the quantized model's logits are no numbers; nothing was written")
+    if max_kld is not None and lost > max_kld:
+        raise ElmError(
+            f"{done.destination}: diverges by {lost:.3g} nats a token, more than --max-kld {max_kld:g}; "
+            "nothing was written"
+        )
+
+
+def _record(done: Quantization, recipe: Recipe, made: Plan, source: Path, learn: Text) -> dict[str, Any]:
+    """What `quantization.json` holds: how it was made, and all that was measured."""
+    learns = recipe.bpw is not None or recipe.method is not None
+    return {
+        "tool": f"elm-mlx {__version__}",
+        "machine": device.machine(),
+        "source": {"name": source.resolve().name, "sha256": fingerprint(source)},
+        "recipe": {
+            "method": recipe.method or "rounding to the nearest",
+            **({"rate": recipe.rate} if recipe.method == "dwq" else {}),
+            "bits_per_weight_asked": recipe.bpw,
+            "calibration": {"name": learn.name, "sha256": learn.sha256} if learns else None,
+            "dtype": done.dtype,
+        },
+        "bytes": {"before": done.bytes_before, "after": done.bytes_after},
+        "bits_per_weight": {"before": done.bits_before, "after": done.bits_after},
+        "losses": {
+            "text": None if done.text is None else {"name": done.text.name, "sha256": done.text.sha256},
+            **asdict(done.losses),
+            "kl_predicted": made.predicted,
+        },
+        "tokens_per_second": {
+            "before": asdict(done.speed_before), "after": asdict(done.speed_after), "computed": done.computed,
+        },
+        "weights": {name: how.packing() for name, how in done.formats.items()},
+    }  # fmt: skip
+
+
+def _bits(tensors: Tensors, parameters: int) -> float:
+    return 8 * sum(int(tensor.nbytes) for tensor in tensors.values()) / parameters
+
+
+def _file_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in weight_files(path))

@@ -1,0 +1,1 @@
+"""Model and adapter directories on disk: described, loaded, fused, written."""

@@ -1,0 +1,330 @@
+"""Adapters in figures: which modules, what ranks, how strong; and mlx-lm's directory of one, read and checked.
+
+Knows `adapter_config.json`, the header of `adapters.safetensors` and how both name the modules of a model.
+Touches no array: importing this imports no MLX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from elm_mlx import files
+from elm_mlx.errors import InputError, counted
+from elm_mlx.json_files import read_object
+from elm_mlx.model.families import Config
+from elm_mlx.store import headers
+
+WEIGHTS = "adapters.safetensors"
+CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+KINDS = ("lora", "dora", "full")
+
+EMBEDDING = "transformer.token_embeddings"
+# What the files call the embedding when its adapter is not seen by a tied head. mlx-lm's tied head always sees it
+# and would compute something else; it knows no such module, so it refuses the file.
+INPUT_EMBEDDING = "transformer.input_embeddings"
+
+Rank = int | Sequence[int] | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What is adapted, and how.
+
+    Args:
+        kind: "lora", "dora", or "full": weights that replace the model's own.
+        ranks: by the canonical name of the module, in the model's order; empty for "full".
+        scale: what the product of the two matrices is multiplied by; alpha / rank in the literature. One for all.
+        dropout: of the input of the adapters, in training.
+        adapted_head: whether a tied head reads the adapted embedding, as in mlx-lm. CoreNet's and PEFT's read the
+            base's.
+        model_sha256: `fingerprint` of the model that it was made for, where known.
+        directory: where it was read from.
+    """
+
+    kind: str
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    scale: float = 1.0
+    dropout: float = 0.0
+    adapted_head: bool = False
+    model_sha256: str | None = None
+    directory: Path | None = None
+
+    @property
+    def rank(self) -> int:
+        """The largest rank."""
+        return max(self.ranks.values(), default=0)
+
+    def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
+        """The adapter's own parameters: name in the model -> shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for module, rank in self.ranks.items():
+            rows, columns = config.shapes()[f"{module}.weight"]
+            if module == EMBEDDING:
+                shapes |= {f"{module}.lora_a": (rows, rank), f"{module}.lora_b": (rank, columns)}
+            else:
+                shapes |= {f"{module}.lora_a": (columns, rank), f"{module}.lora_b": (rank, rows)}
+            if self.kind == "dora":
+                shapes[f"{module}.m"] = (rows,)
+        return shapes
+
+    def file_name(self, name: str, config: Config) -> str:
+        """What the directory calls the module or parameter `name`."""
+        if name.startswith(EMBEDDING) and config.share_input_output_layers and not self.adapted_head:
+            return INPUT_EMBEDDING + name.removeprefix(EMBEDDING)
+        return name
+
+    def unties(self, config: Config) -> bool:
+        """Whether merging it needs a head of its own: the base embedding, beside the adapted one."""
+        return EMBEDDING in self.ranks and config.share_input_output_layers and not self.adapted_head
+
+    def describe(self) -> str:
+        """One line for a person."""
+        if self.kind == "full":
+            return "weights of the whole model"
+        low, high = min(self.ranks.values()), self.rank
+        ranks = f"{low}" if low == high else f"{low} to {high}"
+        name = {"lora": "LoRA", "dora": "DoRA"}[self.kind]
+        return f"{name} of rank {ranks}, scale {self.scale:g}, on {counted(len(self.ranks), 'module')}"
+
+
+def plan(
+    config: Config,
+    *,
+    rank: Rank = 8,
+    alpha: float | None = None,
+    targets: Sequence[str] | None = None,
+    num_layers: int = -1,
+    dropout: float = 0.0,
+    dora: bool = False,
+    rslora: bool = False,
+    adapted_head: bool = False,
+) -> Adapter:
+    """An adapter for `config`'s model.
+
+    Args:
+        rank: one number; one for each layer of the model (an embedding and a head get the largest); or numbers by
+            pattern as in `targets`, or by a layer's number, the last that fits counts.
+        alpha: the strength: `scale` is alpha / rank, of the largest rank where they differ; None for twice that.
+        targets: modules by name or pattern, with or without what stands in front: `qkv_proj`, `ffn.*`,
+            `layers.3.*`, `token_embeddings`, `lm_head`; None for all linears of the layers.
+        num_layers: adapt the last so many layers alone; -1: all. Says nothing of the embedding and the head.
+        rslora: alpha / sqrt(rank) instead.
+        adapted_head: see `Adapter`.
+
+    Raises:
+        InputError: a target that names nothing, a rank for nothing or none for something, a number out of range.
+    """
+    if not (-1 <= num_layers <= config.num_layers):
+        raise InputError(
+            f"num_layers is {num_layers}, and the model has {counted(config.num_layers, 'layer')} (-1 means all)"
+        )
+    for name, value, most in (("alpha", alpha or 0.0, 1e6), ("dropout", dropout, 1 - 1e-9)):
+        if not 0 <= value <= most:
+            raise InputError(
+                f"{name} is {value}: a number from 0 to {'below 1' if most < 1 else f'{most:g}'} is needed"
+            )
+    first = 0 if num_layers == -1 else config.num_layers - num_layers
+    chosen = _choose(config, config.linears if targets is None else targets, first)
+    ranks = {module: _rank_of(module, rank, config) for module in chosen}
+    largest = max(ranks.values())
+    alpha = 2.0 * largest if alpha is None else alpha
+    scale = alpha / (math.sqrt(largest) if rslora else largest)
+    return Adapter("dora" if dora else "lora", ranks, scale, dropout, adapted_head)
+
+
+def read(directory: str | Path, config: Config) -> Adapter:
+    """The adapter in `directory`, every tensor's name and shape checked against `config`'s model.
+
+    Of mlx-lm's layout; `describe.read_adapter` reads PEFT's too.
+
+    Raises:
+        InputError: names the file, and the tensor and both shapes, where something is missing or does not fit.
+    """
+    path = files.expanded(directory)
+    adapter = _read_config(path, _read_json(path), config)
+    entries = {entry.name: entry for entry in headers.read(path / WEIGHTS)}
+    for name, entry in entries.items():
+        if entry.dtype not in ("F32", "F16", "BF16"):
+            raise InputError(f"{path / WEIGHTS}: tensor {name} is {entry.dtype}, which is no type of a weight")
+    if adapter.kind == "full":
+        expected = {name: shape for name, shape in config.shapes().items() if name in entries}
+    else:
+        rank = adapter.rank  # in the file all have the largest, filled up with zeros
+        full = Adapter(adapter.kind, dict.fromkeys(adapter.ranks, rank))
+        expected = {adapter.file_name(name, config): shape for name, shape in full.shapes(config).items()}
+    for name, shape in expected.items():
+        if name not in entries:
+            raise InputError(f"{path / WEIGHTS}: tensor {name} is missing, which {CONFIG} implies")
+        if entries[name].shape != shape:
+            raise InputError(f"{path / WEIGHTS}: tensor {name} is {entries[name].shape}, and the model needs {shape}")
+    extra = next((name for name in entries if name not in expected), None)
+    if extra is not None:
+        raise InputError(f"{path / WEIGHTS}: tensor {extra} has no place in this model under {CONFIG}")
+    if not entries:
+        raise InputError(f"{path / WEIGHTS}: holds no tensors")
+    return adapter
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether an adapter's directory is of PEFT's layout, which `elm_mlx_convert.read_peft` reads."""
+    try:
+        return "peft_type" in read_object(directory / CONFIG)
+    except InputError:
+        return False
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's arrays, in either layout; where PEFT's is missing, the first that it could be."""
+    names = PEFT_WEIGHTS if is_peft(directory) else (WEIGHTS,)
+    return next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
+
+
+def check_model(adapter: Adapter, sha256: str) -> None:
+    """Raises InputError where `adapter` says that it was made for a model of another fingerprint."""
+    if adapter.model_sha256 not in (None, sha256):
+        raise InputError(
+            f"{adapter.directory}: was made for a model with other weights; to use it here all the same, "
+            f"take model_sha256 out of its {CONFIG}"
+        )
+
+
+def to_config(adapter: Adapter, config: Config) -> dict[str, Any]:
+    """The keys of `adapter_config.json` that this package and mlx-lm read."""
+    values: dict[str, Any] = {"fine_tune_type": adapter.kind, "num_layers": -1}
+    if adapter.kind != "full":
+        keys = [adapter.file_name(module, config) for module in adapter.ranks]
+        values["lora_parameters"] = {
+            "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": keys,
+        }  # fmt: skip
+        if len(set(adapter.ranks.values())) > 1:
+            values["ranks"] = {adapter.file_name(module, config): rank for module, rank in adapter.ranks.items()}
+    if adapter.model_sha256 is not None:
+        values["model_sha256"] = adapter.model_sha256
+    return values
+
+
+def _matches(module: str, pattern: str) -> bool:
+    return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
+
+
+def _layer(module: str) -> int | None:
+    parts = module.split(".")
+    return int(parts[2]) if parts[1:2] == ["layers"] else None
+
+
+def _choose(config: Config, targets: Sequence[str], first: int) -> list[str]:
+    modules = config.modules()
+    for target in targets:
+        if not any(_matches(module, target) for module in modules):
+            tied = " (this model's head is its embedding)" if "lm_head" in target else ""
+            known = ", ".join(dict.fromkeys(module.split(".")[-1] for module in modules))
+            raise InputError(f"no module is called {target!r}{tied}; there are {known}")
+    chosen = [module for module in modules if any(_matches(module, target) for target in targets)]
+    chosen = [module for module in chosen if (layer := _layer(module)) is None or layer >= first]
+    if not chosen:
+        raise InputError("nothing is left to adapt: give targets, and num_layers above 0")
+    return chosen
+
+
+def _rank_of(module: str, rank: Rank, config: Config) -> int:
+    layer = _layer(module)
+    found: object = None
+    if isinstance(rank, int):
+        found = rank
+    elif isinstance(rank, Mapping):
+        for pattern, value in rank.items():
+            if str(pattern) == str(layer) or _matches(module, str(pattern)):
+                found = value
+        if found is None:
+            raise InputError(f"rank says nothing of {module}: a pattern '*' would fit all that no other fits")
+    elif len(rank) != config.num_layers:
+        raise InputError(f"rank has {counted(len(rank), 'entry')}, and the model {counted(config.num_layers, 'layer')}")
+    else:
+        found = max(rank) if layer is None else rank[layer]
+    if type(found) is not int or not 0 < found <= config.vocab_size:
+        raise InputError(f"the rank of {module} is {found!r}: a whole number from 1 to {config.vocab_size:,} is needed")
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
+    values = read_object(path / CONFIG)
+    if "peft_type" in values:
+        raise InputError(f"{path}: an adapter of PEFT, in another layout than mlx-lm's")
+    return values
+
+
+def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapter:
+    where = path / CONFIG
+    kind = values.get("fine_tune_type", "lora")
+    if kind not in KINDS:
+        raise InputError(f"{where}: fine_tune_type is {_short(kind)}; there are {', '.join(KINDS)}")
+    sha256 = values.get("model_sha256")
+    sha256 = sha256 if isinstance(sha256, str) else None
+    if kind == "full":
+        return Adapter(kind, model_sha256=sha256, directory=path)
+    parameters = values.get("lora_parameters")
+    if not isinstance(parameters, Mapping):
+        raise InputError(f"{where}: lora_parameters is missing, with rank and scale in it")
+    rank, scale = parameters.get("rank"), parameters.get("scale")
+    dropout = parameters.get("dropout", 0.0)
+    if type(rank) is not int or not 0 < rank <= config.vocab_size:
+        raise InputError(f"{where}: rank is {_short(rank)}: a whole number from 1 to {config.vocab_size:,} is needed")
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
+        raise InputError(f"{where}: scale is {_short(scale)}: a number is needed")
+    if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise InputError(f"{where}: dropout is {_short(dropout)}: a number from 0 to below 1 is needed")
+    keys = _keys(where, parameters.get("keys"), values.get("num_layers"), config)
+    ranks = _ranks(where, values.get("ranks"), keys, rank)
+    tied_embedding_seen = EMBEDDING in keys
+    modules = {EMBEDDING if key == INPUT_EMBEDDING else key: rank for key, rank in ranks.items()}
+    modules = {module: modules[module] for module in config.modules() if module in modules}
+    return Adapter(kind, modules, float(scale), float(dropout), tied_embedding_seen, sha256, path)
+
+
+def _keys(where: Path, keys: object, num_layers: object, config: Config) -> list[str]:
+    """The modules that mlx-lm's `keys` and `num_layers` mean: in the last layers, or by their full names."""
+    if num_layers is not None and type(num_layers) is not int:
+        raise InputError(f"{where}: num_layers is {_short(num_layers)}: a whole number is needed")
+    if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
+        raise InputError(f"{where}: keys is {_short(keys)}: a list of names is needed")
+    count = num_layers if num_layers and num_layers > 0 else config.num_layers
+    layers = range(config.num_layers)[-count:]
+    known = {*config.modules(), *([INPUT_EMBEDDING] if config.share_input_output_layers else [])}
+    found: dict[str, None] = {}
+    for key in config.linears if keys is None else keys:
+        named = [f"{config.layers_prefix}.{layer}.{key}" for layer in layers] if key in config.linears else [key]
+        if named[0] == config.embedding and named[0] not in known:
+            raise InputError(f"{where}: adapts the embedding, which is done for OpenELM alone")
+        if named[0] not in known:
+            hint = ": its head is untied, as after fusing" if key == INPUT_EMBEDDING else ""
+            raise InputError(f"{where}: keys names {_short(key)}, and this model has no such module{hint}")
+        found |= dict.fromkeys(named)
+    if not found or {EMBEDDING, INPUT_EMBEDDING} <= found.keys():
+        raise InputError(f"{where}: keys names {'the embedding twice' if found else 'no module'}")
+    return list(found)
+
+
+def _ranks(where: Path, ranks: object, keys: Sequence[str], most: int) -> dict[str, int]:
+    if ranks is None:
+        return dict.fromkeys(keys, most)
+    if not isinstance(ranks, Mapping) or set(ranks) != set(keys):
+        raise InputError(f"{where}: ranks and keys do not name the same modules")
+    for module, rank in ranks.items():
+        if type(rank) is not int or not 0 < rank <= most:
+            raise InputError(f"{where}: the rank of {module} is {_short(rank)}: one from 1 to {most} is needed")
+    if max(ranks.values()) != most:
+        raise InputError(f"{where}: rank is {most}, and the largest of ranks {max(ranks.values())}")
+    return dict(ranks)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,401 @@
+"""What a model directory holds, without loading it.
+
+Knows `config.json` and the headers of the weights; imports no MLX.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elm_mlx import files, json_files
+from elm_mlx.errors import InputError
+from elm_mlx.model import families
+from elm_mlx.store import headers
+
+if TYPE_CHECKING:
+    from elm_mlx.store.adapters import Adapter
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's widths and parameters."""
+
+    query_heads: int
+    kv_heads: int
+    ffn_dim: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model in figures. Sizes are in bytes; `memory` is per type that it can be computed in."""
+
+    path: str
+    parameters: int
+    embedding_parameters: int
+    dtype: str
+    file_bytes: int
+    memory: dict[str, int]
+    kv_bytes_per_token: dict[str, int]
+    vocab_size: int
+    model_dim: int
+    head_dim: int
+    context: int
+    glu: bool
+    qk_norm: bool
+    tied_head: bool
+    tokenizer: bool
+    layers: tuple[Layer, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class FamilyDescription:
+    """A model of another family in figures. Sizes as in `Description`.
+
+    Attributes:
+        family: its name, such as "Llama".
+        linears: of a layer: what an adapter can be put on.
+        keeps: "keys and values", or "a state", of which nothing can be taken back.
+    """
+
+    path: str
+    family: str
+    parameters: int
+    embedding_parameters: int
+    dtype: str
+    file_bytes: int
+    memory: dict[str, int]
+    kv_bytes_per_token: dict[str, int]
+    vocab_size: int
+    model_dim: int
+    num_layers: int
+    context: int
+    tied_head: bool
+    tokenizer: bool
+    linears: tuple[str, ...]
+    keeps: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """An adapter in figures.
+
+    Attributes:
+        summary: kind, rank and scale.
+        share: of its parameters in the model's.
+        head: what a tied head reads.
+        made_for: what it says of the model that it was made for.
+        modules: kind of module -> its ranks, of layers first to last.
+    """
+
+    path: str
+    summary: str
+    parameters: int
+    share: float
+    file_bytes: int
+    head: str
+    made_for: str
+    modules: dict[str, str]
+
+
+def read_config(path: Path) -> families.Config:
+    """The config of a model directory, of an OpenELM or of another family. Raises InputError where it makes none."""
+    config = families.read(path)
+    if isinstance(config, families.FamilyConfig) and any(path.glob("model*.safetensors")):
+        return families.with_own_head(config, weight_files(path))
+    return config
+
+
+def read_adapter(path: Path, config: families.Config) -> Adapter:
+    """The adapter in a directory, of mlx-lm's layout or of PEFT's, every tensor checked against `config`'s model.
+
+    Raises:
+        InputError: it cannot be read, does not fit, or is of a kind that cannot be expressed here.
+    """
+    from elm_mlx.store import adapters
+
+    if adapters.is_peft(path):
+        import elm_mlx_convert
+
+        adapter: Adapter = elm_mlx_convert.read_peft(path, config)[0]
+        return adapter
+    return adapters.read(path, config)
+
+
+def config_values(path: Path) -> dict[str, Any]:
+    """What `config.json` says, for a directory that is made of this one. Raises as `read_config`.
+
+    Of another family it says how the head is tied: where that is unsaid, mlx-lm takes it otherwise than transformers.
+    """
+    values, config = json_files.read_object(path / "config.json"), read_config(path)
+    if isinstance(config, families.FamilyConfig):
+        values["tie_word_embeddings"] = config.share_input_output_layers
+    return values
+
+
+def describe_adapter(path: Path, model: Path) -> AdapterDescription:
+    """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
+    from elm_mlx.store import adapters
+
+    config = read_config(model)
+    adapter = read_adapter(path, config)
+    if adapter.model_sha256 is not None:
+        adapters.check_model(adapter, fingerprint(model))
+    weights = adapters.weights_file(path)
+    shapes = adapter.shapes(config) or {entry.name: entry.shape for entry in headers.read(weights)}
+    parameters = sum(math.prod(shape) for shape in shapes.values())
+    ranks: dict[str, list[int]] = {}
+    for module, rank in adapter.ranks.items():
+        ranks.setdefault(module.split(".")[-1], []).append(rank)
+    return AdapterDescription(
+        path=str(path),
+        summary=adapter.describe(),
+        parameters=parameters,
+        share=parameters / sum(math.prod(shape) for shape in config.shapes().values()),
+        file_bytes=weights.stat().st_size,
+        head=_head(adapter, config),
+        made_for="this model" if adapter.model_sha256 else "a model of these shapes; it does not say which",
+        modules={module: _runs(of_layers) for module, of_layers in ranks.items()},
+    )
+
+
+def _head(adapter: Adapter, config: families.Config) -> str:
+    from elm_mlx.store import adapters
+
+    if not config.share_input_output_layers or adapters.EMBEDDING not in adapter.ranks:
+        return "as in the model"
+    return "reads the adapted embedding" if adapter.adapted_head else "reads the embedding without its adapter"
+
+
+def _runs(ranks: list[int]) -> str:
+    """`8, in 3 modules` or, where they differ, all of them."""
+    if len(set(ranks)) > 1:
+        return ", ".join(map(str, ranks))
+    return f"{ranks[0]}" + (f", in {len(ranks)} layers" if len(ranks) > 1 else "")
+
+
+def describe(path: Path) -> Description | FamilyDescription:
+    """Read `path`'s config and headers. Raises InputError where they cannot be read."""
+    config = read_config(path)
+    if isinstance(config, families.FamilyConfig):
+        return _describe_other(path, config)
+    sizes = {name: math.prod(shape) for name, shape in config.shapes().items()}
+    parameters = sum(sizes.values())
+    of_layers = [0] * config.num_layers
+    for name, size in sizes.items():
+        if name.startswith(f"{config.layers_prefix}."):
+            of_layers[int(name.split(".")[2])] += size
+    widths = zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, of_layers, strict=True)
+    layers = tuple(Layer(*each) for each in widths)
+    dtype, file_bytes = _stored(path, config)
+    return Description(
+        path=str(path),
+        parameters=parameters,
+        embedding_parameters=sizes["transformer.token_embeddings.weight"],
+        dtype=dtype,
+        file_bytes=file_bytes,
+        memory={"float32": 4 * parameters, "16 bits": 2 * parameters},
+        kv_bytes_per_token={"float32": config.kv_bytes_per_token(4), "16 bits": config.kv_bytes_per_token(2)},
+        vocab_size=config.vocab_size,
+        model_dim=config.model_dim,
+        head_dim=config.head_dim,
+        context=config.max_context_length,
+        glu=config.ffn_with_glu,
+        qk_norm=config.normalize_qk_projections,
+        tied_head=config.share_input_output_layers,
+        tokenizer=families.tokenizer_file(path) is not None,
+        layers=layers,
+    )
+
+
+def _describe_other(path: Path, config: families.FamilyConfig) -> FamilyDescription:
+    dtype, file_bytes = _stored(path, config)
+    return FamilyDescription(
+        path=str(path),
+        family=config.family.name,
+        parameters=config.parameters,
+        embedding_parameters=math.prod(config.shapes()[f"{config.embedding}.weight"]),
+        dtype=dtype,
+        file_bytes=file_bytes,
+        memory={"float32": 4 * config.parameters, "16 bits": 2 * config.parameters},
+        kv_bytes_per_token={"float32": config.kv_bytes_per_token(4), "16 bits": config.kv_bytes_per_token(2)},
+        vocab_size=config.vocab_size,
+        model_dim=config.model_dim,
+        num_layers=config.num_layers,
+        context=config.max_context_length,
+        tied_head=config.share_input_output_layers,
+        tokenizer=families.tokenizer_file(path) is not None,
+        linears=config.linears,
+        keeps="keys and values" if config.family.positions else "a state",
+    )
+
+
+def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
+    """`path`, if it looks like a model directory; else an InputError that says what to do."""
+    path = files.expanded(path)
+    if not path.exists():
+        near = _nearest(path)
+        raise InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _where_from(path)))
+    if not path.is_dir() and path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+        raise InputError(f"{path}: a file of the model directory {path.parent}: give that one")
+    if not path.is_dir():
+        raise InputError(
+            f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of an OpenELM's checkpoint"
+        )
+    if not (path / "config.json").exists():
+        raise InputError(f"{path}: {_no_model(path)}")
+    if with_tokenizer and families.tokenizer_file(path) is None:
+        other = families.is_other(path)
+        name, again = (
+            ("tokenizer.json", "") if other else ("tokenizer.model", ", or convert that again with --tokenizer")
+        )
+        raise InputError(
+            f"{path}: holds no {name}, so it reads and writes no text: copy the one of the model that it was "
+            f"made from into it{again}"
+        )
+    return path
+
+
+def _nearest(path: Path) -> Path | None:
+    """The model directory beside `path` whose name is most like its."""
+    import difflib
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, 1, 0.75)
+    return path.with_name(found[0]) if found else None
+
+
+def _where_from(path: Path) -> str:
+    """How one comes to a model directory; `path` may be the name of a repository."""
+    if len(path.parts) == 2 and not path.parent.exists() and not path.is_absolute():
+        return (
+            f"if it is a repository on the hub, `elm-mlx convert {path} DST` makes one of an OpenELM, and "
+            f"`hf download {path} --local-dir DST` fetches one of another family, which is used as it is"
+        )
+    return (
+        "`elm-mlx convert SRC DST` makes one of an OpenELM's checkpoint or repository; one of another family, such as "
+        "a Llama, is used as it is"
+    )
+
+
+def _no_model(path: Path) -> str:
+    """What a directory without `config.json` is, and what can be done with it."""
+    adapter, run = (_read_if_there(path / name) for name in ("adapter_config.json", "run.json"))
+    settings = run.get("settings") if run else None
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if adapter is None and run is not None and run.get("command") in ("lora", "dpo"):
+        command = f"elm-mlx {run['command']} --out {path} --resume"
+        return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
+    if adapter is None:
+        return "holds no config.json, so it is no model directory"
+    if "peft_type" in adapter:
+        base = adapter.get("base_model_name_or_path")
+        named = f"its model ({base})" if isinstance(base, str) and base else "its model"
+        return f"an adapter of PEFT, and no model directory by itself: give {named} and `--adapter {path}`"
+    full = adapter.get("fine_tune_type") == "full"
+    what = "the trained weights of a model, kept as an adapter" if full else "an adapter"
+    model = model or adapter.get("model")  # mlx-lm's says it there
+    named = model if isinstance(model, str) else "MODEL"
+    return (
+        f"{what}, and no model directory by itself: give {named} and `--adapter {path}`, "
+        f"or make one of both by `elm-mlx fuse {named} {path} DST`"
+    )
+
+
+def _read_if_there(path: Path) -> dict[str, Any] | None:
+    try:
+        return json_files.read_object(path)
+    except InputError:
+        return None
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files of `path`'s weights: those that the index names, where there is one; else all that look like it.
+
+    Raises:
+        InputError: there is none, or one is missing.
+    """
+    files = sorted(path.glob("model*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = json_files.read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise InputError(f"{index}: holds no weight_map of names of files")
+        named = set(weight_map.values())
+        missing = sorted(named - {file.name for file in files})
+        if missing:
+            raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")
+        files = [file for file in files if file.name in named]
+    if not files:
+        raise InputError(f"{path}: holds no model.safetensors")
+    return files
+
+
+def fingerprint(path: str | Path) -> str:
+    """What tells a model's weights from others': SHA-256 over the headers of its files and a piece of each tensor.
+
+    Reads 4 KB a tensor, from its middle, so that it takes milliseconds for a model of any size.
+    """
+    digest = hashlib.sha256()
+    for file in weight_files(Path(path)):
+        entries = headers.read(file)
+        with file.open("rb") as stream:
+            length = 8 + int.from_bytes(stream.read(8), "little")
+            for entry in entries:
+                digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
+                stream.seek(length + max(entry.begin, (entry.begin + entry.end) // 2 - 2048))
+                digest.update(stream.read(min(4096, entry.end - entry.begin)))
+    return digest.hexdigest()
+
+
+def missing(path: Path, name: str) -> InputError:
+    """What is said of a tensor that a model directory lacks."""
+    untied = "; config.json does not say that it is the embedding (tie_word_embeddings)"
+    return InputError(f"{path}: tensor {name} is missing{untied if name == 'lm_head.weight' else ''}")
+
+
+def _stored(path: Path, config: families.Config) -> tuple[str, int]:
+    """The weights' type, by their headers, and their size on disk."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
+    files = weight_files(path)
+    entries = {entry.name: entry for file in files for entry in headers.read(file)}
+    for name, shape in config.shapes().items():
+        if name not in entries:
+            raise missing(path, name)
+        found = entries[name].shape
+        if name.endswith("conv1d.weight") and len(found) == 3:  # in PyTorch's order, or MLX's
+            found = (found[0], max(found[1:]), min(found[1:]))
+        if config.quantization is not None and len(found) == len(shape):  # a packed row has fewer values
+            found = (*found[:-1], shape[-1])
+        if found != shape:
+            raise InputError(f"{path}: tensor {name} is {entries[name].shape}, and config.json implies {shape}")
+    types = {entry.dtype for entry in entries.values()}
+    floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))
+    if config.quantization is not None:
+        parameters = sum(math.prod(shape) for shape in config.shapes().values())
+        per_weight = 8 * sum(entry.end - entry.begin for entry in entries.values()) / parameters
+        floats = f"{_packed(config.quantization)}, scales {floats}, {per_weight:.2f} bits a weight"
+    return floats, sum(file.stat().st_size for file in files)
+
+
+def _packed(quantization: Mapping[str, Any]) -> str:
+    """Bits and group sizes of the default and of the weights that have their own; a float mode by its name."""
+    ways = [quantization, *(way for way in quantization.values() if isinstance(way, Mapping))]
+    modes = sorted({str(way["mode"]) for way in ways if way.get("mode", "affine") != "affine"})
+    bits, groups = (sorted({way.get(name) for way in ways}, key=str) for name in ("bits", "group_size"))
+    told = f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
+    return " ".join([*modes, told])

@@ -1,0 +1,79 @@
+"""An adapter from one tool's directory to another's, for a given model.
+
+Knows what a path is: an adapter of ours, of PEFT's, a CoreNet checkpoint. Reading and writing the others' files is
+`elm_mlx_convert`'s.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import elm_mlx_convert
+from elm_mlx import directories, files
+from elm_mlx.errors import InputError
+from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.store import adapt, adapters
+from elm_mlx.store.adapters import Adapter
+from elm_mlx.store.describe import check_directory, read_config
+from elm_mlx.store.loading import open_adapter
+from elm_mlx.text import chat_template
+
+
+def convert_adapter(
+    model: Path,
+    src: Path,
+    dst: Path,
+    *,
+    to: str = "mlx",
+    alpha: float | None = None,
+    settings: Path | None = None,
+    overwrite: bool = False,
+) -> Adapter:
+    """Reads the adapter `src` for the model in `model`, and writes it to `dst`, which appears whole or not at all.
+
+    The chat template that it was trained by goes with it.
+
+    Args:
+        to: "mlx" or "peft".
+        alpha: strength of a CoreNet adapter; or it is in its YAML, `settings` or beside `src`.
+
+    Raises:
+        InputError: `src` cannot be read or does not fit, `dst` is taken, or the layout cannot express the adapter.
+        ElmError: it cannot be written.
+    """
+    config = read_config(check_directory(model))
+    directories.check_destination(dst, directories.ADAPTER, overwrite, (src, model))
+    found, values = _read(model, src, config, alpha, settings)
+    with files.new_directory(dst, replace=overwrite) as directory:
+        if to == "peft":
+            elm_mlx_convert.write_peft(directory, found, values, config)
+        else:
+            adapt.write(directory, found, {name: mx.array(value) for name, value in values.items()}, config)
+        trained_by, _ = chat_template.own_source(src)
+        if trained_by is not None:
+            chat_template.record(directory, trained_by)
+    return found
+
+
+def _read(
+    model: Path, src: Path, config: Config, alpha: float | None, settings: Path | None
+) -> tuple[Adapter, dict[str, np.ndarray]]:
+    if (src / adapters.CONFIG).is_file():
+        adapter = open_adapter(src, model, config)
+        if adapter.kind == "full":
+            raise InputError(f"{src}: weights of the whole model are no adapter; `elm-mlx fuse` merges them")
+        return adapter, {name: np.array(value) for name, value in adapt.read_values(adapter, config).items()}
+    if not src.exists():
+        raise InputError(f"{src}: no such file or directory")
+    if isinstance(config, FamilyConfig):
+        raise InputError(f"{src}: holds no {adapters.CONFIG}, which an adapter of a {config.family.name} has")
+    found: tuple[Adapter, dict[str, np.ndarray]] = elm_mlx_convert.read_corenet(
+        src, config, alpha=alpha, settings=settings
+    )
+    odd = next((name for name, value in found[1].items() if not np.isfinite(value).all()), None)
+    if odd is not None:
+        raise InputError(f"{src}: {odd} holds values that are no numbers, or infinite")
+    return found

@@ -1,0 +1,266 @@
+"""A model directory on disk: check it, load it.
+
+Knows `config.json`, the safetensors beside it and how quantized weights lie in them; of an OpenELM, or of a family
+that `families` knows. Knows nothing of where a directory came from; `convert` makes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from elm_mlx import device, files
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.network import Model
+from elm_mlx.store import headers
+from elm_mlx.store.describe import check_directory, fingerprint, missing, read_adapter, read_config, weight_files
+from elm_mlx.text import end_tokens
+from elm_mlx.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
+    from elm_mlx.store.adapters import Adapter
+
+# group_size, bits and mode of a quantized weight, as mx.dequantize takes them
+Packing = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a model directory holds.
+
+    Attributes:
+        model: of another family it is mlx-lm's network, which speaks `Model`'s protocol; its names are mlx-lm's.
+        tokenizer: None where the directory has none.
+        stored: how the weights lie on disk, such as "bfloat16" or "4-bit, group 64".
+        notes: lines that a user should know of, such as what the weights are computed in.
+    """
+
+    model: Model
+    tokenizer: Tokenizer | None
+    stored: str
+    notes: tuple[str, ...]
+
+
+def load(
+    path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None
+) -> tuple[Model, Tokenizer]:
+    """The model and tokenizer of a model directory.
+
+    `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
+    computes in the type that is stored, and a CPU in float32 where memory allows. `adapter_path` is a directory
+    with an adapter for the model, made here or by mlx-lm.
+
+    Raises:
+        InputError: names the file, and the tensor, that is missing or does not fit. Where the tokenizer is,
+            `load_model` loads the model alone.
+    """
+    loaded = open_model(check_directory(files.expanded(path), with_tokenizer=True), compute_dtype, adapter_path)
+    assert loaded.tokenizer is not None
+    return loaded.model, loaded.tokenizer
+
+
+def load_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Model:
+    """The model of a directory, which needs no tokenizer. As `load` otherwise."""
+    return open_model(path, compute_dtype, adapter_path).model
+
+
+def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:
+    """`load`, with what there is to say about it."""
+    path = check_directory(files.expanded(path))
+    config = read_config(path)
+    vocabulary = end_tokens.read(path, config)
+    config = _ending(config, vocabulary.end_ids)
+    adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
+    weights, packing = read_weights(path, config)
+    stored = stored_type(config, weights, packing)
+    how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
+    model = _network(config)
+    if how.unpack:
+        _unpack(weights, packing)
+    elif packing:
+        nn.quantize(model, class_predicate=lambda module, _: packing.get(f"{module}.weight", False))
+    for name in list(weights):  # one by one, so that both types of all weights are never in memory together
+        if mx.issubdtype(weights[name].dtype, mx.floating):
+            weights[name] = weights[name].astype(how.dtype)
+        try:
+            mx.eval(weights[name])
+        except RuntimeError as error:  # a file that is cut meanwhile, memory that is not there
+            raise ElmError(f"{path}: tensor {name} cannot be loaded: {error}") from None
+    model.load_weights(list(weights.items()))
+    model.eval()
+    model.freeze()
+    adapted = None
+    if adapter is not None:
+        from elm_mlx.store import adapt
+
+        adapt.load(model, adapter)
+        adapted = f"adapter {adapter.directory}: {adapter.describe()}"
+    device.wire(sum(value.nbytes for _, value in tree_flatten(model.parameters())))
+    hindrance = device.compile_hindrance()
+    uncompiled = (
+        f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
+    )
+    untied = None
+    if isinstance(config, FamilyConfig) and config.own_head:
+        untied = "the weights hold a head of their own, which is used, though config.json says tie_word_embeddings"
+    notes = (how.note, adapted, uncompiled, untied, *vocabulary.notes)
+    return Loaded(model, vocabulary.tokenizer, _describe(stored, packing), tuple(filter(None, notes)))
+
+
+def _ending(config: Config, end_ids: tuple[int, ...]) -> Config:
+    """With the tokens that end a text, of whatever file of the directory."""
+    if isinstance(config, FamilyConfig):
+        return replace(config, eos_token_ids=end_ids)
+    return replace(config, eos_token_id=end_ids)
+
+
+def _network(config: Config) -> Model:
+    """With random weights, not computed."""
+    if not isinstance(config, FamilyConfig):
+        return Model(config)
+    from elm_mlx.model import other_networks
+
+    return other_networks.network(config)
+
+
+def computation(path: Path, config: Config, compute_dtype: str | None = None) -> device.Computation:
+    """What `open_model` would compute in. Raises InputError as it does."""
+    weights, packing = read_weights(path, config)
+    return device.computation(stored_type(config, weights, packing), config.parameters, bool(packing), compute_dtype)
+
+
+def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
+    """The type that the model came in: its embedding's, or where that is quantized a norm's, or its scales'."""
+    embedding = f"{config.embedding}.weight"
+    if embedding not in packing:
+        return weights[embedding].dtype
+    parts = {part for name in packing for part in (name, _scales(name), _biases(name))}
+    whole = [value.dtype for name, value in weights.items() if name not in parts]
+    if whole:
+        return whole[0]
+    scales = weights[_scales(embedding)].dtype  # the first OLMo's norms have no weights
+    return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
+
+
+def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapter:
+    """The adapter in a directory, checked against the model in `path`: its shapes, and its weights where known.
+
+    Raises:
+        InputError: it does not fit, or says that it was made for other weights.
+    """
+    from elm_mlx.store import adapters
+
+    adapter = read_adapter(files.expanded(adapter_path), config)
+    if adapter.model_sha256 is not None:
+        adapters.check_model(adapter, fingerprint(path))
+    return adapter
+
+
+def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[str, Packing]]:
+    """Every tensor of a model directory, not yet read from the disk, and how those that are quantized lie in it.
+
+    Raises:
+        InputError: names the file, and the tensor, that is missing or does not fit `config`.
+    """
+    weights = _read_weights(path)
+    if isinstance(config, FamilyConfig):
+        from elm_mlx.model import other_networks
+
+        weights = other_networks.sanitized(config, weights)
+    packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
+    _check_weights(config, packing, weights, path)
+    return weights, packing
+
+
+def _read_weights(path: Path) -> dict[str, mx.array]:
+    """Every tensor of the directory's `model*.safetensors`, not yet read from the disk."""
+    weights: dict[str, mx.array] = {}
+    for file in weight_files(path):
+        headers.read(file)  # MLX believes a header
+        try:
+            tensors = mx.load(str(file))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{file}: MLX cannot load it: {error}") from None
+        twice = next((name for name in tensors if name in weights), None)
+        if twice is not None:
+            raise InputError(f"{file}: tensor {twice} is in another file of the directory too")
+        weights.update(tensors)
+    return weights
+
+
+def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path) -> None:
+    """Every tensor that `config` wants, in its shape, and no other."""
+    expected = dict(config.shapes())
+    # Scales of the "mx" and "nv" modes are 8-bit floats, which MLX keeps as bytes.
+    bytes_ = {_scales(name) for name, how in packing.items() if how["mode"] != "affine"}
+    for name, how in packing.items():
+        rows, width = expected[name]
+        expected[name] = (rows, width * how["bits"] // 32)
+        for part in (_scales(name), _biases(name)):
+            if part in weights:
+                expected[part] = (rows, width // how["group_size"])
+    for name, shape in expected.items():
+        if name not in weights:
+            raise missing(path, name)
+        if weights[name].shape != shape:
+            raise InputError(f"{path}: tensor {name} is {weights[name].shape}, and config.json implies {shape}")
+        if name in packing:
+            _check_packed(name, packing[name], weights, path)
+        elif not (mx.issubdtype(weights[name].dtype, mx.floating) or name in bytes_):
+            raise InputError(f"{path}: tensor {name} is {weights[name].dtype}, which is no type of a weight")
+    extra = next((name for name in weights if name not in expected), None)
+    if extra is not None:
+        raise InputError(f"{path}: tensor {extra} has no place in the model that config.json describes")
+
+
+def _check_packed(name: str, how: Packing, weights: dict[str, mx.array], path: Path) -> None:
+    try:
+        mx.dequantize(weights[name], weights[_scales(name)], weights.get(_biases(name)), **how)  # not computed
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: tensor {name} cannot be dequantized as config.json says: {error}") from None
+
+
+def _packing(config: Config, name: str) -> Packing:
+    """How the weight `name` is quantized: its own entry in the config, or the config's default."""
+    quantization = config.quantization
+    if quantization is None:
+        raise InputError(f"tensor {name} is quantized, and config.json has no `quantization` to say how")
+    own = quantization.get(name.removesuffix(".weight"))
+    how = own if isinstance(own, Mapping) else quantization
+    group_size, bits, mode = how.get("group_size"), how.get("bits"), how.get("mode", "affine")
+    if type(group_size) is not int or type(bits) is not int or not (0 < group_size <= 1024 and 0 < bits <= 32):
+        raise InputError("config.json: `quantization` needs whole numbers `group_size` and `bits`")
+    return {"group_size": group_size, "bits": bits, "mode": str(mode)}
+
+
+def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
+    """Replace quantized weights by the values that they stand for."""
+    from elm_mlx.model import lora_layers
+
+    for name, how in packing.items():
+        scales, biases = weights.pop(_scales(name)), weights.pop(_biases(name), None)
+        weights[name] = lora_layers.dequantize(weights[name], scales, biases, **how)
+        mx.eval(weights[name])
+
+
+def _scales(name: str) -> str:
+    return name.removesuffix("weight") + "scales"
+
+
+def _biases(name: str) -> str:
+    return name.removesuffix("weight") + "biases"
+
+
+def _describe(stored: mx.Dtype, packing: Mapping[str, Packing]) -> str:
+    if not packing:
+        return str(stored).removeprefix("mlx.core.")
+    bits = sorted({how["bits"] for how in packing.values()})
+    groups = sorted({how["group_size"] for how in packing.values()})
+    return f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"

@@ -1,0 +1,409 @@
+"""A conversation as token ids: the OpenELM-instruct template, and templates that come with a model.
+
+Knows what stands between messages, and what ends an answer. A control token comes from the template alone: its
+name in a message is text, whoever wrote it. Knows nothing of models, caches and context lengths.
+
+A template makes *parts*: runs of text, and ids of control tokens between them. Each run is encoded by itself, as
+Llama's tokenizer in Hugging Face's libraries does ("legacy" behaviour, which the instruct models were trained
+with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from elm_mlx import files, reading
+from elm_mlx.directories import TEMPLATES
+from elm_mlx.errors import InputError
+from elm_mlx.json_files import read_object_if_there
+from elm_mlx.text import jinja
+from elm_mlx.text.jinja import Conversation
+from elm_mlx.text.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, str]]
+Part = str | int
+
+ROLES = ("system", "user", "assistant")
+OPENELM_INSTRUCT, NONE = "openelm-instruct", "none"
+FILE_NAME = "chat_template.jinja"
+_MAX_BYTES = 1 << 20  # of a template's file; the longest in the wild has 30 KB
+
+# `OpenELMInstruct` in Jinja, to be written beside a model for mlx-lm and transformers; the ids are the same.
+OPENELM_INSTRUCT_JINJA = r"""{{ bos_token }}
+{%- if messages[0]['role'] != 'system' %}{{ '<|system|>\n' + eos_token + '\n' }}{% endif %}
+{%- for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+
+class Template(ABC):
+    """How one tokenizer's model was taught to converse.
+
+    Attributes:
+        stop_ids: the tokens that end an answer.
+        stop_strings: texts that end one, where the model goes on to the next turn by itself. Not part of it.
+    """
+
+    stop_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+        """Each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
+
+        Args:
+            conversations: of each its messages, and whether to end with what makes the model answer.
+
+        Raises:
+            InputError: the template does not take one of them.
+        """
+
+    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        """One conversation, as `parts_of`."""
+        return self.parts_of([(messages, add_generation_prompt)])[0]
+
+    def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+        """The ids of the conversation, exactly one BOS in front.
+
+        Args:
+            messages: each with a `role` of ROLES and its `content`.
+            add_generation_prompt: end with what makes the model answer.
+
+        Raises:
+            InputError: there is no message, or one is malformed, or the template does not take it.
+        """
+        return self.tokenizer.encode_parts(self.parts(check_messages(messages), add_generation_prompt))
+
+    def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
+        """`encode(messages)`, beginning with `ids` wherever the template allows, so that a cache of them serves on.
+
+        An answer's text, encoded, need not give the ids that the model chose, and templates may rewrite what
+        was said. Where the template closes an answer with a control token and leaves what came before alone,
+        the result is `ids`, that token unless `ids` end with it, and the new message. Otherwise it is
+        `encode(messages)`, of which a cache may still share a beginning.
+
+        Args:
+            ids: the conversation up to and with its last answer, in the ids that the model saw and chose.
+            messages: the same, and one new message.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        messages = check_messages(messages)
+        if len(messages) < 3 or messages[-2]["role"] != "assistant":
+            return self.encode(messages)
+        after, asked, answered = self.parts_of([(messages, True), (messages[:-2], True), (messages[:-1], False)])
+        # Some close a whole conversation by more than an answer in it.
+        same = next((i for i, (a, b) in enumerate(zip(answered, after, strict=False)) if a != b), len(answered))
+        end = max((i for i, part in enumerate(after[:same]) if isinstance(part, int)), default=-1)
+        if len(_controls(after[: end + 1])) <= len(_controls(asked)):
+            return self.tokenizer.encode_parts(after)
+        said = list(ids[:-1] if ids and ids[-1] in self.stop_ids else ids)
+        return said + self.tokenizer.encode_parts(after[end:])
+
+
+class OpenELMInstruct(Template):
+    """The template of the OpenELM-instruct models, which is the alignment handbook's for zephyr.
+
+    A conversation without a system message gets an empty one, as in their training.
+    """
+
+    stop_strings = tuple(f"\n<|{role}|>\n" for role in ROLES)
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        if tokenizer.bos_id is None or tokenizer.eos_id is None:
+            raise InputError(f"{tokenizer.path}: has no BOS or no EOS, and the template {OPENELM_INSTRUCT} needs both")
+        self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
+        self.stop_ids = _unique(*tokenizer.eos_ids, self._eos)
+
+    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+        return [self._parts(messages, prompt) for messages, prompt in conversations]
+
+    def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": ""}, *messages]
+        parts: list[Part] = [self._bos]
+        newline = ""
+        for message in messages:
+            parts += [f"{newline}<|{message['role']}|>\n{message['content']}", self._eos]
+            newline = "\n"
+        return [*parts, "\n<|assistant|>\n" if add_generation_prompt else "\n"]
+
+
+class JinjaTemplate(Template):
+    """A template that came with a model.
+
+    BOS is put in front where the template doesn't write it (in Hugging Face's libraries it is then missing), unless
+    the tokenizer is one that was made for those.
+
+    Args:
+        source: Jinja text.
+        where: its file, for messages.
+        names: what `bos_token`, `eos_token` and their like are called, for the template to write.
+
+    Raises:
+        InputError: `source` is no Jinja.
+        LimitError: it does not stay within the limits of `jinja`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
+        super().__init__(tokenizer)
+        if not source.strip():
+            raise InputError(f"{where}: the chat template is blank ({jinja.INSTEAD})")
+        self._source, self._where, self._names = source, where, dict(names)
+        self._ids = tokenizer.control_ids
+        self._first, self._last = {name[0] for name in self._ids}, {name[-1] for name in self._ids}
+        self._pattern = tokenizer.names_of_controls()
+        self.stop_ids, self.stop_strings = self._ends()
+
+    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+        mark = self._unused_character([message for messages, _ in conversations for message in messages])
+        shielded = [(self._shielded(messages, mark), prompt) for messages, prompt in conversations]
+        differing = [i for i, (messages, _) in enumerate(shielded) if any(mark in m["content"] for m in messages)]
+        rendered = self._render([*conversations, *(shielded[i] for i in differing)])
+        for text in rendered:
+            if isinstance(text, jinja.Refusal):
+                raise text
+        split = [self._split(text) for text in rendered if isinstance(text, str)]
+        for i, safe in zip(differing, split[len(conversations) :], strict=True):
+            if _controls(split[i]) != _controls(safe):  # a message holds the name of a control token
+                split[i] = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
+        return [self._begun(parts) for parts in split[: len(conversations)]]
+
+    def _begun(self, parts: list[Part]) -> list[Part]:
+        bos = self.tokenizer.bos_id if self.tokenizer.bos_before_templates else None
+        parts = self.tokenizer.trimmed(parts)
+        return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
+
+    def _render(self, conversations: Sequence[Conversation]) -> list[str | jinja.Refusal]:
+        return jinja.render(self._source, self._where, conversations, self._names)
+
+    def _split(self, text: str) -> list[Part]:
+        parts: list[Part] = []
+        start = 0
+        for match in self._pattern.finditer(text):
+            parts += [text[start : match.start()], self._ids[match[0]]]
+            start = match.end()
+        return [part for part in (*parts, text[start:]) if part != ""]
+
+    def _shielded(self, messages: Messages, mark: str) -> Messages:
+        return [{**message, "content": self._shield(message["content"], mark)} for message in messages]
+
+    def _shield(self, content: str, mark: str) -> str:
+        """`content` with `mark`s in it, so that no name of a control token can begin, end or lie in it.
+
+        They stand after each first character of a name and before each last one, and after the content's own
+        first character should all of it be the middle of a name. So none is beyond the space at its ends,
+        where the template could not trim it.
+        """
+        marked = {ord(c): mark * (c in self._last) + c + mark * (c in self._first) for c in self._first | self._last}
+        text = content.translate(marked)
+        word = content.strip()
+        if word and any(word in name for name in self._ids):
+            at = text.index(word[0]) + 1
+            text = text[:at] + mark + text[at:]
+        return text
+
+    def _unused_character(self, messages: Messages) -> str:
+        used = {*self._source, *"".join(self._ids), *(c for message in messages for c in message["content"])}
+        return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
+
+    def _ends(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """What the template writes after an answer: a control token, or else text."""
+        question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "\uf8ff"}
+        following = {"role": "user", "content": "\uf8fe"}
+        eos_ids = self.tokenizer.eos_ids
+        for text in self._render([([question, answer], False), ([question, answer, following], False)]):
+            if isinstance(text, jinja.Refusal):  # one that wants more of a conversation, say a system message
+                continue
+            ending = self._split(text.rpartition("\uf8ff")[2].partition("\uf8fe")[0])
+            written = [part for part in ending if isinstance(part, int) or part.strip()]
+            if written:
+                end = written[0]
+                return (_unique(*eos_ids, end), ()) if isinstance(end, int) else (eos_ids, (end.rstrip(),))
+        return eos_ids, ()
+
+
+def check_messages(messages: Messages) -> Messages:
+    """`messages`, each of which has a `role` of ROLES and a text as `content`. Raises InputError."""
+    if not messages:
+        raise InputError("a conversation needs a message")
+    for number, message in enumerate(messages, 1):
+        if message.get("role") not in ROLES:
+            raise InputError(f"message {number}: role is {message.get('role')!r}, and not one of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise InputError(f"message {number}: content is no text")
+    return messages
+
+
+def choose(
+    directory: Path, tokenizer: Tokenizer, override: str | None = None, adapter: Path | None = None
+) -> Template | None:
+    """The template to converse with the model in `directory` by; None for a base model, which just continues.
+
+    Args:
+        override: `openelm-instruct`, `none`, or a file of Jinja text, in place of the directory's own.
+        adapter: the directory of one that is in the model; the template that it was trained by goes before the model's.
+
+    Raises:
+        InputError: the template cannot be read, or does not go with the tokenizer.
+    """
+    directory = files.expanded(directory)
+    source, where = source_of(directory, override, adapter)
+    if source is None:
+        return None
+    if source == OPENELM_INSTRUCT_JINJA:  # the same ids, without Jinja
+        return OpenELMInstruct(tokenizer)
+    return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer))
+
+
+def prepare(directory: Path, override: str | None = None, adapter: Path | None = None) -> bool:
+    """Whether `choose` will find a template. What renders Jinja starts meanwhile, beside what the caller does next.
+
+    Raises:
+        InputError: the template cannot be read.
+    """
+    source, _ = source_of(directory, override, adapter)
+    if source not in (None, OPENELM_INSTRUCT_JINJA):
+        jinja.start()
+    return source is not None
+
+
+def source_of(directory: Path, override: str | None = None, adapter: Path | None = None) -> tuple[str | None, str]:
+    """The Jinja text that `choose` would take, if any, and where it stands. Raises InputError as it does."""
+    if override is not None:
+        return read_source(override), override
+    if adapter is not None:
+        source, where = own_source(adapter)
+        if source is not None:
+            return (source if source.strip() else None), where
+    return own_source(directory)
+
+
+def record(adapter: Path, source: str | None) -> None:
+    """Puts the template that an adapter was trained by into its directory; an empty one says that there was none.
+
+    Raises:
+        ElmError: it cannot be written.
+    """
+    files.write_text(adapter / FILE_NAME, source or "")
+
+
+def adopt(directory: Path, adapter: Path) -> str | None:
+    """Makes the template that an adapter was trained by the one of a model directory, which it was merged into.
+
+    Returns:
+        Where it stood; None where the adapter's directory says nothing, and the model's own stays.
+
+    Raises:
+        InputError: a template cannot be read.
+        ElmError: it cannot be written.
+    """
+    source, where = own_source(adapter)
+    if source is None:
+        return None
+    others = (path for folder in TEMPLATES for path in (directory / folder).glob("*.jinja"))
+    replaced = [path for path in others if path.stem == "default" or not source.strip()]
+    for path in (directory / FILE_NAME, directory / "chat_template.json", *replaced):
+        path.unlink(missing_ok=True)
+    settings = directory / "tokenizer_config.json"
+    values = read_object_if_there(settings)
+    if values.pop("chat_template", None) is not None:
+        files.write_text(settings, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    if source.strip():
+        files.write_text(directory / FILE_NAME, source)
+    return where
+
+
+def read_source(name: str) -> str | None:
+    """The Jinja text that `name` means: `openelm-instruct`, a file; None for `none`. Raises InputError."""
+    if name == NONE:
+        return None
+    if name == OPENELM_INSTRUCT:
+        return OPENELM_INSTRUCT_JINJA
+    path = files.expanded(name)
+    if not path.is_file():
+        raise InputError(f"{name}: no chat template: {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
+    return reading.text(path, _MAX_BYTES)
+
+
+def source_for(model_name: str) -> str | None:
+    """The Jinja text that goes with a checkpoint that is called so: OpenELM's instruct models say it in the name."""
+    return OPENELM_INSTRUCT_JINJA if "instruct" in model_name.lower() else None
+
+
+def own_source(directory: Path, option: str = "--template") -> tuple[str | None, str]:
+    """The directory's Jinja text, if it has one, and the file that it stands in. As transformers looks for it.
+
+    Args:
+        option: by which the caller takes another one, for messages.
+
+    Raises:
+        InputError: there is one, and it cannot be used.
+    """
+    directory = files.expanded(directory)
+    instead = jinja.INSTEAD.replace("--template", option)
+    folders = [directory / name for name in TEMPLATES]
+    for path in (*(folder / "default.jinja" for folder in folders), directory / FILE_NAME):
+        if os.path.lexists(path):  # a link to nowhere is an error too
+            return reading.text(path, _MAX_BYTES), str(path)
+    for folder in folders:
+        names = sorted(path.stem for path in folder.glob("*.jinja"))
+        if names:
+            raise InputError(f"{folder}: holds {', '.join(names)}, and no default ({instead})")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        path = directory / name
+        values = read_object_if_there(path)
+        value = values.get("chat_template")
+        if value is not None or (path.stem == "chat_template" and path.exists()):  # the file is there for nothing else
+            try:
+                return _default(value), str(path)
+            except ValueError as error:
+                raise InputError(f"{path}: chat_template {error} ({instead})") from None
+    return None, ""
+
+
+def _default(value: Any) -> str:
+    """The text that a JSON file's `chat_template` means: itself, or of several the one that is named so.
+
+    Raises:
+        ValueError: it means none; says why.
+    """
+    if isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in value):
+        value = {entry["name"]: entry.get("template") for entry in value}
+    if isinstance(value, dict) and value and "default" not in value:
+        raise ValueError(f"holds {', '.join(sorted(value))}, and no default")
+    text = value.get("default") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise ValueError("is no text, and no list of objects with a text each as name and template")
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"has more than {_MAX_BYTES >> 20} MB, which no template needs")
+    return text
+
+
+def _names(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """What a template's `bos_token`, `eos_token` and their like read; by the directory, or else by the tokenizer."""
+    pieces = tokenizer.control_ids
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    names = {name: piece for name, token in ids.items() for piece in pieces if pieces[piece] == token}
+    for name, value in read_object_if_there(directory / "tokenizer_config.json").items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if name.endswith("_token") and isinstance(text, str):
+            names[name] = text
+    return names
+
+
+def _controls(parts: Sequence[Part]) -> list[int]:
+    return [part for part in parts if isinstance(part, int)]
+
+
+def _unique(*ids: int) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(ids))

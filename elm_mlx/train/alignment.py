@@ -1,0 +1,155 @@
+"""Preference tuning from paths: a model directory and pairs in, a run's directory with an adapter out.
+
+Knows what differs from fine-tuning: what is read, what a batch is, what is made small, and that the model as it was
+is asked first. All else is `finetune`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from threading import Event
+
+import mlx.core as mx
+import numpy as np
+
+from elm_mlx.data import pairs
+from elm_mlx.data.examples import Prepared
+from elm_mlx.data.pairs import PairBatches
+from elm_mlx.errors import InputError
+from elm_mlx.model.network import Model
+from elm_mlx.train import checkpoint, memory, reference
+from elm_mlx.train.checkpoint import Identity
+from elm_mlx.train.finetuning import Data, Finetuning, Method, row_length
+from elm_mlx.train.interrupts import stop_requests
+from elm_mlx.train.listener import Listener
+from elm_mlx.train.loss import Objective
+from elm_mlx.train.preference import Preferring
+from elm_mlx.train.reference import Table
+from elm_mlx.train.settings import Settings
+
+
+class Alignment(Finetuning):
+    """A `Finetuning` on pairs. Its `splits` have two examples of each pair; a row holds whole pairs.
+
+    Args:
+        data: `format` and `train_on_prompt` have no meaning here; `max_length` is of an answer with its prompt.
+
+    Attributes:
+        on_reference: told how many pairs the reference's log-probabilities are computed of so far, and of how many.
+
+    Raises:
+        InputError: as `Finetuning`; or dropout, under which a margin would be mostly noise.
+    """
+
+    command, unit = "dpo", "pair"
+    batches: PairBatches
+    _validation: PairBatches | None
+
+    def __init__(
+        self,
+        model: Path,
+        data: Data,
+        method: Method,
+        preferring: Preferring,
+        out: Path,
+        *,
+        seed: int = 0,
+        compute_dtype: str | None = None,
+        resume: bool = False,
+    ) -> None:
+        self._preferring = preferring
+        self.on_reference: Callable[[int, int], None] = lambda done, pairs: None
+        if method.dropout:
+            raise InputError("pairs are compared without dropout: set it to 0")
+        super().__init__(model, data, method, out, seed=seed, compute_dtype=compute_dtype, resume=resume)
+
+    def count(self, split: str = "train") -> int:
+        return len(self.splits[split].examples) // 2
+
+    def _prepared(self) -> dict[str, Prepared]:
+        if not self._keeps_apart():
+            raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
+        tokenizer, template, length = self._encoding()
+        data = self._data
+        return pairs.load(
+            data.path, tokenizer, template, length, context=self.config.max_context_length, truncate=data.truncate,
+            skip_bad=data.skip_bad,
+        )  # fmt: skip
+
+    def _batches(self, prepared: Prepared, seed: int = 0) -> PairBatches:
+        return PairBatches(
+            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
+            rank=mx.distributed.init().rank(), world=self.world,
+        )  # fmt: skip
+
+    def _row_length(self, prepared: Prepared) -> int:
+        needs = [len(pair.ids) - 1 for pair in pairs.Joined(prepared.examples)]
+        return row_length(needs, 2 * prepared.max_length, self.batch_size * self.world)
+
+    def load(self, settings: Settings) -> memory.Load:
+        """As of a `Finetuning`."""
+        return replace(super().load(settings), pairs=True)
+
+    def _objective(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> Objective:
+        """Asks the model what it says before it learns, unless that is known.
+
+        Raises:
+            KeyboardInterrupt: someone ended it, as `loop.train` is ended; there is nothing to save.
+        """
+        if self._preferring.needs_reference:
+            for batches, table in zip(self._all_batches().values(), self._tables(model, dtype, listener), strict=True):
+                batches.reference = table
+        return self._preferring
+
+    def _all_batches(self) -> dict[str, PairBatches]:
+        return {"train": self.batches} | ({} if self._validation is None else {"valid": self._validation})
+
+    def _tables(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> list[Table]:
+        """The log-probabilities of each split's pairs; the first process alone reads and writes them."""
+        path, group, splits = self.out / reference.FILE, mx.distributed.init(), self._all_batches()
+        found = reference.read(path, self._whose()) if self.leads else None
+        if found is None and self.leads and path.exists() and checkpoint.all_of(self.out):
+            raise InputError(
+                f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
+                "or choose another directory"
+            )
+        known = bool(mx.distributed.all_sum(mx.array(int(found is not None)), group=group).item())
+        if found is None:
+            found = {name: np.zeros_like(batches.reference) for name, batches in splits.items()}
+        if not known:
+            with stop_requests((listener or Listener()).stopping) as stop:
+                found = self._computed(model, dtype, stop)
+                if mx.distributed.all_sum(mx.array(int(stop.is_set())), group=group).item():
+                    raise KeyboardInterrupt
+        tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in splits}
+        if not known and self.leads:
+            self.out.mkdir(parents=True, exist_ok=True)
+            reference.write(path, tables, self._whose())
+        return list(tables.values())
+
+    def _computed(self, model: Model, dtype: mx.Dtype | None, stop: Event) -> dict[str, Table]:
+        """This process's part of them."""
+        tables, done = {}, 0
+        total = sum(len(batches.reference) for batches in self._all_batches().values())
+        for name, batches in self._all_batches().items():
+
+            def on_pairs(pairs: int, before: int = done) -> None:
+                self.on_reference(min(total, (before + pairs) * self.world), total)
+
+            tables[name] = reference.compute(model, batches, dtype, on_pairs, stop)
+            if stop.is_set():
+                break
+            done += -(-len(batches.reference) // self.world)
+        return tables
+
+    def _whose(self) -> dict[str, str]:
+        """What the reference depends on."""
+        identity = super()._identity()
+        return {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
+
+    def _identity(self) -> Identity:
+        identity, preferring = super()._identity(), self._preferring
+        own = {"loss": preferring.loss, "beta": preferring.beta}
+        return Identity(identity.model, identity.data, {**identity.config, **own})

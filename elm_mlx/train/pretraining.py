@@ -1,0 +1,210 @@
+"""Pretraining from a recipe: raw text in, a run's directory with checkpoints and a model in it out.
+
+Knows which parts make a run: tokenizer, network, mixture, loop. Knows nothing of files of options, and nothing of how a
+run is shown.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from elm_mlx import device, files, json_files, reading
+from elm_mlx.data import duplicates, parallel
+from elm_mlx.data.batches import Batch
+from elm_mlx.data.filters import Filters
+from elm_mlx.data.stream import Reading, TextBatches
+from elm_mlx.data.text_sources import Source
+from elm_mlx.errors import InputError
+from elm_mlx.model.network import Model
+from elm_mlx.store import shards
+from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
+from elm_mlx.train import checkpoint, initial_weights, memory
+from elm_mlx.train import pretraining_recipe as recipes
+from elm_mlx.train.checkpoint import Identity
+from elm_mlx.train.gather import gather
+from elm_mlx.train.listener import Listener
+from elm_mlx.train.loop import Result, train
+from elm_mlx.train.pretraining_recipe import Recipe
+from elm_mlx.train.throughput import Meter
+
+_UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
+
+
+class Pretraining:
+    """A run that is checked, and not begun. To be closed, which ends the workers that read, and gives `out` free.
+
+    Attributes:
+        config: of the network.
+        settings: of the loop.
+        batches: of the mixture.
+        sources: what they are read from.
+        world: processes that train together.
+        leads: whether this is the one that writes and speaks.
+
+    Raises:
+        InputError: the recipe, a source or the tokenizer is not as it must be.
+        ElmError: another process writes to `out`.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, on_wrong: Callable[[str], None] = lambda line: None) -> None:
+        self._recipe, self.out, self.sources = recipe, out, recipe.data.sources
+        with ExitStack() as held:
+            held.enter_context(checkpoint.hold(out))
+            self._check(recipe, on_wrong)
+            self._held = held.pop_all()
+
+    def _check(self, recipe: Recipe, on_wrong: Callable[[str], None]) -> None:
+        """Read all that decides the run, but for its texts."""
+        self._tokenizer = Tokenizer.load(Path(recipe.tokenizer))
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        if bos is None or eos is None:
+            raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
+        self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
+        self.settings = recipes.settings(recipe.optimizer, recipe.run)
+        if recipe.data.sequence_length > recipe.model.context:
+            raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
+        self._dtype = _compute_dtype(recipe.run.compute_dtype)
+        group = mx.distributed.init()
+        self.world, self.leads = group.size(), bool(group.rank() == 0)
+        self.batches = TextBatches(
+            recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.reading(self.world),
+            rank=group.rank(), world=self.world, cache=duplicates.default_cache(), on_wrong=on_wrong, gather=gather,
+        )  # fmt: skip
+
+    def __enter__(self) -> Pretraining:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.batches.close()
+        self._held.close()
+
+    @property
+    def tokens_per_update(self) -> int:
+        return self._recipe.tokens_per_update(self.world)
+
+    def load(self) -> memory.Load:
+        """What the run asks of the machine."""
+        size = 4 if self._dtype is None else int(self._dtype.size)
+        return memory.Load(
+            self.config, 4, size, self.config.parameters, True, self._recipe.run.batch_size,
+            self._recipe.data.sequence_length, self._recipe.optimizer.name, self._recipe.run.grad_checkpoint,
+            parts=parallel.most(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
+        )  # fmt: skip
+
+    def train(
+        self,
+        *,
+        resume: bool = False,
+        listener: Listener | None = None,
+    ) -> Result:
+        """Train, and leave the last weights in `out`, which is a model directory then.
+
+        Args:
+            listener: as of `loop.train`.
+
+        Raises:
+            InputError, ElmError, KeyboardInterrupt: as `loop.train`, and as the batches do.
+        """
+        if not resume and checkpoint.all_of(self.out):
+            raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
+        if resume:
+            self._check_window()
+        if listener is not None:
+            listener.doing("drawing the weights")
+        model = Model(self.config)
+        initial_weights.draw(model, self._recipe.run.seed)
+        validation = list(self._validation())
+        if self.leads and not resume:
+            self._describe()
+        result = train(
+            model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
+            self._identity(), resume=resume, compute_dtype=self._dtype,
+            rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
+            listener=listener, about=self._about(),
+        )  # fmt: skip
+        if self.leads:
+            with files.new_file(self.out / "model.safetensors") as file:
+                shards.write_arrays(file, dict(tree_flatten(model.parameters())))
+        return result
+
+    def _check_window(self) -> None:
+        """Says how to go on with a run whose window was another because nobody chose it: an earlier version's always
+        had four million tokens.
+
+        Raises:
+            InputError: it was.
+        """
+        newest, now = checkpoint.newest(self.out), self._recipe.reading(self.world).window
+        try:
+            before = json_files.read_object(newest / checkpoint.STATE)["progress"]["data"]["window"]
+        except (InputError, KeyError, TypeError):  # of which the loop says what is wrong
+            return
+        if self._recipe.data.window is None and before != now:
+            raise InputError(
+                f"{newest}: shuffled windows of {before} tokens, and this recipe now makes them of {now}; "
+                f"--set data.window={before} goes on with the former"
+            )
+
+    def _describe(self) -> None:
+        """What makes a model directory of `out`, but for the weights."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        files.write_text(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        with files.new_file(self.out / FILE_NAME) as file:
+            file.write(self._tokenizer.path.read_bytes())
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
+            "trainable": self.config.parameters, "processes": self.world,
+        }  # fmt: skip
+
+    def _validation(self) -> Iterator[Batch]:
+        """This process's share of the first rows of the validation's text, unfiltered."""
+        data, size, rank = self._recipe.data, self._recipe.run.batch_size, mx.distributed.init().rank()
+        if data.validation is None:
+            return
+        reading = Reading(data.validation_rows, data.sequence_length, window=1, shards=1, workers=0)
+        with TextBatches([Source(data.validation)], self._tokenizer.path, _UNFILTERED, reading) as batches:
+            rows = next(batches)
+        inputs, targets = (each[rank :: self.world] for each in (rows.inputs, rows.targets))
+        for start in range(0, len(inputs), size):
+            part = inputs[start : start + size]
+            yield Batch(part, targets[start : start + size], np.ones(part.shape, np.bool_), None, part.size)
+
+    def _rehearsal(self) -> Batch:
+        shape = (self._recipe.run.batch_size, self._recipe.data.sequence_length)
+        ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape, dtype=np.int32)
+        return Batch(ids, ids, np.ones(shape, np.bool_), None, ids.size)
+
+    def _identity(self) -> Identity:
+        """The recipe but for what may change; the loop adds its own settings."""
+        digest = hashlib.sha256()
+        if self._recipe.data.validation is not None:
+            digest.update(reading.content(files.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
+        run = self._recipe.run
+        config = {
+            **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},
+            "batch size": run.batch_size * self.world, "compute dtype": str(self._dtype),
+        }  # fmt: skip
+        data = f"{self.batches.fingerprint} {digest.hexdigest()}"
+        return Identity(hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), data, config)
+
+
+def _compute_dtype(name: str | None) -> mx.Dtype | None:
+    """What weights are rounded to where they are used; None for float32, in which they are kept."""
+    if name is not None and name not in device.DTYPES:
+        raise InputError(f"no compute_dtype {name!r}; there are {', '.join(device.DTYPES)}")
+    if name is None:
+        return mx.bfloat16 if device.on_gpu() else None
+    return None if name == "float32" else device.DTYPES[name]

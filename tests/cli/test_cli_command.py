@@ -1,0 +1,152 @@
+"""The command line's grammar: help everywhere, `--model`, positional prompts, the nearest option, completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from commands import Run
+from typer.main import get_command
+
+from elm_mlx.cli import app
+
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
+WITH_MODEL = {"adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "info", "lora", "quantize"}
+
+
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_help_cuts_nothing_off_in_a_narrow_terminal(run: Run, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    code, out, _ = run("-h")
+    assert code == 0 and "…" not in out.replace("[MODEL…]", "") and "..." not in out.replace("[ARGS]...", "")
+    assert max(map(len, out.splitlines())) <= int(columns)
+    for name, command in COMMANDS.items():
+        code, out, _ = run(name, "-h")
+        assert (code, out) == (0, run(name, "--help")[1])
+        assert all(option in out for each in command.params for option in each.opts if option.startswith("-"))
+        assert " ".join(command.help.split()) in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_option_says_its_default(name: str) -> None:
+    command = COMMANDS[name]
+    context = command.context_class(command, info_name=name)
+    for each in command.params:
+        if each.param_type_name == "option" and (not each.is_flag or each.secondary_opts):
+            said = each.get_help_record(context)[1]
+            assert re.search(r"default|\[required\]", said), f"{name} {each.opts}: {said}"
+
+
+def test_without_a_command_help_is_shown(run: Run) -> None:
+    code, out, err = run()
+    assert code == 2 and "Commands:" in out and err == ""
+
+
+def test_a_model_may_be_named_by_an_option(run: Run, tiny_model_dir: Path) -> None:
+    usual = run("info", tiny_model_dir)
+    assert usual[0] == 0
+    assert run("info", "--model", tiny_model_dir) == run("info", f"--model={tiny_model_dir}") == usual
+    said = run("generate", tiny_model_dir, "the fox", "--max-tokens", 5)[1]
+    assert run("generate", "--max-tokens", 5, "the fox", "--model", tiny_model_dir)[1] == said
+    assert run("generate", "--model", tiny_model_dir, "--prompt", "the fox", "--max-tokens", 5)[1] == said
+
+
+def test_an_options_value_and_what_follows_two_dashes_name_no_model(run: Run, tiny_model_dir: Path) -> None:
+    code, out, _ = run("generate", tiny_model_dir, "-p", "--model", "--json", "--max-tokens", 2)
+    assert code == 0 and json.loads(out)["prompt"] == "--model"
+    code, out, _ = run("generate", tiny_model_dir, "--json", "--max-tokens", 2, "--", "--model")
+    assert code == 0 and json.loads(out)["prompt"] == "--model"
+
+
+@pytest.mark.parametrize("name", sorted(WITH_MODEL))
+def test_every_command_of_a_model_takes_it_by_name(run: Run, tmp_path: Path, name: str) -> None:
+    missing = tmp_path / "no-such-model"
+    more = {"fuse": ["A", "B"], "adapter": ["A", "B"], "quantize": ["B"], "export": ["B"], "generate": ["text"]}
+    flags = ["--data", tmp_path, "--out", tmp_path / "out"] if name in ("lora", "dpo") else []
+    if name == "bench":
+        flags = ["--out", tmp_path / "bench", "--against", "none"]
+    by_name = run(name, "--model", missing, *more.get(name, []), *flags)
+    assert by_name == run(name, missing, *more.get(name, []), *flags)
+    assert by_name[0] == 2 and "no-such-model" in by_name[2] and by_name[2].count("\n") == 1
+
+
+def test_no_other_command_takes_it() -> None:
+    named = {name for name, command in COMMANDS.items() if any(each.name == "model_by_name" for each in command.params)}
+    assert named == WITH_MODEL
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["M", "a", "-p", "b"], "the prompt is given twice"),
+        (["M", "-p", "a", "-p", "b"], "the prompt is given twice"),
+        (["--model", "M", "--model", "N", "a"], "--model is given twice"),
+        (["M", "a", "--prompts", "f"], "give one of --prompt TEXT and --prompts FILE"),
+        (["M", "a", "b"], "unexpected extra argument"),
+        (["M", "--model"], "--model"),
+        (["M", "a", "--tmep", "1"], "no such option: --tmep; did you mean --temp?; elm-mlx generate -h"),
+        (["M", "a", "--xyzzy"], "no such option: --xyzzy; elm-mlx generate -h"),
+        (["M", "a", "--temp", "hot"], "'hot' is not a valid float"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run: Run, arguments: list[str], message: str) -> None:
+    code, out, err = run("generate", *arguments)
+    assert (code, out) == (2, "") and message in err and err.count("\n") == 1 and err.startswith("elm-mlx: ")
+
+
+def test_a_wrong_command_names_the_nearest(run: Run) -> None:
+    code, _, err = run("generat")
+    assert code == 2 and "generate" in err and err.count("\n") == 1
+
+
+def test_a_prompt_by_position_may_be_stdin(run: Run, tiny_model_dir: Path) -> None:
+    code, out, _ = run("generate", tiny_model_dir, "-", "--json", "--max-tokens", 2, stdin="the fox\n")
+    assert code == 0 and json.loads(out)["prompt"] == "the fox"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    def completed(line: str) -> str:
+        words = line.split(" ")
+        variables = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": line}
+        environment = os.environ | variables | {"_ELM_MLX_COMPLETE": f"complete_{shell}"}
+        environment["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
+        program = "from elm_mlx.__main__ import main; main()"
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+        return done.stdout.decode()
+
+    names = completed("elm-mlx ")
+    assert all(name in names for name in COMMANDS)
+    assert "--temp" in completed("elm-mlx generate M --te") and "--top-k" not in completed("elm-mlx generate M --te")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("[read] Unable to read from file."), r"MLX failed: \[read\] Unable to read .*--debug"),
+        (ValueError("[reshape] Cannot reshape array of size 6"), r"MLX failed: \[reshape\] Cannot .*--debug"),
+        (
+            ValueError("[metal::malloc] No 7 bytes\nmore"),
+            r"MLX failed: \[metal::malloc\] .*--debug",
+        ),
+        (MemoryError(), "out of memory; a smaller model, batch or context needs less .*--debug"),
+        (ValueError("something else"), "a defect of elm-mlx: ValueError: something else .*--debug"),
+        (RecursionError("too deep"), "a defect of elm-mlx: RecursionError: too deep .*--debug"),
+    ],
+)
+def test_nothing_that_mlx_raises_is_a_traceback(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, error: Exception, line: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("elm_mlx.store.describe.describe", fail)
+    code, out, err = run("info", tiny_model_dir)
+    assert (code, out) == (1, "") and re.fullmatch(rf"elm-mlx: {line}.*\n", err), err
+    with pytest.raises(type(error)):
+        run("--debug", "info", tiny_model_dir)

@@ -1,0 +1,109 @@
+"""`elm-mlx eval` as it is called."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from elm_mlx.cli import app
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.evaluate.score_record import ITEMS
+
+RUNNER = CliRunner()
+
+
+def call(*arguments: object) -> str:
+    """What is printed. Raises what the command raises."""
+    result = RUNNER.invoke(app, ["eval", *map(str, arguments)], catch_exceptions=False)
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.jsonl"
+    records = [{"query": f"the fox {n} is", "choices": ["quick", "lazy dogs"], "gold": n % 2} for n in range(30)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_table_of_scores_with_their_errors(tiny_model_dir: Path, own: Path, tmp_path: Path) -> None:
+    text = tmp_path / "tale.txt"
+    text.write_text("the quick brown fox. " * 30)
+    out = tmp_path / "out"
+    shown = call(tiny_model_dir, "--tasks", own, "--text", text, "--limit", 20, "--window", 64, "--out", out)
+    assert re.search(r"own +0 +20 +acc_norm +\d+\.\d\d ± \d+\.\d\d\n +acc +\d", shown)
+    assert re.search(r"tale\.txt +0 +1 +bits_per_byte +\d+\.\d{4}\n", shown)
+    assert "items/s" in shown
+    assert shown.endswith(f"wrote {out}\n")
+
+
+def test_runs_are_compared_and_drawn(tiny_model_dir: Path, own: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    a, b, png = tmp_path / "a", tmp_path / "b", tmp_path / "c.png"
+    call(tiny_model_dir, "-t", own, "--out", a, "--plot", tmp_path / "one.png")
+    call(tiny_model_dir, "-t", own, "--out", b, "--compute-dtype", "bfloat16")
+    shown = call(a, b, "--compare", "--plot", png)
+    assert f"{b} against {a}" in shown
+    assert re.search(r"own +0 +30 +acc +\d+\.\d\d +\d+\.\d\d +[+-]\d+\.\d\d +[+-]\d", shown)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for arguments, reason in (
+        ([tiny_model_dir, tiny_model_dir], "give one model directory"),
+        ([tiny_model_dir, "--compare"], "two runs or more"),
+        ([tmp_path, tmp_path, "--compare"], "no such file; `elm-mlx eval MODEL --out"),
+        ([tiny_model_dir, "--tasks", "nonsense"], "no task 'nonsense'"),
+        ([tiny_model_dir, "--tasks", "piqa@x"], "after @ stands the number of examples"),
+        ([tiny_model_dir, "--suite", "glue"], "no suite 'glue'"),
+        ([tmp_path / "none", "--tasks", own], "none"),
+        ([tiny_model_dir, "--harness"], "name them by --tasks"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            call(*arguments, "--out", out)
+    assert not out.exists()
+
+
+def test_the_harness_is_asked_for_only_where_it_is_installed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        with pytest.raises(ElmError, match="pip install lm_eval"):
+            call(tiny_model_dir, "--harness", "--tasks", "wikitext", "--out", tmp_path / "out")
+
+
+def test_killed_outright_it_goes_on(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "many.jsonl", tmp_path / "out"
+    texts = ["the quick brown fox jumps over lazy dogs " * (n % 9 + 1) for n in range(900)]
+    records = [
+        {"query": f"{text} {n}", "choices": ["and", "while", "told", "to us"], "gold": 0}
+        for n, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = [sys.executable, "-m", "elm_mlx", "eval", str(tiny_model_dir), "-t", str(path), "--out", str(out)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if (out / ITEMS).exists() and (out / ITEMS).stat().st_size:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+    assert process.returncode == -signal.SIGKILL
+    kept = (out / ITEMS).read_bytes().count(b"\n")
+    assert 0 < kept < 900
+    shown = call(tiny_model_dir, "-t", path, "--out", out)
+    assert re.search(rf"^{900 - kept} items in", shown, re.M)
+    assert "900" in shown

@@ -1,0 +1,463 @@
+"""`elm-mlx generate` as people run it: in a shell, in a pipe, with a finger on Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import Run
+
+from elm_mlx import cli, generate, stream_generate
+from elm_mlx.store.loading import load
+from elm_mlx.text.chat_template import choose
+from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.version import __version__
+
+ANSWER = "thequickbrownfoxs漢😀"
+STATISTICS = re.compile(
+    r"^prompt: \d+ tokens, [\d.]+ tokens/s \| generation: \d+ tokens, [\d.]+ tokens/s \| "
+    r"first token: [\d.]+ s \| peak memory: (\d+\.\d\d) GB( \| ended by: (stop|length|context))?$",
+    re.MULTILINE,
+)
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """Answers by ANSWER, whatever is said."""
+    model = tiny.spelling_model(tiny_tokenizer, ANSWER)
+    return tiny.write_directory(tmp_path_factory.mktemp("speaker"), model, tiny_tokenizer.path.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    """Never comes to an end by itself."""
+    model = tiny.spelling_model(tiny_tokenizer, "xyzx", context=1_000_000)
+    return tiny.write_directory(tmp_path_factory.mktemp("endless"), model, tiny_tokenizer.path.read_bytes())
+
+
+def shell(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "elm_mlx", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def refused(result: tuple[int, str, str], message: str) -> None:
+    code, out, err = result
+    assert code == 2 and out == ""
+    lines = [line for line in err.splitlines() if "computed in float32" not in line]
+    assert len(lines) == 1 and lines[0].startswith("elm-mlx: ")
+    assert re.search(message, lines[0]), lines[0]
+
+
+# --- what comes out
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr(speaker: Path) -> None:
+    done = shell("generate", speaker, "--prompt", "\n")
+    assert done.returncode == 0
+    assert done.stdout == ANSWER + "\n"
+    (figures,) = STATISTICS.finditer(done.stderr)
+    assert figures[3] == "stop" and float(figures[1]) > 0
+    assert "Traceback" not in done.stderr
+
+
+def test_the_script_is_the_module(speaker: Path) -> None:
+    script = shutil.which("elm-mlx", path=str(Path(sys.executable).parent))
+    if script is None:
+        pytest.skip("the script is not installed beside this Python")
+    arguments = ["generate", str(speaker), "--prompt", "\n"]
+    done = subprocess.run([script, *arguments], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == shell(*arguments).stdout == ANSWER + "\n"
+
+
+def test_it_says_what_python_says(run: Run, tiny_model_dir: Path) -> None:
+    model, tokenizer = load(tiny_model_dir)
+    assert tokenizer is not None
+    flags = {"max_tokens": 20, "temp": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
+    arguments = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value)]
+    code, out, _ = run("generate", tiny_model_dir, "--prompt", "the fox", "--seed", 7, *arguments)
+    assert code == 0
+    assert out == generate(model, tokenizer, "the fox", seed=7, **flags) + "\n"
+    assert run("generate", tiny_model_dir, "--prompt", "the fox", "--seed", 7, *arguments)[1] == out
+    assert run("generate", tiny_model_dir, "--prompt", "the fox", "--seed", 8, *arguments)[1] != out
+
+
+def test_json_has_it_all(run: Run, tiny_model_dir: Path) -> None:
+    code, out, err = run("generate", tiny_model_dir, "-p", "the 漢", "--max-tokens", 5, "--json")
+    assert code == 0 and not STATISTICS.search(err)
+    result = json.loads(out)
+    model, tokenizer = load(tiny_model_dir)
+    assert tokenizer is not None
+    expected = list(stream_generate(model, tokenizer, "the 漢", max_tokens=5))
+    assert result["prompt"] == "the 漢"
+    assert result["text"] == "".join(response.text for response in expected)
+    assert result["tokens"] == [response.token for response in expected]
+    assert result["finish_reason"] == "length" and result["generation_tokens"] == 5
+    assert result["prompt_tokens"] == len(tokenizer.encode("the 漢"))
+    assert result["peak_memory"] > 0 and result["time_to_first_token"] > 0
+    assert "logprobs" not in result
+    result = json.loads(run("generate", tiny_model_dir, "-p", "the 漢", "--max-tokens", 5, "--json", "--logprobs")[1])
+    assert result["logprobs"] == pytest.approx([response.logprob for response in expected], abs=1e-4)
+
+
+def test_logprobs_are_a_line_a_token(run: Run, speaker: Path) -> None:
+    code, out, err = run("generate", speaker, "--prompt", "\n", "--logprobs")
+    assert code == 0 and STATISTICS.search(err)
+    rows = [line.split(maxsplit=2) for line in out.splitlines()]
+    assert "".join(json.loads(text) for _, _, text in rows) == ANSWER
+    assert all(float(logprob) <= 0 for _, logprob, _ in rows)
+    assert int(rows[-1][0]) == 2  # EOS
+
+
+# --- by a chat template
+
+QUESTION = "the fox"
+TEMPLATED = "answered by the chat template; --no-template continues the text"
+
+
+@pytest.fixture(scope="module")
+def converser(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The tiny model with a template of its own."""
+    path = Path(shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("converser") / "model"))
+    source = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}[assistant]"
+    (path / "chat_template.jinja").write_text(source)
+    return path
+
+
+def spoken(path: Path, *messages: tuple[str, str]) -> list[int]:
+    """The ids of a conversation by the directory's own template."""
+    tokenizer = Tokenizer.load(path)
+    template = choose(path, tokenizer)
+    assert template is not None
+    return template.encode([{"role": role, "content": content} for role, content in messages])
+
+
+def test_a_prompt_is_a_message_where_the_model_has_a_template(run: Run, converser: Path) -> None:
+    model, tokenizer = load(converser)
+    assert tokenizer is not None
+    for flags, messages in (
+        ((), [("user", QUESTION)]),
+        (("--system", "be brief"), [("system", "be brief"), ("user", QUESTION)]),
+    ):
+        ids = spoken(converser, *messages)
+        code, out, err = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, *flags)
+        assert code == 0 and out == generate(model, tokenizer, ids, max_tokens=9) + "\n"
+        assert err.count(TEMPLATED) == 1 and f"prompt: {len(ids)} tokens" in err
+        code, out, err = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, "--json", *flags)
+        expected = list(stream_generate(model, tokenizer, ids, max_tokens=9))
+        assert json.loads(out)["tokens"] == [response.token for response in expected] and TEMPLATED in err
+        assert json.loads(out)["prompt"] == QUESTION
+        rows = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, "--logprobs", *flags)[1].splitlines()
+        assert [int(row.split()[0]) for row in rows] == [response.token for response in expected]
+
+
+def test_several_messages_are_answered_each_alone(run: Run, converser: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the\nquick brown fox\n")
+    flags = ("--max-tokens", 8, "--system", "be brief", "--json")
+    code, out, err = run("generate", converser, "--prompts", tmp_path / "prompts.txt", *flags)
+    assert code == 0 and err.count(TEMPLATED) == 1
+    for line in map(json.loads, out.splitlines()):
+        alone = json.loads(run("generate", converser, "-p", line["prompt"], *flags)[1])
+        assert line["tokens"] == alone["tokens"] and line["prompt_tokens"] == alone["prompt_tokens"]
+
+
+def test_a_message_may_come_from_a_pipe(run: Run, converser: Path) -> None:
+    flags = ("--max-tokens", 5, "--json")
+    piped = json.loads(run("generate", converser, "-p", "-", *flags, stdin=QUESTION + "\n")[1])
+    assert piped["tokens"] == json.loads(run("generate", converser, "-p", QUESTION, *flags)[1])["tokens"]
+
+
+def test_a_text_is_continued_all_the_same_if_asked(run: Run, converser: Path, tiny_model_dir: Path) -> None:
+    base = run("generate", tiny_model_dir, "-p", QUESTION, "--max-tokens", 9)
+    assert base[0] == 0 and "template" not in base[2]
+    for flags in (["--no-template"], ["--template", "none"]):
+        code, out, err = run("generate", converser, "-p", QUESTION, "--max-tokens", 9, *flags)
+        assert (code, out) == (0, base[1]) and "template" not in err
+
+
+def test_a_base_model_may_be_given_a_template(run: Run, converser: Path, tiny_model_dir: Path, speaker: Path) -> None:
+    given = run("generate", tiny_model_dir, "-p", "x", "--template", converser / "chat_template.jinja", "--json")[1]
+    own = run("generate", converser, "-p", "x", "--json")[1]
+    assert json.loads(given)["tokens"] == json.loads(own)["tokens"]
+    code, out, err = run("generate", speaker, "-p", "x", "--template", "openelm-instruct")
+    assert (code, out) == (0, ANSWER + "\n") and TEMPLATED in err
+
+
+def test_what_the_template_ends_an_answer_by_ends_it(run: Run, speaker: Path, tmp_path: Path) -> None:
+    """A token that no EOS is, and a text; beside those that were asked for."""
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    path = Path(shutil.copytree(speaker, tmp_path / "model"))
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": 0}
+    (path / "config.json").write_text(json.dumps(config))
+    turns = "{% for m in messages %}{{ m.content }}END{{ '\n' }}{% endfor %}"
+    (path / "chat_template.jinja").write_text(turns.replace("END", "</s>"))
+    for prompts in (["-p", "a"], ["--prompts", tmp_path / "prompts.txt"]):
+        for line in run("generate", path, *prompts, "--json", "--max-tokens", 99)[1].splitlines():
+            assert json.loads(line)["text"] == ANSWER and json.loads(line)["finish_reason"] == "stop"
+    (path / "chat_template.jinja").write_text(turns.replace("END", "kbr"))
+    assert run("generate", path, "-p", "a")[1] == "thequic\n"
+    assert run("generate", path, "-p", "a", "--stop", "qu")[1] == "the\n"
+
+
+def test_on_a_terminal_an_answer_begins_its_own_line(speaker: Path, tmp_path: Path) -> None:
+    def shown(*flags: str) -> str:
+        ours, terminal = pty.openpty()
+        command = [sys.executable, "-m", "elm_mlx", "generate", str(speaker), "-p", "say\n", *flags]
+        subprocess.run(command, stdout=terminal, stderr=subprocess.DEVNULL, check=True, timeout=60)
+        text = os.read(ours, 1 << 16).decode()
+        os.close(terminal)
+        os.close(ours)
+        return re.sub(r"\x1b\[\d*m", "", text).replace("\r\n", "\n")
+
+    assert shown() == f"say\n{ANSWER}\n"
+    assert shown("--template", "openelm-instruct") == f"say\n\n{ANSWER}\n"
+
+
+def test_stop_strings_may_be_repeated(run: Run, speaker: Path) -> None:
+    assert run("generate", speaker, "--prompt", "\n", "--stop", "foxs", "--stop", "kbr")[1] == "thequic\n"
+
+
+def test_the_prompt_may_come_from_a_pipe(speaker: Path, tiny_model_dir: Path) -> None:
+    by_pipe = shell("generate", tiny_model_dir, "--prompt", "-", "--max-tokens", 9, "--json", input="the fox\n")
+    assert json.loads(by_pipe.stdout)["prompt"] == "the fox"  # without what `echo` adds
+    by_flag = shell("generate", tiny_model_dir, "--prompt", "the fox", "--max-tokens", 9, "--json")
+    assert json.loads(by_pipe.stdout)["text"] == json.loads(by_flag.stdout)["text"]
+
+
+def test_an_empty_prompt_begins_a_text(run: Run, tiny_model_dir: Path) -> None:
+    code, out, _ = run("generate", tiny_model_dir, "--prompt", "", "--max-tokens", 3, "--json")
+    assert code == 0 and json.loads(out)["prompt_tokens"] == 1
+
+
+def test_several_prompts_say_what_each_alone_would(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    prompts = ["the", "quick brown fox jumps", "漢字"]
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeff".encode() + "\r\n\n".join(prompts).encode() + b"\n")
+    code, out, _ = run("generate", tiny_model_dir, "--prompts", file, "--max-tokens", 12, "--json")
+    assert code == 0
+    for prompt, line in zip(prompts, out.splitlines(), strict=True):
+        alone = json.loads(run("generate", tiny_model_dir, "--prompt", prompt, "--max-tokens", 12, "--json")[1])
+        together = json.loads(line)
+        assert {key: together[key] for key in ("prompt", "text", "tokens", "finish_reason", "prompt_tokens")} == {
+            key: alone[key] for key in ("prompt", "text", "tokens", "finish_reason", "prompt_tokens")
+        }
+    code, out, _ = run("generate", tiny_model_dir, "--prompts", file, "--max-tokens", 12)
+    assert [line for line in out.splitlines() if line.startswith("--- ")] == [
+        f"--- {number}: {prompt}" for number, prompt in enumerate(prompts, start=1)
+    ]
+
+
+def test_json_lines_may_hold_any_text(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    prompts = ["two\nlines", "a \u2028 separator\x0c and a form feed", ""]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\n\n".join(json.dumps({"prompt": text, "id": 1}, ensure_ascii=False) for text in prompts))
+    code, out, _ = run("generate", tiny_model_dir, "--prompts", file, "--max-tokens", 2, "--json")
+    assert code == 0
+    assert [json.loads(line)["prompt"] for line in out.split("\n")[:-1]] == prompts
+
+
+def test_the_directorys_settings_hold_unless_a_flag_says_else(run: Run, speaker: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(speaker, tmp_path / "model"))
+    (path / "generation_config.json").write_text('{"max_new_tokens": 3}')
+    assert run("generate", path, "--prompt", "\n")[1] == "theq\n"
+    assert run("generate", path, "--prompt", "\n", "--max-tokens", 2)[1] == "the\n"
+    (path / "generation_config.json").write_text('{"top_p": 7}')
+    refused(run("generate", path, "--prompt", "\n"), "top_p is 7")
+    (path / "generation_config.json").write_text("{")
+    refused(run("generate", path, "--prompt", "\n"), r"generation_config\.json: not JSON")
+
+
+def test_a_compute_dtype_is_obeyed(run: Run, speaker: Path) -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        code, out, err = run("generate", speaker, "--prompt", "\n", "--compute-dtype", dtype)
+        assert (code, out) == (0, ANSWER + "\n")
+        assert "computed in" not in err
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_question_marks(speaker: Path) -> None:
+    done = shell("generate", speaker, "--prompt", "\n", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout) == (0, "thequickbrownfoxs??\n")
+
+
+# --- what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give one of --prompt TEXT and --prompts FILE"),
+        (["--prompt", "x", "--prompts", "y"], "give one of --prompt TEXT and --prompts FILE"),
+        (["--prompts", "y", "--logprobs"], "--prompts shows --logprobs only with --json"),
+        (["--prompts", "nowhere.txt"], r"nowhere\.txt: cannot be read: .*No such file"),
+        (["--prompt", "fox " * 500], r"the prompt has \d+ tokens, and the model's context is 512"),
+        (["--prompt", "x", "--max-tokens", "0"], "max_tokens is 0"),
+        (["--prompt", "x", "--temp", "nan"], "temp is nan"),
+        (["--prompt", "x", "--temp", "-1"], "temp is -1"),
+        (["--prompt", "x", "--top-p", "0"], "top_p is 0"),
+        (["--prompt", "x", "--top-k", "-1"], "top_k is -1"),
+        (["--prompt", "x", "--min-p", "2"], "min_p is 2"),
+        (["--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty is 0"),
+        (["--prompt", "x", "--prefill-step", "0"], "prefill_step is 0"),
+        (["--prompt", "x", "--temp", "1", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "x", "--stop", ""], "a stop string is empty"),
+        (["--prompt", "x", "--compute-dtype", "int4"], "no compute dtype 'int4'"),
+        (["--prompt", "x", "--system", "be brief"], "--system needs a chat template"),
+        (["--prompt", "x", "--template", "none", "--system", "be brief"], "--system needs a chat template"),
+        (["--prompt", "x", "--template", "nowhere"], "nowhere: no chat template: openelm-instruct, none, or a file"),
+        (["--prompt", "x", "--template", "none", "--no-template"], "--template and --no-template exclude"),
+        (["--prompt", "x\udcff"], "the text is no valid Unicode: character 2"),
+    ],
+    ids=lambda value: " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_2(run: Run, tiny_model_dir: Path, arguments: list[str], message: str) -> None:
+    refused(run("generate", tiny_model_dir, *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", b"", "holds no prompts"),
+        ("p.txt", b"\n \n\t\n", "holds no prompts"),
+        ("p.txt", b"\xff\xfe", "not UTF-8 but UTF-16"),
+        ("p.jsonl", b'\n{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl, line 4: not JSON"),
+        ("p.jsonl", b"\n" * 9 + b'{"text": "a"}', r"p\.jsonl, line 10: no object with a text `prompt`"),
+        ("p.jsonl", b'{"prompt": 7}', "line 1: no object"),
+        ("p.jsonl", b"[]", "line 1: no object"),
+        ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
+    ],
+)
+def test_a_file_of_prompts_that_makes_no_sense(
+    run: Run, tiny_model_dir: Path, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(run("generate", tiny_model_dir, "--prompts", tmp_path / name), message)
+
+
+def test_a_directory_that_is_none(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    refused(run("generate", tmp_path / "nowhere", "--prompt", "x"), "nowhere: no such directory")
+    refused(run("generate", tmp_path, "--prompt", "x"), r"holds no config\.json")
+    path = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (path / "tokenizer.model").unlink()
+    refused(run("generate", path, "--prompt", "x"), r"holds no tokenizer\.model, .* with --tokenizer")
+    shutil.copy(tiny_model_dir / "tokenizer.model", path)
+    (path / "model.safetensors").write_bytes(b"{}")
+    refused(run("generate", path, "--prompt", "x"), r"model\.safetensors: ")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = shell("--debug", "generate", tmp_path / "nowhere", "--prompt", "x")
+    assert done.returncode != 0 and done.stderr.startswith("Traceback")
+    assert done.stderr.splitlines()[-1].startswith("elm_mlx.errors.InputError: ")
+    done = shell("generate", tmp_path / "nowhere", "--prompt", "x")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--max-tokens", "many"], ["--bogus"], ["--temp"]])
+def test_a_flag_that_is_wrong_is_a_usage_error(run: Run, tiny_model_dir: Path, arguments: list[str]) -> None:
+    code, out, err = run("generate", tiny_model_dir, "--prompt", "x", *arguments)
+    assert code == 2 and out == "" and arguments[0] in err and "Traceback" not in err
+
+
+def test_the_command_explains_itself(run: Run) -> None:
+    assert run("--version")[:2] == (0, f"elm-mlx {__version__}\n")
+    code, out, _ = run("generate", "--help")
+    assert code == 0
+    for flag in ("max-tokens", "temp", "top-p", "top-k", "min-p", "repetition-penalty", "seed", "stop", "json",
+                 "logprobs", "prefill-step", "prompts", "compute-dtype"):  # fmt: skip
+        assert f"--{flag}" in out
+
+
+@pytest.mark.parametrize("flags", [[], ["--logprobs"]])
+def test_who_has_read_enough_may_go(endless: Path, flags: list[str]) -> None:
+    command = [sys.executable, "-m", "elm_mlx", "generate", str(endless), "--prompt", "\n", *flags]
+    command += ["--max-tokens", "900000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode != 0
+    assert "Traceback" not in err and "Exception" not in err and "Error" not in err
+
+
+def test_closed_streams_are_no_error(speaker: Path) -> None:
+    for closed in ("<&-", ">&-", "<&- >&-"):
+        command = f"{sys.executable} -m elm_mlx generate {speaker} --prompt Z {closed}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode == 0 and STATISTICS.search(done.stderr)
+        assert done.stdout == ("" if ">" in closed else ANSWER + "\n")
+
+
+def test_a_full_disk_is_one_line(speaker: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    for flags in ([], ["--json"]):
+        with Path("/dev/full").open("w") as full:
+            command = [sys.executable, "-m", "elm_mlx", "generate", str(speaker), "--prompt", "\n", *flags]
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=60)
+        assert done.returncode == 1
+        assert "No space left" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["--logprobs"]])
+def test_ctrl_c_ends_it_with_what_there_is_to_say(endless: Path, flags: list[str]) -> None:
+    command = [sys.executable, "-m", "elm_mlx", "generate", str(endless), "--prompt", "\n", *flags]
+    command += ["--max-tokens", "900000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        begun = b""
+        while len(begun) < 500:  # MLX's first compilation asks for g++ by system(), during which signals are lost
+            read = os.read(process.stdout.fileno(), 500)  # past Python's buffer, which `communicate` forgets
+            assert read
+            begun += read
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert flags or out.endswith("\n")
+    (figures,) = STATISTICS.finditer(err)
+    assert figures[2] is None and float(figures[1]) > 0
+    assert "Traceback" not in err
+
+
+def test_a_bar_stands_for_texts_that_go_into_a_file(speaker: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    ours, terminal = pty.openpty()
+    command = [sys.executable, "-m", "elm_mlx", "generate", speaker, "--prompts", tmp_path / "prompts.txt"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([*map(str, command)], stdout=out, stderr=terminal, env=environment, check=True, timeout=60)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(terminal)
+    os.close(ours)
+    assert "3/3" in shown and "3 prompts:" in shown
+    assert (tmp_path / "out").read_text("utf-8").count("--- ") == 3
+
+
+def test_nothing_heavy_is_imported(speaker: Path) -> None:
+    code = (
+        f"import sys; sys.argv = ['elm-mlx', 'generate', {str(speaker)!r}, '--prompt', chr(10)]\n"
+        "from elm_mlx.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == ANSWER + "\n"
+    end, *modules = done.stderr.splitlines()[-1].split()
+    assert end == "0"
+    found = {name.partition(".")[0] for name in modules}
+    heavy = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "matplotlib", "torch", "yaml"}
+    assert not found & heavy
+    assert {"mlx", "sentencepiece"} <= found
+    shared = {"__init__", "command", "options", "show", "generate"}
+    commands = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - shared
+    assert "lora" in commands
+    assert not {f"elm_mlx.cli.{command}" for command in commands} & {*modules}  # the other commands' options
+    assert "elm_mlx.store.adapters" not in modules

@@ -1,0 +1,321 @@
+"""`elm-mlx pretrain`: a recipe written, read and carried out; stopped and resumed; by two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from commands import Run
+from mlx.utils import tree_flatten
+from training_runs import free_port, gradient_norms, updates
+
+from elm_mlx import files
+from elm_mlx.cli.pretrain import _KEYS
+from elm_mlx.model import roofline
+from elm_mlx.store.loading import load, load_model
+from elm_mlx.train import checkpoint, pretraining_recipe, toml_tables
+
+
+@pytest.fixture
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """With a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return run
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_tokenizer_file: Path) -> Path:
+    """A recipe of a tiny model, and texts for it: of each document, how often a word comes says what comes next."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]
+    for name, count in (("texts", 60), ("valid", 6)):
+        texts = (" ".join(words[(i + j * (i % 3 + 1)) % 8] for j in range(80)) for i in range(count))
+        lines = (json.dumps({"text": f"{number}. {text}"}) + "\n" for number, text in enumerate(texts))
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        f"""
+tokenizer = "{tiny_tokenizer_file}"
+[model]
+num_layers = 2
+model_dim = 32
+head_dim = 16
+num_gqa_groups = 1
+ffn_dim_divisor = 16
+context = 64
+[data]
+sequence_length = 32
+window = 2048
+validation = "{tmp_path / "valid.jsonl"}"
+validation_rows = 8
+[[data.sources]]
+path = "{tmp_path / "texts.jsonl"}"
+[filters]
+min_tokens = 10
+max_repetition = 1.0
+[optimizer]
+lr = 0.01
+steps = 6
+warmup = 2
+[run]
+batch_size = 4
+accumulate = 2
+eval_every = 3
+save_every = 2
+"""
+    )
+    return path
+
+
+def test_from_text_to_a_model(run: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "matmul_speed", lambda dtype: 1e13)  # or a busy machine's share might exceed all
+    out = tmp_path / "run"
+    code, text, err = run("pretrain", config, "--out", out)
+    assert code == 0, err
+    losses = updates(out)
+    assert [step for step, _ in losses] == [0, 1, 2, 3, 3, 4, 5, 6, 6] and losses[-1][1] < losses[0][1] - 0.3
+    assert '"matmul_share": ' in (out / "metrics.jsonl").read_text() and "% of matmul speed" in text
+    assert losses[0][1] == pytest.approx(5.77, abs=1.0), "an untrained model knows nothing: log 320"
+    assert "updates   6 of 256 tokens, 1,536 in all" in text and "documents kept" in text
+    model, tokenizer = load(out)
+    assert tokenizer is not None and run("generate", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
+    last = mx.load(str(checkpoint.directory(out, 6) / checkpoint.PARAMETERS))
+    assert all(mx.array_equal(last[name], value) for name, value in tree_flatten(model.parameters()))
+    assert f"wrote     {out}; try: elm-mlx generate {out} --prompt …" in text
+    suggested = re.search(r"^average   the last (\d) checkpoints: elm-mlx (.*) DIR$", text, re.M)
+    assert suggested and suggested[1] == "4", "3, the best; 2, 4 and 6, by count"
+    assert run(*suggested[2].split(), tmp_path / "mean")[0] == 0
+    code, _, err = run("pretrain", config, "--out", out)
+    assert code == 2 and "holds a run already" in err
+
+
+def test_what_is_suggested_at_the_end_works(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    set_ = [text for each in ("keep=1", "save_every=1") for text in ("--set", f"run.{each}")]
+    lines = [line for line in config.read_text().splitlines() if not line.startswith("validation")]
+    config.write_text("\n".join(lines))
+    code, text, err = run("pretrain", config, "--out", out, *set_)
+    assert code == 0, err
+    assert "elm-mlx generate" in text and "average" not in text, "of one checkpoint there is no mean"
+    assert "validation" not in text
+
+
+def test_a_model_that_is_worse_than_none_is_not_recommended(run: Run, config: Path, tmp_path: Path) -> None:
+    options = ("--set", "optimizer.lr=50", "--set", "optimizer.warmup=0", "--set", "run.on_nan=skip")
+    code, text, err = run("pretrain", config, "--out", tmp_path / "run", *options)
+    assert code == 0, err
+    assert "no validation loss was below the " in err and "a lower optimizer.lr or other data may help" in err
+    assert "best" not in text and "try:" not in text and "average" not in text
+
+
+def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert run("pretrain", config, "--out", whole, "--set", "data.workers=0")[0] == 0
+    shutil.copytree(whole, cut)
+    for step in (4, 6):
+        shutil.rmtree(checkpoint.directory(cut, step))
+    code, text, err = run("pretrain", config, "--out", cut, "--resume", "--set", "data.workers=2")
+    assert code == 0 and "resumed   after 3 updates" in text, err
+    assert updates(cut) == updates(whole)
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "optimizer.lr=0.02")
+    assert code == 2 and "was trained with optimizer.lr = 0.01, not 0.02; leave it as it was, or start" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "optimizer.steps=9")
+    assert code == 2 and "was trained with optimizer.steps = 6, not 9" in err and "learning rate is spread" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "filters.min_tokens=11")
+    assert code == 2 and "was trained on other data" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "model.num_layers=1")
+    assert code == 2 and "was trained from another model" in err
+    about = json.loads((cut / "run.json").read_text())["settings"]
+    assert about["optimizer"]["lr"] == 0.01 and load_model(cut).config.num_layers == 2, (
+        "what is refused leaves no trace"
+    )
+
+
+def test_what_is_read_is_what_is_trained_on(run: Run, config: Path, tmp_path: Path) -> None:
+    """A window that nobody chose is no larger than the run; one that somebody did is."""
+    config.write_text(config.read_text().replace("window = 2048\n", ""))
+    made = toml_tables.read(config, pretraining_recipe.Recipe)
+    assert made.reading().window == 1536 and made.reading(world=2).window == 3072
+    assert toml_tables.read(config, pretraining_recipe.Recipe, ["optimizer.steps=100000"]).reading().window == 1 << 22
+    assert toml_tables.read(config, pretraining_recipe.Recipe, ["data.window=9999"]).reading().window == 9999
+    for name, options in (("small", ()), ("large", ("--set", "data.window=50000"))):
+        code, text, err = run("pretrain", config, "--out", tmp_path / name, *options)
+        assert code == 0, err
+        found = re.search(r"read      .*: (\d+) of \d+ documents kept, ([\d,]+) tokens, epoch (\d+)\n", text)
+        assert found and "trained   on 1,536 of these tokens\n" in text
+        documents, tokens, epoch = (int(number.replace(",", "")) for number in found.groups())
+        longest = 400
+        assert (1536 <= tokens < 1536 + longest and epoch == 1 and documents < 60) is (name == "small")
+        assert (tokens >= 50_000 and epoch > 1 and documents > 60) is (name == "large")
+
+
+def test_a_finished_run_that_is_resumed_has_read_nothing(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert "\nread  " in run("pretrain", config, "--out", out)[1]
+    code, text, err = run("pretrain", config, "--out", out, "--resume")
+    assert code == 0, err
+    assert "done      6 updates, 1,536 tokens" in text and "\nread  " not in text and "of these tokens" not in text
+
+
+def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_path: Path) -> None:
+    """They had four million tokens whatever the run (here fewer); it goes on as it was, if it is told to."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    earlier = ("--set", "data.window=8192", "--set", "data.workers=0")
+    config.write_text(config.read_text().replace("window = 2048\n", ""))
+    assert run("pretrain", config, "--out", whole, *earlier)[0] == 0
+    shutil.copytree(whole, cut)
+    for step in (4, 6):
+        shutil.rmtree(checkpoint.directory(cut, step))
+    before = sorted(path.name for path in (cut / "checkpoints").iterdir())
+    code, _, err = run("pretrain", config, "--out", cut, "--resume")
+    assert code == 2 and "shuffled windows of 8192 tokens, and this recipe now makes them of 1536" in err
+    assert "--set data.window=8192 goes on with the former" in err and err.count("\n") == 1
+    assert sorted(path.name for path in (cut / "checkpoints").iterdir()) == before
+    assert run("pretrain", config, "--out", cut, "--resume", *earlier)[0] == 0
+    assert updates(cut) == updates(whole)
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    (checkpoint.newest(cut) / checkpoint.STATE).write_text("{")
+    code, _, err = run("pretrain", config, "--out", cut, "--resume")
+    assert code == 2 and "state.json: not JSON" in err
+
+
+def test_every_key_that_a_run_is_told_by_has_its_name(config: Path) -> None:
+    made = toml_tables.read(config, pretraining_recipe.Recipe)
+    names = pretraining_recipe.settings(made.optimizer, made.run).identity().keys()
+    assert names - _KEYS.keys() == {"spike"}, "which no recipe says"
+    for key in _KEYS.values():
+        section, name = key.split(".")
+        assert hasattr(getattr(made, section), name)
+
+
+def test_two_processes_are_one_with_twice_the_batch(config: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "elm_mlx", "pretrain", str(config), "--set", "data.workers=0"]
+    # As many streams of documents on both sides, or they would be dealt otherwise.
+    one = [*command, "--out", str(tmp_path / "one"), "--set", "data.shards=2"]
+    subprocess.run(one, check=True, capture_output=True)
+    launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "-p", str(free_port())]
+    two = [*command, "--out", str(tmp_path / "two"), "--set", "run.batch_size=2", "--set", "data.shards=2"]
+    subprocess.run([*launch, "--cwd", Path.cwd(), "--", *two], check=True, capture_output=True, timeout=120)
+    alone, shared = updates(tmp_path / "one"), updates(tmp_path / "two")
+    assert [step for step, _ in alone] == [step for step, _ in shared]
+    trained = [[loss for _, loss in each] for each in (shared, alone)]
+    assert trained[0] == pytest.approx(trained[1], rel=1e-4)
+    norms = gradient_norms(tmp_path / "one")
+    assert len(norms) == 6 and gradient_norms(tmp_path / "two") == pytest.approx(norms, rel=1e-3)
+
+
+def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    assert run("pretrain", "--init", path, "--preset", "OpenELM-1_1B")[0] == 0
+    made = toml_tables.read(path, pretraining_recipe.Recipe)
+    assert made == pretraining_recipe.preset("OpenELM-1_1B")
+    assert (made.optimizer.lr, made.optimizer.steps, made.optimizer.warmup_steps()) == (0.0024, 350_000, 5_000)
+    assert made.run.batch_size * made.run.accumulate * made.data.sequence_length == 4_194_304
+    code, _, err = run("pretrain", "--init", path)
+    assert code == 2 and "is there already" in err
+    code, _, err = run("pretrain", path, "--data", "a.txt")
+    assert code == 2 and "--data goes into what --init writes" in err
+    code, _, err = run("pretrain", "--init", tmp_path / "other", "--preset", "OpenELM-2B")
+    assert code == 2 and "no preset 'OpenELM-2B'; there are small, OpenELM-270M" in err
+
+
+def test_three_commands_make_a_model_of_ones_own_text(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"{first}{second}" for first in ("st", "br", "l", "th") for second in ("ory", "own", "azy", "ings")]
+    lines = (f"{words[i % 16]} {words[i * i % 13]} {words[i // 7 % 16]} {i}.\n" for i in range(2000))
+    Path("own.txt").write_text("".join(lines))
+    assert run("train-tokenizer", "own.txt", "--out", "tokenizer.model", "--vocab-size", 300)[0] == 0
+    code, said, _ = run("pretrain", "--init", "recipe.toml", "--data", "own.txt")
+    assert code == 0 and "learns from own.txt, in the tokens of tokenizer.model" in said
+    assert toml_tables.read(Path("recipe.toml"), pretraining_recipe.Recipe) == pretraining_recipe.preset(
+        "small", "own.txt"
+    )
+    steps = ("--set", "optimizer.steps=2", "--set", "optimizer.warmup=1", "--set", "run.batch_size=1")
+    code, _, err = run("pretrain", "recipe.toml", "--out", "run", *steps)
+    assert code == 0, err
+    assert load_model(Path("run")).config.max_context_length == 512 and len(updates(Path("run"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("optimizer.warm_up=1", "[optimizer] has no key 'warm_up'; the nearest is warmup"),
+        ("tokenizer=none.model", "none.model"),
+        ("data.sequence_length=65", "exceed the model's context"),
+        ("run.compute_dtype=int8", "no compute_dtype 'int8'"),
+        ("optimizer.betas=0.9", "betas are two numbers"),
+        ("model.qkv_multipliers=[1, 2, 3]", "multipliers are one or two numbers"),
+        ("filters.min_chars=-1", "min_chars must be at least 0"),
+        ("run.seed=-1", "seed is -1: it must be from 0"),
+    ],
+)
+def test_what_makes_no_run_is_refused(override: str, error: str, run: Run, config: Path, tmp_path: Path) -> None:
+    code, _, err = run("pretrain", config, "--out", tmp_path / "run", "--set", override)
+    assert code == 2 and error in err and err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_warm_up_follows_the_updates(run: Run, config: Path, tmp_path: Path) -> None:
+    """A recipe for a long run, cut short: what does not fit becomes a tenth, which is told; what fits is used."""
+    said = {}
+    for steps in (1, 2):
+        code, said[steps], err = run(
+            "pretrain", config, "--out", tmp_path / str(steps), "--set", f"optimizer.steps={steps}"
+        )
+        assert code == 0, err
+    assert "warm-up   0 updates of rising learning rate: the recipe's 2 do not fit into 1\n" in said[1]
+    assert "warm-up   2 updates of rising learning rate\n" in said[2]
+    optimizer = pretraining_recipe.Optimizer(1.0, steps=30)
+    assert [replace(optimizer, steps=steps).warmup_steps() for steps in (4, 30, 80_000)] == [0, 3, 5000]
+    assert replace(optimizer, warmup=30).warmup_steps() == 30 and replace(optimizer, warmup=31).warmup_steps() == 3
+    assert pretraining_recipe.preset("small").optimizer.warmup_steps() == 100
+
+
+def test_what_is_missing_is_said(run: Run, config: Path) -> None:
+    assert "CONFIG is missing" in run("pretrain")[2]
+    assert "--out is missing" in run("pretrain", config)[2]
+
+
+def test_a_look_at_the_mixture(run: Run, config: Path, tmp_path: Path) -> None:
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write('{"text": "short"}\n{"txt": 1}\n')
+    code, text, err = run("data", "--config", config)
+    assert code == 0 and "texts.jsonl, line 62: " in err
+    assert "all there is" in text and "tokens/s with 1 worker" in text
+    assert "share     100.0% of the tokens; the weights say 100.0%" in text
+    assert "kept      60 of 62 documents" in text and "dropped   1 short" in text and "bad       1 record" in text
+    assert "PATH is missing" in run("data")[2]
+
+
+@pytest.mark.parametrize("command", [("pretrain",), ("lr-sweep", "--steps", 4)])
+def test_two_runs_do_not_write_to_one_directory(
+    command: tuple[object, ...], run: Run, config: Path, tmp_path: Path
+) -> None:
+    with files.hold(tmp_path / "out"):
+        code, _, err = run(*command, config, "--out", tmp_path / "out")
+    assert code == 1 and f"process {os.getpid()} is writing to it" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_rates_are_tried(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    options = ("--steps", 4, "--lr", "0.0001,0.01,1e30")
+    code, text, err = run("lr-sweep", config, "--out", out, *options)
+    assert code == 0, err
+    lines = {line.split()[0]: line for line in text.splitlines()}
+    assert "the least" in lines["0.01"] and "broke off" in lines["1e+30"]
+    assert f"{updates(out / 'lr-0.01')[-1][1]:.4f}" in lines["0.01"]
+    assert [step for step, _ in updates(out / "lr-0.0001")] == [0, 1, 2, 3, 4, 4]
+    assert (out / "report.html").read_text().count("lr-0.01") > 0
+    assert "holds something already" in run("lr-sweep", config, "--out", out, *options)[2]
+    assert "needs numbers" in run("lr-sweep", config, "--out", tmp_path / "other", "--lr", "a")[2]

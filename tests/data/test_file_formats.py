@@ -1,0 +1,285 @@
+"""Layouts of JSON, packed files and Parquet: whole ones read, damaged ones named; records' own tests do the rest."""
+
+from __future__ import annotations
+
+import builtins
+import gzip
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elm_mlx import reading
+from elm_mlx.data import file_formats, records, text_sources
+from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.errors import ElmError, InputError
+
+LINES = b'{"text": "a"}\n' * 20_000  # more than is unpacked at once
+
+
+def packed(*parts: bytes) -> bytes:
+    zstandard = pytest.importorskip("zstandard")
+    return b"".join(zstandard.ZstdCompressor().compress(part) for part in parts)
+
+
+@pytest.mark.parametrize("frames", [(LINES,), (LINES[:99], LINES[99:]), (b"", LINES), (LINES, b"")])
+def test_zstandard_frames(tmp_path: Path, frames: tuple[bytes, ...]) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(packed(*frames))
+    with file_formats.opened(tmp_path / "a.jsonl.zst") as file:
+        assert file.read() == LINES
+    assert len(records.read(tmp_path / "a.jsonl.zst")["train"].records) == 20_000
+
+
+def test_a_zstandard_stream_without_its_size(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    (tmp_path / "a.json.zst").write_bytes(stream.compress(LINES) + stream.flush())
+    with file_formats.opened(tmp_path / "a.json.zst") as file:
+        assert file.read() == LINES
+
+
+@pytest.mark.parametrize("keep", [1, 3, 9, -1, -4])
+def test_zstandard_cut_short(tmp_path: Path, keep: int) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(packed(LINES)[:keep])
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst: damaged Zstandard: it is cut short"):
+        records.read(tmp_path / "a.jsonl.zst")
+
+
+def test_zstandard_by_name_alone(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard")
+    (tmp_path / "a.jsonl.zst").write_bytes(LINES)
+    with pytest.raises(InputError, match=r"a\.jsonl\.zst: damaged Zstandard: "):
+        records.read(tmp_path / "a.jsonl.zst")
+
+
+def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(b"")
+    real = builtins.__import__
+
+    def refuse(name: str, *arguments: Any) -> Any:
+        if name == "zstandard":
+            raise ImportError(name)
+        return real(name, *arguments)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ElmError, match=r"a\.jsonl\.zst: Zstandard needs its package: pip install 'elm-mlx\[zstd\]'"):
+        records.read(tmp_path / "a.jsonl.zst")
+
+
+def test_a_parquet_columns_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "d\u00e9tail": ["b"]}), path)
+    path.write_bytes(path.read_bytes().replace("d\u00e9tail".encode(), b"d\xed\xa9tail"))
+    with pytest.raises(InputError, match=r"a\.parquet: no Parquet that can be read: "):
+        list(file_formats.parquet(path, ("text",)))
+
+
+def test_parquet_from_a_row_on(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table({"text": [str(number) for number in range(2500)], "other": list(range(2500))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1100)
+    every = list(file_formats.parquet(tmp_path / "a.parquet", ("text",)))
+    assert [row for row, _, _ in every] == list(range(2500)) and every[1200] == (
+        1200,
+        1,
+        {"text": "1200", "other": None},
+    )
+    for start in (0, 1, 1099, 1100, 2499, 2500, 9999):
+        assert list(file_formats.parquet(tmp_path / "a.parquet", ("text",), start)) == every[start:]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("begin", [b'{"text": "', b'[\n{"text": "'])
+def test_a_line_or_a_file_that_no_text_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: bytes
+) -> None:
+    monkeypatch.setattr(file_formats, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(reading, "CORPUS_BYTES", 2 << 20)
+    data = begin + b"a" * (3 << 20) + b'"}'
+    pack = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": packed}[name]
+    (tmp_path / name).write_bytes(pack(data))
+    with pytest.raises(InputError, match=rf"{name}(, line 1: has more than 1 MB without an end|: more than \d MB)"):
+        records.read(tmp_path / name)
+
+
+def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_formats, "LINE_BYTES", 1 << 20)
+    array = b"[\n" + b",\n".join([b'{"text": "a"}'] * 200_000) + b"]"
+    (tmp_path / "a.json").write_bytes(array)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
+    assert len(records.read(tmp_path / "a.json")["train"].records) == 200_000
+    with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB, which only JSON lines"):
+        records.read(tmp_path / "a.json.gz")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
+    with file_formats.opened(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
+        list(file_formats.lines(tmp_path / name, file))
+
+
+def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(InputError, match="is no regular file"), file_formats.opened(tmp_path / "a.jsonl"):
+        pass
+
+
+A, B, C = {"text": "a"}, {"text": "b\nö"}, {"messages": [{"role": "user", "content": "a"}]}
+
+
+def indented(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+LAYOUTS = {
+    "lines": json.dumps(A) + "\n\n" + json.dumps(B) + "\n" + json.dumps(C),
+    "array": json.dumps([A, B, C]),
+    "indented array": indented([A, B, C]),
+    "indented objects": "\n".join(map(indented, (A, B, C))),
+    "objects on a line": json.dumps(A) + json.dumps(B) + " " + json.dumps(C) + "\n",
+    "objects with commas": ",\n".join(map(json.dumps, (A, B, C))),
+    "indented objects with commas": ",\n".join(map(indented, (A, B, C))),
+    "under a key": json.dumps({"version": 1, "data": [A, B, C], "about": {"data": [1]}}),
+    "under a key, indented": "\n " + indented({"tags": ["x"], "empty": [], "train": [A, B, C], "license": None}),
+    "under a key, a line each": '{"rows": [\n' + ",\n".join(map(json.dumps, (A, B, C))) + "\n]}",
+}
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_values_in_every_layout(tmp_path: Path, layout: str, packing: str) -> None:
+    path, text = tmp_path / f"a.json{packing}", LAYOUTS[layout]
+    path.write_bytes(gzip.compress(text.encode()) if packing else text.encode())
+    found = list(file_formats.values(path))
+    assert [value for _, value in found] == [A, B, C]
+    for number, value in found:  # each begins on the line that is said
+        line = text.split("\n")[number - 1]
+        assert line.lstrip(" [,").startswith("{") and (len(line) < 20 or json.dumps(next(iter(value))) in line)
+    documents = list(text_sources.documents(path, "text", None))
+    parsed = [
+        content if not isinstance(content, bytes) else file_formats.parsed(content) for _, _, content in documents
+    ]
+    assert parsed[:2] in ([A, B], ["a", "b\nö"]) and len(parsed) == 3
+    later = text_sources.documents(path, "text", None, documents[1][0])
+    assert list(map(repr, later)) == list(map(repr, documents[1:]))
+
+
+@pytest.mark.parametrize(
+    "value", [A, C, {"prompt": "a", "completion": "b", "notes": [{"by": "c"}]}, {"data": []}, {"a": [1]}]
+)
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_is_a_record(tmp_path: Path, value: Any, indent: int | None) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
+    assert list(file_formats.values(tmp_path / "a.json")) == [(1, value)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n "data": [\n  {"a": 1},\n  {"b": }\n ]\n}', "line 4: not JSON: Expecting value"),
+        ('{\n "text": "a"\n', "line 3: not JSON: Expecting"),
+        ('{"data": [\n{"a": 1}', "line 2: not JSON: Expecting ',' delimiter"),
+        ('{\n"text": "a"\n}\n{"text": }\n', "line 4: not JSON: Expecting value"),
+        ('{\n"text": "a",\n"text": "b"}', "line 1: not JSON: an object has the key 'text' twice"),
+        (
+            json.dumps({"train": [A], "validation": [A]}),
+            "holds lists of objects under `train` and `validation`: write each",
+        ),
+    ],
+)
+def test_what_is_wrong_beyond_a_line_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        list(file_formats.values(tmp_path / "a.json"))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text": "a"} x', "not JSON: Extra data at column 15"),
+        ('{"text": "a"', "not JSON: Expecting ',' delimiter at column 13"),
+        ('{"text": "a"} {"text": "b"}', "another object begins at column 15: each needs a line of its own"),
+        ('{"text": "a", "text": "b"}', "not JSON: an object has the key 'text' twice"),
+    ],
+)
+def test_a_bad_line_among_others_is_one_bad_record(tmp_path: Path, line: str, reason: str) -> None:
+    for place in (0, 1, 2):
+        if place == 0 and "another" in reason:
+            continue  # begins a file of objects in a row
+        lines = [json.dumps(A), json.dumps(B)]
+        lines.insert(place, line)
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        found = list(file_formats.values(tmp_path / "a.jsonl"))
+        bad = found.pop(place)
+        assert isinstance(bad[1], BadRecord) and str(bad[1]) == reason and bad[0] == place + 1
+        assert [value for _, value in found] == [A, B]
+
+
+class TestParquet:
+    """A column that holds no text, or what Python cannot hold, is refused by row."""
+
+    @pytest.fixture
+    def bad_of(self, tmp_path: Path) -> Callable[[Any], list[str]]:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        def call(columns: dict[str, Any]) -> list[str]:
+            parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+            return [line.partition("row ")[2] for line in records.read(tmp_path / "a.parquet")["train"].bad]
+
+        return call
+
+    def test_columns_of_another_type(self, bad_of: Callable[[Any], list[str]]) -> None:
+        values = {
+            "a number": [1, 2.5, Decimal("1.5")], "bytes": [b"a"], "a datetime": [datetime(2026, 1, 1)],
+            "a list": [["a"]], "an object": [{"a": "b"}], "true": [True],
+        }  # fmt: skip
+        for kind, each in values.items():
+            for value in each:
+                assert bad_of({"text": [value]}) == [f"1 (row group 0): `text` is {kind}, and not a text"]
+                reason = f"1 (row group 0): `input` is {kind}, and not a text"
+                assert bad_of({"instruction": ["a"], "input": [value], "output": ["b"]}) == [reason]
+
+    def test_nulls(self, bad_of: Callable[[Any], list[str]]) -> None:
+        assert bad_of({"text": [None, "a"]}) == ["1 (row group 0): `text` is null, and not a text"]
+        assert bad_of({"instruction": ["a"], "input": [None], "output": ["b"], "system": [None], "tools": [None]}) == []
+
+    def test_nested_messages(self, bad_of: Callable[[Any], list[str]]) -> None:
+        turns = [{"role": "user", "content": "a", "weight": None}, {"role": "assistant", "content": "b", "weight": 1.0}]
+        assert bad_of({"messages": [turns]}) == []
+        reasons = bad_of({"messages": [turns, None, [], [None, *turns], [turns[0] | {"content": None}, turns[1]]]})
+        assert [reason.partition(": ")[2] for reason in reasons] == [
+            "`messages` is no list of objects", "a conversation needs a message", "`messages` is no list of objects",
+            "message 1: content is no text",
+        ]  # fmt: skip
+
+    def test_what_python_cannot_hold(self, bad_of: Callable[[Any], list[str]]) -> None:
+        import pyarrow
+
+        bad = pyarrow.StringArray.from_buffers(
+            1, pyarrow.py_buffer(bytes(4) + b"\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+        )
+        mixed = pyarrow.concat_arrays([pyarrow.array(["a"]), bad, pyarrow.array(["b"])])
+        (reason,) = bad_of({"text": mixed})
+        assert reason.startswith("2 (row group 0): holds what cannot be read: 'utf-8' codec can't decode")
+
+    def test_two_columns_of_one_name(self, tmp_path: Path) -> None:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        arrays = [pyarrow.array(["a"])] * 2
+        parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["text", "text"]), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match="has the column `text` twice"):
+            records.read(tmp_path / "a.parquet")

@@ -1,0 +1,177 @@
+"""Caches against a plain list of what was written, across growth, trimming and padding."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elm_mlx.model.cache import KVCache, SegmentedRow, StateCache, StepCache, make_prompt_cache, pad_left, place_step
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.network import Model
+from elm_mlx.model.ops import Segments
+
+
+def drawn(length: int, seed: int, batch: int = 1, heads: int = 2) -> tuple[mx.array, mx.array]:
+    keys, values = mx.random.normal((2, batch, heads, length, 4), key=mx.random.key(seed))
+    return keys, values
+
+
+def filled(length: int, seed: int = 0, batch: int = 1) -> KVCache:
+    cache = KVCache()
+    cache.update_and_fetch(*drawn(length, seed, batch))
+    return cache
+
+
+steps = st.lists(
+    st.tuples(st.just("write"), st.sampled_from([1, 1, 2, 100, 255, 256, 257, 600]))
+    | st.tuples(st.just("trim"), st.integers(0, 400)),
+    max_size=8,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps)
+def test_a_cache_is_what_was_written_and_not_trimmed(actions: list[tuple[str, int]]) -> None:
+    cache, keys, values = KVCache(), np.zeros((1, 2, 0, 4)), np.zeros((1, 2, 0, 4))
+    for seed, (action, count) in enumerate(actions):
+        if action == "trim":
+            assert cache.trim(count) == min(count, keys.shape[2])
+            kept = keys.shape[2] - min(count, keys.shape[2])
+            keys, values = keys[:, :, :kept], values[:, :, :kept]
+        else:
+            new = drawn(count, seed)
+            fetched = cache.update_and_fetch(*new)
+            keys, values = (np.concatenate([old, x], axis=2) for old, x in zip((keys, values), new, strict=True))
+            np.testing.assert_array_equal(fetched[0], keys.astype(np.float32))
+            np.testing.assert_array_equal(fetched[1], values.astype(np.float32))
+        assert cache.offset == keys.shape[2] <= cache.capacity
+        assert cache.capacity % KVCache.step == 0
+
+
+def test_an_empty_cache_is_empty() -> None:
+    cache = KVCache()
+    assert (cache.offset, cache.capacity, cache.nbytes, cache.state) == (0, 0, 0, (None, None))
+    assert cache.trim(5) == 0 and cache.is_trimmable()
+
+
+def test_room_is_made_once_and_says_its_size() -> None:
+    cache = filled(256)
+    assert cache.capacity == 256
+    assert cache.nbytes == 2 * 2 * 256 * 4 * 4
+    before = np.array(cache.keys)
+    cache.reserve(257)
+    assert cache.capacity == 512 and cache.offset == 256
+    np.testing.assert_array_equal(cache.keys[:, :, :256], before)
+    keys = cache.keys
+    cache.reserve(400)
+    assert cache.keys is keys
+
+
+def test_the_type_of_what_is_written_stays() -> None:
+    cache = KVCache()
+    keys, _ = cache.update_and_fetch(*(x.astype(mx.bfloat16) for x in drawn(3, 0)))
+    assert keys.dtype == mx.bfloat16
+    cache.reserve(300)
+    assert cache.keys is not None and cache.keys.dtype == mx.bfloat16
+
+
+def test_only_what_comes_after_is_hidden() -> None:
+    assert KVCache().make_mask(1) is None
+    assert KVCache().make_mask(2) == "causal"
+
+
+def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
+    cache = filled(5)
+    assert cache.keys is not None and cache.values is not None
+    step = StepCache(cache.keys, cache.values, *place_step(5, cache.capacity))
+    np.testing.assert_array_equal(step.offset, [5])
+    new = drawn(1, 9)
+    keys, values = step.update_and_fetch(*new)
+    expected = filled(5).update_and_fetch(*new)
+    np.testing.assert_array_equal(keys[:, :, :6], expected[0])
+    np.testing.assert_array_equal(values[:, :, :6], expected[1])
+    assert not np.array(keys[:, :, 6:]).any()
+    np.testing.assert_array_equal(np.array(step.make_mask(1)).reshape(-1), np.arange(256) <= 5)
+
+
+def test_a_padded_step_hides_the_padding_and_counts_positions_from_its_end() -> None:
+    cache = filled(5, batch=3)
+    assert cache.keys is not None and cache.values is not None
+    step = StepCache(cache.keys, cache.values, *place_step(5, cache.capacity, mx.array([0, 2, 4])))
+    np.testing.assert_array_equal(step.offset, [5, 3, 1])
+    mask = np.array(step.make_mask(1))
+    assert mask.shape == (3, 1, 1, 256)
+    for row, first in enumerate((0, 2, 4)):
+        np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(first, 6))
+
+
+def test_caches_of_different_length_are_stacked_with_their_ends_together() -> None:
+    caches = [filled(length, seed=length) for length in (3, 7, 1)]
+    caches[1].trim(1)  # what was trimmed does not come along
+    keys, values = pad_left(caches)
+    assert keys.shape == values.shape == (3, 2, 6, 4)
+    for row, cache in enumerate(caches):
+        assert cache.keys is not None and cache.values is not None
+        np.testing.assert_array_equal(keys[row, :, 6 - cache.offset :], cache.keys[0, :, : cache.offset])
+        np.testing.assert_array_equal(values[row, :, 6 - cache.offset :], cache.values[0, :, : cache.offset])
+        assert not np.array(keys[row, :, : 6 - cache.offset]).any()
+
+
+def test_every_layer_gets_a_cache_of_its_own() -> None:
+    model = Model(tiny.scaled_config(64))
+    caches = make_prompt_cache(model)
+    assert len(caches) == 3 and len({id(cache) for cache in caches}) == 3
+
+
+@pytest.mark.parametrize("name", ["OpenELM-270M", "OpenELM-3B"])
+def test_a_token_takes_the_bytes_that_the_config_says(name: str) -> None:
+    config = ModelConfig.preset(name)
+    caches = [KVCache() for _ in config.num_kv_heads]
+    for cache, heads in zip(caches, config.num_kv_heads, strict=True):
+        cache.update_and_fetch(*mx.zeros((2, 1, heads, 1, config.head_dim), mx.bfloat16))
+    assert sum(cache.nbytes for cache in caches) == KVCache.step * config.kv_bytes_per_token(2)
+
+
+def test_a_state_is_forgotten_whole_or_not_at_all() -> None:
+    cache = StateCache()
+    assert not cache.is_trimmable() and cache.nbytes == 0 and cache.capacity == 1
+    cache[0], cache[1], cache.offset = mx.ones((1, 3, 4)), mx.ones((1, 4, 2)), 7
+    assert cache.trim(6) == 0 and cache.offset == 7 and cache.nbytes == 4 * (12 + 8)
+    assert cache.trim(7) == 7 and cache.offset == 0 and cache.state == [None, None]
+
+
+def test_states_of_several_prompts_are_rows_of_one() -> None:
+    caches = []
+    for value, length in ((1.0, 3), (2.0, 5)):
+        cache = StateCache()
+        cache.state, cache.offset = [mx.full((1, 2), value), mx.full((1, 3, 2), value)], length
+        caches.append(cache)
+    joined = StateCache.joined(caches)
+    assert joined.offset == 5 and [array.shape for array in joined.state if array is not None] == [(2, 2), (2, 3, 2)]
+    assert joined[0] is not None and joined[0].tolist() == [[1.0, 1.0], [2.0, 2.0]]
+
+
+def test_a_window_hides_what_is_too_long_ago() -> None:
+    cache = filled(6)
+    assert cache.make_mask(2, window_size=8) == "causal" and cache.make_mask(1, window_size=7) is None
+    mask = np.array(cache.make_mask(3, window_size=4))
+    for row, position in enumerate((6, 7, 8)):
+        np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(position - 3, position + 1))
+    assert cache.keys is not None and cache.values is not None
+    step = StepCache(cache.keys, cache.values, *place_step(6, cache.capacity))
+    np.testing.assert_array_equal(np.flatnonzero(np.array(step.make_mask(1, window_size=4))), [3, 4, 5, 6])
+
+
+def test_texts_in_a_row_see_themselves_alone_and_their_window() -> None:
+    segments = Segments(mx.array([[0, 0, 0, 1, 1, 1]]))
+    row = SegmentedRow(segments)
+    keys, values = drawn(6, 0)
+    assert row.update_and_fetch(keys, values) == (keys, values) and row.offset == 0
+    assert row.make_mask(6) is segments and row.make_mask(6, window_size=6) is segments
+    mask = np.array(row.make_mask(6, window_size=2)).reshape(6, 6)
+    seen = {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5)}
+    assert {(int(i), int(j)) for i, j in np.argwhere(mask)} == seen
