@@ -26,8 +26,7 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import Source
-from elm_mlx.data.text_worker import Encode
-from elm_mlx.data.workers import Pool
+from elm_mlx.data.workers import Encode, Pool
 from elm_mlx.model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent

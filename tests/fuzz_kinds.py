@@ -28,7 +28,7 @@ from hostile_templates import TEMPLATES
 
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import records, text_sources
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.pairs import preference
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import perplexity, published

@@ -17,7 +17,7 @@ import numpy as np
 import tiny
 
 from elm_mlx.data.batches import Batch, Batches
-from elm_mlx.data.encoding import Example
+from elm_mlx.data.examples import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.journal import Report

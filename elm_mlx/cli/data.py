@@ -18,8 +18,7 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.data.batches import Batches
-    from elm_mlx.data.encoding import Example, Names
-    from elm_mlx.data.examples import Prepared
+    from elm_mlx.data.examples import Example, Names, Prepared
     from elm_mlx.text.tokenizer import Tokenizer
 
 _PAIRS = "pairs"  # of answers: what dpo trains on
@@ -104,11 +103,11 @@ def data(
 
 def _print_mixture(config: Path) -> None:
     """What a recipe's sources give, by a million tokens of them."""
-    from elm_mlx.data import mixture_sample
+    from elm_mlx.data import stream
     from elm_mlx.train import pretraining_recipe, toml_tables
 
     plan = toml_tables.read(config, pretraining_recipe.Recipe)
-    found = mixture_sample.sample(plan.data.sources, Path(plan.tokenizer), plan.filters, plan.reading(), on_wrong=_warn)
+    found = stream.sample(plan.data.sources, Path(plan.tokenizer), plan.filters, plan.reading(), on_wrong=_warn)
     what = "all there is" if found.whole else "from the beginning"
     speed = f"{found.tokens_per_second:,.0f} tokens/s with {counted(plan.data.workers, 'worker')}"
     print(f"{found.tokens:,} tokens, {what}; {speed}, after {found.opening_seconds:.1f} s to start")
@@ -216,7 +215,7 @@ def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
 
 def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> None:
     """A few, from all over the data."""
-    from elm_mlx.data.encoding import Names
+    from elm_mlx.data.examples import Names
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     each = 2 if paired else 1

@@ -24,8 +24,7 @@ import numpy.typing as npt
 
 from elm_mlx import files
 from elm_mlx.data.text_sources import Files
-from elm_mlx.data.text_worker import Hash
-from elm_mlx.data.workers import Pool
+from elm_mlx.data.workers import Hash, Pool
 from elm_mlx.errors import ElmError
 
 _FORMAT = 1  # of what is cached, and of how texts are hashed

@@ -20,10 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data import filters
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.text_sources import Broken, Position, Raw, Source
-from elm_mlx.data.text_worker import Encode, Outcome
-from elm_mlx.data.workers import Answer, Pool
+from elm_mlx.data.workers import Answer, Encode, Outcome, Pool
 from elm_mlx.errors import ElmError, InputError
 
 _TASK = 1 << 17  # bytes of documents for a worker at once, some 0.05 s of its time

@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from elm_mlx.data import examples, records
 from elm_mlx.data.batches import Batch, Batches, Row
-from elm_mlx.data.encoding import Encoder, Example
-from elm_mlx.data.examples import Prepared
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.examples import Encoder, Example, Prepared
 from elm_mlx.data.records import Completion, Conversation
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import Template

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.data import file_formats, splits
-from elm_mlx.data.file_formats import BadRecord, key_of, keys_of, kind_of
-from elm_mlx.data.splits import Files
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord, Files, key_of, keys_of, kind_of
 from elm_mlx.errors import InputError
 from elm_mlx.files import expanded
 from elm_mlx.text.chat_template import ROLES, check_messages
 
-SUFFIXES = (*file_formats.JSON, file_formats.PARQUET)
+SUFFIXES = (*data_files.JSON, data_files.PARQUET)
 PAIR = ("chosen", "rejected")
 _PAIR = "is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those"
 SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
@@ -118,7 +117,7 @@ class Split:
 def read(path: Path, format: str | None = None) -> dict[str, Split]:
     """Every record of a file, as split `train`, or of a directory's splits.
 
-    A directory holds `train.jsonl` (or any of SUFFIXES), and if it likes `valid` and `test`, as `splits.find` finds
+    A directory holds `train.jsonl` (or any of SUFFIXES), and if it likes `valid` and `test`, as `data_files.find` finds
     them: in shards, in folders, by other names of theirs.
 
     Args:
@@ -153,11 +152,11 @@ def files(path: Path) -> dict[str, Files]:
     """The files that `path` means by split: a file is `train`. Raises InputError as `read`."""
     path = expanded(path)
     if path.is_file():
-        file_formats.suffix_of(path, SUFFIXES)
+        data_files.suffix_of(path, SUFFIXES)
         return {"train": Files([path])}
     if not path.is_dir():
         raise InputError(f"{path}: no such file or directory")
-    return splits.find(path, SUFFIXES)
+    return data_files.find(path, SUFFIXES)
 
 
 def values(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -171,7 +170,7 @@ def values(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[st
     """
     empty = True
     for file in paths:
-        for entry in _entries(file, file_formats.suffix_of(file, SUFFIXES), columns):
+        for entry in _entries(file, data_files.suffix_of(file, SUFFIXES), columns):
             empty = False
             yield entry
     if empty:
@@ -180,11 +179,11 @@ def values(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[st
 
 def _entries(path: Path, suffix: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Each value of a file, with where it stands; BadRecord for a line that is no JSON."""
-    if suffix == file_formats.PARQUET:
-        for row, group, value in file_formats.parquet(path, tuple(columns)):
+    if suffix == data_files.PARQUET:
+        for row, group, value in data_files.parquet(path, tuple(columns)):
             yield f"{path}, row {row + 1} (row group {group})", value
         return
-    for number, value in file_formats.values(path):
+    for number, value in data_files.values(path):
         yield f"{path}, line {number}", value
 
 

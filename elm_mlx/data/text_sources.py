@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from elm_mlx import files, reading
-from elm_mlx.data import file_formats, splits
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import ElmError, InputError
 
-SUFFIXES = (*file_formats.JSON, *file_formats.TEXT, file_formats.PARQUET)
+SUFFIXES = (*data_files.JSON, *data_files.TEXT, data_files.PARQUET)
 _MANY = 16  # files for each process, from which on a process is given whole files rather than a share of each
 
 
@@ -33,7 +33,7 @@ class Source:
 
     Args:
         path: a file; a directory: all data files below it but those that are held out by their or their folders'
-            names, as `splits.name_of` knows them; or a glob, in which `**` crosses directories.
+            names, as `data_files.name_of` knows them; or a glob, in which `**` crosses directories.
         dataset: a data set's name on the Hub, to be streamed by the `datasets` package.
         subset, split: of `dataset`.
         weight: the share of this source's tokens, in relation to the others' weights.
@@ -163,8 +163,8 @@ def documents(path: Path, key: str, separator: str | None, start: int = 0) -> It
     """Number, place and content (as in `Raw`) of each document of a file from number `start` on."""
     number, where = start, str(path)
     try:
-        suffix = file_formats.suffix_of(path, SUFFIXES)
-        read = _rows if suffix == file_formats.PARQUET else _texts if suffix in file_formats.TEXT else _json
+        suffix = data_files.suffix_of(path, SUFFIXES)
+        read = _rows if suffix == data_files.PARQUET else _texts if suffix in data_files.TEXT else _json
         for number, where, content in read(path, key, separator, start):
             yield number, where, content
             number += 1
@@ -175,11 +175,11 @@ def documents(path: Path, key: str, separator: str | None, start: int = 0) -> It
 def text_of(value: Any, key: str) -> str:
     """The text of a record. Raises BadRecord."""
     if not isinstance(value, dict):
-        raise BadRecord(f"is {file_formats.kind_of(value)}, and not an object")
+        raise BadRecord(f"is {data_files.kind_of(value)}, and not an object")
     if key not in value:
-        raise BadRecord(f"`{key}` is missing; it has {file_formats.keys_of(value)}")
+        raise BadRecord(f"`{key}` is missing; it has {data_files.keys_of(value)}")
     if not isinstance(value[key], str):
-        raise BadRecord(f"`{key}` is {file_formats.kind_of(value[key])}, and not a text")
+        raise BadRecord(f"`{key}` is {data_files.kind_of(value[key])}, and not a text")
     return value[key]
 
 
@@ -193,27 +193,27 @@ def _content(value: Any, key: str) -> str | BadRecord:
 
 
 def _json(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    by_line = file_formats.is_lines(path)
-    with file_formats.opened(path) as file:
+    by_line = data_files.is_lines(path)
+    with data_files.opened(path) as file:
         if not by_line:
-            for number, (line, value) in enumerate(file_formats.elements(path, file_formats.whole(path, file))):
+            for number, (line, value) in enumerate(data_files.elements(path, data_files.whole(path, file))):
                 if number >= start:
                     yield number, f"{path}, line {line}", _content(value, key)
             return
-        for line, data in file_formats.lines(path, file):
+        for line, data in data_files.lines(path, file):
             if line > start:  # numbers begin at 0, lines at 1
                 yield line - 1, f"{path}, line {line}", data
 
 
 def _rows(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    for number, group, value in file_formats.parquet(path, (key,), start):
+    for number, group, value in data_files.parquet(path, (key,), start):
         if isinstance(value, dict) and key not in value:
-            raise InputError(f"{path}: has no column `{key}`; it has {file_formats.keys_of(value)}")
+            raise InputError(f"{path}: has no column `{key}`; it has {data_files.keys_of(value)}")
         yield number, f"{path}, row {number + 1} (row group {group})", _content(value, key)
 
 
 def _texts(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    with file_formats.opened(path) as file:
+    with data_files.opened(path) as file:
         parts = [(1, _whole(path, file))] if separator is None else _separated(path, file, separator.encode())
         for number, (line, data) in enumerate(parts):
             if number >= start:
@@ -222,16 +222,16 @@ def _texts(path: Path, key: str, separator: str | None, start: int) -> Iterator[
 
 
 def _whole(path: Path, file: IO[bytes]) -> bytes:
-    return reading.unmarked(file_formats.whole(path, file), str(path))
+    return reading.unmarked(data_files.whole(path, file), str(path))
 
 
 def _separated(path: Path, file: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
     """What stands between separators and isn't blank, with the line that it begins on."""
     first, held = 1, bytearray()
-    for number, line in file_formats.whole_lines(path, file):
+    for number, line in data_files.whole_lines(path, file):
         if line.strip() != separator:
             held += line
-            if len(held) > file_formats.LINE_BYTES:
+            if len(held) > data_files.LINE_BYTES:
                 raise InputError(f"{path}, line {first}: no separator in {len(held) >> 20} MB")
             continue
         if held.strip():
@@ -251,7 +251,7 @@ def _decoded(data: bytes) -> str | BadRecord:
 def _found(pattern: str) -> list[Path]:
     path = files.expanded(pattern)
     if path.is_file():
-        file_formats.suffix_of(path, SUFFIXES)
+        data_files.suffix_of(path, SUFFIXES)
         return [path]
     if path.is_dir():
         known = (each for each in path.rglob("*") if each.name.lower().endswith(SUFFIXES) and each.is_file())
@@ -262,7 +262,7 @@ def _found(pattern: str) -> list[Path]:
     matching = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path's takes no absolute pattern)
     paths = sorted(each for each in matching if each.is_file())
     for each in paths:
-        file_formats.suffix_of(each, SUFFIXES)
+        data_files.suffix_of(each, SUFFIXES)
     if not paths:
         raise InputError(f"{pattern}: no such file or directory, and no file's name matches it")
     return paths
@@ -271,7 +271,7 @@ def _found(pattern: str) -> list[Path]:
 def _is_meant(path: Path) -> bool:
     """Whether a file below a source's directory is one of its files: not hidden, and not held out."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and not splits.is_held_out(path, file_formats.suffix_of(path, SUFFIXES))
+    return not hidden and not data_files.is_held_out(path, data_files.suffix_of(path, SUFFIXES))
 
 
 def _datasets(source: Source) -> Any:

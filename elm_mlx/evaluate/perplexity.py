@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elm_mlx import reading
-from elm_mlx.data import file_formats
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scores import Score
@@ -114,12 +114,12 @@ def _by_document(text: Text, logprobs: Sequence[float]) -> list[float]:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    suffix = file_formats.suffix_of(path, (*file_formats.TEXT, *file_formats.JSON))
-    if suffix in file_formats.TEXT:
-        with file_formats.opened(path) as file:
-            yield reading.decoded(file_formats.whole(path, file), str(path))
+    suffix = data_files.suffix_of(path, (*data_files.TEXT, *data_files.JSON))
+    if suffix in data_files.TEXT:
+        with data_files.opened(path) as file:
+            yield reading.decoded(data_files.whole(path, file), str(path))
         return
-    for number, value in file_formats.values(path):
+    for number, value in data_files.values(path):
         if isinstance(value, BadRecord):
             raise InputError(f"{path}, line {number}: {value}")
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):

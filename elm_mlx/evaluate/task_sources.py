@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import reading
-from elm_mlx.data import file_formats
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import prompts
 from elm_mlx.evaluate.questions import SHAPES, BadQuestion, Question, has_shape, of_shape
 from elm_mlx.evaluate.tasks import Chosen, Task
 
-SUFFIXES = (*file_formats.JSON, file_formats.PARQUET)
+SUFFIXES = (*data_files.JSON, data_files.PARQUET)
 HELLASWAG_TEXT = ("hellaswag_val_full.txt.bz2", "hellaswag_val_full.txt")
 
 # What records on the hub have, of which nothing else is read.
@@ -154,14 +154,14 @@ def _questions(
             if isinstance(record, BadRecord):
                 raise BadQuestion(str(record))
             if not isinstance(record, dict):
-                raise BadQuestion(f"is {file_formats.kind_of(record)}, and not an object")
+                raise BadQuestion(f"is {data_files.kind_of(record)}, and not an object")
             found.append(read(record))
         except BadQuestion as error:
             raise InputError(f"{where}: {error}{hint}") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
             reason = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
             raise InputError(
-                f"{where}: is no record of this task: {reason}; it has {file_formats.keys_of(record)}"
+                f"{where}: is no record of this task: {reason}; it has {data_files.keys_of(record)}"
             ) from None
     return found
 
@@ -169,12 +169,12 @@ def _questions(
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Each record of a file with where it stands; at least one."""
     empty = True
-    if file_formats.suffix_of(path, SUFFIXES) == file_formats.PARQUET:
-        for row, _, value in file_formats.parquet(path, _COLUMNS):
+    if data_files.suffix_of(path, SUFFIXES) == data_files.PARQUET:
+        for row, _, value in data_files.parquet(path, _COLUMNS):
             empty = False
             yield f"{path}, row {row + 1}", value
     else:
-        for number, value in file_formats.values(path):
+        for number, value in data_files.values(path):
             empty = False
             yield f"{path}, line {number}", value
     if empty:

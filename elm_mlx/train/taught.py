@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from elm_mlx.data import examples, pairs
-from elm_mlx.data.encoding import Example
+from elm_mlx.data.examples import Example
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded
 from elm_mlx.json_files import read_object

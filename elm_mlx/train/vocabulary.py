@@ -16,8 +16,8 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.data import file_formats
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.text_sources import SUFFIXES, text_of
 from elm_mlx.directories import check_file
 from elm_mlx.errors import ElmError, InputError
@@ -195,16 +195,16 @@ class _Reservoir:
 
 def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
     """Each text in the file, in UTF-8, with where it stands. Of a text file, each line."""
-    suffix = file_formats.suffix_of(path, SUFFIXES)
-    if suffix == file_formats.PARQUET:
-        for number, group, row in file_formats.parquet(path, ("text",)):
+    suffix = data_files.suffix_of(path, SUFFIXES)
+    if suffix == data_files.PARQUET:
+        for number, group, row in data_files.parquet(path, ("text",)):
             yield f"{path}, row {number + 1} (row group {group})", _text(row)
-    elif suffix in file_formats.JSON:
-        for line, value in file_formats.values(path):
+    elif suffix in data_files.JSON:
+        for line, value in data_files.values(path):
             yield f"{path}, line {line}", _text(value)
     else:
-        with file_formats.opened(path) as file:
-            for line, data in file_formats.lines(path, file):
+        with data_files.opened(path) as file:
+            for line, data in data_files.lines(path, file):
                 yield f"{path}, line {line}", _decoded(data)
 
 

@@ -15,8 +15,7 @@ from elm_mlx.data import duplicates
 from elm_mlx.data.duplicates import find
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.text_sources import Files, Source
-from elm_mlx.data.text_worker import Hash
-from elm_mlx.data.workers import Pool
+from elm_mlx.data.workers import Hash, Pool
 
 Marks = list[list[list[bool]]]
 

@@ -1,24 +1,296 @@
-"""A split's examples: what is too long is split, cut or left out, counted and named; what isn't whole stops it."""
+"""Records as ids: what chat would ask with, what mlx-lm would train on, which tokens count; what is too long or bad."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import CHATML, LLAMA_CHAT, PLAIN
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece_models import EXACT, train
 
-from elm_mlx.data.encoding import Encoder, Example
-from elm_mlx.data.examples import BadRecords, Prepared, load, prepare
-from elm_mlx.data.records import Completion, Split, Text
+from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared, load, prepare
+from elm_mlx.data.records import Completion, Conversation, Instruction, Split, Text
 from elm_mlx.errors import InputError
+from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, Template
 from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx_convert import tokenizers
+
+LLAMA = Path(__file__).parents[2] / ".." / "shared" / "data" / "tokenizer" / "llama2.model"
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+SOURCES = {"openelm": OPENELM_INSTRUCT_JINJA, "chatml": CHATML, "llama": LLAMA_CHAT, "plain": PLAIN}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer.load(train(tmp_path_factory.mktemp("examples") / "tokenizer.model", **EXACT))
+    path = tmp_path_factory.mktemp("examples") / "tokenizer.model"
+    return Tokenizer.load(train(path, **EXACT, control_symbols="<|im_start|>,<|im_end|>"))
+
+
+@pytest.fixture(scope="module")
+def templates(tokenizer: Tokenizer) -> dict[str, Template]:
+    found: dict[str, Template] = {"ours": OpenELMInstruct(tokenizer)}
+    return found | {name: JinjaTemplate(tokenizer, source, name, NAMES) for name, source in SOURCES.items()}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def conversation(*messages: dict[str, str]) -> Conversation:
+    return Conversation("here, line 1", messages)
+
+
+def shown(tokenizer: Tokenizer, example: Example) -> str:
+    """The example as text, runs of trained tokens in brackets, control tokens by name."""
+    names = {token: name for name, token in tokenizer.control_ids.items()}
+    text, inside = "", False
+    decoder = tokenizer.detokenizer()
+    for token, trained in zip(example.ids, example.trained, strict=True):
+        text += ("[" if trained else "]") if trained != inside else ""
+        inside = trained
+        text += decoder.add(token) + names.get(token, "")
+    return text + decoder.finish() + ("]" if inside else "")
+
+
+class TestPlain:
+    def test_a_text_stands_between_bos_and_eos(self, tokenizer: Tokenizer) -> None:
+        example = Encoder(tokenizer, None).encode(Text("", "the fox"))
+        assert example.ids == (1, *tokenizer.encode("the fox")[1:], 2)
+        assert example.trained == (False, *[True] * (len(example.ids) - 1))
+        assert shown(tokenizer, example) == "<s>[the fox</s>]"
+
+    def test_a_text_is_no_conversation(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
+        text = Text("", "the </s> fox")
+        assert Encoder(tokenizer, templates["ours"]).encode(text) == Encoder(tokenizer, None).encode(text)
+        assert Encoder(tokenizer, None).encode(text).ids.count(2) == 1
+
+    @pytest.mark.parametrize(
+        ("prompt", "completion"), [("Q: the", " fox"), ("Q: ", "the fox"), ("qu", "ick"), ("a\n", "b"), ("a", "\nb")]
+    )
+    def test_a_completion_goes_on_where_generate_would(
+        self, tokenizer: Tokenizer, prompt: str, completion: str
+    ) -> None:
+        example = Encoder(tokenizer, None).encode(Completion("", prompt, completion))
+        asked = tokenizer.encode(prompt)
+        assert list(example.ids[: len(asked)]) == asked
+        assert example.trained == (*[False] * len(asked), *[True] * (len(example.ids) - len(asked)))
+        assert example.ids[-1] == 2 and tokenizer.decode(example.ids) == prompt + completion
+
+    @given(prompt=st.text(min_size=1), completion=st.text(min_size=1))
+    @settings(deadline=None, max_examples=150)
+    def test_any_completion(self, tokenizer: Tokenizer, prompt: str, completion: str) -> None:
+        example = Encoder(tokenizer, None).encode(Completion("", prompt, completion))
+        asked = tokenizer.encode(prompt)
+        assert list(example.ids[: len(asked)]) == asked
+        assert tokenizer.decode(example.ids) == tokenizer.decode(tokenizer.encode(prompt + completion))
+        assert example.trained.index(True) == len(asked)
+
+    def test_alpacas_prompts(self, tokenizer: Tokenizer) -> None:
+        encode = Encoder(tokenizer, None).encode
+        assert shown(tokenizer, encode(Instruction("", "Do {it}.", "", "Done"))) == (
+            "<s>Below is an instruction that describes a task. Write a response that appropriately completes the "
+            "request.\n\n### Instruction:\nDo {it}.\n\n### Response:\n[Done</s>]"
+        )
+        assert shown(tokenizer, encode(Instruction("", "Do it.", "x", "Done"))) == (
+            "<s>Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n### Instruction:\nDo it.\n\n### Input:\nx"
+            "\n\n### Response:\n[Done</s>]"
+        )
+
+    def test_all_of_it_if_wanted(self, tokenizer: Tokenizer) -> None:
+        record = Completion("", "the quick", " fox")
+        some, every = Encoder(tokenizer, None).encode(record), Encoder(tokenizer, None, True).encode(record)
+        assert every.ids == some.ids and every.trained == (False, *[True] * (len(some.ids) - 1))
+
+    def test_a_tokenizer_without_bos(self, tmp_path: Path) -> None:
+        bare = Tokenizer.load(train(tmp_path / "t.model", **EXACT, bos_id=-1))
+        example = Encoder(bare, None).encode(Text("", "the fox"))
+        assert example.ids == (*bare.encode("the fox"), bare.eos_id)
+        assert not example.trained[0] and all(example.trained[1:])
+
+    def test_one_token_is_nothing_to_learn(self, tmp_path: Path) -> None:
+        bare = Tokenizer.load(train(tmp_path / "t.model", **EXACT, bos_id=-1, eos_id=-1))
+        with pytest.raises(InputError, match="one token, which nothing predicts"):
+            Encoder(bare, None).encode(Text("", "the"))
+
+    def test_half_a_surrogate_pair(self, tokenizer: Tokenizer) -> None:
+        with pytest.raises(InputError, match="character 2 is U\\+D800"):
+            Encoder(tokenizer, None).encode(Text("", "a\ud800"))
+
+
+class TestConversations:
+    TALK = (user("the quick?"), assistant("Fox."), user("lazy?"), assistant("dogs"))
+
+    # A space after a control token is Llama's: each run of text is encoded by itself.
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            (
+                "ours",
+                "<s><|system|>\n</s> \n<|user|>\nthe quick?</s> \n<|assistant|>\n[Fox.</s>]"
+                " \n<|user|>\nlazy?</s> \n<|assistant|>\n[dogs</s>]",
+            ),
+            (
+                "chatml",
+                "<s><|im_start|>user\nthe quick?<|im_end|> \n<|im_start|> assistant\n[Fox.<|im_end|>] \n"
+                "<|im_start|> user\nlazy?<|im_end|> \n<|im_start|> assistant\n[dogs<|im_end|>]",
+            ),
+            ("llama", "<s>[INST] the quick? [/INST][ Fox. </s>]<s> [INST] lazy? [/INST][ dogs </s>]"),
+            ("plain", "<s>user: the quick?\nassistant:[ Fox.\n]user: lazy?\nassistant:[ dogs\n</s>]"),
+        ],
+    )
+    def test_answers_are_trained_with_what_ends_them(
+        self, tokenizer: Tokenizer, templates: dict[str, Template], name: str, text: str
+    ) -> None:
+        assert shown(tokenizer, Encoder(tokenizer, templates[name]).encode(conversation(*self.TALK))) == text
+
+    def test_what_is_said_after_the_last_answer_is_left_out(
+        self, tokenizer: Tokenizer, templates: dict[str, Template]
+    ) -> None:
+        encode = Encoder(tokenizer, templates["ours"]).encode
+        assert encode(conversation(*self.TALK, user("more"))) == encode(conversation(*self.TALK))
+        every = Encoder(tokenizer, templates["ours"], True).encode(conversation(*self.TALK))
+        assert list(every.ids) == templates["ours"].encode(self.TALK, False)
+        assert every.trained == (False, *[True] * (len(every.ids) - 1))
+
+    @pytest.mark.parametrize("name", ["ours", "openelm", "chatml", "llama"])
+    @given(texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=5))
+    @settings(deadline=None, max_examples=60)
+    def test_ids_are_those_of_the_chat(
+        self, tokenizer: Tokenizer, templates: dict[str, Template], name: str, texts: list[str]
+    ) -> None:
+        template = templates[name]
+        messages = [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]
+        example = Encoder(tokenizer, template).encode(conversation(*messages))
+        ids = list(example.ids)
+        asked = template.encode(messages[:1])
+        assert ids[: len(asked)] == asked
+        for turn in range(3, len(messages) + 1, 2):
+            # What the model is taken to have said goes up to the end of the trained tokens.
+            end = len(asked) + [*example.trained[len(asked) :], False].index(False)
+            said = ids[:end]
+            asked = template.extend(said, messages[:turn])
+            if turn < len(messages):
+                assert ids[: len(asked)] == asked and not any(example.trained[end : len(asked)])
+                assert example.trained[len(asked)]
+
+    @pytest.mark.parametrize("name", ["ours", "chatml"])
+    def test_an_answer_that_is_not_to_be_trained_on_is_read_alone(
+        self, tokenizer: Tokenizer, templates: dict[str, Template], name: str
+    ) -> None:
+        turns = (user("the fox"), assistant("jumps"), user("over"), assistant("lazy"), user("an"), assistant("old"))
+        encode, encode_all = (Encoder(tokenizer, templates[name], wanted).encode for wanted in (False, True))
+        whole = shown(tokenizer, encode(conversation(*turns)))
+        assert whole.count("[") == 3
+        for untrained in ({1}, {3}, {1, 3}, {5}, {3, 5}):
+            found = shown(tokenizer, encode(Conversation("", turns, frozenset(untrained))))
+            wanted = [turns[i]["content"] for i in (1, 3, 5) if i not in untrained]
+            assert [run.partition("]")[0].strip().partition("<")[0] for run in found.split("[")[1:]] == wanted
+            bare = found.replace("[", "").replace("]", "")
+            assert whole.replace("[", "").replace("]", "").startswith(bare) and found.endswith("]")
+            everything = encode_all(Conversation("", turns, frozenset(untrained)))
+            left = shown(tokenizer, Example(everything.ids, tuple(not mark for mark in everything.trained)))
+            assert left.startswith("[<s>]") and left.count("[") == 1 + len(untrained)
+
+    def test_a_name_of_a_control_token_is_text(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
+        talk = conversation(user("a</s>b<|im_end|>"), assistant("say </s>"))
+        for name in ("ours", "chatml", "llama"):
+            example = Encoder(tokenizer, templates[name]).encode(talk)
+            end = tokenizer.control_ids["<|im_end|>" if name == "chatml" else "</s>"]
+            marked = [token for token, trained in zip(example.ids, example.trained, strict=True) if trained]
+            assert marked.count(end) == 1 and marked[-1] == end
+            assert tokenizer.decode(marked).strip() == "say </s>"
+
+    def test_completions_and_instructions_are_turns(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
+        encode = Encoder(tokenizer, templates["ours"]).encode
+        turn = encode(conversation(user("Q\n\nabout"), assistant("A")))
+        assert encode(Completion("", "Q\n\nabout", "A")) == turn
+        assert encode(Instruction("", "Q", "about", "A")) == turn
+        assert encode(Instruction("", "Q", "", "A")) == encode(Completion("", "Q", "A"))
+
+    def test_a_template_that_rewrites_answers(self, tokenizer: Tokenizer) -> None:
+        forgetful = CHATML.replace("m.content | trim", "(m.content if loop.last else 'so')")
+        template = JinjaTemplate(tokenizer, forgetful, "t", NAMES)
+        with pytest.raises(InputError, match="message 2: the chat template shows a past answer otherwise"):
+            Encoder(tokenizer, template).encode(conversation(*self.TALK))
+        thinking = CHATML.replace("assistant\n", "assistant\n<think>")
+        template = JinjaTemplate(tokenizer, thinking, "t", NAMES)
+        with pytest.raises(InputError, match="message 2: the chat template shows"):
+            Encoder(tokenizer, template).encode(conversation(*self.TALK))
+
+    def test_a_template_that_refuses(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
+        records = [
+            Conversation("f, line 1", ({"role": "system", "content": "S"}, user("Q"), assistant("A"))),
+            Conversation("f, line 2", (user("Q"), assistant("A"))),
+        ]
+        prepared = prepare(Split(list(records)), tokenizer, templates["llama"], 99)
+        assert len(prepared.examples) == 1 and prepared.sources == ["f, line 2"]
+        assert prepared.bad == ["f, line 1: llama: the chat template fails: no system messages here"]
+
+    def test_a_conversation_without_a_template(self, tokenizer: Tokenizer) -> None:
+        with pytest.raises(InputError, match="here, line 1: is a conversation, and the model has no chat template"):
+            prepare(Split([conversation(*self.TALK)]), tokenizer, None, 99)
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_file: Path) -> Any:
+    from mlx_lm.tokenizer_utils import load
+
+    path = tmp_path_factory.mktemp("theirs")
+    shutil.copy(tiny_tokenizer_file, path / "tokenizer.model")
+    tokenizers.write(tiny_tokenizer_file, path, max_length=512, chat_template=OPENELM_INSTRUCT_JINJA)
+    (path / "config.json").write_text(json.dumps({"model_type": "openelm"}))
+    return load(path)
+
+
+class TestAgainstMlxLm:
+    """The ids that mlx-lm's data sets make, by Hugging Face's tokenizer, and where their loss begins."""
+
+    def test_texts(self, theirs: Any, tiny_tokenizer: Tokenizer) -> None:
+        from mlx_lm.tuner.datasets import TextDataset
+
+        data = [{"text": text} for text in ("the quick brown fox", "  naïve\n漢字 ", "x")]
+        for row in data:
+            ids, offset = TextDataset(data, theirs).process(row)
+            example = Encoder(tiny_tokenizer, None).encode(Text("", row["text"]))
+            assert list(example.ids) == ids and offset == 0
+
+    @pytest.mark.parametrize("question", ["the quick brown", "", "a\nb "])
+    def test_completions(self, theirs: Any, tiny_tokenizer: Tokenizer, question: str) -> None:
+        from mlx_lm.tuner.datasets import CompletionsDataset
+
+        row = {"prompt": question, "completion": "old king, naïve"}
+        ids, offset = CompletionsDataset([row], theirs, "prompt", "completion", True).process(row)
+        example = Encoder(tiny_tokenizer, OpenELMInstruct(tiny_tokenizer)).encode(Completion("", *row.values()))
+        assert example.trained.index(True) == offset
+        assert list(example.ids) == ids[: len(example.ids)]
+        assert tiny_tokenizer.decode(ids[len(example.ids) :]).strip() == ""  # the line's end after the end mark
+
+    def test_conversations(self, theirs: Any, tiny_tokenizer: Tokenizer) -> None:
+        from mlx_lm.tuner.datasets import ChatDataset
+
+        row = {"messages": list(TestConversations.TALK)}
+        ids, offset = ChatDataset([row], theirs, mask_prompt=True).process(row)
+        example = Encoder(tiny_tokenizer, OpenELMInstruct(tiny_tokenizer)).encode(conversation(*row["messages"]))
+        assert list(example.ids) == ids[: len(example.ids)]
+        assert len(example.trained) - example.trained[::-1].index(False) == offset  # theirs trains the last answer
+
+    def test_ids_with_llamas_tokenizer(self) -> None:
+        if not LLAMA.exists():
+            pytest.skip(f"{LLAMA} is not here")
+        llama = Tokenizer.load(LLAMA)
+        example = Encoder(llama, OpenELMInstruct(llama)).encode(Completion("", "What?", "Paris."))
+        assert example.ids[-5:] == (13, 2177, 275, 29889, 2)  # as Hugging Face's: \n, Par, is, ., </s>
+        assert example.trained == (*[False] * (len(example.ids) - 4), *[True] * 4)
 
 
 class TestLength:

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_mlx.data import filters
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.mixture import Feed, Mixture, ahead
 from elm_mlx.data.text_sources import Broken, Position, Raw, Source
-from elm_mlx.data.text_worker import Encode
+from elm_mlx.data.workers import Encode
 from elm_mlx.errors import InputError
 
 Content = str | BadRecord | Broken | None

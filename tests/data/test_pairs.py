@@ -13,9 +13,8 @@ from chat_templates import CHATML
 from sentencepiece_models import EXACT, train
 
 from elm_mlx.data.batches import Batches
-from elm_mlx.data.encoding import Encoder, Example
-from elm_mlx.data.examples import BadRecords, Prepared
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared
 from elm_mlx.data.pairs import Joined, PairBatch, PairBatches, Preference, load, preference, prepare
 from elm_mlx.data.records import Completion, Conversation
 from elm_mlx.errors import InputError

@@ -13,8 +13,7 @@ import pytest
 import texts
 
 from elm_mlx.data.filters import Filters
-from elm_mlx.data.text_worker import Encode
-from elm_mlx.data.workers import Pool
+from elm_mlx.data.workers import Encode, Pool
 from elm_mlx.errors import ElmError
 
 PARENT = """
@@ -105,7 +104,7 @@ class TestTheEnd:
 
 def test_a_worker_imports_neither_mlx_nor_numpy() -> None:
     program = (
-        "import elm_mlx.data.text_worker, sys; print({'mlx.core', 'numpy', 'elm_mlx.model.network'} & set(sys.modules))"
+        "import elm_mlx.data.workers, sys; print({'mlx.core', 'numpy', 'elm_mlx.model.network'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

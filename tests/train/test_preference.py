@@ -15,7 +15,7 @@ import runs
 from mlx.utils import tree_flatten
 
 from elm_mlx import blas
-from elm_mlx.data.encoding import Example
+from elm_mlx.data.examples import Example
 from elm_mlx.data.pairs import PairBatch, PairBatches
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model

@@ -1,4 +1,4 @@
-"""Layouts of JSON, packed files and Parquet: whole ones read, damaged ones named; records' own tests do the rest."""
+"""Data files: splits and shards by name, every layout of JSON, packed files, Parquet; damaged ones are named."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from elm_mlx import reading
-from elm_mlx.data import file_formats, records, text_sources
-from elm_mlx.data.file_formats import BadRecord
+from elm_mlx.data import data_files, records, text_sources
+from elm_mlx.data.data_files import BadRecord, Name, find, is_held_out, name_of
 from elm_mlx.errors import ElmError, InputError
 
 LINES = b'{"text": "a"}\n' * 20_000  # more than is unpacked at once
@@ -30,7 +30,7 @@ def packed(*parts: bytes) -> bytes:
 @pytest.mark.parametrize("frames", [(LINES,), (LINES[:99], LINES[99:]), (b"", LINES), (LINES, b"")])
 def test_zstandard_frames(tmp_path: Path, frames: tuple[bytes, ...]) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(packed(*frames))
-    with file_formats.opened(tmp_path / "a.jsonl.zst") as file:
+    with data_files.opened(tmp_path / "a.jsonl.zst") as file:
         assert file.read() == LINES
     assert len(records.read(tmp_path / "a.jsonl.zst")["train"].records) == 20_000
 
@@ -39,7 +39,7 @@ def test_a_zstandard_stream_without_its_size(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     (tmp_path / "a.json.zst").write_bytes(stream.compress(LINES) + stream.flush())
-    with file_formats.opened(tmp_path / "a.json.zst") as file:
+    with data_files.opened(tmp_path / "a.json.zst") as file:
         assert file.read() == LINES
 
 
@@ -79,7 +79,7 @@ def test_a_parquet_columns_name_that_is_no_text_is_one_line(tmp_path: Path) -> N
     parquet.write_table(pyarrow.table({"text": ["a"], "d\u00e9tail": ["b"]}), path)
     path.write_bytes(path.read_bytes().replace("d\u00e9tail".encode(), b"d\xed\xa9tail"))
     with pytest.raises(InputError, match=r"a\.parquet: no Parquet that can be read: "):
-        list(file_formats.parquet(path, ("text",)))
+        list(data_files.parquet(path, ("text",)))
 
 
 def test_parquet_from_a_row_on(tmp_path: Path) -> None:
@@ -88,14 +88,14 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
 
     table = pyarrow.table({"text": [str(number) for number in range(2500)], "other": list(range(2500))})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1100)
-    every = list(file_formats.parquet(tmp_path / "a.parquet", ("text",)))
+    every = list(data_files.parquet(tmp_path / "a.parquet", ("text",)))
     assert [row for row, _, _ in every] == list(range(2500)) and every[1200] == (
         1200,
         1,
         {"text": "1200", "other": None},
     )
     for start in (0, 1, 1099, 1100, 2499, 2500, 9999):
-        assert list(file_formats.parquet(tmp_path / "a.parquet", ("text",), start)) == every[start:]
+        assert list(data_files.parquet(tmp_path / "a.parquet", ("text",), start)) == every[start:]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
@@ -103,7 +103,7 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
 def test_a_line_or_a_file_that_no_text_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: bytes
 ) -> None:
-    monkeypatch.setattr(file_formats, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(data_files, "LINE_BYTES", 1 << 20)
     monkeypatch.setattr(reading, "CORPUS_BYTES", 2 << 20)
     data = begin + b"a" * (3 << 20) + b'"}'
     pack = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": packed}[name]
@@ -113,7 +113,7 @@ def test_a_line_or_a_file_that_no_text_is(
 
 
 def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_formats, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(data_files, "LINE_BYTES", 1 << 20)
     array = b"[\n" + b",\n".join([b'{"text": "a"}'] * 200_000) + b"]"
     (tmp_path / "a.json").write_bytes(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
@@ -125,13 +125,13 @@ def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, mon
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
-    with file_formats.opened(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
-        list(file_formats.lines(tmp_path / name, file))
+    with data_files.opened(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
+        list(data_files.lines(tmp_path / name, file))
 
 
 def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="is no regular file"), file_formats.opened(tmp_path / "a.jsonl"):
+    with pytest.raises(InputError, match="is no regular file"), data_files.opened(tmp_path / "a.jsonl"):
         pass
 
 
@@ -161,15 +161,13 @@ LAYOUTS = {
 def test_values_in_every_layout(tmp_path: Path, layout: str, packing: str) -> None:
     path, text = tmp_path / f"a.json{packing}", LAYOUTS[layout]
     path.write_bytes(gzip.compress(text.encode()) if packing else text.encode())
-    found = list(file_formats.values(path))
+    found = list(data_files.values(path))
     assert [value for _, value in found] == [A, B, C]
     for number, value in found:  # each begins on the line that is said
         line = text.split("\n")[number - 1]
         assert line.lstrip(" [,").startswith("{") and (len(line) < 20 or json.dumps(next(iter(value))) in line)
     documents = list(text_sources.documents(path, "text", None))
-    parsed = [
-        content if not isinstance(content, bytes) else file_formats.parsed(content) for _, _, content in documents
-    ]
+    parsed = [content if not isinstance(content, bytes) else data_files.parsed(content) for _, _, content in documents]
     assert parsed[:2] in ([A, B], ["a", "b\nö"]) and len(parsed) == 3
     later = text_sources.documents(path, "text", None, documents[1][0])
     assert list(map(repr, later)) == list(map(repr, documents[1:]))
@@ -181,7 +179,7 @@ def test_values_in_every_layout(tmp_path: Path, layout: str, packing: str) -> No
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_is_a_record(tmp_path: Path, value: Any, indent: int | None) -> None:
     (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
-    assert list(file_formats.values(tmp_path / "a.json")) == [(1, value)]
+    assert list(data_files.values(tmp_path / "a.json")) == [(1, value)]
 
 
 @pytest.mark.parametrize(
@@ -201,7 +199,7 @@ def test_one_object_is_a_record(tmp_path: Path, value: Any, indent: int | None) 
 def test_what_is_wrong_beyond_a_line_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError) as caught:
-        list(file_formats.values(tmp_path / "a.json"))
+        list(data_files.values(tmp_path / "a.json"))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -221,7 +219,7 @@ def test_a_bad_line_among_others_is_one_bad_record(tmp_path: Path, line: str, re
         lines = [json.dumps(A), json.dumps(B)]
         lines.insert(place, line)
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
-        found = list(file_formats.values(tmp_path / "a.jsonl"))
+        found = list(data_files.values(tmp_path / "a.jsonl"))
         bad = found.pop(place)
         assert isinstance(bad[1], BadRecord) and str(bad[1]) == reason and bad[0] == place + 1
         assert [value for _, value in found] == [A, B]
@@ -283,3 +281,141 @@ class TestParquet:
         parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["text", "text"]), tmp_path / "a.parquet")
         with pytest.raises(InputError, match="has the column `text` twice"):
             records.read(tmp_path / "a.parquet")
+
+
+SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".ndjson", ".parquet")
+HASH = "a09b74b3ef9c3b56"
+
+
+def make(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def found(root: Path, *names: str) -> dict[str, list[str]]:
+    splits = find(make(root, *names), SUFFIXES)
+    return {split: [str(path.relative_to(root)) for path in files.paths] for split, files in splits.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("train.jsonl", Name("train")),
+        ("TRAIN.JSONL", Name("train")),
+        ("val.ndjson", Name("valid")),
+        ("Validation.json", Name("valid")),
+        ("dev.jsonl.gz", Name("valid")),
+        ("eval.json", Name("valid")),
+        ("test.parquet", Name("test")),
+        ("train-00000-of-00002.parquet", Name("train", "", 0, 2)),
+        (f"train-00001-of-00002-{HASH}.parquet", Name("train", "", 1, 2)),
+        ("train_3.jsonl", Name("train", "", 3)),
+        ("train.00012.jsonl.gz", Name("train", "", 12)),
+        (f"train_sft-00000-of-00001-{HASH}.parquet", Name("train", "_sft", 0, 1)),
+        ("train-v2.json", Name("train", "-v2")),
+        ("training.json", None),
+        ("trained-1.json", None),
+        ("my-train.json", None),
+    ],
+)
+def test_what_a_name_says(name: str, wanted: Name | None) -> None:
+    suffix = max((each for each in SUFFIXES if name.lower().endswith(each)), key=len)
+    assert name_of(Path(name), suffix) == wanted
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["train.jsonl", "dev.jsonl", "test.json"], ["train.jsonl"]),
+        (["train.jsonl", ".DS_Store", "._train.jsonl", "README.md", "dataset_infos.json"], ["train.jsonl"]),
+        (["train.jsonl", "train_old.jsonl", "train-raw.json", "train.jsonl.bak", "training.json"], ["train.jsonl"]),
+        (["train_2.json", "train_10.json", "train_1.jsonl.gz"], ["train_1.jsonl.gz", "train_2.json", "train_10.json"]),
+        ([f"train-0000{i}-of-00002-{HASH}.parquet" for i in (1, 0)],
+         [f"train-0000{i}-of-00002-{HASH}.parquet" for i in (0, 1)]),
+        (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], ["train_sft-00000-of-00001.parquet"]),
+        (["data/train-00000-of-00001.parquet", "README.md"], ["data/train-00000-of-00001.parquet"]),
+        (["train/a.jsonl", "train/b.jsonl", "validation/a.jsonl"], ["train/a.jsonl", "train/b.jsonl"]),
+        (["train/part-10.parquet", "train/part-9.parquet"], ["train/part-9.parquet", "train/part-10.parquet"]),
+        (["TRAIN/x.json", "Val/y.json"], ["TRAIN/x.json"]),
+        (["data/default/train/0000.parquet", "data/default/test/0000.parquet"], ["data/default/train/0000.parquet"]),
+        (["train/1/a.json", "train/2/a_1.json", "train/state.json"], ["train/1/a.json", "train/2/a_1.json"]),
+        (["train/train-00000-of-00001.json"], ["train/train-00000-of-00001.json"]),
+        (["train/books-00000-of-00001.json", "train/news-00000-of-00001.json"],
+         ["train/books-00000-of-00001.json", "train/news-00000-of-00001.json"]),
+        (["train.jsonl", "data/train.jsonl"], ["train.jsonl"]),
+        (["train/test-questions.json", "train/test.json"], ["train/test-questions.json"]),
+    ],
+)  # fmt: skip
+def test_the_files_to_train_on(tmp_path: Path, names: list[str], wanted: list[str]) -> None:
+    assert found(tmp_path, *names)["train"] == wanted
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "eval", "VALID"])
+def test_a_validation_by_any_name(tmp_path: Path, name: str) -> None:
+    assert found(tmp_path, "train.jsonl", f"{name}.jsonl", "test.jsonl") == {
+        "train": ["train.jsonl"], "valid": [f"{name}.jsonl"], "test": ["test.jsonl"],
+    }  # fmt: skip
+    assert found(tmp_path / "folders", "train/a.jsonl", f"{name}/b.jsonl")["valid"] == [f"{name}/b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("names", "both"),
+    [
+        (["train.json", "train.jsonl"], "train.json and train.jsonl"),
+        (["train.jsonl", "TRAIN.jsonl"], "TRAIN.jsonl and train.jsonl"),
+        (["train.jsonl", "train-00000-of-00001.jsonl"], "train-00000-of-00001.jsonl and train.jsonl"),
+        (["train.jsonl", "val.jsonl", "dev.jsonl"], "dev.jsonl and val.jsonl"),
+        (["train.jsonl", "train/a.jsonl"], "train.jsonl and train/a.jsonl"),
+        (["train_gen.jsonl", "train_sft.jsonl"], "train_gen.jsonl and train_sft.jsonl"),
+        ([f"train-00000-of-00001-{HASH}.json", f"train-00000-of-00001-{HASH[::-1]}.json"], "0001-a"),
+        (["train-00000-of-00001.json", "train-00000-of-00001.parquet"], ".json and train-00000-of-00001.parquet"),
+        (["train-00000-of-00001.json", "train-00001-of-00002.json"], "train-00000-of-00001.json and train-00001-of"),
+        (["train/a.jsonl", "train/a.json"], "train/a.json and train/a.jsonl"),
+        (["en/train.jsonl", "fr/train.jsonl"], "en and fr both hold data"),
+    ],
+)
+def test_of_two_none_is_guessed(tmp_path: Path, names: list[str], both: str) -> None:
+    if len({name.lower() for name in names}) < len(names):
+        make(tmp_path, *names)
+        if len(list(tmp_path.iterdir())) < len(names):
+            pytest.skip("this file system takes them for one")
+    with pytest.raises(InputError) as caught:
+        found(tmp_path, *names)
+    assert both in str(caught.value)
+
+
+def test_shards_that_are_not_there_are_told(tmp_path: Path) -> None:
+    whole = find(make(tmp_path / "whole", "train-00000-of-00002.json", "train-00001-of-00002.json"), SUFFIXES)
+    assert whole["train"].missing is None
+    one = find(make(tmp_path / "one", "train-00000-of-00002.json"), SUFFIXES)
+    assert one["train"].missing == "1 of 2 shards are here, train-00000-of-00002.json first; missing: 00001"
+    few = find(make(tmp_path / "few", "train/x-00007-of-99999999999.json"), SUFFIXES)
+    assert few["train"].missing == (
+        "1 of 99,999,999,999 shards are here, x-00007-of-99999999999.json first; missing: 00000, 00001, 00002, 00003, "
+        "00004, …"
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [[], ["valid.jsonl"], ["a/b/c/d/train.jsonl"], ["train.csv", "train.arrow"], [".train/a.json"]]
+)
+def test_nothing_to_train_on(tmp_path: Path, names: list[str]) -> None:
+    with pytest.raises(InputError, match=r"holds no train\.jsonl, train\.json, .*pass it") as caught:
+        found(tmp_path, *names)
+    assert all(f"{name.partition('/')[0]}" in str(caught.value) for name in names if not name.startswith("."))
+
+
+@pytest.mark.parametrize(
+    ("path", "held_out"),
+    [
+        ("a.jsonl", False), ("train.jsonl", False), ("valid.jsonl", True), ("Test-00000-of-00001.parquet", True),
+        ("val.txt", True), ("dev/a.txt", True), ("x/Validation/a.json", True), ("train/a.json", False),
+        ("test_of_time.txt", False), ("test_sft-00000-of-00001.parquet", True), ("test-of-time.txt", True),
+        ("testament.txt", False),
+    ],
+)  # fmt: skip
+def test_what_raw_text_is_held_out(path: str, held_out: bool) -> None:
+    suffix = ".txt" if path.endswith(".txt") else next(each for each in SUFFIXES if path.endswith(each))
+    assert is_held_out(Path(path), suffix) is held_out
