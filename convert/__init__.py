@@ -7,13 +7,18 @@ Knows no model class and imports no MLX.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Conversion", "Plan", "convert", "export", "read_corenet", "read_peft", "write_peft"]
+__all__ = ["Conversion", "LoraWeights", "Plan", "convert", "export", "read_corenet", "read_peft", "write_peft"]
 
+if TYPE_CHECKING:
+    from elm_mlx_convert.conversion import Conversion, convert
+    from elm_mlx_convert.exporting import export
+    from elm_mlx_convert.foreign_adapters import LoraWeights, read_corenet, read_peft, write_peft
+    from elm_mlx_convert.plan import Plan
 
 _PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan", "export": "exporting"}
-_PLACES |= dict.fromkeys(("read_corenet", "read_peft", "write_peft"), "foreign_adapters")
+_PLACES |= dict.fromkeys(("LoraWeights", "read_corenet", "read_peft", "write_peft"), "foreign_adapters")
 
 
 def __getattr__(name: str) -> Any:

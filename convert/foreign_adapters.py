@@ -1,7 +1,6 @@
-"""Adapters of PEFT and of CoreNet into figures and arrays, and back out to PEFT.
+"""LoRA and DoRA adapters in the files of PEFT and of CoreNet: read, checked against a model, and written for PEFT.
 
-Knows how both name and lay out the parts (`X.lora_A.weight` (rank, inputs), `X.lora_embedding_A` (rank, tokens), …)
-and what PEFT's config says. Gives arrays by the names and in the layout of `elm_mlx.store.adapters`. Knows no model.
+Both name their parts `X.lora_A.weight` (rank, inputs), `X.lora_embedding_A` (rank, tokens) and so on.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,18 @@ from elm_mlx.errors import InputError
 from elm_mlx.json_files import read_object
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.families import Config, FamilyConfig
-from elm_mlx.store.adapters import EMBEDDING, PEFT_WEIGHTS, Adapter, weights_file
 from elm_mlx_convert import pickles, safetensors_files
 from elm_mlx_convert.configs import find_settings, read_settings
 from elm_mlx_convert.corenet_adapters import Scaling
+from elm_mlx_convert.infer import EMBEDDING as _EMBEDDING_WEIGHT
 from elm_mlx_convert.infer import HEAD
 from elm_mlx_convert.names import listed, to_canonical, unwrap
 from elm_mlx_convert.sources import open_source
 from elm_mlx_convert.tensors import FLOATS, LazyTensor, to_float32
 
+EMBEDDING = _EMBEDDING_WEIGHT.removesuffix(".weight")
 PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _PART = re.compile(
     r"(.+?)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.[^.]+)??(?:\.weight)?"
@@ -51,8 +52,32 @@ _Parts = dict[str, dict[str, LazyTensor]]
 Arrays = dict[str, np.ndarray]
 
 
-def read_peft(directory: Path, config: Config) -> tuple[Adapter, Arrays]:
-    """The adapter that PEFT has saved in `directory`, for `config`'s model: parameter -> array, float32.
+@dataclass(frozen=True)
+class LoraWeights:
+    """A LoRA or DoRA adapter as numbers.
+
+    Args:
+        dora: whether each module has a magnitude vector.
+        scale: of the product of the two matrices, the same for all modules.
+        dropout: of the adapters' input, in training.
+        arrays: float32, in the model's order: `MODULE.lora_a` (inputs, rank), `MODULE.lora_b` (rank, outputs), and
+            for DoRA `MODULE.m` (outputs).
+    """
+
+    dora: bool
+    scale: float
+    dropout: float
+    arrays: Mapping[str, np.ndarray]
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """By the canonical name of the module."""
+        end = ".lora_a"
+        return {name.removesuffix(end): a.shape[1] for name, a in self.arrays.items() if name.endswith(end)}
+
+
+def read_peft(directory: Path, config: Config) -> LoraWeights:
+    """Reads the adapter that PEFT has saved in `directory`, for `config`'s model.
 
     Raises:
         InputError: a file is missing or damaged, a part does not fit the model (names it and both shapes), or the
@@ -72,8 +97,8 @@ def read_peft(directory: Path, config: Config) -> tuple[Adapter, Arrays]:
         raise InputError(
             f"{where}: init_lora_weights changed the model's own weights; convert it to plain LoRA in PEFT"
         )
-    file = weights_file(directory)
-    if not file.is_file():
+    file = next((directory / name for name in PEFT_WEIGHTS if (directory / name).is_file()), None)
+    if file is None:
         raise InputError(f"{directory}: holds neither {PEFT_WEIGHTS[0]} nor {PEFT_WEIGHTS[1]}")
     tensors = safetensors_files.read(file) if file.suffix == ".safetensors" else _read_bin(file)
     alpha, pattern = values.get("lora_alpha"), values.get("alpha_pattern") or {}
@@ -97,14 +122,13 @@ def read_peft(directory: Path, config: Config) -> tuple[Adapter, Arrays]:
     }
     scalings = {module: Scaling(strength, by_root) for module, strength in strengths.items()}
     dropout = values.get("lora_dropout", 0.0)
-    adapter, arrays = _assemble(parts, scalings, config, str(file), float(dropout) if _is_number(dropout) else 0.0)
-    return replace(adapter, directory=directory), arrays
+    return _assemble(parts, scalings, config, str(file), float(dropout) if _is_number(dropout) else 0.0)
 
 
 def read_corenet(
     source: Path, config: ModelConfig, *, alpha: float | None = None, settings: Path | None = None
-) -> tuple[Adapter, Arrays]:
-    """The adapter in a CoreNet checkpoint, without the model that stands beside it there.
+) -> LoraWeights:
+    """Reads the adapter in a CoreNet checkpoint, without the model that stands beside it there.
 
     Args:
         alpha: the adapter's strength, which is not in the file; or it is in the YAML `settings`, or beside `source`.
@@ -128,28 +152,23 @@ def read_corenet(
     return _assemble(_without_padding(parts, config), dict.fromkeys(parts, scaling), config, opened.label, 0.0)
 
 
-def write_peft(directory: Path, adapter: Adapter, arrays: Mapping[str, np.ndarray], config: Config) -> None:
+def write_peft(directory: Path, adapter: LoraWeights) -> None:
     """Fills `directory` with what `PeftModel.from_pretrained` reads; its model is the hub's own.
 
     Raises:
-        InputError: PEFT has no word for the adapter.
+        InputError: PEFT cannot express the adapter.
     """
-    if adapter.kind == "full":
-        raise InputError("weights of the whole model are no adapter for PEFT; fuse them")
-    if EMBEDDING in adapter.ranks and adapter.kind == "dora":
+    arrays = adapter.arrays
+    if EMBEDDING in adapter.ranks and adapter.dora:
         raise InputError(
             "PEFT's DoRA of an embedding measures its columns, and this one its rows: it cannot be written"
-        )
-    if EMBEDDING in adapter.ranks and adapter.adapted_head and config.share_input_output_layers:
-        raise InputError(
-            "PEFT's tied head reads the base embedding, and this adapter's the adapted one: fuse it instead"
         )
     tensors: Arrays = {}
     for module in adapter.ranks:
         a, b = ("lora_embedding_A", "lora_embedding_B") if module == EMBEDDING else ("lora_A.weight", "lora_B.weight")
         tensors[f"{_PREFIX}{module}.{a}"] = np.ascontiguousarray(arrays[f"{module}.lora_a"].T)
         tensors[f"{_PREFIX}{module}.{b}"] = np.ascontiguousarray(arrays[f"{module}.lora_b"].T)
-        if adapter.kind == "dora":
+        if adapter.dora:
             tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = arrays[f"{module}.m"]
     header = safetensors_files.header([(n, "float32", t.shape) for n, t in tensors.items()], {"format": "pt"})
     with (directory / PEFT_WEIGHTS[0]).open("wb") as file:
@@ -160,14 +179,15 @@ def write_peft(directory: Path, adapter: Adapter, arrays: Mapping[str, np.ndarra
     (directory / PEFT_CONFIG).write_text(text, encoding="utf-8")
 
 
-def _peft_config(adapter: Adapter) -> dict[str, Any]:
-    differ = {module: rank for module, rank in adapter.ranks.items() if rank != adapter.rank}
+def _peft_config(adapter: LoraWeights) -> dict[str, Any]:
+    largest = max(adapter.ranks.values())
+    differ = {module: rank for module, rank in adapter.ranks.items() if rank != largest}
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
-        "r": adapter.rank, "lora_alpha": adapter.scale * adapter.rank, "lora_dropout": adapter.dropout,
+        "r": largest, "lora_alpha": adapter.scale * largest, "lora_dropout": adapter.dropout,
         "target_modules": list(adapter.ranks), "rank_pattern": differ,
         "alpha_pattern": {module: adapter.scale * rank for module, rank in differ.items()},
-        "use_dora": adapter.kind == "dora", "use_rslora": False, "bias": "none", "fan_in_fan_out": False,
+        "use_dora": adapter.dora, "use_rslora": False, "bias": "none", "fan_in_fan_out": False,
     }  # fmt: skip
 
 
@@ -232,7 +252,7 @@ def _without_padding(parts: _Parts, config: ModelConfig) -> _Parts:
 
 def _assemble(
     parts: _Parts, scalings: Mapping[str, Scaling], config: Config, where: str, dropout: float
-) -> tuple[Adapter, Arrays]:
+) -> LoraWeights:
     if not parts:
         raise InputError(f"{where}: adapts nothing")
     order = config.modules()
@@ -249,7 +269,7 @@ def _assemble(
     for module, own in scales.items():
         if own != scale:  # there is one scale for all; the rest goes into B
             arrays[f"{module}.lora_b"] *= np.float32(own / scale if scale else 0.0)
-    return Adapter("dora" if dora else "lora", ranks, scale, dropout if 0 <= dropout < 1 else 0.0), arrays
+    return LoraWeights(dora, scale, dropout if 0 <= dropout < 1 else 0.0, arrays)
 
 
 def _take(module: str, found: dict[str, LazyTensor], config: Config, where: str, dora: bool, arrays: Arrays) -> int:

@@ -126,7 +126,7 @@ def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
     if path.name in adapters.PEFT_WEIGHTS:
         import elm_mlx_convert
 
-        arrays = elm_mlx_convert.read_peft(adapter.directory, config)[1]
+        arrays = elm_mlx_convert.read_peft(adapter.directory, config).arrays
         values = {name: mx.array(array) for name, array in arrays.items()}
     else:
         values = _read_values(path, adapter, config)

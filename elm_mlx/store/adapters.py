@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from elm_mlx import files
 from elm_mlx.errors import InputError, counted
 from elm_mlx.json_files import read_object
 from elm_mlx.model.families import Config
 from elm_mlx.store import headers
+
+if TYPE_CHECKING:
+    from elm_mlx_convert.foreign_adapters import LoraWeights
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -169,6 +172,11 @@ def read(directory: str | Path, config: Config) -> Adapter:
     if not entries:
         raise InputError(f"{path / WEIGHTS}: holds no tensors")
     return adapter
+
+
+def of_weights(found: LoraWeights, directory: Path | None = None) -> Adapter:
+    """The adapter that `elm_mlx_convert` has read from another tool's files."""
+    return Adapter("dora" if found.dora else "lora", found.ranks, found.scale, found.dropout, directory=directory)
 
 
 def is_peft(directory: Path) -> bool:

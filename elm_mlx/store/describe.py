@@ -128,8 +128,7 @@ def read_adapter(path: Path, config: families.Config) -> Adapter:
     if adapters.is_peft(path):
         import elm_mlx_convert
 
-        adapter: Adapter = elm_mlx_convert.read_peft(path, config)[0]
-        return adapter
+        return adapters.of_weights(elm_mlx_convert.read_peft(path, config), path)
     return adapters.read(path, config)
 
 

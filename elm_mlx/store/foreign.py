@@ -20,6 +20,7 @@ from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.describe import check_directory, read_config
 from elm_mlx.store.loading import open_adapter
 from elm_mlx.text import chat_template
+from elm_mlx_convert import LoraWeights
 
 
 def convert_adapter(
@@ -49,7 +50,12 @@ def convert_adapter(
     found, values = _read(model, src, config, alpha, settings)
     with files.new_directory(dst, replace=overwrite) as directory:
         if to == "peft":
-            elm_mlx_convert.write_peft(directory, found, values, config)
+            if adapters.EMBEDDING in found.ranks and found.adapted_head and config.share_input_output_layers:
+                raise InputError(
+                    f"{src}: PEFT's tied head reads the base embedding, and this adapter's the adapted one: fuse it"
+                )
+            plain = LoraWeights(found.kind == "dora", found.scale, found.dropout, values)
+            elm_mlx_convert.write_peft(directory, plain)
         else:
             adapt.write(directory, found, {name: mx.array(value) for name, value in values.items()}, config)
         trained_by, _ = chat_template.own_source(src)
@@ -70,10 +76,8 @@ def _read(
         raise InputError(f"{src}: no such file or directory")
     if isinstance(config, FamilyConfig):
         raise InputError(f"{src}: holds no {adapters.CONFIG}, which an adapter of a {config.family.name} has")
-    found: tuple[Adapter, dict[str, np.ndarray]] = elm_mlx_convert.read_corenet(
-        src, config, alpha=alpha, settings=settings
-    )
-    odd = next((name for name, value in found[1].items() if not np.isfinite(value).all()), None)
+    found = elm_mlx_convert.read_corenet(src, config, alpha=alpha, settings=settings)
+    odd = next((name for name, value in found.arrays.items() if not np.isfinite(value).all()), None)
     if odd is not None:
         raise InputError(f"{src}: {odd} holds values that are no numbers, or infinite")
-    return found
+    return adapters.of_weights(found), dict(found.arrays)

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from safetensors.numpy import load_file, save_file
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.store.adapters import EMBEDDING, Adapter
+from elm_mlx.store.adapters import EMBEDDING, Adapter, of_weights
 from elm_mlx.store.describe import read_config
-from elm_mlx_convert import read_corenet, read_peft, write_peft
+from elm_mlx_convert import LoraWeights, read_corenet, read_peft, write_peft
 from elm_mlx_convert.corenet_adapters import Scaling, merge
 from elm_mlx_convert.sources import open_source
 
@@ -66,9 +65,13 @@ def peft_directory(path: Path, tensors: Arrays, binary: bool = False, **config: 
     return path
 
 
-def delta(adapter: Adapter, arrays: Arrays, module: str) -> np.ndarray:
+def shapes(adapter: LoraWeights) -> dict[str, tuple[int, ...]]:
+    return {name: value.shape for name, value in adapter.arrays.items()}
+
+
+def delta(adapter: LoraWeights, module: str) -> np.ndarray:
     """What is added to the module's weight."""
-    product = adapter.scale * arrays[f"{module}.lora_a"] @ arrays[f"{module}.lora_b"]
+    product: np.ndarray = adapter.scale * adapter.arrays[f"{module}.lora_a"] @ adapter.arrays[f"{module}.lora_b"]
     return product if module == EMBEDDING else product.T
 
 
@@ -76,25 +79,25 @@ def delta(adapter: Adapter, arrays: Arrays, module: str) -> np.ndarray:
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_peft(dora: bool, binary: bool, tmp_path: Path) -> None:
     tensors = peft_tensors({QKV: 4, OUT: 4}, dora)
-    adapter, arrays = read_peft(peft_directory(tmp_path, tensors, binary), CONFIG)
-    assert (adapter.kind, adapter.scale, adapter.dropout) == ("dora" if dora else "lora", 2.0, 0.05)
-    assert adapter.ranks == {QKV: 4, OUT: 4} and not adapter.adapted_head
-    assert {name: value.shape for name, value in arrays.items()} == adapter.shapes(CONFIG)
+    adapter = read_peft(peft_directory(tmp_path, tensors, binary), CONFIG)
+    assert (adapter.dora, adapter.scale, adapter.dropout) == (dora, 2.0, 0.05)
+    assert adapter.ranks == {QKV: 4, OUT: 4} and not of_weights(adapter).adapted_head
+    assert shapes(adapter) == of_weights(adapter).shapes(CONFIG)
     for module in (QKV, OUT):
         stem = f"base_model.model.{module}"
         expected = 2.0 * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
-        np.testing.assert_allclose(delta(adapter, arrays, module), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(delta(adapter, module), expected, rtol=1e-5, atol=1e-5)
         if dora:
-            np.testing.assert_array_equal(arrays[f"{module}.m"], tensors[f"{stem}.lora_magnitude_vector"])
+            np.testing.assert_array_equal(adapter.arrays[f"{module}.m"], tensors[f"{stem}.lora_magnitude_vector"])
 
 
 def test_pefts_embedding(tmp_path: Path) -> None:
     tensors = peft_tensors({EMBEDDING: 4, QKV: 4})
-    adapter, arrays = read_peft(peft_directory(tmp_path, tensors), CONFIG)
+    adapter = read_peft(peft_directory(tmp_path, tensors), CONFIG)
     stem = f"base_model.model.{EMBEDDING}"
     expected = 2.0 * (tensors[f"{stem}.lora_embedding_B"] @ tensors[f"{stem}.lora_embedding_A"]).T
-    np.testing.assert_allclose(delta(adapter, arrays, EMBEDDING), expected, rtol=1e-5, atol=1e-5)
-    assert adapter.unties(CONFIG)
+    np.testing.assert_allclose(delta(adapter, EMBEDDING), expected, rtol=1e-5, atol=1e-5)
+    assert of_weights(adapter).unties(CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +118,12 @@ def test_pefts_embedding(tmp_path: Path) -> None:
 )
 def test_pefts_ranks_and_strengths_by_module(options: dict[str, Any], scales: dict[str, float], tmp_path: Path) -> None:
     tensors = peft_tensors({QKV: 2, OUT: 5})
-    adapter, arrays = read_peft(peft_directory(tmp_path, tensors, **options), CONFIG)
+    adapter = read_peft(peft_directory(tmp_path, tensors, **options), CONFIG)
     assert adapter.ranks == {QKV: 2, OUT: 5}
     for module, scale in scales.items():
         stem = f"base_model.model.{module}"
         expected = scale * tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
-        np.testing.assert_allclose(delta(adapter, arrays, module), expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(delta(adapter, module), expected, rtol=1e-4, atol=1e-5)
 
 
 def corenet_tensors(dora: bool, vocabulary: int) -> Arrays:
@@ -149,16 +152,16 @@ def test_corenet_gives_what_merging_gives(dora: bool, tmp_path: Path) -> None:
     tensors = corenet_tensors(dora, CONFIG.vocab_size + 7)
     path = tmp_path / "lora.pt"
     torch_files.save(path, {f"module.{name}": torch_files.tensor(value) for name, value in tensors.items()})
-    adapter, arrays = read_corenet(path, CONFIG, alpha=6.0)
-    assert adapter.kind == ("dora" if dora else "lora") and adapter.scale == 1.5
-    assert {name: value.shape for name, value in arrays.items()} == adapter.shapes(CONFIG)
+    adapter = read_corenet(path, CONFIG, alpha=6.0)
+    assert (adapter.dora, adapter.scale) == (dora, 1.5)
+    assert shapes(adapter) == of_weights(adapter).shapes(CONFIG)
     names = {name.removeprefix("module."): tensor for name, tensor in open_source(path).tensors.items()}
     merged = merge(names, Scaling(6.0), "x")
     for module in adapter.ranks:
         name = module.removeprefix("transformer.")
-        weight = tensors[f"{name}.base_layer.weight"][: shape(module)[0]] + delta(adapter, arrays, module)
+        weight = tensors[f"{name}.base_layer.weight"][: shape(module)[0]] + delta(adapter, module)
         if dora:
-            weight *= (arrays[f"{module}.m"] / np.linalg.norm(weight, axis=1))[:, None]
+            weight *= (adapter.arrays[f"{module}.m"] / np.linalg.norm(weight, axis=1))[:, None]
         expected = merged[f"{name}.weight"].read()[: len(weight)]
         np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-4)
 
@@ -171,9 +174,9 @@ def test_corenets_strength_must_be_known(tmp_path: Path) -> None:
     yaml = "model:\n  language_modeling:\n    general_gpt: {model_name: x}\n  lora:\n    config:\n"
     yaml += "      - {params: {lora_alpha: 8, use_rslora: true}}\n"
     (tmp_path / "config.yaml").write_text(yaml)
-    assert read_corenet(tmp_path / "lora.pt", CONFIG)[0].scale == 4.0
+    assert read_corenet(tmp_path / "lora.pt", CONFIG).scale == 4.0
     (tmp_path / "config.yaml").rename(tmp_path / "other.yaml")
-    assert read_corenet(tmp_path / "lora.pt", CONFIG, settings=tmp_path / "other.yaml")[0].scale == 4.0
+    assert read_corenet(tmp_path / "lora.pt", CONFIG, settings=tmp_path / "other.yaml").scale == 4.0
     torch_files.save(tmp_path / "plain.pt", {"norm.weight": torch_files.tensor(draw(48))})
     with pytest.raises(InputError, match="holds no adapter"):
         read_corenet(tmp_path / "plain.pt", CONFIG, alpha=1)
@@ -182,14 +185,14 @@ def test_corenets_strength_must_be_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_to_peft_and_back(dora: bool, tmp_path: Path) -> None:
     ranks = {QKV: 2, OUT: 5} if dora else {EMBEDDING: 5, QKV: 2, OUT: 5, "lm_head": 5}
-    adapter = Adapter("dora" if dora else "lora", ranks, 1.75, 0.1)
-    arrays = {name: np.abs(draw(*shape)) for name, shape in adapter.shapes(UNTIED).items()}
-    write_peft(tmp_path, adapter, arrays, UNTIED)
-    again, found = read_peft(tmp_path, UNTIED)
-    assert again == replace(adapter, directory=tmp_path)
-    assert found.keys() == arrays.keys()
-    for name, value in arrays.items():
-        np.testing.assert_array_equal(found[name], value)
+    names = Adapter("dora" if dora else "lora", ranks).shapes(UNTIED)
+    adapter = LoraWeights(dora, 1.75, 0.1, {name: np.abs(draw(*shape)) for name, shape in names.items()})
+    write_peft(tmp_path, adapter)
+    again = read_peft(tmp_path, UNTIED)
+    assert (again.dora, again.scale, again.dropout, again.ranks) == (dora, 1.75, 0.1, ranks)
+    assert again.arrays.keys() == adapter.arrays.keys()
+    for name, value in adapter.arrays.items():
+        np.testing.assert_array_equal(again.arrays[name], value)
     stored = load_file(tmp_path / "adapter_model.safetensors")
     assert stored[f"base_model.model.{QKV}.lora_A.weight"].shape == (2, shape(QKV)[1])
     values = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -197,18 +200,26 @@ def test_to_peft_and_back(dora: bool, tmp_path: Path) -> None:
     assert values["alpha_pattern"] == {QKV: 3.5} and values["lora_alpha"] == 8.75
 
 
-@pytest.mark.parametrize(
-    ("adapter", "message"),
-    [
-        (Adapter("full"), "weights of the whole model"),
-        (Adapter("dora", {EMBEDDING: 2}), "PEFT's DoRA of an embedding measures its columns"),
-        (Adapter("lora", {EMBEDDING: 2}, adapted_head=True), "PEFT's tied head reads the base embedding"),
-    ],
-)
-def test_what_peft_has_no_word_for_is_refused(adapter: Adapter, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        write_peft(tmp_path, adapter, {}, CONFIG)
-    assert not list(tmp_path.iterdir())
+def test_what_peft_cannot_express_is_refused(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    import mlx.core as mx
+
+    from elm_mlx.store import adapt
+
+    config = read_config(tiny_model_dir)
+    seen = Adapter("lora", {EMBEDDING: 2}, adapted_head=True)
+    adapt.write(tmp_path / "seen", seen, {n: mx.zeros(shape) for n, shape in seen.shapes(config).items()}, config)
+    norm = "transformer.norm.weight"
+    adapt.write(tmp_path / "full", Adapter("full"), {norm: mx.ones(config.shapes()[norm])}, config)
+    for name, message in (
+        ("seen", "PEFT's tied head reads the base embedding, and this adapter's the adapted one: fuse it"),
+        ("full", "weights of the whole model are no adapter; `elm-mlx fuse` merges them"),
+    ):
+        code, _, err = run("adapter", tiny_model_dir, tmp_path / name, tmp_path / "out", "--to", "peft")
+        assert code == 2 and message in err and not (tmp_path / "out").exists()
+    dora = LoraWeights(True, 1.0, 0.0, {f"{EMBEDDING}.{name}": draw(2, 2) for name in ("lora_a", "lora_b", "m")})
+    with pytest.raises(InputError, match="PEFT's DoRA of an embedding measures its columns"):
+        write_peft(tmp_path / "out", dora)
+    assert not (tmp_path / "out").exists()
 
 
 A, B = f"base_model.model.{QKV}.lora_A.weight", f"base_model.model.{QKV}.lora_B.weight"
@@ -375,7 +386,7 @@ def test_a_model_without_its_head_in_the_names(family_dirs: dict[str, Path], tmp
     stem = "base_model.model.layers.0.self_attn.o_proj"
     tensors = {f"{stem}.lora_A.weight": draw(4, 48), f"{stem}.lora_B.weight": draw(48, 4)}
     source = peft_directory(tmp_path / "peft", tensors)
-    adapter, _ = read_peft(source, read_config(family_dirs["llama"]))
+    adapter = read_peft(source, read_config(family_dirs["llama"]))
     assert adapter.ranks == {"model.layers.0.self_attn.o_proj": 4}
 
 
