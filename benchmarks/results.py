@@ -22,8 +22,7 @@ from pathlib import Path
 from speed import ENVIRONMENT, HEADER, ROOT, embedded_model, first_token
 
 from elm_mlx.bench import results, runner, suites, tables
-from elm_mlx.bench.machine import Speeds
-from elm_mlx.bench.results import Results
+from elm_mlx.bench.results import Results, Speeds
 from elm_mlx.bench.sides import Programs
 from elm_mlx.bench.suites import Suite
 from elm_mlx.files import write_text

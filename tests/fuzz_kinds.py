@@ -31,15 +31,15 @@ from elm_mlx.data import records, text_sources
 from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.pairs import preference
 from elm_mlx.errors import ElmError
-from elm_mlx.evaluate import perplexity, published
+from elm_mlx.evaluate import perplexity, task_results
 from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
 from elm_mlx.inference import generation_config, transcript
 from elm_mlx.inference.generation import stream_generate
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import recipe as quantization
-from elm_mlx.quantize.formats import Format
 from elm_mlx.quantize.quantization import quantize
+from elm_mlx.quantize.recipe import Format
 from elm_mlx.store import adapt, adapters
 from elm_mlx.store.adapters import read as read_adapter
 from elm_mlx.store.describe import describe, describe_adapter, read_config
@@ -339,7 +339,7 @@ def write_conversion(path: Path) -> None:
 
 
 def use_conversion(path: Path) -> None:
-    published.name_of(ModelConfig.load(path / "preset.json"), path)
+    task_results.published_model(ModelConfig.load(path / "preset.json"), path)
     json.dumps(merge_record(path, read_adapter(path, read_config(path))))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from elm_mlx.bench.figures import About, Case, Figures
-from elm_mlx.bench.machine import Speeds
-from elm_mlx.bench.results import Norm, Results, Row
+from elm_mlx.bench.results import Norm, Results, Row, Speeds
+from elm_mlx.bench.suites import About, Case, Figures
 
 ABOUT = About("elm-mlx", "float32", 100, weight_bytes=4000, cache_bytes=8, flops=200, flops_seen=4, flops_head=60)
 SPEEDS = Speeds({"float32": 1e6}, 2e6)  # not to be changed

@@ -9,31 +9,20 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
 from elm_mlx import blas, device
+from elm_mlx.bench.results import Norm, Speeds
 from elm_mlx.model import roofline
+from elm_mlx.model.norm import NaiveRMSNorm, RMSNorm
 from elm_mlx.version import __version__
 
 _GIGABYTE = 1e9
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """What the machine can do.
-
-    Attributes:
-        matmul: FLOP/s of a product of large matrices, by type.
-        bandwidth: bytes a second that a product with a single row reads.
-    """
-
-    matmul: dict[str, float] = field(default_factory=dict)
-    bandwidth: float = 0.0
 
 
 def describe() -> dict[str, str]:
@@ -86,3 +75,24 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
+
+
+_PAIRS, _CALLS = 7, 20
+
+
+def measure_norm(dtype: str, positions: int, width: int) -> Norm:
+    """Microseconds of norming `(1, positions, width)`, in turn by each."""
+    x = mx.random.normal((1, positions, width), key=mx.random.key(0)).astype(device.DTYPES[dtype])
+    fused, naive = RMSNorm(width), NaiveRMSNorm(width)
+    for norm in (fused, naive):
+        norm.set_dtype(device.DTYPES[dtype])
+        mx.eval(x, norm.parameters(), norm(x))
+    pairs = [(_microseconds(fused, x), _microseconds(naive, x)) for _ in range(_PAIRS)]
+    return Norm(dtype, tuple(x.shape), [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def _microseconds(norm: RMSNorm, x: mx.array) -> float:
+    started = time.perf_counter()
+    for _ in range(_CALLS):
+        mx.eval(norm(x))
+    return (time.perf_counter() - started) / _CALLS * 1e6

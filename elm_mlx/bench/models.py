@@ -17,8 +17,8 @@ from pathlib import Path
 import mlx.core as mx
 
 from elm_mlx import device, files
-from elm_mlx.bench.figures import Case
 from elm_mlx.bench.sides import Unavailable
+from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import PREFILL_STEP
 from elm_mlx.model.config import PRESETS, ModelConfig

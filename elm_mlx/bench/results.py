@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import files, json_files, reading
-from elm_mlx.bench.figures import About, Case, Figures
-from elm_mlx.bench.machine import Speeds
+from elm_mlx.bench.suites import About, Case, Figures
 from elm_mlx.errors import InputError
 from elm_mlx.model.roofline import causal
 
 VERSION = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What the machine can do.
+
+    Attributes:
+        matmul: FLOP/s of a product of large matrices, by type.
+        bandwidth: bytes a second that a product with a single row reads.
+    """
+
+    matmul: dict[str, float] = field(default_factory=dict)
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from elm_mlx import device, files
-from elm_mlx.bench import machine, models, norms, sides, suites
-from elm_mlx.bench.figures import Case
+from elm_mlx.bench import machine, models, sides, suites
 from elm_mlx.bench.results import Results, Row
 from elm_mlx.bench.sides import Programs, Side, Unavailable
-from elm_mlx.bench.suites import Suite
+from elm_mlx.bench.suites import Case, Suite
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
 
@@ -157,7 +156,7 @@ class _Group:
             lengths = sorted({1, *(case.prompt for case in self._suite.cases)})
             for shape in ((1, length, config.model_dim) for length in lengths):
                 if not any((norm.dtype, norm.shape) == (about.dtype, shape) for norm in self._results.norms):
-                    self._results.norms.append(norms.measure(about.dtype, *shape[1:]))
+                    self._results.norms.append(machine.measure_norm(about.dtype, *shape[1:]))
 
     def _measure(self, case: Case, config: ModelConfig | None) -> Row:
         row = Row(case, skipped=dict(self._skipped))

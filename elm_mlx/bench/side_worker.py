@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device
-from elm_mlx.bench.figures import About, Figures, prompt_ids
+from elm_mlx.bench.suites import About, Figures, prompt_ids
 from elm_mlx.errors import ElmError
 from elm_mlx.model import roofline
 

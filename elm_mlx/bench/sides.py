@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elm_mlx import files
-from elm_mlx.bench.figures import BATCHED, About, Case, Figures
+from elm_mlx.bench.suites import BATCHED, About, Case, Figures
 
 
 class Unavailable(Exception):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.bench import suites
-from elm_mlx.bench.figures import SIDES
+from elm_mlx.bench.suites import SIDES
 from elm_mlx.cli import options
 from elm_mlx.cli.show import folded, line, printable, say, table
 from elm_mlx.errors import InputError
@@ -85,7 +85,7 @@ def bench(
 
 def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | None, gguf: Path | None) -> Results:
     from elm_mlx import files
-    from elm_mlx.bench import page, runner, tables
+    from elm_mlx.bench import runner, tables
     from elm_mlx.bench.sides import Programs
 
     with _shown() as (progress, row):
@@ -94,7 +94,7 @@ def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | No
     if not results.measured:
         return results
     files.write_text(out / f"{suite.name}.md", f"# {suite.name}\n\n{tables.markdown(results)}")
-    files.write_text(out / f"{suite.name}.html", page.page(results))
+    files.write_text(out / f"{suite.name}.html", tables.page(results))
     return results
 
 

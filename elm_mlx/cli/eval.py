@@ -15,8 +15,7 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.evaluate.comparison import Difference
-    from elm_mlx.evaluate.evaluation import Evaluation
-    from elm_mlx.evaluate.evaluation_run import Advance
+    from elm_mlx.evaluate.evaluation import Advance, Evaluation
 
 
 def eval(
@@ -102,9 +101,9 @@ def eval(
         _print(opened)
     line(f"wrote {opened.out}")
     if plot is not None and not harness:
-        from elm_mlx.evaluate import plots
+        from elm_mlx.evaluate import comparison
 
-        plots.draw({paths[0].name: opened.results}, plot)
+        comparison.draw({paths[0].name: opened.results}, plot)
         line(f"wrote {plot}")
 
 
@@ -135,7 +134,7 @@ def _print(done: Evaluation) -> None:
 
 
 def _compare(paths: list[Path], plot: Path | None) -> None:
-    from elm_mlx.evaluate import comparison, plots
+    from elm_mlx.evaluate import comparison
     from elm_mlx.evaluate.score_record import read_results
 
     if len(paths) < 2:
@@ -148,7 +147,7 @@ def _compare(paths: list[Path], plot: Path | None) -> None:
         line(f"{other} against {names[0]}")
         _print_differences(comparison.compare(runs[names[0]], runs[other]))
     if plot is not None:
-        plots.draw(runs, plot)
+        comparison.draw(runs, plot)
         line(f"wrote {plot}")
 
 

@@ -18,7 +18,7 @@ from elm_mlx import reading
 from elm_mlx.data import data_files
 from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import InputError
-from elm_mlx.evaluate import prompts
+from elm_mlx.evaluate import questions
 from elm_mlx.evaluate.questions import SHAPES, BadQuestion, Question, has_shape, of_shape
 from elm_mlx.evaluate.tasks import Chosen, Task
 
@@ -200,7 +200,7 @@ def _of_text(path: Path) -> Iterator[Question]:
         if len(question) < 6 or question[1] not in ("0", "1", "2", "3"):
             raise InputError(f"{path}, line {start + 1}: no context, index and four endings, each on a line")
         context, right, *endings = question
-        yield prompts.hellaswag_adopted(context, endings, int(right))
+        yield questions.hellaswag_adopted(context, endings, int(right))
 
 
 def _rows(task: Task, split: str) -> Iterator[tuple[str, Any]]:

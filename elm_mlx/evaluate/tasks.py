@@ -8,12 +8,13 @@ Knows names and figures; `prompts` knows what is asked. Knows nothing of files.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.evaluate import prompts
+from elm_mlx.evaluate import questions
 from elm_mlx.evaluate.questions import Question, of_shape
 
 Record = Mapping[str, Any]
@@ -65,7 +66,7 @@ class Chosen:
         return f"{self.task.name}@{self.shots}" if self.shots else self.task.name
 
 
-_ARC = Task("", prompts.arc, ("acc_norm", "acc"), "allenai/ai2_arc", adopt=prompts.arc_adopted)
+_ARC = Task("", questions.arc, ("acc_norm", "acc"), "allenai/ai2_arc", adopt=questions.arc_adopted)
 _SUBJECTS = (
     "abstract_algebra", "anatomy", "astronomy", "business_ethics", "clinical_knowledge", "college_biology",
     "college_chemistry", "college_computer_science", "college_mathematics", "college_medicine", "college_physics",
@@ -83,7 +84,7 @@ _SUBJECTS = (
 _ABOUT = "The following are multiple choice questions (with answers) about"
 _MMLU = [
     Task(
-        f"mmlu_{subject}", prompts.mmlu, ("acc",), "cais/mmlu", subject, example_split="dev", first_examples=True,
+        f"mmlu_{subject}", questions.mmlu, ("acc",), "cais/mmlu", subject, example_split="dev", first_examples=True,
         description=f"{_ABOUT} {subject.replace('_', ' ')}.\n\n",
         group="mmlu",
     )
@@ -96,26 +97,26 @@ TASKS: dict[str, Task] = {
         replace(_ARC, name="arc_easy", config="ARC-Easy"),
         replace(_ARC, name="arc_challenge", config="ARC-Challenge"),
         Task(
-            "boolq", prompts.boolq, ("acc",), "aps/super_glue", "boolq", "validation", leaves_out=True,
-            adopt=prompts.boolq_adopted,
+            "boolq", questions.boolq, ("acc",), "aps/super_glue", "boolq", "validation", leaves_out=True,
+            adopt=questions.boolq_adopted,
         ),
         Task(
-            "copa", prompts.copa, ("acc",), "aps/super_glue", "copa", "validation", leaves_out=True,
-            adopt=prompts.copa_adopted,
+            "copa", questions.copa, ("acc",), "aps/super_glue", "copa", "validation", leaves_out=True,
+            adopt=questions.copa_adopted,
         ),
-        Task("crows_pairs_english", prompts.crows_pairs, ("pct_stereotype", "likelihood_diff"),
+        Task("crows_pairs_english", questions.crows_pairs, ("pct_stereotype", "likelihood_diff"),
             "jannalu/crows_pairs_multilingual", "english", example_split="test"),
-        Task("hellaswag", prompts.hellaswag, ("acc_norm", "acc"), "Rowan/hellaswag", None, "validation",
+        Task("hellaswag", questions.hellaswag, ("acc_norm", "acc"), "Rowan/hellaswag", None, "validation",
             leaves_out=True),
-        Task("lambada_openai", prompts.lambada, ("acc", "perplexity"), "EleutherAI/lambada_openai", "default",
-            example_split="test", adopt=prompts.lambada_adopted),
-        Task("piqa", prompts.piqa, ("acc_norm", "acc"), "baber/piqa", None, "validation", leaves_out=True,
-            adopt=prompts.piqa_adopted),
-        Task("race", prompts.race, ("acc",), "EleutherAI/race", "high", example_split="test"),
-        Task("sciq", prompts.sciq, ("acc_norm", "acc"), "allenai/sciq"),
-        Task("truthfulqa_mc2", prompts.truthfulqa, ("mc2",), "truthfulqa/truthful_qa", "multiple_choice", "validation",
-            example_split="validation", shots=0),
-        Task("winogrande", prompts.winogrande, ("acc",), "allenai/winogrande", "winogrande_xl", "validation",
+        Task("lambada_openai", questions.lambada, ("acc", "perplexity"), "EleutherAI/lambada_openai", "default",
+            example_split="test", adopt=questions.lambada_adopted),
+        Task("piqa", questions.piqa, ("acc_norm", "acc"), "baber/piqa", None, "validation", leaves_out=True,
+            adopt=questions.piqa_adopted),
+        Task("race", questions.race, ("acc",), "EleutherAI/race", "high", example_split="test"),
+        Task("sciq", questions.sciq, ("acc_norm", "acc"), "allenai/sciq"),
+        Task("truthfulqa_mc2", questions.truthfulqa, ("mc2",), "truthfulqa/truthful_qa", "multiple_choice",
+            "validation", example_split="validation", shots=0),
+        Task("winogrande", questions.winogrande, ("acc",), "allenai/winogrande", "winogrande_xl", "validation",
             leaves_out=True),
         *_MMLU,
     ]
@@ -167,3 +168,33 @@ def named(name: str, shots: int | None = None) -> list[Chosen]:
         )
     found = [TASKS[each] for each in GROUPS.get(name, [name])]
     return [Chosen(task, task.shots if task.shots is not None else shots or 0) for task in found]
+
+
+_SEED = 1234  # the harness' own
+_BETWEEN = "\n\n"
+
+
+def before(chosen: Chosen, questions: Sequence[Question], pool: Sequence[Question] | None) -> list[str]:
+    """What stands before each of a task's first questions: its description, and examples with their answers.
+
+    Draws are made one question after the other from one generator, so the first N questions have the same examples
+    whether or not others follow.
+
+    Raises:
+        InputError: there are too few to draw from.
+    """
+    task, shots = chosen.task, chosen.shots
+    if not shots:
+        return [task.description] * len(questions)
+    assert pool is not None
+    wanted = shots + task.leaves_out
+    if len(pool) < wanted:
+        raise InputError(f"{task.name}: {wanted} examples are to be drawn, and there are {len(pool)}")
+    draw = random.Random(_SEED)
+    texts = []
+    for question in questions:
+        drawn = list(pool[:shots]) if task.first_examples else [pool[i] for i in draw.sample(range(len(pool)), wanted)]
+        if task.leaves_out:
+            drawn = [each for each in drawn if each != question]
+        texts.append(task.description + "".join(each.example + _BETWEEN for each in drawn[:shots]))
+    return texts

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError, counted
 from elm_mlx.model.packing import BITS
-from elm_mlx.quantize import budget
-from elm_mlx.quantize.formats import Format
+from elm_mlx.quantize.losses import Advance, Reference, Row, divergences, log_softmax
+from elm_mlx.quantize.recipe import Format, rounded
 
 Tensors = dict[str, mx.array]
 
@@ -102,7 +103,7 @@ def mixed(
     costs = [[*(how.nbytes(sizes[name], dtype) for how in choices[name]), sizes[name] * dense] for name in names]
     losses = [[*(divergences[name][how.bits] for how in choices[name]), 0.0] for name in names]
     rest = stored_bytes({}, tensors, dtype) - sum(of_item[-1] for of_item in costs)
-    chosen = budget.allocate(costs, losses, int(bpw * parameters(tensors) / 8) - rest)
+    chosen = allocate(costs, losses, int(bpw * parameters(tensors) / 8) - rest)
     assert chosen is not None, "the budget was not checked"
     formats = {
         name: choices[name][choice]
@@ -160,3 +161,118 @@ def _notes(shapes: Mapping[str, tuple[int, ...]], formats: Mapping[str, Format],
     if left:
         notes.append(f"{counted(len(left), 'weight')} left as stored: rows divide into no groups; such as {left[0]}")
     return tuple(notes)
+
+
+STEPS = 50_000  # units that a budget is cut into
+
+
+def allocate(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int] | None:
+    """The choice of each item, by the multiple-choice knapsack's dynamic programme; None where nothing fits.
+
+    Costs are counted in units of a `STEPS`th of what the budget leaves over the cheapest choices, rounded up: it is
+    never exceeded, and the sum is the least but for what those roundings keep out. Takes items x choices x STEPS steps.
+
+    Args:
+        costs: of each item, of each of its choices.
+        losses: in the same order.
+        budget: what the chosen costs may sum to.
+    """
+    least = [min(of_item) for of_item in costs]
+    spare = budget - sum(least)
+    if spare < 0:
+        return None
+    unit = max(1, -(-spare // STEPS))
+    room = spare // unit
+    best = np.zeros(room + 1)  # the least loss of the items so far, within each room
+    chosen = np.zeros((len(costs), room + 1), np.uint8)
+    for i, (of_item, loss) in enumerate(zip(costs, losses, strict=True)):
+        units = [-(-(cost - least[i]) // unit) for cost in of_item]
+        after = np.full(room + 1, np.inf)
+        for choice, (needed, lost) in enumerate(zip(units, loss, strict=True)):
+            if needed > room:
+                continue
+            total = best[: room + 1 - needed] + lost
+            better = total < after[needed:]
+            after[needed:][better] = total[better]
+            chosen[i, needed:][better] = choice
+        best = after
+    return _read_back(chosen, costs, least, unit)
+
+
+def _read_back(chosen: np.ndarray, costs: Sequence[Sequence[int]], least: Sequence[int], unit: int) -> list[int]:
+    room, choices = chosen.shape[1] - 1, []
+    for i in reversed(range(len(costs))):
+        choice = int(chosen[i, room])
+        choices.append(choice)
+        room -= -(-(costs[i][choice] - least[i]) // unit)
+    return choices[::-1]
+
+
+MEASURED = (2, 3, 4)
+WINDOW = 128
+TOKENS = 1024  # a few windows from all over the text
+
+
+def spread(rows: Sequence[Row], tokens: int = TOKENS) -> list[Row]:
+    """Windows of the whole text, evenly apart, that hold about so many tokens."""
+    full = [row for row in rows if len(row.inputs) == len(rows[0].inputs)]
+    wanted = max(1, tokens // len(full[0].inputs))
+    if len(full) <= wanted:
+        return list(rows)
+    return [full[i * len(full) // wanted] for i in range(wanted)]
+
+
+def passes(modules: int) -> int:
+    """Over the text, for so many modules."""
+    return modules * len(MEASURED)
+
+
+def measure(
+    model: nn.Module,
+    before: Reference,
+    shapes: Mapping[str, tuple[int, ...]],
+    group_size: int,
+    dtype: mx.Dtype,
+    advance: Advance = lambda count: None,
+) -> dict[str, dict[int, float]]:
+    """Module -> bits -> mean divergence in nats a token, where that module alone is packed in so many bits.
+
+    Modules whose rows divide into no group are left out. `model` is as before when this returns.
+
+    Args:
+        before: of `model` as it is.
+        dtype: of scales and biases.
+        advance: told of each pass over the text.
+    """
+    leaves = dict(model.named_modules())
+    found: dict[str, dict[int, float]] = {}
+    for name, shape in shapes.items():
+        if Format(BITS[0], group_size).fitted(shape[-1]) is not None:
+            found[name] = _of_module(model, leaves[name], before, group_size, dtype, advance)
+    return found
+
+
+def _of_module(
+    model: nn.Module, module: nn.Module, before: Reference, group_size: int, dtype: mx.Dtype, advance: Advance
+) -> dict[int, float]:
+    weight, lost, error = module.weight, {}, 0.0
+    try:
+        for bits in BITS:
+            how = Format(bits, group_size).fitted(weight.shape[-1])
+            assert how is not None
+            packed = rounded(weight, how, dtype)
+            own = float(mx.square(packed - weight.astype(mx.float32)).sum().item())
+            if bits in MEASURED:
+                module.weight = packed.astype(weight.dtype)
+                lost[bits], error = _divergence(model, before), own
+                advance(1)
+            else:
+                lost[bits] = lost[MEASURED[-1]] * (own / error if error else 0.0)
+    finally:
+        module.weight = weight
+    return lost
+
+
+def _divergence(model: nn.Module, before: Reference) -> float:
+    total = sum(float(divergences(old, log_softmax(model, row)).sum().item()) for row, old in before)
+    return total / sum(len(row.inputs) for row in before.rows)

@@ -23,28 +23,12 @@ from elm_mlx import device
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import MODEL_TYPE
 from elm_mlx.model.families import Config, FamilyConfig
-from elm_mlx.model.packing import AFFINE
 from elm_mlx.quantize.bit_plan import Tensors
-from elm_mlx.quantize.formats import Format
+from elm_mlx.quantize.recipe import Format
 
-METHODS = ("awq", "dwq", "gptq")
 WINDOW = 256
-RATE = 1e-5  # of DWQ
-_GPTQ_BITS = (2, 4, 8)
 _SEED = 0
 _DWQ_BATCH = 4
-
-
-def check(method: str, how: Format) -> None:
-    """Raises InputError where `method` has no such format."""
-    if method not in METHODS:
-        raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    if how.mode != AFFINE:
-        raise InputError(f"--method {method} is for affine weights, not {how.mode}")
-    if method == "gptq" and how.bits not in _GPTQ_BITS:
-        raise InputError(f"--method gptq packs in {', '.join(map(str, _GPTQ_BITS))} bits, not {how.bits}")
-    if method == "dwq" and how.bits == 8:
-        raise InputError("--method dwq trains weights of fewer than 8 bits")
 
 
 def check_network(method: str, config: Config) -> None:

@@ -5,9 +5,13 @@ Knows the order of things and what is recorded. What is packed how is `plan`'s, 
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,16 @@ import mlx.core as mx
 from elm_mlx import device, directories, files
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import MODEL_TYPE
-from elm_mlx.quantize import bit_plan, learned, losses, quantized_weights, sensitivity, texts
-from elm_mlx.quantize.bit_plan import Plan, Tensors
-from elm_mlx.quantize.formats import Format
+from elm_mlx.model.packing import AFFINE
+from elm_mlx.quantize import bit_plan, learned, losses, texts
+from elm_mlx.quantize.bit_plan import Plan, Tensors, main_dtype
 from elm_mlx.quantize.losses import Advance, Losses, Speed
-from elm_mlx.quantize.recipe import Recipe
+from elm_mlx.quantize.recipe import Format, Recipe, pack
 from elm_mlx.quantize.texts import Text
-from elm_mlx.store.describe import check_directory, fingerprint, weight_files
+from elm_mlx.store import shards
+from elm_mlx.store.describe import check_directory, config_values, fingerprint, weight_files
 from elm_mlx.store.loading import Loaded, open_model, read_weights
+from elm_mlx.store.shards import Pending
 from elm_mlx.version import __version__
 
 RECORD = "quantization.json"
@@ -104,7 +110,7 @@ def quantize(
         done = job.run(target)
         listener.done(done)
         _check(done, max_kld)
-        quantized_weights.write_json(directory / RECORD, _record(done, recipe, job.plan, source, learn))
+        write_json(directory / RECORD, _record(done, recipe, job.plan, source, learn))
     return done
 
 
@@ -155,23 +161,23 @@ class _Job:
             return bit_plan.uniform(shapes, recipe.how, tensors, dtype)
         bit_plan.check_budget(shapes, recipe.how.group_size, recipe.bpw, tensors, dtype)
         texts.ids(self._learn, loaded)  # a made-up text tells nothing of what matters
-        rows = sensitivity.spread(texts.rows(self._learn, loaded, sensitivity.WINDOW, most=1 << 20))
-        advance = self._advance("sensitivity", sensitivity.passes(len(shapes)))
+        rows = bit_plan.spread(texts.rows(self._learn, loaded, bit_plan.WINDOW, most=1 << 20))
+        advance = self._advance("sensitivity", bit_plan.passes(len(shapes)))
         with losses.reference(loaded.model, rows, self._directory) as before:
-            found = sensitivity.measure(loaded.model, before, shapes, recipe.how.group_size, dtype, advance)
+            found = bit_plan.measure(loaded.model, before, shapes, recipe.how.group_size, dtype, advance)
         return bit_plan.mixed(shapes, recipe.how.group_size, recipe.bpw, found, tensors, dtype)
 
     def _write(self, tensors: Tensors, dtype: mx.Dtype, ids: list[int]) -> dict[str, Format]:
         recipe, formats = self._recipe, dict(self.plan.formats)
         if recipe.method is None:
-            quantized_weights.write(self._source, self._directory, tensors, formats, dtype)
+            write(self._source, self._directory, tensors, formats, dtype)
             return formats
         tensors.clear()
         self._listener.progress(recipe.method, 0, 0)
         learnt, formats = learned.quantize(
             self._source, recipe.method, formats, recipe.how, ids, dtype, recipe.rate
         )  # fmt: skip
-        quantized_weights.write(self._source, self._directory, learnt, formats, dtype, packed=True)
+        write(self._source, self._directory, learnt, formats, dtype, packed=True)
         return formats
 
     def _advance(self, what: str, total: int) -> Advance:
@@ -210,7 +216,7 @@ def _check(done: Quantization, max_kld: float | None) -> None:
 
 
 def _record(done: Quantization, recipe: Recipe, made: Plan, source: Path, learn: Text) -> dict[str, Any]:
-    """What `quantization.json` holds: how it was made, and all that was measured."""
+    """What `json` holds: how it was made, and all that was measured."""
     learns = recipe.bpw is not None or recipe.method is not None
     return {
         "tool": f"elm-mlx {__version__}",
@@ -243,3 +249,78 @@ def _bits(tensors: Tensors, parameters: int) -> float:
 
 def _file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
+
+
+_OTHER_BYTES = 16 << 20  # tokenizer, config and records
+
+
+def write(
+    source: Path,
+    directory: Path,
+    tensors: Tensors,
+    formats: Mapping[str, Format],
+    dtype: mx.Dtype,
+    packed: bool = False,
+) -> None:
+    """Weights, config and all that comes along from `source`, into `directory`. `tensors` is emptied on the way.
+
+    Args:
+        dtype: of scales, biases, and what stays as it is.
+        packed: whether `tensors` have the weights in their formats already.
+
+    Raises:
+        ElmError: there is no room.
+        OSError: it cannot be written.
+    """
+    own = main_dtype(tensors, dtype)
+    pending: list[Pending] = []
+    for name in tensors:
+        how = None if packed else formats.get(name.removesuffix(".weight"))
+        pending += [_kept(tensors, name, own, dtype)] if how is None else _packed(tensors, name, how, dtype)
+    needed, free = sum(tensor.nbytes for tensor in pending) + _OTHER_BYTES, files.free_bytes(directory)
+    if needed > free:
+        raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+    shards.write(directory, pending)
+    write_json(directory / "config.json", config_values(source) | _entries(formats))
+    directories.carry(source, directory)
+    if (source / "conversion.json").is_file():  # where the model comes from is still true
+        shutil.copyfile(directories.own_file(source / "conversion.json"), directory / "conversion.json")
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _kept(tensors: Tensors, name: str, own: mx.Dtype, dtype: mx.Dtype) -> Pending:
+    """What is of the model's own type is cast; what is not, such as a state that wants float32, has its reasons."""
+    tensor = tensors[name]
+    cast = dtype if tensor.dtype == own and mx.issubdtype(own, mx.floating) else tensor.dtype
+    return Pending(name, cast, tensor.shape, lambda: tensors.pop(name).astype(cast))
+
+
+def _packed(tensors: Tensors, name: str, how: Format, dtype: mx.Dtype) -> list[Pending]:
+    *rows, columns = tensors[name].shape
+    groups = (*rows, columns // how.group_size)
+    shapes: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {"weight": (mx.uint32, (*rows, columns * how.bits // 32))}
+    if how.mode == AFFINE:
+        shapes |= {"scales": (dtype, groups), "biases": (dtype, groups)}
+    else:
+        shapes |= {"scales": (mx.uint8, groups)}
+    made: dict[str, mx.array] = {}
+
+    def make(part: str) -> mx.array:
+        """The first call makes all parts; each is handed out once."""
+        if not made:
+            made.update(pack(tensors.pop(name), how, dtype))
+        return made.pop(part)
+
+    stem = name.removesuffix("weight")
+    return [Pending(stem + part, kind, shape, partial(make, part)) for part, (kind, shape) in shapes.items()]
+
+
+def _entries(formats: Mapping[str, Format]) -> dict[str, Any]:
+    """The commonest format, and by name what has another; under both names that mlx-lm and the hub look for."""
+    common = Counter(formats.values()).most_common(1)[0][0]
+    others = {name: how.packing() for name, how in formats.items() if how != common}
+    entry = common.packing() | others
+    return {"quantization": entry, "quantization_config": entry}

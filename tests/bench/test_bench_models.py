@@ -13,8 +13,8 @@ import tiny
 
 from elm_mlx import device
 from elm_mlx.bench import models
-from elm_mlx.bench.figures import Case
 from elm_mlx.bench.sides import Unavailable
+from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.store.loading import open_model

@@ -9,9 +9,8 @@ import pytest
 from measured import SPEEDS, row, whole
 
 from elm_mlx.bench import results, tables
-from elm_mlx.bench.figures import About
-from elm_mlx.bench.machine import Speeds
-from elm_mlx.bench.results import Row, Spread, bounds
+from elm_mlx.bench.results import Row, Speeds, Spread, bounds
+from elm_mlx.bench.suites import About
 from elm_mlx.errors import InputError
 
 

@@ -10,11 +10,10 @@ import pytest
 
 from elm_mlx import device
 from elm_mlx.bench import machine, results, runner, sides
-from elm_mlx.bench.figures import About, Case, Figures
-from elm_mlx.bench.machine import Speeds
+from elm_mlx.bench.results import Speeds
 from elm_mlx.bench.runner import run
 from elm_mlx.bench.sides import Programs, Unavailable
-from elm_mlx.bench.suites import Suite
+from elm_mlx.bench.suites import About, Case, Figures, Suite
 from elm_mlx.errors import InputError
 
 Log = list[tuple[Any, ...]]

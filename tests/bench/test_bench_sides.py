@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from elm_mlx.bench import sides
-from elm_mlx.bench.figures import About, Case, Figures
 from elm_mlx.bench.sides import Programs, Side, Unavailable, Worker
+from elm_mlx.bench.suites import About, Case, Figures
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.roofline import Cost
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elm_mlx.bench import suites
-from elm_mlx.bench.figures import Case, prompt_ids
-from elm_mlx.bench.suites import SUITES, changed, check
+from elm_mlx.bench.suites import SUITES, Case, changed, check, prompt_ids
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS
 

@@ -22,7 +22,7 @@ from mlx_lm import utils
 from elm_mlx import files
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.quantize import losses, sensitivity
+from elm_mlx.quantize import bit_plan, losses
 from elm_mlx.quantize.quantization import RECORD, Listener, Quantization, quantize
 from elm_mlx.quantize.recipe import choose
 from elm_mlx.store import adapt, shards
@@ -163,11 +163,11 @@ def test_sensitivity_is_the_divergence_of_one_weight_at_a_time(base: Path) -> No
     shapes = {name: tuple(model.layers[0].ffn.proj_2.weight.shape)}
     kept = model.layers[0].ffn.proj_2.weight
     with losses.reference(model, rows, base.parent) as before:
-        found = sensitivity.measure(model, before, shapes, 64, mx.bfloat16)[name]
+        found = bit_plan.measure(model, before, shapes, 64, mx.bfloat16)[name]
     assert model.layers[0].ffn.proj_2.weight is kept
     inputs = mx.array([row.inputs for row in rows])
     old = log_softmax(np.array(model(inputs), np.float64))
-    for bits in sensitivity.MEASURED:
+    for bits in bit_plan.MEASURED:
         parts = mx.quantize(kept.astype(mx.bfloat16), group_size=64, bits=bits)
         wide = [part.astype(mx.float32) if part.dtype == mx.bfloat16 else part for part in parts]
         model.layers[0].ffn.proj_2.weight = mx.dequantize(*wide, group_size=64, bits=bits)
@@ -289,7 +289,7 @@ def test_what_is_quantized_already_is_not_again(base: Path, text: Path, tmp_path
 
 def test_killed_it_leaves_no_half_directory(base: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, time, elm_mlx\nfrom elm_mlx.quantize import losses, quantized_weights as write\n"
+        "import sys, time, elm_mlx\nfrom elm_mlx.quantize import losses, quantization as write\n"
         "from elm_mlx.quantize.quantization import quantize\nfrom elm_mlx.quantize.recipe import choose\n"
         "losses.compare = lambda *_: (print('written', flush=True), time.sleep(60))\n"
         "quantize(sys.argv[1], sys.argv[2], choose(4))\n"

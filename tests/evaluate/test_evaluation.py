@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.evaluate import comparison, evaluation_run, tasks
+from elm_mlx.evaluate import comparison, evaluation, tasks
 from elm_mlx.evaluate.evaluation import Evaluation, Wanted
 from elm_mlx.evaluate.score_record import ITEMS, RESULTS
 from elm_mlx.store import adapt, adapters
@@ -154,7 +154,7 @@ def test_examples_are_part_of_what_is_read(tiny_model_dir: Path, data: Path, tmp
     done = Evaluation(tiny_model_dir, Wanted(tasks=[own], shots=2), tmp_path / "out")
     done.run()
     assert list(done.results["tasks"]) == ["arc_easy@2"]
-    works, _ = evaluation_run.prepare(Wanted(tasks=[own], shots=2).chosen(), done._loaded.tokenizer, 512)
+    works, _ = evaluation.prepare(Wanted(tasks=[own], shots=2).chosen(), done._loaded.tokenizer, 512)
     assert all(each.start > 60 for item in works[0].items for each in item)
 
 

@@ -12,8 +12,8 @@ import pytest
 from elm_mlx.errors import InputError
 from elm_mlx.model.packing import BITS, FLOATS, GROUPS
 from elm_mlx.quantize import recipe
-from elm_mlx.quantize.budget import allocate
-from elm_mlx.quantize.formats import Format, choose, pack, rounded
+from elm_mlx.quantize.bit_plan import allocate
+from elm_mlx.quantize.recipe import Format, choose_format, pack, rounded
 
 ALL = [Format(bits, group) for bits in BITS for group in GROUPS] + [Format(*FLOATS[mode], mode) for mode in FLOATS]
 
@@ -80,7 +80,7 @@ def test_wishes_that_cannot_be(wish: dict[str, object], message: str) -> None:
 
 
 def test_a_recipe_of_one_word() -> None:
-    assert recipe.named("4") == recipe.choose() and recipe.named("mxfp8").how == choose(None, None, "mxfp8")
+    assert recipe.named("4") == recipe.choose() and recipe.named("mxfp8").how == choose_format(None, None, "mxfp8")
     assert recipe.named("4.5").bpw == 4.5 and recipe.named("6").how.bits == 6
     for word in ("four", "9", "-1.5"):
         with pytest.raises(InputError):
