@@ -36,9 +36,8 @@ def ours(job: Job) -> dict[str, Any]:
     from elm_mlx.store import adapt, adapters  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
 
+    from elm_mlx.callbacks import Report, TrainingCallback
     from elm_mlx.train.checkpoint import Identity
-    from elm_mlx.train.journal import Report
-    from elm_mlx.train.listener import Listener
     from elm_mlx.train.loop import train
     from elm_mlx.train.optimizer import Schedule
     from elm_mlx.train.settings import Settings
@@ -51,11 +50,11 @@ def ours(job: Job) -> dict[str, Any]:
     steps, before = job["warmup"] + job["steps"], memory()
     settings = Settings(Schedule(RATE, steps, shape="constant"), clip=None, save_every=steps)
     reports: list[Report] = []
-    listener = Listener()
-    listener.report = reports.append
+    callback = TrainingCallback()
+    callback.report = reports.append
     with tempfile.TemporaryDirectory() as out:
         identity = Identity(model="", data="", config={})
-        train(model, batches(job), None, settings, Path(out), identity, listener=listener)
+        train(model, batches(job), None, settings, Path(out), identity, callback=callback)
     timed = reports[job["warmup"] :]
     return {
         "tokens": sum(report.tokens for report in timed),

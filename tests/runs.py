@@ -16,12 +16,11 @@ import mlx.nn as nn
 import numpy as np
 import tiny
 
+from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batch, Batches
 from elm_mlx.data.examples import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.journal import Report
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.optimizer import Schedule
 from elm_mlx.train.settings import Settings
@@ -60,7 +59,7 @@ def settings(steps: int = 12, **options: Any) -> Settings:
     return Settings(**{"schedule": Schedule(rate, steps, 2), "eval_every": 4, "save_every": 3} | options)
 
 
-class Reports(Listener):
+class Reports(TrainingCallback):
     """Calls a function with each report."""
 
     def __init__(self, function: Callable[[Report], None]):
@@ -75,7 +74,7 @@ def run(
     **more: Any,
 ) -> Result:
     trained = trained or model()
-    more = {"listener": Reports(on_report)} | more
+    more = {"callback": Reports(on_report)} | more
     return train(trained, batches(), validation, options or settings(), out, IDENTITY, **more)
 
 

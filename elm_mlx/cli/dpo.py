@@ -119,5 +119,4 @@ def dpo(
             keep=keep,
         )
         shown = Progress(steps, validates="valid" in run.splits, quiet=not run.leads)
-        run.on_reference = shown.reference
         training.carry_out(run, settings, shown, configured.settings(ctx), resume, force)

@@ -82,7 +82,7 @@ def pretrain(
         if tight:
             shown.warn(tight)
         with shown, training.changes_named(_KEYS):
-            result = run.train(resume=resume, listener=shown)
+            result = run.train(resume=resume, callback=shown)
         shown.lines(_outcome(run, result, shown.validates))
         if result.harm is not None:
             shown.warn(training.harmed(result, "optimizer.lr"))

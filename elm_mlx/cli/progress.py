@@ -13,21 +13,21 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from elm_mlx.callbacks import TrainingCallback
 from elm_mlx.cli.show import counted, folded, line, printable, say, silence, size
-from elm_mlx.train.listener import Listener
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
-    from elm_mlx.train.journal import Report
+    from elm_mlx.callbacks import Report
 
 _SMOOTH = 0.1  # the share of an update in the loss that is shown
 _PAUSE = 10.0  # seconds between lines where there is no terminal
 _BAR, _LEAST_BAR = 40, 8  # columns
 
 
-class Progress(Listener):
+class Progress(TrainingCallback):
     """Shows the reports of a run of `steps` updates, between `with` and its end.
 
     Attributes:
@@ -64,12 +64,16 @@ class Progress(Listener):
             also = " and validations" if self.validates else ""
             self.say(f"time      about {duration(seconds * left)}{also}, {seconds:.2g} s an update")
 
-    def doing(self, what: str) -> None:
-        """What takes a while, in place of what is known of the updates."""
-        self._doing = what
+    def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
+        """Shows what is being done in place of what is known of the updates; without a bar, where it has parts."""
+        self._doing = f"{what}: {done:,} of {total:,}" if total else what
         if self._bar is not None:
-            with _if_anyone_looks():
-                self._bar.refresh()  # at once: what follows may keep this thread, and others, from it
+            if not done:
+                with _if_anyone_looks():
+                    self._bar.refresh()  # at once: what follows may keep this thread, and others, from it
+        elif total and not self.quiet and (time.monotonic() - self._last > _PAUSE or done == total):
+            self._last = time.monotonic()
+            self.say(self._doing)
 
     def resumed(self, step: int) -> None:
         """The bar begins there."""
@@ -91,14 +95,6 @@ class Progress(Listener):
         if self._bar is not None:
             with _if_anyone_looks():
                 self._bar.stop()
-
-    def reference(self, done: int, pairs: int) -> None:
-        """So many pairs' reference is computed."""
-        text = f"reference of {done:,} of {pairs:,} pairs"
-        self._doing = text
-        if self._bar is None and not self.quiet and (time.monotonic() - self._last > _PAUSE or done == pairs):
-            self._last = time.monotonic()
-            self.say(text)
 
     def report(self, report: Report) -> None:
         """An update or a validation."""

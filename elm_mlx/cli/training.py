@@ -140,7 +140,7 @@ def carry_out(
     length = "--iters" if "iters" in used else "updates (--epochs)"
     onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
     with shown, changes_named({**_OPTIONS, _STEPS: length}, onwards):
-        result = run.train(settings, used, resume=resume, listener=shown)
+        result = run.train(settings, used, resume=resume, callback=shown)
     shown.lines(ended(result, shown.validates))
     if result.harm is None:
         shown.lines([("wrote", f"{run.out}; try: {_trial(run.path, run.out, used.get('template'))}")])

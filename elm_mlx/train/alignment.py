@@ -6,7 +6,6 @@ is asked first. All else is `finetune`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -14,6 +13,7 @@ from threading import Event
 import mlx.core as mx
 import numpy as np
 
+from elm_mlx.callbacks import OnProgress, TrainingCallback
 from elm_mlx.data import pairs
 from elm_mlx.data.examples import Prepared
 from elm_mlx.data.pairs import PairBatches
@@ -23,7 +23,6 @@ from elm_mlx.train import checkpoint, memory, reference
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Data, Finetuning, Method, row_length
 from elm_mlx.train.interrupts import stop_requests
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.preference import Preferring
 from elm_mlx.train.reference import Table
@@ -35,9 +34,6 @@ class Alignment(Finetuning):
 
     Args:
         data: `format` and `train_on_prompt` have no meaning here; `max_length` is of an answer with its prompt.
-
-    Attributes:
-        on_reference: told how many pairs the reference's log-probabilities are computed of so far, and of how many.
 
     Raises:
         InputError: as `Finetuning`; or dropout, under which a margin would be mostly noise.
@@ -60,7 +56,6 @@ class Alignment(Finetuning):
         resume: bool = False,
     ) -> None:
         self._preferring = preferring
-        self.on_reference: Callable[[int, int], None] = lambda done, pairs: None
         if method.dropout:
             raise InputError("pairs are compared without dropout: set it to 0")
         super().__init__(model, data, method, out, seed=seed, compute_dtype=compute_dtype, resume=resume)
@@ -92,21 +87,21 @@ class Alignment(Finetuning):
         """As of a `Finetuning`."""
         return replace(super().load(settings), pairs=True)
 
-    def _objective(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> Objective:
+    def _objective(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> Objective:
         """Asks the model what it says before it learns, unless that is known.
 
         Raises:
             KeyboardInterrupt: someone ended it, as `loop.train` is ended; there is nothing to save.
         """
         if self._preferring.needs_reference:
-            for batches, table in zip(self._all_batches().values(), self._tables(model, dtype, listener), strict=True):
+            for batches, table in zip(self._all_batches().values(), self._tables(model, dtype, callback), strict=True):
                 batches.reference = table
         return self._preferring
 
     def _all_batches(self) -> dict[str, PairBatches]:
         return {"train": self.batches} | ({} if self._validation is None else {"valid": self._validation})
 
-    def _tables(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> list[Table]:
+    def _tables(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> list[Table]:
         """The log-probabilities of each split's pairs; the first process alone reads and writes them."""
         path, group, splits = self.out / reference.FILE, mx.distributed.init(), self._all_batches()
         found = reference.read(path, self._whose()) if self.leads else None
@@ -119,8 +114,8 @@ class Alignment(Finetuning):
         if found is None:
             found = {name: np.zeros_like(batches.reference) for name, batches in splits.items()}
         if not known:
-            with stop_requests((listener or Listener()).stopping) as stop:
-                found = self._computed(model, dtype, stop)
+            with stop_requests(callback.stopping) as stop:
+                found = self._computed(model, dtype, callback.progress, stop)
                 if mx.distributed.all_sum(mx.array(int(stop.is_set())), group=group).item():
                     raise KeyboardInterrupt
         tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in splits}
@@ -129,14 +124,14 @@ class Alignment(Finetuning):
             reference.write(path, tables, self._whose())
         return list(tables.values())
 
-    def _computed(self, model: Model, dtype: mx.Dtype | None, stop: Event) -> dict[str, Table]:
+    def _computed(self, model: Model, dtype: mx.Dtype | None, on_progress: OnProgress, stop: Event) -> dict[str, Table]:
         """This process's part of them."""
         tables, done = {}, 0
         total = sum(len(batches.reference) for batches in self._all_batches().values())
         for name, batches in self._all_batches().items():
 
             def on_pairs(pairs: int, before: int = done) -> None:
-                self.on_reference(min(total, (before + pairs) * self.world), total)
+                on_progress("reference of pairs", min(total, (before + pairs) * self.world), total)
 
             tables[name] = reference.compute(model, batches, dtype, on_pairs, stop)
             if stop.is_set():

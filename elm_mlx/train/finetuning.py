@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from elm_mlx import device
+from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data import examples, parallel
 from elm_mlx.data.batches import Batch, Batches
@@ -36,7 +37,6 @@ from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.settings import Settings
@@ -207,7 +207,7 @@ class Finetuning:
         record: Mapping[str, Any],
         *,
         resume: bool = False,
-        listener: Listener | None = None,
+        callback: TrainingCallback = SILENT,
     ) -> Result:
         """Train, and leave the adapter in `out`: the best by validation, or the last where none is below the base.
 
@@ -217,15 +217,14 @@ class Finetuning:
         Raises:
             InputError, ElmError, KeyboardInterrupt: as `loop.train`.
         """
-        if listener is not None:
-            listener.doing("reading the model")
+        callback.progress("reading the model")
         model, dtype = self._open()
-        objective = self._objective(model, dtype, listener)
+        objective = self._objective(model, dtype, callback)
         result = train(
             model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
             resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
             meter=Meter(self.config, self.adapter, settings.grad_checkpoint),
-            listener=listener, about=self._about(record),
+            callback=callback, about=self._about(record),
             export=None if self.adapter.kind == "full" else lambda path: self._save(path, model),
         )  # fmt: skip
         if self.leads:
@@ -277,7 +276,7 @@ class Finetuning:
         needs = [len(example.ids) - 1 for example in prepared.examples]
         return row_length(needs, prepared.max_length, self.batch_size * self.world)
 
-    def _objective(self, model: Model, dtype: mx.Dtype | None, listener: Listener | None) -> Objective | None:
+    def _objective(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> Objective | None:
         """What is made small; called with the model as it is before the first update."""
         return None
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data.batches import Batch
 from elm_mlx.model.network import Model
 from elm_mlx.train import checkpoint
 from elm_mlx.train.checkpoint import Identity, Progress
 from elm_mlx.train.interrupts import stop_requests
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.run import Batches, Run
 from elm_mlx.train.settings import Settings
@@ -65,7 +65,7 @@ def train(
     objective: Objective | None = None,
     rehearsal: Batch | None = None,
     meter: Meter | None = None,
-    listener: Listener | None = None,
+    callback: TrainingCallback = SILENT,
     about: Mapping[str, Any] | None = None,
     export: Callable[[Path], None] | None = None,
 ) -> Result:
@@ -91,25 +91,24 @@ def train(
     """
     config = {**identity.config, **settings.identity()}
     own = Identity(identity.model, identity.data, config)
-    listener = listener or Listener()
-    run = Run(model, settings, out, own, compute_dtype, objective, meter, listener, export)
+    run = Run(model, settings, out, own, compute_dtype, objective, meter, callback, export)
     progress, steps = run.progress, settings.schedule.steps
     if resume:
         run.resume()
         batches.resume(progress.data)
-        listener.resumed(progress.step)
+        callback.resumed(progress.step)
     else:
         run.start()
     if about is not None:
         run.describe(about)
-    with stop_requests(listener.stopping) as stop:
+    with stop_requests(callback.stopping) as stop:
         if rehearsal is not None and progress.step < steps:
             run.rehearse(rehearsal, stop)
         if not stop.is_set():
             run.measure(compute_dtype or mx.float32)
         if not resume and validation is not None:
             run.validate(validation(), stop)
-        listener.doing("starting")
+        callback.progress("starting")
         while progress.step < steps and not run.agreed(stop.is_set()):
             run.update(batches)
             last, better = progress.step == steps, False

@@ -1,4 +1,4 @@
-"""Runs read back from what they wrote: `metrics.jsonl`, and `run.json` beside it.
+"""A run's files for people and programs, written and read back: `metrics.jsonl`, and `run.json` beside it.
 
 Knows lines and columns: any numeric key of a line is a column over steps. Knows nothing of what the numbers mean, apart
 from a loss that tells an update and a `valid_` that tells a validation; nothing of how they are shown. A run may
@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import json_files, reading
+from elm_mlx import files, json_files, reading
+from elm_mlx.callbacks import Report
 from elm_mlx.errors import InputError
+from elm_mlx.version import __version__
 
 METRICS, ABOUT = "metrics.jsonl", "run.json"
 # What a column is seen against, and a mark that validations' losses tell: no columns.
@@ -69,6 +71,23 @@ class Run:
     def steps(self) -> int:
         """Updates made."""
         return max((column.steps[-1] for column in self.columns.values()), default=0)
+
+
+def describe(out: Path, about: Mapping[str, Any]) -> None:
+    """Write what a run was asked for, and on what machine, beside its metrics. Raises ElmError."""
+    from elm_mlx import device
+
+    values = {**about, "machine": device.machine(), "version": __version__}
+    files.write_text(out / ABOUT, json.dumps(values, indent=1) + "\n")
+
+
+def append(out: Path, report: Report) -> None:
+    """Append a line to the run's metrics; what is None is left out."""
+    values = {name: value for name, value in asdict(report).items() if value is not None}
+    prefix = "" if report.valid_loss is None else "valid_"
+    values |= {prefix + name: value for name, value in values.pop("measures").items()}
+    with (out / METRICS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 def read(paths: Sequence[Path]) -> list[Run]:

@@ -20,6 +20,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from elm_mlx import device, files, json_files, reading
+from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import duplicates, parallel
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
@@ -33,7 +34,6 @@ from elm_mlx.train import checkpoint, initial_weights, memory
 from elm_mlx.train import pretraining_recipe as recipes
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.gather import gather
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.loop import Result, train
 from elm_mlx.train.pretraining_recipe import Recipe
 from elm_mlx.train.throughput import Meter
@@ -106,12 +106,12 @@ class Pretraining:
         self,
         *,
         resume: bool = False,
-        listener: Listener | None = None,
+        callback: TrainingCallback = SILENT,
     ) -> Result:
         """Train, and leave the last weights in `out`, which is a model directory then.
 
         Args:
-            listener: as of `loop.train`.
+            callback: as of `loop.train`.
 
         Raises:
             InputError, ElmError, KeyboardInterrupt: as `loop.train`, and as the batches do.
@@ -120,8 +120,7 @@ class Pretraining:
             raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
         if resume:
             self._check_window()
-        if listener is not None:
-            listener.doing("drawing the weights")
+        callback.progress("drawing the weights")
         model = Model(self.config)
         initial_weights.draw(model, self._recipe.run.seed)
         validation = list(self._validation())
@@ -131,7 +130,7 @@ class Pretraining:
             model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
             self._identity(), resume=resume, compute_dtype=self._dtype,
             rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
-            listener=listener, about=self._about(),
+            callback=callback, about=self._about(),
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:

@@ -33,14 +33,14 @@ def compute(
     model: Model,
     batches: PairBatches,
     dtype: mx.Dtype | None,
-    on_pairs: Callable[[int], None] = lambda pairs: None,
-    stop: Event | None = None,
+    on_pairs: Callable[[int], None],
+    stop: Event,
 ) -> Table:
     """The answers' summed log-probabilities, of this process's pairs; noughts for others', and once `stop` is set.
 
     Args:
         dtype: what trainable parameters are rounded to, as in training; None for what they are.
-        on_pairs: told after each batch how many pairs are done.
+        on_pairs: called after each batch with the number of pairs that are done.
     """
     table = np.zeros((len(batches.reference), 2), np.float32)
     kept, parts, done = model.trainable_parameters(), Parts(0), 0
@@ -56,7 +56,7 @@ def compute(
             table[batch.pairs[real]] = found[real]
             done += int(real.sum())
             on_pairs(done)
-            if stop is not None and stop.is_set():
+            if stop.is_set():
                 break
     finally:
         model.update(kept)

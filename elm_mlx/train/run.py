@@ -18,16 +18,14 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from elm_mlx import device
+from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.model.network import Model
-from elm_mlx.train import checkpoint, journal
+from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.checkpoint import Identity, Progress
-from elm_mlx.train.journal import Report
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.loss import Objective, TokenLoss
-from elm_mlx.train.metrics import METRICS
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
 from elm_mlx.train.throughput import Meter
@@ -63,7 +61,7 @@ class Run:
         compute_dtype: mx.Dtype | None,
         objective: Objective | None,
         meter: Meter | None,
-        listener: Listener,
+        callback: TrainingCallback,
         export: Callable[[Path], None] | None,
     ):
         self.progress = Progress()
@@ -71,7 +69,7 @@ class Run:
         self._saved_at = time.monotonic()
         self._passing: int | None = None  # its step, where it is to last until the next one only
         self._settings, self._out, self._identity = settings, out, identity
-        self._listener, self._export, self._meter = listener, export, meter
+        self._callback, self._export, self._meter = callback, export, meter
         self._group = mx.distributed.init()
         self._skipped_in_a_row = 0
         if settings.grad_checkpoint:
@@ -89,7 +87,7 @@ class Run:
                 self._out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"{self._out}: cannot be made: {error.strerror}") from None
-            (self._out / METRICS).unlink(missing_ok=True)
+            (self._out / metrics.METRICS).unlink(missing_ok=True)
 
     def resume(self) -> None:
         """Go back to the newest checkpoint."""
@@ -111,11 +109,11 @@ class Run:
     def describe(self, about: Mapping[str, Any]) -> None:
         """Keep what the run was asked for."""
         if self._writes():
-            journal.describe(self._out, about)
+            metrics.describe(self._out, about)
 
     def rehearse(self, batch: Batch, stop: Event) -> None:
         """See how long an update takes of this batch, which leaves no trace; the first time compiles the step."""
-        self._listener.doing("measuring an update")
+        self._callback.progress("measuring an update")
         kept = mx.random.state[0].tolist()
         for _ in range(2):
             started = time.perf_counter()
@@ -126,12 +124,12 @@ class Run:
         _set_random_key(kept)
         if stop.is_set():
             return
-        self._listener.ready(seconds * self._settings.accumulate, self._settings.schedule.steps - self.progress.step)
+        self._callback.ready(seconds * self._settings.accumulate, self._settings.schedule.steps - self.progress.step)
 
     def measure(self, dtype: mx.Dtype) -> None:
         """Find out what the machine can do, for the meter."""
         if self._meter is not None and self._writes():
-            self._listener.doing("measuring the machine")
+            self._callback.progress("measuring the machine")
             self._meter.measure(dtype)
 
     def update(self, source: Batches) -> None:
@@ -176,7 +174,7 @@ class Run:
 
     def validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
         """Whether the loss is the least so far, the base's included. Nothing comes of one that `stop` breaks off."""
-        self._listener.doing("validating")
+        self._callback.progress("validating")
         started = time.perf_counter()
         total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
         for batch in batches:
@@ -285,8 +283,8 @@ class Run:
 
     def _report(self, report: Report) -> None:
         if self._writes():
-            journal.append(self._out, report)
-        self._listener.report(report)
+            metrics.append(self._out, report)
+        self._callback.report(report)
 
 
 def _set_random_key(key: list[int]) -> None:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from elm_mlx.callbacks import Report
 from elm_mlx.cli import progress
-from elm_mlx.train.journal import Report
 
 
 class Terminal(io.StringIO):
@@ -67,7 +67,7 @@ DPO = ["loss 0.352", "margin 1.23", "accuracy 0.75", "1,980 tokens/s", "32% of m
     [
         (LORA, 140, 4), (LORA, 80, 2), (LORA, 60, 1), (LORA, 34, 0),
         (DPO, 140, 6), (DPO, 80, 3), (DPO, 60, 2),
-        (["reference of 12,345 of 20,000 pairs"], 64, 1),  # without a bar
+        (["reference of pairs: 12,345 of 20,000"], 64, 1),  # without a bar
     ],
 )  # fmt: skip
 def test_a_narrow_terminal_is_told_what_matters_most(told: list[str], width: int, shown: int) -> None:
@@ -88,14 +88,14 @@ def test_a_bar_says_what_is_done_and_after_it_what_is_known(monkeypatch: pytest.
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     with progress.Progress(100) as shown:
-        shown.doing("reading the model")
+        shown.progress("reading the model")
         assert line() == "0/100 reading the model -:--:-- left"
         shown.resumed(40)
         assert line() == "40/100 reading the model -:--:-- left"
         shown.ready(2.0, 60)
         shown.report(update(41, seconds=2.0))
         assert line() == "41/100 loss 3.000, 50 tokens/s, 1.0 MB 0:01:58 left"
-        shown.doing("validating")
+        shown.progress("validating")
         assert line() == "41/100 validating 0:01:58 left"
         shown.report(Report(step=41, valid_loss=2.0))
         assert line() == "41/100 loss 3.000, 50 tokens/s, 1.0 MB 0:01:58 left"

@@ -21,11 +21,10 @@ import runs
 from mlx.utils import tree_flatten
 
 from elm_mlx import device
+from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint, loop
-from elm_mlx.train.journal import Report
-from elm_mlx.train.listener import Listener
 from elm_mlx.train.optimizer import Schedule, make_optimizer
 from elm_mlx.train.run import Run
 from elm_mlx.train.step import Step, recompute_blocks
@@ -180,13 +179,13 @@ def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
     assert runs.losses(out) == runs.losses(tmp_path / "whole")
 
 
-class Stopping(Listener):
+class Stopping(TrainingCallback):
     """Presses Ctrl-C where the run does a given thing. Remembers what it was told."""
 
     def __init__(self, at: str):
         self.at, self.told = at, list[Any]()
 
-    def doing(self, what: str) -> None:
+    def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
         self.told.append(what)
         if what == self.at:
             os.kill(os.getpid(), signal.SIGINT)
@@ -206,22 +205,22 @@ PHASES = ["measuring an update", "measuring the machine", "validating"]
 
 @pytest.mark.parametrize("at", PHASES)
 def test_stopped_before_its_first_update_a_run_leaves_no_checkpoint(at: str, tmp_path: Path) -> None:
-    listener = Stopping(at)
+    callback = Stopping(at)
     meter = Meter(runs.model().config)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        runs.run(tmp_path, rehearsal=next(runs.batches()), meter=meter, listener=listener)
+        runs.run(tmp_path, rehearsal=next(runs.batches()), meter=meter, callback=callback)
     assert not checkpoint.all_of(tmp_path) and signal.getsignal(signal.SIGINT) == before
-    assert not any(isinstance(each, Report) for each in listener.told)
+    assert not any(isinstance(each, Report) for each in callback.told)
     runs.run(tmp_path, runs.settings(2))  # so the same command can begin it again
     assert [step for step, _, _ in runs.losses(tmp_path)] == [0, 1, 2, 2]
 
 
 def test_a_run_tells_what_it_does_before_its_first_update(tmp_path: Path) -> None:
-    listener = Stopping("nothing")
+    callback = Stopping("nothing")
     meter, rehearsal = Meter(runs.model().config), next(runs.batches())
-    runs.run(tmp_path, runs.settings(2), rehearsal=rehearsal, meter=meter, listener=listener)
-    assert [each for each in listener.told if not isinstance(each, Report)] == [
+    runs.run(tmp_path, runs.settings(2), rehearsal=rehearsal, meter=meter, callback=callback)
+    assert [each for each in callback.told if not isinstance(each, Report)] == [
         PHASES[0], 2, *PHASES[1:], "starting", "validating",
     ]  # fmt: skip
 
@@ -234,9 +233,9 @@ def test_a_resumed_run_says_where_and_can_be_stopped_before_its_first_update(tmp
             os.kill(os.getpid(), signal.SIGINT)
 
     runs.run(tmp_path / "cut", on_report=stop)
-    listener = Stopping(PHASES[0])
-    result = runs.run(tmp_path / "cut", resume=True, rehearsal=next(runs.batches()), listener=listener)
-    assert listener.told[:2] == [5, PHASES[0]] and result.interrupted and result.last.name == "step-00000005"
+    callback = Stopping(PHASES[0])
+    result = runs.run(tmp_path / "cut", resume=True, rehearsal=next(runs.batches()), callback=callback)
+    assert callback.told[:2] == [5, PHASES[0]] and result.interrupted and result.last.name == "step-00000005"
     assert not runs.run(tmp_path / "cut", resume=True).interrupted
     assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
 
@@ -400,7 +399,7 @@ def test_a_ruined_model_is_told_from_the_first_update_on(at: int, tmp_path: Path
 def test_the_loss_of_few_tokens_may_scatter(tmp_path: Path) -> None:
     """Their mean says less: what is a spike of many tokens is none of one."""
     settings = runs.settings(3, spike=1.0)
-    run = Run(runs.model(), settings, tmp_path, runs.IDENTITY, None, None, None, Listener(), None)
+    run = Run(runs.model(), settings, tmp_path, runs.IDENTITY, None, None, None, TrainingCallback(), None)
     run.progress.step, run.progress.loss_mean = 1, 4.0
     assert run._what_is_wrong(6.0, 1.0, 10_000) == "the loss jumped to 6.000, from 4.000"
     assert run._what_is_wrong(6.0, 1.0, 10) is None and run._what_is_wrong(7.0, 1.0, 10) is not None

@@ -1,0 +1,73 @@
+"""The callbacks that work which takes a while reports to. Imports nothing, so that commands can say their options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class OnProgress(Protocol):
+    """Is called as work goes on: `what` is being done, `done` of `total` of it; the total is 0 where it is unknown."""
+
+    def __call__(self, what: str, done: int = 0, total: int = 0, /) -> None: ...
+
+
+def no_progress(what: str, done: int = 0, total: int = 0, /) -> None:
+    """The callback of work that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """An update of a training run, or a validation after it; one line of its `metrics.jsonl`.
+
+    Attributes:
+        step: updates made, this one included.
+        loss: mean over its trained tokens, in nats, or over its pairs; None for a validation.
+        valid_loss: the validation's; None for an update.
+        grad_norm: before clipping.
+        tokens_per_second: of this update, trained or not, padding excepted.
+        matmul_share: the throughput as a share of this machine's own matmul speed: see `train.throughput`.
+        memory: bytes at most in use so far.
+        skipped: whether the update was left out.
+        best: True where the validation's loss is the least so far; of step 0, the model's before training.
+        measures: means of what the objective measures, an update's or a validation's, by name. In the file each of
+            them is a value of its own, a validation's as `valid_NAME`.
+    """
+
+    step: int
+    loss: float | None = None
+    valid_loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    seconds: float | None = None
+    tokens_per_second: float | None = None
+    matmul_share: float | None = None
+    memory: int | None = None
+    skipped: bool | None = None
+    best: bool | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+class TrainingCallback:
+    """The callback of a training run. This one ignores all that it is called with."""
+
+    def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
+        """Something that is no update is being done, as `OnProgress`."""
+
+    def resumed(self, step: int) -> None:
+        """The run goes on after so many updates."""
+
+    def ready(self, seconds: float, left: int) -> None:
+        """An update is going to take so many seconds, by a trial, and so many updates are left."""
+
+    def report(self, report: Report) -> None:
+        """An update or a validation is done."""
+
+    def stopping(self) -> None:
+        """Someone wants to end the run. Called from another thread, whatever the run is at."""
+
+
+SILENT = TrainingCallback()
