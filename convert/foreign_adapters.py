@@ -163,18 +163,17 @@ def write_peft(directory: Path, adapter: LoraWeights) -> None:
         raise InputError(
             "PEFT's DoRA of an embedding measures its columns, and this one its rows: it cannot be written"
         )
+    from safetensors.numpy import save
+
     tensors: Arrays = {}
     for module in adapter.ranks:
         a, b = ("lora_embedding_A", "lora_embedding_B") if module == EMBEDDING else ("lora_A.weight", "lora_B.weight")
-        tensors[f"{_PREFIX}{module}.{a}"] = np.ascontiguousarray(arrays[f"{module}.lora_a"].T)
-        tensors[f"{_PREFIX}{module}.{b}"] = np.ascontiguousarray(arrays[f"{module}.lora_b"].T)
+        tensors[f"{_PREFIX}{module}.{a}"] = arrays[f"{module}.lora_a"].T
+        tensors[f"{_PREFIX}{module}.{b}"] = arrays[f"{module}.lora_b"].T
         if adapter.dora:
             tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = arrays[f"{module}.m"]
-    header = safetensors_files.header([(n, "float32", t.shape) for n, t in tensors.items()], {"format": "pt"})
-    with (directory / PEFT_WEIGHTS[0]).open("wb") as file:
-        file.write(header)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor, "<f4").data)
+    values = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
+    (directory / PEFT_WEIGHTS[0]).write_bytes(save(values, {"format": "pt"}))
     text = json.dumps(_peft_config(adapter), indent=2) + "\n"
     (directory / PEFT_CONFIG).write_text(text, encoding="utf-8")
 

@@ -1,30 +1,18 @@
-"""The safetensors format: tensors still on disk, and the header that a writer puts in front.
-
-Knows how tensors lie in the file; `elm_mlx.store.headers` has checked every number of it by then. A tensor costs no
-memory until its rows are asked for. Knows nothing of models.
-"""
+"""The tensors of a safetensors file, still on disk: one costs no memory until its rows are asked for."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from elm_mlx.errors import InputError
-from elm_mlx.store import headers
+from elm_mlx.safetensors_file import TYPES, parse_header
 from elm_mlx_convert.archive import File
 from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, numpy_dtype
 
-# The format's own names for our dtypes.
-_NAMES = {
-    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
-    "int16": "I16", "int8": "I8", "uint8": "U8", "uint32": "U32", "bool": "BOOL",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES = {own: name for own, name in TYPES.items() if name in ITEM_SIZES}
 
 
 def read(path: Path) -> dict[str, LazyTensor]:
@@ -35,24 +23,11 @@ def read(path: Path) -> dict[str, LazyTensor]:
     """
     file = File(path)
     tensors = {}
-    for entry in headers.parse(path, file.size, file.read):
+    for entry in parse_header(path, file.size, file.read):
         if entry.dtype not in _DTYPES:
             raise InputError(f"{path}: {entry.name!r} has the type {entry.dtype}; known are {', '.join(_DTYPES)}")
         tensors[entry.name] = _lazy(file, entry.name, entry.shape, _DTYPES[entry.dtype], entry.begin)
     return tensors
-
-
-def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
-    """What stands before the data of `(name, dtype, shape)` tensors laid out one after the other."""
-    entries: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, dtype, shape in tensors:
-        end = offset + math.prod(shape) * ITEM_SIZES[dtype]
-        entries[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
-    return len(text).to_bytes(8, "little") + text
 
 
 def _lazy(file: File, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> LazyTensor:

@@ -6,20 +6,16 @@ is cast to. Knows nothing of where tensors come from.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from io import FileIO
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from elm_mlx import safetensors_file
 from elm_mlx.errors import InputError
-from elm_mlx_convert import safetensors_files
+from elm_mlx.safetensors_file import SHARD_BYTES, Pending
 from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, all_finite, cast, to_float32
-
-# mlx-lm's limit, 5 GB.
-SHARD_BYTES = 5 << 30
 
 _LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}
 _WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
@@ -51,39 +47,17 @@ def write_weights(
         InputError: a value overflows `dtype`; names the tensor.
         OSError: the system could not write.
     """
-    shards = _shards(tensors, dtype, shard_bytes)
-    count = len(shards)
-    names = (
-        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
-    )
     not_finite: list[str] = []
-    for name, shard in zip(names, shards, strict=True):
-        header = safetensors_files.header([(t.name, dtype, t.shape) for t in shard], {"format": "mlx"})
-        with (directory / name).open("wb", buffering=0) as file:
-            _write_all(file, header)
-            # A second thread to write in was measured, and gained nothing: the kernel writes in the background.
-            for block in cast_blocks(shard, dtype, not_finite):
-                progress(_write_all(file, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data))
-            os.fsync(file)  # now, while the source is still being hashed
-    if count > 1:
-        size = {"total_size": written_bytes(tensors, dtype), "total_parameters": sum(t.size for t in tensors)}
-        placed = sorted((tensor.name, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)
-        index = {"metadata": size, "weight_map": dict(placed)}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    pending = [Pending(t.name, dtype, t.shape, partial(_blocks, t, dtype, not_finite)) for t in tensors]
+    safetensors_file.write_shards(
+        directory, pending, shard_bytes, parameters=sum(t.size for t in tensors), progress=progress
+    )
     return not_finite
 
 
-def _shards(tensors: Sequence[LazyTensor], dtype: str, limit: int) -> list[list[LazyTensor]]:
-    shards: list[list[LazyTensor]] = []
-    room = 0
-    for tensor in tensors:
-        size = tensor.size * ITEM_SIZES[dtype]
-        if not shards or size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(tensor)
-        room -= size
-    return shards
+def _blocks(tensor: LazyTensor, dtype: str, not_finite: list[str]) -> Iterator[memoryview]:
+    for block in cast_blocks([tensor], dtype, not_finite):
+        yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
 
 
 def cast_blocks(tensors: Sequence[LazyTensor], dtype: str, not_finite: list[str]) -> Iterator[np.ndarray]:
@@ -113,10 +87,3 @@ def _refuse_overflow(tensor: LazyTensor, block: np.ndarray, values: np.ndarray, 
             f"{tensor.name} holds values up to {value:.6g}, and {dtype} ends at {_LARGEST[dtype]}{wider}; "
             "nothing was written"
         )
-
-
-def _write_all(file: FileIO, data: bytes | memoryview) -> int:
-    done = 0
-    while done < len(data):
-        done += file.write(memoryview(data)[done:]) or 0
-    return done

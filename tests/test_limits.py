@@ -12,6 +12,7 @@ import pytest
 import tiny
 from commands import Run
 
+from elm_mlx import safetensors_file
 from elm_mlx.text.tokenizer import Tokenizer
 
 
@@ -97,13 +98,11 @@ def test_what_windows_saves_reads_the_same(run: Run, model: Path, tmp_path: Path
 
 
 def test_a_directory_that_changes_while_it_is_read(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elm_mlx.store import headers
-
-    read = headers.read
+    read = safetensors_file.read_header
 
     def gone(path: Path) -> object:
         shutil.move(path, path.with_name("moved"))
         return read(path)
 
-    monkeypatch.setattr(headers, "read", gone)
+    monkeypatch.setattr(safetensors_file, "read_header", gone)
     refused(run, "model.safetensors", "generate", model, "-p", "a")

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import device, files
+from elm_mlx import device, files, safetensors_file
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import PREFILL_STEP
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.store import shards
+from elm_mlx.safetensors_file import Pending
 from elm_mlx.store.describe import check_directory
-from elm_mlx.store.shards import Pending
+from elm_mlx.store.loading import pending
 
 GROUP_SIZE = 64  # of quantized weights, as mlx-lm's default
 _BLOCK = 1 << 20  # values that are drawn
@@ -54,13 +54,13 @@ def write_seeded(config: ModelConfig, directory: Path, precision: str = "bfloat1
     for number, (name, shape) in enumerate(config.shapes().items()):
         draw = partial(_drawn, shape, dtype, number)
         if how is None or len(shape) == 1:
-            tensors.append(Pending(name, dtype, shape, draw))
+            tensors.append(pending(name, dtype, shape, draw))
         else:
             tensors += _packed(name, shape, draw, how)
     directory.mkdir(parents=True, exist_ok=True)
     values = config.to_dict() | ({"quantization": how} if how else {})
     (directory / "config.json").write_text(json.dumps(values))
-    shards.write(directory, tensors)
+    safetensors_file.write_shards(directory, tensors)
     return directory
 
 
@@ -90,9 +90,9 @@ def _packed(name: str, shape: tuple[int, ...], draw: Callable[[], mx.array], how
 
     stem = name.removesuffix("weight")
     return [
-        Pending(name, mx.uint32, (rows, columns * how["bits"] // 32), part),
-        Pending(f"{stem}scales", mx.bfloat16, groups, part),
-        Pending(f"{stem}biases", mx.bfloat16, groups, part),
+        pending(name, mx.uint32, (rows, columns * how["bits"] // 32), part),
+        pending(f"{stem}scales", mx.bfloat16, groups, part),
+        pending(f"{stem}biases", mx.bfloat16, groups, part),
     ]
 
 

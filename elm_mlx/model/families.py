@@ -19,7 +19,7 @@ from elm_mlx.model import packing, rope_config
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
 from elm_mlx.model.config_keys import LARGEST, Keys, short
 from elm_mlx.model.rope_config import RopeConfig, RopeRules
-from elm_mlx.store import headers
+from elm_mlx.safetensors_file import Entry, read_header
 
 # A config.json may come from anywhere. These are far above what any model has, and what they allow is still a shape
 # that can be written down: nothing is made of it before the weights' headers have been compared with it.
@@ -427,7 +427,7 @@ def with_own_head(config: FamilyConfig, files: Sequence[Path]) -> FamilyConfig:
     """
     if not config.share_input_output_layers:
         return config
-    entries = {entry.name: (file, entry) for file in files for entry in headers.read(file)}
+    entries = {entry.name: (file, entry) for file in files for entry in read_header(file)}
     for part in ("weight", "scales", "biases"):
         head, embedding = entries.get(f"lm_head.{part}"), entries.get(f"{config.embedding}.{part}")
         if head is not None and (embedding is None or not _same_bytes(head, embedding)):
@@ -435,7 +435,7 @@ def with_own_head(config: FamilyConfig, files: Sequence[Path]) -> FamilyConfig:
     return config
 
 
-def _same_bytes(one: tuple[Path, headers.Entry], other: tuple[Path, headers.Entry]) -> bool:
+def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
     (file, entry), (other_file, other_entry) = one, other
     if (entry.dtype, entry.shape) != (other_entry.dtype, other_entry.shape):
         return False

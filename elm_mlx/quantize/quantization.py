@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device, directories, files
+from elm_mlx import device, directories, files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import MODEL_TYPE
 from elm_mlx.model.packing import AFFINE
@@ -26,10 +26,9 @@ from elm_mlx.quantize.bit_plan import Plan, Tensors, main_dtype
 from elm_mlx.quantize.losses import Advance, Losses, Speed
 from elm_mlx.quantize.recipe import Format, Recipe, pack
 from elm_mlx.quantize.texts import Text
-from elm_mlx.store import shards
-from elm_mlx.store.describe import check_directory, config_values, fingerprint, weight_files
-from elm_mlx.store.loading import Loaded, open_model, read_weights
-from elm_mlx.store.shards import Pending
+from elm_mlx.safetensors_file import Pending, weight_files
+from elm_mlx.store.describe import check_directory, config_values, fingerprint
+from elm_mlx.store.loading import Loaded, open_model, pending, read_weights
 from elm_mlx.version import __version__
 
 RECORD = "quantization.json"
@@ -273,14 +272,14 @@ def write(
         OSError: it cannot be written.
     """
     own = main_dtype(tensors, dtype)
-    pending: list[Pending] = []
+    made: list[Pending] = []
     for name in tensors:
         how = None if packed else formats.get(name.removesuffix(".weight"))
-        pending += [_kept(tensors, name, own, dtype)] if how is None else _packed(tensors, name, how, dtype)
-    needed, free = sum(tensor.nbytes for tensor in pending) + _OTHER_BYTES, files.free_bytes(directory)
+        made += [_kept(tensors, name, own, dtype)] if how is None else _packed(tensors, name, how, dtype)
+    needed, free = sum(tensor.nbytes for tensor in made) + _OTHER_BYTES, files.free_bytes(directory)
     if needed > free:
         raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
-    shards.write(directory, pending)
+    safetensors_file.write_shards(directory, made)
     write_json(directory / "config.json", config_values(source) | _entries(formats))
     directories.carry(source, directory)
     if (source / "conversion.json").is_file():  # where the model comes from is still true
@@ -295,7 +294,7 @@ def _kept(tensors: Tensors, name: str, own: mx.Dtype, dtype: mx.Dtype) -> Pendin
     """What is of the model's own type is cast; what is not, such as a state that wants float32, has its reasons."""
     tensor = tensors[name]
     cast = dtype if tensor.dtype == own and mx.issubdtype(own, mx.floating) else tensor.dtype
-    return Pending(name, cast, tensor.shape, lambda: tensors.pop(name).astype(cast))
+    return pending(name, cast, tensor.shape, lambda: tensors.pop(name).astype(cast))
 
 
 def _packed(tensors: Tensors, name: str, how: Format, dtype: mx.Dtype) -> list[Pending]:
@@ -315,7 +314,7 @@ def _packed(tensors: Tensors, name: str, how: Format, dtype: mx.Dtype) -> list[P
         return made.pop(part)
 
     stem = name.removesuffix("weight")
-    return [Pending(stem + part, kind, shape, partial(make, part)) for part, (kind, shape) in shapes.items()]
+    return [pending(stem + part, kind, shape, partial(make, part)) for part, (kind, shape) in shapes.items()]
 
 
 def _entries(formats: Mapping[str, Format]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import lora_layers
 from elm_mlx.model.families import Config
 from elm_mlx.model.network import Model
-from elm_mlx.store import adapters, shards
+from elm_mlx.safetensors_file import write_arrays
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
 
 
@@ -111,7 +112,7 @@ def write(
     except OSError as error:
         raise ElmError(f"{directory}: cannot be made: {error.strerror}") from None
     with files.new_file(directory / adapters.WEIGHTS) as file:
-        shards.write_arrays(file, values)
+        write_arrays(file, values)
     files.write_text(directory / adapters.CONFIG, text)
 
 

@@ -17,7 +17,7 @@ from elm_mlx import files
 from elm_mlx.errors import InputError, counted
 from elm_mlx.json_files import read_object
 from elm_mlx.model.families import Config
-from elm_mlx.store import headers
+from elm_mlx.safetensors_file import read_header
 
 if TYPE_CHECKING:
     from elm_mlx_convert.foreign_adapters import LoraWeights
@@ -151,7 +151,7 @@ def read(directory: str | Path, config: Config) -> Adapter:
     """
     path = files.expanded(directory)
     adapter = _read_config(path, _read_json(path), config)
-    entries = {entry.name: entry for entry in headers.read(path / WEIGHTS)}
+    entries = {entry.name: entry for entry in read_header(path / WEIGHTS)}
     for name, entry in entries.items():
         if entry.dtype not in ("F32", "F16", "BF16"):
             raise InputError(f"{path / WEIGHTS}: tensor {name} is {entry.dtype}, which is no type of a weight")

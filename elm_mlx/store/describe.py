@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from elm_mlx import files, json_files
 from elm_mlx.errors import InputError
 from elm_mlx.model import families
-from elm_mlx.store import headers
+from elm_mlx.safetensors_file import read_header, weight_files
 
 if TYPE_CHECKING:
     from elm_mlx.store.adapters import Adapter
@@ -152,7 +152,7 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     if adapter.model_sha256 is not None:
         adapters.check_model(adapter, fingerprint(model))
     weights = adapters.weights_file(path)
-    shapes = adapter.shapes(config) or {entry.name: entry.shape for entry in headers.read(weights)}
+    shapes = adapter.shapes(config) or {entry.name: entry.shape for entry in read_header(weights)}
     parameters = sum(math.prod(shape) for shape in shapes.values())
     ranks: dict[str, list[int]] = {}
     for module, rank in adapter.ranks.items():
@@ -322,28 +322,6 @@ def _read_if_there(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The files of `path`'s weights: those that the index names, where there is one; else all that look like it.
-
-    Raises:
-        InputError: there is none, or one is missing.
-    """
-    files = sorted(path.glob("model*.safetensors"))
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = json_files.read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise InputError(f"{index}: holds no weight_map of names of files")
-        named = set(weight_map.values())
-        missing = sorted(named - {file.name for file in files})
-        if missing:
-            raise InputError(f"{path}: {missing[0]} is missing, which {index.name} names")
-        files = [file for file in files if file.name in named]
-    if not files:
-        raise InputError(f"{path}: holds no model.safetensors")
-    return files
-
-
 def fingerprint(path: str | Path) -> str:
     """What tells a model's weights from others': SHA-256 over the headers of its files and a piece of each tensor.
 
@@ -351,7 +329,7 @@ def fingerprint(path: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for file in weight_files(Path(path)):
-        entries = headers.read(file)
+        entries = read_header(file)
         with file.open("rb") as stream:
             length = 8 + int.from_bytes(stream.read(8), "little")
             for entry in entries:
@@ -371,7 +349,7 @@ def _stored(path: Path, config: families.Config) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
     files = weight_files(path)
-    entries = {entry.name: entry for file in files for entry in headers.read(file)}
+    entries = {entry.name: entry for file in files for entry in read_header(file)}
     for name, shape in config.shapes().items():
         if name not in entries:
             raise missing(path, name)

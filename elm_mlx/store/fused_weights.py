@@ -14,10 +14,10 @@ import mlx.core as mx
 
 from elm_mlx.model import lora_layers
 from elm_mlx.model.families import Config
+from elm_mlx.safetensors_file import Pending
 from elm_mlx.store.adapters import EMBEDDING, Adapter
-from elm_mlx.store.loading import Packing, stored_type
+from elm_mlx.store.loading import Packing, pending, stored_type
 from elm_mlx.store.requantize import NEAREST, requantize
-from elm_mlx.store.shards import Pending
 
 
 class Merge:
@@ -66,7 +66,7 @@ class Merge:
                 return [self._copied(part) for part in parts]
             quantized: dict[str, mx.array] = {}
             return [
-                Pending(
+                pending(
                     part, self._weights[part].dtype, self._weights[part].shape,
                     partial(self._quantized_part, name, part, quantized),
                 )
@@ -75,14 +75,14 @@ class Merge:
         dtype = self._dtype if name in self._packing else self._given or self._weights[name].dtype
         if not changes and name not in self._packing and dtype == self._weights[name].dtype:
             return [self._copied(name)]
-        return [Pending(name, dtype, shape, partial(self._dense, name, dtype, changes))]
+        return [pending(name, dtype, shape, partial(self._dense, name, dtype, changes))]
 
     def _changes(self, name: str) -> bool:
         return name in self._values or name.removesuffix(".weight") in self._adapter.ranks
 
     def _copied(self, name: str) -> Pending:
         stored = self._weights[name]
-        return Pending(name, stored.dtype, stored.shape, partial(self._weights.pop, name))
+        return pending(name, stored.dtype, stored.shape, partial(self._weights.pop, name))
 
     def _dense(self, name: str, dtype: mx.Dtype, changes: bool) -> mx.array:
         weight = self._merged(name) if changes else self._wide(name)

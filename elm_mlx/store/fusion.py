@@ -15,17 +15,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device, directories, files, json_files
+from elm_mlx import device, directories, files, json_files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config
 from elm_mlx.quantize import losses, texts
-from elm_mlx.store import adapt, adapters, shards
+from elm_mlx.store import adapt, adapters
 from elm_mlx.store.adapters import EMBEDDING, Adapter
 from elm_mlx.store.describe import check_directory, config_values, read_config
 from elm_mlx.store.fused_weights import Merge
 from elm_mlx.store.loading import Loaded, open_adapter, open_model, read_weights, stored_type
 from elm_mlx.store.requantize import ANEW, LOT, NEAREST
-from elm_mlx.store.shards import Pending
 from elm_mlx.text import chat_template
 from elm_mlx.version import __version__
 
@@ -240,11 +239,11 @@ def _write(
     if untied:
         base = Merge(config, *read_weights(source, config), {}, Adapter(adapter.kind), dequantize, dtype)
         head = base.tensors(f"{EMBEDDING}.weight", config.shapes()[f"{EMBEDDING}.weight"])
-        tensors += [Pending(t.name.replace(EMBEDDING, "lm_head"), t.dtype, t.shape, t.make) for t in head]
+        tensors += [replace(t, name=t.name.replace(EMBEDDING, "lm_head")) for t in head]
     needed, free = sum(tensor.nbytes for tensor in tensors) + (16 << 20), files.free_bytes(directory)
     if needed > free:
         raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
-    shards.write(directory, tensors)
+    safetensors_file.write_shards(directory, tensors)
     _write_json(directory / "config.json", _config(source, untied, dequantize, dtype))
     _write_json(directory / "conversion.json", _record(source, adapter))
     directories.carry(source, directory)

@@ -6,7 +6,7 @@ that `families` knows. Knows nothing of where a directory came from; `convert` m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, files
+from elm_mlx import device, files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
-from elm_mlx.store import headers
-from elm_mlx.store.describe import check_directory, fingerprint, missing, read_adapter, read_config, weight_files
+from elm_mlx.safetensors_file import Pending, weight_files
+from elm_mlx.store.describe import check_directory, fingerprint, missing, read_adapter, read_config
 from elm_mlx.text import end_tokens
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -183,7 +183,7 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
     """Every tensor of the directory's `model*.safetensors`, not yet read from the disk."""
     weights: dict[str, mx.array] = {}
     for file in weight_files(path):
-        headers.read(file)  # MLX believes a header
+        safetensors_file.read_header(file)  # MLX believes a header
         try:
             tensors = mx.load(str(file))
         except (RuntimeError, OSError) as error:
@@ -193,6 +193,19 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
             raise InputError(f"{file}: tensor {twice} is in another file of the directory too")
         weights.update(tensors)
     return weights
+
+
+def pending(name: str, dtype: mx.Dtype, shape: tuple[int, ...], make: Callable[[], mx.array]) -> Pending:
+    """An array to write, which `make` makes then; it is forgotten before the next is made."""
+
+    def blocks() -> Iterator[memoryview]:
+        array = make()
+        assert (array.dtype, array.shape) == (dtype, shape), name
+        yield memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8))
+        del array
+        mx.clear_cache()
+
+    return Pending(name, str(dtype).removeprefix("mlx.core."), shape, blocks)
 
 
 def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path) -> None:

@@ -28,7 +28,7 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from elm_mlx import files, json_files, reading
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.store import headers, shards
+from elm_mlx.safetensors_file import read_header, write_arrays
 from elm_mlx.train.metrics import METRICS
 
 FORMAT = 1
@@ -159,7 +159,7 @@ def save(
     with files.new_directory(path, replace=True) as made:
         for name, tree in ((PARAMETERS, parameters), (OPTIMIZER, optimizer)):
             with (made / name).open("wb") as file:
-                shards.write_arrays(file, _flat(tree))
+                write_arrays(file, _flat(tree))
         (made / STATE).write_text(json.dumps(state, indent=1))
         if export is not None:
             export(made)
@@ -254,7 +254,7 @@ def _flat(tree: Any) -> dict[str, mx.array]:
 
 
 def _read(path: Path) -> dict[str, mx.array]:
-    headers.read(path)
+    read_header(path)
     try:
         return dict(mx.load(str(path)))
     except (RuntimeError, OSError) as error:

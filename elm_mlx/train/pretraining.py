@@ -28,7 +28,7 @@ from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import Source
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
-from elm_mlx.store import shards
+from elm_mlx.safetensors_file import write_arrays
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
 from elm_mlx.train import checkpoint, initial_weights, memory
 from elm_mlx.train import pretraining_recipe as recipes
@@ -134,7 +134,7 @@ class Pretraining:
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:
-                shards.write_arrays(file, dict(tree_flatten(model.parameters())))
+                write_arrays(file, dict(tree_flatten(model.parameters())))
         return result
 
     def _check_window(self) -> None:

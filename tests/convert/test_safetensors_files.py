@@ -41,17 +41,6 @@ def test_what_mlx_writes_bfloat16_too(tmp_path: Path) -> None:
     np.testing.assert_array_equal(tensor.read(), np.array(array.view(mx.uint16)))
 
 
-def test_header_is_what_the_library_reads(tmp_path: Path) -> None:
-    head = safetensors_files.header([("b", "float32", (2, 3)), ("a", "float16", (1,))], {"format": "mlx"})
-    assert len(head) % 8 == 0
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(head + np.arange(6, dtype="<f4").tobytes() + np.float16(7).tobytes())
-    with safe_open(path, "np") as file:
-        assert file.metadata() == {"format": "mlx"}
-        np.testing.assert_array_equal(file.get_tensor("b"), np.arange(6, dtype=np.float32).reshape(2, 3))
-        np.testing.assert_array_equal(file.get_tensor("a"), np.array([7], np.float16))
-
-
 def test_absent_and_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         safetensors_files.read(tmp_path / "x")

@@ -19,13 +19,13 @@ import pytest
 import tiny
 from mlx_lm import utils
 
-from elm_mlx import files
+from elm_mlx import files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import bit_plan, losses
 from elm_mlx.quantize.quantization import RECORD, Listener, Quantization, quantize
 from elm_mlx.quantize.recipe import choose
-from elm_mlx.store import adapt, shards
+from elm_mlx.store import adapt
 from elm_mlx.store.adapters import plan as plan_adapter
 from elm_mlx.store.describe import describe
 from elm_mlx.store.fusion import fuse
@@ -355,7 +355,8 @@ def test_a_large_model_is_written_in_shards(
     base: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize(base, tmp_path / "whole", choose(4), text=text)
-    monkeypatch.setattr(shards, "write", partial(shards.write, shard_bytes=60_000))
+    small = partial(safetensors_file.write_shards, shard_bytes=60_000)
+    monkeypatch.setattr(safetensors_file, "write_shards", small)
     quantize(base, tmp_path / "q", choose(4), text=text)
     index = json.loads((tmp_path / "q" / "model.safetensors.index.json").read_text("utf-8"))
     assert len(set(index["weight_map"].values())) > 1

@@ -64,7 +64,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.shards, "write_arrays", fail)
+    monkeypatch.setattr(checkpoint, "write_arrays", fail)
     with pytest.raises(ElmError, match="No space left"):
         save(tmp_path, 20)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
