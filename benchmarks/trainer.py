@@ -38,8 +38,8 @@ def ours(job: Job) -> dict[str, Any]:
 
     from elm_mlx.callbacks import Report, TrainingCallback
     from elm_mlx.train.checkpoint import Identity
-    from elm_mlx.train.loop import train
     from elm_mlx.train.optimizer import Schedule
+    from elm_mlx.train.run import train
     from elm_mlx.train.settings import Settings
 
     model = load_model(job["model"])

@@ -21,8 +21,8 @@ from elm_mlx.data.batches import Batch, Batches
 from elm_mlx.data.examples import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.loop import Result, train
 from elm_mlx.train.optimizer import Schedule
+from elm_mlx.train.run import Result, train
 from elm_mlx.train.settings import Settings
 
 VOCAB, LENGTH = 96, 64

@@ -12,9 +12,9 @@ from elm_mlx.cli.show import counted, line
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.train.loop import Result
     from elm_mlx.train.pretraining import Pretraining
     from elm_mlx.train.pretraining_recipe import Recipe
+    from elm_mlx.train.run import Result
 
 _MEAN_OF = 5  # the last checkpoints, as in the paper: fewer where fewer are kept
 # A recipe's keys by a run's own names of what they decide; the model's are told apart by what they make.

@@ -20,8 +20,8 @@ from elm_mlx.errors import InputError
 if TYPE_CHECKING:
     from elm_mlx.store.adapters import Rank as Ranks
     from elm_mlx.train.finetuning import Finetuning
-    from elm_mlx.train.loop import Result
     from elm_mlx.train.memory import Load
+    from elm_mlx.train.run import Result
     from elm_mlx.train.settings import Settings
 
 _MOST_WARMUP = 100  # updates

@@ -6,27 +6,37 @@ is asked first. All else is `finetune`'s.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_map
 
+from elm_mlx import files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
 from elm_mlx.data import pairs
+from elm_mlx.data.batches import Batch
 from elm_mlx.data.examples import Prepared
-from elm_mlx.data.pairs import PairBatches
+from elm_mlx.data.pairs import PairBatch, PairBatches
+from elm_mlx.data.parallel import Parts
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
-from elm_mlx.train import checkpoint, memory, reference
+from elm_mlx.model.ops import Segments
+from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Data, Finetuning, Method, row_length
-from elm_mlx.train.interrupts import stop_requests
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.preference import Preferring
-from elm_mlx.train.reference import Table
+from elm_mlx.train.preference import Preferring, log_probabilities, positions
+from elm_mlx.train.run import stop_requests
 from elm_mlx.train.settings import Settings
+
+FILE = "reference.safetensors"  # in a run's directory
+Table = npt.NDArray[np.float32]  # (pairs, 2): of chosen and rejected answers
 
 
 class Alignment(Finetuning):
@@ -103,8 +113,8 @@ class Alignment(Finetuning):
 
     def _tables(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> list[Table]:
         """The log-probabilities of each split's pairs; the first process alone reads and writes them."""
-        path, group, splits = self.out / reference.FILE, mx.distributed.init(), self._all_batches()
-        found = reference.read(path, self._whose()) if self.leads else None
+        path, group, splits = self.out / FILE, mx.distributed.init(), self._all_batches()
+        found = read(path, self._whose()) if self.leads else None
         if found is None and self.leads and path.exists() and checkpoint.all_of(self.out):
             raise InputError(
                 f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
@@ -121,7 +131,7 @@ class Alignment(Finetuning):
         tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in splits}
         if not known and self.leads:
             self.out.mkdir(parents=True, exist_ok=True)
-            reference.write(path, tables, self._whose())
+            write(path, tables, self._whose())
         return list(tables.values())
 
     def _computed(self, model: Model, dtype: mx.Dtype | None, on_progress: OnProgress, stop: Event) -> dict[str, Table]:
@@ -133,7 +143,7 @@ class Alignment(Finetuning):
             def on_pairs(pairs: int, before: int = done) -> None:
                 on_progress("reference of pairs", min(total, (before + pairs) * self.world), total)
 
-            tables[name] = reference.compute(model, batches, dtype, on_pairs, stop)
+            tables[name] = compute(model, batches, dtype, on_pairs, stop)
             if stop.is_set():
                 break
             done += -(-len(batches.reference) // self.world)
@@ -148,3 +158,72 @@ class Alignment(Finetuning):
         identity, preferring = super()._identity(), self._preferring
         own = {"loss": preferring.loss, "beta": preferring.beta}
         return Identity(identity.model, identity.data, {**identity.config, **own})
+
+
+def compute(
+    model: Model,
+    batches: PairBatches,
+    dtype: mx.Dtype | None,
+    on_pairs: Callable[[int], None],
+    stop: Event,
+) -> Table:
+    """The answers' summed log-probabilities, of this process's pairs; noughts for others', and once `stop` is set.
+
+    Args:
+        dtype: what trainable parameters are rounded to, as in training; None for what they are.
+        on_pairs: called after each batch with the number of pairs that are done.
+    """
+    table = np.zeros((len(batches.reference), 2), np.float32)
+    kept, parts, done = model.trainable_parameters(), Parts(0), 0
+    model.eval()
+    if dtype is not None:
+        model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
+    try:
+        for batch in batches.once():
+            sums = parts.compute(lambda part: _sums(model, part), batch, model.parameters())
+            assert isinstance(batch, PairBatch)
+            found = np.concatenate([np.array(each) for each in sums]).reshape(*batch.pairs.shape, 2)
+            real = batch.pairs >= 0
+            table[batch.pairs[real]] = found[real]
+            done += int(real.sum())
+            on_pairs(done)
+            if stop.is_set():
+                break
+    finally:
+        model.update(kept)
+    return table
+
+
+def _sums(model: Model, batch: Batch) -> mx.array:
+    assert isinstance(batch, PairBatch) and batch.segments is not None
+    segments = Segments(mx.array(batch.segments), batch.reach())
+    hidden = model.transformer(mx.array(batch.inputs), None, segments)
+    head = lambda _, rows: model.head(rows)  # noqa: E731
+    return log_probabilities(head, model.config.vocab_size, {}, hidden, positions(batch))[0]
+
+
+def write(path: Path, tables: Mapping[str, Table], identity: Mapping[str, str]) -> None:
+    """Keep each split's table, and whose they are. Raises ElmError."""
+    from safetensors.numpy import save
+
+    with files.new_file(path) as file:
+        file.write(save(dict(tables), {"identity": json.dumps(dict(identity))}))
+
+
+def read(path: Path, identity: Mapping[str, str]) -> dict[str, Table] | None:
+    """What `write` kept; None where there is no such file, or it is of another `identity`.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            if json.loads((file.metadata() or {}).get("identity", "null")) != dict(identity):
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {error}; without it, it is computed again") from None

@@ -37,8 +37,8 @@ from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.loop import Result, train
 from elm_mlx.train.loss import Objective
+from elm_mlx.train.run import Result, train
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.throughput import Meter
 

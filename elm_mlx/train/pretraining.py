@@ -33,9 +33,8 @@ from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
 from elm_mlx.train import checkpoint, initial_weights, memory
 from elm_mlx.train import pretraining_recipe as recipes
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.gather import gather
-from elm_mlx.train.loop import Result, train
 from elm_mlx.train.pretraining_recipe import Recipe
+from elm_mlx.train.run import Result, train
 from elm_mlx.train.throughput import Meter
 
 _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
@@ -207,3 +206,16 @@ def _compute_dtype(name: str | None) -> mx.Dtype | None:
     if name is None:
         return mx.bfloat16 if device.on_gpu() else None
     return None if name == "float32" else device.DTYPES[name]
+
+
+def gather(value: Any, group: mx.distributed.Group | None = None) -> list[Any]:
+    """The `value` of every process, by rank, as JSON's types. All of them call it at once."""
+    group = group or mx.distributed.init()
+    if group.size() == 1:
+        return [json.loads(json.dumps(value))]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = mx.distributed.all_gather(mx.array([len(data)]), group=group).tolist()
+    padded = np.zeros(max(sizes), np.uint8)
+    padded[: len(data)] = data
+    rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=group))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]

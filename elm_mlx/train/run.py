@@ -7,8 +7,13 @@ run end.
 from __future__ import annotations
 
 import math
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -18,7 +23,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from elm_mlx import device
-from elm_mlx.callbacks import Report, TrainingCallback
+from elm_mlx.callbacks import SILENT, Report, TrainingCallback
 from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.model.network import Model
@@ -33,6 +38,10 @@ from elm_mlx.train.throughput import Meter
 _REACH = 20  # updates, some, that the running mean of losses reaches over
 _SCATTER = 5.0  # a spike's size is this many times as much larger of one token: so do the means of few tokens differ
 _MOST_SKIPPED = 10  # in a row, before even "skip" stops
+_SAVE_AFTER = 300.0  # seconds since a checkpoint, after which one is due however few updates there were
+_RISEN = 1.5  # times the first update's loss, above which that of the last ones is no chance of their batches
+_ECHO = 1.0  # seconds in which another of a kind is the same wish: `timeout` sends one to us and one to our group
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LONG = 60.0  # seconds of a trial, of which compiling is then a small part
 
 
@@ -290,3 +299,151 @@ class Run:
 def _set_random_key(key: list[int]) -> None:
     high, low = key
     mx.random.seed(high << 32 | low)  # a key is its seed's two halves
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        interrupted: whether someone stopped it before its last update; it can be resumed.
+        last, best: checkpoints; the best by validation is None where there was none, or none was below the base's.
+    """
+
+    progress: Progress
+    interrupted: bool
+    last: Path
+    best: Path | None
+
+    @property
+    def harm(self) -> tuple[float, float] | None:
+        """The loss at the end and before training, where training made it worse: by validation, if there was any."""
+        done = self.progress
+        if done.valid_loss is not None and done.best_loss is not None:
+            return (done.valid_loss, done.best_loss) if done.best_step == 0 else None
+        risen = done.first_loss is not None and done.loss_mean > _RISEN * done.first_loss
+        return (done.loss_mean, done.first_loss) if risen and done.first_loss is not None else None
+
+
+def train(
+    model: Model,
+    batches: Batches,
+    validation: Callable[[], Iterable[Batch]] | None,
+    settings: Settings,
+    out: Path,
+    identity: Identity,
+    *,
+    resume: bool = False,
+    compute_dtype: mx.Dtype | None = None,
+    objective: Objective | None = None,
+    rehearsal: Batch | None = None,
+    meter: Meter | None = None,
+    callback: TrainingCallback = SILENT,
+    about: Mapping[str, Any] | None = None,
+    export: Callable[[Path], None] | None = None,
+) -> Result:
+    """Train `model`'s trainable parameters in place. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
+
+    Args:
+        batches: at their beginning.
+        validation: gives the same batches at each call.
+        out: the run's directory.
+        identity: of the run; `settings.identity()` is added to its config here.
+        resume: go on from the newest checkpoint.
+        compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
+        objective: what is made small; None for trained tokens' cross-entropy.
+        rehearsal: a batch as those to come, to see how long one takes.
+        meter: what says how much of the machine's matmul speed updates reach; measures that before the first one.
+        about: what the run was asked for; kept in `out`.
+        export: writes into each checkpoint's directory what other programs read.
+
+    Raises:
+        InputError: `out` holds another run, or one that wasn't to be resumed.
+        ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
+        KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
+    """
+    config = {**identity.config, **settings.identity()}
+    own = Identity(identity.model, identity.data, config)
+    run = Run(model, settings, out, own, compute_dtype, objective, meter, callback, export)
+    progress, steps = run.progress, settings.schedule.steps
+    if resume:
+        run.resume()
+        batches.resume(progress.data)
+        callback.resumed(progress.step)
+    else:
+        run.start()
+    if about is not None:
+        run.describe(about)
+    with stop_requests(callback.stopping) as stop:
+        if rehearsal is not None and progress.step < steps:
+            run.rehearse(rehearsal, stop)
+        if not stop.is_set():
+            run.measure(compute_dtype or mx.float32)
+        if not resume and validation is not None:
+            run.validate(validation(), stop)
+        callback.progress("starting")
+        while progress.step < steps and not run.agreed(stop.is_set()):
+            run.update(batches)
+            last, better = progress.step == steps, False
+            if validation is not None and (last or progress.step % settings.eval_every == 0):
+                better = run.validate(validation())
+            if last or better or progress.step % settings.save_every == 0:
+                run.save(batches)
+            elif run.agreed(run.unsaved() > _SAVE_AFTER):
+                run.save(batches, passing=True)
+        if progress.step == 0:  # nothing that would be worth going on from
+            raise KeyboardInterrupt
+        if run.saved != progress.step:
+            run.save(batches)
+    best = checkpoint.directory(out, progress.best_step) if progress.best_step else None
+    return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
+
+
+@contextmanager
+def stop_requests(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
+    """An event that Ctrl-C, SIGTERM and SIGHUP set. A second of the same kind, after a second, does as usual.
+
+    Python's own handlers have to wait until MLX has computed what it is at, which can take long: so `on_stop` is
+    called from a thread. What is ignored, as SIGHUP is under nohup, stays so.
+    """
+    event, again, main = threading.Event(), set[int](), threading.get_ident()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        event.set()
+        if number in again:
+            signal.signal(number, kept[signal.Signals(number)])
+            signal.raise_signal(number)
+
+    def listen() -> None:
+        first: dict[int, float] = {}
+        while number := os.read(reader, 1)[0]:
+            if number not in kept:
+                continue
+            now = time.monotonic()
+            if not first:
+                on_stop()
+            if now - first.setdefault(number, now) > _ECHO and number not in again:
+                again.add(number)
+                signal.pthread_kill(main, number)  # so that `handle` runs, even where it was waiting for something
+
+    kept = {number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    listener = threading.Thread(target=listen, name="elm-mlx signals", daemon=True)
+    listener.start()
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in kept:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken)
+        os.write(writer, b"\0")  # no signal has this number
+        listener.join()
+        os.close(reader)
+        os.close(writer)

@@ -25,7 +25,7 @@ from elm_mlx.cli.dpo import Command
 from elm_mlx.data import pairs
 from elm_mlx.store.loading import load, load_model
 from elm_mlx.text.chat_template import choose
-from elm_mlx.train import reference
+from elm_mlx.train import alignment
 
 QUICK = ("--iters", 8, "--steps-per-eval", 4, "--batch-size", 2, "--max-seq-length", 128, "--learning-rate", 0.01)
 
@@ -70,7 +70,7 @@ def test_it_learns_what_is_preferred(run: Run, tiny_model_dir: Path, data: Path,
     if loss in start:  # where the policy is the reference still
         assert first["valid_loss"] == pytest.approx(start[loss], abs=1e-4)
         assert lines[1]["loss"] == pytest.approx(start[loss], abs=1e-4) and abs(first["valid_margin"]) < 1e-4
-    assert (out / reference.FILE).exists() == (loss != "orpo")
+    assert (out / alignment.FILE).exists() == (loss != "orpo")
     assert "accuracy 1" in text
     assert f"best      validation loss {min(x.get('valid_loss', 9e9) for x in lines[1:]):.4f}" in text
 
@@ -84,7 +84,7 @@ def test_the_reference_is_the_base_and_the_adapter_has_left_it(
     tuned = load_model(tiny_model_dir, "float32", adapter_path=out)
     prepared = pairs.load(data, tokenizer, choose(tiny_model_dir, tokenizer), 128)
     margins = []
-    for split, found in load_file(out / reference.FILE).items():
+    for split, found in load_file(out / alignment.FILE).items():
         examples = prepared[split].examples
         sums = {id(model): [] for model in (base, tuned)}  # type: ignore[var-annotated]
         for model in (base, tuned):
@@ -112,7 +112,7 @@ def test_resuming_has_the_same_losses_and_computes_no_reference(
     def none(*arguments: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(reference, "compute", none)
+    monkeypatch.setattr(alignment, "compute", none)
     code, _, err = run("--out", out, "--resume")
     assert code == 0, err
     keys = ("step", "loss", "valid_loss", "margin", "valid_margin", "accuracy", "grad_norm")
@@ -124,7 +124,7 @@ def test_ctrl_c_while_the_reference_is_computed_ends_as_elsewhere(
     run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, nothing kept, and the same command can begin again."""
-    compute, tables = reference.compute, list[Any]()
+    compute, tables = alignment.compute, list[Any]()
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -132,7 +132,7 @@ def test_ctrl_c_while_the_reference_is_computed_ends_as_elsewhere(
         return tables[-1]
 
     before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(reference, "compute", interrupted)
+    monkeypatch.setattr(alignment, "compute", interrupted)
     code, text, err = run(tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
     assert code == 130 and "stopping, with nothing to save yet; again ends at once" in text
     assert "Traceback" not in err and signal.getsignal(signal.SIGINT) == before
@@ -145,7 +145,7 @@ def test_a_reference_of_something_else_is_not_taken(run: Run, tiny_model_dir: Pa
     options = (tiny_model_dir, "--data", data, "--out", out, *QUICK)
     assert run(*options)[0] == 0
     assert f"{out}: holds a run already" in run(*options)[2]
-    path = out / reference.FILE
+    path = out / alignment.FILE
     before = path.read_bytes()
     (data / "valid.jsonl").write_text('{"prompt": "the", "chosen": "fox", "rejected": "dogs"}\n')
     code, _, err = run("--out", out, "--resume")
@@ -226,7 +226,7 @@ def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: 
     two = [*command, *more, "--out", str(tmp_path / "two"), "--batch-size", "2"]
     launch = [Path(sys.executable).with_name("mlx.launch"), "--backend", "ring", "-n", "2", "--cwd", Path.cwd()]
     subprocess.run([*launch, "-p", str(free_port()), "--", *two], check=True, capture_output=True, timeout=120)
-    tables = [load_file(tmp_path / name / reference.FILE) for name in ("one", "two")]
+    tables = [load_file(tmp_path / name / alignment.FILE) for name in ("one", "two")]
     for split, table in tables[0].items():
         np.testing.assert_allclose(tables[1][split], table, rtol=1e-5, atol=1e-4)
     for alone, shared in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):

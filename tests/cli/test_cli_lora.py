@@ -27,7 +27,7 @@ from elm_mlx.model import roofline
 from elm_mlx.store.loading import load_model
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.train.checkpoint import Progress
-from elm_mlx.train.loop import Result
+from elm_mlx.train.run import Result
 
 
 @pytest.fixture

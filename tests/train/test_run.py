@@ -24,7 +24,8 @@ from elm_mlx import device
 from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.train import checkpoint, loop
+from elm_mlx.train import checkpoint
+from elm_mlx.train import run as training
 from elm_mlx.train.optimizer import Schedule, make_optimizer
 from elm_mlx.train.run import Run
 from elm_mlx.train.step import Step, recompute_blocks
@@ -163,7 +164,7 @@ def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
 ) -> None:
     """A checkpoint by the clock lasts until the next one; those by count are kept as they were."""
     runs.run(tmp_path / "whole", runs.settings(eval_every=100), runs.model_with_dropout())
-    monkeypatch.setattr(loop, "_SAVE_AFTER", -1.0)
+    monkeypatch.setattr(training, "_SAVE_AFTER", -1.0)
     out, seen = tmp_path / "cut", []
 
     def note(report: Report) -> None:
