@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.reading import yaml_mapping
+from elm_mlx.reading import json_object, yaml_mapping
 from elm_mlx_convert.corenet_adapters import Scaling
 from elm_mlx_convert.infer import EMBEDDING, Shapes, check_shapes, infer_config, preset_name
 
@@ -46,7 +45,7 @@ def read_settings(path: Path) -> Settings:
     """
     if path.suffix in (".yaml", ".yml"):
         return _corenet(path, yaml_mapping(path))
-    values = read_object(path)
+    values = json_object(path)
     if "quantization" in values or "quantization_config" in values:
         raise InputError(f"{path}: the model is already quantized; convert the original, then quantize it")
     if any(key in values for key in _COMPLETE):

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.reading import json_object
 from elm_mlx_convert import pickles, safetensors_files
 from elm_mlx_convert.configs import find_settings, read_settings
 from elm_mlx_convert.corenet_adapters import Scaling
@@ -83,7 +83,7 @@ def read_peft(directory: Path, config: Config) -> LoraWeights:
         InputError: a file is missing or damaged, a part does not fit the model (names it and both shapes), or the
             adapter is of a kind that cannot be expressed here.
     """
-    values = read_object(directory / PEFT_CONFIG)
+    values = json_object(directory / PEFT_CONFIG)
     where = str(directory / PEFT_CONFIG)
     if values.get("peft_type") != "LORA":
         raise InputError(f"{where}: peft_type is {str(values.get('peft_type'))[:40]!r}; only LORA is known")

@@ -16,8 +16,8 @@ import numpy as np
 
 from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object
 from elm_mlx.model.config import PRESETS, ModelConfig
+from elm_mlx.reading import json_object
 from elm_mlx.text import chat_template
 from elm_mlx_convert import corenet_adapters, tokenizers
 from elm_mlx_convert.configs import Settings, decide, find_settings, read_settings
@@ -274,4 +274,4 @@ def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str |
 
 def _generation(directory: Path) -> dict[str, Any] | None:
     path = directory / "generation_config.json"
-    return read_object(own_file(path)) if path.is_file() else None
+    return json_object(own_file(path)) if path.is_file() else None

@@ -14,8 +14,8 @@ from typing import Any
 
 from elm_mlx.errors import InputError
 from elm_mlx.files import expanded
-from elm_mlx.json_files import read_object
 from elm_mlx.model.families import check_is_openelm
+from elm_mlx.reading import json_object
 from elm_mlx_convert import hub, pickles, safetensors_files
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.tensors import LazyTensor
@@ -150,7 +150,7 @@ def _keys(tree: dict[Any, Any]) -> str:
 
 def _read_shards(index: Path, reader: _Reader) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
     """The tensors of all files that an index names, each found in the file where the index puts it."""
-    weight_map = read_object(index).get("weight_map")
+    weight_map = json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
     files = _shard_files(index, weight_map.values())

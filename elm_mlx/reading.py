@@ -8,11 +8,13 @@ file can need, and what is no text is refused in one line that says where. Knows
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import stat
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -25,11 +27,18 @@ SETTINGS_BYTES = 16 << 20
 TABLES_BYTES = 1 << 20  # YAML and TOML, of which Python reads about 1 MB a second
 TEXT_BYTES = 64 << 20
 CORPUS_BYTES = 1 << 30
+LARGEST_SIZE = 1 << 30  # of a size: MLX adds positions up in 32 bits
 
 _MARK = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _PIPES = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")  # how a shell names `<(command)`
 _MOST_NODES = 100_000
+_MAX_DEPTH = 100
+_TOO_DEEP = "lists or objects are nested too deep"
+_MAX_DIGITS = 100  # of a whole number: longer ones fit into nothing that counts, and some libraries choke on them
+_MOST_SHOWN = 500  # characters of a value that is shown: a config's may have millions
+_OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_OBEYED_IN_TEXT = re.compile(_OBEYED.pattern.replace(r"\x00-\x1f", r"\x00-\x08\x0b-\x1f"))
 
 
 @contextmanager
@@ -109,6 +118,72 @@ def unmarked(data: bytes, where: str) -> bytes:
     return data.removeprefix(_MARK)
 
 
+def json_value(path: Path, most: int = SETTINGS_BYTES) -> Any:
+    """What a file of at most `most` bytes holds. Raises InputError where it cannot be read, or is no JSON."""
+    return parse_json(text(path, most), str(path))
+
+
+def json_object(path: Path, most: int = SETTINGS_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError where there is none."""
+    values = json_value(path, most)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return values
+
+
+def json_object_if_there(path: Path, most: int = SETTINGS_BYTES) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is no file. Raises InputError as `json_object`."""
+    return json_object(path, most) if path.exists() else {}
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value of a JSON text. Raises InputError that begins with `where`."""
+    try:
+        return load_json(text)
+    except ValueError as error:
+        raise InputError(f"{where}: not JSON: {error}") from None
+
+
+def load_json(text: str, decoder: json.JSONDecoder | None = None) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none, or none that a program could handle."""
+    try:
+        value = (decoder or _DECODER).decode(text)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    if text.count("[") + text.count("{") > _MAX_DEPTH:  # or else it cannot be that deep
+        check_depth(value)
+    return value
+
+
+def check_depth(value: Any) -> None:
+    """Raises ValueError where lists and objects are nested so deep that printing or copying them could fail."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
+        level = [each for values in inner for each in values]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"a whole number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has the key {twice[:30]!r} twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)
+JSON_RECORDS = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_object)  # where each value counts
+
+
 def yaml_mapping(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file of plain values. Raises InputError when it cannot be read, is none, or says a key
     twice, of which YAML would take the last."""
@@ -157,6 +232,124 @@ def _check_nodes(values: Any) -> None:
         seen += 1
         if seen > _MOST_NODES:
             raise ValueError(f"it has more than {_MOST_NODES:,} values")
+
+
+class Keys:
+    """An object's keys. Each method returns a value of its type, or `default` where the key is unsaid.
+
+    Args:
+        where: what errors begin with: the file's path and, of an object within it, its key.
+
+    Every method raises InputError, which names `where` and the key, for a value of another type or out of range, and
+    for an unsaid key whose `default` is None.
+    """
+
+    def __init__(self, where: str, values: Mapping[str, Any]) -> None:
+        self.where = where
+        self._values = values
+
+    def has(self, name: str) -> bool:
+        """Whether the key is there, be it null."""
+        return name in self._values
+
+    def says(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        """What is there, unchecked; None where nothing is."""
+        return self._values.get(name)
+
+    def size(self, name: str, default: int | None = None, most: int = LARGEST_SIZE, word: str | None = None) -> int:
+        """A whole number from 1 to `most`; or `word`, which stands for the default."""
+        value = default if word is not None and self.get(name) == word else self._get(name, default)
+        holds = type(value) is int and 0 < value <= most
+        return int(self._checked(name, value, f"a whole number from 1 to {most:,}", holds))
+
+    def number(self, name: str, default: float | None = None, low: float = 0.0, high: float = 1e12) -> float:
+        """A number between `low` and `high`, and neither."""
+        value = self._get(name, default)
+        return float(self._checked(name, value, f"a number between {low:g} and {high:g}", _between(value, low, high)))
+
+    def numbers(self, name: str, count: int, low: float = 0.0, high: float = 1e12) -> tuple[float, ...]:
+        """A list of `count` such numbers."""
+        value = self._get(name, None)
+        holds = isinstance(value, list) and len(value) == count and all(_between(v, low, high) for v in value)
+        return tuple(map(float, self._checked(name, value, f"a list of {count} numbers above {low:g}", holds)))
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        return bool(self._checked(name, value, "true or false", isinstance(value, bool)))
+
+    def word(self, name: str, known: Sequence[str], default: str | None = None) -> str:
+        """One of the words `known`."""
+        value = self._get(name, default)
+        return str(self._checked(name, value, f"one of {', '.join(known)}", isinstance(value, str) and value in known))
+
+    def words(self, name: str, known: Sequence[str], count: int) -> tuple[str, ...] | None:
+        """A list of `count` of the words `known`; None where the key is unsaid."""
+        if not self.says(name):
+            return None
+        value = self.get(name)
+        holds = isinstance(value, list) and len(value) == count and all(v in known for v in value)
+        return tuple(self._checked(name, value, f"a list of {count}, each {' or '.join(known)},", holds))
+
+    def object(self, name: str) -> Mapping[str, Any]:
+        """An object; an empty one where the key is unsaid."""
+        value = self._get(name, {})
+        found: Mapping[str, Any] = self._checked(name, value, "an object", isinstance(value, Mapping))
+        return found
+
+    def within(self, name: str) -> Keys:
+        """The keys of that object."""
+        return Keys(f"{self.where}: {name}", self.object(name))
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def _checked(self, name: str, value: Any, needed: str, holds: bool) -> Any:
+        if value is None:
+            raise InputError(f"{self.where}: {name} is missing: {needed} is needed")
+        if not holds:
+            raise InputError(f"{self.where}: {name} is {short(value)}: {needed} is needed")
+        return value
+
+
+def short(value: object) -> str:
+    """A value on one line as an error shows it: what came from a file may be of any size, and of any depth."""
+    if isinstance(value, (list, Mapping)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _between(value: object, low: float, high: float) -> bool:
+    """A NaN is between no two numbers."""
+    return type(value) in (int, float) and low < value < high  # type: ignore[operator]
+
+
+def printable(value: object) -> str:
+    """`value` on one line of at most `_MOST_SHOWN` characters, both ends of a longer one."""
+    return _cut(_OBEYED.sub(_code, _cut(str(value))))
+
+
+def visible(text: str) -> str:
+    """`text` whole, with its lines and tabs."""
+    return _OBEYED_IN_TEXT.sub(_code, text)
+
+
+def stripped(text: str) -> str:
+    """`text` with its lines and tabs, without what is not for readers."""
+    return _OBEYED_IN_TEXT.sub("", text)
+
+
+def _code(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return {9: "\\t", 10: "\\n"}.get(code) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_SHOWN else f"{text[: 2 * _MOST_SHOWN // 3]} … {text[3 - _MOST_SHOWN // 3 :]}"
 
 
 def _descriptor(path: Path) -> int:

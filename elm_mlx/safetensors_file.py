@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from elm_mlx import json_files, reading
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 
 # The format's names of types, and what NumPy and MLX call them.
@@ -77,7 +77,7 @@ def weight_files(directory: Path) -> list[Path]:
     found = sorted(directory.glob("model*.safetensors"))
     index = directory / INDEX
     if index.exists():
-        weight_map = json_files.read_object(index).get("weight_map")
+        weight_map = reading.json_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise InputError(f"{index}: holds no weight_map of names of files")
         named = set(weight_map.values())

@@ -15,7 +15,7 @@ import elm_mlx
 PROGRAM = [sys.executable, "-X", "importtime", "-m", "elm_mlx"]  # which tells on stderr how far it is
 
 
-@pytest.mark.parametrize("module", ["elm_mlx.escape", "elm_mlx.cli", "typer", "mlx.core", "elm_mlx.store.loading"])
+@pytest.mark.parametrize("module", ["elm_mlx.errors", "elm_mlx.cli", "typer", "mlx.core", "elm_mlx.store.loading"])
 def test_ctrl_c_while_it_begins_is_quiet(tiny_model_dir: Path, module: str) -> None:
     command = [*PROGRAM, "generate", str(tiny_model_dir), "the fox", "--max-tokens", "400"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import files, json_files, reading
+from elm_mlx import files, reading
 from elm_mlx.bench.suites import About, Case, Figures
 from elm_mlx.errors import InputError
 from elm_mlx.model.roofline import causal
@@ -132,7 +132,7 @@ class Results:
 def load(path: Path) -> Results:
     """What `Results.save` wrote. Raises InputError where it is something else."""
     try:
-        values = json_files.read_object(path, reading.TEXT_BYTES)
+        values = reading.json_object(path, reading.TEXT_BYTES)
         if values.pop("version") != VERSION:
             raise InputError(f"{path}: is of another version of elm-mlx")
         rows = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from elm_mlx.bench.results import Bound, Results, Row, Speeds, Spread, bounds
 from elm_mlx.bench.suites import SIDES, Case
-from elm_mlx.escape import printable
 from elm_mlx.model.config import PRESETS
+from elm_mlx.reading import printable
 
 Table = tuple[list[str], list[list[str]]]
 

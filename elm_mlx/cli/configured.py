@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import typer
 
-from elm_mlx import json_files, reading
+from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.command import Command
 from elm_mlx.errors import InputError
@@ -122,7 +122,7 @@ def _mapping(path: Path) -> dict[Any, Any]:
     if path.suffix.lower() != ".json":
         return reading.yaml_mapping(path)
     try:
-        values = json_files.load(reading.text(path, reading.TABLES_BYTES), json_files.RECORDS)
+        values = reading.load_json(reading.text(path, reading.TABLES_BYTES), reading.JSON_RECORDS)
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
@@ -132,7 +132,7 @@ def _mapping(path: Path) -> dict[Any, Any]:
 
 def _settings(path: Path, names: list[str]) -> dict[str, Any]:
     """What the run in whose directory `path` is was started with; nothing where it doesn't say."""
-    values = json_files.read_object(path).get("settings") if path.exists() else {}
+    values = reading.json_object(path).get("settings") if path.exists() else {}
     if not isinstance(values, dict):
         raise InputError(f"{path}: does not say what the run was started with")
     return {name: value for name, value in values.items() if name in names}

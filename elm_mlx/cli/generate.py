@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_mlx import json_files, reading
+from elm_mlx import reading
 from elm_mlx.cli import options
 from elm_mlx.cli.show import Speech, counted, line, note, visible
 from elm_mlx.errors import InputError
@@ -232,7 +232,7 @@ def _read_prompts(path: Path) -> list[str]:
 
 
 def _prompt_of(line: str, where: str) -> str:
-    record = json_files.parse(line, where)
+    record = reading.parse_json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
         raise InputError(f"{where}: no object with a text `prompt`")
     return record["prompt"]

@@ -18,7 +18,7 @@ from typing import TextIO
 import typer
 
 from elm_mlx.errors import InputError, counted
-from elm_mlx.escape import printable, stripped, visible
+from elm_mlx.reading import printable, stripped, visible
 
 __all__ = [
     "Speech", "bad_records_named", "counted", "folded", "line", "name_bad", "note", "printable", "say", "silence",

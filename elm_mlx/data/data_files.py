@@ -21,7 +21,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
-from elm_mlx import json_files, reading
+from elm_mlx import reading
 from elm_mlx.errors import ElmError, InputError
 
 PACKINGS = ("", ".gz", ".zst")
@@ -109,7 +109,7 @@ def _begins_whole(path: Path, length: int) -> bool:
     try:
         with opened(path) as file:
             text = reading.decoded(whole(path, file), str(path)).lstrip()
-        end = json_files.RECORDS.raw_decode(text)[1]
+        end = reading.JSON_RECORDS.raw_decode(text)[1]
     except (InputError, ValueError, RecursionError):
         return False
     return end > length or text[end:].lstrip().startswith("{")
@@ -149,7 +149,7 @@ def whole(path: Path, file: IO[bytes]) -> bytes:
 def parsed(line: bytes) -> Any:
     """The value of a line of JSON. Raises BadRecord."""
     try:
-        return json_files.load(line.decode("utf-8"), json_files.RECORDS)
+        return reading.load_json(line.decode("utf-8"), reading.JSON_RECORDS)
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line") from None
     except json.JSONDecodeError as error:
@@ -209,8 +209,8 @@ class _Cursor:
 
     def value(self) -> Any:
         """The value that begins here, and past it. Raises ValueError, RecursionError."""
-        found, end = json_files.RECORDS.raw_decode(self.text, self.at)
-        json_files.check_depth(found)
+        found, end = reading.JSON_RECORDS.raw_decode(self.text, self.at)
+        reading.check_depth(found)
         self._move(end)
         return found
 

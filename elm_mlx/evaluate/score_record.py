@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from elm_mlx import files, json_files, reading
+from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
 
 ABOUT, ITEMS, RESULTS = "run.json", "items.jsonl", "results.json"
@@ -110,7 +110,7 @@ def read_results(out: Path) -> dict[str, Any]:
     path = out / RESULTS if out.is_dir() else out
     if not path.exists():
         raise InputError(f"{path}: no such file; `elm-mlx eval MODEL --out {out}` makes it")
-    results = json_files.read_object(path, reading.TEXT_BYTES)
+    results = reading.json_object(path, reading.TEXT_BYTES)
     if not isinstance(results.get("tasks"), dict):
         raise InputError(f"{path}: no results of `elm-mlx eval`")
     return results
@@ -120,7 +120,7 @@ def _read_about(out: Path) -> dict[str, Any] | None:
     if not (out / ABOUT).exists():
         return None
     try:
-        about = json_files.read_object(out / ABOUT)
+        about = reading.json_object(out / ABOUT)
     except InputError as error:
         raise InputError(f"{error}; choose another --out") from None
     if not isinstance(about.get("identity"), dict):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import json_files
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import scores, tasks, tokens
 from elm_mlx.evaluate.perplexity import Text
@@ -208,7 +208,7 @@ def published_source() -> str:
 def _names(directory: Path) -> str:
     """What a model directory is called, and what it was made of."""
     try:
-        made = json_files.read_object(directory / "conversion.json")["source"]["name"]
+        made = reading.json_object(directory / "conversion.json")["source"]["name"]
     except (InputError, KeyError, TypeError):
         made = ""
     return f"{directory.resolve().name} {made}".lower()

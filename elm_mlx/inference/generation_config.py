@@ -13,7 +13,7 @@ from typing import Any
 
 from elm_mlx import files
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object_if_there
+from elm_mlx.reading import json_object_if_there
 
 FILE_NAME = "generation_config.json"
 
@@ -48,7 +48,7 @@ def load(directory: Path) -> dict[str, float]:
         InputError: the file is no JSON, or a setting is no number, or out of range.
     """
     path = files.expanded(directory) / FILE_NAME
-    values = read_object_if_there(path)
+    values = json_object_if_there(path)
     found = {
         ours: _number(path, ours, values[theirs]) for ours, theirs in NAMES.items() if values.get(theirs) is not None
     }
@@ -79,7 +79,7 @@ def save(directory: Path, settings: Mapping[str, float]) -> Path:
     """
     load(directory)  # what could not be read again is not written over
     path = files.expanded(directory) / FILE_NAME
-    values = read_object_if_there(path) | {NAMES[name]: value for name, value in settings.items()}
+    values = json_object_if_there(path) | {NAMES[name]: value for name, value in settings.items()}
     values["do_sample"] = settings["temp"] > 0
     if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0
         del values[NAMES["temp"]]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import files, json_files
+from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 
 
@@ -39,7 +39,7 @@ def read(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     path = files.expanded(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no file")
-    record = json_files.read(path)
+    record = reading.json_value(path)
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list):
         raise InputError(f"{path}: no conversation: an object with a list `messages` is needed")

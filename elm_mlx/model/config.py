@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object
+from elm_mlx.reading import json_object
 
 MODEL_TYPE = "openelm"
 LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
@@ -229,7 +229,7 @@ class ModelConfig:
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
         """From a `config.json`. Raises InputError when it cannot be read."""
-        return cls.from_dict(read_object(path), where=str(path))
+        return cls.from_dict(json_object(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a `config.json` that this package, mlx-lm and the hub's code read alike."""

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object
 from elm_mlx.model import packing, rope_config
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
-from elm_mlx.model.config_keys import LARGEST, Keys, short
 from elm_mlx.model.rope_config import RopeConfig, RopeRules
+from elm_mlx.reading import LARGEST_SIZE, Keys, json_object, short
 from elm_mlx.safetensors_file import Entry, read_header
 
 # A config.json may come from anywhere. These are far above what any model has, and what they allow is still a shape
@@ -251,7 +250,7 @@ def read(directory: Path) -> Config:
         InputError: it cannot be read, is of a family that is not known here, or a value in it makes no sense.
     """
     path = directory / "config.json"
-    values = read_object(path)
+    values = json_object(path)
     model_type = values.get("model_type", MODEL_TYPE)
     _check_quantization(Keys(str(path), values))
     if model_type == MODEL_TYPE:
@@ -378,7 +377,7 @@ def is_other(directory: Path) -> bool:
         InputError: `config.json` is there and cannot be read.
     """
     path = directory / "config.json"
-    return path.exists() and bool(read_object(path).get("model_type", MODEL_TYPE) != MODEL_TYPE)
+    return path.exists() and bool(json_object(path).get("model_type", MODEL_TYPE) != MODEL_TYPE)
 
 
 def check_is_openelm(directory: Path, repository: str | None = None) -> None:
@@ -391,7 +390,7 @@ def check_is_openelm(directory: Path, repository: str | None = None) -> None:
         InputError: it is one: says how it is used.
     """
     try:
-        family = FAMILIES.get(str(read_object(directory / "config.json").get("model_type")))
+        family = FAMILIES.get(str(json_object(directory / "config.json").get("model_type")))
     except InputError:
         return
     if family is None:
@@ -461,7 +460,7 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     rope = ropes["full_attention"]
     most = int(values["max_position_embeddings"])
     if rope.kind == "yarn":
-        most = min(int(rope.original * rope.factor), LARGEST)
+        most = min(int(rope.original * rope.factor), LARGEST_SIZE)
     return min(most, values["sliding_window"] or most) if family.windowed else most
 
 

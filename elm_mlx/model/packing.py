@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config_keys import short
+from elm_mlx.reading import short
 
 BITS = (2, 3, 4, 5, 6, 8)  # of what is written here; MLX reads 1 too
 GROUPS = (32, 64, 128)

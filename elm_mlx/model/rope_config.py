@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, replace
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config_keys import Keys
+from elm_mlx.reading import Keys
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")

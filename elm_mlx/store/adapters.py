@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from elm_mlx import files
 from elm_mlx.errors import InputError, counted
-from elm_mlx.json_files import read_object
 from elm_mlx.model.families import Config
+from elm_mlx.reading import json_object
 from elm_mlx.safetensors_file import read_header
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def of_weights(found: LoraWeights, directory: Path | None = None) -> Adapter:
 def is_peft(directory: Path) -> bool:
     """Whether an adapter's directory is of PEFT's layout, which `elm_mlx_convert.read_peft` reads."""
     try:
-        return "peft_type" in read_object(directory / CONFIG)
+        return "peft_type" in json_object(directory / CONFIG)
     except InputError:
         return False
 
@@ -263,7 +263,7 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
-    values = read_object(path / CONFIG)
+    values = json_object(path / CONFIG)
     if "peft_type" in values:
         raise InputError(f"{path}: an adapter of PEFT, in another layout than mlx-lm's")
     return values

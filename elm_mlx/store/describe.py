@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx import files, json_files
+from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 from elm_mlx.model import families
 from elm_mlx.safetensors_file import read_header, weight_files
@@ -137,7 +137,7 @@ def config_values(path: Path) -> dict[str, Any]:
 
     Of another family it says how the head is tied: where that is unsaid, mlx-lm takes it otherwise than transformers.
     """
-    values, config = json_files.read_object(path / "config.json"), read_config(path)
+    values, config = reading.json_object(path / "config.json"), read_config(path)
     if isinstance(config, families.FamilyConfig):
         values["tie_word_embeddings"] = config.share_input_output_layers
     return values
@@ -317,7 +317,7 @@ def _no_model(path: Path) -> str:
 
 def _read_if_there(path: Path) -> dict[str, Any] | None:
     try:
-        return json_files.read_object(path)
+        return reading.json_object(path)
     except InputError:
         return None
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device, directories, files, json_files, safetensors_file
+from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config
 from elm_mlx.quantize import losses, texts
@@ -273,7 +273,7 @@ def _record(source: Path, adapter: Adapter) -> dict[str, Any]:
     weights = adapters.weights_file(adapter.directory)
     base: Any = None
     if (source / "conversion.json").is_file():
-        base = json_files.read_object(directories.own_file(source / "conversion.json"))
+        base = reading.json_object(directories.own_file(source / "conversion.json"))
     merged = {
         "name": adapter.directory.resolve().name,
         "what": adapter.describe(),

@@ -20,7 +20,7 @@ from typing import Any
 from elm_mlx import files, reading
 from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import InputError
-from elm_mlx.json_files import read_object_if_there
+from elm_mlx.reading import json_object_if_there
 from elm_mlx.text import jinja
 from elm_mlx.text.jinja import Conversation
 from elm_mlx.text.tokenizer import Tokenizer
@@ -315,7 +315,7 @@ def adopt(directory: Path, adapter: Path) -> str | None:
     for path in (directory / FILE_NAME, directory / "chat_template.json", *replaced):
         path.unlink(missing_ok=True)
     settings = directory / "tokenizer_config.json"
-    values = read_object_if_there(settings)
+    values = json_object_if_there(settings)
     if values.pop("chat_template", None) is not None:
         files.write_text(settings, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     if source.strip():
@@ -361,7 +361,7 @@ def own_source(directory: Path, option: str = "--template") -> tuple[str | None,
             raise InputError(f"{folder}: holds {', '.join(names)}, and no default ({instead})")
     for name in ("tokenizer_config.json", "chat_template.json"):
         path = directory / name
-        values = read_object_if_there(path)
+        values = json_object_if_there(path)
         value = values.get("chat_template")
         if value is not None or (path.stem == "chat_template" and path.exists()):  # the file is there for nothing else
             try:
@@ -394,7 +394,7 @@ def _names(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
     pieces = tokenizer.control_ids
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {name: piece for name, token in ids.items() for piece in pieces if pieces[piece] == token}
-    for name, value in read_object_if_there(directory / "tokenizer_config.json").items():
+    for name, value in json_object_if_there(directory / "tokenizer_config.json").items():
         text = value.get("content") if isinstance(value, dict) else value
         if name.endswith("_token") and isinstance(text, str):
             names[name] = text

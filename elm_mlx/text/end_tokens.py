@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from elm_mlx import files, json_files
+from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.model.config_keys import short
 from elm_mlx.model.families import Config, tokenizer_file
+from elm_mlx.reading import short
 from elm_mlx.text.tokenizer import Tokenizer, read_settings
 
 _FILES = ("config.json", "generation_config.json")
@@ -90,7 +90,7 @@ def _of_tokenizer(tokenizer: Tokenizer, directory: Path) -> Iterator[tuple[int, 
 
 def _of_file(path: Path) -> Iterator[int]:
     """The `eos_token_id` of a file: one, several or none."""
-    value = json_files.read_object_if_there(path).get("eos_token_id")
+    value = reading.json_object_if_there(path).get("eos_token_id")
     for token in value if isinstance(value, list) else [value]:
         if isinstance(token, float) and token.is_integer():
             token = int(token)

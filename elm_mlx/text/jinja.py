@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.escape import printable
+from elm_mlx.reading import printable
 from elm_mlx.text import jinja_worker
 
 SECONDS = 2.0  # for all that is rendered at once

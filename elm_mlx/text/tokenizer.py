@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import files, json_files
+from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 from elm_mlx.model import families
 from elm_mlx.text import sentencepiece_file
@@ -346,7 +346,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {}
     for path in (directory / name for name in _SETTINGS):
-        values = json_files.read_object_if_there(path)
+        values = reading.json_object_if_there(path)
         for name in ("bos_token", "eos_token", "unk_token"):
             value = values.get(name)
             text = value.get("content") if isinstance(value, dict) else value

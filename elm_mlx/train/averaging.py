@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from elm_mlx import json_files, reading
+from elm_mlx import reading
 from elm_mlx.directories import MODEL, check_destination
 from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.files import expanded, hold, new_directory
@@ -193,7 +193,7 @@ def _home(run: Path, source: Source) -> Path:
     if (run / "config.json").is_file():
         return run
     try:
-        model = Path(json_files.read_object(run / ABOUT)["settings"]["model"])
+        model = Path(reading.json_object(run / ABOUT)["settings"]["model"])
         shapes = ModelConfig.load(model / "config.json").shapes()
     except (InputError, KeyError, TypeError):  # no such run, or the model is gone
         return run

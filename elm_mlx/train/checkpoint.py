@@ -26,7 +26,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from elm_mlx import files, json_files, reading
+from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.safetensors_file import read_header, write_arrays
 from elm_mlx.train.metrics import METRICS
@@ -172,7 +172,7 @@ def load(path: Path, identity: Identity) -> Checkpoint:
     Raises:
         InputError: a file is missing or damaged, or the run is another one than `identity`; says in what.
     """
-    state = json_files.read_object(path / STATE, reading.TEXT_BYTES)
+    state = reading.json_object(path / STATE, reading.TEXT_BYTES)
     if "format" in state and state["format"] != FORMAT:
         raise InputError(f"{path}: has format {state['format']}, and this version reads {FORMAT}")
     try:

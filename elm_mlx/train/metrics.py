@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import files, json_files, reading
+from elm_mlx import files, reading
 from elm_mlx.callbacks import Report
 from elm_mlx.errors import InputError
 from elm_mlx.version import __version__
@@ -180,7 +180,7 @@ def _take(run: Run, line: Any) -> bool:
 def _about(run: Run) -> dict[str, str]:
     path = run.path / ABOUT
     try:
-        found = json_files.read_object_if_there(path)
+        found = reading.json_object_if_there(path)
         return dict(_flat("", found)) if found else {}
     except InputError:
         run.notes.append(f"{ABOUT} cannot be read")

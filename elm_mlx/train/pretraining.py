@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, files, json_files, reading
+from elm_mlx import device, files, reading
 from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import duplicates, parallel
 from elm_mlx.data.batches import Batch
@@ -145,7 +145,7 @@ class Pretraining:
         """
         newest, now = checkpoint.newest(self.out), self._recipe.reading(self.world).window
         try:
-            before = json_files.read_object(newest / checkpoint.STATE)["progress"]["data"]["window"]
+            before = reading.json_object(newest / checkpoint.STATE)["progress"]["data"]["window"]
         except (InputError, KeyError, TypeError):  # of which the loop says what is wrong
             return
         if self._recipe.data.window is None and before != now:

@@ -11,7 +11,7 @@ from elm_mlx.data import examples, pairs
 from elm_mlx.data.examples import Example
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded
-from elm_mlx.json_files import read_object
+from elm_mlx.reading import json_object
 from elm_mlx.store.describe import read_config
 from elm_mlx.store.fusion import Sample
 from elm_mlx.text import chat_template, end_tokens
@@ -43,7 +43,7 @@ def sample(adapter: Path, model: Path) -> Sample | None:
 def _examples(adapter: Path, model: Path) -> list[Example]:
     """Raises ElmError, KeyError, TypeError or ValueError where there are none to be had."""
     run = adapter if (adapter / ABOUT).is_file() else adapter.parent.parent  # of a checkpoint
-    about = read_object(run / ABOUT)
+    about = json_object(run / ABOUT)
     settings = about["settings"]
     if not isinstance(settings, dict):
         raise TypeError("no settings")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config_keys import Keys
 from elm_mlx.model.rope_config import RopeConfig, RopeRules, read
+from elm_mlx.reading import Keys
 
 LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 PHI3 = RopeRules(original=32, phi3=True)

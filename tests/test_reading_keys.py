@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config_keys import Keys, short
+from elm_mlx.reading import Keys, short
 
 KEYS = Keys("config.json", {
     "size": 7, "half": 0.5, "yes": True, "word": "silu", "words": ["a", "b"], "numbers": [1, 2.5], "null": None,

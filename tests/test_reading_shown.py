@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elm_mlx.escape import printable, stripped, visible
+from elm_mlx.reading import printable, stripped, visible
 
 # What terminals obey, by ECMA-48 and Unicode's bidirectional algorithm (UAX 9).
 C0, C1 = map(chr, range(32)), map(chr, range(0x7F, 0xA0))

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from elm_mlx import json_files
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 
 
 def test_what_a_file_holds(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"text":\r\n "Gr\xc3\xbc\xc3\x9fe"}')
-    assert json_files.read(path) == json_files.read_object(path) == {"text": "Grüße"}
-    assert json_files.read_object_if_there(path) == {"text": "Grüße"}
-    assert json_files.read_object_if_there(tmp_path / "none.json") == {}
+    assert reading.json_value(path) == reading.json_object(path) == {"text": "Grüße"}
+    assert reading.json_object_if_there(path) == {"text": "Grüße"}
+    assert reading.json_object_if_there(tmp_path / "none.json") == {}
 
 
 @pytest.mark.parametrize(
@@ -37,11 +37,11 @@ def test_what_cannot_be_read(tmp_path: Path, content: bytes | None, message: str
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=rf"a\.json.*{message}"):
-        json_files.read_object(path)
+        reading.json_object(path)
 
 
 def test_brackets_in_texts_and_lists_side_by_side_are_not_deep() -> None:
-    assert json_files.load('["' + "[{" * 500 + '"]') == ["[{" * 500]
-    assert json_files.load("[" + "[]," * 500 + "1]")[-1] == 1
+    assert reading.load_json('["' + "[{" * 500 + '"]') == ["[{" * 500]
+    assert reading.load_json("[" + "[]," * 500 + "1]")[-1] == 1
     deep = "[" * 100 + "]" * 100
-    assert str(json_files.load(deep)) == deep
+    assert str(reading.load_json(deep)) == deep
