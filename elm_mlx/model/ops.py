@@ -62,6 +62,12 @@ def exp(x: mx.array) -> mx.array:
     return mx.exp(x) if _mlx_is_best(x, x.size) else _derivable_exp(mx.maximum(x, -87.0))
 
 
+def kl_divergences(before: mx.array, after: mx.array) -> mx.array:
+    """Kullback-Leibler divergence of `after` from `before`, both `(length, vocab_size)` log-probabilities, at each
+    position in nats."""
+    return mx.maximum((mx.exp(before) * (before - after)).sum(axis=-1), 0)
+
+
 def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 

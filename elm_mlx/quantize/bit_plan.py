@@ -15,8 +15,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError, counted
+from elm_mlx.model.ops import kl_divergences
 from elm_mlx.model.packing import BITS
-from elm_mlx.quantize.losses import Advance, Reference, Row, divergences, log_softmax
+from elm_mlx.quantize.losses import Advance, Reference, Row, log_softmax
 from elm_mlx.quantize.recipe import Format, rounded
 
 Tensors = dict[str, mx.array]
@@ -274,5 +275,5 @@ def _of_module(
 
 
 def _divergence(model: nn.Module, before: Reference) -> float:
-    total = sum(float(divergences(old, log_softmax(model, row)).sum().item()) for row, old in before)
+    total = sum(float(kl_divergences(old, log_softmax(model, row)).sum().item()) for row, old in before)
     return total / sum(len(row.inputs) for row in before.rows)

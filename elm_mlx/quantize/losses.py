@@ -18,14 +18,18 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import stream_generate
+from elm_mlx.model.ops import kl_divergences
 from elm_mlx.store.loading import Loaded
+from elm_mlx.text.excerpts import Excerpt
 
 Advance = Callable[[int], None]  # told of positions that were computed
 
 WINDOW = 512  # tokens that see each other
 MOST_TOKENS = 4096
 _PROMPT, _ANSWER, _WARM = 128, 72, 8
+_MADE_UP = 128  # ids where there is no tokenizer
 _REPEATS, _SECONDS = 5, 5.0  # of measuring speed
 
 
@@ -76,15 +80,30 @@ def rows(ids: Sequence[int], bos_id: int | None, window: int, most: int = MOST_T
     return found
 
 
+def text_ids(text: Excerpt, loaded: Loaded) -> list[int]:
+    """Without BOS. Raises InputError where the model has no tokenizer, or there is nothing to learn from."""
+    if loaded.tokenizer is None:
+        raise InputError("without a tokenizer there is no text to measure or learn by: only --bits, --mode and --dtype")
+    found = loaded.tokenizer.encode(text.content, add_bos=False)
+    if len(found) < 2:
+        raise InputError(f"{text.name}: holds no text")
+    return found
+
+
+def text_rows(text: Excerpt, loaded: Loaded, window: int, most: int = MOST_TOKENS) -> list[Row]:
+    """`text` as a model reads it, at most `most` tokens of it; made-up ids where there is no tokenizer."""
+    config = loaded.model.config
+    window = min(window, config.max_context_length)
+    if loaded.tokenizer is None:
+        made_up: Sequence[int] = [(i * 7919) % config.vocab_size for i in range(_MADE_UP)]
+        return rows(made_up, None, window)
+    return rows(text_ids(text, loaded), loaded.tokenizer.bos_id, window, most)
+
+
 def log_softmax(model: nn.Module, row: Row) -> mx.array:
     """Log-probabilities of what follows each position, `(length, vocab_size)`, in float32."""
     logits = model(mx.array([row.inputs]))[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def divergences(before: mx.array, after: mx.array) -> mx.array:
-    """Of `after` from `before`, both `(length, vocab_size)` log-probabilities, at each position in nats."""
-    return mx.maximum((mx.exp(before) * (before - after)).sum(axis=-1), 0)
 
 
 class Reference:
@@ -122,7 +141,7 @@ def compare(before: Reference, model: nn.Module, on_text: bool, advance: Advance
     surprise_before = surprise_after = 0.0
     for row, old in before:
         new = log_softmax(model, row)
-        found.append(np.array(divergences(old, new), np.float64))
+        found.append(np.array(kl_divergences(old, new), np.float64))
         flips += int((old.argmax(axis=-1) != new.argmax(axis=-1)).sum().item())
         surprise_before += _surprise(old, row)
         surprise_after += _surprise(new, row)

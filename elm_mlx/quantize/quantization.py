@@ -21,14 +21,15 @@ from elm_mlx import device, directories, files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import MODEL_TYPE
 from elm_mlx.model.packing import AFFINE
-from elm_mlx.quantize import bit_plan, learned, losses, texts
+from elm_mlx.quantize import bit_plan, learned, losses
 from elm_mlx.quantize.bit_plan import Plan, Tensors, main_dtype
 from elm_mlx.quantize.losses import Advance, Losses, Speed
 from elm_mlx.quantize.recipe import Format, Recipe, pack
-from elm_mlx.quantize.texts import Text
 from elm_mlx.safetensors_file import Pending, weight_files
 from elm_mlx.store.describe import check_directory, config_values, fingerprint
 from elm_mlx.store.loading import Loaded, open_model, pending, read_weights
+from elm_mlx.text import excerpts
+from elm_mlx.text.excerpts import Excerpt
 from elm_mlx.version import __version__
 
 RECORD = "quantization.json"
@@ -61,7 +62,7 @@ class Quantization:
     speed_before: Speed
     speed_after: Speed
     computed: str
-    text: Text | None
+    text: Excerpt | None
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def quantize(
     """
     source, target = check_directory(files.expanded(source)), files.expanded(destination)
     directories.check_destination(target, directories.MODEL, overwrite, (source,))
-    learn, measured = texts.calibration(calibration), texts.held_out(text)
+    learn, measured = excerpts.calibration(calibration), excerpts.held_out(text)
     with files.new_directory(target, replace=overwrite) as directory:
         job = _Job(source, directory, recipe, learn, measured, listener)
         done = job.run(target)
@@ -118,7 +119,9 @@ class _Job:
 
     plan: Plan
 
-    def __init__(self, source: Path, directory: Path, recipe: Recipe, learn: Text, measured: Text, listener: Listener):
+    def __init__(
+        self, source: Path, directory: Path, recipe: Recipe, learn: Excerpt, measured: Excerpt, listener: Listener
+    ):
         self._source, self._directory, self._recipe = source, directory, recipe
         self._learn, self._measured, self._listener = learn, measured, listener
 
@@ -131,11 +134,11 @@ class _Job:
             raise InputError(f"{self._source}: is quantized already ({loaded.stored}): quantize what it was made of")
         shapes = bit_plan.packable(loaded.model, tensors)
         dtype = _dtype(self._recipe.dtype, loaded, tensors)
-        ids = texts.ids(self._learn, loaded) if self._recipe.method else []
+        ids = losses.text_ids(self._learn, loaded) if self._recipe.method else []
         self.plan = self._planned(loaded, shapes, tensors, dtype)
         self._listener.plan(self.plan)
         parameters, bits_before = bit_plan.parameters(tensors), _bits(tensors, bit_plan.parameters(tensors))
-        rows = texts.rows(self._measured, loaded, losses.WINDOW)
+        rows = losses.text_rows(self._measured, loaded, losses.WINDOW)
         positions = sum(len(row.inputs) for row in rows)
         speed_before = losses.speed(loaded)
         with losses.reference(loaded.model, rows, self._directory, self._advance("reading", positions)) as before:
@@ -159,8 +162,8 @@ class _Job:
         if recipe.bpw is None:
             return bit_plan.uniform(shapes, recipe.how, tensors, dtype)
         bit_plan.check_budget(shapes, recipe.how.group_size, recipe.bpw, tensors, dtype)
-        texts.ids(self._learn, loaded)  # a made-up text tells nothing of what matters
-        rows = bit_plan.spread(texts.rows(self._learn, loaded, bit_plan.WINDOW, most=1 << 20))
+        losses.text_ids(self._learn, loaded)  # a made-up text tells nothing of what matters
+        rows = bit_plan.spread(losses.text_rows(self._learn, loaded, bit_plan.WINDOW, most=1 << 20))
         advance = self._advance("sensitivity", bit_plan.passes(len(shapes)))
         with losses.reference(loaded.model, rows, self._directory) as before:
             found = bit_plan.measure(loaded.model, before, shapes, recipe.how.group_size, dtype, advance)
@@ -214,7 +217,7 @@ def _check(done: Quantization, max_kld: float | None) -> None:
         )
 
 
-def _record(done: Quantization, recipe: Recipe, made: Plan, source: Path, learn: Text) -> dict[str, Any]:
+def _record(done: Quantization, recipe: Recipe, made: Plan, source: Path, learn: Excerpt) -> dict[str, Any]:
     """What `json` holds: how it was made, and all that was measured."""
     learns = recipe.bpw is not None or recipe.method is not None
     return {

@@ -18,14 +18,14 @@ import mlx.core as mx
 from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config
-from elm_mlx.quantize import losses, texts
+from elm_mlx.model.ops import kl_divergences
 from elm_mlx.store import adapt, adapters
 from elm_mlx.store.adapters import EMBEDDING, Adapter
 from elm_mlx.store.describe import check_directory, config_values, read_config
 from elm_mlx.store.fused_weights import Merge
 from elm_mlx.store.loading import Loaded, open_adapter, open_model, read_weights, stored_type
 from elm_mlx.store.requantize import ANEW, LOT, NEAREST
-from elm_mlx.text import chat_template
+from elm_mlx.text import chat_template, excerpts
 from elm_mlx.version import __version__
 
 # Root mean square of the logits' difference, as a share of their spread, that rounding every weight once explains.
@@ -289,7 +289,7 @@ def _sample(loaded: Loaded, text: str | None) -> Sample:
         ids = [(i * 7919) % size for i in range(min(most, 128))]
         name = "ids made up, as there is no tokenizer"
     else:
-        built_in = texts.held_out(None)
+        built_in = excerpts.held_out(None)
         name = built_in.name if text is None else "the text"
         ids = loaded.tokenizer.encode(built_in.content if text is None else text)[:most]
     if len(ids) < 2:
@@ -336,7 +336,7 @@ def _compare(before: mx.array, after: mx.array) -> dict[str, float]:
 def _divergence(before: mx.array, after: mx.array) -> float:
     """Kullback and Leibler's, of `after`'s next token from `before`'s, in nats a position."""
     logs = [logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (before, after)]
-    return float(losses.divergences(*logs).mean().item())
+    return float(kl_divergences(*logs).mean().item())
 
 
 def _rms(values: mx.array) -> float:

@@ -30,6 +30,7 @@ from elm_mlx.store.adapters import plan as plan_adapter
 from elm_mlx.store.describe import describe
 from elm_mlx.store.fusion import fuse
 from elm_mlx.store.loading import load, load_model, open_model
+from elm_mlx.text import excerpts
 
 IDS = [1, 9, 40, 7, 120, 33, 260, 5, 77, 12]
 
@@ -180,10 +181,10 @@ def test_sensitivity_is_the_divergence_of_one_weight_at_a_time(base: Path) -> No
 def test_a_mix_meets_its_budget_and_beats_one_format_of_the_same_size(classics_dir: Path, tmp_path: Path) -> None:
     """Of 4 bits in groups of 64, all counted."""
     short = tmp_path / "text.txt"
-    content = (Path(losses.__file__).parent / "texts" / "held_out.txt").read_text("utf-8")
+    content = excerpts.held_out(None).content
     short.write_text(content[:3000], "utf-8")
     learn = tmp_path / "learn.txt"  # one or two windows, to be quick
-    learn.write_text((Path(losses.__file__).parent / "texts" / "calibration.txt").read_text("utf-8")[:700], "utf-8")
+    learn.write_text(excerpts.calibration(None).content[:700], "utf-8")
     uniform = quantize(classics_dir, tmp_path / "u", choose(4), text=short)
     budget = uniform.bits_after
     mixed = quantize(classics_dir, tmp_path / "m", choose(bpw=budget), text=short, calibration=learn)
