@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 __all__ = ["Conversion", "LoraWeights", "Plan", "convert", "export", "read_corenet", "read_peft", "write_peft"]
 
 if TYPE_CHECKING:
-    from elm_mlx_convert.conversion import Conversion, convert
-    from elm_mlx_convert.exporting import export
-    from elm_mlx_convert.foreign_adapters import LoraWeights, read_corenet, read_peft, write_peft
+    from elm_mlx_convert.conversion import Conversion, convert, export
+    from elm_mlx_convert.lora_files import LoraWeights, read_corenet, read_peft, write_peft
     from elm_mlx_convert.plan import Plan
 
-_PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan", "export": "exporting"}
-_PLACES |= dict.fromkeys(("LoraWeights", "read_corenet", "read_peft", "write_peft"), "foreign_adapters")
+_PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan", "export": "conversion"}
+_PLACES |= dict.fromkeys(("LoraWeights", "read_corenet", "read_peft", "write_peft"), "lora_files")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,22 +8,25 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.directories import MODEL, carry_templates, check_destination
+from elm_mlx.directories import EXPORT, MODEL, carry_templates, check_destination
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory, write_text
-from elm_mlx.text import chat_template
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.text import chat_template, end_tokens
+from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
-from elm_mlx_convert.destination import check_room, hashing, sha256
+from elm_mlx_convert.destination import Difference, check_room, compare, hashing, sha256, write_weights
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.plan import Plan, make_plan
-from elm_mlx_convert.verify import Difference, compare
-from elm_mlx_convert.writer import write_weights
+from elm_mlx_convert.source_config import preset_name
+from elm_mlx_convert.tensors import FLOATS
+from elm_mlx_convert.torch_files import write_state_dict
 
 
 @dataclass(frozen=True)
@@ -173,3 +176,75 @@ def _record(plan: Plan, hashes: dict[Path, str]) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+CHECKPOINT, SETTINGS, TOKENIZER = "checkpoint.pt", "config.yaml", "tokenizer.model"
+
+
+def export(model: str | Path, destination: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> Plan:
+    """Writes a state dict in CoreNet's names, with CoreNet's YAML and the tokenizer, as a directory.
+
+    Chat template and generation settings lie beside them, where `convert` finds them again; CoreNet knows neither.
+
+    Args:
+        model: a model directory, or anything else that `convert` reads.
+        destination: the directory to make. It appears complete or not at all.
+        dtype: float32, float16 or bfloat16; by default the model's own.
+        overwrite: replace such a directory that is there.
+
+    Raises:
+        InputError: the model cannot be read, or `destination` is taken; a value overflows `dtype`.
+        ElmError: it cannot be written. `destination` is as it was, here and there.
+    """
+    path = expanded(destination)
+    try:
+        check_destination(path, EXPORT, overwrite)
+        plan = make_plan(model, dtype=dtype)
+        if dtype is None and plan.source_dtype in FLOATS:
+            plan = replace(plan, dtype=plan.source_dtype)
+        check_destination(path, EXPORT, overwrite, plan.source.files)
+        check_room(path, plan.nbytes)
+        with new_directory(path, replace=overwrite) as directory:
+            broken = write_state_dict(directory / CHECKPOINT, plan.tensors, plan.dtype)
+            (directory / SETTINGS).write_text(corenet_yaml(plan.config), encoding="utf-8")
+            if plan.tokenizer is not None:
+                (directory / TOKENIZER).write_bytes(plan.tokenizer.read_bytes())
+            if plan.chat_template is not None:
+                write_text(directory / chat_template.FILE_NAME, plan.chat_template)
+            if (generation := _generation(plan)) is not None:
+                write_text(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+    except OSError as error:
+        raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
+    said = f"values that are no numbers, or infinite, in {listed(broken)}" if broken else None
+    return replace(plan, warnings=(*plan.warnings, *([said] if said else [])))
+
+
+def _generation(plan: Plan) -> dict[str, Any] | None:
+    """The source's `generation_config.json`, with the end tokens that its other files name.
+
+    An export has neither `config.json` nor `tokenizer_config.json`; what the tokenizer itself says needs no word.
+    """
+    if plan.tokenizer is None:
+        return plan.generation
+    ids = end_tokens.read(plan.tokenizer.parent, plan.config).end_ids
+    if ids == Tokenizer.load(plan.tokenizer).eos_ids:
+        return plan.generation
+    return {**(plan.generation or {}), "eos_token_id": list(ids)}
+
+
+def corenet_yaml(config: ModelConfig) -> str:
+    """The options by which CoreNet, or `convert`, knows the model; of one that is no preset, shapes tell the rest."""
+    import yaml
+
+    words = {
+        "model_name": preset_name(config) or "custom",
+        "vocab_size": config.vocab_size,
+        "max_context_length": config.max_context_length,
+        "padding_index": None,
+    }
+    model = {
+        "language_modeling": {"name": "general_gpt", "general_gpt": words},
+        "normalization": {"name": "rms_norm"},
+        "activation": {"name": "swish"},
+    }
+    return yaml.safe_dump({"model": model}, sort_keys=False)

@@ -14,6 +14,9 @@ from elm_mlx.errors import InputError
 
 T = TypeVar("T")
 
+EMBEDDING = "transformer.token_embeddings.weight"
+HEAD = "lm_head.weight"
+
 # canonical (the hub, mlx-lm, this package), CoreNet's. `{}` is the number of the layer.
 TABLE = (
     ("transformer.token_embeddings.weight", "token_embeddings.weight"),

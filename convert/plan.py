@@ -19,14 +19,12 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
 from elm_mlx.reading import json_object
 from elm_mlx.text import chat_template
-from elm_mlx_convert import corenet_adapters, tokenizers
-from elm_mlx_convert.configs import Settings, decide, find_settings, read_settings
-from elm_mlx_convert.corenet_adapters import Scaling
-from elm_mlx_convert.infer import EMBEDDING, HEAD
-from elm_mlx_convert.names import canonical_names, listed, unwrapped
+from elm_mlx_convert import lora_files, tokenizers
+from elm_mlx_convert.destination import written_bytes
+from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, listed, unwrapped
+from elm_mlx_convert.source_config import Scaling, Settings, decide, find_settings, read_settings
 from elm_mlx_convert.sources import Source, open_source
 from elm_mlx_convert.tensors import FLOATS, LazyTensor
-from elm_mlx_convert.writer import written_bytes
 
 # Apple's 3B, whose activations float16 cannot hold. Nothing smaller is known to need more.
 _WIDE_MODEL_DIM = 3072
@@ -97,7 +95,7 @@ def make_plan(
     raw = unwrapped(opened.tensors, opened.label)
     source_dtype = _main_dtype(raw)
     scaling = _scaling(raw, lora_alpha, settings, opened.label)
-    merged = corenet_adapters.merge(raw, scaling, opened.label) if scaling else raw
+    merged = lora_files.merge(raw, scaling, opened.label) if scaling else raw
     untied = scaling is not None and HEAD in merged and HEAD not in raw
     tensors = _weights(merged, opened.label)
     if not untied:
@@ -160,7 +158,7 @@ def _scaling(
     tensors: Mapping[str, LazyTensor], alpha: float | None, settings: Settings | None, where: str
 ) -> Scaling | None:
     """How to merge the adapter; None when there is none."""
-    if not corenet_adapters.has_adapter(tensors):
+    if not lora_files.has_adapter(tensors):
         if alpha is not None:
             raise InputError(f"--lora-alpha is for a LoRA or DoRA checkpoint, and {where} holds no adapter")
         return None

@@ -9,8 +9,7 @@ import numpy as np
 
 from elm_mlx.errors import InputError
 from elm_mlx.safetensors_file import TYPES, parse_header
-from elm_mlx_convert.archive import File
-from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, numpy_dtype
+from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, numpy_dtype
 
 _DTYPES = {own: name for own, name in TYPES.items() if name in ITEM_SIZES}
 

@@ -7,16 +7,20 @@ directories. Knows no name of a weight, and no config.
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.errors import InputError
+from elm_mlx.directories import TEMPLATES
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import expanded
 from elm_mlx.model.families import check_is_openelm
 from elm_mlx.reading import json_object
-from elm_mlx_convert import hub, pickles, safetensors_files
+from elm_mlx_convert import safetensors_files, torch_files
 from elm_mlx_convert.names import listed
 from elm_mlx_convert.tensors import LazyTensor
 
@@ -62,9 +66,9 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
     if not str(source):  # an unset variable of a shell, say, which would be the current directory
         raise InputError("no source was named: SRC is empty")
     path = expanded(source)
-    if not path.exists() and isinstance(source, str) and hub.is_repository(source):
-        check_is_openelm(hub.snapshot(source, revision, ["config.json"]), source)  # before all of it is downloaded
-        directory = hub.download(source, revision)
+    if not path.exists() and isinstance(source, str) and is_repository(source):
+        check_is_openelm(snapshot(source, revision, ["config.json"]), source)  # before all of it is downloaded
+        directory = download(source, revision)
         found = _open_directory(directory, ema)
         return Source(source, found.kind, directory, found.files, found.tensors, directory.name)
     if revision is not None:
@@ -83,7 +87,7 @@ def _open_file(path: Path, ema: bool) -> Source:
         if not tensors:
             raise InputError(f"{path}: holds no tensors")
         return Source(path.name, "safetensors file", path.parent, (path,), tensors)
-    kind, tensors = _state_dict(pickles.load(path), path, ema)
+    kind, tensors = _state_dict(torch_files.load(path), path, ema)
     return Source(path.name, kind, path.parent, (path,), tensors)
 
 
@@ -115,13 +119,13 @@ def _refuse_ema(path: Path, ema: bool) -> None:
 
 
 def _read_torch(path: Path) -> dict[str, LazyTensor]:
-    return _state_dict(pickles.load(path), path, False)[1]
+    return _state_dict(torch_files.load(path), path, False)[1]
 
 
 def _state_dict(tree: Any, path: Path, ema: bool) -> tuple[str, dict[str, LazyTensor]]:
     """The state dict in what a PyTorch file holds, and in words what the file is."""
     if not isinstance(tree, dict):
-        what = tree.name if isinstance(tree, pickles.Symbol) else type(tree).__name__
+        what = tree.name if isinstance(tree, torch_files.Symbol) else type(tree).__name__
         raise InputError(f"{path}: holds a {what}, not a state dict: save model.state_dict()")
     kind = "PyTorch state dict"
     wanted = (_EMA,) if ema else _STATES
@@ -176,3 +180,60 @@ def _shard_files(index: Path, names: Iterable[Any]) -> tuple[Path, ...]:
             raise InputError(f"{index}: names {name}, which is not there: was the download completed?")
         files.append(file)
     return tuple(files)
+
+
+# The hub
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_OLDER = ["*.bin", "*.bin.index.json"]
+_WELCOME = [
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", *(f"{folder}/*.jinja" for folder in TEMPLATES),
+]  # fmt: skip
+
+
+def is_repository(source: str) -> bool:
+    """Whether `source` could name a repository, `owner/name`, and cannot be meant as a checkpoint file."""
+    return bool(_REPOSITORY.fullmatch(source)) and Path(source).suffix not in (".pt", ".pth", ".bin", ".safetensors")
+
+
+def download(repository: str, revision: str | None) -> Path:
+    """The directory of the repository's snapshot in the cache; its name is the commit.
+
+    Fetches config, weights (safetensors, or else `.bin`) and a tokenizer where there is one.
+
+    Raises:
+        InputError: the hub has no such repository or revision, or wants a login.
+        ElmError: the hub cannot be reached and the cache does not hold it.
+    """
+    directory = snapshot(repository, revision, _NEEDED)
+    if not any(directory.glob("*.safetensors")):
+        directory = snapshot(repository, revision, _OLDER)
+    with suppress(ElmError):
+        snapshot(repository, revision, _WELCOME)
+    return directory
+
+
+def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
+    """The directory of the repository's snapshot, with the files that match `patterns`. Raises as `download`."""
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    at = f" at {revision}" if revision else ""
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        reason = "wants its terms accepted on the hub, and then a login (`hf auth login`)"
+    except errors.RevisionNotFoundError:
+        reason = "the hub has no such revision"
+    except errors.RepositoryNotFoundError:
+        reason = "no such path here, and no such repository on the hub (or it is private: `hf auth login`)"
+    except errors.HFValidationError:
+        reason = "no such path here, and no name that a repository could have"
+    except Exception as error:  # whatever the network library of the day raises
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ElmError(f"{repository}{at}: no such path here, and it cannot be had from the hub: {detail}") from None
+    raise InputError(f"{repository}{at}: {reason}")

@@ -1,16 +1,22 @@
-"""A tensor that is still on disk, and the casts between the three float types.
+"""Tensors that are still on disk: the file, the views of its storages, and the casts between the three float types.
 
-Knows nothing of file formats: a reader hands in a function that reads rows. numpy has no
-bfloat16, so its values travel as uint16 bit patterns beside the name of their type.
+A view is PyTorch's: a flat storage, an offset, a shape, strides. NumPy has no bfloat16, so its values travel as uint16
+bit patterns beside the name of their type.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import stat
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+
+from elm_mlx.errors import InputError
 
 # How many bytes a value takes. Only floats can be a weight; uint32 is what MLX packs quantized weights into.
 ITEM_SIZES = {
@@ -21,6 +27,77 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 # Rows are read and cast this many bytes at a time: memory is bounded, and a block stays in the cache of a core.
 BLOCK_BYTES = 1 << 20
+
+# macOS refuses a single read above 2 GiB, and Linux cuts it short.
+_READ_BYTES = 1 << 30
+
+MAX_DIMENSIONS = 32  # what every numpy can address
+_MAX_EMPTY = 1 << 31  # bounds the shape of a tensor without elements, which no storage bounds
+_MAX_INDEX = 1 << 62
+_SMALL_READ = 1 << 16
+_LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}
+_WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
+
+
+def shown(text: str) -> str:
+    """A name out of a file, fit for a one-line message: cut short, control characters escaped."""
+    cut = text if len(text) <= 80 else text[:77] + "..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
+
+
+class File:
+    """A regular file, open for reads by position until the last reference to it goes.
+
+    It is never mapped: a mapped page counts as the process's memory.
+
+    Raises:
+        InputError: when it cannot be opened; from the reads, also when it is no longer what was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Without O_NONBLOCK a pipe would be waited for.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except OSError as error:
+            raise self.fail(error.strerror or "cannot be opened") from None
+        weakref.finalize(self, os.close, self._descriptor)
+        state = os.fstat(self._descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise self.fail("is a directory" if stat.S_ISDIR(state.st_mode) else "is not a regular file")
+        self.size = state.st_size
+        self._changed = state.st_mtime_ns
+
+    def fail(self, problem: str) -> InputError:
+        """The error to raise for `problem` in this file."""
+        return InputError(f"{self.path}: {problem}")
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes `start` to `start + size`, all of them."""
+        self._require(start, size)
+        buffer = bytearray(size)
+        self.read_into(start, memoryview(buffer))
+        return bytes(buffer)
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fills `view`, a view of bytes, from byte `start` on."""
+        self._require(start, len(view))
+        done = 0
+        while done < len(view):
+            try:
+                count = _pread_into(self._descriptor, view[done : done + _READ_BYTES], start + done)
+            except OSError as error:
+                raise self.fail(error.strerror or "cannot be read") from None
+            if not count:
+                raise self.fail("was cut short while it was being read")
+            done += count
+
+    def _require(self, start: int, size: int) -> None:
+        if start < 0 or size < 0 or start + size > self.size:
+            raise self.fail(f"is truncated: it has {self.size:,} bytes, and byte {start + size:,} is asked for")
+        state = os.fstat(self._descriptor)
+        if (state.st_size, state.st_mtime_ns) != (self.size, self._changed):
+            raise self.fail("was changed while it was being read; try again once nothing writes to it")
 
 
 @dataclass(frozen=True)
@@ -71,6 +148,102 @@ class LazyTensor:
             yield self.read_rows(start, min(start + step, self.rows))
 
 
+@dataclass
+class Record:
+    """A storage's bytes. `start` may be filled in later, as long as nothing is read before."""
+
+    nbytes: int
+    numel: int  # in the type that the file first mentions it with
+    start: int = -1
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A record's values number `first` to `first + numel`, counted in `dtype`."""
+
+    record: Record
+    dtype: str
+    first: int
+    numel: int
+
+
+def view(file: File, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> LazyTensor:
+    """The tensor, unnamed, that `storage` shows from its value number `offset` on; strides count values.
+
+    Raises:
+        InputError: when an element would lie outside of the storage, or two of them in one place.
+    """
+    if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
+        raise file.fail(f"it has a tensor of {len(shape)} dimensions with {len(strides)} strides")
+    if any(type(number) is not int or not 0 <= number < _MAX_INDEX for number in (offset, *shape, *strides)):
+        raise file.fail("it has a tensor whose offset, shape or strides are negative, huge or no whole numbers")
+    what = f"it has a tensor of shape {shape}"
+    if 0 in shape:
+        if offset > storage.numel or math.prod(max(1, length) for length in shape) > _MAX_EMPTY:
+            raise file.fail(f"{what} that lies outside of its storage")
+    else:
+        end = offset + 1
+        # From the innermost axis out: each must step past all that is inside of it.
+        for stride, length in sorted(zip(strides, shape, strict=True)):
+            if length > 1 and stride < end - offset:
+                raise file.fail(f"{what} that shows values more than once; save it after .contiguous()")
+            end += (length - 1) * stride
+        if end > storage.numel:
+            raise file.fail(f"{what} that needs {end:,} values of a storage of {storage.numel:,}")
+    return LazyTensor("", shape, storage.dtype, _View(file, storage, offset, shape, strides))
+
+
+@dataclass(frozen=True)
+class _View:
+    """Reads rows of a tensor; what LazyTensor calls `read_rows`. Offset and strides count values."""
+
+    file: File
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __call__(self, start: int, stop: int) -> np.ndarray:
+        shape, strides = self.shape or (1,), self.strides or (1,)
+        if not 0 <= start <= stop <= shape[0]:
+            raise IndexError(f"rows {start} to {stop} of {shape[0]}")
+        dtype = "uint8" if self.storage.dtype == "bool" else self.storage.dtype
+        rows = np.empty((stop - start, *shape[1:]), numpy_dtype(dtype))
+        if rows.size:
+            first = self.storage.first + self.offset + start * strides[0]
+            byte_strides = [stride * rows.itemsize for stride in strides]
+            _gather(self.file, self.storage.record.start + first * rows.itemsize, byte_strides, rows)
+        # A bool of any other byte than 0 and 1 confuses numpy.
+        return rows != 0 if self.storage.dtype == "bool" else rows
+
+
+def _gather(file: File, start: int, strides: list[int], out: np.ndarray) -> None:
+    """Fills `out` with the values that lie `strides` bytes apart from byte `start` on.
+
+    Reads at most twice the bytes asked for at once: where they lie wider apart, it halves the longest
+    axis until the halves are dense, or small.
+    """
+    reach = [(length - 1) * stride for length, stride in zip(out.shape, strides, strict=True)]
+    span = sum(reach) + out.itemsize
+    if out.flags.c_contiguous and span == out.nbytes and _in_order(out, strides):
+        file.read_into(start, out.reshape(-1).view(np.uint8).data)
+    elif span <= max(_SMALL_READ, 2 * out.nbytes):
+        block = np.empty(span // out.itemsize, out.dtype)
+        file.read_into(start, block.view(np.uint8).data)
+        out[...] = np.lib.stride_tricks.as_strided(block, out.shape, strides)
+    else:
+        axis = reach.index(max(reach))
+        half = out.shape[axis] // 2
+        low, high = np.split(out, [half], axis)
+        _gather(file, start, strides, low)
+        _gather(file, start + half * strides[axis], strides, high)
+
+
+def _in_order(out: np.ndarray, strides: list[int]) -> bool:
+    """Whether the file holds the values in the order in which `out` does; an axis of length 1 has no say."""
+    return all(n == 1 or a == b for n, a, b in zip(out.shape, strides, out.strides, strict=True))
+
+
 def numpy_dtype(dtype: str) -> np.dtype:
     """The numpy type that carries `dtype`, little-endian as every checkpoint format is."""
     return np.dtype("<u2" if dtype == "bfloat16" else "?" if dtype == "bool" else dtype).newbyteorder("<")
@@ -113,3 +286,40 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
         magnitudes = values.view(np.uint16) & 0x7FFF
         return values.size == 0 or int(magnitudes.max()) < (0x7F80 if dtype == "bfloat16" else 0x7C00)
     return bool(np.isfinite(values).all())
+
+
+def _pread_into(descriptor: int, buffer: memoryview, offset: int) -> int:
+    """As much as comes at once; how many bytes that was. macOS does not promise `os.preadv`, which spares a copy."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], offset)
+    data = os.pread(descriptor, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def cast_blocks(tensor: LazyTensor, dtype: str, not_finite: list[str]) -> Iterator[memoryview]:
+    """The bytes of a tensor's rows in `dtype`, a block at a time; its name goes to `not_finite` for NaN or infinities.
+
+    Raises:
+        InputError: a value overflows `dtype`; names the tensor.
+    """
+    for block in tensor.blocks():
+        values = cast(block, tensor.dtype, dtype)
+        if not all_finite(values, dtype):
+            _refuse_overflow(tensor, block, values, dtype)
+            if tensor.name not in not_finite:
+                not_finite.append(tensor.name)
+        yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+
+
+def _refuse_overflow(tensor: LazyTensor, block: np.ndarray, values: np.ndarray, dtype: str) -> None:
+    """Raises InputError where a finite value has become infinite."""
+    wide = block if tensor.dtype == "float64" else to_float32(block, tensor.dtype)
+    lost = np.isfinite(wide) & ~np.isfinite(to_float32(values, dtype))
+    if lost.any():
+        value = float(np.abs(wide[lost]).max())
+        wider = f": use --dtype {_WIDER[dtype]}" if dtype in _WIDER else ""
+        raise InputError(
+            f"{tensor.name} holds values up to {value:.6g}, and {dtype} ends at {_LARGEST[dtype]}{wider}; "
+            "nothing was written"
+        )

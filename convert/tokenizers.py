@@ -16,7 +16,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.files import expanded, new_file, write_text
 from elm_mlx.text import sentencepiece_file
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer, read_settings
-from elm_mlx_convert import hub
+from elm_mlx_convert import sources
 
 _SPACE = "\u2581"
 
@@ -31,8 +31,8 @@ def find(source: str | Path) -> Path:
         ElmError: the hub cannot be reached, and its cache has no copy.
     """
     path = expanded(source)
-    if not path.exists() and isinstance(source, str) and hub.is_repository(source):
-        return _inside(hub.snapshot(source, None, [FILE_NAME]), source)
+    if not path.exists() and isinstance(source, str) and sources.is_repository(source):
+        return _inside(sources.snapshot(source, None, [FILE_NAME]), source)
     return _inside(path, str(path)) if path.is_dir() else path
 
 

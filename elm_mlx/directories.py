@@ -53,6 +53,9 @@ EXPORT = Kind(
     "export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 )
 
+# In the directory of a training run: what the run is, and in each of its checkpoints the weights.
+RUN_RECORD, PARAMETERS = "run.json", "parameters.safetensors"
+
 # What systems and downloads put into any directory; nobody misses it.
 _LITTER = (
     ".DS_Store", "._*", ".localized", "[Tt]humbs.db", "[Dd]esktop.ini", ".directory", ".gitattributes",
@@ -127,6 +130,11 @@ def carry_templates(source: Path, directory: Path, default: bool = True) -> bool
         (directory / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(own_file(path), directory / path.parent.name / path.name)
     return bool(found)
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """The checkpoints of a training run, oldest first."""
+    return sorted(path for path in run.glob("checkpoints/step-????????") if path.name[5:].isdigit())
 
 
 def own_file(path: Path) -> Path:

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.pickles import load
+from elm_mlx_convert.torch_files import load
 
 STORAGE_NAMES = {
     "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "float64": "DoubleStorage",

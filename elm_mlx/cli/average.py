@@ -15,7 +15,7 @@ from elm_mlx.cli.show import counted, say, size
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.train.averaging import Average
+    from elm_mlx_convert.averaging import Average
 
 _BAR = 30
 
@@ -42,7 +42,7 @@ def average(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Average the weights of checkpoints, and say how far each lies from the mean."""
-    from elm_mlx.train import averaging as averaging
+    from elm_mlx_convert import averaging
 
     chosen: list[str] = checkpoints
     if last is not None:

@@ -20,7 +20,7 @@ from elm_mlx.reading import json_object
 from elm_mlx.safetensors_file import read_header
 
 if TYPE_CHECKING:
-    from elm_mlx_convert.foreign_adapters import LoraWeights
+    from elm_mlx_convert.lora_files import LoraWeights
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"

@@ -26,13 +26,14 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from elm_mlx import files, reading
+from elm_mlx import directories, files, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.safetensors_file import read_header, write_arrays
 from elm_mlx.train.metrics import METRICS
 
 FORMAT = 1
-PARAMETERS, OPTIMIZER, STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
+PARAMETERS = directories.PARAMETERS
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def directory(out: Path, step: int) -> Path:
 
 def all_of(out: Path) -> list[Path]:
     """The run's checkpoints, oldest first."""
-    return sorted(path for path in out.glob("checkpoints/step-????????") if path.name[5:].isdigit())
+    return directories.checkpoints_of(out)
 
 
 def save(

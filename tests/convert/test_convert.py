@@ -31,8 +31,9 @@ from checkpoints import (
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
-from elm_mlx_convert import convert, pickles
+from elm_mlx_convert import convert
 from elm_mlx_convert.tensors import cast
+from elm_mlx_convert.torch_files import load
 
 ROOT = Path(__file__).parents[2]
 CLASSICS = ROOT.parent / "shared" / "data" / "classics"
@@ -373,7 +374,7 @@ def test_the_classics(tmp_path: Path, given: str) -> None:
     assert done.plan.config.shapes() == expected.shapes()
     for name in ("num_query_heads", "num_kv_heads", "max_context_length", "rope_max_length", "head_dim"):
         assert getattr(done.plan.config, name) == getattr(expected, name)
-    tree = {f"transformer.{name}": t.read() for name, t in pickles.load(CLASSICS / "checkpoint_average.pt").items()}
+    tree = {f"transformer.{name}": t.read() for name, t in load(CLASSICS / "checkpoint_average.pt").items()}
     found = read(tmp_path / "out")
     assert found.keys() == tree.keys()
     for name, values in tree.items():

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.corenet_adapters import Scaling, has_adapter, merge
+from elm_mlx_convert.lora_files import has_adapter, merge
+from elm_mlx_convert.source_config import Scaling
 from elm_mlx_convert.tensors import LazyTensor
 
 Arrays = dict[str, np.ndarray]

@@ -24,12 +24,13 @@ CONFIG = tiny()
 # `elm-mlx`, so slow at writing that a signal meets it there.
 SLOW = """
 import time
-import elm_mlx_convert.writer as writer
-write = writer._write_all
-def slowly(file, data):
-    time.sleep(0.02)
-    return write(file, data)
-writer._write_all = slowly
+import elm_mlx_convert.destination as destination
+cast_blocks = destination.cast_blocks
+def slowly(*arguments):
+    for block in cast_blocks(*arguments):
+        time.sleep(0.02)
+        yield block
+destination.cast_blocks = slowly
 from elm_mlx.cli import main
 main()
 """

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from elm_mlx.cli import app
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
-from elm_mlx_convert import convert, export, pickles
-from elm_mlx_convert.exporting import corenet_yaml
+from elm_mlx_convert import convert, export, torch_files
+from elm_mlx_convert.conversion import corenet_yaml
 
 CONFIG = tiny()
 WEIGHTS = weights(CONFIG)
@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_the_file_holds_the_weights_in_corenets_names_and_order(model: Path, tmp_path: Path) -> None:
     export(model, tmp_path / "out")
-    found = pickles.load(tmp_path / "out" / "checkpoint.pt")
+    found = torch_files.load(tmp_path / "out" / "checkpoint.pt")
     expected = corenet(WEIGHTS)
     assert list(found) == list(expected)
     for name, values in expected.items():
@@ -54,7 +54,7 @@ def test_there_and_back_is_the_same_model(variant: str, tmp_path: Path) -> None:
 def test_types_are_the_models_own_or_asked_for(model: Path, tmp_path: Path) -> None:
     assert export(model, tmp_path / "own").dtype == "float32"
     assert export(model, tmp_path / "half", dtype="bfloat16").dtype == "bfloat16"
-    found = pickles.load(tmp_path / "half" / "checkpoint.pt")
+    found = torch_files.load(tmp_path / "half" / "checkpoint.pt")
     for name, values in corenet(WEIGHTS).items():
         np.testing.assert_array_equal(found[name].read(), bfloat16(values))
 
@@ -107,7 +107,7 @@ def test_what_is_there_is_kept_unless_it_is_an_export(model: Path, tmp_path: Pat
     with pytest.raises(InputError, match="--overwrite"):
         export(model, out)
     export(model, out, dtype="bfloat16", overwrite=True)
-    assert pickles.load(out / "checkpoint.pt")["norm.weight"].dtype == "bfloat16"
+    assert torch_files.load(out / "checkpoint.pt")["norm.weight"].dtype == "bfloat16"
     (out / "letter.txt").write_text("mine")
     before = snapshot(out)
     with pytest.raises(InputError, match=r"letter\.txt"):

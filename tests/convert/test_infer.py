@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx_convert.infer import check_shapes, infer_config, preset_name
+from elm_mlx_convert.source_config import check_shapes, infer_config, preset_name
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -94,10 +94,10 @@ def test_adapters(tmp_path: Path, dora: bool) -> None:
 
 
 def test_shards_and_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from elm_mlx_convert import conversion, writer
+    from elm_mlx_convert import conversion, destination
 
     def in_shards(*arguments: Any, **options: Any) -> list[str]:
-        return writer.write_weights(*arguments, **options, shard_bytes=40_000)
+        return destination.write_weights(*arguments, **options, shard_bytes=40_000)
 
     monkeypatch.setattr(conversion, "write_weights", in_shards)
     config = tiny()

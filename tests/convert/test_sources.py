@@ -16,7 +16,7 @@ from checkpoints import corenet, save_hub, save_pt, tensors, tiny, weights
 from safetensors.numpy import save_file
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx_convert import hub
+from elm_mlx_convert import sources
 from elm_mlx_convert.sources import open_source
 
 CONFIG = tiny()
@@ -197,16 +197,16 @@ def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: 
         with pytest.raises(InputError, match=f"{match}`elm-mlx generate {tmp_path}`"):
             open_source(source)
     asked = []
-    monkeypatch.setattr(hub, "snapshot", lambda *of: (asked.append(of[2]), tmp_path)[1])
+    monkeypatch.setattr(sources, "snapshot", lambda *of: (asked.append(of[2]), tmp_path)[1])
     with pytest.raises(InputError, match=f"^a/b: {match}`hf download a/b --local-dir DIR`, then"):
         open_source("a/b")
     assert asked == [["config.json"]]  # and none of its weights
 
 
 def test_what_could_be_a_repository() -> None:
-    assert hub.is_repository("apple/OpenELM-1_1B-Instruct")
+    assert sources.is_repository("apple/OpenELM-1_1B-Instruct")
     for name in ("OpenELM", "a/b/c", "./a/b", "/a", "a/", "~/a", "a/b.pt", "a/b.safetensors", "a b/c", "a/-b", ""):
-        assert not hub.is_repository(name)
+        assert not sources.is_repository(name)
 
 
 def cached_repository(home: Path, config: Any, commit: str = "0123456789abcdef0123456789abcdef01234567") -> Path:
@@ -267,7 +267,7 @@ def test_what_the_hub_answers_becomes_one_line(monkeypatch: pytest.MonkeyPatch) 
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(kind))
         with pytest.raises(expected, match=message) as caught:
-            hub.download("apple/OpenELM", "v2")
+            sources.download("apple/OpenELM", "v2")
         assert "\n" not in str(caught.value)
 
 
@@ -283,9 +283,9 @@ def test_bin_only_when_there_is_no_safetensors(tmp_path: Path, monkeypatch: pyte
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.download("a/b", None) == tmp_path
+    assert sources.download("a/b", None) == tmp_path
     assert [patterns[0] for patterns in asked] == ["config.json", "*.bin", "tokenizer.model"]
     (tmp_path / "model.safetensors").write_bytes(b"")
     asked.clear()
-    hub.download("a/b", None)
+    sources.download("a/b", None)
     assert [patterns[0] for patterns in asked] == ["config.json", "tokenizer.model"]

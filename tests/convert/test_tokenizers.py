@@ -16,7 +16,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, OpenELMInstruct
 from elm_mlx.text.tokenizer import Tokenizer
-from elm_mlx_convert import hub
+from elm_mlx_convert import sources
 from elm_mlx_convert import tokenizers as converter
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -281,7 +281,7 @@ class TestFind:
             asked.append((repository, revision, patterns))
             return tmp_path
 
-        monkeypatch.setattr(hub, "snapshot", snapshot)
+        monkeypatch.setattr(sources, "snapshot", snapshot)
         with pytest.raises(InputError, match=r"^owner/name: no tokenizer\.model"):
             converter.find("owner/name")
         (tmp_path / "tokenizer.model").write_bytes(llama_like.read_bytes())

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx_convert import safetensors_files, verify
+from elm_mlx_convert import destination, safetensors_files
+from elm_mlx_convert.destination import write_weights, written_bytes
 from elm_mlx_convert.tensors import BLOCK_BYTES, FLOATS, LazyTensor, all_finite, cast, numpy_dtype
-from elm_mlx_convert.writer import write_weights, written_bytes
 
 MLX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -152,7 +152,7 @@ def test_what_is_no_number_is_kept_and_told(tmp_path: Path) -> None:
     tensors = [lazy("x", np.concatenate([odd] * BLOCK_BYTES)), lazy("y", np.float32([1]))]
     for dtype in FLOATS:
         assert write_weights(tmp_path, tensors, dtype) == ["x"]
-        verify.compare(tensors, tmp_path, dtype)
+        destination.compare(tensors, tmp_path, dtype)
 
 
 NAMES = {
@@ -169,7 +169,7 @@ NAMES = {
 
 def test_groups() -> None:
     for name, group in NAMES.items():
-        assert verify.group_of(name) == group
+        assert destination.group_of(name) == group
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -179,8 +179,8 @@ def test_verification_finds_the_largest_difference(tmp_path: Path, dtype: str) -
     made["lm_head.weight"][3, 4] = 1e-41  # subnormal
     tensors = [lazy(name, array) for name, array in made.items()]
     write_weights(tmp_path, tensors, dtype, shard_bytes=9000)
-    differences = verify.compare(tensors, tmp_path, dtype)
-    assert [difference.group for difference in differences] == list(verify.GROUPS)
+    differences = destination.compare(tensors, tmp_path, dtype)
+    assert [difference.group for difference in differences] == list(destination.GROUPS)
     assert {d.group: d.tensors for d in differences}["norms"] == 4
     for difference in differences:
         chosen = {name: array for name, array in made.items() if NAMES[name] == difference.group}
@@ -220,4 +220,4 @@ def test_verification_fails_where_files_differ(tmp_path: Path, change: Any, mess
     change(other)
     write_weights(tmp_path, [lazy(name, array) for name, array in other.items()], "bfloat16")
     with pytest.raises(ElmError, match=f"verification failed: {message}"):
-        verify.compare(tensors, tmp_path, "bfloat16")
+        destination.compare(tensors, tmp_path, "bfloat16")

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from torch_files import Call, error_of, legacy_of, put, zip_file, zip_of
 
-from elm_mlx_convert.opcodes import MAX_DEPTH, MAX_PICKLE_BYTES, MAX_STEPS
-from elm_mlx_convert.pickles import load
+from elm_mlx_convert.pickle_machine import MAX_DEPTH, MAX_PICKLE_BYTES, MAX_STEPS
+from elm_mlx_convert.torch_files import load
 
 LAYOUTS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
@@ -73,7 +73,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "call of a value": (b"X\x01\x00\x00\x00a)R.", "cannot be called"),
     "build on a class": (b"ccollections\nOrderedDict\n}b.", "sets attributes"),
     "build on a list": (b"]}b.", "sets attributes"),
-    "setstate": (pickle.dumps(_SetState(), 2), "test_opcodes._SetState"),
+    "setstate": (pickle.dumps(_SetState(), 2), "test_pickle_machine._SetState"),
 }
 
 

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from elm_mlx_convert.archive import File, shown
+from elm_mlx_convert.tensors import File, shown
 
 # The pickle of a 3B's training checkpoint with averaged weights has 155 kB and takes 54,200 steps.
 MAX_PICKLE_BYTES = 16 << 20

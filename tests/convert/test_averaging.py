@@ -32,9 +32,9 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import hold
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.train import checkpoint
-from elm_mlx.train.averaging import average, last
 from elm_mlx.train.checkpoint import Identity, Progress
 from elm_mlx_convert import destination
+from elm_mlx_convert.averaging import average, last
 
 CONFIG = tiny(300)
 SETS = [weights(CONFIG, seed) for seed in range(5)]

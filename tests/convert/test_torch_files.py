@@ -33,8 +33,8 @@ from torch_files import (
 )  # fmt: skip
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.pickles import Symbol, load
 from elm_mlx_convert.tensors import LazyTensor, numpy_dtype
+from elm_mlx_convert.torch_files import Symbol, load
 
 LAYOUTS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 CLASSICS = Path(__file__).parents[3] / "shared/data/classics/checkpoint_average.pt"

@@ -21,7 +21,8 @@ from elm_mlx.model.config import ModelConfig
 from elm_mlx.store.adapters import EMBEDDING, Adapter, of_weights
 from elm_mlx.store.describe import read_config
 from elm_mlx_convert import LoraWeights, read_corenet, read_peft, write_peft
-from elm_mlx_convert.corenet_adapters import Scaling, merge
+from elm_mlx_convert.lora_files import merge
+from elm_mlx_convert.source_config import Scaling
 from elm_mlx_convert.sources import open_source
 
 Arrays = dict[str, np.ndarray]

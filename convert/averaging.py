@@ -18,21 +18,18 @@ from typing import Any
 import numpy as np
 
 from elm_mlx import reading
-from elm_mlx.directories import MODEL, check_destination
+from elm_mlx.directories import MODEL, PARAMETERS, RUN_RECORD, check_destination, checkpoints_of
 from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.files import expanded, hold, new_directory
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text import chat_template
-from elm_mlx.train import checkpoint
-from elm_mlx.train.metrics import ABOUT
 from elm_mlx.version import __version__
 from elm_mlx_convert.conversion import write_settings
-from elm_mlx_convert.corenet_adapters import has_adapter
-from elm_mlx_convert.destination import check_room, hashing, sha256
+from elm_mlx_convert.destination import check_room, hashing, sha256, write_weights
+from elm_mlx_convert.lora_files import has_adapter
 from elm_mlx_convert.plan import Plan, make_plan
 from elm_mlx_convert.sources import Source, open_source
 from elm_mlx_convert.tensors import LazyTensor, to_float32
-from elm_mlx_convert.writer import write_weights
 
 # What a config says beyond the shapes of the weights: models that differ in it compute differently.
 _BEYOND_SHAPES = (
@@ -68,7 +65,7 @@ def last(run: Path, count: int) -> list[Path]:
         raise InputError(f"--last {count}: one checkpoint at least is needed")
     if not run.is_dir():
         raise InputError(f"{run}: no such directory")
-    found = checkpoint.all_of(run)
+    found = checkpoints_of(run)
     if len(found) < count:
         held = counted(len(found), "checkpoint")
         raise InputError(f"{run}: holds {held} (checkpoints/step-…), and --last asks for {count}")
@@ -162,20 +159,20 @@ def _open(given: str | Path, alone: bool) -> Source:
     A run of `pretrain` is a model too, its last one: not what is meant where it is named `alone`.
     """
     path = expanded(given)
-    weights = path / checkpoint.PARAMETERS
+    weights = path / PARAMETERS
     if weights.is_file():
         path = path if path.parent.name == "checkpoints" else path.resolve()
         run = path.parent.parent if path.parent.name == "checkpoints" else path
         source = open_source(weights)
         return replace(source, label=path.name, kind="checkpoint of a run", directory=_home(run, source))
-    found = len(checkpoint.all_of(path)) if path.is_dir() else 0
+    found = checkpoints_of(path)
     if found and (alone or not (path / "model.safetensors").is_file()):
-        if found == 1:
+        if len(found) == 1:
             raise InputError(
                 f"{given}: is a run that kept 1 checkpoint, which is its own mean: let it keep more (`run.keep` in "
-                f"pretrain's recipe, --keep of `lora --full`), or name {checkpoint.newest(path)}"
+                f"pretrain's recipe, --keep of `lora --full`), or name {found[0]}"
             )
-        raise InputError(f"{given}: is a run with {found} checkpoints: pass --last N, or name some of them")
+        raise InputError(f"{given}: is a run with {len(found)} checkpoints: pass --last N, or name some of them")
     return open_source(given)
 
 
@@ -193,7 +190,7 @@ def _home(run: Path, source: Source) -> Path:
     if (run / "config.json").is_file():
         return run
     try:
-        model = Path(reading.json_object(run / ABOUT)["settings"]["model"])
+        model = Path(reading.json_object(run / RUN_RECORD)["settings"]["model"])
         shapes = ModelConfig.load(model / "config.json").shapes()
     except (InputError, KeyError, TypeError):  # no such run, or the model is gone
         return run

@@ -12,8 +12,7 @@ from checkpoints import save_yaml, tiny
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx_convert.configs import Settings, decide, find_settings, read_settings
-from elm_mlx_convert.corenet_adapters import Scaling
+from elm_mlx_convert.source_config import Scaling, Settings, decide, find_settings, read_settings
 
 LORA = """  lora:
     use_lora: true

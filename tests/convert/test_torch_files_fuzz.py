@@ -20,9 +20,8 @@ import pytest
 from torch_files import Call, Global, Tensor, legacy_file, legacy_of, parameter, tensor, zip_file, zip_of
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.pickles import Symbol, load
-from elm_mlx_convert.storages import Storage
-from elm_mlx_convert.tensors import LazyTensor
+from elm_mlx_convert.tensors import LazyTensor, Storage
+from elm_mlx_convert.torch_files import Symbol, load
 
 CASES = 2000
 MEMORY = 2_000_000  # of one case; the files have some 3,000 bytes

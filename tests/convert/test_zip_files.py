@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from torch_files import Member, archive, error_of, put, tensor, zip_file
 
-from elm_mlx_convert import archive as archives
-from elm_mlx_convert.archive import File, read_archive, read_entry
-from elm_mlx_convert.pickles import load
+from elm_mlx_convert import tensors, zip_files
+from elm_mlx_convert.tensors import File
+from elm_mlx_convert.torch_files import load
+from elm_mlx_convert.zip_files import read_archive, read_entry
 
 PICKLE = Member("a/data.pkl", b"\x80\x02}.")
 ZIP64 = struct.pack("<2HQ", 1, 8, 5)
@@ -173,14 +174,14 @@ def test_sizes_of_zip64(tmp_path: Path) -> None:
 
 
 def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "MAX_ENTRIES", 1)
+    monkeypatch.setattr(zip_files, "MAX_ENTRIES", 1)
     assert "lists 2 entries" in error_of(tmp_path, archive([PICKLE, data_member()]))
-    monkeypatch.setattr(archives, "MAX_DIRECTORY_BYTES", 50)
+    monkeypatch.setattr(zip_files, "MAX_DIRECTORY_BYTES", 50)
     assert "lists 1 entries in 56 bytes" in error_of(tmp_path, archive([PICKLE]))
 
 
 def test_large_reads_come_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "_READ_BYTES", 7)
+    monkeypatch.setattr(tensors, "_READ_BYTES", 7)
     values = np.arange(100, dtype=np.int16)
     assert load(put(tmp_path, zip_file(tensor(values)))).read().tolist() == values.tolist()
 
@@ -189,5 +190,5 @@ def test_without_preadv_as_on_a_mac_the_same_comes_back(tmp_path: Path, monkeypa
     values = np.random.default_rng(0).standard_normal((70, 90)).astype(np.float32)
     path = tmp_path / "a.pt"
     path.write_bytes(zip_file({"a": tensor(values)}))
-    monkeypatch.delattr(archives.os, "preadv", raising=False)
+    monkeypatch.delattr(tensors.os, "preadv", raising=False)
     np.testing.assert_array_equal(load(path)["a"].read(), values)

@@ -19,8 +19,8 @@ import pytest
 from torch_files import Call, Global, error_of, put, tensor, zip_file, zip_of
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.pickles import Symbol, load
 from elm_mlx_convert.sources import open_source
+from elm_mlx_convert.torch_files import Symbol, load
 
 RANDOM = np.random.RandomState(7)
 OBJECTS: dict[str, Any] = {

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch_files import Storage, Tensor, error_of, legacy_file, put, save, tensor, zip_file
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert import storages
-from elm_mlx_convert.pickles import load
+from elm_mlx_convert import tensors
+from elm_mlx_convert.torch_files import load
 
 LAYOUTS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 
@@ -67,7 +67,7 @@ def test_views_read_as_numpy_sees_them(
     lazy = load(save(folder / "view.pt", Tensor(Storage(flat, flat.dtype.name), offset, shape, strides), legacy=legacy))
     expected = np.lib.stride_tricks.as_strided(flat[offset:], shape, [s * flat.itemsize for s in strides])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storages, "_SMALL_READ", small)  # so that small tensors are split as large ones are
+        patch.setattr(tensors, "_SMALL_READ", small)  # so that small tensors are split as large ones are
         assert np.array_equal(lazy.read(), expected) and lazy.read().flags.c_contiguous
         start = data.draw(st.integers(0, lazy.rows))
         stop = data.draw(st.integers(start, lazy.rows))
@@ -118,7 +118,7 @@ def test_memory_is_bounded_by_what_is_asked(tmp_path: Path) -> None:
     loaded = load(path)
     asked = {"rows": 10 * 8000, "columns": 10 * 4000, "sparse": 10 * 8, "every other": 10 * 2000}
     for name, size in asked.items():
-        assert peak_of(loaded[name].read_rows, 20, 30) < 3 * size + storages._SMALL_READ + 20_000, name
+        assert peak_of(loaded[name].read_rows, 20, 30) < 3 * size + tensors._SMALL_READ + 20_000, name
     flat = np.arange(2_000_000, dtype=np.float32)
     assert np.array_equal(loaded["columns"].read(), flat.reshape(1000, 2000).T)
     assert np.array_equal(loaded["sparse"].read(), flat.reshape(1000, 2000)[:, [0, 1999]])

@@ -2,7 +2,7 @@
 
 Knows what torch.save writes: the zip layout of PyTorch 1.6 and later, and the row of pickles with raw
 data behind it that came before. Knows no checkpoint's keys, and no model. Nothing in a file is ever
-imported or called: `opcodes` runs the pickle, and the globals listed here are looked up by name and
+imported or called: `pickle_machine` runs the pickle, and the globals listed here are looked up by name and
 mean functions of this module, or nothing at all: what training loops put beside the weights
 (hyper-parameters, paths, dates, arrays) becomes a name, whatever it was made of. Each view of a storage
 is checked against the bytes that the file has before any of them is used.
@@ -10,16 +10,20 @@ is checked against the bytes that the file has before any of them is used.
 
 from __future__ import annotations
 
+import math
+import pickle
 import struct
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from elm_mlx_convert.archive import Entry, File, read_archive, read_entry, require_stored, shown
-from elm_mlx_convert.opcodes import MAX_PICKLE_BYTES, Machine, Stream
-from elm_mlx_convert.storages import Record, Storage, view
-from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor
+from elm_mlx_convert.names import to_corenet
+from elm_mlx_convert.pickle_machine import MAX_PICKLE_BYTES, Machine, Stream
+from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, Record, Storage, cast_blocks, shown, view
+from elm_mlx_convert.zip_files import Entry, read_archive, read_entry, require_stored
 
 # The number that opens a file of the old layout, as LONG1 spells it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -101,13 +105,13 @@ def _load_zip(file: File) -> Any:
         require_stored(file, entry)
         return Record(entry.size, numel, entry.start)
 
-    pickle = entries[f"{top}/data.pkl"]
-    require_stored(file, pickle)
-    if pickle.size > MAX_PICKLE_BYTES:
-        raise file.fail(f"its data.pkl has {pickle.size:,} bytes; {MAX_PICKLE_BYTES:,} is the most that is read")
-    stream = Stream(file, pickle.start, pickle.size)
+    entry = entries[f"{top}/data.pkl"]
+    require_stored(file, entry)
+    if entry.size > MAX_PICKLE_BYTES:
+        raise file.fail(f"its data.pkl has {entry.size:,} bytes; {MAX_PICKLE_BYTES:,} is the most that is read")
+    stream = Stream(file, entry.start, entry.size)
     value = _TorchMachine(stream, find, reference_fields=5).run()
-    if stream.position != pickle.start + pickle.size:
+    if stream.position != entry.start + entry.size:
         raise file.fail("its data.pkl goes on behind its pickle")
     return value
 
@@ -393,3 +397,88 @@ _INERT = frozenset(f"{module}.{name}" for module, names in _CLASSES.items() for 
 _SYMBOLS = {
     name: Symbol(name) for name in (*_CALLS, *_STORAGE_DTYPES, *_INERT, *(f"torch.{dtype}" for dtype in ITEM_SIZES))
 }
+
+
+# Writing
+
+_ALIGNMENT = 64  # bytes: where torch.save puts a storage, so that it can be mapped into memory
+_HEADER = 30 + 4  # bytes of a record's header without its name, and of the extra field's own
+_PADDING = 0x4246  # torch.save's id of the extra field that pads
+_STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
+
+
+def write_state_dict(path: Path, tensors: Sequence[LazyTensor], dtype: str) -> list[str]:
+    """Tensors by canonical names as a PyTorch file; returns the names of those that hold NaN or infinite values.
+
+    Equal tensors give equal bytes. Memory is bounded by a block of rows.
+
+    Raises:
+        InputError: a value overflows `dtype`.
+        OSError: the file cannot be written.
+    """
+    broken: list[str] = []
+    with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+        put = partial(_put, file, archive)
+        put("data.pkl", [_pickled(tensors, dtype)])
+        put("byteorder", [b"little"])
+        for number, tensor in enumerate(tensors):
+            put(f"data/{number}", cast_blocks(tensor, dtype, broken), tensor.size * ITEM_SIZES[dtype])
+        put("version", [b"3\n"])
+    return broken
+
+
+def _put(
+    file: BinaryIO, archive: zipfile.ZipFile, name: str, blocks: Iterable[bytes | memoryview], size: int = 0
+) -> None:
+    """A stored record whose data begin at a multiple of _ALIGNMENT, dated as long ago as zip files can be.
+
+    Args:
+        size: bytes, where a record may be of 2 GB and more.
+    """
+    info = zipfile.ZipInfo(f"checkpoint/{name}")
+    info.file_size = size
+    padding = -(file.tell() + _HEADER + len(info.filename)) % _ALIGNMENT
+    info.extra = _PADDING.to_bytes(2, "little") + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w") as record:
+        for block in blocks:
+            record.write(block)
+
+
+def _pickled(tensors: Sequence[LazyTensor], dtype: str) -> bytes:
+    """The pickle of a dict of tensors, as a reader of torch's sees it: each a view of a storage of its own."""
+    items = b"".join(
+        _plain(to_corenet(tensor.name)) + _tensor_opcodes(tensor, str(number), dtype)
+        for number, tensor in enumerate(tensors)
+    )
+    return pickle.PROTO + b"\2" + pickle.EMPTY_DICT + pickle.MARK + items + pickle.SETITEMS + pickle.STOP
+
+
+def _tensor_opcodes(tensor: LazyTensor, key: str, dtype: str) -> bytes:
+    """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
+    strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
+    storage = _tuple(
+        _plain("storage"),
+        _global("torch", _STORAGE_NAMES[dtype]),
+        _plain(key),
+        _plain("cpu"),
+        _plain(tensor.size),
+    )
+    arguments = _tuple(
+        storage + pickle.BINPERSID, _plain(0), _plain(tensor.shape), _plain(strides), _plain(False),
+        _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE,
+    )  # fmt: skip
+    return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+
+def _tuple(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _plain(value: Any) -> bytes:
+    """The opcodes that leave `value`, a number, string or tuple of numbers."""
+    head, end = 2, len(pickle.STOP)  # protocol and its number, and what ends a pickle
+    return pickle.dumps(value, protocol=2)[head:-end]

@@ -1,28 +1,20 @@
-"""A file read by position, and the zip container that torch.save writes into one.
+"""The zip container that torch.save writes, read.
 
-Knows zip, nothing of PyTorch and nothing of pickles. Stricter than the `zipfile` module: what
-torch.save never writes (compression, encryption, several disks, entries that overlap, two of one
-name, headers that contradict each other) is refused before an entry's bytes are used. Checksums
+Stricter than the `zipfile` module: what torch.save never writes (compression, encryption, several disks, entries that
+overlap, two of one name, headers that contradict each other) is refused before an entry's bytes are used. Checksums
 are not looked at: torch.save may leave them out, and torch.load ignores them too.
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
-import weakref
 from dataclasses import dataclass
-from pathlib import Path
 
-from elm_mlx.errors import InputError
+from elm_mlx_convert.tensors import File, shown
 
 # A 3B's training checkpoint with averaged weights has 1,446 entries.
 MAX_ENTRIES = 50_000
 MAX_DIRECTORY_BYTES = 8 << 20
-
-# macOS refuses a single read above 2 GiB, and Linux cuts it short.
-_READ_BYTES = 1 << 30
 
 _ENTRY = struct.Struct("<4s6H3I5H2I")
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -34,67 +26,6 @@ _ENCRYPTED = 0x0001 | 0x0040 | 0x2000
 _PATCHED = 0x0020
 _SIZES_FOLLOW = 0x0008  # the local header has zeros where the sizes belong
 _SEE_ZIP64 = 0xFFFFFFFF
-
-
-def shown(text: str) -> str:
-    """A name out of a file, fit for a one-line message: cut short, control characters escaped."""
-    cut = text if len(text) <= 80 else text[:77] + "..."
-    return cut if cut.isprintable() else ascii(cut)[1:-1]
-
-
-class File:
-    """A regular file, open for reads by position until the last reference to it goes.
-
-    It is never mapped: a mapped page counts as the process's memory.
-
-    Raises:
-        InputError: when it cannot be opened; from the reads, also when it is no longer what was opened.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            # Without O_NONBLOCK a pipe would be waited for.
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError as error:
-            raise self.fail(error.strerror or "cannot be opened") from None
-        weakref.finalize(self, os.close, self._descriptor)
-        state = os.fstat(self._descriptor)
-        if not stat.S_ISREG(state.st_mode):
-            raise self.fail("is a directory" if stat.S_ISDIR(state.st_mode) else "is not a regular file")
-        self.size = state.st_size
-        self._changed = state.st_mtime_ns
-
-    def fail(self, problem: str) -> InputError:
-        """The error to raise for `problem` in this file."""
-        return InputError(f"{self.path}: {problem}")
-
-    def read(self, start: int, size: int) -> bytes:
-        """Bytes `start` to `start + size`, all of them."""
-        self._require(start, size)
-        buffer = bytearray(size)
-        self.read_into(start, memoryview(buffer))
-        return bytes(buffer)
-
-    def read_into(self, start: int, view: memoryview) -> None:
-        """Fills `view`, a view of bytes, from byte `start` on."""
-        self._require(start, len(view))
-        done = 0
-        while done < len(view):
-            try:
-                count = _pread_into(self._descriptor, view[done : done + _READ_BYTES], start + done)
-            except OSError as error:
-                raise self.fail(error.strerror or "cannot be read") from None
-            if not count:
-                raise self.fail("was cut short while it was being read")
-            done += count
-
-    def _require(self, start: int, size: int) -> None:
-        if start < 0 or size < 0 or start + size > self.size:
-            raise self.fail(f"is truncated: it has {self.size:,} bytes, and byte {start + size:,} is asked for")
-        state = os.fstat(self._descriptor)
-        if (state.st_size, state.st_mtime_ns) != (self.size, self._changed):
-            raise self.fail("was changed while it was being read; try again once nothing writes to it")
 
 
 @dataclass(frozen=True)
@@ -286,12 +217,3 @@ def _checked_name(file: File, raw: bytes) -> str:
     if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
         raise file.fail(f"is not a sound archive: {shown(name) or 'an entry'} is not a name that stays inside it")
     return name
-
-
-def _pread_into(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """As much as comes at once; how many bytes that was. macOS does not promise `os.preadv`, which spares a copy."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [buffer], offset)
-    data = os.pread(descriptor, len(buffer), offset)
-    buffer[: len(data)] = data
-    return len(data)
