@@ -55,7 +55,7 @@ def measure(
     from elm_mlx.data.batches import Batches
     from elm_mlx.data.examples import Example
     from elm_mlx.model.families import FamilyConfig
-    from elm_mlx.store import adapt
+    from elm_mlx.store import adapters
     from elm_mlx.store.adapters import plan
     from elm_mlx.store.loading import open_model
     from elm_mlx.train import memory
@@ -66,7 +66,7 @@ def measure(
     if full:
         network.unfreeze()
     else:
-        adapt.attach(network, plan(network.config))
+        adapters.attach(network, plan(network.config))
     if grad_checkpoint:
         recompute_blocks(network)
     network.train()

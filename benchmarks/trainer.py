@@ -33,7 +33,7 @@ Job = dict[str, Any]
 
 def ours(job: Job) -> dict[str, Any]:
     from elm_mlx import load_model  # isort: skip  (its BLAS must come before MLX)
-    from elm_mlx.store import adapt, adapters  # isort: skip  (its BLAS must come before MLX)
+    from elm_mlx.store import adapters  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
 
     from elm_mlx.callbacks import Report, TrainingCallback
@@ -43,7 +43,7 @@ def ours(job: Job) -> dict[str, Any]:
     from elm_mlx.train.settings import Settings
 
     model = load_model(job["model"])
-    adapt.attach(model, adapters.plan(model.config, rank=RANK, alpha=RANK * SCALE))
+    adapters.attach(model, adapters.plan(model.config, rank=RANK, alpha=RANK * SCALE))
     if not Path(job["adapter"]).exists():
         mx.save_safetensors(job["adapter"], flat(model.trainable_parameters()))
     model.load_weights(job["adapter"], strict=False)

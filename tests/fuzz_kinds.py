@@ -40,7 +40,7 @@ from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import recipe as quantization
 from elm_mlx.quantize.quantization import quantize
 from elm_mlx.quantize.recipe import Format
-from elm_mlx.store import adapt, adapters
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import read as read_adapter
 from elm_mlx.store.describe import describe, describe_adapter, read_config
 from elm_mlx.store.fusion import _record as merge_record
@@ -117,8 +117,8 @@ def write_adapted(path: Path) -> None:
     write_openelm(path)
     loaded = open_model(path)
     adapter = adapters.plan(loaded.model.config, rank=2)
-    adapt.attach(loaded.model, adapter)
-    adapt.save(path / "adapter", loaded.model, adapter)
+    adapters.attach(loaded.model, adapter)
+    adapters.save(path / "adapter", loaded.model, adapter)
     for file in (path / "adapter").iterdir():
         file.rename(path / file.name)
 

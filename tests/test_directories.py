@@ -125,13 +125,13 @@ COMMANDS: dict[str, Callable[[Path, Path, Path], tuple[object, ...]]] = {
 def test_every_command_goes_by_the_same_rule(
     command: Callable[[Path, Path, Path], tuple[object, ...]], run: Run, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from elm_mlx.store import adapt, adapters
+    from elm_mlx.store import adapters
     from elm_mlx.store.loading import load_model
 
     model = load_model(tiny_model_dir)
     adapter = adapters.plan(model.config, rank=2)
-    adapt.attach(model, adapter)
-    adapt.save(tmp_path / "adapter", model, adapter)
+    adapters.attach(model, adapter)
+    adapters.save(tmp_path / "adapter", model, adapter)
     arguments = command(tiny_model_dir, tmp_path / "adapter", tmp_path / "out")
     code, _, err = run(*arguments)
     assert code == 0, err
@@ -205,13 +205,13 @@ def test_a_folder_that_is_a_link_out_of_it_is_refused_by_name(name: str, tmp_pat
 def test_no_command_hands_on_what_a_link_leads_to(
     file: str, name: str, run: Run, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from elm_mlx.store import adapt, adapters
+    from elm_mlx.store import adapters
     from elm_mlx.store.loading import load_model
 
     model = load_model(tiny_model_dir)
     adapter = adapters.plan(model.config, rank=2)
-    adapt.attach(model, adapter)
-    adapt.save(tmp_path / "adapter", model, adapter)
+    adapters.attach(model, adapter)
+    adapters.save(tmp_path / "adapter", model, adapter)
     base = tmp_path / "model"
     base.mkdir()
     for entry in tiny_model_dir.iterdir():

@@ -30,7 +30,7 @@ def adapter(
     """Bring an adapter into the layout of mlx-lm or of PEFT, checked against the model that it is for."""
     if to not in ("mlx", "peft"):
         raise InputError(f"--to is {to!r}; there are mlx and peft")
-    from elm_mlx.store.foreign import convert_adapter
+    from elm_mlx.store.adapter_conversion import convert_adapter
 
     made = convert_adapter(model, src, dst, to=to, alpha=alpha, settings=config, overwrite=overwrite)
     say("wrote", f"{dst}: {made.describe()}")

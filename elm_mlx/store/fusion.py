@@ -19,12 +19,11 @@ from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config
 from elm_mlx.model.ops import kl_divergences
-from elm_mlx.store import adapt, adapters
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import EMBEDDING, Adapter
 from elm_mlx.store.describe import check_directory, config_values, read_config
-from elm_mlx.store.fused_weights import Merge
+from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, Merge
 from elm_mlx.store.loading import Loaded, open_adapter, open_model, read_weights, stored_type
-from elm_mlx.store.requantize import ANEW, LOT, NEAREST
 from elm_mlx.text import chat_template, excerpts
 from elm_mlx.version import __version__
 
@@ -150,7 +149,7 @@ def fuse(
     loaded = open_model(source, computed)
     sample = taught if text is None and taught is not None else _sample(loaded, text)
     base = _logits(loaded, sample)
-    adapt.load(loaded.model, adapter)
+    adapters.load(loaded.model, adapter)
     before = _logits(loaded, sample)
     effect, divergence = _rms(before - base), _divergence(before, base)
     del loaded, base
@@ -232,7 +231,7 @@ def _write(
 ) -> tuple[bool, float | None, str | None]:
     """The whole directory. Returns whether the head was untied, `Fusion.moved` and `Fusion.template`."""
     config = read_config(source)
-    values = adapt.read_values(adapter, config)
+    values = adapters.read_values(adapter, config)
     merge = Merge(config, *read_weights(source, config), values, adapter, dequantize, dtype, way)
     untied = adapter.unties(config)
     tensors = [tensor for name in config.shapes() for tensor in merge.tensors(name, config.shapes()[name])]

@@ -98,9 +98,9 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     model.freeze()
     adapted = None
     if adapter is not None:
-        from elm_mlx.store import adapt
+        from elm_mlx.store import adapters
 
-        adapt.load(model, adapter)
+        adapters.load(model, adapter)
         adapted = f"adapter {adapter.directory}: {adapter.describe()}"
     device.wire(sum(value.nbytes for _, value in tree_flatten(model.parameters())))
     hindrance = device.compile_hindrance()

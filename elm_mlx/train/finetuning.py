@@ -29,7 +29,7 @@ from elm_mlx.inference.sampling import check_seed
 from elm_mlx.model import roofline
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
-from elm_mlx.store import adapt, adapters, loading
+from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.describe import check_directory, fingerprint, read_config
 from elm_mlx.text import chat_template, end_tokens
@@ -246,7 +246,7 @@ class Finetuning:
         if full:
             loaded.model.unfreeze()
         else:
-            adapt.attach(loaded.model, self.adapter, self._seed)
+            adapters.attach(loaded.model, self.adapter, self._seed)
         return loaded.model, None if how == mx.float32 else how
 
     def _prepared(self) -> dict[str, Prepared]:
@@ -305,7 +305,7 @@ class Finetuning:
 
     def _save(self, directory: Path, model: Model) -> None:
         """The adapter, and the template that it is trained by where that is not the model's own."""
-        adapt.save(directory, model, self.adapter)
+        adapters.save(directory, model, self.adapter)
         if self._data.template is not None:
             chat_template.record(directory, chat_template.read_source(self._data.template))
 

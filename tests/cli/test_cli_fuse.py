@@ -12,7 +12,7 @@ import pytest
 import tiny
 from commands import Run
 
-from elm_mlx.store import adapt
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import plan
 from elm_mlx.store.describe import fingerprint
 from elm_mlx.store.loading import load, load_model
@@ -23,11 +23,11 @@ def adapter(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """One that changes what the tiny model says, and is said to be made for it."""
     model = load_model(tiny_model_dir, "float32")
     made = replace(plan(model.config, rank=4), model_sha256=fingerprint(tiny_model_dir))
-    adapt.attach(model, made)
+    adapters.attach(model, made)
     for number, (_, module) in enumerate(model.named_modules()):
         if "lora_b" in module:
             module.lora_b = 0.2 * mx.random.normal(module.lora_b.shape, key=mx.random.key(number))
-    adapt.save(tmp_path / "adapter", model, made)
+    adapters.save(tmp_path / "adapter", model, made)
     return tmp_path / "adapter"
 
 
@@ -52,11 +52,11 @@ def small(model_dir: Path, path: Path, size: float) -> Path:
     """An adapter of hardly any effect."""
     model = load_model(model_dir, "float32")
     made = plan(model.config, rank=4)
-    adapt.attach(model, made)
+    adapters.attach(model, made)
     for _, module in model.named_modules():
         if "lora_b" in module:
             module.lora_b = size * mx.random.normal(module.lora_b.shape, key=mx.random.key(0))
-    adapt.save(path, model, made)
+    adapters.save(path, model, made)
     return path
 
 

@@ -204,13 +204,13 @@ def test_to_peft_and_back(dora: bool, tmp_path: Path) -> None:
 def test_what_peft_cannot_express_is_refused(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     import mlx.core as mx
 
-    from elm_mlx.store import adapt
+    from elm_mlx.store import adapters
 
     config = read_config(tiny_model_dir)
     seen = Adapter("lora", {EMBEDDING: 2}, adapted_head=True)
-    adapt.write(tmp_path / "seen", seen, {n: mx.zeros(shape) for n, shape in seen.shapes(config).items()}, config)
+    adapters.write(tmp_path / "seen", seen, {n: mx.zeros(shape) for n, shape in seen.shapes(config).items()}, config)
     norm = "transformer.norm.weight"
-    adapt.write(tmp_path / "full", Adapter("full"), {norm: mx.ones(config.shapes()[norm])}, config)
+    adapters.write(tmp_path / "full", Adapter("full"), {norm: mx.ones(config.shapes()[norm])}, config)
     for name, message in (
         ("seen", "PEFT's tied head reads the base embedding, and this adapter's the adapted one: fuse it"),
         ("full", "weights of the whole model are no adapter; `elm-mlx fuse` merges them"),

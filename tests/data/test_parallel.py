@@ -11,7 +11,7 @@ from elm_mlx import blas, device
 from elm_mlx.data import parallel
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.parallel import Parts, cut
-from elm_mlx.store import adapt
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.step import Step
@@ -70,7 +70,7 @@ def test_an_update_of_parts_is_the_same_each_time(processors: int) -> None:
 
 def test_parts_have_dropout_of_their_own(processors: int) -> None:
     model = runs.model()
-    adapt.attach(model, Adapter("lora", {"transformer.layers.0.ffn.proj_1": 4}, 4.0, 0.5))
+    adapters.attach(model, Adapter("lora", {"transformer.layers.0.ffn.proj_1": 4}, 4.0, 0.5))
     model.train()
     step = Step(model, make_optimizer("adamw", 0.0))
     row = batch(1)

@@ -13,7 +13,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import comparison, evaluation, tasks
 from elm_mlx.evaluate.evaluation import Evaluation, Wanted
 from elm_mlx.evaluate.score_record import ITEMS, RESULTS
-from elm_mlx.store import adapt, adapters
+from elm_mlx.store import adapters
 from elm_mlx.store.loading import open_model
 
 ANIMALS = ("the quick brown fox", "lazy dogs", "an old king", "cafés")
@@ -250,8 +250,8 @@ def test_an_adapters_results_have_a_place_of_their_own(
 ) -> None:
     loaded = open_model(tiny_model_dir)
     adapter = adapters.plan(loaded.model.config, rank=2)
-    adapt.attach(loaded.model, adapter)
-    adapt.save(tmp_path / "mine", loaded.model, adapter)
+    adapters.attach(loaded.model, adapter)
+    adapters.save(tmp_path / "mine", loaded.model, adapter)
     monkeypatch.chdir(tmp_path)
     plain, adapted = (Evaluation(tiny_model_dir, wanted(data, limit=1), adapter=path) for path in (None, Path("mine")))
     assert adapted.out == Path("evals", f"{tiny_model_dir.name}+mine") and plain.out.name == tiny_model_dir.name

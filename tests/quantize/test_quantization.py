@@ -25,7 +25,7 @@ from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import bit_plan, losses
 from elm_mlx.quantize.quantization import RECORD, Listener, Quantization, quantize
 from elm_mlx.quantize.recipe import choose
-from elm_mlx.store import adapt
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import plan as plan_adapter
 from elm_mlx.store.describe import describe
 from elm_mlx.store.fusion import fuse
@@ -310,11 +310,11 @@ def test_an_adapter_on_top_and_fused(base: Path, text: Path, little: Path, tmp_p
     quantize(base, tmp_path / "q", choose(bpw=4.6), text=text, calibration=little)
     model = load_model(tmp_path / "q", "float32")
     adapter = plan_adapter(model.config, rank=2)
-    adapt.attach(model, adapter)
+    adapters.attach(model, adapter)
     for number, (_, module) in enumerate(model.named_modules()):
         if "lora_b" in module:
             module.lora_b = 0.05 * mx.random.normal(module.lora_b.shape, key=mx.random.key(number))
-    adapt.save(tmp_path / "a", model, adapter)
+    adapters.save(tmp_path / "a", model, adapter)
     fused = fuse(tmp_path / "q", tmp_path / "a", tmp_path / "f", dequantize=True)
     assert fused.tolerance is not None
     config = ModelConfig.load(tmp_path / "f" / "config.json")

@@ -20,7 +20,7 @@ from elm_mlx import device
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import LINEARS, ModelConfig
 from elm_mlx.model.network import Model
-from elm_mlx.store import adapt, adapters
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import EMBEDDING, INPUT_EMBEDDING, Adapter, plan
 from elm_mlx.store.describe import fingerprint
 from elm_mlx.store.loading import load_model, open_model
@@ -31,7 +31,7 @@ ALL = [f"transformer.layers.{layer}.{name}" for layer in range(3) for name in LI
 
 def trained(model: Model, adapter: Adapter) -> Model:
     """`model` with an adapter whose values are those of no start."""
-    adapt.attach(model, adapter)
+    adapters.attach(model, adapter)
     for number, (_, module) in enumerate(model.named_modules()):
         if "lora_b" in module:
             module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape, key=mx.random.key(number))
@@ -45,7 +45,7 @@ def made(model_dir: Path, path: Path, **options: Any) -> tuple[Adapter, mx.array
     model = load_model(model_dir, "float32")
     adapter = plan(model.config, **options)
     trained(model, adapter)
-    adapt.save(path, model, adapter)
+    adapters.save(path, model, adapter)
     return adapter, model(IDS)
 
 
@@ -128,7 +128,7 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_is_trained(dora: bool, ti
     model = load_model(tiny_model_dir, "float32")
     before = model(IDS)
     adapter = plan(model.config, targets=["*"], rank=3, dora=dora, adapted_head=True)
-    adapt.attach(model, adapter)
+    adapters.attach(model, adapter)
     assert mx.abs(model(IDS) - before).max() < 1e-4
     found = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
     assert found == adapter.shapes(model.config)
@@ -138,7 +138,7 @@ def test_a_seed_draws_the_same_adapter(tiny_model_dir: Path) -> None:
     drawn = []
     for seed in (1, 1, 2):
         model = load_model(tiny_model_dir)
-        adapt.attach(model, plan(model.config), seed)
+        adapters.attach(model, plan(model.config), seed)
         drawn.append(model.layers[1].ffn.proj_1.lora_a)
     assert mx.array_equal(drawn[0], drawn[1]) and not mx.array_equal(drawn[0], drawn[2])
 
@@ -188,7 +188,7 @@ def test_what_is_saved_is_loaded(kind: str, tiny_model_dir: Path, tmp_path: Path
     assert mx.allclose(model(IDS), logits, rtol=1e-5, atol=1e-5)
     assert not tree_flatten(model.trainable_parameters()) and not model.training
     assert adapters.read(tmp_path, model.config) == replace(adapter, directory=tmp_path)
-    adapt.train_adapter(model)  # to go on training
+    adapters.train_adapter(model)  # to go on training
     found = {name: value.shape for name, value in tree_flatten(model.trainable_parameters())}
     assert found == adapter.shapes(model.config)
 
@@ -203,7 +203,7 @@ def test_weights_of_the_whole_model(tiny_model_dir: Path, tmp_path: Path) -> Non
     model = load_model(tiny_model_dir, "float32")
     model.layers[2].unfreeze()
     model.layers[2].ffn.proj_1.weight = model.layers[2].ffn.proj_1.weight * 1.5
-    adapt.save(tmp_path, model, Adapter("full"))
+    adapters.save(tmp_path, model, Adapter("full"))
     again = load_model(tiny_model_dir, "float32", tmp_path)
     assert mx.array_equal(again(IDS), model(IDS))
     stored = mx.load(str(tmp_path / "adapters.safetensors"))
@@ -213,8 +213,8 @@ def test_weights_of_the_whole_model(tiny_model_dir: Path, tmp_path: Path) -> Non
 def test_more_is_written_beside(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = load_model(tiny_model_dir)
     adapter = replace(plan(model.config), model_sha256=fingerprint(tiny_model_dir))
-    adapt.attach(model, adapter)
-    adapt.save(tmp_path / "new" / "adapter", model, adapter, {"iters": 7, "num_layers": 99})
+    adapters.attach(model, adapter)
+    adapters.save(tmp_path / "new" / "adapter", model, adapter, {"iters": 7, "num_layers": 99})
     config = json.loads((tmp_path / "new" / "adapter" / "adapter_config.json").read_text())
     assert config["iters"] == 7 and config["num_layers"] == -1
     load_model(tiny_model_dir, adapter_path=tmp_path / "new" / "adapter")
@@ -223,10 +223,10 @@ def test_more_is_written_beside(tiny_model_dir: Path, tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_to(tiny_model_dir: Path, tmp_path: Path) -> None:
     model = load_model(tiny_model_dir)
     adapter = plan(model.config)
-    adapt.attach(model, adapter)
+    adapters.attach(model, adapter)
     (tmp_path / "file").write_text("")
     with pytest.raises(ElmError, match="cannot be made"):
-        adapt.save(tmp_path / "file" / "adapter", model, adapter)
+        adapters.save(tmp_path / "file" / "adapter", model, adapter)
 
 
 def test_other_weights_are_told_apart(tiny_model_dir: Path, tmp_path: Path, tiny_config: ModelConfig) -> None:
@@ -241,8 +241,8 @@ def test_other_weights_are_told_apart(tiny_model_dir: Path, tmp_path: Path, tiny
 
     model = load_model(tiny_model_dir)
     adapter = replace(plan(model.config), model_sha256=fingerprint(tiny_model_dir))
-    adapt.attach(model, adapter)
-    adapt.save(tmp_path / "adapter", model, adapter)
+    adapters.attach(model, adapter)
+    adapters.save(tmp_path / "adapter", model, adapter)
     load_model(tiny_model_dir, adapter_path=tmp_path / "adapter")
     with pytest.raises(InputError, match=r"adapter: was made for a model with other weights; .*take model_sha256 out"):
         load_model(other, adapter_path=tmp_path / "adapter")

@@ -22,7 +22,7 @@ from mlx.utils import tree_map
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import lora_layers
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.store import adapt, adapters, requantize
+from elm_mlx.store import adapters, fused_weights
 from elm_mlx.store import fusion as module
 from elm_mlx.store.adapters import Adapter, plan
 from elm_mlx.store.fusion import Fusion, fuse
@@ -35,13 +35,13 @@ def adapter_for(model_dir: Path, path: Path, size: float = 0.05, **options: Any)
     """An adapter of values that move the logits."""
     model = load_model(model_dir, "float32")
     adapter = plan(model.config, **options)
-    adapt.attach(model, adapter)
+    adapters.attach(model, adapter)
     for number, (_, part) in enumerate(model.named_modules()):
         if "lora_b" in part:
             part.lora_b = size * mx.random.normal(part.lora_b.shape, key=mx.random.key(number))
             if "m" in part:
                 part.m = part.m * (1 + size * mx.random.uniform(shape=part.m.shape, key=mx.random.key(number)))
-    adapt.save(path, model, adapter)
+    adapters.save(path, model, adapter)
     return path
 
 
@@ -49,7 +49,7 @@ def merged(model_dir: Path, adapter_dir: Path) -> dict[str, np.ndarray]:
     """Every weight that model and adapter amount to, float64."""
     config = ModelConfig.load(model_dir / "config.json")
     adapter = adapters.read(adapter_dir, config)
-    values = {name: np.array(value, np.float64) for name, value in adapt.read_values(adapter, config).items()}
+    values = {name: np.array(value, np.float64) for name, value in adapters.read_values(adapter, config).items()}
     weights = dense(model_dir)
     head = weights["transformer.token_embeddings.weight"]
     for name in adapter.ranks:
@@ -249,7 +249,7 @@ def test_of_an_adapter_without_effect_nothing_is_lost(bases: Callable[[str], Pat
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("best", [requantize.LOT, requantize.ANEW])  # written again, and last
+@pytest.mark.parametrize("best", [fused_weights.LOT, fused_weights.ANEW])  # written again, and last
 def test_the_way_that_keeps_most_is_written(
     best: str, bases: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,7 +258,7 @@ def test_the_way_that_keeps_most_is_written(
     adapter = adapter_for(base, tmp_path / "adapter", size=0.3)
     monkeypatch.setattr(module, "_KEPT", -math.inf)
     monkeypatch.setattr(module, "_ENOUGH", math.inf)
-    shares = {way: float(way == best) for way in requantize.WAYS}
+    shares = {way: float(way == best) for way in fused_weights.WAYS}
     monkeypatch.setattr(Fusion, "share", property(lambda done: shares[done.way]))
     done = fuse(base, adapter, tmp_path / "fused")
     assert done.way == best and done.kept == shares
@@ -273,7 +273,7 @@ def test_no_other_way_is_tried_where_nearly_all_is_kept(
 ) -> None:
     monkeypatch.setattr(Fusion, "share", property(lambda done: 0.96))
     done = fuse(bases("4-bit"), adapter_for(bases("4-bit"), tmp_path / "adapter"), tmp_path / "fused")
-    assert (done.way, done.kept) == (requantize.LOT, {requantize.LOT: 0.96})
+    assert (done.way, done.kept) == (fused_weights.LOT, {fused_weights.LOT: 0.96})
 
 
 def test_a_float_mode_is_quantized_anew_too(bases: Callable[[str], Path], tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_a_float_mode_is_quantized_anew_too(bases: Callable[[str], Path], tmp_pa
     utils.save_config(config, base / "config.json")
     done = fuse(base, adapter_for(base, tmp_path / "adapter", size=0.3), tmp_path / "fused")
     assert done.moved is not None and 0 < done.moved < 1 and done.tolerance is None
-    assert list(done.kept) == [requantize.ANEW]
+    assert list(done.kept) == [fused_weights.ANEW]
     with pytest.raises(ElmError, match="on a new grid 0%, and 75% are wanted"):
         fuse(base, adapter_for(base, tmp_path / "small", size=1e-6), tmp_path / "same")
 
@@ -318,7 +318,7 @@ def test_what_16_bits_would_swallow_float32_keeps(bases: Callable[[str], Path], 
     model = load_model(base, "float32")
     model.layers[0].unfreeze()
     model.layers[0].attn.out_proj.weight = model.layers[0].attn.out_proj.weight * (1 + 2**-12)
-    adapt.save(tmp_path / "adapter", model, Adapter("full"))
+    adapters.save(tmp_path / "adapter", model, Adapter("full"))
     lost = fuse(base, tmp_path / "adapter", tmp_path / "16")
     assert lost.rms > 0.9 * lost.effect > 0
     kept = fuse(base, tmp_path / "adapter", tmp_path / "32", dtype="float32")
@@ -433,7 +433,7 @@ def test_whole_weights(bases: Callable[[str], Path], tmp_path: Path) -> None:
     model = load_model(bases("bfloat16"), "float32")
     model.layers[0].unfreeze()
     model.layers[0].attn.out_proj.weight = model.layers[0].attn.out_proj.weight * 1.25
-    adapt.save(tmp_path / "adapter", model, Adapter("full"))
+    adapters.save(tmp_path / "adapter", model, Adapter("full"))
     fuse(bases("bfloat16"), tmp_path / "adapter", tmp_path / "fused")
     expected = model(IDS)
     assert mx.abs(load_model(tmp_path / "fused")(IDS) - expected).max() / mx.std(expected) < 0.05

@@ -64,13 +64,13 @@ def test_none_where_there_is_nothing(tiny_model_dir: Path, data: Path, tmp_path:
 
 
 def test_fuse_compares_on_them(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
-    from elm_mlx.store import adapt, adapters
+    from elm_mlx.store import adapters
     from elm_mlx.store.loading import load
 
     model, _ = load(tiny_model_dir)
     adapter = adapters.plan(model.config, rank=2)
-    adapt.attach(model, adapter)
+    adapters.attach(model, adapter)
     out = left(tmp_path / "run", data)
-    adapt.save(out, model, adapter)
+    adapters.save(out, model, adapter)
     code, printed, err = run("fuse", tiny_model_dir, out, tmp_path / "fused")
     assert code == 0 and "positions: answers that it was trained on" in printed, err

@@ -15,7 +15,7 @@ import elm_mlx_convert
 from elm_mlx import directories, files
 from elm_mlx.errors import InputError
 from elm_mlx.model.families import Config, FamilyConfig
-from elm_mlx.store import adapt, adapters
+from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.describe import check_directory, read_config
 from elm_mlx.store.loading import open_adapter
@@ -57,7 +57,7 @@ def convert_adapter(
             plain = LoraWeights(found.kind == "dora", found.scale, found.dropout, values)
             elm_mlx_convert.write_peft(directory, plain)
         else:
-            adapt.write(directory, found, {name: mx.array(value) for name, value in values.items()}, config)
+            adapters.write(directory, found, {name: mx.array(value) for name, value in values.items()}, config)
         trained_by, _ = chat_template.own_source(src)
         if trained_by is not None:
             chat_template.record(directory, trained_by)
@@ -71,7 +71,7 @@ def _read(
         adapter = open_adapter(src, model, config)
         if adapter.kind == "full":
             raise InputError(f"{src}: weights of the whole model are no adapter; `elm-mlx fuse` merges them")
-        return adapter, {name: np.array(value) for name, value in adapt.read_values(adapter, config).items()}
+        return adapter, {name: np.array(value) for name, value in adapters.read_values(adapter, config).items()}
     if not src.exists():
         raise InputError(f"{src}: no such file or directory")
     if isinstance(config, FamilyConfig):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from elm_mlx.model.lora_layers import dequantize
-from elm_mlx.store import requantize as module
-from elm_mlx.store.requantize import ANEW, LOT, NEAREST, WAYS, pack, requantize
+from elm_mlx.store import fused_weights as module
+from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, WAYS, pack, requantize
 
 BITS = (2, 3, 4, 5, 6, 8)
 
