@@ -21,7 +21,7 @@ from typing import Any
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """What is asked, what is chosen and how long it took, task by task, by `elm_mlx.evaluate`."""
     from elm_mlx import load
-    from elm_mlx.evaluate import scores, task_sources, tasks, tokens
+    from elm_mlx.evaluate import scores, task_sources, tokens
     from elm_mlx.evaluate.scoring import Scorer
     from elm_mlx.evaluate.tasks import TASKS, Chosen
 
@@ -32,7 +32,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     for name, shots in job["tasks"].items():
         chosen = Chosen(TASKS[name], shots)
         source = task_sources.load(chosen, Path(job["directory"]))
-        texts = tasks.before(chosen, source.questions, source.examples)
+        texts = chosen.contexts(source.questions, source.examples)
         requests = [question.requests(before) for question, before in zip(source.questions, texts, strict=True)]
         start, used = time.perf_counter(), time.process_time()
         found = scorer.score([tokens.encode(each, tokenizer, model.config.max_context_length) for each in requests])

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elm_mlx.callbacks import no_progress
 from elm_mlx.cli import options
 from elm_mlx.cli.show import line, note, printable, table, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.evaluate.comparison import Difference
-    from elm_mlx.evaluate.evaluation import Advance, Evaluation
+    from elm_mlx.callbacks import OnProgress
+    from elm_mlx.evaluate.comparison import ScoreDifference
+    from elm_mlx.evaluate.evaluation import Evaluation
 
 
 def eval(
@@ -88,13 +90,13 @@ def eval(
     for remark in opened.notes:
         note(remark)
     if harness:
-        with _progress() as advance:
-            scores = opened.hand_over(lambda done, total: advance("lm_eval", 0, done, total))
+        with _progress() as on_progress:
+            scores = opened.run_harness(on_progress)
         print(visible(scores))
     else:
         try:
-            with _progress() as advance:
-                opened.run(advance)
+            with _progress() as on_progress:
+                opened.run(on_progress)
         except KeyboardInterrupt:
             note(f"stopped; the same command goes on from {opened.out}")
             raise
@@ -151,7 +153,7 @@ def _compare(paths: list[Path], plot: Path | None) -> None:
         line(f"wrote {plot}")
 
 
-def _print_differences(differences: list[Difference]) -> None:
+def _print_differences(differences: list[ScoreDifference]) -> None:
     from elm_mlx.evaluate.scores import SHARES
 
     rows = []
@@ -168,20 +170,20 @@ def _print_differences(differences: list[Difference]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Advance]:
+def _progress() -> Iterator[OnProgress]:
     """A bar on stderr, where someone is looking."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda key, items, done, total: None
+        yield no_progress
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("left"), console=console, transient=True) as bars:
         task = bars.add_task("reading", total=None)
 
-        def advance(key: str, items: int, done: int, total: int) -> None:
-            bars.update(task, description=printable(key), completed=done, total=total)
+        def show(what: str, done: int = 0, total: int = 0, /) -> None:
+            bars.update(task, description=printable(what), completed=done, total=total)
 
-        yield advance
+        yield show

@@ -1,8 +1,8 @@
-"""Two runs on the same questions: how far apart, and whether that could be chance.
+"""Comparison of runs on the same questions: how far apart they are, and whether that could be chance; and a picture.
 
-Scores of one question by two models go together, so differences are resampled, not the models' scores by themselves:
-a paired bootstrap (Efron, 1979; Koehn, 2004). Where a score is right or wrong, McNemar's exact test says the same of
-the questions on which they differ. Knows `results.json`; nothing of models.
+Scores of one question by two models go together, so their differences are resampled, not each model's scores: a paired
+bootstrap (Efron, 1979; Koehn, 2004). Where a score is right or wrong, the p-value is that of McNemar's exact test on
+the questions on which the models differ.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Difference:
+class ScoreDifference:
     """One metric of one task, of a second run less a first one's.
 
     Attributes:
         first, second: means, as fractions where scores are.
-        low, high: between which 95 % of the resampled differences lie.
-        p: of a difference as large or larger, by chance: McNemar's where scores are 0 or 1, else the bootstrap's.
+        low, high: limits of 95 % of the resampled differences.
+        p: probability of a difference as large or larger by chance: McNemar's where scores are 0 or 1, else the
+            bootstrap's.
         better: whether the second is better, by its sign alone.
     """
 
@@ -54,13 +55,15 @@ class Difference:
         return self.second - self.first
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """Every metric of every task that both have, a group's tasks as one where both have all of them.
+def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ScoreDifference]:
+    """Compares every metric of every task in both results, a group's tasks as one where both have all of them.
 
     Raises:
         InputError: they have no task in common, or not the same questions of it.
     """
-    ours, theirs = _by_task(first), _by_task(second)
+    ours, theirs = (
+        {(entry["task"], entry["shots"]): entry for entry in results["tasks"].values()} for results in (first, second)
+    )
     common = sorted(key for key in ours if key in theirs)
     for key in common:
         if ours[key]["questions"] != theirs[key]["questions"]:
@@ -91,23 +94,16 @@ def mcnemar(first: Values, second: Values) -> float:
     only_first = int(np.count_nonzero((first == 1) & (second == 0)))
     only_second = int(np.count_nonzero((first == 0) & (second == 1)))
     count, fewer = only_first + only_second, min(only_first, only_second)
-    if count == 0:
-        return 1.0
-    tail = sum(math.comb(count, k) for k in range(fewer + 1))
-    return float(min(1.0, 2 * tail / 2**count)) if count < 1000 else min(1.0, math.exp(_log_tail(count, fewer)))
-
-
-def _log_tail(count: int, fewer: int) -> float:
-    """Logarithm of twice the lower tail of a fair coin, for numbers that a float cannot hold."""
+    # Twice the lower tail of a fair coin, by logarithms: a float cannot hold 2 ** 1024.
     terms = [
         math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2)
         for k in range(fewer + 1)
     ]
     largest = max(terms)
-    return largest + math.log(2 * sum(math.exp(term - largest) for term in terms))
+    return min(1.0, math.exp(largest + math.log(2 * sum(math.exp(term - largest) for term in terms))))
 
 
-def _difference(key: tuple[str, int, str], a: Sequence[float], b: Sequence[float]) -> Difference:
+def _difference(key: tuple[str, int, str], a: Sequence[float], b: Sequence[float]) -> ScoreDifference:
     name, shots, metric = key
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     low, high, p = bootstrap(second - first)
@@ -115,11 +111,7 @@ def _difference(key: tuple[str, int, str], a: Sequence[float], b: Sequence[float
         p = mcnemar(first, second)
     one, other = float(first.mean()), float(second.mean())
     better = other < one if metric in LOWER_IS_BETTER else other > one
-    return Difference(name, shots, metric, len(first), one, other, low, high, p, better)
-
-
-def _by_task(results: Mapping[str, Any]) -> dict[tuple[str, int], Mapping[str, Any]]:
-    return {(entry["task"], entry["shots"]): entry for entry in results["tasks"].values()}
+    return ScoreDifference(name, shots, metric, len(first), one, other, low, high, p, better)
 
 
 def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], list[float]]:
@@ -135,7 +127,7 @@ def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str]
 
 
 def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Bars with their standard errors, a group a task, a colour a run, in per cent.
+    """Draws scores as bars with their standard errors, a group for each task, a colour for each run, in per cent.
 
     Args:
         runs: results by the name to show.
@@ -151,18 +143,19 @@ def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise ElmError("--plot needs matplotlib: pip install 'elm-mlx[plot]'") from None
-    tables = [_mains(results) for results in runs.values()]
-    tasks = [key for key in tables[0] if all(key in table for table in tables)]
-    if not tasks:
+    tables = [_percentages(results) for results in runs.values()]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
+    if not common:
         raise InputError("the runs have no score in common that could be drawn")
     width = 0.8 / len(tables)
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(tasks) + 1), 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(common) + 1), 4), layout="constrained")
     try:
         for number, (name, table) in enumerate(zip(runs, tables, strict=True)):
-            places = [place + (number - (len(tables) - 1) / 2) * width for place in range(len(tasks))]
-            heights, errors = zip(*(table[key] for key in tasks), strict=True)
+            places = [place + (number - (len(tables) - 1) / 2) * width for place in range(len(common))]
+            heights, errors = zip(*(table[key] for key in common), strict=True)
             axes.bar(places, heights, width, yerr=errors, label=name, capsize=2, error_kw={"linewidth": 0.8})
-        axes.set_xticks(range(len(tasks)), [_label(*key) for key in tasks], rotation=25, ha="right")
+        labels = [f"{task}, {shots} shots" if shots else task for task, shots, _ in common]
+        axes.set_xticks(range(len(common)), labels, rotation=25, ha="right")
         axes.set_ylabel("per cent, ± one standard error")
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
@@ -174,17 +167,13 @@ def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         pyplot.close(figure)
 
 
-def _mains(results: Mapping[str, Any]) -> dict[tuple[str, int, str], tuple[float, float]]:
-    """Each task's first metric, if it is a share."""
-    found: dict[tuple[str, int, str], tuple[float, float]] = {}
-    seen = set()
+def _percentages(results: Mapping[str, Any]) -> dict[tuple[str, int, str], tuple[float, float]]:
+    """The first metric and its standard error of each task for which it is a share."""
+    first: dict[tuple[str, int], Mapping[str, Any]] = {}
     for line in results["scores"]:
-        if (line["task"], line["shots"]) not in seen and line["metric"] in SHARES:
-            key = (line["task"], line["shots"], line["metric"])
-            found[key] = 100 * line["value"], 100 * (line["stderr"] or 0.0)
-        seen.add((line["task"], line["shots"]))
-    return found
-
-
-def _label(task: str, shots: int, metric: str) -> str:
-    return f"{task}, {shots} shots" if shots else task
+        first.setdefault((line["task"], line["shots"]), line)
+    return {
+        (*key, line["metric"]): (100 * line["value"], 100 * (line["stderr"] or 0.0))
+        for key, line in first.items()
+        if line["metric"] in SHARES
+    }

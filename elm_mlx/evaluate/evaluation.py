@@ -1,6 +1,6 @@
-"""One call of `elm-mlx eval`: what is asked for, the model that is asked, and where results go.
+"""The evaluation of a model: read tasks and texts, score what is not scored yet, measure, write results.
 
-Knows paths and choices; `run` does the work.
+A run that was interrupted goes on from the log-probabilities that it has kept: see `score_record`.
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from elm_mlx import device, files, reading
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import perplexity, scores, task_results, task_sources, tasks, tokens
-from elm_mlx.evaluate.score_record import Record
+from elm_mlx.evaluate.perplexity import TextWindows
+from elm_mlx.evaluate.questions import Question
+from elm_mlx.evaluate.score_record import ScoreRecord
 from elm_mlx.evaluate.scores import Score
 from elm_mlx.evaluate.scoring import Scorer
-from elm_mlx.evaluate.task_results import Outcome, Row, Work
+from elm_mlx.evaluate.task_results import ScoreRow, TaskResult
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
-from elm_mlx.evaluate.tokens import Encoder
+from elm_mlx.evaluate.tokens import Scored, TextEncoder
 from elm_mlx.store import adapters
 from elm_mlx.store.describe import check_directory, fingerprint
 from elm_mlx.store.loading import open_model
@@ -35,13 +38,15 @@ _WINDOW = 2048  # tokens of text read at once, where the model reads as many
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to ask.
+    """What a model is to be evaluated on.
 
     Attributes:
         tasks: names, with `@SHOTS` or without, or files; several may stand in one, with commas between.
-        suite: one of the paper's; where neither tasks nor texts are named, `zero-shot`.
-        texts: files to measure in bits a byte, in windows of `window` tokens that each score `stride` more.
-        shots: for every task, but those that say how many themselves.
+        suite: one of the paper's; `zero-shot` where neither tasks nor texts are named.
+        texts: files to measure in bits per byte, in windows of `window` tokens that each score `stride` more.
+        data: a directory of files TASK.jsonl.
+        shots: few-shot examples, of every task that does not set their number itself.
+        limit: take each task's first questions only.
     """
 
     tasks: list[str] = field(default_factory=list)
@@ -60,7 +65,7 @@ class Wanted:
         return self.suite or (None if self.tasks or self.texts else "zero-shot")
 
     def chosen(self) -> list[Chosen]:
-        """The tasks, each once. Raises InputError for what is none, or where two would have one name."""
+        """The tasks, each once. Raises InputError for an unknown one, or where two would have one name."""
         suite = self.suite_name()
         if suite is None and not self.names() and not self.texts:
             raise InputError("--tasks names no task")
@@ -74,14 +79,47 @@ class Wanted:
         return list({each.key: each for each in found}.values())
 
 
+def _named(name: str, shots: int | None) -> list[Chosen]:
+    if task_sources.is_file(name):
+        return [Chosen(task_sources.task_of_file(files.expanded(name)), shots or 0)]
+    bare, at, own = name.partition("@")
+    if at and not own.isdecimal():
+        raise InputError(f"--tasks {name}: the number of examples is missing after @")
+    return tasks.named(bare, int(own) if at else shots)
+
+
+def _check_names(named: Iterable[tuple[str, str]]) -> None:
+    """Raises InputError where a name that results are kept by stands for two things."""
+    known: dict[str, str] = {}
+    for name, what in named:
+        first = known.setdefault(name, what)
+        if first != what:
+            raise InputError(f"{first} and {what}: results are kept by name, and both are {name}; rename a file")
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The items scored in this run, those found in the record excepted, and the seconds that they took."""
+
+    items: int
+    seconds: float
+
+
 class Evaluation:
-    """A model, loaded, and what it is to be asked.
+    """The evaluation of a model, which is loaded when this is made. `run` fills the attributes.
 
     Args:
         out: where results go; by default `evals/NAME`, the model directory's name, with an adapter's `NAME+ADAPTER`.
 
+    Attributes:
+        notes: remarks on the model for the user.
+        missing: task or group -> how to get its data.
+        rows: the table of scores; `mean`: over the suite, where all of its tasks are there.
+        results: the contents of results.json.
+        published: the published model of the same shape, if there is one; `source`: the paper.
+
     Raises:
-        InputError: the model, a task or its data cannot be read.
+        InputError: the model cannot be read.
     """
 
     def __init__(
@@ -94,21 +132,21 @@ class Evaluation:
         compute_dtype: str | None = None,
     ):
         self._wanted = wanted
-        self._path = check_directory(path, with_tokenizer=True)
-        self._loaded = open_model(self._path, compute_dtype, adapter)
+        path = check_directory(path, with_tokenizer=True)
+        self._loaded = open_model(path, compute_dtype, adapter)
         self.notes = self._loaded.notes
-        names = [each.name or each.resolve().name for each in (self._path, adapter) if each is not None]
+        names = [each.name or each.resolve().name for each in (path, adapter) if each is not None]
         self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}
-        self.rows: list[Row] = []
+        self.rows: list[ScoreRow] = []
         self.mean: Score | None = None
         self.pace = Pace(0, 0.0)
         self.results: dict[str, Any] = {}
-        self.published = task_results.published_model(self._loaded.model.config, self._path)
+        self.published = task_results.published_model(self._loaded.model.config, path)
         self.source = task_results.published_source()
         self._identity = {
-            "model": fingerprint(self._path),
-            "config.json": _digest(self._path / "config.json"),
+            "model": fingerprint(path),
+            "config.json": _digest(path / "config.json"),
             "adapter": None if adapter is None else _digest(adapters.weights_file(adapter), adapter / adapters.CONFIG),
             "computed in": _computed_in(self._loaded.model),
         }
@@ -119,14 +157,14 @@ class Evaluation:
         suite = self._wanted.suite_name()
         return None if self.published is None or suite is None else task_results.published_mean(self.published, suite)
 
-    def run(self, advance: Advance | None = None) -> None:
-        """Ask what is not known yet, measure all, write it down; `rows`, `mean`, `missing` and `pace` tell it.
+    def run(self, on_progress: OnProgress = no_progress) -> None:
+        """Scores what is not scored yet, and writes results.json.
 
         Raises:
             InputError: no task's data are here, or a file is damaged.
             ElmError: results cannot be written.
         """
-        model, tokenizer, wanted = self._loaded.model, self._loaded.tokenizer, self._wanted
+        wanted, model, tokenizer = self._wanted, self._loaded.model, self._loaded.tokenizer
         assert tokenizer is not None
         context = model.config.max_context_length
         works, self.missing = prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
@@ -137,20 +175,23 @@ class Evaluation:
             key, how = next(iter(self.missing.items()))
             raise InputError(f"no task's data are here; of {key}: {how}")
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
-        with Record(self.out, self._identity, about) as record:
-            self.pace = score(works, model, record, advance)
-            outcomes = measure(works, record)
-            self.rows = task_results.rows(outcomes, self.published)
+        with ScoreRecord(self.out, self._identity, about) as record:
+            self.pace = score(works, model, record, on_progress)
+            found = {work.key: work.measured(record) for work in works}
+            self.rows = task_results.rows(list(found.values()), self.published)
             suite = wanted.suite_name()
             self.mean = None if suite is None or self.missing else task_results.mean_of_suite(self.rows, suite)
-            about |= {"identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace)}
-            about["mean"] = None if self.mean is None else asdict(self.mean)
-            now = task_results.to_dict(outcomes, self.rows, self.missing, about)
+            now = {
+                **about, "identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace),
+                "mean": None if self.mean is None else asdict(self.mean),
+                "scores": [row.to_dict() for row in self.rows], "missing": self.missing,
+                "tasks": {key: asdict(result) for key, result in found.items()},
+            }  # fmt: skip
             self.results = task_results.merged(record.results(), now)
             record.write_results(self.results)
 
-    def hand_over(self, advance: Callable[[int, int], None] | None = None) -> str:
-        """Have lm_eval ask its tasks; its table. `--data` is where it finds tasks of the user's, in YAML.
+    def run_harness(self, on_progress: OnProgress = no_progress) -> str:
+        """Has lm_eval ask its own tasks, those in YAML below `Wanted.data` too, and returns its table.
 
         Raises:
             ElmError: lm_eval is not installed, or results cannot be written.
@@ -163,66 +204,64 @@ class Evaluation:
             raise InputError("--harness asks tasks of lm_eval: name them by --tasks, and neither --suite nor --text")
         found, table = harness.run(
             self._loaded.model, self._loaded.tokenizer, names, shots=self._wanted.shots, limit=self._wanted.limit,
-            tasks_from=self._wanted.data, advance=advance,
+            tasks_from=self._wanted.data, on_progress=on_progress,
         )  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / HARNESS, json.dumps(found, indent=1, default=str) + "\n")
         return table
 
 
-def _check_names(named: Iterable[tuple[str, str]]) -> None:
-    """Whether each name that results are kept by stands for one thing. Raises InputError."""
-    known: dict[str, str] = {}
-    for name, what in named:
-        first = known.setdefault(name, what)
-        if first != what:
-            raise InputError(f"{first} and {what}: results are kept by name, and both are {name}; rename a file")
-
-
-def _named(name: str, shots: int | None) -> list[Chosen]:
-    if task_sources.is_file(name):
-        return [Chosen(task_sources.task_of_file(files.expanded(name)), shots or 0)]
-    bare, at, own = name.partition("@")
-    if at:
-        if not own.isdecimal():
-            raise InputError(f"--tasks {name}: after @ stands the number of examples")
-        shots = int(own)
-    return tasks.named(bare, shots)
-
-
-def _computed_in(model: Any) -> str:
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    types = {str(weight.dtype).removeprefix("mlx.core.") for _, weight in tree_flatten(model.parameters())}
-    return f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}"
-
-
-def _digest(*paths: Path) -> str:
-
-    state = hashlib.sha256()
-    for path in paths:
-        with reading.opened(path) as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                state.update(block)
-    return state.hexdigest()
-
-
-Advance = Callable[[str, int, int, int], None]  # key, items done of it now, cost done, cost of all
-
-
 @dataclass(frozen=True)
-class Pace:
-    """How fast it went: items that were scored now, not found in the record, and their seconds."""
+class Work:
+    """A task, or a text, as items to score.
 
-    items: int
-    seconds: float
+    Attributes:
+        key: the name of its results.
+        name, shots, group: of the task; a text's name is its file's.
+        where: the file or repository that was read.
+        metrics: the first is the one that a mean is taken of.
+        items: the token sequences that each question is scored by.
+        questions: of a task; `text` of a text.
+    """
+
+    key: str
+    name: str
+    where: str
+    metrics: tuple[str, ...]
+    items: list[list[Scored]]
+    shots: int = 0
+    group: str | None = None
+    questions: list[Question] = field(default_factory=list)
+    text: TextWindows | None = None
+
+    def measured(self, record: ScoreRecord) -> TaskResult:
+        """Scores of log-probabilities, all of which must be in `record`."""
+        lines = [record.done[self.key, number] for number in range(len(self.items))]
+        logprobs = [line["logprobs"] for line in lines]
+        if self.text is not None:
+            sums = [values[0] for values in logprobs]
+            shares = self.text.shares(sums)
+            means = {"bits_per_byte": self.text.bits_per_byte(sums), "perplexity": self.text.perplexity(sums)}
+            values = {"bits_per_byte": shares} if shares else {}
+            digest = self.text.digest
+        else:
+            each = [
+                scores.of_question(question, line["logprobs"], line["greedy"], self.metrics)
+                for question, line in zip(self.questions, lines, strict=True)
+            ]
+            values = {metric: [one[metric] for one in each] for metric in self.metrics}
+            means = {metric: scores.mean(metric, found) for metric, found in values.items()}
+            state = hashlib.blake2b(digest_size=8)
+            for question in self.questions:
+                state.update(repr((question.requests(), question.right)).encode())
+            digest = state.hexdigest()
+        return TaskResult(self.name, self.shots, self.group, self.where, digest, means, values, logprobs)
 
 
 def prepare(
-    chosen: Sequence[Chosen], tokenizer: Encoder, context: int, data: Path | None = None, limit: int | None = None
+    chosen: Sequence[Chosen], tokenizer: TextEncoder, context: int, data: Path | None = None, limit: int | None = None
 ) -> tuple[list[Work], dict[str, str]]:
-    """Tasks as items, and for each task or group whose data are not here, how to get them.
+    """Reads and encodes tasks; returns also, for each task or group whose data are not here, how to get them.
 
     Args:
         context: tokens that the model reads at once.
@@ -234,37 +273,38 @@ def prepare(
     works: list[Work] = []
     missing: dict[str, str] = {}
     for each in chosen:
+        task = each.task
         try:
             source = task_sources.load(each, data)
         except Missing as reason:
-            missing.setdefault(each.key if each.task.group is None else each.task.group, str(reason))
+            missing.setdefault(task.group or each.key, str(reason))
             continue
         questions = source.questions[:limit]
-        texts = tasks.before(each, questions, source.examples)
         items = []
-        for number, (question, before) in enumerate(zip(questions, texts, strict=True), 1):
+        contexts = each.contexts(questions, source.examples)
+        for number, (question, before) in enumerate(zip(questions, contexts, strict=True), 1):
             try:
                 items.append(tokens.encode(question.requests(before), tokenizer, context))
             except InputError as error:
                 raise InputError(f"{source.where}, question {number}: {error}") from None
-        task = each.task
         metrics = task.metrics or task_sources.metrics_of(questions)
-        works.append(
-            Work(each.key, task.name, source.where, metrics, items, each.shots, task.group, questions=questions)
-        )
+        works.append(Work(each.key, task.name, source.where, metrics, items, each.shots, task.group, questions))
     return works, missing
 
 
-def prepare_text(path: Path, tokenizer: Encoder, window: int, stride: int) -> Work:
-    """A file of text as windows. Raises InputError."""
+def prepare_text(path: Path, tokenizer: TextEncoder, window: int, stride: int) -> Work:
+    """Reads and encodes a file of text in windows. Raises InputError."""
     text = perplexity.read(path, tokenizer, window, stride)
     key = f"{path.name}, window {window}, stride {stride}"
-    items = [[window] for window in text.windows]
-    return Work(key, path.name, str(path), ("bits_per_byte", "perplexity"), items, text=text)
+    metrics = ("bits_per_byte", "perplexity")
+    return Work(key, path.name, str(path), metrics, [[window] for window in text.windows], text=text)
 
 
-def score(works: Sequence[Work], model: Any, record: Record, advance: Advance | None = None) -> Pace:
-    """Score what `record` does not hold yet, and put it there.
+def score(works: Sequence[Work], model: Any, record: ScoreRecord, on_progress: OnProgress = no_progress) -> Pace:
+    """Scores the items that are not in `record` yet, and appends them to it.
+
+    Args:
+        on_progress: called with a work's key, and the computed and total cost of all.
 
     Raises:
         ElmError: the record cannot be written, or the model's log-probabilities are no numbers.
@@ -273,14 +313,14 @@ def score(works: Sequence[Work], model: Any, record: Record, advance: Advance | 
     started = time.perf_counter()
     left = []
     for work in works:
-        known = [record.done.get((work.key, number), {}).get("id") for number in range(len(work.items))]
-        ids = work.ids
-        numbers = [number for number, (old, new) in enumerate(zip(known, ids, strict=True)) if old != new]
+        ids = [tokens.digest(item) for item in work.items]
+        numbers = [n for n, own in enumerate(ids) if record.done.get((work.key, n), {}).get("id") != own]
         left.append((work, ids, numbers, scorer.plan([work.items[number] for number in numbers])))
     total = sum(batch.cost for *_, planned in left for batch in planned.batches)
     spent = items = 0
     for work, ids, numbers, planned in left:
         for results, cost in scorer.run(planned):
+            lines = []
             for result in results:
                 number = numbers[result.item]
                 if any(map(math.isnan, result.logprobs)):
@@ -288,37 +328,26 @@ def score(works: Sequence[Work], model: Any, record: Record, advance: Advance | 
                         f"{work.key}, item {number + 1}: the model's log-probabilities are no numbers: its weights are "
                         "damaged, or overflow the type that they are computed in"
                     )
-                record.done[work.key, number] = {
-                    "task": work.key, "item": number, "id": ids[number], "logprobs": result.logprobs,
-                    "greedy": result.greedy,
-                }  # fmt: skip
-            record.append(record.done[work.key, numbers[result.item]] for result in results)
+                found = {"logprobs": result.logprobs, "greedy": result.greedy}
+                lines.append({"task": work.key, "item": number, "id": ids[number], **found})
+            record.append(lines)
             spent, items = spent + cost, items + len(results)
-            if advance is not None:
-                advance(work.key, len(results), spent, total)
+            on_progress(work.key, spent, total)
     return Pace(items, time.perf_counter() - started)
 
 
-def measure(works: Sequence[Work], record: Record) -> list[Outcome]:
-    """What was scored, as scores. All of it must be in `record`."""
-    return [_measure(work, record) for work in works]
+def _computed_in(model: Any) -> str:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    types = {str(weight.dtype).removeprefix("mlx.core.") for _, weight in tree_flatten(model.parameters())}
+    return f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}"
 
 
-def _measure(work: Work, record: Record) -> Outcome:
-    lines = [record.done[work.key, number] for number in range(len(work.items))]
-    logprobs = [line["logprobs"] for line in lines]
-    if work.text is not None:
-        sums = [values[0] for values in logprobs]
-        found = {
-            "bits_per_byte": perplexity.bits_per_byte(work.text, sums),
-            "perplexity": perplexity.perplexity(work.text, sums),
-        }
-        shares = perplexity.shares(work.text, sums)
-        return Outcome(work, found, {"bits_per_byte": shares} if shares else {}, logprobs)
-    each = [
-        scores.of_question(question, line["logprobs"], line["greedy"], work.metrics)
-        for question, line in zip(work.questions, lines, strict=True)
-    ]
-    by_metric = {metric: [one[metric] for one in each] for metric in work.metrics}
-    means = {metric: scores.mean(metric, values) for metric, values in by_metric.items()}
-    return Outcome(work, means, by_metric, logprobs)
+def _digest(*paths: Path) -> str:
+    state = hashlib.sha256()
+    for path in paths:
+        with reading.opened(path) as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                state.update(block)
+    return state.hexdigest()

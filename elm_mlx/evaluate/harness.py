@@ -1,21 +1,20 @@
-"""LM Evaluation Harness over our model, for tasks that we don't define.
+"""LM Evaluation Harness (`lm_eval`) with our model, for tasks that are not defined here.
 
-Knows how `lm_eval` asks a model: log-probabilities of a continuation, of a whole text, and texts to be generated. What
-scores them is `scoring`. `lm_eval` is imported only here, and need not be installed.
+`lm_eval` is imported only here, and need not be installed. It asks for log-probabilities of a continuation, or of a
+whole text, and for generated text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import perplexity, tokens
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
-
-Advance = Callable[[int, int], None]
 
 _MOST_GENERATED = 256  # where a task doesn't say; the harness' own default
 
@@ -28,14 +27,14 @@ def run(
     shots: int | None = None,
     limit: int | None = None,
     tasks_from: Path | None = None,
-    advance: Advance | None = None,
+    on_progress: OnProgress = no_progress,
 ) -> tuple[dict[str, Any], str]:
-    """The harness' own results, and its table as text.
+    """Returns the harness' own results, and its table as text.
 
     Args:
         names: of the harness' tasks, groups and tags.
         tasks_from: a directory with tasks of the user's, in YAML.
-        advance: told the cost done and that of all, of each kind of request apart.
+        on_progress: called with the computed and total cost, of each kind of request apart.
 
     Raises:
         ElmError: `lm_eval` is not installed.
@@ -52,47 +51,43 @@ def run(
     if unknown:
         raise InputError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` shows what there is")
     found = simple_evaluate(
-        model=language_model(model, tokenizer, advance), tasks=list(names), num_fewshot=shots, limit=limit,
+        model=language_model(model, tokenizer, on_progress), tasks=list(names), num_fewshot=shots, limit=limit,
         task_manager=manager, log_samples=True,
     )  # fmt: skip
     return found, make_table(found)
 
 
-def language_model(model: Any, tokenizer: Any, advance: Advance | None = None) -> Any:
-    """An `lm_eval` model; its class can be made only where `lm_eval` is."""
+def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_progress) -> Any:
+    """Returns an `lm_eval` model. Its class can be made only where `lm_eval` is installed."""
     from lm_eval.api.model import LM
 
     scorer, context = Scorer(model), model.config.max_context_length
 
-    class Ours(LM):
+    class HarnessModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            items: dict[int, list[Scored]] = {}
-            by_document = [_document(request, number) for number, request in enumerate(requests)]
-            for document, request in zip(by_document, requests, strict=True):
-                items.setdefault(document, []).extend(tokens.encode([request.args], tokenizer, context))
-            found = _each(scorer, list(items.values()), advance)
-            rest = {document: iter(values) for document, values in zip(items, found, strict=True)}
-            return [next(rest[document]) for document in by_document]
+            items: dict[Any, list[Scored]] = {}  # by question, whose choices are scored together
+            questions = []
+            for number, request in enumerate(requests):
+                name, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
+                questions.append(number if document is None else (name, document))
+                items.setdefault(questions[-1], []).extend(tokens.encode([request.args], tokenizer, context))
+            found = _scores(scorer, list(items.values()), on_progress)
+            rest = {question: iter(values) for question, values in zip(items, found, strict=True)}
+            return [next(rest[question]) for question in questions]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [tokens.begun(each.args[0], tokenizer) for each in requests]
             items = [list(perplexity.slide(ids, context, context)) for ids in texts]
-            return [sum(value for value, _ in found) for found in _each(scorer, items, advance)]
+            return [sum(value for value, _ in found) for found in _scores(scorer, items, on_progress)]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             return [_generate(model, tokenizer, *request.args[:2]) for request in requests]
 
-    return Ours()
+    return HarnessModel()
 
 
-def _document(request: Any, number: int) -> Any:
-    """What requests of the same question have in common, so that they are scored together."""
-    name, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
-    return number if document is None else (name, document)
-
-
-def _each(scorer: Scorer, items: list[list[Scored]], advance: Advance | None) -> list[list[tuple[float, bool]]]:
-    """Log-probability and whether it is the likeliest text, for each sequence of each item."""
+def _scores(scorer: Scorer, items: list[list[Scored]], on_progress: OnProgress) -> list[list[tuple[float, bool]]]:
+    """Log-probability and whether it is the likeliest text, of each sequence of each item."""
     planned = scorer.plan(items)
     total = sum(batch.cost for batch in planned.batches)
     found: dict[int, list[tuple[float, bool]]] = {}
@@ -100,8 +95,7 @@ def _each(scorer: Scorer, items: list[list[Scored]], advance: Advance | None) ->
     for results, cost in scorer.run(planned):
         done += cost
         found.update({each.item: list(zip(each.logprobs, each.greedy, strict=True)) for each in results})
-        if advance is not None:
-            advance(done, total)
+        on_progress("lm_eval", done, total)
     return [found[number] for number in range(len(items))]
 
 
@@ -111,9 +105,8 @@ def _generate(model: Any, tokenizer: Any, text: str, options: dict[str, Any]) ->
     until = options.get("until") or []
     most = int(options.get("max_gen_toks", _MOST_GENERATED))
     room = max(1, model.config.max_context_length - most)
-    temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-    stop = [until] if isinstance(until, str) else list(until)
     return generate(
-        model, tokenizer, tokenizer.encode(text)[-room:], max_tokens=most, temp=temperature, seed=0,
-        stop=[each for each in stop if each],
+        model, tokenizer, tokenizer.encode(text)[-room:], max_tokens=most, seed=0,
+        temp=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
+        stop=[each for each in ([until] if isinstance(until, str) else until) if each],
     )  # fmt: skip

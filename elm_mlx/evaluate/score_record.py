@@ -1,10 +1,8 @@
-"""What was scored, on disk: a line for each item as it comes, and the results at the end.
+"""The directory of an evaluation: `run.json` (which model, computed how), `items.jsonl`, `results.json`.
 
-A directory holds `run.json` (which model, computed how), `items.jsonl` (appended to, so that whatever a crash or a kill
-leaves is whole lines and perhaps a torn last one) and `results.json`. An item that is there with the same token ids
-is not computed again, whichever tasks and limits are asked for next.
-
-Knows lines and files; nothing of how scores come about.
+`items.jsonl` has a line for each item that was scored, appended as it comes, so that a crash leaves whole lines and
+perhaps a torn last one. An item that is there with the same token ids is not computed again, whichever tasks and limits
+are asked for next.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +23,8 @@ ABOUT, ITEMS, RESULTS = "run.json", "items.jsonl", "results.json"
 _SYNC_SECONDS = 5.0
 
 
-class Record:
-    """The open directory of a run, between `with` and its end.
+class ScoreRecord:
+    """The directory of an evaluation, open and locked between `with` and its end.
 
     Attributes:
         done: by task and item, the line of each item that is there: its `id`, `logprobs` and `greedy`.
@@ -38,23 +36,23 @@ class Record:
 
     def __init__(self, out: Path, identity: Mapping[str, Any], about: Mapping[str, Any]):
         self._out = out
-        self.done: dict[tuple[str, int], dict[str, Any]] = {}
+        self.done: dict[tuple[str, int], Mapping[str, Any]] = {}
         with ExitStack() as held:
             held.enter_context(files.hold(out))
-            known = _read_about(out)
-            if known is not None:
-                _check_same(out, known, identity)
+            known = (out / ABOUT).exists()
+            if known:
+                _check_same(out, identity)
             try:
                 self._file: BinaryIO = held.enter_context((out / ITEMS).open("a+b"))
             except OSError as error:
                 raise ElmError(f"{out}: cannot be written: {error.strerror}") from None
             self._recall()
-            if known is None:
+            if not known:
                 files.write_text(out / ABOUT, json.dumps({**about, "identity": dict(identity)}, indent=1) + "\n")
             self._held = held.pop_all()
         self._synced = time.monotonic()
 
-    def __enter__(self) -> Record:
+    def __enter__(self) -> ScoreRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -62,8 +60,9 @@ class Record:
         with nullcontext() if error is None else suppress(OSError), self._held:
             self._sync()
 
-    def append(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Each with `task`, `item`, `id`, `logprobs` and `greedy`. Raises ElmError."""
+    def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Keeps lines, each with `task`, `item`, `id`, `logprobs` and `greedy`. Raises ElmError."""
+        self.done.update({(line["task"], line["item"]): line for line in lines})
         try:
             self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self._file.flush()
@@ -73,18 +72,18 @@ class Record:
             raise ElmError(f"{self._out / ITEMS}: cannot be written: {error.strerror}; what is there is kept") from None
 
     def results(self) -> dict[str, Any] | None:
-        """What `write_results` wrote last time; None where there is nothing that can be read."""
+        """The results of the last run; None where there are none that can be read."""
         try:
             return read_results(self._out)
         except InputError:
             return None
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """The whole of `results.json`. Raises ElmError."""
+        """Writes `results.json`. Raises ElmError."""
         files.write_text(self._out / RESULTS, json.dumps(results, indent=1) + "\n")
 
     def _recall(self) -> None:
-        """Read the lines that are there, and cut off what a crash tore."""
+        """Reads the lines that are there, and cuts off a torn last one."""
         self._file.seek(0)
         whole = 0
         for line in self._file:
@@ -106,7 +105,7 @@ class Record:
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """What `write_results` wrote. Raises InputError."""
+    """Reads the results in a directory, or in a file of its own. Raises InputError."""
     path = out / RESULTS if out.is_dir() else out
     if not path.exists():
         raise InputError(f"{path}: no such file; `elm-mlx eval MODEL --out {out}` makes it")
@@ -116,27 +115,21 @@ def read_results(out: Path) -> dict[str, Any]:
     return results
 
 
-def _read_about(out: Path) -> dict[str, Any] | None:
-    if not (out / ABOUT).exists():
-        return None
+def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raises InputError where the directory is of something else."""
     try:
-        about = reading.json_object(out / ABOUT)
+        known = reading.json_object(out / ABOUT).get("identity")
     except InputError as error:
         raise InputError(f"{error}; choose another --out") from None
-    if not isinstance(about.get("identity"), dict):
+    if not isinstance(known, dict):
         raise InputError(f"{out / ABOUT}: is not of `elm-mlx eval`; choose another --out")
-    return about
-
-
-def _check_same(out: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     for name, value in identity.items():
-        before = known["identity"].get(name)
-        if before != value:
-            change = f"{name} {_short(before)}, now {_short(value)}"
+        if known.get(name) != value:
+            change = f"{name} {_short(known.get(name))}, now {_short(value)}"
             raise InputError(f"{out}: holds another run's results ({change}); choose another --out")
 
 
 def _short(value: object) -> str:
-    """As much of a digest as tells it from another."""
+    """The beginning of a digest, anything else whole."""
     text = str(value)
     return f"{text[:8]}…" if len(text) == 64 else text

@@ -1,7 +1,7 @@
-"""What log-probabilities are worth: each question's scores, and their means with standard errors.
+"""Metrics of log-probabilities, question by question, and their means with standard errors.
 
 The formulas are LM Evaluation Harness': `acc` takes the likeliest choice, `acc_norm` the likeliest by character,
-`mc2` the share of probability that right choices have (Lin et al., 2022). Knows nothing of models and files.
+`mc2` the share of probability that right choices have (Lin et al., 2022).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOWER_IS_BETTER = ("perplexity", "likelihood_diff", "pct_stereotype", "bits_per_
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over questions, and its standard error; None where one question alone was asked."""
+    """A mean over questions, and its standard error; None where there is one question alone."""
 
     value: float
     stderr: float | None
@@ -33,12 +33,12 @@ class Score:
 def of_question(
     question: Question, logprobs: Sequence[float], greedy: Sequence[bool], metrics: Sequence[str]
 ) -> dict[str, float]:
-    """Each metric's value for one question. `perplexity`'s is the log-probability, whose mean it is made of."""
+    """Returns each metric of one question. `perplexity` is its log-probability here, of which a mean is taken."""
     return {metric: _VALUES[metric](question, np.asarray(logprobs), greedy) for metric in metrics}
 
 
 def mean(metric: str, values: Sequence[float]) -> Score:
-    """Over questions, as the harness; `perplexity`'s standard error to first order, which there is a bootstrap's."""
+    """The mean over questions. The standard error of `perplexity` is to first order, the harness' a bootstrap's."""
     found = np.asarray(values, np.float64)
     count = len(found)
     middle = float(found.mean())
@@ -60,7 +60,7 @@ def pooled(parts: Sequence[Score]) -> Score:
 
 
 def average(parts: Sequence[Score]) -> Score:
-    """Of a suite: each task counts the same, and errors are independent."""
+    """The mean over tasks, each of which counts the same; their errors are independent."""
     stderrs = [part.stderr for part in parts if part.stderr is not None]
     stderr = math.sqrt(sum(each**2 for each in stderrs)) / len(parts) if len(stderrs) == len(parts) else None
     return Score(sum(part.value for part in parts) / len(parts), stderr, sum(part.count for part in parts))
@@ -75,14 +75,12 @@ def shown(metric: str, score: Score) -> str:
 
 
 def _acc(question: Question, logprobs: Values, greedy: Sequence[bool]) -> float:
-    if len(logprobs) == 1:
-        return float(greedy[0])
-    return float(int(np.argmax(logprobs)) in question.right)
+    return float(greedy[0] if len(logprobs) == 1 else np.argmax(logprobs) in question.right)
 
 
 def _acc_norm(question: Question, logprobs: Values, greedy: Sequence[bool]) -> float:
-    with np.errstate(divide="ignore"):  # a choice of no characters is the least likely, there too
-        return float(int(np.argmax(logprobs / np.asarray(question.lengths, np.float64))) in question.right)
+    with np.errstate(divide="ignore"):  # a choice of no characters is the least likely, as in the harness
+        return float(np.argmax(logprobs / np.asarray(question.lengths, np.float64)) in question.right)
 
 
 def _mc2(question: Question, logprobs: Values, greedy: Sequence[bool]) -> float:

@@ -1,16 +1,19 @@
-"""Log-probabilities of texts after texts, for any model that takes ids and caches.
+"""Log-probabilities of continuations, for any model that takes ids and caches, in batches that share prefixes.
 
-Knows models as functions of ids; where their caches are ours, or like ours, rows go on from what was read for many of
-them, else each row is read whole. The head, which costs most for small models, sees the positions that are scored and
-no others. Batches are computed two or more at a time on a CPU, each on a processor of its own: see `train.parts`.
+An item's sequences begin alike: with the question, most often. That prefix is read once, and its keys and values are
+used for each of the rows, which are what follows. Prefixes of a batch all have the same length, cut back by a few
+tokens where that makes for fuller batches; rows are padded at their right, where a causal model doesn't look, and
+blocks of them have rows alike in length. What all items begin with, such as a task's description, is the stem, and
+read once. Where a model's caches cannot go on from a prefix, each row is read whole.
 
-Knows nothing of tasks and of text.
+The head, which costs most for small models, sees the positions that are scored and no others. On a CPU batches are
+computed two or more at a time, each on a processor of its own: see `Parts`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -26,6 +29,7 @@ from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 
 Ids = npt.NDArray[np.int32]
+KeysValues = tuple[mx.array, mx.array]
 
 _STRIDES = (1, 2, 4, 8, 16, 32)  # what the length of a prefix is cut back to a multiple of
 _STEM = 8  # tokens that are worth reading apart
@@ -35,19 +39,19 @@ _ATTENDED = 8  # positions that rows may have before them, in multiples of a bat
 
 @dataclass(frozen=True)
 class Span:
-    """Where an item's logarithms are in a batch: for each of its sequences, places in `Batch.where`."""
+    """The places of an item's log-probabilities in `ScoringBatch.where`, one for each of its sequences."""
 
     item: int
     places: list[slice]
 
 
 @dataclass(frozen=True)
-class Block:
+class RowBlock:
     """Rows that are computed as one array.
 
     Attributes:
         rows: `(rows, length)`, padded at the right.
-        owners: `(rows,)`, the item that each row belongs to, as a row of `Batch.prefix`.
+        owners: `(rows,)`, the item that each row belongs to, as a row of `ScoringBatch.prefix`.
     """
 
     rows: Ids
@@ -55,8 +59,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What is computed at once.
+class ScoringBatch:
+    """Rows, with their prefixes, that are computed at once.
 
     Attributes:
         prefix: `(items, length)`, what follows the stem and all rows of an item share; length 0 where there is none.
@@ -67,7 +71,7 @@ class Batch:
     """
 
     prefix: Ids
-    blocks: list[Block]
+    blocks: list[RowBlock]
     where: Ids
     targets: Ids
     spans: list[Span]
@@ -75,15 +79,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScoringPlan:
     """`stem` is what all sequences begin with, or nothing; `batches` come the longest first."""
 
     stem: list[int]
-    batches: list[Batch]
+    batches: list[ScoringBatch]
 
 
-def make(items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True, switch: int | None = None) -> Plan:
-    """All `items` in batches of about `tokens`, padding included.
+def plan(
+    items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True, switch: int | None = None
+) -> ScoringPlan:
+    """Puts all `items` in batches of about `tokens`, padding included.
 
     Args:
         items: each with the sequences that it is scored by.
@@ -92,7 +98,7 @@ def make(items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True, s
             array with others, and nothing is shared with them.
     """
     if not items:
-        return Plan([], [])
+        return ScoringPlan([], [])
     if switch is not None:
         sharing = sharing and all(len(each.ids) - 1 <= switch for item in items for each in item)
     shared = [_shared(item) if sharing else 0 for item in items]
@@ -106,11 +112,11 @@ def make(items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True, s
             best = cost, groups
     assert best is not None
     batches = [_batch(items, members, length, stem, switch) for length, members in best[1]]
-    return Plan(list(items[0][0].ids[:stem]), sorted(batches, key=lambda batch: -batch.cost))
+    return ScoringPlan(list(items[0][0].ids[:stem]), sorted(batches, key=lambda batch: -batch.cost))
 
 
 def _shared(item: Sequence[Scored]) -> int:
-    """How many tokens an item's rows have in common, before any that is scored is to be told from the next."""
+    """Counts the tokens that an item's rows have in common, before the first whose next token is scored."""
     return min(_common(each.ids[:-1] for each in item), *(each.start - 1 for each in item))
 
 
@@ -122,7 +128,7 @@ def _stem(items: Sequence[Sequence[Scored]], shared: Sequence[int]) -> int:
 
 
 def _common(lists: Iterable[list[int]]) -> int:
-    """How many elements all of them begin with."""
+    """Counts the elements that all lists begin with."""
     found = list(lists)
     first, last = min(found), max(found)  # whatever lies between begins with what these have in common
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
@@ -138,7 +144,7 @@ def _cut_back(item: Sequence[Scored], most: int, stem: int, stride: int) -> int:
 def _groups(
     items: Sequence[Sequence[Scored]], lengths: Sequence[int], stem: int, tokens: int
 ) -> list[tuple[int, list[int]]]:
-    """Length of the prefix, and which items: as many as a batch holds, those alike in length together."""
+    """Groups items alike in length, as many as a batch holds; returns each group with the length of its prefixes."""
     alike: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for number, (item, length) in enumerate(zip(items, lengths, strict=True)):
         rows = {tuple(each.ids[length:-1]) for each in item}
@@ -160,14 +166,14 @@ def _groups(
 
 
 def _cost(items: Sequence[Sequence[Scored]], members: Sequence[int], length: int, stem: int) -> int:
-    """Tokens of a batch, padding included."""
+    """Counts a batch's tokens, padding included."""
     rows = [{tuple(each.ids[length:-1]) for each in items[number]} for number in members]
     return len(members) * (length - stem) + sum(map(len, rows)) * max(len(row) for own in rows for row in own)
 
 
 def _batch(
     items: Sequence[Sequence[Scored]], members: Sequence[int], length: int, stem: int, switch: int | None
-) -> Batch:
+) -> ScoringBatch:
     rows: list[tuple[int, ...]] = []
     owners: list[int] = []
     marks: list[tuple[int, int, int]] = []  # row, position in it, token after it
@@ -187,7 +193,7 @@ def _batch(
         spans.append(Span(number, places))
     blocks, starts = _blocks(rows, owners, switch)
     prefix = np.array([items[number][0].ids[stem:length] for number in members], np.int32)
-    return Batch(
+    return ScoringBatch(
         prefix.reshape(len(members), length - stem),
         blocks,
         np.array([starts[row] + position for row, position, _ in marks], np.int32),
@@ -199,8 +205,8 @@ def _batch(
 
 def _blocks(
     rows: Sequence[tuple[int, ...]], owners: Sequence[int], switch: int | None
-) -> tuple[list[Block], dict[int, int]]:
-    """Rows by length in blocks, and where each begins when all are laid end to end."""
+) -> tuple[list[RowBlock], dict[int, int]]:
+    """Puts rows in blocks by length; returns also where each begins when all blocks are laid end to end."""
     order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
     lengths = np.array([len(rows[row]) for row in order])
     blocks, starts, laid = [], {}, 0
@@ -210,13 +216,13 @@ def _blocks(
         for at, row in enumerate(order[first:last]):
             padded[at, : len(rows[row])] = rows[row]
             starts[row] = laid + at * int(lengths[first])
-        blocks.append(Block(padded, np.array([owners[row] for row in order[first:last]], np.int32)))
+        blocks.append(RowBlock(padded, np.array([owners[row] for row in order[first:last]], np.int32)))
         laid += padded.size
     return blocks, starts
 
 
 def _cuts(lengths: npt.NDArray[np.int64], first: int, last: int) -> list[tuple[int, int]]:
-    """Where to cut rows of falling `lengths` so that what padding is saved is worth another block."""
+    """Cuts rows of falling `lengths` in runs where the padding saved is worth another block."""
     if first == last:
         return []
     below = np.arange(first + 1, last)
@@ -232,12 +238,12 @@ _CHUNK_LOGITS = 1 << 21  # logits computed at once
 
 
 @dataclass(frozen=True)
-class Result:
+class ItemScores:
     """One item's scores, a value for each of its sequences.
 
     Attributes:
-        logprobs: sums over what is scored, in nats.
-        greedy: whether each token of it is the likeliest.
+        logprobs: sums over the scored tokens, in nats.
+        greedy: whether each scored token is the likeliest.
     """
 
     item: int
@@ -261,64 +267,75 @@ class Scorer:
         self.sharing = all(type(cache) is KVCache for cache in caches)
         self._switch = caches[0].switch if self.sharing else None
 
-    def plan(self, items: Sequence[Sequence[Scored]]) -> Plan:
-        """How `items` are to be computed."""
-        return make(items, self._tokens, self.sharing, self._switch)
+    def plan(self, items: Sequence[Sequence[Scored]]) -> ScoringPlan:
+        """Puts `items` in batches."""
+        return plan(items, self._tokens, self.sharing, self._switch)
 
-    def run(self, planned: Plan) -> Iterator[tuple[list[Result], int]]:
-        """Results as they come, in no order that is told, with the cost of the batches that they were in."""
+    def run(self, planned: ScoringPlan) -> Iterator[tuple[list[ItemScores], int]]:
+        """Yields scores as they come, in no particular order, with the cost of their batches."""
         stem = self._stem(planned.stem)
         at_once = self._parts.most if self._ours else 1
         for start in range(0, len(planned.batches), at_once):
             batches = planned.batches[start : start + at_once]
             builds = [partial(self._graph, batch, stem) for batch in batches]
             found = self._parts.each(builds, (self._model.parameters(), stem))
-            results = [
-                result for batch, graph in zip(batches, found, strict=True) for result in _results(batch, *graph)
-            ]
+            scores = []
+            for batch, (logprobs, greedy) in zip(batches, found, strict=True):
+                values, likeliest = np.array(logprobs, np.float64), np.array(greedy)
+                for span in batch.spans:
+                    sums = [float(values[place].sum()) for place in span.places]
+                    scores.append(ItemScores(span.item, sums, [bool(likeliest[place].all()) for place in span.places]))
             device.trim_cache()
-            yield results, sum(batch.cost for batch in batches)
+            yield scores, sum(batch.cost for batch in batches)
 
-    def score(self, items: Sequence[Sequence[Scored]]) -> list[Result]:
-        """Results in the order of `items`."""
-        found = [result for results, _ in self.run(self.plan(items)) for result in results]
-        return sorted(found, key=lambda result: result.item)
+    def score(self, items: Sequence[Sequence[Scored]]) -> list[ItemScores]:
+        """Scores `items`, in their order."""
+        found = [scores for some, _ in self.run(self.plan(items)) for scores in some]
+        return sorted(found, key=lambda scores: scores.item)
 
-    def _stem(self, ids: list[int]) -> list[tuple[mx.array, mx.array]]:
+    def _stem(self, ids: list[int]) -> list[KeysValues]:
         """Keys and values, by layer, of what all rows begin with."""
-        layers = [_Read() for _ in make_prompt_cache(self._model)]
-        if ids:
-            self._hidden(mx.array([ids]), layers)
-        return _read(layers)
+        return self._prefill(mx.array([ids]), []) if ids else []
 
-    def _graph(self, batch: Batch, stem: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
+    def _prefill(self, ids: mx.array, past: list[_PrefixCache]) -> list[KeysValues]:
+        """Keys and values, by layer, of `ids` and what was read before them."""
+        layers = past or [_PrefixCache() for _ in make_prompt_cache(self._model)]
+        self._hidden(ids, layers)
+        return [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
+
+    def _graph(self, batch: ScoringBatch, stem: list[KeysValues]) -> tuple[mx.array, mx.array]:
         """Log-probabilities `(n,)` of a batch's targets, and whether each is the likeliest; not yet computed."""
         read = stem
         if batch.prefix.size:
-            layers = _after(stem, [0] * len(batch.prefix)) or [_Read() for _ in make_prompt_cache(self._model)]
-            self._hidden(mx.array(batch.prefix), layers)
-            read = _read(layers)
+            read = self._prefill(mx.array(batch.prefix), _after(stem, [0] * len(batch.prefix)))
         blocks = []
         for block in batch.blocks:
             owners = block.owners.tolist() if batch.prefix.size else [0] * len(block.rows)
             out = self._hidden(mx.array(block.rows), _after(read, owners) or None)
             blocks.append(out.reshape(-1, out.shape[-1]))
         out = (mx.concatenate(blocks) if len(blocks) > 1 else blocks[0])[mx.array(batch.where)]
-        return _scores(self._model.head if self._ours else _as_it_is, out, mx.array(batch.targets), self._chunk(out))
+        targets = mx.array(batch.targets)
+        chunk = max(1, _CHUNK_LOGITS // (self._model.config.vocab_size if self._ours else out.shape[-1]))
+        parts = [self._logprobs(out[at : at + chunk], targets[at : at + chunk]) for at in range(0, len(targets), chunk)]
+        logprobs, greedy = zip(*parts, strict=True)
+        return parts[0] if len(parts) == 1 else (mx.concatenate(logprobs), mx.concatenate(greedy))
 
-    def _hidden(self, ids: mx.array, cache: list[_Read] | None) -> mx.array:
+    def _hidden(self, ids: mx.array, cache: list[_PrefixCache] | None) -> mx.array:
         """Hidden states of our own model, another's logits: `(batch, length, …)`."""
         return self._model.transformer(ids, cache) if self._ours else self._model(ids, cache=cache)
 
-    def _chunk(self, out: mx.array) -> int:
-        size = self._model.config.vocab_size if self._ours else out.shape[-1]
-        return max(1, _CHUNK_LOGITS // size)
+    def _logprobs(self, out: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+        logits = (self._model.head(out) if self._ours else out).astype(mx.float32)
+        largest = logits.max(axis=-1)
+        picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        total = ops.exp(logits - largest[:, None]).sum(axis=-1)
+        return picked - largest - mx.log(total), picked >= largest
 
 
-class _Read(KVCache):
-    """One layer's cache for rows that go on from what was read. Holds just that, and copies nothing to make room."""
+class _PrefixCache(KVCache):
+    """One layer's cache for rows that go on from a prefix. Holds just that, and copies nothing to make room."""
 
-    def __init__(self, read: tuple[mx.array, mx.array] | None = None) -> None:
+    def __init__(self, read: KeysValues | None = None) -> None:
         super().__init__()
         if read is not None:
             self.keys, self.values = read
@@ -331,45 +348,7 @@ class _Read(KVCache):
         return keys, values
 
 
-def _read(layers: list[_Read]) -> list[tuple[mx.array, mx.array]]:
-    """What each has read; nothing where nothing was."""
-    return [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
-
-
-def _after(read: list[tuple[mx.array, mx.array]], owners: list[int]) -> list[_Read]:
+def _after(read: list[KeysValues], owners: list[int]) -> list[_PrefixCache]:
     """Caches for rows, each of which goes on from row `owners` of what was read; none where nothing was."""
     rows = mx.array(owners)
-    return [_Read((keys[rows], values[rows])) for keys, values in read]
-
-
-def _as_it_is(logits: mx.array) -> mx.array:
-    return logits
-
-
-def _scores(
-    head: Callable[[mx.array], mx.array], out: mx.array, targets: mx.array, chunk: int
-) -> tuple[mx.array, mx.array]:
-    parts = [_some(head(out[at : at + chunk]), targets[at : at + chunk]) for at in range(0, len(targets), chunk)]
-    if len(parts) == 1:
-        return parts[0]
-    return mx.concatenate([part[0] for part in parts]), mx.concatenate([part[1] for part in parts])
-
-
-def _some(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    logits = logits.astype(mx.float32)
-    largest = logits.max(axis=-1)
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    total = ops.exp(logits - largest[:, None]).sum(axis=-1)
-    return picked - largest - mx.log(total), picked >= largest
-
-
-def _results(batch: Batch, logprobs: mx.array, greedy: mx.array) -> list[Result]:
-    values, likeliest = np.array(logprobs, np.float64), np.array(greedy)
-    return [
-        Result(
-            span.item,
-            [float(values[place].sum()) for place in span.places],
-            [bool(likeliest[place].all()) for place in span.places],
-        )
-        for span in batch.spans
-    ]
+    return [_PrefixCache((keys[rows], values[rows])) for keys, values in read]

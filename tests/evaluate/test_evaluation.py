@@ -74,7 +74,7 @@ def test_a_run_that_was_killed_goes_on_where_it_was(
     class Killed(BaseException):
         pass
 
-    def advance(key: str, items: int, done: int, total: int) -> None:
+    def advance(key: str, done: int = 0, total: int = 0) -> None:
         if key == "winogrande":
             raise Killed
 

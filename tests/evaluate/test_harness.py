@@ -69,9 +69,9 @@ def test_choices_of_a_question_are_scored_together_and_told_in_order(
     documents = [0, 1, 0, None]
     asked = [Request(pair, doc_id=document) for pair, document in zip(pairs, documents, strict=True)]
     told: list[tuple[int, int]] = []
-    found = harness.language_model(model, tokenizer, lambda done, total: told.append((done, total))).loglikelihood(
-        asked
-    )
+    found = harness.language_model(
+        model, tokenizer, lambda what, done=0, total=0: told.append((done, total))
+    ).loglikelihood(asked)
     assert tokenizer is not None
     expected = [Scorer(model).score([tokens.encode([pair], tokenizer, 512)])[0] for pair in pairs]
     assert [value for value, _ in found] == pytest.approx([each.logprobs[0] for each in expected], abs=1e-4)
@@ -98,9 +98,9 @@ def test_whole_texts_and_generated_ones(tiny_model_dir: Path, lm_eval: dict[str,
 def test_the_harness_results_are_kept(tiny_model_dir: Path, tmp_path: Path, lm_eval: dict[str, Any]) -> None:
     wanted = Wanted(tasks=["t,u"], data=tmp_path, shots=3, limit=7)
     done = Evaluation(tiny_model_dir, wanted, tmp_path / "out")
-    assert done.hand_over() == "a table of t"
+    assert done.run_harness() == "a table of t"
     assert lm_eval["tasks"] == ["t", "u"]
     assert (lm_eval["num_fewshot"], lm_eval["limit"], lm_eval["include_path"]) == (3, 7, str(tmp_path))
     assert "t" in json.loads((tmp_path / "out" / HARNESS).read_text())["results"]
     with pytest.raises(InputError, match="lm_eval knows no task v"):
-        Evaluation(tiny_model_dir, Wanted(tasks=["t", "v"]), tmp_path / "out").hand_over()
+        Evaluation(tiny_model_dir, Wanted(tasks=["t", "v"]), tmp_path / "out").run_harness()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.evaluate import questions
-from elm_mlx.evaluate.questions import BadQuestion, Question, choices, continuation, has_shape, of_shape, partial
+from elm_mlx.evaluate.questions import Question, choices, continuation, has_shape, of_shape, partial
 
 
 def test_choices_follow_one_context_after_a_space() -> None:
@@ -51,7 +52,7 @@ def test_shapes_are_told_by_their_keys() -> None:
     ],
 )
 def test_what_is_no_question_is_said(record: dict[str, object], reason: str) -> None:
-    with pytest.raises(BadQuestion, match=reason):
+    with pytest.raises(BadRecord, match=reason):
         of_shape(record)
 
 
@@ -78,7 +79,7 @@ def test_boolq() -> None:
     ]
     record = {"query": "Passage: Ice floats.\nQuestion: does ice float?", "choices": ["no", "yes"], "gold": 1}
     assert questions.boolq_adopted(record) == found
-    with pytest.raises(BadQuestion, match="no passage with a question"):
+    with pytest.raises(BadRecord, match="no passage with a question"):
         questions.boolq_adopted(record | {"query": "Ice floats."})
 
 
@@ -90,7 +91,7 @@ def test_copa_has_two_spaces_and_small_letters() -> None:
     assert found.lengths == (8, 9)
     record = {"query": "It rained, therefore", "choices": ["we ran.", "we sang."], "gold": 0}
     assert questions.copa_adopted(record) == found
-    with pytest.raises(BadQuestion, match="because"):
+    with pytest.raises(BadRecord, match="because"):
         questions.copa_adopted(record | {"query": "It rained"})
 
 

@@ -197,7 +197,7 @@ def test_each_token_is_scored_once_after_exactly_what_comes_before_it(
     seed: int, count: int, stem: int, tokens: int, sharing: bool
 ) -> None:
     asked = planned_items(seed, count, stem)
-    found = read_back(scoring.make(asked, tokens, sharing))
+    found = read_back(scoring.plan(asked, tokens, sharing))
     assert sorted(found) == list(range(count))
     for number, item in enumerate(asked):
         expected = [[(each.ids[:at], each.ids[at]) for at in range(each.start, len(each.ids))] for each in item]
@@ -205,7 +205,7 @@ def test_each_token_is_scored_once_after_exactly_what_comes_before_it(
 
 
 def test_batches_keep_to_their_size_and_the_longest_come_first() -> None:
-    planned = scoring.make(planned_items(3, 60), 256)
+    planned = scoring.plan(planned_items(3, 60), 256)
     several = [batch for batch in planned.batches if len(batch.prefix) > 1]
     assert all(batch.prefix.size <= 256 for batch in several)
     assert all(sum(block.rows.size for block in batch.blocks) <= 256 for batch in several)
@@ -216,14 +216,14 @@ def test_batches_keep_to_their_size_and_the_longest_come_first() -> None:
 def test_a_description_is_read_once_for_all() -> None:
     about = [1, *range(100, 150)]
     asked = [[Scored([*about, at, 7, 8], 52), Scored([*about, at, 9, 3], 52)] for at in range(200, 230)]
-    planned = scoring.make(asked, 2048)
+    planned = scoring.plan(asked, 2048)
     assert planned.stem == about
     assert sum(batch.cost for batch in planned.batches) < 30 * 2 * 3
 
 
 def test_choices_of_one_token_are_one_row() -> None:
     asked = [[Scored([1, 5, 6, letter], 3) for letter in (11, 12, 13, 14)]]
-    batch = scoring.make(asked, 2048).batches[0]
+    batch = scoring.plan(asked, 2048).batches[0]
     assert [len(block.rows) for block in batch.blocks] == [1]
     assert batch.targets.tolist() == [11, 12, 13, 14]
     assert len(set(batch.where.tolist())) == 1
@@ -231,13 +231,13 @@ def test_choices_of_one_token_are_one_row() -> None:
 
 def test_rows_of_very_different_lengths_are_blocks_of_their_own() -> None:
     asked = [[Scored([1, number, *range(2, length)], 2) for length in (12, 13, 100)] for number in range(101, 117)]
-    batch = scoring.make(asked, 8192).batches[0]
+    batch = scoring.plan(asked, 8192).batches[0]
     assert [len(block.rows) for block in batch.blocks] == [16, 32]
     assert batch.cost < 16 * (1 + 98 + 2 * 12) + 32
 
 
 def test_without_sharing_every_sequence_is_read_whole() -> None:
-    planned = scoring.make(planned_items(5, 10, 12), 2048, sharing=False)
+    planned = scoring.plan(planned_items(5, 10, 12), 2048, sharing=False)
     assert planned.stem == []
     assert all(batch.prefix.size == 0 for batch in planned.batches)
-    assert scoring.make([], 2048) == scoring.Plan([], [])
+    assert scoring.plan([], 2048) == scoring.ScoringPlan([], [])

@@ -175,7 +175,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(hub: Path) -> None:
         ('{"query": "q", "choices": ["a"], "gold": 0}\n{"query": 1}\n', r"line 2: `choices` is missing|line 2: "),
         ("[1]\n", "line 1: is a number, and not an object"),
         ("nonsense\n", "line 1: not JSON"),
-        ("\n", "holds no questions"),
+        ("\n", "holds no records"),
     ],
 )
 def test_bad_files_are_named_with_the_line(tmp_path: Path, content: str, reason: str) -> None:

@@ -109,12 +109,12 @@ def test_a_texts_first_token_is_predicted_too(bos: int | None, puts: list[int], 
 
 
 def test_bits_per_byte_and_their_error_over_documents() -> None:
-    text = perplexity.Text([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4], "")
+    text = perplexity.TextWindows([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4], "")
     logs = [-math.log(2) * 4, -math.log(2) * 4, -math.log(2) * 4]
-    found = perplexity.bits_per_byte(text, logs)
+    found = text.bits_per_byte(logs)
     assert found.value == pytest.approx(12 / 8)
     assert found.stderr == pytest.approx(math.sqrt(2 * (2**2 + 2**2)) / 8)
-    assert perplexity.perplexity(text, logs).value == pytest.approx(16)
+    assert text.perplexity(logs).value == pytest.approx(16)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_bits_per_byte_and_their_error_over_documents() -> None:
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\xff", "line 1: not UTF-8: byte 1"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: no object with a text"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: `text` is a number, and not a text"),
         ("a.jsonl", b"{\n", "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*Unicode"),
         ("a.pdf", b"x", "no kind of data file"),
