@@ -17,8 +17,8 @@ from elm_mlx.directories import EXPORT, MODEL, carry_templates, check_destinatio
 from elm_mlx.errors import ElmError
 from elm_mlx.files import expanded, new_directory, write_text
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.text import chat_template, end_tokens
-from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.text import chat_template
+from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.destination import Difference, check_room, compare, hashing, sha256, write_weights
@@ -226,7 +226,7 @@ def _generation(plan: Plan) -> dict[str, Any] | None:
     """
     if plan.tokenizer is None:
         return plan.generation
-    ids = end_tokens.read(plan.tokenizer.parent, plan.config).end_ids
+    ids = read_vocabulary(plan.tokenizer.parent, plan.config).end_ids
     if ids == Tokenizer.load(plan.tokenizer).eos_ids:
         return plan.generation
     return {**(plan.generation or {}), "eos_token_id": list(ids)}

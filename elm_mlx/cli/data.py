@@ -69,11 +69,11 @@ def data(
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
     from elm_mlx.data import examples, pairs
     from elm_mlx.store.describe import check_directory, read_config
-    from elm_mlx.text import end_tokens
     from elm_mlx.text.chat_template import choose
+    from elm_mlx.text.tokenizer import read_vocabulary
 
     shape = read_config(check_directory(model, with_tokenizer=True))
-    tokenizer = end_tokens.read(model, shape).tokenizer
+    tokenizer = read_vocabulary(model, shape).tokenizer
     assert tokenizer is not None
     chosen = choose(model, tokenizer, template)
     length = examples.longest(shape) if max_seq_length is None else max_seq_length

@@ -81,7 +81,7 @@ class FamilyConfig:
     Attributes:
         values: the network's own arguments, by Hugging Face's names: every one that it has, checked.
         ropes: the RoPE of each kind of layer, "full_attention" and "sliding_attention"; empty for a state.
-        eos_token_ids: what `end_tokens` has joined, of a model that `store` has opened; empty before.
+        eos_token_ids: what `read_vocabulary` has joined, of a model that `store` has opened; empty before.
         own_head: whether the weights hold a head that differs from the embedding, though `config.json` ties them.
     """
 

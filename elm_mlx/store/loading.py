@@ -21,8 +21,7 @@ from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import Pending, weight_files
 from elm_mlx.store.describe import check_directory, fingerprint, missing, read_adapter, read_config
-from elm_mlx.text import end_tokens
-from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 
 if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
     from elm_mlx.store.adapters import Adapter
@@ -75,7 +74,7 @@ def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     """`load`, with what there is to say about it."""
     path = check_directory(files.expanded(path))
     config = read_config(path)
-    vocabulary = end_tokens.read(path, config)
+    vocabulary = read_vocabulary(path, config)
     config = _ending(config, vocabulary.end_ids)
     adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
     weights, packing = read_weights(path, config)

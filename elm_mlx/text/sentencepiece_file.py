@@ -1,11 +1,13 @@
-"""What a SentencePiece model file says of itself, read without protobuf.
+"""A SentencePiece model: its file, and text to ids and back by it.
 
-Knows protobuf's wire format and the few fields that matter here. Knows nothing of tokenizing: that is the
-sentencepiece library's, which keeps the normalizer's settings and the pieces' types to itself.
+Encoding is the sentencepiece library's, which is imported only here. It keeps the normalizer's settings and the pieces'
+types to itself, so the file is read here too, without protobuf.
 """
 
 from __future__ import annotations
 
+import codecs
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,9 @@ UNIGRAM, BPE, WORD, CHAR = 1, 2, 3, 4
 
 # The largest in the wild (256,000 pieces) has 4 MB. What is far above is something else, say the weights.
 MAX_BYTES = 64 << 20
+
+SPACE = "\u2581"  # how a piece writes a space
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 Value = int | tuple[int, int]  # a number, or from where to where bytes lie
 
@@ -80,6 +85,154 @@ def read(path: Path) -> ModelFile:
         return _parse(path, data)
     except _Malformed as error:
         raise InputError(f"{path}: not a whole SentencePiece model: {error}; fetch it again") from None
+
+
+class SentencePieceEncoding:
+    """Text to ids and back by a SentencePiece model.
+
+    Attributes: those of `Tokenizer` that are called so.
+
+    Raises:
+        InputError: the file is missing, cut short, or no SentencePiece model.
+    """
+
+    bos_before_templates = True
+    swallowing: frozenset[tuple[str | int, str]] = frozenset()
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.path, self.model = path, read(path)
+        self._processor = SentencePieceProcessor()
+        try:
+            self._processor.load_from_serialized_proto(self.model.data)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise InputError(f"{path}: SentencePiece cannot load it: {_reason(error)}") from None
+        if self.model.denormalizes:
+            raise InputError(f"{path}: has rules that rewrite decoded text, which are not supported")
+        self._parts: dict[int, str | bytes] = {}
+        self.vocab_size: int = self._processor.vocab_size()
+        special = (self._processor.bos_id(), self._processor.eos_id(), self._processor.unk_id())
+        self.bos_id, self.eos_id, self.unk_id = (None if token < 0 else token for token in special)
+
+    @property
+    def control_ids(self) -> dict[str, int]:
+        flags = self._processor.is_control(list(range(self.vocab_size)))
+        return {self.piece_of(token): token for token, flag in enumerate(flags) if flag}
+
+    @property
+    def base_size(self) -> int:
+        """Up to the last piece that is neither a control token nor defined by a user."""
+        kinds = [piece.type for piece in self.model.pieces()]
+        added = (CONTROL, USER_DEFINED, UNUSED)
+        return next((size for size in range(len(kinds), 0, -1) if kinds[size - 1] not in added), 0)
+
+    def id_of(self, piece: str) -> int | None:
+        token: int = self._processor.piece_to_id(piece.encode())
+        return token if self.piece_of(token) == piece else None
+
+    def piece_of(self, token: int) -> str:
+        if check_token(token) >= self.vocab_size:
+            return ""
+        try:
+            piece: str = self._processor.id_to_piece(token)
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: piece {token} is no UTF-8; fetch it again") from None
+        return piece
+
+    def encode(self, text: str, first: bool = True) -> list[int]:
+        ids: list[int] = self._processor.encode(text.encode(), out_type=int)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        try:
+            text: str = self._processor.decode([token for token in ids if check_token(token) < self.vocab_size])
+        except UnicodeDecodeError:
+            raise InputError(f"{self.path}: has a piece that is no UTF-8; fetch it again") from None
+        return text
+
+    def decoder(self) -> SentencePieceDecoder:
+        return SentencePieceDecoder(self)
+
+    def part(self, token: int) -> str | bytes:
+        """Returns what a token adds to a text: a piece, its spaces as SentencePiece writes them, or a byte."""
+        part = self._parts.get(token)
+        if part is None:
+            part = self._parts[token] = self._new_part(token)
+        return part
+
+    def _new_part(self, token: int) -> str | bytes:
+        piece = self.piece_of(token)
+        if token >= self.vocab_size:
+            return b""
+        if self._processor.is_byte(token):
+            return piece if (byte := byte_of(piece)) is None else bytes([byte])
+        if self._processor.is_control(token):
+            return ""
+        return self.model.unknown_surface if token == self.unk_id else piece
+
+
+class SentencePieceDecoder:
+    """Streams text, see `Tokenizer.detokenizer`.
+
+    A first `▁the` gives ` the` after a prompt that has text, and `the` after BOS alone.
+    """
+
+    def __init__(self, encoding: SentencePieceEncoding) -> None:
+        model = encoding.model
+        self._part = encoding.part
+        self._strips_one = model.add_dummy_prefix or model.remove_extra_whitespaces
+        self._strips_all = model.remove_extra_whitespaces
+        self._at_start = True
+        self._bytes = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
+
+    def add(self, token: int) -> str:
+        """Returns the text that is final now that `token` has come. Raises InputError for one that is negative."""
+        part = self._part(token)
+        text = self._bytes.decode(part) if isinstance(part, bytes) else self._bytes.decode(b"", final=True)
+        if text:
+            self._at_start = False
+        if isinstance(part, bytes):
+            return text
+        if self._at_start and self._strips_one and part.startswith(SPACE):
+            part = part[1:]
+            self._at_start = self._strips_all
+        if part:
+            self._at_start = False
+        return text + part.replace(SPACE, " ")
+
+    def finish(self) -> str:
+        """Returns the rest: U+FFFD for each byte of a character that was not completed."""
+        return self._bytes.decode(b"", final=True)
+
+
+def check_token(token: int) -> int:
+    """Returns `token`. Raises InputError for a negative one."""
+    if token < 0:
+        raise InputError(f"token {token} is outside the vocabulary")
+    return token
+
+
+def byte_of(piece: str) -> int | None:
+    """Returns the byte that a piece like `<0xE2>` stands for; None of another."""
+    found = _BYTE.fullmatch(piece)
+    return int(found[1], 16) if found else None
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """Puts U+FFFD for each byte of a truncated character, as SentencePiece does; Python puts one for all of them."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+_EACH_BYTE = "elm_mlx.replace_each_byte"
+codecs.register_error(_EACH_BYTE, _replace_each_byte)
+
+
+def _reason(error: Exception) -> str:
+    """SentencePiece's message without its source line; pieces are quoted in it, whatever they hold."""
+    text = " ".join(str(error).split())
+    return text.partition(": ")[2].rpartition("] ")[2].strip(" .")[:200] or "it is damaged"
 
 
 def _parse(path: Path, data: bytes) -> ModelFile:

@@ -1,8 +1,7 @@
-"""Text to token ids and back, by a `tokenizer.json`: the byte-level and SentencePiece-like BPE of other families.
+"""A `tokenizer.json`, and text to ids and back by it: the byte-level and SentencePiece-like BPE of other families.
 
-Knows that file, and what `tokenizer_config.json` says of BOS and EOS; encoding is the `tokenizers` library's, which
-is imported only here. Decoding is ours, because text streams: every token is bytes, and a character is text when
-its bytes are there. As elsewhere, text is never taken for control tokens, and an id past the last piece has no text.
+Encoding is the `tokenizers` library's, which is imported only here. Decoding is ours, because text streams: every token
+is bytes, and a character is text when its bytes are there.
 
 The library is written in Rust: what it finds wrong it raises as a bare Exception, and what it did not expect is a
 panic, which is no Exception in Python, and is written to stderr before.
@@ -15,16 +14,15 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.text.tokenizer import Detokenizer, Tokenizer, byte_of, check_token, check_unicode, read_settings
+from elm_mlx.text.sentencepiece_file import SPACE, byte_of, check_token
 
-_SPACE = "\u2581"  # how a SentencePiece-like piece writes a space
 _MAX_BYTES = 64 << 20  # of the file; the largest in the wild has 35 MB
 _MAX_PIECES = 1 << 24  # the most in the wild are 262,144
 _one_at_a_time = threading.Lock()
@@ -40,10 +38,16 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(unseen)}
 
 
-class BPETokenizer(Tokenizer):
-    """A `tokenizer.json`. Made by `Tokenizer.load`.
+class JSONEncoding:
+    """Text to ids and back by a `tokenizer.json`.
 
     `bos_id` is what the tokenizer itself puts in front of a text, None where that is nothing, whatever it calls BOS.
+
+    Args:
+        settings: what `tokenizer_config.json` says.
+
+    Attributes: those of `Tokenizer` that are called so, and
+        swallowing: control tokens that take white space beside them, each with the side ("lstrip", "rstrip").
 
     Raises:
         InputError: the file is no such tokenizer, or one that decodes in a way that is not known here.
@@ -51,119 +55,69 @@ class BPETokenizer(Tokenizer):
 
     bos_before_templates = False  # they were made for libraries that put none there
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
-        settings = read_settings(path.parent)
         with _panics_unseen(), _one_error(path, "no tokenizer that can be read"):
             self._read(path, settings)
 
     def _read(self, path: Path, settings: dict[str, Any]) -> None:
         self._encoder = _load(path)
         added = self._encoder.get_added_tokens_decoder()
-        self._control = {token: entry for token, entry in added.items() if entry.special}
-        self._added = {token: entry.content for token, entry in added.items()}
+        control = {token: entry for token, entry in added.items() if entry.special}
+        self.control_ids = {entry.content: token for token, entry in control.items()}
+        sides = ("lstrip", "rstrip")
+        self.swallowing = {(token, side) for token, entry in control.items() for side in sides if getattr(entry, side)}
+        self._parts = {token: b"" if token in control else entry.content.encode() for token, entry in added.items()}
         self._encoder.encode_special_tokens = True  # as text
         self._later = _without_prefix(self._encoder)
-        self._byte_level, self._strips = _decoding(path, self._encoder)
+        self._byte_level, self.strips = _decoding(path, self._encoder)
         self._alphabet = _byte_of_character() if self._byte_level else {}
-        self._parts: dict[int, bytes] = {}
         self.vocab_size = max(self._encoder.get_vocab_size(), max(added, default=-1) + 1)
         if self.vocab_size > _MAX_PIECES:
             raise InputError(f"{path}: has a piece of the id {self.vocab_size - 1}, which no model has a row for")
+        self.base_size = int(self._encoder.get_vocab_size(with_added_tokens=False))
         self.bos_id = self._bos(settings)
-        self.eos_id = self.id_of(settings.get("eos_token"))
-        self.unk_id = self.id_of(settings.get("unk_token"))
-        self.eos_ids = () if self.eos_id is None else (self.eos_id,)
+        self.eos_id, self.unk_id = (self._named(settings, name) for name in ("eos_token", "unk_token"))
 
-    @property
-    def pieces(self) -> list[str]:
-        return [self.piece_of(token) for token in range(self.vocab_size)]
-
-    @property
-    def control_ids(self) -> dict[str, int]:
-        return {entry.content: token for token, entry in self._control.items()}
-
-    @property
-    def base_size(self) -> int:
-        return int(self._encoder.get_vocab_size(with_added_tokens=False))
-
-    def id_of(self, piece: str | None) -> int | None:
-        try:
-            return None if piece is None else self._encoder.token_to_id(piece)
-        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold
-            return None
+    def id_of(self, piece: str) -> int | None:
+        token: int | None = self._encoder.token_to_id(piece)
+        return token
 
     def piece_of(self, token: int) -> str:
         return self._encoder.id_to_token(token) or "" if check_token(token) < 1 << 32 else ""
 
-    def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """BOS (unless unwanted, or the tokenizer puts none there), and then exactly the ids of the library.
-
-        Raises:
-            InputError: `text` holds half a surrogate pair, as Python makes of bytes that are no UTF-8; or as `checked`;
-                or the tokenizer has no piece for it.
-        """
-        ids = self._ids(self._encoder, text)
-        return self.checked([self.bos_id, *ids] if add_bos and self.bos_id is not None else ids)
-
-    def encode_later(self, text: str) -> list[int]:
-        """As of `Tokenizer`: without the space that some tokenizers put before the first run of a text."""
-        return self.checked(self._ids(self._later, text))
-
-    def _ids(self, encoder: Any, text: str) -> list[int]:
-        check_unicode(text)
+    def encode(self, text: str, first: bool = True) -> list[int]:
         with _one_error(self.path, "cannot encode a text"):
+            encoder = self._encoder if first else self._later
             ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
         return ids
 
-    def trimmed(self, parts: Sequence[str | int]) -> list[str | int]:
-        """As of `Tokenizer`."""
-        trimmed: list[str | int] = []
-        for i, part in enumerate(parts):
-            if isinstance(part, str):
-                part = part.lstrip() if i and self._swallows(parts[i - 1], "rstrip") else part
-                part = part.rstrip() if i + 1 < len(parts) and self._swallows(parts[i + 1], "lstrip") else part
-            if part != "":
-                trimmed.append(part)
-        return trimmed
+    def decode(self, ids: list[int]) -> str:
+        decoder = self.decoder()
+        return "".join([*map(decoder.add, ids), decoder.finish()])
 
-    def _swallows(self, part: str | int, side: str) -> bool:
-        return isinstance(part, int) and part in self._control and bool(getattr(self._control[part], side))
+    def decoder(self) -> ByteDecoder:
+        return ByteDecoder(self)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text. Control tokens and ids past the last piece are silent, and bytes that are no UTF-8 become U+FFFD.
-
-        Raises:
-            InputError: an id is negative.
-        """
-        decoder = StreamingDecoder(self)
-        numbers = ids.tolist() if hasattr(ids, "tolist") else ids
-        return "".join([*(decoder.add(int(token)) for token in numbers), decoder.finish()])
-
-    def detokenizer(self, prompt: Iterable[int] = ()) -> StreamingDecoder:
-        """A decoder, fresh for each stream, of the tokens that follow `prompt`."""
-        decoder = StreamingDecoder(self)
-        for token in prompt:
-            decoder.add(token)
-        return decoder
-
-    def _part(self, token: int) -> bytes:
-        """What a token adds to a text."""
+    def part(self, token: int) -> bytes:
+        """Returns what a token adds to a text."""
         part = self._parts.get(token)
         if part is None:
-            part = self._parts[token] = b"" if token in self._control else self._bytes(token)
+            part = self._parts[token] = self._bytes(self.piece_of(token))
         return part
 
-    def _bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
-        piece = self.piece_of(token)
+    def _bytes(self, piece: str) -> bytes:
         if self._byte_level:
             known = all(character in self._alphabet for character in piece)
             return bytes(self._alphabet[character] for character in piece) if known else piece.encode()
-        if (byte := byte_of(piece)) is not None:
-            return bytes([byte])
-        return piece.replace(_SPACE, " ").encode()
+        byte = byte_of(piece)
+        return piece.replace(SPACE, " ").encode() if byte is None else bytes([byte])
+
+    def _named(self, settings: dict[str, Any], name: str) -> int | None:
+        try:
+            return self.id_of(settings[name]) if name in settings else None
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold
+            return None
 
     def _bos(self, settings: dict[str, Any]) -> int | None:
         """`add_bos_token` decides, or else what the file's own rules put before a text."""
@@ -172,23 +126,23 @@ class BPETokenizer(Tokenizer):
         without = self._encoder.encode("a", add_special_tokens=False).ids
         wanted = settings.get("add_bos_token")
         if isinstance(wanted, bool):
-            return self.id_of(settings.get("bos_token")) if wanted else None
+            return self._named(settings, "bos_token") if wanted else None
         if wanted is not None:
             settings_path = self.path.with_name("tokenizer_config.json")
             raise InputError(f"{settings_path}: add_bos_token is {str(wanted)[:60]}: true or false is needed")
         return with_rules[0] if with_rules[:1] != without[:1] else None
 
 
-class StreamingDecoder(Detokenizer):
-    """Tokens one by one in, text out as soon as its bytes are characters. Made by `BPETokenizer.detokenizer`."""
+class ByteDecoder:
+    """Streams text as soon as its bytes are characters, see `Tokenizer.detokenizer`."""
 
-    def __init__(self, tokenizer: BPETokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, encoding: JSONEncoding) -> None:
+        self._part = encoding.part
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips = tokenizer._strips  # one space, before the first text
+        self._strips = encoding.strips  # one space, before the first text
 
     def add(self, token: int) -> str:
-        return self._stripped(self._decoder.decode(self._tokenizer._part(token)))
+        return self._stripped(self._decoder.decode(self._part(token)))
 
     def finish(self) -> str:
         return self._stripped(self._decoder.decode(b"", final=True))
@@ -214,16 +168,14 @@ def _load(path: Path) -> Any:
     encoder = Encoder.from_str(text)
     encoder.no_truncation()
     encoder.no_padding()
-    if any(_looks_like_control(entry) for entry in encoder.get_added_tokens_decoder().values()):
+    if any(
+        not entry.special and _names_control(entry.content) for entry in encoder.get_added_tokens_decoder().values()
+    ):
         values = json.loads(text)  # Phi-3's <|user|>, say: to the library it is a word like another
         for entry in values["added_tokens"]:
             entry["special"] = entry["special"] or _names_control(entry["content"])
         encoder = Encoder.from_str(json.dumps(values))
     return encoder
-
-
-def _looks_like_control(entry: Any) -> bool:
-    return not entry.special and _names_control(entry.content)
 
 
 def _names_control(content: str) -> bool:

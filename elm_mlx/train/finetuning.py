@@ -32,9 +32,9 @@ from elm_mlx.model.network import Model
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.describe import check_directory, fingerprint, read_config
-from elm_mlx.text import chat_template, end_tokens
+from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import Template
-from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
@@ -260,7 +260,7 @@ class Finetuning:
     def _encoding(self) -> tuple[Tokenizer, Template | None, int]:
         """Tokenizer, template, and tokens of an example at most."""
         data, config = self._data, self.config
-        tokenizer = end_tokens.read(self.path, config).tokenizer
+        tokenizer = read_vocabulary(self.path, config).tokenizer
         assert tokenizer is not None  # check_directory has seen it
         most = examples.longest(config) if data.max_length is None else data.max_length
         return tokenizer, chat_template.choose(self.path, tokenizer, data.template), most

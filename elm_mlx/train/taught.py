@@ -14,7 +14,8 @@ from elm_mlx.files import expanded
 from elm_mlx.reading import json_object
 from elm_mlx.store.describe import read_config
 from elm_mlx.store.fusion import Sample
-from elm_mlx.text import chat_template, end_tokens
+from elm_mlx.text import chat_template
+from elm_mlx.text.tokenizer import read_vocabulary
 from elm_mlx.train.metrics import ABOUT
 
 _MOST = 256  # positions that count
@@ -48,7 +49,7 @@ def _examples(adapter: Path, model: Path) -> list[Example]:
     if not isinstance(settings, dict):
         raise TypeError("no settings")
     config = read_config(model)
-    tokenizer = end_tokens.read(model, config).tokenizer
+    tokenizer = read_vocabulary(model, config).tokenizer
     if tokenizer is None:
         raise ValueError("no tokenizer")
     used = chat_template.choose(model, tokenizer, settings.get("template"))

@@ -17,8 +17,8 @@ from elm_mlx.errors import InputError
 from elm_mlx.inference.batch import generate_batch
 from elm_mlx.store import loading
 from elm_mlx.store.describe import read_config
-from elm_mlx.text import end_tokens
 from elm_mlx.text.chat_template import choose
+from elm_mlx.text.tokenizer import Tokenizer, Vocabulary, read_vocabulary
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def say(directory: Path, name: str, **values: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in {**old, **values}.items() if value is not None}))
 
 
-def ends(directory: Path) -> end_tokens.Vocabulary:
-    return end_tokens.read(directory, read_config(directory))
+def ends(directory: Path) -> Vocabulary:
+    return read_vocabulary(directory, read_config(directory))
 
 
 def test_all_three_are_joined_and_the_tokenizers_own_is_first(llama: Path) -> None:
@@ -71,7 +71,7 @@ def test_openelm_alike(openelm: Path) -> None:
     say(openelm, "tokenizer_config.json", eos_token={"content": "<s>"})
     assert ends(openelm).end_ids == (1, 2, 7, 9)
     (openelm / "tokenizer.model").unlink()
-    assert ends(openelm) == end_tokens.Vocabulary(None, (7, 2, 9))
+    assert ends(openelm) == Vocabulary(None, (7, 2, 9))
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
@@ -233,7 +233,7 @@ def test_a_padded_model_may_say_an_id_without_a_piece(
         other_models.write_chain(path, ["crow", None, "pitcher", "\n", None, "water", None])
         said = {"crow": "pitcher\nwater", "pitcher": "\nwater", "\n": "water"}
     else:
-        tokenizer = end_tokens.Tokenizer.load(tiny_tokenizer_file)
+        tokenizer = Tokenizer.load(tiny_tokenizer_file)
         model = tiny.spelling_model(tokenizer, "quick fox", padding=2)
         tiny.write_directory(path, model, tiny_tokenizer_file.read_bytes())
         said = {"\n": "quick fox", "a": "quick fox"}

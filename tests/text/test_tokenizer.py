@@ -146,7 +146,7 @@ def test_stream_reads_each_token_once(tokenizer, monkeypatch):
     ids = tokenizer.encode("the quick brown 😀 fox " * 50)
     whole = tokenizer.decode(ids)
     tokenizer.detokenizer(ids)  # looks the pieces up
-    monkeypatch.setattr(tokenizer, "_processor", NoDecoding())
+    monkeypatch.setattr(tokenizer._encoding, "_processor", NoDecoding())
     stream = tokenizer.detokenizer()
     assert "".join(map(stream.add, ids)) + stream.finish() == whole
 
