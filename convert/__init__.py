@@ -1,27 +1,29 @@
-"""File formats in, arrays by canonical name out, and back.
-
-Turns checkpoints of OpenELM, in whatever file they come, into an MLX model directory.
-Knows no model class and imports no MLX.
-"""
+"""Checkpoints of OpenELM, in whatever file they come, into MLX model directories, and back. Imports no MLX."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["Conversion", "LoraWeights", "Plan", "convert", "export", "read_corenet", "read_peft", "write_peft"]
+__all__ = [
+    "Conversion", "ConversionPlan", "LoraWeights", "convert", "export", "read_corenet", "read_peft", "write_peft",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from elm_mlx_convert.conversion import Conversion, convert, export
     from elm_mlx_convert.lora_files import LoraWeights, read_corenet, read_peft, write_peft
-    from elm_mlx_convert.plan import Plan
+    from elm_mlx_convert.plan import ConversionPlan
 
-_PLACES = {"convert": "conversion", "Conversion": "conversion", "Plan": "plan", "export": "conversion"}
-_PLACES |= dict.fromkeys(("LoraWeights", "read_corenet", "read_peft", "write_peft"), "lora_files")
+_PLACES = {
+    "conversion": ("Conversion", "convert", "export"),
+    "lora_files": ("LoraWeights", "read_corenet", "read_peft", "write_peft"),
+    "plan": ("ConversionPlan",),
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for, and no more: names and shapes need no reader of files."""
-    if name in _PLACES:
-        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    """Imports what is asked for, and no more."""
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{place}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,33 +1,30 @@
-"""The mean of several checkpoints of one model, as a model directory.
+"""The mean of several checkpoints of one model, as a model directory, and how far each checkpoint lies from it.
 
-Knows what may be averaged, the mean in float64, and how far each checkpoint lies from it. Takes a few megabytes of
-memory whatever the model's size: files are opened, tensors named and directories written by the converter. Computes
-with NumPy alone.
+Sums in float64 with NumPy alone, a few megabytes at a time whatever the model's size.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from elm_mlx import reading
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import MODEL, PARAMETERS, RUN_RECORD, check_destination, checkpoints_of
-from elm_mlx.errors import ElmError, InputError, counted
-from elm_mlx.files import expanded, hold, new_directory
+from elm_mlx.errors import InputError, counted
+from elm_mlx.files import expanded, hold
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text import chat_template
 from elm_mlx.version import __version__
-from elm_mlx_convert.conversion import write_settings
-from elm_mlx_convert.destination import check_room, hashing, sha256, write_weights
+from elm_mlx_convert.conversion import write_model
+from elm_mlx_convert.destination import failures_named, file_record, new_hashed_directory, sha256, write_json
 from elm_mlx_convert.lora_files import has_adapter
-from elm_mlx_convert.plan import Plan, make_plan
+from elm_mlx_convert.plan import ConversionPlan, make_plan
 from elm_mlx_convert.sources import Source, open_source
 from elm_mlx_convert.tensors import LazyTensor, to_float32
 
@@ -40,7 +37,7 @@ _BEYOND_SHAPES = (
 
 @dataclass(frozen=True)
 class Average:
-    """What `average` has written.
+    """The result of `average`.
 
     Attributes:
         plan: of the directory, with the mean's tensors.
@@ -50,13 +47,13 @@ class Average:
     """
 
     destination: Path
-    plan: Plan
+    plan: ConversionPlan
     distances: tuple[float, ...]
     warnings: tuple[str, ...]
 
 
 def last(run: Path, count: int) -> list[Path]:
-    """The newest `count` checkpoints of a training run, oldest first.
+    """Returns the newest `count` checkpoints of a training run, oldest first.
 
     Raises:
         InputError: `run` holds fewer.
@@ -80,7 +77,7 @@ def average(
     tokenizer: str | Path | None = None,
     dtype: str = "float32",
     overwrite: bool = False,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = no_progress,
 ) -> Average:
     """Writes the mean of `checkpoints`, every one with the same weight.
 
@@ -94,7 +91,7 @@ def average(
         tokenizer: a SentencePiece model, a directory or repository that has one; by default found like the config.
         dtype: float32, float16 or bfloat16.
         overwrite: replace a model directory that is there.
-        on_progress: called with the number of bytes written since the last call, and of all.
+        on_progress: called with "write" and bytes.
 
     Raises:
         InputError: a checkpoint cannot be read, is of another model than the first, is an adapter, or holds values
@@ -102,87 +99,76 @@ def average(
         ElmError: the directory cannot be written, or another process is writing it. `destination` is then as it was.
     """
     path = expanded(destination)
-    try:
-        with hold(path, beside=True):
-            check_destination(path, MODEL, overwrite)
-            plans = _plans(checkpoints, config, tokenizer, dtype)
-            check_destination(path, MODEL, overwrite, [file for plan in plans for file in plan.source.files])
-            check_room(path, plans[0].nbytes)
-            tally = _Tally(len(plans))
-            names, columns = list(map(str, checkpoints)), zip(*(plan.tensors for plan in plans), strict=True)
-            tensors = tuple(_mean(list(zip(names, column, strict=True)), tally) for column in columns)
-            said = _write(plans, tensors, path, overwrite, partial(_report, on_progress, plans[0].nbytes))
-    except OSError as error:
-        raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
-    warnings = (*plans[0].warnings, *_guesses(plans[0]), *([said] if said else []))
-    return Average(path, replace(plans[0], tensors=tensors), tally.distances(), warnings)
+    with failures_named(path), hold(path, beside=True):
+        check_destination(path, MODEL, overwrite)
+        plans = _plans(checkpoints, config, tokenizer, dtype)
+        files = list(dict.fromkeys(file for plan in plans for file in plan.source.files))
+        check_destination(path, MODEL, overwrite, files)
+        tally = _Tally(len(plans))
+        names, columns = list(map(str, checkpoints)), zip(*(plan.tensors for plan in plans), strict=True)
+        tensors = tuple(_mean(list(zip(names, column, strict=True)), tally) for column in columns)
+        plan = replace(plans[0], tensors=tensors)
+        with new_hashed_directory(path, files, plan.nbytes, overwrite=overwrite) as (directory, hashes):
+            warnings = [*plan.warnings, *_guesses(plan), *write_model(directory, plan, on_progress)]
+            write_json(directory / "conversion.json", _record(plans, hashes()))
+    return Average(path, plan, tally.distances(), tuple(warnings))
 
 
-def _guesses(plan: Plan) -> list[str]:
-    """What is told of a config that nobody wrote; the shapes of a known model say all of it."""
+def _guesses(plan: ConversionPlan) -> list[str]:
+    """Returns a warning of a config that nobody wrote; the shapes of a known model say all of it."""
     if plan.config_origin != "the shapes":
         return []
     context = plan.config.max_context_length
     return [f"a context of {context:,} tokens, and what else the shapes don't say, is guessed: --config FILE says it"]
 
 
-def _report(on_progress: Callable[[int, int], None], total: int, count: int) -> None:
-    on_progress(count, total)
-
-
 def _plans(
     checkpoints: Sequence[str | Path], config: Path | None, tokenizer: str | Path | None, dtype: str
-) -> list[Plan]:
+) -> list[ConversionPlan]:
     """Each checkpoint opened, named and measured; all of the same model."""
     if not checkpoints:
         raise InputError("no checkpoint was named")
-    plans: list[Plan] = []
-    for given in checkpoints:
-        source = _open(given, alone=len(checkpoints) == 1)
-        if has_adapter(source.tensors) or any(name.endswith((".lora_a", ".lora_b")) for name in source.tensors):
+    plans: list[ConversionPlan] = []
+    for name in checkpoints:
+        source, template = _open(name, alone=len(checkpoints) == 1)
+        if has_adapter(source.tensors) or any(tensor.endswith((".lora_a", ".lora_b")) for tensor in source.tensors):
             raise InputError(
-                f"{given}: holds an adapter, and a mean of adapters is no adapter of the mean: make models of them "
+                f"{name}: holds an adapter, and a mean of adapters is no adapter of the mean: make models of them "
                 "first, with `convert` or `fuse`"
             )
-        plan = make_plan(source, config=config, tokenizer=tokenizer, dtype=dtype, chat_template=_trained_by(given))
+        plan = make_plan(source, config=config, tokenizer=tokenizer, dtype=dtype, chat_template=template)
         if plans:
-            _check_same(str(checkpoints[0]), plans[0], str(given), plan)
+            _check_same(str(checkpoints[0]), plans[0], str(name), plan)
         if any(set(plan.source.files) & set(other.source.files) for other in plans):
-            raise InputError(f"{given}: is named twice")
+            raise InputError(f"{name}: is named twice")
         plans.append(plan)
     return plans
 
 
-def _open(given: str | Path, alone: bool) -> Source:
-    """A checkpoint's tensors, and the directory with its config and tokenizer: the run's, if it is of a run.
+def _open(name: str | Path, alone: bool) -> tuple[Source, str | None]:
+    """Opens a checkpoint, and finds the chat template that its run was trained by, where it is of a run.
 
     A run of `pretrain` is a model too, its last one: not what is meant where it is named `alone`.
     """
-    path = expanded(given)
-    weights = path / PARAMETERS
-    if weights.is_file():
+    path = expanded(name)
+    if (path / PARAMETERS).is_file():
         path = path if path.parent.name == "checkpoints" else path.resolve()
         run = path.parent.parent if path.parent.name == "checkpoints" else path
-        source = open_source(weights)
-        return replace(source, label=path.name, kind="checkpoint of a run", directory=_home(run, source))
+        source = open_source(path / PARAMETERS)
+        template, trained_by = None, run / chat_template.FILE_NAME
+        if run != path and trained_by.is_file():
+            template = str(trained_by) if reading.text(trained_by).strip() else chat_template.NONE
+        home = _home(run, source)
+        return replace(source, label=path.name, kind="checkpoint of a run", directory=home), template
     found = checkpoints_of(path)
     if found and (alone or not (path / "model.safetensors").is_file()):
         if len(found) == 1:
             raise InputError(
-                f"{given}: is a run that kept 1 checkpoint, which is its own mean: let it keep more (`run.keep` in "
+                f"{name}: is a run that kept 1 checkpoint, which is its own mean: let it keep more (`run.keep` in "
                 f"pretrain's recipe, --keep of `lora --full`), or name {found[0]}"
             )
-        raise InputError(f"{given}: is a run with {len(found)} checkpoints: pass --last N, or name some of them")
-    return open_source(given)
-
-
-def _trained_by(given: str | Path) -> str | None:
-    """The chat template that the run of a checkpoint was trained by, where that is not the model's own."""
-    path = expanded(given)
-    recorded = path.parent.parent / chat_template.FILE_NAME
-    if path.parent.name != "checkpoints" or not recorded.is_file():
-        return None
-    return str(recorded) if reading.text(recorded).strip() else chat_template.NONE
+        raise InputError(f"{name}: is a run with {len(found)} checkpoints: pass --last N, or name some of them")
+    return open_source(name), None
 
 
 def _home(run: Path, source: Source) -> Path:
@@ -197,32 +183,30 @@ def _home(run: Path, source: Source) -> Path:
     return model if shapes == {name: tensor.shape for name, tensor in source.tensors.items()} else run
 
 
-def _check_same(first: str, expected: Plan, given: str, plan: Plan) -> None:
-    shapes = {tensor.name: tensor.shape for tensor in expected.tensors}
-    for tensor in plan.tensors:
-        if tensor.name not in shapes:
-            raise InputError(f"{given}: has {tensor.name}, which {first} has not")
-        if tensor.shape != shapes[tensor.name]:
-            raise InputError(
-                f"{given}: {tensor.name} has the shape {tensor.shape}, and in {first} {shapes[tensor.name]}: only "
-                "checkpoints of one model have a mean"
-            )
-    missing = shapes.keys() - {tensor.name for tensor in plan.tensors}
-    if missing:
-        raise InputError(f"{given}: has no {min(missing)}, which {first} has")
+def _check_same(first: str, expected: ConversionPlan, name: str, plan: ConversionPlan) -> None:
+    shapes, own = ({tensor.name: tensor.shape for tensor in each.tensors} for each in (expected, plan))
+    if added := own.keys() - shapes.keys():
+        raise InputError(f"{name}: has {min(added)}, which {first} has not")
+    if missing := shapes.keys() - own.keys():
+        raise InputError(f"{name}: has no {min(missing)}, which {first} has")
+    if other := next((tensor for tensor in own if own[tensor] != shapes[tensor]), None):
+        raise InputError(
+            f"{name}: {other} has the shape {own[other]}, and in {first} {shapes[other]}: only checkpoints of one "
+            "model have a mean"
+        )
     for field in _BEYOND_SHAPES:
         here, there = getattr(plan.config, field), getattr(expected.config, field)
         if here != there:
             raise InputError(
-                f"{given}: {field} is {here} ({plan.config_origin}), and of {first} {there} "
+                f"{name}: {field} is {here} ({plan.config_origin}), and of {first} {there} "
                 f"({expected.config_origin}); --config decides for both"
             )
     if plan.tokenizer and expected.tokenizer and plan.tokenizer.read_bytes() != expected.tokenizer.read_bytes():
-        raise InputError(f"{given}: has another tokenizer than {first}")
+        raise InputError(f"{name}: has another tokenizer than {first}")
 
 
 class _Tally:
-    """Squared norms, summed up while the mean is written: of the mean, and of each checkpoint's difference."""
+    """Sums squared norms while the mean is written: of the mean, and of each checkpoint's difference from it."""
 
     def __init__(self, checkpoints: int) -> None:
         self._differences = [0.0] * checkpoints
@@ -268,25 +252,8 @@ def _float64(block: np.ndarray, dtype: str) -> np.ndarray:
     return block.astype(np.float64) if dtype == "float64" else to_float32(block, dtype).astype(np.float64)
 
 
-def _write(
-    plans: Sequence[Plan],
-    tensors: Sequence[LazyTensor],
-    path: Path,
-    overwrite: bool,
-    progress: Callable[[int], None],
-) -> str | None:
-    """The whole directory. Returns what there is to warn of."""
-    plan = plans[0]
-    files = dict.fromkeys(file for plan in plans for file in plan.source.files)
-    with hashing(files) as hashes, new_directory(path, replace=overwrite) as directory:
-        write_weights(directory, tensors, plan.dtype, progress=progress)
-        said = write_settings(plan, directory)
-        _write_json(directory / "conversion.json", _record(plans, hashes()))
-    return said
-
-
-def _record(plans: Sequence[Plan], hashes: dict[Path, str]) -> dict[str, Any]:
-    """Where the model comes from. As of a conversion, equal input gives equal bytes."""
+def _record(plans: Sequence[ConversionPlan], hashes: dict[Path, str]) -> dict[str, Any]:
+    """Returns the content of `conversion.json`. As of a conversion, equal input gives equal bytes."""
     plan = plans[0]
     return {
         "tool": f"elm-mlx {__version__}",
@@ -295,10 +262,7 @@ def _record(plans: Sequence[Plan], hashes: dict[Path, str]) -> dict[str, Any]:
                 "name": each.source.label,
                 "kind": each.source.kind,
                 "dtype": each.source_dtype,
-                "files": [
-                    {"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file]}
-                    for file in each.source.files
-                ],
+                "files": file_record(each.source.files, hashes),
             }
             for each in plans
         ],
@@ -307,7 +271,3 @@ def _record(plans: Sequence[Plan], hashes: dict[Path, str]) -> dict[str, Any]:
         "dropped_vocabulary_rows": plan.dropped_rows,
         "tokenizer_sha256": sha256(plan.tokenizer) if plan.tokenizer else None,
     }
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,37 +1,43 @@
-"""A checkpoint in, an MLX model directory out: the one function that the rest of this package serves.
-
-Knows the order of the steps and what the directory holds. Decisions are made in `plan`, bytes in `writer`.
-"""
+"""A checkpoint into an MLX model directory, and a model back into CoreNet's PyTorch checkpoint."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import EXPORT, MODEL, carry_templates, check_destination
-from elm_mlx.errors import ElmError
-from elm_mlx.files import expanded, new_directory, write_text
+from elm_mlx.files import expanded, write_text
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 from elm_mlx.version import __version__
 from elm_mlx_convert import tokenizers
-from elm_mlx_convert.destination import Difference, check_room, compare, hashing, sha256, write_weights
+from elm_mlx_convert.destination import (
+    Difference,
+    compare,
+    failures_named,
+    file_record,
+    new_hashed_directory,
+    sha256,
+    write_json,
+    write_weights,
+)
 from elm_mlx_convert.names import listed
-from elm_mlx_convert.plan import Plan, make_plan
+from elm_mlx_convert.plan import ConversionPlan, make_plan
 from elm_mlx_convert.source_config import preset_name
 from elm_mlx_convert.tensors import FLOATS
 from elm_mlx_convert.torch_files import write_state_dict
 
+CHECKPOINT, SETTINGS, TOKENIZER = "checkpoint.pt", "config.yaml", "tokenizer.model"
+
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` has done.
+    """The result of `convert`.
 
     Args:
         destination: None after a dry run.
@@ -40,7 +46,7 @@ class Conversion:
         seconds: from the start to the finished directory.
     """
 
-    plan: Plan
+    plan: ConversionPlan
     destination: Path | None
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
@@ -63,8 +69,8 @@ def convert(
     verify: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
-    on_plan: Callable[[Plan], None] = lambda plan: None,
-    on_progress: Callable[[str, int], None] = lambda step, count: None,
+    on_plan: Callable[[ConversionPlan], None] = lambda plan: None,
+    on_progress: OnProgress = no_progress,
 ) -> Conversion:
     """Turns a checkpoint of an OpenELM into a directory that this package and mlx-lm open.
 
@@ -85,7 +91,7 @@ def convert(
         dry_run: decide everything, write nothing.
         overwrite: replace a model directory that is there.
         on_plan: called when everything is decided.
-        on_progress: called with "write" or "verify" and the number of bytes written or read since the last call.
+        on_progress: called with "write" or "verify" and bytes.
 
     Raises:
         InputError: the source, or what was asked of it, is at fault.
@@ -94,7 +100,7 @@ def convert(
     """
     start = time.perf_counter()
     path = expanded(destination)
-    try:
+    with failures_named(path):
         check_destination(path, MODEL, overwrite)
         plan = make_plan(
             source,
@@ -112,37 +118,30 @@ def convert(
         on_plan(plan)
         if dry_run:
             return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
-        check_room(path, plan.nbytes)
-        differences, said = _write(plan, path, verify=verify, overwrite=overwrite, on_progress=on_progress)
-    except BrokenPipeError:  # of whoever reads the plan
-        raise
-    except OSError as error:
-        raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
-    return Conversion(plan, path, differences, plan.warnings + said, time.perf_counter() - start)
+        sources = plan.source.files
+        with new_hashed_directory(path, sources, plan.nbytes, overwrite=overwrite) as (directory, hashes):
+            warnings = write_model(directory, plan, on_progress)
+            differences = compare(plan.tensors, directory, plan.dtype, on_progress) if verify else []
+            write_json(directory / "conversion.json", _record(plan, hashes()))
+    seconds = time.perf_counter() - start
+    return Conversion(plan, path, tuple(differences), (*plan.warnings, *warnings), seconds)
 
 
-def _write(
-    plan: Plan, path: Path, *, verify: bool, overwrite: bool, on_progress: Callable[[str, int], None]
-) -> tuple[tuple[Difference, ...], tuple[str, ...]]:
-    """What `verify` found, and what there is to warn of."""
-    differences: list[Difference] = []
-    warnings: list[str | None] = []
-    with hashing(plan.source.files) as hashes, new_directory(path, replace=overwrite) as directory:
-        broken = write_weights(directory, plan.tensors, plan.dtype, progress=partial(on_progress, "write"))
-        warnings.append(write_settings(plan, directory))
-        if verify:
-            differences = compare(plan.tensors, directory, plan.dtype, partial(on_progress, "verify"))
-        _write_json(directory / "conversion.json", _record(plan, hashes()))
-    if broken:
-        warnings.append(f"values that are no numbers, or infinite, in {listed(broken)}")
-    return tuple(differences), tuple(filter(None, warnings))
-
-
-def write_settings(plan: Plan, directory: Path) -> str | None:
-    """All of a model directory but the weights and where they come from. Returns what there is to warn of."""
-    _write_json(directory / "config.json", plan.config.to_dict())
+def write_model(directory: Path, plan: ConversionPlan, on_progress: OnProgress) -> list[str]:
+    """Fills a model directory, but for the record of what it was made of. Returns warnings."""
+    broken = write_weights(directory, plan.tensors, plan.dtype, on_progress=on_progress)
+    write_json(directory / "config.json", plan.config.to_dict())
     if plan.generation is not None:
-        _write_json(directory / "generation_config.json", plan.generation)
+        write_json(directory / "generation_config.json", plan.generation)
+    return [*([warning] if (warning := _write_tokenizer(directory, plan)) else []), *_not_finite(broken)]
+
+
+def _not_finite(names: list[str]) -> list[str]:
+    return [f"values that are no numbers, or infinite, in {listed(names)}"] if names else []
+
+
+def _write_tokenizer(directory: Path, plan: ConversionPlan) -> str | None:
+    """Writes the tokenizer and the chat templates. Returns a warning."""
     if plan.tokenizer is None:
         return None
     own = plan.chat_template
@@ -152,17 +151,15 @@ def write_settings(plan: Plan, directory: Path) -> str | None:
     return tokenizers.write(plan.tokenizer, directory, max_length=plan.config.max_context_length, chat_template=own)
 
 
-def _record(plan: Plan, hashes: dict[Path, str]) -> dict[str, Any]:
-    """Where the model comes from. Says nothing of when or by whom: equal input gives equal bytes."""
+def _record(plan: ConversionPlan, hashes: dict[Path, str]) -> dict[str, Any]:
+    """Returns the content of `conversion.json`, without when and by whom: equal input gives equal bytes."""
     return {
         "tool": f"elm-mlx {__version__}",
         "source": {
             "name": plan.source.label,
             "kind": plan.source.kind,
             "revision": plan.source.revision,
-            "files": [
-                {"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file]} for file in plan.source.files
-            ],
+            "files": file_record(plan.source.files, hashes),
         },
         "config": plan.config_origin,
         "dtype": {"source": plan.source_dtype, "written": plan.dtype},
@@ -174,14 +171,9 @@ def _record(plan: Plan, hashes: dict[Path, str]) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-CHECKPOINT, SETTINGS, TOKENIZER = "checkpoint.pt", "config.yaml", "tokenizer.model"
-
-
-def export(model: str | Path, destination: str | Path, *, dtype: str | None = None, overwrite: bool = False) -> Plan:
+def export(
+    model: str | Path, destination: str | Path, *, dtype: str | None = None, overwrite: bool = False
+) -> ConversionPlan:
     """Writes a state dict in CoreNet's names, with CoreNet's YAML and the tokenizer, as a directory.
 
     Chat template and generation settings lie beside them, where `convert` finds them again; CoreNet knows neither.
@@ -197,14 +189,13 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
         ElmError: it cannot be written. `destination` is as it was, here and there.
     """
     path = expanded(destination)
-    try:
+    with failures_named(path):
         check_destination(path, EXPORT, overwrite)
         plan = make_plan(model, dtype=dtype)
         if dtype is None and plan.source_dtype in FLOATS:
             plan = replace(plan, dtype=plan.source_dtype)
         check_destination(path, EXPORT, overwrite, plan.source.files)
-        check_room(path, plan.nbytes)
-        with new_directory(path, replace=overwrite) as directory:
+        with new_hashed_directory(path, (), plan.nbytes, overwrite=overwrite) as (directory, _):
             broken = write_state_dict(directory / CHECKPOINT, plan.tensors, plan.dtype)
             (directory / SETTINGS).write_text(corenet_yaml(plan.config), encoding="utf-8")
             if plan.tokenizer is not None:
@@ -212,15 +203,12 @@ def export(model: str | Path, destination: str | Path, *, dtype: str | None = No
             if plan.chat_template is not None:
                 write_text(directory / chat_template.FILE_NAME, plan.chat_template)
             if (generation := _generation(plan)) is not None:
-                write_text(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
-    except OSError as error:
-        raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
-    said = f"values that are no numbers, or infinite, in {listed(broken)}" if broken else None
-    return replace(plan, warnings=(*plan.warnings, *([said] if said else [])))
+                write_json(directory / "generation_config.json", generation)
+    return replace(plan, warnings=(*plan.warnings, *_not_finite(broken)))
 
 
-def _generation(plan: Plan) -> dict[str, Any] | None:
-    """The source's `generation_config.json`, with the end tokens that its other files name.
+def _generation(plan: ConversionPlan) -> dict[str, Any] | None:
+    """Returns the source's `generation_config.json`, with the end tokens that its other files name.
 
     An export has neither `config.json` nor `tokenizer_config.json`; what the tokenizer itself says needs no word.
     """
@@ -233,7 +221,7 @@ def _generation(plan: Plan) -> dict[str, Any] | None:
 
 
 def corenet_yaml(config: ModelConfig) -> str:
-    """The options by which CoreNet, or `convert`, knows the model; of one that is no preset, shapes tell the rest."""
+    """Returns CoreNet's options of the model; where it is no preset, `convert` reads the rest off the shapes."""
     import yaml
 
     words = {

@@ -1,4 +1,4 @@
-"""A model directory being written: room for it, its weights a few megabytes at a time, hashes of its source, and proof.
+"""A directory that is being made: room for it, its weights in bounded memory, hashes of its sources, and proof.
 
 The proof reads both sides from disk and compares every value. It knows how far rounding may move a value, and uses
 none of the casts that made the files.
@@ -7,6 +7,7 @@ none of the casts that made the files.
 from __future__ import annotations
 
 import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,30 +15,56 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from elm_mlx import safetensors_file
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError
-from elm_mlx.files import free_bytes
-from elm_mlx.safetensors_file import SHARD_BYTES, Pending
-from elm_mlx_convert import safetensors_files
-from elm_mlx_convert.tensors import ITEM_SIZES, LazyTensor, cast_blocks, to_float32
+from elm_mlx.files import free_bytes, new_directory
+from elm_mlx.safetensors_file import SHARD_BYTES, Pending, write_shards
+from elm_mlx_convert.tensors import LazyTensor, cast_blocks, read_safetensors, to_float32
 
 # Config, tokenizer and record of the largest vocabulary, with room to spare.
 _OTHER_BYTES = 16 << 20
 
 
-def check_room(path: Path, nbytes: int) -> None:
-    """Raises ElmError where weights of `nbytes`, and what goes with them, do not fit."""
-    needed, free = nbytes + _OTHER_BYTES, free_bytes(path)
-    if needed > free:
-        raise ElmError(f"{path}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+Hashes = Callable[[], dict[Path, str]]
 
 
 @contextmanager
-def hashing(files: Iterable[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
-    """Takes the files' SHA-256 in the background; what it yields waits for them, by file."""
+def failures_named(path: Path) -> Iterator[None]:
+    """Raises what the system refuses in the block as an ElmError about `path`."""
+    try:
+        yield
+    except BrokenPipeError:  # of whoever reads what the command prints
+        raise
+    except OSError as error:
+        raise ElmError(f"{path}: was not made: {error.filename or 'input or output'}: {error.strerror}") from None
+
+
+@contextmanager
+def new_hashed_directory(
+    path: Path, sources: Iterable[Path], nbytes: int, *, overwrite: bool
+) -> Iterator[tuple[Path, Hashes]]:
+    """Gives a directory to fill that becomes `path` when the block ends, and a function that hashes its sources.
+
+    Args:
+        nbytes: of the weights that are to be written.
+
+    Raises:
+        ElmError: they, and what goes with them, do not fit; or as `files.new_directory`.
+    """
+    needed, free = nbytes + _OTHER_BYTES, free_bytes(path)
+    if needed > free:
+        raise ElmError(f"{path}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+    with _hashing(sources) as hashes, new_directory(path, replace=overwrite) as directory:
+        yield directory, hashes
+
+
+@contextmanager
+def _hashing(files: Iterable[Path]) -> Iterator[Hashes]:
+    """Computes the files' SHA-256 in the background; the function that it gives waits for them."""
     stop = threading.Event()
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
         try:
@@ -48,7 +75,7 @@ def hashing(files: Iterable[Path]) -> Iterator[Callable[[], dict[Path, str]]]:
 
 
 def sha256(file: Path, stop: threading.Event | None = None) -> str:
-    """Of a file's bytes, in hexadecimal; of half of them once `stop` is set."""
+    """Returns the hash of a file's bytes in hexadecimal, or of some of them once `stop` is set."""
     digest = hashlib.sha256()
     buffer = bytearray(1 << 16)  # stays in the cache: a third faster than 1 MB
     with file.open("rb", buffering=0) as stream:
@@ -57,9 +84,25 @@ def sha256(file: Path, stop: threading.Event | None = None) -> str:
     return digest.hexdigest()
 
 
-def written_bytes(tensors: Sequence[LazyTensor], dtype: str) -> int:
-    """What the tensors take in `dtype`."""
-    return sum(tensor.size for tensor in tensors) * ITEM_SIZES[dtype]
+def file_record(files: Iterable[Path], hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
+    """Returns what `conversion.json` says of source files."""
+    return [{"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file]} for file in files]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def progress_of(on_progress: OnProgress, what: str, total: int) -> Callable[[int], None]:
+    """Returns a function to call with the number of bytes done since its last call."""
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        on_progress(what, done, total)
+
+    return add
 
 
 def write_weights(
@@ -68,13 +111,13 @@ def write_weights(
     dtype: str,
     *,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int], None] = lambda count: None,
+    on_progress: OnProgress = no_progress,
 ) -> list[str]:
     """Writes `tensors`, cast to `dtype`, as `model.safetensors`, or as shards and their index.
 
     Args:
         shard_bytes: no shard is larger, unless a single tensor is.
-        progress: called with the number of bytes written since the last call.
+        on_progress: called with "write" and bytes.
 
     Returns:
         The names of tensors that hold NaN or infinite values in the source.
@@ -85,9 +128,8 @@ def write_weights(
     """
     not_finite: list[str] = []
     pending = [Pending(t.name, dtype, t.shape, partial(cast_blocks, t, dtype, not_finite)) for t in tensors]
-    safetensors_file.write_shards(
-        directory, pending, shard_bytes, parameters=sum(t.size for t in tensors), progress=progress
-    )
+    progress = progress_of(on_progress, "write", sum(tensor.nbytes for tensor in pending))
+    write_shards(directory, pending, shard_bytes, parameters=sum(t.size for t in tensors), progress=progress)
     return not_finite
 
 
@@ -115,7 +157,7 @@ class Difference:
 
 
 def group_of(name: str) -> str:
-    """Which of GROUPS the canonically named weight belongs to."""
+    """Returns the one of GROUPS that the canonically named weight belongs to."""
     if name.endswith("norm.weight"):
         return "norms"
     if name.startswith("lm_head."):
@@ -124,12 +166,12 @@ def group_of(name: str) -> str:
 
 
 def compare(
-    tensors: Sequence[LazyTensor], directory: Path, dtype: str, progress: Callable[[int], None] = lambda count: None
+    tensors: Sequence[LazyTensor], directory: Path, dtype: str, on_progress: OnProgress = no_progress
 ) -> list[Difference]:
     """Compares every value of `tensors` with what `directory` holds, cast to `dtype`.
 
     Args:
-        progress: called with the number of bytes read from `directory` since the last call.
+        on_progress: called with "verify" and bytes of `directory`.
 
     Returns:
         The largest difference of each group that there is, in the order of GROUPS.
@@ -139,8 +181,14 @@ def compare(
     """
     written: dict[str, LazyTensor] = {}
     for file in sorted(directory.glob("model*.safetensors")):
-        written |= safetensors_files.read(file)
-    _same_names(tensors, written, dtype)
+        written |= read_safetensors(file)
+    for tensor in tensors:
+        copy = written.get(tensor.name)
+        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, dtype):
+            raise ElmError(f"verification failed: {tensor.name} was not written as {tensor.shape} in {dtype}")
+    if len(written) != len(tensors):
+        raise ElmError(f"verification failed: {len(written)} tensors were written for {len(tensors)}")
+    progress = progress_of(on_progress, "verify", sum(tensor.nbytes for tensor in written.values()))
     found = {group: Difference(group) for group in GROUPS}
     for tensor in tensors:
         difference = found[group_of(tensor.name)]
@@ -148,20 +196,11 @@ def compare(
         difference.values += tensor.size
         row = 0
         for block in tensor.blocks():
-            copy = written[tensor.name].read_rows(row, row + len(block))
+            values = written[tensor.name].read_rows(row, row + len(block))
             row += len(block)
-            _compare_block(tensor, block, copy, dtype, difference)
-            progress(copy.nbytes)
+            _compare_block(tensor, block, values, dtype, difference)
+            progress(values.nbytes)
     return [difference for difference in found.values() if difference.tensors]
-
-
-def _same_names(tensors: Sequence[LazyTensor], written: Mapping[str, LazyTensor], dtype: str) -> None:
-    for tensor in tensors:
-        copy = written.get(tensor.name)
-        if copy is None or (copy.shape, copy.dtype) != (tensor.shape, dtype):
-            raise ElmError(f"verification failed: {tensor.name} was not written as {tensor.shape} in {dtype}")
-    if len(written) != len(tensors):
-        raise ElmError(f"verification failed: {len(written)} tensors were written for {len(tensors)}")
 
 
 def _compare_block(tensor: LazyTensor, block: np.ndarray, copy: np.ndarray, dtype: str, found: Difference) -> None:

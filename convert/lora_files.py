@@ -19,11 +19,11 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.reading import json_object
-from elm_mlx_convert import names, safetensors_files, torch_files
+from elm_mlx_convert import names, torch_files
 from elm_mlx_convert.names import HEAD, listed, to_canonical, unwrap
 from elm_mlx_convert.source_config import Scaling, find_settings, read_settings
 from elm_mlx_convert.sources import open_source
-from elm_mlx_convert.tensors import FLOATS, LazyTensor, to_float32
+from elm_mlx_convert.tensors import FLOATS, LazyTensor, read_safetensors, to_float32
 
 EMBEDDING = names.EMBEDDING.removesuffix(".weight")
 PEFT_CONFIG = "adapter_config.json"
@@ -97,7 +97,7 @@ def read_peft(directory: Path, config: Config) -> LoraWeights:
     file = next((directory / name for name in PEFT_WEIGHTS if (directory / name).is_file()), None)
     if file is None:
         raise InputError(f"{directory}: holds neither {PEFT_WEIGHTS[0]} nor {PEFT_WEIGHTS[1]}")
-    tensors = safetensors_files.read(file) if file.suffix == ".safetensors" else _read_bin(file)
+    tensors = read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
     alpha, pattern = values.get("lora_alpha"), values.get("alpha_pattern") or {}
     if (
         alpha is None

@@ -20,18 +20,17 @@ from elm_mlx.model.config import PRESETS, ModelConfig
 from elm_mlx.reading import json_object
 from elm_mlx.text import chat_template
 from elm_mlx_convert import lora_files, tokenizers
-from elm_mlx_convert.destination import written_bytes
 from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, listed, unwrapped
 from elm_mlx_convert.source_config import Scaling, Settings, decide, find_settings, read_settings
 from elm_mlx_convert.sources import Source, open_source
-from elm_mlx_convert.tensors import FLOATS, LazyTensor
+from elm_mlx_convert.tensors import FLOATS, ITEM_SIZES, LazyTensor
 
 # Apple's 3B, whose activations float16 cannot hold. Nothing smaller is known to need more.
 _WIDE_MODEL_DIM = 3072
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """What will be written, and how that was found out.
 
     Args:
@@ -65,7 +64,7 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Of the weights, as they will be written."""
-        return written_bytes(self.tensors, self.dtype)
+        return self.parameters * ITEM_SIZES[self.dtype]
 
 
 def make_plan(
@@ -80,7 +79,7 @@ def make_plan(
     revision: str | None = None,
     ema: bool = False,
     chat_template: str | None = None,
-) -> Plan:
+) -> ConversionPlan:
     """Opens the source, unless it is open already, and decides everything. The arguments are those of `convert`.
 
     Raises:
@@ -112,7 +111,7 @@ def make_plan(
     if not model.ffn_with_glu:
         warnings.append("its FFN has no gate (GLU), which mlx-lm cannot express: only elm-mlx opens the result")
     dropped = shapes[EMBEDDING][0] - model.vocab_size
-    return Plan(
+    return ConversionPlan(
         source=opened,
         config=model,
         config_origin=origin,

@@ -20,9 +20,9 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import expanded
 from elm_mlx.model.families import check_is_openelm
 from elm_mlx.reading import json_object
-from elm_mlx_convert import safetensors_files, torch_files
+from elm_mlx_convert import torch_files
 from elm_mlx_convert.names import listed
-from elm_mlx_convert.tensors import LazyTensor
+from elm_mlx_convert.tensors import LazyTensor, read_safetensors
 
 # Where training loops keep the model's state dict; CoreNet's is the first.
 _STATES = ("model_state_dict", "state_dict", "model")
@@ -83,7 +83,7 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
 def _open_file(path: Path, ema: bool) -> Source:
     if path.suffix == ".safetensors":
         _refuse_ema(path, ema)
-        tensors = safetensors_files.read(path)
+        tensors = read_safetensors(path)
         if not tensors:
             raise InputError(f"{path}: holds no tensors")
         return Source(path.name, "safetensors file", path.parent, (path,), tensors)
@@ -94,7 +94,7 @@ def _open_file(path: Path, ema: bool) -> Source:
 def _open_directory(directory: Path, ema: bool) -> Source:
     label = directory.resolve().name
     for index, reader, kind in (
-        ("model.safetensors.index.json", safetensors_files.read, "safetensors in shards"),
+        ("model.safetensors.index.json", read_safetensors, "safetensors in shards"),
         ("pytorch_model.bin.index.json", _read_torch, "PyTorch files in shards"),
     ):
         if (directory / index).is_file() and not (directory / "model.safetensors").is_file():

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from elm_mlx.errors import InputError
+from elm_mlx.safetensors_file import TYPES, parse_header
 
 # How many bytes a value takes. Only floats can be a weight; uint32 is what MLX packs quantized weights into.
 ITEM_SIZES = {
@@ -24,6 +25,7 @@ ITEM_SIZES = {
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "uint32": 4,
 }  # fmt: skip
 FLOATS = ("float32", "float16", "bfloat16")
+_SAFETENSORS_DTYPES = {own: name for own, name in TYPES.items() if name in ITEM_SIZES}
 
 # Rows are read and cast this many bytes at a time: memory is bounded, and a block stays in the cache of a core.
 BLOCK_BYTES = 1 << 20
@@ -242,6 +244,35 @@ def _gather(file: File, start: int, strides: list[int], out: np.ndarray) -> None
 def _in_order(out: np.ndarray, strides: list[int]) -> bool:
     """Whether the file holds the values in the order in which `out` does; an axis of length 1 has no say."""
     return all(n == 1 or a == b for n, a, b in zip(out.shape, strides, out.strides, strict=True))
+
+
+def read_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Returns the tensors of a safetensors file, in the order of their data.
+
+    Raises:
+        InputError: it cannot be opened, or is no well-formed safetensors file: says what is wrong.
+    """
+    file = File(path)
+    tensors = {}
+    for entry in parse_header(path, file.size, file.read):
+        if entry.dtype not in _SAFETENSORS_DTYPES:
+            raise InputError(
+                f"{path}: {entry.name!r} has the type {entry.dtype}; known are {', '.join(_SAFETENSORS_DTYPES)}"
+            )
+        tensors[entry.name] = _safetensor(file, entry.name, entry.shape, _SAFETENSORS_DTYPES[entry.dtype], entry.begin)
+    return tensors
+
+
+def _safetensor(file: File, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> LazyTensor:
+    row_shape = shape[1:]
+    row_bytes = math.prod(row_shape) * ITEM_SIZES[dtype]
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        rows = np.empty((stop - start, *row_shape), numpy_dtype(dtype))
+        file.read_into(offset + start * row_bytes, rows.reshape(-1).view(np.uint8).data)
+        return rows
+
+    return LazyTensor(name, shape, dtype, read_rows)
 
 
 def numpy_dtype(dtype: str) -> np.dtype:

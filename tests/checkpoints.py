@@ -18,8 +18,8 @@ import torch_files
 from safetensors.numpy import save_file
 
 from elm_mlx.model.config import ModelConfig
-from elm_mlx_convert import safetensors_files
 from elm_mlx_convert.names import to_corenet
+from elm_mlx_convert.tensors import read_safetensors
 
 Weights = dict[str, np.ndarray]
 
@@ -119,7 +119,7 @@ def save_tokenizer(directory: Path, pieces: int = 300) -> Path:
 
 def read(directory: Path) -> Weights:
     """What was written, as it lies there: bfloat16 as bit patterns."""
-    return {name: tensor.read() for name, tensor in safetensors_files.read(directory / "model.safetensors").items()}
+    return {name: tensor.read() for name, tensor in read_safetensors(directory / "model.safetensors").items()}
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

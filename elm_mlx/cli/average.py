@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx import files
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.cli.bars import bar
 from elm_mlx.cli.show import counted, say, size
 from elm_mlx.errors import InputError
@@ -73,16 +74,16 @@ def _print(done: Average, checkpoints: list[str]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
+def _progress() -> Iterator[OnProgress]:
     """A bar on stderr, where someone is looking."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield lambda done, total: None
+        yield no_progress
         return
     columns = (TextColumn("average"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task("average")
-        yield lambda done, total: bars.update(task, advance=done, total=total)
+        yield lambda what, done=0, total=0, /: bars.update(task, completed=done, total=total)

@@ -14,7 +14,7 @@ from elm_mlx.cli.show import counted, say, size
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from elm_mlx_convert import Conversion, Plan
+    from elm_mlx_convert import Conversion, ConversionPlan
 
 
 def convert(
@@ -116,7 +116,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
         say("wrote", str(dst))
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: ConversionPlan) -> None:
     config, source = plan.config, plan.source
     heads, kv, ffn = config.num_query_heads, config.num_kv_heads, config.ffn_dims
     rows = [
@@ -176,7 +176,7 @@ class _Progress(AbstractContextManager["_Progress"]):
         self._progress: Progress | None = None
         self._tasks: dict[str, Any] = {}
 
-    def begin(self, plan: Plan) -> None:
+    def begin(self, plan: ConversionPlan) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -189,9 +189,9 @@ class _Progress(AbstractContextManager["_Progress"]):
         self._progress = self._bars.__enter__()
         self._tasks = {step: self._progress.add_task(step, total=plan.nbytes) for step in self._steps}
 
-    def advance(self, step: str, count: int) -> None:
+    def advance(self, step: str, done: int = 0, total: int = 0, /) -> None:
         if self._progress is not None:
-            self._progress.advance(self._tasks[step], count)
+            self._progress.update(self._tasks[step], completed=done)
 
     def __exit__(self, *exception: Any) -> None:
         self._bars.__exit__(*exception)

@@ -190,7 +190,7 @@ def test_a_bar_only_where_someone_looks(tmp_path: Path, source: Path) -> None:
 def test_the_function_is_there_to_import() -> None:
     import elm_mlx_convert
 
-    assert callable(elm_mlx_convert.convert) and callable(elm_mlx_convert.Plan)
+    assert callable(elm_mlx_convert.convert) and callable(elm_mlx_convert.ConversionPlan)
     assert ModelConfig.__name__ == "ModelConfig"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = elm_mlx_convert.nothing

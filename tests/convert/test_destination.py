@@ -122,7 +122,7 @@ def test_a_write_that_fails_leaves_the_old(
     def fails(*_: Any, **__: Any) -> None:
         raise OSError(code, "as the system says it")
 
-    monkeypatch.setattr(conversion, "_write_json", fails)
+    monkeypatch.setattr(conversion, "write_json", fails)
     with pytest.raises(ElmError, match=r"cannot be written: No space left|was not made: .*as the system says"):
         convert(source, tmp_path / "out", overwrite=True, dtype="float32")
     assert snapshot(tmp_path) == before

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from safetensors_headers import entry, raw
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert import safetensors_files
+from elm_mlx_convert.tensors import read_safetensors
 
 
 def test_what_the_library_writes(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_what_the_library_writes(tmp_path: Path) -> None:
     }
     arrays |= {"scalar": np.array(3, np.float32), "empty": np.zeros((0, 4), np.float32)}
     save_file(arrays, tmp_path / "x.safetensors", metadata={"format": "pt"})
-    read = safetensors_files.read(tmp_path / "x.safetensors")
+    read = read_safetensors(tmp_path / "x.safetensors")
     assert read.keys() == arrays.keys()
     for name, array in arrays.items():
         assert read[name].shape == array.shape and read[name].dtype == array.dtype.name
@@ -36,21 +36,21 @@ def test_what_mlx_writes_bfloat16_too(tmp_path: Path) -> None:
 
     array = mx.array(np.linspace(-3, 3, 12, dtype=np.float32).reshape(3, 4)).astype(mx.bfloat16)
     mx.save_safetensors(str(tmp_path / "x.safetensors"), {"a": array})
-    tensor = safetensors_files.read(tmp_path / "x.safetensors")["a"]
+    tensor = read_safetensors(tmp_path / "x.safetensors")["a"]
     assert tensor.dtype == "bfloat16"
     np.testing.assert_array_equal(tensor.read(), np.array(array.view(mx.uint16)))
 
 
 def test_absent_and_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
-        safetensors_files.read(tmp_path / "x")
+        read_safetensors(tmp_path / "x")
     with pytest.raises(InputError, match="directory"):
-        safetensors_files.read(tmp_path)
+        read_safetensors(tmp_path)
 
 
 def test_cut_short_after_it_was_opened(tmp_path: Path) -> None:
     path = raw(tmp_path / "x", {"a": entry([2], 0, 8)}, b"\0" * 8)
-    tensor = safetensors_files.read(path)["a"]
+    tensor = read_safetensors(path)["a"]
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(InputError):
         tensor.read()
@@ -76,7 +76,7 @@ def test_flipped_bytes_are_refused_wherever_the_library_refuses_them(tmp_path: P
         path.unlink(missing_ok=True)  # writing over it would make ext4 flush
         path.write_bytes(data)
         try:
-            for tensor in safetensors_files.read(path).values():
+            for tensor in read_safetensors(path).values():
                 tensor.read()
         except InputError:
             refused += 1

@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx_convert import destination, safetensors_files
-from elm_mlx_convert.destination import write_weights, written_bytes
-from elm_mlx_convert.tensors import BLOCK_BYTES, FLOATS, LazyTensor, all_finite, cast, numpy_dtype
+from elm_mlx_convert import destination
+from elm_mlx_convert.destination import write_weights
+from elm_mlx_convert.tensors import (
+    BLOCK_BYTES,
+    FLOATS,
+    ITEM_SIZES,
+    LazyTensor,
+    all_finite,
+    cast,
+    numpy_dtype,
+    read_safetensors,
+)
 
 MLX = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -81,7 +90,7 @@ def arrays() -> dict[str, np.ndarray]:
 def read_all(directory: Path) -> dict[str, LazyTensor]:
     found: dict[str, LazyTensor] = {}
     for file in directory.glob("*.safetensors"):
-        found |= safetensors_files.read(file)
+        found |= read_safetensors(file)
     return found
 
 
@@ -89,11 +98,12 @@ def read_all(directory: Path) -> dict[str, LazyTensor]:
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 5000, 1])
 def test_files_hold_the_values(tmp_path: Path, dtype: str, shard_bytes: int) -> None:
     made = arrays()
-    counts: list[int] = []
+    said: list[tuple[str, int, int]] = []
     tensors = [lazy(name, array) for name, array in made.items()]
-    broken = write_weights(tmp_path, tensors, dtype, shard_bytes=shard_bytes, progress=counts.append)
+    broken = write_weights(tmp_path, tensors, dtype, shard_bytes=shard_bytes, on_progress=lambda *at: said.append(at))
+    total = sum(array.size for array in made.values()) * ITEM_SIZES[dtype]
     assert broken == []
-    assert sum(counts) == written_bytes(tensors, dtype)
+    assert said[-1] == ("write", total, total) and sorted(said) == said
     found = read_all(tmp_path)
     assert found.keys() == made.keys()
     for name, array in made.items():
@@ -107,13 +117,13 @@ def test_files_hold_the_values(tmp_path: Path, dtype: str, shard_bytes: int) -> 
         assert files == [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"] == {
-            "total_size": written_bytes(tensors, dtype),
+            "total_size": total,
             "total_parameters": sum(array.size for array in made.values()),
         }
         for name, file in index["weight_map"].items():
-            assert name in safetensors_files.read(tmp_path / file)
+            assert name in read_safetensors(tmp_path / file)
         for file in files:
-            read = safetensors_files.read(tmp_path / file).values()
+            read = read_safetensors(tmp_path / file).values()
             assert len(read) == 1 or sum(tensor.nbytes for tensor in read) <= shard_bytes
 
 
