@@ -20,15 +20,16 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import perplexity, scores, task_results, task_sources, tasks, tokens
 from elm_mlx.evaluate.perplexity import TextWindows
 from elm_mlx.evaluate.questions import Question
-from elm_mlx.evaluate.score_record import ScoreRecord
+from elm_mlx.evaluate.score_record import ScoreRecord, kept_identity
 from elm_mlx.evaluate.scores import Score
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.task_results import ScoreRow, TaskResult
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextEncoder
+from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
-from elm_mlx.store.describe import check_directory, fingerprint
+from elm_mlx.store.describe import check_directory
 from elm_mlx.store.loading import open_model
 from elm_mlx.version import __version__
 
@@ -145,7 +146,7 @@ class Evaluation:
         self.published = task_results.published_model(self._loaded.model.config, path)
         self.source = task_results.published_source()
         self._identity = {
-            "model": fingerprint(path),
+            "model": fingerprint(path, kept_identity(self.out).get("model")),
             "config.json": _digest(path / "config.json"),
             "adapter": None if adapter is None else _digest(adapters.weights_file(adapter), adapter / adapters.CONFIG),
             "computed in": _computed_in(self._loaded.model),

@@ -115,14 +115,26 @@ def read_results(out: Path) -> dict[str, Any]:
     return results
 
 
-def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
-    """Raises InputError where the directory is of something else."""
+def kept_identity(out: Path) -> dict[str, Any]:
+    """Returns what the record in a directory is of; nothing where there is no record yet.
+
+    Raises:
+        InputError: its file is damaged, or of something else.
+    """
+    if not (out / ABOUT).exists():
+        return {}
     try:
         known = reading.json_object(out / ABOUT).get("identity")
     except InputError as error:
         raise InputError(f"{error}; choose another --out") from None
     if not isinstance(known, dict):
         raise InputError(f"{out / ABOUT}: is not of `elm-mlx eval`; choose another --out")
+    return known
+
+
+def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raises InputError where the directory is of something else."""
+    known = kept_identity(out)
     for name, value in identity.items():
         if known.get(name) != value:
             change = f"{name} {_short(known.get(name))}, now {_short(value)}"

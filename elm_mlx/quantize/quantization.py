@@ -25,8 +25,8 @@ from elm_mlx.quantize import bit_plan, learned, losses
 from elm_mlx.quantize.bit_plan import Plan, Tensors, main_dtype
 from elm_mlx.quantize.losses import Advance, Losses, Speed
 from elm_mlx.quantize.recipe import Format, Recipe, pack
-from elm_mlx.safetensors_file import Pending, weight_files
-from elm_mlx.store.describe import check_directory, config_values, fingerprint
+from elm_mlx.safetensors_file import Pending, fingerprint, weight_files
+from elm_mlx.store.describe import check_directory, config_values
 from elm_mlx.store.loading import Loaded, open_model, pending, read_weights
 from elm_mlx.text import excerpts
 from elm_mlx.text.excerpts import Excerpt

@@ -20,7 +20,7 @@ from elm_mlx.model import lora_layers
 from elm_mlx.model.families import Config
 from elm_mlx.model.network import Model
 from elm_mlx.reading import json_object
-from elm_mlx.safetensors_file import read_header, write_arrays
+from elm_mlx.safetensors_file import fingerprint, read_header, write_arrays
 
 if TYPE_CHECKING:
     from elm_mlx_convert.lora_files import LoraWeights
@@ -196,9 +196,9 @@ def weights_file(directory: Path) -> Path:
     return next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
 
 
-def check_model(adapter: Adapter, sha256: str) -> None:
-    """Raises InputError where `adapter` says that it was made for a model of another fingerprint."""
-    if adapter.model_sha256 not in (None, sha256):
+def check_model(adapter: Adapter, model: Path) -> None:
+    """Raises InputError where `adapter` says that it was made for other weights than those of the directory `model`."""
+    if adapter.model_sha256 not in (None, fingerprint(model, adapter.model_sha256)):
         raise InputError(
             f"{adapter.directory}: was made for a model with other weights; to use it here all the same, "
             f"take model_sha256 out of its {CONFIG}"

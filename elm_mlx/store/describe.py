@@ -5,7 +5,6 @@ Knows `config.json` and the headers of the weights; imports no MLX.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -149,8 +148,7 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
 
     config = read_config(model)
     adapter = read_adapter(path, config)
-    if adapter.model_sha256 is not None:
-        adapters.check_model(adapter, fingerprint(model))
+    adapters.check_model(adapter, model)
     weights = adapters.weights_file(path)
     shapes = adapter.shapes(config) or {entry.name: entry.shape for entry in read_header(weights)}
     parameters = sum(math.prod(shape) for shape in shapes.values())
@@ -320,23 +318,6 @@ def _read_if_there(path: Path) -> dict[str, Any] | None:
         return reading.json_object(path)
     except InputError:
         return None
-
-
-def fingerprint(path: str | Path) -> str:
-    """What tells a model's weights from others': SHA-256 over the headers of its files and a piece of each tensor.
-
-    Reads 4 KB a tensor, from its middle, so that it takes milliseconds for a model of any size.
-    """
-    digest = hashlib.sha256()
-    for file in weight_files(Path(path)):
-        entries = read_header(file)
-        with file.open("rb") as stream:
-            length = 8 + int.from_bytes(stream.read(8), "little")
-            for entry in entries:
-                digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
-                stream.seek(length + max(entry.begin, (entry.begin + entry.end) // 2 - 2048))
-                digest.update(stream.read(min(4096, entry.end - entry.begin)))
-    return digest.hexdigest()
 
 
 def missing(path: Path, name: str) -> InputError:

@@ -20,7 +20,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import Pending, weight_files
-from elm_mlx.store.describe import check_directory, fingerprint, missing, read_adapter, read_config
+from elm_mlx.store.describe import check_directory, missing, read_adapter, read_config
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 
 if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
@@ -157,8 +157,7 @@ def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapte
     from elm_mlx.store import adapters
 
     adapter = read_adapter(files.expanded(adapter_path), config)
-    if adapter.model_sha256 is not None:
-        adapters.check_model(adapter, fingerprint(path))
+    adapters.check_model(adapter, path)
     return adapter
 
 

@@ -167,6 +167,17 @@ def save(
     return path
 
 
+def trained_model(out: Path) -> str | None:
+    """Returns the hash of the model that the newest checkpoint of the run in `out` was trained from, if there is one.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    found = all_of(out)
+    identity = reading.json_object(found[-1] / STATE, reading.TEXT_BYTES).get("identity") if found else None
+    return identity.get("model") if isinstance(identity, dict) else None
+
+
 def load(path: Path, identity: Identity) -> Checkpoint:
     """Read a checkpoint.
 

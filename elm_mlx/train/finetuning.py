@@ -29,9 +29,10 @@ from elm_mlx.inference.sampling import check_seed
 from elm_mlx.model import roofline
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
+from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
-from elm_mlx.store.describe import check_directory, fingerprint, read_config
+from elm_mlx.store.describe import check_directory, read_config
 from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
@@ -149,7 +150,8 @@ class Finetuning:
         self.path = check_directory(model, with_tokenizer=True)
         self.config = read_config(self.path)
         self._packed = data.packed and self._keeps_apart()
-        self.adapter = replace(method.adapter(self.config), model_sha256=fingerprint(self.path))
+        weights = fingerprint(self.path, checkpoint.trained_model(self.out))
+        self.adapter = replace(method.adapter(self.config), model_sha256=weights)
         self.computation = loading.computation(self.path, self.config, compute_dtype)
         self.trainable = sum(_sizes(self.adapter, self.config))
         self.splits = self._prepared()

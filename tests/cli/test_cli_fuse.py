@@ -12,9 +12,9 @@ import pytest
 import tiny
 from commands import Run
 
+from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import plan
-from elm_mlx.store.describe import fingerprint
 from elm_mlx.store.loading import load, load_model
 
 

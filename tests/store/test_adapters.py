@@ -20,9 +20,9 @@ from elm_mlx import device
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import LINEARS, ModelConfig
 from elm_mlx.model.network import Model
+from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import EMBEDDING, INPUT_EMBEDDING, Adapter, plan
-from elm_mlx.store.describe import fingerprint
 from elm_mlx.store.loading import load_model, open_model
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
@@ -235,7 +235,7 @@ def test_other_weights_are_told_apart(tiny_model_dir: Path, tmp_path: Path, tiny
     assert fingerprint(copy) == fingerprint(tiny_model_dir) != fingerprint(other)
     stored = dict(mx.load(str(copy / "model.safetensors")))
     mx.eval(list(stored.values()))
-    stored["transformer.norm.weight"] = stored["transformer.norm.weight"] * 1.5
+    stored["transformer.norm.weight"] = stored["transformer.norm.weight"] * 1.5  # the last, and small
     mx.save_safetensors(str(copy / "model.safetensors"), stored)
     assert fingerprint(copy) != fingerprint(tiny_model_dir)
 
@@ -246,6 +246,13 @@ def test_other_weights_are_told_apart(tiny_model_dir: Path, tmp_path: Path, tiny
     load_model(tiny_model_dir, adapter_path=tmp_path / "adapter")
     with pytest.raises(InputError, match=r"adapter: was made for a model with other weights; .*take model_sha256 out"):
         load_model(other, adapter_path=tmp_path / "adapter")
+
+
+def test_an_earlier_versions_hash_is_known(tiny_model_dir: Path, tmp_path: Path) -> None:
+    old = Path(__file__).parents[1] / "fixtures" / "runs"
+    kept = json.loads((old / "lora/checkpoints/step-00000005/adapter_config.json").read_text())["model_sha256"]
+    assert fingerprint(old / "model", kept) == kept != fingerprint(old / "model")
+    assert fingerprint(tiny_model_dir, kept) == fingerprint(tiny_model_dir) != kept
 
 
 # --- mlx-lm
