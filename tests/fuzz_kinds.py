@@ -34,7 +34,7 @@ from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import perplexity, task_results
 from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
-from elm_mlx.inference import generation_config, transcript
+from elm_mlx.inference import conversation, sampling
 from elm_mlx.inference.generation import stream_generate
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import recipe as quantization
@@ -66,7 +66,7 @@ def answer(path: Path, adapter: Path | None = None) -> None:
     template = choose(path, loaded.tokenizer)
     if template is not None:
         ids = template.encode(CONVERSATION)
-    chosen: dict[str, Any] = generation_config.merge(path, dict.fromkeys(generation_config.DEFAULTS))
+    chosen: dict[str, Any] = sampling.merge_settings(path, dict.fromkeys(sampling.DEFAULTS))
     list(stream_generate(loaded.model, loaded.tokenizer, ids, **chosen | {"max_tokens": 2, "seed": 0}))
 
 
@@ -289,7 +289,7 @@ def _unpacked(damage: Damage) -> Damage:
 
 
 def write_transcript(path: Path) -> None:
-    transcript.write(path / "talk.json", CONVERSATION[:3])
+    conversation.write_messages(path / "talk.json", CONVERSATION[:3])
 
 
 def write_questions(path: Path) -> None:
@@ -494,7 +494,7 @@ KINDS = {
         Kind("records", write_records, {"a.jsonl": json_lines, "a.json": json_values, "a.txt": raw_bytes,
              "a.jsonl.gz": either(raw_bytes, _unpacked(json_lines)), "a.parquet": raw_bytes}, use_records),
         Kind("transcript", write_transcript, {"talk.json": json_values},
-             lambda path: transcript.read(path / "talk.json")),
+             lambda path: conversation.read_messages(path / "talk.json")),
         Kind("yaml", write_yaml, {"lora.yaml": either(raw_bytes, _text)}, use_yaml),
         Kind("toml", write_toml, {"recipe.toml": either(raw_bytes, _text)}, use_toml),
         Kind("eval", write_questions, {"mine.jsonl": json_lines, "text.jsonl": json_lines, "text.txt": raw_bytes,

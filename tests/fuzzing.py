@@ -1,6 +1,6 @@
 """Good input, damaged at random, and what the program makes of it: the answer, one line of error, or anything else.
 
-    kind = Kind("transcript", write, {"talk.json": json_values}, lambda folder: transcript.read(folder / "talk.json"))
+    kind = Kind("transcript", write, {"talk.json": json_values}, lambda folder: read_messages(folder / "talk.json"))
     counts = run(kind, cases=1000, seed=0)
 
 Each case is decided by the kind's name, the seed and its number, so that it can be made again. Cases run in children

@@ -35,7 +35,7 @@ def chat(
 ) -> None:
     """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
     from elm_mlx.cli.session import Session
-    from elm_mlx.inference import generation_config, sampling
+    from elm_mlx.inference import sampling
     from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
     from elm_mlx.store.describe import check_directory
     from elm_mlx.store.loading import open_model
@@ -57,7 +57,7 @@ def chat(
         loaded.tokenizer,
         chosen,
         system=system,
-        options=generation_config.merge(model, flags, DEFAULTS if chosen else CONTINUING),
+        options=sampling.merge_settings(model, flags, DEFAULTS if chosen else CONTINUING),
         stop=stop or (),
         seed=seed,
     )

@@ -65,9 +65,8 @@ def generate(
         if template is not None:
             raise InputError("--template and --no-template exclude one another")
         template = "none"
-    from elm_mlx.inference import generation_config
     from elm_mlx.inference.generation import check_steps
-    from elm_mlx.inference.sampling import check_seed, sampler_from
+    from elm_mlx.inference.sampling import check_seed, merge_settings, sampler_from
     from elm_mlx.inference.window import as_messages
     from elm_mlx.store.describe import check_directory
     from elm_mlx.store.loading import open_model
@@ -77,7 +76,7 @@ def generate(
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    chosen: dict[str, Any] = generation_config.merge(check_directory(model, with_tokenizer=True), flags)
+    chosen: dict[str, Any] = merge_settings(check_directory(model, with_tokenizer=True), flags)
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     check_seed(seed)

@@ -20,8 +20,8 @@ from elm_mlx import files
 from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
 from elm_mlx.cli.show import Speech, counted, folded, note, visible
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.inference import generation_config
 from elm_mlx.inference.conversation import DEFAULTS, Chat, Reply
+from elm_mlx.inference.sampling import save_settings
 
 BLOCK = '"""'
 
@@ -227,7 +227,7 @@ class Session:
                 value = str(self._chat.options[name] if name in DEFAULTS else self._chat.seed).lower()
                 self._note(f"{name:<18}  {value:<8}  {MEANINGS[name]}")
         elif name == "save" and not value:
-            self._note(f"(saved to {generation_config.save(self._directory, self._chat.options)})")
+            self._note(f"(saved to {save_settings(self._directory, self._chat.options)})")
         elif name not in MEANINGS:
             raise InputError(f"no setting {name!r}; there are {', '.join(MEANINGS)}")
         elif not value.strip():

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from elm_mlx.errors import InputError
-from elm_mlx.inference.generation import PREFILL_STEP, Decoder, check_steps, checked, encode_prompt, prefill
+from elm_mlx.inference.generation import PREFILL_STEP, Decoder, TextStream, check_steps, checked, encode_prompt, prefill
 from elm_mlx.inference.sampling import Sampler, check_seed
-from elm_mlx.inference.stopping import TextStream
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer

@@ -7,28 +7,28 @@ to be read, `prefix` does. Knows nothing of terminals.
 from __future__ import annotations
 
 import copy
+import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from elm_mlx import device
+from elm_mlx import device, files, reading
 from elm_mlx.errors import InputError
-from elm_mlx.inference import generation_config, transcript
-from elm_mlx.inference.draft import Draft
-from elm_mlx.inference.generation import check_steps, encode_prompt
+from elm_mlx.inference import sampling
+from elm_mlx.inference.generation import TextStream, check_steps, encode_prompt
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler, sampler_from
-from elm_mlx.inference.stopping import TextStream
 from elm_mlx.inference.window import Continued, Exchange, Prompt, Templated, as_messages
 from elm_mlx.model.network import Model
 from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer
 
-DEFAULTS: dict[str, float] = {**generation_config.DEFAULTS, "temp": 0.7, "top_p": 0.9, "max_tokens": 512}
+DEFAULTS: dict[str, float] = {**sampling.DEFAULTS, "temp": 0.7, "top_p": 0.9, "max_tokens": 512}
 # A base model has no end of its own to come to.
-CONTINUING = {**DEFAULTS, "max_tokens": generation_config.DEFAULTS["max_tokens"]}
+CONTINUING = {**DEFAULTS, "max_tokens": sampling.DEFAULTS["max_tokens"]}
 
 
 @dataclass
@@ -198,7 +198,7 @@ class Chat:
             InputError: the file is there, and is no conversation.
             ElmError: it cannot be written.
         """
-        transcript.write(path, self.messages)
+        write_messages(path, self.messages)
 
     def load(self, path: Path) -> None:
         """Go on with the conversation of a file, its system prompt included.
@@ -206,7 +206,7 @@ class Chat:
         Raises:
             InputError: there is none, or the template does not take it. The present conversation stays.
         """
-        system, pairs = transcript.read(path)
+        system, pairs = read_messages(path)
         exchanges = [Exchange(question, answer) for question, answer in pairs]
         window = copy.copy(self._window)
         window.system = system
@@ -262,6 +262,105 @@ class Chat:
         rest = draft.finish()
         if rest:
             yield rest
+
+
+class Draft:
+    """The answer to `prompt`.
+
+    Attributes:
+        tokens: all that came, an end mark too.
+        text: what they say, up to an end mark or stop string; characters that were cut off are left out.
+        ended: whether an end mark or stop string came.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], stop_ids: Sequence[int], stop_strings: Sequence[str]
+    ) -> None:
+        self.tokens: list[int] = []
+        self.text = ""
+        self.ended = False
+        self._cut = False  # by a stop string, so that what is held back is part of that
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._stream = TextStream(tokenizer, prompt, stop_strings)
+        self._stop_ids = stop_ids
+
+    def add(self, token: int) -> str:
+        """What to show now: the text, without white space at its beginning."""
+        self.tokens.append(token)
+        if token in self._stop_ids:
+            self.ended = True
+            return self.finish()
+        piece, self._cut = self._stream.add(token)
+        self.ended = self._cut
+        return self._shown(piece)
+
+    def finish(self) -> str:
+        """What to show when no more tokens come: the rest, but for the bytes of half a character."""
+        rest = "" if self._cut else self._stream.finish().rstrip("\ufffd")
+        self._cut = True
+        return self._shown(rest)
+
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and answer: the tokens that make `text`; none where a stop string begins amid a token."""
+        decoder = self._tokenizer.detokenizer(self._prompt)
+        length = count = 0
+        while length < len(self.text):
+            length += len(decoder.add(self.tokens[count]))
+            count += 1
+        return (*self._prompt, *self.tokens[:count]) if length == len(self.text) else ()
+
+    def _shown(self, piece: str) -> str:
+        shown = piece if self.text.strip() else piece.lstrip()
+        self.text += piece
+        return shown
+
+
+def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
+    """Whole or not at all, in place of a conversation that is there already.
+
+    Raises:
+        InputError: what is there is no conversation.
+        ElmError: the file cannot be written.
+    """
+    path = files.expanded(path)
+    if path.exists():
+        try:
+            read_messages(path)
+        except InputError:
+            raise InputError(f"{path}: exists, and is no saved conversation; choose another name") from None
+    files.write_text(path, json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=1) + "\n")
+
+
+def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
+    """The system prompt, if there is one, and each message with its answer.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else; says where.
+    """
+    path = files.expanded(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no file")
+    record = reading.json_value(path)
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list):
+        raise InputError(f"{path}: no conversation: an object with a list `messages` is needed")
+    contents = [_content(message, f"{path}: message {number}") for number, message in enumerate(messages, 1)]
+    roles = [message["role"] for message in messages]
+    system = contents.pop(0) if roles[:1] == ["system"] else None
+    offset = len(roles) - len(contents)
+    for number, role in enumerate(roles[offset:]):
+        expected = ("user", "assistant")[number % 2]
+        if role != expected:
+            raise InputError(f"{path}: message {number + offset + 1} is from {role!r}, where {expected!r} is to speak")
+    if len(contents) % 2:
+        raise InputError(f"{path}: the last message has no answer")
+    return system, list(zip(contents[::2], contents[1::2], strict=True))
+
+
+def _content(message: Any, where: str) -> str:
+    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise InputError(f"{where}: an object with texts `role` and `content` is needed")
+    return str(message["content"])
 
 
 def _sampler(options: Mapping[str, float]) -> Sampler:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_mlx.errors import InputError
-from elm_mlx.inference.stopping import TextStream
+from elm_mlx.inference.generation import TextStream
 from elm_mlx.text.tokenizer import Tokenizer
 
 ALPHABET = "ab .漢😀\n"
