@@ -51,7 +51,6 @@ def measure(
     from mlx.utils import tree_flatten
 
     from elm_mlx import device
-    from elm_mlx.data import parallel
     from elm_mlx.data.batches import Batches
     from elm_mlx.data.examples import Example
     from elm_mlx.model.families import FamilyConfig
@@ -84,9 +83,8 @@ def measure(
         step.apply(gradients, norm, count, 1e-4)
         del gradients
         mx.eval(step.state())
-    load = memory.Load(
-        network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint, parts=parallel.most(4 * trained)
-    )
+    parts = device.most_parts(4 * trained)
+    load = memory.Load(network.config, 4, 4, trained, full, rows, length, optimizer, grad_checkpoint, parts=parts)
     return memory.estimate(load).total, device.peak_memory()
 
 

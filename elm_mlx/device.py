@@ -7,21 +7,28 @@ tested on one machine by replacing `on_gpu`.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import resource
 import stat
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
+from elm_mlx import blas
 from elm_mlx.errors import InputError
 
 _WORKING_SET = "max_recommended_working_set_size"  # of Metal: what all buffers should take at most
 _LARGE, _FULL = 0.5, 0.8  # of it: a model that is worth wiring; when freed buffers are given back
 _WIRED_MARGIN = 2 << 30  # for what a model computes
+_GRADIENT_BYTES = 1 << 28  # what all parts' gradients may take; where they'd take more, products are most of a step
+_ARENAS, _MMAP_FROM, _TRIM_FROM = -8, -3, -1  # mallopt's names for them, in glibc
 _RUSAGE_INFO_V4, _LIFETIME_MAX_PHYS_FOOTPRINT = 4, 2 + 28  # its place in the struct, in words
 
 DTYPES: dict[str, mx.Dtype] = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -169,6 +176,69 @@ def trim_cache() -> None:
     working_set = _metal(_WORKING_SET) if on_gpu() else None
     if working_set is not None and mx.get_active_memory() + mx.get_cache_memory() > _FULL * working_set:
         mx.clear_cache()
+
+
+def most_parts(gradient_bytes: int = 0) -> int:
+    """Graphs that `Parts` should evaluate at once, at most, where the gradients of one take `gradient_bytes`."""
+    processors = 1 if on_gpu() else blas.threads()
+    return max(1, min(processors, _GRADIENT_BYTES // max(1, gradient_bytes)))
+
+
+class Parts:
+    """Graphs that are evaluated at the same time, at `most` so many, each in a stream and a thread of its own.
+
+    On a CPU MLX computes a graph one operation after the other, and all that is no matrix product on one processor.
+    That is half of a training step, so its batch is cut into parts, of which the products use one processor each. On a
+    GPU, or with a BLAS that can't be told how many to use, a batch is one part.
+    """
+
+    def __init__(self, most: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.most = most
+        if not on_gpu():
+            _keep_freed_memory()
+        # The first part is the calling thread's. The others' graphs are made there too, but evaluated elsewhere.
+        self._streams = [mx.new_thread_unsafe_stream(mx.cpu) for _ in range(1, most)]
+        self._pool = ThreadPoolExecutor(max(1, most - 1))
+
+    def streams(self, count: int, shared: Any) -> Iterator[AbstractContextManager[Any]]:
+        """Contexts, to make each of `count` graphs in its own.
+
+        `shared` is every array that all graphs start from: each has to be evaluated before, for only one thread may.
+        """
+        if count > 1:
+            mx.eval(shared)
+        yield nullcontext()
+        for stream in self._streams[: count - 1]:
+            mx.eval(mx.random.state)  # the next part's key
+            yield mx.stream(stream)
+
+    def evaluate(self, graphs: Sequence[Any]) -> None:
+        """Evaluates the graphs that were made in `streams`, where there are several."""
+        if len(graphs) == 1:
+            return
+        mx.eval(mx.random.state)
+        with blas.one_thread():
+            others = [self._pool.submit(mx.eval, graph) for graph in graphs[1:]]
+            try:
+                mx.eval(graphs[0])
+            finally:
+                for other in others:
+                    other.result()
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have glibc use freed memory again rather than give it back and be given cleared pages, in each thread apart.
+
+    A step allocates and frees the same few hundred megabytes each time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None:
+        mallopt(_ARENAS, 1)
+        mallopt(_MMAP_FROM, 1 << 30)
+        mallopt(_TRIM_FROM, (1 << 31) - 1)
 
 
 def _metal(key: str) -> int | None:

@@ -12,6 +12,7 @@ import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,12 @@ class Batch:
         """A batch of some of the rows, the tokens of which are not counted: 0."""
         segments = None if self.segments is None else self.segments[at]
         return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0)
+
+    def split(self, count: int) -> list[Batch]:
+        """`count` batches with as many of the rows in each as can be; fewer where there are fewer rows."""
+        rows = len(self.inputs)
+        edges = np.linspace(0, rows, min(count, rows) + 1).round().astype(int)
+        return [self.rows(slice(start, stop)) for start, stop in pairwise(edges)] if len(edges) > 2 else [self]
 
     def lengths(self) -> npt.NDArray[np.int64]:
         """How many positions each text has, padding left out."""

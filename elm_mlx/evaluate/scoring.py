@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx import device
-from elm_mlx.data.parallel import Parts
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, make_prompt_cache
@@ -262,7 +260,7 @@ class Scorer:
         self._model = model
         self._tokens = tokens or (8 * _TOKENS if device.on_gpu() else _TOKENS)
         self._ours = hasattr(model, "transformer") and hasattr(model, "head")
-        self._parts = Parts(0)
+        self._parts = device.Parts(device.most_parts())
         caches = make_prompt_cache(model)
         self.sharing = all(type(cache) is KVCache for cache in caches)
         self._switch = caches[0].switch if self.sharing else None
@@ -277,8 +275,12 @@ class Scorer:
         at_once = self._parts.most if self._ours else 1
         for start in range(0, len(planned.batches), at_once):
             batches = planned.batches[start : start + at_once]
-            builds = [partial(self._graph, batch, stem) for batch in batches]
-            found = self._parts.each(builds, (self._model.parameters(), stem))
+            found = []
+            streams = self._parts.streams(len(batches), (self._model.parameters(), stem))
+            for batch, stream in zip(batches, streams, strict=True):
+                with stream:
+                    found.append(self._graph(batch, stem))
+            self._parts.evaluate(found)
             scores = []
             for batch, (logprobs, greedy) in zip(batches, found, strict=True):
                 values, likeliest = np.array(logprobs, np.float64), np.array(greedy)

@@ -17,20 +17,19 @@ import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_map
 
-from elm_mlx import files
+from elm_mlx import device, files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
 from elm_mlx.data import pairs
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.examples import Prepared
 from elm_mlx.data.pairs import PairBatch, PairBatches
-from elm_mlx.data.parallel import Parts
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Data, Finetuning, Method, row_length
-from elm_mlx.train.loss import Objective
+from elm_mlx.train.loss import Head, Objective
 from elm_mlx.train.preference import Preferring, log_probabilities, positions
 from elm_mlx.train.run import stop_requests
 from elm_mlx.train.settings import Settings
@@ -174,13 +173,17 @@ def compute(
         on_pairs: called after each batch with the number of pairs that are done.
     """
     table = np.zeros((len(batches.reference), 2), np.float32)
-    kept, parts, done = model.trainable_parameters(), Parts(0), 0
+    kept, parts, done = model.trainable_parameters(), device.Parts(device.most_parts()), 0
     model.eval()
     if dtype is not None:
         model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
     try:
         for batch in batches.once():
-            sums = parts.compute(lambda part: _sums(model, part), batch, model.parameters())
+            cut, sums = batch.split(parts.most), []
+            for part, stream in zip(cut, parts.streams(len(cut), model.parameters()), strict=True):
+                with stream:
+                    sums.append(_sums(model, part))
+            parts.evaluate(sums)
             assert isinstance(batch, PairBatch)
             found = np.concatenate([np.array(each) for each in sums]).reshape(*batch.pairs.shape, 2)
             real = batch.pairs >= 0
@@ -198,8 +201,7 @@ def _sums(model: Model, batch: Batch) -> mx.array:
     assert isinstance(batch, PairBatch) and batch.segments is not None
     segments = Segments(mx.array(batch.segments), batch.reach())
     hidden = model.transformer(mx.array(batch.inputs), None, segments)
-    head = lambda _, rows: model.head(rows)  # noqa: E731
-    return log_probabilities(head, model.config.vocab_size, {}, hidden, positions(batch))[0]
+    return log_probabilities(Head.of(model), hidden, positions(batch))[0]
 
 
 def write(path: Path, tables: Mapping[str, Table], identity: Mapping[str, str]) -> None:

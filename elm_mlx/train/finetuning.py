@@ -21,7 +21,7 @@ import mlx.core as mx
 from elm_mlx import device
 from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import batches as batching
-from elm_mlx.data import examples, parallel
+from elm_mlx.data import examples
 from elm_mlx.data.batches import Batch, Batches
 from elm_mlx.data.examples import Prepared
 from elm_mlx.errors import InputError
@@ -193,7 +193,7 @@ class Finetuning:
         return memory.Load(
             self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
             self.row_length, settings.optimizer, settings.grad_checkpoint,
-            memory.adapter_values(self.adapter, self.config), parts=parallel.most(4 * self.trainable),
+            memory.adapter_values(self.adapter, self.config), parts=device.most_parts(4 * self.trainable),
             accumulate=settings.accumulate, layers=self._passed(),
         )  # fmt: skip
 

@@ -1,9 +1,8 @@
-"""Cross-entropy on the positions that are trained, and on no others, without their logits ever existing at once.
+"""The loss: cross-entropy on the positions that are trained, without their logits ever existing at once.
 
-Knows the output head as a function of some parameters, and nothing of the network below it. What an ordinary
-loss costs is mostly logits: `(tokens, vocab_size)` several times over, of which the prompt's and the padding's
-are computed to be multiplied by nought. Here the hidden states of trained positions are gathered before the
-head, and go through it in chunks; each chunk's gradients are taken at once, while its logits are still there.
+What an ordinary loss costs is mostly logits: `(tokens, vocab_size)` several times over, of which the prompt's and the
+padding's are computed to be multiplied by 0. Here the hidden states of trained positions are gathered before the
+output head, and go through it in chunks; each chunk's gradients are taken at once, while its logits are still there.
 So nothing is computed twice, and what stays in memory is one chunk.
 """
 
@@ -20,11 +19,41 @@ from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx.data.batches import Batch
 from elm_mlx.model import ops
+from elm_mlx.model.network import Model
 
 Parameters = dict[str, Any]  # a tree of arrays, as nn.Module has it
-Head = Callable[[Parameters, mx.array], mx.array]  # parameters, (positions, model_dim) -> (positions, vocab_size)
 
 _CHUNK_LOGITS = 1 << 20  # logits computed at once
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model's output head as a function of its parameters.
+
+    Attributes:
+        logits: of its trained parameters and `(positions, model_dim)`; `(positions, vocab_size)`. Need not be linear,
+            only differentiable: tied, quantized, adapted, whatever it is.
+        parameters: what of the head is trained, as a tree of arrays; may be empty.
+    """
+
+    logits: Callable[[Parameters, mx.array], mx.array]
+    vocab_size: int
+    parameters: Parameters
+
+    @classmethod
+    def of(cls, model: Model) -> Head:
+        owner = model.head_module()
+
+        def logits(parameters: Parameters, rows: mx.array) -> mx.array:
+            owner.update(parameters)
+            return model.head(rows)
+
+        return cls(logits, model.config.vocab_size, owner.trainable_parameters())
+
+    def chunks(self, positions: int) -> list[slice]:
+        """Positions that go through the head at once."""
+        size = min(positions, max(64, _CHUNK_LOGITS // self.vocab_size // 64 * 64))
+        return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 @dataclass(frozen=True)
@@ -54,10 +83,10 @@ class Positions:
 
 
 class Objective(Protocol):
-    """What an update makes small: a sum over some units of a batch, which may be shared out by rows.
+    """What an update minimizes: a loss summed over some units of a batch, which may be cut into parts by its rows.
 
     Attributes:
-        measures: names of what else is summed on the way, to be told.
+        measures: names of what else is summed on the way, for reports.
     """
 
     @property
@@ -67,23 +96,23 @@ class Objective(Protocol):
         """The batch's units; sums over all an update's batches are divided by theirs."""
 
     def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
-        """What the losses take as `at`."""
+        """The batch's targets and their places, which `sums` takes as `at`."""
 
-    def with_gradients(
-        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    def sums(
+        self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
-        """The sum of the losses, as `summed_loss`, and those of the measures, `(measures,)`."""
+        """The summed loss, and the sums of the measures, `(measures,)`.
 
-    def without_gradients(
-        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
-    ) -> tuple[mx.array, mx.array]:
-        """The same, not to be differentiated."""
+        Args:
+            gradients: whether the loss is to be differentiated in `head.parameters` and `hidden`.
+            hidden: `(batch, length, model_dim)`.
+        """
 
 
 class TokenLoss:
     """The objective of every training but that of pairs: trained tokens' cross-entropies.
 
-    `z_loss` is the weight of their squared log-partitions in what gradients make small (PaLM, section 5).
+    `z_loss` is the weight of their squared log-partitions in what gradients minimize (PaLM, section 5).
     """
 
     measures: tuple[str, ...] = ()
@@ -98,40 +127,25 @@ class TokenLoss:
         at = Positions.of(batch.targets, batch.trained)
         return at.where, at.targets, at.weights
 
-    def with_gradients(
-        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    def sums(
+        self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
-        return summed_loss(head, vocab_size, parameters, hidden, at, self._z_loss), mx.zeros(0)
-
-    def without_gradients(
-        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
-    ) -> tuple[mx.array, mx.array]:
-        return summed_loss_only(head, vocab_size, parameters, hidden, at), mx.zeros(0)
+        loss = summed_loss(head, hidden, at, self._z_loss) if gradients else summed_loss_only(head, hidden, at)
+        return loss, mx.zeros(0)
 
 
 def padded_size(count: int) -> int:
-    """The next of eight sizes between powers of two, from 64 on: a compiled step is traced for few, an eighth
-    is wasted at most.
-    """
+    """The next of eight sizes between powers of two, from 64 on: few to trace a step for, an eighth wasted at most."""
     grain = max(64, 1 << max(0, (count - 1).bit_length() - 4))
     return max(1, -(-count // grain)) * grain
 
 
-def summed_loss(
-    head: Head,
-    vocab_size: int,
-    parameters: Parameters,
-    hidden: mx.array,
-    at: tuple[mx.array, ...],
-    z_loss: float = 0.0,
-) -> mx.array:
-    """The sum of the cross-entropies in nats, a float32 scalar; differentiable in `parameters` and `hidden`.
+def summed_loss(head: Head, hidden: mx.array, at: tuple[mx.array, ...], z_loss: float = 0.0) -> mx.array:
+    """The sum of the cross-entropies in nats, a float32 scalar; differentiable in `head.parameters` and `hidden`.
 
     Gradients are made on the way forward; where none are wanted, `summed_loss_only` is cheaper.
 
     Args:
-        head: must be linear in nothing, only differentiable: tied, quantized, adapted, whatever it is.
-        parameters: what of the head is trained, as a tree of arrays; may be empty.
         hidden: `(batch, length, model_dim)`.
         at: `where`, `targets` and `weights` of `Positions`.
         z_loss: adds so many times the squared log-partition to what the gradients are of, and not to the value.
@@ -142,19 +156,17 @@ def summed_loss(
     def chunk_loss(
         parameters: Parameters, rows: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
-        nats, log_partition, _, _ = _cross_entropy_parts(head(parameters, rows), targets)
+        nats, log_partition, _, _ = _cross_entropy_parts(head.logits(parameters, rows), targets)
         shown = (nats * weights).sum()
         return (shown + z_loss * (log_partition.square() * weights).sum() if z_loss else shown), shown
 
     @mx.custom_function
     def total(parameters: Parameters, rows: mx.array) -> tuple[mx.array, Parameters, mx.array]:
-        step = chunk_size(rows.shape[0], vocab_size)
         losses: list[mx.array] = []
         row_grads: list[mx.array] = []
         grads: Parameters = {}
         gradient = mx.value_and_grad(chunk_loss, argnums=(0, 1))
-        for start in range(0, rows.shape[0], step):
-            part = slice(start, start + step)
+        for part in head.chunks(rows.shape[0]):
             chunk = rows[part]
             if row_grads:  # or all chunks' logits would be computed first, and wait in memory for their gradients
                 chunk = mx.depends([chunk], [row_grads[-1], *(grad for _, grad in tree_flatten(grads))])[0]
@@ -171,27 +183,19 @@ def summed_loss(
         scaled = tree_map(lambda grad: (grad * scale).astype(grad.dtype), grads)
         return scaled, (row_grads * scale).astype(row_grads.dtype)
 
-    return total(parameters, rows)[0]
+    return total(head.parameters, rows)[0]
 
 
-def summed_loss_only(
-    head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
-) -> mx.array:
+def summed_loss_only(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) -> mx.array:
     """`summed_loss` without its gradients."""
     where, targets, weights = at
     rows = hidden.reshape(-1, hidden.shape[-1])[where]
-    step = chunk_size(rows.shape[0], vocab_size)
     total = mx.array(0.0)
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
+    for part in head.chunks(rows.shape[0]):
         chunk = mx.depends([rows[part]], [total])[0]
-        total = total + (_cross_entropy(head(parameters, chunk), targets[part]) * weights[part]).sum()
+        nats = _cross_entropy_parts(head.logits(head.parameters, chunk), targets[part])[0]
+        total = total + (nats * weights[part]).sum()
     return total
-
-
-def chunk_size(rows: int, vocab_size: int) -> int:
-    """Rows that go through the head at once."""
-    return min(rows, max(64, _CHUNK_LOGITS // vocab_size // 64 * 64))
 
 
 @mx.custom_function
@@ -214,8 +218,3 @@ def _(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     grad = powers * ((cotangents[0] + cotangents[1])[:, None] / sums)
     grad = grad.at[mx.arange(targets.shape[0]), targets].add(-cotangents[0])
     return grad.astype(logits.dtype), mx.zeros_like(targets)
-
-
-def _cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """`(rows, vocab_size)` and `(rows,)` to nats `(rows,)`."""
-    return _cross_entropy_parts(logits, targets)[0]

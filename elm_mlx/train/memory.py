@@ -49,7 +49,7 @@ class Load:
         full: whether they are the model's own weights.
         pairs: whether rows hold pairs of answers.
         adapter_values: what adapters keep for each token beside that: see `adapter_values`.
-        parts: of a batch that are computed at the same time, at most: see `parts.most`.
+        parts: of a batch that are computed at the same time, at most: see `device.most_parts`.
         accumulate: batches of an update.
         layers: the last ones, which the way back passes; None for all.
         rows, length: of a batch, in one process.

@@ -20,7 +20,7 @@ import numpy as np
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.pairs import PairBatch
 from elm_mlx.errors import InputError
-from elm_mlx.train.loss import Head, Parameters, Positions, chunk_size, summed_loss
+from elm_mlx.train.loss import Head, Positions, summed_loss
 
 LOSSES = ("sigmoid", "hinge", "ipo", "orpo")
 _CERTAIN = -1e-6  # a mean log-probability beyond which odds aren't told apart
@@ -92,22 +92,17 @@ class Preferring:
         assert isinstance(batch, PairBatch)
         return positions(batch)
 
-    def with_gradients(
-        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
+    def sums(
+        self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
-        """The sum of the pairs' losses, differentiable in `parameters` and `hidden`; and the measures' sums, `(4,)`."""
-        sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
-        loss, measures, slopes = self._summed(sums, lengths, at)
+        """The sum of the pairs' losses, and the measures' sums, `(4,)`; as of an `Objective`."""
+        loss, measures, slopes = self._summed(*log_probabilities(head, hidden, at), at)
+        if not gradients:
+            return loss, measures
         where, targets, weights, answers, *_ = at
-        weighted = summed_loss(head, vocab_size, parameters, hidden, (where, targets, -slopes[answers] * weights))
+        weighted = summed_loss(head, hidden, (where, targets, -slopes[answers] * weights))
         # The value of one with the gradient of the other.
         return loss + (weighted - mx.stop_gradient(weighted)), measures
-
-    def without_gradients(
-        self, head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
-    ) -> tuple[mx.array, mx.array]:
-        sums, lengths = log_probabilities(head, vocab_size, parameters, hidden, at)
-        return self._summed(sums, lengths, at)[:2]
 
     def _summed(
         self, sums: mx.array, lengths: mx.array, at: tuple[mx.array, ...]
@@ -158,23 +153,19 @@ def positions(batch: PairBatch) -> tuple[mx.array, ...]:
     )  # fmt: skip
 
 
-def log_probabilities(
-    head: Head, vocab_size: int, parameters: Parameters, hidden: mx.array, at: tuple[mx.array, ...]
-) -> tuple[mx.array, mx.array]:
+def log_probabilities(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
     """The sum of each answer's log-probabilities, and its number of tokens, both `(answers,)`. No gradient.
 
     Args:
-        head, vocab_size, parameters, hidden: as `loss.summed_loss` takes them.
+        hidden: `(batch, length, model_dim)`.
         at: of `positions`.
     """
     where, targets, weights, answers, real, _ = at
     rows = mx.stop_gradient(hidden).reshape(-1, hidden.shape[-1])[where]
-    step = chunk_size(rows.shape[0], vocab_size)
     losses: list[mx.array] = []
-    for start in range(0, rows.shape[0], step):
-        part = slice(start, start + step)
+    for part in head.chunks(rows.shape[0]):
         chunk = mx.depends([rows[part]], losses[-1:])[0] if losses else rows[part]
-        logits = mx.stop_gradient(head(parameters, chunk)).astype(mx.float32)
+        logits = mx.stop_gradient(head.logits(head.parameters, chunk)).astype(mx.float32)
         losses.append(nn.losses.cross_entropy(logits, targets[part]))
     nothing = mx.zeros_like(real)
     return nothing.at[answers].add(-mx.concatenate(losses) * weights), nothing.at[answers].add(weights)

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, files, reading
 from elm_mlx.callbacks import SILENT, TrainingCallback
-from elm_mlx.data import duplicates, parallel
+from elm_mlx.data import duplicates
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
@@ -98,7 +98,7 @@ class Pretraining:
         return memory.Load(
             self.config, 4, size, self.config.parameters, True, self._recipe.run.batch_size,
             self._recipe.data.sequence_length, self._recipe.optimizer.name, self._recipe.run.grad_checkpoint,
-            parts=parallel.most(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
+            parts=device.most_parts(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
         )  # fmt: skip
 
     def train(

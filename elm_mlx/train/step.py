@@ -8,17 +8,18 @@ sums are added up, and divided once.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
+from elm_mlx import device
 from elm_mlx.data.batches import Batch
-from elm_mlx.data.parallel import Parts
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
 from elm_mlx.train import optimizer as optimization
-from elm_mlx.train.loss import Objective, Parameters, TokenLoss
+from elm_mlx.train.loss import Head, Objective, Parameters, TokenLoss
 
 
 class Step:
@@ -49,20 +50,28 @@ class Step:
         trained = model.trainable_parameters()
         optimizer.init(trained)
         mx.eval(model.parameters())
-        self._parts = Parts(sum(parameter.nbytes for _, parameter in tree_flatten(trained)))
+        self.cut_into(device.most_parts(sum(parameter.nbytes for _, parameter in tree_flatten(trained))))
         random = mx.random.state
-        self._gradients = mx.compile(mx.value_and_grad(self._loss), inputs=random, outputs=random)
-        self._evaluate = mx.compile(self._loss_only)
+        gradients = mx.value_and_grad(functools.partial(self._sums, True))
+        self._gradients = mx.compile(gradients, inputs=random, outputs=random)
+        self._evaluate = mx.compile(functools.partial(self._sums, False))
         self._apply = mx.compile(self._applied)
+
+    @property
+    def parts(self) -> int:
+        """How many parts a batch is cut into, at most; which of a row's activations are dropped depends on it."""
+        return self._parts.most
+
+    def cut_into(self, parts: int) -> None:
+        """Cut batches into so many parts from now on."""
+        self._parts = device.Parts(parts)
 
     def gradients(self, batch: Batch) -> tuple[mx.array, Any, int]:
         """The summed loss of a batch and then its measures, `(1 + measures,)`; the loss's gradients; the batch's count.
 
         Perhaps not yet computed.
         """
-        parameters = self.model.trainable_parameters()
-        parts = self._parts.compute(lambda part: self._gradients(parameters, *self._arrays(part)), batch, parameters)
-        ((_, sums), grads), *others = parts
+        ((_, sums), grads), *others = self._computed(self._gradients, batch)
         for (_, other_sums), other in others:
             sums, grads = sums + other_sums, tree_map(mx.add, grads, other)
         return sums, grads, self.objective.count(batch)
@@ -80,10 +89,9 @@ class Step:
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
         """The sums of a batch without dropout, as `gradients` has them, and its count."""
-        parameters = self.model.trainable_parameters()
         self.model.eval()
         try:
-            parts = self._parts.compute(lambda part: self._evaluate(parameters, *self._arrays(part)), batch, parameters)
+            parts = self._computed(self._evaluate, batch)
             return mx.stack([sums for _, sums in parts]).sum(axis=0), self.objective.count(batch)
         finally:
             self.model.train()
@@ -92,21 +100,24 @@ class Step:
         """All that an update changes, to be evaluated."""
         return [self.model.trainable_parameters(), self.optimizer.state]
 
+    def _computed(self, function: Callable[..., Any], batch: Batch) -> list[Any]:
+        """What a compiled function returns for each part of a batch."""
+        parameters, parts, graphs = self.model.trainable_parameters(), batch.split(self.parts), []
+        for part, stream in zip(parts, self._parts.streams(len(parts), parameters), strict=True):
+            with stream:
+                graphs.append(function(parameters, *self._arrays(part)))
+        self._parts.evaluate(graphs)
+        return graphs
+
     def _arrays(self, batch: Batch) -> tuple[Any, ...]:
         """What the compiled functions take."""
         segments = None if batch.segments is None else (mx.array(batch.segments), batch.reach())
         return mx.array(batch.inputs), segments, self.objective.arrays(batch)
 
-    def _loss(self, parameters: Parameters, *batch: Any) -> tuple[mx.array, mx.array]:
-        return self._with(parameters, self.objective.with_gradients, *batch)
-
-    def _loss_only(self, parameters: Parameters, *batch: Any) -> tuple[mx.array, mx.array]:
-        return self._with(parameters, self.objective.without_gradients, *batch)
-
-    def _with(
+    def _sums(
         self,
+        gradients: bool,
         parameters: Parameters,
-        loss: Any,
         inputs: mx.array,
         segments: tuple[mx.array, int | None] | None,
         at: tuple[mx.array, ...],
@@ -116,14 +127,7 @@ class Step:
         try:
             model.update(tree_map(self._cast, parameters))
             hidden = model.transformer(inputs, None, None if segments is None else Segments(*segments))
-            owner = model.head_module()
-            own = owner.trainable_parameters()
-
-            def head(own: Parameters, rows: mx.array) -> mx.array:
-                owner.update(own)
-                return model.head(rows)
-
-            total, measures = loss(head, model.config.vocab_size, own, hidden, at)
+            total, measures = self.objective.sums(gradients, Head.of(model), hidden, at)
             return total, mx.concatenate([total[None], measures])
         finally:
             model.update(kept)

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device
 from elm_mlx.train import loss
-from elm_mlx.train.loss import Positions, padded_size, summed_loss, summed_loss_only
+from elm_mlx.train.loss import Head, Positions, padded_size, summed_loss, summed_loss_only
 
 DIM, VOCAB, BATCH, LENGTH = 32, 257, 3, 150
 
@@ -88,7 +88,7 @@ def test_loss_and_gradients_are_the_plain_ones(name: str, compiled: bool) -> Non
     at = arrays(Positions.of(targets, trained))
 
     def ours(parameters: Any, hidden: mx.array) -> mx.array:
-        return summed_loss(head, VOCAB, parameters, hidden, at) * 0.5
+        return summed_loss(Head(head, VOCAB, parameters), hidden, at) * 0.5
 
     def theirs(parameters: Any, hidden: mx.array) -> mx.array:
         return plain(head, parameters, hidden, targets, trained) * 0.5
@@ -97,7 +97,9 @@ def test_loss_and_gradients_are_the_plain_ones(name: str, compiled: bool) -> Non
     value, grads = (mx.compile(grad) if compiled else grad)(parameters, hidden)
     expected, truth = mx.value_and_grad(theirs, argnums=(0, 1))(parameters, hidden)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert summed_loss_only(head, VOCAB, parameters, hidden, at).item() == pytest.approx(2 * expected.item(), rel=1e-5)
+    assert summed_loss_only(Head(head, VOCAB, parameters), hidden, at).item() == pytest.approx(
+        2 * expected.item(), rel=1e-5
+    )
     mine, reference = dict(tree_flatten(grads)), dict(tree_flatten(truth))
     assert mine.keys() == reference.keys()
     for key, value in reference.items():
@@ -110,7 +112,7 @@ def test_gradients_are_finite_differences() -> None:
     hidden, targets, trained = problem(0.2)
     at = arrays(Positions.of(targets, trained))
     grads = dict(
-        tree_flatten(mx.grad(lambda p, h: summed_loss(head, VOCAB, p, h, at), argnums=(0, 1))(parameters, hidden))
+        tree_flatten(mx.grad(lambda p, h: summed_loss(Head(head, VOCAB, p), h, at), argnums=(0, 1))(parameters, hidden))
     )
 
     def loss64(parts: dict[str, np.ndarray]) -> float:
@@ -123,7 +125,7 @@ def test_gradients_are_finite_differences() -> None:
 
     parts = {"1": np.array(hidden, np.float64)}
     parts |= {f"0.{name}": np.array(value, np.float64) for name, value in tree_flatten(parameters)}
-    assert loss64(parts) == pytest.approx(summed_loss_only(head, VOCAB, parameters, hidden, at).item(), rel=1e-5)
+    assert loss64(parts) == pytest.approx(summed_loss_only(Head(head, VOCAB, parameters), hidden, at).item(), rel=1e-5)
     for name, grad in grads.items():
         for seed in range(3):
             direction = np.random.default_rng(seed).normal(size=grad.shape)
@@ -140,7 +142,7 @@ def test_both_devices_agree_and_extreme_logits_stay_finite(gpu: bool, monkeypatc
     module = nn.Linear(DIM, VOCAB, bias=False)
     module.weight = heads()["linear"].weight * 300
     head, parameters, at = logits_of(module), module.trainable_parameters(), arrays(Positions.of(targets, trained))
-    value, grad = mx.value_and_grad(lambda h: summed_loss(head, VOCAB, parameters, h, at))(hidden)
+    value, grad = mx.value_and_grad(lambda h: summed_loss(Head(head, VOCAB, parameters), h, at))(hidden)
     expected = plain(head, parameters, hidden, targets, trained)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert mx.isfinite(grad).all().item()
@@ -156,7 +158,7 @@ def test_the_head_never_sees_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) 
         return logits_of(module)(parameters, rows)
 
     at = Positions.of(targets, trained)
-    mx.grad(lambda h: summed_loss(head, VOCAB, module.trainable_parameters(), h, arrays(at)))(hidden)
+    mx.grad(lambda h: summed_loss(Head(head, VOCAB, module.trainable_parameters()), h, arrays(at)))(hidden)
     assert max(seen) == 64 and sum(seen) == padded_size(at.count) < BATCH * LENGTH
 
 
@@ -165,7 +167,7 @@ def test_16_bits_give_a_float32_loss_and_gradients_of_their_own_type() -> None:
     module = heads()["linear"]
     module.set_dtype(mx.bfloat16)
     head, parameters, at = logits_of(module), module.trainable_parameters(), arrays(Positions.of(targets, trained))
-    value, (grads, grad) = mx.value_and_grad(lambda p, h: summed_loss(head, VOCAB, p, h, at), argnums=(0, 1))(
+    value, (grads, grad) = mx.value_and_grad(lambda p, h: summed_loss(Head(head, VOCAB, p), h, at), argnums=(0, 1))(
         parameters, hidden.astype(mx.bfloat16)
     )
     assert value.dtype == mx.float32 and grad.dtype == grads["weight"].dtype == mx.bfloat16
@@ -177,7 +179,7 @@ def test_no_trained_position_is_no_loss_and_no_gradient() -> None:
     at = Positions.of(targets, np.zeros((BATCH, LENGTH), bool))
     module = heads()["linear"]
     head, parameters = logits_of(module), module.trainable_parameters()
-    value, grad = mx.value_and_grad(lambda h: summed_loss(head, VOCAB, parameters, h, arrays(at)))(hidden)
+    value, grad = mx.value_and_grad(lambda h: summed_loss(Head(head, VOCAB, parameters), h, arrays(at)))(hidden)
     assert at.count == 0 and value.item() == 0 and mx.abs(grad).max().item() == 0
 
 
@@ -208,7 +210,7 @@ def test_z_loss_is_in_the_gradients_alone(name: str) -> None:
     at = arrays(Positions.of(targets, trained))
 
     def ours(parameters: Any, hidden: mx.array) -> mx.array:
-        return summed_loss(head, VOCAB, parameters, hidden, at, 0.03)
+        return summed_loss(Head(head, VOCAB, parameters), hidden, at, 0.03)
 
     def theirs(parameters: Any, hidden: mx.array) -> mx.array:
         partitions = mx.logsumexp(head(parameters, hidden), axis=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -54,10 +55,15 @@ def test_activations_are_those_of_a_plain_count() -> None:
     assert two - one == pytest.approx(1.12 * 1.45 * 4 * kept * 4096, abs=2)
 
 
+def _no_logits(parameters: object, rows: object) -> NoReturn:
+    raise AssertionError
+
+
 def test_the_losss_chunk_is_the_losss() -> None:
     for vocab_size in (512, 4096, 32_000, 128_256):
-        assert loss.chunk_size(1 << 20, vocab_size) <= max(64, memory._CHUNK_LOGITS // vocab_size)
-        assert loss.chunk_size(1 << 20, vocab_size) * 2 > memory._CHUNK_LOGITS // vocab_size
+        chunk = loss.Head(_no_logits, vocab_size, {}).chunks(1 << 20)[0].stop
+        assert chunk <= max(64, memory._CHUNK_LOGITS // vocab_size)
+        assert chunk * 2 > memory._CHUNK_LOGITS // vocab_size
 
 
 @given(rows=st.integers(1, 64), length=st.integers(2, 4096), trained=st.integers(1, 10**8))

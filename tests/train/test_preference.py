@@ -14,13 +14,13 @@ import pytest
 import runs
 from mlx.utils import tree_flatten
 
-from elm_mlx import blas
+from elm_mlx import device
 from elm_mlx.data.examples import Example
 from elm_mlx.data.pairs import PairBatch, PairBatches
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
-from elm_mlx.train.loss import Parameters
+from elm_mlx.train.loss import Head, Parameters
 from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.preference import LOSSES, Preferring
 from elm_mlx.train.step import Step
@@ -150,19 +150,11 @@ def one_by_one(model: Model, pairs: list[Example]) -> tuple[mx.array, mx.array]:
     return mx.stack(sums).reshape(-1, 2), mx.stack(lengths).reshape(-1, 2)
 
 
-def in_batch(model: Model, batch: PairBatch, preferring: Preferring, function: Any) -> Callable[[Parameters], Any]:
-    owner = model.head_module()
-
+def in_batch(model: Model, batch: PairBatch, preferring: Preferring, gradients: bool) -> Callable[[Parameters], Any]:
     def loss(parameters: Parameters) -> Any:
         model.update(parameters)
         hidden = model.transformer(mx.array(batch.inputs), None, Segments(mx.array(batch.segments)))
-
-        def head(own: Parameters, rows: mx.array) -> mx.array:
-            owner.update(own)
-            return model.head(rows)
-
-        own = owner.trainable_parameters()
-        return function(head, runs.VOCAB, own, hidden, preferring.arrays(batch))
+        return preferring.sums(gradients, Head.of(model), hidden, preferring.arrays(batch))
 
     return loss
 
@@ -185,16 +177,14 @@ def test_a_batch_has_the_loss_and_gradient_of_its_pairs_one_by_one(loss: str, pa
     assert isinstance(batch, PairBatch)
     numbers = batch.pairs[batch.pairs >= 0].tolist()
     assert len(numbers) >= 3 and (batch.pairs < 0).any()
-    (value, measures), gradients = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(
-        parameters
-    )
+    (value, measures), gradients = mx.value_and_grad(in_batch(model, batch, preferring, True))(parameters)
     wanted, wanted_gradients = mx.value_and_grad(plainly)(parameters, numbers)
     assert value.item() == pytest.approx(wanted.item(), rel=1e-5)
     for (name, found), (_, expected) in zip(tree_flatten(gradients), tree_flatten(wanted_gradients), strict=True):
         scale = float(mx.abs(expected).max())
         assert float(mx.abs(found - expected).max()) <= 2e-4 * max(scale, 1e-3), name
     model.update(parameters)
-    again, measured = in_batch(model, batch, preferring, preferring.without_gradients)(parameters)
+    again, measured = in_batch(model, batch, preferring, False)(parameters)
     assert again.item() == value.item() and measured.tolist() == measures.tolist()
 
 
@@ -204,7 +194,7 @@ def test_measures_are_sums_over_pairs() -> None:
     made.reference = np.random.default_rng(2).normal(-30, 4, (7, 2)).astype(np.float32)
     batch = next(made)
     assert isinstance(batch, PairBatch)
-    _, measures = in_batch(model, batch, preferring, preferring.without_gradients)(model.trainable_parameters())
+    _, measures = in_batch(model, batch, preferring, False)(model.trainable_parameters())
     numbers = batch.pairs[batch.pairs >= 0]
     sums = np.array(one_by_one(model, pairs)[0])[numbers]
     rewards = 0.4 * (sums - made.reference[numbers])
@@ -230,10 +220,10 @@ def test_logits_are_never_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
         return real(self, rows)
 
     monkeypatch.setattr(type(model), "head", head)
-    (whole, _), gradients = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(parameters)
+    (whole, _), gradients = mx.value_and_grad(in_batch(model, batch, preferring, True))(parameters)
     monkeypatch.setattr(loss, "_CHUNK_LOGITS", 64 * runs.VOCAB)
     sizes.clear()
-    (chunked, _), others = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(parameters)
+    (chunked, _), others = mx.value_and_grad(in_batch(model, batch, preferring, True))(parameters)
     assert max(sizes) == 64 and len(sizes) >= 6
     assert chunked.item() == pytest.approx(whole.item(), rel=1e-5)
     for (name, found), (_, expected) in zip(tree_flatten(gradients), tree_flatten(others), strict=True):
@@ -242,7 +232,7 @@ def test_logits_are_never_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("processors", [1, 3])
 def test_a_step_of_pairs_shared_out_by_rows_is_the_same(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blas, "threads", lambda: processors)
+    monkeypatch.setattr(device, "most_parts", lambda *_: processors)
     made = PairBatches(drawn(30), 5, 64)
     made.reference = np.random.default_rng(2).normal(-30, 4, (30, 2)).astype(np.float32)
     batch, model, preferring = next(made), runs.model(), Preferring("sigmoid", 0.4)
@@ -250,9 +240,7 @@ def test_a_step_of_pairs_shared_out_by_rows_is_the_same(processors: int, monkeyp
     step = Step(model, make_optimizer("adamw", 0.0), objective=preferring)
     sums, gradients, count = step.gradients(batch)
     parameters = model.trainable_parameters()
-    (value, measures), wanted = mx.value_and_grad(in_batch(model, batch, preferring, preferring.with_gradients))(
-        parameters
-    )
+    (value, measures), wanted = mx.value_and_grad(in_batch(model, batch, preferring, True))(parameters)
     model.update(parameters)
     assert count == (batch.pairs >= 0).sum() > 5
     np.testing.assert_allclose(sums.tolist(), [value.item(), *measures.tolist()], rtol=1e-4)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import runs
 from mlx.utils import tree_flatten
 
 from elm_mlx import blas, device
-from elm_mlx.data import parallel
 from elm_mlx.data.batches import Batch
-from elm_mlx.data.parallel import Parts, cut
+from elm_mlx.device import Parts, most_parts
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.train.optimizer import make_optimizer
@@ -24,19 +24,19 @@ def batch(rows: int) -> Batch:
 @pytest.mark.parametrize(("rows", "count", "expected"), [(4, 2, [2, 2]), (5, 2, [2, 3]), (2, 8, [1, 1]), (3, 1, [3])])
 def test_rows_are_shared_out(rows: int, count: int, expected: list[int]) -> None:
     whole = batch(rows)
-    pieces = cut(whole, count)
+    pieces = whole.split(count)
     assert [len(piece.inputs) for piece in pieces] == expected
     for name in ("inputs", "targets", "trained", "segments"):
         np.testing.assert_array_equal(np.concatenate([getattr(piece, name) for piece in pieces]), getattr(whole, name))
 
 
 def test_rows_without_segments_are_shared_out_too() -> None:
-    assert [piece.segments for piece in cut(next(runs.batches(packed=False)), 2)] == [None, None]
+    assert [piece.segments for piece in next(runs.batches(packed=False)).split(2)] == [None, None]
 
 
 @pytest.fixture(params=[2, 3])
 def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(blas, "threads", lambda: request.param)
+    monkeypatch.setattr(device, "most_parts", lambda *_: request.param)
     return int(request.param)
 
 
@@ -44,9 +44,9 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_parts(
     processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     several = Step(runs.model(), make_optimizer("adamw", 0.0))
-    monkeypatch.setattr(blas, "threads", lambda: 1)
+    monkeypatch.setattr(device, "most_parts", lambda *_: 1)
     single = Step(runs.model(), make_optimizer("adamw", 0.0))
-    assert several._parts.most == processors and single._parts.most == 1
+    assert several.parts == processors and single.parts == 1
     loss, grads, count = several.gradients(batch(5))
     expected, truth, same = single.gradients(batch(5))
     assert count == same and loss.item() == pytest.approx(expected.item(), rel=1e-6)
@@ -75,26 +75,27 @@ def test_parts_have_dropout_of_their_own(processors: int) -> None:
     step = Step(model, make_optimizer("adamw", 0.0))
     row = batch(1)
     same = Batch(*(np.repeat(each, processors, axis=0) for each in (row.inputs, row.targets, row.trained)), None, 0)
-    built = step._parts.compute(
-        lambda part: step._gradients(model.trainable_parameters(), *step._arrays(part)), same, []
-    )
+    built = step._computed(step._gradients, same)
     grads = [np.array(tree_flatten(grads)[-1][1]) for _, grads in built]
     assert all(np.abs(grads[0] - other).max() > 1e-6 for other in grads[1:])
 
 
-def test_one_part_where_there_is_nothing_to_gain(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Parts(8).most == processors
-    assert Parts(parallel._GRADIENT_BYTES).most == 1
+def test_one_part_where_there_is_nothing_to_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blas, "threads", lambda: 3)
+    assert most_parts(8) == 3
+    assert most_parts(device._GRADIENT_BYTES) == 1
     monkeypatch.setattr(device, "on_gpu", lambda: True)
-    assert Parts(8).most == 1
+    assert most_parts(8) == 1
 
 
 def test_what_fails_in_a_part_fails(processors: int) -> None:
-    def broken(part: Batch) -> list[object]:
-        raise ValueError("no graph")
-
+    before = mx.default_stream(mx.cpu)
     with pytest.raises(ValueError, match="no graph"):
-        Parts(8).compute(broken, batch(4), [])
+        for number, stream in enumerate(Parts(processors).streams(processors, [])):
+            with stream:
+                if number:
+                    raise ValueError("no graph")
+    assert mx.default_stream(mx.cpu) == before
 
 
 @pytest.mark.usefixtures("two_threads")
