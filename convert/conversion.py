@@ -10,8 +10,9 @@ from typing import Any
 
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import EXPORT, MODEL, carry_templates, check_destination
-from elm_mlx.files import expanded, write_text
+from elm_mlx.files import write_text
 from elm_mlx.model.config import ModelConfig
+from elm_mlx.reading import expanded, listed
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 from elm_mlx.version import __version__
@@ -26,7 +27,6 @@ from elm_mlx_convert.destination import (
     write_json,
     write_weights,
 )
-from elm_mlx_convert.names import listed
 from elm_mlx_convert.plan import ConversionPlan, make_plan
 from elm_mlx_convert.source_config import preset_name
 from elm_mlx_convert.tensors import FLOATS

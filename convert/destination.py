@@ -21,13 +21,9 @@ import numpy as np
 
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError
-from elm_mlx.files import free_bytes, new_directory
+from elm_mlx.files import check_room, new_directory
 from elm_mlx.safetensors_file import SHARD_BYTES, Pending, write_shards
 from elm_mlx_convert.tensors import LazyTensor, cast_blocks, read_safetensors, to_float32
-
-# Config, tokenizer and record of the largest vocabulary, with room to spare.
-_OTHER_BYTES = 16 << 20
-
 
 Hashes = Callable[[], dict[Path, str]]
 
@@ -55,9 +51,7 @@ def new_hashed_directory(
     Raises:
         ElmError: they, and what goes with them, do not fit; or as `files.new_directory`.
     """
-    needed, free = nbytes + _OTHER_BYTES, free_bytes(path)
-    if needed > free:
-        raise ElmError(f"{path}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+    check_room(path, nbytes)
     with _hashing(sources) as hashes, new_directory(path, replace=overwrite) as directory:
         yield directory, hashes
 

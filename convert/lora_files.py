@@ -18,9 +18,9 @@ import numpy as np
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.families import Config, FamilyConfig
-from elm_mlx.reading import json_object
+from elm_mlx.reading import json_object, listed
 from elm_mlx_convert import names, torch_files
-from elm_mlx_convert.names import HEAD, listed, to_canonical, unwrap
+from elm_mlx_convert.names import HEAD, to_canonical, unwrap
 from elm_mlx_convert.source_config import Scaling, find_settings, read_settings
 from elm_mlx_convert.sources import open_source
 from elm_mlx_convert.tensors import FLOATS, LazyTensor, read_safetensors, to_float32

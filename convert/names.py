@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 from elm_mlx.errors import InputError
+from elm_mlx.reading import listed
 
 T = TypeVar("T")
 
@@ -98,12 +99,6 @@ def canonical_names(names: Iterable[str], where: str) -> dict[str, str]:
     if unknown:
         raise InputError(f"{where}: holds what is no weight of an OpenELM: {listed(unknown)}")
     return found
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first few of `names`, and how many more there are."""
-    shown = ", ".join(repr(name if len(name) <= 100 else name[:97] + "...") for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -17,10 +17,10 @@ import numpy as np
 from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.reading import json_object
+from elm_mlx.reading import json_object, listed
 from elm_mlx.text import chat_template
 from elm_mlx_convert import lora_files, tokenizers
-from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, listed, unwrapped
+from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, unwrapped
 from elm_mlx_convert.source_config import Scaling, Settings, decide, find_settings, read_settings
 from elm_mlx_convert.sources import Source, open_source
 from elm_mlx_convert.tensors import FLOATS, ITEM_SIZES, LazyTensor

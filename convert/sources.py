@@ -17,11 +17,9 @@ from typing import Any
 
 from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import expanded
 from elm_mlx.model.families import check_is_openelm
-from elm_mlx.reading import json_object
+from elm_mlx.reading import expanded, json_object, listed
 from elm_mlx_convert import torch_files
-from elm_mlx_convert.names import listed
 from elm_mlx_convert.tensors import LazyTensor, read_safetensors
 
 # Where training loops keep the model's state dict; CoreNet's is the first.

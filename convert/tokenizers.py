@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.files import expanded, new_file, write_text
+from elm_mlx.files import new_file, write_text
+from elm_mlx.reading import expanded
 from elm_mlx.text import sentencepiece_file
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer, read_settings
 from elm_mlx_convert import sources

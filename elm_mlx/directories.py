@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from elm_mlx.errors import InputError
+from elm_mlx.reading import listed
 
 CARRIED = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -83,7 +84,7 @@ def check_destination(target: Path, kind: Kind, overwrite: bool, sources: Iterab
     except OSError as error:
         raise InputError(f"{target}: cannot be read: {error.strerror}") from None
     if foreign:
-        raise InputError(f"{target}: is no {kind.name} alone: it holds {_listed(foreign)}; nothing was replaced")
+        raise InputError(f"{target}: is no {kind.name} alone: it holds {listed(foreign)}; nothing was replaced")
     for source in sources:
         if _lies_in(source, target):
             raise InputError(f"{target}: holds the source, {source.name}, which is to be read: choose another")
@@ -194,8 +195,3 @@ def _lies_in(source: Path, target: Path) -> bool:
     real = Path(os.path.realpath(target))  # unlike resolve(), no exception for a loop of links
     named = Path(os.path.realpath(source.absolute().parent), source.name)
     return any(real in (place, *place.parents) for place in (named, Path(os.path.realpath(source))))
-
-
-def _listed(names: list[str], most: int = 3) -> str:
-    shown = ", ".join(repr(name if len(name) <= 100 else name[:97] + "...") for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

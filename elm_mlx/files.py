@@ -1,8 +1,7 @@
 """Files and directories that appear whole, or not at all.
 
 Knows how to write beside a path and then move into place, so that whoever opens the path at any
-instant, after a crash too, finds the old content complete or the new; and how a path is written, `~` and all.
-Knows nothing of what is written.
+instant, after a crash too, finds the old content complete or the new. Knows nothing of what is written.
 
 A temporary entry is a sibling called `.NAME.tmp-XXXXXXXX`, locked (flock) by the process that writes it.
 The kernel drops the lock when that process dies, however it dies; so what can be locked is litter, and the
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.reading import byte_size
 
 # What the kernel answers when it or the file system cannot swap two names.
 _CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV)
@@ -33,18 +33,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RENAME_EXCHANGE = 2  # Linux, renameat2(2)
 _RENAME_SWAP = 2  # macOS, renamex_np(2)
 _AT_FDCWD = -100
+_OTHER_BYTES = 16 << 20  # of a model directory: config, tokenizer and records of the largest vocabulary
 LOCK = ".lock"  # in a directory that a process holds, with its number
-
-
-def expanded(path: str | Path) -> Path:
-    """The path that someone wrote, `~` or `~user` at its beginning replaced by that home directory.
-
-    Whatever becomes a path from outside does so here: arguments and options, settings in files, Python's arguments.
-    `./~/m` stays what it says, a directory that is called `~`, and a result can be given here again.
-    """
-    text = os.path.expanduser(path)  # noqa: PTH111 (Path would drop the ./ first, and raises where there is no user)
-    made = Path(text)
-    return made.absolute() if str(made).startswith("~") and not text.startswith("~") else made
 
 
 @contextmanager
@@ -205,6 +195,13 @@ def free_bytes(path: Path) -> int:
         path = path.parent
     status = os.statvfs(path)
     return status.f_bavail * status.f_frsize
+
+
+def check_room(path: Path, nbytes: int) -> None:
+    """Raises ElmError where weights of `nbytes`, and the tokenizer, config and records beside them, do not fit."""
+    needed, free = nbytes + _OTHER_BYTES, free_bytes(path)
+    if needed > free:
+        raise ElmError(f"{path}: needs {byte_size(needed)}, and {byte_size(free)} are free there")
 
 
 def _check_free(path: Path, replace: bool) -> None:

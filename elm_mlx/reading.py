@@ -23,10 +23,10 @@ from elm_mlx.errors import InputError
 
 # The largest text of each kind in the wild, and a margin: a tokenizer_config.json has 1 MB, a tokenizer.json 35 MB,
 # a text to measure by 1 GB (enwik9).
-SETTINGS_BYTES = 16 << 20
-TABLES_BYTES = 1 << 20  # YAML and TOML, of which Python reads about 1 MB a second
-TEXT_BYTES = 64 << 20
-CORPUS_BYTES = 1 << 30
+SETTINGS_BYTES = 16_000_000
+TABLES_BYTES = 1_000_000  # YAML and TOML, of which Python reads about 1 MB a second
+TEXT_BYTES = 64_000_000
+CORPUS_BYTES = 1_100_000_000
 LARGEST_SIZE = 1 << 30  # of a size: MLX adds positions up in 32 bits
 
 _MARK = b"\xef\xbb\xbf"
@@ -39,6 +39,17 @@ _MAX_DIGITS = 100  # of a whole number: longer ones fit into nothing that counts
 _MOST_SHOWN = 500  # characters of a value that is shown: a config's may have millions
 _OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _OBEYED_IN_TEXT = re.compile(_OBEYED.pattern.replace(r"\x00-\x1f", r"\x00-\x08\x0b-\x1f"))
+
+
+def expanded(path: str | Path) -> Path:
+    """The path that someone wrote, `~` or `~user` at its beginning replaced by that home directory.
+
+    Whatever becomes a path from outside does so here: arguments and options, settings in files, Python's arguments.
+    `./~/m` stays what it says, a directory that is called `~`, and a result can be given here again.
+    """
+    text = os.path.expanduser(path)  # noqa: PTH111 (Path would drop the ./ first, and raises where there is no user)
+    made = Path(text)
+    return made.absolute() if str(made).startswith("~") and not text.startswith("~") else made
 
 
 @contextmanager
@@ -59,7 +70,7 @@ def content(path: Path, most: int) -> bytes:
         # Both, because a file may grow meanwhile, and those of /proc say that they have nothing.
         data = b"" if size > most else file.read(most + 1)
     if size > most or len(data) > most:
-        raise InputError(f"{path}: larger than {_size(most)}, which no such file is")
+        raise InputError(f"{path}: larger than {byte_size(most)}, which no such file is")
     return data
 
 
@@ -72,7 +83,7 @@ def stdin_text() -> str:
     """All of standard input, as `text`. Raises InputError."""
     data = sys.stdin.buffer.read(TEXT_BYTES + 1)
     if len(data) > TEXT_BYTES:
-        raise InputError(f"stdin: more than {_size(TEXT_BYTES)}")
+        raise InputError(f"stdin: more than {byte_size(TEXT_BYTES)}")
     return decoded(data, "stdin")
 
 
@@ -80,7 +91,7 @@ def limited_line(file: IO[bytes], most: int, where: str) -> bytes:
     """The next line with its end; nothing where the file ends. Raises InputError for one of more than `most` bytes."""
     line = file.readline(most + 1)
     if len(line) > most:
-        raise InputError(f"{where}: has more than {_size(most)} without an end: no such line is read")
+        raise InputError(f"{where}: has more than {byte_size(most)} without an end: no such line is read")
     return line
 
 
@@ -315,19 +326,6 @@ class Keys:
         return value
 
 
-def short(value: object) -> str:
-    """A value on one line as an error shows it: what came from a file may be of any size, and of any depth."""
-    if isinstance(value, (list, Mapping)):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _between(value: object, low: float, high: float) -> bool:
-    """A NaN is between no two numbers."""
-    return type(value) in (int, float) and low < value < high  # type: ignore[operator]
-
-
 def printable(value: object) -> str:
     """`value` on one line of at most `_MOST_SHOWN` characters, both ends of a longer one."""
     return _cut(_OBEYED.sub(_code, _cut(str(value))))
@@ -341,6 +339,31 @@ def visible(text: str) -> str:
 def stripped(text: str) -> str:
     """`text` with its lines and tabs, without what is not for readers."""
     return _OBEYED_IN_TEXT.sub("", text)
+
+
+def short(value: object) -> str:
+    """A value on one line as an error shows it: what came from a file may be of any size, and of any depth."""
+    if isinstance(value, (list, Mapping)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _between(value: object, low: float, high: float) -> bool:
+    """A NaN is between no two numbers."""
+    return type(value) in (int, float) and low < value < high  # type: ignore[operator]
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """The first few of `names`, and how many more there are."""
+    shown = ", ".join(repr(name if len(name) <= 100 else name[:97] + "...") for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def byte_size(count: int) -> str:
+    """`count` bytes in the unit that suits them: 14.4 MB, 1.09 GB."""
+    size = f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    return size.replace(".00 ", " ").replace(".0 ", " ")
 
 
 def _code(found: re.Match[str]) -> str:
@@ -382,7 +405,3 @@ def _failures_named(path: Path) -> Iterator[None]:
         if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
             raise
         raise InputError(f"{str(path)!r}: is no name of a file") from None
-
-
-def _size(most: int) -> str:
-    return f"{most >> 20} MB" if most < 1 << 30 else f"{most >> 30} GB"

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
+from elm_mlx.reading import short
 
 # The format's names of types, and what NumPy and MLX call them.
 TYPES = {
@@ -179,23 +180,18 @@ def _entry(path: Path, name: str, entry: Any) -> Entry:
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     for what, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
-            raise InputError(f"{path}: {name!r} has the {what} {_short(numbers)}: a list of sizes is needed")
+            raise InputError(f"{path}: {name!r} has the {what} {short(numbers)}: a list of sizes is needed")
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise InputError(f"{path}: {name!r} has the type {_short(dtype)}; known are {', '.join(SIZES)}")
+        raise InputError(f"{path}: {name!r} has the type {short(dtype)}; known are {', '.join(SIZES)}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise InputError(f"{path}: {name!r} has the data_offsets {_short(offsets)}: a begin and an end are needed")
+        raise InputError(f"{path}: {name!r} has the data_offsets {short(offsets)}: a begin and an end are needed")
     needed = math.prod(shape) * SIZES[dtype]
     if needed != offsets[1] - offsets[0]:
         raise InputError(
-            f"{path}: {name!r} of shape {_short(shape)} in {dtype} needs {needed} bytes, "
+            f"{path}: {name!r} of shape {short(tuple(shape))} in {dtype} needs {needed} bytes, "
             f"but its data_offsets span {offsets[1] - offsets[0]}"
         )
     return Entry(name, dtype, tuple(shape), *offsets)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def write_shards(

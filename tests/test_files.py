@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from elm_mlx import files
+from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import LOCK, free_bytes, hold, new_directory, new_file, remove_abandoned, write_text
 
@@ -43,9 +43,9 @@ def test_a_home_directory_is_put_for_its_sign_once(tmp_path: Path, monkeypatch: 
         "~": tmp_path, "~/a": tmp_path / "a", Path("~/a"): tmp_path / "a", "a~": Path("a~"), "a/~": Path("a/~"),
         "./~/a": tmp_path / "~" / "a", ".//~": tmp_path / "~", "~of-nobody/a": Path("~of-nobody/a"), "": Path(),
     }.items():  # fmt: skip
-        assert files.expanded(name) == path == files.expanded(files.expanded(name))
+        assert reading.expanded(name) == path == reading.expanded(reading.expanded(name))
     monkeypatch.setenv("HOME", "~")
-    assert files.expanded("~/a") == Path("~/a")
+    assert reading.expanded("~/a") == Path("~/a")
 
 
 def test_file_appears_whole(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import device, files, safetensors_file
+from elm_mlx import device, reading, safetensors_file
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
@@ -35,7 +35,7 @@ _PROCESS = 300_000_000  # Python, MLX and buffers
 
 def check(model: str) -> None:
     """Raises InputError where `model` is neither a preset nor a model directory."""
-    if model not in PRESETS and not files.expanded(model).is_dir():
+    if model not in PRESETS and not reading.expanded(model).is_dir():
         raise InputError(f"{model}: neither a model directory nor one of {', '.join(PRESETS)}")
     if model not in PRESETS:
         check_directory(Path(model))
@@ -113,7 +113,7 @@ def prepare(model: str, precision: str, scratch: Path) -> Path:
     if model not in PRESETS:
         if precision != "stored":
             raise InputError(f"{model}: is measured as it is stored; --precision is for presets")
-        return files.expanded(model)
+        return reading.expanded(model)
     config = ModelConfig.preset(model)
     needed, free = stored_bytes(config, precision), shutil.disk_usage(scratch).free
     if needed > 0.9 * free:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from elm_mlx import files
+from elm_mlx import reading
 from elm_mlx.bench.suites import BATCHED, About, Case, Figures
 
 
@@ -56,7 +56,7 @@ def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
     if name == "llama.cpp":
         return LlamaBench(programs)
     if name == "pytorch":
-        python = str(files.expanded(programs.python or sys.executable))
+        python = str(reading.expanded(programs.python or sys.executable))
         try:
             found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0
         except OSError as error:
@@ -138,7 +138,7 @@ class LlamaBench:
     name = "llama.cpp"
 
     def __init__(self, programs: Programs):
-        found = shutil.which(files.expanded(programs.llama_bench or "llama-bench"))
+        found = shutil.which(reading.expanded(programs.llama_bench or "llama-bench"))
         if found is None:
             raise Unavailable("llama-bench is not on the PATH; --llama-bench says where it is")
         if programs.gguf is None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx import files
+from elm_mlx import reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import counted, say, size
+from elm_mlx.cli.show import byte_size, counted, say
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def average(
     if last is not None:
         if len(checkpoints) > 1:
             raise InputError(f"--last {last}: takes the checkpoints of one run, and {len(checkpoints)} are named")
-        chosen = [str(path) for path in averaging.last(files.expanded(checkpoints[0]), last)]
+        chosen = [str(path) for path in averaging.last(reading.expanded(checkpoints[0]), last)]
     with _progress() as advance:
         done = averaging.average(
             chosen, out, config=config, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, on_progress=advance
@@ -70,7 +70,7 @@ def _print(done: Average, checkpoints: list[str]) -> None:
         say("note", note)
     for warning in done.warnings:
         say("warning", warning, err=True)
-    say("wrote", f"{done.destination}, {plan.dtype}, {size(plan.nbytes)}")
+    say("wrote", f"{done.destination}, {plan.dtype}, {byte_size(plan.nbytes)}")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import typer.core
 
-from elm_mlx import files
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -96,4 +96,4 @@ def legible(formatter: Any) -> Any:
 def _expand(kind: Any) -> None:
     """Let a parameter's type of a path take `~`, which the shell leaves alone within quotes, after `=` and in files."""
     convert = kind.convert
-    kind.convert = lambda value, parameter, context: convert(str(files.expanded(value)), parameter, context)
+    kind.convert = lambda value, parameter, context: convert(str(reading.expanded(value)), parameter, context)

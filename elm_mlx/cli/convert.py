@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_mlx.cli.show import counted, say, size
+from elm_mlx.cli.show import byte_size, counted, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -99,7 +99,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
     if quantized is None:
         yield dst
         return
-    from elm_mlx import directories, files
+    from elm_mlx import directories, files, reading
     from elm_mlx.cli.quantize import Report
     from elm_mlx.quantize.quantization import quantize
     from elm_mlx.quantize.recipe import named
@@ -108,7 +108,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
     if dry_run:
         yield dst
         return
-    directories.check_destination(dst, directories.MODEL, overwrite, (files.expanded(src),))
+    directories.check_destination(dst, directories.MODEL, overwrite, (reading.expanded(src),))
     with files.scratch_directory(dst) as scratch:
         yield scratch / dst.name
         with Report() as report:
@@ -128,7 +128,7 @@ def _print_plan(plan: ConversionPlan) -> None:
         ("", _traits(config)),
         ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),
         ("tokenizer", str(plan.tokenizer or "none")),
-        ("write", f"{plan.dtype}, {size(plan.nbytes)}"),
+        ("write", f"{plan.dtype}, {byte_size(plan.nbytes)}"),
         *(("note", note) for note in plan.notes),
         *(("warning", warning) for warning in plan.warnings),
     ]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elm_mlx.cli.show import say, size
+from elm_mlx.cli.show import byte_size, say
 
 
 def export(
@@ -25,4 +25,4 @@ def export(
     for name, lines in (("note", plan.notes), ("warning", plan.warnings)):
         for line in lines:
             say(name, line)
-    say("wrote", f"{dst}: {plan.parameters:,} parameters in {plan.dtype}, {size(plan.nbytes)}")
+    say("wrote", f"{dst}: {plan.parameters:,} parameters in {plan.dtype}, {byte_size(plan.nbytes)}")

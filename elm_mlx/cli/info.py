@@ -13,7 +13,7 @@ import typer
 from elm_mlx import blas
 from elm_mlx.cli import options
 from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import counted, line, say, size, table, terminal_width
+from elm_mlx.cli.show import byte_size, counted, line, say, table, terminal_width
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ def _print(about: Description) -> None:
         "shape": f"{layers}, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
         "context": f"{about.context:,} tokens",
-        "stored": f"{about.dtype}, {size(about.file_bytes)}",
-        "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
+        "stored": f"{about.dtype}, {byte_size(about.file_bytes)}",
+        "memory": ", ".join(f"{byte_size(count)} in {name}" for name, count in about.memory.items()),
         "KV cache": ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items()),
     }
     for name, text in lines.items():
@@ -135,8 +135,8 @@ def _print_other(about: FamilyDescription) -> None:
         "linears": ", ".join(name.rpartition(".")[2] for name in about.linears),
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
         "context": context,
-        "stored": f"{about.dtype}, {size(about.file_bytes)}",
-        "memory": ", ".join(f"{size(count)} in {name}" for name, count in about.memory.items()),
+        "stored": f"{about.dtype}, {byte_size(about.file_bytes)}",
+        "memory": ", ".join(f"{byte_size(count)} in {name}" for name, count in about.memory.items()),
         "cache": cache,
     }
     for name, text in lines.items():
@@ -146,7 +146,7 @@ def _print_other(about: FamilyDescription) -> None:
 def _print_adapter(about: AdapterDescription) -> None:
     line(f"{about.path}: {about.summary}")
     lines = {
-        "parameters": f"{about.parameters:,}, {about.share:.2%} of the model's; {size(about.file_bytes)}",
+        "parameters": f"{about.parameters:,}, {about.share:.2%} of the model's; {byte_size(about.file_bytes)}",
         "head": about.head,
         "made for": about.made_for,
     }

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from elm_mlx.callbacks import TrainingCallback
-from elm_mlx.cli.show import counted, folded, line, printable, say, silence, size
+from elm_mlx.cli.show import byte_size, counted, folded, line, printable, say, silence
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,7 +125,7 @@ class Progress(TrainingCallback):
         self._told = [f"loss {self._loss:.3f}", *_named(self._measures), f"{self._rate:,.0f} tokens/s"]
         if report.matmul_share:
             self._told.append(f"{self._matmul:.0%} of matmul speed")
-        self._told.append(size(report.memory))
+        self._told.append(byte_size(report.memory))
         if self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps):
             self._last = time.monotonic()
             left = duration((self._steps - report.step) * self._seconds)

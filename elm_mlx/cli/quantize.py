@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import say, size
+from elm_mlx.cli.show import byte_size, say
 
 if TYPE_CHECKING:
     from elm_mlx.quantize.bit_plan import Plan
@@ -115,7 +115,7 @@ class Report(AbstractContextManager["Report"]):
         where = "made-up ids, as there is no tokenizer" if done.text is None else done.text.name
         times = f"{done.bytes_before / done.bytes_after:.2f} times smaller"
         bits = f"{done.bits_before:.2f} to {done.bits_after:.2f} bits a weight"
-        say("bytes", f"{size(done.bytes_before)} to {size(done.bytes_after)}, {times}; {bits}")
+        say("bytes", f"{byte_size(done.bytes_before)} to {byte_size(done.bytes_after)}, {times}; {bits}")
         say("compared", f"{lost.tokens:,} tokens ({where})")
         if lost.perplexity_before is not None and lost.perplexity_after is not None:
             change = lost.perplexity_after / lost.perplexity_before - 1

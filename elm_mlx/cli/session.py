@@ -16,7 +16,7 @@ from types import FrameType
 
 import typer
 
-from elm_mlx import files
+from elm_mlx import reading
 from elm_mlx.cli.lines import Pipe, Terminal, interactive, without_echo
 from elm_mlx.cli.show import Speech, counted, folded, note, visible
 from elm_mlx.errors import ElmError, InputError
@@ -277,7 +277,7 @@ class Session:
 def _file(name: str, command: str) -> Path:
     if not name:
         raise InputError(f"/{command} needs a file's name")
-    return files.expanded(name)
+    return reading.expanded(name)
 
 
 def _number(name: str, text: str) -> float:

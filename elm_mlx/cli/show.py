@@ -18,11 +18,11 @@ from typing import TextIO
 import typer
 
 from elm_mlx.errors import InputError, counted
-from elm_mlx.reading import printable, stripped, visible
+from elm_mlx.reading import byte_size, printable, stripped, visible
 
 __all__ = [
-    "Speech", "bad_records_named", "counted", "folded", "line", "name_bad", "note", "printable", "say", "silence",
-    "size", "table", "terminal_width", "visible",
+    "Speech", "bad_records_named", "byte_size", "counted", "folded", "line", "name_bad", "note", "printable", "say",
+    "silence", "table", "terminal_width", "visible",
 ]  # fmt: skip
 
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
@@ -192,11 +192,6 @@ def _columns(character: str) -> int:
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def size(count: int) -> str:
-    """A number of bytes in the unit that suits it."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def name_bad(reasons: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import counted, say, size
+from elm_mlx.cli.show import byte_size, counted, say
 
 if TYPE_CHECKING:
     from elm_mlx.text.tokenizer import Tokenizer
@@ -60,13 +60,13 @@ def train_tokenizer(
 
 
 def _print_sample(sample: Sample, files: int) -> None:
-    say("read", f"{size(sample.nbytes)} of text, {counted(sample.texts, 'record')} in {counted(files, 'file')}")
+    say("read", f"{byte_size(sample.nbytes)} of text, {counted(sample.texts, 'record')} in {counted(files, 'file')}")
     for line in sample.bad[:_SHOWN]:
         say("bad", line)
     if len(sample.bad) > _SHOWN:
         say("bad", f"{len(sample.bad) - _SHOWN:,} more")
-    say("sample", f"{size(sum(map(len, sample.lines)))}, {counted(len(sample.lines), 'line')}")
-    held_out = f"{size(sum(map(len, sample.held_out)))}, {counted(len(sample.held_out), 'line')}, for measuring"
+    say("sample", f"{byte_size(sum(map(len, sample.lines)))}, {counted(len(sample.lines), 'line')}")
+    held_out = f"{byte_size(sum(map(len, sample.held_out)))}, {counted(len(sample.held_out), 'line')}, for measuring"
     say("held out", held_out if sample.held_out else "nothing: there are too few lines")
 
 

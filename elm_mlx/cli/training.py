@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli.progress import Progress, duration
-from elm_mlx.cli.show import counted, name_bad, size
+from elm_mlx.cli.show import byte_size, counted, name_bad
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -209,7 +209,9 @@ def needed(load: Load) -> str:
     from elm_mlx.train import memory
 
     free = device.available_memory()
-    return f"about {size(memory.estimate(load).total)}" + ("" if free is None else f", of {size(free)} that are free")
+    return f"about {byte_size(memory.estimate(load).total)}" + (
+        "" if free is None else f", of {byte_size(free)} that are free"
+    )
 
 
 def harmed(result: Result, rate: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from elm_mlx.data import data_files
 from elm_mlx.data.data_files import BadRecord, Files, key_of, keys_of, kind_of
 from elm_mlx.errors import InputError
-from elm_mlx.files import expanded
+from elm_mlx.reading import expanded
 from elm_mlx.text.chat_template import ROLES, check_messages
 
 SUFFIXES = (*data_files.JSON, data_files.PARQUET)

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from elm_mlx import files, reading
+from elm_mlx import reading
 from elm_mlx.data import data_files
 from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import ElmError, InputError
@@ -249,7 +249,7 @@ def _decoded(data: bytes) -> str | BadRecord:
 
 
 def _found(pattern: str) -> list[Path]:
-    path = files.expanded(pattern)
+    path = reading.expanded(pattern)
     if path.is_file():
         data_files.suffix_of(path, SUFFIXES)
         return [path]

@@ -82,7 +82,7 @@ class Wanted:
 
 def _named(name: str, shots: int | None) -> list[Chosen]:
     if task_sources.is_file(name):
-        return [Chosen(task_sources.task_of_file(files.expanded(name)), shots or 0)]
+        return [Chosen(task_sources.task_of_file(reading.expanded(name)), shots or 0)]
     bare, at, own = name.partition("@")
     if at and not own.isdecimal():
         raise InputError(f"--tasks {name}: the number of examples is missing after @")

@@ -322,7 +322,7 @@ def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
         InputError: what is there is no conversation.
         ElmError: the file cannot be written.
     """
-    path = files.expanded(path)
+    path = reading.expanded(path)
     if path.exists():
         try:
             read_messages(path)
@@ -337,7 +337,7 @@ def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     Raises:
         InputError: the file cannot be read, or holds something else; says where.
     """
-    path = files.expanded(path)
+    path = reading.expanded(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: is no file")
     record = reading.json_value(path)

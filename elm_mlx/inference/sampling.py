@@ -193,7 +193,7 @@ def saved_settings(directory: Path) -> dict[str, float]:
     Raises:
         InputError: the file is no JSON, or a setting is no number, or out of range.
     """
-    path = files.expanded(directory) / FILE_NAME
+    path = reading.expanded(directory) / FILE_NAME
     values = reading.json_object_if_there(path)
     found = {
         ours: _number(path, ours, values[theirs]) for ours, theirs in NAMES.items() if values.get(theirs) is not None
@@ -224,7 +224,7 @@ def save_settings(directory: Path, settings: Mapping[str, float]) -> Path:
         ElmError: it cannot be written.
     """
     saved_settings(directory)  # what could not be read again is not written over
-    path = files.expanded(directory) / FILE_NAME
+    path = reading.expanded(directory) / FILE_NAME
     values = reading.json_object_if_there(path) | {NAMES[name]: value for name, value in settings.items()}
     values["do_sample"] = settings["temp"] > 0
     if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0

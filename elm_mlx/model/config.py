@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.reading import json_object
+from elm_mlx.reading import json_object, short
 
 MODEL_TYPE = "openelm"
 LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
@@ -195,20 +195,20 @@ class ModelConfig:
         """
         model_type = values.get("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
-            raise InputError(f"{where}: model_type is {_short(model_type)}, and this reads {MODEL_TYPE!r}")
+            raise InputError(f"{where}: model_type is {short(model_type)}, and this reads {MODEL_TYPE!r}")
         activation = values.get("activation_fn_name", "swish")
         if activation != "swish":
-            raise InputError(f"{where}: activation_fn_name is {_short(activation)}; only 'swish' is known")
+            raise InputError(f"{where}: activation_fn_name is {short(activation)}; only 'swish' is known")
         norm = values.get("normalization_layer_name", "rms_norm")
         if norm != "rms_norm":
-            raise InputError(f"{where}: normalization_layer_name is {_short(norm)}; only 'rms_norm' is known")
+            raise InputError(f"{where}: normalization_layer_name is {short(norm)}; only 'rms_norm' is known")
         known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
         known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         try:
             num_layers = values["num_transformer_layers"]
             if type(num_layers) is not int or not 0 < num_layers <= _MAX_LAYERS:
                 raise InputError(
-                    f"num_transformer_layers is {_short(num_layers)}: at most {_MAX_LAYERS} layers are known"
+                    f"num_transformer_layers is {short(num_layers)}: at most {_MAX_LAYERS} layers are known"
                 )
             if "num_query_heads" not in known:
                 rule = {k: values[k] for k in ("num_gqa_groups", "qkv_multipliers", "ffn_multipliers") if k in values}
@@ -276,9 +276,7 @@ class ModelConfig:
         for layer, (query, kv) in enumerate(zip(self.num_query_heads, self.num_kv_heads, strict=True)):
             most = _MAX_WIDTH // self.head_dim
             if not _is_size(query, most) or not _is_size(kv, most) or query % kv:
-                raise InputError(
-                    f"layer {layer}: {_short(query)} query heads cannot share {_short(kv)} key/value heads"
-                )
+                raise InputError(f"layer {layer}: {short(query)} query heads cannot share {short(kv)} key/value heads")
         for multiplier in self.ffn_multipliers:
             most = _MAX_WIDTH // self.model_dim
             fits = _is_number(multiplier, 0, most) and multiplier > 0
@@ -289,7 +287,7 @@ class ModelConfig:
 
 def _require(name: str, value: object, needed: str, holds: bool) -> None:
     if not holds:
-        raise InputError(f"{name} is {_short(value)}: {needed} is needed")
+        raise InputError(f"{name} is {short(value)}: {needed} is needed")
 
 
 def _is_size(value: object, most: int) -> bool:
@@ -299,11 +297,6 @@ def _is_size(value: object, most: int) -> bool:
 def _is_number(value: object, low: float, high: float) -> bool:
     """A NaN is not: it is on neither side of a limit."""
     return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 # layers, model_dim, head_dim (paper, table 9 of the appendix; CoreNet's general_gpt.py)

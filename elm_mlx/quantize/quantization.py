@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device, directories, files, safetensors_file
+from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import MODEL_TYPE
 from elm_mlx.model.packing import AFFINE
@@ -102,7 +102,7 @@ def quantize(
         InputError: model, texts or recipe are at fault.
         ElmError: the result is refused, or cannot be written. Nothing is changed then.
     """
-    source, target = check_directory(files.expanded(source)), files.expanded(destination)
+    source, target = check_directory(reading.expanded(source)), reading.expanded(destination)
     directories.check_destination(target, directories.MODEL, overwrite, (source,))
     learn, measured = excerpts.calibration(calibration), excerpts.held_out(text)
     with files.new_directory(target, replace=overwrite) as directory:
@@ -253,9 +253,6 @@ def _file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-_OTHER_BYTES = 16 << 20  # tokenizer, config and records
-
-
 def write(
     source: Path,
     directory: Path,
@@ -279,9 +276,7 @@ def write(
     for name in tensors:
         how = None if packed else formats.get(name.removesuffix(".weight"))
         made += [_kept(tensors, name, own, dtype)] if how is None else _packed(tensors, name, how, dtype)
-    needed, free = sum(tensor.nbytes for tensor in made) + _OTHER_BYTES, files.free_bytes(directory)
-    if needed > free:
-        raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+    files.check_room(directory, sum(tensor.nbytes for tensor in made))
     safetensors_file.write_shards(directory, made)
     write_json(directory / "config.json", config_values(source) | _entries(formats))
     directories.carry(source, directory)

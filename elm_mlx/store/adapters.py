@@ -14,12 +14,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from elm_mlx import files
+from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.model import lora_layers
 from elm_mlx.model.families import Config
 from elm_mlx.model.network import Model
-from elm_mlx.reading import json_object
+from elm_mlx.reading import json_object, short
 from elm_mlx.safetensors_file import fingerprint, read_header, write_arrays
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def read(directory: str | Path, config: Config) -> Adapter:
     Raises:
         InputError: names the file, and the tensor and both shapes, where something is missing or does not fit.
     """
-    path = files.expanded(directory)
+    path = reading.expanded(directory)
     adapter = _read_config(path, _read_json(path), config)
     entries = {entry.name: entry for entry in read_header(path / WEIGHTS)}
     for name, entry in entries.items():
@@ -388,7 +388,7 @@ def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapt
     where = path / CONFIG
     kind = values.get("fine_tune_type", "lora")
     if kind not in KINDS:
-        raise InputError(f"{where}: fine_tune_type is {_short(kind)}; there are {', '.join(KINDS)}")
+        raise InputError(f"{where}: fine_tune_type is {short(kind)}; there are {', '.join(KINDS)}")
     sha256 = values.get("model_sha256")
     sha256 = sha256 if isinstance(sha256, str) else None
     if kind == "full":
@@ -399,11 +399,11 @@ def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapt
     rank, scale = parameters.get("rank"), parameters.get("scale")
     dropout = parameters.get("dropout", 0.0)
     if type(rank) is not int or not 0 < rank <= config.vocab_size:
-        raise InputError(f"{where}: rank is {_short(rank)}: a whole number from 1 to {config.vocab_size:,} is needed")
+        raise InputError(f"{where}: rank is {short(rank)}: a whole number from 1 to {config.vocab_size:,} is needed")
     if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise InputError(f"{where}: scale is {_short(scale)}: a number is needed")
+        raise InputError(f"{where}: scale is {short(scale)}: a number is needed")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise InputError(f"{where}: dropout is {_short(dropout)}: a number from 0 to below 1 is needed")
+        raise InputError(f"{where}: dropout is {short(dropout)}: a number from 0 to below 1 is needed")
     keys = _keys(where, parameters.get("keys"), values.get("num_layers"), config)
     ranks = _ranks(where, values.get("ranks"), keys, rank)
     tied_embedding_seen = EMBEDDING in keys
@@ -415,9 +415,9 @@ def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapt
 def _keys(where: Path, keys: object, num_layers: object, config: Config) -> list[str]:
     """The modules that mlx-lm's `keys` and `num_layers` mean: in the last layers, or by their full names."""
     if num_layers is not None and type(num_layers) is not int:
-        raise InputError(f"{where}: num_layers is {_short(num_layers)}: a whole number is needed")
+        raise InputError(f"{where}: num_layers is {short(num_layers)}: a whole number is needed")
     if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
-        raise InputError(f"{where}: keys is {_short(keys)}: a list of names is needed")
+        raise InputError(f"{where}: keys is {short(keys)}: a list of names is needed")
     count = num_layers if num_layers and num_layers > 0 else config.num_layers
     layers = range(config.num_layers)[-count:]
     known = {*config.modules(), *([INPUT_EMBEDDING] if config.share_input_output_layers else [])}
@@ -428,7 +428,7 @@ def _keys(where: Path, keys: object, num_layers: object, config: Config) -> list
             raise InputError(f"{where}: adapts the embedding, which is done for OpenELM alone")
         if named[0] not in known:
             hint = ": its head is untied, as after fusing" if key == INPUT_EMBEDDING else ""
-            raise InputError(f"{where}: keys names {_short(key)}, and this model has no such module{hint}")
+            raise InputError(f"{where}: keys names {short(key)}, and this model has no such module{hint}")
         found |= dict.fromkeys(named)
     if not found or {EMBEDDING, INPUT_EMBEDDING} <= found.keys():
         raise InputError(f"{where}: keys names {'the embedding twice' if found else 'no module'}")
@@ -442,15 +442,10 @@ def _ranks(where: Path, ranks: object, keys: Sequence[str], most: int) -> dict[s
         raise InputError(f"{where}: ranks and keys do not name the same modules")
     for module, rank in ranks.items():
         if type(rank) is not int or not 0 < rank <= most:
-            raise InputError(f"{where}: the rank of {module} is {_short(rank)}: one from 1 to {most} is needed")
+            raise InputError(f"{where}: the rank of {module} is {short(rank)}: one from 1 to {most} is needed")
     if max(ranks.values()) != most:
         raise InputError(f"{where}: rank is {most}, and the largest of ranks {max(ranks.values())}")
     return dict(ranks)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _read_values(path: Path, adapter: Adapter, config: Config) -> dict[str, mx.array]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx import files, reading
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.model import families
 from elm_mlx.safetensors_file import read_header, weight_files
@@ -240,7 +240,7 @@ def _describe_other(path: Path, config: families.FamilyConfig) -> FamilyDescript
 
 def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
     """`path`, if it looks like a model directory; else an InputError that says what to do."""
-    path = files.expanded(path)
+    path = reading.expanded(path)
     if not path.exists():
         near = _nearest(path)
         raise InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _where_from(path)))

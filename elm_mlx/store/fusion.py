@@ -140,8 +140,8 @@ def fuse(
         ElmError: the fused model computes something else, keeps too little of what the adapter changes, or cannot be
             written. Nothing is changed then.
     """
-    source, target = check_directory(files.expanded(model_path)), files.expanded(destination)
-    directories.check_destination(target, directories.MODEL, overwrite, (source, files.expanded(adapter_path)))
+    source, target = check_directory(reading.expanded(model_path)), reading.expanded(destination)
+    directories.check_destination(target, directories.MODEL, overwrite, (source, reading.expanded(adapter_path)))
     config = read_config(source)
     kind = _dtype(source, config, dtype, dequantize)
     adapter = open_adapter(adapter_path, source, config)
@@ -239,9 +239,7 @@ def _write(
         base = Merge(config, *read_weights(source, config), {}, Adapter(adapter.kind), dequantize, dtype)
         head = base.tensors(f"{EMBEDDING}.weight", config.shapes()[f"{EMBEDDING}.weight"])
         tensors += [replace(t, name=t.name.replace(EMBEDDING, "lm_head")) for t in head]
-    needed, free = sum(tensor.nbytes for tensor in tensors) + (16 << 20), files.free_bytes(directory)
-    if needed > free:
-        raise ElmError(f"{directory}: needs {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free there")
+    files.check_room(directory, sum(tensor.nbytes for tensor in tensors))
     safetensors_file.write_shards(directory, tensors)
     _write_json(directory / "config.json", _config(source, untied, dequantize, dtype))
     _write_json(directory / "conversion.json", _record(source, adapter))

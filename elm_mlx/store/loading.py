@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, files, safetensors_file
+from elm_mlx import device, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
@@ -60,7 +60,7 @@ def load(
         InputError: names the file, and the tensor, that is missing or does not fit. Where the tokenizer is,
             `load_model` loads the model alone.
     """
-    loaded = open_model(check_directory(files.expanded(path), with_tokenizer=True), compute_dtype, adapter_path)
+    loaded = open_model(check_directory(reading.expanded(path), with_tokenizer=True), compute_dtype, adapter_path)
     assert loaded.tokenizer is not None
     return loaded.model, loaded.tokenizer
 
@@ -72,7 +72,7 @@ def load_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
 
 def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:
     """`load`, with what there is to say about it."""
-    path = check_directory(files.expanded(path))
+    path = check_directory(reading.expanded(path))
     config = read_config(path)
     vocabulary = read_vocabulary(path, config)
     config = _ending(config, vocabulary.end_ids)
@@ -156,7 +156,7 @@ def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapte
     """
     from elm_mlx.store import adapters
 
-    adapter = read_adapter(files.expanded(adapter_path), config)
+    adapter = read_adapter(reading.expanded(adapter_path), config)
     adapters.check_model(adapter, path)
     return adapter
 

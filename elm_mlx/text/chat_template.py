@@ -256,7 +256,7 @@ def choose(
     Raises:
         InputError: the template cannot be read, or does not go with the tokenizer.
     """
-    directory = files.expanded(directory)
+    directory = reading.expanded(directory)
     source, where = source_of(directory, override, adapter)
     if source is None:
         return None
@@ -329,7 +329,7 @@ def read_source(name: str) -> str | None:
         return None
     if name == OPENELM_INSTRUCT:
         return OPENELM_INSTRUCT_JINJA
-    path = files.expanded(name)
+    path = reading.expanded(name)
     if not path.is_file():
         raise InputError(f"{name}: no chat template: {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
     return reading.text(path, _MAX_BYTES)
@@ -349,7 +349,7 @@ def own_source(directory: Path, option: str = "--template") -> tuple[str | None,
     Raises:
         InputError: there is one, and it cannot be used.
     """
-    directory = files.expanded(directory)
+    directory = reading.expanded(directory)
     instead = jinja.INSTEAD.replace("--template", option)
     folders = [directory / name for name in TEMPLATES]
     for path in (*(folder / "default.jinja" for folder in folders), directory / FILE_NAME):

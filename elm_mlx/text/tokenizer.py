@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx import files, reading
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.model import families
 from elm_mlx.model.config import ModelConfig
@@ -62,7 +62,7 @@ class Tokenizer:
         Raises:
             InputError: there is none, or it is cut short, or something else.
         """
-        path = files.expanded(path)
+        path = reading.expanded(path)
         if path.is_dir():
             path = _file_of(path)
         if path.suffix == ".json":
@@ -197,7 +197,7 @@ def read_vocabulary(directory: Path, config: families.Config) -> Vocabulary:
     Raises:
         InputError: the tokenizer cannot be read, or is another model's; an end token is no number.
     """
-    directory = files.expanded(directory)
+    directory = reading.expanded(directory)
     tokenizer = None if families.tokenizer_file(directory) is None else open_tokenizer(directory, config.vocab_size)
     named = [] if tokenizer is None else [(token, tokenizer.path) for token in _own_ends(tokenizer, directory)]
     named += [(token, directory / name) for name in _NAMING_ENDS for token in _ends_in(directory / name)]

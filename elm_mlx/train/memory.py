@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.reading import byte_size
 from elm_mlx.store.adapters import Adapter
 
 _PROCESS = 110_000_000  # Python, MLX and what it compiles
@@ -152,14 +153,14 @@ def check(
         return None
     turned = [(name, estimate(changed).total) for name, changed in _knobs(load, names, available)]
     turned = sorted((each for each in turned if each[1] < 0.98 * found.total), key=lambda each: each[1])
-    helps = "; ".join(f"{name} would take {_gigabytes(total)}" for name, total in turned) or "a smaller model is needed"
+    helps = "; ".join(f"{name} would take {byte_size(total)}" for name, total in turned) or "a smaller model is needed"
     if memory is not None and not force:
-        has = f"and the machine has {_gigabytes(memory)}; {helps}; --force tries it all the same"
+        has = f"and the machine has {byte_size(memory)}; {helps}; --force tries it all the same"
         if least > memory:
-            raise InputError(f"weights, gradients and the optimizer's state alone take {_gigabytes(least)}, {has}")
+            raise InputError(f"weights, gradients and the optimizer's state alone take {byte_size(least)}, {has}")
         if found.total > _SURE * memory:
-            raise InputError(f"the run takes about {_gigabytes(found.total)}, {has}")
-    return f"about {_gigabytes(found.total)} may be too much for the {_gigabytes(available)} that are free: {helps}"
+            raise InputError(f"the run takes about {byte_size(found.total)}, {has}")
+    return f"about {byte_size(found.total)} may be too much for the {byte_size(available)} that are free: {helps}"
 
 
 def _knobs(load: Load, names: Mapping[str, str], available: int) -> list[tuple[str, Load]]:
@@ -217,7 +218,3 @@ def _kept_by_other(config: FamilyConfig, layer: int) -> int:
         return 2 * config.model_dim + projected + made
     state = int(values["intermediate_size"]) * int(values["state_size"])
     return 4 * config.model_dim + 2 * projected + round(_STATE_COPIES * state)
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

@@ -189,7 +189,7 @@ class Pretraining:
         """The recipe but for what may change; the loop adds its own settings."""
         digest = hashlib.sha256()
         if self._recipe.data.validation is not None:
-            digest.update(reading.content(files.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
+            digest.update(reading.content(reading.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
         run = self._recipe.run
         config = {
             **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},

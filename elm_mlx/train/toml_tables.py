@@ -19,7 +19,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
 
-from elm_mlx import files, reading
+from elm_mlx import reading
 from elm_mlx.errors import InputError
 
 if sys.version_info >= (3, 11):
@@ -40,7 +40,7 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     Raises:
         InputError: names the file and the key that is unknown, missing or of another type.
     """
-    path = files.expanded(path)
+    path = reading.expanded(path)
     text = reading.text(path, reading.TABLES_BYTES)
     try:
         values = tomllib.loads(text)

@@ -52,7 +52,7 @@ def test_the_share_of_the_machines_speed_is_shown_where_it_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "_PAUSE", -1.0)
-    for reached, text in ((None, "100 tokens/s, 1.0 MB"), (0.384, "100 tokens/s, 38% of matmul speed, 1.0 MB")):
+    for reached, text in ((None, "100 tokens/s, 1 MB"), (0.384, "100 tokens/s, 38% of matmul speed, 1 MB")):
         with progress.Progress(3) as shown:
             shown.report(replace(update(1, seconds=1.0), matmul_share=reached))
         assert text in capsys.readouterr().out
@@ -94,11 +94,11 @@ def test_a_bar_says_what_is_done_and_after_it_what_is_known(monkeypatch: pytest.
         assert line() == "40/100 reading the model -:--:-- left"
         shown.ready(2.0, 60)
         shown.report(update(41, seconds=2.0))
-        assert line() == "41/100 loss 3.000, 50 tokens/s, 1.0 MB 0:01:58 left"
+        assert line() == "41/100 loss 3.000, 50 tokens/s, 1 MB 0:01:58 left"
         shown.progress("validating")
         assert line() == "41/100 validating 0:01:58 left"
         shown.report(Report(step=41, valid_loss=2.0))
-        assert line() == "41/100 loss 3.000, 50 tokens/s, 1.0 MB 0:01:58 left"
+        assert line() == "41/100 loss 3.000, 50 tokens/s, 1 MB 0:01:58 left"
 
 
 def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

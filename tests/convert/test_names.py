@@ -6,7 +6,8 @@ import pytest
 from checkpoints import VARIANTS, tiny
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert.names import TABLE, canonical_names, is_buffer, listed, to_canonical, to_corenet, unwrap, unwrapped
+from elm_mlx.reading import listed
+from elm_mlx_convert.names import TABLE, canonical_names, is_buffer, to_canonical, to_corenet, unwrap, unwrapped
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -98,7 +98,7 @@ def test_what_may_not_fit_is_told_with_what_helps() -> None:
     assert check(LOAD, needed, 1) is None and check(LOAD, None, None) is None
     text = check(LOAD, needed // 2, None)
     assert text is not None
-    assert f"about {needed / 1e9:.1f} GB may be too much for the {needed // 2 / 1e9:.1f} GB that are free: " in text
+    assert f"about {needed / 1e9:.2f} GB may be too much for the {needed // 2 / 1e9:.2f} GB that are free: " in text
     smaller = {
         "--grad-checkpoint": replace(LOAD, grad_checkpoint=True),
         "--batch-size 1": replace(LOAD, rows=1),
@@ -108,7 +108,7 @@ def test_what_may_not_fit_is_told_with_what_helps() -> None:
     said = advice(text)
     assert said.keys() == smaller.keys(), "an adapter's moments are nothing, and all else helps"
     for name, load in smaller.items():
-        assert said[name] == f"{estimate(load).total / 1e9:.1f} GB"
+        assert said[name] == f"{estimate(load).total / 1e9:.2f} GB"
     full = replace(LOAD, full=True, trained=CONFIG.parameters, rows=1, length=128)
     assert advice(str(check(full, 10, None))).keys() == {
         "--optimizer adafactor", "--grad-checkpoint", "an adapter in place of --full"
@@ -119,7 +119,7 @@ def test_a_huge_batch_is_told_of_by_the_largest_that_fits() -> None:
     load = replace(LOAD, rows=1 << 17)
     fits = estimate(replace(load, rows=64)).total
     said = advice(str(check(load, fits, None)))
-    assert said["--batch-size 64"] == f"{fits / 1e9:.1f} GB"
+    assert said["--batch-size 64"] == f"{fits / 1e9:.2f} GB"
     full = replace(load, full=True, trained=CONFIG.parameters)
     said = advice(str(check(full, fits, None, memory.RECIPE)))
     assert any(name.startswith("run.batch_size=") for name in said)
@@ -132,7 +132,7 @@ def test_only_what_is_sure_not_to_fit_is_refused() -> None:
     least = 16 * CONFIG.parameters
     assert check(full, 1, least) is not None
     with pytest.raises(
-        InputError, match=f"alone take {least / 1e9:.1f} GB, and the machine has {(least - 1) / 1e9:.1f}"
+        InputError, match=f"alone take {least / 1e9:.2f} GB, and the machine has {(least - 1) / 1e9:.1f}"
     ):
         check(full, 1, least - 1)
     assert "may be too much" in str(check(full, 1, least - 1, force=True))
