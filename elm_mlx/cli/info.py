@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,7 @@ from elm_mlx.cli.show import byte_size, counted, line, say, table, terminal_widt
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.store.describe import AdapterDescription, Description, FamilyDescription
+    from elm_mlx.store.describe import AdapterDescription, Description, Layer
 
 _BAR = 16  # characters of the longest bar: all columns fit 80
 _WITH_BARS = 74  # columns of a terminal, at least
@@ -39,7 +40,7 @@ def info(
     if system:
         result |= {"system": _system()}
     if model is not None:
-        from elm_mlx.store.describe import FamilyDescription, check_directory, describe, describe_adapter
+        from elm_mlx.store.describe import check_directory, describe, describe_adapter
 
         description = describe(check_directory(model))
         result |= description.to_dict()
@@ -53,10 +54,7 @@ def info(
         for name, value in _system().items():
             say(f"{name}:", value, 14)
     if model is not None:
-        if isinstance(description, FamilyDescription):
-            _print_other(description)
-        else:
-            _print(description)
+        _print(description)
         if about is not None:
             _print_adapter(about)
 
@@ -89,27 +87,37 @@ def _short(path: str) -> str:
 
 def _print(about: Description) -> None:
     embedding = f"({about.embedding_parameters:,} in the embedding)"
-    line(f"{about.path}: OpenELM, {about.parameters:,} parameters {embedding}")
-    parts = [
-        "SwiGLU" if about.glu else "plain FFN",
-        "QK norm" if about.qk_norm else "no QK norm",
-        "tied head" if about.tied_head else "untied head",
-    ]
-    layers = counted(len(about.layers), "layer")
+    line(f"{about.path}: {about.family}, {about.parameters:,} parameters {embedding}")
+    shape = [counted(about.num_layers, "layer"), f"width {about.model_dim}"]
+    if about.layers:
+        ffn, norm = "SwiGLU" if about.glu else "plain FFN", "QK norm" if about.qk_norm else "no QK norm"
+        shape += [f"heads of {about.head_dim}", ffn, norm]
+    shape += ["tied head" if about.tied_head else "untied head"]
+    caches = [f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items()]
+    state = about.keeps == "a state"
     lines = {
-        "shape": f"{layers}, width {about.model_dim}, heads of {about.head_dim}, {', '.join(parts)}",
+        "shape": ", ".join(shape) + ("" if about.layers else "; the network is mlx-lm's"),
+        "linears": "" if about.layers else ", ".join(name.rpartition(".")[2] for name in about.linears),
         "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
-        "context": f"{about.context:,} tokens",
+        "context": "no limit of its own" if state else f"{about.context:,} tokens",
         "stored": f"{about.dtype}, {byte_size(about.file_bytes)}",
         "memory": ", ".join(f"{byte_size(count)} in {name}" for name, count in about.memory.items()),
-        "KV cache": ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items()),
+        "cache" if state else "KV cache": "a state of constant size, of which nothing can be taken back"
+        if state
+        else ", ".join(caches),
     }
     for name, text in lines.items():
-        say(f"  {name}", text, 14)
+        if text:
+            say(f"  {name}", text, 14)
+    if about.layers:
+        _print_layers(about.layers)
+
+
+def _print_layers(layers: Sequence[Layer]) -> None:
     bars = (3, 5) if terminal_width() >= _WITH_BARS else ()
     rows = [[" layer", "heads", "KV", "query heads", "FFN", "FFN width", "parameters"]]
-    heads, widths = max(layer.query_heads for layer in about.layers), max(layer.ffn_dim for layer in about.layers)
-    for i, layer in enumerate(about.layers[:_MOST_LAYERS]):
+    heads, widths = max(layer.query_heads for layer in layers), max(layer.ffn_dim for layer in layers)
+    for i, layer in enumerate(layers[:_MOST_LAYERS]):
         rows.append([
             str(i), str(layer.query_heads), str(layer.kv_heads), bar(layer.query_heads / heads, _BAR),
             f"{layer.ffn_dim:,}", bar(layer.ffn_dim / widths, _BAR), f"{layer.parameters:,}",
@@ -117,30 +125,8 @@ def _print(about: Description) -> None:
     if not bars:
         rows = [[*row[:3], row[4], row[6]] for row in rows]
     table(rows[0], rows[1:], left=bars)
-    if len(about.layers) > _MOST_LAYERS:
-        line(f"  and {len(about.layers) - _MOST_LAYERS:,} layers more, which --json shows")
-
-
-def _print_other(about: FamilyDescription) -> None:
-    embedding = f"({about.embedding_parameters:,} in the embedding)"
-    line(f"{about.path}: {about.family}, {about.parameters:,} parameters {embedding}")
-    if about.keeps == "a state":
-        context, cache = "no limit of its own", "a state of constant size, of which nothing can be taken back"
-    else:
-        context = f"{about.context:,} tokens"
-        cache = ", ".join(f"{count:,} bytes a token in {name}" for name, count in about.kv_bytes_per_token.items())
-    head = "tied head" if about.tied_head else "untied head"
-    lines = {
-        "shape": f"{counted(about.num_layers, 'layer')}, width {about.model_dim}, {head}; the network is mlx-lm's",
-        "linears": ", ".join(name.rpartition(".")[2] for name in about.linears),
-        "vocabulary": f"{about.vocab_size:,} tokens" + ("" if about.tokenizer else ", no tokenizer in the directory"),
-        "context": context,
-        "stored": f"{about.dtype}, {byte_size(about.file_bytes)}",
-        "memory": ", ".join(f"{byte_size(count)} in {name}" for name, count in about.memory.items()),
-        "cache": cache,
-    }
-    for name, text in lines.items():
-        say(f"  {name}", text, 14)
+    if len(layers) > _MOST_LAYERS:
+        line(f"  and {len(layers) - _MOST_LAYERS:,} layers more, which --json shows")
 
 
 def _print_adapter(about: AdapterDescription) -> None:

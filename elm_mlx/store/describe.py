@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,37 +32,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Description:
-    """A model in figures. Sizes are in bytes; `memory` is per type that it can be computed in."""
-
-    path: str
-    parameters: int
-    embedding_parameters: int
-    dtype: str
-    file_bytes: int
-    memory: dict[str, int]
-    kv_bytes_per_token: dict[str, int]
-    vocab_size: int
-    model_dim: int
-    head_dim: int
-    context: int
-    glu: bool
-    qk_norm: bool
-    tied_head: bool
-    tokenizer: bool
-    layers: tuple[Layer, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class FamilyDescription:
-    """A model of another family in figures. Sizes as in `Description`.
+    """A model in figures. Sizes are in bytes; `memory` is per type that it can be computed in.
 
     Attributes:
-        family: its name, such as "Llama".
+        family: its name: "OpenELM", or such as "Llama".
         linears: of a layer: what an adapter can be put on.
         keeps: "keys and values", or "a state", of which nothing can be taken back.
+        head_dim, glu, qk_norm, layers: of an OpenELM alone.
     """
 
     path: str
@@ -81,9 +57,14 @@ class FamilyDescription:
     tokenizer: bool
     linears: tuple[str, ...]
     keeps: str
+    head_dim: int | None = None
+    glu: bool | None = None
+    qk_norm: bool | None = None
+    layers: tuple[Layer, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All that there is to say of a model of this family, for JSON."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -182,50 +163,20 @@ def _runs(ranks: list[int]) -> str:
     return f"{ranks[0]}" + (f", in {len(ranks)} layers" if len(ranks) > 1 else "")
 
 
-def describe(path: Path) -> Description | FamilyDescription:
-    """Read `path`'s config and headers. Raises InputError where they cannot be read."""
+def describe(path: Path) -> Description:
+    """Describes the model in `path` by its config and headers. Raises InputError where they cannot be read."""
     config = read_config(path)
-    if isinstance(config, families.FamilyConfig):
-        return _describe_other(path, config)
-    sizes = {name: math.prod(shape) for name, shape in config.shapes().items()}
-    parameters = sum(sizes.values())
-    of_layers = [0] * config.num_layers
-    for name, size in sizes.items():
-        if name.startswith(f"{config.layers_prefix}."):
-            of_layers[int(name.split(".")[2])] += size
-    widths = zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, of_layers, strict=True)
-    layers = tuple(Layer(*each) for each in widths)
-    dtype, file_bytes = _stored(path, config)
-    return Description(
+    shapes = config.shapes()
+    parameters = sum(map(math.prod, shapes.values()))
+    dtype, file_bytes = _stored(path, shapes, config.quantization)
+    about = Description(
         path=str(path),
+        family=config.family.name if isinstance(config, families.FamilyConfig) else "OpenELM",
         parameters=parameters,
-        embedding_parameters=sizes["transformer.token_embeddings.weight"],
+        embedding_parameters=math.prod(shapes[f"{config.embedding}.weight"]),
         dtype=dtype,
         file_bytes=file_bytes,
         memory={"float32": 4 * parameters, "16 bits": 2 * parameters},
-        kv_bytes_per_token={"float32": config.kv_bytes_per_token(4), "16 bits": config.kv_bytes_per_token(2)},
-        vocab_size=config.vocab_size,
-        model_dim=config.model_dim,
-        head_dim=config.head_dim,
-        context=config.max_context_length,
-        glu=config.ffn_with_glu,
-        qk_norm=config.normalize_qk_projections,
-        tied_head=config.share_input_output_layers,
-        tokenizer=families.tokenizer_file(path) is not None,
-        layers=layers,
-    )
-
-
-def _describe_other(path: Path, config: families.FamilyConfig) -> FamilyDescription:
-    dtype, file_bytes = _stored(path, config)
-    return FamilyDescription(
-        path=str(path),
-        family=config.family.name,
-        parameters=config.parameters,
-        embedding_parameters=math.prod(config.shapes()[f"{config.embedding}.weight"]),
-        dtype=dtype,
-        file_bytes=file_bytes,
-        memory={"float32": 4 * config.parameters, "16 bits": 2 * config.parameters},
         kv_bytes_per_token={"float32": config.kv_bytes_per_token(4), "16 bits": config.kv_bytes_per_token(2)},
         vocab_size=config.vocab_size,
         model_dim=config.model_dim,
@@ -233,9 +184,20 @@ def _describe_other(path: Path, config: families.FamilyConfig) -> FamilyDescript
         context=config.max_context_length,
         tied_head=config.share_input_output_layers,
         tokenizer=families.tokenizer_file(path) is not None,
-        linears=config.linears,
-        keeps="keys and values" if config.family.positions else "a state",
+        linears=tuple(config.linears),
+        keeps="keys and values" if config.kv_bytes_per_token(2) else "a state",
     )
+    if isinstance(config, families.FamilyConfig):
+        return about
+    of_layers = [0] * config.num_layers
+    for name, shape in shapes.items():
+        if name.startswith(f"{config.layers_prefix}."):
+            of_layers[int(name.split(".")[2])] += math.prod(shape)
+    widths = zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, of_layers, strict=True)
+    return replace(
+        about, head_dim=config.head_dim, glu=config.ffn_with_glu, qk_norm=config.normalize_qk_projections,
+        layers=tuple(Layer(*each) for each in widths),
+    )  # fmt: skip
 
 
 def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
@@ -326,27 +288,29 @@ def missing(path: Path, name: str) -> InputError:
     return InputError(f"{path}: tensor {name} is missing{untied if name == 'lm_head.weight' else ''}")
 
 
-def _stored(path: Path, config: families.Config) -> tuple[str, int]:
+def _stored(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], quantization: Mapping[str, Any] | None
+) -> tuple[str, int]:
     """The weights' type, by their headers, and their size on disk."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
     files = weight_files(path)
     entries = {entry.name: entry for file in files for entry in read_header(file)}
-    for name, shape in config.shapes().items():
+    for name, shape in shapes.items():
         if name not in entries:
             raise missing(path, name)
         found = entries[name].shape
         if name.endswith("conv1d.weight") and len(found) == 3:  # in PyTorch's order, or MLX's
             found = (found[0], max(found[1:]), min(found[1:]))
-        if config.quantization is not None and len(found) == len(shape):  # a packed row has fewer values
+        if quantization is not None and len(found) == len(shape):  # a packed row has fewer values
             found = (*found[:-1], shape[-1])
         if found != shape:
             raise InputError(f"{path}: tensor {name} is {entries[name].shape}, and config.json implies {shape}")
     types = {entry.dtype for entry in entries.values()}
     floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))
-    if config.quantization is not None:
-        parameters = sum(math.prod(shape) for shape in config.shapes().values())
+    if quantization is not None:
+        parameters = sum(map(math.prod, shapes.values()))
         per_weight = 8 * sum(entry.end - entry.begin for entry in entries.values()) / parameters
-        floats = f"{_packed(config.quantization)}, scales {floats}, {per_weight:.2f} bits a weight"
+        floats = f"{_packed(quantization)}, scales {floats}, {per_weight:.2f} bits a weight"
     return floats, sum(file.stat().st_size for file in files)
 
 
