@@ -47,7 +47,7 @@ from elm_mlx.store.fusion import _record as merge_record
 from elm_mlx.store.loading import open_model
 from elm_mlx.text.chat_template import choose
 from elm_mlx.text.tokenizer import Tokenizer
-from elm_mlx.train import toml_tables, vocabulary
+from elm_mlx.train import sections, vocabulary
 from elm_mlx.train.pretraining_recipe import Recipe
 from elm_mlx_convert.conversion import convert
 
@@ -226,7 +226,7 @@ def write_toml(path: Path) -> None:
 
 
 def use_toml(path: Path) -> None:
-    made = toml_tables.read(path / "recipe.toml", Recipe)
+    made = sections.read(path / "recipe.toml", Recipe)
     made.model.config(320, 1, 2).parameters  # noqa: B018
 
 

@@ -21,9 +21,8 @@ from elm_mlx.data.batches import Batch, Batches
 from elm_mlx.data.examples import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.optimizer import Schedule
 from elm_mlx.train.run import Result, train
-from elm_mlx.train.settings import Settings
+from elm_mlx.train.settings import Schedule, Settings
 
 VOCAB, LENGTH = 96, 64
 IDENTITY = Identity(model="a model", data="some data", config={"rank": 8})

@@ -19,7 +19,7 @@ import pytest
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import load
 from elm_mlx.text.tokenizer import Tokenizer
-from elm_mlx.train import toml_tables
+from elm_mlx.train import sections
 from elm_mlx.train.pretraining_recipe import Recipe
 
 pytestmark = pytest.mark.timeout(900)
@@ -81,7 +81,7 @@ def test_both_shapes_have_as_many_parameters(monkeypatch: pytest.MonkeyPatch) ->
     configs = []
     for heads, ffn in run.SHAPES.values():
         fields = [f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"]
-        configs.append(toml_tables.read(LAYERWISE / "recipe.toml", Recipe, fields).model.config(1024, 1, 2))
+        configs.append(sections.read(LAYERWISE / "recipe.toml", Recipe, fields).model.config(1024, 1, 2))
     scaled, uniform = configs
     assert scaled.parameters == uniform.parameters == 1_411_456
     assert sum(scaled.num_query_heads) == sum(uniform.num_query_heads)

@@ -104,9 +104,9 @@ def data(
 def _print_mixture(config: Path) -> None:
     """What a recipe's sources give, by a million tokens of them."""
     from elm_mlx.data import stream
-    from elm_mlx.train import pretraining_recipe, toml_tables
+    from elm_mlx.train import pretraining_recipe, sections
 
-    plan = toml_tables.read(config, pretraining_recipe.Recipe)
+    plan = sections.read(config, pretraining_recipe.Recipe)
     found = stream.sample(plan.data.sources, Path(plan.tokenizer), plan.filters, plan.reading(), on_wrong=_warn)
     what = "all there is" if found.whole else "from the beginning"
     speed = f"{found.tokens_per_second:,.0f} tokens/s with {counted(plan.data.workers, 'worker')}"

@@ -27,9 +27,9 @@ def lr_sweep(
     ] = None,
 ) -> None:
     """Try learning rates in short runs of a recipe, and draw them over each other."""
-    from elm_mlx.train import learning_rate_sweep, metrics, pretraining_recipe, run_report, toml_tables
+    from elm_mlx.train import learning_rate_sweep, metrics, pretraining_recipe, run_report, sections
 
-    plan = toml_tables.read(config, pretraining_recipe.Recipe, set_ or [])
+    plan = sections.read(config, pretraining_recipe.Recipe, set_ or [])
     rates = learning_rate_sweep.rates(plan) if lr is None else _rates(lr)
     trials = []
     for trial in learning_rate_sweep.sweep(

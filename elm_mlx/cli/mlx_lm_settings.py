@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from elm_mlx.train.toml_tables import scalar
+from elm_mlx.train.sections import scalar
 
 SCALE = "lora_parameters.scale"  # what an adapter's product is multiplied by; alpha is that times the rank
 _RENAMED = {"adapter_path": "out", "lora_layers": "num_layers", "use_dora": "dora"}

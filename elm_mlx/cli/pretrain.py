@@ -57,7 +57,7 @@ def pretrain(
     force: training.Force = False,
 ) -> None:
     """Train a model from raw text: filtered and tokenized as it is read, by the paper's recipe or your own."""
-    from elm_mlx.train import toml_tables
+    from elm_mlx.train import sections
 
     if init is not None:
         _init(init, preset, data)
@@ -72,7 +72,7 @@ def pretrain(
     from elm_mlx.train.pretraining import Pretraining
     from elm_mlx.train.pretraining_recipe import Recipe
 
-    recipe = toml_tables.read(config, Recipe, set_ or [])
+    recipe = sections.read(config, Recipe, set_ or [])
     shown = progress.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
         free, total = device.available_memory(), device.total_memory()
@@ -92,12 +92,12 @@ def pretrain(
 
 def _init(path: Path, preset: str, data: str | None) -> None:
     from elm_mlx import files
-    from elm_mlx.train import pretraining_recipe, toml_tables
+    from elm_mlx.train import pretraining_recipe, sections
 
     if path.exists():
         raise InputError(f"{path}: is there already; choose another name")
     made = pretraining_recipe.preset(preset) if data is None else pretraining_recipe.preset(preset, data)
-    files.write_text(path, toml_tables.write(made, _ABOUT))
+    files.write_text(path, sections.write(made, _ABOUT))
     line(
         f"wrote {path}: learns from {made.data.sources[0].path}, in the tokens of {made.tokenizer}, which must be there"
     )

@@ -1,37 +1,41 @@
-"""What the commands that train share: options, how a run is announced, and what is said at its end.
+"""What the commands that train share: options and their sources, how a run is announced, what is said at its end.
 
-Knows options by name and help, and runs as `elm_mlx.train.finetuning` makes them. Each command has defaults of its own.
+An option is taken from the command line, or else from the file of `--config`, from what a resumed run was started with,
+from a recipe, or from its default, in this order.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import difflib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
 
 import typer
 
+from elm_mlx import reading
+from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.progress import Progress, duration
-from elm_mlx.cli.show import byte_size, counted, name_bad
+from elm_mlx.cli.show import bad_records_named, byte_size, counted, name_bad
 from elm_mlx.errors import InputError
+from elm_mlx.train import sections
+from elm_mlx.train.sections import Setting
+from elm_mlx.train.settings import LoraSettings
 
 if TYPE_CHECKING:
-    from elm_mlx.store.adapters import Rank as Ranks
     from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.memory import Load
     from elm_mlx.train.run import Result
-    from elm_mlx.train.settings import Settings
 
-_MOST_WARMUP = 100  # updates
+S = TypeVar("S", bound=LoraSettings)
+Recipes = Mapping[str, Mapping[str, Any]]  # of each its settings, by name
+
 _STEPS = "learning rate's steps"
-# Of what must not change in a run the options that decide it, by a run's own names.
-_OPTIONS = {
-    **{name: f"--{name.replace('_', '-').replace(' ', '-')}" for name in (
-        "rank", "dropout", "batch size", "compute dtype", "loss", "beta", "optimizer", "weight_decay", "clip", "seed",
-        "grad_checkpoint", "on_nan",
-    )},
+# What must not change in a run, by a checkpoint's names, and the options that decide it where they have another name.
+_DECIDED_BY = {
     "method": "method (--full, --dora)", "scale": "scale (--alpha, --rslora)", "packing": "packing (--pack)",
     "row length": "row length (--max-seq-length)", "accumulate": "--grad-accumulation-steps",
     "number of adapted modules": "adapted modules (--target, --num-layers)",
@@ -40,113 +44,192 @@ _OPTIONS = {
     "learning rate's shape": "--lr-schedule",
 }  # fmt: skip
 
-Out = Annotated[Path | None, typer.Option(metavar="DIR", help="The directory of the run and its adapter. (no default)")]
 Config = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here."),
+    Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
-Rank = Annotated[str, typer.Option(help="Of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).")]
-Alpha = Annotated[
-    float | None, typer.Option(help="Strength: adapters are scaled by alpha / rank. (default: twice the rank)")
-]
-Target = Annotated[
-    list[str] | None,
-    typer.Option(help="A module to adapt, by name or pattern; can be repeated. (default: all linears of layers)"),
-]
-NumLayers = Annotated[int, typer.Option(help="Adapt so many of the last layers; -1: all.")]
-Dora = Annotated[bool, typer.Option("--dora", help="DoRA: learn the lengths of weights' rows too.")]
-Rslora = Annotated[bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank).")]
-Full = Annotated[bool, typer.Option("--full", help="Train all the model's weights, and no adapter.")]
-Iters = Annotated[int | None, typer.Option(help="Updates. (default: what --epochs take)")]
-BatchSize = Annotated[int, typer.Option(help="Rows of a batch.")]
-GradAccumulationSteps = Annotated[int, typer.Option(help="Batches to an update.")]
-LrSchedule = Annotated[str, typer.Option(help="After warm-up: cosine or linear to a tenth, or constant.")]
-Warmup = Annotated[
-    float | None,
-    typer.Option(help="Updates of rising learning rate; below 1 their share. (default: a tenth, at most 100)"),
-]
-Optimizer = Annotated[str, typer.Option(help="adamw, or adafactor, which needs less memory.")]
-WeightDecay = Annotated[float, typer.Option(help="Of matrices; never of norms.")]
-Clip = Annotated[float, typer.Option(help="The limit on the gradients' norm; 0 for none.")]
-GradCheckpoint = Annotated[
-    bool, typer.Option("--grad-checkpoint", help="Compute layers again on the way back: less memory, slower.")
-]
-Template = Annotated[str | None, typer.Option(help="Of conversations. (default: the model's own)")]
-Truncate = Annotated[bool, typer.Option("--truncate", help="Cut off what is longer.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; they are still named.")]
-Pack = Annotated[bool, typer.Option(help="Several examples to a row, kept apart; or else one.")]
-ValBatches = Annotated[int, typer.Option(help="Batches of a validation; -1 for all there are.")]
-StepsPerEval = Annotated[int, typer.Option(help="Updates between validations.")]
-SaveEvery = Annotated[int, typer.Option(help="Updates between checkpoints.")]
-Keep = Annotated[int, typer.Option(help="Checkpoints that are kept, beside the best.")]
-OnNan = Annotated[str, typer.Option(help="At a loss that is no number, or a spike: stop, or skip.")]
 Force = Annotated[bool, typer.Option("--force", help="Try what is sure not to fit into this machine's memory.")]
-Seed = Annotated[int, typer.Option(help="Of the adapters, the order and dropout.")]
-Data = Annotated[
-    Path | None, typer.Option(help="A data file, or a directory with train and valid. (no default)", show_default=False)
-]
-Epochs = Annotated[float, typer.Option(help="Times that all examples are seen.")]
-MaxSeqLength = Annotated[
-    int | None,
-    typer.Option(help="Tokens of an example, at most. (default: the model's context, of other families at most 2048)"),
-]
 
 
-def given(model: Path | None, data: Path | None, out: Path | None) -> tuple[Path, Path, Path]:
-    """The three that have no default. Raises InputError where one is missing."""
-    if model is None or data is None or out is None:
-        missing = next(n for n, value in (("MODEL", model), ("--data", data), ("--out", out)) if value is None)
-        raise InputError(f"{missing} is missing: on the command line, or in a file given by --config")
-    return model, data, out
+def command(
+    kind: type[S], recipes: Recipes, about_recipes: str
+) -> Callable[[Callable[[S, bool, bool], None]], Callable[..., None]]:
+    """Makes a command of a function of settings, of `--resume` and of `--force`; the options are the settings'."""
+
+    def decorated(train: Callable[[S, bool, bool], None]) -> Callable[..., None]:
+        def run(ctx: typer.Context, **given: Any) -> None:
+            train(_made(kind, chosen(kind, recipes, ctx, given)), given["resume"], given["force"])
+
+        names: Any = Literal[tuple(recipes)]
+        recipe = Annotated[names | None, typer.Option(help=about_recipes)]
+        parameters = [
+            _parameter("ctx", typer.Context, inspect.Parameter.empty),
+            *(_option(kind, each) for each in kind.options().values()),
+            _parameter("config", Config, None), _parameter("resume", Resume, False),
+            _parameter("recipe", recipe, None), _parameter("force", Force, False),
+        ]  # fmt: skip
+        run.__doc__ = train.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorated
 
 
-def warmup_steps(warmup: float | None, steps: int) -> int:
-    """Updates of rising learning rate, of so many."""
-    if warmup is None:
-        return min(_MOST_WARMUP, steps // 10)
-    if not 0 <= warmup < math.inf:
-        raise InputError(f"--warmup {warmup:g}: updates, or below 1 their share, are needed")
-    return round(warmup if warmup >= 1 else warmup * steps)
+def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
 
 
-def parse_rank(text: str) -> Ranks:
-    """`8`, `4,4,8` or `qkv_proj=8,ffn.*=4`. Raises InputError."""
-    items = [item.strip() for item in text.split(",")]
+def _option(kind: type[LoraSettings], setting: Setting) -> inspect.Parameter:
+    """The parameter of a command's function that stands for a setting."""
+    help_ = setting.about[:1].upper() + setting.about[1:]
+    if setting.name == "model":
+        argument = typer.Argument(metavar="[MODEL]", help=help_, show_default=False)
+        return _parameter("model", Annotated[Path | None, argument], None)
+    names = [f"--{setting.name.replace('_', '-')}"]
+    if setting.name == "learning_rate":
+        names.append("--lr")
+        adapter, full = (f"{rate:.0e}".replace("e-0", "e-") for rate in kind.rates)
+        help_ += f" (default: {adapter}; with --full {full})"
+    if setting.kind is bool and setting.default:
+        names = []  # typer's own, which has a --no- too
+    default = None if setting.default is MISSING else setting.default
+    value = list[str] if get_origin(setting.kind) is tuple else setting.kind
+    option = typer.Option(
+        *names, help=help_, metavar="DIR" if setting.name == "out" else None, rich_help_panel=setting.section,
+        show_default=default is not None,
+    )  # fmt: skip
+    return _parameter(setting.name, Annotated[value | None if default is None else value, option], default)
+
+
+def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that are said somewhere, by name; `given` is what the command line says.
+
+    Raises:
+        InputError: names the file and the key that cannot be taken.
+    """
+    options = kind.options()
+    values = {name: given[name] for name in options if _on_command_line(ctx, name)}
+    if isinstance(values.get("target"), (list, tuple)):
+        values["target"] = tuple(values["target"])
+    if "epochs" in values:
+        values.setdefault("iters", None)  # of a file, it would overrule the epochs
+
+    def fill(found: Mapping[str, Any], where: str) -> None:
+        for name, value in found.items():
+            if name in options and value is not None and value != [] and name not in values:
+                values[name] = _read_as(options[name], value, where)
+
+    scale = None
+    if given["config"] is not None:
+        path = Path(given["config"])
+        found = _read(path, options)
+        scale = found.pop(mlx_lm_settings.SCALE, None) if "alpha" not in values else None
+        if scale is not None:
+            values["alpha"] = None  # until the rank is known, which may stand anywhere
+        fill(found, str(path))
+    if given["resume"] and "out" in values:
+        from elm_mlx.train.metrics import ABOUT
+
+        path = Path(values["out"]) / ABOUT
+        before = reading.json_object(path).get("settings") if path.exists() else {}
+        if not isinstance(before, dict):
+            raise InputError(f"{path}: does not say what the run was started with")
+        fill(before, str(path))
+    if given["recipe"] is not None:
+        fill(recipes[given["recipe"]], f"recipe {given['recipe']}")
+    if scale is not None:
+        rank = values.get("rank", options["rank"].default)
+        values["alpha"] = mlx_lm_settings.alpha(scale, rank, values.get("rslora", False))
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _made(kind: type[S], values: Mapping[str, Any]) -> S:
+    for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
+        if name not in values:
+            raise InputError(f"{shown} is missing: on the command line, or in a file given by --config")
+    return sections.made(kind, values)
+
+
+def _on_command_line(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
+    """The settings in a YAML or JSON file, and mlx-lm's scale. Raises InputError."""
+    values: dict[str, Any] = {}
+    for key, value in _mapping(path).items():
+        name = str(key).replace("-", "_")
+        name = "learning_rate" if name == "lr" else name
+        if name in values:
+            raise InputError(f"{path}: {key} stands twice, in two spellings")
+        values[name] = value
     try:
-        if "=" in text:
-            pairs = (item.rsplit("=", 1) for item in items)
-            return {name.strip(): int(number) for name, number in pairs}
-        numbers = [int(item) for item in items]
-    except ValueError:
-        raise InputError(f"--rank {text}: needs a number, numbers like 4,4,8, or qkv_proj=8,ffn.*=4") from None
-    return numbers if len(numbers) > 1 else numbers[0]
+        found = mlx_lm_settings.translated(values)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    for name, value in found.items():
+        if value == []:
+            raise InputError(f"{path}: {name} is an empty list: leave it out, or write what is meant")
+        if name not in options and name != mlx_lm_settings.SCALE:
+            near = difflib.get_close_matches(name, options, 1)
+            hint = f"; the nearest is {near[0]}" if near else f"; there are {', '.join(sorted(options))}"
+            raise InputError(f"{path}: {name} is no option{hint}")
+    return found
 
 
-def carry_out(
-    run: Finetuning, settings: Settings, shown: Progress, used: dict[str, Any], resume: bool, force: bool
-) -> None:
-    """Say what is about to happen, train, and say how it ended; `used` are the options, which the run keeps."""
+def _mapping(path: Path) -> dict[Any, Any]:
+    """YAML takes JSON, but for tabs. Raises InputError."""
+    if path.suffix.lower() != ".json":
+        return reading.yaml_mapping(path)
+    try:
+        values = reading.load_json(reading.text(path, reading.TABLES_BYTES), reading.JSON_RECORDS)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: holds no JSON object")
+    return values
+
+
+def _read_as(setting: Setting, value: Any, where: str) -> Any:
+    """A file's value as the setting has it; ranks may be a list or a table, and a name may be a number."""
+    if setting.name == "rank" and isinstance(value, (Mapping, list)):
+        rows = value.items() if isinstance(value, Mapping) else (("", each) for each in value)
+        numbers = [(name, sections.value_of(int, each, "rank", where)) for name, each in rows]
+        return ",".join(f"{name}={number}" if isinstance(value, Mapping) else str(number) for name, number in numbers)
+    if setting.kind in (str, Path) and type(value) in (int, float):
+        value = str(int(value) if value == value // 1 else value)
+    return sections.value_of(setting.kind, value, setting.name, where)
+
+
+def carry_out(opened: Callable[[], Finetuning], asked: LoraSettings, resume: bool, force: bool) -> None:
+    """Open a run, say what is about to happen, train, and say how it ended."""
     from elm_mlx import device
     from elm_mlx.train import memory
 
-    load = run.load(settings)
-    tight = memory.check(load, device.available_memory(), device.total_memory(), force=force)
-    name_bad(reason for split in run.splits.values() for reason in split.bad)
-    shown.lines(_plan(run, settings))
-    if tight:
-        shown.warn(tight)
-    used = used | {name: str(Path(used[name]).resolve()) for name in ("model", "data")}
-    length = "--iters" if "iters" in used else "updates (--epochs)"
-    onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
-    with shown, changes_named({**_OPTIONS, _STEPS: length}, onwards):
-        result = run.train(settings, used, resume=resume, callback=shown)
-    shown.lines(ended(result, shown.validates))
-    if result.harm is None:
-        shown.lines([("wrote", f"{run.out}; try: {_trial(run.path, run.out, used.get('template'))}")])
-    else:
-        shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
-        shown.warn(harmed(result, "--learning-rate"))
+    with bad_records_named(asked.data):
+        run = opened()
+    with run:
+        shown = Progress(run.settings.schedule.steps, validates="valid" in run.splits, quiet=not run.leads)
+        tight = memory.check(run.load(), device.available_memory(), device.total_memory(), force=force)
+        name_bad(reason for split in run.splits.values() for reason in split.bad)
+        shown.lines(_plan(run))
+        if tight:
+            shown.warn(tight)
+        options = {name: f"--{name.replace('_', '-')}" for name in asked.options()}
+        names = {name.replace("_", " "): option for name, option in options.items()} | options | _DECIDED_BY
+        names[_STEPS] = "updates (--epochs)" if asked.optimizer.iters is None else "--iters"
+        onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
+        with shown, changes_named(names, onwards):
+            result = run.train(resume=resume, callback=shown)
+        shown.lines(ended(result, shown.validates))
+        if result.harm is None:
+            trial = _trial(run.path, run.out, asked.examples.template)
+            shown.lines([("wrote", f"{run.out}; try: {trial}")])
+        else:
+            shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
+            shown.warn(harmed(result, "--learning-rate"))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -176,9 +259,10 @@ def _trial(model: Path, adapter: Path, template: str | None) -> str:
     return f"elm-mlx {command} {model} --adapter {adapter}{ending}"
 
 
-def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
+def _plan(run: Finetuning) -> list[tuple[str, str]]:
     """What is about to happen, to be shown."""
-    config, batches, steps = run.config, run.batches, settings.schedule.steps
+    config, batches, settings = run.config, run.batches, run.settings
+    steps = settings.schedule.steps
     dtype = str(run.computation.dtype).removeprefix("mlx.core.")
     train = run.splits["train"]
     lines = [("bad", f"{counted(len(split.bad), 'record')} left out") for split in run.splits.values() if split.bad]
@@ -198,7 +282,7 @@ def _plan(run: Finetuning, settings: Settings) -> list[tuple[str, str]]:
         ("batches", f"{counted(run.batch_size, 'row')} of {run.row_length:,} tokens{processes}, {batches.fill():.0%} "
                     f"full, {settings.accumulate} to an update"),
         *(("rows", note) for note in run.notes),
-        ("memory", needed(run.load(settings))),
+        ("memory", needed(run.load())),
         ("updates", f"{steps:,}, {epochs} {'epoch' if epochs == '1' else 'epochs'}, {tokens:,} tokens"),
     ]  # fmt: skip
 

@@ -28,11 +28,11 @@ from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.finetuning import Data, Finetuning, Method, row_length
+from elm_mlx.train.finetuning import Finetuning, row_length
 from elm_mlx.train.loss import Head, Objective
 from elm_mlx.train.preference import Preferring, log_probabilities, positions
 from elm_mlx.train.run import stop_requests
-from elm_mlx.train.settings import Settings
+from elm_mlx.train.settings import DpoSettings
 
 FILE = "reference.safetensors"  # in a run's directory
 Table = npt.NDArray[np.float32]  # (pairs, 2): of chosen and rejected answers
@@ -41,9 +41,6 @@ Table = npt.NDArray[np.float32]  # (pairs, 2): of chosen and rejected answers
 class Alignment(Finetuning):
     """A `Finetuning` on pairs. Its `splits` have two examples of each pair; a row holds whole pairs.
 
-    Args:
-        data: `format` and `train_on_prompt` have no meaning here; `max_length` is of an answer with its prompt.
-
     Raises:
         InputError: as `Finetuning`; or dropout, under which a margin would be mostly noise.
     """
@@ -51,23 +48,13 @@ class Alignment(Finetuning):
     command, unit = "dpo", "pair"
     batches: PairBatches
     _validation: PairBatches | None
+    asked: DpoSettings
 
-    def __init__(
-        self,
-        model: Path,
-        data: Data,
-        method: Method,
-        preferring: Preferring,
-        out: Path,
-        *,
-        seed: int = 0,
-        compute_dtype: str | None = None,
-        resume: bool = False,
-    ) -> None:
-        self._preferring = preferring
-        if method.dropout:
+    def __init__(self, asked: DpoSettings, *, resume: bool = False) -> None:
+        self._preferring = Preferring(asked.preference.loss, asked.preference.beta)
+        if asked.method.dropout:
             raise InputError("pairs are compared without dropout: set it to 0")
-        super().__init__(model, data, method, out, seed=seed, compute_dtype=compute_dtype, resume=resume)
+        super().__init__(asked, resume=resume)
 
     def count(self, split: str = "train") -> int:
         return len(self.splits[split].examples) // 2
@@ -76,10 +63,10 @@ class Alignment(Finetuning):
         if not self._keeps_apart():
             raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
         tokenizer, template, length = self._encoding()
-        data = self._data
+        data = self.asked.examples
         return pairs.load(
-            data.path, tokenizer, template, length, context=self.config.max_context_length, truncate=data.truncate,
-            skip_bad=data.skip_bad,
+            self.asked.data, tokenizer, template, length, context=self.config.max_context_length,
+            truncate=data.truncate, skip_bad=data.skip_bad,
         )  # fmt: skip
 
     def _batches(self, prepared: Prepared, seed: int = 0) -> PairBatches:
@@ -92,9 +79,9 @@ class Alignment(Finetuning):
         needs = [len(pair.ids) - 1 for pair in pairs.Joined(prepared.examples)]
         return row_length(needs, 2 * prepared.max_length, self.batch_size * self.world)
 
-    def load(self, settings: Settings) -> memory.Load:
+    def load(self) -> memory.Load:
         """As of a `Finetuning`."""
-        return replace(super().load(settings), pairs=True)
+        return replace(super().load(), pairs=True)
 
     def _objective(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> Objective:
         """Asks the model what it says before it learns, unless that is known.

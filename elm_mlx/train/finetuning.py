@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +25,6 @@ from elm_mlx.data import examples
 from elm_mlx.data.batches import Batch, Batches
 from elm_mlx.data.examples import Prepared
 from elm_mlx.errors import InputError
-from elm_mlx.inference.sampling import check_seed
 from elm_mlx.model import roofline
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.model.network import Model
@@ -40,67 +39,18 @@ from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.run import Result, train
-from elm_mlx.train.settings import Settings
+from elm_mlx.train.settings import LoraSettings, MethodSettings
 from elm_mlx.train.throughput import Meter
 
 _GRAIN = 32  # rows are as long as a multiple of this
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is trained: the whole model, or an adapter as `adapters.plan` takes its figures."""
-
-    full: bool = False
-    rank: adapters.Rank = 8
-    alpha: float | None = None
-    targets: Sequence[str] | None = None
-    num_layers: int = -1
-    dropout: float = 0.0
-    dora: bool = False
-    rslora: bool = False
-
-    def adapter(self, config: Config) -> Adapter:
-        """Raises InputError where a figure makes none."""
-        if self.full and config.quantization is not None:
-            raise InputError(
-                "--full trains weights, and a quantized model's cannot be: give the model that it was quantized from"
-            )
-        if self.full:
-            return Adapter("full")
-        return adapters.plan(
-            config, rank=self.rank, alpha=self.alpha, targets=self.targets, num_layers=self.num_layers,
-            dropout=self.dropout, dora=self.dora, rslora=self.rslora,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Data:
-    """What it is trained on, and how much of it at a time.
-
-    Args:
-        path, format, template, truncate, train_on_prompt, skip_bad: as `examples.load` and `template.choose` take them.
-        max_length: tokens of an example, at most; None for the model's context.
-        batch_size: rows of a batch, of one process.
-        packed: put several examples in a row.
-        valid_batches: batches of a validation; -1 for all there are, 0 for no validation.
-    """
-
-    path: Path
-    format: str | None = None
-    template: str | None = None
-    max_length: int | None = None
-    truncate: bool = False
-    train_on_prompt: bool = False
-    skip_bad: bool = False
-    batch_size: int = 4
-    packed: bool = True
-    valid_batches: int = -1
 
 
 class Finetuning:
     """A run that is checked, and not begun: its weights are not read yet. To be closed, which gives `out` free.
 
     Attributes:
+        asked: the settings that it is made by.
+        settings: those of the loop.
         adapter: what is trained.
         splits: the examples, "train" first.
         batches: of the training examples.
@@ -118,24 +68,13 @@ class Finetuning:
 
     command, unit = "lora", "example"
 
-    def __init__(
-        self,
-        model: Path,
-        data: Data,
-        method: Method,
-        out: Path,
-        *,
-        seed: int = 0,
-        compute_dtype: str | None = None,
-        resume: bool = False,
-    ) -> None:
-        check_seed(seed)
-        self.out, self._data, self._seed = out, data, seed
-        _check_place(out)
+    def __init__(self, asked: LoraSettings, *, resume: bool = False) -> None:
+        self.asked, self.out = asked, asked.out
+        _check_place(self.out)
         with ExitStack() as held:
-            held.enter_context(checkpoint.hold(out))
-            _check_runs(out, resume)
-            self._check(model, method, compute_dtype)
+            held.enter_context(checkpoint.hold(self.out))
+            _check_runs(self.out, resume)
+            self._check()
             self._held = held.pop_all()
 
     def __enter__(self) -> Finetuning:
@@ -144,30 +83,31 @@ class Finetuning:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._held.close()
 
-    def _check(self, model: Path, method: Method, compute_dtype: str | None) -> None:
+    def _check(self) -> None:
         """Read all that decides the run, but for the weights."""
-        data = self._data
-        self.path = check_directory(model, with_tokenizer=True)
+        asked = self.asked
+        self.path = check_directory(asked.model, with_tokenizer=True)
         self.config = read_config(self.path)
-        self._packed = data.packed and self._keeps_apart()
+        self._packed = asked.examples.pack and self._keeps_apart()
         weights = fingerprint(self.path, checkpoint.trained_model(self.out))
-        self.adapter = replace(method.adapter(self.config), model_sha256=weights)
-        self.computation = loading.computation(self.path, self.config, compute_dtype)
+        self.adapter = replace(_adapter(asked.method, self.config), model_sha256=weights)
+        self.computation = loading.computation(self.path, self.config, asked.computation.compute_dtype)
         self.trainable = sum(_sizes(self.adapter, self.config))
         self.splits = self._prepared()
-        if self._data.valid_batches == 0:
+        if asked.checkpoints.val_batches == 0:
             self.splits.pop("valid", None)
         group = mx.distributed.init()
         self.world, self.leads = group.size(), bool(group.rank() == 0)
-        self.batch_size = data.batch_size
+        self.batch_size = asked.examples.batch_size
         self.row_length = self._row_length(self.splits["train"])
-        self.batches = self._batches(self.splits["train"], self._seed)
+        self.batches = self._batches(self.splits["train"], asked.computation.seed)
         self._validation = self._batches(self.splits["valid"]) if "valid" in self.splits else None
+        self.settings = asked.loop(self._steps())
 
     @property
     def notes(self) -> list[str]:
         """What is done otherwise than asked, because the model's family cannot do it."""
-        if self._packed == self._data.packed:
+        if self._packed == self.asked.examples.pack:
             return []
         return ["one example in each row: this family would read them as one text"]
 
@@ -175,26 +115,31 @@ class Finetuning:
         """What a split has of what `unit` names."""
         return len(self.splits[split].examples)
 
-    def steps(self, epochs: float, accumulate: int) -> int:
-        """Updates that `epochs` take. Raises InputError where that is none."""
-        if not epochs > 0:
-            raise InputError(f"--epochs {epochs:g}: must be above 0")
-        return max(1, round(epochs * self.batches.steps() / accumulate))
+    def _steps(self) -> int:
+        """Updates that are asked for, or that the epochs take."""
+        asked = self.asked.optimizer
+        if asked.iters is not None:
+            return asked.iters
+        if not asked.epochs > 0:
+            raise InputError(f"--epochs {asked.epochs:g}: must be above 0")
+        if asked.grad_accumulation_steps < 1:
+            raise InputError(f"accumulate must be at least 1, not {asked.grad_accumulation_steps}")
+        return max(1, round(asked.epochs * self.batches.steps() / asked.grad_accumulation_steps))
 
     def _keeps_apart(self) -> bool:
         """Whether several texts can share a row."""
         return not isinstance(self.config, FamilyConfig) or self.config.family.positions
 
-    def load(self, settings: Settings) -> memory.Load:
+    def load(self) -> memory.Load:
         """What the run asks of the machine."""
         value = int(self.computation.dtype.size)
         packed = self.config.quantization is not None and not self.computation.unpack
         stored = int(self.config.quantization["bits"]) / 8 if packed and self.config.quantization else value
         return memory.Load(
             self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
-            self.row_length, settings.optimizer, settings.grad_checkpoint,
+            self.row_length, self.settings.optimizer, self.settings.grad_checkpoint,
             memory.adapter_values(self.adapter, self.config), parts=device.most_parts(4 * self.trainable),
-            accumulate=settings.accumulate, layers=self._passed(),
+            accumulate=self.settings.accumulate, layers=self._passed(),
         )  # fmt: skip
 
     def _passed(self) -> int | None:
@@ -203,18 +148,8 @@ class Finetuning:
         layers = [layer for layer in trained if layer is not None]
         return None if len(layers) < len(trained) or not layers else self.config.num_layers - min(layers)
 
-    def train(
-        self,
-        settings: Settings,
-        record: Mapping[str, Any],
-        *,
-        resume: bool = False,
-        callback: TrainingCallback = SILENT,
-    ) -> Result:
+    def train(self, *, resume: bool = False, callback: TrainingCallback = SILENT) -> Result:
         """Train, and leave the adapter in `out`: the best by validation, or the last where none is below the base.
-
-        Args:
-            record: what the run was asked for, as JSON's types; kept in its directory.
 
         Raises:
             InputError, ElmError, KeyboardInterrupt: as `loop.train`.
@@ -223,19 +158,20 @@ class Finetuning:
         model, dtype = self._open()
         objective = self._objective(model, dtype, callback)
         result = train(
-            model, self.batches, self._validations if self._validation else None, settings, self.out, self._identity(),
+            model, self.batches, self._validations if self._validation else None, self.settings, self.out,
+            self._identity(),
             resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
-            meter=Meter(self.config, self.adapter, settings.grad_checkpoint),
-            callback=callback, about=self._about(record),
+            meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
+            callback=callback, about=self._about(),
             export=None if self.adapter.kind == "full" else lambda path: self._save(path, model),
         )  # fmt: skip
         if self.leads:
             self._finish(model, result)
         return result
 
-    def _about(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def _about(self) -> dict[str, Any]:
         return {
-            "command": self.command, "settings": dict(record), "trained": self.adapter.describe(),
+            "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
             "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
         }  # fmt: skip
 
@@ -248,29 +184,29 @@ class Finetuning:
         if full:
             loaded.model.unfreeze()
         else:
-            adapters.attach(loaded.model, self.adapter, self._seed)
+            adapters.attach(loaded.model, self.adapter, self.settings.seed)
         return loaded.model, None if how == mx.float32 else how
 
     def _prepared(self) -> dict[str, Prepared]:
-        data = self._data
+        data = self.asked.examples
         tokenizer, used, length = self._encoding()
         return examples.load(
-            data.path, tokenizer, used, length, context=self.config.max_context_length, format=data.format,
+            self.asked.data, tokenizer, used, length, context=self.config.max_context_length, format=data.format,
             train_on_prompt=data.train_on_prompt, truncate=data.truncate, skip_bad=data.skip_bad,
         )  # fmt: skip
 
     def _encoding(self) -> tuple[Tokenizer, Template | None, int]:
         """Tokenizer, template, and tokens of an example at most."""
-        data, config = self._data, self.config
+        data, config = self.asked.examples, self.config
         tokenizer = read_vocabulary(self.path, config).tokenizer
         assert tokenizer is not None  # check_directory has seen it
-        most = examples.longest(config) if data.max_length is None else data.max_length
+        most = examples.longest(config) if data.max_seq_length is None else data.max_seq_length
         return tokenizer, chat_template.choose(self.path, tokenizer, data.template), most
 
     def _batches(self, prepared: Prepared, seed: int = 0) -> Batches:
-        data, group = self._data, mx.distributed.init()
+        group = mx.distributed.init()
         return Batches(
-            prepared.examples, data.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
+            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
             rank=group.rank(), world=group.size(),
         )  # fmt: skip
 
@@ -285,7 +221,8 @@ class Finetuning:
     def _validations(self) -> Iterable[Batch]:
         assert self._validation is not None
         batches: Iterator[Batch] = self._validation.once()
-        return batches if self._data.valid_batches < 0 else islice(batches, self._data.valid_batches)
+        most = self.asked.checkpoints.val_batches
+        return batches if most < 0 else islice(batches, most)
 
     def _identity(self) -> Identity:
         adapter, ranks = self.adapter, json.dumps(dict(self.adapter.ranks))
@@ -293,7 +230,7 @@ class Finetuning:
             "method": adapter.kind, "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout,
             "number of adapted modules": len(adapter.ranks),
             "adapted modules": hashlib.sha256(ranks.encode()).hexdigest()[:8],
-            "batch size": self._data.batch_size * self.world, "row length": self.row_length,
+            "batch size": self.batch_size * self.world, "row length": self.row_length,
             "packing": self._packed, "compute dtype": str(self.computation.dtype).removeprefix("mlx.core."),
         }  # fmt: skip
         data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
@@ -308,14 +245,28 @@ class Finetuning:
     def _save(self, directory: Path, model: Model) -> None:
         """The adapter, and the template that it is trained by where that is not the model's own."""
         adapters.save(directory, model, self.adapter)
-        if self._data.template is not None:
-            chat_template.record(directory, chat_template.read_source(self._data.template))
+        if self.asked.examples.template is not None:
+            chat_template.record(directory, chat_template.read_source(self.asked.examples.template))
 
 
 def row_length(needs: Sequence[int], most: int, rows: int) -> int:
     """`most` positions, or as many as an epoch in one batch of `rows` needs: no row is to be mostly padding."""
     wanted = max(max(needs), -(-sum(needs) // max(1, rows)))
     return min(most, -(-wanted // _GRAIN) * _GRAIN)
+
+
+def _adapter(method: MethodSettings, config: Config) -> Adapter:
+    """Raises InputError where a figure makes none."""
+    if method.full and config.quantization is not None:
+        raise InputError(
+            "--full trains weights, and a quantized model's cannot be: give the model that it was quantized from"
+        )
+    if method.full:
+        return Adapter("full")
+    return adapters.plan(
+        config, rank=method.ranks(), alpha=method.alpha, targets=method.target or None, num_layers=method.num_layers,
+        dropout=method.dropout, dora=method.dora, rslora=method.rslora,
+    )  # fmt: skip
 
 
 def _sizes(adapter: Adapter, config: Config) -> Iterator[int]:

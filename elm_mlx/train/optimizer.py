@@ -1,4 +1,4 @@
-"""How parameters move: the learning rate at each step, the optimizer, the limit on the gradients' norm.
+"""How parameters move: the optimizer, and the limit on the gradients' norm.
 
 Knows gradients as trees of arrays, and nothing of where they come from. Weight decay falls on matrices alone:
 what has one dimension (norms' weights, DoRA's magnitudes) scales, and is not to be pulled to nought.
@@ -7,61 +7,16 @@ what has one dimension (norms' weights, DoRA's magnitudes) scales, and is not to
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from elm_mlx.errors import InputError, counted
+from elm_mlx.errors import InputError
+from elm_mlx.train.settings import OptimizerName
 
-SHAPES = ("cosine", "linear", "constant")
-OPTIMIZERS = ("adamw", "adafactor")
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate by step: up in a straight line, then down.
-
-    Args:
-        peak: the highest.
-        steps: how many there are in all, `warmup` included.
-        warmup: steps from `start` to `peak`.
-        shape: "cosine", "linear" or "constant" after that.
-        end: what share of `peak` is left at the last step; of no effect on "constant".
-        start: where warm-up begins.
-
-    Raises:
-        InputError: a value makes no schedule.
-    """
-
-    peak: float
-    steps: int
-    warmup: int = 0
-    shape: str = "cosine"
-    end: float = 0.1
-    start: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise InputError(f"no learning rate schedule {self.shape!r}; there are {', '.join(SHAPES)}")
-        if not (math.isfinite(self.peak) and self.peak > 0):
-            raise InputError(f"the learning rate must be above 0, not {self.peak}")
-        if self.steps < 1:
-            raise InputError(f"a run has at least 1 update, not {self.steps}")
-        if not 0 <= self.warmup <= self.steps:
-            raise InputError(f"warm-up of {counted(self.warmup, 'update')} does not fit in {self.steps}")
-
-    def __call__(self, step: int) -> float:
-        """The rate of update number `step`, counted from 0."""
-        if step < self.warmup:
-            return self.start + (self.peak - self.start) * (step + 1) / self.warmup
-        if self.shape == "constant":
-            return self.peak
-        done = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
-        left = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return self.peak * (self.end + (1 - self.end) * left)
+OPTIMIZERS = get_args(OptimizerName)
 
 
 class AdamW(optim.Adam):

@@ -11,7 +11,7 @@ tokens in an ordinary cross-entropy, whose gradient is the pair's. The network b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -21,8 +21,9 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.data.pairs import PairBatch
 from elm_mlx.errors import InputError
 from elm_mlx.train.loss import Head, Positions, summed_loss
+from elm_mlx.train.settings import PreferenceLoss
 
-LOSSES = ("sigmoid", "hinge", "ipo", "orpo")
+LOSSES = get_args(PreferenceLoss)
 _CERTAIN = -1e-6  # a mean log-probability beyond which odds aren't told apart
 
 

@@ -13,8 +13,7 @@ from elm_mlx.data.stream import Reading
 from elm_mlx.data.text_sources import Source
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.train.optimizer import Schedule
-from elm_mlx.train.settings import Settings
+from elm_mlx.train.settings import DTypeName, OnNan, OptimizerName, Schedule, ScheduleShape, Settings
 
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
@@ -85,9 +84,9 @@ class Optimizer:
     steps: int = 350_000
     warmup: int | None = None
     warmup_from: float = 1e-6
-    shape: str = "cosine"
+    shape: ScheduleShape = "cosine"
     end: float = 0.1
-    name: str = "adamw"
+    name: OptimizerName = "adamw"
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -101,7 +100,7 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSettings:
     """How much at a time, and what is kept.
 
     Args:
@@ -118,13 +117,13 @@ class Run:
 
     batch_size: int = 16
     accumulate: int = _ROWS // 16
-    compute_dtype: str | None = None
+    compute_dtype: DTypeName | None = None
     grad_checkpoint: bool = False
     seed: int = 0
     eval_every: int = 1_000
     save_every: int = 5_000
     keep: int = 5
-    on_nan: str = "stop"
+    on_nan: OnNan = "stop"
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ class Recipe:
     data: Data
     optimizer: Optimizer
     filters: Filters = field(default_factory=Filters)
-    run: Run = field(default_factory=Run)
+    run: RunSettings = field(default_factory=RunSettings)
 
     def tokens_per_update(self, world: int = 1) -> int:
         """Of all of `world` processes together."""
@@ -188,7 +187,7 @@ class Recipe:
         )  # fmt: skip
 
 
-def settings(optimizer: Optimizer, run: Run) -> Settings:
+def settings(optimizer: Optimizer, run: RunSettings) -> Settings:
     """What the loop takes. Raises InputError where a value is out of its range."""
     if len(optimizer.betas) != 2:
         raise InputError(f"betas are two numbers, not {len(optimizer.betas)}")
@@ -228,7 +227,7 @@ def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
             Shape(8, 192, 32, num_gqa_groups=2, ffn_dim_divisor=64, context=512),
             Data(sources, sequence_length=512, window=1 << 18, validation_rows=64),
             Optimizer(4e-3, steps=1_000),
-            run=Run(batch_size=4, accumulate=1, eval_every=100, save_every=100),
+            run=RunSettings(batch_size=4, accumulate=1, eval_every=100, save_every=100),
         )
     if name not in PRESETS:
         raise InputError(f"no preset {name!r}; there are {', '.join((SMALL, *PRESETS))}")

@@ -1,33 +1,86 @@
-"""How to train: every choice of a run that is not its model or its data.
+"""A run's settings: what `lora` and `dpo` are asked for, and what any training loop takes.
 
-Knows what is allowed, and which choices bear on the losses. Knows nothing of how any is carried out.
+From the sections come the options of the command line, what `--config` and run.json hold, and, by `Settings.identity`,
+what must not change when a run is resumed. Nothing heavy is imported: `--help` reads this.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
 
-from elm_mlx.errors import InputError
-from elm_mlx.inference.sampling import check_seed
-from elm_mlx.train.optimizer import OPTIMIZERS, Schedule
+from elm_mlx.errors import InputError, counted
+from elm_mlx.train import sections
+from elm_mlx.train.sections import Setting
 
-ON_NAN = ("stop", "skip")
+OptimizerName = Literal["adamw", "adafactor"]
+ScheduleShape = Literal["cosine", "linear", "constant"]
+OnNan = Literal["stop", "skip"]
+DTypeName = Literal["float32", "float16", "bfloat16"]
+RecordFormat = Literal["completion", "messages", "alpaca", "text"]
+PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "orpo"]
+
+_MOST_WARMUP = 100  # updates
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate by step: up in a straight line, then down.
+
+    Args:
+        peak: the highest.
+        steps: how many there are in all, `warmup` included.
+        warmup: steps from `start` to `peak`.
+        shape: "cosine", "linear" or "constant" after that.
+        end: what share of `peak` is left at the last step; of no effect on "constant".
+        start: where warm-up begins.
+
+    Raises:
+        InputError: a value makes no schedule.
+    """
+
+    peak: float
+    steps: int
+    warmup: int = 0
+    shape: str = "cosine"
+    end: float = 0.1
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_choice("learning rate schedule", self.shape, ScheduleShape)
+        if not (math.isfinite(self.peak) and self.peak > 0):
+            raise InputError(f"the learning rate must be above 0, not {self.peak}")
+        if self.steps < 1:
+            raise InputError(f"a run has at least 1 update, not {self.steps}")
+        if not 0 <= self.warmup <= self.steps:
+            raise InputError(f"warm-up of {counted(self.warmup, 'update')} does not fit in {self.steps}")
+
+    def __call__(self, step: int) -> float:
+        """The rate of update number `step`, counted from 0."""
+        if step < self.warmup:
+            return self.start + (self.peak - self.start) * (step + 1) / self.warmup
+        if self.shape == "constant":
+            return self.peak
+        done = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
+        left = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.peak * (self.end + (1 - self.end) * left)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. All but those of the last group bear on the losses.
+    """What the training loop takes. All but the last group bear on the losses.
 
     Args:
         schedule: the learning rate; its `steps` are the run's.
         optimizer: "adamw" or "adafactor".
         betas, eps: of AdamW.
-        z_loss: weight of the squared log-partition in what is made small (PaLM, section 5); losses are shown without
+        z_loss: weight of the squared log-partition in the objective (PaLM, section 5); reported losses are without it.
         clip: the limit on the gradients' norm; None for none.
         accumulate: batches to an update.
         seed: of dropout.
-        grad_checkpoint: compute blocks again on the way back rather than keep them.
+        grad_checkpoint: compute blocks again in the backward pass rather than keep their activations.
         spike: a loss that is so many nats above its running mean, which begins with the first update, counts as one
             that is no number; None for none. Of N trained tokens, 1 + 5/√N times as many, for their mean's scatter.
         on_nan: "stop", or "skip" the update.
@@ -53,11 +106,9 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
-        if self.optimizer not in OPTIMIZERS:
-            raise InputError(f"no optimizer {self.optimizer!r}; there are {', '.join(OPTIMIZERS)}")
-        if self.on_nan not in ON_NAN:
-            raise InputError(f"no way {self.on_nan!r} to treat a loss that is no number; there are {', '.join(ON_NAN)}")
+        _check_seed(self.seed)
+        _check_choice("optimizer", self.optimizer, OptimizerName)
+        _check_choice("on_nan", self.on_nan, OnNan)
         for name in ("accumulate", "eval_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -67,7 +118,222 @@ class Settings:
             raise InputError(f"the limit on the gradients' norm must be above 0, not {self.clip}")
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed. When to save may."""
+        """What must not change when a run is resumed, as checkpoints have it. When to save may."""
         free = ("eval_every", "save_every", "keep", "schedule")
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in free}
         return own | {f"learning rate's {name}": value for name, value in asdict(self.schedule).items()}
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How examples are read and put into rows.
+
+    Args:
+        format: as of `elm-mlx data`, and so the next five. (default: each record's keys tell)
+        template: of conversations. (default: the model's own)
+        max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
+        truncate: cut off what is longer.
+        train_on_prompt: count the loss of every token, not of answers alone.
+        skip_bad: leave bad records out; they are still named.
+        batch_size: rows of a batch.
+        pack: several examples to a row, kept apart; or else one.
+    """
+
+    format: RecordFormat | None = None
+    template: str | None = None
+    max_seq_length: int | None = None
+    truncate: bool = False
+    train_on_prompt: bool = False
+    skip_bad: bool = False
+    batch_size: int = 4
+    pack: bool = True
+
+
+@dataclass(frozen=True)
+class MethodSettings:
+    """What of the model is trained.
+
+    Args:
+        rank: of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).
+        alpha: strength: adapters are scaled by alpha / rank. (default: twice the rank)
+        dropout: of the adapters' inputs.
+        target: a module to adapt, by name or pattern; can be repeated. (default: all linears of layers)
+        num_layers: adapt so many of the last layers; -1: all.
+        dora: DoRA: learn the lengths of weights' rows too.
+        rslora: scale by alpha / sqrt(rank).
+        full: train all the model's weights, and no adapter.
+    """
+
+    rank: str = "8"
+    alpha: float | None = None
+    dropout: float = 0.0
+    target: tuple[str, ...] | None = None
+    num_layers: int = -1
+    dora: bool = False
+    rslora: bool = False
+    full: bool = False
+
+    def ranks(self) -> int | list[int] | dict[str, int]:
+        """`rank` as `adapters.plan` takes it. Raises InputError."""
+        items = [item.strip() for item in self.rank.split(",")]
+        try:
+            if "=" in self.rank:
+                pairs = (item.rsplit("=", 1) for item in items)
+                return {name.strip(): int(number) for name, number in pairs}
+            numbers = [int(item) for item in items]
+        except ValueError:
+            raise InputError(f"--rank {self.rank}: needs a number, numbers like 4,4,8, or qkv_proj=8,ffn.*=4") from None
+        return numbers if len(numbers) > 1 else numbers[0]
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What pairs of answers are compared by.
+
+    Args:
+        loss: sigmoid (DPO), hinge, ipo, or orpo, which has no reference.
+        beta: of the loss: how little the model may part from what it was.
+    """
+
+    loss: PreferenceLoss = "sigmoid"
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How parameters move, and how often.
+
+    Args:
+        iters: updates. (default: what --epochs take)
+        epochs: times that all examples are seen.
+        grad_accumulation_steps: batches to an update.
+        learning_rate: the highest.
+        lr_schedule: after warm-up: cosine or linear to a tenth, or constant.
+        warmup: updates of rising learning rate; below 1 their share. (default: a tenth, at most 100)
+        optimizer: AdamW, or Adafactor, which needs less memory.
+        weight_decay: of matrices; never of norms.
+        clip: the limit on the gradients' norm; 0 for none.
+        on_nan: at a loss that is no number, or a spike: stop, or skip.
+    """
+
+    iters: int | None = None
+    epochs: float = 3.0
+    grad_accumulation_steps: int = 1
+    learning_rate: float | None = None
+    lr_schedule: ScheduleShape = "cosine"
+    warmup: float | None = None
+    optimizer: OptimizerName = "adamw"
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    on_nan: OnNan = "stop"
+
+    def warmup_steps(self, steps: int) -> int:
+        """Updates of rising learning rate, of so many."""
+        if self.warmup is None:
+            return min(_MOST_WARMUP, steps // 10)
+        if not 0 <= self.warmup < math.inf:
+            raise InputError(f"--warmup {self.warmup:g}: updates, or below 1 their share, are needed")
+        return round(self.warmup if self.warmup >= 1 else self.warmup * steps)
+
+
+@dataclass(frozen=True)
+class ComputationSettings:
+    """How the model is computed.
+
+    Args:
+        compute_dtype: of the computation. (default: as stored on a GPU, float32 on a CPU)
+        grad_checkpoint: compute layers again in the backward pass: less memory, slower.
+        seed: of the adapters, the order and dropout.
+    """
+
+    compute_dtype: DTypeName | None = None
+    grad_checkpoint: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When the run is measured and saved.
+
+    Args:
+        val_batches: batches of a validation; -1 for all there are.
+        steps_per_eval: updates between validations.
+        save_every: updates between checkpoints.
+        keep: checkpoints that are kept, beside the best.
+    """
+
+    val_batches: int = -1
+    steps_per_eval: int = 200
+    save_every: int = 100
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A run of `lora`.
+
+    Args:
+        model: a model directory.
+        data: a data file, or a directory with train and valid. (no default)
+        out: the directory of the run and its adapter. (no default)
+    """
+
+    model: Path
+    data: Path
+    out: Path
+    examples: DataSettings = field(default_factory=DataSettings)
+    method: MethodSettings = field(default_factory=MethodSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    computation: ComputationSettings = field(default_factory=ComputationSettings)
+    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+    rates: ClassVar[tuple[float, float]] = (2e-4, 2e-5)  # of an adapter, and of all weights
+    spike: ClassVar[float | None] = 3.0
+    unused: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def options(cls) -> dict[str, Setting]:
+        """The settings that the command takes, by name."""
+        return {name: each for name, each in sections.settings(cls).items() if name not in cls.unused}
+
+    def record(self) -> dict[str, Any]:
+        """The settings as JSON has them; a file for `--config` may hold them."""
+        chosen = {name: value for name, value in sections.flat(self).items() if value is not None}
+        chosen |= {name: str(chosen[name].resolve()) for name in ("model", "data")} | {"out": str(self.out)}
+        return {name: value for name, value in chosen.items() if name not in self.unused}
+
+    def loop(self, steps: int) -> Settings:
+        """What the training loop takes for so many updates."""
+        asked, computation, checkpoints = self.optimizer, self.computation, self.checkpoints
+        rate = self.rates[self.method.full] if asked.learning_rate is None else asked.learning_rate
+        return Settings(
+            Schedule(rate, steps, asked.warmup_steps(steps), asked.lr_schedule),
+            optimizer=asked.optimizer, weight_decay=asked.weight_decay, clip=asked.clip or None,
+            accumulate=asked.grad_accumulation_steps, seed=computation.seed,
+            grad_checkpoint=computation.grad_checkpoint, spike=self.spike, on_nan=asked.on_nan,
+            eval_every=checkpoints.steps_per_eval, save_every=checkpoints.save_every, keep=checkpoints.keep,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DpoSettings(LoraSettings):
+    """A run of `dpo`."""
+
+    preference: LossSettings = field(default_factory=LossSettings)
+
+    rates: ClassVar[tuple[float, float]] = (5e-5, 5e-6)
+    spike: ClassVar[float | None] = None  # of nats a token; a pair's loss has no such scale
+    unused: ClassVar[frozenset[str]] = frozenset({"format", "train_on_prompt", "dropout"})
+
+
+def _check_choice(what: str, name: str, choices: Any) -> None:
+    if name not in get_args(choices):
+        raise InputError(f"no {what} {name!r}; there are {', '.join(get_args(choices))}")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}: it must be from 0 to 2**64 - 1")

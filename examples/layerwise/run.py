@@ -28,7 +28,7 @@ from measure import held_out_loss  # noqa: E402
 
 import elm_mlx  # noqa: E402
 from elm_mlx.model.config import ModelConfig  # noqa: E402
-from elm_mlx.train import toml_tables  # noqa: E402
+from elm_mlx.train import sections  # noqa: E402
 from elm_mlx.train.pretraining_recipe import Recipe  # noqa: E402
 
 CLASSICS = HERE.parent / "classics"
@@ -92,7 +92,7 @@ def train(out: Path, common: list[str], rate: float, seed: int) -> Path:
     """The directory of a run of the recipe with these fields, which is made unless it is there."""
     directory = out / f"lr-{rate:g}-seed-{seed}"
     fields = [*common, f"optimizer.lr={rate:g}", f"run.seed={seed}"]
-    if not finished(directory, toml_tables.read(RECIPE, Recipe, fields)):
+    if not finished(directory, sections.read(RECIPE, Recipe, fields)):
         sets = [word for field in fields for word in ("--set", field)]
         resume = ["--resume"] if (directory / "checkpoints").exists() else []
         elm("pretrain", RECIPE, "--out", directory, *sets, *resume, accept=(0, BROKE_OFF))

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from elm_mlx.cli import _Commands
+from elm_mlx.cli import _Commands, lora, training
 from elm_mlx.errors import InputError
+from elm_mlx.train.settings import LoraSettings
 
 Options = Callable[..., dict[str, Any]]
 
@@ -19,12 +20,18 @@ Options = Callable[..., dict[str, Any]]
 def options(tmp_path: Path) -> Options:
     """What `lora -c FILE` would run with."""
 
-    def call(text: str, *arguments: str, command: str = "lora") -> dict[str, Any]:
+    def call(text: str, *arguments: str) -> dict[str, Any]:
         (tmp_path / "c.yaml").write_text(text, "utf-8")
-        found = _Commands()[command].make_context(command, ["-c", str(tmp_path / "c.yaml"), *arguments])
-        return dict(found.params)
+        return chosen("-c", str(tmp_path / "c.yaml"), *arguments)
 
     return call
+
+
+def chosen(*arguments: str) -> dict[str, Any]:
+    """The settings of `lora` with these arguments, the defaults among them."""
+    context = _Commands()["lora"].make_context("lora", list(arguments))
+    found = training.chosen(LoraSettings, lora.RECIPES, context, context.params)
+    return {name: found.get(name, setting.default) for name, setting in LoraSettings.options().items()}
 
 
 @pytest.mark.parametrize(
@@ -44,15 +51,15 @@ def options(tmp_path: Path) -> Options:
         ("rank: {'*': 4, qkv_proj: '2'}", "rank", "*=4,qkv_proj=2"),
         ("target: qkv_proj", "target", ("qkv_proj",)),
         ("target: [qkv_proj, ffn.*]", "target", ("qkv_proj", "ffn.*")),
-        ("data: [x.jsonl]", "data", "x.jsonl"),
-        ("out: 2026", "out", "2026"),
+        ("data: [x.jsonl]", "data", Path("x.jsonl")),
+        ("out: 2026", "out", Path("2026")),
         ("pack: false", "pack", False),
         ("pack: 'off'", "pack", False),
         ("pack: no", "pack", False),
         ("full: 'Yes'", "full", True),
         ("lora-layers: 4", "num_layers", 4),
         ("template: [none]", "template", "none"),
-        ("model:", "model", None),
+        ("template:", "template", None),
     ],
 )
 def test_values_as_people_write_them(line: str, name: str, value: Any, options: Options) -> None:
@@ -100,7 +107,7 @@ def test_json(tmp_path: Path) -> None:
 
     def read(text: str) -> dict[str, Any]:
         path.write_text(text)
-        return dict(_Commands()["lora"].make_context("lora", ["-c", str(path)]).params)
+        return chosen("-c", str(path))
 
     assert read('{\n\t"iters": 3,\n\t"learning_rate": 1e-4\n}')["learning_rate"] == 1e-4
     for text, error in (
@@ -144,9 +151,9 @@ mask_prompt: false
 def test_mlx_lms_own_file(options: Options) -> None:
     found = options(MLX_LM)
     wanted = {
-        "model": "mlx_model", "optimizer": "adamw", "weight_decay": 0.1, "data": "some/data", "seed": 7,
+        "model": Path("mlx_model"), "optimizer": "adamw", "weight_decay": 0.1, "data": Path("some/data"), "seed": 7,
         "num_layers": 4, "batch_size": 1, "iters": 600, "val_batches": 25, "learning_rate": 1e-5, "steps_per_eval": 150,
-        "out": "adapters", "save_every": 50, "max_seq_length": 512, "target": ("self_attn.q_proj",), "rank": "4",
+        "out": Path("adapters"), "save_every": 50, "max_seq_length": 512, "target": ("self_attn.q_proj",), "rank": "4",
         "alpha": 80.0, "dropout": 0.05, "train_on_prompt": True, "full": False, "dora": False, "grad_checkpoint": False,
     }  # fmt: skip
     assert {name: found[name] for name in wanted} == wanted
@@ -224,10 +231,12 @@ def test_all_of_mlx_lms_defaults_are_known(options: Options) -> None:
     defaults = pytest.importorskip("mlx_lm.lora").CONFIG_DEFAULTS
     values = dict(defaults) | {"train": True, "optimizer": "adamw"}
     found = options(json.dumps(values))
-    assert found["rank"] == "8" and found["alpha"] == 160.0 and found["iters"] == 1000 and found["out"] == "adapters"
+    assert (
+        found["rank"] == "8" and found["alpha"] == 160.0 and found["iters"] == 1000 and found["out"] == Path("adapters")
+    )
 
 
 def test_a_runs_settings_that_were_edited(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"settings": {"iters": "many"}}))
     with pytest.raises(InputError, match=r"run\.json: iters is 'many'; it needs a whole number"):
-        _Commands()["lora"].make_context("lora", ["--out", str(tmp_path), "--resume"])
+        chosen("--out", str(tmp_path), "--resume")

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from training_runs import free_port
 
 from elm_mlx import files
-from elm_mlx.cli.dpo import Command
+from elm_mlx.cli.dpo import RECIPES
 from elm_mlx.data import pairs
 from elm_mlx.store.loading import load, load_model
 from elm_mlx.text.chat_template import choose
@@ -168,9 +168,9 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
 ) -> None:
     out = tmp_path / "out"
     start = (tiny_model_dir, "--data", data, "--out", out)
-    assert "--loss dpo: is not one of sigmoid, hinge, ipo, orpo" in run(*start, "--loss", "dpo")[2]
+    assert "'dpo' is not one of 'sigmoid', 'hinge', 'ipo', 'orpo'" in run(*start, "--loss", "dpo")[2]
     assert "--beta 0.0: has to be positive" in run(*start, "--beta", 0)[2]
-    assert "--recipe openelm: there is no such" in run(*start, "--recipe", "openelm")[2]
+    assert "'--recipe': 'openelm' is not one of 'openelm-270M', 'openelm-450M'" in run(*start, "--recipe", "openelm")[2]
     long = "--max-seq-length 1024: the model reads 512 tokens at most, its context; give no more"
     assert long in run(*start, "--recipe", "openelm-270M")[2]
     (data / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
@@ -210,7 +210,7 @@ def test_recipes_are_the_papers(run: Run, tiny_model_dir: Path, data: Path, tmp_
     assert used["command"] == "dpo"
     wanted = {"loss": "sigmoid", "beta": 0.01, "learning_rate": 5e-5, "epochs": 5.0, "max_seq_length": 64}
     assert wanted.items() <= used["settings"].items()
-    values = [tuple(recipe.values()) for recipe in Command.recipes.values()]
+    values = [tuple(recipe.values()) for recipe in RECIPES.values()]
     assert values == [
         (0.01, 1024, "hinge", 2e-5, 5.0), (0.01, 1024, "hinge", 3e-5, 8.0),
         (0.01, 1024, "sigmoid", 5e-5, 5.0), (0.01, 1024, "hinge", 1e-4, 10.0),

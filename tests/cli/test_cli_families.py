@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from elm_mlx.errors import InputError
 from elm_mlx.model import families
 from elm_mlx.store import fusion, loading
-from elm_mlx.train.finetuning import Data, Finetuning, Method
+from elm_mlx.train.finetuning import Finetuning
+from elm_mlx.train.settings import LoraSettings, MethodSettings
 
 IDS = mx.array([[(i * 37 + 11) % 380 for i in range(24)]])
 SMOL = Path(__file__).parents[3] / "shared" / "data" / "smollm2-135m-instruct"
@@ -182,7 +183,7 @@ def test_a_quantized_model_is_tuned_and_fused(run: Run, data: Path, tmp_path: Pa
     fusion.fuse(path, tmp_path / "out", tmp_path / "wide", dequantize=True)
     assert mx.allclose(_by_mlx_lm(tmp_path / "wide"), adapted, atol=1e-3)
     with pytest.raises(InputError, match="give the model that it was quantized from"):
-        Finetuning(path, Data(data), Method(full=True), tmp_path / "full")
+        Finetuning(LoraSettings(path, data, tmp_path / "full", method=MethodSettings(full=True)))
 
 
 @pytest.mark.skipif(not SMOL.exists(), reason=f"no {SMOL}")

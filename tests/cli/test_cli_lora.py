@@ -21,13 +21,14 @@ from mlx.utils import tree_flatten
 from training_runs import free_port, gradient_norms, updates, write_data
 
 from elm_mlx import device, files
-from elm_mlx.cli.training import harmed, parse_rank
+from elm_mlx.cli.training import harmed
 from elm_mlx.errors import InputError
 from elm_mlx.model import roofline
 from elm_mlx.store.loading import load_model
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.train.checkpoint import Progress
 from elm_mlx.train.run import Result
+from elm_mlx.train.settings import MethodSettings
 
 
 @pytest.fixture
@@ -301,9 +302,9 @@ def test_what_may_not_fit_into_memory_is_told_and_what_cannot_is_refused(
         (("--rank", "a"), "--rank a: needs a number"),
         (("--rank", "1,2"), "rank has 2 entries, and the model 3 layers"),
         (("--target", "head"), "no module is called 'head'"),
-        (("--lr-schedule", "step"), "no learning rate schedule 'step'"),
-        (("--optimizer", "sgd"), "no optimizer 'sgd'"),
-        (("--on-nan", "ignore"), "no way 'ignore'"),
+        (("--lr-schedule", "step"), "'step' is not one of 'cosine', 'linear', 'constant'"),
+        (("--optimizer", "sgd"), "'sgd' is not one of 'adamw', 'adafactor'"),
+        (("--on-nan", "ignore"), "'ignore' is not one of 'stop', 'skip'"),
         (("--learning-rate", "-1"), "the learning rate must be above 0"),
         (("--lr", "-1"), "the learning rate must be above 0"),
         (("--warmup", "9"), "warm-up of 9 updates does not fit in 6"),
@@ -311,10 +312,10 @@ def test_what_may_not_fit_into_memory_is_told_and_what_cannot_is_refused(
         (("--warmup", "nan"), "--warmup nan: updates"),
         (("--warmup", "inf"), "--warmup inf: updates"),
         (("--seed", "-1"), "seed is -1: it must be from 0"),
-        (("--recipe", "llama"), "there is no such"),
+        (("--recipe", "llama"), "'llama' is not one of 'openelm'"),
         (("--batch-size", "0"), "at least 1 row, not 0"),
         (("--iters", "0"), "at least 1 update, not 0"),
-        (("--compute-dtype", "int8"), "no compute dtype 'int8'"),
+        (("--compute-dtype", "int8"), "'int8' is not one of 'float32', 'float16', 'bfloat16'"),
         (("--max-seq-length", "1"), "two tokens or more"),
         (("--max-seq-length", "513"), "--max-seq-length 513: the model reads 512 tokens at most"),
     ],
@@ -362,11 +363,11 @@ def test_no_epochs_are_no_run(run: Run, tiny_model_dir: Path, data: Path, tmp_pa
 
 
 def test_ranks_as_they_are_written() -> None:
-    assert parse_rank("8") == 8
-    assert parse_rank("4, 8,16") == [4, 8, 16]
-    assert parse_rank("qkv_proj=8,ffn.*=4") == {"qkv_proj": 8, "ffn.*": 4}
+    assert MethodSettings("8").ranks() == 8
+    assert MethodSettings("4, 8,16").ranks() == [4, 8, 16]
+    assert MethodSettings("qkv_proj=8,ffn.*=4").ranks() == {"qkv_proj": 8, "ffn.*": 4}
     with pytest.raises(InputError):
-        parse_rank("qkv_proj=x")
+        MethodSettings("qkv_proj=x").ranks()
 
 
 def test_two_processes_are_one_with_twice_the_batch(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from elm_mlx.cli import _COMMANDS, _Commands
 from elm_mlx.data.text_sources import Files
 from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
-from elm_mlx.train import pretraining_recipe, toml_tables
+from elm_mlx.train import pretraining_recipe, sections
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def test_a_file_of_settings(run: Run, home: Path, tmp_path: Path, monkeypatch: p
 
 def test_a_recipe(home: Path) -> None:
     made = pretraining_recipe.preset("small", "~/d.jsonl")
-    (home / "r.toml").write_text(toml_tables.write(made, "about"))
-    read = toml_tables.read(Path("~/r.toml"), pretraining_recipe.Recipe)
+    (home / "r.toml").write_text(sections.write(made, "about"))
+    read = sections.read(Path("~/r.toml"), pretraining_recipe.Recipe)
     assert read == made and Files(read.data.sources[0]).paths == [home / "d.jsonl"]
 
 

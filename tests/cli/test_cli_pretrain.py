@@ -21,7 +21,7 @@ from elm_mlx import files
 from elm_mlx.cli.pretrain import _KEYS
 from elm_mlx.model import roofline
 from elm_mlx.store.loading import load, load_model
-from elm_mlx.train import checkpoint, pretraining_recipe, toml_tables
+from elm_mlx.train import checkpoint, pretraining_recipe, sections
 
 
 @pytest.fixture
@@ -142,10 +142,10 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
 def test_what_is_read_is_what_is_trained_on(run: Run, config: Path, tmp_path: Path) -> None:
     """A window that nobody chose is no larger than the run; one that somebody did is."""
     config.write_text(config.read_text().replace("window = 2048\n", ""))
-    made = toml_tables.read(config, pretraining_recipe.Recipe)
+    made = sections.read(config, pretraining_recipe.Recipe)
     assert made.reading().window == 1536 and made.reading(world=2).window == 3072
-    assert toml_tables.read(config, pretraining_recipe.Recipe, ["optimizer.steps=100000"]).reading().window == 1 << 22
-    assert toml_tables.read(config, pretraining_recipe.Recipe, ["data.window=9999"]).reading().window == 9999
+    assert sections.read(config, pretraining_recipe.Recipe, ["optimizer.steps=100000"]).reading().window == 1 << 22
+    assert sections.read(config, pretraining_recipe.Recipe, ["data.window=9999"]).reading().window == 9999
     for name, options in (("small", ()), ("large", ("--set", "data.window=50000"))):
         code, text, err = run("pretrain", config, "--out", tmp_path / name, *options)
         assert code == 0, err
@@ -188,7 +188,7 @@ def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_p
 
 
 def test_every_key_that_a_run_is_told_by_has_its_name(config: Path) -> None:
-    made = toml_tables.read(config, pretraining_recipe.Recipe)
+    made = sections.read(config, pretraining_recipe.Recipe)
     names = pretraining_recipe.settings(made.optimizer, made.run).identity().keys()
     assert names - _KEYS.keys() == {"spike"}, "which no recipe says"
     for key in _KEYS.values():
@@ -215,7 +215,7 @@ def test_two_processes_are_one_with_twice_the_batch(config: Path, tmp_path: Path
 def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "recipe.toml"
     assert run("pretrain", "--init", path, "--preset", "OpenELM-1_1B")[0] == 0
-    made = toml_tables.read(path, pretraining_recipe.Recipe)
+    made = sections.read(path, pretraining_recipe.Recipe)
     assert made == pretraining_recipe.preset("OpenELM-1_1B")
     assert (made.optimizer.lr, made.optimizer.steps, made.optimizer.warmup_steps()) == (0.0024, 350_000, 5_000)
     assert made.run.batch_size * made.run.accumulate * made.data.sequence_length == 4_194_304
@@ -237,7 +237,7 @@ def test_three_commands_make_a_model_of_ones_own_text(
     assert run("train-tokenizer", "own.txt", "--out", "tokenizer.model", "--vocab-size", 300)[0] == 0
     code, said, _ = run("pretrain", "--init", "recipe.toml", "--data", "own.txt")
     assert code == 0 and "learns from own.txt, in the tokens of tokenizer.model" in said
-    assert toml_tables.read(Path("recipe.toml"), pretraining_recipe.Recipe) == pretraining_recipe.preset(
+    assert sections.read(Path("recipe.toml"), pretraining_recipe.Recipe) == pretraining_recipe.preset(
         "small", "own.txt"
     )
     steps = ("--set", "optimizer.steps=2", "--set", "optimizer.warmup=1", "--set", "run.batch_size=1")
@@ -252,7 +252,7 @@ def test_three_commands_make_a_model_of_ones_own_text(
         ("optimizer.warm_up=1", "[optimizer] has no key 'warm_up'; the nearest is warmup"),
         ("tokenizer=none.model", "none.model"),
         ("data.sequence_length=65", "exceed the model's context"),
-        ("run.compute_dtype=int8", "no compute_dtype 'int8'"),
+        ("run.compute_dtype=int8", "run.compute_dtype is 'int8'; there are float32, float16, bfloat16"),
         ("optimizer.betas=0.9", "betas are two numbers"),
         ("model.qkv_multipliers=[1, 2, 3]", "multipliers are one or two numbers"),
         ("filters.min_chars=-1", "min_chars must be at least 0"),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.train.optimizer import Schedule, clipped, global_norm, make_optimizer
+from elm_mlx.train.optimizer import clipped, global_norm, make_optimizer
+from elm_mlx.train.settings import Schedule
 
 
 def test_cosine_goes_up_in_a_line_and_down_to_its_end() -> None:

@@ -26,8 +26,9 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint
 from elm_mlx.train import run as training
-from elm_mlx.train.optimizer import Schedule, make_optimizer
+from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.run import Run
+from elm_mlx.train.settings import Schedule
 from elm_mlx.train.step import Step, recompute_blocks
 from elm_mlx.train.throughput import Meter
 
@@ -452,7 +453,11 @@ def test_stopped_before_anything_was_compared_no_harm_is_told(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [({"on_nan": "hope"}, "no way 'hope'"), ({"accumulate": 0}, "accumulate"), ({"clip": 0.0}, "norm must be above 0")],
+    [
+        ({"on_nan": "hope"}, "no on_nan 'hope'; there are stop, skip"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"clip": 0.0}, "norm must be above 0"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):

@@ -1,7 +1,6 @@
-"""Frozen dataclasses as TOML: read and checked, single fields overridden, written with what each field means.
+"""Sections of settings: frozen dataclasses as TOML, and as the flat names that options, YAML and JSON have.
 
-Knows types: whole numbers, numbers, texts, truth values, tuples of them, and dataclasses in dataclasses. What a field
-is for, its class's docstring says under `Args:`.
+A field's type, default and choices stand in its class, and what it means under `Args:` of the class's docstring.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
@@ -34,6 +33,62 @@ _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A field that holds a value.
+
+    Args:
+        name: unique among a run's settings.
+        kind: its type, without None.
+        default: MISSING where there is none.
+        about: what it means.
+        section: the name of the section that it is in; empty for the run's own.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    about: str
+    section: str
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The texts that are allowed; none where all are."""
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+
+def settings(cls: type[Any], section: str = "") -> dict[str, Setting]:
+    """All fields of a dataclass and of the dataclasses in it, by name."""
+    found, kinds, abouts = dict[str, Setting](), typing.get_type_hints(cls), _abouts(cls)
+    for item in fields(cls):
+        kind = _without_none(kinds[item.name])
+        if is_dataclass(kind):
+            found |= settings(typing.cast(type, kind), item.name)
+        else:
+            found[item.name] = Setting(item.name, kind, item.default, abouts.get(item.name, ""), section)
+    return found
+
+
+def made(cls: type[T], values: Mapping[str, Any]) -> T:
+    """A `cls` with `values`, as `settings` names them; the others are as they are by default."""
+    kinds, found = typing.get_type_hints(cls), dict[str, Any]()
+    for item in fields(typing.cast(Any, cls)):
+        if is_dataclass(kinds[item.name]):
+            found[item.name] = made(kinds[item.name], values)
+        elif item.name in values:
+            found[item.name] = values[item.name]
+    return cls(**found)
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """The values of a dataclass, and of the dataclasses in it, by name."""
+    found: dict[str, Any] = {}
+    for item in fields(value):
+        inner = getattr(value, item.name)
+        found |= flat(inner) if is_dataclass(inner) else {item.name: inner}
+    return found
+
+
 def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     """The `cls` that a file says, after `overrides` like `optimizer.lr=0.001`.
 
@@ -48,8 +103,8 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         raise InputError(f"{path}: is no TOML: {error}") from None
     for override in overrides:
         _override(values, override)
-    made: T = _table(cls, values, "", str(path))
-    return made
+    table: T = _table(cls, values, "", str(path))
+    return table
 
 
 def scalar(kind: type, value: Any) -> Any:
@@ -123,7 +178,7 @@ def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> 
             near = difflib.get_close_matches(key, known, 1)
             hint = f"the nearest is {near[0]}" if near else f"there are {', '.join(known)}"
             raise InputError(f"{at} has no key {key!r}; {hint}")
-        found[key] = _value(types[key], value, f"{name}.{key}".lstrip("."), where)
+        found[key] = value_of(types[key], value, f"{name}.{key}".lstrip("."), where)
     for key, item in known.items():
         if key not in found and item.default is MISSING and item.default_factory is MISSING:
             raise InputError(f"{at} {key} is missing: {_abouts(cls).get(key, '')}")
@@ -133,9 +188,9 @@ def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> 
         raise InputError(f"{at} {error}") from None
 
 
-def _value(kind: Any, value: Any, name: str, where: str) -> Any:
-    if typing.get_origin(kind) in (typing.Union, UnionType):
-        kind = next(each for each in typing.get_args(kind) if each is not type(None))
+def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
+    """`value`, as a file has it, as a field's type wants it. Raises InputError, which names the file and the field."""
+    kind = _without_none(kind)
     if is_dataclass(kind):
         value = _single(value)
         if not isinstance(value, dict):
@@ -144,11 +199,21 @@ def _value(kind: Any, value: Any, name: str, where: str) -> Any:
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
         items = value if isinstance(value, list) else [value]  # one of them needs no list
-        return tuple(_value(item, each, name, where) for each in items)
+        return tuple(value_of(item, each, name, where) for each in items)
+    choices = typing.get_args(kind)
     try:
-        return scalar(kind, value)
+        found = scalar(str if kind is Path or choices else kind, value)
     except ValueError as error:
         raise InputError(f"{where}: {name} {error}") from None
+    if choices and found not in choices:
+        raise InputError(f"{where}: {name} is {_shown(value)}; there are {', '.join(choices)}")
+    return reading.expanded(found) if kind is Path else found
+
+
+def _without_none(kind: Any) -> Any:
+    if typing.get_origin(kind) in (typing.Union, UnionType):
+        return next(each for each in typing.get_args(kind) if each is not type(None))
+    return kind
 
 
 def _written(value: Any, name: str) -> str:
@@ -172,11 +237,12 @@ def _heading(value: Any) -> str:
 
 
 def _abouts(cls: type[Any]) -> dict[str, str]:
-    """What the `Args:` of a docstring say of each field, on one line each."""
-    _, _, text = inspect.cleandoc(cls.__doc__ or "").partition("Args:\n")
+    """What each field means, on a line each, by the `Args:` of the docstrings of a class and of its bases."""
     abouts: dict[str, str] = {}
-    for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.M):
-        abouts |= dict.fromkeys(names.split(", "), " ".join(about.split()))
+    for each in reversed(cls.__mro__):
+        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
+        for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.M):
+            abouts |= dict.fromkeys(names.split(", "), " ".join(about.split()))
     return abouts
 
 

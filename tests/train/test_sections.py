@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_mlx.errors import InputError
-from elm_mlx.train import pretraining_recipe, toml_tables
+from elm_mlx.train import pretraining_recipe, sections
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Whole:
 
 def read(tmp_path: Path, text: str, *overrides: str) -> Whole:
     (tmp_path / "a.toml").write_text(text)
-    return toml_tables.read(tmp_path / "a.toml", Whole, overrides)
+    return sections.read(tmp_path / "a.toml", Whole, overrides)
 
 
 FULL = 'count = 4\npair = 0.25\n[part]\npath = "p"\n[[parts]]\npath = "q"\nweight = 2\n'
@@ -87,7 +87,7 @@ def test_mistakes_are_named(text: str, error: str, tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_value_as_files_write_it(kind: type, value: Any, wanted: Any) -> None:
-    found = toml_tables.scalar(kind, value)
+    found = sections.scalar(kind, value)
     assert found == wanted and type(found) is kind
 
 
@@ -103,7 +103,7 @@ def test_a_value_as_files_write_it(kind: type, value: Any, wanted: Any) -> None:
 )  # fmt: skip
 def test_what_is_no_such_value(kind: type, value: Any) -> None:
     with pytest.raises(ValueError, match="it needs") as caught:
-        toml_tables.scalar(kind, value)
+        sections.scalar(kind, value)
     assert len(str(caught.value)) < 100
 
 
@@ -132,16 +132,16 @@ def test_what_is_written_is_read(
 ) -> None:
     whole = Whole(Part(text, number), (Part("a"), Part(text, 1e-8)), count, None, on, (number,))
     path = tmp_path_factory.mktemp("toml") / "a.toml"
-    path.write_text(toml_tables.write(whole, "a run\nof two lines"), encoding="utf-8")
-    assert toml_tables.read(path, Whole) == whole
+    path.write_text(sections.write(whole, "a run\nof two lines"), encoding="utf-8")
+    assert sections.read(path, Whole) == whole
 
 
 def test_every_field_of_a_recipe_is_said_in_the_file(tmp_path: Path) -> None:
     made = pretraining_recipe.preset("OpenELM-270M")
-    text = toml_tables.write(made, "")
+    text = sections.write(made, "")
     assert "# the highest learning rate.\nlr = 0.0053\n" in text
     for part in (made.model, made.data, made.data.sources[0], made.filters, made.optimizer, made.run):
-        lines = toml_tables.write(part, "").splitlines()
+        lines = sections.write(part, "").splitlines()
         for name, value in vars(part).items():
             if isinstance(value, tuple) and not isinstance(value[0], float):
                 continue  # tables of their own
