@@ -93,7 +93,7 @@ def write_family(path: Path, name: str) -> None:
 
 def write_quantized(path: Path) -> None:
     write_openelm(path / "whole")
-    quantize(path / "whole", path / "q", quantization.Recipe(Format(4, 32)))
+    quantize(path / "whole", path / "q", quantization.QuantizationRecipe(Format(4, 32)))
     shutil.rmtree(path / "whole")
     for file in (path / "q").iterdir():
         file.rename(path / file.name)

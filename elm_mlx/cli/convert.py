@@ -112,7 +112,10 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
     with files.scratch_directory(dst) as scratch:
         yield scratch / dst.name
         with Report() as report:
-            quantize(scratch / dst.name, dst, recipe, overwrite=overwrite, listener=report.listener())
+            quantize(
+                scratch / dst.name, dst, recipe, overwrite=overwrite,
+                on_plan=report.plan, on_progress=report.progress, on_result=report.result,
+            )  # fmt: skip
         say("wrote", str(dst))
 
 

@@ -13,8 +13,8 @@ from elm_mlx.cli import options
 from elm_mlx.cli.show import byte_size, say
 
 if TYPE_CHECKING:
-    from elm_mlx.quantize.bit_plan import Plan
-    from elm_mlx.quantize.quantization import Listener, Quantization
+    from elm_mlx.quantize.bit_plan import BitPlan
+    from elm_mlx.quantize.quantization import Quantization
 
 
 def quantize(
@@ -59,7 +59,8 @@ def quantize(
     with Report() as report:
         quantize(
             model, dst, recipe,
-            calibration=calibration, text=text, max_kld=max_kld, overwrite=overwrite, listener=report.listener(),
+            calibration=calibration, text=text, max_kld=max_kld, overwrite=overwrite,
+            on_plan=report.plan, on_progress=report.progress, on_result=report.result,
         )  # fmt: skip
     say("wrote", str(dst))
 
@@ -72,15 +73,10 @@ class Report(AbstractContextManager["Report"]):
         self._task: Any = None
         self._what = ""
 
-    def listener(self) -> Listener:
-        from elm_mlx.quantize.quantization import Listener
-
-        return Listener(plan=self._plan, progress=self._progress, done=self._done)
-
     def __exit__(self, *exception: Any) -> None:
         self._hide()
 
-    def _progress(self, what: str, done: int, total: int) -> None:
+    def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
         if what != self._what:
             self._hide()
             self._what = what
@@ -99,7 +95,7 @@ class Report(AbstractContextManager["Report"]):
         self._task = self._bar.add_task(what, total=total)
         self._bar.start()
 
-    def _plan(self, made: Plan) -> None:
+    def plan(self, made: BitPlan) -> None:
         self._hide()
         table = made.table()
         for i, (kind, told) in enumerate(table.items()):
@@ -109,7 +105,7 @@ class Report(AbstractContextManager["Report"]):
         for note in made.notes:
             say("note", note)
 
-    def _done(self, done: Quantization) -> None:
+    def result(self, done: Quantization) -> None:
         self._hide()
         lost, before, after = done.losses, done.speed_before, done.speed_after
         where = "made-up ids, as there is no tokenizer" if done.text is None else done.text.name

@@ -1,36 +1,35 @@
-"""What is wanted of a quantization: a format or a budget, a method, a type.
-
-Knows which wishes go together. Knows no model.
-"""
+"""How a model is to be quantized: the format of a weight as `mx.quantize` takes it, a budget of bits, a method."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
 from elm_mlx import device
 from elm_mlx.errors import InputError
-from elm_mlx.model import lora_layers, packing
+from elm_mlx.model import lora_layers
 from elm_mlx.model.packing import AFFINE, BITS, FLOATS, GROUPS
+from elm_mlx.store.loading import pack
 
-_BLOCK = 32
 GROUP = 64
 METHODS = ("awq", "dwq", "gptq")
 RATE = 1e-5  # of DWQ
+_BLOCK = 32
 _GPTQ_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Format:
-    """Made by `choose`, which checks. `bits` are those of one value, without its share of the group's scale."""
+    """Made by `choose_format`, which checks. `bits` are those of a value, without its share of the group's scale."""
 
     bits: int
     group_size: int
     mode: str = AFFINE
 
-    def packing(self) -> dict[str, int | str]:
-        """As `mx.quantize` and a config's `quantization` have it."""
+    def packing(self) -> dict[str, Any]:
+        """The arguments of `mx.quantize`, and an entry of a config's `quantization`."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def fitted(self, columns: int) -> Format | None:
@@ -41,16 +40,21 @@ class Format:
         return replace(self, group_size=fitting[-1]) if fitting else None
 
     def nbytes(self, size: int, dtype: mx.Dtype) -> int:
-        """What a weight of `size` values takes, scales and biases of `dtype` counted."""
+        """The bytes of a weight of `size` values, scales and biases of `dtype` counted."""
         scale_bytes = 2 * int(dtype.size) if self.mode == AFFINE else 1
         return size * self.bits // 8 + size // self.group_size * scale_bytes
+
+    def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
+        """`weight` packed, scales and biases in `dtype`, and unpacked again in float32."""
+        parts = pack(weight, self.packing(), dtype)
+        return lora_layers.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **self.packing())
 
     def __str__(self) -> str:
         return f"{self.bits}-bit, group {self.group_size}" if self.mode == AFFINE else self.mode
 
 
-def choose_format(bits: int | None, group_size: int | None, mode: str) -> Format:
-    """The format that is asked for; None is the mode's own, of affine 4 bits in groups of 64.
+def choose_format(bits: int | None = None, group_size: int | None = None, mode: str = AFFINE) -> Format:
+    """Makes a format; None is the mode's own value, of affine 4 bits in groups of 64.
 
     Raises:
         InputError: MLX has no such format.
@@ -70,37 +74,8 @@ def choose_format(bits: int | None, group_size: int | None, mode: str) -> Format
     return Format(bits, group_size)
 
 
-def pack(weight: mx.array, how: Format, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """`weight`, scales and, of affine, biases; the latter two in `dtype`, which float modes have 8-bit floats for."""
-    parts = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, **how.packing()), strict=False))
-    if how.mode == AFFINE:
-        parts |= {name: parts[name].astype(dtype) for name in ("scales", "biases")}
-    return parts
-
-
-def rounded(weight: mx.array, how: Format, dtype: mx.Dtype) -> mx.array:
-    """What `weight` is once packed, in float32."""
-    parts = pack(weight, how, dtype)
-    return lora_layers.dequantize(
-        parts["weight"], parts["scales"], parts.get("biases"),
-        group_size=how.group_size, bits=how.bits, mode=how.mode,
-    )  # fmt: skip
-
-
-def check_method(method: str, how: Format) -> None:
-    """Raises InputError where `method` has no such format."""
-    if method not in METHODS:
-        raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
-    if how.mode != AFFINE:
-        raise InputError(f"--method {method} is for affine weights, not {how.mode}")
-    if method == "gptq" and how.bits not in _GPTQ_BITS:
-        raise InputError(f"--method gptq packs in {', '.join(map(str, _GPTQ_BITS))} bits, not {how.bits}")
-    if method == "dwq" and how.bits == 8:
-        raise InputError("--method dwq trains weights of fewer than 8 bits")
-
-
 @dataclass(frozen=True)
-class Recipe:
+class QuantizationRecipe:
     """Checked when made; `choose` makes one of single wishes.
 
     Args:
@@ -121,45 +96,57 @@ class Recipe:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
-        if self.bpw is not None and self.how.mode != packing.AFFINE:
+        if self.bpw is not None and self.how.mode != AFFINE:
             raise InputError(f"--bpw mixes affine weights: it goes with no --mode {self.how.mode}")
         if self.bpw is not None and not 0 < self.bpw <= 32:
             raise InputError(f"--bpw {self.bpw:g}: bits a weight are more than 0 and at most 32")
         if self.bpw is not None and self.method in ("awq", "gptq"):
             raise InputError(f"--method {self.method} wants the same bits everywhere: it goes with no --bpw")
         if self.method is not None:
-            check_method(self.method, self.how)
+            _check_method(self.method, self.how)
         if self.dtype is not None and self.dtype not in device.DTYPES:
             raise InputError(f"--dtype {self.dtype}: there are {', '.join(device.DTYPES)}")
 
 
-def named(name: str) -> Recipe:
-    """Of one word: a number of bits, a float mode, or with a decimal point a budget in bits a weight.
+def _check_method(method: str, how: Format) -> None:
+    """Raises InputError where `method` has no such format."""
+    if method not in METHODS:
+        raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
+    if how.mode != AFFINE:
+        raise InputError(f"--method {method} is for affine weights, not {how.mode}")
+    if method == "gptq" and how.bits not in _GPTQ_BITS:
+        raise InputError(f"--method gptq packs in {', '.join(map(str, _GPTQ_BITS))} bits, not {how.bits}")
+    if method == "dwq" and how.bits == 8:
+        raise InputError("--method dwq trains weights of fewer than 8 bits")
+
+
+def named(name: str) -> QuantizationRecipe:
+    """Makes a recipe of one word: a number of bits, a float mode, or with a decimal point a budget in bits a weight.
 
     Raises:
         InputError: it is none of these.
     """
-    if name in packing.FLOATS:
+    if name in FLOATS:
         return choose(mode=name)
     try:
         return choose(int(name)) if name.isdigit() else choose(bpw=float(name))
     except ValueError:
         raise InputError(
-            f"--quantize {name}: is no number of bits, none of {', '.join(packing.FLOATS)}, and no budget such as 4.5"
+            f"--quantize {name}: is no number of bits, none of {', '.join(FLOATS)}, and no budget such as 4.5"
         ) from None
 
 
 def choose(
     bits: int | None = None,
     group_size: int | None = None,
-    mode: str = packing.AFFINE,
+    mode: str = AFFINE,
     *,
     bpw: float | None = None,
     method: str | None = None,
     rate: float | None = None,
     dtype: str | None = None,
-) -> Recipe:
-    """A recipe of single wishes; None is the default of each.
+) -> QuantizationRecipe:
+    """Makes a recipe of single wishes; None is the default of each.
 
     Raises:
         InputError: MLX has no such format, or wishes contradict each other.
@@ -169,4 +156,4 @@ def choose(
     if rate is not None and method != "dwq":
         raise InputError("--learning-rate is for --method dwq")
     how = choose_format(bits, group_size, mode)
-    return Recipe(how, bpw, method, RATE if rate is None else rate, dtype)
+    return QuantizationRecipe(how, bpw, method, RATE if rate is None else rate, dtype)

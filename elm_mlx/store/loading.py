@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,37 @@ def pending(name: str, dtype: mx.Dtype, shape: tuple[int, ...], make: Callable[[
         mx.clear_cache()
 
     return Pending(name, str(dtype).removeprefix("mlx.core."), shape, blocks)
+
+
+def pack(weight: mx.array, how: Packing, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Quantizes a weight: `weight`, `scales` and, of affine, `biases`, the latter two in `dtype`; float modes have
+    8-bit floats for scales."""
+    parts = dict(zip(("weight", "scales", "biases"), mx.quantize(weight, **how), strict=False))
+    if "biases" in parts:
+        parts |= {name: parts[name].astype(dtype) for name in ("scales", "biases")}
+    return parts
+
+
+def packed(
+    name: str, shape: tuple[int, ...], how: Packing, dtype: mx.Dtype, make: Callable[[], mx.array]
+) -> list[Pending]:
+    """The arrays to write for a quantized weight, which is made and packed once, when its first part is written."""
+    *rows, columns = shape
+    groups = (*rows, columns // how["group_size"])
+    shapes: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {"weight": (mx.uint32, (*rows, columns * how["bits"] // 32))}
+    if how["mode"] == "affine":
+        shapes |= {"scales": (dtype, groups), "biases": (dtype, groups)}
+    else:
+        shapes |= {"scales": (mx.uint8, groups)}
+    parts: dict[str, mx.array] = {}
+
+    def part(kind: str) -> mx.array:
+        if not parts:
+            parts.update(pack(make(), how, dtype))
+        return parts.pop(kind)
+
+    stem = name.removesuffix("weight")
+    return [pending(stem + kind, *shapes[kind], partial(part, kind)) for kind in shapes]
 
 
 def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path) -> None:

@@ -23,7 +23,8 @@ from elm_mlx import files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import bit_plan, losses
-from elm_mlx.quantize.quantization import RECORD, Listener, Quantization, quantize
+from elm_mlx.quantize.bit_plan import Weights
+from elm_mlx.quantize.quantization import RECORD, Quantization, quantize
 from elm_mlx.quantize.recipe import choose
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import plan as plan_adapter
@@ -164,7 +165,8 @@ def test_sensitivity_is_the_divergence_of_one_weight_at_a_time(base: Path) -> No
     shapes = {name: tuple(model.layers[0].ffn.proj_2.weight.shape)}
     kept = model.layers[0].ffn.proj_2.weight
     with losses.reference(model, rows, base.parent) as before:
-        found = bit_plan.measure(model, before, shapes, 64, mx.bfloat16)[name]
+        weights = Weights({}, shapes, mx.bfloat16, 0)
+        found = bit_plan.sensitivities(model, before, weights, 64)[name]
     assert model.layers[0].ffn.proj_2.weight is kept
     inputs = mx.array([row.inputs for row in rows])
     old = log_softmax(np.array(model(inputs), np.float64))
@@ -212,7 +214,7 @@ def test_rows_that_do_not_divide(tmp_path: Path, tiny_tokenizer_file: Path, text
     config = tiny.scaled_config(320, num_layers=1, model_dim=96, head_dim=16, ffn_dim_divisor=64)
     base = tiny.write_directory(tmp_path / "b", tiny.random_model(config), tiny_tokenizer_file.read_bytes())
     seen: list[Any] = []
-    done = quantize(base, tmp_path / "q", choose(4), text=text, listener=Listener(plan=seen.append))
+    done = quantize(base, tmp_path / "q", choose(4), text=text, on_plan=seen.append)
     assert done.formats["transformer.token_embeddings"].group_size == 32
     assert "smaller groups" in seen[0].notes[0]
     np.testing.assert_allclose(logits(tmp_path / "q"), mlx_lm_logits(tmp_path / "q"), atol=1e-3)
@@ -258,7 +260,7 @@ def test_a_wide_float16_model_gets_bfloat16(monkeypatch: pytest.MonkeyPatch, bas
 def test_refused_leaves_nothing(base: Path, text: Path, tmp_path: Path) -> None:
     seen: list[Quantization] = []
     with pytest.raises(ElmError, match="more than --max-kld 1e-06; nothing was written") as raised:
-        quantize(base, tmp_path / "q", choose(2), text=text, max_kld=1e-6, listener=Listener(done=seen.append))
+        quantize(base, tmp_path / "q", choose(2), text=text, max_kld=1e-6, on_result=seen.append)
     assert raised.value.exit_code == 1 and seen[0].losses.kl_mean > 1e-6
     assert list(tmp_path.iterdir()) == []
     quantize(base, tmp_path / "q", choose(8), text=text, max_kld=1.0)
@@ -290,7 +292,7 @@ def test_what_is_quantized_already_is_not_again(base: Path, text: Path, tmp_path
 
 def test_killed_it_leaves_no_half_directory(base: Path, tmp_path: Path) -> None:
     program = (
-        "import sys, time, elm_mlx\nfrom elm_mlx.quantize import losses, quantization as write\n"
+        "import sys, time, elm_mlx\nfrom elm_mlx.quantize import losses\n"
         "from elm_mlx.quantize.quantization import quantize\nfrom elm_mlx.quantize.recipe import choose\n"
         "losses.compare = lambda *_: (print('written', flush=True), time.sleep(60))\n"
         "quantize(sys.argv[1], sys.argv[2], choose(4))\n"
@@ -384,5 +386,5 @@ def test_networks_that_a_method_cannot_do_are_refused_before_anything_is_planned
     seen: list[Any] = []
     with pytest.raises(InputError, match=f"--method {method}: mlx-lm"):
         recipe = choose(4, method=method)
-        quantize(family_dirs[family], tmp_path / "q", recipe, text=text, listener=Listener(plan=seen.append))
+        quantize(family_dirs[family], tmp_path / "q", recipe, text=text, on_plan=seen.append)
     assert not seen and list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.packing import BITS, FLOATS, GROUPS
 from elm_mlx.quantize import recipe
 from elm_mlx.quantize.bit_plan import allocate
-from elm_mlx.quantize.recipe import Format, choose_format, pack, rounded
+from elm_mlx.quantize.recipe import Format, choose_format
+from elm_mlx.store.loading import pack
 
 ALL = [Format(bits, group) for bits in BITS for group in GROUPS] + [Format(*FLOATS[mode], mode) for mode in FLOATS]
 
@@ -21,11 +22,11 @@ ALL = [Format(bits, group) for bits in BITS for group in GROUPS] + [Format(*FLOA
 @pytest.mark.parametrize("how", ALL, ids=str)
 def test_a_packed_weight_is_mlxs_own_and_takes_what_is_said(how: Format) -> None:
     weight = mx.random.normal((8, 256), key=mx.random.key(3)).astype(mx.bfloat16)
-    parts = pack(weight, how, mx.bfloat16)
+    parts = pack(weight, how.packing(), mx.bfloat16)
     for found, expected in zip(parts.values(), mx.quantize(weight, **how.packing()), strict=True):
         assert found.dtype == expected.dtype and mx.array_equal(found, expected)
     assert sum(part.nbytes for part in parts.values()) == how.nbytes(weight.size, mx.bfloat16)
-    error = np.abs(np.array(rounded(weight, how, mx.bfloat16)) - np.array(weight.astype(mx.float32)))
+    error = np.abs(np.array(how.rounded(weight, mx.bfloat16)) - np.array(weight.astype(mx.float32)))
     if how.mode == "affine":  # half a step, and what 16 bits do to scale and bias
         groups = np.array(weight.astype(mx.float32)).reshape(-1, how.group_size)
         step = (groups.max(1) - groups.min(1)) / (2**how.bits - 1)
@@ -39,13 +40,11 @@ def test_an_affine_weight_is_the_formula_of_its_numbers(bits: int) -> None:
     """MLX's packing read bit by bit, in NumPy: values of `bits` lie end to end, lowest first."""
     how = Format(bits, 32)
     weight = mx.random.normal((4, 64), key=mx.random.key(5))
-    parts = pack(weight, how, mx.float16)
+    parts = pack(weight, how.packing(), mx.float16)
     stream = np.unpackbits(np.array(parts["weight"]).view(np.uint8), axis=1, bitorder="little")
     codes = stream.reshape(4, 64, bits) @ (1 << np.arange(bits))
     scales, biases = (np.repeat(np.array(parts[name], np.float64), 32, axis=1) for name in ("scales", "biases"))
-    np.testing.assert_allclose(
-        np.array(rounded(weight, how, mx.float16)), codes * scales + biases, rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(np.array(how.rounded(weight, mx.float16)), codes * scales + biases, rtol=1e-5, atol=1e-5)
 
 
 def test_smaller_groups_where_rows_want_them() -> None:
