@@ -25,7 +25,7 @@ import elm_mlx  # before MLX, for its BLAS
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
-from elm_mlx.data.text_sources import Source
+from elm_mlx.data.text_sources import TextSource
 from elm_mlx.data.workers import Encode, Pool
 from elm_mlx.model.config import ModelConfig
 
@@ -42,7 +42,9 @@ CONFIG = {
 
 
 def opened(texts: Path, workers: int, window: int) -> TextBatches:
-    return TextBatches([Source(str(texts))], TOKENIZER, Filters(), Reading(ROWS, LENGTH, 0, window, workers=workers))
+    return TextBatches(
+        [TextSource(str(texts))], TOKENIZER, Filters(), Reading(ROWS, LENGTH, 0, window, workers=workers)
+    )
 
 
 def alone(texts: Path, workers: int, seconds: float) -> str:

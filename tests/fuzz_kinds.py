@@ -28,8 +28,6 @@ from hostile_templates import TEMPLATES
 
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import records, text_sources
-from elm_mlx.data.data_files import BadRecord
-from elm_mlx.data.pairs import preference
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import perplexity, task_results
 from elm_mlx.evaluate import task_sources as tasks
@@ -266,14 +264,12 @@ def use_records(path: Path) -> None:
 
 def _records(file: Path) -> None:
     if file.suffix != ".txt":
-        records.read(file)
+        list(records.read(file)["train"].records)
 
 
 def _pairs(file: Path) -> None:
     if file.suffix != ".txt":
-        for where, value in records.values([file], ("prompt", "chosen", "rejected")):
-            with suppress(BadRecord):
-                preference(where, value)
+        list(records.read(file, paired=True)["train"].records)
 
 
 def _texts(file: Path) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from elm_mlx.data import records as data_records
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
+from elm_mlx.data.records import Record, Split
 from elm_mlx.data.stream import Reading, TextBatches
-from elm_mlx.data.text_sources import Source
+from elm_mlx.data.text_sources import TextSource
 
 WORDS = "the quick brown fox jumps over lazy dogs while an old king told stories of cafés"
 EVERYTHING = Filters(min_chars=0, min_tokens=0, max_repetition=None, max_symbols=None)
@@ -36,11 +38,11 @@ def write(path: Path, values: Sequence[Any]) -> Path:
 
 
 def made(
-    sources: Sequence[Source | Path], tokenizer: Path, filters: Filters = EVERYTHING, *, rank: int = 0, world: int = 1,
-    **reading: Any,
+    sources: Sequence[TextSource | Path], tokenizer: Path, filters: Filters = EVERYTHING, *,
+    rank: int = 0, world: int = 1, **reading: Any,
 ) -> TextBatches:  # fmt: skip
     """Batches encoded in this process, small ones, unless told otherwise."""
-    found = [source if isinstance(source, Source) else Source(str(source)) for source in sources]
+    found = [source if isinstance(source, TextSource) else TextSource(str(source)) for source in sources]
     options = Reading(**{"rows": 2, "length": 16, "window": 256, "workers": 0, "max_bad": 0} | reading)
     return TextBatches(found, tokenizer, filters, options, rank=rank, world=world)
 
@@ -62,3 +64,17 @@ def rows_of(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
         ends = batch.targets[:, -1]
         found += [(*row.tolist(), int(end)) for row, end in zip(batch.inputs, ends, strict=True)]
     return found
+
+
+class ReadSplit(Split):
+    """A split whose records are read."""
+
+    records: list[Record]
+
+
+def records(path: Path, format: str | None = None, *, paired: bool = False) -> dict[str, ReadSplit]:
+    """A file's or directory's splits, all of them read."""
+    splits = data_records.read(path, format, paired=paired)
+    return {
+        name: ReadSplit(list(split.records), split.bad, split.ignored, split.missing) for name, split in splits.items()
+    }

@@ -67,7 +67,7 @@ def data(
         return
     if path is None or model is None:
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
-    from elm_mlx.data import examples, pairs
+    from elm_mlx.data import examples, records
     from elm_mlx.store.describe import check_directory, read_config
     from elm_mlx.text.chat_template import choose
     from elm_mlx.text.tokenizer import read_vocabulary
@@ -78,19 +78,14 @@ def data(
     chosen = choose(model, tokenizer, template)
     length = examples.longest(shape) if max_seq_length is None else max_seq_length
     context = shape.max_context_length
-    paired = format == _PAIRS or (format is None and pairs.are_pairs(path))
+    paired = format == _PAIRS or (format is None and records.are_pairs(path))
     if paired and train_on_prompt:
         raise InputError(f"{path}: of pairs, which these are, answers alone count: leave out --train-on-prompt")
     with bad_records_named(path):
-        if paired:
-            splits = pairs.load(
-                path, tokenizer, chosen, length, context=context, truncate=truncate, skip_bad=skip_bad
-            )  # fmt: skip
-        else:
-            splits = examples.load(
-                path, tokenizer, chosen, length, context=context, format=format, train_on_prompt=train_on_prompt,
-                truncate=truncate, skip_bad=skip_bad,
-            )  # fmt: skip
+        splits = examples.load(
+            path, tokenizer, chosen, length, context=context, format=None if paired else format, paired=paired,
+            train_on_prompt=train_on_prompt, truncate=truncate, skip_bad=skip_bad,
+        )  # fmt: skip
     try:
         for name, prepared in splits.items():
             name_bad(prepared.bad)
@@ -161,7 +156,7 @@ def _print_split(name: str, prepared: Prepared) -> None:
 
 
 def _print_pairs(name: str, prepared: Prepared) -> None:
-    from elm_mlx.data.pairs import PairBatches
+    from elm_mlx.data.batches import PairBatches
 
     length = 2 * prepared.max_length  # a row has room for both answers of the longest pair
     rows = PairBatches(prepared.examples, 1, length)

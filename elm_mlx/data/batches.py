@@ -1,9 +1,7 @@
-"""Examples as batches: packed into rows, or grouped by length; in an order by seed; from where one left off.
+"""Batches of examples, or of pairs of them: packed into rows, or grouped by length; in an order by seed; resumable.
 
-Knows lengths and order. Knows nothing of files, templates and models; its arrays are NumPy's.
-
-The order is a function of the seed, the epoch and the examples: random bits come from Philox, whose stream is fixed
-for all versions of NumPy, and sorting by them shuffles.
+Arrays are NumPy's. The order is a function of the seed, the epoch and the examples: random bits come from Philox,
+whose stream is fixed for all versions of NumPy, and sorting by them shuffles.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ class Batch:
     tokens: int
 
     def rows(self, at: slice) -> Batch:
-        """A batch of some of the rows, the tokens of which are not counted: 0."""
+        """Returns a batch of some of the rows; its `tokens` are not counted: 0."""
         segments = None if self.segments is None else self.segments[at]
         return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0)
 
@@ -58,7 +56,7 @@ class Batch:
         return [self.rows(slice(start, stop)) for start, stop in pairwise(edges)] if len(edges) > 2 else [self]
 
     def lengths(self) -> npt.NDArray[np.int64]:
-        """How many positions each text has, padding left out."""
+        """Returns the positions of each text, padding left out."""
         if self.segments is None:  # a row is one text
             filled = (self.inputs != 0) | (self.targets != 0) | self.trained
             return np.where(filled.any(axis=1), filled.shape[1] - filled[:, ::-1].argmax(axis=1), 0)
@@ -67,14 +65,14 @@ class Batch:
         return lengths
 
     def reach(self) -> int | None:
-        """Positions that no text exceeds, a power of two, so that few steps are compiled; None for all of a row."""
+        """Returns positions that no text exceeds, a power of 2, for few steps to compile; None for all of a row."""
         longest = int(self.lengths().max(initial=_LEAST_REACH))
         reach = 1 << (longest - 1).bit_length()
         return reach if reach < self.inputs.shape[1] else None
 
 
 class Batches:
-    """An endless iterator of an epoch's batches after the other, every example once in each epoch.
+    """An endless iterator over the batches of epochs, every example once in each.
 
     Args:
         batch_size: rows of one process's batch. The last batch of an epoch is filled up with rows of padding.
@@ -116,11 +114,11 @@ class Batches:
         self._fingerprint: str | None = None
 
     def state(self) -> dict[str, Any]:
-        """Where the iterator stands, as JSON's types: what `resume` takes."""
+        """Returns the position as JSON's types, which `resume` takes."""
         return {"epoch": self._epoch, "batch": self._position, **self._identity()}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, of batches made by the same arguments.
+        """Moves to where `state` was taken, of batches made by the same arguments.
 
         `world` may be another, as long as `world * batch_size` is the same.
 
@@ -145,11 +143,11 @@ class Batches:
         return self._epoch + (self._position == len(self._plan))
 
     def steps(self) -> int:
-        """Batches of the epoch that the last batch was of; with packing, other epochs may differ by a few."""
+        """Returns the batches of the last batch's epoch; with packing, other epochs may differ by a few."""
         return len(self._plan)
 
     def fill(self) -> float:
-        """The share of an epoch's positions that are no padding, from 0 to 1."""
+        """Returns the share of an epoch's positions that are no padding, from 0 to 1."""
         size = sum(self._rows * self._batch_length(rows) for rows in self._plan)
         return float(self._needs.sum()) / size
 
@@ -164,11 +162,11 @@ class Batches:
         return self._batch(self._plan[self._position - 1])
 
     def once(self) -> Iterator[Batch]:
-        """Epoch 0 from its beginning, whatever the iterator does: for validation, the same at each time."""
+        """Iterates over epoch 0, wherever the iterator stands: for validation, the same each time."""
         return map(self._batch, self._planned(0))
 
     def _identity(self) -> dict[str, Any]:
-        """What a state's order depends on."""
+        """The arguments and data that the order depends on."""
         if self._fingerprint is None:
             self._fingerprint = fingerprint(self._examples)
         return {
@@ -193,9 +191,9 @@ class Batches:
         return plan if self._packed else [plan[i] for i in np.argsort(bits.random_raw(len(plan)), kind="stable")]
 
     def _pack(self, numbers: npt.NDArray[np.intp]) -> list[Row]:
-        """Rows of examples, each put where it leaves the least room: best fit, and decreasing as they come."""
+        """Packs examples into rows, each where it leaves the least room: best fit, and decreasing as they come."""
         rows: list[Row] = []
-        room: list[tuple[int, int]] = []  # what is left of a row and its number, least first
+        room: list[tuple[int, int]] = []  # positions left of a row and its number, least first
         for number in map(int, numbers):
             need = int(self._needs[number])
             at = bisect_left(room, (need, 0))
@@ -215,7 +213,7 @@ class Batches:
         return min(self._length, -(-longest // _STEP) * _STEP)
 
     def _batch(self, rows: list[Row]) -> Batch:
-        """This process's part."""
+        """This process's part of a batch."""
         shape = (self._rows // self._world, self._batch_length(rows))
         inputs, targets, segments = (np.zeros(shape, np.int32) for _ in range(3))
         trained = np.zeros(shape, np.bool_)
@@ -232,9 +230,90 @@ class Batches:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """Tells other data by: a hash of every id and mark, in their order."""
+    """Returns a hash of every id and mark, in their order."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(np.array([len(example.ids), *example.ids], "<i8").tobytes())
         digest.update(np.array(example.trained, np.bool_).tobytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class PairBatch(Batch):
+    """A batch whose segments are 1 for the chosen and 2 for the rejected answer of a row's first pair, 3 and 4 for
+    its second, and so on.
+
+    Attributes:
+        pairs: (batch, most) int32: the numbers of each row's pairs; -1 where it has no more. `most` is the same for
+            every row, and a power of two.
+        reference: (batch, most, 2) float32: the reference's log-probabilities of the answers, 0 where there are none.
+    """
+
+    pairs: npt.NDArray[np.int32]
+    reference: npt.NDArray[np.float32]
+
+    def rows(self, at: slice) -> PairBatch:
+        batch = super().rows(at)
+        return PairBatch(**vars(batch), pairs=self.pairs[at], reference=self.reference[at])
+
+
+class PairBatches(Batches):
+    """Batches of pairs, every pair in one row; to `Batches`, in all else, a pair is one example.
+
+    Args:
+        pairs: two examples of each, as `examples.prepare` gives them.
+        row_length: positions of a row, at least as many as the tokens of a pair, less one.
+
+    Attributes:
+        reference: (pairs, 2): the source of the batches' `reference`; noughts, unless it is set.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[Example],
+        batch_size: int,
+        row_length: int,
+        *,
+        packed: bool = True,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        joined = Joined(pairs)
+        super().__init__(joined, batch_size, row_length, packed=packed, seed=seed, rank=rank, world=world)
+        self._pairs = pairs
+        self.reference = np.zeros((len(joined), 2), np.float32)
+
+    def _batch(self, rows: list[Row]) -> PairBatch:
+        batch = super()._batch(rows)
+        own = rows[self._rank :: self._world]
+        most = 1 << (max(map(len, own), default=1) - 1).bit_length()
+        size = len(batch.inputs)
+        segments, pairs = np.zeros(batch.inputs.shape, np.int32), np.full((size, most), -1, np.int32)
+        reference = np.zeros((size, most, 2), np.float32)
+        for i, row in enumerate(own):
+            pairs[i, : len(row)], reference[i, : len(row)] = row, self.reference[row]
+            start = 0
+            for segment, number in enumerate(row):
+                # The chosen answer's last token is read too, and predicts nothing.
+                middle = start + len(self._pairs[2 * number].ids)
+                end = middle + len(self._pairs[2 * number + 1].ids) - 1
+                segments[i, start:middle], segments[i, middle:end] = 2 * segment + 1, 2 * segment + 2
+                start = end
+        return PairBatch(batch.inputs, batch.targets, batch.trained, segments, batch.tokens, pairs, reference)
+
+
+class Joined(Sequence[Example]):
+    """Pairs as single examples, each made when it is read: prompt, chosen answer, prompt, rejected answer."""
+
+    def __init__(self, pairs: Sequence[Example]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs) // 2
+
+    def __getitem__(self, number: int) -> Example:  # type: ignore[override]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        chosen, rejected = self._pairs[2 * number], self._pairs[2 * number + 1]
+        return Example(chosen.ids + rejected.ids, chosen.trained + rejected.trained)

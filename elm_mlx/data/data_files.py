@@ -13,117 +13,133 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 from elm_mlx import reading
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.reading import expanded
 
-PACKINGS = ("", ".gz", ".zst")
-JSON = tuple(kind + packing for packing in PACKINGS for kind in (".jsonl", ".json", ".ndjson"))
-TEXT = tuple(".txt" + packing for packing in PACKINGS)
+_PACKINGS = ("", ".gz", ".zst")
+JSON = tuple(kind + packing for packing in _PACKINGS for kind in (".jsonl", ".json", ".ndjson"))
+TEXT = tuple(".txt" + packing for packing in _PACKINGS)
 PARQUET = ".parquet"
+RECORDS = (*JSON, PARQUET)
 
 LINE_BYTES = 128 << 20  # one text on one line: text8 has 100 MB
 _PACKED_BYTES = 1 << 12  # of Zstandard, unpacked at once: 4 bytes may become 128 KB
 
-
 _SPACE = re.compile(r"[ \t\r\n]*")
-# What a record has, of whatever kind: an object with one of these is none that records are in.
+# An object with one of these keys is a record itself, and no list in it is a list of records.
 _OF_RECORDS = ("text", "messages", "conversations", "prompt", "chosen", "instruction")
+
+SPLITS = ("train", "valid", "test")
+_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid")
+# A shard's number: `00000-of-00002`, with the hash that the hub's uploads had for years, or just `3`.
+_NUMBER = r"(?P<number>\d+)(?:[-_.]of[-_.](?P<count>\d+))?(?:-[0-9a-f]{16})?"
+# A split, perhaps with more to it (`train_sft`); and the name of a file in a split's folder.
+_STEM = re.compile(rf"(?P<split>{'|'.join(_NAMES)})(?P<variant>(?:[-_.].*?)??)(?:[-_.]{_NUMBER})?", re.IGNORECASE)
+_SHARD = re.compile(rf"(?:(?P<variant>.*?)[-_.])?{_NUMBER}", re.IGNORECASE)
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # written beside data
+_DEPTH = 3  # folders below the directory: data/default/train
+_LISTED = 5  # files named in an error
 
 
 class BadRecord(Exception):
-    """One record is not whole; the text is the reason."""
-
-
-Row = dict[str, Any] | BadRecord  # of Parquet
+    """One record cannot be used; the text is the reason."""
 
 
 def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
-    """Which of `suffixes` the file's name ends with, the longest. Raises InputError."""
+    """The longest of `suffixes` that the file's name ends with. Raises InputError."""
     matching = [suffix for suffix in suffixes if path.name.lower().endswith(suffix)]
     if not matching:
         raise InputError(f"{path}: no kind of data file that can be read, which are {', '.join(suffixes)}")
     return max(matching, key=len)
 
 
+def read(path: Path, columns: Collection[str], start: int = 0, *, parse: bool = True) -> Iterator[tuple[int, str, Any]]:
+    """Reads the records of a file of JSON or Parquet lazily: each one's number, its place for people, its value.
+
+    Numbers are those of lines, array elements or rows, from 0. A value is BadRecord where its line is no JSON, or its
+    row holds what Python cannot; a column that is not read is None in it.
+
+    Args:
+        columns: those of Parquet that are read.
+        start: the first record's number.
+        parse: parse lines; otherwise they are bytes.
+
+    Raises:
+        InputError: the file cannot be read, or holds JSON in which nobody knows where the next record begins.
+        ElmError: a package that unpacks it is not installed.
+    """
+    if suffix_of(path, RECORDS) == PARQUET:
+        yield from _rows(path, columns, start)
+        return
+    by_line = _is_lines(path)
+    with open_file(path) as file:
+        if not by_line:
+            for number, (line, value) in enumerate(_elements(path, read_whole(path, file))):
+                if number >= start:
+                    yield number, f"{path}, line {line}", value
+            return
+        for line, data in lines(path, file):
+            if line <= start:
+                continue
+            value = data
+            if parse:
+                try:
+                    value = parse_line(data)
+                except BadRecord as error:
+                    value = error
+            yield line - 1, f"{path}, line {line}", value
+
+
+def read_all(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Reads the records of several files, as `read`: each one's place and value. Raises InputError for none at all."""
+    empty = True
+    for path in paths:
+        for _, where, value in read(path, columns):
+            empty = False
+            yield where, value
+    if empty:
+        raise InputError(f"{', '.join(map(str, paths))}: holds no records")
+
+
 @contextmanager
-def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked as its name says.
+def open_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file, unpacked as its name says.
 
     Raises:
         InputError: it cannot be read, or what was packed is damaged; also later, while the block reads.
         ElmError: Zstandard, and its package is not installed.
     """
-    with reading.opened(path) as packed:
+    name = path.name.lower()
+    with reading.opened(path) as file:
         try:
-            with _unpacked(path, packed) as file:
+            if name.endswith(".gz"):
+                yield cast(IO[bytes], gzip.open(file))  # noqa: SIM115
+            elif name.endswith(".zst"):
+                yield io.BufferedReader(_Zstandard(path, file), 1 << 18)
+            else:
                 yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise InputError(f"{path}: damaged gzip: {error}") from None
 
 
-def values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Each value of a file of JSON and the line that it begins on; BadRecord for a line that is no JSON.
-
-    Raises:
-        InputError: at what is no JSON where lines don't tell where the next value begins.
-    """
-    by_line = is_lines(path)
-    with opened(path) as file:
-        if not by_line:
-            yield from elements(path, whole(path, file))
-            return
-        for number, line in lines(path, file):
-            try:
-                yield number, parsed(line)
-            except BadRecord as error:
-                yield number, error
-
-
-def is_lines(path: Path) -> bool:
-    """Whether each line of a file is a JSON value; or else it is an array, or objects on several lines.
-
-    Its name doesn't tell: Hugging Face's `.json` are often lines.
-    """
-    with opened(path) as file:
-        found = lines(path, file)
-        first = next(found, (1, b""))[1].lstrip()
-        if not first.startswith(b"{"):
-            return not first.startswith(b"[")
-        try:
-            return not _wrapping(parsed(first)) or next(found, None) is not None
-        except BadRecord:
-            goes_on = first.endswith((b"{", b"[", b",", b":")) and next(found, None) is not None
-    return not goes_on and not _begins_whole(path, len(first.decode(errors="replace")))
-
-
-def _begins_whole(path: Path, length: int) -> bool:
-    """Whether a file begins with an object that goes on after its first line, of `length`, or that another follows."""
-    try:
-        with opened(path) as file:
-            text = reading.decoded(whole(path, file), str(path)).lstrip()
-        end = reading.JSON_RECORDS.raw_decode(text)[1]
-    except (InputError, ValueError, RecursionError):
-        return False
-    return end > length or text[end:].lstrip().startswith("{")
-
-
 def lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Each line that isn't blank, without its end, and its number from 1. Raises as `whole_lines`."""
+    """Reads the lines that are not blank: number from 1, and bytes without the line's end. Raises as `whole_lines`."""
     for number, line in whole_lines(path, file):
         if line.strip():
             yield number, line.rstrip()
 
 
 def whole_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Each line with its end, but without a byte order mark, and its number from 1.
+    """Reads every line with its end, but without a byte order mark, and its number from 1.
 
     Raises:
         InputError: one is longer than any text, or the file is UTF-16.
@@ -135,8 +151,8 @@ def whole_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
         yield number, reading.unmarked(line, str(path)) if number == 1 else line
 
 
-def whole(path: Path, file: IO[bytes]) -> bytes:
-    """All that is in an opened file. Raises InputError where that is more than fits into memory without harm."""
+def read_whole(path: Path, file: IO[bytes]) -> bytes:
+    """Reads all of an opened file. Raises InputError where that is more than fits into memory without harm."""
     most = reading.CORPUS_BYTES
     if path.name.lower().endswith((".gz", ".zst")):  # of which a few kilobytes may become gigabytes
         most = min(most, LINE_BYTES + 100 * path.stat().st_size)
@@ -146,8 +162,8 @@ def whole(path: Path, file: IO[bytes]) -> bytes:
     return data
 
 
-def parsed(line: bytes) -> Any:
-    """The value of a line of JSON. Raises BadRecord."""
+def parse_line(line: bytes) -> Any:
+    """Returns the value of a line of JSON. Raises BadRecord."""
     try:
         return reading.load_json(line.decode("utf-8"), reading.JSON_RECORDS)
     except UnicodeDecodeError as error:
@@ -160,12 +176,71 @@ def parsed(line: bytes) -> Any:
         raise BadRecord(f"not JSON: {error}") from None
 
 
-def elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
-    """Each element of a JSON array, or of the only array of objects in an object, or each of several objects in a row,
-    and the line that it begins on.
+def text_of(value: Any, key: str) -> str:
+    """Returns the text in field `key` of a record. Raises BadRecord, which `value` may be already."""
+    if isinstance(value, BadRecord):
+        raise value
+    if not isinstance(value, dict):
+        raise BadRecord(f"is {kind_of(value)}, and not an object")
+    if key not in value:
+        raise BadRecord(f"`{key}` is missing; it has {keys_of(value)}")
+    if not isinstance(value[key], str):
+        raise BadRecord(f"`{key}` is {kind_of(value[key])}, and not a text")
+    return value[key]
 
-    Raises:
-        InputError: at what is no JSON: nobody knows where the next element begins.
+
+def kind_of(value: Any) -> str:
+    """Names the kind of a value of JSON or Parquet: a text, a list, null."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    kinds: dict[type, str] = {
+        str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number", Decimal: "a number",
+        bytes: "bytes",
+    }  # fmt: skip
+    return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def key_of(key: str) -> str:
+    """Quotes a key on one line, whatever it holds."""
+    return f"`{key[:30].encode('unicode_escape').decode()}`"
+
+
+def keys_of(value: Mapping[str, Any]) -> str:
+    """Lists a few of an object's keys on one line."""
+    keys = list(map(key_of, list(value)[:8]))
+    return ", ".join([*keys, "…"] if len(value) > 8 else keys) or "no keys"
+
+
+def _is_lines(path: Path) -> bool:
+    """Tells lines of JSON from an array, and from objects on several lines.
+
+    The name doesn't: Hugging Face's `.json` are often lines.
+    """
+    with open_file(path) as file:
+        found = lines(path, file)
+        first = next(found, (1, b""))[1].lstrip()
+        if not first.startswith(b"{"):
+            return not first.startswith(b"[")
+        try:
+            return not _wrapping(parse_line(first)) or next(found, None) is not None
+        except BadRecord:
+            goes_on = first.endswith((b"{", b"[", b",", b":")) and next(found, None) is not None
+    if goes_on:
+        return False
+    # One damaged line of several, unless an object goes on after it, or another follows on the same.
+    try:
+        with open_file(path) as file:
+            text = reading.decoded(read_whole(path, file), str(path)).lstrip()
+        end = reading.JSON_RECORDS.raw_decode(text)[1]
+    except (InputError, ValueError, RecursionError):
+        return True
+    return end <= len(first.decode(errors="replace")) and not text[end:].lstrip().startswith("{")
+
+
+def _elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+    """Parses the elements of a JSON array, of the only array of objects in an object, or several objects in a row.
+
+    Yields each with the line that it begins on. Raises InputError as `read`.
     """
     cursor = _Cursor(reading.decoded(data, str(path)))
     try:
@@ -173,7 +248,7 @@ def elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
         array = key is not None or cursor.sees("[")
         if array:
             cursor.step()
-        while not cursor.sees("]") if array else not cursor.ended:
+        while not cursor.sees("]") if array else not cursor.at_end:
             yield cursor.line, cursor.value()
             if cursor.sees(","):
                 cursor.step()
@@ -181,7 +256,7 @@ def elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
                 raise InputError(f"{path}, line {cursor.line}: not JSON: a comma or ] is missing")
         if array and key is None:
             cursor.step()
-            if not cursor.ended:
+            if not cursor.at_end:
                 raise InputError(f"{path}, line {cursor.line}: not JSON: something follows the array")
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
@@ -190,25 +265,25 @@ def elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 class _Cursor:
-    """A place in a JSON text, past all white space, and the line that it is on."""
+    """A place in a JSON text, past all white space, and its line."""
 
     def __init__(self, text: str) -> None:
         self.text, self.at, self.line = text, 0, 1
         self._move(0)
 
     @property
-    def ended(self) -> bool:
+    def at_end(self) -> bool:
         return self.at == len(self.text)
 
     def sees(self, character: str) -> bool:
         return self.text.startswith(character, self.at)
 
     def step(self) -> None:
-        """Past one character."""
+        """Moves past one character."""
         self._move(self.at + 1)
 
     def value(self) -> Any:
-        """The value that begins here, and past it. Raises ValueError, RecursionError."""
+        """Returns the value that begins here, and moves past it. Raises ValueError, RecursionError."""
         found, end = reading.JSON_RECORDS.raw_decode(self.text, self.at)
         reading.check_depth(found)
         self._move(end)
@@ -221,16 +296,16 @@ class _Cursor:
 
 
 def _enter_records(path: Path, cursor: _Cursor) -> str | None:
-    """Where one object is all of a file, and holds records under a key, past that key, which is returned.
+    """Moves past the key that holds the records where one object is all of a file, and returns it.
 
     Raises:
-        InputError: it does under several.
+        InputError: several keys do.
     """
     if not cursor.sees("{"):
         return None
     whole = _Cursor(cursor.text)
     value = whole.value()
-    keys = _wrapping(value) if whole.ended else []
+    keys = _wrapping(value) if whole.at_end else []
     if len(keys) > 1:
         named = " and ".join(map(key_of, keys[:2]))
         raise InputError(f"{path}: holds lists of objects under {named}: write each to a file of its own")
@@ -249,29 +324,19 @@ def _wrapping(value: Any) -> list[str]:
     """The keys under which an object holds lists of objects, unless it is itself a record."""
     if not isinstance(value, dict) or not value.keys().isdisjoint(_OF_RECORDS):
         return []
-    return [
-        key
-        for key, inner in value.items()
-        if isinstance(inner, list) and inner and all(isinstance(each, dict) for each in inner)
-    ]
+    lists = ((key, inner) for key, inner in value.items() if isinstance(inner, list) and inner)
+    return [key for key, inner in lists if all(isinstance(each, dict) for each in inner)]
 
 
-def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tuple[int, int, Row]]:
-    """Each row from number `start` on: its number from 0, its row group, and its values, or why it has none.
-
-    Of a column that is none of `columns` the value is not read, and None, but its name is there to be told.
-
-    Raises:
-        InputError: the file, or a part of it, cannot be read.
-        ElmError: pyarrow is not installed.
-    """
+def _rows(path: Path, columns: Collection[str], start: int) -> Iterator[tuple[int, str, Any]]:
+    """The rows of a Parquet file, as `read`."""
     try:
         import pyarrow
-        from pyarrow import parquet as reader
+        from pyarrow import parquet
     except ImportError:
         raise ElmError(f"{path}: Parquet needs pyarrow: pip install 'elm-mlx[parquet]'") from None
     try:
-        with reader.ParquetFile(path) as file:
+        with parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             twice = next((name for name in columns if names.count(name) > 1), None)
             if twice is not None:
@@ -284,67 +349,36 @@ def parquet(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[tupl
                     row += size
                     continue
                 for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=present):
-                    for value in _rows_of(batch):
+                    for value in _row_values(batch):
                         if row >= start:
-                            yield row, group, value if isinstance(value, BadRecord) else unread | value
+                            where = f"{path}, row {row + 1} (row group {group})"
+                            yield row, where, value if isinstance(value, BadRecord) else unread | value
                         row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
 
 
-def _rows_of(batch: Any) -> list[Any]:
+def _row_values(batch: Any) -> list[Any]:
     """The rows of a part of a table as objects; BadRecord for one with what Python has no value for."""
     try:
         return cast(list[Any], batch.to_pylist())
     except (ValueError, OverflowError) as error:  # no UTF-8, a time in nanoseconds
         if len(batch) == 1:
             return [BadRecord(f"holds what cannot be read: {' '.join(str(error).split())[:100]}")]
-    return [row for number in range(len(batch)) for row in _rows_of(batch.slice(number, 1))]
-
-
-def kind_of(value: Any) -> str:
-    """What a value of JSON or Parquet is, in words."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    kinds: dict[type, str] = {
-        str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number", Decimal: "a number",
-        bytes: "bytes",
-    }  # fmt: skip
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def key_of(key: str) -> str:
-    """A key on one line, whatever it holds."""
-    return f"`{key[:30].encode('unicode_escape').decode()}`"
-
-
-def keys_of(value: Mapping[str, Any]) -> str:
-    """A few of its keys, on one line whatever they hold."""
-    keys = list(map(key_of, list(value)[:8]))
-    return ", ".join([*keys, "…"] if len(value) > 8 else keys) or "no keys"
-
-
-def _unpacked(path: Path, file: BinaryIO) -> IO[bytes]:
-    name = path.name.lower()
-    if name.endswith(".gz"):
-        return cast(IO[bytes], gzip.open(file))
-    if name.endswith(".zst"):
-        return io.BufferedReader(_Zstandard(path, file), 1 << 18)
-    return file
+    return [row for number in range(len(batch)) for row in _row_values(batch.slice(number, 1))]
 
 
 class _Zstandard(io.RawIOBase):
     """Zstandard frames, one after the other. The package's own reader takes a file that is cut short for whole."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
         try:
             import zstandard
         except ImportError:
             raise ElmError(f"{path}: Zstandard needs its package: pip install 'elm-mlx[zstd]'") from None
-        self._path, self._error = path, zstandard.ZstdError
-        self._unpacker: Any = zstandard.ZstdDecompressor()
-        self._file = file
-        self._current: Any = None  # the frame that has begun and not ended
+        self._path, self._file, self._error = path, file, zstandard.ZstdError
+        self._begin: Any = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None  # that has begun and not ended
         self._packed = b""
         self._ready = memoryview(b"")
 
@@ -355,46 +389,25 @@ class _Zstandard(io.RawIOBase):
         while not self._ready:
             self._packed = self._packed or self._file.read(_PACKED_BYTES)
             if not self._packed:
-                if self._current is not None:
+                if self._frame is not None:
                     raise InputError(f"{self._path}: damaged Zstandard: it is cut short")
                 return 0
-            self._unpack()
+            self._frame = self._frame or self._begin()
+            try:
+                self._ready = memoryview(self._frame.decompress(self._packed))
+            except self._error as error:
+                raise InputError(f"{self._path}: damaged Zstandard: {error}") from None
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
         size = min(len(buffer), len(self._ready))
         buffer[:size], self._ready = self._ready[:size], self._ready[size:]
         return size
 
-    def _unpack(self) -> None:
-        if self._current is None:
-            self._current = self._unpacker.decompressobj()
-        try:
-            self._ready = memoryview(self._current.decompress(self._packed))
-        except self._error as error:
-            raise InputError(f"{self._path}: damaged Zstandard: {error}") from None
-        self._packed = self._current.unused_data
-        if self._current.eof:
-            self._current = None
-
-
-SPLITS = ("train", "valid", "test")
-_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(("valid", "validation", "val", "dev", "eval"), "valid")
-# A split, perhaps with more to it (`train_sft`), and a shard's number: `-00000-of-00002`, with the hash that the hub's
-# uploads had for years, or just `_3`.
-_STEM = re.compile(
-    rf"(?P<split>{'|'.join(_NAMES)})(?P<variant>(?:[-_.].*?)??)"
-    r"(?:[-_.](?P<number>\d+)(?:[-_.]of[-_.](?P<count>\d+))?(?:-[0-9a-f]{16})?)?",
-    re.IGNORECASE,
-)
-_SHARD = re.compile(
-    r"(?:(?P<variant>.*?)[-_.])?(?P<number>\d+)(?:[-_.]of[-_.](?P<count>\d+))?(?:-[0-9a-f]{16})?", re.IGNORECASE
-)
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # written beside data
-_DEPTH = 3  # folders below the directory: data/default/train
-_LISTED = 5  # files, where what is needed is not there
-
 
 @dataclass(frozen=True)
 class Name:
-    """What a file's name says.
+    """The split and shard in a file's name.
 
     Attributes:
         split: one of SPLITS.
@@ -409,11 +422,11 @@ class Name:
 
 
 @dataclass(frozen=True)
-class Files:
+class SplitFiles:
     """The files of one split, in order.
 
     Attributes:
-        missing: what is told where shards of it are not there.
+        missing: a line about shards that are not there.
     """
 
     paths: list[Path]
@@ -421,55 +434,56 @@ class Files:
 
 
 def name_of(path: Path, suffix: str) -> Name | None:
-    """What the name of a file that ends with `suffix` says; None where it names no split."""
+    """Reads the name of a file that ends with `suffix`; None where it names no split."""
     found = _STEM.fullmatch(path.name[: -len(suffix)])
-    if found is None:
-        return None
-    return Name(_NAMES[found["split"].lower()], found["variant"].lower(), *_numbers(found))
+    return None if found is None else _named(_NAMES[found["split"].lower()], found["variant"].lower(), found)
 
 
 def is_held_out(path: Path, suffix: str) -> bool:
-    """Whether a file, relative to a directory of raw text, is by its name or a folder's of another split than train."""
-    if any(folder_split(folder) not in (None, "train") for folder in path.parts[:-1]):
+    """Tells whether a file below a directory of raw text is by its or a folder's name of another split than train."""
+    if any(_NAMES.get(folder.lower(), "train") != "train" for folder in path.parts[:-1]):
         return True
     name = name_of(path, suffix)
     # A text file may well be called test_of_time.txt, and records are not.
     return name is not None and name.split != "train" and not (suffix in TEXT and name.variant[:1] == "_")
 
 
-def folder_split(name: str) -> str | None:
-    """The split whose files a folder of that name holds, if it is one's."""
-    return _NAMES.get(name.lower())
+def find(path: str | Path, suffixes: Sequence[str] = RECORDS) -> dict[str, SplitFiles]:
+    """Finds the files that a path means, by split, `train` first. A file is `train`.
 
-
-def find(directory: Path, suffixes: Sequence[str]) -> dict[str, Files]:
-    """The splits in a directory, `train` first: its own files and those in folders `train`, `validation` and so on;
-    or, where it has none to train on, those of the one folder below it that does, such as the hub's `data`.
+    Of a directory they are its own files and those in folders `train`, `validation` and so on; or, where it has none to
+    train on, those of the one folder below it that does, such as the hub's `data`.
 
     Raises:
         InputError: there are none to train on, or two of which nobody can say which is meant; it names them.
     """
-    below = [directory]
+    path = expanded(path)
+    if path.is_file():
+        suffix_of(path, suffixes)
+        return {"train": SplitFiles([path])}
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or directory")
+    below = [path]
     for _ in range(_DEPTH):
         having = [(folder, found) for folder in below if "train" in (found := _by_split(folder, suffixes))]
         if len(having) > 1:
-            both = " and ".join(str(folder.relative_to(directory)) for folder, _ in having[:2])
-            raise InputError(f"{directory}: {both} both hold data to train on; pass one of them")
+            both = " and ".join(str(folder.relative_to(path)) for folder, _ in having[:2])
+            raise InputError(f"{path}: {both} both hold data to train on; pass one of them")
         if having:
             folder, found = having[0]
-            return {split: _files(folder, split, found[split]) for split in SPLITS if split in found}
+            return {split: _together(folder, split, found[split]) for split in SPLITS if split in found}
         below = [each for folder in below for each in _entries(folder) if each.is_dir() and os.access(each, os.R_OK)]
-    there = [each.name for each in _entries(directory)]
+    there = [each.name for each in _entries(path)]
     listed = ", ".join(there[:_LISTED]) + (", …" if len(there) > _LISTED else "")
     raise InputError(
-        f"{directory}: holds no train{', train'.join(suffixes)}; to train on one file alone, pass it"
+        f"{path}: holds no train{', train'.join(suffixes)}; to train on one file alone, pass it"
         + (f" (it holds {listed})" if there else "")
     )
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A file of a split, what its name says, and the folder that it was found in, or whose name is the split's."""
+    """A file of a split, its name, and the folder that it was found in, or whose name is the split's."""
 
     file: Path
     name: Name
@@ -483,23 +497,25 @@ def _by_split(root: Path, suffixes: Sequence[str]) -> dict[str, list[_Found]]:
         if name := name_of(file, suffix):
             found.setdefault(name.split, []).append(_Found(file, name, root))
     for folder in _entries(root):
-        split = folder_split(folder.name)
-        if split is not None and folder.is_dir():
-            for file, suffix in _data(folder, suffixes, deep=True):
-                name = name_of(file, suffix)
-                if name is None or name.variant:  # train/test-questions.jsonl is of train, and train/test.jsonl is not
-                    name = _name_in(split, file.name[: -len(suffix)])
-                found.setdefault(name.split, []).append(_Found(file, name, folder))
+        split = _NAMES.get(folder.name.lower())
+        if split is None or not folder.is_dir():
+            continue
+        for file, suffix in _data(folder, suffixes, deep=True):
+            name = name_of(file, suffix)
+            if name is None or name.variant:  # train/test-questions.jsonl is of train, and train/test.jsonl is not
+                stem = file.name[: -len(suffix)]
+                shard = _SHARD.fullmatch(stem)
+                name = Name(split, stem) if shard is None else _named(split, shard["variant"] or "", shard)
+            found.setdefault(name.split, []).append(_Found(file, name, folder))
     return found
 
 
-def _name_in(split: str, stem: str) -> Name:
-    """What the name of a file in a split's folder says: `part-00003`, or anything."""
-    found = _SHARD.fullmatch(stem)
-    return Name(split, stem) if found is None else Name(split, found["variant"] or "", *_numbers(found))
+def _named(split: str, variant: str, found: re.Match[str]) -> Name:
+    number, count = (None if found[key] is None else int(found[key]) for key in ("number", "count"))
+    return Name(split, variant, number, count)
 
 
-def _files(root: Path, split: str, found: list[_Found]) -> Files:
+def _together(root: Path, split: str, found: list[_Found]) -> SplitFiles:
     """Those of a split that belong together. Raises InputError where two don't."""
     if any(each.place == root and not each.name.variant for each in found):
         # train.jsonl is meant where train_old.jsonl lies beside it
@@ -514,11 +530,11 @@ def _files(root: Path, split: str, found: list[_Found]) -> Files:
         if not together or one.place != other.place:
             both = " and ".join(str(each.file.relative_to(root)) for each in (one, other))
             raise InputError(f"{root}: {both} are of the same split, {split}; keep one, or pass a file")
-    return Files([each.file for each in found], _missing(found))
+    return SplitFiles([each.file for each in found], _missing(found))
 
 
 def _missing(found: Sequence[_Found]) -> str | None:
-    """What is told of shards that are not there."""
+    """A line about shards that are not there, if any."""
     counts = {each.name.variant: each.name.count for each in found if each.name.count is not None}
     here = {(each.name.variant, each.name.number) for each in found if each.name.count is not None}
     gone = ((name, number) for name, count in counts.items() for number in range(count))
@@ -530,7 +546,7 @@ def _missing(found: Sequence[_Found]) -> str | None:
 
 
 def _data(folder: Path, suffixes: Sequence[str], deep: bool = False) -> Iterator[tuple[Path, str]]:
-    """The data files in a folder, `deep` in those below it too, each with the suffix that tells."""
+    """The data files in a folder, `deep` in those below it too, each with its suffix."""
     for entry in _entries(folder):
         if deep and entry.is_dir():
             yield from _data(entry, suffixes)
@@ -539,13 +555,8 @@ def _data(folder: Path, suffixes: Sequence[str], deep: bool = False) -> Iterator
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted; nothing hidden, as `.DS_Store` and `._train.jsonl` are."""
+    """The entries of a folder, sorted; nothing hidden, as `.DS_Store` and `._train.jsonl` are."""
     try:
         return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror}") from None
-
-
-def _numbers(found: re.Match[str]) -> tuple[int | None, int | None]:
-    number, count = (None if found[name] is None else int(found[name]) for name in ("number", "count"))
-    return number, count

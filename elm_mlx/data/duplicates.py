@@ -1,4 +1,4 @@
-"""Which documents repeat an earlier one's text, decided once, before any is read for training.
+"""Documents that repeat an earlier one's text, found once, before any is read for training.
 
 Of equal texts the first is kept: by the order of sources in the mixture, of files by name, of documents in a file.
 That is a property of the data alone, so that no seed, epoch, number of processes or resumed run changes it, and no
@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx import files
-from elm_mlx.data.text_sources import Files
+from elm_mlx.data.text_sources import TextFiles
 from elm_mlx.data.workers import Hash, Pool
 from elm_mlx.errors import ElmError
 
@@ -32,7 +32,7 @@ _FORMAT = 1  # of what is cached, and of how texts are hashed
 Marks = list[npt.NDArray[np.bool_]]  # of each file, by the document's number, whether to leave it out
 
 
-def find(sources: Sequence[Files], pool: Pool, cache: Path | None) -> list[Marks]:
+def find(sources: Sequence[TextFiles], pool: Pool, cache: Path | None) -> list[Marks]:
     """The marks of each source's files.
 
     Args:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 from elm_mlx.data import records
-from elm_mlx.data.records import Completion, Conversation, Instruction, Record, Text
+from elm_mlx.data.records import Conversation, Instruction, PlainText, Preference, PromptAnswer, Record
 from elm_mlx.errors import InputError, counted
 from elm_mlx.model.families import Config, FamilyConfig
 from elm_mlx.text.chat_template import Messages, Part, Template
@@ -33,15 +33,19 @@ ALPACA_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
 
+_LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
+_NAMED = 8  # keys, or names, in a remark
+
 # But for the roles, which the OpenELM-instruct template itself writes so, in letters.
 _LIKE_CONTROLS = r"<\|(?!(?:system|user|assistant)\|)[^\s<>|]+\|>|</?s>"
 
-Position = tuple[int, int]  # a part of a conversation, and a character in it
+Place = tuple[int, int]  # a part of a conversation, and a character in it
+Span = tuple[Place, Place]
 
 
 @dataclass(frozen=True)
 class Example:
-    """What the model reads, and what of it the loss counts.
+    """The token ids of a record, and which of them the loss counts.
 
     Attributes:
         ids: two or more.
@@ -91,20 +95,42 @@ class Encoder:
         self._ids: dict[int, int] = {}  # the objects that all examples share: half the memory
 
     def encode(self, record: Record) -> Example:
-        """The whole record, however long.
+        """Encodes a whole record, however long; not a pair.
 
         Raises:
             InputError: the template doesn't take it, or the tokenizer doesn't. The text is the reason alone.
         """
-        if isinstance(record, Text):
-            example = self._marked([*self._bos, record.text, *self._eos], [((0, 0), (3, 0))])
-        elif isinstance(record, Conversation):
+        if isinstance(record, Conversation):
             example = self._conversation(record.messages, record.untrained)
+        elif isinstance(record, PlainText):
+            example = self._marked([*self._bos, record.text, *self._eos], [((0, 0), (3, 0))])
+        elif isinstance(record, PromptAnswer):
+            example = self._answer(record.prompt, record.completion)
         else:
-            example = self._answer(*_question(record, self._template is None))
+            assert isinstance(record, Instruction)
+            asked = record.question
+            if self._template is None:
+                prompt = ALPACA_WITH_INPUT if record.input else ALPACA
+                asked = prompt.format(instruction=record.instruction, input=record.input)
+            example = self._answer(asked, record.output)
         if len(example.ids) < 2:
             raise InputError("is one token, which nothing predicts")
-        return replace(example, trained=(False, *example.trained[1:]))
+        return Example(example.ids, (False, *example.trained[1:]))
+
+    def encode_pair(self, record: Preference) -> tuple[Example, Example]:
+        """Encodes the chosen answer and the rejected one, each after the same prompt, and trained alone.
+
+        Raises:
+            InputError: as `encode`; or the prompt's ids differ, or the answers' don't.
+        """
+        (chosen, prompt), (rejected, same) = (
+            _last_answer(self.encode(record.answered(answer))) for answer in (record.chosen, record.rejected)
+        )
+        if prompt != same:
+            raise InputError("the chat template writes the prompt in another way before each answer")
+        if chosen.ids == rejected.ids:
+            raise InputError("`chosen` and `rejected` are the same to the tokenizer")
+        return chosen, rejected
 
     def _answer(self, question: str, answer: str) -> Example:
         if self._template is not None:
@@ -113,7 +139,7 @@ class Encoder:
         return self._marked(parts, [((len(self._bos), len(question)), (len(parts), 0))])
 
     def _conversation(self, messages: Messages, untrained: Collection[int] = ()) -> Example:
-        """Every answer is trained but those of the messages that `untrained` numbers from 0."""
+        """Encodes messages; every answer is trained but those of the messages that `untrained` numbers from 0."""
         assert self._template is not None
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [i for i in answers if self._all or i not in untrained]
@@ -121,7 +147,7 @@ class Encoder:
         answered = [(messages[: i + 1], False) for i in wanted if i + 1 < len(messages)]
         parts, *begun = self._template.parts_of([(messages, False), *asked, *answered])
         begun.append(parts)  # up to and with the last answer, if that is the end
-        spans: dict[int, tuple[Position, Position]] = {}
+        spans: dict[int, Span] = {}
         for i, before, after in zip(wanted, begun, begun[len(wanted) :], strict=False):
             spans[i] = _span(parts, before, after, i + 1)
         last = max(spans)
@@ -131,20 +157,12 @@ class Encoder:
         trained, others = ([span for i, span in spans.items() if (i in untrained) is left] for left in (False, True))
         return self._marked(parts, trained, others)
 
-    def _marked(
-        self,
-        parts: Sequence[Part],
-        spans: Sequence[tuple[Position, Position]],
-        others: Sequence[tuple[Position, Position]] = (),
-    ) -> Example:
-        """The parts' ids, those within `spans` marked. What follows the last span is left out.
+    def _marked(self, parts: Sequence[Part], spans: Sequence[Span], others: Sequence[Span] = ()) -> Example:
+        """Encodes parts up to the last span; the loss counts those within `spans`, or all but those within `others`."""
 
-        Where all is wanted, everything is marked but what is within `others`.
-        """
-        bounds = [*spans, *others]
-
-        def marked(position: Position) -> bool:
-            return not _within(position, others) if self._all else _within(position, spans)
+        def marked(place: Place) -> bool:
+            within = any(start <= place < end for start, end in (others if self._all else spans))
+            return not within if self._all else within
 
         ids: list[int] = []
         trained: list[bool] = []
@@ -153,7 +171,7 @@ class Encoder:
                 ids += self._tokenizer.checked([part])
                 trained.append(marked((index, 0)))
                 continue
-            offsets = {0, len(part), *(offset for span in bounds for at, offset in span if at == index)}
+            offsets = {0, len(part), *(offset for span in (*spans, *others) for at, offset in span if at == index)}
             for start, end in pairwise(sorted(offsets)):
                 run = self._continuation(part[:start], part[start:end], later=index > 0)
                 ids += run
@@ -176,17 +194,14 @@ class Encoder:
         return encode(text)
 
 
-def _question(record: Completion | Instruction, plain: bool) -> tuple[str, str]:
-    """What is asked, and the answer; `plain` for a model without a template."""
-    if isinstance(record, Completion):
-        return record.prompt, record.completion
-    if plain:
-        prompt = ALPACA_WITH_INPUT if record.input else ALPACA
-        return prompt.format(instruction=record.instruction, input=record.input), record.output
-    return record.question, record.output
+def _last_answer(example: Example) -> tuple[Example, tuple[int, ...]]:
+    """The example with no answer trained but its last, with which it ends; and the ids before that."""
+    length = example.trained[::-1].index(False)
+    before = len(example.ids) - length
+    return Example(example.ids, (False,) * before + (True,) * length), example.ids[:before]
 
 
-def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: int) -> tuple[Position, Position]:
+def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: int) -> Span:
     """From where the model begins to answer to the end of what ends the answer.
 
     Args:
@@ -206,7 +221,7 @@ def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: in
     )
 
 
-def _end(parts: Sequence[Part]) -> Position:
+def _end(parts: Sequence[Part]) -> Place:
     last = parts[-1]
     return (len(parts), 0) if isinstance(last, int) else (len(parts) - 1, len(last))
 
@@ -220,30 +235,22 @@ def _begins(parts: list[Part], beginning: list[Part]) -> bool:
     return found.startswith(last) if isinstance(found, str) and isinstance(last, str) else found == last
 
 
-def _within(position: Position, spans: Sequence[tuple[Position, Position]]) -> bool:
-    return any(start <= position < end for start, end in spans)
-
-
-_LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
-_PURPOSES = {"valid": "validate"}
-_KEYS = 8  # keys without meaning that are named
-
-
 @dataclass
 class Prepared:
     """A split's examples, and what became of the rest.
 
     Attributes:
         max_length, truncate, context: as they were prepared.
-        examples: each at most `max_length` tokens.
+        examples: each at most `max_length` tokens. Of a pair there are two, the preferred answer's first; all else
+            counts pairs, of which a length is that of the longer answer.
         sources: file and line of each example.
         lengths: tokens of each whole record, before anything was cut.
-        counts: records of each format, by its class's name.
-        bad: of each record that gave no example because it isn't whole, where it stands and what is wrong.
-        ignored: keys of records that mean nothing here, each with how many records have it.
-        missing: what is told where shards of the data are not there.
+        counts: records of each kind.
+        bad: place and reason of each record that gave no example because it cannot be used.
+        ignored: keys of records without meaning here, each with how many records have it.
+        missing: a line about shards that are not there.
         written: names of special tokens that stand in the records' texts, with how often.
-        longest: the longest record's tokens, and where it stands.
+        longest: the longest record's tokens, and its place.
         split: texts that were split, into `windows` examples.
         cut: answers that lost their end.
         left_out: records that were too long; where they were to be cut, their answer began too late.
@@ -255,7 +262,7 @@ class Prepared:
     examples: list[Example] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
@@ -275,57 +282,52 @@ class Prepared:
         return sum(sum(example.trained) for example in self.examples)
 
     def remarks(self) -> Iterator[tuple[str, str]]:
-        """What of the data is not used as it might seem, each under a label."""
+        """Yields a line for each part of the data that is not used as it might seem, under a label."""
         if self.missing is not None:
             yield "files", self.missing
         if self.ignored:
-            named = [f"{key} ({count:,})" for key, count in self.ignored.most_common(_KEYS)]
-            more = len(self.ignored) - len(named)
-            yield "ignored", f"keys without meaning here: {', '.join(named)}{f' and {more:,} more' if more else ''}"
+            yield "ignored", f"keys without meaning here: {_listed(self.ignored)}"
         if self.written:
-            named = [f"{name} ({count:,})" for name, count in self.written.most_common(_KEYS)]
-            more = len(self.written) - len(named)
-            what = f"names of special tokens in the texts: {', '.join(named)}{f' and {more:,} more' if more else ''}"
             why = "they are trained as letters, and end nothing; the tokens themselves come around a text or message"
-            yield "special", f"{what}: {why}"
+            yield "special", f"names of special tokens in the texts: {_listed(self.written)}: {why}"
         for warning in self.warnings():
             yield "length", warning
 
     def warnings(self) -> list[str]:
-        """A line for each thing that happened to examples for the sake of their length."""
+        """Returns a line for each thing that happened to examples for the sake of their length."""
         over = f"longer than {self.max_length:,} tokens"
+        of_all = f"of {counted(len(self.lengths), 'record')} {over}"
         longest = f"the longest, {self.longest[1]}, has {self.longest[0]:,}"
         lines = []
         if self.split:
             lines.append(f"{counted(self.split, 'text')} {over} split into {self.windows:,} examples; {longest}")
         if self.cut:
-            lines.append(
-                f"{self.cut:,} of {counted(len(self.lengths), 'record')} {over}: their end is cut off; {longest}"
-            )
+            lines.append(f"{self.cut:,} {of_all}: their end is cut off; {longest}")
         if self.left_out:
             why = ", as cut they would teach nothing" if self.truncate else ""
-            remedies = ", ".join(self._remedies())
-            left_out = f"{self.left_out:,} of {counted(len(self.lengths), 'record')} {over}: left out{why}; {longest}"
-            lines.append(f"{left_out}; {remedies}" if remedies else left_out)
+            remedies = [] if self.truncate else ["--truncate cuts them"]
+            if self.context is None or self.max_length < self.context:
+                all_fit = self.context is None or self.longest[0] <= self.context
+                remedies.append(f"a larger --max-seq-length keeps {'them' if all_fit else 'more'}")
+            remedy = f"; {', '.join(remedies)}" if remedies else ""
+            lines.append(f"{self.left_out:,} {of_all}: left out{why}; {longest}{remedy}")
         return lines
 
-    def _remedies(self) -> Iterator[str]:
-        """What would keep records that were left out."""
-        if not self.truncate:
-            yield "--truncate cuts them"
-        if self.context is None or self.max_length < self.context:
-            all_fit = self.context is None or self.longest[0] <= self.context
-            yield f"a larger --max-seq-length keeps {'them' if all_fit else 'more'}"
+
+def _listed(counts: Counter[str]) -> str:
+    named = [f"{key} ({count:,})" for key, count in counts.most_common(_NAMED)]
+    more = len(counts) - len(named)
+    return f"{', '.join(named)}{f' and {more:,} more' if more else ''}"
 
 
 def longest(config: Config) -> int:
-    """Tokens of an example at most, unless someone says otherwise."""
+    """Returns the most tokens that an example has by default."""
     most = config.max_context_length
     return min(most, _LONGEST) if isinstance(config, FamilyConfig) else most
 
 
 class BadRecords(InputError):
-    """Records are not whole. `reasons` has a line for each: where it stands, and what is wrong."""
+    """Records cannot be used. `reasons` has a line for each: its place and what is wrong."""
 
     def __init__(self, reasons: Sequence[str]) -> None:
         others = f"{len(reasons) - 1:,} more {'is' if len(reasons) == 2 else 'are'} bad"
@@ -342,56 +344,43 @@ def load(
     *,
     context: int | None = None,
     format: str | None = None,
+    paired: bool = False,
     train_on_prompt: bool = False,
     truncate: bool = False,
     skip_bad: bool = False,
 ) -> dict[str, Prepared]:
-    """All the examples of a file or directory by split, `train` first; see `records.read` and `prepare`.
+    """Loads the examples of a file or directory by split, `train` first; see `records.read` and `prepare`.
 
     Args:
         context: tokens that the model reads, if it is known: `max_length` is no more.
+        paired: the records are pairs of answers; those are trained alone.
         skip_bad: leave bad records out; `Prepared.bad` names them.
 
     Raises:
         BadRecords: some are, and not to be skipped.
-        InputError: no example is left of a split; as `check_length`, or as `records.read`.
+        InputError: no example is left of a split; examples of `max_length` tokens are none, or more than the model
+            reads; or as `records.read` and `prepare`.
         ElmError: as `records.read`.
     """
-    check_length(max_length, context)
-    splits = {
-        name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate, context)
-        for name, split in records.read(path, format).items()
-    }
-    check(path, splits, skip_bad)
-    return splits
-
-
-def check_length(max_length: int, context: int | None) -> None:
-    """Raises InputError where examples of `max_length` tokens are none, or more than the model reads."""
     if max_length < 2:
         raise InputError(f"--max-seq-length {max_length}: an example has two tokens or more")
     if context is not None and max_length > context:
         raise InputError(
             f"--max-seq-length {max_length}: the model reads {context} tokens at most, its context; give no more"
         )
-
-
-def check(path: Path, splits: Mapping[str, Prepared], skip_bad: bool) -> None:
-    """Whether all records of `path` are whole, or `skip_bad`, and each split has an example. Raises as `load`."""
+    splits = {
+        name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate, context)
+        for name, split in records.read(path, format, paired=paired).items()
+    }
     bad = [reason for split in splits.values() for reason in split.bad]
     if bad and not skip_bad:
         raise BadRecords(bad)
     for name, split in splits.items():
         if not split.examples:
             lost = "; ".join(split.warnings()) or split.bad[0]
-            raise InputError(f"{path}: no example is left to {_PURPOSES.get(name, name)} on: {lost}")
-
-
-def without_template(where: str, messages: Messages) -> InputError:
-    """The error of a model that cannot read `messages`."""
-    what = "has a system prompt" if messages[0]["role"] == "system" else "is a conversation"
-    hint = "--template openelm-instruct, or a file, gives it one"
-    return InputError(f"{where}: {what}, and the model has no chat template; {hint}")
+            purpose = "validate" if name == "valid" else name
+            raise InputError(f"{path}: no example is left to {purpose} on: {lost}")
+    return splits
 
 
 def prepare(
@@ -406,53 +395,61 @@ def prepare(
     """Encodes a split's records and holds them to `max_length` tokens, two or more.
 
     A longer text is split into examples that overlap by a token, so that each token is learnt once, after as much
-    of the text as fits. Other records that are longer are left out. With `truncate` all of them lose their end.
+    of the text as fits. Other records that are longer are left out. With `truncate` all of them lose their end; a pair
+    loses its ends as long as what is left differs.
 
     Args:
         template: None for a base model, which continues plain text.
         train_on_prompt: the loss counts every token.
-        context: tokens that the model reads, if it is known; for what is told of records that are left out.
+        context: tokens that the model reads, if it is known; for the remedies that warnings name.
 
     Raises:
         InputError: there are conversations, and no template.
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
-    prepared = Prepared(
-        max_length, truncate, context, bad=list(split.bad), ignored=split.ignored, missing=split.missing
-    )
+    prepared = Prepared(max_length, truncate, context, bad=split.bad, ignored=split.ignored, missing=split.missing)
     for record in split.records:
-        if template is None and isinstance(record, Conversation):
-            raise without_template(record.where, record.messages)
+        if template is None:
+            _check_plain(record)
         try:
-            example = encoder.encode(record)
+            made = encoder.encode_pair(record) if isinstance(record, Preference) else (encoder.encode(record),)
         except InputError as error:
             prepared.bad.append(f"{record.where}: {error}")
             continue
         prepared.written.update(encoder.names.find(records.texts(record)))
-        kind = type(record).__name__
-        prepared.counts[kind] = prepared.counts.get(kind, 0) + 1
-        _fit(prepared, example, record, truncate)
+        prepared.counts[record.kind] += 1
+        _fit(prepared, made, record)
     return prepared
 
 
-def _fit(prepared: Prepared, example: Example, record: Record, truncate: bool) -> None:
-    """Adds what of the example fits."""
-    size, length = prepared.max_length, len(example.ids)
+def _check_plain(record: Record) -> None:
+    """Raises InputError where a record needs a template."""
+    messages = record.prompt if isinstance(record, Preference) else getattr(record, "messages", "")
+    if not isinstance(messages, str):
+        what = "has a system prompt" if messages[0]["role"] == "system" else "is a conversation"
+        hint = "--template openelm-instruct, or a file, gives it one"
+        raise InputError(f"{record.where}: {what}, and the model has no chat template; {hint}")
+
+
+def _fit(prepared: Prepared, made: Sequence[Example], record: Record) -> None:
+    """Adds what fits of a record's examples."""
+    size, length = prepared.max_length, max(len(example.ids) for example in made)
     prepared.lengths.append(length)
     prepared.longest = max(prepared.longest, (length, record.where), key=lambda longest: longest[0])
-    fitting = [example]
-    if length > size and isinstance(record, Text) and not truncate:
-        starts = range(0, length - 1, size - 1)
-        fitting = [_slice(example, start, start + size) for start in starts]
+    if length > size and isinstance(record, PlainText) and not prepared.truncate:
+        made = [_slice(made[0], start, start + size) for start in range(0, length - 1, size - 1)]
         prepared.split += 1
-        prepared.windows += len(fitting)
+        prepared.windows += len(made)
     elif length > size:
-        begun = _slice(example, 0, size)
-        fitting = [begun] if truncate and any(begun.trained) else []
-        prepared.cut += len(fitting)
-        prepared.left_out += not fitting
-    prepared.examples += fitting
-    prepared.sources += [record.where] * len(fitting)
+        made = [_slice(example, 0, size) for example in made]
+        differ = len({example.ids for example in made}) == len(made)
+        if prepared.truncate and differ and all(any(example.trained) for example in made):
+            prepared.cut += 1
+        else:
+            prepared.left_out += 1
+            made = []
+    prepared.examples += made
+    prepared.sources += [record.where] * len(made)
 
 
 def _slice(example: Example, start: int, end: int) -> Example:

@@ -1,7 +1,4 @@
-"""Which texts are worth training on: lengths, repetition, symbols. Each can be switched off; each names what it drops.
-
-Knows texts. Knows nothing of files, tokens and duplicates. Needs Python's own library alone.
-"""
+"""Filters of raw text: by length, repetition, symbols. Each can be switched off; each has a name for what it drops."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ REASONS = (DUPLICATE, SHORT, REPETITIVE, SYMBOLS, FEW_TOKENS)
 
 @dataclass(frozen=True)
 class Filters:
-    """What of the raw text is kept, by default as OpenELM's was where the paper says.
+    """The raw text that is kept, by default as OpenELM's was where the paper says.
 
     Args:
         nfc: bring text into Unicode's normal form C.
@@ -52,7 +49,7 @@ class Filters:
         return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def objection(self, text: str) -> str | None:
-        """Why the text is left out; None if it isn't, as far as can be told without tokens."""
+        """Returns the reason to leave the text out, as far as it needs no tokens; None to keep it."""
         if len(text) < self.min_chars or not text.strip():
             return SHORT
         if self.max_repetition is not None and repetition(text) > self.max_repetition:
@@ -63,7 +60,7 @@ class Filters:
 
 
 def repetition(text: str) -> float:
-    """The share of the runs of five words that occurred before in the text. Without spaces, as in Chinese, 0."""
+    """Returns the share of runs of five words that occurred before in the text; without spaces, as in Chinese, 0."""
     words = text.split()
     runs = len(words) - _RUN + 1
     if runs < 1:
@@ -72,7 +69,7 @@ def repetition(text: str) -> float:
 
 
 def symbols(text: str) -> float:
-    """The share of characters, white space not counted, that are punctuation, symbols or controls."""
+    """Returns the share of characters, white space not counted, that are punctuation, symbols or controls."""
     counts = Counter(text)
     visible = sum(count for character, count in counts.items() if not character.isspace())
     odd = (count for c, count in counts.items() if unicodedata.category(c)[0] in "PSC" and not c.isspace())
@@ -80,6 +77,6 @@ def symbols(text: str) -> float:
 
 
 def text_hash(text: str) -> int:
-    """64 bits by which a text is known, 0 excepted; the same for all its Unicode forms."""
+    """Hashes a text to 64 bits, never 0; the same for all its Unicode forms."""
     data = unicodedata.normalize("NFC", text).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1

@@ -1,7 +1,5 @@
 """Sources mixed into one stream of tokens, from which blocks of rows are cut.
 
-Knows weights, the order of documents and what has been counted. Knows nothing of batches and processes.
-
 The next document is always of the source that is furthest behind its share of the tokens so far. That is known once
 documents are encoded, so encoding runs ahead in each source by itself, and what it finds is put together here, in an
 order that doesn't depend on how fast anything was.
@@ -11,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -21,8 +20,8 @@ import numpy.typing as npt
 
 from elm_mlx.data import filters
 from elm_mlx.data.data_files import BadRecord
-from elm_mlx.data.text_sources import Broken, Position, Raw, Source
-from elm_mlx.data.workers import Answer, Encode, Outcome, Pool
+from elm_mlx.data.text_sources import Broken, Position, Raw, TextSource
+from elm_mlx.data.workers import Encode, Outcome, Pool
 from elm_mlx.errors import ElmError, InputError
 
 _TASK = 1 << 17  # bytes of documents for a worker at once, some 0.05 s of its time
@@ -57,7 +56,7 @@ class Counts:
 @dataclass
 class _Task:
     raws: list[Raw]
-    answer: Answer
+    answer: Future[Any]
 
 
 class Feed:
@@ -71,7 +70,7 @@ class Feed:
 
     def __init__(
         self,
-        source: Source,
+        source: TextSource,
         read: Callable[[Position], Iterator[Raw]],
         pool: Pool,
         ahead: int,
@@ -148,7 +147,7 @@ class Feed:
 
     def _begin(self) -> None:
         self._raws = self._from(self.position)
-        self._tasks: deque[Answer] = deque()
+        self._tasks: deque[Future[Any]] = deque()
         self._current.clear()
 
     def _read(self, documents: Iterator[Raw]) -> _Task:

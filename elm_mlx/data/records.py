@@ -1,58 +1,57 @@
-"""Files of training data as records: a file of any of SUFFIXES, or a directory of splits.
-
-Knows what makes a record whole, and names each one that isn't by file and line with the reason. Knows nothing of
-how files are packed, and of tokens, templates and lengths.
-"""
+"""Records of training data, read from a file or a directory of splits; a bad one is named by file, line and reason."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord, Files, key_of, keys_of, kind_of
+from elm_mlx.data.data_files import BadRecord, key_of, keys_of, kind_of
 from elm_mlx.errors import InputError
-from elm_mlx.reading import expanded
 from elm_mlx.text.chat_template import ROLES, check_messages
 
-SUFFIXES = (*data_files.JSON, data_files.PARQUET)
-PAIR = ("chosen", "rejected")
-_PAIR = "is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those"
-SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
+_PAIR = ("chosen", "rejected")
+_FOR_DPO = "is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those"
+_FOR_LORA = "`elm-mlx lora` trains on such records"
+_SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
 
 _NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
 _NO_TEMPLATE = "which no template here can show"
 # Of a record, and of a message, keys that say something which nothing here does.
-_NOT_USED = {
-    "tools": _NO_TEMPLATE, "functions": _NO_TEMPLATE, "documents": _NO_TEMPLATE, "chat_template_kwargs": _NO_TEMPLATE,
-    "images": _NO_TEMPLATE, "audios": _NO_TEMPLATE, "videos": _NO_TEMPLATE,
+_NOT_USED = dict.fromkeys(
+    ("tools", "functions", "documents", "chat_template_kwargs", "images", "audios", "videos"), _NO_TEMPLATE
+) | {
     "history": "earlier turns: write all of them as `messages`",
     "loss_mask": "and what is trained on is decided here: a message may have a `weight` of 0",
-}  # fmt: skip
-_NOT_SHOWN = {
-    "name": _NO_TEMPLATE, "tool_calls": _NO_TEMPLATE, "tool_call_id": _NO_TEMPLATE, "function_call": _NO_TEMPLATE,
-    "tools": _NO_TEMPLATE, "reasoning_content": _NO_TEMPLATE, "thinking": _NO_TEMPLATE, "refusal": _NO_TEMPLATE,
-    "images": _NO_TEMPLATE, "audio": _NO_TEMPLATE,
-    "train_detail": "a part of an answer to train on, and answers are trained on whole",
-}  # fmt: skip
+}
+_NOT_SHOWN = dict.fromkeys(
+    ("name", "tool_calls", "tool_call_id", "function_call", "tools", "reasoning_content", "thinking", "refusal",
+     "images", "audio"), _NO_TEMPLATE,
+) | {"train_detail": "a part of an answer to train on, and answers are trained on whole"}  # fmt: skip
 _MARKS = ("weight", "train", "training", "loss")  # of a message: OpenAI's and Mistral's, Axolotl's two, ms-swift's
-_MESSAGE = {"role", "content", *_NOT_SHOWN, *_MARKS}  # what is known of one
+_MESSAGE = {"role", "content", *_NOT_SHOWN, *_MARKS}  # the known keys of one
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
+
+Turns = tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """Text to continue as it stands. `where` is its file and line, here and in the others."""
 
+    kind: ClassVar = "text"
     where: str
     text: str
 
 
 @dataclass(frozen=True)
-class Completion:
+class PromptAnswer:
+    """A prompt and its completion."""
+
+    kind: ClassVar = "completion"
     where: str
     prompt: str
     completion: str
@@ -63,11 +62,12 @@ class Conversation:
     """`messages`: each with its `role` and `content`; at least one is the assistant's and not in `untrained`.
 
     Attributes:
-        untrained: which messages, from 0, are not to be learnt although they may be the assistant's.
+        untrained: which messages, from 0, the loss does not count although they may be the assistant's.
     """
 
+    kind: ClassVar = "conversation"
     where: str
-    messages: tuple[Mapping[str, str], ...]
+    messages: Turns
     untrained: frozenset[int] = frozenset()
 
 
@@ -75,6 +75,7 @@ class Conversation:
 class Instruction:
     """Alpaca's. `input` is what the instruction is about, often empty."""
 
+    kind: ClassVar = "instruction"
     where: str
     instruction: str
     input: str
@@ -82,15 +83,36 @@ class Instruction:
 
     @property
     def question(self) -> str:
-        """What a user would write."""
+        """The text that a user would write."""
         return "\n\n".join(filter(None, (self.instruction, self.input)))
 
 
-Record = Text | Completion | Conversation | Instruction
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, of which the first is preferred.
+
+    Attributes:
+        prompt: a text, or the messages that stand before the answer.
+    """
+
+    kind: ClassVar = "pair"
+    where: str
+    prompt: str | Turns
+    chosen: str
+    rejected: str
+
+    def answered(self, answer: str) -> PromptAnswer | Conversation:
+        """Returns the prompt with one answer as a record of its own. Raises BadRecord."""
+        if isinstance(self.prompt, str):
+            return PromptAnswer(self.where, self.prompt, answer)
+        return _conversation(self.where, {"messages": [*self.prompt, {"role": "assistant", "content": answer}]})
+
+
+Record = PlainText | PromptAnswer | Conversation | Instruction | Preference
 
 
 def texts(record: Record) -> Iterator[str]:
-    """What is written in a record."""
+    """The texts that a record holds."""
     for value in (value for name, value in vars(record).items() if name != "where"):
         if isinstance(value, str):
             yield value
@@ -100,108 +122,100 @@ def texts(record: Record) -> Iterator[str]:
 
 @dataclass
 class Split:
-    """What the files of one split hold.
+    """One split's records, read as one goes over them; the rest is known once one has.
 
     Attributes:
-        bad: of each record that isn't whole, where it stands and what is wrong.
-        ignored: keys that mean nothing here, each with how many of the other records have it.
-        missing: what is told where shards are not there.
+        bad: place and reason of each record that cannot be used.
+        ignored: keys without meaning here, each with how many of the other records have it.
+        missing: a line about shards that are not there.
     """
 
-    records: list[Record] = field(default_factory=list)
+    records: Iterable[Record] = ()
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
 
 
-def read(path: Path, format: str | None = None) -> dict[str, Split]:
-    """Every record of a file, as split `train`, or of a directory's splits.
-
-    A directory holds `train.jsonl` (or any of SUFFIXES), and if it likes `valid` and `test`, as `data_files.find` finds
-    them: in shards, in folders, by other names of theirs.
+def read(path: Path, format: str | None = None, *, paired: bool = False) -> dict[str, Split]:
+    """Reads the records of a file, as split `train`, or of a directory's splits, as `data_files.find` finds them.
 
     Args:
-        format: one of FORMATS, for every record; otherwise each one's own keys tell.
+        format: one of FORMATS, for every record; by default each one's own keys tell.
+        paired: the records are pairs of answers.
 
     Raises:
-        InputError: there is no such file, or nothing in it can be read, such as Parquet that is damaged; or the
-            first record is a pair of answers, and no format is asked for.
-        ElmError: Parquet, and pyarrow is not installed.
+        InputError: there is no such file. Later, while reading: a file holds nothing that can be read, such as Parquet
+            that is damaged, or its first record is for the other way of training, and no format is asked for.
+        ElmError: later: Parquet, and pyarrow is not installed.
     """
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: is not one of {', '.join(FORMATS)}")
-    found: dict[str, Split] = {}
-    for name, of_split in files(path).items():
-        split = found[name] = Split(missing=of_split.missing)
-        for where, value in values(of_split.paths, _COLUMNS):
-            if format is None and not split.records and not split.bad and is_pair(value):
-                raise InputError(f"{where}: {_PAIR}, and `elm-mlx data` shows them")
-            try:
-                if isinstance(value, BadRecord):
-                    raise value
-                check_keys(value)
-                name = _format_of(value) if format is None else format
-                split.records.append(_record(where, value, name))
-                split.ignored.update(ignored(value, _KNOWN[name]))
-            except BadRecord as error:
-                split.bad.append(f"{where}: {error}")
-    return found
+    splits = {}
+    for name, files in data_files.find(path).items():
+        split = splits[name] = Split(missing=files.missing)
+        split.records = _records(files.paths, split, "pairs" if paired else format)
+    return splits
 
 
-def files(path: Path) -> dict[str, Files]:
-    """The files that `path` means by split: a file is `train`. Raises InputError as `read`."""
-    path = expanded(path)
-    if path.is_file():
-        data_files.suffix_of(path, SUFFIXES)
-        return {"train": Files([path])}
-    if not path.is_dir():
-        raise InputError(f"{path}: no such file or directory")
-    return data_files.find(path, SUFFIXES)
+def are_pairs(path: Path) -> bool:
+    """Tells whether the first record to train on is a pair of answers. Raises InputError, ElmError as `read`."""
+    found = data_files.read_all(data_files.find(path)["train"].paths, _PAIR)
+    return _is_pair(next((value for _, value in found if isinstance(value, dict)), None))
 
 
-def values(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Each value in files with where it stands, read when asked for; BadRecord for a line that is no JSON.
+def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record, list[str]]:
+    """Returns the record that a JSON value is, and its keys without meaning. Raises BadRecord.
 
     Args:
-        columns: of Parquet, those that are read.
-
-    Raises:
-        InputError, ElmError: as `read`; what is wrong within a file, when it is reached.
+        format: one of FORMATS, or `pairs`; by default the value's keys tell.
     """
-    empty = True
-    for file in paths:
-        for entry in _entries(file, data_files.suffix_of(file, SUFFIXES), columns):
-            empty = False
-            yield entry
-    if empty:
-        raise InputError(f"{', '.join(map(str, paths))}: holds no records")
-
-
-def _entries(path: Path, suffix: str, columns: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Each value of a file, with where it stands; BadRecord for a line that is no JSON."""
-    if suffix == data_files.PARQUET:
-        for row, group, value in data_files.parquet(path, tuple(columns)):
-            yield f"{path}, row {row + 1} (row group {group})", value
-        return
-    for number, value in data_files.values(path):
-        yield f"{path}, line {number}", value
-
-
-def _record(where: str, value: Mapping[str, Any], format: str) -> Record:
-    """The record that a JSON object is. Raises BadRecord."""
-    make, keys = FORMATS[format]
-    missing = next((key for key in keys if key not in value), None)
+    if isinstance(value, BadRecord):
+        raise value
+    if not isinstance(value, dict):
+        raise BadRecord(f"is {kind_of(value)}, and not an object")
+    _refuse(value, _NOT_USED, "")
+    if value.get("weight") not in (None, 1):
+        raise BadRecord("has a `weight` of its own, and all records count the same; a message may have one, 0 or 1")
+    layout = _LAYOUTS[_format_of(value) if format is None else format]
+    missing = next((key for key in layout.keys if key not in value), None)
+    if missing and layout.keys == _PAIR:
+        hint = f"; {_FOR_LORA}" if _has_a_format(value) else ""
+        raise BadRecord(f"`{missing}` is missing; a pair has `prompt`, `chosen` and `rejected`{hint}")
     if missing:
         raise BadRecord(f"`{missing}` is missing; it has {keys_of(value)}")
-    return make(where, value)
+    record = layout.make(where, value)
+    messages = value["messages"] if "messages" in layout.keys else ()
+    inner = dict.fromkeys(key for message in messages for key in message if key not in _MESSAGE)
+    ignored = [key_of(key) for key in value if key not in layout.known]
+    return record, ignored + [f"{key_of(key)} of messages" for key in inner]
+
+
+def _records(paths: Sequence[Path], split: Split, format: str | None) -> Iterator[Record]:
+    """The records in files; what else there is to be known goes into `split`."""
+    count = of_lora = 0
+    for where, value in data_files.read_all(paths, _LAYOUTS["pairs"].known if format == "pairs" else _COLUMNS):
+        if not count and format is None and _is_pair(value):
+            raise InputError(f"{where}: {_FOR_DPO}, and `elm-mlx data` shows them")
+        count += 1
+        try:
+            record, ignored = record_of(where, value, format)
+        except BadRecord as error:
+            split.bad.append(f"{where}: {error}")
+            of_lora += str(error).endswith(_FOR_LORA)
+            continue
+        split.ignored.update(ignored)
+        yield record
+    if of_lora == count:
+        names = ", ".join(map(str, paths))
+        raise InputError(f"{names}: holds no pairs of answers, `chosen` and `rejected`; {_FOR_LORA}")
 
 
 def _format_of(value: Mapping[str, Any]) -> str:
     """The first of FORMATS whose keys a record has: with values, or at least by name. Raises BadRecord."""
-    if is_pair(value):
-        raise BadRecord(_PAIR)
+    if _is_pair(value):
+        raise BadRecord(_FOR_DPO)
     for has in (lambda key: value.get(key) is not None, lambda key: key in value):
-        found = next((name for name, (_, keys) in FORMATS.items() if all(map(has, keys))), None)
+        found = next((name for name in FORMATS if all(map(has, _LAYOUTS[name].keys))), None)
         if found is not None:
             return found
     if "conversations" in value:
@@ -209,29 +223,16 @@ def _format_of(value: Mapping[str, Any]) -> str:
             "has `conversations`, ShareGPT's layout: write `messages`, each with `role` (system, user or assistant "
             "for human's and gpt's) and `content`"
         )
-    wanted = "; ".join(", ".join(f"`{key}`" for key in keys) for _, keys in FORMATS.values())
+    wanted = "; ".join(", ".join(f"`{key}`" for key in _LAYOUTS[name].keys) for name in FORMATS)
     raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}")
 
 
-def is_pair(value: Any) -> bool:
-    """Whether a JSON value has two answers, of which one is preferred."""
-    return isinstance(value, dict) and all(value.get(key) is not None for key in PAIR)
+def _has_a_format(value: Mapping[str, Any]) -> bool:
+    return any(value.keys() >= set(_LAYOUTS[name].keys) for name in FORMATS)
 
 
-def check_keys(value: Any) -> None:
-    """Raises BadRecord for a JSON value that is no object, or says something which training would leave out."""
-    if not isinstance(value, dict):
-        raise BadRecord(f"is {kind_of(value)}, and not an object")
-    _refuse(value, _NOT_USED, "")
-    if value.get("weight") not in (None, 1):
-        raise BadRecord("has a `weight` of its own, and all records count the same; a message may have one, 0 or 1")
-
-
-def ignored(value: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """The keys of a record that are none of `known`, each as it is told of; those of its messages, too."""
-    messages = value["messages"] if "messages" in known else ()
-    inner = dict.fromkeys(key for message in messages for key in message if key not in _MESSAGE)
-    return [key_of(key) for key in value if key not in known] + [f"{key_of(key)} of messages" for key in inner]
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, dict) and all(value.get(key) is not None for key in _PAIR)
 
 
 def _refuse(value: Mapping[str, Any], not_used: Mapping[str, str], whose: str) -> None:
@@ -240,16 +241,26 @@ def _refuse(value: Mapping[str, Any], not_used: Mapping[str, str], whose: str) -
             raise BadRecord(f"{whose}has `{key}`, {why}")
 
 
-def system_of(value: Mapping[str, Any]) -> str:
-    """What a record of any format tells the model before anything else, beside its other keys. Raises BadRecord."""
-    found = {text for key in SYSTEM if (text := _optional(value, key))}
+def _system_of(value: Mapping[str, Any]) -> str:
+    """The record's system prompt beside its other keys, or nothing. Raises BadRecord."""
+    found = {text for key in _SYSTEM if (text := _optional(value, key))}
     if len(found) > 1:
-        raise BadRecord(f"has two system prompts, {' and '.join(f'`{key}`' for key in SYSTEM)}: keep one")
+        raise BadRecord(f"has two system prompts, {' and '.join(f'`{key}`' for key in _SYSTEM)}: keep one")
     return found.pop() if found else ""
 
 
+def _after_system(value: Mapping[str, Any], messages: Turns) -> Turns:
+    """The messages after the record's system prompt, if it has one beside them. Raises BadRecord."""
+    system = _system_of(value)
+    if not system or messages[0] == {"role": "system", "content": system}:
+        return messages
+    if messages[0]["role"] == "system":
+        raise BadRecord("has a system prompt beside its messages, and another one in them: keep one")
+    return ({"role": "system", "content": system}, *messages)
+
+
 def _optional(value: Mapping[str, Any], key: str) -> str:
-    """A text that may be missing, null or empty, which are all nothing; otherwise as it stands. Raises BadRecord."""
+    """A text that may be missing, null or empty, which are all nothing. Raises BadRecord."""
     return "" if value.get(key) in (None, "") else _text(value, key)
 
 
@@ -262,83 +273,77 @@ def _text(value: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def _make_text(where: str, value: Mapping[str, Any]) -> Record:
-    if system_of(value):
+def _plain_text(where: str, value: Mapping[str, Any]) -> Record:
+    if _system_of(value):
         raise BadRecord("has a system prompt beside `text`, which is trained on as it stands: write it into the text")
-    return Text(where, _text(value, "text"))
+    return PlainText(where, _text(value, "text"))
 
 
-def _make_completion(where: str, value: Mapping[str, Any]) -> Record:
+def _prompt_answer(where: str, value: Mapping[str, Any]) -> Record:
     if value.get("label") is False:  # KTO's
         raise BadRecord("`label` is false: `completion` is an answer that is not wanted")
-    completion = Completion(where, _text(value, "prompt"), _text(value, "completion"))
-    return _told(where, value, completion.prompt, completion.completion) or completion
+    made = PromptAnswer(where, _text(value, "prompt"), _text(value, "completion"))
+    return _with_system(value, made, made.prompt, made.completion)
 
 
-def _make_instruction(where: str, value: Mapping[str, Any]) -> Record:
-    instruction = Instruction(where, _text(value, "instruction"), _optional(value, "input"), _text(value, "output"))
-    return _told(where, value, instruction.question, instruction.output) or instruction
+def _instruction(where: str, value: Mapping[str, Any]) -> Record:
+    made = Instruction(where, _text(value, "instruction"), _optional(value, "input"), _text(value, "output"))
+    return _with_system(value, made, made.question, made.output)
 
 
-def _told(where: str, value: Mapping[str, Any], question: str, answer: str) -> Conversation | None:
-    """A question and its answer after the record's system prompt, which needs a template; None without one."""
-    system = system_of(value)
-    turns = (("system", system), ("user", question), ("assistant", answer))
-    return Conversation(where, tuple({"role": role, "content": text} for role, text in turns)) if system else None
+def _with_system(value: Mapping[str, Any], made: Record, question: str, answer: str) -> Record:
+    """The record; or, where a system prompt stands before it, which needs a template, the conversation that it is."""
+    turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    messages = _after_system(value, turns)
+    return made if messages is turns else Conversation(made.where, messages)
 
 
-def _make_conversation(where: str, value: Mapping[str, Any]) -> Record:
+def _conversation(where: str, value: Mapping[str, Any]) -> Conversation:
     messages = value["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise BadRecord("`messages` is no list of objects")
-    for number, message in enumerate(messages, 1):
-        check_message(message, f"message {number} ")
+    turns = _turns(messages, "")
     try:
         check_messages(messages)
     except InputError as error:
         raise BadRecord(str(error)) from None
-    untrained = frozenset(i for i, message in enumerate(messages) if not is_trained(message, f"message {i + 1} "))
-    for number, message in enumerate(messages, 1):
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise BadRecord(f"message {number}: the assistant says nothing")
-    if messages[0]["role"] == "assistant":
+    untrained = frozenset(i for i, message in enumerate(messages) if not _is_trained(message, f"message {i + 1} "))
+    answers = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+    for i in answers:
+        if not turns[i]["content"].strip():
+            raise BadRecord(f"message {i + 1}: the assistant says nothing")
+    if turns[0]["role"] == "assistant":
         raise BadRecord("message 1 is the assistant's: nothing asks for it")
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise BadRecord("no message is the assistant's: there is nothing to learn")
     if untrained.issuperset(answers):
         raise BadRecord("no answer of the assistant's is to be trained on: each has the weight 0")
-    told = system_of(value)
-    if told and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": told}, *messages]
-        untrained = frozenset(i + 1 for i in untrained)
-    elif told and messages[0]["content"] != told:
-        raise BadRecord("has a system prompt beside `messages`, and another one in them: keep one")
-    turns = tuple({"role": each["role"], "content": each["content"]} for each in messages)
-    return Conversation(where, turns, untrained)
+    every = _after_system(value, turns)
+    return Conversation(where, every, frozenset(i + len(every) - len(turns) for i in untrained))
 
 
-def check_message(message: Mapping[str, Any], whose: str) -> None:
-    """Refuses a message in another tool's words, or with something that no template here can show.
-
-    Args:
-        whose: what its error begins with: "message 2 ".
+def _turns(messages: Sequence[Mapping[str, Any]], whose: str) -> Turns:
+    """Turns with nothing but `role` and `content`, which may still be anything.
 
     Raises:
-        BadRecord: it is such a one.
+        BadRecord: one is in another tool's words, or has something that no template here can show.
     """
-    if "role" not in message and "from" in message:
-        raise BadRecord(f"{whose}has `from`, ShareGPT's layout: write `role` (user, assistant) and `content`")
-    role, content = message.get("role"), message.get("content")
-    if isinstance(role, str) and role not in ROLES and (known := _ROLES.get(role.lower(), role.lower())) in ROLES:
-        raise BadRecord(f"{whose.strip()}: role is {role!r}, and not one of {', '.join(ROLES)}; write {known} for it")
-    _refuse(message, _NOT_SHOWN, whose)
-    if isinstance(content, list):
-        raise BadRecord(f"{whose.strip()}: content is no text, but a list of parts: write their text as one")
+    for number, message in enumerate(messages, 1):
+        of = f"{whose}message {number}"
+        if "role" not in message and "from" in message:
+            raise BadRecord(f"{of} has `from`, ShareGPT's layout: write `role` (user, assistant) and `content`")
+        role = message.get("role")
+        known = _ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
+        if role not in ROLES and known in ROLES:
+            raise BadRecord(f"{of}: role is {role!r}, and not one of {', '.join(ROLES)}; write {known} for it")
+        _refuse(message, _NOT_SHOWN, f"{of} ")
+        if isinstance(message.get("content"), list):
+            raise BadRecord(f"{of}: content is no text, but a list of parts: write their text as one")
+    return tuple({key: message.get(key) for key in ("role", "content")} for message in messages)
 
 
-def is_trained(message: Mapping[str, Any], whose: str) -> bool:
-    """Whether a message is to be trained on if it is the assistant's, as OpenAI's, Mistral's and others' keys say."""
+def _is_trained(message: Mapping[str, Any], whose: str) -> bool:
+    """Whether the loss counts a message if it is the assistant's, as OpenAI's, Mistral's and others' keys say."""
     marks = {key: message[key] for key in _MARKS if message.get(key) is not None}
     for key, mark in marks.items():
         if not isinstance(mark, (int, float)) or mark not in (0, 1):
@@ -350,17 +355,86 @@ def is_trained(message: Mapping[str, Any], whose: str) -> bool:
     return all(marks.values())
 
 
-# By name, in the order in which a record's keys are tried: Alpaca's own files have a `text` too. The keys are those
-# that a record of the format must have.
-FORMATS: dict[str, tuple[Callable[[str, Mapping[str, Any]], Record], tuple[str, ...]]] = {
-    "completion": (_make_completion, ("prompt", "completion")),
-    "messages": (_make_conversation, ("messages",)),
-    "alpaca": (_make_instruction, ("instruction", "output")),
-    "text": (_make_text, ("text",)),
+def _preference(where: str, value: Mapping[str, Any]) -> Preference:
+    """`chosen` and `rejected` are texts, with `prompt` a text or a list of messages. Or they are lists of messages that
+    end with an answer, and begin alike: with the prompt, as UltraFeedback's do, or else `prompt` comes before them.
+    """
+    (before, chosen), (same, rejected) = (_answer(value[key], key) for key in _PAIR)
+    if before != same:
+        raise BadRecord("`chosen` and `rejected` differ in more than their last answer")
+    if chosen == rejected:
+        raise BadRecord("`chosen` and `rejected` are the same")
+    prompt = _prompt(value.get("prompt"), before, isinstance(value["chosen"], str))
+    if _system_of(value):
+        prompt = _after_system(value, ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt)
+    made = Preference(where, prompt, chosen, rejected)
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        try:
+            made.answered(answer)
+        except BadRecord as error:
+            raise BadRecord(f"`{key}`: {error}") from None
+    return made
+
+
+def _answer(value: Any, key: str) -> tuple[Turns, str]:
+    """The messages before an answer, and the answer."""
+    before: Turns = ()
+    if _is_messages(value):
+        *before, last = _turns(value, f"`{key}`, ")  # type: ignore[assignment]
+        if last["role"] != "assistant" or not isinstance(last["content"], str):
+            raise BadRecord(f"`{key}` doesn't end with a message of the assistant's")
+        if not _is_trained(value[-1], f"`{key}` "):
+            raise BadRecord(f"`{key}` ends with an answer that is not to be trained on")
+        value = last["content"]
+    if not isinstance(value, str):
+        raise BadRecord(f"`{key}` is neither a text nor a list of messages")
+    if not value.strip():
+        raise BadRecord(f"`{key}` is empty")
+    return tuple(before), value
+
+
+def _prompt(prompt: Any, before: Turns, plain: bool) -> str | Turns:
+    """The prompt of both answers.
+
+    Args:
+        before: messages that the answers come with.
+        plain: the answers are texts.
+    """
+    if isinstance(prompt, str) and prompt.strip():
+        if before and all(str(message.get("content")).strip() != prompt.strip() for message in before):
+            raise BadRecord("`prompt` is not what `chosen` and `rejected` answer")
+        return before or (prompt if plain else ({"role": "user", "content": prompt},))
+    if _is_messages(prompt):
+        asked = _turns(prompt, "`prompt`, ")
+        if before and before != asked:
+            raise BadRecord("`prompt` is not what `chosen` and `rejected` answer")
+        return asked
+    if prompt is None and before:
+        return before
+    raise BadRecord("`prompt` is " + ("missing" if prompt is None else "neither a text nor a list of messages"))
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
+
+
+class _Layout:
+    """A format: how its record is made, the keys that it must have, and all that are known."""
+
+    def __init__(
+        self, make: Callable[[str, Mapping[str, Any]], Record], keys: tuple[str, ...], others: Collection[str] = ()
+    ) -> None:
+        self.make, self.keys = make, keys
+        self.known = {*keys, *others, *_SYSTEM, *_NOT_USED, "weight"}
+
+
+# In the order in which a record's keys are tried: Alpaca's own files have a `text` too.
+_LAYOUTS = {
+    "completion": _Layout(_prompt_answer, ("prompt", "completion"), ["label"]),
+    "messages": _Layout(_conversation, ("messages",)),
+    "alpaca": _Layout(_instruction, ("instruction", "output"), ["input"]),
+    "text": _Layout(_plain_text, ("text",)),
+    "pairs": _Layout(_preference, _PAIR, ["prompt"]),
 }
-# What is known of a record of each format; the rest means nothing here.
-KNOWN = {*SYSTEM, *_NOT_USED, "weight"}
-_KNOWN = {name: {*keys, *KNOWN} for name, (_, keys) in FORMATS.items()}
-_KNOWN["alpaca"].add("input")
-_KNOWN["completion"].add("label")
-_COLUMNS = {*PAIR}.union(*_KNOWN.values())
+FORMATS = tuple(name for name in _LAYOUTS if name != "pairs")
+_COLUMNS = {key for layout in _LAYOUTS.values() for key in layout.known}

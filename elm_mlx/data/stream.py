@@ -1,7 +1,5 @@
 """Batches for pretraining: raw text from a mixture of sources, filtered, encoded, packed and shuffled as it is read.
 
-Knows rows, their order, shards and where it stands. Its arrays are NumPy's; it knows nothing of models.
-
 Documents are packed end to end into rows, and rows are shuffled in blocks of a bounded number of tokens: so a document
 of any length is spread, and memory doesn't depend on the data. The order is a function of the seed, the epoch, the
 files and the number of shards; how many workers encode, and on how many machines, doesn't matter.
@@ -28,17 +26,18 @@ from elm_mlx.data import duplicates
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead
-from elm_mlx.data.text_sources import Files, Source
+from elm_mlx.data.text_sources import TextFiles, TextSource
 from elm_mlx.data.workers import Pool
 from elm_mlx.errors import InputError
 from elm_mlx.text.tokenizer import Tokenizer
 
 _FILES = 1 << 63  # random streams from here on are of files' order, those below of rows'
+_SAMPLE_ROW = 1024  # tokens
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a mixture is read.
+    """The way in which a mixture is read.
 
     Args:
         rows: of one process's batch.
@@ -80,7 +79,7 @@ class TextBatches:
         rank, world: this process's number, and how many there are. Each takes every `world`th row of batches of
             `world * rows`, so that together they read what one process with that many rows (and as many shards) would.
         cache: where `duplicates` keeps hashes; None for nowhere.
-        on_wrong: is told of each record and file that cannot be read, in a line.
+        on_wrong: called with a line for each record and file that cannot be read.
         gather: gives the list of every process's argument; with several of them, so that one's `state` is all's.
 
     Raises:
@@ -90,7 +89,7 @@ class TextBatches:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[TextSource],
         tokenizer: Path,
         filters: Filters,
         reading: Reading,
@@ -113,7 +112,7 @@ class TextBatches:
         model = Tokenizer.load(tokenizer)
         self._reading, self._world, self._rank = reading, world, rank
         self._on_wrong, self._gather = on_wrong, gather
-        self._files = [Files(source) for source in sources]
+        self._files = [TextFiles(source) for source in sources]
         self._identity = {
             "seed": reading.seed, "rows of a batch": self._rows, "row length": reading.length, "window": reading.window,
             "segments": reading.segments, "shards": self._shards, "filters": asdict(filters),
@@ -137,7 +136,7 @@ class TextBatches:
 
     @property
     def fingerprint(self) -> str:
-        """Tells by: what the batches depend on, but for `rank` and `world`."""
+        """A hash of all that the batches depend on, but for `rank` and `world`."""
         return hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -146,23 +145,22 @@ class TextBatches:
         return self._taken is not None
 
     def counts(self) -> list[Counts]:
-        """Of each source, in this process, up to the end of the block under way."""
+        """Returns each source's counts, in this process, up to the end of the block under way."""
         return _totals(self._counts())
 
     def first_epochs(self) -> list[Counts]:
-        """As `counts`, but of each source's first epoch alone; of batches that were not resumed."""
+        """Returns `counts` of each source's first epoch alone; of batches that were not resumed."""
+        shards = zip(self._counts(), self._mixtures, strict=True)
         return _totals(
             [
-                [
-                    counts if counts.epoch == 0 else feed.first or counts
-                    for counts, feed in zip(lane, feeds, strict=True)
-                ]
-                for lane, feeds in zip(self._counts(), (mixture.feeds for mixture in self._mixtures), strict=True)
+                [counts if counts.epoch == 0 else feed.first or counts
+                 for counts, feed in zip(lane, mixture.feeds, strict=True)]
+                for lane, mixture in shards
             ]
-        )
+        )  # fmt: skip
 
     def state(self) -> dict[str, Any]:
-        """Where the iterator stands, as JSON's types: what `resume` takes. All processes call it at once."""
+        """Returns the position as JSON's types, which `resume` takes. All processes call it at once."""
         block, at, lanes = self._block, self._at, self._begun
         if at == self._batches:
             block, at, lanes = block + 1, 0, self._next
@@ -170,16 +168,20 @@ class TextBatches:
         return {"block": block, "batch": at, "shards_at": every, **self._identity}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken, of batches made by the same arguments but for `workers`.
+        """Moves to where `state` was taken, of batches made by the same arguments but for `workers`.
 
         `world` may be another if `shards` and `world * rows` are the same.
 
         Raises:
             InputError: the state is of other data or other arguments, or is damaged.
         """
+        if not isinstance(state, dict):
+            state = {}
         for name, value in json.loads(json.dumps(self._identity)).items():
-            if not isinstance(state, dict) or state.get(name) != value:
-                raise InputError(f"cannot resume: the {name} changed{_told(state, name, value)}")
+            if state.get(name) != value:
+                short = isinstance(value, int | float) and bool(state)
+                was = f": {state.get(name)} before, {value} now" if short else ""
+                raise InputError(f"cannot resume: the {name} changed{was}")
         try:
             block, at = int(state["block"]), int(state["batch"])
             if block < 0 or not 0 <= at < self._batches:
@@ -224,10 +226,10 @@ class TextBatches:
         for number, files in enumerate(self._files):
             read = partial(
                 files.read,
-                order=_FileOrder(self._reading.seed, number),
+                order=partial(_file_order, self._reading.seed, number),
                 shard=shard,
                 shards=self._shards,
-                skipped=_Skipped(marks[number] if marks else []),
+                skipped=partial(_is_marked, marks[number] if marks else []),
             )
             run_ahead = ahead(self._reading.workers, files.source.weight, weights)
             feeds.append(Feed(files.source, read, self._pool, run_ahead, self._wrong))
@@ -275,25 +277,13 @@ class TextBatches:
                 )
 
 
-class _FileOrder:
-    """An epoch's order of a source's files."""
-
-    def __init__(self, seed: int, source: int) -> None:
-        self._seed, self._source = seed, source
-
-    def __call__(self, epoch: int, count: int) -> Sequence[int]:
-        bits = _random(self._seed, _FILES + (self._source << 32) + epoch)
-        return [int(number) for number in np.argsort(bits.random_raw(count), kind="stable")]
+def _file_order(seed: int, source: int, epoch: int, count: int) -> Sequence[int]:
+    bits = _random(seed, _FILES + (source << 32) + epoch)
+    return [int(number) for number in np.argsort(bits.random_raw(count), kind="stable")]
 
 
-class _Skipped:
-    """Whether a document is marked."""
-
-    def __init__(self, marks: duplicates.Marks) -> None:
-        self._marks = marks
-
-    def __call__(self, file: int, number: int) -> bool:
-        return file < len(self._marks) and number < len(self._marks[file]) and bool(self._marks[file][number])
+def _is_marked(marks: duplicates.Marks, file: int, number: int) -> bool:
+    return file < len(marks) and number < len(marks[file]) and bool(marks[file][number])
 
 
 def _random(seed: int, stream: int) -> np.random.Philox:
@@ -315,16 +305,8 @@ def _totals(shards: Sequence[Sequence[Counts]]) -> list[Counts]:
     return totals
 
 
-def _told(state: Any, name: str, value: Any) -> str:
-    short = isinstance(value, int | float) and isinstance(state, dict)
-    return f": {state.get(name)} before, {value} now" if short else ""
-
-
-_ROW = 1024
-
-
 @dataclass(frozen=True)
-class Part:
+class SourceSample:
     """One source in a sample.
 
     Attributes:
@@ -333,15 +315,15 @@ class Part:
             before others began again, and its every token counts here.
     """
 
-    source: Source
+    source: TextSource
     counts: Counts
     wanted: float
     share: float
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What a look at a mixture found.
+class MixtureSample:
+    """A mixture's figures before a run: what the filters drop, how the sources mix, how fast it is prepared.
 
     Attributes:
         tokens: that were found, from its beginning, each once.
@@ -350,7 +332,7 @@ class Sample:
         whole: whether it was every source's every document, at least once.
     """
 
-    parts: list[Part]
+    parts: list[SourceSample]
     tokens: int
     seconds: float
     opening_seconds: float
@@ -362,7 +344,7 @@ class Sample:
 
 
 def sample(
-    sources: Sequence[Source],
+    sources: Sequence[TextSource],
     tokenizer: Path,
     filters: Filters,
     reading: Reading,
@@ -370,7 +352,7 @@ def sample(
     *,
     cache: Path | None = None,
     on_wrong: Callable[[str], None] = lambda line: None,
-) -> Sample:
+) -> MixtureSample:
     """Prepares `tokens` of the mixture as a run would; fewer if that is all there is.
 
     Args:
@@ -382,7 +364,14 @@ def sample(
     if tokens < 1:
         raise InputError(f"a sample has at least 1 token, not {tokens}")
     look = replace(
-        reading, rows=1, length=_ROW, window=_ROW, shards=1, segments=False, max_bad=1 << 60, max_broken=1 << 60
+        reading,
+        rows=1,
+        length=_SAMPLE_ROW,
+        window=_SAMPLE_ROW,
+        shards=1,
+        segments=False,
+        max_bad=1 << 60,
+        max_broken=1 << 60,
     )
     begun = time.perf_counter()
     with TextBatches(sources, tokenizer, filters, look, cache=cache, on_wrong=on_wrong) as batches:
@@ -397,8 +386,8 @@ def sample(
         mixed, once = batches.counts(), batches.first_epochs()
     prepared, weights = sum(counts.tokens for counts in mixed), sum(source.weight for source in sources)
     parts = [
-        Part(source, counts, source.weight / weights, repeated.tokens / prepared)
+        SourceSample(source, counts, source.weight / weights, repeated.tokens / prepared)
         for source, counts, repeated in zip(sources, once, mixed, strict=True)
     ]
     total = sum(counts.tokens for counts in once)
-    return Sample(parts, total, seconds * total / max(1, prepared - first), started - begun, whole)
+    return MixtureSample(parts, total, seconds * total / max(1, prepared - first), started - begun, whole)

@@ -1,11 +1,8 @@
-"""Where raw text comes from: files by path, directory or glob, or a data set on the Hugging Face Hub; read lazily.
+"""Raw text to pretrain on: files by path, directory or glob, or a data set on the Hugging Face Hub; read lazily.
 
-Knows a source's files, their order in an epoch, which documents are this process's, and how to begin anywhere.
-Knows nothing of filters and tokens. Importing this imports neither NumPy nor what unpacks Parquet and Zstandard.
-
-A document is a line of JSON, an element of a JSON array, a row of Parquet, or a text file: a whole one, or what stands
+A document is a line of JSON, an element of a JSON array, a row of Parquet, or a text file: a whole one, or the text
 between lines that are the source's separator. Documents are numbered within their file: by line, element, row, and 0
-for a whole file.
+for a whole file. Importing this imports neither NumPy nor what unpacks Parquet and Zstandard.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from typing import IO, Any
 
 from elm_mlx import reading
 from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.data_files import BadRecord, text_of
 from elm_mlx.errors import ElmError, InputError
 
 SUFFIXES = (*data_files.JSON, *data_files.TEXT, data_files.PARQUET)
@@ -28,7 +25,7 @@ _MANY = 16  # files for each process, from which on a process is given whole fil
 
 
 @dataclass(frozen=True)
-class Source:
+class TextSource:
     """One part of a mixture: either `path` or `dataset`.
 
     Args:
@@ -76,7 +73,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Raw:
-    """A document as it was read, or why there is none.
+    """A document as it was read, or the reason why there is none.
 
     Attributes:
         where: file and line, for people.
@@ -90,14 +87,14 @@ class Raw:
 
 
 class Broken(Exception):
-    """A file cannot be read on from here; the text names it, and says why."""
+    """The rest of a file cannot be read; the text names it, and says why."""
 
 
-Order = Callable[[int, int], Sequence[int]]  # an epoch and a number of files to an order of them
-Skipped = Callable[[int, int], bool]  # whether document NUMBER of file FILE is to be left out as a duplicate
+Order = Callable[[int, int], Sequence[int]]  # an epoch and a number of files to the order of them
+Skipped = Callable[[int, int], bool]  # a file and a document's number to whether it is a duplicate
 
 
-class Files:
+class TextFiles:
     """A source's files, found once.
 
     Attributes:
@@ -108,14 +105,14 @@ class Files:
         ElmError: a package that the source needs is not installed.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: TextSource) -> None:
         self.source = source
         self.paths = _found(source.path) if source.path else []
         if source.dataset:
             _datasets(source)
 
     def fingerprint(self) -> str:
-        """Tells other data by: the files' names and sizes, and how they are read. Where they lie doesn't matter."""
+        """Returns a hash of the files' names and sizes, and how they are read. Where they lie doesn't matter."""
         source = self.source
         parts = [source.dataset, source.subset, source.split, source.key, source.separator]
         parts += [f"{path.name} {path.stat().st_size}" for path in self.paths]
@@ -129,7 +126,7 @@ class Files:
         shards: int = 1,
         skipped: Skipped = lambda file, number: False,
     ) -> Iterator[Raw]:
-        """The shard's documents from `start` on, an epoch after the other without end. Each is of exactly one shard.
+        """Reads the shard's documents from `start` on, epoch after epoch without end. Each is of exactly one shard.
 
         Raises:
             InputError: there is none in a whole epoch.
@@ -160,92 +157,63 @@ class Files:
 
 
 def documents(path: Path, key: str, separator: str | None, start: int = 0) -> Iterator[tuple[int, str, Any]]:
-    """Number, place and content (as in `Raw`) of each document of a file from number `start` on."""
+    """Reads a file's documents from number `start` on: number, place, and content as in `Raw`."""
     number, where = start, str(path)
     try:
-        suffix = data_files.suffix_of(path, SUFFIXES)
-        read = _rows if suffix == data_files.PARQUET else _texts if suffix in data_files.TEXT else _json
-        for number, where, content in read(path, key, separator, start):
+        of_text = data_files.suffix_of(path, SUFFIXES) in data_files.TEXT
+        found = _texts(path, separator, start) if of_text else _records(path, key, start)
+        for number, where, content in found:
             yield number, where, content
             number += 1
     except InputError as error:
         yield number, where, Broken(str(error))
 
 
-def text_of(value: Any, key: str) -> str:
-    """The text of a record. Raises BadRecord."""
-    if not isinstance(value, dict):
-        raise BadRecord(f"is {data_files.kind_of(value)}, and not an object")
-    if key not in value:
-        raise BadRecord(f"`{key}` is missing; it has {data_files.keys_of(value)}")
-    if not isinstance(value[key], str):
-        raise BadRecord(f"`{key}` is {data_files.kind_of(value[key])}, and not a text")
-    return value[key]
-
-
 def _content(value: Any, key: str) -> str | BadRecord:
-    if isinstance(value, BadRecord):
-        return value
     try:
         return text_of(value, key)
     except BadRecord as error:
         return error
 
 
-def _json(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    by_line = data_files.is_lines(path)
-    with data_files.opened(path) as file:
-        if not by_line:
-            for number, (line, value) in enumerate(data_files.elements(path, data_files.whole(path, file))):
-                if number >= start:
-                    yield number, f"{path}, line {line}", _content(value, key)
-            return
-        for line, data in data_files.lines(path, file):
-            if line > start:  # numbers begin at 0, lines at 1
-                yield line - 1, f"{path}, line {line}", data
-
-
-def _rows(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    for number, group, value in data_files.parquet(path, (key,), start):
-        if isinstance(value, dict) and key not in value:
+def _records(path: Path, key: str, start: int) -> Iterator[tuple[int, str, Any]]:
+    by_column = path.name.lower().endswith(data_files.PARQUET)
+    for number, where, value in data_files.read(path, (key,), start, parse=False):
+        if by_column and isinstance(value, dict) and key not in value:
             raise InputError(f"{path}: has no column `{key}`; it has {data_files.keys_of(value)}")
-        yield number, f"{path}, row {number + 1} (row group {group})", _content(value, key)
+        yield number, where, value if isinstance(value, bytes) else _content(value, key)
 
 
-def _texts(path: Path, key: str, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    with data_files.opened(path) as file:
-        parts = [(1, _whole(path, file))] if separator is None else _separated(path, file, separator.encode())
-        for number, (line, data) in enumerate(parts):
-            if number >= start:
-                where = str(path) if separator is None else f"{path}, line {line}"
-                yield number, where, _decoded(data)
+def _texts(path: Path, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
+    with data_files.open_file(path) as file:
+        if separator is None:
+            parts = iter([(str(path), reading.unmarked(data_files.read_whole(path, file), str(path)))])
+        else:
+            parts = _separated(path, file, separator.encode())
+        for number, (where, data) in enumerate(parts):
+            if number < start:
+                continue
+            try:
+                content: Any = data.decode("utf-8").replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                content = BadRecord(f"not UTF-8 at byte {error.start + 1}")
+            yield number, where, content
 
 
-def _whole(path: Path, file: IO[bytes]) -> bytes:
-    return reading.unmarked(data_files.whole(path, file), str(path))
-
-
-def _separated(path: Path, file: IO[bytes], separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """What stands between separators and isn't blank, with the line that it begins on."""
-    first, held = 1, bytearray()
+def _separated(path: Path, file: IO[bytes], separator: bytes) -> Iterator[tuple[str, bytes]]:
+    """The texts between separators that are not blank, each with its place."""
+    first, text = 1, bytearray()
     for number, line in data_files.whole_lines(path, file):
         if line.strip() != separator:
-            held += line
-            if len(held) > data_files.LINE_BYTES:
-                raise InputError(f"{path}, line {first}: no separator in {len(held) >> 20} MB")
+            text += line
+            if len(text) > data_files.LINE_BYTES:
+                raise InputError(f"{path}, line {first}: no separator in {len(text) >> 20} MB")
             continue
-        if held.strip():
-            yield first, bytes(held)
-        first, held = number + 1, bytearray()
-    if held.strip():
-        yield first, bytes(held)
-
-
-def _decoded(data: bytes) -> str | BadRecord:
-    try:
-        return data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start + 1}")
+        if text.strip():
+            yield f"{path}, line {first}", bytes(text)
+        first, text = number + 1, bytearray()
+    if text.strip():
+        yield f"{path}, line {first}", bytes(text)
 
 
 def _found(pattern: str) -> list[Path]:
@@ -255,7 +223,7 @@ def _found(pattern: str) -> list[Path]:
         return [path]
     if path.is_dir():
         known = (each for each in path.rglob("*") if each.name.lower().endswith(SUFFIXES) and each.is_file())
-        paths = sorted(each for each in known if _is_meant(each.relative_to(path)))
+        paths = sorted(each for each in known if _is_to_train_on(each.relative_to(path)))
         if not paths:
             raise InputError(f"{path}: holds no data files, which are {', '.join(SUFFIXES)}")
         return paths
@@ -268,13 +236,13 @@ def _found(pattern: str) -> list[Path]:
     return paths
 
 
-def _is_meant(path: Path) -> bool:
-    """Whether a file below a source's directory is one of its files: not hidden, and not held out."""
+def _is_to_train_on(path: Path) -> bool:
+    """Tells whether a file below a source's directory is neither hidden nor held out."""
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and not data_files.is_held_out(path, data_files.suffix_of(path, SUFFIXES))
 
 
-def _datasets(source: Source) -> Any:
+def _datasets(source: TextSource) -> Any:
     try:
         import datasets
     except ImportError:
@@ -282,8 +250,8 @@ def _datasets(source: Source) -> Any:
     return datasets
 
 
-def _streamed(source: Source, start: int) -> Iterator[tuple[int, str, Any]]:
-    """The documents of a data set on the Hub; whatever goes wrong there is Broken."""
+def _streamed(source: TextSource, start: int) -> Iterator[tuple[int, str, Any]]:
+    """Reads the documents of a data set on the Hub; whatever goes wrong there is Broken."""
     number = start
     try:
         stream = _datasets(source).load_dataset(source.dataset, source.subset, split=source.split, streaming=True)

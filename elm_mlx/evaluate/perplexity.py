@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elm_mlx import reading
-from elm_mlx.data import data_files, records, text_sources
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord, text_of
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scores import Score
@@ -105,14 +105,12 @@ def slide(ids: Sequence[int], window: int, stride: int) -> Iterator[Scored]:
 def _documents(path: Path) -> Iterator[str]:
     suffix = data_files.suffix_of(path, (*data_files.TEXT, *data_files.JSON))
     if suffix in data_files.TEXT:
-        with data_files.opened(path) as file:
-            yield reading.decoded(data_files.whole(path, file), str(path))
+        with data_files.open_file(path) as file:
+            yield reading.decoded(data_files.read_whole(path, file), str(path))
         return
-    for where, value in records.values([path], ()):
+    for where, value in data_files.read_all([path], ()):
         try:
-            if isinstance(value, BadRecord):
-                raise value
-            text = text_sources.text_of(value, "text")
+            text = text_of(value, "text")
             check_unicode(text)
         except (BadRecord, InputError) as error:
             raise InputError(f"{where}: {error}") from None

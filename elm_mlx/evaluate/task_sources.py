@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import reading
-from elm_mlx.data import data_files, records
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import RECORDS as SUFFIXES
 from elm_mlx.data.data_files import BadRecord
-from elm_mlx.data.records import SUFFIXES
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.questions import SHAPES, Question, has_shape, hellaswag_adopted, of_shape
 from elm_mlx.evaluate.tasks import Chosen, Task
@@ -127,7 +127,7 @@ def _of_file(path: Path, task: Task) -> list[Question]:
 
 def _questions(paths: Sequence[Path], read: Callable[[Mapping[str, Any]], Question], hint: str = "") -> list[Question]:
     found = []
-    for where, record in records.values(paths, _COLUMNS):
+    for where, record in data_files.read_all(paths, _COLUMNS):
         try:
             if isinstance(record, BadRecord):
                 raise record

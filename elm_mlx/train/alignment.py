@@ -19,10 +19,9 @@ from mlx.utils import tree_map
 
 from elm_mlx import device, files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
-from elm_mlx.data import pairs
-from elm_mlx.data.batches import Batch
+from elm_mlx.data import examples
+from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
-from elm_mlx.data.pairs import PairBatch, PairBatches
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
@@ -64,8 +63,8 @@ class Alignment(Finetuning):
             raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
         tokenizer, template, length = self._encoding()
         data = self.asked.examples
-        return pairs.load(
-            self.asked.data, tokenizer, template, length, context=self.config.max_context_length,
+        return examples.load(
+            self.asked.data, tokenizer, template, length, context=self.config.max_context_length, paired=True,
             truncate=data.truncate, skip_bad=data.skip_bad,
         )  # fmt: skip
 
@@ -76,7 +75,7 @@ class Alignment(Finetuning):
         )  # fmt: skip
 
     def _row_length(self, prepared: Prepared) -> int:
-        needs = [len(pair.ids) - 1 for pair in pairs.Joined(prepared.examples)]
+        needs = [len(pair.ids) - 1 for pair in Joined(prepared.examples)]
         return row_length(needs, 2 * prepared.max_length, self.batch_size * self.world)
 
     def load(self) -> memory.Load:

@@ -17,8 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from elm_mlx.data.batches import Batch
-from elm_mlx.data.pairs import PairBatch
+from elm_mlx.data.batches import Batch, PairBatch
 from elm_mlx.errors import InputError
 from elm_mlx.train.loss import Head, Positions, summed_loss
 from elm_mlx.train.settings import PreferenceLoss

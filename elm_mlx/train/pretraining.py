@@ -25,7 +25,7 @@ from elm_mlx.data import duplicates
 from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
-from elm_mlx.data.text_sources import Source
+from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import write_arrays
@@ -173,7 +173,7 @@ class Pretraining:
         if data.validation is None:
             return
         reading = Reading(data.validation_rows, data.sequence_length, window=1, shards=1, workers=0)
-        with TextBatches([Source(data.validation)], self._tokenizer.path, _UNFILTERED, reading) as batches:
+        with TextBatches([TextSource(data.validation)], self._tokenizer.path, _UNFILTERED, reading) as batches:
             rows = next(batches)
         inputs, targets = (each[rank :: self.world] for each in (rows.inputs, rows.targets))
         for start in range(0, len(inputs), size):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading
-from elm_mlx.data.text_sources import Source
+from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
 from elm_mlx.train.settings import DTypeName, OnNan, OptimizerName, Schedule, ScheduleShape, Settings
@@ -144,7 +144,7 @@ class Data:
         sources: the mixture.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[TextSource, ...]
     sequence_length: int = 2048
     window: int | None = None
     segments: bool = False
@@ -220,7 +220,7 @@ def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
     Raises:
         InputError: there is no such preset.
     """
-    sources = (Source(text),)
+    sources = (TextSource(text),)
     if name == SMALL:
         return Recipe(
             "tokenizer.model",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elm_mlx.data import examples, pairs
+from elm_mlx.data import examples
 from elm_mlx.data.examples import Example
 from elm_mlx.errors import ElmError
 from elm_mlx.reading import expanded, json_object
@@ -54,9 +54,7 @@ def _examples(adapter: Path, model: Path) -> list[Example]:
     used = chat_template.choose(model, tokenizer, settings.get("template"))
     length = settings.get("max_seq_length") or examples.longest(config)
     path, truncate = expanded(settings["data"]), bool(settings.get("truncate"))
-    if about.get("command") == "dpo":
-        return pairs.load(path, tokenizer, used, length, truncate=truncate, skip_bad=True)["train"].examples
     return examples.load(
-        path, tokenizer, used, length, format=settings.get("format"),
+        path, tokenizer, used, length, format=settings.get("format"), paired=about.get("command") == "dpo",
         train_on_prompt=bool(settings.get("train_on_prompt")), truncate=truncate, skip_bad=True,
     )["train"].examples  # fmt: skip

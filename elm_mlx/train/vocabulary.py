@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord
-from elm_mlx.data.text_sources import SUFFIXES, text_of
+from elm_mlx.data.data_files import BadRecord, text_of
+from elm_mlx.data.text_sources import SUFFIXES
 from elm_mlx.directories import check_file
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_file
@@ -195,22 +195,16 @@ class _Reservoir:
 
 def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
     """Each text in the file, in UTF-8, with where it stands. Of a text file, each line."""
-    suffix = data_files.suffix_of(path, SUFFIXES)
-    if suffix == data_files.PARQUET:
-        for number, group, row in data_files.parquet(path, ("text",)):
-            yield f"{path}, row {number + 1} (row group {group})", _text(row)
-    elif suffix in data_files.JSON:
-        for line, value in data_files.values(path):
-            yield f"{path}, line {line}", _text(value)
-    else:
-        with data_files.opened(path) as file:
+    if data_files.suffix_of(path, SUFFIXES) in data_files.TEXT:
+        with data_files.open_file(path) as file:
             for line, data in data_files.lines(path, file):
                 yield f"{path}, line {line}", _decoded(data)
+        return
+    for _, where, value in data_files.read(path, ("text",)):
+        yield where, _text(value)
 
 
 def _text(value: Any) -> bytes | BadRecord:
-    if isinstance(value, BadRecord):
-        return value
     try:
         return text_of(value, "text").encode("utf-8")
     except BadRecord as error:

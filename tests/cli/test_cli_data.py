@@ -192,8 +192,8 @@ def test_every_bad_record_is_named(run: Run, tmp_path: Path) -> None:
     named = [
         f"{path}, line 3: has none of these sets of keys: `prompt`, `completion`; `messages`; `instruction`, `output`; "
         "`text`; it has `prompt`",
-        f"{path}, line 5: is a number, and not an object",
         f"{path}, line 4: the text is no valid Unicode: character 1 is U+D800",
+        f"{path}, line 5: is a number, and not an object",
     ]
     assert (code, out) == (2, "")
     assert err.splitlines() == [*named, f"elm-mlx: {path}: 3 bad records; mend them, or --skip-bad leaves them out"]

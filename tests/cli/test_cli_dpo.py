@@ -22,7 +22,7 @@ from training_runs import free_port
 
 from elm_mlx import files
 from elm_mlx.cli.dpo import RECIPES
-from elm_mlx.data import pairs
+from elm_mlx.data.examples import load as load_examples
 from elm_mlx.store.loading import load, load_model
 from elm_mlx.text.chat_template import choose
 from elm_mlx.train import alignment
@@ -82,7 +82,7 @@ def test_the_reference_is_the_base_and_the_adapter_has_left_it(
     assert run(tiny_model_dir, "--data", data, "--out", out, *QUICK)[0] == 0
     base, tokenizer = load(tiny_model_dir, "float32")
     tuned = load_model(tiny_model_dir, "float32", adapter_path=out)
-    prepared = pairs.load(data, tokenizer, choose(tiny_model_dir, tokenizer), 128)
+    prepared = load_examples(data, tokenizer, choose(tiny_model_dir, tokenizer), 128, paired=True)
     margins = []
     for split, found in load_file(out / alignment.FILE).items():
         examples = prepared[split].examples

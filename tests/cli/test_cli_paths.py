@@ -11,7 +11,7 @@ from commands import Run
 
 import elm_mlx
 from elm_mlx.cli import _COMMANDS, _Commands
-from elm_mlx.data.text_sources import Files
+from elm_mlx.data.text_sources import TextFiles
 from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.train import pretraining_recipe, sections
@@ -61,7 +61,7 @@ def test_a_recipe(home: Path) -> None:
     made = pretraining_recipe.preset("small", "~/d.jsonl")
     (home / "r.toml").write_text(sections.write(made, "about"))
     read = sections.read(Path("~/r.toml"), pretraining_recipe.Recipe)
-    assert read == made and Files(read.data.sources[0]).paths == [home / "d.jsonl"]
+    assert read == made and TextFiles(read.data.sources[0]).paths == [home / "d.jsonl"]
 
 
 def test_python(home: Path) -> None:

@@ -13,13 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import texts
 
 from elm_mlx import reading
-from elm_mlx.data import data_files, records, text_sources
+from elm_mlx.data import data_files, text_sources
 from elm_mlx.data.data_files import BadRecord, Name, find, is_held_out, name_of
 from elm_mlx.errors import ElmError, InputError
 
 LINES = b'{"text": "a"}\n' * 20_000  # more than is unpacked at once
+
+
+def values(path: Path) -> list[tuple[int, Any]]:
+    """Each value and its line."""
+    return [(int(where.removeprefix(f"{path}, line ")), value) for _, where, value in data_files.read(path, ())]
 
 
 def packed(*parts: bytes) -> bytes:
@@ -30,16 +36,16 @@ def packed(*parts: bytes) -> bytes:
 @pytest.mark.parametrize("frames", [(LINES,), (LINES[:99], LINES[99:]), (b"", LINES), (LINES, b"")])
 def test_zstandard_frames(tmp_path: Path, frames: tuple[bytes, ...]) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(packed(*frames))
-    with data_files.opened(tmp_path / "a.jsonl.zst") as file:
+    with data_files.open_file(tmp_path / "a.jsonl.zst") as file:
         assert file.read() == LINES
-    assert len(records.read(tmp_path / "a.jsonl.zst")["train"].records) == 20_000
+    assert len(texts.records(tmp_path / "a.jsonl.zst")["train"].records) == 20_000
 
 
 def test_a_zstandard_stream_without_its_size(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     (tmp_path / "a.json.zst").write_bytes(stream.compress(LINES) + stream.flush())
-    with data_files.opened(tmp_path / "a.json.zst") as file:
+    with data_files.open_file(tmp_path / "a.json.zst") as file:
         assert file.read() == LINES
 
 
@@ -47,14 +53,14 @@ def test_a_zstandard_stream_without_its_size(tmp_path: Path) -> None:
 def test_zstandard_cut_short(tmp_path: Path, keep: int) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(packed(LINES)[:keep])
     with pytest.raises(InputError, match=r"a\.jsonl\.zst: damaged Zstandard: it is cut short"):
-        records.read(tmp_path / "a.jsonl.zst")
+        texts.records(tmp_path / "a.jsonl.zst")
 
 
 def test_zstandard_by_name_alone(tmp_path: Path) -> None:
     pytest.importorskip("zstandard")
     (tmp_path / "a.jsonl.zst").write_bytes(LINES)
     with pytest.raises(InputError, match=r"a\.jsonl\.zst: damaged Zstandard: "):
-        records.read(tmp_path / "a.jsonl.zst")
+        texts.records(tmp_path / "a.jsonl.zst")
 
 
 def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +74,7 @@ def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ElmError, match=r"a\.jsonl\.zst: Zstandard needs its package: pip install 'elm-mlx\[zstd\]'"):
-        records.read(tmp_path / "a.jsonl.zst")
+        texts.records(tmp_path / "a.jsonl.zst")
 
 
 def test_a_parquet_columns_name_that_is_no_text_is_one_line(tmp_path: Path) -> None:
@@ -79,7 +85,7 @@ def test_a_parquet_columns_name_that_is_no_text_is_one_line(tmp_path: Path) -> N
     parquet.write_table(pyarrow.table({"text": ["a"], "d\u00e9tail": ["b"]}), path)
     path.write_bytes(path.read_bytes().replace("d\u00e9tail".encode(), b"d\xed\xa9tail"))
     with pytest.raises(InputError, match=r"a\.parquet: no Parquet that can be read: "):
-        list(data_files.parquet(path, ("text",)))
+        list(data_files.read(path, ("text",)))
 
 
 def test_parquet_from_a_row_on(tmp_path: Path) -> None:
@@ -88,14 +94,11 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
 
     table = pyarrow.table({"text": [str(number) for number in range(2500)], "other": list(range(2500))})
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1100)
-    every = list(data_files.parquet(tmp_path / "a.parquet", ("text",)))
-    assert [row for row, _, _ in every] == list(range(2500)) and every[1200] == (
-        1200,
-        1,
-        {"text": "1200", "other": None},
-    )
+    every = list(data_files.read(tmp_path / "a.parquet", ("text",)))
+    assert [row for row, _, _ in every] == list(range(2500))
+    assert every[1200] == (1200, f"{tmp_path}/a.parquet, row 1201 (row group 1)", {"text": "1200", "other": None})
     for start in (0, 1, 1099, 1100, 2499, 2500, 9999):
-        assert list(data_files.parquet(tmp_path / "a.parquet", ("text",), start)) == every[start:]
+        assert list(data_files.read(tmp_path / "a.parquet", ("text",), start)) == every[start:]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
@@ -109,7 +112,7 @@ def test_a_line_or_a_file_that_no_text_is(
     pack = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": packed}[name]
     (tmp_path / name).write_bytes(pack(data))
     with pytest.raises(InputError, match=rf"{name}(, line 1: has more than 1 MB without an end|: more than \d MB)"):
-        records.read(tmp_path / name)
+        texts.records(tmp_path / name)
 
 
 def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,21 +120,21 @@ def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, mon
     array = b"[\n" + b",\n".join([b'{"text": "a"}'] * 200_000) + b"]"
     (tmp_path / "a.json").write_bytes(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
-    assert len(records.read(tmp_path / "a.json")["train"].records) == 200_000
+    assert len(texts.records(tmp_path / "a.json")["train"].records) == 200_000
     with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB, which only JSON lines"):
-        records.read(tmp_path / "a.json.gz")
+        texts.records(tmp_path / "a.json.gz")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
-    with data_files.opened(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
+    with data_files.open_file(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
         list(data_files.lines(tmp_path / name, file))
 
 
 def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="is no regular file"), data_files.opened(tmp_path / "a.jsonl"):
+    with pytest.raises(InputError, match="is no regular file"), data_files.open_file(tmp_path / "a.jsonl"):
         pass
 
 
@@ -161,13 +164,15 @@ LAYOUTS = {
 def test_values_in_every_layout(tmp_path: Path, layout: str, packing: str) -> None:
     path, text = tmp_path / f"a.json{packing}", LAYOUTS[layout]
     path.write_bytes(gzip.compress(text.encode()) if packing else text.encode())
-    found = list(data_files.values(path))
+    found = values(path)
     assert [value for _, value in found] == [A, B, C]
     for number, value in found:  # each begins on the line that is said
         line = text.split("\n")[number - 1]
         assert line.lstrip(" [,").startswith("{") and (len(line) < 20 or json.dumps(next(iter(value))) in line)
     documents = list(text_sources.documents(path, "text", None))
-    parsed = [content if not isinstance(content, bytes) else data_files.parsed(content) for _, _, content in documents]
+    parsed = [
+        content if not isinstance(content, bytes) else data_files.parse_line(content) for _, _, content in documents
+    ]
     assert parsed[:2] in ([A, B], ["a", "b\nö"]) and len(parsed) == 3
     later = text_sources.documents(path, "text", None, documents[1][0])
     assert list(map(repr, later)) == list(map(repr, documents[1:]))
@@ -179,7 +184,7 @@ def test_values_in_every_layout(tmp_path: Path, layout: str, packing: str) -> No
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_is_a_record(tmp_path: Path, value: Any, indent: int | None) -> None:
     (tmp_path / "a.json").write_text(json.dumps(value, indent=indent))
-    assert list(data_files.values(tmp_path / "a.json")) == [(1, value)]
+    assert values(tmp_path / "a.json") == [(1, value)]
 
 
 @pytest.mark.parametrize(
@@ -199,7 +204,7 @@ def test_one_object_is_a_record(tmp_path: Path, value: Any, indent: int | None) 
 def test_what_is_wrong_beyond_a_line_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError) as caught:
-        list(data_files.values(tmp_path / "a.json"))
+        values(tmp_path / "a.json")
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -219,7 +224,7 @@ def test_a_bad_line_among_others_is_one_bad_record(tmp_path: Path, line: str, re
         lines = [json.dumps(A), json.dumps(B)]
         lines.insert(place, line)
         (tmp_path / "a.jsonl").write_text("\n".join(lines))
-        found = list(data_files.values(tmp_path / "a.jsonl"))
+        found = values(tmp_path / "a.jsonl")
         bad = found.pop(place)
         assert isinstance(bad[1], BadRecord) and str(bad[1]) == reason and bad[0] == place + 1
         assert [value for _, value in found] == [A, B]
@@ -235,7 +240,7 @@ class TestParquet:
 
         def call(columns: dict[str, Any]) -> list[str]:
             parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
-            return [line.partition("row ")[2] for line in records.read(tmp_path / "a.parquet")["train"].bad]
+            return [line.partition("row ")[2] for line in texts.records(tmp_path / "a.parquet")["train"].bad]
 
         return call
 
@@ -280,7 +285,7 @@ class TestParquet:
         arrays = [pyarrow.array(["a"])] * 2
         parquet.write_table(pyarrow.Table.from_arrays(arrays, names=["text", "text"]), tmp_path / "a.parquet")
         with pytest.raises(InputError, match="has the column `text` twice"):
-            records.read(tmp_path / "a.parquet")
+            texts.records(tmp_path / "a.parquet")
 
 
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".ndjson", ".parquet")

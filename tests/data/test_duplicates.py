@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from elm_mlx.data import duplicates
 from elm_mlx.data.duplicates import find
 from elm_mlx.data.filters import Filters
-from elm_mlx.data.text_sources import Files, Source
+from elm_mlx.data.text_sources import TextFiles, TextSource
 from elm_mlx.data.workers import Hash, Pool
 
 Marks = list[list[list[bool]]]
@@ -27,8 +27,8 @@ def pool(tiny_tokenizer_file: Path) -> Iterator[Pool]:
     made.close()
 
 
-def found(pool: Pool, *sources: Source, cache: Path | None = None) -> Marks:
-    return [[file.tolist() for file in marks] for marks in find([Files(each) for each in sources], pool, cache)]
+def found(pool: Pool, *sources: TextSource, cache: Path | None = None) -> Marks:
+    return [[file.tolist() for file in marks] for marks in find([TextFiles(each) for each in sources], pool, cache)]
 
 
 def test_the_first_of_equal_texts_is_kept(tmp_path: Path, pool: Pool) -> None:
@@ -38,7 +38,7 @@ def test_the_first_of_equal_texts_is_kept(tmp_path: Path, pool: Pool) -> None:
     )
     texts.write(tmp_path / "one/a.jsonl", ["a", "e\u0301", "é"])
     texts.write(tmp_path / "two.jsonl", [{"body": "é", "text": "new"}, {"body": "x", "text": "new"}])
-    one, two = Source(str(tmp_path / "one")), Source(str(tmp_path / "two.jsonl"), key="body")
+    one, two = TextSource(str(tmp_path / "one")), TextSource(str(tmp_path / "two.jsonl"), key="body")
     assert found(pool, one, two) == [
         [[False, False, True], [False, False, True, False, False, False, True]],
         [[True, False]],
@@ -71,7 +71,7 @@ def test_hashes_are_kept_until_a_file_changes(tmp_path: Path, pool: Pool, monkey
         return submit(task)
 
     monkeypatch.setattr(pool, "submit", counted)
-    source = Source(str(path))
+    source = TextSource(str(path))
     for _ in range(3):
         assert found(pool, source, cache=cache) == [[[False, True]]]
     assert asked == [path]
@@ -79,14 +79,14 @@ def test_hashes_are_kept_until_a_file_changes(tmp_path: Path, pool: Pool, monkey
     texts.write(path, ["a", "b"])
     os.utime(path, ns=(1, 1))
     assert found(pool, source, cache=cache) == [[[False, False]]]
-    assert found(pool, Source(str(path), key="body"), cache=cache) == [[[]]]
+    assert found(pool, TextSource(str(path), key="body"), cache=cache) == [[[]]]
     assert asked == [path] * 3
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, pool: Pool) -> None:
     path = texts.write(tmp_path / "a.jsonl", ["a", "a"])
     (tmp_path / "cache").write_text("a file")
-    assert found(pool, Source(str(path)), cache=tmp_path / "cache") == [[[False, True]]]
+    assert found(pool, TextSource(str(path)), cache=tmp_path / "cache") == [[[False, True]]]
 
 
 def test_where_hashes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sentencepiece_models import EXACT, train
 
 from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared, load, prepare
-from elm_mlx.data.records import Completion, Conversation, Instruction, Split, Text
+from elm_mlx.data.records import Conversation, Instruction, PlainText, PromptAnswer, Split
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, Template
 from elm_mlx.text.tokenizer import Tokenizer
@@ -63,13 +63,13 @@ def shown(tokenizer: Tokenizer, example: Example) -> str:
 
 class TestPlain:
     def test_a_text_stands_between_bos_and_eos(self, tokenizer: Tokenizer) -> None:
-        example = Encoder(tokenizer, None).encode(Text("", "the fox"))
+        example = Encoder(tokenizer, None).encode(PlainText("", "the fox"))
         assert example.ids == (1, *tokenizer.encode("the fox")[1:], 2)
         assert example.trained == (False, *[True] * (len(example.ids) - 1))
         assert shown(tokenizer, example) == "<s>[the fox</s>]"
 
     def test_a_text_is_no_conversation(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
-        text = Text("", "the </s> fox")
+        text = PlainText("", "the </s> fox")
         assert Encoder(tokenizer, templates["ours"]).encode(text) == Encoder(tokenizer, None).encode(text)
         assert Encoder(tokenizer, None).encode(text).ids.count(2) == 1
 
@@ -79,7 +79,7 @@ class TestPlain:
     def test_a_completion_goes_on_where_generate_would(
         self, tokenizer: Tokenizer, prompt: str, completion: str
     ) -> None:
-        example = Encoder(tokenizer, None).encode(Completion("", prompt, completion))
+        example = Encoder(tokenizer, None).encode(PromptAnswer("", prompt, completion))
         asked = tokenizer.encode(prompt)
         assert list(example.ids[: len(asked)]) == asked
         assert example.trained == (*[False] * len(asked), *[True] * (len(example.ids) - len(asked)))
@@ -88,7 +88,7 @@ class TestPlain:
     @given(prompt=st.text(min_size=1), completion=st.text(min_size=1))
     @settings(deadline=None, max_examples=150)
     def test_any_completion(self, tokenizer: Tokenizer, prompt: str, completion: str) -> None:
-        example = Encoder(tokenizer, None).encode(Completion("", prompt, completion))
+        example = Encoder(tokenizer, None).encode(PromptAnswer("", prompt, completion))
         asked = tokenizer.encode(prompt)
         assert list(example.ids[: len(asked)]) == asked
         assert tokenizer.decode(example.ids) == tokenizer.decode(tokenizer.encode(prompt + completion))
@@ -107,24 +107,24 @@ class TestPlain:
         )
 
     def test_all_of_it_if_wanted(self, tokenizer: Tokenizer) -> None:
-        record = Completion("", "the quick", " fox")
+        record = PromptAnswer("", "the quick", " fox")
         some, every = Encoder(tokenizer, None).encode(record), Encoder(tokenizer, None, True).encode(record)
         assert every.ids == some.ids and every.trained == (False, *[True] * (len(some.ids) - 1))
 
     def test_a_tokenizer_without_bos(self, tmp_path: Path) -> None:
         bare = Tokenizer.load(train(tmp_path / "t.model", **EXACT, bos_id=-1))
-        example = Encoder(bare, None).encode(Text("", "the fox"))
+        example = Encoder(bare, None).encode(PlainText("", "the fox"))
         assert example.ids == (*bare.encode("the fox"), bare.eos_id)
         assert not example.trained[0] and all(example.trained[1:])
 
     def test_one_token_is_nothing_to_learn(self, tmp_path: Path) -> None:
         bare = Tokenizer.load(train(tmp_path / "t.model", **EXACT, bos_id=-1, eos_id=-1))
         with pytest.raises(InputError, match="one token, which nothing predicts"):
-            Encoder(bare, None).encode(Text("", "the"))
+            Encoder(bare, None).encode(PlainText("", "the"))
 
     def test_half_a_surrogate_pair(self, tokenizer: Tokenizer) -> None:
         with pytest.raises(InputError, match="character 2 is U\\+D800"):
-            Encoder(tokenizer, None).encode(Text("", "a\ud800"))
+            Encoder(tokenizer, None).encode(PlainText("", "a\ud800"))
 
 
 class TestConversations:
@@ -213,9 +213,9 @@ class TestConversations:
     def test_completions_and_instructions_are_turns(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:
         encode = Encoder(tokenizer, templates["ours"]).encode
         turn = encode(conversation(user("Q\n\nabout"), assistant("A")))
-        assert encode(Completion("", "Q\n\nabout", "A")) == turn
+        assert encode(PromptAnswer("", "Q\n\nabout", "A")) == turn
         assert encode(Instruction("", "Q", "about", "A")) == turn
-        assert encode(Instruction("", "Q", "", "A")) == encode(Completion("", "Q", "A"))
+        assert encode(Instruction("", "Q", "", "A")) == encode(PromptAnswer("", "Q", "A"))
 
     def test_a_template_that_rewrites_answers(self, tokenizer: Tokenizer) -> None:
         forgetful = CHATML.replace("m.content | trim", "(m.content if loop.last else 'so')")
@@ -261,7 +261,7 @@ class TestAgainstMlxLm:
         data = [{"text": text} for text in ("the quick brown fox", "  naïve\n漢字 ", "x")]
         for row in data:
             ids, offset = TextDataset(data, theirs).process(row)
-            example = Encoder(tiny_tokenizer, None).encode(Text("", row["text"]))
+            example = Encoder(tiny_tokenizer, None).encode(PlainText("", row["text"]))
             assert list(example.ids) == ids and offset == 0
 
     @pytest.mark.parametrize("question", ["the quick brown", "", "a\nb "])
@@ -270,7 +270,7 @@ class TestAgainstMlxLm:
 
         row = {"prompt": question, "completion": "old king, naïve"}
         ids, offset = CompletionsDataset([row], theirs, "prompt", "completion", True).process(row)
-        example = Encoder(tiny_tokenizer, OpenELMInstruct(tiny_tokenizer)).encode(Completion("", *row.values()))
+        example = Encoder(tiny_tokenizer, OpenELMInstruct(tiny_tokenizer)).encode(PromptAnswer("", *row.values()))
         assert example.trained.index(True) == offset
         assert list(example.ids) == ids[: len(example.ids)]
         assert tiny_tokenizer.decode(ids[len(example.ids) :]).strip() == ""  # the line's end after the end mark
@@ -288,7 +288,7 @@ class TestAgainstMlxLm:
         if not LLAMA.exists():
             pytest.skip(f"{LLAMA} is not here")
         llama = Tokenizer.load(LLAMA)
-        example = Encoder(llama, OpenELMInstruct(llama)).encode(Completion("", "What?", "Paris."))
+        example = Encoder(llama, OpenELMInstruct(llama)).encode(PromptAnswer("", "What?", "Paris."))
         assert example.ids[-5:] == (13, 2177, 275, 29889, 2)  # as Hugging Face's: \n, Par, is, ., </s>
         assert example.trained == (*[False] * (len(example.ids) - 4), *[True] * 4)
 
@@ -296,9 +296,9 @@ class TestAgainstMlxLm:
 class TestLength:
     def test_a_long_text_is_split_and_each_token_learnt_once(self, tokenizer: Tokenizer) -> None:
         text = "the quick brown fox jumps over lazy dogs " * 20
-        whole = Encoder(tokenizer, None).encode(Text("", text))
+        whole = Encoder(tokenizer, None).encode(PlainText("", text))
         for size in (2, 3, 16, len(whole.ids) - 1):
-            prepared = prepare(Split([Text("f", text)]), tokenizer, None, size)
+            prepared = prepare(Split([PlainText("f", text)]), tokenizer, None, size)
             assert all(2 <= len(example.ids) <= size for example in prepared.examples)
             learnt = [token for example in prepared.examples for token in example.ids[1:]]
             assert learnt == list(whole.ids[1:])
@@ -307,15 +307,15 @@ class TestLength:
             assert prepared.lengths == [len(whole.ids)] and prepared.longest == (len(whole.ids), "f")
 
     def test_what_just_fits_is_whole(self, tokenizer: Tokenizer) -> None:
-        whole = Encoder(tokenizer, None).encode(Text("", "the quick brown fox"))
-        prepared = prepare(Split([Text("f", "the quick brown fox")]), tokenizer, None, len(whole.ids))
+        whole = Encoder(tokenizer, None).encode(PlainText("", "the quick brown fox"))
+        prepared = prepare(Split([PlainText("f", "the quick brown fox")]), tokenizer, None, len(whole.ids))
         assert prepared.examples == [whole] and prepared.warnings() == []
 
     def lengthy(self, tokenizer: Tokenizer, truncate: bool) -> Prepared:
         records = [
-            Completion("f, line 1", "the", " fox"),
-            Completion("f, line 2", "the", " quick brown" * 30),
-            Completion("f, line 3", "the quick brown" * 30, " fox"),
+            PromptAnswer("f, line 1", "the", " fox"),
+            PromptAnswer("f, line 2", "the", " quick brown" * 30),
+            PromptAnswer("f, line 3", "the quick brown" * 30, " fox"),
         ]
         return prepare(Split(list(records)), tokenizer, None, 32, truncate=truncate)
 
@@ -331,7 +331,7 @@ class TestLength:
         prepared = self.lengthy(tokenizer, True)
         assert prepared.sources == ["f, line 1", "f, line 2"]
         assert (prepared.cut, prepared.left_out) == (1, 1)
-        whole = Encoder(tokenizer, None).encode(Completion("", "the", " quick brown" * 30))
+        whole = Encoder(tokenizer, None).encode(PromptAnswer("", "the", " quick brown" * 30))
         assert prepared.examples[1] == Example(whole.ids[:32], whole.trained[:32])
         assert [line.partition(";")[0] for line in prepared.warnings()] == [
             "1 of 3 records longer than 32 tokens: their end is cut off",
@@ -352,7 +352,7 @@ class TestLength:
     def test_what_is_advised_would_help(
         self, tokenizer: Tokenizer, truncate: bool, context: int | None, remedy: str
     ) -> None:
-        record = Completion("f, line 1", "the quick brown" * 30, " fox")
+        record = PromptAnswer("f, line 1", "the quick brown" * 30, " fox")
         (line,) = prepare(Split([record]), tokenizer, None, 32, truncate=truncate, context=context).warnings()
         assert (
             line.partition(f"the longest, f, line 1, has {len(Encoder(tokenizer, None).encode(record).ids)}")[2]
@@ -367,14 +367,14 @@ class TestLength:
             load(path, tokenizer, None, 65, context=64)
 
     def test_truncate_cuts_texts_too(self, tokenizer: Tokenizer) -> None:
-        prepared = prepare(Split([Text("f", "the fox " * 40)]), tokenizer, None, 16, truncate=True)
+        prepared = prepare(Split([PlainText("f", "the fox " * 40)]), tokenizer, None, 16, truncate=True)
         assert [len(example.ids) for example in prepared.examples] == [16] and prepared.split == 0
 
     def test_sums(self, tokenizer: Tokenizer) -> None:
         prepared = self.lengthy(tokenizer, True)
         assert prepared.tokens == sum(len(example.ids) for example in prepared.examples)
         assert prepared.trained_tokens == sum(map(sum, (example.trained for example in prepared.examples)))
-        assert prepared.counts == {"Completion": 3}
+        assert prepared.counts == {"completion": 3}
 
 
 class TestLoad:

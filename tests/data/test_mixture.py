@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from elm_mlx.data import filters
 from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.mixture import Feed, Mixture, ahead
-from elm_mlx.data.text_sources import Broken, Position, Raw, Source
+from elm_mlx.data.text_sources import Broken, Position, Raw, TextSource
 from elm_mlx.data.workers import Encode
 from elm_mlx.errors import InputError
 
@@ -64,7 +64,7 @@ def feed(documents: Sequence[Content], weight: float = 1.0, number: int = 0, poo
             epoch, start = epoch + 1, 0
 
     told: list[str] = []
-    made = Feed(Source(f"s{number}", weight=weight), read, pool or Pool(), 1, told.append)  # type: ignore[arg-type]
+    made = Feed(TextSource(f"s{number}", weight=weight), read, pool or Pool(), 1, told.append)  # type: ignore[arg-type]
     made.told = told  # type: ignore[attr-defined]
     return made
 

@@ -12,11 +12,11 @@ import pytest
 from chat_templates import CHATML
 from sentencepiece_models import EXACT, train
 
-from elm_mlx.data.batches import Batches
+from elm_mlx.data import examples
+from elm_mlx.data.batches import Batches, Joined, PairBatch, PairBatches
 from elm_mlx.data.data_files import BadRecord
-from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared
-from elm_mlx.data.pairs import Joined, PairBatch, PairBatches, Preference, load, preference, prepare
-from elm_mlx.data.records import Completion, Conversation
+from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared, prepare
+from elm_mlx.data.records import Conversation, Preference, PromptAnswer, Split, record_of
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct, Template
 from elm_mlx.text.tokenizer import Tokenizer
@@ -59,17 +59,27 @@ LAYOUTS = [
 LONG = [user("an old king"), assistant("told stories"), user("the fox")]
 
 
+def preference(where: str, value: Any) -> Preference:
+    record, _ = record_of(where, value, "pairs")
+    assert isinstance(record, Preference)
+    return record
+
+
+def load(*arguments: Any, **options: Any) -> dict[str, Prepared]:
+    return examples.load(*arguments, paired=True, **options)
+
+
 def prepared(value: Any, tokenizer: Tokenizer, template: Template | None, length: int = 512, **more: Any) -> Prepared:
-    return prepare([("here", value)], tokenizer, template, length, **more)
+    return prepare(Split([preference("here", value)]), tokenizer, template, length, **more)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_layouts_are_the_same_pair(tokenizer: Tokenizer, template: Template, layout: dict[str, Any]) -> None:
     found = prepared(layout, tokenizer, template)
     encoder = Encoder(tokenizer, template)
-    wanted = [encoder.encode(Completion("", "the fox", answer)) for answer in ("jumps", "told")]
+    wanted = [encoder.encode(PromptAnswer("", "the fox", answer)) for answer in ("jumps", "told")]
     assert found.examples == wanted
-    assert found.sources == ["here", "here"] and found.counts == {"Preference": 1}
+    assert found.sources == ["here", "here"] and found.counts == {"pair": 1}
     assert found.lengths == [max(len(example.ids) for example in wanted)]
 
 
@@ -94,7 +104,7 @@ def test_what_messages_carry_besides_makes_them_no_others() -> None:
 
 def test_without_a_template_the_answer_goes_on(tokenizer: Tokenizer) -> None:
     found = prepared(TEXTS | {"chosen": " jumps"}, tokenizer, None)
-    assert found.examples[0] == Encoder(tokenizer, None).encode(Completion("", "the fox", " jumps"))
+    assert found.examples[0] == Encoder(tokenizer, None).encode(PromptAnswer("", "the fox", " jumps"))
     with pytest.raises(InputError, match=r"^here: is a conversation, and the model has no chat template"):
         prepared(ULTRAFEEDBACK, tokenizer, None)
 
@@ -269,7 +279,7 @@ def test_batches_of_pairs_resume(tmp_path: Path) -> None:
 def test_joined_pairs_are_a_sequence() -> None:
     pairs = drawn(3)
     joined = Joined(pairs)
-    assert len(joined) == 3 and len(list(joined)) == 3 and joined[:2] == [joined[0], joined[1]]
+    assert len(joined) == 3 and len(list(joined)) == 3 and list(joined)[:2] == [joined[0], joined[1]]
     assert joined[1].ids == pairs[2].ids + pairs[3].ids
     with pytest.raises(IndexError):
         joined[3]
@@ -279,3 +289,13 @@ def test_joined_pairs_are_a_sequence() -> None:
 def test_a_record_says_what_it_is() -> None:
     assert preference("here", TEXTS) == Preference("here", "the fox", "jumps", "told")
     assert preference("here", ULTRAFEEDBACK) == Preference("here", (user("the fox"),), "jumps", "told")
+
+
+def test_records_for_the_other_training_are_one_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n{"prompt": "a", "completion": "b"}\n')
+    with pytest.raises(InputError) as error:
+        load(path, tokenizer, None, 512, skip_bad=True)
+    assert str(error.value) == (
+        f"{path}: holds no pairs of answers, `chosen` and `rejected`; `elm-mlx lora` trains on such records"
+    )

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from texts import records as read
 
-from elm_mlx.data.records import FORMATS, Completion, Conversation, Instruction, Record, Text, read
+from elm_mlx.data.records import FORMATS, Conversation, Instruction, PlainText, PromptAnswer, Record
 from elm_mlx.errors import ElmError, InputError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -88,7 +89,7 @@ class TestFiles:
     def test_where_a_line_stands(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\r\n\n{"text": "b"}')
-        assert read(path)["train"].records == [Text(f"{path}, line 2", "a"), Text(f"{path}, line 4", "b")]
+        assert read(path)["train"].records == [PlainText(f"{path}, line 2", "a"), PlainText(f"{path}, line 4", "b")]
 
     def test_where_an_element_stands(self, tmp_path: Path) -> None:
         path = tmp_path / "a.json"
@@ -239,16 +240,16 @@ class TestRecords:
     @pytest.mark.parametrize(
         ("value", "kind"),
         [
-            ({"text": "a"}, Text),
-            ({"prompt": "a", "completion": "b", "text": "c"}, Completion),
+            ({"text": "a"}, PlainText),
+            ({"prompt": "a", "completion": "b", "text": "c"}, PromptAnswer),
             ({"instruction": "a", "output": "b", "text": "a b"}, Instruction),  # Alpaca's own file
             ({"messages": [USER, ASSISTANT], "prompt": "a", "prompt_id": 3}, Conversation),  # UltraChat
-            ({"tools": [], "text": "a"}, Text),
+            ({"tools": [], "text": "a"}, PlainText),
             (
                 {"prompt": None, "completion": None, "messages": [USER, ASSISTANT]},
                 Conversation,
             ),  # data sets put together
-            ({"chosen": None, "rejected": None, "text": "a"}, Text),
+            ({"chosen": None, "rejected": None, "text": "a"}, PlainText),
         ],
     )
     def test_keys_tell_the_format(self, tmp_path: Path, value: dict[str, Any], kind: type) -> None:
@@ -257,7 +258,7 @@ class TestRecords:
 
     def test_formats_may_mix(self, tmp_path: Path) -> None:
         path = lines(tmp_path / "a.jsonl", {"text": "a"}, {"messages": [USER, ASSISTANT]})
-        assert [type(record) for record in read(path)["train"].records] == [Text, Conversation]
+        assert [type(record) for record in read(path)["train"].records] == [PlainText, Conversation]
 
     def test_a_format_that_is_asked_for(self, tmp_path: Path) -> None:
         path = lines(tmp_path / "a.jsonl", {"instruction": "a", "output": "b", "text": "all"}, {"instruction": "c"})
@@ -279,7 +280,7 @@ class TestRecords:
             (b"null", "is null, and not an object"),
             (b"3", "is a number, and not an object"),
             (b"{}", "it has no keys"),
-            (b'{"Text": "a", "n\\u001b\\n": 1}', "it has `Text`, `n\\x1b\\n`"),
+            (b'{"PlainText": "a", "n\\u001b\\n": 1}', "it has `PlainText`, `n\\x1b\\n`"),
             (b'{"text": null}', "`text` is null, and not a text"),
             (b'{"text": 3.5}', "`text` is a number, and not a text"),
             (b'{"text": " \\n"}', "`text` is white space alone"),
@@ -355,7 +356,7 @@ class TestRecords:
                     USER | {"role": "system"},
                     {},
                     b', "system": "other"',
-                    "a system prompt beside `messages`, and another",
+                    "a system prompt beside its messages, and another",
                 ),
                 (USER, {}, b', "system": {"a": 1}', "`system` is an object, and not a text"),
             ]
@@ -440,7 +441,11 @@ class TestRecords:
 
 @pytest.mark.parametrize(
     ("name", "kind", "count"),
-    [("instruct/openbookqa_train.json", Instruction, 4957), ("shakespeare", Text, 1327), ("classics", Text, None)],
+    [
+        ("instruct/openbookqa_train.json", Instruction, 4957),
+        ("shakespeare", PlainText, 1327),
+        ("classics", PlainText, None),
+    ],
 )
 def test_real_files(name: str, kind: type, count: int | None) -> None:
     if not (SHARED / name).exists():

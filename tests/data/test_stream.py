@@ -20,7 +20,7 @@ from texts import encoded, equal, made, rows_of
 
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches, sample
-from elm_mlx.data.text_sources import Source
+from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -37,11 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def mixture(folder: Path) -> list[Source]:
-    return [Source(str(folder / "many"), weight=2), Source(str(folder / "few.jsonl"), weight=1)]
+def mixture(folder: Path) -> list[TextSource]:
+    return [TextSource(str(folder / "many"), weight=2), TextSource(str(folder / "few.jsonl"), weight=1)]
 
 
-def first(count: int, sources: Sequence[Source | Path], tokenizer: Path, **options: Any) -> list[Any]:
+def first(count: int, sources: Sequence[TextSource | Path], tokenizer: Path, **options: Any) -> list[Any]:
     with made(sources, tokenizer, **options) as batches:
         return list(islice(batches, count))
 
@@ -98,7 +98,7 @@ class TestWhatBatchesHold:
     def test_shares_are_in_tokens(self, tmp_path: Path, tiny_tokenizer_file: Path) -> None:
         long = texts.write(tmp_path / "long.jsonl", texts.texts(30, 0, (100, 200)))
         short = texts.write(tmp_path / "short.jsonl", texts.texts(30, 1, (2, 8)))
-        sources = [Source(str(long), weight=1), Source(str(short), weight=3)]
+        sources = [TextSource(str(long), weight=1), TextSource(str(short), weight=3)]
         with made(sources, tiny_tokenizer_file) as batches:
             for _ in range(300):
                 next(batches)
@@ -313,7 +313,7 @@ class TestDamage:
     ) -> None:
         path, named = self.damaged(tmp_path), []
         reading = Reading(2, 16, window=64, workers=workers, max_bad=3)
-        sources = [Source(str(path))]
+        sources = [TextSource(str(path))]
         with TextBatches(sources, tiny_tokenizer_file, texts.EVERYTHING, reading, on_wrong=named.append) as batches:
             while batches.counts()[0].epoch < 2:
                 next(batches)
@@ -419,7 +419,7 @@ def test_all_of_a_small_mixture(tmp_path: Path, tiny_tokenizer_file: Path) -> No
     one = texts.write(tmp_path / "one.jsonl", [*values[:20], "short", values[0]])
     two = texts.write(tmp_path / "two.jsonl", [*values[20:], 3])
     named: list[str] = []
-    sources = [Source(str(one), weight=3), Source(str(two))]
+    sources = [TextSource(str(one), weight=3), TextSource(str(two))]
     found = sample(sources, tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=0), on_wrong=named.append)
     assert found.whole and found.tokens == sum(part.counts.tokens for part in found.parts)
     assert [part.wanted for part in found.parts] == [0.75, 0.25]
@@ -433,8 +433,8 @@ def test_all_of_a_small_mixture(tmp_path: Path, tiny_tokenizer_file: Path) -> No
 def test_each_document_counts_once(tmp_path: Path, tiny_tokenizer_file: Path, count: int) -> None:
     values = texts.texts(count, words=(300, 400))
     found = sample(
-        [Source(str(texts.write(tmp_path / "a.jsonl", values)), weight=9),
-         Source(str(texts.write(tmp_path / "b.jsonl", ["short", *texts.texts(1, 5, (900, 900))])))],
+        [TextSource(str(texts.write(tmp_path / "a.jsonl", values)), weight=9),
+         TextSource(str(texts.write(tmp_path / "b.jsonl", ["short", *texts.texts(1, 5, (900, 900))])))],
         tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=0),
     )  # fmt: skip
     tokens = sum(len(texts.encoded(tiny_tokenizer_file, text)) for text in values)
@@ -448,7 +448,7 @@ def test_each_document_counts_once(tmp_path: Path, tiny_tokenizer_file: Path, co
 
 def test_the_beginning_of_a_large_one(tmp_path: Path, tiny_tokenizer_file: Path) -> None:
     path = texts.write(tmp_path / "a.jsonl", texts.texts(300, words=(90, 120)))
-    found = sample([Source(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=1), 20_000)
+    found = sample([TextSource(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=1), 20_000)
     assert not found.whole and 20_000 <= found.tokens < 30_000 and found.parts[0].share == 1
     with pytest.raises(InputError, match="at least 1 token"):
-        sample([Source(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048), 0)
+        sample([TextSource(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048), 0)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from elm_mlx.data import text_sources
 from elm_mlx.data.data_files import BadRecord
-from elm_mlx.data.text_sources import Broken, Files, Position, Raw, Source, documents
+from elm_mlx.data.text_sources import Broken, Position, Raw, TextFiles, TextSource, documents
 from elm_mlx.errors import ElmError, InputError
 
 
@@ -40,7 +40,7 @@ def read(path: Path, key: str = "text", separator: str | None = None, start: int
     return found
 
 
-def epochs(files: Files, count: int, **options: Any) -> list[Raw]:
+def epochs(files: TextFiles, count: int, **options: Any) -> list[Raw]:
     """The first epochs' documents."""
     return list(takewhile(lambda raw: raw.position.epoch < count, files.read(Position(), backwards, **options)))
 
@@ -54,7 +54,7 @@ class TestFiles:
             (tmp_path / name).write_text("")
 
         def found(pattern: str) -> list[str]:
-            return [path.name for path in Files(Source(pattern)).paths]
+            return [path.name for path in TextFiles(TextSource(pattern)).paths]
 
         assert found(f"{tmp_path}/b.jsonl") == ["b.jsonl"]
         assert found(str(tmp_path)) == ["a.json.gz", "b.jsonl", "c.txt", "d.parquet"]
@@ -78,7 +78,7 @@ class TestFiles:
     def test_what_is_not_there(self, tmp_path: Path, pattern: str, message: str) -> None:
         (tmp_path / "notes.md").write_text("")
         with pytest.raises(InputError) as caught:
-            Files(Source(str(tmp_path / pattern)))
+            TextFiles(TextSource(str(tmp_path / pattern)))
         assert message in str(caught.value) and "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
@@ -95,18 +95,22 @@ class TestFiles:
     )
     def test_sources_that_will_not_do(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(InputError, match=message):
-            Source(**options)
+            TextSource(**options)
 
     def test_the_fingerprint(self, tmp_path: Path) -> None:
         path = texts.write(tmp_path / "a.jsonl", ["a", "b"])
-        before = Files(Source(str(path))).fingerprint()
+        before = TextFiles(TextSource(str(path))).fingerprint()
         os.utime(path, (1, 1))
         (tmp_path / "moved").mkdir()
         moved = texts.write(tmp_path / "moved" / "a.jsonl", ["a", "b"])
-        assert Files(Source(str(path), weight=3)).fingerprint() == before == Files(Source(str(moved))).fingerprint()
-        assert Files(Source(str(path), key="b")).fingerprint() != before
+        assert (
+            TextFiles(TextSource(str(path), weight=3)).fingerprint()
+            == before
+            == TextFiles(TextSource(str(moved))).fingerprint()
+        )
+        assert TextFiles(TextSource(str(path), key="b")).fingerprint() != before
         texts.write(path, ["a", "b", "c"])
-        assert Files(Source(str(path))).fingerprint() != before
+        assert TextFiles(TextSource(str(path))).fingerprint() != before
 
 
 class TestDocuments:
@@ -169,8 +173,8 @@ class TestReading:
     def test_shards_have_each_document_once(self, sizes: list[int], shards: int, many: int) -> None:
         """In every epoch, whether they share files or documents."""
         sizes = [*sizes, *[shards] * max(shards, many * shards)]
-        files, kept, many_kept = Files.__new__(Files), text_sources.documents, text_sources._MANY
-        files.source, files.paths = Source("x"), [Path(str(number)) for number in range(len(sizes))]
+        files, kept, many_kept = TextFiles.__new__(TextFiles), text_sources.documents, text_sources._MANY
+        files.source, files.paths = TextSource("x"), [Path(str(number)) for number in range(len(sizes))]
         text_sources.documents = lambda path, key, separator, start: (  # type: ignore[assignment]
             (i, f"{path}.{i}", "") for i in range(start, sizes[int(str(path))])
         )
@@ -187,7 +191,7 @@ class TestReading:
     def test_the_order_is_as_given_and_it_begins_anywhere(self, tmp_path: Path) -> None:
         for name, count in (("a", 3), ("b", 1), ("c", 2)):
             texts.write(tmp_path / f"{name}.jsonl", [name] * count)
-        files = Files(Source(str(tmp_path)))
+        files = TextFiles(TextSource(str(tmp_path)))
         every = epochs(files, 2)
         assert [Path(raw.where.partition(",")[0]).stem for raw in every] == [*"aaabcc", *"ccbaaa"]
         assert [vars(raw.position) for raw in every[5:7]] == [
@@ -198,17 +202,17 @@ class TestReading:
 
     def test_what_is_skipped_is_still_told(self, tmp_path: Path) -> None:
         texts.write(tmp_path / "a.jsonl", ["a", "b"])
-        files = Files(Source(str(tmp_path)))
+        files = TextFiles(TextSource(str(tmp_path)))
         raws = epochs(files, 1, skipped=lambda file, number: (file, number) == (0, 1))
         assert [raw.content for raw in raws] == [b'{"text": "a"}', None]
 
     def test_files_that_hold_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text("\n\n")
         with pytest.raises(InputError, match=r"holds no documents$"):
-            next(Files(Source(str(tmp_path))).read(Position(), in_order))
+            next(TextFiles(TextSource(str(tmp_path))).read(Position(), in_order))
         texts.write(tmp_path / "a.jsonl", ["a"])
         with pytest.raises(InputError, match="holds no documents for each process"):
-            list(islice(Files(Source(str(tmp_path))).read(Position(), in_order, 1, 2), 1))
+            list(islice(TextFiles(TextSource(str(tmp_path))).read(Position(), in_order, 1, 2), 1))
 
 
 class TestHub:
@@ -241,7 +245,7 @@ class TestHub:
         return made
 
     def test_it_is_streamed_and_begins_anywhere(self, calls: list[Any]) -> None:
-        files = Files(Source(dataset="some/texts", subset="en", split="valid", key="body"))
+        files = TextFiles(TextSource(dataset="some/texts", subset="en", split="valid", key="body"))
         raws = list(islice(files.read(Position(), in_order), 4))
         assert calls[0] == (("some/texts", "en"), {"split": "valid", "streaming": True})
         assert [raw.content for raw in raws[:2]] == ["a", "b"] and raws[1].where == "some/texts, row 2"
@@ -249,10 +253,12 @@ class TestHub:
         assert next(files.read(Position(0, 0, 1), in_order)) == raws[1] and calls[-1] == 1
 
     def test_what_goes_wrong_there(self, calls: list[Any]) -> None:
-        raws = list(islice(Files(Source(dataset="t", subset="broken", key="body")).read(Position(), in_order), 4))
+        raws = list(
+            islice(TextFiles(TextSource(dataset="t", subset="broken", key="body")).read(Position(), in_order), 4)
+        )
         assert str(raws[3].content) == "t: cannot be streamed on: the server is gone"
 
     def test_without_the_package(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "datasets", None)
         with pytest.raises(ElmError, match=r"some/texts: streaming needs datasets: pip install 'elm-mlx\[hub\]'"):
-            Files(Source(dataset="some/texts"))
+            TextFiles(TextSource(dataset="some/texts"))
