@@ -26,7 +26,7 @@ from elm_mlx_convert.conversion import write_model
 from elm_mlx_convert.destination import failures_named, file_record, new_hashed_directory, sha256, write_json
 from elm_mlx_convert.lora_files import has_adapter
 from elm_mlx_convert.plan import ConversionPlan, make_plan
-from elm_mlx_convert.sources import Source, open_source
+from elm_mlx_convert.sources import CheckpointSource, open_source
 from elm_mlx_convert.tensors import LazyTensor, to_float32
 
 # What a config says beyond the shapes of the weights: models that differ in it compute differently.
@@ -146,7 +146,7 @@ def _plans(
     return plans
 
 
-def _open(name: str | Path, alone: bool) -> tuple[Source, str | None]:
+def _open(name: str | Path, alone: bool) -> tuple[CheckpointSource, str | None]:
     """Opens a checkpoint, and finds the chat template that its run was trained by, where it is of a run.
 
     A run of `pretrain` is a model too, its last one: not what is meant where it is named `alone`.
@@ -172,7 +172,7 @@ def _open(name: str | Path, alone: bool) -> tuple[Source, str | None]:
     return open_source(name), None
 
 
-def _home(run: Path, source: Source) -> Path:
+def _home(run: Path, source: CheckpointSource) -> Path:
     """Where a run's config and tokenizer are: with it; or, if it trained a model of that shape, still with that."""
     if (run / "config.json").is_file():
         return run

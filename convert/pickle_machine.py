@@ -82,7 +82,7 @@ class Stream:
         self._window = self.file.read(self._base, min(max(size, _WINDOW), self._end - self._base))
 
 
-class Machine:
+class PickleMachine:
     """Runs one pickle of `stream`, which is left just behind it. On its own it knows no global at all.
 
     Raises:
@@ -283,19 +283,19 @@ class Machine:
                 pending.extend((part, False) for part in parts if type(part) in (dict, list, tuple))
 
 
-def _global(machine: Machine) -> None:
+def _global(machine: PickleMachine) -> None:
     module = machine.stream.line()
     machine.push(machine.resolve(f"{module}.{machine.stream.line()}"))
 
 
-def _instance(machine: Machine) -> None:
+def _instance(machine: PickleMachine) -> None:
     _global(machine)  # the error should name the global where that is the offence
     machine.refuse_opcode(ord("i"))
 
 
 _STOP = ord(".")
 
-_PUSHES: dict[str, Callable[[Machine], Any]] = {
+_PUSHES: dict[str, Callable[[PickleMachine], Any]] = {
     "N": lambda m: None,
     "\x88": lambda m: True,
     "\x89": lambda m: False,
@@ -304,8 +304,8 @@ _PUSHES: dict[str, Callable[[Machine], Any]] = {
     "M": lambda m: m.number("<H"),
     "\x8a": lambda m: m.take_long("<B"),
     "\x8b": lambda m: m.take_long("<i"),
-    "I": Machine.take_text_number,
-    "L": Machine.take_text_number,
+    "I": PickleMachine.take_text_number,
+    "L": PickleMachine.take_text_number,
     "G": lambda m: m.number(">d"),
     "X": lambda m: m.stream.text(m.take_sized("<I")),
     "\x8c": lambda m: m.stream.text(m.take_sized("<B")),
@@ -323,20 +323,20 @@ _PUSHES: dict[str, Callable[[Machine], Any]] = {
     "\x85": lambda m: (m.pop(),),
     "\x86": lambda m: (m.pop(), m.pop())[::-1],
     "\x87": lambda m: (m.pop(), m.pop(), m.pop())[::-1],
-    "\x93": Machine.resolve_stacked,
-    "R": Machine.reduce,
-    "\x81": Machine.make,
-    "\x92": Machine.make_with_names,
+    "\x93": PickleMachine.resolve_stacked,
+    "R": PickleMachine.reduce,
+    "\x81": PickleMachine.make,
+    "\x92": PickleMachine.make_with_names,
     "\x8f": lambda m: m.resolve("builtins.set"),
     "\x91": lambda m: (m.resolve("builtins.frozenset"), m.pop_to_mark())[0],
-    "b": Machine.build_top,
+    "b": PickleMachine.build_top,
     "Q": lambda m: m.persistent(m.pop()),
 }
 
-_EFFECTS: dict[str, Callable[[Machine], None]] = {
+_EFFECTS: dict[str, Callable[[PickleMachine], None]] = {
     "\x80": lambda m: m.number("<B"),  # the protocol's version; the opcodes say all that matters
     "\x95": lambda m: m.number("<Q"),  # a frame's length: a hint for buffering, no limit of anything
-    "(": Machine.mark,
+    "(": PickleMachine.mark,
     "a": lambda m: _append(m, [m.pop()]),
     "e": lambda m: _append(m, m.pop_to_mark()),
     "\x90": lambda m: _add(m, m.pop_to_mark()),
@@ -352,18 +352,18 @@ _EFFECTS: dict[str, Callable[[Machine], None]] = {
 }
 
 
-def _append(machine: Machine, items: list[Any]) -> None:
+def _append(machine: PickleMachine, items: list[Any]) -> None:
     if not (machine._stack and machine.is_inert(machine._stack[-1])):
         machine.top(list).extend(items)
 
 
-def _add(machine: Machine, items: list[Any]) -> None:
+def _add(machine: PickleMachine, items: list[Any]) -> None:
     """Into a set, of which nothing is kept."""
     if not (machine._stack and machine.is_inert(machine._stack[-1])):
         machine.fail("its pickle fills a set where there is none")
 
 
-def _pushing(make: Callable[[Machine], Any]) -> Callable[[Machine], None]:
+def _pushing(make: Callable[[PickleMachine], Any]) -> Callable[[PickleMachine], None]:
     return lambda machine: machine.push(make(machine))
 
 

@@ -21,8 +21,8 @@ from elm_mlx.reading import json_object, listed
 from elm_mlx.text import chat_template
 from elm_mlx_convert import lora_files, tokenizers
 from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, unwrapped
-from elm_mlx_convert.source_config import Scaling, Settings, decide, find_settings, read_settings
-from elm_mlx_convert.sources import Source, open_source
+from elm_mlx_convert.source_config import ConfigFile, Scaling, decide, find_config_file, read_config_file
+from elm_mlx_convert.sources import CheckpointSource, open_source
 from elm_mlx_convert.tensors import FLOATS, ITEM_SIZES, LazyTensor
 
 # Apple's 3B, whose activations float16 cannot hold. Nothing smaller is known to need more.
@@ -43,7 +43,7 @@ class ConversionPlan:
         notes: what is done that is not self-evident; warnings: what may not be wanted.
     """
 
-    source: Source
+    source: CheckpointSource
     config: ModelConfig
     config_origin: str
     source_dtype: str
@@ -68,7 +68,7 @@ class ConversionPlan:
 
 
 def make_plan(
-    source: str | Path | Source,
+    source: str | Path | CheckpointSource,
     *,
     tokenizer: str | Path | None = None,
     config: Path | None = None,
@@ -89,7 +89,7 @@ def make_plan(
     _check_flags(preset, dtype)
     notes: list[str] = []
     warnings: list[str] = []
-    opened = source if isinstance(source, Source) else open_source(source, revision=revision, ema=ema)
+    opened = source if isinstance(source, CheckpointSource) else open_source(source, revision=revision, ema=ema)
     settings = _settings(opened, config, preset)
     raw = unwrapped(opened.tensors, opened.label)
     source_dtype = _main_dtype(raw)
@@ -135,11 +135,11 @@ def _check_flags(preset: str | None, dtype: str | None) -> None:
         raise InputError(f"--dtype {dtype}: there are {', '.join(FLOATS)}")
 
 
-def _settings(source: Source, config: Path | None, preset: str | None) -> Settings | None:
+def _settings(source: CheckpointSource, config: Path | None, preset: str | None) -> ConfigFile | None:
     if config is not None:
-        return read_settings(config)
+        return read_config_file(config)
     try:
-        return find_settings(source.directory)
+        return find_config_file(source.directory)
     except InputError:
         if preset is None:
             raise
@@ -154,7 +154,7 @@ def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
 
 
 def _scaling(
-    tensors: Mapping[str, LazyTensor], alpha: float | None, settings: Settings | None, where: str
+    tensors: Mapping[str, LazyTensor], alpha: float | None, settings: ConfigFile | None, where: str
 ) -> Scaling | None:
     """How to merge the adapter; None when there is none."""
     if not lora_files.has_adapter(tensors):
@@ -190,7 +190,7 @@ def _weights(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTen
     return weights
 
 
-def _drop_tied_head(tensors: dict[str, LazyTensor], settings: Settings | None, notes: list[str]) -> None:
+def _drop_tied_head(tensors: dict[str, LazyTensor], settings: ConfigFile | None, notes: list[str]) -> None:
     """A head that is the embedding, value for value, is a tied one that was saved twice."""
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     says_untied = settings is not None and settings.config and not settings.config.share_input_output_layers
@@ -203,7 +203,7 @@ def _drop_tied_head(tensors: dict[str, LazyTensor], settings: Settings | None, n
         notes.append("its head is the embedding, saved twice: written once, tied")
 
 
-def _tokenizer_file(asked: str | Path | None, source: Source) -> Path | None:
+def _tokenizer_file(asked: str | Path | None, source: CheckpointSource) -> Path | None:
     if asked is not None:
         return tokenizers.find(asked)
     beside = source.directory / "tokenizer.model"
@@ -211,7 +211,7 @@ def _tokenizer_file(asked: str | Path | None, source: Source) -> Path | None:
 
 
 def _fit_tokenizer(
-    config: ModelConfig, file: Path, settings: Settings | None, notes: list[str], warnings: list[str]
+    config: ModelConfig, file: Path, settings: ConfigFile | None, notes: list[str], warnings: list[str]
 ) -> ModelConfig:
     """The config with as many tokens as the tokenizer has pieces, and with its special tokens."""
     from elm_mlx.text.tokenizer import Tokenizer
@@ -255,7 +255,7 @@ def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str])
     return found if found in ("float16", "bfloat16") else "bfloat16"
 
 
-def _chat_template(asked: str | None, source: Source, notes: list[str]) -> str | None:
+def _chat_template(asked: str | None, source: CheckpointSource, notes: list[str]) -> str | None:
     """What was asked for, or the source's own, or the one that its name implies."""
     if asked is not None:
         return chat_template.read_source(asked)

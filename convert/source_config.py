@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.reading import json_object, yaml_mapping
+from elm_mlx.reading import Keys, json_object, short, yaml_mapping
 from elm_mlx_convert.names import EMBEDDING, HEAD
 
 _COMPLETE = ("num_transformer_layers", "model_type")  # a config.json with one of them means to say everything
 
 
+_Q_NORM = "transformer.layers.0.attn.q_norm.weight"
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -36,8 +38,8 @@ class Scaling:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a config file says: the whole shape (`config`), or CoreNet's few words about it.
+class ConfigFile:
+    """The content of a config file: the whole shape (`config`), or CoreNet's few words about it.
 
     Args:
         scaling: of a LoRA adapter, where the file says it.
@@ -51,7 +53,7 @@ class Settings:
     scaling: Scaling | None = None
 
 
-def read_settings(path: Path) -> Settings:
+def read_config_file(path: Path) -> ConfigFile:
     """Reads a `config.json` of the hub or of MLX, or CoreNet's YAML.
 
     Raises:
@@ -63,14 +65,14 @@ def read_settings(path: Path) -> Settings:
     if "quantization" in values or "quantization_config" in values:
         raise InputError(f"{path}: the model is already quantized; convert the original, then quantize it")
     if any(key in values for key in _COMPLETE):
-        return Settings(path, config=ModelConfig.from_dict(values, where=str(path)))
+        return ConfigFile(path, config=ModelConfig.from_dict(values, where=str(path)))
     if "model_name" in values:  # Apple's MLX example keeps CoreNet's words in JSON
-        return _words(path, values, None)
+        return _few_words(path, values, None)
     raise InputError(f"{path}: says nothing of an OpenELM: {_COMPLETE[0]} is missing")
 
 
-def find_settings(directory: Path) -> Settings | None:
-    """What the config file in a directory says; None where there is none.
+def find_config_file(directory: Path) -> ConfigFile | None:
+    """Reads the config file in a directory. Returns None where there is none.
 
     Raises:
         InputError: there are two, or the model that it describes cannot be converted.
@@ -78,13 +80,13 @@ def find_settings(directory: Path) -> Settings | None:
     found = [directory / name for name in ("config.json", "config.yaml", "config.yml") if (directory / name).is_file()]
     if len(found) > 1:
         raise InputError(f"{directory}: holds {found[0].name} and {found[1].name}: choose with --config")
-    return read_settings(found[0]) if found else None
+    return read_config_file(found[0]) if found else None
 
 
 def decide(
-    settings: Settings | None, preset: str | None, shapes: Shapes, where: str, *, head_dim: int | None, untied: bool
+    settings: ConfigFile | None, preset: str | None, shapes: Shapes, where: str, *, head_dim: int | None, untied: bool
 ) -> tuple[ModelConfig, str]:
-    """The config of the tensors with these shapes, and in words where it comes from.
+    """Returns the config of the tensors with these shapes, and in words where it comes from.
 
     Args:
         settings: a config file, if there is one.
@@ -99,9 +101,10 @@ def decide(
     if settings is not None and settings.config is not None and preset is None:
         config, origin = settings.config, settings.path.name
     else:
-        name = preset or (settings.model_name if settings else None)
-        config, origin = _by_name(name, preset is not None, settings, shapes, where, head_dim)
-        config = _with_context(config, settings)
+        config, origin = _by_name_or_shapes(settings, preset, shapes, where, head_dim)
+        if settings is not None and settings.max_context_length is not None:
+            length = settings.max_context_length  # RoPE's table is twice the context, as in CoreNet
+            config = replace(config, max_context_length=length, rope_max_length=2 * length)
     if head_dim not in (None, config.head_dim):
         raise InputError(f"--head-dim is {head_dim}, but {origin} says {config.head_dim}")
     if untied:
@@ -110,39 +113,28 @@ def decide(
     return config, origin
 
 
-def _by_name(
-    name: str | None, asked: bool, settings: Settings | None, shapes: Shapes, where: str, head_dim: int | None
+def _by_name_or_shapes(
+    settings: ConfigFile | None, preset: str | None, shapes: Shapes, where: str, head_dim: int | None
 ) -> tuple[ModelConfig, str]:
-    vocab_size = settings.vocab_size if settings else None
-    if name is not None and (asked or name in PRESETS):
+    file, vocab_size = (settings.path.name, settings.vocab_size) if settings else ("", None)
+    name = preset or (settings.model_name if settings else None)
+    if name is not None and (preset or name in PRESETS):
         rows = shapes.get(EMBEDDING, (0,))[0]
-        said = f"--preset {name}" if asked else f"{settings.path.name} ({name})" if settings else name
-        return ModelConfig.preset(name, vocab_size or rows or 1), said
+        return ModelConfig.preset(name, vocab_size or rows or 1), f"--preset {name}" if preset else f"{file} ({name})"
     config = infer_config(shapes, where, head_dim=head_dim)
     if vocab_size not in (None, config.vocab_size):
-        assert settings is not None
-        raise InputError(
-            f"{where}: {EMBEDDING} has the shape {shapes[EMBEDDING]}, but {settings.path.name} says "
-            f"{(vocab_size, config.model_dim)}"
-        )
+        said = vocab_size, config.model_dim
+        raise InputError(f"{where}: {EMBEDDING} has the shape {shapes[EMBEDDING]}, but {file} says {said}")
     found = preset_name(config)
     origin = f"the shapes, those of {found}" if found else "the shapes"
-    return config, f"{origin}; context from {settings.path.name}" if settings else origin
+    return config, f"{origin}; context from {file}" if settings else origin
 
 
-def _with_context(config: ModelConfig, settings: Settings | None) -> ModelConfig:
-    """RoPE's table is twice the context, as in CoreNet."""
-    if settings is None or settings.max_context_length is None:
-        return config
-    length = settings.max_context_length
-    return replace(config, max_context_length=length, rope_max_length=2 * length)
-
-
-def _corenet(path: Path, values: Mapping[str, Any]) -> Settings:
+def _corenet(path: Path, values: Mapping[str, Any]) -> ConfigFile:
     words = _section(path, values, "model.language_modeling.general_gpt")
     if words is None:
         raise InputError(f"{path}: has no model.language_modeling.general_gpt, so it describes no OpenELM of CoreNet")
-    return _words(path, words, _lora(path, _section(path, values, "model.lora")))
+    return _few_words(path, words, _lora(path, _section(path, values, "model.lora")))
 
 
 def _section(path: Path, values: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
@@ -159,18 +151,12 @@ def _section(path: Path, values: Mapping[str, Any], dotted: str) -> Mapping[str,
     return section
 
 
-def _words(path: Path, values: Mapping[str, Any], scaling: Scaling | None) -> Settings:
-    name = values.get("model_name")
+def _few_words(path: Path, values: Mapping[str, Any], scaling: Scaling | None) -> ConfigFile:
+    keys, name = Keys(str(path), values), values.get("model_name")
     if name is not None and not isinstance(name, str):
-        raise InputError(f"{path}: model_name is {name!r}: a text is needed")
-    numbers = {}
-    for key in ("vocab_size", "max_context_length"):
-        value = values.get(key)
-        if value is not None and (type(value) is not int or not 0 < value < 2**31):
-            shown = "huge" if isinstance(value, int) and abs(value) > 2**63 else repr(value)[:40]
-            raise InputError(f"{path}: {key} is {shown}: a positive whole number is needed")
-        numbers[key] = value
-    return Settings(path, None, name, numbers["vocab_size"], numbers["max_context_length"], scaling)
+        raise InputError(f"{path}: model_name is {short(name)}: a text is needed")
+    vocab_size, length = (keys.size(key) if keys.says(key) else None for key in ("vocab_size", "max_context_length"))
+    return ConfigFile(path, None, name, vocab_size, length, scaling)
 
 
 def _lora(path: Path, values: Mapping[str, Any] | None) -> Scaling | None:
@@ -191,7 +177,7 @@ def _lora(path: Path, values: Mapping[str, Any] | None) -> Scaling | None:
 
 
 def infer_config(shapes: Shapes, where: str, *, head_dim: int | None = None) -> ModelConfig:
-    """The config of a model with these weights, and only these.
+    """Returns the config of a model with these weights, and only these.
 
     Widths that are one of the paper's four models' give that model's own multipliers; others give
     multipliers that reproduce them exactly. RoPE, context and special tokens are the published ones.
@@ -204,41 +190,37 @@ def infer_config(shapes: Shapes, where: str, *, head_dim: int | None = None) -> 
     Raises:
         InputError: names the tensor that is missing, or whose shape fits no OpenELM.
     """
-    reader = _Reader(shapes, where)
-    vocab_size, model_dim = reader.matrix(EMBEDDING)
+    look = partial(_shape, shapes, where)
+    vocab_size, model_dim = look(EMBEDDING, 2)
     num_layers = _num_layers(shapes, where)
-    with_norm = "transformer.layers.0.attn.q_norm.weight" in shapes
-    head_dim = _head_dim(reader, with_norm, head_dim)
-    query, kv, ffn, with_glu = [], [], [], []
-    for layer in range(num_layers):
-        heads, groups = _heads(reader, layer, head_dim)
-        width, glu = _ffn(reader, layer)
-        query.append(heads)
-        kv.append(groups)
-        ffn.append(width)
-        with_glu.append(glu)
+    with_norm = _Q_NORM in shapes
+    head_dim = _head_dim(look(_Q_NORM, 1)[0] if with_norm else None, head_dim, where)
+    layers = [_layer(look, f"transformer.layers.{layer}", where, head_dim) for layer in range(num_layers)]
+    query, kv, ffn, with_glu = zip(*layers, strict=True)
     if len(set(with_glu)) > 1:
         odd = with_glu.index(not with_glu[0])
         raise InputError(f"{where}: layer {odd}'s FFN is gated where layer 0's is not, or the reverse: no OpenELM")
-    divisor = math.gcd(256, *ffn)
     config = ModelConfig(
         vocab_size=vocab_size,
         model_dim=model_dim,
         head_dim=head_dim,
-        num_query_heads=tuple(query),
-        num_kv_heads=tuple(kv),
+        num_query_heads=query,
+        num_kv_heads=kv,
         ffn_multipliers=tuple(width / model_dim for width in ffn),
-        ffn_dim_divisor=divisor,
+        ffn_dim_divisor=math.gcd(256, *ffn),
         ffn_with_glu=with_glu[0],
         normalize_qk_projections=with_norm,
         share_input_output_layers=HEAD not in shapes,
     )
     check_shapes(config, shapes, where, "the other tensors")
-    return _published(config)
+    if name := preset_name(config):
+        preset = ModelConfig.preset(name)
+        return replace(config, ffn_multipliers=preset.ffn_multipliers, ffn_dim_divisor=preset.ffn_dim_divisor)
+    return config
 
 
 def check_shapes(config: ModelConfig, shapes: Shapes, where: str, source: str) -> None:
-    """Whether `config`, which came from `source`, describes exactly these weights.
+    """Checks that `config`, which came from `source`, describes exactly these weights.
 
     Raises:
         InputError: names the tensor, its shape in the file and the shape that the config means.
@@ -255,7 +237,7 @@ def check_shapes(config: ModelConfig, shapes: Shapes, where: str, source: str) -
 
 
 def preset_name(config: ModelConfig) -> str | None:
-    """Which of the paper's four models has these widths, with any vocabulary and context, tied or not."""
+    """Returns the name of the paper's model with these widths; vocabulary, context and a tied head may differ."""
     tied = config.share_input_output_layers
     for name in PRESETS:
         preset = replace(ModelConfig.preset(name, config.vocab_size), share_input_output_layers=tied)
@@ -264,29 +246,13 @@ def preset_name(config: ModelConfig) -> str | None:
     return None
 
 
-class _Reader:
-    """Shapes, asked for one by one, with the message for what is not there."""
-
-    def __init__(self, shapes: Shapes, where: str) -> None:
-        self._shapes = shapes
-        self.where = where
-
-    def matrix(self, name: str) -> tuple[int, int]:
-        shape = self._shape(name)
-        if len(shape) != 2 or 0 in shape:
-            raise InputError(f"{self.where}: {name} has the shape {shape}, and a matrix is needed")
-        return shape[0], shape[1]
-
-    def vector(self, name: str) -> int:
-        shape = self._shape(name)
-        if len(shape) != 1 or 0 in shape:
-            raise InputError(f"{self.where}: {name} has the shape {shape}, and a vector is needed")
-        return shape[0]
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._shapes:
-            raise InputError(f"{self.where}: {name} is missing")
-        return self._shapes[name]
+def _shape(shapes: Shapes, where: str, name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in shapes:
+        raise InputError(f"{where}: {name} is missing")
+    if len(shapes[name]) != dimensions or 0 in shapes[name]:
+        needed = "matrix" if dimensions == 2 else "vector"
+        raise InputError(f"{where}: {name} has the shape {shapes[name]}, and a {needed} is needed")
+    return shapes[name]
 
 
 def _num_layers(shapes: Shapes, where: str) -> int:
@@ -299,56 +265,41 @@ def _num_layers(shapes: Shapes, where: str) -> int:
     return len(layers)
 
 
-def _head_dim(reader: _Reader, with_norm: bool, asked: int | None) -> int:
+def _head_dim(found: int | None, asked: int | None, where: str) -> int:
+    """Returns the size of a head, as the QK norm shows it or as it was asked for."""
     if asked is not None and asked < 1:
         raise InputError(f"--head-dim is {asked}: a positive whole number is needed")
-    if not with_norm:
-        if asked is None:
-            raise InputError(
-                f"{reader.where}: without QK norms the shapes do not tell the size of a head: pass --head-dim, "
-                "--preset or --config"
-            )
-        return asked
-    found = reader.vector("transformer.layers.0.attn.q_norm.weight")
-    if asked is not None and asked != found:
+    if found is not None and asked not in (None, found):
+        raise InputError(f"{where}: {_Q_NORM} has the shape ({found},), but --head-dim says ({asked},)")
+    size = found or asked
+    if size is None:
         raise InputError(
-            f"{reader.where}: transformer.layers.0.attn.q_norm.weight has the shape ({found},), "
-            f"but --head-dim says ({asked},)"
+            f"{where}: without QK norms the shapes do not tell the size of a head: pass --head-dim, --preset or "
+            "--config"
         )
-    return found
+    return size
 
 
-def _heads(reader: _Reader, layer: int, head_dim: int) -> tuple[int, int]:
-    """Query and key/value heads: `out_proj` reads all query heads; what `qkv_proj` writes besides is k and v."""
-    prefix = f"transformer.layers.{layer}.attn"
-    rows, _ = reader.matrix(f"{prefix}.qkv_proj.weight")
-    _, width = reader.matrix(f"{prefix}.out_proj.weight")
+def _layer(look: Callable[[str, int], tuple[int, ...]], name: str, where: str, head_dim: int) -> tuple[Any, ...]:
+    """Returns a layer's numbers of query and key/value heads, the width of its FFN, and whether that has a gate.
+
+    `out_proj` reads all query heads, and what `qkv_proj` writes besides is keys and values. With a gate `proj_1` writes
+    gate and value, twice what `proj_2` reads.
+    """
+    qkv, out, up, down = (
+        f"{name}.{part}.weight" for part in ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")
+    )
+    rows, width = look(qkv, 2)[0], look(out, 2)[1]
     query, kv = width // head_dim, (rows - width) // (2 * head_dim)
     if query * head_dim != width or kv < 1 or (query + 2 * kv) * head_dim != rows or query % kv:
         raise InputError(
-            f"{reader.where}: {prefix}.qkv_proj.weight writes {rows} values and {prefix}.out_proj.weight reads "
-            f"{width}: no whole number of query and key/value heads of {head_dim} gives that"
+            f"{where}: {qkv} writes {rows} values and {out} reads {width}: no whole number of query and key/value "
+            f"heads of {head_dim} gives that"
         )
-    return query, kv
-
-
-def _ffn(reader: _Reader, layer: int) -> tuple[int, bool]:
-    """Width of the FFN, and whether it is gated: `proj_1` then writes gate and value, twice what `proj_2` reads."""
-    prefix = f"transformer.layers.{layer}.ffn"
-    rows, _ = reader.matrix(f"{prefix}.proj_1.weight")
-    _, width = reader.matrix(f"{prefix}.proj_2.weight")
+    rows, width = look(up, 2)[0], look(down, 2)[1]
     if rows not in (width, 2 * width):
         raise InputError(
-            f"{reader.where}: {prefix}.proj_1.weight writes {rows} values, but {prefix}.proj_2.weight reads {width}: "
-            "it should write as many, or with a gate twice as many"
+            f"{where}: {up} writes {rows} values, but {down} reads {width}: it should write as many, or with a gate "
+            "twice as many"
         )
-    return width, rows == 2 * width
-
-
-def _published(config: ModelConfig) -> ModelConfig:
-    """The same shape in the words of the paper, where it is one of the paper's."""
-    name = preset_name(config)
-    if name is None:
-        return config
-    preset = ModelConfig.preset(name)
-    return replace(config, ffn_multipliers=preset.ffn_multipliers, ffn_dim_divisor=preset.ffn_dim_divisor)
+    return query, kv, width, rows == 2 * width

@@ -30,7 +30,7 @@ _Reader = Callable[[Path], dict[str, LazyTensor]]
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """A checkpoint that has been opened.
 
     Args:
@@ -50,7 +50,7 @@ class Source:
     revision: str | None = None
 
 
-def open_source(source: str | Path, *, revision: str | None = None, ema: bool = False) -> Source:
+def open_source(source: str | Path, *, revision: str | None = None, ema: bool = False) -> CheckpointSource:
     """Opens a checkpoint: a file, a directory, or the name of a hub repository.
 
     Args:
@@ -68,7 +68,7 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
         check_is_openelm(snapshot(source, revision, ["config.json"]), source)  # before all of it is downloaded
         directory = download(source, revision)
         found = _open_directory(directory, ema)
-        return Source(source, found.kind, directory, found.files, found.tensors, directory.name)
+        return CheckpointSource(source, found.kind, directory, found.files, found.tensors, directory.name)
     if revision is not None:
         raise InputError(f"--revision {revision} is for a repository on the hub, and {path} is a path")
     if not path.exists():
@@ -78,18 +78,18 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
     return _open_directory(path, ema) if path.is_dir() else _open_file(path, ema)
 
 
-def _open_file(path: Path, ema: bool) -> Source:
+def _open_file(path: Path, ema: bool) -> CheckpointSource:
     if path.suffix == ".safetensors":
         _refuse_ema(path, ema)
         tensors = read_safetensors(path)
         if not tensors:
             raise InputError(f"{path}: holds no tensors")
-        return Source(path.name, "safetensors file", path.parent, (path,), tensors)
+        return CheckpointSource(path.name, "safetensors file", path.parent, (path,), tensors)
     kind, tensors = _state_dict(torch_files.load(path), path, ema)
-    return Source(path.name, kind, path.parent, (path,), tensors)
+    return CheckpointSource(path.name, kind, path.parent, (path,), tensors)
 
 
-def _open_directory(directory: Path, ema: bool) -> Source:
+def _open_directory(directory: Path, ema: bool) -> CheckpointSource:
     label = directory.resolve().name
     for index, reader, kind in (
         ("model.safetensors.index.json", read_safetensors, "safetensors in shards"),
@@ -98,11 +98,11 @@ def _open_directory(directory: Path, ema: bool) -> Source:
         if (directory / index).is_file() and not (directory / "model.safetensors").is_file():
             _refuse_ema(directory, ema)
             files, tensors = _read_shards(directory / index, reader)
-            return Source(label, kind, directory, files, tensors)
+            return CheckpointSource(label, kind, directory, files, tensors)
     for name in ("model.safetensors", "weights.safetensors", "pytorch_model.bin"):  # the second is of Apple's MLX code
         if (directory / name).is_file():
             found = _open_file(directory / name, ema)
-            return Source(label, found.kind, directory, found.files, found.tensors)
+            return CheckpointSource(label, found.kind, directory, found.files, found.tensors)
     checkpoints = sorted(directory.glob("*.pt"))
     if len(checkpoints) == 1:
         return _open_file(checkpoints[0], ema)

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from elm_mlx_convert.names import to_corenet
-from elm_mlx_convert.pickle_machine import MAX_PICKLE_BYTES, Machine, Stream
+from elm_mlx_convert.pickle_machine import MAX_PICKLE_BYTES, PickleMachine, Stream
 from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, Record, Storage, cast_blocks, shown, view
-from elm_mlx_convert.zip_files import Entry, read_archive, read_entry, require_stored
+from elm_mlx_convert.zip_files import ZipEntry, read_archive, read_entry, require_stored
 
 # The number that opens a file of the old layout, as LONG1 spells it.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -116,7 +116,7 @@ def _load_zip(file: File) -> Any:
     return value
 
 
-def _find_top(file: File, entries: dict[str, Entry]) -> str:
+def _find_top(file: File, entries: dict[str, ZipEntry]) -> str:
     """The folder in the archive that everything is in."""
     tops = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     script = [name for name in entries if name.endswith("/constants.pkl") or "/code/" in name]
@@ -131,7 +131,7 @@ def _find_top(file: File, entries: dict[str, Entry]) -> str:
 
 def _load_legacy(file: File) -> Any:
     stream = Stream(file, 0, MAX_PICKLE_BYTES)
-    magic, protocol, system = (Machine(stream).run() for _ in range(3))
+    magic, protocol, system = (PickleMachine(stream).run() for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or type(system) is not dict:
         raise file.fail(f"starts as a file of torch.save, but of a layout that is not known; {_RESAVE}")
     _require_little_endian(file, system.get("little_endian") is True)
@@ -141,7 +141,7 @@ def _load_legacy(file: File) -> Any:
         return records.setdefault(key, Record(numel * ITEM_SIZES[dtype], numel))
 
     value = _TorchMachine(stream, find, reference_fields=6).run()
-    _place_records(file, records, keys=Machine(stream).run(), position=stream.position)
+    _place_records(file, records, keys=PickleMachine(stream).run(), position=stream.position)
     return value
 
 
@@ -186,7 +186,7 @@ _NUMPY_LAYOUTS = {
 }  # fmt: skip
 
 
-class _TorchMachine(Machine):
+class _TorchMachine(PickleMachine):
     """Runs the pickle that torch.save makes of an object.
 
     Args:

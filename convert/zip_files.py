@@ -29,7 +29,7 @@ _SEE_ZIP64 = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class Entry:
+class ZipEntry:
     """One file in the archive: `size` bytes of data from byte `start` of the archive."""
 
     name: str
@@ -51,14 +51,14 @@ class _Listing:
     header: int  # where its local header is
 
 
-def read_archive(file: File) -> dict[str, Entry]:
+def read_archive(file: File) -> dict[str, ZipEntry]:
     """Every entry by name; folders are left out.
 
     Raises:
         InputError: says what about the archive is wrong.
     """
     start, size, count = _find_directory(file)
-    entries: dict[str, Entry] = {}
+    entries: dict[str, ZipEntry] = {}
     end_of_last = 0
     for listing in sorted(_read_directory(file, start, size, count), key=lambda listing: listing.header):
         entry = _read_local(file, listing, end=start)
@@ -71,7 +71,7 @@ def read_archive(file: File) -> dict[str, Entry]:
     return {name: entry for name, entry in entries.items() if not name.endswith("/")}
 
 
-def read_entry(file: File, entry: Entry, limit: int) -> bytes:
+def read_entry(file: File, entry: ZipEntry, limit: int) -> bytes:
     """The whole entry, refused above `limit` bytes."""
     require_stored(file, entry)
     if entry.size > limit:
@@ -79,7 +79,7 @@ def read_entry(file: File, entry: Entry, limit: int) -> bytes:
     return file.read(entry.start, entry.size)
 
 
-def require_stored(file: File, entry: Entry) -> None:
+def require_stored(file: File, entry: ZipEntry) -> None:
     """Refuses a compressed entry, whose size in memory is whatever the archive says."""
     if entry.compressed:
         raise file.fail(f"its {shown(entry.name)} is compressed, which torch.save never does; save it with torch.save")
@@ -178,7 +178,7 @@ def _widen(file: File, extra: bytes, values: list[int]) -> list[int]:
     raise file.fail("is not a sound archive: a zip64 size is announced and missing")
 
 
-def _read_local(file: File, listing: _Listing, end: int) -> Entry:
+def _read_local(file: File, listing: _Listing, end: int) -> ZipEntry:
     """The entry, once its local header says the same as the directory and its data lies before `end`."""
     name = _checked_name(file, listing.name)
     if listing.flags & _ENCRYPTED:
@@ -205,7 +205,7 @@ def _read_local(file: File, listing: _Listing, end: int) -> Entry:
         raise disagree
     if not listing.method and listing.packed != listing.size:
         raise file.fail(f"is not a sound archive: {shown(name)} has two sizes, {listing.packed} and {listing.size}")
-    return Entry(name, start, listing.size, compressed=bool(listing.method))
+    return ZipEntry(name, start, listing.size, compressed=bool(listing.method))
 
 
 def _checked_name(file: File, raw: bytes) -> str:

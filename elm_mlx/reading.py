@@ -345,6 +345,8 @@ def short(value: object) -> str:
     """A value on one line as an error shows it: what came from a file may be of any size, and of any depth."""
     if isinstance(value, (list, Mapping)):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 1000:  # YAML's may be hexadecimal: Python prints no such number
+        return "huge"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

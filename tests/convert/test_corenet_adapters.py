@@ -131,13 +131,17 @@ def setting(name: str, *shape: int, dtype: str = "float32") -> Callable[[Arrays]
         ("embedding", dropping("token_embeddings.lora_embedding_B.lora"), "lora_embedding_B is missing"),
         ("lora", setting(Q + "lora_A.lora.weight", RANK, 5), r"lora_A has the shape \(4, 5\).*needs \(4, 600\)"),
         ("lora", setting(Q + "lora_B.lora.weight", 5, RANK), r"lora_B has the shape \(5, 4\).*needs \(700, 4\)"),
-        ("lora", setting(Q + "lora_A.lora.weight", 0, COLUMNS), "no matrix that an adapter fits"),
-        ("lora", setting(Q + "lora_A.lora.weight", COLUMNS), "no matrix that an adapter fits"),
+        ("lora", setting(Q + "lora_A.lora.weight", 0, COLUMNS), "lora_A of shape .* is no matrix of a rank"),
+        ("lora", setting(Q + "lora_A.lora.weight", COLUMNS), "lora_A of shape .* is no matrix of a rank"),
         ("lora", setting(Q + "base_layer.weight", ROWS), "no matrix that an adapter fits"),
         ("dora", setting(Q + "lora_magnitude_vector.lora", 1, ROWS), r"\(1, 700\).*needs \(700,\)"),
         ("lora", setting(Q + "lora_A.other.weight", RANK, COLUMNS), "holds the adapters lora, other"),
         ("lora", setting(Q + "lora_B.lora.weight", ROWS, RANK, dtype="int8"), "lora_B is int8"),
-        ("embedding", setting("token_embeddings.lora_magnitude_vector.lora", 9), "lora_magnitude_vector where CoreNet"),
+        (
+            "embedding",
+            setting("token_embeddings.lora_magnitude_vector.lora", 9),
+            "lora_magnitude_vector, which has no place",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(kind: str, change: Callable[[Arrays], Any], message: str) -> None:

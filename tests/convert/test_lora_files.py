@@ -231,8 +231,14 @@ A, B = f"base_model.model.{QKV}.lora_A.weight", f"base_model.model.{QKV}.lora_B.
     [
         (lambda t: t.pop(A), r"qkv_proj\.lora_A is missing"),
         (lambda t: t.pop(B), r"qkv_proj\.lora_B is missing"),
-        (lambda t: t.update({A: draw(4, 5)}), r"qkv_proj\.lora_A is \(4, 5\), and the model needs \(4, 48\)"),
-        (lambda t: t.update({B: draw(7, 4)}), r"qkv_proj\.lora_B is \(7, 4\), and the model needs \(\d+, 4\)"),
+        (
+            lambda t: t.update({A: draw(4, 5)}),
+            r"lora_A has the shape \(4, 5\), and the model needs \(4, 48\)",
+        ),
+        (
+            lambda t: t.update({B: draw(7, 4)}),
+            r"qkv_proj\.lora_B has the shape \(7, 4\), and the model needs \(\d+, 4\)",
+        ),
         (lambda t: t.update({A: draw(4)}), r"lora_A of shape \(4,\) is no matrix"),
         (lambda t: t.update({A: np.zeros((0, 48), np.float32)}), "no matrix of a rank"),
         (lambda t: t.update({A: np.zeros((4, 48), np.int32)}), "lora_A is int32"),
@@ -266,12 +272,12 @@ def test_tensors_that_do_not_fit_are_named(change: Callable[[Arrays], Any], mess
         ({"fan_in_fan_out": True}, "asks for 'fan_in_fan_out'"),
         ({"init_lora_weights": "pissa_niter_16"}, "changed the model's own weights"),
         ({"use_rslora": "true"}, "use_rslora is 'true': true or false is needed"),
-        ({"use_rslora": 1}, "use_rslora is '1': true or false is needed"),
+        ({"use_rslora": 1}, "use_rslora is 1: true or false is needed"),
         ({"use_dora": "true"}, "use_dora is 'true': true or false is needed"),
-        ({"lora_alpha": None}, "lora_alpha or alpha_pattern is no number"),
-        ({"lora_alpha": "8"}, "is no number"),
-        ({"lora_alpha": float("nan")}, "is no number"),
-        ({"alpha_pattern": {"qkv_proj": "x"}}, "is no number"),
+        ({"lora_alpha": None}, "lora_alpha is missing: a number"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8': a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan: a number"),
+        ({"alpha_pattern": {"qkv_proj": "x"}}, "alpha_pattern: qkv_proj is 'x': a number"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "which is more of an expression than is followed here: name the modules"),
         ({"alpha_pattern": {"(a|b)(a|b)": 2}}, "more of an expression"),
         ({"alpha_pattern": {".*.*.*x": 2}}, "more of an expression"),
@@ -283,7 +289,7 @@ def test_tensors_that_do_not_fit_are_named(change: Callable[[Arrays], Any], mess
         ({"trainable_token_indices": [1]}, "asks for 'trainable_token_indices'"),
         ({"target_parameters": ["experts"]}, "asks for 'target_parameters'"),
         ({"use_dora": True}, r"holds no lora_magnitude_vector, and adapter_config\.json says use_dora"),
-        ({"alpha_pattern": [1]}, "is no number"),
+        ({"alpha_pattern": [1]}, "alpha_pattern is a list of 1: an object is needed"),
     ],
 )
 def test_configs_that_are_not_known_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from checkpoints import save_yaml, tiny
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx_convert.source_config import Scaling, Settings, decide, find_settings, read_settings
+from elm_mlx_convert.source_config import ConfigFile, Scaling, decide, find_config_file, read_config_file
 
 LORA = """  lora:
     use_lora: true
@@ -26,21 +26,21 @@ LORA = """  lora:
 """
 
 
-def choose(settings: Settings | None, config: ModelConfig, **options: Any) -> tuple[ModelConfig, str]:
+def choose(settings: ConfigFile | None, config: ModelConfig, **options: Any) -> tuple[ModelConfig, str]:
     options = {"preset": None, "head_dim": None, "untied": False, **options}
     return decide(settings, options.pop("preset"), config.shapes(), "x.pt", **options)
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_corenets_yaml_of_a_preset(tmp_path: Path, name: str) -> None:
-    settings = read_settings(save_yaml(tmp_path / "a.yaml", name, 32_128, 1024))
+    settings = read_config_file(save_yaml(tmp_path / "a.yaml", name, 32_128, 1024))
     config, origin = choose(settings, ModelConfig.preset(name, 32_128))
     assert config == replace(ModelConfig.preset(name, 32_128), max_context_length=1024, rope_max_length=2048)
     assert origin == f"a.yaml ({name})"
 
 
 def test_corenets_yaml_of_a_name_that_is_no_preset(tmp_path: Path) -> None:
-    config, origin = choose(read_settings(save_yaml(tmp_path / "a.yml", "mine-3M", 320, 256)), tiny())
+    config, origin = choose(read_config_file(save_yaml(tmp_path / "a.yml", "mine-3M", 320, 256)), tiny())
     assert config.shapes() == tiny().shapes()
     assert (config.max_context_length, config.rope_max_length) == (256, 512)
     assert origin == "the shapes; context from a.yml"
@@ -49,37 +49,37 @@ def test_corenets_yaml_of_a_name_that_is_no_preset(tmp_path: Path) -> None:
 def test_yaml_with_dotted_keys(tmp_path: Path) -> None:
     prefix = "model.language_modeling.general_gpt"
     (tmp_path / "a.yaml").write_text(f"{prefix}.model_name: OpenELM-270M\n{prefix}.vocab_size: 7\n")
-    assert read_settings(tmp_path / "a.yaml") == Settings(tmp_path / "a.yaml", None, "OpenELM-270M", 7)
+    assert read_config_file(tmp_path / "a.yaml") == ConfigFile(tmp_path / "a.yaml", None, "OpenELM-270M", 7)
 
 
 def test_yaml_says_how_strong_an_adapter_is(tmp_path: Path) -> None:
     path = save_yaml(tmp_path / "a.yaml", "x", 320, more=LORA)
-    assert read_settings(path).scaling == Scaling(16.0)
+    assert read_config_file(path).scaling == Scaling(16.0)
     path.write_text(path.read_text().replace("false", "true"))
-    assert read_settings(path).scaling == Scaling(16.0, by_root=True)
+    assert read_config_file(path).scaling == Scaling(16.0, by_root=True)
     path.write_text(path.read_text().replace("*alpha", "8"))
     with pytest.raises(InputError, match="scales its adapters differently"):
-        read_settings(path)
+        read_config_file(path)
     path.write_text(path.read_text().replace("lora_alpha", "lora_beta"))
     with pytest.raises(InputError, match="without a lora_alpha"):
-        read_settings(path)
+        read_config_file(path)
 
 
 def test_config_json_of_the_hub(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
-    config, origin = choose(read_settings(tmp_path / "config.json"), tiny())
+    config, origin = choose(read_config_file(tmp_path / "config.json"), tiny())
     assert (config, origin) == (tiny(), "config.json")
 
 
 def test_config_json_of_apples_mlx_example(tmp_path: Path) -> None:
     words = {"model_name": "OpenELM-270M", "vocab_size": 32_128, "max_context_length": 2048}
     (tmp_path / "config.json").write_text(json.dumps(words))
-    config, _ = choose(read_settings(tmp_path / "config.json"), ModelConfig.preset("OpenELM-270M", 32_128))
+    config, _ = choose(read_config_file(tmp_path / "config.json"), ModelConfig.preset("OpenELM-270M", 32_128))
     assert config == ModelConfig.preset("OpenELM-270M", 32_128)
 
 
 def test_a_preset_counts_more_than_a_file(tmp_path: Path) -> None:
-    settings = read_settings(save_yaml(tmp_path / "a.yaml", "OpenELM-450M", 32_128, 1024))
+    settings = read_config_file(save_yaml(tmp_path / "a.yaml", "OpenELM-450M", 32_128, 1024))
     config, origin = choose(settings, ModelConfig.preset("OpenELM-270M", 32_128), preset="OpenELM-270M")
     assert config.max_context_length == 1024 and origin == "--preset OpenELM-270M"
     config, _ = choose(None, ModelConfig.preset("OpenELM-3B", 7), preset="OpenELM-3B")
@@ -96,7 +96,7 @@ def test_shapes_alone() -> None:
 def test_an_adapter_that_untied_the_head(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict()))
     untied = tiny(share_input_output_layers=False)
-    config, _ = choose(read_settings(tmp_path / "config.json"), untied, untied=True)
+    config, _ = choose(read_config_file(tmp_path / "config.json"), untied, untied=True)
     assert config == untied
 
 
@@ -106,28 +106,28 @@ def test_contradictions_name_the_tensor_and_both_shapes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=qkv):
         choose(None, other, preset="OpenELM-450M")
     with pytest.raises(InputError, match=qkv.replace(".* says", r"a\.yaml \(OpenELM-450M\) says")):
-        choose(read_settings(save_yaml(tmp_path / "a.yaml", "OpenELM-450M", 32_128)), other)
+        choose(read_config_file(save_yaml(tmp_path / "a.yaml", "OpenELM-450M", 32_128)), other)
     with pytest.raises(InputError, match=r"has the shape \(320, 48\), but b\.yaml says \(4096, 48\)"):
-        choose(read_settings(save_yaml(tmp_path / "b.yaml", "mine", 4096)), tiny())
+        choose(read_config_file(save_yaml(tmp_path / "b.yaml", "mine", 4096)), tiny())
     with pytest.raises(InputError, match=r"has the shape \(32128, 1280\), but c\.yaml.* says \(32000, 1280\)"):
-        choose(read_settings(save_yaml(tmp_path / "c.yaml", "OpenELM-270M", 32_000)), other)
+        choose(read_config_file(save_yaml(tmp_path / "c.yaml", "OpenELM-270M", 32_000)), other)
     (tmp_path / "config.json").write_text(json.dumps(tiny(qkv_multipliers=1.0).to_dict()))
     with pytest.raises(
         InputError, match=r"layers\.0\.attn\.qkv_proj\.weight has the shape \(\d+, 48\), but config\.json"
     ):
-        choose(read_settings(tmp_path / "config.json"), tiny())
+        choose(read_config_file(tmp_path / "config.json"), tiny())
     with pytest.raises(InputError, match=r"--head-dim is 16, but config\.json says 8"):
-        choose(Settings(tmp_path / "config.json", tiny()), tiny(), head_dim=16)
+        choose(ConfigFile(tmp_path / "config.json", tiny()), tiny(), head_dim=16)
 
 
 def test_the_one_file_that_lies_there(tmp_path: Path) -> None:
-    assert find_settings(tmp_path) is None
+    assert find_config_file(tmp_path) is None
     path = save_yaml(tmp_path / "config.yaml", "mine", 320)
-    found = find_settings(tmp_path)
+    found = find_config_file(tmp_path)
     assert found is not None and found.path == path
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match=r"holds config\.json and config\.yaml: choose with --config"):
-        find_settings(tmp_path)
+        find_config_file(tmp_path)
 
 
 YAML = "model: {language_modeling: {general_gpt: {%s}}}"
@@ -164,7 +164,7 @@ YAML = "model: {language_modeling: {general_gpt: {%s}}}"
 def test_files_that_make_no_sense(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text, encoding="latin-1")
     with pytest.raises(InputError, match=message) as caught:
-        read_settings(tmp_path / name)
+        read_config_file(tmp_path / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
     assert not Path("pwned").exists()
 
@@ -185,7 +185,7 @@ def test_hostile_values_in_config_json(tmp_path: Path, key: str, value: Any) -> 
     """Each is refused, or (where null and the like mean the default) contradicts nothing and allocates nothing."""
     (tmp_path / "config.json").write_text(json.dumps(tiny().to_dict() | {key: value}))
     try:
-        settings = read_settings(tmp_path / "config.json")
+        settings = read_config_file(tmp_path / "config.json")
     except InputError as error:
         assert "config.json" in str(error) and "\n" not in str(error) and len(str(error)) < 500
         return
@@ -199,4 +199,4 @@ def test_files_too_large(tmp_path: Path) -> None:
         with (tmp_path / name).open("wb") as file:
             file.truncate(size)
         with pytest.raises(InputError, match="larger than"):
-            read_settings(tmp_path / name)
+            read_config_file(tmp_path / name)
