@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import say
+from elm_mlx.cli.screen import say
 from elm_mlx.errors import InputError
 
 

@@ -11,8 +11,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.callbacks import OnProgress, no_progress
-from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import byte_size, counted, say
+from elm_mlx.cli.screen import bar, byte_size, counted, say
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

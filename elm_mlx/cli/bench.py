@@ -14,7 +14,7 @@ import typer
 from elm_mlx.bench import suites
 from elm_mlx.bench.suites import SIDES
 from elm_mlx.cli import options
-from elm_mlx.cli.show import folded, line, printable, say, table
+from elm_mlx.cli.screen import folded, line, printable, say, table
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import note
+from elm_mlx.cli.screen import note
 
 
 def chat(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from elm_mlx.cli.show import byte_size, counted, say
+from elm_mlx.cli.screen import byte_size, counted, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress

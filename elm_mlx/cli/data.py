@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import bad_records_named, counted, line, name_bad, say, silence, terminal_width, visible
+from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say, silence, terminal_width, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

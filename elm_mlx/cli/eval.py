@@ -11,7 +11,7 @@ import typer
 
 from elm_mlx.callbacks import no_progress
 from elm_mlx.cli import options
-from elm_mlx.cli.show import line, note, printable, table, visible
+from elm_mlx.cli.screen import line, note, printable, table, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

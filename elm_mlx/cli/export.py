@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elm_mlx.cli.show import byte_size, say
+from elm_mlx.cli.screen import byte_size, say
 
 
 def export(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import say
+from elm_mlx.cli.screen import say
 
 if TYPE_CHECKING:
     from elm_mlx.store.fusion import Fusion

@@ -15,7 +15,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import options
-from elm_mlx.cli.show import Speech, counted, line, note, visible
+from elm_mlx.cli.screen import Speech, counted, line, note, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

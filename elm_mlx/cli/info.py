@@ -13,8 +13,7 @@ import typer
 
 from elm_mlx import blas
 from elm_mlx.cli import options
-from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import byte_size, counted, line, say, table, terminal_width
+from elm_mlx.cli.screen import bar, byte_size, counted, line, say, table, terminal_width
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from elm_mlx.cli.bars import bar
-from elm_mlx.cli.show import say
+from elm_mlx.cli.screen import bar, say
 from elm_mlx.errors import InputError
 
 _BAR = 30

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import training
-from elm_mlx.cli.show import counted, line
+from elm_mlx.cli.screen import counted, line
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -67,13 +67,13 @@ def pretrain(
     if config is None or out is None:
         raise InputError(f"{'CONFIG' if config is None else '--out'} is missing; --init FILE writes a first recipe")
     from elm_mlx import device
-    from elm_mlx.cli import progress
+    from elm_mlx.cli import screen
     from elm_mlx.train import memory
     from elm_mlx.train.pretraining import Pretraining
     from elm_mlx.train.pretraining_recipe import Recipe
 
     recipe = sections.read(config, Recipe, set_ or [])
-    shown = progress.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
+    shown = screen.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
         free, total = device.available_memory(), device.total_memory()
         tight = memory.check(run.load(), free, total, memory.RECIPE, force)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.show import byte_size, say
+from elm_mlx.cli.screen import byte_size, say
 
 if TYPE_CHECKING:
     from elm_mlx.quantize.bit_plan import BitPlan

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import counted, line, table
+from elm_mlx.cli.screen import counted, line, table
 
 if TYPE_CHECKING:
     from elm_mlx.train.metrics import Run

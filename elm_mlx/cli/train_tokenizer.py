@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from elm_mlx.cli.show import byte_size, counted, say
+from elm_mlx.cli.screen import byte_size, counted, say
 
 if TYPE_CHECKING:
     from elm_mlx.text.tokenizer import Tokenizer

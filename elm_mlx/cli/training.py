@@ -18,8 +18,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
-from elm_mlx.cli.progress import Progress, duration
-from elm_mlx.cli.show import bad_records_named, byte_size, counted, name_bad
+from elm_mlx.cli.screen import Progress, bad_records_named, byte_size, counted, duration, name_bad
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
 from elm_mlx.train.sections import Setting

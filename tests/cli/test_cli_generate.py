@@ -456,7 +456,7 @@ def test_nothing_heavy_is_imported(speaker: Path) -> None:
     heavy = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "matplotlib", "torch", "yaml"}
     assert not found & heavy
     assert {"mlx", "sentencepiece"} <= found
-    shared = {"__init__", "command", "options", "show", "generate"}
+    shared = {"__init__", "options", "screen", "generate"}
     commands = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - shared
     assert "lora" in commands
     assert not {f"elm_mlx.cli.{command}" for command in commands} & {*modules}  # the other commands' options

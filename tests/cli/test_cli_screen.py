@@ -12,7 +12,7 @@ import pytest
 import tiny
 from commands import Run
 
-from elm_mlx.cli import show
+from elm_mlx.cli import screen
 from elm_mlx.text.tokenizer import Tokenizer
 
 CONTROLS = {*map(chr, (*range(32), *range(0x7F, 0xA0))), *"\u202e\u2066"} - {"\n", "\t"}
@@ -28,7 +28,7 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 def spoken(terminal: pytest.CaptureFixture[str], pieces: list[str]) -> str:
-    speech = show.Speech()
+    speech = screen.Speech()
     for piece in pieces:
         speech.write(piece)
     speech.finish()
@@ -45,7 +45,7 @@ def test_speech_breaks_between_words_whatever_the_pieces(terminal: pytest.Captur
 
 
 def test_speech_shows_a_word_at_once_where_it_fits(terminal: pytest.CaptureFixture[str]) -> None:
-    speech = show.Speech()
+    speech = screen.Speech()
     speech.write("On")
     assert terminal.readouterr().out == "On"
     speech.write("ce upon a time there")
@@ -73,7 +73,7 @@ def test_speech_cannot_steer_a_terminal_though_a_sequence_comes_in_pieces(termin
 
 
 def test_speech_in_a_pipe_is_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    speech = show.Speech()
+    speech = screen.Speech()
     for piece in (*"a\x1b[2J\r\n", "word " * 50):
         speech.write(piece)
     speech.finish()
@@ -81,14 +81,14 @@ def test_speech_in_a_pipe_is_as_it_is(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_labelled_lines_go_on_below_their_text(terminal: pytest.CaptureFixture[str]) -> None:
-    show.say("note", "a text that is longer than a line of the terminal is")
+    screen.say("note", "a text that is longer than a line of the terminal is")
     assert (
         terminal.readouterr().out == "note        a text that is longer than a\n            line of the terminal is\n"
     )
 
 
 def test_labelled_lines_in_a_pipe_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    show.say("note", "long " * 60 + RUDE + "\nend")
+    screen.say("note", "long " * 60 + RUDE + "\nend")
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and len(out) > 300 and not CONTROLS & {*out}
 
@@ -138,7 +138,7 @@ def test_a_table_in_a_pipe_has_a_line_a_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
-    show.table(*TABLE)
+    screen.table(*TABLE)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == " ".join(TABLE[0]).split()
     assert lines[1].split() == ["elm-mlx", "536", "55%", "35.9", "53%", "1.21", "GB"] and len(lines) == 3
@@ -153,7 +153,7 @@ def test_a_table_on_a_terminal_fits_and_loses_nothing(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("NO_COLOR", "1")
-    show.table(*TABLE)
+    screen.table(*TABLE)
     out = terminal.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     words = out.split()
@@ -161,7 +161,7 @@ def test_a_table_on_a_terminal_fits_and_loses_nothing(
 
 
 def test_cells_of_a_table_are_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
-    show.table(["", f"a{RUDE}"], [[f"[red]{RUDE}", "漢字"], ["x", "abc"]])
+    screen.table(["", f"a{RUDE}"], [[f"[red]{RUDE}", "漢字"], ["x", "abc"]])
     out = capsys.readouterr().out
     assert not CONTROLS & {*out} and "[red]" in out
     assert out.splitlines()[1].endswith("漢字") and out.splitlines()[2].endswith("abc")
@@ -170,10 +170,10 @@ def test_cells_of_a_table_are_not_obeyed(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_path_that_no_line_can_hold_stays_beside_its_label(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     path = "/a/path/" + "x" * 40
-    assert show.folded(f"wrote       {path}, 4-bit", 12) == f"wrote       {path},\n{' ' * 12}4-bit"
-    assert show.folded(f"wrote to    here, and {path}", 12) == f"wrote to    here, and\n{' ' * 12}{path}"
+    assert screen.folded(f"wrote       {path}, 4-bit", 12) == f"wrote       {path},\n{' ' * 12}4-bit"
+    assert screen.folded(f"wrote to    here, and {path}", 12) == f"wrote to    here, and\n{' ' * 12}{path}"
 
 
 def test_a_terminal_without_a_size_has_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(show.shutil, "get_terminal_size", lambda: os.terminal_size((0, 0)))
-    assert show.terminal_width() == 80
+    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: os.terminal_size((0, 0)))
+    assert screen.terminal_width() == 80
