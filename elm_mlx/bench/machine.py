@@ -19,7 +19,7 @@ import mlx.core as mx
 from elm_mlx import blas, device
 from elm_mlx.bench.results import Norm, Speeds
 from elm_mlx.model import roofline
-from elm_mlx.model.norm import NaiveRMSNorm, RMSNorm
+from elm_mlx.model.network import NaiveRMSNorm, RMSNorm
 from elm_mlx.version import __version__
 
 _GIGABYTE = 1e9

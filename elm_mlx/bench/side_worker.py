@@ -33,7 +33,7 @@ class Ours:
     """This package, by the functions that `generate` calls; or with RMSNorm written out."""
 
     def __init__(self, path: Path, dtype: str | None, naive: bool = False):
-        from elm_mlx.model.norm import NaiveRMSNorm, RMSNorm
+        from elm_mlx.model.network import NaiveRMSNorm, RMSNorm
         from elm_mlx.store.loading import open_model
 
         loaded = open_model(path, dtype)

@@ -16,6 +16,11 @@ from elm_mlx.errors import InputError
 from elm_mlx.reading import json_object, short
 
 MODEL_TYPE = "openelm"
+BITS = (2, 3, 4, 5, 6, 8)  # of what is written here; MLX reads 1 too
+GROUPS = (32, 64, 128)
+# mode -> bits and group size, of which each has one: microscaling floats (OCP MX 1.0) and NVIDIA's.
+FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+AFFINE = "affine"
 LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
 
 # A config.json may come from anywhere. Far above every model that is known, and what is built of such figures alone,
@@ -297,6 +302,34 @@ def _is_size(value: object, most: int) -> bool:
 def _is_number(value: object, low: float, high: float) -> bool:
     """A NaN is not: it is on neither side of a limit."""
     return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
+
+
+def check_quantization(where: str, quantization: object) -> None:
+    """Refuses a `quantization` that does not say of all weights how they are packed, and of those that it names.
+
+    Raises:
+        InputError: names `where` and the key that is missing, or that MLX has nothing for.
+    """
+    _check_packing(f"{where}: quantization", quantization)
+    assert isinstance(quantization, Mapping)
+    for name, own in quantization.items():
+        if isinstance(own, Mapping):
+            _check_packing(f"{where}: quantization of {short(name)}", own)
+        elif name not in ("bits", "group_size", "mode") and not isinstance(own, (bool, str)):
+            raise InputError(f"{where}: quantization of {short(name)} is {short(own)}: an object is needed")
+
+
+def _check_packing(where: str, how: Any) -> None:
+    if not isinstance(how, Mapping):
+        raise InputError(f"{where} is {short(how)}: an object is needed")
+    bits, group_size, mode = how.get("bits"), how.get("group_size"), how.get("mode", AFFINE)
+    if not isinstance(mode, str) or mode not in (AFFINE, *FLOATS):
+        raise InputError(f"{where}: mode is {short(mode)}: one of {AFFINE}, {', '.join(FLOATS)} is needed")
+    if type(bits) is not int or type(group_size) is not int:
+        raise InputError(f"{where}: bits {short(bits)}, group_size {short(group_size)}: whole numbers are needed")
+    known = (bits in (1, *BITS) and group_size in GROUPS) if mode == AFFINE else (bits, group_size) == FLOATS[mode]
+    if not known:
+        raise InputError(f"{where}: MLX has no {mode} of {short(bits)} bits in groups of {short(group_size)}")
 
 
 # layers, model_dim, head_dim (paper, table 9 of the appendix; CoreNet's general_gpt.py)

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from elm_mlx.errors import InputError
-from elm_mlx.model import packing, rope_config
-from elm_mlx.model.config import MODEL_TYPE, ModelConfig
-from elm_mlx.model.rope_config import RopeConfig, RopeRules
+from elm_mlx.model.config import MODEL_TYPE, ModelConfig, check_quantization
 from elm_mlx.reading import LARGEST_SIZE, Keys, json_object, short
 from elm_mlx.safetensors_file import Entry, read_header
 
@@ -29,8 +27,63 @@ _MAX_HEADS = 1 << 14
 _MAX_HEAD_DIM = 1 << 12
 _MAX_WEIGHT = 1 << 33  # values of one weight: four times Llama 405B's largest
 _MAX_PARAMETERS = 1 << 42
+LAYER_TYPES = ("full_attention", "sliding_attention")
+KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_MAX_FACTOR = 1e6  # of a factor: far above what any model has
 # What Mamba may read: it has no positions, so its config names no limit. Far above what any text here has.
 _UNBOUNDED = 1 << 20
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """The rotation of a head's queries and keys.
+
+    Attributes:
+        kind: one of `KINDS`.
+        dims: how many of a head's values are rotated, in pairs half of them apart: the first ones, all but where the
+            rotation is partial.
+        theta: the base that frequencies are powers of.
+        original: the length that the model was trained to before its RoPE was scaled. Of the kinds "longrope" and
+            "dynamic" a longer text has other frequencies than a shorter one.
+        scale: what the rotated is multiplied by, beside its rotation.
+        factor: of "linear", "dynamic", "yarn" and "llama3".
+        bounds: of "llama3" the low and the high frequency's factor, of "yarn" the first and last pair of the ramp
+            from frequencies that stay to those that are divided by `factor`.
+        short, long: of "longrope": what each frequency is divided by, `dims / 2` numbers.
+    """
+
+    kind: str
+    dims: int
+    theta: float
+    original: int
+    scale: float = 1.0
+    factor: float = 1.0
+    bounds: tuple[float, float] = (0.0, 0.0)
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+
+    @property
+    def switch(self) -> int | None:
+        """The length after which a text has other frequencies; None where all texts have the same."""
+        differs = (self.kind == "dynamic" and self.factor != 1) or self.short != self.long
+        return self.original if differs else None
+
+
+@dataclass(frozen=True)
+class RopeRules:
+    """What a family's config means where it doesn't say it, as in transformers.
+
+    Attributes:
+        theta: `rope_theta`.
+        original: `original_max_position_embeddings`; None for `max_position_embeddings`.
+        phi3: whether a part of each head may be rotated, and "yarn" is an old name of "longrope".
+        windows_scaled: whether a scaling that is said once holds for layers that see a window too.
+    """
+
+    theta: float = 10_000.0
+    original: int | None = None
+    phi3: bool = False
+    windows_scaled: bool = True
 
 
 @dataclass(frozen=True)
@@ -277,7 +330,7 @@ def normal(keys: Keys, model_type: str) -> FamilyConfig:
     }
     keys.word("hidden_act", ("silu", "swish"), "silu")
     values |= _attention_values(keys, family, values) if family.positions else _state_values(keys, values)
-    ropes = rope_config.read(keys, values["head_dim"], family.rope) if family.positions else {}
+    ropes = read_ropes(keys, values["head_dim"], family.rope) if family.positions else {}
     config = FamilyConfig(
         model_type=model_type,
         values=values,
@@ -340,7 +393,7 @@ def _windows(keys: Keys, family: Family, layers: int) -> dict[str, Any]:
         window = keys.size("sliding_window") if keys.says("sliding_window") else None
     if family.windowed:
         return {"sliding_window": window, "layer_types": None}
-    each = rope_config.LAYER_TYPES
+    each = LAYER_TYPES
     types = keys.words("layer_types", each, layers)
     if types is None and family.file == "olmo3":  # every fourth sees everything
         types = tuple(each[bool((layer + 1) % 4)] for layer in range(layers))
@@ -368,6 +421,101 @@ def _state_values(keys: Keys, values: Mapping[str, Any]) -> dict[str, Any]:
         "time_step_rank": keys.size("time_step_rank", automatic, _MAX_WIDTH, word="auto"),
         "layer_norm_epsilon": keys.number("layer_norm_epsilon", 1e-5, high=1.0),
     }
+
+
+def read_ropes(keys: Keys, head_dim: int, rules: RopeRules) -> dict[str, RopeConfig]:
+    """The RoPE of each of `LAYER_TYPES`, as the whole config's `keys` say it.
+
+    Raises:
+        InputError: a key is missing, of the wrong type or out of range; a kind is not known.
+    """
+    name = "rope_scaling" if keys.object("rope_scaling") else "rope_parameters"  # the order of transformers
+    said, nothing = keys.within(name), Keys(keys.where, {})
+    if any(said.has(kind) for kind in LAYER_TYPES):
+        each = [said.within(kind) if said.says(kind) else nothing for kind in LAYER_TYPES]
+    else:
+        each = [said, said if rules.windows_scaled else nothing]
+    return {kind: _normal_rope(keys, own, head_dim, rules) for kind, own in zip(LAYER_TYPES, each, strict=True)}
+
+
+def _normal_rope(keys: Keys, said: Keys, head_dim: int, rules: RopeRules) -> RopeConfig:
+    """One object's normal form; what `said` doesn't say may stand beside it, in `keys`."""
+    longest = keys.size("max_position_embeddings")
+    trained = said.size("original_max_position_embeddings", rules.original or longest)
+    trained = keys.size("original_max_position_embeddings", trained)  # outside, it goes before the one within
+    share = said.number(
+        "partial_rotary_factor", keys.number("partial_rotary_factor", 1.0, high=_MAX_FACTOR), high=_MAX_FACTOR
+    )
+    if share > 1 or (share < 1 and not rules.phi3):
+        raise InputError(f"{said.where}: partial_rotary_factor is {share:g}, and this family rotates whole heads")
+    rope = RopeConfig(
+        kind=_kind(said, rules.phi3),
+        dims=int(head_dim * share),
+        theta=said.number("rope_theta", keys.number("rope_theta", rules.theta, low=1.0), low=1.0),
+        original=longest,
+    )
+    if rope.dims < 2 or rope.dims % 2:
+        raise InputError(f"{said.where}: RoPE rotates pairs, and {rope.dims} values of each head are to be rotated")
+    if rope.kind == "default":
+        return rope
+    if rope.kind == "longrope":
+        return _longrope(said, rope, longest, trained)
+    factor = said.number("factor", longest / trained if rope.kind == "yarn" else None, high=_MAX_FACTOR)
+    if rope.kind == "yarn":
+        return _yarn(said, replace(rope, factor=factor, original=trained))
+    if rope.kind == "llama3":
+        low = said.number("low_freq_factor", high=_MAX_FACTOR)
+        high = said.number("high_freq_factor", low=low, high=_MAX_FACTOR)
+        return replace(rope, factor=factor, original=trained, bounds=(low, high))
+    if rope.kind == "dynamic" and (rope.dims < 4 or factor < 1):
+        raise InputError(f"{said.where}: dynamic RoPE needs a factor of at least 1, and four values to rotate")
+    return replace(rope, factor=factor)
+
+
+def _kind(said: Keys, phi3: bool) -> str:
+    """The kind, under the names that it has or had."""
+    names = {**{kind: kind for kind in KINDS}, "su": "longrope", **({"yarn": "longrope"} if phi3 else {})}
+    kinds = {names[said.word(key, tuple(names))] for key in ("rope_type", "type") if said.says(key)}
+    if len(kinds) > 1:
+        raise InputError(f"{said.where}: rope_type and type say {' and '.join(sorted(kinds))}: one of them is wrong")
+    return next(iter(kinds), "default")
+
+
+def _longrope(said: Keys, rope: RopeConfig, longest: int, trained: int) -> RopeConfig:
+    factor = said.number("factor", longest / trained, high=_MAX_FACTOR)
+    if trained < 2:
+        raise InputError(f"{said.where}: original_max_position_embeddings is {trained}: more than 1 is needed")
+    scale = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
+    return replace(
+        rope,
+        original=trained,
+        scale=said.number("attention_factor", scale, high=_MAX_FACTOR),
+        short=said.numbers("short_factor", rope.dims // 2, high=_MAX_FACTOR),
+        long=said.numbers("long_factor", rope.dims // 2, high=_MAX_FACTOR),
+    )
+
+
+def _yarn(said: Keys, rope: RopeConfig) -> RopeConfig:
+    """YaRN's ramp (Peng et al. 2023, section 3.2) and the factor of attention (3.4), with DeepSeek's two keys."""
+
+    def pair(turns: float) -> float:
+        """The pair, not rounded, that turns so often over the original context."""
+        return rope.dims * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    def sharpened(by: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * by * math.log(rope.factor) + 1.0
+
+    fast, slow = said.number("beta_fast", 32.0, high=_MAX_FACTOR), said.number("beta_slow", 1.0, high=_MAX_FACTOR)
+    first, last = pair(fast), pair(slow)
+    if said.flag("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rope.dims - 1)
+    scale = sharpened(1.0)
+    of_queries, of_all = (said.number(name, 0.0, low=-1.0, high=_MAX_FACTOR) for name in ("mscale", "mscale_all_dim"))
+    if of_queries and of_all:
+        scale = sharpened(of_queries) / sharpened(of_all)
+    scale = said.number("attention_factor", scale, high=_MAX_FACTOR)
+    return replace(rope, scale=scale, bounds=(first, last + 0.001 if first == last else last))
 
 
 def is_other(directory: Path) -> bool:
@@ -467,7 +615,7 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
 def _check_quantization(keys: Keys) -> None:
     """Raises InputError for quantized weights, an OpenELM's too, that MLX cannot read as a config describes them."""
     if keys.says("quantization"):
-        packing.check(keys.where, keys.get("quantization"))
+        check_quantization(keys.where, keys.get("quantization"))
     elif keys.within("quantization_config").says("quant_method"):
         method = str(keys.within("quantization_config").get("quant_method"))[:40]
         raise InputError(

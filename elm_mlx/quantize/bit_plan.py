@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten
 
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import InputError, counted
+from elm_mlx.model.config import BITS
 from elm_mlx.model.ops import kl_divergences
-from elm_mlx.model.packing import BITS
 from elm_mlx.quantize.losses import Reference, TextRow, log_softmax
 from elm_mlx.quantize.recipe import Format
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from elm_mlx import device
 from elm_mlx.errors import InputError
 from elm_mlx.model import lora_layers
-from elm_mlx.model.packing import AFFINE, BITS, FLOATS, GROUPS
+from elm_mlx.model.config import AFFINE, BITS, FLOATS, GROUPS
 from elm_mlx.store.loading import pack
 
 GROUP = 64

@@ -27,10 +27,10 @@ from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
-from elm_mlx.model.network import Model
+from elm_mlx.model.network import Model, initialize
 from elm_mlx.safetensors_file import write_arrays
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, initial_weights, memory
+from elm_mlx.train import checkpoint, memory
 from elm_mlx.train import pretraining_recipe as recipes
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.pretraining_recipe import Recipe
@@ -121,7 +121,7 @@ class Pretraining:
             self._check_window()
         callback.progress("drawing the weights")
         model = Model(self.config)
-        initial_weights.draw(model, self._recipe.run.seed)
+        initialize(model, self._recipe.run.seed)
         validation = list(self._validation())
         if self.leads and not resume:
             self._describe()

@@ -26,9 +26,8 @@ from elm_mlx.inference.generation import decode, prefill
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.model.network import Model
+from elm_mlx.model.network import Model, initialize
 from elm_mlx.text.tokenizer import Tokenizer
-from elm_mlx.train.initial_weights import draw
 
 ROOT = Path(__file__).parents[2]
 SIZES = (1024, 2048, 4096, 8192, 16_384, 32_000, 49_152, 65_536, 98_304, 128_256)
@@ -166,7 +165,7 @@ def speed() -> dict[str, dict[str, float]]:
     """
     models = {size: Model(shape("OpenELM-270M", size)) for size in HEADS}
     first = models[HEADS[0]]
-    draw(first, 0)
+    initialize(first, 0)
     for size in HEADS[1:]:  # all but the embedding is the same
         models[size].transformer.layers = first.transformer.layers
         embedding = models[size].transformer.token_embeddings

@@ -29,7 +29,7 @@ from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model import other_networks
 from elm_mlx.model.cache import KVCache, StateCache, make_prompt_cache
 from elm_mlx.model.families import FamilyConfig
-from elm_mlx.model.ops import Segments
+from elm_mlx.model.ops import Segments, frequencies
 from elm_mlx.store import loading
 from elm_mlx.store.describe import describe, read_config
 
@@ -232,7 +232,7 @@ def test_a_damaged_config_is_one_line_or_a_model(case: str, tmp_path: Path) -> N
             taken += 1
             assert config.parameters < 1 << 43 and config.kv_bytes_per_token() >= 0 and config.linears
             for rope in config.ropes.values():
-                found = [*rope.frequencies(), *rope.frequencies(rope.original + 1), rope.scale]
+                found = [*frequencies(rope), *frequencies(rope, rope.original + 1), rope.scale]
                 assert all(math.isfinite(value) for value in found) and min(found) > 0
     assert taken
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.packing import BITS, FLOATS, GROUPS
+from elm_mlx.model.config import BITS, FLOATS, GROUPS
 from elm_mlx.quantize import recipe
 from elm_mlx.quantize.bit_plan import allocate
 from elm_mlx.quantize.recipe import Format, choose_format

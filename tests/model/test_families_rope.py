@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.rope_config import RopeConfig, RopeRules, read
+from elm_mlx.model.families import RopeConfig, RopeRules, read_ropes
+from elm_mlx.model.ops import frequencies
 from elm_mlx.reading import Keys
 
 LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
@@ -18,7 +19,7 @@ PHI3 = RopeRules(original=32, phi3=True)
 
 
 def rope(rules: RopeRules | None = None, layer_type: str = "full_attention", **values: Any) -> RopeConfig:
-    found = read(Keys("config.json", {"max_position_embeddings": 128, **values}), 4, rules or RopeRules())
+    found = read_ropes(Keys("config.json", {"max_position_embeddings": 128, **values}), 4, rules or RopeRules())
     return found[layer_type]
 
 
@@ -59,7 +60,7 @@ def test_the_length_where_frequencies_change() -> None:
     alike = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [1.0, 2.0]}
     assert rope(PHI3, rope_scaling=alike).switch is None
     long = rope(PHI3, rope_scaling={"type": "longrope", **LONG})
-    assert long.frequencies(32) == [1.0, 1 / 200] and long.frequencies(33) == [1 / 3, 1 / 400]
+    assert frequencies(long, 32) == [1.0, 1 / 200] and frequencies(long, 33) == [1 / 3, 1 / 400]
 
 
 @pytest.mark.parametrize(

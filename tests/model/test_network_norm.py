@@ -15,8 +15,7 @@ from mlx.utils import tree_map
 
 from elm_mlx import device
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.model.network import Model
-from elm_mlx.model.norm import NaiveRMSNorm, RMSNorm
+from elm_mlx.model.network import Model, NaiveRMSNorm, RMSNorm
 
 
 def norms(dims: int, eps: float = 1e-6, seed: int = 0) -> tuple[RMSNorm, NaiveRMSNorm]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model import packing
+from elm_mlx.model.config import check_quantization
 
 GOOD = {"group_size": 64, "bits": 4}
 
@@ -22,7 +22,7 @@ GOOD = {"group_size": 64, "bits": 4}
     ],
 )  # fmt: skip
 def test_what_is_known(quantization: dict[str, Any]) -> None:
-    packing.check("config.json", quantization)
+    check_quantization("config.json", quantization)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,6 @@ def test_what_is_known(quantization: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_what_is_not(quantization: Any, says: str) -> None:
     with pytest.raises(InputError) as error:
-        packing.check("config.json", quantization)
+        check_quantization("config.json", quantization)
     text = str(error.value)
     assert text.startswith("config.json: quantization") and says in text and "\n" not in text and len(text) < 300

@@ -9,13 +9,12 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from elm_mlx.model.network import Model
-from elm_mlx.train import initial_weights
+from elm_mlx.model.network import Model, initialize
 
 
 def drawn(seed: int) -> Model:
     made = Model(tiny.scaled_config(512, num_layers=4, model_dim=128))
-    initial_weights.draw(made, seed)
+    initialize(made, seed)
     return made
 
 
