@@ -377,6 +377,12 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: 2 * _MOST_SHOWN // 3]} … {text[3 - _MOST_SHOWN // 3 :]}"
 
 
+def check_seed(seed: int | None) -> None:
+    """Raises InputError for a seed that does not fit 64 bits."""
+    if seed is not None and not 0 <= seed < 2**64:
+        raise InputError(f"seed is {seed}: it must be from 0 to 2**64 - 1")
+
+
 def _descriptor(path: Path) -> int:
     """The file's, open; without O_NONBLOCK a pipe would be waited for. Raises InputError and OSError."""
     try:

@@ -34,6 +34,7 @@ def chat(
     adapter: options.AdapterPath = None,
 ) -> None:
     """Talk to a model, or with a base model let it continue what you write; from a pipe, a message a line."""
+    from elm_mlx import reading
     from elm_mlx.cli.session import Session
     from elm_mlx.inference import sampling
     from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
@@ -41,7 +42,7 @@ def chat(
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.chat_template import choose, prepare
 
-    sampling.check_seed(seed)
+    reading.check_seed(seed)
     prepare(check_directory(model, with_tokenizer=True), template, adapter)
     loaded = open_model(model, compute_dtype, adapter)
     assert loaded.tokenizer is not None

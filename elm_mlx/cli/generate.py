@@ -66,7 +66,7 @@ def generate(
             raise InputError("--template and --no-template exclude one another")
         template = "none"
     from elm_mlx.inference.generation import check_steps
-    from elm_mlx.inference.sampling import check_seed, merge_settings, sampler_from
+    from elm_mlx.inference.sampling import merge_settings, sampler_from
     from elm_mlx.inference.window import as_messages
     from elm_mlx.store.describe import check_directory
     from elm_mlx.store.loading import open_model
@@ -79,7 +79,7 @@ def generate(
     chosen: dict[str, Any] = merge_settings(check_directory(model, with_tokenizer=True), flags)
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
-    check_seed(seed)
+    reading.check_seed(seed)
     if not prepare(model, template, adapter) and system is not None:
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]

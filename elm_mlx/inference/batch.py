@@ -1,7 +1,7 @@
-"""Several prompts at once: one decode step for all of them.
+"""Generation for several prompts at once: one decode step for all of them.
 
-Knows how rows of different length share a step. Each prompt is read by itself, without padding, just as
-`generation` does it; only decoding is batched, so a row's text is that of the prompt alone but for rounding.
+Each prompt is read by itself, without padding, as in `generation`; only decoding is batched, so a row's text is that of
+the prompt alone but for rounding.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import mlx.core as mx
 
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import PREFILL_STEP, Decoder, TextStream, check_steps, checked, encode_prompt, prefill
-from elm_mlx.inference.sampling import Sampler, check_seed
+from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
+from elm_mlx.reading import check_seed
 from elm_mlx.text.tokenizer import Tokenizer
 
 BATCH_SIZE = 8  # prompts in one step: reading the weights once serves them all
@@ -24,38 +25,13 @@ BATCH_SIZE = 8  # prompts in one step: reading the weights once serves them all
 
 @dataclass
 class Completion:
-    """What followed one prompt; `finish_reason` as in `generation.Response`."""
+    """The answer to one prompt; `finish_reason` as in `generation.Response`."""
 
     prompt_tokens: int
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: str | None = None
-
-
-@dataclass
-class _Row:
-    completion: Completion
-    stream: TextStream
-    room: int  # tokens until its context is full
-
-    def add(self, token: int, logprob: float, ends: frozenset[int], max_tokens: int) -> bool:
-        """Take one token; whether the row goes on."""
-        done = self.completion
-        done.tokens.append(token)
-        done.logprobs.append(checked(logprob))
-        ended = token in ends
-        if not ended:
-            piece, ended = self.stream.add(token)
-            done.text += piece
-            if ended:
-                done.finish_reason = "stop"
-                return False
-        if ended or len(done.tokens) == min(max_tokens, self.room):
-            done.text += self.stream.finish()
-            done.finish_reason = "stop" if ended else "length" if max_tokens <= self.room else "context"
-            return False
-        return True
 
 
 def generate_batch(
@@ -75,7 +51,7 @@ def generate_batch(
     prefill_step: int = PREFILL_STEP,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Completion]:
-    """A completion for each of `prompts`, in order, `batch_size` of them computed together.
+    """Yields a completion for each of `prompts`, in order, `batch_size` of them computed together.
 
     The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
     luck depends on its place among all prompts, so one prompt given many times is continued in as many ways.
@@ -88,50 +64,52 @@ def generate_batch(
     check_seed(seed)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be 1 or more")
-    ends = frozenset((*stop_ids, *model.config.eos_token_ids))
+    config = model.config
     ids = [encode_prompt(model, tokenizer, prompt) for prompt in prompts]
     seeds = random.Random(seed)
     for start in range(0, len(ids), batch_size):
         group = ids[start : start + batch_size]
-        rows = [
-            _Row(
-                Completion(len(prompt)),
-                TextStream(tokenizer, prompt, stop),
-                model.config.max_context_length - len(prompt),
+        streams = [
+            TextStream(
+                tokenizer, prompt, stop, (*stop_ids, *config.eos_token_ids), max_tokens,
+                config.max_context_length - len(prompt),
             )
             for prompt in group
-        ]
-        _run(model, group, rows, sampler, ends, max_tokens, seed, prefill_step)
+        ]  # fmt: skip
+        yield from _complete(model, group, streams, sampler, seed, prefill_step)
         seed = None if seed is None else seeds.getrandbits(64)  # the next group's luck is its own
-        yield from (row.completion for row in rows)
 
 
-def _run(
+def _complete(
     model: Model,
     prompts: list[list[int]],
-    rows: list[_Row],
+    streams: list[TextStream],
     sampler: Sampler,
-    ends: frozenset[int],
-    max_tokens: int,
     seed: int | None,
     prefill_step: int,
-) -> None:
+) -> list[Completion]:
+    completions = [Completion(len(prompt)) for prompt in prompts]
     logits, caches = prefill_each(model, prompts, prefill_step)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
     decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts), prompts)
-    active = rows
-    while active:
-        values = zip(active, tokens.tolist(), logprobs.tolist(), strict=True)
-        going_on = [i for i, (row, token, logprob) in enumerate(values) if row.add(token, logprob, ends, max_tokens)]
-        if 0 < len(going_on) < len(active):
+    active = list(zip(completions, streams, strict=True))
+    while True:
+        for (done, stream), token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+            done.tokens.append(token)
+            done.logprobs.append(checked(logprob))
+            done.text += stream.add(token)
+            done.finish_reason = stream.finish_reason
+        going_on = [row for row, (done, _) in enumerate(active) if done.finish_reason is None]
+        if not going_on:
+            return completions
+        if len(going_on) < len(active):
             decoder.keep(going_on)
-        active = [active[i] for i in going_on]
-        if active:
-            tokens, logprobs = decoder.advance()
+        active = [active[row] for row in going_on]
+        tokens, logprobs = decoder.advance()
 
 
 def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:
-    """The logits `(batch, vocab)` after each prompt, and caches with all of them, padded on the left."""
+    """Returns the logits `(batch, vocab)` after each prompt, and caches with all of them, padded on the left."""
     read: dict[tuple[int, ...], tuple[mx.array, list[KVCache]]] = {}
     for prompt in prompts:
         if tuple(prompt) not in read:  # one that is given several times, to be drawn from, is read once

@@ -265,7 +265,7 @@ class Chat:
 
 
 class Draft:
-    """The answer to `prompt`.
+    """The answer to `prompt` as it grows.
 
     Attributes:
         tokens: all that came, an end mark too.
@@ -278,27 +278,22 @@ class Draft:
     ) -> None:
         self.tokens: list[int] = []
         self.text = ""
-        self.ended = False
-        self._cut = False  # by a stop string, so that what is held back is part of that
-        self._tokenizer, self._prompt = tokenizer, prompt
-        self._stream = TextStream(tokenizer, prompt, stop_strings)
-        self._stop_ids = stop_ids
+        self._tokenizer, self._prompt, self._stop_ids = tokenizer, prompt, stop_ids
+        self._stream = TextStream(tokenizer, prompt, stop_strings, stop_ids)
+
+    @property
+    def ended(self) -> bool:
+        return self._stream.finish_reason is not None
 
     def add(self, token: int) -> str:
-        """What to show now: the text, without white space at its beginning."""
+        """Returns what to show now: the text, without white space at its beginning."""
         self.tokens.append(token)
-        if token in self._stop_ids:
-            self.ended = True
-            return self.finish()
-        piece, self._cut = self._stream.add(token)
-        self.ended = self._cut
-        return self._shown(piece)
+        piece = self._stream.add(token)
+        return self._shown(piece.rstrip("\ufffd") if token in self._stop_ids else piece)
 
     def finish(self) -> str:
-        """What to show when no more tokens come: the rest, but for the bytes of half a character."""
-        rest = "" if self._cut else self._stream.finish().rstrip("\ufffd")
-        self._cut = True
-        return self._shown(rest)
+        """Returns what to show when no more tokens come: the rest, but for the bytes of half a character."""
+        return self._shown(self._stream.finish().rstrip("\ufffd"))
 
     def ids(self) -> tuple[int, ...]:
         """Prompt and answer: the tokens that make `text`; none where a stop string begins amid a token."""

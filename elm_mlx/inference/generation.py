@@ -1,14 +1,14 @@
-"""A prompt to a stream of tokens: prefill, decode, stop.
+"""Generation: prefill of a prompt, decoding token by token, and where the text ends.
 
-Knows the model, its cache and how a token is chosen; of text only what a tokenizer's streaming decoder
-says. The public names are mlx-lm's.
+The public names are mlx-lm's.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,10 +28,10 @@ _TRIM_EVERY = 256  # tokens: caches grow on the way, and what they leave may be 
 
 @dataclass(frozen=True)
 class Response:
-    """One token, and how the generation stands after it.
+    """One token, and the generation's figures after it.
 
     Attributes:
-        text: what this token made final of the text; may be empty, or flush what earlier tokens held back.
+        text: the text that is final with this token; may be empty, or flush what earlier tokens held back.
         token: its id.
         logprob: natural logarithm of the model's own probability of it, before temperature and filters.
         finish_reason: None but for the last: "stop" (EOS or a stop string), "length" (`max_tokens`) or
@@ -71,7 +71,7 @@ def generate(
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
 ) -> str:
-    """The text that `stream_generate` streams, whole; all options are its."""
+    """Returns the whole text that `stream_generate` streams; all options are its."""
     responses = stream_generate(
         model, tokenizer, prompt,
         max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
@@ -101,7 +101,7 @@ def stream_generate(
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
 ) -> Iterator[Response]:
-    """Continue `prompt`, a token at a time.
+    """Continues `prompt`, a token at a time.
 
     Args:
         tokenizer: None where the prompt is ids and no text is wanted.
@@ -126,19 +126,42 @@ def stream_generate(
     """
     if sampler is not None and seed is not None:
         raise InputError("a sampler draws by itself: `mx.random.seed` is its seed")
+    if tokenizer is None and stop:
+        raise InputError("stop strings need a tokenizer")
     chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler, tuple(logits_processors))
     check_steps(max_tokens, prefill_step)
     caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
-    ids = encode_prompt(model, tokenizer, prompt, used=caches[0].offset)
-    if tokenizer is None and stop:
-        raise InputError("stop strings need a tokenizer")
-    room = model.config.max_context_length - caches[0].offset - len(ids)
-    return _stream(
-        model, ids, caches, chosen, chosen.start([ids], seed), min(max_tokens, room), prefill_step,
-        ends=frozenset((*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))),
-        text=TextStream(tokenizer, ids, stop) if tokenizer else None,
-        cut_off="length" if max_tokens <= room else "context",
-    )  # fmt: skip
+    used = caches[0].offset
+    ids = encode_prompt(model, tokenizer, prompt, used)
+    room = model.config.max_context_length - used - len(ids)
+    ends = (*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))
+    text = TextStream(tokenizer, ids, stop, ends, max_tokens, room)
+    state = chosen.start([ids], seed)
+
+    def responses() -> Iterator[Response]:
+        start, first = time.perf_counter(), 0.0
+        logits = prefill(model, ids, caches, prefill_step)
+        drawn = decode(model, caches, chosen, logits, state, min(max_tokens, room), None if used else ids)
+        for count, (token, logprob) in enumerate(drawn, start=1):
+            first = first or time.perf_counter()
+            piece = text.add(token)
+            elapsed = time.perf_counter() - first
+            yield Response(
+                text=piece,
+                token=token,
+                logprob=logprob,
+                finish_reason=text.finish_reason,
+                prompt_tokens=len(ids),
+                generation_tokens=count,
+                prompt_tps=len(ids) / (first - start),
+                generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
+                time_to_first_token=first - start,
+                peak_memory=device.peak_memory() if text.finish_reason else 0,
+            )
+            if text.finish_reason is not None:
+                return
+
+    return responses()
 
 
 def check_steps(max_tokens: int, prefill_step: int) -> None:
@@ -149,7 +172,7 @@ def check_steps(max_tokens: int, prefill_step: int) -> None:
 
 
 def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Sequence[int], used: int = 0) -> list[int]:
-    """The prompt's ids, checked against the vocabulary and the context, of which `used` tokens are taken."""
+    """Returns the prompt's ids, checked against the vocabulary and the context, of which `used` tokens are taken."""
     config = model.config
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -176,12 +199,12 @@ def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Seque
 def prefill(
     model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP, text_length: int = 0
 ) -> mx.array:
-    """Read `ids` into `caches`, `step` at a time; logits `(1, vocab)` after the last, not yet computed.
+    """Reads `ids` into `caches`, `step` at a time. Returns the logits `(1, vocab)` after the last, not yet computed.
 
-    `text_length` is that of the whole text, where more than `ids` is known to come: LongRoPE asks for it.
+    `text_length` is that of the whole text, where more than `ids` is known to come: LongRoPE depends on it.
 
     Raises:
-        InputError: the model rotates a text of this length otherwise than what is in `caches`.
+        InputError: the model rotates a text of this length in another way than the one that `caches` hold.
     """
     text_length = max(text_length, caches[0].offset + len(ids))
     if not caches[0].suits(text_length):
@@ -213,10 +236,10 @@ def decode(
     max_tokens: int,
     ids: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, float]]:
-    """Tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` left on.
+    """Yields tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` returned.
 
     When a token comes it is in `caches` already, but for the first and the `max_tokens`th. `ids` are those that were
-    read; None where that is not known.
+    read; None where they are not known.
     """
     tokens, logprobs, state = sampler(logits, state)
     mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
@@ -343,83 +366,73 @@ def _step(
     return logits, [cache.state for cache in caches]
 
 
-def _stream(
-    model: Model,
-    ids: list[int],
-    caches: list[KVCache],
-    sampler: Sampler,
-    state: State,
-    max_tokens: int,
-    prefill_step: int,
-    *,
-    ends: frozenset[int],
-    text: TextStream | None,
-    cut_off: str,
-) -> Iterator[Response]:
-    start = time.perf_counter()
-    whole = ids if caches[0].offset == 0 else None
-    logits = prefill(model, ids, caches, prefill_step)
-    first = 0.0
-    drawn = decode(model, caches, sampler, logits, state, max_tokens, whole)
-    for count, (token, logprob) in enumerate(drawn, start=1):
-        first = first or time.perf_counter()
-        ended = token in ends
-        piece = ""
-        if text is not None:
-            piece, ended = (text.finish(), True) if ended else text.add(token)
-        reason = "stop" if ended else cut_off if count == max_tokens else None
-        if reason is not None and not ended and text is not None:
-            piece += text.finish()
-        elapsed = time.perf_counter() - first
-        yield Response(
-            text=piece,
-            token=token,
-            logprob=logprob,
-            finish_reason=reason,
-            prompt_tokens=len(ids),
-            generation_tokens=count,
-            prompt_tps=len(ids) / (first - start),
-            generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
-            time_to_first_token=first - start,
-            peak_memory=device.peak_memory() if reason else 0,
-        )
-        if reason is not None:
-            return
-
-
 class TextStream:
-    """The tokens that follow `prompt` in, text out, up to the first of the `stop` strings."""
+    """The answer to `prompt`: tokens in, text out, up to the first stop string, end token, or the last token allowed.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+    Holds back what may be the beginning of a stop string, so that none of it is ever shown.
+
+    Args:
+        tokenizer: None where no text is wanted.
+        stop: strings that end the text, and are no part of it.
+        end_ids: tokens that end it.
+        max_tokens, room: at most so many tokens; `room` is what the context leaves.
+
+    Attributes:
+        finish_reason: as in `Response`.
+
+    Raises:
+        InputError: a stop string is empty.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        end_ids: Iterable[int] = (),
+        max_tokens: int = sys.maxsize,
+        room: int = sys.maxsize,
+    ) -> None:
         stop = (stop,) if isinstance(stop, str) else stop  # a string is a sequence of strings, and never meant as one
         if any(not string for string in stop):
             raise InputError("a stop string is empty")
-        self._decoder = tokenizer.detokenizer(prompt)
-        self._stop = tuple(stop)
+        self.finish_reason: str | None = None
+        self._decoder = None if tokenizer is None else tokenizer.detokenizer(prompt)
+        self._stop, self._ends = tuple(stop), frozenset(end_ids)
+        self._left, self._limit = min(max_tokens, room), "length" if max_tokens <= room else "context"
         self._held = ""
 
-    def add(self, token: int) -> tuple[str, bool]:
-        """The text that is final after `token`, and whether a stop string has ended it."""
-        return self._cut(self._decoder.add(token))
+    def add(self, token: int) -> str:
+        """Returns the text that is final after `token`; all of the rest, where it is the last one."""
+        self._left -= 1
+        if token in self._ends:
+            self.finish_reason = "stop"
+            return self.finish()
+        text = "" if self._decoder is None else self._cut(self._decoder.add(token))
+        if self.finish_reason is None and not self._left:
+            text += self.finish()
+            self.finish_reason = self._limit
+        return text
 
     def finish(self) -> str:
-        """What is left when the tokens end: bytes of an unfinished character, and what was held back."""
-        text, ended = self._cut(self._decoder.finish())
-        return text if ended else text + self._held
+        """Returns what is left when the tokens end: bytes of an unfinished character, and what was held back."""
+        text = "" if self._decoder is None else self._cut(self._decoder.finish())
+        text, self._held = text + self._held, ""
+        return text
 
-    def _cut(self, text: str) -> tuple[str, bool]:
+    def _cut(self, text: str) -> str:
         text = self._held + text
         found = [at for at in (text.find(string) for string in self._stop) if at >= 0]
         if found:
-            self._held = ""
-            return text[: min(found)], True
+            self._held, self.finish_reason = "", "stop"
+            return text[: min(found)]
         keep = max((_overlap(text, string) for string in self._stop), default=0)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        return text[: len(text) - keep]
 
 
 def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of `text` that begins `string`."""
+    """Returns the length of the longest end of `text` that begins `string`."""
     for length in range(min(len(text), len(string) - 1), 0, -1):
         if text.endswith(string[:length]):
             return length

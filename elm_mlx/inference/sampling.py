@@ -1,8 +1,7 @@
-"""Logits to the next token, as part of the graph: nothing waits for it.
+"""How the next token is chosen from logits, and the settings of it that a model directory keeps.
 
-Knows probabilities; knows nothing of text or of the network. A sampler's state (its random key, and the
-tokens that a repetition penalty looks at) is arrays that go in and come out, so that the next step can be
-launched before this one's token is read, and a seed reproduces a run.
+All of it is part of the graph: nothing waits for a token. A sampler's state is arrays that go in and come out, so that
+the next step can be launched before this one's token is read, and a seed reproduces a run.
 """
 
 from __future__ import annotations
@@ -13,46 +12,63 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from elm_mlx import files, reading
 from elm_mlx.errors import InputError
 
-State = tuple[mx.array, ...]
 Choose = Callable[[mx.array], mx.array]  # log-probabilities (batch, vocab) -> tokens (batch,), as mlx-lm's samplers
 Process = Callable[[mx.array, mx.array], mx.array]  # tokens so far (n,), logits (1, vocab) -> logits
 
 PENALTY_WINDOW = 64  # tokens that a repetition penalty looks back on
 
-
 FILE_NAME = "generation_config.json"
 
-# our name -> the file's
-NAMES = {
-    "temp": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_tokens": "max_new_tokens",
+
+class _Setting(NamedTuple):
+    """A setting: its name in generation_config.json, its default, its range as numbers and in words."""
+
+    saved_as: str
+    default: float
+    low: float
+    high: float
+    range: str
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high and value < math.inf
+
+
+_ABOVE_0 = math.nextafter(0, 1)
+_SETTINGS = {
+    "temp": _Setting("temperature", 0.0, 0, math.inf, "0 or more"),
+    "top_p": _Setting("top_p", 1.0, _ABOVE_0, 1, "above 0, at most 1"),
+    "top_k": _Setting("top_k", 0, 0, math.inf, "0 or more"),
+    "min_p": _Setting("min_p", 0.0, 0, 1, "from 0 to 1"),
+    "repetition_penalty": _Setting("repetition_penalty", 1.0, _ABOVE_0, math.inf, "above 0"),
+    "max_tokens": _Setting("max_new_tokens", 256, 1, math.inf, "1 or more"),
 }
-DEFAULTS = {"temp": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "max_tokens": 256}
-# What they may be, as `sampling` says it; -1 is how some tools write that `top_k` keeps all.
-_RANGES = {
-    "temp": (0.0, math.inf, "0 or more"),
-    "top_p": (math.nextafter(0, 1), 1.0, "above 0, at most 1"),
-    "top_k": (-1, math.inf, "0 or more"),
-    "min_p": (0.0, 1.0, "from 0 to 1"),
-    "repetition_penalty": (math.nextafter(0, 1), math.inf, "above 0"),
-    "max_tokens": (1, math.inf, "1 or more"),
-}
+DEFAULTS = {name: setting.default for name, setting in _SETTINGS.items()}
+
+
+class State(NamedTuple):
+    """A sampler's state; None for what it does not need.
+
+    Attributes:
+        key: of `mx.random`.
+        recent: the tokens that a repetition penalty looks at, `(batch, 64)`.
+        tokens: all tokens so far, `(n,)`, of a single row; for logits processors.
+    """
+
+    key: mx.array | None = None
+    recent: mx.array | None = None
+    tokens: mx.array | None = None
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How to choose. The order is: `processors`, repetition penalty, `top_k`, `top_p`, `min_p`, temperature.
+    """Chooses tokens. The order is: `processors`, repetition penalty, `top_k`, `top_p`, `min_p`, temperature.
 
     As in mlx-lm the filters look at the probabilities before temperature.
 
@@ -63,10 +79,9 @@ class Sampler:
         min_p: drop tokens less likely than this share of the likeliest.
         repetition_penalty: divide the logit of a token seen in the last 64, or multiply a negative one
             (Keskar et al., 2019); 1 does nothing.
-        choose: does so in place of the settings that choose, by the log-probabilities that processors and penalty
-            leave; it draws by `mx.random`'s own state.
-        processors: change the logits, each what the one before it left; they are given the prompt and the tokens
-            since, of a single row.
+        choose: a function that chooses in place of temperature and filters, by the log-probabilities that processors
+            and penalty leave; it draws by `mx.random`'s own state.
+        processors: functions that change the logits, one after the other, by all tokens so far of a single row.
 
     Raises:
         InputError: names the setting that is out of range.
@@ -81,48 +96,38 @@ class Sampler:
     processors: Sequence[Process] = ()
 
     def __post_init__(self) -> None:
-        rules = (
-            ("temp", 0 <= self.temp < math.inf, "0 or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("top_k", self.top_k >= 0, "0 or more"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-        )
-        for name, holds, range_ in rules:
-            if not holds:
-                raise InputError(f"{name} is {getattr(self, name)}: it must be {range_}")
+        for name in ("temp", "top_p", "top_k", "min_p", "repetition_penalty"):
+            if not _SETTINGS[name].holds(getattr(self, name)):
+                raise InputError(f"{name} is {getattr(self, name)}: it must be {_SETTINGS[name].range}")
         if self.choose is not None and (self.temp, self.top_p, self.top_k, self.min_p) != (0, 1, 0, 0):
             raise InputError("a sampler chooses by itself: temp, top_p, top_k and min_p have no place beside it")
 
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None = None) -> State:
-        """The state before the first token after `prompts`, one for each row. `seed` None draws one.
+        """Returns the state before the first token after `prompts`, one for each row. `seed` None draws one.
 
         Raises:
             InputError: the seed does not fit 64 bits.
         """
-        check_seed(seed)
-        state: State = ()
+        reading.check_seed(seed)
+        key = recent = tokens = None
         if self.temp > 0:
-            state += (mx.random.key(int.from_bytes(os.urandom(4), "big") if seed is None else seed),)
+            key = mx.random.key(int.from_bytes(os.urandom(4), "big") if seed is None else seed)
         if self.repetition_penalty != 1:
             # Short prompts are filled up with their own first token, which is BOS.
             rows = [[ids[0]] * (PENALTY_WINDOW - len(ids)) + list(ids[-PENALTY_WINDOW:]) for ids in prompts]
-            state += (mx.array(rows),)
+            recent = mx.array(rows)
         if self.processors:
             (ids,) = prompts
-            state += (mx.array(ids),)
-        return state
+            tokens = mx.array(ids)
+        return State(key, recent, tokens)
 
     def __call__(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
-        """Logits `(batch, vocab)` to tokens `(batch,)`, their log-probabilities `(batch,)` and the next state.
+        """Chooses from logits `(batch, vocab)`: tokens `(batch,)`, their log-probabilities `(batch,)`, the next state.
 
         The log-probability is the model's own, before penalty, filters and temperature.
         """
         logits = logits.astype(mx.float32)
-        rest = list(state)
-        key = rest.pop(0) if self.temp > 0 else None
-        recent = rest.pop(0) if self.repetition_penalty != 1 else None
-        so_far = rest.pop(0) if self.processors else None
+        key, recent, so_far = state
         adjusted = logits
         for process in self.processors:
             adjusted = process(so_far, adjusted)
@@ -137,16 +142,15 @@ class Sampler:
             tokens = self._draw(adjusted, draw)
         chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         logprobs = chosen - mx.logsumexp(logits, axis=-1)
-        after: State = () if key is None else (key,)
         if recent is not None:
-            after += (mx.concatenate([recent[:, 1:], tokens[:, None].astype(recent.dtype)], axis=-1),)
+            recent = mx.concatenate([recent[:, 1:], tokens[:, None].astype(recent.dtype)], axis=-1)
         if so_far is not None:
-            after += (mx.concatenate([so_far, tokens.astype(so_far.dtype)]),)
-        return tokens, logprobs, after
+            so_far = mx.concatenate([so_far, tokens.astype(so_far.dtype)])
+        return tokens, logprobs, State(key, recent, so_far)
 
     def keep(self, state: State, rows: mx.array) -> State:
-        """The state of these rows alone."""
-        return tuple(part[rows] if part.ndim == 2 else part for part in state)
+        """Returns the state of these rows alone."""
+        return state if state.recent is None else state._replace(recent=state.recent[rows])
 
     def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
         seen = mx.take_along_axis(logits, recent, axis=-1)
@@ -173,22 +177,16 @@ class Sampler:
 
 
 def sampler_from(settings: Mapping[str, float]) -> Sampler:
-    """The Sampler that `settings` say by its fields' names; other names are passed over. Raises InputError."""
+    """Makes a Sampler of `settings` by its fields' names; passes others over. Raises InputError."""
     values: dict[str, Any] = {name: settings[name] for name in Sampler.__dataclass_fields__ if name in settings}
     return Sampler(**values)
 
 
-def check_seed(seed: int | None) -> None:
-    """Raises InputError for a seed that does not fit 64 bits."""
-    if seed is not None and not 0 <= seed < 2**64:
-        raise InputError(f"seed is {seed}: it must be from 0 to 2**64 - 1")
-
-
 def saved_settings(directory: Path) -> dict[str, float]:
-    """Settings by our names, only those that the directory has.
+    """Reads the settings that a directory's generation_config.json has, by our names.
 
     As in Hugging Face's tools, `do_sample` true means a temperature of 1 unless the file has another, and false
-    `temp` 0; without `do_sample` a temperature is not used. null is nothing said.
+    `temp` 0; without `do_sample` a temperature is not used. null counts as unsaid.
 
     Raises:
         InputError: the file is no JSON, or a setting is no number, or out of range.
@@ -196,7 +194,7 @@ def saved_settings(directory: Path) -> dict[str, float]:
     path = reading.expanded(directory) / FILE_NAME
     values = reading.json_object_if_there(path)
     found = {
-        ours: _number(path, ours, values[theirs]) for ours, theirs in NAMES.items() if values.get(theirs) is not None
+        name: _number(path, name, values) for name in _SETTINGS if values.get(_SETTINGS[name].saved_as) is not None
     }
     sampled = values.get("do_sample")
     if not isinstance(sampled, bool | None):
@@ -211,13 +209,13 @@ def saved_settings(directory: Path) -> dict[str, float]:
 def merge_settings(
     directory: Path, flags: Mapping[str, float | None], defaults: Mapping[str, float] = DEFAULTS
 ) -> dict[str, float]:
-    """`flags` that were given, else what the directory says, else `defaults`; the keys are those of `flags`."""
+    """Returns `flags` where they are not None, else what the directory has, else `defaults`; keys as in `flags`."""
     saved = {**defaults, **saved_settings(directory)}
     return {name: saved[name] if value is None else value for name, value in flags.items()}
 
 
 def save_settings(directory: Path, settings: Mapping[str, float]) -> Path:
-    """Write `settings` to the directory's file, whose path is returned; what else is in it stays.
+    """Writes `settings` to the directory's file, whose path is returned; what else is in it stays.
 
     Raises:
         InputError: the file that is there cannot be read.
@@ -225,23 +223,27 @@ def save_settings(directory: Path, settings: Mapping[str, float]) -> Path:
     """
     saved_settings(directory)  # what could not be read again is not written over
     path = reading.expanded(directory) / FILE_NAME
-    values = reading.json_object_if_there(path) | {NAMES[name]: value for name, value in settings.items()}
+    values = reading.json_object_if_there(path)
+    values |= {_SETTINGS[name].saved_as: value for name, value in settings.items()}
     values["do_sample"] = settings["temp"] > 0
     if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0
-        del values[NAMES["temp"]]
+        del values["temperature"]
     files.write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
     return path
 
 
-def _number(path: Path, name: str, value: Any) -> float:
+def _number(path: Path, name: str, values: Mapping[str, Any]) -> float:
     """The value of our `name`, a whole number where ours is one. Raises InputError."""
-    low, high, range_ = _RANGES[name]
-    counts = isinstance(DEFAULTS[name], int)
+    setting = _SETTINGS[name]
+    value, counts = values[setting.saved_as], isinstance(setting.default, int)
     if type(value) is float and counts and value.is_integer():  # some tools write 50.0
         value = int(value)
     if type(value) not in ((int,) if counts else (int, float)):
         kind = "a whole number" if counts else "a number"
-        raise InputError(f"{path}: {NAMES[name]} is {str(value)[:60]!r}: {kind} is needed")
-    if not (low <= value <= high and math.isfinite(value)):
-        raise InputError(f"{path}: {NAMES[name]} is {str(value)[:60]}: it must be {range_}")
-    return max(value, 0)
+        raise InputError(f"{path}: {setting.saved_as} is {str(value)[:60]!r}: {kind} is needed")
+    if name == "top_k" and value == -1:  # some tools keep all by it
+        return 0
+    if not setting.holds(value):
+        raise InputError(f"{path}: {setting.saved_as} is {str(value)[:60]}: it must be {setting.range}")
+    number: float = value
+    return number

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from elm_mlx.errors import InputError, counted
+from elm_mlx.reading import check_seed
 from elm_mlx.train import sections
 from elm_mlx.train.sections import Setting
 
@@ -106,7 +107,7 @@ class Settings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        check_seed(self.seed)
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("on_nan", self.on_nan, OnNan)
         for name in ("accumulate", "eval_every", "save_every", "keep"):
@@ -251,7 +252,7 @@ class ComputationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_seed(self.seed)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -332,8 +333,3 @@ class DpoSettings(LoraSettings):
 def _check_choice(what: str, name: str, choices: Any) -> None:
     if name not in get_args(choices):
         raise InputError(f"no {what} {name!r}; there are {', '.join(get_args(choices))}")
-
-
-def _check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**64:
-        raise InputError(f"seed is {seed}: it must be from 0 to 2**64 - 1")

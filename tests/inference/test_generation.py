@@ -18,7 +18,7 @@ import elm_mlx
 from elm_mlx import device, generate, stream_generate
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.generation import Decoder, Response, prefill
-from elm_mlx.inference.sampling import Sampler
+from elm_mlx.inference.sampling import Sampler, State
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer
@@ -464,7 +464,7 @@ def test_a_model_of_damaged_weights_ends_in_an_error_and_not_in_nonsense() -> No
 def test_ctrl_c_amid_a_step_leaves_the_caches_whole(model: Model) -> None:
     caches = make_prompt_cache(model)
     sampler = Sampler()
-    tokens, _, state = sampler(prefill(model, ids_of(5), caches), ())
+    tokens, _, state = sampler(prefill(model, ids_of(5), caches), State())
     decoder = Decoder(model, sampler, caches, tokens, state)
     decoder.advance()
     whole = decoder._step

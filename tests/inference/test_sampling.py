@@ -268,7 +268,7 @@ def test_rows_can_be_dropped_between_steps() -> None:
     sampler = Sampler(temp=1.0, repetition_penalty=1.2)
     prompts = [[1, 2], [3], [4, 5, 6]]
     state = sampler.keep(sampler.start(prompts, 0), mx.array([2, 0]))
-    assert mx.array_equal(state[1], sampler.start([prompts[2], prompts[0]], 0)[1])
+    assert mx.array_equal(state.recent, sampler.start([prompts[2], prompts[0]], 0).recent)
     tokens, logprobs, _ = sampler(mx.zeros((2, 50)), state)
     assert tokens.shape == logprobs.shape == (2,)
 

@@ -28,9 +28,8 @@ def stream(tokenizer: Tokenizer, text: str, stop: list[str]) -> tuple[list[str],
     prompt, ids = continuation(tokenizer, text)
     texts, stream = [], TextStream(tokenizer, prompt, stop)
     for token in ids:
-        piece, ended = stream.add(token)
-        texts.append(piece)
-        if ended:
+        texts.append(stream.add(token))
+        if stream.finish_reason is not None:
             return texts, True
     return [*texts, stream.finish()], False
 
@@ -62,10 +61,9 @@ def test_what_is_shown_is_final_and_not_held_back_needlessly(
     prompt, ids = continuation(tiny_tokenizer, text)
     plain, stopping, shown, known = TextStream(tiny_tokenizer, prompt), TextStream(tiny_tokenizer, prompt, stop), "", ""
     for token in ids:
-        known += plain.add(token)[0]
-        piece, ended = stopping.add(token)
-        shown += piece
-        if ended:
+        known += plain.add(token)
+        shown += stopping.add(token)
+        if stopping.finish_reason is not None:
             break
         held = known.removeprefix(shown)
         assert known == shown + held
@@ -91,13 +89,13 @@ def test_candidates_that_overlap(tiny_tokenizer: Tokenizer) -> None:
 def test_the_prompt_is_not_searched(tiny_tokenizer: Tokenizer) -> None:
     prompt = tiny_tokenizer.encode("the end")
     text = TextStream(tiny_tokenizer, prompt, ["the", "end!", "d"])
-    assert text.add(tiny_tokenizer.encode("!", add_bos=False)[-1]) == ("!", False)
+    assert text.add(tiny_tokenizer.encode("!", add_bos=False)[-1]) == "!" and text.finish_reason is None
 
 
 def test_bytes_of_a_broken_character_come_at_the_end(tiny_tokenizer: Tokenizer) -> None:
     prompt, ids = continuation(tiny_tokenizer, "b😀")
     text = TextStream(tiny_tokenizer, prompt, ["z"])
-    shown = "".join(text.add(token)[0] for token in ids[:-1])
+    shown = "".join(text.add(token) for token in ids[:-1])
     assert shown == "b"
     assert text.finish() == "\ufffd" * 3
 
@@ -105,7 +103,7 @@ def test_bytes_of_a_broken_character_come_at_the_end(tiny_tokenizer: Tokenizer) 
 def test_a_stop_string_may_complete_in_the_bytes_that_are_left(tiny_tokenizer: Tokenizer) -> None:
     prompt, ids = continuation(tiny_tokenizer, "b😀")
     text = TextStream(tiny_tokenizer, prompt, ["\ufffd"])
-    assert "".join(text.add(token)[0] for token in ids[:-1]) + text.finish() == "b"
+    assert "".join(text.add(token) for token in ids[:-1]) + text.finish() == "b"
 
 
 @pytest.mark.parametrize("stop", [[""], ["a", ""]])
@@ -117,4 +115,13 @@ def test_an_empty_stop_string_is_refused(tiny_tokenizer: Tokenizer, stop: list[s
 def test_one_string_alone_is_one_stop_string(tiny_tokenizer: Tokenizer) -> None:
     prompt, ids = continuation(tiny_tokenizer, "abba.")
     text = TextStream(tiny_tokenizer, prompt, "ba")
-    assert "".join(text.add(token)[0] for token in ids[:4]) == "ab"
+    assert "".join(text.add(token) for token in ids[:4]) == "ab"
+
+
+@pytest.mark.parametrize(("max_tokens", "room", "reason"), [(2, 9, "length"), (9, 2, "context"), (2, 2, "length")])
+def test_the_last_token_allowed_ends_it(tiny_tokenizer: Tokenizer, max_tokens: int, room: int, reason: str) -> None:
+    prompt, ids = continuation(tiny_tokenizer, "ab.")
+    text = TextStream(tiny_tokenizer, prompt, ["b."], (), max_tokens, room)
+    assert [text.add(token) for token in ids[:2]] == ["a", "b"] and text.finish_reason == reason
+    text = TextStream(tiny_tokenizer, prompt, ["b."], ids[1:2], max_tokens, room)
+    assert [text.add(token) for token in ids[:2]] == ["a", ""] and text.finish_reason == "stop"
