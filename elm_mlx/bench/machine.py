@@ -1,7 +1,4 @@
-"""The machine that figures are of: what it is, and the two speeds that bound every model on it.
-
-Knows how an operating system is asked. What it doesn't say is left out.
-"""
+"""The machine that figures are of: what it is, and the two speeds that bound every model on it."""
 
 from __future__ import annotations
 
@@ -10,50 +7,60 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
 from elm_mlx import blas, device
-from elm_mlx.bench.results import Norm, Speeds
+from elm_mlx.bench.results import NormTimes, Speeds
 from elm_mlx.model import roofline
 from elm_mlx.model.network import NaiveRMSNorm, RMSNorm
 from elm_mlx.version import __version__
 
-_GIGABYTE = 1e9
+_PAIRS, _CALLS = 7, 20
 
 
 def describe() -> dict[str, str]:
-    """What a reader has to know of it, label by label."""
-    memory = _total_memory()
+    """The machine and its software, label by label. What the system doesn't say is left out."""
+    memory, mac = _total_memory(), sys.platform == "darwin"
+    system = f"macOS {platform.mac_ver()[0]}" if mac else f"{platform.system()} {platform.release()}"
     lines = {
         "processor": str(mx.device_info().get("device_name", platform.processor() or "not known")),
         "computes on": "GPU" if device.on_gpu() else "CPU",
         "cores": str(os.cpu_count()),
-        "memory": f"{memory / _GIGABYTE:.0f} GB" if memory else "",
-        "system": _system(),
+        "memory": f"{memory / 1e9:.0f} GB" if memory else "",
+        "system": f"{system}, {platform.machine()}",
         "python": platform.python_version(),
         "elm-mlx": __version__,
         "mlx": metadata.version("mlx"),
-        "mlx-lm": _version("mlx-lm"),
+        "mlx-lm": metadata.version("mlx-lm"),
         "BLAS": "" if device.on_gpu() else blas.status().name,
     }
     return {label: text for label, text in lines.items() if text}
 
 
-def measure(dtypes: Iterable[str]) -> Speeds:
-    """A quarter of a second for the bandwidth and for each type."""
-    return Speeds(
-        {name: roofline.matmul_speed(device.DTYPES[name]) for name in sorted(set(dtypes))}, roofline.read_bandwidth()
-    )
+def measure(dtype: str) -> Speeds:
+    """Measures matrix products and bandwidth, a quarter of a second each."""
+    return Speeds({dtype: roofline.matmul_speed(device.DTYPES[dtype])}, roofline.read_bandwidth())
 
 
-def _system() -> str:
-    name = "macOS" if sys.platform == "darwin" else platform.system()
-    release = platform.mac_ver()[0] if sys.platform == "darwin" else platform.release()
-    return f"{name} {release}, {platform.machine()}"
+def measure_norm(dtype: str, positions: int, width: int) -> NormTimes:
+    """Measures RMSNorm of `(1, positions, width)` by itself, fused and written out in turn: the paper's section 5."""
+    x = mx.random.normal((1, positions, width), key=mx.random.key(0)).astype(device.DTYPES[dtype])
+    fused, naive = RMSNorm(width), NaiveRMSNorm(width)
+    for norm in (fused, naive):
+        norm.set_dtype(device.DTYPES[dtype])
+        mx.eval(x, norm.parameters(), norm(x))
+    pairs = [(_microseconds(fused, x), _microseconds(naive, x)) for _ in range(_PAIRS)]
+    return NormTimes(dtype, tuple(x.shape), [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+
+def _microseconds(norm: RMSNorm, x: mx.array) -> float:
+    started = time.perf_counter()
+    for _ in range(_CALLS):
+        mx.eval(norm(x))
+    return (time.perf_counter() - started) / _CALLS * 1e6
 
 
 def _total_memory() -> int | None:
@@ -68,31 +75,3 @@ def _total_memory() -> int | None:
         return int(subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, check=True).stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return None
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
-_PAIRS, _CALLS = 7, 20
-
-
-def measure_norm(dtype: str, positions: int, width: int) -> Norm:
-    """Microseconds of norming `(1, positions, width)`, in turn by each."""
-    x = mx.random.normal((1, positions, width), key=mx.random.key(0)).astype(device.DTYPES[dtype])
-    fused, naive = RMSNorm(width), NaiveRMSNorm(width)
-    for norm in (fused, naive):
-        norm.set_dtype(device.DTYPES[dtype])
-        mx.eval(x, norm.parameters(), norm(x))
-    pairs = [(_microseconds(fused, x), _microseconds(naive, x)) for _ in range(_PAIRS)]
-    return Norm(dtype, tuple(x.shape), [pair[0] for pair in pairs], [pair[1] for pair in pairs])
-
-
-def _microseconds(norm: RMSNorm, x: mx.array) -> float:
-    started = time.perf_counter()
-    for _ in range(_CALLS):
-        mx.eval(norm(x))
-    return (time.perf_counter() - started) / _CALLS * 1e6

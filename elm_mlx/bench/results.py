@@ -1,13 +1,10 @@
-"""Measurements, and what follows from them: medians, ratios of pairs, and how near each comes to the roofline.
-
-Knows JSON, in which all of it is kept, and arithmetic. Knows nothing of how anything is measured or shown.
-"""
+"""Results of a benchmark, kept as JSON: medians, ratios of pairs, and how near each figure comes to the roofline."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ VERSION = 1  # of the JSON
 
 @dataclass(frozen=True)
 class Speeds:
-    """What the machine can do.
+    """The speeds of a machine.
 
     Attributes:
         matmul: FLOP/s of a product of large matrices, by type.
@@ -45,10 +42,15 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
 
+    @classmethod
+    def of_ratios(cls, pairs: Iterable[tuple[float | None, float | None]]) -> Spread | None:
+        ratios = [first / second for first, second in pairs if first and second]
+        return cls.of(ratios) if ratios else None
+
 
 @dataclass
 class Row:
-    """A case, and what each side did in it. `skipped` says of the others why not."""
+    """A case, and the measurements of each side in it. `skipped` has the reasons of those that were left out."""
 
     case: Case
     about: dict[str, About] = field(default_factory=dict)
@@ -56,21 +58,18 @@ class Row:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def spread(self, side: str, figure: str) -> Spread | None:
-        values = [getattr(each, figure) for each in self.figures.get(side, ())]
-        values = [value for value in values if value]
+        values = [value for each in self.figures.get(side, ()) if (value := getattr(each, figure))]
         return Spread.of(values) if values else None
 
     def ratio(self, side: str, figure: str) -> Spread | None:
         """How many times as fast ours is: of each pair that was measured one right after the other."""
         pairs = zip(self.figures.get("ours", ()), self.figures.get(side, ()), strict=False)
-        values = [(getattr(ours, figure), getattr(theirs, figure)) for ours, theirs in pairs]
-        ratios = [ours / theirs for ours, theirs in values if ours and theirs]
-        return Spread.of(ratios) if ratios else None
+        return Spread.of_ratios((getattr(ours, figure), getattr(theirs, figure)) for ours, theirs in pairs)
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a figure of ours is bound by.
+    """The roofline of a figure of ours.
 
     Attributes:
         flops, bytes: that must be computed and moved: for the whole prompt, or for one decode step.
@@ -85,7 +84,7 @@ class Bound:
 
 
 @dataclass
-class Norm:
+class NormTimes:
     """RMSNorm by itself: microseconds of each of the pairs that were measured."""
 
     dtype: str
@@ -94,8 +93,8 @@ class Norm:
     naive: list[float]
 
     @property
-    def ratio(self) -> Spread:
-        return Spread.of([naive / fused for fused, naive in zip(self.fused, self.naive, strict=True)])
+    def ratio(self) -> Spread | None:
+        return Spread.of_ratios(zip(self.naive, self.fused, strict=True))
 
 
 @dataclass
@@ -103,7 +102,7 @@ class Results:
     """A benchmark, whole or as far as it came.
 
     Attributes:
-        when: it began, in UTC, as ISO 8601 writes it.
+        when: the time that it began, in UTC, as ISO 8601 writes it.
         machine: labels and texts.
         complete: whether nothing was interrupted.
     """
@@ -113,7 +112,7 @@ class Results:
     machine: dict[str, str]
     speeds: Speeds = field(default_factory=Speeds)
     rows: list[Row] = field(default_factory=list)
-    norms: list[Norm] = field(default_factory=list)
+    norms: list[NormTimes] = field(default_factory=list)
     complete: bool = False
 
     @property
@@ -130,7 +129,7 @@ class Results:
 
 
 def load(path: Path) -> Results:
-    """What `Results.save` wrote. Raises InputError where it is something else."""
+    """Reads the file of `Results.save`. Raises InputError where it is something else."""
     try:
         values = reading.json_object(path, reading.TEXT_BYTES)
         if values.pop("version") != VERSION:
@@ -144,37 +143,31 @@ def load(path: Path) -> Results:
             )
             for row in values.pop("rows")
         ]
-        norms = [Norm(**(norm | {"shape": tuple(norm["shape"])})) for norm in values.pop("norms")]
+        norms = [NormTimes(**(norm | {"shape": tuple(norm["shape"])})) for norm in values.pop("norms")]
         return Results(**(values | {"speeds": Speeds(**values["speeds"]), "rows": rows, "norms": norms}))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: holds no results of elm-mlx bench: {error}") from None
 
 
 def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
-    """What bounds ours: `prompt`, of the time to the first token, and `decode`, of a step half way through.
+    """The bounds of ours: `prompt`, of the time to the first token, and `decode`, of a step half way through.
 
     Every weight is read at least once, in a step every position's keys and values too. None where it is not known.
     """
     case, about = row.case, row.about.get("ours")
     first, rate = row.spread("ours", "first"), row.spread("ours", "decode")
-    if about is None or not about.flops:
+    matmul = speeds.matmul.get(about.dtype) if about is not None and about.flops else None
+    if about is None or not matmul or not speeds.bandwidth:
         return {"prompt": None, "decode": None}
 
-    def bound(tokens: int, seen: int, positions: int, seconds: float) -> Bound | None:
+    def bound(tokens: int, seen: int, positions: int, seconds: float) -> Bound:
         flops = case.batch * (tokens * about.flops + seen * about.flops_seen + about.flops_head)
         moved = about.weight_bytes + case.batch * positions * about.cache_bytes
-        return _bound(flops, moved, seconds, about.dtype, speeds)
+        computing, moving = flops / matmul, moved / speeds.bandwidth
+        return Bound(flops, moved, "matmul" if computing > moving else "bandwidth", max(computing, moving) / seconds)
 
     half = case.prompt + case.new // 2
     return {
         "prompt": bound(case.prompt, causal(case.prompt), case.prompt, first.median) if first else None,
         "decode": bound(1, half, half, case.batch / rate.median) if rate else None,
     }
-
-
-def _bound(flops: int, moved: int, seconds: float, dtype: str, speeds: Speeds) -> Bound | None:
-    matmul = speeds.matmul.get(dtype)
-    if not matmul or not speeds.bandwidth:
-        return None
-    computing, moving = flops / matmul, moved / speeds.bandwidth
-    return Bound(flops, moved, "matmul" if computing > moving else "bandwidth", max(computing, moving) / seconds)

@@ -1,8 +1,7 @@
 """A benchmark run: models made, sides started, cases measured in turn, results kept as they come.
 
-Knows the order of these things, and that a machine that others use too is now faster, now slower: so all sides are
-measured one right after the other, as often as is asked, and pairs are compared. Knows nothing of how results are
-shown.
+A machine that others use too is now faster, now slower: so all sides are measured one right after the other, as often
+as is asked, and pairs are compared.
 """
 
 from __future__ import annotations
@@ -11,27 +10,24 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
-from typing import TypeAlias
 
 from elm_mlx import device, files
 from elm_mlx.bench import machine, models, sides, suites
 from elm_mlx.bench.results import Results, Row
 from elm_mlx.bench.sides import Programs, Side, Unavailable
 from elm_mlx.bench.suites import Case, Suite
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
 
-_PAUSE = (
-    0.25  # seconds before each measurement: a BLAS's threads spin on for a while after the other side's last product
-)
+_PAUSE = 0.25  # seconds before each measurement: a BLAS's threads spin on after the other side's last product
 _WARM_TOKENS = 8  # that follow the prompt in the measurement that doesn't count
-Tell: TypeAlias = Callable[[str], None]
 
 
 def run(
@@ -39,18 +35,17 @@ def run(
     programs: Programs,
     save_to: Path,
     *,
-    on_progress: Tell = lambda text: None,
+    on_progress: OnProgress = no_progress,
     on_row: Callable[[Row], None] = lambda row: None,
 ) -> Results:
-    """Measure a suite. Ctrl-C or SIGTERM ends it with what there is; `complete` tells.
+    """Measures a suite. Ctrl-C or SIGTERM ends it with what there is; `complete` tells.
 
     Args:
-        save_to: the JSON, written after each case from the first on that has figures; what is there stays till then.
-        on_progress: told what is being done.
-        on_row: told each case when it is done.
+        save_to: the JSON, written after each case from the first on that has figures; an old file stays till then.
+        on_row: called with each case when it is done.
 
     Raises:
-        InputError: the suite asks for what there is none of.
+        InputError: the suite has an unknown side, precision, type or model.
         ElmError: the results cannot be written.
     """
     suites.check(suite)
@@ -66,8 +61,13 @@ def run(
     try:
         with _terminable(), tempfile.TemporaryDirectory(prefix="elm-mlx-bench-") as scratch:
             for (model, precision), cases in groupby(suite.cases, lambda case: (case.model, case.precision)):
-                group = _Group(suite, programs, results, save_to, on_progress, on_row)
-                group.run(model, precision, list(cases), Path(scratch))
+                group = _SameModel(suite, programs, results, on_progress)
+                with closing(group.rows(model, precision, list(cases), Path(scratch))) as rows:
+                    for row in rows:
+                        results.rows.append(row)
+                        if results.measured:
+                            results.save(save_to)
+                        on_row(row)
         results.complete = True
     except KeyboardInterrupt:
         pass
@@ -89,109 +89,93 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, kept)
 
 
-class _Group:
+@dataclass
+class _SameModel:
     """The cases of one model in one precision, for which every side is started once."""
 
-    def __init__(
-        self,
-        suite: Suite,
-        programs: Programs,
-        results: Results,
-        save_to: Path,
-        on_progress: Tell,
-        on_row: Callable[[Row], None],
-    ):
-        self._suite, self._programs, self._results = suite, programs, results
-        self._save_to, self._on_progress, self._on_row = save_to, on_progress, on_row
-        self._open: list[Side] = []
-        self._skipped: dict[str, str] = {}
+    suite: Suite
+    programs: Programs
+    results: Results
+    on_progress: OnProgress
+    open: list[Side] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
-    def run(self, model: str, precision: str, cases: list[Case], scratch: Path) -> None:
+    def rows(self, model: str, precision: str, cases: list[Case], scratch: Path) -> Generator[Row, None, None]:
+        dtype = self.suite.compute_dtype
         with tempfile.TemporaryDirectory(dir=scratch) as own:
             try:
-                if model in PRESETS:
-                    needed = models.preset_memory(model, precision, self._suite.compute_dtype, cases)
-                    models.check_memory(needed)  # before weights are made for it
-                    self._on_progress(f"{model}, {precision}: making weights")
+                if model in PRESETS:  # before weights are made for it
+                    preset = ModelConfig.preset(model)
+                    stored = models.stored_bytes(preset, precision)
+                    models.check_memory(models.memory_needed(preset, stored, dtype, cases))
+                    self.on_progress(f"{model}, {precision}: making weights")
                 path = models.prepare(model, precision, Path(own))
                 config = models.config_of(path)
-                self._start(path, models.memory_needed(path, config, self._suite.compute_dtype, cases))
-                self._know(config)
-                for case in cases:
-                    self._finish(self._measure(case, config))
+                stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
+                self._start(path, models.memory_needed(config, stored, dtype, cases))
+                self._measure_machine(config)
             except Unavailable as error:
-                for case in cases:
-                    self._finish(Row(case, skipped={"ours": str(error)}))
+                yield from (Row(case, skipped={"ours": str(error)}) for case in cases)
+            else:
+                yield from (self._measure(case, config) for case in cases)
             finally:
-                for side in self._open:
+                for side in self.open:
                     side.close()
 
     def _start(self, path: Path, needed: int) -> None:
-        """Start the sides, ours first: what it computes in, the others are asked for. Raises Unavailable of ours."""
-        dtype = self._suite.compute_dtype
-        for name in ("ours", *self._suite.against):
-            self._on_progress(f"{path.name}: loading, {name}")
+        """Starts the sides, ours first: the others compute in the same type. Raises Unavailable of ours."""
+        dtype = self.suite.compute_dtype
+        for name in ("ours", *self.suite.against):
+            self.on_progress(f"{path.name}: loading, {name}")
             try:
                 models.check_memory(needed)
-                side = sides.start(name, path, dtype, self._programs)
+                side = sides.start(name, path, dtype, self.programs)
             except Unavailable as error:
                 if name == "ours":
                     raise
-                self._skipped[name] = str(error)
+                self.skipped[name] = str(error)
                 continue
-            self._open.append(side)
+            self.open.append(side)
             if name == "ours":
                 dtype = side.about.dtype
 
-    def _know(self, config: ModelConfig | None) -> None:
-        """Measure the machine in the type that ours computes in, and the norm, unless that was done before."""
-        about, speeds = self._open[0].about, self._results.speeds
-        if about.dtype not in speeds.matmul:
-            self._on_progress(f"measuring the machine in {about.dtype}")
-            found = machine.measure([about.dtype])
-            self._results.speeds = replace(
+    def _measure_machine(self, config: ModelConfig | None) -> None:
+        """Measures the machine in the type that ours computes in, and the norm, unless that was done before."""
+        dtype, speeds, norms = self.open[0].about.dtype, self.results.speeds, self.results.norms
+        if dtype not in speeds.matmul:
+            self.on_progress(f"measuring the machine in {dtype}")
+            found = machine.measure(dtype)
+            self.results.speeds = replace(
                 found, matmul=speeds.matmul | found.matmul, bandwidth=max(speeds.bandwidth, found.bandwidth)
             )
-        if self._suite.norms and config is not None:
-            lengths = sorted({1, *(case.prompt for case in self._suite.cases)})
-            for shape in ((1, length, config.model_dim) for length in lengths):
-                if not any((norm.dtype, norm.shape) == (about.dtype, shape) for norm in self._results.norms):
-                    self._results.norms.append(machine.measure_norm(about.dtype, *shape[1:]))
+        if self.suite.norms and config is not None:
+            for length in sorted({1, *(case.prompt for case in self.suite.cases)}):
+                if all((norm.dtype, norm.shape) != (dtype, (1, length, config.model_dim)) for norm in norms):
+                    norms.append(machine.measure_norm(dtype, length, config.model_dim))
 
     def _measure(self, case: Case, config: ModelConfig | None) -> Row:
-        row = Row(case, skipped=dict(self._skipped))
+        row = Row(case, skipped=dict(self.skipped))
         if config is not None and case.prompt + case.new > config.max_context_length:
             row.skipped["ours"] = f"longer than the model's context of {config.max_context_length:,} tokens"
             return row
-        for turn in range(self._suite.repeats + 1):
-            for number, side in enumerate(list(self._open), 1):
-                warming = turn == 0
-                now = replace(case, new=min(case.new, _WARM_TOKENS)) if warming else case
+        warm = replace(case, new=min(case.new, _WARM_TOKENS))
+        for turn in range(self.suite.repeats + 1):
+            where = f"{turn} of {self.suite.repeats}" if turn else "warming up"
+            for number, side in enumerate(list(self.open), 1):
                 if side.name in row.skipped:
                     continue
-                where = "warming up" if warming else f"{turn} of {self._suite.repeats}"
-                self._on_progress(f"{case}: {where}, {side.name} ({number} of {len(self._open)})")
+                self.on_progress(f"{case}: {where}, {side.name} ({number} of {len(self.open)})")
                 time.sleep(_PAUSE)
                 try:
-                    figures = side.measure(now)
+                    figures = side.measure(case if turn else warm)
                 except Unavailable as error:
-                    self._give_up(side, row, str(error))
+                    row.skipped[side.name] = str(error)
+                    row.figures.pop(side.name, None)
+                    if not side.alive():  # nor is it started for another case
+                        self.open.remove(side)
+                        self.skipped[side.name] = str(error)
                     continue
-                if not warming:
+                if turn:
                     row.about[side.name] = side.about
                     row.figures.setdefault(side.name, []).append(figures)
         return row
-
-    def _give_up(self, side: Side, row: Row, reason: str) -> None:
-        """Go on without a side. One whose process has died is started for no other case either."""
-        row.skipped[side.name] = reason
-        row.figures.pop(side.name, None)
-        if not side.alive():
-            self._open.remove(side)
-            self._skipped[side.name] = reason
-
-    def _finish(self, row: Row) -> None:
-        self._results.rows.append(row)
-        if self._results.measured:
-            self._results.save(self._save_to)
-        self._on_row(row)

@@ -2,9 +2,9 @@
 
     python -m elm_mlx.bench.side_worker SIDE MODEL DTYPE
 
-SIDE is `ours`, `naive`, `mlx-lm` or `mlx-lm-stock`; DTYPE is what to compute in, or `-` for what the side chooses. Says
-`About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its `Figures`, or
-an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+SIDE is `ours`, `naive`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for the side's choice.
+Prints `About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its
+`Figures`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from elm_mlx import device
 from elm_mlx.bench.suites import About, Figures, prompt_ids
 from elm_mlx.errors import ElmError
 from elm_mlx.model import roofline
+from elm_mlx.version import __version__
 
 
 class Ours:
@@ -43,45 +45,38 @@ class Ours:
             raise ElmError("the model has no RMSNorm of ours to write out")
         for module in norms:
             module.__class__ = NaiveRMSNorm
-        from elm_mlx.version import __version__
-
         self.about = describe(loaded.model, loaded.model.config, f"elm-mlx {__version__}", loaded.notes)
 
     def measure(self, prompts: list[list[int]], new: int) -> Figures:
-        if len(prompts) > 1:
-            return self._batch(prompts, new)
+        return timed(prompts, new, self._batch(prompts, new) if len(prompts) > 1 else self._one(prompts[0], new))
+
+    def _one(self, prompt: list[int], new: int) -> Iterator[Any]:
         from elm_mlx.inference.generation import stream_generate
 
-        steps = stream_generate(self.model, None, prompts[0], max_tokens=new, stop_at_eos=False)
-        return timed(prompts, new, steps)
+        return stream_generate(self.model, None, prompt, max_tokens=new, stop_at_eos=False)
 
-    def _batch(self, prompts: list[list[int]], new: int) -> Figures:
+    def _batch(self, prompts: list[list[int]], new: int) -> Iterator[list[int]]:
         from elm_mlx.inference.batch import prefill_each
         from elm_mlx.inference.generation import PREFILL_STEP, Decoder
         from elm_mlx.inference.sampling import Sampler
 
-        def steps() -> Iterator[list[int]]:
-            sampler = Sampler(0.0)
-            logits, caches = prefill_each(self.model, prompts, PREFILL_STEP)
-            tokens, _, state = sampler(logits, sampler.start(prompts, 0))
-            yield tokens.tolist()
-            decoder = Decoder(self.model, sampler, caches, tokens, state, texts=prompts)
-            tokens, _ = decoder.advance()
-            for left in reversed(range(new - 1)):
-                current = tokens
-                if left:
-                    tokens, _ = decoder.advance()
-                yield current.tolist()
-
-        return timed(prompts, new, steps())
+        sampler = Sampler(0.0)
+        logits, caches = prefill_each(self.model, prompts, PREFILL_STEP)
+        tokens, _, state = sampler(logits, sampler.start(prompts, 0))
+        yield tokens.tolist()
+        decoder = Decoder(self.model, sampler, caches, tokens, state, texts=prompts)
+        tokens, _ = decoder.advance()
+        for left in reversed(range(new - 1)):
+            current = tokens
+            if left:
+                tokens, _ = decoder.advance()
+            yield current.tolist()
 
 
 class MlxLm:
     """mlx-lm's own model and loop. `equal` computes in the type that this package would."""
 
     def __init__(self, path: Path, dtype: str | None, equal: bool):
-        from importlib.metadata import version
-
         from mlx_lm.utils import dequantize_model, load_model
 
         model, values = load_model(path)
@@ -92,7 +87,7 @@ class MlxLm:
             model.update(tree_map(lambda array: _cast(array, wanted), model.parameters()))
             mx.eval(model.parameters())
         self.model, self.vocab_size = model, int(values["vocab_size"])
-        self.about = describe(model, None, f"mlx-lm {version('mlx-lm')}", ())
+        self.about = describe(model, None, f"mlx-lm {metadata.version('mlx-lm')}", ())
 
     def measure(self, prompts: list[list[int]], new: int) -> Figures:
         from mlx_lm.generate import batch_generate, generate_step
@@ -110,7 +105,7 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def timed(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
-    """Figures of what gives one token of each prompt at each step."""
+    """Measures steps that each give one token of every prompt."""
     reset_peak()
     start = time.perf_counter()
     times = [time.perf_counter() for _ in steps]
@@ -122,7 +117,7 @@ def timed(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
 
 
 def describe(model: nn.Module, config: Any, name: str, notes: tuple[str, ...]) -> About:
-    """A model in figures; without a config, what it computes in alone."""
+    """The model's sizes and costs; without a config, the type that it computes in alone."""
     weights = dict(tree_flatten(model.parameters()))
     floats = [str(array.dtype) for array in weights.values() if mx.issubdtype(array.dtype, mx.floating)]
     dtype = max(set(floats), key=floats.count).removeprefix("mlx.core.")
@@ -139,7 +134,7 @@ def describe(model: nn.Module, config: Any, name: str, notes: tuple[str, ...]) -
 
 
 def reset_peak() -> None:
-    """Have the peak of memory counted anew, where the system can."""
+    """Resets the peak of memory, where the system can."""
     mx.clear_cache()
     if device.on_gpu():
         mx.reset_peak_memory()
@@ -151,11 +146,8 @@ def reset_peak() -> None:
 def main() -> None:
     side, path, dtype = sys.argv[1], Path(sys.argv[2]), None if sys.argv[3] == "-" else sys.argv[3]
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
-    worker: Ours | MlxLm
-    if side in ("ours", "naive"):
-        worker = Ours(path, dtype, naive=side == "naive")
-    else:
-        worker = MlxLm(path, dtype, equal=side == "mlx-lm")
+    ours = side in ("ours", "naive")
+    worker = Ours(path, dtype, side == "naive") if ours else MlxLm(path, dtype, side == "mlx-lm")
     print(json.dumps(asdict(worker.about)), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

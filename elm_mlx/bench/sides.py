@@ -1,8 +1,4 @@
-"""The programs that are compared, each behind the same three words: `about`, `measure`, `close`.
-
-Knows how each is started and asked, and why one cannot be. A worker is a process of its own, so that each side has its
-own memory, its own BLAS, and its own death.
-"""
+"""The programs that are compared, each a process of its own: each with its own memory, its own BLAS, its own death."""
 
 from __future__ import annotations
 
@@ -24,10 +20,12 @@ from elm_mlx.bench.suites import BATCHED, About, Case, Figures
 
 
 class Unavailable(Exception):
-    """A side that cannot be measured, or not in this case, and why."""
+    """A side cannot be measured, or not in this case; the text is the reason."""
 
 
 class Side(Protocol):
+    """A program with a loaded model."""
+
     name: str
     about: About
 
@@ -38,7 +36,7 @@ class Side(Protocol):
 
 @dataclass(frozen=True)
 class Programs:
-    """Where the others are.
+    """The places of the other programs.
 
     Attributes:
         python: a Python that has PyTorch; None for the one that runs.
@@ -52,7 +50,7 @@ class Programs:
 
 
 def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
-    """A side with the model in `path`, loaded. Raises Unavailable."""
+    """Starts a side and loads the model in `path`. Raises Unavailable."""
     if name == "llama.cpp":
         return LlamaBench(programs)
     if name == "pytorch":
@@ -64,18 +62,19 @@ def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
         if not found:
             raise Unavailable(f"PyTorch is not installed for {python}; --python names one that has it")
         script = str(Path(__file__).with_name("torch_worker.py"))
-        return Worker(name, [python, "-I", script, str(path), dtype or "float32"])
-    return Worker(name, [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"])
+        return WorkerSide(name, [python, "-I", script, str(path), dtype or "float32"])
+    return WorkerSide(name, [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"])
 
 
 def environment(name: str) -> dict[str, str]:
-    """What others set for OpenBLAS would decide the result; and mlx-lm as it is installed has no BLAS of ours."""
+    """The environment without settings of OpenBLAS, which would decide the result; and for mlx-lm as it is installed
+    without our BLAS."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("OPENBLAS_")}
     return kept | ({"ELM_MLX_BLAS": "off"} if name == "mlx-lm-stock" else {})
 
 
-class Worker:
-    """A process that answers a line with a line."""
+class WorkerSide:
+    """A process that answers a line of JSON with a line."""
 
     def __init__(self, name: str, command: Sequence[str]):
         self.name = name
@@ -102,11 +101,10 @@ class Worker:
         return Figures(**self._answer())
 
     def alive(self) -> bool:
-        """Whether it can be asked again."""
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it, whatever it does: it has nothing to lose."""
+        """Kills the process, which has nothing to lose."""
         process = self._process
         process.kill()
         process.wait()
@@ -116,7 +114,7 @@ class Worker:
                 pipe.close()
 
     def _answer(self) -> dict[str, Any]:
-        """Its next line. Raises Unavailable where that is an error, or where it died instead, with its last words."""
+        """Reads its next line. Raises Unavailable where that is an error, or where it died, with its last words."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if line:
@@ -133,7 +131,7 @@ class Worker:
 
 
 class LlamaBench:
-    """llama.cpp's `llama-bench`, which is started anew for each measurement and warms itself up."""
+    """llama.cpp's `llama-bench`, which is started for each measurement and warms itself up."""
 
     name = "llama.cpp"
 

@@ -1,6 +1,6 @@
-"""What is measured when little is asked: named sets of cases.
+"""Suites, named sets of cases to measure; and what a benchmark and its workers tell each other of a case.
 
-Knows cases and nothing of how they are measured. Imports no MLX: the command line names them in its help.
+Imports no MLX: the command line names suites and sides in its help.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Case:
     Attributes:
         model: a preset's name, or a model directory.
         precision: how the weights are stored; "stored" for a directory's own.
-        prompt, new: tokens that are read, and tokens that follow, of each of `batch` texts.
+        prompt, new: tokens of the prompt, and tokens that follow, of each of `batch` texts.
     """
 
     model: str
@@ -64,17 +64,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class About:
-    """What a side says of the model when it has it.
+    """A side's description of itself and of the loaded model; 0 stands for what it does not say.
 
     Attributes:
         name: the program and its version.
-        dtype: what it computes in.
-        parameters: of the model.
-        weight_bytes: that each decode step reads; 0 where the side doesn't say, as those below.
+        dtype: the type that it computes in.
+        weight_bytes: read in each decode step.
         cache_bytes: of one position's keys and values.
         flops, flops_seen, flops_head: of a token's forward pass: in the layers' weights, for each position that it
             sees, and where its logits are wanted.
-        notes: what else there is to say.
     """
 
     name: str
@@ -95,13 +93,13 @@ def prompt_ids(length: int, vocab_size: int, row: int = 0) -> list[int]:
 
 @dataclass(frozen=True)
 class Suite:
-    """A benchmark to be run.
+    """A benchmark to run.
 
     Attributes:
         against: the sides that are measured beside ours, each in turn with it.
         repeats: measurements of each side in each case.
         norms: whether RMSNorm is measured by itself too, fused and naive.
-        compute_dtype: what is computed in; None for what the machine is best at.
+        compute_dtype: the type to compute in; None for the one that the machine is best at.
     """
 
     name: str
@@ -113,10 +111,7 @@ class Suite:
 
 
 def cases(
-    models: Sequence[str],
-    precisions: Sequence[str],
-    lengths: Sequence[tuple[int, int]],
-    batches: Sequence[int] = (1,),
+    models: Sequence[str], precisions: Sequence[str], lengths: Sequence[tuple[int, int]], batches: Sequence[int] = (1,)
 ) -> tuple[Case, ...]:
     """Every combination, model by model. A directory is measured as it is stored, once."""
     made = [
@@ -136,7 +131,7 @@ SUITES = {
     "m2max": Suite(
         "m2max", cases([*PRESETS], ["bfloat16"], [(36, 1024)]), against=("naive",), repeats=5, compute_dtype="bfloat16"
     ),
-    # What a size and a precision cost. Takes an hour or more.
+    # The cost of a size and a precision. Takes an hour or more.
     "full": Suite(
         "full", cases([*PRESETS], ["bfloat16", "8bit", "4bit"], [(128, 64), (1024, 64)], [1, 8]),
         against=("naive", "mlx-lm"), repeats=5,
@@ -153,7 +148,7 @@ def changed(
     new: Sequence[int] = (),
     batches: Sequence[int] = (),
 ) -> Suite:
-    """The suite with other models, lengths and so on; what is empty stays.
+    """Returns the suite with other models, lengths and so on; those that are empty stay.
 
     Raises:
         InputError: there are several `new`, and not one for each prompt; or precisions, and no preset to have them.
@@ -178,11 +173,10 @@ def changed(
 
 
 def check(suite: Suite) -> Suite:
-    """The suite itself. Raises InputError where it asks for what there is none of."""
+    """Returns the suite itself. Raises InputError for an unknown side or precision, and for numbers below 1."""
     for side in suite.against:
         if side not in SIDES or side == "ours":
-            others = ", ".join(name for name in SIDES if name != "ours")
-            raise InputError(f"--against {side}: there are {others}")
+            raise InputError(f"--against {side}: there are {', '.join([*SIDES][1:])}")
     for case in suite.cases:
         if case.precision not in PRECISIONS:
             raise InputError(f"--precision {case.precision}: there are {', '.join(PRECISIONS[1:])}")

@@ -1,21 +1,18 @@
-"""Results as tables of text: for a terminal, in Markdown, and for the page.
-
-Knows which columns there are and how numbers are written. Knows nothing of HTML.
-"""
+"""Results as tables: for a terminal, in Markdown, and with charts on a page of HTML that needs no other file."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator
+from html import escape
 from importlib import resources
 from pathlib import Path
 
-from elm_mlx.bench.results import Bound, Results, Row, Speeds, Spread, bounds
+from elm_mlx.bench.results import Results, Row, Speeds, Spread, bounds
 from elm_mlx.bench.suites import SIDES, Case
 from elm_mlx.model.config import PRESETS
 from elm_mlx.reading import printable
 
-Table = tuple[list[str], list[list[str]]]
+Table = tuple[list[str], list[list[str]]]  # headers, and lines of cells
 
 NOTE = (
     "Medians of all measurements, least and greatest in brackets. Sides were measured in turn: a ratio is the median "
@@ -26,10 +23,12 @@ _HEADER = [
     "model", "tokens", "side", "prompt, tokens/s", "beside it", "first token, s", "generation, tokens/s", "beside it",
     "memory",
 ]  # fmt: skip
+_WIDTH, _FIGURE, _LABEL, _BAR, _GAP = 440, 60, 16, 16, 8  # of a chart, in its own units
+_FIGURES = {"prompt": "reading the prompt", "decode": "generating"}
 
 
 def speed(results: Results) -> Table:
-    """A line for each side of each case that was measured; `beside it` is what the bound or the ratio is."""
+    """A line for each side of each case that was measured; `beside it` has the roofline's share, or the ratio."""
     lines = []
     for row in results.rows:
         for side in row.figures:
@@ -79,7 +78,7 @@ def norms(results: Results) -> Table:
 
 
 def machine(results: Results) -> Table:
-    """What it is, and what it can do."""
+    """The machine and its speeds."""
     lines = [[label, text] for label, text in results.machine.items()]
     for dtype, flops in results.speeds.matmul.items():
         lines.append([f"products in {dtype}", f"{flops / 1e9:,.0f} GFLOP/s"])
@@ -89,7 +88,7 @@ def machine(results: Results) -> Table:
 
 
 def roofline(results: Results) -> Table:
-    """Of each figure of ours, what it is bound by."""
+    """The bound of each figure of ours."""
     header = ["model", "tokens", "figure", "to compute", "to move", "bound by", "share reached"]
     lines = []
     for row in results.rows:
@@ -102,41 +101,32 @@ def roofline(results: Results) -> Table:
 
 
 def left_out(results: Results) -> list[str]:
-    """What was not measured and why, a sentence each."""
-    lines: dict[str, None] = {}
-    for row in results.rows:
-        for side, reason in row.skipped.items():
-            lines[f"{short(row.case)}, {row.case.precision}, {tokens(row.case)}: {SIDES[side]} left out: {reason}"] = (
-                None
-            )
-    return [*lines] + ([] if results.complete else ["Interrupted: the cases after these are missing."])
+    """A sentence for each side that was not measured, with the reason."""
+    lines = [
+        f"{short(row.case)}, {row.case.precision}, {tokens(row.case)}: {SIDES[side]} left out: {reason}"
+        for row in results.rows
+        for side, reason in row.skipped.items()
+    ]
+    return [*dict.fromkeys(lines)] + ([] if results.complete else ["Interrupted: the cases after these are missing."])
 
 
 def markdown(results: Results) -> str:
     """All of it as Markdown, without a title."""
-    parts = [f"Measured on {results.when[:10]}: " + "; ".join(_named(results)) + "."]
-    parts += ["\n".join(_markdown(speed(results))), NOTE, "\n".join(_markdown(roofline(results)))]
-    if results.norms:
-        parts.append("\n".join(_markdown(norms(results))))
+    about = [  # the machine in a sentence
+        text if label in ("processor", "system") else f"{text} cores" if label == "cores" else f"{label} {text}"
+        for label, text in machine(results)[1]
+    ]
+    parts = [f"Measured on {results.when[:10]}: {'; '.join(about)}."]
+    parts += [_markdown(speed(results)), NOTE, _markdown(roofline(results)), _markdown(norms(results))]
     parts.append("\n".join(f"- {line}" for line in left_out(results)))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _named(results: Results) -> Iterator[str]:
-    """The machine in a sentence."""
-    plain = ("processor", "system")
-    for label, text in machine(results)[1]:
-        yield text if label in plain else f"{text} cores" if label == "cores" else f"{label} {text}"
-
-
-def _markdown(table: Table) -> Iterator[str]:
+def _markdown(table: Table) -> str:
     header, lines = table
-    if not lines:
-        return
-    yield "| " + " | ".join(header) + " |"
-    yield "| " + " | ".join("---" if column < 3 else "---:" for column in range(len(header))) + " |"
-    for line in lines:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+    rule = ["---" if column < 3 else "---:" for column in range(len(header))]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *cells)) if lines else ""
 
 
 def short(case: Case) -> str:
@@ -158,10 +148,8 @@ def tokens(case: Case) -> str:
 
 def spread(values: Spread | None) -> str:
     """`541 (530 to 550)`."""
-    if values is None:
-        return ""
-    if values.low == values.high:
-        return number(values.median)
+    if values is None or values.low == values.high:
+        return number(values.median) if values else ""
     return f"{number(values.median)} ({number(values.low)} to {number(values.high)})"
 
 
@@ -173,28 +161,24 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-_WIDTH, _FIGURE, _LABEL, _BAR, _GAP = 440, 60, 16, 16, 8  # of a chart, in its own units
-_FIGURES = {"prompt": "reading the prompt", "decode": "generating"}
-
-
 def page(results: Results) -> str:
     """The text of one HTML file without anything outside it, nor a script."""
-    title = f"elm-mlx bench: {results.suite}"
+    title = escape(f"elm-mlx bench: {results.suite}")
     style = resources.files("elm_mlx").joinpath("page.css").read_text("utf-8")
     body = [
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="note">{html.escape(results.when)}. {html.escape(NOTE)} A dashed line is the roofline.</p>',
+        f"<h1>{title}</h1>",
+        f'<p class="note">{escape(results.when)}. {escape(NOTE)} A dashed line is the roofline.</p>',
         '<div class="charts">', *_charts(results), "</div>",
         *_section("Speed", speed(results)), *_section("Roofline", roofline(results)),
         *_section("RMSNorm by itself", norms(results)), *_section("Machine", machine(results)),
-        *(f'<p class="note">{html.escape(line)}</p>' for line in left_out(results)),
+        *(f'<p class="note">{escape(line)}</p>' for line in left_out(results)),
     ]  # fmt: skip
     head = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{html.escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f"<title>{title}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
     )
     return head + "\n".join(body) + "\n</body>\n</html>\n"
 
@@ -204,13 +188,13 @@ def _section(title: str, table: Table) -> Iterator[str]:
     if not lines:
         return
     cards = ' class="cards"' if any(header[1:]) else ""
-    yield f'<h2>{html.escape(title)}</h2>\n<div class="scroll"><table{cards}>'
+    yield f'<h2>{escape(title)}</h2>\n<div class="scroll"><table{cards}>'
     if any(header[1:]):
-        yield "<thead><tr>" + "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in header) + "</tr></thead>"
+        yield "<thead><tr>" + "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header) + "</tr></thead>"
+    names = [f' data-name="{escape(name)}"' if name else "" for name in header[1:]]
     for first, *rest in lines:
-        names = [f' data-name="{html.escape(name, quote=True)}"' if name else "" for name in header[1:]]
-        cells = "".join(f"<td{name}>{html.escape(cell)}</td>" for name, cell in zip(names, rest, strict=True))
-        yield f'<tr><th scope="row">{html.escape(first)}</th>{cells}</tr>'
+        cells = "".join(f"<td{name}>{escape(cell)}</td>" for name, cell in zip(names, rest, strict=True))
+        yield f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
     yield "</table></div>"
 
 
@@ -218,10 +202,14 @@ def _charts(results: Results) -> Iterator[str]:
     """Ours over all cases, and then all sides in each case with a scale of its own, for sizes differ by a thousand."""
     if len([row for row in results.rows if row.figures]) > 2:
         for figure, what in (*_FIGURES.items(), ("memory", "memory")):
-            bars = [(_label(row), found, 0) for row in results.rows if (found := row.spread("ours", figure))]
+            bars = [
+                (f"{short(row.case).removeprefix('OpenELM-')} {row.case.precision}, {tokens(row.case)}", found, 0)
+                for row in results.rows
+                if (found := row.spread("ours", figure))
+            ]
             if bars:
-                memory = figure == "memory"
-                yield _chart(f"elm-mlx: {what}, {'GB' if memory else 'tokens/s'}", bars, unit=1e9 if memory else 1)
+                unit, name = (1e9, "GB") if figure == "memory" else (1.0, "tokens/s")
+                yield _chart(f"elm-mlx: {what}, {name}", bars, unit=unit)
     for row in results.rows:
         case, bound = row.case, bounds(row, results.speeds)
         for figure, what in _FIGURES.items():
@@ -230,33 +218,28 @@ def _charts(results: Results) -> Iterator[str]:
                 count = f"{case.prompt:,} tokens" if figure == "prompt" else f"{case.new:,} after {case.prompt:,}"
                 many = f", {case.batch} at once" if case.batch > 1 else ""
                 title = f"{short(case)}, {case.precision}: {what}, {count}{many}; tokens/s"
-                bars = [(SIDES[side], each, number) for number, (side, each) in enumerate(sides)]
-                yield _chart(title, bars, _roof(row, figure, bound[figure]))
-
-
-def _label(row: Row) -> str:
-    return f"{short(row.case).removeprefix('OpenELM-')} {row.case.precision}, {tokens(row.case)}"
-
-
-def _roof(row: Row, figure: str, bound: Bound | None) -> float | None:
-    """Tokens a second that the machine could do."""
-    ours = row.spread("ours", figure)
-    return ours.median / bound.share if ours and bound else None
+                bars = [(SIDES[side], each, colour) for colour, (side, each) in enumerate(sides)]
+                ours, limit = row.spread("ours", figure), bound[figure]
+                yield _chart(title, bars, ours.median / limit.share if ours and limit else None)
 
 
 def _chart(title: str, bars: list[tuple[str, Spread, int]], roof: float | None = None, unit: float = 1) -> str:
-    """Bars to medians, in colours by number, each below its label and with a line from the least to the greatest."""
+    """Bars to medians, in colours by number, each below its label and with a line from the least to the greatest.
+
+    Args:
+        roof: the throughput that the machine could reach.
+        unit: of the figures that are written.
+    """
     most = max(found.high for _, found, _ in bars)
     roof = roof if roof is not None and roof < 4 * most else None  # one far above would leave no room for the bars
     scale = (_WIDTH - _FIGURE) / max(most, roof or 0.0)
     height = len(bars) * (_LABEL + _BAR + _GAP) + _GAP
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(title, quote=True)}">']
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     for place, (label, found, colour) in enumerate(bars):
-        top = place * (_LABEL + _BAR + _GAP)
-        y, middle = top + _LABEL, top + _LABEL + _BAR / 2
-        low, high = (scale * value for value in (found.low, found.high))
+        y = place * (_LABEL + _BAR + _GAP) + _LABEL
+        middle, low, high = y + _BAR / 2, scale * found.low, scale * found.high
         parts += [
-            f'<text x="0" y="{y - 4}">{html.escape(label)}</text>',
+            f'<text x="0" y="{y - 4}">{escape(label)}</text>',
             f'<rect x="0" y="{y}" width="{scale * found.median:.1f}" height="{_BAR}" '
             f'style="fill:var(--c{colour % 7})"/>',
             f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{middle}" y2="{middle}"/>',
@@ -265,4 +248,4 @@ def _chart(title: str, bars: list[tuple[str, Spread, int]], roof: float | None =
     if roof is not None:
         x = scale * roof
         parts.append(f'<line class="cross" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>')
-    return f'<div class="chart"><h3>{html.escape(title)}</h3>\n' + "\n".join([*parts, "</svg></div>"])
+    return f'<div class="chart"><h3>{escape(title)}</h3>\n' + "\n".join([*parts, "</svg></div>"])

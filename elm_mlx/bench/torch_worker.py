@@ -2,8 +2,8 @@
 
     PYTHON torch_worker.py MODEL DTYPE
 
-Speaks as `worker` does. Needs PyTorch alone, and none of this project: it is run by an environment of its own. Reads
-model directories with unquantized weights.
+Reads and prints the lines that `side_worker` does, and unquantized model directories. It needs PyTorch alone, and none
+of this project: an environment of its own runs it.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Network:
         if config["normalize_qk_projections"]:
             queries, keys = self._norm(queries, f"{name}.q_norm"), self._norm(keys, f"{name}.k_norm")
         cos, sin = self.cos[start : self.offset], self.sin[start : self.offset]
-        queries, keys = turned(queries, cos, sin), turned(keys, cos, sin)
+        queries, keys = rotate(queries, cos, sin), rotate(keys, cos, sin)
         kept = self.caches[layer]
         for cache, new in zip(kept, (keys, values), strict=True):
             cache[:, :, start : self.offset] = new
@@ -77,13 +77,13 @@ class Network:
         return F.linear(x, self.weights[f"{name}.proj_2.weight"])
 
 
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def read(path: Path, dtype: torch.dtype, where: str) -> Weights:
-    """Every tensor of the directory's safetensors files."""
+    """Reads every tensor of the directory's safetensors files."""
     weights = {}
     for file in sorted(path.glob("model*.safetensors")):
         data = bytearray(file.read_bytes())
@@ -133,7 +133,7 @@ def main() -> None:
     with torch.inference_mode():
         for line in sys.stdin:
             asked = json.loads(line)
-            # As `figures.prompt_ids`, which this cannot import.
+            # As `suites.prompt_ids`, which this cannot import.
             prompts = [
                 [1] + [3 + (i * 7919 + row * 104_729 + 37) % max(1, size - 3) for i in range(asked["prompt"] - 1)]
                 for row in range(asked["batch"])

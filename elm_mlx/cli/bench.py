@@ -13,6 +13,7 @@ import typer
 
 from elm_mlx.bench import suites
 from elm_mlx.bench.suites import SIDES
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import folded, line, printable, say, table
 from elm_mlx.errors import InputError
@@ -99,7 +100,7 @@ def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | No
 
 
 @contextmanager
-def _shown() -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
+def _shown() -> Iterator[tuple[OnProgress, Callable[[Row], None]]]:
     """What is being done, on a terminal; and each case when it is done."""
     from rich.console import Console
 
@@ -114,10 +115,14 @@ def _shown() -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     if not sys.stderr.isatty():
-        yield lambda text: None, row
+        yield no_progress, row
         return
     with console.status("starting") as status:
-        yield lambda text: status.update(printable(text).replace("[", "\\[")), row
+
+        def show(what: str, done: int = 0, total: int = 0, /) -> None:
+            status.update(printable(what).replace("[", "\\["))
+
+        yield show, row
 
 
 def _print(results: Results) -> None:

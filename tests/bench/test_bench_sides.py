@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from elm_mlx.bench import sides
-from elm_mlx.bench.sides import Programs, Side, Unavailable, Worker
+from elm_mlx.bench.sides import Programs, Side, Unavailable, WorkerSide
 from elm_mlx.bench.suites import About, Case, Figures
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.roofline import Cost
@@ -106,19 +106,19 @@ def test_a_side_that_cannot_start_says_why(tiny_model_dir: Path, tmp_path: Path)
 )  # fmt: skip
 def test_a_death_is_a_reason(death: str, reason: str) -> None:
     hello = 'print(\'{"name": "x", "dtype": "float32"}\', flush=True); input()\n'
-    side = Worker("x", [sys.executable, "-c", hello + death])
+    side = WorkerSide("x", [sys.executable, "-c", hello + death])
     assert side.about == About("x", "float32")
     with pytest.raises(Unavailable, match=reason):
         side.measure(Case("m", "stored", 1, 1))
     assert not side.alive()
     side.close()
     with pytest.raises(Unavailable, match=reason):
-        Worker("x", [sys.executable, "-c", death])
+        WorkerSide("x", [sys.executable, "-c", death])
 
 
 def test_a_worker_that_is_busy_is_ended_at_once() -> None:
     hello = 'print(\'{"name": "x", "dtype": "float32"}\', flush=True)\nimport time; time.sleep(60)'
-    side = Worker("x", [sys.executable, "-c", hello])
+    side = WorkerSide("x", [sys.executable, "-c", hello])
     started = time.monotonic()
     side.close()
     assert time.monotonic() - started < 10
