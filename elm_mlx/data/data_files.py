@@ -242,81 +242,64 @@ def _elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
 
     Yields each with the line that it begins on. Raises InputError as `read`.
     """
-    cursor = _Cursor(reading.decoded(data, str(path)))
+    text = reading.decoded(data, str(path))
+    at = counted = _past_space(text, 0)
+    line = text.count("\n", 0, at) + 1
     try:
-        key = _enter_records(path, cursor)
-        array = key is not None or cursor.sees("[")
+        wrapped = _wrapped_array(path, text, at)
+        at = at if wrapped is None else wrapped
+        array = text.startswith("[", at)
         if array:
-            cursor.step()
-        while not cursor.sees("]") if array else not cursor.at_end:
-            yield cursor.line, cursor.value()
-            if cursor.sees(","):
-                cursor.step()
-            elif array and not cursor.sees("]"):
-                raise InputError(f"{path}, line {cursor.line}: not JSON: a comma or ] is missing")
-        if array and key is None:
-            cursor.step()
-            if not cursor.at_end:
-                raise InputError(f"{path}, line {cursor.line}: not JSON: something follows the array")
+            at = _past_space(text, at + 1)
+        while not text.startswith("]", at) if array else at < len(text):
+            line, counted = line + text.count("\n", counted, at), at
+            value, at = _value(text, at)
+            yield line, value
+            if text.startswith(",", at):
+                at = _past_space(text, at + 1)
+            elif array and not text.startswith("]", at):
+                raise ValueError("a comma or ] is missing")
+        if array and wrapped is None:
+            at = _past_space(text, at + 1)
+            if at < len(text):
+                raise ValueError("something follows the array")
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {cursor.line}: not JSON: {error}") from None
+        line += text.count("\n", counted, at)
+        raise InputError(f"{path}, line {line}: not JSON: {error}") from None
 
 
-class _Cursor:
-    """A place in a JSON text, past all white space, and its line."""
-
-    def __init__(self, text: str) -> None:
-        self.text, self.at, self.line = text, 0, 1
-        self._move(0)
-
-    @property
-    def at_end(self) -> bool:
-        return self.at == len(self.text)
-
-    def sees(self, character: str) -> bool:
-        return self.text.startswith(character, self.at)
-
-    def step(self) -> None:
-        """Moves past one character."""
-        self._move(self.at + 1)
-
-    def value(self) -> Any:
-        """Returns the value that begins here, and moves past it. Raises ValueError, RecursionError."""
-        found, end = reading.JSON_RECORDS.raw_decode(self.text, self.at)
-        reading.check_depth(found)
-        self._move(end)
-        return found
-
-    def _move(self, position: int) -> None:
-        position = _SPACE.match(self.text, position).end()  # type: ignore[union-attr]
-        self.line += self.text.count("\n", self.at, position)
-        self.at = position
+def _past_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
 
 
-def _enter_records(path: Path, cursor: _Cursor) -> str | None:
-    """Moves past the key that holds the records where one object is all of a file, and returns it.
+def _value(text: str, at: int) -> tuple[Any, int]:
+    """The value at a place in a JSON text, and the place of what follows. Raises ValueError, RecursionError."""
+    value, end = reading.JSON_RECORDS.raw_decode(text, at)
+    reading.check_depth(value)
+    return value, _past_space(text, end)
+
+
+def _wrapped_array(path: Path, text: str, at: int) -> int | None:
+    """The place of the records where one object is all of a file, and holds them under a key.
 
     Raises:
-        InputError: several keys do.
+        InputError: it does under several.
     """
-    if not cursor.sees("{"):
+    if not text.startswith("{", at):
         return None
-    whole = _Cursor(cursor.text)
-    value = whole.value()
-    keys = _wrapping(value) if whole.at_end else []
+    value, end = _value(text, at)
+    keys = _wrapping(value) if end == len(text) else []
     if len(keys) > 1:
         named = " and ".join(map(key_of, keys[:2]))
         raise InputError(f"{path}: holds lists of objects under {named}: write each to a file of its own")
-    for key in keys:
-        while True:  # through the keys before it
-            cursor.step()
-            name = cursor.value()
-            cursor.step()
-            if name == key:
-                return key
-            cursor.value()
+    while keys:  # through the keys before it
+        name, at = _value(text, _past_space(text, at + 1))
+        at = _past_space(text, at + 1)
+        if name == keys[0]:
+            return at
+        _, at = _value(text, at)
     return None
 
 
