@@ -361,7 +361,7 @@ class _Zstandard(io.RawIOBase):
             raise ElmError(f"{path}: Zstandard needs its package: pip install 'elm-mlx[zstd]'") from None
         self._path, self._file, self._error = path, file, zstandard.ZstdError
         self._begin: Any = zstandard.ZstdDecompressor().decompressobj
-        self._frame: Any = None  # that has begun and not ended
+        self._frame: Any = None  # under way
         self._packed = b""
         self._ready = memoryview(b"")
 
@@ -438,7 +438,7 @@ def find(path: str | Path, suffixes: Sequence[str] = RECORDS) -> dict[str, Split
     train on, those of the one folder below it that does, such as the hub's `data`.
 
     Raises:
-        InputError: there are none to train on, or two of which nobody can say which is meant; it names them.
+        InputError: there are none to train on, or two that could both be; it names them.
     """
     path = expanded(path)
     if path.is_file():
@@ -501,7 +501,7 @@ def _named(split: str, variant: str, found: re.Match[str]) -> Name:
 def _together(root: Path, split: str, found: list[_Found]) -> SplitFiles:
     """Those of a split that belong together. Raises InputError where two don't."""
     if any(each.place == root and not each.name.variant for each in found):
-        # train.jsonl is meant where train_old.jsonl lies beside it
+        # train.jsonl, where train_old.jsonl lies beside it
         found = [each for each in found if each.place != root or not each.name.variant]
     found = sorted(found, key=lambda each: (each.name.variant, each.name.number or 0, each.file))
     for one, other in pairwise(found):

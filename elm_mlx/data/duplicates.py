@@ -33,27 +33,26 @@ Marks = list[npt.NDArray[np.bool_]]  # of each file, by the document's number, w
 
 
 def find(sources: Sequence[TextFiles], pool: Pool, cache: Path | None) -> list[Marks]:
-    """The marks of each source's files.
+    """Returns the marks of each source's files.
 
     Args:
         cache: a directory for hashes; None to keep none.
     """
     tasks = [Hash(path, each.source.key, each.source.separator) for each in sources for path in each.paths]
     cached = [_cached(task, cache) for task in tasks]
-    known = [None if path is None or not path.exists() else path for path in cached]
-    answers = [pool.submit(task) if path is None else None for task, path in zip(tasks, known, strict=True)]
+    answers = [None if path and path.exists() else pool.submit(task) for path, task in zip(cached, tasks, strict=True)]
     hashes = []
-    for answer, path, kept in zip(answers, known, cached, strict=True):
-        data = path.read_bytes() if answer is None and path is not None else answer.result()  # type: ignore[union-attr]
+    for path, answer in zip(cached, answers, strict=True):
+        data = answer.result() if answer else path.read_bytes() if path else b""
         hashes.append(np.frombuffer(data, np.uint64))
-        if answer is not None and kept is not None:
-            _keep(kept, data)
+        if answer and path:
+            _keep(path, data)
     marks = iter(_repeated(hashes))
     return [[next(marks) for _ in each.paths] for each in sources]
 
 
 def default_cache() -> Path | None:
-    """Where hashes are kept unless told otherwise."""
+    """Returns the directory that keeps hashes by default."""
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "elm-mlx", "hashes")
     except RuntimeError:  # no home
@@ -62,7 +61,7 @@ def default_cache() -> Path | None:
 
 
 def _repeated(hashes: list[npt.NDArray[np.uint64]]) -> Marks:
-    """Of each array, where a number stands that stood before, in it or in those before it; 0 never counts."""
+    """Marks the numbers of each array that stood before, in it or in those before it; 0 never counts."""
     every = np.concatenate([*hashes, np.empty(0, np.uint64)])
     marks = every != 0
     marks[np.unique(every, return_index=True)[1]] = False

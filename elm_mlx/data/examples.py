@@ -68,11 +68,11 @@ class Names:
         self._controls, self._id_of = tokenizer.control_ids, tokenizer.id_of
 
     def find(self, texts: Iterable[str]) -> Iterator[str]:
-        """Each of them in `texts`, as often as it is there."""
+        """Yields each name in `texts`, as often as it is there."""
         return (found for text in texts for found in self._pattern.findall(text) if self._is_one(found))
 
     def marked(self, text: str) -> str:
-        """`text` with each of them in ‹ ›."""
+        """Returns `text` with each name in ‹ ›."""
         return self._pattern.sub(lambda found: f"‹{found[0]}›" if self._is_one(found[0]) else found[0], text)
 
     def _is_one(self, name: str) -> bool:
@@ -202,7 +202,7 @@ def _last_answer(example: Example) -> tuple[Example, tuple[int, ...]]:
 
 
 def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: int) -> Span:
-    """From where the model begins to answer to the end of what ends the answer.
+    """The span from the model's first token of an answer to the end of its last.
 
     Args:
         parts: the whole conversation.
@@ -227,7 +227,7 @@ def _end(parts: Sequence[Part]) -> Place:
 
 
 def _begins(parts: list[Part], beginning: list[Part]) -> bool:
-    """Whether `parts` begin so; the last run of text may go on."""
+    """Tells whether `parts` begin so; the last run of text may go on."""
     *whole, last = beginning
     if len(parts) < len(beginning) or parts[: len(whole)] != whole:
         return False
@@ -237,7 +237,7 @@ def _begins(parts: list[Part], beginning: list[Part]) -> bool:
 
 @dataclass
 class Prepared:
-    """A split's examples, and what became of the rest.
+    """A split's examples, and an account of the records that gave none, or shorter ones.
 
     Attributes:
         max_length, truncate, context: as they were prepared.

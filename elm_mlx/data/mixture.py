@@ -33,7 +33,7 @@ Ids = npt.NDArray[np.int32]
 
 @dataclass
 class Counts:
-    """What became of a source's documents so far.
+    """Counts of a source's documents so far.
 
     Attributes:
         epoch: that the last document was of, from 0.
@@ -53,19 +53,13 @@ class Counts:
     broken: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _Task:
-    raws: list[Raw]
-    answer: Future[Any]
-
-
 class Feed:
     """One source's documents as token ids.
 
     Args:
         read: its documents from a position on, without end.
         ahead: tasks to be encoded ahead of need.
-        on_wrong: is told of each record and file that cannot be read.
+        on_wrong: called with a line for each record and file that cannot be read.
     """
 
     def __init__(
@@ -86,25 +80,26 @@ class Feed:
         self._begin()
 
     def ready(self) -> bool:
-        """Whether `advance` would not have to wait. Has work done ahead."""
+        """Has work done ahead; tells whether `advance` would not have to wait."""
         while self._pool.workers and len(self._tasks) < self._ahead:
             self._tasks.append(self._pool.read(partial(self._read, self._raws)))
-        return bool(self._current) or bool(
-            self._tasks and self._tasks[0].done() and self._tasks[0].result().answer.done()
-        )
+        first = self._tasks[0] if self._tasks else None
+        return bool(self._current) or bool(first and first.done() and first.result()[1].done())
 
     def advance(self) -> Ids | None:
-        """The next document's ids; None if it isn't kept.
+        """Returns the next document's ids; None if it isn't kept.
 
         Raises:
             InputError: none was in a whole epoch.
         """
         while not self._current:
             self.ready()
-            task: _Task = (
-                self._tasks.popleft() if self._tasks else self._pool.read(partial(self._read, self._raws))
-            ).result()
-            self._current = deque(zip(task.raws, self._outcomes(task), strict=True))
+            task = self._tasks.popleft() if self._tasks else self._pool.read(partial(self._read, self._raws))
+            raws, answer = task.result()
+            encoded = iter(answer.result())
+            for raw in raws:
+                unread = filters.DUPLICATE if raw.content is None else raw.content
+                self._current.append((raw, next(encoded) if isinstance(raw.content, bytes | str) else unread))
         raw, outcome = self._current.popleft()
         self._step(raw.position)
         if isinstance(outcome, bytes):
@@ -120,14 +115,13 @@ class Feed:
         return None
 
     def again(self, position: Position) -> Ids:
-        """The ids of the document there once more."""
+        """Returns the ids of the document at a position once more. Raises InputError for another document."""
         raw = next(self._from(position))
-        if raw.position != position or not isinstance(raw.content, str | bytes):
-            raise InputError(f"cannot resume: {raw.where} is another document than before")
-        (outcome,) = self._pool.submit(Encode((raw.content,), self.source.key)).result()
-        if not isinstance(outcome, bytes):
-            raise InputError(f"cannot resume: {raw.where} is another document than before")
-        return np.frombuffer(outcome, np.uint32).astype(np.int32)
+        if raw.position == position and isinstance(raw.content, str | bytes):
+            (outcome,) = self._pool.submit(Encode((raw.content,), self.source.key)).result()
+            if isinstance(outcome, bytes):
+                return np.frombuffer(outcome, np.uint32).astype(np.int32)
+        raise InputError(f"cannot resume: {raw.where} is another document than before")
 
     def state(self) -> dict[str, Any]:
         return {"next": list(vars(self.position).values()), "kept": self._kept, "counts": asdict(self.counts)}
@@ -150,7 +144,7 @@ class Feed:
         self._tasks: deque[Future[Any]] = deque()
         self._current.clear()
 
-    def _read(self, documents: Iterator[Raw]) -> _Task:
+    def _read(self, documents: Iterator[Raw]) -> tuple[list[Raw], Future[Any]]:
         """Reads some documents and has them encoded."""
         raws: list[Raw] = []
         contents: list[bytes | str] = []
@@ -164,16 +158,7 @@ class Feed:
                 break
         if not raws:
             raise ElmError(f"{self.source.name}: cannot be read on after an error")
-        return _Task(raws, self._pool.submit(Encode(contents, self.source.key)))
-
-    def _outcomes(self, task: _Task) -> Iterator[Outcome | Broken]:
-        encoded = iter(task.answer.result())
-        for raw in task.raws:
-            content = raw.content
-            if isinstance(content, bytes | str):
-                yield next(encoded)
-            else:
-                yield filters.DUPLICATE if content is None else content
+        return raws, self._pool.submit(Encode(contents, self.source.key))
 
     def _step(self, position: Position) -> None:
         counts = self.counts
@@ -201,7 +186,7 @@ class Feed:
 
 
 class Mixture:
-    """Feeds as one stream of ids. What is next is cut off it in blocks.
+    """Feeds as one stream of ids, which is cut into blocks.
 
     Args:
         size: ids of a block. Its last is the next one's first.
@@ -215,7 +200,7 @@ class Mixture:
         self._newest = 0  # which feed the last document was of
 
     def fill(self, wait: bool) -> None:
-        """Gather documents until the block is whole; or, not to wait, as many as there are now."""
+        """Gathers documents until the block is whole; without `wait`, as many as there are now."""
         ready = [feed.ready() for feed in self.feeds]  # of all, to have each run ahead
         while self._length < self._size:
             behind = min(
@@ -230,7 +215,7 @@ class Mixture:
                 self._add(ids, True)
 
     def take(self) -> tuple[Ids, npt.NDArray[np.bool_]]:
-        """The block's ids, and where documents begin. It is whole."""
+        """Returns the ids of the whole block, and marks where documents begin."""
         ids = np.concatenate(self._parts)
         starts = np.zeros(len(ids), np.bool_)
         starts[self._starts] = True
@@ -240,7 +225,7 @@ class Mixture:
         return ids[: self._size], starts[: self._size]
 
     def state(self) -> dict[str, Any]:
-        """Where the next block begins, right after `take` or at the beginning."""
+        """Returns the position of the next block, right after `take` or at the beginning."""
         rest = [self._newest, *vars(self.feeds[self._newest].last).values(), self._length] if self._length else None
         return {"sources": [feed.state() for feed in self.feeds], "rest": rest}
 
@@ -267,5 +252,5 @@ class Mixture:
 
 
 def ahead(workers: int, weight: float, weights: float) -> int:
-    """How many tasks of a source to have encoded ahead of need: the more, the larger its share."""
+    """Returns the tasks of a source to encode ahead of need: the more, the larger its share."""
     return 1 + round(_AHEAD * workers * weight / weights)

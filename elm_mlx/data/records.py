@@ -323,7 +323,7 @@ def _conversation(where: str, value: Mapping[str, Any]) -> Conversation:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]], whose: str) -> Turns:
-    """Turns with nothing but `role` and `content`, which may still be anything.
+    """Reduces messages to `role` and `content`, which may still be anything.
 
     Raises:
         BadRecord: one is in another tool's words, or has something that no template here can show.
@@ -343,7 +343,7 @@ def _turns(messages: Sequence[Mapping[str, Any]], whose: str) -> Turns:
 
 
 def _is_trained(message: Mapping[str, Any], whose: str) -> bool:
-    """Whether the loss counts a message if it is the assistant's, as OpenAI's, Mistral's and others' keys say."""
+    """Tells whether the loss counts a message if it is the assistant's, as OpenAI's, Mistral's and others' keys say."""
     marks = {key: message[key] for key in _MARKS if message.get(key) is not None}
     for key, mark in marks.items():
         if not isinstance(mark, (int, float)) or mark not in (0, 1):

@@ -141,7 +141,7 @@ class TextBatches:
 
     @property
     def under_way(self) -> bool:
-        """Whether a batch has been read, since `resume` if that was called."""
+        """True once a batch has been read, since `resume` if that was called."""
         return self._taken is not None
 
     def counts(self) -> list[Counts]:
