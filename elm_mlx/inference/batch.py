@@ -129,6 +129,6 @@ def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> t
 
 
 def _padding(prompts: list[list[int]]) -> mx.array | None:
-    """How many empty positions each row starts with; None for a single one, which then runs as alone."""
+    """Returns the number of empty positions that each row starts with; None for a single row."""
     longest = max(map(len, prompts))
     return mx.array([longest - len(prompt) for prompt in prompts]) if len(prompts) > 1 else None

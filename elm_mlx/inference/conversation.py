@@ -1,7 +1,6 @@
-"""A conversation with a model: messages in, answers out as they come, and no token read twice.
+"""A conversation with a model: messages in, answers out as they come, and files that keep it.
 
-Knows the history and the settings. How much of a history the model is shown, `window` decides; what of that has
-to be read, `prefix` does. Knows nothing of terminals.
+`window` decides how much of a history the model is shown, `prefix` reads only what is new of it.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ CONTINUING = {**DEFAULTS, "max_tokens": sampling.DEFAULTS["max_tokens"]}
 
 @dataclass
 class Statistics:
-    """One answer in figures: tokens, seconds, bytes.
+    """The figures of one answer: tokens, seconds, bytes.
 
     Attributes:
-        prompt_tokens: what the model was shown.
-        read_tokens: the part of it that was not in the cache yet, and had to be read.
+        prompt_tokens: all that the model was shown.
+        read_tokens: the part of it that was not in the KV cache yet, and had to be read.
         generation_tps: tokens a second after the first.
     """
 
@@ -49,7 +48,7 @@ class Statistics:
     peak_memory: int = 0
 
     def count(self, elapsed: float) -> None:
-        """Another token, `elapsed` seconds after the beginning."""
+        """Counts another token, `elapsed` seconds after the beginning."""
         self.generated_tokens += 1
         if self.generated_tokens == 1:
             self.time_to_first_token = elapsed
@@ -64,7 +63,7 @@ class Reply:
     nothing had been said by then, the conversation stays as it was, without the question too.
 
     Attributes:
-        forgotten: what had to go to make room, such as "3 exchanges", the oldest; empty for nothing.
+        forgotten: the oldest part, which had to go to make room, such as "3 exchanges"; empty for nothing.
         finish_reason: "stop" (an end mark or a stop string), "length" (`max_tokens`), "context" (which is
             full) or "interrupted"; None before the end.
         statistics: whole at the end.
@@ -81,7 +80,7 @@ class Reply:
         return self.stream()
 
     def stream(self, stopped: Callable[[], bool] = lambda: False) -> Generator[str, None, None]:
-        """The text as it comes, without white space at its beginning. `stopped` is asked between steps."""
+        """Yields the text as it comes, without white space at its beginning. Calls `stopped` between steps."""
         return self._chat._answer(self, stopped)
 
 
@@ -89,7 +88,7 @@ class Chat:
     """A conversation.
 
     Args:
-        template: how the model was taught to converse; None for a base model, which just continues the text.
+        template: the chat template; None for a base model, which just continues the text.
         system: stands in front of everything, for as long as the conversation lasts.
         options: those of DEFAULTS that are to be otherwise; see `stream_generate`.
         stop: strings that end an answer, besides the template's.
@@ -134,12 +133,12 @@ class Chat:
 
     @property
     def continues(self) -> bool:
-        """Whether this is one text, of a base model and its user, and not a dialogue."""
+        """True for one text, of a base model and its user; False for a dialogue."""
         return isinstance(self._window, Continued)
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The whole conversation, `role` and `content` of each, also what the model is no longer shown."""
+        """All messages, `role` and `content` of each, also those that the model is no longer shown."""
         return as_messages(self.system, self.exchanges)
 
     @property
@@ -152,7 +151,7 @@ class Chat:
         self._random = random.Random(seed)
 
     def ask(self, question: str) -> Reply:
-        """Say something. If that is nothing, a base model goes on from where it stopped.
+        """Asks a question, or says anything. If that is nothing, a base model goes on from where it stopped.
 
         Raises:
             InputError: the message alone is too long for the context, or no valid Unicode. The conversation
@@ -161,7 +160,7 @@ class Chat:
         return self._reply(self.exchanges, question)
 
     def retry(self) -> Reply:
-        """Answer the last message anew. Until something has been said, the present answer stays.
+        """Answers the last message anew. Until something has been said, the present answer stays.
 
         Raises:
             InputError: there is none.
@@ -171,17 +170,17 @@ class Chat:
         return self._reply(self.exchanges[:-1], self.exchanges[-1].question)
 
     def undo(self) -> Exchange:
-        """Drop the last message and its answer, which are returned. Raises InputError when there is none."""
+        """Drops the last message and its answer, and returns them. Raises InputError when there is none."""
         if not self.exchanges:
             raise InputError("there is nothing to undo")
         return self.exchanges.pop()
 
     def reset(self) -> None:
-        """Drop all messages but the system prompt."""
+        """Drops all messages but the system prompt."""
         self.exchanges = []
 
     def set(self, name: str, value: float) -> None:
-        """Change one of `options`. Raises InputError when there is no such one, or not with that value."""
+        """Changes one of `options`. Raises InputError when there is no such one, or not with that value."""
         if name not in DEFAULTS:
             raise InputError(f"no setting {name!r}; there are {', '.join(DEFAULTS)}")
         kind = type(DEFAULTS[name])
@@ -192,7 +191,7 @@ class Chat:
         self.options = options
 
     def save(self, path: Path) -> None:
-        """Write `messages` to a JSON file, whole or not at all.
+        """Writes `messages` to a JSON file, whole or not at all.
 
         Raises:
             InputError: the file is there, and is no conversation.
@@ -201,7 +200,7 @@ class Chat:
         write_messages(path, self.messages)
 
     def load(self, path: Path) -> None:
-        """Go on with the conversation of a file, its system prompt included.
+        """Loads the conversation of a file, its system prompt included, to go on with it.
 
         Raises:
             InputError: there is none, or the template does not take it. The present conversation stays.
@@ -269,8 +268,8 @@ class Draft:
 
     Attributes:
         tokens: all that came, an end mark too.
-        text: what they say, up to an end mark or stop string; characters that were cut off are left out.
-        ended: whether an end mark or stop string came.
+        text: their text, up to an end mark or stop string; characters that were cut off are left out.
+        ended: an end mark or stop string came.
     """
 
     def __init__(
@@ -296,7 +295,7 @@ class Draft:
         return self._shown(self._stream.finish().rstrip("\ufffd"))
 
     def ids(self) -> tuple[int, ...]:
-        """Prompt and answer: the tokens that make `text`; none where a stop string begins amid a token."""
+        """Returns prompt and answer, the tokens that make `text`; none where a stop string begins amid a token."""
         decoder = self._tokenizer.detokenizer(self._prompt)
         length = count = 0
         while length < len(self.text):
@@ -311,10 +310,10 @@ class Draft:
 
 
 def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
-    """Whole or not at all, in place of a conversation that is there already.
+    """Writes a conversation to a file, `{"messages": [{"role": …, "content": …}, …]}`, whole or not at all.
 
     Raises:
-        InputError: what is there is no conversation.
+        InputError: a file is there already that is no conversation.
         ElmError: the file cannot be written.
     """
     path = reading.expanded(path)
@@ -327,7 +326,7 @@ def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
 
 
 def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
-    """The system prompt, if there is one, and each message with its answer.
+    """Returns the system prompt of a conversation in a file, None where it has none, and each message with its answer.
 
     Raises:
         InputError: the file cannot be read, or holds something else; says where.

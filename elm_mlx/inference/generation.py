@@ -297,7 +297,7 @@ class Decoder:
         self._step = mx.compile(step) if device.compile_hindrance() is None else step
 
     def advance(self) -> tuple[mx.array, mx.array]:
-        """Feed the current tokens and launch, without waiting, the choice of the next: ids and log-probabilities."""
+        """Feeds the current tokens and launches, without waiting, the choice of the next: ids and log-probabilities."""
         if self.caches[0].switch is not None:
             self._read_again(self.caches[0].switch)
         start = self.caches[0].offset
@@ -321,9 +321,9 @@ class Decoder:
         return self.tokens, logprobs
 
     def _read_again(self, switch: int) -> None:
-        """Read again the rows that the next token makes longer than `switch`: from there on all is rotated otherwise.
+        """Reads again the rows that the next token makes longer than `switch`, where RoPE changes for the whole text.
 
-        As transformers does it for Phi-3. It takes a prefill, once a text.
+        As in transformers for Phi-3. It takes a prefill, once a text.
         """
         texts, self._fed = self._texts, [*self._fed, self.tokens]
         if texts is None:
@@ -340,7 +340,7 @@ class Decoder:
                 mx.eval(cache.state)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
+        """Drops all rows but these."""
         index = mx.array(rows, dtype=mx.int32)
         self._texts = None if self._texts is None else [self._texts[row] for row in rows]
         self._fed = [tokens[index] for tokens in self._fed]
@@ -360,7 +360,7 @@ def _step(
     mask: mx.array,
     arrays: Sequence[Arrays],
 ) -> tuple[mx.array, list[Arrays]]:
-    """Tokens `(batch,)` to logits `(batch, vocab)`, and the caches' arrays with them in it."""
+    """Computes of tokens `(batch,)` the logits `(batch, vocab)`, and the caches' arrays with them in it."""
     caches = [kind.inside(own, position, offset, mask) for kind, own in zip(kinds, arrays, strict=True)]
     logits = model(tokens[:, None], cache=caches)[:, 0]
     return logits, [cache.state for cache in caches]

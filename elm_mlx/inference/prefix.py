@@ -1,7 +1,4 @@
-"""A model that remembers what it has read: nothing that a text shares with the one before it is computed again.
-
-Knows ids and caches; knows nothing of text or conversations.
-"""
+"""The KV cache of a conversation: nothing that a text shares with the one before it is computed again."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ Stopped = Callable[[], bool]
 
 
 class PrefixCache:
-    """The caches of one text that grows, and is sometimes cut back.
+    """The KV caches of one text that grows, and is sometimes cut back.
 
     Attributes:
         ids: exactly those whose keys and values the caches hold, whatever happened: an exception amid a step,
@@ -33,7 +30,7 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Empties the caches."""
         self.ids: list[int] = []
         self.caches = make_prompt_cache(self.model)
 
@@ -42,9 +39,9 @@ class PrefixCache:
         return sum(cache.nbytes for cache in self.caches)
 
     def shared(self, prompt: Sequence[int]) -> int:
-        """How many ids of `prompt` need not be read. Never all: the last one's logits are not kept.
+        """Returns the number of ids of `prompt` that need not be read. Never all: the last one's logits are not kept.
 
-        Of a state that can't be cut back, all that was read or none; and none where a text of this length is rotated
+        Of a state that can't be cut back, all that was read or none; and none where RoPE rotates a text of this length
         otherwise.
         """
         if not self.caches[0].suits(len(prompt)):
@@ -54,7 +51,7 @@ class PrefixCache:
         return same if same == len(self.ids) or self.caches[0].is_trimmable() else 0
 
     def read(self, prompt: Sequence[int], stopped: Stopped = lambda: False) -> mx.array | None:
-        """Hold exactly `prompt`; returns the logits `(1, vocab)` after it, or None if `stopped` said so before its end.
+        """Reads what is new of `prompt`. Returns the logits `(1, vocab)` after it; None if `stopped` said so before.
 
         Args:
             prompt: at least one id, no more than the context, all in the vocabulary.
@@ -75,10 +72,10 @@ class PrefixCache:
         return logits
 
     def decode(self, logits: mx.array, sampler: Sampler, seed: int, max_tokens: int) -> Iterator[int]:
-        """The tokens after what was read, at most `max_tokens`.
+        """Yields the tokens after what was read, at most `max_tokens`.
 
         Args:
-            logits: what `read` returned. Nothing else may have been read since.
+            logits: from `read`. Nothing else may have been read since.
         """
         with self._cleared_by_failure():
             state = sampler.start([self.ids], seed)

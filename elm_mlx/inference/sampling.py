@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits, and the settings of it that a model directory keeps.
+"""Sampling: logits to the next token, and the settings of it that a model directory keeps.
 
 All of it is part of the graph: nothing waits for a token. A sampler's state is arrays that go in and come out, so that
 the next step can be launched before this one's token is read, and a seed reproduces a run.
@@ -233,7 +233,7 @@ def save_settings(directory: Path, settings: Mapping[str, float]) -> Path:
 
 
 def _number(path: Path, name: str, values: Mapping[str, Any]) -> float:
-    """The value of our `name`, a whole number where ours is one. Raises InputError."""
+    """Returns the value of our `name`, a whole number where ours is one. Raises InputError."""
     setting = _SETTINGS[name]
     value, counts = values[setting.saved_as], isinstance(setting.default, int)
     if type(value) is float and counts and value.is_integer():  # some tools write 50.0

@@ -1,7 +1,4 @@
-"""Which part of a conversation a model is shown, as token ids, when not all of it fits.
-
-Knows the length of the context, templates, and how a base model's text grows. Knows no model and no cache.
-"""
+"""The prompt of a conversation as token ids: the part of it that fits the model's context."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ class Exchange:
 
     Attributes:
         first: the number of the first exchange that the model was still shown for this answer.
-        ids: all that it was shown, and its answer in the ids that it chose; empty if only the text is known.
+        ids: all ids that it was shown, and its answer in the ids that it chose; empty if only the text is known.
     """
 
     question: str
@@ -31,7 +28,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to show the model: `ids`, in which exchange `first` is the oldest; `forgotten` says what just went."""
+    """The `ids` to show the model, from exchange `first` on; `forgotten` names the part that just went."""
 
     ids: list[int]
     first: int = 0
@@ -39,13 +36,13 @@ class Prompt:
 
 
 class Window(ABC):
-    """What is shown of a conversation. When it fills up, the oldest goes, down to half of the context.
+    """Chooses the part of a conversation to show. When it fills up, the oldest goes, down to half of the context.
 
     Half, so that it does not happen again with every message: what is left has moved, and is read anew.
 
     Attributes:
         system: stays in front, whatever goes.
-        stop_ids, stop_strings: what ends an answer.
+        stop_ids, stop_strings: tokens and texts that end an answer.
     """
 
     stop_ids: tuple[int, ...]
@@ -57,7 +54,7 @@ class Window(ABC):
 
     @abstractmethod
     def prompt(self, before: Sequence[Exchange], question: str, max_tokens: int) -> Prompt:
-        """What to show so that `question`, after the exchanges `before` it, is answered.
+        """Returns the prompt that asks `question` after the exchanges `before` it.
 
         Room is kept for `max_tokens` of answer, if that is not over a quarter of the context.
 
@@ -143,7 +140,7 @@ class Continued(Window):
         return text
 
     def _continuation(self, text: str) -> list[int]:
-        """The ids of `text` amid a text: without the space that SentencePiece puts before what it encodes."""
+        """Encodes `text` amid a text: without the space that SentencePiece puts before what it encodes."""
         anchor = self._tokenizer.encode("\n", add_bos=False)
         ids = self._tokenizer.encode("\n" + text, add_bos=False)
         return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._tokenizer.encode(text, add_bos=False)
@@ -155,7 +152,7 @@ class Continued(Window):
 
 
 def as_messages(system: str | None, exchanges: Sequence[Exchange]) -> list[dict[str, str]]:
-    """The conversation as templates and files have it."""
+    """Returns the conversation as templates and files have it."""
     messages = [{"role": "system", "content": system}] if system is not None else []
     for exchange in exchanges:
         messages.append({"role": "user", "content": exchange.question})

@@ -1,7 +1,6 @@
-"""A conversation as token ids: the OpenELM-instruct template, and templates that come with a model.
+"""Chat templates: a conversation as token ids, by OpenELM-instruct's template or the one that comes with a model.
 
-Knows what stands between messages, and what ends an answer. A control token comes from the template alone: its
-name in a message is text, whoever wrote it. Knows nothing of models, caches and context lengths.
+A control token comes from the template alone: its name in a message is text, whoever wrote it.
 
 A template makes *parts*: runs of text, and ids of control tokens between them. Each run is encoded by itself, as
 Llama's tokenizer in Hugging Face's libraries does ("legacy" behaviour, which the instruct models were trained
@@ -41,7 +40,7 @@ OPENELM_INSTRUCT_JINJA = r"""{{ bos_token }}
 
 
 class Template(ABC):
-    """How one tokenizer's model was taught to converse.
+    """A chat template, with the tokenizer of its model.
 
     Attributes:
         stop_ids: the tokens that end an answer.
@@ -56,25 +55,25 @@ class Template(ABC):
 
     @abstractmethod
     def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
-        """Each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
+        """Returns each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
 
         Args:
-            conversations: of each its messages, and whether to end with what makes the model answer.
+            conversations: each its messages, and whether the generation prompt follows, which makes the model answer.
 
         Raises:
             InputError: the template does not take one of them.
         """
 
     def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
-        """One conversation, as `parts_of`."""
+        """Returns one conversation, as `parts_of`."""
         return self.parts_of([(messages, add_generation_prompt)])[0]
 
     def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
-        """The ids of the conversation, exactly one BOS in front.
+        """Returns the ids of the conversation, exactly one BOS in front.
 
         Args:
             messages: each with a `role` of ROLES and its `content`.
-            add_generation_prompt: end with what makes the model answer.
+            add_generation_prompt: end with the text that makes the model answer.
 
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
@@ -147,7 +146,7 @@ class JinjaTemplate(Template):
     Args:
         source: Jinja text.
         where: its file, for messages.
-        names: what `bos_token`, `eos_token` and their like are called, for the template to write.
+        names: the texts of `bos_token`, `eos_token` and their like, for the template to write.
 
     Raises:
         InputError: `source` is no Jinja.
@@ -217,7 +216,7 @@ class JinjaTemplate(Template):
         return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
 
     def _ends(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """What the template writes after an answer: a control token, or else text."""
+        """Finds the ends of an answer: what the template writes after one, a control token or else text."""
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "\uf8ff"}
         following = {"role": "user", "content": "\uf8fe"}
         eos_ids = self.tokenizer.eos_ids
@@ -233,7 +232,7 @@ class JinjaTemplate(Template):
 
 
 def check_messages(messages: Messages) -> Messages:
-    """`messages`, each of which has a `role` of ROLES and a text as `content`. Raises InputError."""
+    """Returns `messages`. Raises InputError unless each has a `role` of ROLES and a text as `content`."""
     if not messages:
         raise InputError("a conversation needs a message")
     for number, message in enumerate(messages, 1):
@@ -247,7 +246,7 @@ def check_messages(messages: Messages) -> Messages:
 def choose(
     directory: Path, tokenizer: Tokenizer, override: str | None = None, adapter: Path | None = None
 ) -> Template | None:
-    """The template to converse with the model in `directory` by; None for a base model, which just continues.
+    """Returns the chat template of the model in `directory`; None for a base model, which just continues a text.
 
     Args:
         override: `openelm-instruct`, `none`, or a file of Jinja text, in place of the directory's own.
@@ -266,7 +265,7 @@ def choose(
 
 
 def prepare(directory: Path, override: str | None = None, adapter: Path | None = None) -> bool:
-    """Whether `choose` will find a template. What renders Jinja starts meanwhile, beside what the caller does next.
+    """Returns True where `choose` will find a template, and starts the process that renders it beside other work.
 
     Raises:
         InputError: the template cannot be read.
@@ -278,7 +277,7 @@ def prepare(directory: Path, override: str | None = None, adapter: Path | None =
 
 
 def source_of(directory: Path, override: str | None = None, adapter: Path | None = None) -> tuple[str | None, str]:
-    """The Jinja text that `choose` would take, if any, and where it stands. Raises InputError as it does."""
+    """Returns the Jinja text that `choose` takes, if any, and its file. Raises InputError as `choose`."""
     if override is not None:
         return read_source(override), override
     if adapter is not None:
@@ -289,7 +288,7 @@ def source_of(directory: Path, override: str | None = None, adapter: Path | None
 
 
 def record(adapter: Path, source: str | None) -> None:
-    """Puts the template that an adapter was trained by into its directory; an empty one says that there was none.
+    """Writes the template that an adapter was trained by into its directory; an empty one says that there was none.
 
     Raises:
         ElmError: it cannot be written.
@@ -301,7 +300,7 @@ def adopt(directory: Path, adapter: Path) -> str | None:
     """Makes the template that an adapter was trained by the one of a model directory, which it was merged into.
 
     Returns:
-        Where it stood; None where the adapter's directory says nothing, and the model's own stays.
+        Its file; None where the adapter's directory has none, and the model's own stays.
 
     Raises:
         InputError: a template cannot be read.
@@ -324,7 +323,7 @@ def adopt(directory: Path, adapter: Path) -> str | None:
 
 
 def read_source(name: str) -> str | None:
-    """The Jinja text that `name` means: `openelm-instruct`, a file; None for `none`. Raises InputError."""
+    """Returns the Jinja text that `name` means: `openelm-instruct`, or a file; None for `none`. Raises InputError."""
     if name == NONE:
         return None
     if name == OPENELM_INSTRUCT:
@@ -336,12 +335,12 @@ def read_source(name: str) -> str | None:
 
 
 def source_for(model_name: str) -> str | None:
-    """The Jinja text that goes with a checkpoint that is called so: OpenELM's instruct models say it in the name."""
+    """Returns the Jinja text for a checkpoint by its name: OpenELM's instruct models say it there."""
     return OPENELM_INSTRUCT_JINJA if "instruct" in model_name.lower() else None
 
 
 def own_source(directory: Path, option: str = "--template") -> tuple[str | None, str]:
-    """The directory's Jinja text, if it has one, and the file that it stands in. As transformers looks for it.
+    """Returns the directory's Jinja text, if it has one, and its file, found as transformers finds it.
 
     Args:
         option: by which the caller takes another one, for messages.
@@ -372,7 +371,7 @@ def own_source(directory: Path, option: str = "--template") -> tuple[str | None,
 
 
 def _default(value: Any) -> str:
-    """The text that a JSON file's `chat_template` means: itself, or of several the one that is named so.
+    """Returns the text that a JSON file's `chat_template` means: itself, or the default of several.
 
     Raises:
         ValueError: it means none; says why.
@@ -390,7 +389,7 @@ def _default(value: Any) -> str:
 
 
 def _names(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """What a template's `bos_token`, `eos_token` and their like read; by the directory, or else by the tokenizer."""
+    """Returns the texts of a template's `bos_token`, `eos_token` and their like, of the directory or the tokenizer."""
     pieces = tokenizer.control_ids
     ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     names = {name: piece for name, token in ids.items() for piece in pieces if pieces[piece] == token}

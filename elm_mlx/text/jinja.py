@@ -1,9 +1,9 @@
 """Chat templates in Jinja, rendered as transformers renders them, within limits.
 
-Knows that a template comes with a model from anywhere, and that nothing inside a process bounds what a single filter of
-it costs. So it is rendered in a process of its own, `jinja_worker`, which the kernel ends after SECONDS and keeps below
-MEMORY; macOS limits no memory, so there this side looks every few milliseconds. Whatever goes wrong is an error that
-names the template's file. Knows no tokens. Importing this imports no Jinja and starts nothing.
+A template comes with a model from anywhere, and nothing inside a process bounds what a single filter of it costs. So it
+is rendered in a process of its own, `jinja_worker`, which the kernel ends after SECONDS and keeps below MEMORY; macOS
+limits no memory, so there this side looks every few milliseconds. Whatever goes wrong is an error that names the
+template's file. Importing this imports no Jinja and starts nothing.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def stop() -> None:
 def render(
     source: str, where: str, conversations: Sequence[Conversation], names: Mapping[str, str]
 ) -> list[str | Refusal]:
-    """Returns each conversation as text, or why the template does not render it.
+    """Returns each conversation as text, or the error of the template that does not render it.
 
     Args:
         source: Jinja text.
@@ -97,11 +97,11 @@ def _failure(where: str, why: Mapping[str, Any]) -> str:
 
 
 class _EndedError(Exception):
-    """The process came to its end; the text says of what."""
+    """The process has ended; the text says why."""
 
 
 class _Process:
-    """The process from outside. One serves all templates."""
+    """The process that renders, from outside. One serves all templates."""
 
     def __init__(self) -> None:
         self._seconds, self._memory = SECONDS, MEMORY
@@ -127,7 +127,7 @@ class _Process:
         return self._process.poll() is not None
 
     def ask(self, source: str, conversations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The worker's answer. Raises _EndedError where there is none, and after any error the process is no more."""
+        """Returns the worker's answer. Raises _EndedError where none comes; after any error the process has ended."""
         try:
             if not self._ready and not self._answers.readline():
                 raise ElmError(f"{_NO_START}: is jinja2 installed?")
@@ -174,7 +174,7 @@ class _Process:
 
 
 def _footprint(process: int) -> int:
-    """Bytes of memory that a process has filled; 0 of one that is no more."""
+    """Returns the bytes of memory that a process has filled; 0 of one that has ended."""
     if sys.platform == "darwin":
         import ctypes
 

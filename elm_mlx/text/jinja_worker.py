@@ -1,7 +1,7 @@
-"""The process in which chat templates are rendered: they come with a model from anywhere, and may do what they will.
+"""The process that renders chat templates, by Jinja as transformers sets it up.
 
-Knows Jinja as transformers sets it up, and the limits of this process, which the kernel holds and no template can
-change. Knows nothing of this package, so that it starts in a few dozen milliseconds: it is run as a file by itself.
+Templates come with a model from anywhere, so the kernel holds the limits of this process, and no template can change
+them. It imports nothing of this package and is run as a file by itself, to start in a few dozen milliseconds.
 
 It reads a JSON object a line, and answers by one:
 
@@ -73,7 +73,7 @@ def _write(answer: dict[str, Any]) -> None:
 
 
 def _attempt(work: Callable[[], Any]) -> Any:
-    """What `work` gives, or why it doesn't: a template can raise anything."""
+    """Returns the result of `work`, or its error as an object: a template can raise anything."""
     try:
         return work()
     except MemoryError:

@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A model file's own description. Absent fields have the defaults of SentencePiece's format.
+    """The settings in a model file. Absent fields have the defaults of SentencePiece's format.
 
     Args:
         data: the file's bytes.
@@ -64,7 +64,7 @@ class ModelFile:
     denormalizes: bool
 
     def pieces(self) -> list[Piece]:
-        """Every piece, by id. Raises InputError when one is malformed."""
+        """Returns every piece, by id. Raises InputError when one is malformed."""
         try:
             fields = _fields(self.data, 0, len(self.data))
             return [_piece(self.data, *span) for number, span in fields if number == 1 and isinstance(span, tuple)]
@@ -73,7 +73,7 @@ class ModelFile:
 
 
 def read(path: Path) -> ModelFile:
-    """The description that the file at `path` holds; pieces are counted, and parsed when asked for.
+    """Reads the file at `path`. Its pieces are counted here, and parsed by `ModelFile.pieces`.
 
     Raises:
         InputError: it is missing, cut short, or no SentencePiece model.
@@ -122,7 +122,7 @@ class SentencePieceEncoding:
 
     @property
     def base_size(self) -> int:
-        """Up to the last piece that is neither a control token nor defined by a user."""
+        # Up to the last piece that is neither a control token nor defined by a user.
         kinds = [piece.type for piece in self.model.pieces()]
         added = (CONTROL, USER_DEFINED, UNUSED)
         return next((size for size in range(len(kinds), 0, -1) if kinds[size - 1] not in added), 0)
@@ -264,7 +264,7 @@ def _parse(path: Path, data: bytes) -> ModelFile:
 
 
 def _skip_pieces(data: bytes) -> tuple[int, int]:
-    """How many pieces the file opens with, and where they end: ten thousands, nearly all under 128 bytes."""
+    """Returns the number of pieces at the beginning of the file, nearly all under 128 bytes, and where they end."""
     count = position = 0
     try:
         while data[position] == 0x0A and (size := data[position + 1]) < 0x80:
@@ -295,7 +295,7 @@ class _Malformed(Exception):
 
 
 def _fields(data: bytes, position: int, stop: int) -> Iterator[tuple[int, Value]]:
-    """Each field's number and value in the message at `data[position:stop]`."""
+    """Yields each field's number and value in the message at `data[position:stop]`."""
     while position < stop:
         key, position = _varint(data, position, stop)
         value: Value

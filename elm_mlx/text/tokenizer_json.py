@@ -32,7 +32,7 @@ _KNOWN = {"ByteLevel", "Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"} 
 
 
 def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: each byte as a character that is seen, itself where it is one."""
+    """Returns GPT-2's alphabet: each byte as a visible character, itself where it is one."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     unseen = [byte for byte in range(0x100) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(unseen)}
@@ -216,7 +216,7 @@ def _panics_unseen() -> Iterator[None]:
 
 
 def _state(part: Any) -> list[dict[str, Any]]:
-    """What a decoder or pre-tokenizer consists of, as in the file."""
+    """Returns the steps of a decoder or pre-tokenizer, as in the file."""
     if part is None:
         return []
     state = json.loads(part.__getstate__())
@@ -225,7 +225,7 @@ def _state(part: Any) -> list[dict[str, Any]]:
 
 
 def _decoding(path: Path, encoder: Any) -> tuple[bool, bool]:
-    """Whether pieces are written in GPT-2's alphabet, and whether a text loses a space at its beginning."""
+    """Returns two flags: pieces are written in GPT-2's alphabet; a text loses a space at its beginning."""
     steps = _state(encoder.decoder)
     kinds = [str(step.get("type")) for step in steps]
     odd = next((kind for kind in kinds if kind not in _KNOWN), None if kinds else "none")
@@ -236,7 +236,7 @@ def _decoding(path: Path, encoder: Any) -> tuple[bool, bool]:
 
 
 def _without_prefix(encoder: Any) -> Any:
-    """What encodes a text that follows another: without the space that some put before the first one only."""
+    """Returns the encoder of a text after another: without the space that some put before the first one only."""
     steps = _state(encoder.pre_tokenizer)
     if len(steps) != 1 or steps[0].get("type") != "Metaspace" or steps[0].get("prepend_scheme") != "first":
         return encoder
