@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config import ModelConfig
-from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.config import Config, ModelConfig
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.reading import Keys, json_object, listed, short
 from elm_mlx_convert import names, torch_files
 from elm_mlx_convert.names import HEAD, to_canonical, unwrap

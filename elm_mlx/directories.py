@@ -1,4 +1,4 @@
-"""A directory made of another: what may be replaced, and what comes along.
+"""A directory made of another: what may be replaced, and what comes along; and what a path is that is no model.
 
 Knows the names of files in a model directory, an adapter's and an export's, and what systems and downloads leave
 beside them. Knows nothing of weights.
@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.reading import listed
+from elm_mlx.reading import json_object, listed
 
 CARRIED = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -156,6 +157,87 @@ def own_file(path: Path) -> Path:
     if folder not in real.parents:
         raise InputError(f"{path}: is a link to {real}, outside of the model's directory: put the file itself there")
     return path
+
+
+def not_a_model(path: Path) -> InputError:
+    """Returns the error for a path without `config.json`: what it is, and what to do."""
+    if not path.exists():
+        near = _nearest(path)
+        return InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _where_from(path)))
+    if path.is_dir():
+        return InputError(f"{path}: {_no_model(path)}")
+    if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+        return InputError(f"{path}: a file of the model directory {path.parent}: give that one")
+    return InputError(
+        f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of an OpenELM's checkpoint"
+    )
+
+
+def no_tokenizer(path: Path, openelm: bool) -> InputError:
+    """Returns the error for a model directory without the tokenizer that is needed."""
+    name, again = "tokenizer.json", ""
+    if openelm:
+        name, again = "tokenizer.model", ", or convert that again with --tokenizer"
+    return InputError(
+        f"{path}: holds no {name}, so it reads and writes no text: copy the one of the model that it was made from "
+        f"into it{again}"
+    )
+
+
+def _nearest(path: Path) -> Path | None:
+    """The model directory beside `path` whose name is most like its."""
+    import difflib
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(path.name, names, 1, 0.75)
+    return path.with_name(found[0]) if found else None
+
+
+def _where_from(path: Path) -> str:
+    """How one comes to a model directory; `path` may be the name of a repository."""
+    if len(path.parts) == 2 and not path.parent.exists() and not path.is_absolute():
+        return (
+            f"if it is a repository on the hub, `elm-mlx convert {path} DST` makes one of an OpenELM, and "
+            f"`hf download {path} --local-dir DST` fetches one of another family, which is used as it is"
+        )
+    return (
+        "`elm-mlx convert SRC DST` makes one of an OpenELM's checkpoint or repository; one of another family, such as "
+        "a Llama, is used as it is"
+    )
+
+
+def _no_model(path: Path) -> str:
+    """What a directory without `config.json` is, and what can be done with it."""
+    adapter, run = (_object_in(path / name) for name in ("adapter_config.json", "run.json"))
+    settings = run.get("settings") if run else None
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if adapter is None and run is not None and run.get("command") in ("lora", "dpo"):
+        command = f"elm-mlx {run['command']} --out {path} --resume"
+        return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
+    if adapter is None:
+        return "holds no config.json, so it is no model directory"
+    if "peft_type" in adapter:
+        base = adapter.get("base_model_name_or_path")
+        named = f"its model ({base})" if isinstance(base, str) and base else "its model"
+        return f"an adapter of PEFT, and no model directory by itself: give {named} and `--adapter {path}`"
+    full = adapter.get("fine_tune_type") == "full"
+    what = "the trained weights of a model, kept as an adapter" if full else "an adapter"
+    model = model or adapter.get("model")  # mlx-lm's says it there
+    named = model if isinstance(model, str) else "MODEL"
+    return (
+        f"{what}, and no model directory by itself: give {named} and `--adapter {path}`, "
+        f"or make one of both by `elm-mlx fuse {named} {path} DST`"
+    )
+
+
+def _object_in(path: Path) -> dict[str, Any] | None:
+    try:
+        return json_object(path)
+    except InputError:
+        return None
 
 
 def _foreign(directory: Path, kind: Kind) -> list[str]:

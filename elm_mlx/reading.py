@@ -304,6 +304,14 @@ class Keys:
         holds = isinstance(value, list) and len(value) == count and all(v in known for v in value)
         return tuple(self._checked(name, value, f"a list of {count}, each {' or '.join(known)},", holds))
 
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """Numbers of tokens: one or a list of them, none where the key is unsaid."""
+        value = self._get(name, [])
+        each = value if isinstance(value, list) else [value]
+        found = [int(token) if isinstance(token, float) and token.is_integer() else token for token in each]
+        self._checked(name, value, "a token's number, or a list of them,", all(type(token) is int for token in found))
+        return tuple(found)
+
     def object(self, name: str) -> Mapping[str, Any]:
         """An object; an empty one where the key is unsaid."""
         value = self._get(name, {})

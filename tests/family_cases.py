@@ -118,12 +118,12 @@ def write(path: Path, name: str, values: dict[str, Any] | None = None) -> Path:
     """The case `name` as a model directory of Hugging Face's layout; with the config `values`, if given."""
     from safetensors.numpy import save_file
 
-    from elm_mlx.model import families
+    from elm_mlx.model.config import read_config
 
     path.mkdir(parents=True)
     own = config(name)
     (path / "config.json").write_text(json.dumps(own))
-    shapes = families.read(path).shapes()
+    shapes = read_config(path).shapes()
     weights = {key: _drawn(key, shape) for key, shape in shapes.items()}
     if name.endswith("a head"):
         weights["lm_head.weight"] = _drawn("lm_head.weight", shapes["model.embed_tokens.weight"])

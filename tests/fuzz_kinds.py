@@ -34,13 +34,13 @@ from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
 from elm_mlx.inference import conversation, sampling
 from elm_mlx.inference.generation import stream_generate
-from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.config import ModelConfig, read_config
 from elm_mlx.quantize import recipe as quantization
 from elm_mlx.quantize.quantization import quantize
 from elm_mlx.quantize.recipe import Format
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import read as read_adapter
-from elm_mlx.store.describe import describe, describe_adapter, read_config
+from elm_mlx.store.describe import describe, describe_adapter
 from elm_mlx.store.fusion import _record as merge_record
 from elm_mlx.store.loading import open_model
 from elm_mlx.text.chat_template import choose

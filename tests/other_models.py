@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from elm_mlx.model import other_networks
-from elm_mlx.store.describe import read_config
+from elm_mlx.model.config import read_config
 
 CHATML = (
     "{% for message in messages %}"

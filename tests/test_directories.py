@@ -1,10 +1,14 @@
-"""What `--overwrite` replaces, one rule for all commands, and which links are followed when a model is copied."""
+"""What `--overwrite` replaces, one rule for all commands; which links are followed when a model is copied; what is said
+of a path that is no model directory."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Run
@@ -12,6 +16,7 @@ from commands import Run
 from elm_mlx import directories
 from elm_mlx.directories import ADAPTER, EXPORT, MODEL, Kind, check_destination, check_file
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import ModelConfig, read_config
 
 
 def made(path: Path, *names: str) -> Path:
@@ -221,3 +226,69 @@ def test_no_command_hands_on_what_a_link_leads_to(
     code, _, err = run(*COMMANDS[name](base, tmp_path / "adapter", tmp_path / "out"))
     assert code == 2 and f"{file}: is a link to" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_no_model_directory_says_what_to_do(
+    tmp_path: Path, tiny_config: ModelConfig, family_dirs: dict[str, Path]
+) -> None:
+    with pytest.raises(InputError, match=r"no such directory; `elm-mlx convert SRC DST` makes one"):
+        read_config(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        read_config(tmp_path)
+    file = tmp_path / "model.pt"
+    file.touch()
+    with pytest.raises(InputError, match=r"a file, not a model directory; `elm-mlx convert .*model\.pt DST`"):
+        read_config(file)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config.to_dict()))
+    assert read_config(tmp_path) == tiny_config
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"model\.safetensors: a file of the model directory .*: give that one"):
+        read_config(tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="`hf download meta/Llama-9 --local-dir DST` fetches one of another family"):
+        read_config(Path("meta/Llama-9"))
+    with pytest.raises(InputError, match=r"holds no tokenizer\.model.* or convert that again with --tokenizer$"):
+        read_config(tmp_path, with_tokenizer=True)
+    shutil.copy(family_dirs["llama"] / "config.json", tmp_path)
+    with pytest.raises(InputError, match=r"holds no tokenizer\.json.* was made from into it$"):
+        read_config(tmp_path, with_tokenizer=True)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"adapter_config.json": {"fine_tune_type": "lora"}},
+            "out: an adapter, and no model .* give MODEL and `--adapter .*out`, or .* fuse MODEL .*out D",
+        ),
+        (
+            {
+                "adapter_config.json": {"fine_tune_type": "full"},
+                "run.json": {"command": "lora", "settings": {"model": "/base"}},
+            },
+            "out: the trained weights of a model, kept .* give /base and .* `elm-mlx fuse /base .*out DST`",
+        ),
+        ({"adapter_config.json": {"model": "theirs"}}, "give theirs and `--adapter"),
+        ({"adapter_config.json": {"model": 7}, "run.json": {"settings": 7}}, "give MODEL and `--adapter"),
+        (
+            {"adapter_config.json": {"peft_type": "LORA"}},
+            "an adapter of PEFT, and no .* its model and `--adapter .*out`",
+        ),
+        (
+            {"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "some/llama"}},
+            r"give its model \(some/llama\) and `--adapter .*out`",
+        ),
+        (
+            {"run.json": {"command": "dpo"}},
+            "a training run that has left no adapter yet, .* `elm-mlx dpo --out .*out --resume` goes on",
+        ),
+        ({"run.json": {"identity": {}}}, r"holds no config\.json"),
+        ({"run.json": [], "adapter_config.json": []}, r"holds no config\.json"),
+    ],
+)
+def test_what_else_a_directory_is(tmp_path: Path, files: dict[str, Any], message: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, values in files.items():
+        (out / name).write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        read_config(out)

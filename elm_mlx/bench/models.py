@@ -20,8 +20,7 @@ from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import PREFILL_STEP
-from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.store.describe import check_directory
+from elm_mlx.model.config import PRESETS, ModelConfig, read_config
 from elm_mlx.store.loading import packed, pending
 
 GROUP_SIZE = 64  # of quantized weights, as mlx-lm's default
@@ -37,7 +36,7 @@ def check(model: str) -> None:
         return
     if not reading.expanded(model).is_dir():
         raise InputError(f"{model}: neither a model directory nor one of {', '.join(PRESETS)}")
-    check_directory(Path(model))
+    read_config(model)
 
 
 def write_seeded(config: ModelConfig, directory: Path, precision: str = "bfloat16") -> Path:

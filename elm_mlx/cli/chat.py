@@ -38,13 +38,14 @@ def chat(
     from elm_mlx.cli.session import Session
     from elm_mlx.inference import sampling
     from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
-    from elm_mlx.store.describe import check_directory
+    from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.chat_template import choose, prepare
 
     reading.check_seed(seed)
-    prepare(check_directory(model, with_tokenizer=True), template, adapter)
-    loaded = open_model(model, compute_dtype, adapter)
+    config = read_config(model, with_tokenizer=True)
+    prepare(model, template, adapter)
+    loaded = open_model(model, compute_dtype, adapter, config)
     assert loaded.tokenizer is not None
     for remark in loaded.notes:
         note(remark)

@@ -67,11 +67,11 @@ def data(
     if path is None or model is None:
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
     from elm_mlx.data import examples, records
-    from elm_mlx.store.describe import check_directory, read_config
+    from elm_mlx.model.config import read_config
     from elm_mlx.text.chat_template import choose
     from elm_mlx.text.tokenizer import read_vocabulary
 
-    shape = read_config(check_directory(model, with_tokenizer=True))
+    shape = read_config(model, with_tokenizer=True)
     tokenizer = read_vocabulary(model, shape).tokenizer
     assert tokenizer is not None
     chosen = choose(model, tokenizer, template)

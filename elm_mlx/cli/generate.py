@@ -68,7 +68,7 @@ def generate(
     from elm_mlx.inference.generation import check_steps
     from elm_mlx.inference.sampling import merge_settings, sampler_from
     from elm_mlx.inference.window import as_messages
-    from elm_mlx.store.describe import check_directory
+    from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.chat_template import choose, prepare
 
@@ -76,14 +76,15 @@ def generate(
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    chosen: dict[str, Any] = merge_settings(check_directory(model, with_tokenizer=True), flags)
+    config = read_config(model, with_tokenizer=True)
+    chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     reading.check_seed(seed)
     if not prepare(model, template, adapter) and system is not None:
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
-    loaded = open_model(model, compute_dtype, adapter)
+    loaded = open_model(model, compute_dtype, adapter, config)
     for remark in loaded.notes:
         note(remark)
     assert loaded.tokenizer is not None

@@ -39,9 +39,9 @@ def info(
     if system:
         result |= {"system": _system()}
     if model is not None:
-        from elm_mlx.store.describe import check_directory, describe, describe_adapter
+        from elm_mlx.store.describe import describe, describe_adapter
 
-        description = describe(check_directory(model))
+        description = describe(model)
         result |= description.to_dict()
         about = None if adapter is None else describe_adapter(adapter, model)
         if about is not None:

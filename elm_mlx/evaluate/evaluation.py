@@ -27,9 +27,9 @@ from elm_mlx.evaluate.task_results import ScoreRow, TaskResult
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextEncoder
+from elm_mlx.model.config import read_config
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
-from elm_mlx.store.describe import check_directory
 from elm_mlx.store.loading import open_model
 from elm_mlx.version import __version__
 
@@ -133,8 +133,9 @@ class Evaluation:
         compute_dtype: str | None = None,
     ):
         self._wanted = wanted
-        path = check_directory(path, with_tokenizer=True)
-        self._loaded = open_model(path, compute_dtype, adapter)
+        path = reading.expanded(path)
+        config = read_config(path, with_tokenizer=True)
+        self._loaded = open_model(path, compute_dtype, adapter, config)
         self.notes = self._loaded.notes
         names = [each.name or each.resolve().name for each in (path, adapter) if each is not None]
         self.out = out if out is not None else Path("evals", "+".join(names))

@@ -10,10 +10,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from elm_mlx.errors import InputError
-from elm_mlx.reading import json_object, short
+from elm_mlx.reading import Keys, expanded, json_object, short
+
+if TYPE_CHECKING:
+    from elm_mlx.model.families import FamilyConfig
+
+Config: TypeAlias = "ModelConfig | FamilyConfig"
 
 MODEL_TYPE = "openelm"
 BITS = (2, 3, 4, 5, 6, 8)  # of what is written here; MLX reads 1 too
@@ -288,6 +293,62 @@ class ModelConfig:
             _require("an ffn multiplier", multiplier, f"a number above 0 and at most {most:,}", fits)
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: RoPE rotates pairs, so it must be even")
+
+
+def read_config(directory: str | Path, with_tokenizer: bool = False) -> Config:
+    """Reads the `config.json` of a model directory, of an OpenELM or of another family, in its normal form.
+
+    Its `eos_token_ids` are those that the file names.
+
+    Args:
+        with_tokenizer: refuse a directory without one.
+
+    Raises:
+        InputError: it is no model directory: says what it is, and what to do; or the config cannot be read, is of a
+            family that is not known here, or a value in it makes no sense.
+    """
+    directory = expanded(directory)
+    path = directory / "config.json"
+    if not path.exists():
+        from elm_mlx import directories
+
+        raise directories.not_a_model(directory)
+    values = json_object(path)
+    keys, model_type = Keys(str(path), values), values.get("model_type", MODEL_TYPE)
+    _check_quantization(keys)
+    config: Config
+    if model_type == MODEL_TYPE:
+        config = ModelConfig.from_dict(values, where=str(path))
+        config = config if keys.says("eos_token_id") else replace(config, eos_token_id=())
+    else:
+        from elm_mlx.model import families
+
+        config = families.read(keys, directory)
+    if with_tokenizer and tokenizer_file(directory, config.model_type) is None:
+        from elm_mlx import directories
+
+        raise directories.no_tokenizer(directory, model_type == MODEL_TYPE)
+    return config
+
+
+def tokenizer_file(directory: Path, model_type: str) -> Path | None:
+    """Returns the file that the text of a model directory is encoded by; None where it has none.
+
+    Of other families than OpenELM it is `tokenizer.json`: a `tokenizer.model` beside it lacks their control tokens.
+    """
+    names = ("tokenizer.model",) if model_type == MODEL_TYPE else ("tokenizer.json", "tokenizer.model")
+    return next((directory / name for name in names if (directory / name).exists()), None)
+
+
+def _check_quantization(keys: Keys) -> None:
+    """Raises InputError for quantized weights that MLX cannot read as a config describes them."""
+    if keys.says("quantization"):
+        check_quantization(keys.where, keys.get("quantization"))
+    elif keys.within("quantization_config").says("quant_method"):
+        method = str(keys.within("quantization_config").get("quant_method"))[:40]
+        raise InputError(
+            f"{keys.where}: quantized by {method}; `mlx_lm.convert --hf-path` makes a directory that can be read"
+        )
 
 
 def _require(name: str, value: object, needed: str, holds: bool) -> None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config import MODEL_TYPE, ModelConfig, check_quantization
 from elm_mlx.reading import LARGEST_SIZE, Keys, json_object, short
-from elm_mlx.safetensors_file import Entry, read_header
+from elm_mlx.safetensors_file import Entry, read_header, weight_files
 
 # A config.json may come from anywhere. These are far above what any model has, and what they allow is still a shape
 # that can be written down: nothing is made of it before the weights' headers have been compared with it.
@@ -134,7 +133,7 @@ class FamilyConfig:
     Attributes:
         values: the network's own arguments, by Hugging Face's names: every one that it has, checked.
         ropes: the RoPE of each kind of layer, "full_attention" and "sliding_attention"; empty for a state.
-        eos_token_ids: what `read_vocabulary` has joined, of a model that `store` has opened; empty before.
+        eos_token_ids: what its `config.json` names; of a model that `store` has opened, all that its files name.
         own_head: whether the weights hold a head that differs from the embedding, though `config.json` ties them.
     """
 
@@ -239,7 +238,6 @@ class FamilyConfig:
         return dict(_attention_layer(self) if self.family.positions else _state_layer(self.values))
 
 
-Config: TypeAlias = ModelConfig | FamilyConfig
 Shapes: TypeAlias = Iterator[tuple[str, tuple[int, ...]]]
 
 
@@ -296,30 +294,20 @@ def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight")
 
 
-def read(directory: Path) -> Config:
-    """The config of a model directory, of an OpenELM or of another family, in its normal form.
+def read(keys: Keys, directory: Path) -> FamilyConfig:
+    """Returns the normal form of the `config.json` in a model directory.
+
+    Where it ties the head to the embedding and the weights hold another head, it is untied, as transformers 5 does it:
+    a head that is there and differs was trained or merged apart, and is the model's.
 
     Raises:
-        InputError: it cannot be read, is of a family that is not known here, or a value in it makes no sense.
+        InputError: a value is missing, of the wrong type or out of range, alone or by what it makes with others; or a
+            file of the weights cannot be read.
     """
-    path = directory / "config.json"
-    values = json_object(path)
-    model_type = values.get("model_type", MODEL_TYPE)
-    _check_quantization(Keys(str(path), values))
-    if model_type == MODEL_TYPE:
-        return ModelConfig.from_dict(values, where=str(path))
+    model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join((MODEL_TYPE, *FAMILIES))
-        raise InputError(f"{path}: model_type is {short(model_type)}, and this reads {known}")
-    return normal(Keys(str(path), values), model_type)
-
-
-def normal(keys: Keys, model_type: str) -> FamilyConfig:
-    """The normal form of what a `config.json` says of a model.
-
-    Raises:
-        InputError: a value is missing, of the wrong type or out of range, alone or by what it makes with others.
-    """
+        known = ", ".join(("openelm", *FAMILIES))
+        raise InputError(f"{keys.where}: model_type is {short(model_type)}, and this reads {known}")
     family = FAMILIES[model_type]
     values: dict[str, Any] = {
         "model_type": model_type,
@@ -338,6 +326,7 @@ def normal(keys: Keys, model_type: str) -> FamilyConfig:
         num_layers=values["num_hidden_layers"],
         max_context_length=_context(values, family, ropes),
         bos_token_id=next(iter(_ids(keys.get("bos_token_id"))), None),
+        eos_token_ids=keys.token_ids("eos_token_id"),
         quantization=keys.get("quantization"),
         ropes=ropes,
     )
@@ -346,7 +335,7 @@ def normal(keys: Keys, model_type: str) -> FamilyConfig:
             raise InputError(f"{keys.where}: {name} would be {shape}: no model is so large")
     if config.parameters > _MAX_PARAMETERS:
         raise InputError(f"{keys.where}: there would be {config.parameters:,} parameters: no model is so large")
-    return config
+    return replace(config, own_head=_has_own_head(config, directory))
 
 
 def _width(keys: Keys, family: Family) -> int:
@@ -518,16 +507,6 @@ def _yarn(said: Keys, rope: RopeConfig) -> RopeConfig:
     return replace(rope, scale=scale, bounds=(first, last + 0.001 if first == last else last))
 
 
-def is_other(directory: Path) -> bool:
-    """Whether a model directory is of another family than OpenELM, as far as its config says.
-
-    Raises:
-        InputError: `config.json` is there and cannot be read.
-    """
-    path = directory / "config.json"
-    return path.exists() and bool(json_object(path).get("model_type", MODEL_TYPE) != MODEL_TYPE)
-
-
 def check_is_openelm(directory: Path, repository: str | None = None) -> None:
     """Refuses the directory of another family's model, which needs no converting.
 
@@ -555,31 +534,15 @@ def check_is_openelm(directory: Path, repository: str | None = None) -> None:
     )
 
 
-def tokenizer_file(path: Path) -> Path | None:
-    """The file that a model directory's text is encoded by; None where it has none.
-
-    Of other families than OpenELM it is `tokenizer.json`: a `tokenizer.model` beside it lacks their control tokens.
-    """
-    names = ("tokenizer.json", "tokenizer.model") if is_other(path) else ("tokenizer.model",)
-    return next((path / name for name in names if (path / name).exists()), None)
-
-
-def with_own_head(config: FamilyConfig, files: Sequence[Path]) -> FamilyConfig:
-    """`config`, untied where it ties the head to the embedding and the weights in `files` hold another one.
-
-    As transformers 5 does it: a head that is there and differs was trained or merged apart, and is the model's.
-
-    Raises:
-        InputError: a file cannot be read.
-    """
-    if not config.share_input_output_layers:
-        return config
-    entries = {entry.name: (file, entry) for file in files for entry in read_header(file)}
+def _has_own_head(config: FamilyConfig, directory: Path) -> bool:
+    if not config.share_input_output_layers or not any(directory.glob("model*.safetensors")):
+        return False
+    entries = {entry.name: (file, entry) for file in weight_files(directory) for entry in read_header(file)}
     for part in ("weight", "scales", "biases"):
         head, embedding = entries.get(f"lm_head.{part}"), entries.get(f"{config.embedding}.{part}")
         if head is not None and (embedding is None or not _same_bytes(head, embedding)):
-            return replace(config, own_head=True)
-    return config
+            return True
+    return False
 
 
 def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
@@ -610,17 +573,6 @@ def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, Rope
     if rope.kind == "yarn":
         most = min(int(rope.original * rope.factor), LARGEST_SIZE)
     return min(most, values["sliding_window"] or most) if family.windowed else most
-
-
-def _check_quantization(keys: Keys) -> None:
-    """Raises InputError for quantized weights, an OpenELM's too, that MLX cannot read as a config describes them."""
-    if keys.says("quantization"):
-        check_quantization(keys.where, keys.get("quantization"))
-    elif keys.within("quantization_config").says("quant_method"):
-        method = str(keys.within("quantization_config").get("quant_method"))[:40]
-        raise InputError(
-            f"{keys.where}: quantized by {method}; `mlx_lm.convert --hf-path` makes a directory that can be read"
-        )
 
 
 def _ids(value: object) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device
 from elm_mlx.errors import InputError
-from elm_mlx.model.config import MODEL_TYPE
-from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.config import MODEL_TYPE, Config
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.quantize.recipe import Format, QuantizationRecipe
 
 WINDOW = 256

@@ -21,13 +21,13 @@ import mlx.core as mx
 from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model.config import MODEL_TYPE
+from elm_mlx.model.config import MODEL_TYPE, read_config
 from elm_mlx.quantize import bit_plan, learned, losses
 from elm_mlx.quantize.bit_plan import BitPlan, Weights
 from elm_mlx.quantize.losses import QuantizationLosses, Speed
 from elm_mlx.quantize.recipe import Format, QuantizationRecipe
 from elm_mlx.safetensors_file import Pending, fingerprint, weight_files
-from elm_mlx.store.describe import check_directory, config_values
+from elm_mlx.store.describe import config_values
 from elm_mlx.store.loading import Loaded, open_model, packed, pending, read_weights
 from elm_mlx.text import excerpts
 from elm_mlx.text.excerpts import Excerpt
@@ -92,7 +92,8 @@ def quantize(
         InputError: model, texts or recipe are at fault.
         ElmError: the result is refused, or cannot be written. Nothing is changed then.
     """
-    source, target = check_directory(reading.expanded(source)), reading.expanded(destination)
+    source, target = reading.expanded(source), reading.expanded(destination)
+    read_config(source)
     directories.check_destination(target, directories.MODEL, overwrite, (source,))
     learn, measured = excerpts.calibration(calibration), excerpts.held_out(text)
     with files.new_directory(target, replace=overwrite) as directory:

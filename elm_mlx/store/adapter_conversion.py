@@ -14,10 +14,10 @@ import numpy as np
 import elm_mlx_convert
 from elm_mlx import directories, files
 from elm_mlx.errors import InputError
-from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.config import Config, read_config
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
-from elm_mlx.store.describe import check_directory, read_config
 from elm_mlx.store.loading import open_adapter
 from elm_mlx.text import chat_template
 from elm_mlx_convert import LoraWeights
@@ -45,7 +45,7 @@ def convert_adapter(
         InputError: `src` cannot be read or does not fit, `dst` is taken, or the layout cannot express the adapter.
         ElmError: it cannot be written.
     """
-    config = read_config(check_directory(model))
+    config = read_config(model)
     directories.check_destination(dst, directories.ADAPTER, overwrite, (src, model))
     found, values = _read(model, src, config, alpha, settings)
     with files.new_directory(dst, replace=overwrite) as directory:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.model import families
+from elm_mlx.model.config import Config, read_config, tokenizer_file
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.safetensors_file import read_header, weight_files
 
 if TYPE_CHECKING:
@@ -89,15 +90,7 @@ class AdapterDescription:
     modules: dict[str, str]
 
 
-def read_config(path: Path) -> families.Config:
-    """The config of a model directory, of an OpenELM or of another family. Raises InputError where it makes none."""
-    config = families.read(path)
-    if isinstance(config, families.FamilyConfig) and any(path.glob("model*.safetensors")):
-        return families.with_own_head(config, weight_files(path))
-    return config
-
-
-def read_adapter(path: Path, config: families.Config) -> Adapter:
+def read_adapter(path: Path, config: Config) -> Adapter:
     """The adapter in a directory, of mlx-lm's layout or of PEFT's, every tensor checked against `config`'s model.
 
     Raises:
@@ -118,7 +111,7 @@ def config_values(path: Path) -> dict[str, Any]:
     Of another family it says how the head is tied: where that is unsaid, mlx-lm takes it otherwise than transformers.
     """
     values, config = reading.json_object(path / "config.json"), read_config(path)
-    if isinstance(config, families.FamilyConfig):
+    if isinstance(config, FamilyConfig):
         values["tie_word_embeddings"] = config.share_input_output_layers
     return values
 
@@ -148,7 +141,7 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     )
 
 
-def _head(adapter: Adapter, config: families.Config) -> str:
+def _head(adapter: Adapter, config: Config) -> str:
     from elm_mlx.store import adapters
 
     if not config.share_input_output_layers or adapters.EMBEDDING not in adapter.ranks:
@@ -171,7 +164,7 @@ def describe(path: Path) -> Description:
     dtype, file_bytes = _stored(path, shapes, config.quantization)
     about = Description(
         path=str(path),
-        family=config.family.name if isinstance(config, families.FamilyConfig) else "OpenELM",
+        family=config.family.name if isinstance(config, FamilyConfig) else "OpenELM",
         parameters=parameters,
         embedding_parameters=math.prod(shapes[f"{config.embedding}.weight"]),
         dtype=dtype,
@@ -183,11 +176,11 @@ def describe(path: Path) -> Description:
         num_layers=config.num_layers,
         context=config.max_context_length,
         tied_head=config.share_input_output_layers,
-        tokenizer=families.tokenizer_file(path) is not None,
+        tokenizer=tokenizer_file(path, config.model_type) is not None,
         linears=tuple(config.linears),
         keeps="keys and values" if config.kv_bytes_per_token(2) else "a state",
     )
-    if isinstance(config, families.FamilyConfig):
+    if isinstance(config, FamilyConfig):
         return about
     of_layers = [0] * config.num_layers
     for name, shape in shapes.items():
@@ -198,88 +191,6 @@ def describe(path: Path) -> Description:
         about, head_dim=config.head_dim, glu=config.ffn_with_glu, qk_norm=config.normalize_qk_projections,
         layers=tuple(Layer(*each) for each in widths),
     )  # fmt: skip
-
-
-def check_directory(path: Path, with_tokenizer: bool = False) -> Path:
-    """`path`, if it looks like a model directory; else an InputError that says what to do."""
-    path = reading.expanded(path)
-    if not path.exists():
-        near = _nearest(path)
-        raise InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _where_from(path)))
-    if not path.is_dir() and path.suffix == ".safetensors" and (path.parent / "config.json").exists():
-        raise InputError(f"{path}: a file of the model directory {path.parent}: give that one")
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of an OpenELM's checkpoint"
-        )
-    if not (path / "config.json").exists():
-        raise InputError(f"{path}: {_no_model(path)}")
-    if with_tokenizer and families.tokenizer_file(path) is None:
-        other = families.is_other(path)
-        name, again = (
-            ("tokenizer.json", "") if other else ("tokenizer.model", ", or convert that again with --tokenizer")
-        )
-        raise InputError(
-            f"{path}: holds no {name}, so it reads and writes no text: copy the one of the model that it was "
-            f"made from into it{again}"
-        )
-    return path
-
-
-def _nearest(path: Path) -> Path | None:
-    """The model directory beside `path` whose name is most like its."""
-    import difflib
-
-    try:
-        names = [entry.name for entry in path.parent.iterdir() if (entry / "config.json").exists()]
-    except OSError:
-        return None
-    found = difflib.get_close_matches(path.name, names, 1, 0.75)
-    return path.with_name(found[0]) if found else None
-
-
-def _where_from(path: Path) -> str:
-    """How one comes to a model directory; `path` may be the name of a repository."""
-    if len(path.parts) == 2 and not path.parent.exists() and not path.is_absolute():
-        return (
-            f"if it is a repository on the hub, `elm-mlx convert {path} DST` makes one of an OpenELM, and "
-            f"`hf download {path} --local-dir DST` fetches one of another family, which is used as it is"
-        )
-    return (
-        "`elm-mlx convert SRC DST` makes one of an OpenELM's checkpoint or repository; one of another family, such as "
-        "a Llama, is used as it is"
-    )
-
-
-def _no_model(path: Path) -> str:
-    """What a directory without `config.json` is, and what can be done with it."""
-    adapter, run = (_read_if_there(path / name) for name in ("adapter_config.json", "run.json"))
-    settings = run.get("settings") if run else None
-    model = settings.get("model") if isinstance(settings, dict) else None
-    if adapter is None and run is not None and run.get("command") in ("lora", "dpo"):
-        command = f"elm-mlx {run['command']} --out {path} --resume"
-        return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
-    if adapter is None:
-        return "holds no config.json, so it is no model directory"
-    if "peft_type" in adapter:
-        base = adapter.get("base_model_name_or_path")
-        named = f"its model ({base})" if isinstance(base, str) and base else "its model"
-        return f"an adapter of PEFT, and no model directory by itself: give {named} and `--adapter {path}`"
-    full = adapter.get("fine_tune_type") == "full"
-    what = "the trained weights of a model, kept as an adapter" if full else "an adapter"
-    model = model or adapter.get("model")  # mlx-lm's says it there
-    named = model if isinstance(model, str) else "MODEL"
-    return (
-        f"{what}, and no model directory by itself: give {named} and `--adapter {path}`, "
-        f"or make one of both by `elm-mlx fuse {named} {path} DST`"
-    )
-
-
-def _read_if_there(path: Path) -> dict[str, Any] | None:
-    try:
-        return reading.json_object(path)
-    except InputError:
-        return None
 
 
 def missing(path: Path, name: str) -> InputError:

@@ -20,7 +20,7 @@ from functools import partial
 import mlx.core as mx
 
 from elm_mlx.model import lora_layers
-from elm_mlx.model.families import Config
+from elm_mlx.model.config import Config
 from elm_mlx.safetensors_file import Pending
 from elm_mlx.store.adapters import EMBEDDING, Adapter
 from elm_mlx.store.loading import Packing, pending, stored_type

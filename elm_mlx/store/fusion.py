@@ -17,11 +17,11 @@ import mlx.core as mx
 
 from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model.families import Config
+from elm_mlx.model.config import Config, read_config
 from elm_mlx.model.ops import kl_divergences
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import EMBEDDING, Adapter
-from elm_mlx.store.describe import check_directory, config_values, read_config
+from elm_mlx.store.describe import config_values
 from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, Merge
 from elm_mlx.store.loading import Loaded, open_adapter, open_model, read_weights, stored_type
 from elm_mlx.text import chat_template, excerpts
@@ -140,13 +140,13 @@ def fuse(
         ElmError: the fused model computes something else, keeps too little of what the adapter changes, or cannot be
             written. Nothing is changed then.
     """
-    source, target = check_directory(reading.expanded(model_path)), reading.expanded(destination)
-    directories.check_destination(target, directories.MODEL, overwrite, (source, reading.expanded(adapter_path)))
+    source, target = reading.expanded(model_path), reading.expanded(destination)
     config = read_config(source)
+    directories.check_destination(target, directories.MODEL, overwrite, (source, reading.expanded(adapter_path)))
     kind = _dtype(source, config, dtype, dequantize)
     adapter = open_adapter(adapter_path, source, config)
     computed = None if dtype is None else "float32"  # both sides alike: else the difference would be of that, too
-    loaded = open_model(source, computed)
+    loaded = open_model(source, computed, config=config)
     sample = taught if text is None and taught is not None else _sample(loaded, text)
     base = _logits(loaded, sample)
     adapters.load(loaded.model, adapter)

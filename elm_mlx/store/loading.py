@@ -18,10 +18,11 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.config import Config, read_config
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import Pending, weight_files
-from elm_mlx.store.describe import check_directory, missing, read_adapter, read_config
+from elm_mlx.store.describe import missing, read_adapter
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 
 if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
@@ -61,7 +62,7 @@ def load(
         InputError: names the file, and the tensor, that is missing or does not fit. Where the tokenizer is,
             `load_model` loads the model alone.
     """
-    loaded = open_model(check_directory(reading.expanded(path), with_tokenizer=True), compute_dtype, adapter_path)
+    loaded = open_model(path, compute_dtype, adapter_path, read_config(path, with_tokenizer=True))
     assert loaded.tokenizer is not None
     return loaded.model, loaded.tokenizer
 
@@ -71,10 +72,15 @@ def load_model(path: str | Path, compute_dtype: str | None = None, adapter_path:
     return open_model(path, compute_dtype, adapter_path).model
 
 
-def open_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Loaded:
-    """`load`, with what there is to say about it."""
-    path = check_directory(reading.expanded(path))
-    config = read_config(path)
+def open_model(
+    path: str | Path,
+    compute_dtype: str | None = None,
+    adapter_path: str | Path | None = None,
+    config: Config | None = None,
+) -> Loaded:
+    """`load`, with what there is to say about it; `config` is the directory's, where that is read already."""
+    path = reading.expanded(path)
+    config = read_config(path) if config is None else config
     vocabulary = read_vocabulary(path, config)
     config = _ending(config, vocabulary.end_ids)
     adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)

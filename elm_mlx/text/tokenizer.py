@@ -8,16 +8,14 @@ never taken for control tokens: `</s>` in it is four characters. Whoever wants a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.model import families
-from elm_mlx.model.config import ModelConfig
-from elm_mlx.reading import short
+from elm_mlx.model.config import MODEL_TYPE, Config, tokenizer_file
 
 if TYPE_CHECKING:  # one of the two is imported, where a tokenizer is loaded
     from elm_mlx.text.sentencepiece_file import SentencePieceDecoder, SentencePieceEncoding
@@ -26,7 +24,6 @@ if TYPE_CHECKING:  # one of the two is imported, where a tokenizer is loaded
 FILE_NAME = "tokenizer.model"
 
 _SETTINGS = ("special_tokens_map.json", "tokenizer_config.json")  # the later one counts
-_NAMING_ENDS = ("config.json", "generation_config.json")
 
 
 class Tokenizer:
@@ -187,7 +184,7 @@ class Vocabulary:
     notes: tuple[str, ...] = ()
 
 
-def read_vocabulary(directory: Path, config: families.Config) -> Vocabulary:
+def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     """Opens the tokenizer of the model in `directory`, whose `config` is read already, and collects its end tokens.
 
     They are one set for training, generation, chat and evaluation: all that the tokenizer, `config.json` and
@@ -198,11 +195,15 @@ def read_vocabulary(directory: Path, config: families.Config) -> Vocabulary:
         InputError: the tokenizer cannot be read, or is another model's; an end token is no number.
     """
     directory = reading.expanded(directory)
-    tokenizer = None if families.tokenizer_file(directory) is None else open_tokenizer(directory, config.vocab_size)
+    file = tokenizer_file(directory, config.model_type)
+    tokenizer = None if file is None else open_tokenizer(file, config.vocab_size)
     named = [] if tokenizer is None else [(token, tokenizer.path) for token in _own_ends(tokenizer, directory)]
-    named += [(token, directory / name) for name in _NAMING_ENDS for token in _ends_in(directory / name)]
-    if not named and isinstance(config, ModelConfig):  # OpenELM's default
-        named = [(token, directory / _NAMING_ENDS[0]) for token in config.eos_token_ids]
+    generation = directory / "generation_config.json"
+    its_ends = reading.Keys(str(generation), reading.json_object_if_there(generation)).token_ids("eos_token_id")
+    for path, tokens in ((directory / "config.json", config.eos_token_ids), (generation, its_ends)):
+        named += [(token, path) for token in tokens]
+    if not named and config.model_type == MODEL_TYPE:
+        named = [(2, directory / "config.json")]  # OpenELM's default
     ids = tuple(dict.fromkeys(token for token, _ in named if 0 <= token < config.vocab_size))
     notes = tuple(
         f"{path}: the end token {token} is none of the model's {config.vocab_size:,}, and ends nothing"
@@ -215,7 +216,7 @@ def read_vocabulary(directory: Path, config: families.Config) -> Vocabulary:
     return Vocabulary(tokenizer, ids, notes)
 
 
-def open_tokenizer(directory: Path, rows: int) -> Tokenizer:
+def open_tokenizer(path: Path, rows: int) -> Tokenizer:
     """Opens the tokenizer of a model of `rows` tokens, which refuses to use a piece past them.
 
     There may be some that were added and never trained, such as `[PAD]`.
@@ -223,7 +224,7 @@ def open_tokenizer(directory: Path, rows: int) -> Tokenizer:
     Raises:
         InputError: there is none, or it is another model's.
     """
-    tokenizer = Tokenizer.load(directory)
+    tokenizer = Tokenizer.load(path)
     if tokenizer.vocab_size > rows and tokenizer.base_size > rows:
         raise InputError(
             f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {rows}: "
@@ -262,10 +263,11 @@ def check_unicode(text: str) -> bytes:
 
 
 def _file_of(directory: Path) -> Path:
-    found = families.tokenizer_file(directory)
+    model_type = str(reading.json_object_if_there(directory / "config.json").get("model_type", MODEL_TYPE))
+    found = tokenizer_file(directory, model_type)
     if found is not None:
         return found
-    if families.is_other(directory):
+    if model_type != MODEL_TYPE:
         raise InputError(f"{directory}: holds no tokenizer.json: copy the one of the model that it was made from")
     raise InputError(f"{directory}: holds no {FILE_NAME}; `elm-mlx convert --tokenizer` puts one there")
 
@@ -275,15 +277,3 @@ def _own_ends(tokenizer: Tokenizer, directory: Path) -> list[int]:
     name = read_settings(directory).get("eos_token")
     found = (None if name is None else tokenizer.id_of(name), tokenizer.eos_id)
     return [token for token in found if token is not None]
-
-
-def _ends_in(path: Path) -> Iterator[int]:
-    """The `eos_token_id` of a file: one, several or none."""
-    value = reading.json_object_if_there(path).get("eos_token_id")
-    for token in value if isinstance(value, list) else [value]:
-        if isinstance(token, float) and token.is_integer():
-            token = int(token)
-        if type(token) is int:
-            yield token
-        elif token is not None:
-            raise InputError(f"{path}: eos_token_id is {short(value)}: a token's number is needed, or several")

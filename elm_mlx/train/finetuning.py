@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device
+from elm_mlx import device, reading
 from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data import examples
@@ -26,12 +26,12 @@ from elm_mlx.data.batches import Batch, Batches
 from elm_mlx.data.examples import Prepared
 from elm_mlx.errors import InputError
 from elm_mlx.model import roofline
-from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.config import Config, read_config
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
-from elm_mlx.store.describe import check_directory, read_config
 from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
@@ -86,8 +86,8 @@ class Finetuning:
     def _check(self) -> None:
         """Read all that decides the run, but for the weights."""
         asked = self.asked
-        self.path = check_directory(asked.model, with_tokenizer=True)
-        self.config = read_config(self.path)
+        self.path = reading.expanded(asked.model)
+        self.config = read_config(self.path, with_tokenizer=True)
         self._packed = asked.examples.pack and self._keeps_apart()
         weights = fingerprint(self.path, checkpoint.trained_model(self.out))
         self.adapter = replace(_adapter(asked.method, self.config), model_sha256=weights)
@@ -180,7 +180,7 @@ class Finetuning:
         how = self.computation.dtype
         full = self.adapter.kind == "full"
         name = next(name for name, dtype in device.DTYPES.items() if dtype == (mx.float32 if full else how))
-        loaded = loading.open_model(self.path, name)
+        loaded = loading.open_model(self.path, name, config=self.config)
         if full:
             loaded.model.unfreeze()
         else:
@@ -199,7 +199,7 @@ class Finetuning:
         """Tokenizer, template, and tokens of an example at most."""
         data, config = self.asked.examples, self.config
         tokenizer = read_vocabulary(self.path, config).tokenizer
-        assert tokenizer is not None  # check_directory has seen it
+        assert tokenizer is not None  # read_config has seen its file
         most = examples.longest(config) if data.max_seq_length is None else data.max_seq_length
         return tokenizer, chat_template.choose(self.path, tokenizer, data.template), most
 

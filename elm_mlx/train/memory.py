@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.families import Config, FamilyConfig
+from elm_mlx.model.config import Config
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.reading import byte_size
 from elm_mlx.store.adapters import Adapter
 

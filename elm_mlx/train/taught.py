@@ -10,8 +10,8 @@ from pathlib import Path
 from elm_mlx.data import examples
 from elm_mlx.data.examples import Example
 from elm_mlx.errors import ElmError
+from elm_mlx.model.config import read_config
 from elm_mlx.reading import expanded, json_object
-from elm_mlx.store.describe import read_config
 from elm_mlx.store.fusion import Sample
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary

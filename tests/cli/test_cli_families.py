@@ -14,7 +14,7 @@ from commands import Run
 from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError
-from elm_mlx.model import families
+from elm_mlx.model.config import read_config
 from elm_mlx.store import fusion, loading
 from elm_mlx.train.finetuning import Finetuning
 from elm_mlx.train.settings import LoraSettings, MethodSettings
@@ -103,7 +103,7 @@ def test_grad_checkpoint_changes_no_loss(run: Run, family_dirs: dict[str, Path],
 
 
 def test_examples_are_as_long_as_the_family_can_read(run: Run, family_dirs: dict[str, Path], data: Path) -> None:
-    context = families.read(family_dirs["llama"]).max_context_length
+    context = read_config(family_dirs["llama"]).max_context_length
     assert run("data", data, "--model", family_dirs["llama"], "--max-seq-length", context)[0] == 0
     code, _, error = run("data", data, "--model", family_dirs["llama"], "--max-seq-length", context + 1)
     assert code == 2 and f"the model reads {context} tokens at most" in error

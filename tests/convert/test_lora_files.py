@@ -17,9 +17,8 @@ from commands import Run
 from safetensors.numpy import load_file, save_file
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.config import ModelConfig, read_config
 from elm_mlx.store.adapters import EMBEDDING, Adapter, of_weights
-from elm_mlx.store.describe import read_config
 from elm_mlx_convert import LoraWeights, read_corenet, read_peft, write_peft
 from elm_mlx_convert.lora_files import merge
 from elm_mlx_convert.source_config import Scaling

@@ -28,10 +28,11 @@ from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model import other_networks
 from elm_mlx.model.cache import KVCache, StateCache, make_prompt_cache
+from elm_mlx.model.config import read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.ops import Segments, frequencies
 from elm_mlx.store import loading
-from elm_mlx.store.describe import describe, read_config
+from elm_mlx.store.describe import describe
 
 NAMES = tuple(other_models.CONFIGS)
 MLX_LM = tuple(name for name in NAMES if name != "olmo")  # what it can run

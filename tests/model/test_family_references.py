@@ -19,8 +19,9 @@ from elm_mlx.inference import batch, generation
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.config import read_config
 from elm_mlx.store import loading
-from elm_mlx.store.describe import describe, read_config
+from elm_mlx.store.describe import describe
 
 DATA = Path(__file__).parents[1] / "fixtures" / "families.json"
 CLOSE = 1e-4  # of the logits' spread

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.store.describe import check_directory, describe
+from elm_mlx.store.describe import describe
 
 
 def test_it_counts_what_is_there(tiny_model_dir: Path, tiny_config: ModelConfig) -> None:
@@ -121,68 +120,6 @@ def test_damaged_weights_are_named(tmp_path: Path, tiny_model_dir: Path, content
     (path / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"holds no model\.safetensors"):
         describe(path)
-
-
-def test_what_is_no_model_directory_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no such directory; `elm-mlx convert SRC DST` makes one"):
-        check_directory(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"holds no config\.json"):
-        check_directory(tmp_path)
-    file = tmp_path / "model.pt"
-    file.touch()
-    with pytest.raises(InputError, match=r"a file, not a model directory; `elm-mlx convert .*model\.pt DST`"):
-        check_directory(file)
-    (tmp_path / "config.json").touch()
-    assert check_directory(tmp_path) == tmp_path
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(InputError, match=r"model\.safetensors: a file of the model directory .*: give that one"):
-        check_directory(tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="`hf download meta/Llama-9 --local-dir DST` fetches one of another family"):
-        check_directory(Path("meta/Llama-9"))
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(InputError, match=r"holds no tokenizer\.json.* was made from into it$"):
-        check_directory(tmp_path, with_tokenizer=True)
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        (
-            {"adapter_config.json": {"fine_tune_type": "lora"}},
-            "out: an adapter, and no model .* give MODEL and `--adapter .*out`, or .* fuse MODEL .*out D",
-        ),
-        (
-            {
-                "adapter_config.json": {"fine_tune_type": "full"},
-                "run.json": {"command": "lora", "settings": {"model": "/base"}},
-            },
-            "out: the trained weights of a model, kept .* give /base and .* `elm-mlx fuse /base .*out DST`",
-        ),
-        ({"adapter_config.json": {"model": "theirs"}}, "give theirs and `--adapter"),
-        ({"adapter_config.json": {"model": 7}, "run.json": {"settings": 7}}, "give MODEL and `--adapter"),
-        (
-            {"adapter_config.json": {"peft_type": "LORA"}},
-            "an adapter of PEFT, and no .* its model and `--adapter .*out`",
-        ),
-        (
-            {"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "some/llama"}},
-            r"give its model \(some/llama\) and `--adapter .*out`",
-        ),
-        (
-            {"run.json": {"command": "dpo"}},
-            "a training run that has left no adapter yet, .* `elm-mlx dpo --out .*out --resume` goes on",
-        ),
-        ({"run.json": {"identity": {}}}, r"holds no config\.json"),
-        ({"run.json": [], "adapter_config.json": []}, r"holds no config\.json"),
-    ],
-)
-def test_what_else_a_directory_is(tmp_path: Path, files: dict[str, Any], message: str) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    for name, values in files.items():
-        (out / name).write_text(json.dumps(values))
-    with pytest.raises(InputError, match=message):
-        check_directory(out)
 
 
 def test_a_directory_is_described_without_mlx(tiny_model_dir: Path) -> None:

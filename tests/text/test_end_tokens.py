@@ -15,8 +15,8 @@ from commands import Run
 from elm_mlx import generate, load, stream_generate
 from elm_mlx.errors import InputError
 from elm_mlx.inference.batch import generate_batch
+from elm_mlx.model.config import read_config
 from elm_mlx.store import loading
-from elm_mlx.store.describe import read_config
 from elm_mlx.text.chat_template import choose
 from elm_mlx.text.tokenizer import Tokenizer, Vocabulary, read_vocabulary
 
@@ -108,7 +108,8 @@ def test_a_default_counts_only_where_nothing_is_said(openelm: Path) -> None:
 @pytest.mark.parametrize("value", ["2", [1, "2"], True, 2.5, {}, [[2]], float("nan")])
 def test_what_is_no_id_is_named(llama: Path, name: str, value: Any) -> None:
     say(llama, name, eos_token_id=value)
-    with pytest.raises(InputError, match=rf"{name}: eos_token_id is .*: a token's number is needed") as error:
+    message = rf"{name}: eos_token_id is .*: a token's number, or a list of them, is needed"
+    with pytest.raises(InputError, match=message) as error:
         ends(llama)
     assert "\n" not in str(error.value)
 
