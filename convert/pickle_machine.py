@@ -20,7 +20,8 @@ import struct
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from elm_mlx_convert.tensors import File, shown
+from elm_mlx.reading import printable
+from elm_mlx_convert.tensors import File
 
 # The pickle of a 3B's training checkpoint with averaged weights has 155 kB and takes 54,200 steps.
 MAX_PICKLE_BYTES = 16 << 20
@@ -112,7 +113,7 @@ class PickleMachine:
     def resolve(self, name: str) -> Any:
         """The value that stands for the global `module.attribute`."""
         self.fail(
-            f"asks for the global {shown(name)}, which is not one of the few that a state dict needs; "
+            f"asks for the global {printable(name)}, which is not one of the few that a state dict needs; "
             "nothing was run. Save just the weights: torch.save(model.state_dict(), ...)"
         )
 

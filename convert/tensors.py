@@ -41,12 +41,6 @@ _LARGEST = {"float16": "65504", "bfloat16": "3.39e38", "float32": "3.40e38"}
 _WIDER = {"float16": "bfloat16", "bfloat16": "float32"}
 
 
-def shown(text: str) -> str:
-    """A name out of a file, fit for a one-line message: cut short, control characters escaped."""
-    cut = text if len(text) <= 80 else text[:77] + "..."
-    return cut if cut.isprintable() else ascii(cut)[1:-1]
-
-
 class File:
     """A regular file, open for reads by position until the last reference to it goes.
 

@@ -20,9 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from elm_mlx.reading import printable
 from elm_mlx_convert.names import to_corenet
 from elm_mlx_convert.pickle_machine import MAX_PICKLE_BYTES, PickleMachine, Stream
-from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, Record, Storage, cast_blocks, shown, view
+from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, Record, Storage, cast_blocks, view
 from elm_mlx_convert.zip_files import ZipEntry, read_archive, read_entry, require_stored
 
 # The number that opens a file of the old layout, as LONG1 spells it.
@@ -101,7 +102,7 @@ def _load_zip(file: File) -> Any:
     def find(key: str, dtype: str, numel: int) -> Record:
         entry = entries.get(f"{top}/data/{key}")
         if entry is None:
-            raise file.fail(f"its storage {shown(key)} is missing from the archive")
+            raise file.fail(f"its storage {printable(key)} is missing from the archive")
         require_stored(file, entry)
         return Record(entry.size, numel, entry.start)
 
@@ -160,7 +161,7 @@ def _place_records(file: File, records: dict[str, Record], keys: Any, position: 
         record.start = position + 8
         position = record.start + record.nbytes
         if numel != record.numel:
-            raise file.fail(f"its storage {shown(key)} has {numel:,} values, and its tensors say {record.numel:,}")
+            raise file.fail(f"its storage {printable(key)} has {numel:,} values, and its tensors say {record.numel:,}")
         if position > file.size:
             raise file.fail(f"is truncated: it has {file.size:,} bytes, and its storages end at byte {position:,}")
     if position != file.size:
@@ -232,11 +233,12 @@ class _TorchMachine(PickleMachine):
         if tag != "storage" or dtype is None or len(reference) != self._reference_fields:
             self.fail("its pickle refers to something that is not a storage")
         if numel < 0:
-            self.fail(f"its storage {shown(key)} has a negative size")
+            self.fail(f"its storage {printable(key)} has a negative size")
         record = self._find(key, dtype, numel)
         if record.nbytes != numel * ITEM_SIZES[dtype]:
             self.fail(
-                f"its storage {shown(key)} has {record.nbytes:,} bytes, and its pickle says {numel:,} values of {dtype}"
+                f"its storage {printable(key)} has {record.nbytes:,} bytes, and its pickle says {numel:,} values of "
+                f"{dtype}"
             )
         storage = Storage(record, dtype, 0, numel)
         return storage if not rest or rest[0] is None else self._narrow(storage, rest[0])
@@ -312,7 +314,7 @@ def _bytes(machine: _TorchMachine, arguments: tuple[Any, ...]) -> bytes:
 
 def _numpy_dtype(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Symbol:
     machine.expect("a numpy dtype", arguments, (str,), most=3)
-    return Symbol(f"numpy.dtype {shown(arguments[0])}")
+    return Symbol(f"numpy.dtype {printable(arguments[0])}")
 
 
 def _numpy_scalar(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Any:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from elm_mlx_convert.tensors import File, shown
+from elm_mlx.reading import printable
+from elm_mlx_convert.tensors import File
 
 # A 3B's training checkpoint with averaged weights has 1,446 entries.
 MAX_ENTRIES = 50_000
@@ -63,9 +64,9 @@ def read_archive(file: File) -> dict[str, ZipEntry]:
     for listing in sorted(_read_directory(file, start, size, count), key=lambda listing: listing.header):
         entry = _read_local(file, listing, end=start)
         if listing.header < end_of_last:
-            raise file.fail(f"is not a sound archive: {shown(entry.name)} overlaps another entry")
+            raise file.fail(f"is not a sound archive: {printable(entry.name)} overlaps another entry")
         if entry.name in entries:
-            raise file.fail(f"is not a sound archive: it has two entries called {shown(entry.name)}")
+            raise file.fail(f"is not a sound archive: it has two entries called {printable(entry.name)}")
         end_of_last = entry.start + listing.packed
         entries[entry.name] = entry
     return {name: entry for name, entry in entries.items() if not name.endswith("/")}
@@ -75,14 +76,16 @@ def read_entry(file: File, entry: ZipEntry, limit: int) -> bytes:
     """The whole entry, refused above `limit` bytes."""
     require_stored(file, entry)
     if entry.size > limit:
-        raise file.fail(f"its {shown(entry.name)} has {entry.size:,} bytes; {limit:,} is the most that is read")
+        raise file.fail(f"its {printable(entry.name)} has {entry.size:,} bytes; {limit:,} is the most that is read")
     return file.read(entry.start, entry.size)
 
 
 def require_stored(file: File, entry: ZipEntry) -> None:
     """Refuses a compressed entry, whose size in memory is whatever the archive says."""
     if entry.compressed:
-        raise file.fail(f"its {shown(entry.name)} is compressed, which torch.save never does; save it with torch.save")
+        raise file.fail(
+            f"its {printable(entry.name)} is compressed, which torch.save never does; save it with torch.save"
+        )
 
 
 def _find_directory(file: File) -> tuple[int, int, int]:
@@ -129,25 +132,8 @@ def _read_directory(file: File, start: int, size: int, count: int) -> list[_List
         if at + _ENTRY.size > size or not directory.startswith(b"PK\1\2", at):
             raise file.fail("is not a sound archive: its directory ends before all its entries are listed")
         fields = _ENTRY.unpack_from(directory, at)
-        (
-            _,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            checksum,
-            packed,
-            full,
-            name_size,
-            extra_size,
-            comment_size,
-            disk,
-            _,
-            _,
-            header,
-        ) = fields
+        (flags, method), (checksum, packed, full) = fields[3:5], fields[7:10]
+        (name_size, extra_size, comment_size, disk), header = fields[10:14], fields[16]
         at += _ENTRY.size
         name, extra = directory[at : at + name_size], directory[at + name_size : at + name_size + extra_size]
         at += name_size + extra_size + comment_size
@@ -182,19 +168,19 @@ def _read_local(file: File, listing: _Listing, end: int) -> ZipEntry:
     """The entry, once its local header says the same as the directory and its data lies before `end`."""
     name = _checked_name(file, listing.name)
     if listing.flags & _ENCRYPTED:
-        raise file.fail(f"its {shown(name)} is encrypted")
+        raise file.fail(f"its {printable(name)} is encrypted")
     if listing.flags & _PATCHED:
-        raise file.fail(f"its {shown(name)} is a patch to another archive")
+        raise file.fail(f"its {printable(name)} is a patch to another archive")
     if listing.header + _LOCAL.size > end:
-        raise file.fail(f"is not a sound archive: {shown(name)} starts past the end of the data")
+        raise file.fail(f"is not a sound archive: {printable(name)} starts past the end of the data")
     header = file.read(listing.header, _LOCAL.size)
     mark, _, flags, method, _, _, checksum, packed, size, name_size, extra_size = _LOCAL.unpack(header)
-    disagree = file.fail(f"is not a sound archive: the two headers of {shown(name)} disagree")
+    disagree = file.fail(f"is not a sound archive: the two headers of {printable(name)} disagree")
     if (mark, flags, method, name_size) != (b"PK\3\4", listing.flags, listing.method, len(listing.name)):
         raise disagree
     start = listing.header + _LOCAL.size + name_size + extra_size
     if start + listing.packed > end:
-        raise file.fail(f"is not a sound archive: {shown(name)} is longer than the data that is there")
+        raise file.fail(f"is not a sound archive: {printable(name)} is longer than the data that is there")
     if _SEE_ZIP64 in (packed, size):
         size, packed = _widen(file, file.read(start - extra_size, extra_size), [size, packed])
     sizes = (checksum, packed, size)
@@ -204,7 +190,7 @@ def _read_local(file: File, listing: _Listing, end: int) -> ZipEntry:
     if file.read(listing.header + _LOCAL.size, name_size) != listing.name:
         raise disagree
     if not listing.method and listing.packed != listing.size:
-        raise file.fail(f"is not a sound archive: {shown(name)} has two sizes, {listing.packed} and {listing.size}")
+        raise file.fail(f"is not a sound archive: {printable(name)} has two sizes, {listing.packed} and {listing.size}")
     return ZipEntry(name, start, listing.size, compressed=bool(listing.method))
 
 
@@ -215,5 +201,5 @@ def _checked_name(file: File, raw: bytes) -> str:
         raise file.fail("is not a sound archive: an entry's name is not UTF-8") from None
     parts = name.removesuffix("/").split("/")
     if any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name:
-        raise file.fail(f"is not a sound archive: {shown(name) or 'an entry'} is not a name that stays inside it")
+        raise file.fail(f"is not a sound archive: {printable(name) or 'an entry'} is not a name that stays inside it")
     return name

@@ -68,7 +68,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "nested load": (b"ctorch.storage\n_load_from_bytes\nC\x00\x85R.", "torch.storage._load_from_bytes"),
     "import only": (b"\x80\x02cevil_module\nname\n.", "evil_module.name"),
     "control characters": (b"\x80\x04" + _text("a\x1b[2J\n") + _text("b") + b"\x93.", r"a\x1b[2J\n.b"),
-    "long name": (b"\x80\x04" + _text("a" * 9000) + _text("b") + b"\x93.", "a" * 77 + "..."),
+    "long name": (b"\x80\x04" + _text("a" * 9000) + _text("b") + b"\x93.", "a" * 333 + " …"),
     "call of a dtype": (b"ctorch\nfloat32\n)R.", "cannot be called"),
     "call of a value": (b"X\x01\x00\x00\x00a)R.", "cannot be called"),
     "build on a class": (b"ccollections\nOrderedDict\n}b.", "sets attributes"),
