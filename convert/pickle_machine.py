@@ -182,9 +182,14 @@ class PickleMachine:
         """A length as `layout` says, and as many bytes."""
         return self.stream.take(self._length(layout))
 
+    def extend(self, kind: type, items: list[Any]) -> None:
+        """Puts `items` into the list on top. A set is never there but as an inert value, of which nothing is kept."""
+        if not self.top_is_inert():
+            self.top(kind).extend(items)
+
     def store(self, values: list[Any]) -> None:
         """Keys and values, alternating, into the dict on top."""
-        if self._stack and self.is_inert(self._stack[-1]):
+        if self.top_is_inert():
             return
         target = self.top(dict)
         if len(values) % 2:
@@ -230,16 +235,10 @@ class PickleMachine:
         return self.resolve(f"{module}.{attribute}")
 
     def reduce(self) -> Any:
-        arguments, function = self.pop(), self.pop()
-        if type(arguments) is not tuple:
-            self.fail("its pickle calls with arguments that are no tuple")
-        return self.call(function, arguments)
+        return self.call(*self._pop_call())
 
     def make(self) -> Any:
-        arguments, kind = self.pop(), self.pop()
-        if type(arguments) is not tuple:
-            self.fail("its pickle makes an object with arguments that are no tuple")
-        return self.new(kind, arguments)
+        return self.new(*self._pop_call())
 
     def make_with_names(self) -> Any:
         names, arguments, kind = self.pop(), self.pop(), self.pop()
@@ -247,9 +246,14 @@ class PickleMachine:
             self.refuse_opcode(0x92)
         return self.new(kind, arguments)
 
-    def build_top(self) -> Any:
-        state, value = self.pop(), self.pop()
-        return self.build(value, state)
+    def top_is_inert(self) -> bool:
+        return bool(self._stack) and self.is_inert(self._stack[-1])
+
+    def _pop_call(self) -> tuple[Any, tuple[Any, ...]]:
+        arguments, function = self.pop(), self.pop()
+        if type(arguments) is not tuple:
+            self.fail("its pickle calls with arguments that are no tuple")
+        return function, arguments
 
     def _length(self, layout: str) -> int:
         size: int = self.number(layout)
@@ -330,7 +334,7 @@ _PUSHES: dict[str, Callable[[PickleMachine], Any]] = {
     "\x92": PickleMachine.make_with_names,
     "\x8f": lambda m: m.resolve("builtins.set"),
     "\x91": lambda m: (m.resolve("builtins.frozenset"), m.pop_to_mark())[0],
-    "b": PickleMachine.build_top,
+    "b": lambda m: m.build(*(m.pop(), m.pop())[::-1]),
     "Q": lambda m: m.persistent(m.pop()),
 }
 
@@ -338,9 +342,9 @@ _EFFECTS: dict[str, Callable[[PickleMachine], None]] = {
     "\x80": lambda m: m.number("<B"),  # the protocol's version; the opcodes say all that matters
     "\x95": lambda m: m.number("<Q"),  # a frame's length: a hint for buffering, no limit of anything
     "(": PickleMachine.mark,
-    "a": lambda m: _append(m, [m.pop()]),
-    "e": lambda m: _append(m, m.pop_to_mark()),
-    "\x90": lambda m: _add(m, m.pop_to_mark()),
+    "a": lambda m: m.extend(list, [m.pop()]),
+    "e": lambda m: m.extend(list, m.pop_to_mark()),
+    "\x90": lambda m: m.extend(set, m.pop_to_mark()),
     "s": lambda m: m.store([m.pop(), m.pop()][::-1]),
     "u": lambda m: m.store(m.pop_to_mark()),
     "q": lambda m: m.remember(m.number("<B")),
@@ -351,17 +355,6 @@ _EFFECTS: dict[str, Callable[[PickleMachine], None]] = {
     "c": _global,
     "i": _instance,
 }
-
-
-def _append(machine: PickleMachine, items: list[Any]) -> None:
-    if not (machine._stack and machine.is_inert(machine._stack[-1])):
-        machine.top(list).extend(items)
-
-
-def _add(machine: PickleMachine, items: list[Any]) -> None:
-    """Into a set, of which nothing is kept."""
-    if not (machine._stack and machine.is_inert(machine._stack[-1])):
-        machine.fail("its pickle fills a set where there is none")
 
 
 def _pushing(make: Callable[[PickleMachine], Any]) -> Callable[[PickleMachine], None]:

@@ -1,11 +1,10 @@
-"""PyTorch's files without PyTorch: plain values, and tensors that stay on disk until their rows are read.
+"""PyTorch's files without PyTorch, read and written: plain values, and tensors that stay on disk until they are read.
 
-Knows what torch.save writes: the zip layout of PyTorch 1.6 and later, and the row of pickles with raw
-data behind it that came before. Knows no checkpoint's keys, and no model. Nothing in a file is ever
-imported or called: `pickle_machine` runs the pickle, and the globals listed here are looked up by name and
-mean functions of this module, or nothing at all: what training loops put beside the weights
-(hyper-parameters, paths, dates, arrays) becomes a name, whatever it was made of. Each view of a storage
-is checked against the bytes that the file has before any of them is used.
+Reads the zip layout of PyTorch 1.6 and later, and the row of pickles with raw data behind it that came before. Nothing
+in a file is ever imported or called: `pickle_machine` runs the pickle, and the globals listed here are looked up by
+name and mean functions of this module, or nothing at all: what training loops put beside the weights
+(hyper-parameters, paths, dates, arrays) becomes a name, whatever it was made of. Each view of a storage is checked
+against the bytes that the file has before any of them is used.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ _RESAVE = "save it again with torch.save(model.state_dict(), ...)"
 
 @dataclass(frozen=True)
 class Symbol:
-    """What the file names but does not hold: a dtype, a device, an object of a class in `_INERT`. It does nothing."""
+    """Something that the file names but does not hold: a dtype, a device, an object of a class in `_INERT`."""
 
     name: str
 
 
 def load(path: Path) -> Any:
-    """What torch.save put into the file, with a LazyTensor, its name empty, for each tensor and parameter.
+    """Returns what torch.save put into a file, with a LazyTensor, its name empty, for each tensor and parameter.
 
     Dicts of every kind come as dict, torch.Size as tuple, dtypes and devices as Symbol. No data is
     read: the tensors keep the file open and read from it, and notice if it changes meanwhile.
@@ -52,42 +51,28 @@ def load(path: Path) -> Any:
             tensors. The tensors' `read_rows` raise it when the file changed since.
     """
     file = File(path)
-    if _is_zip(file):
+    head = file.read(0, min(512, file.size))
+    if head.startswith(b"PK\3\4"):
         return _load_zip(file)
-    if _is_legacy(file):
+    if head.startswith(b"\x80") and _LEGACY_MARK in head[:32]:
         return _load_legacy(file)
-    raise file.fail(f"{_guess(file)}, not a file of torch.save")
+    raise file.fail(f"{_guess(head, file.size)}, not a file of torch.save")
 
 
-def _is_zip(file: File) -> bool:
-    return _head(file).startswith(b"PK\3\4")
-
-
-def _is_legacy(file: File) -> bool:
-    head = _head(file)
-    return head.startswith(b"\x80") and _LEGACY_MARK in head[:32]
-
-
-def _head(file: File) -> bytes:
-    return file.read(0, min(512, file.size))
-
-
-def _guess(file: File) -> str:
-    """What a file that is not ours seems to be."""
-    head = _head(file)
+def _guess(head: bytes, size: int) -> str:
+    """Returns what a file that torch.save did not write seems to be."""
     if not head:
         return "is empty"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= file.size:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:
         return "is a safetensors file"
     if head[257:262] == b"ustar":
         return "is a tar archive, perhaps one of PyTorch 0.1"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer (fetch the real file with `git lfs pull`)"
-    if head.startswith(b"GGUF"):
-        return "is a GGUF file"
-    if head.startswith(b"\x80"):
-        return "is a pickle of something else"
-    return "is of an unknown kind"
+    known = {
+        b"version https://git-lfs": "is a Git LFS pointer (fetch the real file with `git lfs pull`)",
+        b"GGUF": "is a GGUF file",
+        b"\x80": "is a pickle of something else",
+    }
+    return next((what for begin, what in known.items() if head.startswith(begin)), "is of an unknown kind")
 
 
 # The two layouts
@@ -298,10 +283,6 @@ def _size(machine: _TorchMachine, arguments: tuple[Any, ...]) -> tuple[Any, ...]
     return tuple(arguments[0])
 
 
-def _device(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Symbol:
-    return Symbol("torch.device")
-
-
 def _bytes(machine: _TorchMachine, arguments: tuple[Any, ...]) -> bytes:
     """How protocol 2 spells bytes: a text, and that its characters are they."""
     machine.expect("bytes", arguments, (str, str))
@@ -333,7 +314,7 @@ _CALLS: dict[str, Callable[[_TorchMachine, tuple[Any, ...]], Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch.Size": _size,
-    "torch.device": _device,
+    "torch.device": lambda machine, arguments: Symbol("torch.device"),
     "_codecs.encode": _bytes,
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
