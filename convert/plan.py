@@ -1,8 +1,4 @@
-"""What a conversion is going to do, settled before anything is written.
-
-Knows the order of the decisions: the tensors, their adapters, their names, the config, the vocabulary, the
-type. Reads headers and, rarely, values; writes nothing.
-"""
+"""What a conversion is going to do, decided before anything is written: tensors, names, config, vocabulary, type."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ _WIDE_MODEL_DIM = 3072
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What will be written, and how that was found out.
+    """Describes what will be written, and how that was found out.
 
     Args:
         config: of the model that is written.
@@ -102,27 +98,31 @@ def make_plan(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     model, origin = decide(settings, preset, shapes, opened.label, head_dim=head_dim, untied=untied)
     if scaling is not None:
-        notes.append(_merged_note(scaling, untied))
-    file = _tokenizer_file(tokenizer, opened)
+        notes.append(
+            f"merged its adapter, alpha {scaling.alpha:g}{' over the root of the rank' if scaling.by_root else ''}"
+            + ("; its head is untied, since it reads the embedding without the adapter" if untied else "")
+        )
+    beside = opened.directory / "tokenizer.model"
+    file = tokenizers.find(tokenizer) if tokenizer is not None else beside if beside.is_file() else None
     if file is None:
         warnings.append("no tokenizer: the model cannot read or write text; pass --tokenizer FILE|DIR|REPO")
     else:
         model = _fit_tokenizer(model, file, settings, notes, warnings)
     if not model.ffn_with_glu:
         warnings.append("its FFN has no gate (GLU), which mlx-lm cannot express: only elm-mlx opens the result")
-    dropped = shapes[EMBEDDING][0] - model.vocab_size
+    generation = opened.directory / "generation_config.json"
     return ConversionPlan(
         source=opened,
         config=model,
         config_origin=origin,
         source_dtype=source_dtype,
         dtype=_dtype(dtype, source_dtype, model, notes),
-        tensors=_cut(tensors, model),
+        tensors=tuple(tensors[name].first_rows(shape[0]) for name, shape in model.shapes().items()),
         tokenizer=file,
         chat_template=_chat_template(chat_template, opened, notes) if file else None,
-        generation=_generation(opened.directory),
+        generation=json_object(own_file(generation)) if generation.is_file() else None,
         scaling=scaling,
-        dropped_rows=dropped,
+        dropped_rows=shapes[EMBEDDING][0] - model.vocab_size,
         notes=tuple(notes),
         warnings=tuple(warnings),
     )
@@ -156,7 +156,7 @@ def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
 def _scaling(
     tensors: Mapping[str, LazyTensor], alpha: float | None, settings: ConfigFile | None, where: str
 ) -> Scaling | None:
-    """How to merge the adapter; None when there is none."""
+    """Returns how to merge the adapter, or None when there is none."""
     if not lora_files.has_adapter(tensors):
         if alpha is not None:
             raise InputError(f"--lora-alpha is for a LoRA or DoRA checkpoint, and {where} holds no adapter")
@@ -173,13 +173,8 @@ def _scaling(
     )
 
 
-def _merged_note(scaling: Scaling, untied: bool) -> str:
-    note = f"merged its adapter, alpha {scaling.alpha:g}{' over the root of the rank' if scaling.by_root else ''}"
-    return note + ("; its head is untied, since it reads the embedding without the adapter" if untied else "")
-
-
 def _weights(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
-    """By canonical name. Raises InputError for what is no weight of an OpenELM, or no float."""
+    """Returns the tensors by canonical name. Raises InputError for what is no weight of an OpenELM, or no float."""
     packed = [name for name, tensor in tensors.items() if tensor.dtype == "uint32" or name.endswith(".scales")]
     if packed:
         raise InputError(f"{where}: is already quantized ({listed(packed)}); convert the original, then quantize it")
@@ -191,7 +186,7 @@ def _weights(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTen
 
 
 def _drop_tied_head(tensors: dict[str, LazyTensor], settings: ConfigFile | None, notes: list[str]) -> None:
-    """A head that is the embedding, value for value, is a tied one that was saved twice."""
+    """Drops a head that is the embedding, value for value: a tied one that was saved twice."""
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     says_untied = settings is not None and settings.config and not settings.config.share_input_output_layers
     if head is None or embedding is None or says_untied:
@@ -203,17 +198,10 @@ def _drop_tied_head(tensors: dict[str, LazyTensor], settings: ConfigFile | None,
         notes.append("its head is the embedding, saved twice: written once, tied")
 
 
-def _tokenizer_file(asked: str | Path | None, source: CheckpointSource) -> Path | None:
-    if asked is not None:
-        return tokenizers.find(asked)
-    beside = source.directory / "tokenizer.model"
-    return beside if beside.is_file() else None
-
-
 def _fit_tokenizer(
     config: ModelConfig, file: Path, settings: ConfigFile | None, notes: list[str], warnings: list[str]
 ) -> ModelConfig:
-    """The config with as many tokens as the tokenizer has pieces, and with its special tokens."""
+    """Returns the config with as many tokens as the tokenizer has pieces, and with its special tokens."""
     from elm_mlx.text.tokenizer import Tokenizer
 
     pieces, rows = tokenizers.vocab_size(file), config.vocab_size
@@ -236,11 +224,6 @@ def _fit_tokenizer(
     return config.with_vocab_size(min(pieces, rows))
 
 
-def _cut(tensors: Mapping[str, LazyTensor], config: ModelConfig) -> tuple[LazyTensor, ...]:
-    """In the order from input to output, without the rows of tokens that are not there."""
-    return tuple(tensors[name].first_rows(shape[0]) for name, shape in config.shapes().items())
-
-
 def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str]) -> str:
     wide = config.model_dim >= _WIDE_MODEL_DIM
     if asked == "float16" and wide:
@@ -256,7 +239,7 @@ def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str])
 
 
 def _chat_template(asked: str | None, source: CheckpointSource, notes: list[str]) -> str | None:
-    """What was asked for, or the source's own, or the one that its name implies."""
+    """Returns what was asked for, or the source's own, or the one that its name implies."""
     if asked is not None:
         return chat_template.read_source(asked)
     own, where = chat_template.own_source(source.directory, "--chat-template")
@@ -267,8 +250,3 @@ def _chat_template(asked: str | None, source: CheckpointSource, notes: list[str]
     if implied is not None:
         notes.append("writes OpenELM-instruct's chat template, as the name says; --chat-template none for none")
     return implied
-
-
-def _generation(directory: Path) -> dict[str, Any] | None:
-    path = directory / "generation_config.json"
-    return json_object(own_file(path)) if path.is_file() else None

@@ -1,17 +1,17 @@
-"""What a path or name is, and its tensors, still on disk, by the names that it gives them.
+"""Opens a checkpoint: what a path or name is, and its tensors, still on disk, by the names that it gives them.
 
-Knows the files that checkpoints come in: CoreNet's `.pt` (a state dict, or a training checkpoint around
-one), Hugging Face directories and hub repositories (safetensors, `.bin`, sharded by an index), MLX
-directories. Knows no name of a weight, and no config.
+Reads CoreNet's `.pt` (a state dict, or a training checkpoint around one), Hugging Face directories and hub
+repositories (safetensors, `.bin`, sharded by an index), and MLX directories. The hub's cache, token, endpoint and
+`HF_HUB_OFFLINE` are huggingface_hub's own business.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,15 @@ from elm_mlx_convert.tensors import LazyTensor, read_safetensors
 _STATES = ("model_state_dict", "state_dict", "model")
 _EMA = "ema_state_dict"
 
-_Reader = Callable[[Path], dict[str, LazyTensor]]
+Tensors = dict[str, LazyTensor]
+
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_OLDER = ["*.bin", "*.bin.index.json"]
+_WELCOME = [
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", *(f"{folder}/*.jinja" for folder in TEMPLATES),
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class CheckpointSource:
         label: what it is called in messages and in the record: a file's or directory's name, a repository.
         kind: what it turned out to be, in words.
         directory: where a config or a tokenizer may lie beside the tensors.
-        files: what holds the tensors.
+        files: the ones that hold the tensors.
         tensors: by the file's own names.
         revision: the commit, for a repository on the hub.
     """
@@ -67,8 +75,7 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
     if not path.exists() and isinstance(source, str) and is_repository(source):
         check_is_openelm(snapshot(source, revision, ["config.json"]), source)  # before all of it is downloaded
         directory = download(source, revision)
-        found = _open_directory(directory, ema)
-        return CheckpointSource(source, found.kind, directory, found.files, found.tensors, directory.name)
+        return replace(_open_directory(directory, ema), label=source, directory=directory, revision=directory.name)
     if revision is not None:
         raise InputError(f"--revision {revision} is for a repository on the hub, and {path} is a path")
     if not path.exists():
@@ -85,7 +92,7 @@ def _open_file(path: Path, ema: bool) -> CheckpointSource:
         if not tensors:
             raise InputError(f"{path}: holds no tensors")
         return CheckpointSource(path.name, "safetensors file", path.parent, (path,), tensors)
-    kind, tensors = _state_dict(torch_files.load(path), path, ema)
+    kind, tensors = _state_dict(path, ema)
     return CheckpointSource(path.name, kind, path.parent, (path,), tensors)
 
 
@@ -93,7 +100,7 @@ def _open_directory(directory: Path, ema: bool) -> CheckpointSource:
     label = directory.resolve().name
     for index, reader, kind in (
         ("model.safetensors.index.json", read_safetensors, "safetensors in shards"),
-        ("pytorch_model.bin.index.json", _read_torch, "PyTorch files in shards"),
+        ("pytorch_model.bin.index.json", lambda path: _state_dict(path, False)[1], "PyTorch files in shards"),
     ):
         if (directory / index).is_file() and not (directory / "model.safetensors").is_file():
             _refuse_ema(directory, ema)
@@ -101,8 +108,7 @@ def _open_directory(directory: Path, ema: bool) -> CheckpointSource:
             return CheckpointSource(label, kind, directory, files, tensors)
     for name in ("model.safetensors", "weights.safetensors", "pytorch_model.bin"):  # the second is of Apple's MLX code
         if (directory / name).is_file():
-            found = _open_file(directory / name, ema)
-            return CheckpointSource(label, found.kind, directory, found.files, found.tensors)
+            return replace(_open_file(directory / name, ema), label=label)
     checkpoints = sorted(directory.glob("*.pt"))
     if len(checkpoints) == 1:
         return _open_file(checkpoints[0], ema)
@@ -116,12 +122,9 @@ def _refuse_ema(path: Path, ema: bool) -> None:
         raise InputError(f"{path}: --ema is for a training checkpoint, and this is none")
 
 
-def _read_torch(path: Path) -> dict[str, LazyTensor]:
-    return _state_dict(torch_files.load(path), path, False)[1]
-
-
-def _state_dict(tree: Any, path: Path, ema: bool) -> tuple[str, dict[str, LazyTensor]]:
-    """The state dict in what a PyTorch file holds, and in words what the file is."""
+def _state_dict(path: Path, ema: bool) -> tuple[str, Tensors]:
+    """Returns in words what a PyTorch file is, and the state dict in it."""
+    tree = torch_files.load(path)
     if not isinstance(tree, dict):
         what = tree.name if isinstance(tree, torch_files.Symbol) else type(tree).__name__
         raise InputError(f"{path}: holds a {what}, not a state dict: save model.state_dict()")
@@ -150,13 +153,19 @@ def _keys(tree: dict[Any, Any]) -> str:
     return listed([str(key) for key in tree], most=5) if tree else "nothing"
 
 
-def _read_shards(index: Path, reader: _Reader) -> tuple[tuple[Path, ...], dict[str, LazyTensor]]:
-    """The tensors of all files that an index names, each found in the file where the index puts it."""
+def _read_shards(index: Path, reader: Callable[[Path], Tensors]) -> tuple[tuple[Path, ...], Tensors]:
+    """Returns the files that an index names, and their tensors, each found in the file where the index puts it."""
     weight_map = json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: has no weight_map")
-    files = _shard_files(index, weight_map.values())
-    tensors: dict[str, LazyTensor] = {}
+    files = []
+    for name in sorted({name if isinstance(name, str) else repr(name) for name in weight_map.values()}):
+        if name != Path(name).name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise InputError(f"{index}: points to {name!r}: a file in the same directory is needed")
+        files.append(index.parent / name)
+        if not files[-1].is_file():
+            raise InputError(f"{index}: names {name}, which is not there: was the download completed?")
+    tensors: Tensors = {}
     for file in files:
         for name, tensor in reader(file).items():
             if weight_map.get(name) != file.name:
@@ -165,30 +174,7 @@ def _read_shards(index: Path, reader: _Reader) -> tuple[tuple[Path, ...], dict[s
     missing = [name for name in weight_map if name not in tensors]
     if missing:
         raise InputError(f"{index}: names tensors that its files do not hold: {listed(missing)}")
-    return files, tensors
-
-
-def _shard_files(index: Path, names: Iterable[Any]) -> tuple[Path, ...]:
-    files = []
-    for name in sorted({name if isinstance(name, str) else repr(name) for name in names}):
-        if name != Path(name).name or "\\" in name or "\0" in name or name in ("", ".", ".."):
-            raise InputError(f"{index}: points to {name!r}: a file in the same directory is needed")
-        file = index.parent / name
-        if not file.is_file():
-            raise InputError(f"{index}: names {name}, which is not there: was the download completed?")
-        files.append(file)
-    return tuple(files)
-
-
-# The hub
-
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
-_OLDER = ["*.bin", "*.bin.index.json"]
-_WELCOME = [
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", *(f"{folder}/*.jinja" for folder in TEMPLATES),
-]  # fmt: skip
+    return tuple(files), tensors
 
 
 def is_repository(source: str) -> bool:
@@ -197,9 +183,10 @@ def is_repository(source: str) -> bool:
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """The directory of the repository's snapshot in the cache; its name is the commit.
+    """Downloads config, weights (safetensors, or else `.bin`) and a tokenizer where there is one.
 
-    Fetches config, weights (safetensors, or else `.bin`) and a tokenizer where there is one.
+    Returns:
+        The directory of the repository's snapshot in the cache; its name is the commit.
 
     Raises:
         InputError: the hub has no such repository or revision, or wants a login.
@@ -214,7 +201,7 @@ def download(repository: str, revision: str | None) -> Path:
 
 
 def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """The directory of the repository's snapshot, with the files that match `patterns`. Raises as `download`."""
+    """Downloads the files that match `patterns`. Returns and raises as `download`."""
     from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
