@@ -1,26 +1,26 @@
-"""Caches: keys and values that grow, the window through which a compiled step writes to them, a state.
+"""KV caches: keys and values that grow, those of a compiled step, and the state of a network without keys.
 
-Knows how keys and values are stored, and nothing of how they are computed. All speak as much of mlx-lm's
-cache protocol as the models use: `update_and_fetch`, `offset`, `make_mask`; a state, `[]`.
+All have as much of mlx-lm's cache protocol as the models use: `update_and_fetch`, `offset`, `make_mask`; a state, `[]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
 from elm_mlx.model.ops import Segments
 
-Arrays = Sequence[mx.array]  # what a layer keeps
+Arrays = Sequence[mx.array]  # of one layer
 
 
 class KVCache:
-    """One layer's keys and values: `(batch, num_kv_heads, capacity, head_dim)`, `offset` positions of it in use.
+    """One layer's keys and values: `(batch, num_kv_heads, capacity, head_dim)`, of which `offset` positions are used.
 
     Attributes:
-        switch: the length past which all keys of a text are rotated otherwise (LongRoPE); None where none is.
+        switch: the length past which all keys of a text are rotated otherwise (LongRoPE); None if there is none.
         text_length: of the whole text that is being read, where more than `offset` tokens are known to come.
     """
 
@@ -34,13 +34,13 @@ class KVCache:
         self.text_length = 0
 
     def suits(self, length: int) -> bool:
-        """Whether what is cached is rotated as in a text of `length` tokens. Else all has to be read anew."""
+        """Returns whether the cached keys are rotated as in a text of `length` tokens; else it must be read again."""
         if self.switch is None or self.offset == 0:
             return True
         return (max(self.text_length, self.offset) > self.switch) == (length > self.switch)
 
     def replace_row(self, row: int, other: KVCache) -> None:
-        """Put what `other` holds (batch 1) in the place of the last positions of a row."""
+        """Overwrites the last positions of a row with the contents of `other` (batch 1)."""
         assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
         self.text_length = max(self.text_length, other.text_length)
         place = slice(self.offset - other.offset, self.offset)
@@ -48,7 +48,7 @@ class KVCache:
         self.values[row, :, place] = other.values[0, :, : other.offset]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append `(batch, num_kv_heads, length, head_dim)`; returns all that is in use."""
+        """Appends `(batch, num_kv_heads, length, head_dim)`. Returns all keys and values so far."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
         self.keys = _grown(self.keys, keys, self.offset, self.step)
         self.values = _grown(self.values, values, self.offset, self.step)
@@ -57,7 +57,7 @@ class KVCache:
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
 
     def reserve(self, length: int) -> None:
-        """Make room for `length` positions. Something must be in the cache already."""
+        """Allocates room for `length` positions. The cache must not be empty."""
         assert self.keys is not None and self.values is not None
         self.keys = _grown(self.keys, self.keys, length, self.step)
         self.values = _grown(self.values, self.values, length, self.step)
@@ -80,7 +80,7 @@ class KVCache:
 
     @classmethod
     def joined(cls, caches: Sequence[KVCache]) -> KVCache:
-        """One layer's caches of several prompts (batch 1 each) as one batch, padded in front to the same length."""
+        """Joins one layer's caches of several prompts (batch 1 each) into a batch, padded on the left."""
         cache = cls(caches[0].switch)
         cache.state = pad_left(caches)
         cache.offset = cache.capacity
@@ -88,11 +88,11 @@ class KVCache:
 
     @staticmethod
     def inside(arrays: Arrays, position: mx.array, offset: mx.array, mask: mx.array) -> StepCache:
-        """What stands for this one in a compiled step."""
+        """Returns the cache that stands for this one in a compiled step."""
         return StepCache(arrays[0], arrays[1], position, offset, mask)
 
     def trim(self, length: int) -> int:
-        """Forget the last `length` positions; returns how many there were to forget."""
+        """Removes the last `length` positions, or all of fewer. Returns how many were removed."""
         length = min(length, self.offset)
         self.offset -= length
         return length
@@ -103,7 +103,7 @@ class KVCache:
     def make_mask(
         self, length: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """What to hide from `length` new positions: what comes after each, and what is `window_size` before it."""
+        """Returns the mask of `length` new positions: each sees those before it, `window_size` with itself at most."""
         end = self.offset + length
         if window_size is None or end <= window_size:
             return "causal" if length > 1 else None
@@ -112,13 +112,13 @@ class KVCache:
 
 
 class StepCache:
-    """One layer's arrays inside a compiled step: of fixed capacity, the position being an array.
+    """One layer's keys and values inside a compiled step: the capacity is fixed, the position an array.
 
     Args:
         keys, values: `(batch, num_kv_heads, capacity, head_dim)`.
         position: `(1,)`, where the step writes, the same in every row.
-        offset: what RoPE counts from, `(1,)` or `(batch,)`; less than `position` where a row starts with padding.
-        mask: boolean, `(1 or batch, 1, 1, capacity)`, what has been written, `position` included.
+        offset: the position for RoPE, `(1,)` or `(batch,)`; less than `position` where a row starts with padding.
+        mask: boolean, `(1 or batch, 1, 1, capacity)`: the positions written so far, `position` included.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, position: mx.array, offset: mx.array, mask: mx.array):
@@ -138,7 +138,7 @@ class StepCache:
         return self.keys, self.values
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """For a single new position, which is all that a step has."""
+        """Returns the mask of a step's one new position."""
         assert length == 1
         if window_size is None:
             return self._mask
@@ -146,12 +146,12 @@ class StepCache:
 
 
 class StateCache:
-    """One layer's state in a network that has no keys and values (Mamba): of one size, however much was read.
+    """One layer's state in a network without keys and values (Mamba): of the same size for a text of any length.
 
-    Of such a state nothing can be taken back but all of it. mlx-lm's networks read and write it by `[]`.
+    Only all of it can be removed. mlx-lm's networks read and write it by `[]`.
     """
 
-    switch = None  # it knows no positions
+    switch = None
     text_length = 0
 
     def __init__(self, size: int = 2) -> None:
@@ -181,10 +181,10 @@ class StateCache:
         return sum(array.nbytes for array in self._arrays if array is not None)
 
     def reserve(self, length: int) -> None:
-        """There is always room."""
+        """Does nothing: a state does not grow."""
 
     def trim(self, length: int) -> int:
-        """Forget everything, if `length` is all there is; else nothing, and 0 is returned."""
+        """Removes everything if `length` is all there is, else nothing. Returns how much was removed."""
         if length < self.offset:
             return 0
         forgotten, self.offset = self.offset, 0
@@ -199,7 +199,7 @@ class StateCache:
 
     @classmethod
     def joined(cls, caches: Sequence[StateCache]) -> StateCache:
-        """One layer's states of several prompts as one batch."""
+        """Joins one layer's states of several prompts into a batch."""
         cache = cls(len(caches[0]._arrays))
         cache.state = [mx.concatenate(arrays) for arrays in zip(*(cache.state for cache in caches), strict=True)]
         cache.offset = max(cache.offset for cache in caches)
@@ -207,14 +207,14 @@ class StateCache:
 
     @staticmethod
     def inside(arrays: Arrays, position: mx.array, offset: mx.array, mask: mx.array) -> StateCache:
-        """What stands for this one in a compiled step: the same, for it does not grow."""
+        """Returns the cache that stands for this one in a compiled step."""
         cache = StateCache()
         cache.state = arrays
         return cache
 
 
 class SegmentedRow:
-    """A cache's place in training on rows of several texts: keeps nothing, and its mask tells the texts apart."""
+    """Takes a cache's place in training on rows of several texts: keeps nothing, and its mask separates the texts."""
 
     offset = 0
 
@@ -225,7 +225,7 @@ class SegmentedRow:
         return keys, values
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Segments | mx.array:
-        """`ops.Segments`; where a window hides more, all of it as a boolean array `(batch, 1, length, length)`."""
+        """Returns the segments; where a window hides more, a boolean array `(batch, 1, length, length)`."""
         if window_size is None or length <= window_size:
             return self._segments
         positions = mx.arange(length)
@@ -233,9 +233,9 @@ class SegmentedRow:
 
 
 def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
-    """`position`, `offset` and `mask` for the StepCaches of a step that writes at `start`.
+    """Returns `position`, `offset` and `mask` of the StepCaches of a step that writes at `start`.
 
-    `padding` `(batch,)`: how many positions at the beginning of each row hold nothing.
+    `padding` `(batch,)`: the number of empty positions at the beginning of each row.
     """
     position = mx.array([start])
     positions = mx.arange(capacity)
@@ -246,12 +246,14 @@ def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tu
 
 
 def make_prompt_cache(model: Any) -> list[KVCache]:
-    """An empty cache for each layer of `model`; of a network that keeps a state, `StateCache`s."""
-    return model.prompt_cache() if hasattr(model, "prompt_cache") else [KVCache() for _ in model.layers]
+    """Returns an empty cache for each layer of `model`; for a network that keeps a state, `StateCache`s."""
+    config = model.config
+    make: Callable[[], Any] = partial(KVCache, config.rope_switch) if config.positions else StateCache
+    return [make() for _ in range(config.num_layers)]
 
 
 def pad_left(caches: Sequence[KVCache]) -> tuple[mx.array, mx.array]:
-    """One layer's caches of several prompts (batch 1 each) as one batch that ends at the same position."""
+    """Joins one layer's keys, and its values, of several prompts (batch 1 each), so that all end at one position."""
     longest = max(cache.offset for cache in caches)
 
     def stack(arrays: list[mx.array | None]) -> mx.array:
@@ -265,7 +267,7 @@ def pad_left(caches: Sequence[KVCache]) -> tuple[mx.array, mx.array]:
 
 
 def _grown(old: mx.array | None, like: mx.array, length: int, step: int) -> mx.array:
-    """`old` with room for `length` positions, zeros at its end; a new one, shaped `like`, where there is none."""
+    """Returns `old` with room for `length` positions, filled with zeros; if it is None a new array, shaped `like`."""
     batch, heads, _, head_dim = like.shape
     capacity = 0 if old is None else old.shape[2]
     if old is not None and length <= capacity:

@@ -87,12 +87,16 @@ class ModelConfig:
     # What `quantize` left behind: {"group_size", "bits", …}, as mlx-lm writes it.
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
 
+    # As of a FamilyConfig, and the same in every OpenELM. Without annotations: no fields.
+    model_type = MODEL_TYPE
+    positions = True
+    rope_switch = None
+    embedding = "transformer.token_embeddings"
+    layers_prefix = "transformer.layers"
+    linears = LINEARS
+
     def __post_init__(self) -> None:
         self._check()
-
-    @property
-    def model_type(self) -> str:
-        return MODEL_TYPE
 
     @property
     def num_layers(self) -> int:
@@ -130,20 +134,6 @@ class ModelConfig:
     def modules(self) -> list[str]:
         """What an adapter can be put on, in the model's order: the embedding, linears, the head."""
         return [name.removesuffix(".weight") for name, shape in self.shapes().items() if len(shape) == 2]
-
-    @property
-    def embedding(self) -> str:
-        """The embedding's name; the layers' is `layers_prefix`."""
-        return "transformer.token_embeddings"
-
-    @property
-    def layers_prefix(self) -> str:
-        return "transformer.layers"
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """What a layer's linears are called within it."""
-        return LINEARS
 
     @property
     def parameters(self) -> int:

@@ -153,6 +153,10 @@ class FamilyConfig:
         return FAMILIES[self.model_type]
 
     @property
+    def positions(self) -> bool:
+        return self.family.positions
+
+    @property
     def embedding(self) -> str:
         """The embedding's name; the layers' is `layers_prefix`."""
         return f"{self.family.body}.{self.family.embedding}"
@@ -200,7 +204,7 @@ class FamilyConfig:
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Size of the KV cache for one token over all layers; 0 for a state of constant size."""
-        if not self.family.positions:
+        if not self.positions:
             return 0
         return 2 * self.num_layers * int(self.values["num_key_value_heads"] * self.values["head_dim"]) * bytes_per_value
 
@@ -228,14 +232,14 @@ class FamilyConfig:
         values, body = self.values, self.family.body
         shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab_size, values["hidden_size"])}
         if not self.family.bare_norms:
-            shapes[f"{body}.{'norm' if self.family.positions else 'norm_f'}.weight"] = (values["hidden_size"],)
+            shapes[f"{body}.{'norm' if self.positions else 'norm_f'}.weight"] = (values["hidden_size"],)
         if not self.share_input_output_layers:
             shapes["lm_head.weight"] = (self.vocab_size, values["hidden_size"])
         return shapes
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
         """The shapes of one layer's weights, by their names within it: all layers are alike."""
-        return dict(_attention_layer(self) if self.family.positions else _state_layer(self.values))
+        return dict(_attention_layer(self) if self.positions else _state_layer(self.values))
 
 
 Shapes: TypeAlias = Iterator[tuple[str, tuple[int, ...]]]

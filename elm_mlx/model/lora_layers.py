@@ -1,10 +1,9 @@
 """Low-rank adapters as modules: a linear or an embedding, and two thin matrices beside it.
 
-LoRA (Hu et al., 2021) adds `scale * B A` to a weight; DoRA (Liu et al., 2024) then brings each row to a length that is
-learnt too. Parameters are named and laid out as in mlx-lm: `lora_a` (inputs, rank), `lora_b` (rank, outputs), `m`
-(outputs,); of an embedding a token is an input, and `m` has one length a token. The base may be quantized.
-Knows nothing of the network, nor of files. OpenELM's linears have no biases; where another family's have one, it stays
-outside of what DoRA brings to length.
+LoRA (Hu et al., 2021) adds `scale * B A` to a weight; DoRA (Liu et al., 2024) then brings each row to a learnt length.
+Parameters are named and laid out as in mlx-lm: `lora_a` (inputs, rank), `lora_b` (rank, outputs), `m` (outputs,); of an
+embedding a token is an input, and `m` has one length a token. The base may be quantized. A linear's bias is added after
+DoRA's scaling.
 """
 
 from __future__ import annotations
@@ -32,44 +31,6 @@ class LoRALinear(nn.Module):
         """`(..., inputs)` to `(..., outputs)`, in x's type."""
         low = self.scale * (self.dropout(x) @ self.lora_a)
         return self.linear(x) + (low @ self.lora_b).astype(x.dtype)
-
-
-class DoRALinear(LoRALinear):
-    """LoRA's output, each of its values times `m` over the length of its row of the adapted weight.
-
-    The length counts as a constant for gradients (DoRA, section 4.3).
-    """
-
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array):
-        super().__init__(linear, rank, scale, dropout, key)
-        self._squares = mx.square(dense_weight(linear)).sum(axis=1)
-        self.m = mx.sqrt(self._squares)
-        self._settled: mx.array | None = None
-        mx.eval(self._squares, self.m)  # or the dense weight would live on in the graph
-
-    def __call__(self, x: mx.array) -> mx.array:
-        ratio = self._ratio() if self._settled is None else self._settled
-        out, bias = super().__call__(x), self.linear.get("bias")
-        if bias is None:
-            return out * ratio.astype(x.dtype)
-        return (out - bias) * ratio.astype(x.dtype) + bias
-
-    def settle(self) -> None:
-        """Compute the lengths once; until training, the parameters are taken for constants."""
-        self._settled = self._ratio()
-        mx.eval(self._settled)
-
-    def _set_training_mode(self, mode: bool) -> None:
-        super()._set_training_mode(mode)
-        if mode:
-            self._settled = None
-
-    def _ratio(self) -> mx.array:
-        cross = self.linear(self.lora_a.T).T  # the weight times lora_a, (outputs, rank), whatever it is packed in
-        if "bias" in self.linear:
-            cross = cross - self.linear.bias[:, None]
-        gram = self.lora_a.T @ self.lora_a
-        return self.m / _lengths(self._squares, cross, self.lora_b.T, gram, self.scale)
 
 
 class LoRAEmbedding(nn.Module):
@@ -107,17 +68,78 @@ class LoRAEmbedding(nn.Module):
         return self.dropout((self.scale * self.lora_a[ids]) @ self.lora_b)
 
 
-class DoRAEmbedding(LoRAEmbedding):
+class _DoRA:
+    """Mixed into LoRA's modules: the length `m` of each row of the adapted weight, and its ratio to the present one.
+
+    The present length counts as a constant for gradients (DoRA, section 4.3).
+    """
+
+    adapted_head = True  # an embedding that is no adapted head has no fixed rows to measure
+    scale: float
+    m: mx.array
+
+    def _measure(self, base: nn.Module) -> None:
+        self._squares = mx.square(dense_weight(base)).sum(axis=1)
+        self.m = mx.sqrt(self._squares)
+        self._settled: mx.array | None = None
+        mx.eval(self._squares, self.m)  # or the dense weight would live on in the graph
+
+    def settle(self) -> None:
+        """Computes the lengths once; until training, the parameters are taken for constants."""
+        if self.adapted_head:
+            self._settled = self._computed_ratio()
+            mx.eval(self._settled)
+
+    def _set_training_mode(self, mode: bool) -> None:
+        super()._set_training_mode(mode)  # type: ignore[misc]
+        if mode:
+            self._settled = None
+
+    def _ratio(self) -> mx.array:
+        return self._computed_ratio() if self._settled is None else self._settled
+
+    def _computed_ratio(self) -> mx.array:
+        """`m` over the length of each row of `W + scale * left right`.
+
+        The square of the length is expanded into the squares of W's rows, W rightᵀ and right rightᵀ, because the sum
+        itself is as large as W, and would be made at every step.
+        """
+        left, right, cross = self._factors()
+        low = (left @ (right @ right.T)) * left
+        square = self._squares + (2 * self.scale) * (cross * left).sum(axis=1) + self.scale**2 * low.sum(axis=1)
+        return self.m / mx.stop_gradient(mx.maximum(mx.sqrt(mx.maximum(square, 0)), _TINY))
+
+    def _factors(self) -> tuple[mx.array, mx.array, mx.array]:
+        """`left`, `right`, and W rightᵀ, by the module itself, whatever W is packed in."""
+        raise NotImplementedError
+
+
+class DoRALinear(_DoRA, LoRALinear):
+    """LoRA's output, each of its values times `m` over the length of its row of the adapted weight."""
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array):
+        super().__init__(linear, rank, scale, dropout, key)
+        self._measure(linear)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out, ratio, bias = super().__call__(x), self._ratio().astype(x.dtype), self.linear.get("bias")
+        return out * ratio if bias is None else (out - bias) * ratio + bias
+
+    def _factors(self) -> tuple[mx.array, mx.array, mx.array]:
+        cross = self.linear(self.lora_a.T).T
+        if "bias" in self.linear:
+            cross = cross - self.linear.bias[:, None]
+        return self.lora_b.T, self.lora_a.T, cross
+
+
+class DoRAEmbedding(_DoRA, LoRAEmbedding):
     """LoRA's embedding, each token's vector brought to the length `m` of that token."""
 
     def __init__(
         self, embedding: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, adapted_head: bool = False
     ):
         super().__init__(embedding, rank, scale, dropout, key, adapted_head)
-        self._squares = mx.square(dense_weight(embedding)).sum(axis=1)
-        self.m = mx.sqrt(self._squares)
-        self._settled: mx.array | None = None
-        mx.eval(self._squares, self.m)
+        self._measure(embedding)
 
     def __call__(self, ids: mx.array) -> mx.array:
         base = self.embedding(ids)
@@ -128,32 +150,16 @@ class DoRAEmbedding(LoRAEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         logits = super().as_linear(x)
-        if not self.adapted_head:
-            return logits
-        ratio = self._ratio() if self._settled is None else self._settled
-        return logits * ratio.astype(x.dtype)
+        return logits * self._ratio().astype(x.dtype) if self.adapted_head else logits
 
-    def settle(self) -> None:
-        """As of a `DoRALinear`."""
-        if self.adapted_head:
-            self._settled = self._ratio()
-            mx.eval(self._settled)
-
-    def _set_training_mode(self, mode: bool) -> None:
-        super()._set_training_mode(mode)
-        if mode:
-            self._settled = None
-
-    def _ratio(self) -> mx.array:
-        cross = self.embedding.as_linear(self.lora_b).T
-        gram = self.lora_b @ self.lora_b.T
-        return self.m / _lengths(self._squares, cross, self.lora_a, gram, self.scale)
+    def _factors(self) -> tuple[mx.array, mx.array, mx.array]:
+        return self.lora_a, self.lora_b, self.embedding.as_linear(self.lora_b).T
 
 
 def wrap(
     module: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, *, dora: bool, adapted_head: bool
 ) -> nn.Module:
-    """`module`, a linear or an embedding, with a new adapter around it."""
+    """Returns `module`, a linear or an embedding, with a new adapter around it."""
     if hasattr(module, "as_linear"):
         embedding = DoRAEmbedding if dora else LoRAEmbedding
         return embedding(module, rank, scale, dropout, key, adapted_head)
@@ -161,7 +167,7 @@ def wrap(
 
 
 def merge(weight: mx.array, delta: mx.array, m: mx.array | None) -> mx.array:
-    """The weight `(rows, columns)` that computes what base and adapter do; `delta` is the scaled product."""
+    """Returns the weight `(rows, columns)` that base and adapter make; `delta` is the scaled product."""
     weight = weight + delta
     if m is None:
         return weight
@@ -176,7 +182,7 @@ def dense_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def dense_weight(module: nn.Module) -> mx.array:
-    """The weight in float32, of a quantized module what its numbers stand for."""
+    """Returns a module's weight in float32, dequantized where it is quantized."""
     if not hasattr(module, "bits"):
         return module.weight.astype(mx.float32)
     return dequantize(
@@ -195,15 +201,6 @@ def dequantize(
         biases = biases.astype(mx.float32)
     wide = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)
     return wide.astype(mx.float32)
-
-
-def _lengths(squares: mx.array, cross: mx.array, left: mx.array, gram: mx.array, scale: float) -> mx.array:
-    """Of each row of `W + scale * left right`: from the squares of W's rows, W rightᵀ and right rightᵀ.
-
-    Expanded so, because the sum itself is as large as W, and would be made at every step.
-    """
-    square = squares + (2 * scale) * (cross * left).sum(axis=1) + scale**2 * ((left @ gram) * left).sum(axis=1)
-    return mx.stop_gradient(mx.maximum(mx.sqrt(mx.maximum(square, 0)), _TINY))
 
 
 def _uniform(shape: tuple[int, int], key: mx.array) -> mx.array:

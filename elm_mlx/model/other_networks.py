@@ -23,7 +23,7 @@ import mlx.nn as nn
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import ops
-from elm_mlx.model.cache import KVCache, SegmentedRow, StateCache
+from elm_mlx.model.cache import SegmentedRow, StateCache
 from elm_mlx.model.families import FamilyConfig, RopeConfig
 from elm_mlx.model.ops import Rope, Rotate, Segments
 
@@ -57,7 +57,7 @@ class Spoken:
         """
         layers: list[Any] = self.layers  # type: ignore[attr-defined]
         if segments is not None:
-            if not self.config.family.positions:
+            if not self.config.positions:
                 raise InputError(f"several texts in a row: {self.config.family.name} cannot tell them apart")
             cache = [SegmentedRow(segments) for _ in layers]
         with _rotating(self.ropes, ids.shape[1], cache):
@@ -76,13 +76,6 @@ class Spoken:
         """The module whose parameters turn hidden states into logits."""
         own: nn.Module | None = getattr(self, "lm_head", None)
         return getattr(getattr(self, self.body_name), self.embedding_name) if own is None else own
-
-    def prompt_cache(self) -> list[Any]:
-        """An empty cache for each layer, as `cache.make_prompt_cache` hands them out."""
-        layers: list[Any] = self.layers  # type: ignore[attr-defined]
-        if not self.config.family.positions:
-            return [StateCache() for _ in layers]
-        return [KVCache(self.config.rope_switch) for _ in layers]
 
 
 def network(config: FamilyConfig) -> Any:
@@ -177,7 +170,7 @@ class _SharedRope(nn.Module):
 def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
     """Puts one `_SharedRope` in the place of the RoPEs of all layers that rotate alike."""
     config: FamilyConfig = network.config
-    if not config.family.positions:
+    if not config.positions:
         return ()
     shared: dict[RopeConfig, _SharedRope] = {}
     for number, layer in enumerate(network.layers):
