@@ -351,9 +351,11 @@ def stripped(text: str) -> str:
 
 def short(value: object) -> str:
     """A value on one line as an error shows it: what came from a file may be of any size, and of any depth."""
-    if isinstance(value, (list, Mapping)):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    if isinstance(value, int) and value.bit_length() > 1000:  # YAML's may be hexadecimal: Python prints no such number
+    if isinstance(value, Mapping):
+        return f"an object of {len(value)}"
+    if isinstance(value, list) and (len(value) > 8 or any(isinstance(inner, (list, Mapping)) for inner in value)):
+        return f"a list of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 10_000:  # YAML's may be hexadecimal: Python prints no such number
         return "huge"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -188,7 +188,7 @@ def _entry(path: Path, name: str, entry: Any) -> Entry:
     needed = math.prod(shape) * SIZES[dtype]
     if needed != offsets[1] - offsets[0]:
         raise InputError(
-            f"{path}: {name!r} of shape {short(tuple(shape))} in {dtype} needs {needed} bytes, "
+            f"{path}: {name!r} of shape {short(shape)} in {dtype} needs {needed} bytes, "
             f"but its data_offsets span {offsets[1] - offsets[0]}"
         )
     return Entry(name, dtype, tuple(shape), *offsets)
