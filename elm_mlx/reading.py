@@ -355,9 +355,7 @@ def short(value: object) -> str:
         return f"an object of {len(value)}"
     if isinstance(value, list) and (len(value) > 8 or any(isinstance(inner, (list, Mapping)) for inner in value)):
         return f"a list of {len(value)}"
-    if (
-        isinstance(value, int) and value.bit_length() > 10_000
-    ):  # of YAML, hexadecimal: Python prints none so long
+    if isinstance(value, int) and value.bit_length() > 10_000:  # of YAML, hexadecimal: Python prints none so long
         return "huge"
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
