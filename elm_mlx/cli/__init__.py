@@ -31,11 +31,14 @@ from elm_mlx.version import __version__
 
 HELP = {"help_option_names": ["-h", "--help"]}
 
-# In each command's file is a function of that name; where its options can come from elsewhere too, a class `Command`.
-_COMMANDS = (
-    "adapter", "average", "bench", "chat", "convert", "data", "dpo", "eval", "export", "fuse", "generate", "info",
-    "lora", "lr-sweep", "pretrain", "quantize", "report", "train-tokenizer",
-)  # fmt: skip
+# In each command's file is a function of that name, and where it has many options `PANELS`: names under headings.
+_GROUPS = {
+    "Models": ("convert", "export", "info", "quantize", "fuse", "adapter"),
+    "Talk": ("generate", "chat"),
+    "Train": ("data", "lora", "dpo", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
+    "Measure": ("eval", "bench"),
+}
+_COMMANDS = tuple(name for names in _GROUPS.values() for name in names)
 
 
 class Command(typer.core.TyperCommand):
@@ -63,7 +66,17 @@ class Command(typer.core.TyperCommand):
         return super().parse_args(ctx, self._model_first(args) if self._takes_model else args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, legible(formatter))
+        super().format_help(ctx, _legible(formatter))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes arguments, options, and the options of each panel under its heading."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            row, each = parameter.get_help_record(ctx), parameter
+            if row is not None:
+                usual = "Arguments" if each.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(each, "rich_help_panel", None) or usual, []).append(row)
+        _write_sections(formatter, sections)
 
     def _model_first(self, args: list[str]) -> list[str]:
         """The words of a command line, with the value of `--model` in front of them."""
@@ -88,28 +101,34 @@ class Command(typer.core.TyperCommand):
         return [*named, *rest]
 
 
-def legible(formatter: Any) -> Any:
+def _legible(formatter: Any) -> Any:
     """Has help, of typer's formatter, break between words alone: never within `mlx-lm` or `--max-tokens`."""
 
-    def wrapped(text: str, column: int) -> list[str]:
-        width = formatter.width - column
-        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
-
     def write_text(text: str) -> None:
-        for line in wrapped(text, formatter.current_indent):
+        for line in _wrapped(text, formatter.width - formatter.current_indent):
             formatter.write(" " * formatter.current_indent + line + "\n")
 
-    def write_dl(rows: Sequence[tuple[str, str]]) -> None:
-        most = min(30, formatter.width // 3)
-        column = formatter.current_indent + 2 + max(min(len(term), most) for term, _ in rows)
-        for term, text in rows:
-            first, *rest = wrapped(text, column) or [""]
-            start = " " * formatter.current_indent + term
-            formatter.write(f"{start:<{column}}" if len(start) + 2 <= column else f"{start}\n{'':<{column}}")
-            formatter.write(f"\n{'':<{column}}".join([first, *rest]) + "\n")
-
-    formatter.write_text, formatter.write_dl = write_text, write_dl
+    formatter.write_text = write_text
     return formatter
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False, break_long_words=False)
+
+
+def _write_sections(formatter: Any, sections: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """Writes rows of a term and a text under headings; all texts begin in one column."""
+    terms = [term for rows in sections.values() for term, _ in rows]
+    column = 4 + max(min(len(term), 30, formatter.width // 3) for term in terms)
+    for heading, rows in sections.items():
+        if not rows:
+            continue
+        formatter.write(f"\n{heading}:\n")
+        for term, text in rows:
+            lines = _wrapped(term.replace("|", "| "), formatter.width - 4)  # many choices take several lines
+            start = "\n    ".join(line.replace("| ", "|") for line in lines)
+            start = f"{start:<{column - 2}}" if len(start) + 4 <= column else f"{start}\n{'':<{column}}"
+            formatter.write(f"  {start}" + f"\n{'':<{column}}".join(_wrapped(text, formatter.width - column)) + "\n")
 
 
 def _expand(kind: Any) -> None:
@@ -127,8 +146,15 @@ class _Commands(Mapping[str, Any]):
         file = name.replace("-", "_")
         module = import_module(f"elm_mlx.cli.{file}")
         alone = typer.Typer(add_completion=False, rich_markup_mode=None)
-        alone.command(name, cls=getattr(module, "Command", Command))(getattr(module, file))
-        return typer.main.get_command(alone)
+        alone.command(name, cls=Command)(getattr(module, file))
+        command = typer.main.get_command(alone)
+        panels = {each: panel for panel, names in getattr(module, "PANELS", {}).items() for each in names}
+        for each in command.params:
+            if each.name in panels:
+                each.rich_help_panel = panels[each.name]  # type: ignore[attr-defined]
+        order = list(panels)
+        command.params.sort(key=lambda each: order.index(each.name) + 1 if each.name in panels else 0)
+        return command
 
     def __iter__(self) -> Iterator[str]:
         return iter(_COMMANDS)
@@ -143,13 +169,13 @@ class _Group(typer.core.TyperGroup):
         self.commands = _Commands()  # type: ignore[assignment]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        super().format_help(ctx, legible(formatter))
+        super().format_help(ctx, _legible(formatter))
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(
-                [(name, " ".join((command.help or "").split())) for name, command in self.commands.items()]
-            )
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Writes the options, and each group of commands under its heading."""
+        options = [row for each in self.get_params(ctx) if (row := each.get_help_record(ctx)) is not None]
+        groups = {group: [(name, self.commands[name].help or "") for name in names] for group, names in _GROUPS.items()}
+        _write_sections(formatter, {"Options": options, **groups})
 
 
 app = typer.Typer(
@@ -252,6 +278,10 @@ def _usage(error: Any) -> str:
         known = [name for each in context.command.params for name in (*each.opts, *each.secondary_opts)]
         near = difflib.get_close_matches(error.option_name, [name for name in known if name.startswith("--")], 1)
         return f"no such option: {error.option_name}" + (f"; did you mean {near[0]}?" if near else "") + f"; {help_}"
+    choices = getattr(getattr(getattr(error, "param", None), "type", None), "choices", None)
+    if choices:
+        value = error.message.partition("' is not ")[0].removeprefix("'")
+        return f"{error.param.opts[0]} {value}: is not one of {', '.join(choices)}; {help_}"
     text = " ".join(error.format_message().split()).rstrip(".")
     return f"{text[:1].lower()}{text[1:]}; {help_}"
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import say
-from elm_mlx.errors import InputError
 
 
 def adapter(
@@ -18,7 +17,7 @@ def adapter(
         Path, typer.Argument(metavar="SRC", help="A directory of PEFT's, a CoreNet .pt, or an adapter of ours.")
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
-    to: Annotated[str, typer.Option(help="mlx: what --adapter and mlx-lm read; or peft.")] = "mlx",
+    to: Annotated[Literal["mlx", "peft"], typer.Option(help="mlx is what --adapter and mlx-lm read.")] = "mlx",
     alpha: Annotated[
         float | None, typer.Option(help="The strength of a CoreNet adapter. (default: what --config says)")
     ] = None,
@@ -28,8 +27,6 @@ def adapter(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter at DST.")] = False,
 ) -> None:
     """Bring an adapter into the layout of mlx-lm or of PEFT, checked against the model that it is for."""
-    if to not in ("mlx", "peft"):
-        raise InputError(f"--to is {to!r}; there are mlx and peft")
     from elm_mlx.store.adapter_conversion import convert_adapter
 
     made = convert_adapter(model, src, dst, to=to, alpha=alpha, settings=config, overwrite=overwrite)

@@ -11,6 +11,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.callbacks import OnProgress, no_progress
+from elm_mlx.cli import options
 from elm_mlx.cli.screen import bar, byte_size, counted, say
 from elm_mlx.errors import InputError
 
@@ -38,7 +39,7 @@ def average(
         str | None,
         typer.Option(metavar="FILE|DIR|REPO", help="The tokenizer.model for all. (default: the one beside each)"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[options.DType, typer.Option(help="Of the mean.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Average the weights of checkpoints, and say how far each lies from the mean."""

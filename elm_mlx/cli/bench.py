@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     from elm_mlx.bench.results import Results, Row
     from elm_mlx.bench.suites import Suite
 
+PANELS = {
+    "Cases": ("suite", "precision", "prompt_tokens", "new_tokens", "batch_size", "repeats", "compute_dtype"),
+    "Other programs": ("against", "python", "llama_bench", "gguf"),
+}
+
 
 def bench(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL…]", help="Presets (OpenELM-270M, …) or model directories.")
     ] = None,
-    suite: Annotated[str, typer.Option(help=f"What is measured: {', '.join(suites.SUITES)}.")] = "quick",
+    suite: Annotated[Literal["quick", "m2max", "full"], typer.Option(help="What is measured.")] = "quick",
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where SUITE.json, .md and .html are written.")] = Path(
         "bench"
     ),
@@ -61,8 +66,6 @@ def bench(
     ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
-    if suite not in suites.SUITES:
-        raise InputError(f"--suite {suite}: there are {', '.join(suites.SUITES)}")
     chosen = suites.changed(
         suites.SUITES[suite], models=models or [], precisions=_words(precision),
         prompts=_numbers("--prompt-tokens", prompt_tokens), new=_numbers("--new-tokens", new_tokens),

@@ -9,6 +9,12 @@ import typer
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import note
 
+PANELS = {
+    "Conversation": ("system", "template"),
+    "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
+    "Computation": ("compute_dtype",),
+}
+
 
 def chat(
     model: options.ModelPath,

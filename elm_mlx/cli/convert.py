@@ -9,12 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elm_mlx.cli import options
 from elm_mlx.cli.screen import byte_size, counted, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from elm_mlx_convert import Conversion, ConversionPlan
+
+PANELS = {
+    "Model": ("config", "preset", "head_dim", "lora_alpha", "ema", "revision"),
+    "Tokenizer": ("tokenizer", "chat_template"),
+    "Weights": ("dtype", "quantize"),
+}
 
 
 def convert(
@@ -32,15 +39,15 @@ def convert(
         typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model. (default: the one beside SRC)"),
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, float16 or bfloat16. (default: SRC's if that has 16 bits, else bfloat16)"),
+        options.DType | None,
+        typer.Option(help="Of the weights. (default: SRC's if that has 16 bits, else bfloat16)"),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A config.json or CoreNet YAML. (default: the one beside SRC, or what the shapes tell)"),
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="One of the paper's models, such as OpenELM-1_1B. (default: see --config)")
+        options.Preset | None, typer.Option(help="One of the paper's models. (default: see --config)")
     ] = None,
     head_dim: Annotated[
         int | None, typer.Option(help="Size of a head, for a model without QK norms. (default: what its config says)")

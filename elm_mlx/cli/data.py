@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from elm_mlx.cli import options
 from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say, silence, terminal_width, visible
 from elm_mlx.errors import InputError
 
@@ -26,6 +27,10 @@ _HEAD, _TAIL = 160, 80  # tokens of a long one
 _BINS = 12
 _BAR = 40
 _BATCH = 4  # rows, for the share of padding without packing
+
+PANELS = {
+    "Records": ("format", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad"),
+}
 
 
 def data(
@@ -43,7 +48,7 @@ def data(
         typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture."),
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="completion, messages, alpaca, text or pairs. (default: each record's keys tell)")
+        options.RecordFormat | None, typer.Option(help="Of the records. (default: each record's keys tell)")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")

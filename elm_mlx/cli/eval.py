@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from elm_mlx.callbacks import OnProgress
     from elm_mlx.evaluate.comparison import ScoreDifference
     from elm_mlx.evaluate.evaluation import Evaluation
+
+PANELS = {
+    "Tasks": ("tasks", "suite", "data", "shots", "limit", "harness"),
+    "Texts": ("text", "window", "stride"),
+    "Results": ("out", "compare", "plot"),
+}
 
 
 def eval(
@@ -34,7 +40,8 @@ def eval(
         ),
     ] = None,
     suite: Annotated[
-        str | None, typer.Option(help="zero-shot, openllm or llm360, the paper's. (default: zero-shot)")
+        Literal["zero-shot", "openllm", "llm360"] | None,
+        typer.Option(help="The tasks of one of the paper's tables. (default: zero-shot)"),
     ] = None,
     text: Annotated[
         list[Path] | None,

@@ -28,9 +28,7 @@ def fuse(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write a quantized model in 16 bits, without a new loss.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="Store in float32, bfloat16 or float16. (default: as the model is)")
-    ] = None,
+    dtype: Annotated[options.DType | None, typer.Option(help="Of the weights. (default: as the model is)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""

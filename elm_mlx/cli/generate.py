@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from elm_mlx.inference.batch import Completion
     from elm_mlx.inference.generation import Response
 
+PANELS = {
+    "Conversation": ("system", "template", "no_template"),
+    "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
+    "Output": ("as_json", "logprobs"),
+    "Computation": ("prefill_step", "compute_dtype"),
+}
+
 
 def generate(
     model: options.ModelPath,

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+DType = Literal["float32", "float16", "bfloat16"]
+Preset = Literal["OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B"]
+RecordFormat = Literal["completion", "messages", "alpaca", "text", "pairs"]
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
 MaxTokens = Annotated[
@@ -33,8 +37,7 @@ RepetitionPenalty = Annotated[
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")]
 PrefillStep = Annotated[int, typer.Option(help="Prompt tokens computed in one pass.")]
 ComputeDtype = Annotated[
-    str | None,
-    typer.Option(help="float32, float16 or bfloat16. (default: as stored on a GPU, float32 on a CPU)"),
+    DType | None, typer.Option(help="Of the computation. (default: as stored on a GPU, float32 on a CPU)")
 ]
 OptionalModelPath = Annotated[
     Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from elm_mlx.cli import training
+from elm_mlx.cli import options, training
 from elm_mlx.cli.screen import counted, line
 from elm_mlx.errors import InputError
 
@@ -28,6 +28,10 @@ _KEYS = {
 }  # fmt: skip
 _ABOUT = "A recipe for `elm-mlx pretrain`; docs/pretrain.md says more. Paths are relative to where the command runs."
 
+PANELS = {
+    "A new recipe": ("init", "preset", "data"),
+}
+
 
 def pretrain(
     config: Annotated[
@@ -40,7 +44,7 @@ def pretrain(
         Path | None, typer.Option(metavar="FILE", help="Write a recipe to start from, and end. (default: train)")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="Of --init: small, OpenELM-270M, OpenELM-450M, OpenELM-1_1B or OpenELM-3B.")
+        Literal["small", options.Preset], typer.Option(help="Of --init: a model for small texts, or the paper's.")
     ] = "small",
     data: Annotated[
         str | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,12 @@ from elm_mlx.cli.screen import byte_size, say
 if TYPE_CHECKING:
     from elm_mlx.quantize.bit_plan import BitPlan
     from elm_mlx.quantize.quantization import Quantization
+
+PANELS = {
+    "Numbers": ("bits", "group_size", "mode", "bpw", "dtype"),
+    "Method": ("method", "learning_rate", "calibration"),
+    "Losses": ("text", "max_kld"),
+}
 
 
 def quantize(
@@ -26,14 +32,18 @@ def quantize(
     group_size: Annotated[
         int | None, typer.Option(help="Values that share a scale: 32, 64 or 128. (default: 64)", show_default=False)
     ] = None,
-    mode: Annotated[str, typer.Option(help="affine, or the floats mxfp4, mxfp8 or nvfp4.")] = "affine",
+    mode: Annotated[
+        Literal["affine", "mxfp4", "mxfp8", "nvfp4"], typer.Option(help="Whole numbers with a scale, or floats.")
+    ] = "affine",
     bpw: Annotated[
         float | None,
         typer.Option(
             help="Mix 2 to 8 bits by what each weight can bear, within these bits a weight. (default: --bits for all)"
         ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="One of mlx-lm's learned methods: awq, dwq or gptq.")] = None,
+    method: Annotated[
+        Literal["awq", "dwq", "gptq"] | None, typer.Option(help="One of mlx-lm's learned methods.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="For dwq. (default: 1e-5)", show_default=False)] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text for --bpw and --method. (default: excerpts of books)")
@@ -42,8 +52,7 @@ def quantize(
         Path | None, typer.Option(metavar="FILE", help="Text to measure losses on. (default: of other books)")
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option(help="Of scales and norms: bfloat16, float16 or float32. (default: as in MODEL, of 16 bits)"),
+        options.DType | None, typer.Option(help="Of scales and norms. (default: as in MODEL, of 16 bits)")
     ] = None,
     max_kld: Annotated[
         float | None,

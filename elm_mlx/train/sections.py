@@ -42,7 +42,7 @@ class Setting:
         kind: its type, without None.
         default: MISSING where there is none.
         about: what it means.
-        section: the name of the section that it is in; empty for the run's own.
+        section: the section that it is in, by its class's name without "Settings"; empty for the run's own.
     """
 
     name: str
@@ -62,8 +62,8 @@ def settings(cls: type[Any], section: str = "") -> dict[str, Setting]:
     found, kinds, abouts = dict[str, Setting](), typing.get_type_hints(cls), _abouts(cls)
     for item in fields(cls):
         kind = _without_none(kinds[item.name])
-        if is_dataclass(kind):
-            found |= settings(typing.cast(type, kind), item.name)
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= settings(kind, kind.__name__.removesuffix("Settings"))
         else:
             found[item.name] = Setting(item.name, kind, item.default, abouts.get(item.name, ""), section)
     return found

@@ -130,7 +130,7 @@ class DataSettings:
     """How examples are read and put into rows.
 
     Args:
-        format: as of `elm-mlx data`, and so the next five. (default: each record's keys tell)
+        format: of the records; `elm-mlx data` shows them. (default: each record's keys tell)
         template: of conversations. (default: the model's own)
         max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
         truncate: cut off what is longer.
@@ -192,7 +192,7 @@ class LossSettings:
     """What pairs of answers are compared by.
 
     Args:
-        loss: sigmoid (DPO), hinge, ipo, or orpo, which has no reference.
+        loss: sigmoid is that of DPO; orpo needs no reference.
         beta: of the loss: how little the model may part from what it was.
     """
 
@@ -209,12 +209,12 @@ class OptimizerSettings:
         epochs: times that all examples are seen.
         grad_accumulation_steps: batches to an update.
         learning_rate: the highest.
-        lr_schedule: after warm-up: cosine or linear to a tenth, or constant.
+        lr_schedule: after warm-up; cosine and linear fall to a tenth.
         warmup: updates of rising learning rate; below 1 their share. (default: a tenth, at most 100)
         optimizer: AdamW, or Adafactor, which needs less memory.
         weight_decay: of matrices; never of norms.
         clip: the limit on the gradients' norm; 0 for none.
-        on_nan: at a loss that is no number, or a spike: stop, or skip.
+        on_nan: at a loss that is no number, or a spike: end the run, or leave the update out.
     """
 
     iters: int | None = None
@@ -256,7 +256,7 @@ class ComputationSettings:
 
 
 @dataclass(frozen=True)
-class CheckpointSettings:
+class CheckpointsSettings:
     """When the run is measured and saved.
 
     Args:
@@ -289,7 +289,7 @@ class LoraSettings:
     method: MethodSettings = field(default_factory=MethodSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     computation: ComputationSettings = field(default_factory=ComputationSettings)
-    checkpoints: CheckpointSettings = field(default_factory=CheckpointSettings)
+    checkpoints: CheckpointsSettings = field(default_factory=CheckpointsSettings)
 
     rates: ClassVar[tuple[float, float]] = (2e-4, 2e-5)  # of an adapter, and of all weights
     spike: ClassVar[float | None] = 3.0

@@ -5,15 +5,26 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from commands import Run
 from typer.main import get_command
 
-from elm_mlx.cli import app
+from elm_mlx import device
+from elm_mlx.bench import suites
+from elm_mlx.cli import app, dpo, lora
+from elm_mlx.evaluate import tasks
+from elm_mlx.model.config import PRESETS
+from elm_mlx.quantize import recipe
+from elm_mlx.train.optimizer import OPTIMIZERS
+from elm_mlx.train.preference import LOSSES
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_MODEL = {"adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "info", "lora", "quantize"}
@@ -42,9 +53,53 @@ def test_every_option_says_its_default(name: str) -> None:
             assert re.search(r"default|\[required\]", said), f"{name} {each.opts}: {said}"
 
 
+def test_commands_stand_in_groups(run: Run) -> None:
+    out = run("--help")[1]
+    groups = re.findall(r"^(\w+):\n((?:  .*\n)+)", out, re.M)
+    assert [name for name, _ in groups] == ["Options", "Models", "Talk", "Train", "Measure"]
+    named = [re.findall(r"^  (\S+)", text, re.M) for _, text in groups[1:]]
+    assert sorted(chain(*named)) == sorted(COMMANDS) and named[1] == ["generate", "chat"]
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_options_stand_in_panels(name: str, run: Run) -> None:
+    out = run(name, "--help")[1]
+    command, sections = COMMANDS[name], re.findall(r"^([\w ]+):\n((?:  .*\n)+)", out, re.M)
+    panels = getattr(import_module(f"elm_mlx.cli.{name.replace('-', '_')}"), "PANELS", {})
+    assert {each for names in panels.values() for each in names} <= {each.name for each in command.params}
+    titles = [title for title, _ in sections]
+    assert len({*titles}) == len(titles) and titles[-len(panels) :] == [*panels] if panels else "Options" in titles
+    if name in ("lora", "dpo"):
+        assert titles == ["Arguments", "Options", "Data", "Method", "Optimizer", "Computation", "Checkpoints"] + (
+            ["Loss"] if name == "dpo" else []
+        )
+        assert dict(sections)["Optimizer"].count("\n  --") == 9  # and the first
+    assert sum(text.count("\n  -") + text.startswith("  -") for _, text in sections) == 1 + sum(
+        each.param_type_name == "option" for each in command.params
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "choices"),
+    [
+        *((name, "compute_dtype", device.DTYPES) for name in ("generate", "chat", "lora", "dpo", "eval", "bench")),
+        *((name, "dtype", device.DTYPES) for name in ("convert", "export", "average", "fuse", "quantize")),
+        ("lora", "optimizer", OPTIMIZERS), ("lora", "recipe", lora.RECIPES), ("dpo", "recipe", dpo.RECIPES),
+        ("dpo", "loss", LOSSES), ("convert", "preset", PRESETS), ("pretrain", "preset", ("small", *PRESETS)),
+        ("bench", "suite", suites.SUITES), ("eval", "suite", tasks.SUITES),
+        ("quantize", "mode", (recipe.AFFINE, *recipe.FLOATS)), ("quantize", "method", recipe.METHODS),
+    ],
+)  # fmt: skip
+def test_choices_are_all_there_are(command: str, option: str, choices: Iterable[str], run: Run) -> None:
+    (parameter,) = (each for each in COMMANDS[command].params if each.name == option)
+    assert sorted(parameter.type.choices) == sorted(choices)
+    shown = run(command, "--help")[1]
+    assert "|".join(parameter.type.choices) in re.sub(r"\|\s+", "|", shown)
+
+
 def test_without_a_command_help_is_shown(run: Run) -> None:
     code, out, err = run()
-    assert code == 2 and "Commands:" in out and err == ""
+    assert code == 2 and "Models:" in out and err == ""
 
 
 def test_a_model_may_be_named_by_an_option(run: Run, tiny_model_dir: Path) -> None:
@@ -123,6 +178,20 @@ def test_completion(shell: str) -> None:
     names = completed("elm-mlx ")
     assert all(name in names for name in COMMANDS)
     assert "--temp" in completed("elm-mlx generate M --te") and "--top-k" not in completed("elm-mlx generate M --te")
+    assert all(name in completed("elm-mlx lora M --optimizer ") for name in ("adamw", "adafactor"))
+    assert "mxfp8" in completed("elm-mlx quantize M D --mode mx") and "affine" not in completed(
+        "elm-mlx quantize M D --mode mx"
+    )
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_of_a_shell_is_one(shell: str, tmp_path: Path) -> None:
+    program = "from elm_mlx.__main__ import main; main()"
+    environment = os.environ | {"_ELM_MLX_COMPLETE": f"source_{shell}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
+    assert b"_ELM_MLX_COMPLETE=complete_" + shell.encode() in done.stdout
+    if (found := shutil.which(shell)) is not None:
+        subprocess.run([found, "-n"], input=done.stdout, check=True, timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -142,7 +142,7 @@ def test_errors_are_one_line_and_exit_2(run: Run, tmp_path: Path, source: Path) 
         ([hub, "out"], "not JSON"),
         ([attack, "out"], "builtins.eval"),
         ([source, tmp_path / "empty"], "exists already; pass --overwrite"),
-        ([source, "out", "--dtype", "int4"], "--dtype int4: there are"),
+        ([source, "out", "--dtype", "int4"], "--dtype int4: is not one of float32"),
         (
             [source, "out", "--preset", "OpenELM-1_1B"],
             "has the shape (320, 48), but --preset OpenELM-1_1B says (320, 2048)",

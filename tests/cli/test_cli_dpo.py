@@ -168,9 +168,9 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
 ) -> None:
     out = tmp_path / "out"
     start = (tiny_model_dir, "--data", data, "--out", out)
-    assert "'dpo' is not one of 'sigmoid', 'hinge', 'ipo', 'orpo'" in run(*start, "--loss", "dpo")[2]
+    assert "--loss dpo: is not one of sigmoid, hinge, ipo, orpo" in run(*start, "--loss", "dpo")[2]
     assert "--beta 0.0: has to be positive" in run(*start, "--beta", 0)[2]
-    assert "'--recipe': 'openelm' is not one of 'openelm-270M', 'openelm-450M'" in run(*start, "--recipe", "openelm")[2]
+    assert "--recipe openelm: is not one of openelm-270M, openelm-450M" in run(*start, "--recipe", "openelm")[2]
     long = "--max-seq-length 1024: the model reads 512 tokens at most, its context; give no more"
     assert long in run(*start, "--recipe", "openelm-270M")[2]
     (data / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')

@@ -68,7 +68,6 @@ def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_pat
         ([tmp_path, tmp_path, "--compare"], "no such file; `elm-mlx eval MODEL --out"),
         ([tiny_model_dir, "--tasks", "nonsense"], "no task 'nonsense'"),
         ([tiny_model_dir, "--tasks", "piqa@x"], "the number of examples is missing after @"),
-        ([tiny_model_dir, "--suite", "glue"], "no suite 'glue'"),
         ([tmp_path / "none", "--tasks", own], "none"),
         ([tiny_model_dir, "--harness"], "name them by --tasks"),
     ):

@@ -66,7 +66,10 @@ def test_what_is_lost_in_16_bits_is_kept_by_a_wider_type(run: Run, tiny_model_di
     assert code == 0 and "little of it is left; --dtype float32 keeps it\n" in out
     code, out, _ = run("fuse", tiny_model_dir, adapter, tmp_path / "wide", "--dtype", "float32")
     assert code == 0 and "warning" not in out and f"{tmp_path / 'wide'}, float32" in out
-    assert "dtype is 'int4'" in run("fuse", tiny_model_dir, adapter, tmp_path / "none", "--dtype", "int4")[2]
+    assert (
+        "--dtype int4: is not one of float32"
+        in run("fuse", tiny_model_dir, adapter, tmp_path / "none", "--dtype", "int4")[2]
+    )
 
 
 def test_what_a_quantized_model_takes_up_is_told(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_a_text_to_compare_on(run: Run, tiny_model_dir: Path, adapter: Path, tmp
         (("generate", "MODEL", "-p", "x", "--adapter", "nowhere"), "nowhere: no such directory; an adapter"),
         (("chat", "MODEL", "--adapter", "nowhere"), "nowhere: no such directory; an adapter"),
         (("adapter", "MODEL", "nowhere", "out"), "nowhere: no such file or directory"),
-        (("adapter", "MODEL", "ADAPTER", "out", "--to", "onnx"), "--to is 'onnx'; there are mlx and peft"),
+        (("adapter", "MODEL", "ADAPTER", "out", "--to", "onnx"), "--to onnx: is not one of mlx, peft"),
     ],
 )
 def test_errors_are_one_line(

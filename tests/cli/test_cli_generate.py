@@ -308,7 +308,7 @@ def test_a_terminal_that_cannot_show_a_character_shows_question_marks(speaker: P
         (["--prompt", "x", "--prefill-step", "0"], "prefill_step is 0"),
         (["--prompt", "x", "--temp", "1", "--seed", "-1"], "seed is -1"),
         (["--prompt", "x", "--stop", ""], "a stop string is empty"),
-        (["--prompt", "x", "--compute-dtype", "int4"], "no compute dtype 'int4'"),
+        (["--prompt", "x", "--compute-dtype", "int4"], "--compute-dtype int4: is not one of float32"),
         (["--prompt", "x", "--system", "be brief"], "--system needs a chat template"),
         (["--prompt", "x", "--template", "none", "--system", "be brief"], "--system needs a chat template"),
         (["--prompt", "x", "--template", "nowhere"], "nowhere: no chat template: openelm-instruct, none, or a file"),

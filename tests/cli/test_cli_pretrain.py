@@ -224,7 +224,7 @@ def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
     code, _, err = run("pretrain", path, "--data", "a.txt")
     assert code == 2 and "--data goes into what --init writes" in err
     code, _, err = run("pretrain", "--init", tmp_path / "other", "--preset", "OpenELM-2B")
-    assert code == 2 and "no preset 'OpenELM-2B'; there are small, OpenELM-270M" in err
+    assert code == 2 and "--preset OpenELM-2B: is not one of small, OpenELM-270M" in err
 
 
 def test_three_commands_make_a_model_of_ones_own_text(
