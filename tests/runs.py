@@ -8,7 +8,7 @@ import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its B
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import numpy as np
 import tiny
 
 from elm_mlx.callbacks import Report, TrainingCallback
-from elm_mlx.data.batches import Batch, Batches
+from elm_mlx.data.batches import Batches
 from elm_mlx.data.examples import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.run import Result, train
+from elm_mlx.train.run import Result, Validation, train
 from elm_mlx.train.settings import Schedule, Settings
 
 VOCAB, LENGTH = 96, 64
@@ -49,8 +49,8 @@ def batches(packed: bool = True, size: int = 2, data: list[Example] | None = Non
     return Batches(examples() if data is None else data, size, LENGTH, packed=packed)
 
 
-def validation() -> Iterable[Batch]:
-    return Batches(examples(8, seed=1), 4, LENGTH).once()
+def validation() -> Validation:
+    return Validation(Batches(examples(8, seed=1), 4, LENGTH))
 
 
 def settings(steps: int = 12, **options: Any) -> Settings:
@@ -74,7 +74,7 @@ def run(
 ) -> Result:
     trained = trained or model()
     more = {"callback": Reports(on_report)} | more
-    return train(trained, batches(), validation, options or settings(), out, IDENTITY, **more)
+    return train(trained, batches(), validation(), options or settings(), out, IDENTITY, **more)
 
 
 class Dropping(nn.Module):

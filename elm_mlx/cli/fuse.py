@@ -34,10 +34,10 @@ def fuse(
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""
     from elm_mlx import reading
     from elm_mlx.store.fusion import fuse
-    from elm_mlx.train.taught import sample
+    from elm_mlx.train.finetuning import trained_on
 
     shown = None if text is None else reading.text(text, reading.CORPUS_BYTES)
-    learned = sample(adapter, model) if text is None else None
+    learned = trained_on(adapter, model) if text is None else None
     done = fuse(
         model, adapter, dst, text=shown, taught=learned, dequantize=dequantize, dtype=dtype, overwrite=overwrite
     )

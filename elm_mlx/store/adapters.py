@@ -21,6 +21,7 @@ from elm_mlx.model.config import Config
 from elm_mlx.model.network import Model
 from elm_mlx.reading import json_object, short
 from elm_mlx.safetensors_file import fingerprint, read_header, write_arrays
+from elm_mlx.text import chat_template
 
 if TYPE_CHECKING:
     from elm_mlx_convert.lora_files import LoraWeights
@@ -271,14 +272,19 @@ def load(model: Model, adapter: Adapter) -> None:
             module.settle()
 
 
-def save(directory: Path, model: Model, adapter: Adapter, extra: Mapping[str, Any] | None = None) -> None:
-    """`write` of the adapter that is in `model`; for "full", of what is trainable in it."""
+def save(directory: Path, model: Model, adapter: Adapter, template: str | None = None) -> None:
+    """`write` of the adapter that is in `model`; for "full", of what is trainable in it.
+
+    `template` is that of the conversations it was trained on, a name or a file, where it is not the model's own.
+    """
     if adapter.kind == "full":
-        write(directory, adapter, dict(tree_flatten(model.trainable_parameters())), model.config, extra)
+        values = dict(tree_flatten(model.trainable_parameters()))
     else:
         parameters = dict(tree_flatten(model.parameters()))
         values = {name: parameters[name] for name in adapter.shapes(model.config)}
-        write(directory, adapter, values, model.config, extra)
+    write(directory, adapter, values, model.config)
+    if template is not None:
+        chat_template.record(directory, chat_template.read_source(template))
 
 
 def write(
@@ -286,7 +292,6 @@ def write(
     adapter: Adapter,
     values: Mapping[str, mx.array],
     config: Config,
-    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes mlx-lm's directory of an adapter, which is made if need be; each of the two files atomically.
 
@@ -294,14 +299,13 @@ def write(
 
     Args:
         values: the adapter's arrays by their names in the model.
-        extra: more keys for `adapter_config.json`, such as how it was trained.
 
     Raises:
         ElmError: it cannot be written.
     """
     if adapter.kind != "full":
         values = {adapter.file_name(name, config): _filled(name, v, adapter.rank) for name, v in values.items()}
-    text = json.dumps({**(extra or {}), **to_config(adapter, config)}, indent=2) + "\n"
+    text = json.dumps(to_config(adapter, config), indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -130,7 +130,7 @@ def fuse(
 
     Args:
         text: what to compare logits on, up to 512 tokens; by default `taught`, or excerpts of two books.
-        taught: what the adapter was trained on, as `train.taught.sample` has it.
+        taught: what the adapter was trained on, as `finetuning.trained_on` has it.
         dequantize: write a quantized model in the type of its scales instead.
         dtype: "float32", "bfloat16" or "float16", to write all in that type; not of what stays quantized.
         overwrite: replace a model directory that is there.

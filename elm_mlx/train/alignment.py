@@ -1,7 +1,7 @@
-"""Preference tuning from paths: a model directory and pairs in, a run's directory with an adapter out.
+"""Preference tuning: from a model directory and pairs to a run's directory with an adapter in it.
 
-Knows what differs from fine-tuning: what is read, what a batch is, what is made small, and that the model as it was
-is asked first. All else is `finetune`'s.
+The reference is what the model said before it was trained: log-probabilities of all pairs' answers, computed once and
+kept. Under an adapter that has learnt nothing yet the model is its base, so no second model is ever in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from mlx.utils import tree_map
 
 from elm_mlx import device, files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
-from elm_mlx.data import examples
 from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
 from elm_mlx.errors import InputError
@@ -27,7 +26,7 @@ from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.finetuning import Finetuning, row_length
+from elm_mlx.train.finetuning import Finetuning, read_data
 from elm_mlx.train.loss import Head, Objective
 from elm_mlx.train.preference import Preferring, log_probabilities, positions
 from elm_mlx.train.run import stop_requests
@@ -58,48 +57,45 @@ class Alignment(Finetuning):
     def count(self, split: str = "train") -> int:
         return len(self.splits[split].examples) // 2
 
-    def _prepared(self) -> dict[str, Prepared]:
-        if not self._keeps_apart():
-            raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
-        tokenizer, template, length = self._encoding()
-        data = self.asked.examples
-        return examples.load(
-            self.asked.data, tokenizer, template, length, context=self.config.max_context_length, paired=True,
-            truncate=data.truncate, skip_bad=data.skip_bad,
-        )  # fmt: skip
-
-    def _batches(self, prepared: Prepared, seed: int = 0) -> PairBatches:
-        return PairBatches(
-            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
-            rank=mx.distributed.init().rank(), world=self.world,
-        )  # fmt: skip
-
-    def _row_length(self, prepared: Prepared) -> int:
-        needs = [len(pair.ids) - 1 for pair in Joined(prepared.examples)]
-        return row_length(needs, 2 * prepared.max_length, self.batch_size * self.world)
-
     def load(self) -> memory.Load:
         """As of a `Finetuning`."""
         return replace(super().load(), pairs=True)
 
+    def _read(self) -> dict[str, Prepared]:
+        if not self._keeps_apart():
+            raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
+        return read_data(self.path, self.config, self.asked.data, self.asked.examples, paired=True)
+
+    def _batches(self, split: str, seed: int = 0) -> PairBatches:
+        prepared = self.splits[split]
+        return PairBatches(
+            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
+            rank=self.rank, world=self.world,
+        )  # fmt: skip
+
+    def _row_length(self, prepared: Prepared) -> int:
+        return self._fitting([len(pair.ids) - 1 for pair in Joined(prepared.examples)], 2 * prepared.max_length)
+
     def _objective(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> Objective:
-        """Asks the model what it says before it learns, unless that is known.
+        """Computes the reference, unless it is known.
 
         Raises:
-            KeyboardInterrupt: someone ended it, as `loop.train` is ended; there is nothing to save.
+            KeyboardInterrupt: someone ended it, as `run.train` is ended; there is nothing to save.
         """
         if self._preferring.needs_reference:
-            for batches, table in zip(self._all_batches().values(), self._tables(model, dtype, callback), strict=True):
-                batches.reference = table
+            sources = {"train": self.batches} | ({"valid": self._validation} if self._validation else {})
+            for name, table in self._reference(model, dtype, sources, callback).items():
+                sources[name].reference = table
         return self._preferring
 
-    def _all_batches(self) -> dict[str, PairBatches]:
-        return {"train": self.batches} | ({} if self._validation is None else {"valid": self._validation})
-
-    def _tables(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> list[Table]:
+    def _reference(
+        self, model: Model, dtype: mx.Dtype | None, sources: Mapping[str, PairBatches], callback: TrainingCallback
+    ) -> dict[str, Table]:
         """The log-probabilities of each split's pairs; the first process alone reads and writes them."""
-        path, group, splits = self.out / FILE, mx.distributed.init(), self._all_batches()
-        found = read(path, self._whose()) if self.leads else None
+        path, group = self.out / FILE, mx.distributed.init()
+        identity = super()._identity()
+        whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
+        found = read(path, whose) if self.leads else None
         if found is None and self.leads and path.exists() and checkpoint.all_of(self.out):
             raise InputError(
                 f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
@@ -107,23 +103,29 @@ class Alignment(Finetuning):
             )
         known = bool(mx.distributed.all_sum(mx.array(int(found is not None)), group=group).item())
         if found is None:
-            found = {name: np.zeros_like(batches.reference) for name, batches in splits.items()}
+            found = {name: np.zeros_like(batches.reference) for name, batches in sources.items()}
         if not known:
             with stop_requests(callback.stopping) as stop:
-                found = self._computed(model, dtype, callback.progress, stop)
+                found = self._computed(model, dtype, sources, callback.progress, stop)
                 if mx.distributed.all_sum(mx.array(int(stop.is_set())), group=group).item():
                     raise KeyboardInterrupt
-        tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in splits}
+        tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in sources}
         if not known and self.leads:
             self.out.mkdir(parents=True, exist_ok=True)
-            write(path, tables, self._whose())
-        return list(tables.values())
+            write(path, tables, whose)
+        return tables
 
-    def _computed(self, model: Model, dtype: mx.Dtype | None, on_progress: OnProgress, stop: Event) -> dict[str, Table]:
+    def _computed(
+        self,
+        model: Model,
+        dtype: mx.Dtype | None,
+        sources: Mapping[str, PairBatches],
+        on_progress: OnProgress,
+        stop: Event,
+    ) -> dict[str, Table]:
         """This process's part of them."""
-        tables, done = {}, 0
-        total = sum(len(batches.reference) for batches in self._all_batches().values())
-        for name, batches in self._all_batches().items():
+        tables, done, total = {}, 0, sum(len(batches.reference) for batches in sources.values())
+        for name, batches in sources.items():
 
             def on_pairs(pairs: int, before: int = done) -> None:
                 on_progress("reference of pairs", min(total, (before + pairs) * self.world), total)
@@ -134,15 +136,10 @@ class Alignment(Finetuning):
             done += -(-len(batches.reference) // self.world)
         return tables
 
-    def _whose(self) -> dict[str, str]:
-        """What the reference depends on."""
-        identity = super()._identity()
-        return {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
-
     def _identity(self) -> Identity:
         identity, preferring = super()._identity(), self._preferring
         own = {"loss": preferring.loss, "beta": preferring.beta}
-        return Identity(identity.model, identity.data, {**identity.config, **own})
+        return replace(identity, config={**identity.config, **own})
 
 
 def compute(

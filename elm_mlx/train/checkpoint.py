@@ -1,6 +1,4 @@
-"""Checkpoints: everything that a run needs to go on as if it had never stopped.
-
-Knows the directory of a run:
+"""Checkpoints: everything that a run needs to go on as if it had never stopped. The directory of a run:
 
     OUT/checkpoints/step-00000100/parameters.safetensors   what is trained
                                   optimizer.safetensors    the optimizer's state
@@ -8,12 +6,11 @@ Knows the directory of a run:
     OUT/metrics.jsonl                                       a line a step, cut back to the checkpoint on resuming
     OUT/.lock                                               while the run goes on, by which no second one writes here
 
-Each checkpoint appears whole or not at all. Knows nothing of how any of it came about.
+Each checkpoint appears whole or not at all.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -29,7 +26,6 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from elm_mlx import directories, files, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.safetensors_file import read_header, write_arrays
-from elm_mlx.train.metrics import METRICS
 
 FORMAT = 1
 PARAMETERS = directories.PARAMETERS
@@ -52,13 +48,14 @@ class Identity:
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Where a run stands. JSON can hold all of it, and gives it back to the bit.
 
     Attributes:
         step: updates made.
         data: the position in the data, as the batches give it.
         random: MLX's random key, of each process.
+        parts: that a batch is cut into, at most: what dropout drops depends on it. None where an earlier version wrote.
         tokens, trained_tokens: read and counted in the loss so far.
         seconds: spent training so far.
         skipped: updates that were not made, because of their loss.
@@ -72,6 +69,7 @@ class Progress:
     step: int = 0
     data: Any = None
     random: list[list[int]] = field(default_factory=list)
+    parts: int | None = None
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
@@ -95,7 +93,7 @@ class Checkpoint:
     path: Path
     parameters: dict[str, mx.array]
     optimizer: dict[str, mx.array]
-    progress: Progress
+    progress: RunProgress
 
 
 class Changed(InputError):
@@ -143,7 +141,7 @@ def save(
     out: Path,
     parameters: dict[str, Any],
     optimizer: dict[str, Any],
-    progress: Progress,
+    progress: RunProgress,
     identity: Identity,
     export: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -160,7 +158,7 @@ def save(
     with files.new_directory(path, replace=True) as made:
         for name, tree in ((PARAMETERS, parameters), (OPTIMIZER, optimizer)):
             with (made / name).open("wb") as file:
-                write_arrays(file, _flat(tree))
+                write_arrays(file, dict(tree_flatten(tree)))
         (made / STATE).write_text(json.dumps(state, indent=1))
         if export is not None:
             export(made)
@@ -188,7 +186,7 @@ def load(path: Path, identity: Identity) -> Checkpoint:
     if "format" in state and state["format"] != FORMAT:
         raise InputError(f"{path}: has format {state['format']}, and this version reads {FORMAT}")
     try:
-        saved, progress = Identity(**state["identity"]), Progress(**state["progress"])
+        saved, progress = Identity(**state["identity"]), RunProgress(**state["progress"])
     except (KeyError, TypeError):
         raise InputError(f"{path / STATE}: is no state of a checkpoint") from None
     wrong = _what_is_wrong(saved, progress)
@@ -237,34 +235,6 @@ def prune(out: Path, keep: int, best_step: int | None, passing: int | None = Non
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def cut_metrics(out: Path, step: int) -> None:
-    """Drop the lines of steps after `step`, and the half of a line that a killed run may have left."""
-    path = out / METRICS
-    if not path.exists():
-        return
-    kept = []
-    for line in reading.content(path, reading.CORPUS_BYTES).decode(errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    files.write_text(path, "".join(kept))
-
-
-def hash_of(tree: Any) -> str:
-    """SHA-256 of a tree of arrays: names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name, value in sorted(tree_flatten(tree)):
-        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
-        digest.update(memoryview(value.reshape(-1).view(mx.uint8)))
-    return digest.hexdigest()
-
-
-def _flat(tree: Any) -> dict[str, mx.array]:
-    return dict(tree_flatten(tree))
-
-
 def _read(path: Path) -> dict[str, mx.array]:
     read_header(path)
     try:
@@ -273,7 +243,7 @@ def _read(path: Path) -> dict[str, mx.array]:
         raise InputError(f"{path}: MLX cannot load it: {error}") from None
 
 
-def _what_is_wrong(saved: Identity, progress: Progress) -> str | None:
+def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:
     """The first field that holds no value that `save` could have written."""
     counts = ("step", "tokens", "trained_tokens", "skipped", *(["best_step"] if progress.best_step is not None else []))
     numbers = ("seconds", "loss_mean", *(["best_loss"] if progress.best_loss is not None else []))
@@ -283,6 +253,7 @@ def _what_is_wrong(saved: Identity, progress: Progress) -> str | None:
         **{name: type(values[name]) in (int, float) and math.isfinite(values[name]) for name in numbers},
         # Of a model that has come apart these two may be infinite, or no number.
         **{name: values[name] is None or type(values[name]) in (int, float) for name in ("first_loss", "valid_loss")},
+        "parts": progress.parts is None or (type(progress.parts) is int and 0 < progress.parts < 1 << 10),
         "data": isinstance(progress.data, dict),
         "random": isinstance(progress.random, list) and all(map(_is_key, progress.random)),
         "config": isinstance(saved.config, dict),

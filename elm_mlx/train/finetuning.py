@@ -1,52 +1,53 @@
-"""Fine-tuning from paths: a model directory and data in, a run's directory with an adapter out.
+"""Fine-tuning: from a model directory and data to a run's directory with an adapter in it.
 
-Knows which parts make a run: tokenizer and template, examples and batches, adapter, model, loop. All that can be
-wrong with any of them is found before the weights are read. Knows nothing of flags, and nothing of how it is shown.
+All that can be wrong with what a run is made of is found before the weights are read.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device, reading
+from elm_mlx import device
 from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data import examples
-from elm_mlx.data.batches import Batch, Batches
-from elm_mlx.data.examples import Prepared
-from elm_mlx.errors import InputError
+from elm_mlx.data.batches import Batches
+from elm_mlx.data.examples import Example, Prepared
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import roofline
 from elm_mlx.model.config import Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
+from elm_mlx.reading import expanded, json_object
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
+from elm_mlx.store.fusion import Sample
 from elm_mlx.text import chat_template
-from elm_mlx.text.chat_template import Template
-from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
+from elm_mlx.text.tokenizer import read_vocabulary
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.run import Result, train
-from elm_mlx.train.settings import LoraSettings, MethodSettings
+from elm_mlx.train.metrics import ABOUT
+from elm_mlx.train.run import HeldRun, Result, Validation, train
+from elm_mlx.train.settings import DataSettings, LoraSettings, MethodSettings
 from elm_mlx.train.throughput import Meter
 
 _GRAIN = 32  # rows are as long as a multiple of this
+_SAMPLE_POSITIONS, _SAMPLE_EXAMPLES = 256, 32  # of what a run was trained on, read back
 
 
-class Finetuning:
-    """A run that is checked, and not begun: its weights are not read yet. To be closed, which gives `out` free.
+class Finetuning(HeldRun):
+    """A run that is checked, and not begun: its weights are not read yet.
 
     Attributes:
         asked: the settings that it is made by.
@@ -58,8 +59,6 @@ class Finetuning:
         computation: what the model is computed in.
         row_length: positions of a row.
         batch_size: rows of a batch, of one process.
-        world: processes that train together.
-        leads: whether this is the one that writes and speaks.
 
     Raises:
         InputError: the model, the data or the method is not as it must be; or one that `out` says.
@@ -69,40 +68,28 @@ class Finetuning:
     command, unit = "lora", "example"
 
     def __init__(self, asked: LoraSettings, *, resume: bool = False) -> None:
-        self.asked, self.out = asked, asked.out
-        _check_place(self.out)
-        with ExitStack() as held:
-            held.enter_context(checkpoint.hold(self.out))
-            _check_runs(self.out, resume)
-            self._check()
-            self._held = held.pop_all()
-
-    def __enter__(self) -> Finetuning:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._held.close()
-
-    def _check(self) -> None:
-        """Read all that decides the run, but for the weights."""
-        asked = self.asked
-        self.path = reading.expanded(asked.model)
-        self.config = read_config(self.path, with_tokenizer=True)
-        self._packed = asked.examples.pack and self._keeps_apart()
-        weights = fingerprint(self.path, checkpoint.trained_model(self.out))
-        self.adapter = replace(_adapter(asked.method, self.config), model_sha256=weights)
-        self.computation = loading.computation(self.path, self.config, asked.computation.compute_dtype)
-        self.trainable = sum(_sizes(self.adapter, self.config))
-        self.splits = self._prepared()
-        if asked.checkpoints.val_batches == 0:
-            self.splits.pop("valid", None)
-        group = mx.distributed.init()
-        self.world, self.leads = group.size(), bool(group.rank() == 0)
-        self.batch_size = asked.examples.batch_size
-        self.row_length = self._row_length(self.splits["train"])
-        self.batches = self._batches(self.splits["train"], asked.computation.seed)
-        self._validation = self._batches(self.splits["valid"]) if "valid" in self.splits else None
-        self.settings = asked.loop(self._steps())
+        _check_place(asked.out)
+        super().__init__(asked.out)
+        with ExitStack() as on_error:
+            on_error.push(self)
+            _check_runs(asked.out, resume)
+            self.asked, self.batch_size = asked, asked.examples.batch_size
+            self.path = expanded(asked.model)
+            self.config = read_config(self.path, with_tokenizer=True)
+            self._packed = asked.examples.pack and self._keeps_apart()
+            weights = fingerprint(self.path, checkpoint.trained_model(self.out))
+            self.adapter = replace(_adapter(asked.method, self.config), model_sha256=weights)
+            self.computation = loading.computation(self.path, self.config, asked.computation.compute_dtype)
+            shapes = self.config.shapes() if self.adapter.kind == "full" else self.adapter.shapes(self.config)
+            self.trainable = sum(map(math.prod, shapes.values()))
+            self.splits = self._read()
+            if asked.checkpoints.val_batches == 0:
+                self.splits.pop("valid", None)
+            self.row_length = self._row_length(self.splits["train"])
+            self.batches = self._batches("train", asked.computation.seed)
+            self._validation = self._batches("valid") if "valid" in self.splits else None
+            self.settings = asked.loop(self._steps())
+            on_error.pop_all()
 
     @property
     def notes(self) -> list[str]:
@@ -114,6 +101,45 @@ class Finetuning:
     def count(self, split: str = "train") -> int:
         """What a split has of what `unit` names."""
         return len(self.splits[split].examples)
+
+    def load(self) -> memory.Load:
+        """What the run asks of the machine."""
+        value = int(self.computation.dtype.size)
+        packed = self.config.quantization is not None and not self.computation.unpack
+        stored = int(self.config.quantization["bits"]) / 8 if packed and self.config.quantization else value
+        return memory.Load(
+            self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
+            self.row_length, self.settings.optimizer, self.settings.grad_checkpoint,
+            memory.adapter_values(self.adapter, self.config), parts=device.most_parts(4 * self.trainable),
+            accumulate=self.settings.accumulate, layers=self._trained_layers(),
+        )  # fmt: skip
+
+    def train(self, *, resume: bool = False, callback: TrainingCallback = SILENT) -> Result:
+        """Trains, and leaves the adapter in `out`: the best by validation, or the last where none is below the base.
+
+        Raises:
+            InputError, ElmError, KeyboardInterrupt: as `run.train`.
+        """
+        callback.progress("reading the model")
+        model, dtype = self._open()
+        objective = self._objective(model, dtype, callback)
+        validation = self._validation and Validation(self._validation, self.asked.checkpoints.val_batches)
+        save = partial(adapters.save, model=model, adapter=self.adapter, template=self.asked.examples.template)
+        about = {
+            "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
+            "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
+        }  # fmt: skip
+        result = train(
+            model, self.batches, validation, self.settings, self.out, self._identity(), resume=resume,
+            compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
+            meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint), callback=callback, about=about,
+            export=None if self.adapter.kind == "full" else save,
+        )  # fmt: skip
+        if self.leads:
+            if result.best is not None and result.best != result.last:
+                model.update(checkpoint.parameters(result.best, model.trainable_parameters()))
+            save(self.out)
+        return result
 
     def _steps(self) -> int:
         """Updates that are asked for, or that the epochs take."""
@@ -130,50 +156,11 @@ class Finetuning:
         """Whether several texts can share a row."""
         return not isinstance(self.config, FamilyConfig) or self.config.family.positions
 
-    def load(self) -> memory.Load:
-        """What the run asks of the machine."""
-        value = int(self.computation.dtype.size)
-        packed = self.config.quantization is not None and not self.computation.unpack
-        stored = int(self.config.quantization["bits"]) / 8 if packed and self.config.quantization else value
-        return memory.Load(
-            self.config, stored, value, self.trainable, self.adapter.kind == "full", self.batch_size,
-            self.row_length, self.settings.optimizer, self.settings.grad_checkpoint,
-            memory.adapter_values(self.adapter, self.config), parts=device.most_parts(4 * self.trainable),
-            accumulate=self.settings.accumulate, layers=self._passed(),
-        )  # fmt: skip
-
-    def _passed(self) -> int | None:
-        """How many of the last layers the way back passes; None where it is all."""
+    def _trained_layers(self) -> int | None:
+        """How many of the last layers the backward pass goes through; None for all."""
         trained = [roofline.layer_of(f"{module}.") for module in self.adapter.ranks]
         layers = [layer for layer in trained if layer is not None]
         return None if len(layers) < len(trained) or not layers else self.config.num_layers - min(layers)
-
-    def train(self, *, resume: bool = False, callback: TrainingCallback = SILENT) -> Result:
-        """Train, and leave the adapter in `out`: the best by validation, or the last where none is below the base.
-
-        Raises:
-            InputError, ElmError, KeyboardInterrupt: as `loop.train`.
-        """
-        callback.progress("reading the model")
-        model, dtype = self._open()
-        objective = self._objective(model, dtype, callback)
-        result = train(
-            model, self.batches, self._validations if self._validation else None, self.settings, self.out,
-            self._identity(),
-            resume=resume, compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
-            meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
-            callback=callback, about=self._about(),
-            export=None if self.adapter.kind == "full" else lambda path: self._save(path, model),
-        )  # fmt: skip
-        if self.leads:
-            self._finish(model, result)
-        return result
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
-            "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
-        }  # fmt: skip
 
     def _open(self) -> tuple[Model, mx.Dtype | None]:
         """The model with what is trained in float32, and what that is to be rounded to where it is used."""
@@ -187,42 +174,27 @@ class Finetuning:
             adapters.attach(loaded.model, self.adapter, self.settings.seed)
         return loaded.model, None if how == mx.float32 else how
 
-    def _prepared(self) -> dict[str, Prepared]:
-        data = self.asked.examples
-        tokenizer, used, length = self._encoding()
-        return examples.load(
-            self.asked.data, tokenizer, used, length, context=self.config.max_context_length, format=data.format,
-            train_on_prompt=data.train_on_prompt, truncate=data.truncate, skip_bad=data.skip_bad,
-        )  # fmt: skip
+    def _read(self) -> dict[str, Prepared]:
+        return read_data(self.path, self.config, self.asked.data, self.asked.examples)
 
-    def _encoding(self) -> tuple[Tokenizer, Template | None, int]:
-        """Tokenizer, template, and tokens of an example at most."""
-        data, config = self.asked.examples, self.config
-        tokenizer = read_vocabulary(self.path, config).tokenizer
-        assert tokenizer is not None  # read_config has seen its file
-        most = examples.longest(config) if data.max_seq_length is None else data.max_seq_length
-        return tokenizer, chat_template.choose(self.path, tokenizer, data.template), most
-
-    def _batches(self, prepared: Prepared, seed: int = 0) -> Batches:
-        group = mx.distributed.init()
+    def _batches(self, split: str, seed: int = 0) -> Batches:
+        prepared = self.splits[split]
         return Batches(
             prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
-            rank=group.rank(), world=group.size(),
+            rank=self.rank, world=self.world,
         )  # fmt: skip
 
     def _row_length(self, prepared: Prepared) -> int:
-        needs = [len(example.ids) - 1 for example in prepared.examples]
-        return row_length(needs, prepared.max_length, self.batch_size * self.world)
+        return self._fitting([len(example.ids) - 1 for example in prepared.examples], prepared.max_length)
+
+    def _fitting(self, needs: Sequence[int], most: int) -> int:
+        """`most` positions, or as many as an epoch in one batch needs: no row is to be mostly padding."""
+        wanted = max(max(needs), -(-sum(needs) // max(1, self.batch_size * self.world)))
+        return min(most, -(-wanted // _GRAIN) * _GRAIN)
 
     def _objective(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> Objective | None:
-        """What is made small; called with the model as it is before the first update."""
+        """What to minimize; called with the model as it is before the first update."""
         return None
-
-    def _validations(self) -> Iterable[Batch]:
-        assert self._validation is not None
-        batches: Iterator[Batch] = self._validation.once()
-        most = self.asked.checkpoints.val_batches
-        return batches if most < 0 else islice(batches, most)
 
     def _identity(self) -> Identity:
         adapter, ranks = self.adapter, json.dumps(dict(self.adapter.ranks))
@@ -236,23 +208,67 @@ class Finetuning:
         data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
         return Identity(str(adapter.model_sha256), " ".join(data), config)
 
-    def _finish(self, model: Model, result: Result) -> None:
-        """Write the adapter that the run is for."""
-        if result.best is not None and result.best != result.last:
-            model.update(checkpoint.parameters(result.best, model.trainable_parameters()))
-        self._save(self.out, model)
 
-    def _save(self, directory: Path, model: Model) -> None:
-        """The adapter, and the template that it is trained by where that is not the model's own."""
-        adapters.save(directory, model, self.adapter)
-        if self.asked.examples.template is not None:
-            chat_template.record(directory, chat_template.read_source(self.asked.examples.template))
+def read_data(
+    model: Path,
+    config: Config,
+    path: Path,
+    settings: DataSettings,
+    *,
+    paired: bool = False,
+    adapter: Path | None = None,
+) -> dict[str, Prepared]:
+    """Reads a run's examples, or the answers of its pairs, by split, as the model in a directory learns from them.
+
+    Args:
+        adapter: an adapter's directory; the template that it was trained by goes before the model's.
+
+    Raises:
+        InputError, ElmError: as `examples.load` and `chat_template.choose`.
+    """
+    tokenizer = read_vocabulary(model, config).tokenizer
+    if tokenizer is None:
+        raise InputError(f"{model}: has no tokenizer")
+    template = chat_template.choose(model, tokenizer, settings.template, adapter)
+    longest = examples.longest(config) if settings.max_seq_length is None else settings.max_seq_length
+    return examples.load(
+        path, tokenizer, template, longest, context=config.max_context_length, format=settings.format, paired=paired,
+        train_on_prompt=settings.train_on_prompt, truncate=settings.truncate, skip_bad=settings.skip_bad,
+    )  # fmt: skip
 
 
-def row_length(needs: Sequence[int], most: int, rows: int) -> int:
-    """`most` positions, or as many as an epoch in one batch of `rows` needs: no row is to be mostly padding."""
-    wanted = max(max(needs), -(-sum(needs) // max(1, rows)))
-    return min(most, -(-wanted // _GRAIN) * _GRAIN)
+def trained_on(adapter: Path, model: Path) -> Sample | None:
+    """Examples of the run that left `adapter`, spread over its data, as it learned from them, up to 256 positions.
+
+    None where no run has left it, or its data are not where they were.
+    """
+    try:
+        found = _examples_of(expanded(adapter), expanded(model))
+    except (ElmError, KeyError, TypeError, ValueError):
+        return None
+    rows: list[tuple[tuple[int, ...], tuple[bool, ...]]] = []
+    positions = 0
+    for example in found[:: -(-len(found) // _SAMPLE_EXAMPLES)]:
+        counted = (*example.trained[1:], False)
+        if any(counted) and (not rows or positions + sum(counted) <= _SAMPLE_POSITIONS):
+            rows.append((example.ids, counted))
+            positions += sum(counted)
+    return Sample("answers that it was trained on", rows) if rows else None
+
+
+def _examples_of(adapter: Path, model: Path) -> list[Example]:
+    """Raises ElmError, KeyError, TypeError or ValueError where there are none to be had."""
+    run = adapter if (adapter / ABOUT).is_file() else adapter.parent.parent  # of a checkpoint
+    about = json_object(run / ABOUT)
+    settings = about["settings"]
+    if not isinstance(settings, dict):
+        raise TypeError("no settings")
+    asked = DataSettings(
+        format=settings.get("format"), max_seq_length=settings.get("max_seq_length"), skip_bad=True,
+        truncate=bool(settings.get("truncate")), train_on_prompt=bool(settings.get("train_on_prompt")),
+    )  # fmt: skip
+    path, paired = expanded(settings["data"]), about.get("command") == "dpo"
+    return read_data(model, read_config(model), path, asked, paired=paired, adapter=adapter)["train"].examples
 
 
 def _adapter(method: MethodSettings, config: Config) -> Adapter:
@@ -267,14 +283,6 @@ def _adapter(method: MethodSettings, config: Config) -> Adapter:
         config, rank=method.ranks(), alpha=method.alpha, targets=method.target or None, num_layers=method.num_layers,
         dropout=method.dropout, dora=method.dora, rslora=method.rslora,
     )  # fmt: skip
-
-
-def _sizes(adapter: Adapter, config: Config) -> Iterator[int]:
-    for shape in (config.shapes() if adapter.kind == "full" else adapter.shapes(config)).values():
-        size = 1
-        for side in shape:
-            size *= side
-        yield size
 
 
 def _check_place(out: Path) -> None:

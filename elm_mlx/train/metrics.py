@@ -90,6 +90,21 @@ def append(out: Path, report: Report) -> None:
         file.write(json.dumps(values) + "\n")
 
 
+def cut(out: Path, step: int) -> None:
+    """Drops the lines of steps after `step`, and the half of a line that a killed run may have left."""
+    path = out / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in reading.content(path, reading.CORPUS_BYTES).decode(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    files.write_text(path, "".join(kept))
+
+
 def read(paths: Sequence[Path]) -> list[Run]:
     """The runs in these directories, each once, in this order.
 

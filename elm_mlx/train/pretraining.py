@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import mlx.core as mx
@@ -34,22 +33,20 @@ from elm_mlx.train import checkpoint, memory
 from elm_mlx.train import pretraining_recipe as recipes
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.pretraining_recipe import Recipe
-from elm_mlx.train.run import Result, train
+from elm_mlx.train.run import HeldRun, Result, train
 from elm_mlx.train.throughput import Meter
 
 _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
 
 
-class Pretraining:
-    """A run that is checked, and not begun. To be closed, which ends the workers that read, and gives `out` free.
+class Pretraining(HeldRun):
+    """A run that is checked, and not begun. Closing it ends the workers that read, too.
 
     Attributes:
         config: of the network.
-        settings: of the loop.
+        settings: of the run.
         batches: of the mixture.
         sources: what they are read from.
-        world: processes that train together.
-        leads: whether this is the one that writes and speaks.
 
     Raises:
         InputError: the recipe, a source or the tokenizer is not as it must be.
@@ -57,36 +54,25 @@ class Pretraining:
     """
 
     def __init__(self, recipe: Recipe, out: Path, on_wrong: Callable[[str], None] = lambda line: None) -> None:
-        self._recipe, self.out, self.sources = recipe, out, recipe.data.sources
-        with ExitStack() as held:
-            held.enter_context(checkpoint.hold(out))
-            self._check(recipe, on_wrong)
-            self._held = held.pop_all()
-
-    def _check(self, recipe: Recipe, on_wrong: Callable[[str], None]) -> None:
-        """Read all that decides the run, but for its texts."""
-        self._tokenizer = Tokenizer.load(Path(recipe.tokenizer))
-        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-        if bos is None or eos is None:
-            raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
-        self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
-        self.settings = recipes.settings(recipe.optimizer, recipe.run)
-        if recipe.data.sequence_length > recipe.model.context:
-            raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
-        self._dtype = _compute_dtype(recipe.run.compute_dtype)
-        group = mx.distributed.init()
-        self.world, self.leads = group.size(), bool(group.rank() == 0)
-        self.batches = TextBatches(
-            recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.reading(self.world),
-            rank=group.rank(), world=self.world, cache=duplicates.default_cache(), on_wrong=on_wrong, gather=gather,
-        )  # fmt: skip
-
-    def __enter__(self) -> Pretraining:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.batches.close()
-        self._held.close()
+        super().__init__(out)
+        with ExitStack() as on_error:
+            on_error.push(self)
+            self._recipe, self.sources = recipe, recipe.data.sources
+            self._tokenizer = Tokenizer.load(Path(recipe.tokenizer))
+            bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+            if bos is None or eos is None:
+                raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
+            self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
+            self.settings = recipes.settings(recipe.optimizer, recipe.run)
+            if recipe.data.sequence_length > recipe.model.context:
+                raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
+            self._dtype = _compute_dtype(recipe.run.compute_dtype)
+            self.batches = TextBatches(
+                recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.reading(self.world), rank=self.rank,
+                world=self.world, cache=duplicates.default_cache(), on_wrong=on_wrong, gather=gather,
+            )  # fmt: skip
+            self._held.callback(self.batches.close)
+            on_error.pop_all()
 
     @property
     def tokens_per_update(self) -> int:
@@ -126,7 +112,7 @@ class Pretraining:
         if self.leads and not resume:
             self._describe()
         result = train(
-            model, self.batches, (lambda: iter(validation)) if validation else None, self.settings, self.out,
+            model, self.batches, validation or None, self.settings, self.out,
             self._identity(), resume=resume, compute_dtype=self._dtype,
             rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
             callback=callback, about=self._about(),
@@ -169,7 +155,7 @@ class Pretraining:
 
     def _validation(self) -> Iterator[Batch]:
         """This process's share of the first rows of the validation's text, unfiltered."""
-        data, size, rank = self._recipe.data, self._recipe.run.batch_size, mx.distributed.init().rank()
+        data, size, rank = self._recipe.data, self._recipe.run.batch_size, self.rank
         if data.validation is None:
             return
         reading = Reading(data.validation_rows, data.sequence_length, window=1, shards=1, workers=0)

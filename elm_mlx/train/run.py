@@ -1,7 +1,6 @@
-"""A run under way: an update, a validation, a checkpoint, and where all that stands.
+"""A training run: updates, validations, reports and checkpoints, and an end that leaves something to go on from.
 
-Knows how each is done, told and written, by one process or several. Knows nothing of their order, and of what makes a
-run end.
+A run that is resumed has the losses of one that was never interrupted, to the bit.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,12 +24,13 @@ from mlx.utils import tree_map
 
 from elm_mlx import device
 from elm_mlx.callbacks import SILENT, Report, TrainingCallback
+from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
 from elm_mlx.errors import ElmError, InputError, counted
 from elm_mlx.model.network import Model
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train import optimizer as optimization
-from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.checkpoint import Identity, RunProgress
 from elm_mlx.train.loss import Objective, TokenLoss
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, recompute_blocks
@@ -38,19 +39,152 @@ from elm_mlx.train.throughput import Meter
 _REACH = 20  # updates, some, that the running mean of losses reaches over
 _SCATTER = 5.0  # a spike's size is this many times as much larger of one token: so do the means of few tokens differ
 _MOST_SKIPPED = 10  # in a row, before even "skip" stops
+_LONG = 60.0  # seconds of a trial, of which compiling is then a small part
 _SAVE_AFTER = 300.0  # seconds since a checkpoint, after which one is due however few updates there were
 _RISEN = 1.5  # times the first update's loss, above which that of the last ones is no chance of their batches
-_ECHO = 1.0  # seconds in which another of a kind is the same wish: `timeout` sends one to us and one to our group
+_ECHO = 1.0  # seconds in which another signal of a kind is the same wish: `timeout` sends one to us, one to our group
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LONG = 60.0  # seconds of a trial, of which compiling is then a small part
+HeldRunType = TypeVar("HeldRunType", bound="HeldRun")
 
 
-class Batches(Protocol):
+class BatchSource(Protocol):
     """An endless iterator that can say where it stands, and go there."""
 
     def __next__(self) -> Batch: ...
     def state(self) -> Any: ...
     def resume(self, state: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The batches of a validation, the same at each iteration: the first `most`, or all if that is below 0."""
+
+    batches: batching.Batches
+    most: int = -1
+
+    def __iter__(self) -> Iterator[Batch]:
+        return islice(self.batches.once(), None if self.most < 0 else self.most)
+
+
+class HeldRun:
+    """A run in a directory that other runs are kept out of, until it is closed: a context manager.
+
+    Attributes:
+        out: the directory.
+        rank, world: this process's number, and how many there are that train together.
+        leads: whether this is the one that writes and speaks.
+    """
+
+    def __init__(self, out: Path) -> None:
+        group = mx.distributed.init()
+        self.out, self.rank, self.world = out, int(group.rank()), int(group.size())
+        self.leads = self.rank == 0
+        self._held = ExitStack()
+        self._held.enter_context(checkpoint.hold(out))
+
+    def __enter__(self: HeldRunType) -> HeldRunType:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._held.close()
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        interrupted: whether someone stopped it before its last update; it can be resumed.
+        last, best: checkpoints; the best by validation is None where there was none, or none was below the base's.
+    """
+
+    progress: RunProgress
+    interrupted: bool
+    last: Path
+    best: Path | None
+
+    @property
+    def harm(self) -> tuple[float, float] | None:
+        """The loss at the end and before training, where training made it worse: by validation, if there was any."""
+        done = self.progress
+        if done.valid_loss is not None and done.best_loss is not None:
+            return (done.valid_loss, done.best_loss) if done.best_step == 0 else None
+        risen = done.first_loss is not None and done.loss_mean > _RISEN * done.first_loss
+        return (done.loss_mean, done.first_loss) if risen and done.first_loss is not None else None
+
+
+def train(
+    model: Model,
+    batches: BatchSource,
+    validation: Iterable[Batch] | None,
+    settings: Settings,
+    out: Path,
+    identity: Identity,
+    *,
+    resume: bool = False,
+    compute_dtype: mx.Dtype | None = None,
+    objective: Objective | None = None,
+    rehearsal: Batch | None = None,
+    meter: Meter | None = None,
+    callback: TrainingCallback = SILENT,
+    about: Mapping[str, Any] | None = None,
+    export: Callable[[Path], None] | None = None,
+) -> Result:
+    """Trains `model`'s trainable parameters in place. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
+
+    Args:
+        batches: at their beginning.
+        validation: gives the same batches at each iteration.
+        out: the run's directory.
+        identity: of the run; `settings.identity()` is added to its config here.
+        resume: go on from the newest checkpoint.
+        compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
+        objective: what to minimize; None for trained tokens' cross-entropy.
+        rehearsal: a batch as those to come, to see how long one takes.
+        meter: what says how much of the machine's matmul speed updates reach; measures that before the first one.
+        about: what the run was asked for; kept in `out`.
+        export: writes into each checkpoint's directory what other programs read.
+
+    Raises:
+        InputError: `out` holds another run, or one that wasn't to be resumed.
+        ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
+        KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
+    """
+    own = Identity(identity.model, identity.data, {**identity.config, **settings.identity()})
+    run = Run(model, settings, out, own, compute_dtype, objective, meter, callback, export)
+    progress, steps = run.progress, settings.schedule.steps
+    if resume:
+        run.resume()
+        batches.resume(progress.data)
+        callback.resumed(progress.step)
+    else:
+        run.start()
+    if about is not None and run.leads:
+        metrics.describe(out, about)
+    with stop_requests(callback.stopping) as stop:
+        if rehearsal is not None and progress.step < steps:
+            run.rehearse(rehearsal, stop)
+        if meter is not None and run.leads and not stop.is_set():
+            callback.progress("measuring the machine")
+            meter.measure(compute_dtype or mx.float32)
+        if not resume and validation is not None:
+            run.validate(validation, stop)
+        callback.progress("starting")
+        while progress.step < steps and not run.agreed(stop.is_set()):
+            run.update(batches)
+            last, better = progress.step == steps, False
+            if validation is not None and (last or progress.step % settings.eval_every == 0):
+                better = run.validate(validation)
+            if last or better or progress.step % settings.save_every == 0:
+                run.save(batches)
+            elif run.agreed(run.unsaved() > _SAVE_AFTER):
+                run.save(batches, passing=True)
+        if progress.step == 0:  # nothing that would be worth going on from
+            raise KeyboardInterrupt
+        if run.saved != progress.step:
+            run.save(batches)
+    best = checkpoint.directory(out, progress.best_step) if progress.best_step else None
+    return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
 
 
 class Run:
@@ -59,6 +193,7 @@ class Run:
     Attributes:
         progress: where it stands.
         saved: the step of the last checkpoint; -1 where there is none.
+        leads: whether this process is the one that writes.
     """
 
     def __init__(
@@ -73,13 +208,13 @@ class Run:
         callback: TrainingCallback,
         export: Callable[[Path], None] | None,
     ):
-        self.progress = Progress()
-        self.saved = -1
+        self.progress, self.saved = RunProgress(), -1
         self._saved_at = time.monotonic()
         self._passing: int | None = None  # its step, where it is to last until the next one only
         self._settings, self._out, self._identity = settings, out, identity
         self._callback, self._export, self._meter = callback, export, meter
         self._group = mx.distributed.init()
+        self.leads = bool(self._group.rank() == 0)
         self._skipped_in_a_row = 0
         if settings.grad_checkpoint:
             recompute_blocks(model)
@@ -91,7 +226,7 @@ class Run:
         if checkpoint.all_of(self._out):
             raise InputError(f"{self._out}: holds a run already: resume it, or choose another directory")
         mx.random.seed(self._settings.seed + self._group.rank())
-        if self._writes():
+        if self.leads:
             try:
                 self._out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -100,25 +235,20 @@ class Run:
 
     def resume(self) -> None:
         """Go back to the newest checkpoint."""
-        saved = checkpoint.load(checkpoint.newest(self._out), self._identity)
+        saved, step = checkpoint.load(checkpoint.newest(self._out), self._identity), self._step
         before, now = len(saved.progress.random), self._group.size()
         if before != now:
             raise InputError(f"{saved.path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
-        step = self._step
-        step.model.update(
-            checkpoint.fill(step.model.trainable_parameters(), saved.parameters, saved.path / checkpoint.PARAMETERS)
-        )
+        trained = step.model.trainable_parameters()
+        step.model.update(checkpoint.fill(trained, saved.parameters, saved.path / checkpoint.PARAMETERS))
         step.optimizer.state = checkpoint.fill(step.optimizer.state, saved.optimizer, saved.path / checkpoint.OPTIMIZER)
-        self.progress.__dict__.update(saved.progress.__dict__)
+        vars(self.progress).update(vars(saved.progress))
         self.saved = self.progress.step
         _set_random_key(self.progress.random[self._group.rank()])
-        if self._writes():
-            checkpoint.cut_metrics(self._out, self.progress.step)
-
-    def describe(self, about: Mapping[str, Any]) -> None:
-        """Keep what the run was asked for."""
-        if self._writes():
-            metrics.describe(self._out, about)
+        if self.progress.parts and self._identity.config.get("dropout") and not device.on_gpu():
+            step.cut_into(self.progress.parts)  # or other activations would be dropped
+        if self.leads:
+            metrics.cut(self._out, self.progress.step)
 
     def rehearse(self, batch: Batch, stop: Event) -> None:
         """See how long an update takes of this batch, which leaves no trace; the first time compiles the step."""
@@ -131,24 +261,18 @@ class Run:
             if seconds > _LONG or stop.is_set():
                 break
         _set_random_key(kept)
-        if stop.is_set():
-            return
-        self._callback.ready(seconds * self._settings.accumulate, self._settings.schedule.steps - self.progress.step)
+        if not stop.is_set():
+            left = self._settings.schedule.steps - self.progress.step
+            self._callback.ready(seconds * self._settings.accumulate, left)
 
-    def measure(self, dtype: mx.Dtype) -> None:
-        """Find out what the machine can do, for the meter."""
-        if self._meter is not None and self._writes():
-            self._callback.progress("measuring the machine")
-            self._meter.measure(dtype)
-
-    def update(self, source: Batches) -> None:
+    def update(self, source: BatchSource) -> None:
         """One update, or one that is skipped. Raises ElmError where the loss says stop."""
-        started = time.perf_counter()
+        started, progress = time.perf_counter(), self.progress
         sums, gradients, count, trained, tokens = self._accumulated(source)
         norm = optimization.global_norm(gradients) / count
         mx.eval(sums, norm)
-        (mean, *measured), length = self._means(sums, count), norm.item()
-        rate = self._settings.schedule(self.progress.step)
+        (mean, *measured), length = _means(sums, count), norm.item()
+        rate = self._settings.schedule(progress.step)
         wrong = self._what_is_wrong(mean, length, max(1, trained))
         if wrong is None:
             self._step.apply(gradients, norm, count, rate)
@@ -159,32 +283,23 @@ class Run:
         mx.eval(self._step.state())
         device.trim_cache()
         seconds = time.perf_counter() - started
-        progress = self.progress
         progress.step += 1
         progress.tokens += tokens
         progress.trained_tokens += trained
         progress.seconds += seconds
+        share = None if self._meter is None else self._meter.share(seconds)
         self._report(
             Report(
-                step=progress.step,
-                loss=mean,
-                learning_rate=rate,
-                grad_norm=length,
-                tokens=tokens,
-                trained_tokens=trained,
-                seconds=seconds,
-                tokens_per_second=tokens / seconds,
-                matmul_share=None if self._meter is None else self._meter.share(seconds),
-                memory=device.peak_memory(),
-                skipped=wrong is not None,
-                measures=self._named(measured),
+                progress.step, loss=mean, learning_rate=rate, grad_norm=length, tokens=tokens, trained_tokens=trained,
+                seconds=seconds, tokens_per_second=tokens / seconds, matmul_share=share, memory=device.peak_memory(),
+                skipped=wrong is not None, measures=self._named(measured),
             )
-        )
+        )  # fmt: skip
 
     def validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
         """Whether the loss is the least so far, the base's included. Nothing comes of one that `stop` breaks off."""
         self._callback.progress("validating")
-        started = time.perf_counter()
+        started, progress = time.perf_counter(), self.progress
         total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
         for batch in batches:
             if stop is not None and stop.is_set():
@@ -194,7 +309,7 @@ class Run:
             mx.eval(total)
             device.trim_cache()
         count = int(self._summed(mx.array(count)).item())
-        (mean, *measured), progress = self._means(self._summed(total), max(1, count)), self.progress
+        mean, *measured = _means(self._summed(total), max(1, count))
         if stop is not None and self.agreed(stop.is_set()):
             return False
         if progress.step > 0:
@@ -210,16 +325,14 @@ class Run:
         """Seconds since the last checkpoint, or since the beginning."""
         return time.monotonic() - self._saved_at
 
-    def save(self, source: Batches, passing: bool = False) -> None:
+    def save(self, source: BatchSource, passing: bool = False) -> None:
         """A checkpoint of where the run stands; superfluous ones go, and a `passing` one with the next."""
-        progress = self.progress
-        progress.data = source.state()
-        keys = mx.distributed.all_gather(mx.random.state[0][None], group=self._group)
-        progress.random = keys.tolist()
-        if self._writes():
-            step = self._step
-            parameters = step.model.trainable_parameters()
-            checkpoint.save(self._out, parameters, step.optimizer.state, progress, self._identity, self._export)
+        progress, step = self.progress, self._step
+        progress.data, progress.parts = source.state(), step.parts
+        progress.random = mx.distributed.all_gather(mx.random.state[0][None], group=self._group).tolist()
+        if self.leads:
+            trained = step.model.trainable_parameters()
+            checkpoint.save(self._out, trained, step.optimizer.state, progress, self._identity, self._export)
             checkpoint.prune(self._out, self._settings.keep + passing, progress.best_step, self._passing)
         self.saved, self._saved_at = progress.step, time.monotonic()
         self._passing = progress.step if passing else None
@@ -228,7 +341,7 @@ class Run:
         """Whether any process wants to stop."""
         return stop if self._group.size() == 1 else bool(self._summed(mx.array(int(stop))).item())
 
-    def _accumulated(self, source: Batches) -> tuple[mx.array, Any, int, int, int]:
+    def _accumulated(self, source: BatchSource) -> tuple[mx.array, Any, int, int, int]:
         """Summed loss and measures, summed gradients, count, trained tokens and tokens of an update, of all."""
         sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
         for _ in range(self._settings.accumulate):
@@ -247,9 +360,6 @@ class Run:
             sums = self._summed(sums)
             count, trained, tokens = (int(self._summed(mx.array(each)).item()) for each in (count, trained, tokens))
         return sums, gradients, max(1, count), trained, tokens
-
-    def _means(self, sums: mx.array, count: int) -> list[float]:
-        return [value / count for value in sums.tolist()]
 
     def _named(self, measured: list[float]) -> dict[str, float]:
         return dict(zip(self._step.objective.measures, measured, strict=True))
@@ -287,116 +397,19 @@ class Run:
     def _summed(self, value: mx.array) -> mx.array:
         return value if self._group.size() == 1 else mx.distributed.all_sum(value, group=self._group)
 
-    def _writes(self) -> bool:
-        return bool(self._group.rank() == 0)
-
     def _report(self, report: Report) -> None:
-        if self._writes():
+        if self.leads:
             metrics.append(self._out, report)
         self._callback.report(report)
+
+
+def _means(sums: mx.array, count: int) -> list[float]:
+    return [value / count for value in sums.tolist()]
 
 
 def _set_random_key(key: list[int]) -> None:
     high, low = key
     mx.random.seed(high << 32 | low)  # a key is its seed's two halves
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        interrupted: whether someone stopped it before its last update; it can be resumed.
-        last, best: checkpoints; the best by validation is None where there was none, or none was below the base's.
-    """
-
-    progress: Progress
-    interrupted: bool
-    last: Path
-    best: Path | None
-
-    @property
-    def harm(self) -> tuple[float, float] | None:
-        """The loss at the end and before training, where training made it worse: by validation, if there was any."""
-        done = self.progress
-        if done.valid_loss is not None and done.best_loss is not None:
-            return (done.valid_loss, done.best_loss) if done.best_step == 0 else None
-        risen = done.first_loss is not None and done.loss_mean > _RISEN * done.first_loss
-        return (done.loss_mean, done.first_loss) if risen and done.first_loss is not None else None
-
-
-def train(
-    model: Model,
-    batches: Batches,
-    validation: Callable[[], Iterable[Batch]] | None,
-    settings: Settings,
-    out: Path,
-    identity: Identity,
-    *,
-    resume: bool = False,
-    compute_dtype: mx.Dtype | None = None,
-    objective: Objective | None = None,
-    rehearsal: Batch | None = None,
-    meter: Meter | None = None,
-    callback: TrainingCallback = SILENT,
-    about: Mapping[str, Any] | None = None,
-    export: Callable[[Path], None] | None = None,
-) -> Result:
-    """Train `model`'s trainable parameters in place. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
-
-    Args:
-        batches: at their beginning.
-        validation: gives the same batches at each call.
-        out: the run's directory.
-        identity: of the run; `settings.identity()` is added to its config here.
-        resume: go on from the newest checkpoint.
-        compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
-        objective: what is made small; None for trained tokens' cross-entropy.
-        rehearsal: a batch as those to come, to see how long one takes.
-        meter: what says how much of the machine's matmul speed updates reach; measures that before the first one.
-        about: what the run was asked for; kept in `out`.
-        export: writes into each checkpoint's directory what other programs read.
-
-    Raises:
-        InputError: `out` holds another run, or one that wasn't to be resumed.
-        ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
-        KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
-    """
-    config = {**identity.config, **settings.identity()}
-    own = Identity(identity.model, identity.data, config)
-    run = Run(model, settings, out, own, compute_dtype, objective, meter, callback, export)
-    progress, steps = run.progress, settings.schedule.steps
-    if resume:
-        run.resume()
-        batches.resume(progress.data)
-        callback.resumed(progress.step)
-    else:
-        run.start()
-    if about is not None:
-        run.describe(about)
-    with stop_requests(callback.stopping) as stop:
-        if rehearsal is not None and progress.step < steps:
-            run.rehearse(rehearsal, stop)
-        if not stop.is_set():
-            run.measure(compute_dtype or mx.float32)
-        if not resume and validation is not None:
-            run.validate(validation(), stop)
-        callback.progress("starting")
-        while progress.step < steps and not run.agreed(stop.is_set()):
-            run.update(batches)
-            last, better = progress.step == steps, False
-            if validation is not None and (last or progress.step % settings.eval_every == 0):
-                better = run.validate(validation())
-            if last or better or progress.step % settings.save_every == 0:
-                run.save(batches)
-            elif run.agreed(run.unsaved() > _SAVE_AFTER):
-                run.save(batches, passing=True)
-        if progress.step == 0:  # nothing that would be worth going on from
-            raise KeyboardInterrupt
-        if run.saved != progress.step:
-            run.save(batches)
-    best = checkpoint.directory(out, progress.best_step) if progress.best_step else None
-    return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.model import roofline
 from elm_mlx.store.loading import load_model
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
-from elm_mlx.train.checkpoint import Progress
+from elm_mlx.train.checkpoint import RunProgress
 from elm_mlx.train.run import Result
 from elm_mlx.train.settings import MethodSettings
 
@@ -144,7 +144,7 @@ def test_an_adapter_that_is_worse_than_none_is_not_recommended(
 
 
 def test_a_training_loss_that_rose_is_told_where_nothing_is_validated() -> None:
-    progress = Progress(step=9, loss_mean=7.5, first_loss=3.0)
+    progress = RunProgress(step=9, loss_mean=7.5, first_loss=3.0)
     result = Result(progress, False, Path("last"), None)
     assert "the training loss rose from 3.0000, of the first update, to 7.5000: do not use it" in harmed(result, "--lr")
     assert Result(replace(progress, loss_mean=4.4), False, Path("last"), None).harm is None

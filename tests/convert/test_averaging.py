@@ -33,7 +33,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import hold
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.train import checkpoint
-from elm_mlx.train.checkpoint import Identity, Progress
+from elm_mlx.train.checkpoint import Identity, RunProgress
 from elm_mlx_convert.averaging import average, last
 
 CONFIG = tiny(300)
@@ -60,7 +60,7 @@ def run(tmp_path: Path) -> Path:
     (out / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     for number, values in enumerate(SETS, 1):
         state = {name: mx.array(value) for name, value in values.items()}
-        checkpoint.save(out, state, {"step": mx.array(1)}, Progress(step=100 * number), Identity("m", "d", {}))
+        checkpoint.save(out, state, {"step": mx.array(1)}, RunProgress(step=100 * number), Identity("m", "d", {}))
     return out
 
 

@@ -462,3 +462,28 @@ def test_stopped_before_anything_was_compared_no_harm_is_told(tmp_path: Path) ->
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError, match=complaint):
         runs.settings(**options)
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+def test_what_dropout_drops_does_not_depend_on_the_machine_that_goes_on(
+    processors: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch is cut into as many parts as before, each of which drops its own."""
+    identity = replace(runs.IDENTITY, config={**runs.IDENTITY.config, "dropout": 0.2})
+
+    def train(name: str, **options: Any) -> None:
+        batches, settings = runs.batches(size=4), runs.settings(eval_every=100)
+        runs.train(runs.model_with_dropout(), batches, None, settings, tmp_path / name, identity, **options)
+
+    def stop(report: Report) -> None:
+        if report.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(device, "most_parts", lambda *_: 2)
+    train("whole")
+    train("cut", callback=runs.Reports(stop))
+    monkeypatch.setattr(device, "most_parts", lambda *_: processors)
+    train("cut", resume=True)
+    assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
+    train("other")
+    assert runs.losses(tmp_path / "other") != runs.losses(tmp_path / "whole")

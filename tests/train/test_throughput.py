@@ -13,12 +13,12 @@ import pytest
 import runs
 import tiny
 
+from elm_mlx.callbacks import Report
 from elm_mlx.data.batches import Batch
 from elm_mlx.model import roofline
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.roofline import Cost
 from elm_mlx.store import adapters
-from elm_mlx.train.journal import Report
 from elm_mlx.train.throughput import Meter, seen, update_cost
 
 CONFIG = tiny.scaled_config(runs.VOCAB)
