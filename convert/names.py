@@ -1,8 +1,4 @@
-"""Every way a weight of an OpenELM is called, and the one way it is called here.
-
-The canonical names are those of the hub and of mlx-lm (`transformer.layers.0.attn.qkv_proj.weight`).
-Knows names only: no shapes, no values.
-"""
+"""The names of OpenELM's weights: every way they are written, and the canonical one, of the hub and of mlx-lm."""
 
 from __future__ import annotations
 
@@ -46,12 +42,12 @@ _LAYER = re.compile(r"(?<=\blayers\.)(0|[1-9]\d{0,5})(?=\.)")
 
 
 def unwrap(name: str) -> str:
-    """`name` without what wrappers of a module have put into it."""
+    """Returns `name` without what wrappers of a module have put into it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def unwrapped(tensors: Mapping[str, T], where: str) -> dict[str, T]:
-    """`tensors` by their names without wrappers. Raises InputError when that makes two names one."""
+    """Returns `tensors` by their names without wrappers. Raises InputError when that makes two names one."""
     found: dict[str, T] = {}
     for name, tensor in tensors.items():
         if unwrap(name) in found:
@@ -66,20 +62,20 @@ def is_buffer(name: str) -> bool:
 
 
 def to_canonical(name: str) -> str | None:
-    """The canonical name of a weight in any scheme (wrappers too); None when it is none of an OpenELM's."""
+    """Returns the canonical name of a weight in any scheme, wrappers too, or None when it is none of an OpenELM's."""
     pattern, layer = _split(unwrap(name))
     canonical = _TO_CANONICAL.get(pattern)
     return canonical.format(layer) if canonical else None
 
 
 def to_corenet(name: str) -> str:
-    """CoreNet's name of a canonically named weight. Raises KeyError when it is none."""
+    """Returns CoreNet's name of a canonically named weight. Raises KeyError when it is none."""
     pattern, layer = _split(name)
     return _TO_CORENET[pattern].format(layer)
 
 
 def canonical_names(names: Iterable[str], where: str) -> dict[str, str]:
-    """Canonical name -> name in the file, for every weight among `names`; known buffers are left out.
+    """Maps canonical names to those in the file, for every weight among `names`; known buffers are left out.
 
     Raises:
         InputError: names the tensors that are no OpenELM's, or two that would be the same weight.

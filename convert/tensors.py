@@ -65,11 +65,11 @@ class File:
         self._changed = state.st_mtime_ns
 
     def fail(self, problem: str) -> InputError:
-        """The error to raise for `problem` in this file."""
+        """Returns the error to raise for `problem` in this file."""
         return InputError(f"{self.path}: {problem}")
 
     def read(self, start: int, size: int) -> bytes:
-        """Bytes `start` to `start + size`, all of them."""
+        """Reads bytes `start` to `start + size`, all of them."""
         self._require(start, size)
         buffer = bytearray(size)
         self.read_into(start, memoryview(buffer))
@@ -81,12 +81,20 @@ class File:
         done = 0
         while done < len(view):
             try:
-                count = _pread_into(self._descriptor, view[done : done + _READ_BYTES], start + done)
+                count = self._read_some(start + done, view[done : done + _READ_BYTES])
             except OSError as error:
                 raise self.fail(error.strerror or "cannot be read") from None
             if not count:
                 raise self.fail("was cut short while it was being read")
             done += count
+
+    def _read_some(self, start: int, view: memoryview) -> int:
+        """Reads as much as comes at once. macOS does not promise `os.preadv`, which spares a copy."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self._descriptor, [view], start)
+        data = os.pread(self._descriptor, len(view), start)
+        view[: len(data)] = data
+        return len(data)
 
     def _require(self, start: int, size: int) -> None:
         if start < 0 or size < 0 or start + size > self.size:
@@ -129,15 +137,15 @@ class LazyTensor:
         return replace(self, name=name)
 
     def first_rows(self, count: int) -> LazyTensor:
-        """The same tensor without the rows from `count` on."""
+        """Returns the same tensor without the rows from `count` on."""
         return replace(self, shape=(min(count, self.rows), *self.shape[1:]))
 
     def read(self) -> np.ndarray:
-        """The whole tensor."""
+        """Reads the whole tensor."""
         return self.read_rows(0, self.rows).reshape(self.shape)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Runs of rows, first to last, about BLOCK_BYTES each, in the type that the file has."""
+        """Reads runs of rows, first to last, about BLOCK_BYTES each, in the type that the file has."""
         row_bytes = max(1, self.nbytes // max(1, self.rows))
         step = max(1, BLOCK_BYTES // row_bytes)
         for start in range(0, self.rows, step):
@@ -146,7 +154,7 @@ class LazyTensor:
 
 @dataclass
 class Record:
-    """A storage's bytes. `start` may be filled in later, as long as nothing is read before."""
+    """Where a storage's bytes are. `start` may be filled in later, as long as nothing is read before."""
 
     nbytes: int
     numel: int  # in the type that the file first mentions it with
@@ -164,7 +172,7 @@ class Storage:
 
 
 def view(file: File, storage: Storage, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> LazyTensor:
-    """The tensor, unnamed, that `storage` shows from its value number `offset` on; strides count values.
+    """Returns the tensor, unnamed, that `storage` shows from its value number `offset` on; strides count values.
 
     Raises:
         InputError: when an element would lie outside of the storage, or two of them in one place.
@@ -221,7 +229,9 @@ def _gather(file: File, start: int, strides: list[int], out: np.ndarray) -> None
     """
     reach = [(length - 1) * stride for length, stride in zip(out.shape, strides, strict=True)]
     span = sum(reach) + out.itemsize
-    if out.flags.c_contiguous and span == out.nbytes and _in_order(out, strides):
+    # An axis of length 1 has no say in the order of the values.
+    in_order = all(n == 1 or a == b for n, a, b in zip(out.shape, strides, out.strides, strict=True))
+    if out.flags.c_contiguous and span == out.nbytes and in_order:
         file.read_into(start, out.reshape(-1).view(np.uint8).data)
     elif span <= max(_SMALL_READ, 2 * out.nbytes):
         block = np.empty(span // out.itemsize, out.dtype)
@@ -235,11 +245,6 @@ def _gather(file: File, start: int, strides: list[int], out: np.ndarray) -> None
         _gather(file, start + half * strides[axis], strides, high)
 
 
-def _in_order(out: np.ndarray, strides: list[int]) -> bool:
-    """Whether the file holds the values in the order in which `out` does; an axis of length 1 has no say."""
-    return all(n == 1 or a == b for n, a, b in zip(out.shape, strides, out.strides, strict=True))
-
-
 def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     """Returns the tensors of a safetensors file, in the order of their data.
 
@@ -249,40 +254,35 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     file = File(path)
     tensors = {}
     for entry in parse_header(path, file.size, file.read):
-        if entry.dtype not in _SAFETENSORS_DTYPES:
-            raise InputError(
-                f"{path}: {entry.name!r} has the type {entry.dtype}; known are {', '.join(_SAFETENSORS_DTYPES)}"
-            )
-        tensors[entry.name] = _safetensor(file, entry.name, entry.shape, _SAFETENSORS_DTYPES[entry.dtype], entry.begin)
+        dtype = _SAFETENSORS_DTYPES.get(entry.dtype)
+        if dtype is None:
+            known = ", ".join(_SAFETENSORS_DTYPES)
+            raise InputError(f"{path}: {entry.name!r} has the type {entry.dtype}; known are {known}")
+        numel = math.prod(entry.shape)
+        storage = Storage(Record(entry.end - entry.begin, numel, entry.begin), dtype, 0, numel)
+        tensors[entry.name] = view(file, storage, 0, entry.shape, row_major(entry.shape)).renamed(entry.name)
     return tensors
 
 
-def _safetensor(file: File, name: str, shape: tuple[int, ...], dtype: str, offset: int) -> LazyTensor:
-    row_shape = shape[1:]
-    row_bytes = math.prod(row_shape) * ITEM_SIZES[dtype]
-
-    def read_rows(start: int, stop: int) -> np.ndarray:
-        rows = np.empty((stop - start, *row_shape), numpy_dtype(dtype))
-        file.read_into(offset + start * row_bytes, rows.reshape(-1).view(np.uint8).data)
-        return rows
-
-    return LazyTensor(name, shape, dtype, read_rows)
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the strides, in values, of a tensor whose values lie one after the other."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def numpy_dtype(dtype: str) -> np.dtype:
-    """The numpy type that carries `dtype`, little-endian as every checkpoint format is."""
+    """Returns the numpy type that carries `dtype`, little-endian as every checkpoint format is."""
     return np.dtype("<u2" if dtype == "bfloat16" else "?" if dtype == "bool" else dtype).newbyteorder("<")
 
 
 def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
-    """`values` of type `dtype` (bfloat16 as bit patterns) as float32."""
+    """Returns `values` of type `dtype` (bfloat16 as bit patterns) as float32."""
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32, copy=False)
 
 
 def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
-    """From any float type to float32, float16 or bfloat16: to the nearest value, ties to even; NaN stays NaN.
+    """Rounds floats of any type to float32, float16 or bfloat16: to the nearest, ties to even; NaN stays NaN.
 
     What is too large becomes infinite, without a warning: see `all_finite`.
     """
@@ -313,17 +313,8 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def _pread_into(descriptor: int, buffer: memoryview, offset: int) -> int:
-    """As much as comes at once; how many bytes that was. macOS does not promise `os.preadv`, which spares a copy."""
-    if hasattr(os, "preadv"):
-        return os.preadv(descriptor, [buffer], offset)
-    data = os.pread(descriptor, len(buffer), offset)
-    buffer[: len(data)] = data
-    return len(data)
-
-
 def cast_blocks(tensor: LazyTensor, dtype: str, not_finite: list[str]) -> Iterator[memoryview]:
-    """The bytes of a tensor's rows in `dtype`, a block at a time; its name goes to `not_finite` for NaN or infinities.
+    """Gives a tensor's bytes in `dtype`, a block at a time. One with NaN or infinities adds its name to `not_finite`.
 
     Raises:
         InputError: a value overflows `dtype`; names the tensor.

@@ -9,7 +9,6 @@ against the bytes that the file has before any of them is used.
 
 from __future__ import annotations
 
-import math
 import pickle
 import struct
 import zipfile
@@ -22,7 +21,7 @@ from typing import Any, BinaryIO
 from elm_mlx.reading import printable
 from elm_mlx_convert.names import to_corenet
 from elm_mlx_convert.pickle_machine import MAX_PICKLE_BYTES, PickleMachine, Stream
-from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, Record, Storage, cast_blocks, view
+from elm_mlx_convert.tensors import ITEM_SIZES, File, LazyTensor, Record, Storage, cast_blocks, row_major, view
 from elm_mlx_convert.zip_files import ZipEntry, read_archive, read_entry, require_stored
 
 # The number that opens a file of the old layout, as LONG1 spells it.
@@ -438,7 +437,6 @@ def _pickled(tensors: Sequence[LazyTensor], dtype: str) -> bytes:
 
 def _tensor_opcodes(tensor: LazyTensor, key: str, dtype: str) -> bytes:
     """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
-    strides = tuple(math.prod(tensor.shape[axis + 1 :]) for axis in range(len(tensor.shape)))
     storage = _tuple(
         _plain("storage"),
         _global("torch", _STORAGE_NAMES[dtype]),
@@ -447,7 +445,7 @@ def _tensor_opcodes(tensor: LazyTensor, key: str, dtype: str) -> bytes:
         _plain(tensor.size),
     )
     arguments = _tuple(
-        storage + pickle.BINPERSID, _plain(0), _plain(tensor.shape), _plain(strides), _plain(False),
+        storage + pickle.BINPERSID, _plain(0), _plain(tensor.shape), _plain(row_major(tensor.shape)), _plain(False),
         _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE,
     )  # fmt: skip
     return _global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
