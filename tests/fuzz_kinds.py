@@ -29,7 +29,7 @@ from hostile_templates import TEMPLATES
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import records, text_sources
 from elm_mlx.errors import ElmError
-from elm_mlx.evaluate import perplexity, task_results
+from elm_mlx.evaluate import task_results, tokens
 from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
 from elm_mlx.inference import conversation, sampling
@@ -302,7 +302,7 @@ def use_questions(path: Path) -> None:
     refused = []
     for name in ("text.jsonl", "text.txt"):
         try:
-            perplexity.read(path / name, tokenizer, 8, 4)
+            tokens.read_text(path / name, tokenizer, 8, 4)
         except ElmError as error:
             refused.append(error)
     for use in (_own_task, _hellaswag):

@@ -71,7 +71,16 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ScoreDi
     a, b = (_gathered([run[key] for key in common]) for run in (ours, theirs))
     if not a:
         raise InputError("the runs have no task in common, nor a text of several documents")
-    return [_difference(key, a[key], b[key]) for key in a]
+    found = []
+    for (task, shots, metric), values in a.items():
+        one, other = np.asarray(values, np.float64), np.asarray(b[task, shots, metric], np.float64)
+        low, high, p = bootstrap(other - one)
+        if np.isin(one, (0, 1)).all() and np.isin(other, (0, 1)).all():
+            p = mcnemar(one, other)
+        means = float(one.mean()), float(other.mean())
+        better = means[1] < means[0] if metric in LOWER_IS_BETTER else means[1] > means[0]
+        found.append(ScoreDifference(task, shots, metric, len(one), *means, low, high, p, better))
+    return found
 
 
 def bootstrap(differences: Values, seed: int = 0) -> tuple[float, float, float]:
@@ -101,17 +110,6 @@ def mcnemar(first: Values, second: Values) -> float:
     ]
     largest = max(terms)
     return min(1.0, math.exp(largest + math.log(2 * sum(math.exp(term - largest) for term in terms))))
-
-
-def _difference(key: tuple[str, int, str], a: Sequence[float], b: Sequence[float]) -> ScoreDifference:
-    name, shots, metric = key
-    first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    low, high, p = bootstrap(second - first)
-    if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
-        p = mcnemar(first, second)
-    one, other = float(first.mean()), float(second.mean())
-    better = other < one if metric in LOWER_IS_BETTER else other > one
-    return ScoreDifference(name, shots, metric, len(first), one, other, low, high, p, better)
 
 
 def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], list[float]]:

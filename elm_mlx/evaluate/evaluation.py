@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
 from elm_mlx import device, files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.evaluate import perplexity, scores, task_results, task_sources, tasks, tokens
-from elm_mlx.evaluate.perplexity import TextWindows
+from elm_mlx.evaluate import scores, task_results, task_sources, tasks, tokens
 from elm_mlx.evaluate.questions import Question
 from elm_mlx.evaluate.score_record import ScoreRecord, kept_identity
 from elm_mlx.evaluate.scores import Score
@@ -26,11 +28,12 @@ from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.task_results import ScoreRow, TaskResult
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
-from elm_mlx.evaluate.tokens import Scored, TextEncoder
+from elm_mlx.evaluate.tokens import Scored, TextWindows
 from elm_mlx.model.config import read_config
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.loading import open_model
+from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.version import __version__
 
 HARNESS = "harness.json"
@@ -74,19 +77,16 @@ class Wanted:
         if self.shots is not None:
             found = [Chosen(each.task, self.shots if each.task.shots is None else each.task.shots) for each in found]
         for name in self.names():
-            found += _named(name, self.shots)
+            bare, at, shots = name.partition("@")
+            if task_sources.is_file(name):
+                found.append(Chosen(task_sources.task_of_file(reading.expanded(name)), self.shots or 0))
+            elif at and not shots.isdecimal():
+                raise InputError(f"--tasks {name}: the number of examples is missing after @")
+            else:
+                found += tasks.named(bare, int(shots) if at else self.shots)
         _check_names((each.key, each.key if each.task.dataset else each.task.split) for each in found)
         _check_names((text.name, str(text)) for text in self.texts)
         return list({each.key: each for each in found}.values())
-
-
-def _named(name: str, shots: int | None) -> list[Chosen]:
-    if task_sources.is_file(name):
-        return [Chosen(task_sources.task_of_file(reading.expanded(name)), shots or 0)]
-    bare, at, own = name.partition("@")
-    if at and not own.isdecimal():
-        raise InputError(f"--tasks {name}: the number of examples is missing after @")
-    return tasks.named(bare, int(own) if at else shots)
 
 
 def _check_names(named: Iterable[tuple[str, str]]) -> None:
@@ -145,19 +145,23 @@ class Evaluation:
         self.pace = Pace(0, 0.0)
         self.results: dict[str, Any] = {}
         self.published = task_results.published_model(self._loaded.model.config, path)
-        self.source = task_results.published_source()
+        self.source = task_results.published()["source"]
+        weights = (weight for _, weight in tree_flatten(self._loaded.model.parameters()))
+        types = {str(weight.dtype).removeprefix("mlx.core.") for weight in weights}
         self._identity = {
             "model": fingerprint(path, kept_identity(self.out).get("model")),
             "config.json": _digest(path / "config.json"),
             "adapter": None if adapter is None else _digest(adapters.weights_file(adapter), adapter / adapters.CONFIG),
-            "computed in": _computed_in(self._loaded.model),
+            "computed in": f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}",
         }
         self._about = {"model": str(path), "adapter": None if adapter is None else str(adapter)}
 
     @property
     def published_mean(self) -> float | None:
         suite = self._wanted.suite_name()
-        return None if self.published is None or suite is None else task_results.published_mean(self.published, suite)
+        if self.published is None or suite is None:
+            return None
+        return float(task_results.published()["models"][self.published][suite]["mean"])
 
     def run(self, on_progress: OnProgress = no_progress) -> None:
         """Scores what is not scored yet, and writes results.json.
@@ -172,7 +176,10 @@ class Evaluation:
         works, self.missing = prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
         window = min(wanted.window or _WINDOW, context)
         stride = wanted.stride or max(1, window // 2)
-        works += [prepare_text(path, tokenizer, window, stride) for path in dict.fromkeys(wanted.texts)]
+        for path in dict.fromkeys(wanted.texts):
+            text = tokens.read_text(path, tokenizer, window, stride)
+            key, metrics = f"{path.name}, window {window}, stride {stride}", ("bits_per_byte", "perplexity")
+            works.append(Work(key, path.name, str(path), metrics, [[each] for each in text.windows], text=text))
         if not works:
             key, how = next(iter(self.missing.items()))
             raise InputError(f"no task's data are here; of {key}: {how}")
@@ -261,7 +268,7 @@ class Work:
 
 
 def prepare(
-    chosen: Sequence[Chosen], tokenizer: TextEncoder, context: int, data: Path | None = None, limit: int | None = None
+    chosen: Sequence[Chosen], tokenizer: Tokenizer, context: int, data: Path | None = None, limit: int | None = None
 ) -> tuple[list[Work], dict[str, str]]:
     """Reads and encodes tasks; returns also, for each task or group whose data are not here, how to get them.
 
@@ -292,14 +299,6 @@ def prepare(
         metrics = task.metrics or task_sources.metrics_of(questions)
         works.append(Work(each.key, task.name, source.where, metrics, items, each.shots, task.group, questions))
     return works, missing
-
-
-def prepare_text(path: Path, tokenizer: TextEncoder, window: int, stride: int) -> Work:
-    """Reads and encodes a file of text in windows. Raises InputError."""
-    text = perplexity.read(path, tokenizer, window, stride)
-    key = f"{path.name}, window {window}, stride {stride}"
-    metrics = ("bits_per_byte", "perplexity")
-    return Work(key, path.name, str(path), metrics, [[window] for window in text.windows], text=text)
 
 
 def score(works: Sequence[Work], model: Any, record: ScoreRecord, on_progress: OnProgress = no_progress) -> Pace:
@@ -336,14 +335,6 @@ def score(works: Sequence[Work], model: Any, record: ScoreRecord, on_progress: O
             spent, items = spent + cost, items + len(results)
             on_progress(work.key, spent, total)
     return Pace(items, time.perf_counter() - started)
-
-
-def _computed_in(model: Any) -> str:
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    types = {str(weight.dtype).removeprefix("mlx.core.") for _, weight in tree_flatten(model.parameters())}
-    return f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}"
 
 
 def _digest(*paths: Path) -> str:

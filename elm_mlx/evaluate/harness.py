@@ -12,7 +12,7 @@ from typing import Any
 
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.evaluate import perplexity, tokens
+from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
 
@@ -77,11 +77,21 @@ def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_prog
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [tokens.begun(each.args[0], tokenizer) for each in requests]
-            items = [list(perplexity.slide(ids, context, context)) for ids in texts]
+            items = [list(tokens.slide(ids, context, context)) for ids in texts]
             return [sum(value for value, _ in found) for found in _scores(scorer, items, on_progress)]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
-            return [_generate(model, tokenizer, *request.args[:2]) for request in requests]
+            from elm_mlx.inference.generation import generate
+
+            found = []
+            for text, options in (request.args[:2] for request in requests):
+                until = options.get("until") or []
+                most = int(options.get("max_gen_toks", _MOST_GENERATED))
+                ids = tokenizer.encode(text)[-max(1, context - most) :]
+                temp = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+                stop = [each for each in ([until] if isinstance(until, str) else until) if each]
+                found.append(generate(model, tokenizer, ids, max_tokens=most, temp=temp, seed=0, stop=stop))
+            return found
 
     return HarnessModel()
 
@@ -97,16 +107,3 @@ def _scores(scorer: Scorer, items: list[list[Scored]], on_progress: OnProgress) 
         found.update({each.item: list(zip(each.logprobs, each.greedy, strict=True)) for each in results})
         on_progress("lm_eval", done, total)
     return [found[number] for number in range(len(items))]
-
-
-def _generate(model: Any, tokenizer: Any, text: str, options: dict[str, Any]) -> str:
-    from elm_mlx.inference.generation import generate
-
-    until = options.get("until") or []
-    most = int(options.get("max_gen_toks", _MOST_GENERATED))
-    room = max(1, model.config.max_context_length - most)
-    return generate(
-        model, tokenizer, tokenizer.encode(text)[-room:], max_tokens=most, seed=0,
-        temp=float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0,
-        stop=[each for each in ([until] if isinstance(until, str) else until) if each],
-    )  # fmt: skip

@@ -107,16 +107,21 @@ def published_model(config: Any, directory: Path) -> str | None:
     if not isinstance(config, ModelConfig):
         return None
     own = {key: getattr(config, key) for key in ("quantization", "bos_token_id", "eos_token_id")}
+    try:
+        converted = reading.json_object(directory / "conversion.json")["source"]["name"]
+    except (InputError, KeyError, TypeError):
+        converted = ""
+    kind = "-Instruct" if "instruct" in f"{directory.resolve().name} {converted}".lower() else ""
     for name in PRESETS:
         preset = ModelConfig.preset(name)
         if config.shapes() == preset.shapes() and config == replace(preset, **own):
-            return f"{name}-Instruct" if "instruct" in _names(directory) else name
+            return name + kind
     return None
 
 
 def published_scores(name: str) -> dict[tuple[str, int], float]:
     """In per cent, by task and number of few-shot examples."""
-    found = _published()["models"][name]
+    found = published()["models"][name]
     return {
         (task, shots): found[suite][task]
         for suite, shots_of in tasks.SUITES.items()
@@ -125,26 +130,8 @@ def published_scores(name: str) -> dict[tuple[str, int], float]:
     }
 
 
-def published_mean(name: str, suite: str) -> float:
-    """The mean over a suite, in per cent."""
-    return float(_published()["models"][name][suite]["mean"])
-
-
-def published_source() -> str:
-    """The paper that the scores are from."""
-    return str(_published()["source"])
-
-
-def _names(directory: Path) -> str:
-    """The name of a model directory, and that of the model that it was converted from."""
-    try:
-        made = reading.json_object(directory / "conversion.json")["source"]["name"]
-    except (InputError, KeyError, TypeError):
-        made = ""
-    return f"{directory.resolve().name} {made}".lower()
-
-
 @functools.cache
-def _published() -> dict[str, Any]:
+def published() -> dict[str, Any]:
+    """The paper's scores: `models` -> model -> suite -> task, in per cent, or "mean"; and their `source`."""
     found: dict[str, Any] = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
     return found

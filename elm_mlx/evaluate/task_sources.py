@@ -86,7 +86,13 @@ def load(chosen: Chosen, data: Path | None) -> TaskSource:
         InputError: a file is damaged, or holds something else.
     """
     task = chosen.task
-    path = Path(task.split) if task.dataset is None else _local(data, task.name)
+    if task.dataset is not None and data is not None and not data.is_dir():
+        raise InputError(f"{data}: no such directory")
+    if task.dataset is None:
+        path: Path | None = Path(task.split)
+    else:
+        others = HELLASWAG_TEXT if task.name == "hellaswag" else ()
+        path = None if data is None else _first_file(data, task.name, others)
     questions = _of_hub(task, task.split) if path is None else _of_file(path, task)
     where = f"{task.dataset} (hub cache)" if path is None else str(path)
     if not chosen.shots:
@@ -107,12 +113,6 @@ def load(chosen: Chosen, data: Path | None) -> TaskSource:
 def _first_file(directory: Path, name: str, others: Sequence[str] = ()) -> Path | None:
     names = (*(name + suffix for suffix in SUFFIXES), *others)
     return next((directory / each for each in names if (directory / each).is_file()), None)
-
-
-def _local(data: Path | None, name: str) -> Path | None:
-    if data is not None and not data.is_dir():
-        raise InputError(f"{data}: no such directory")
-    return None if data is None else _first_file(data, name, HELLASWAG_TEXT if name == "hellaswag" else ())
 
 
 def _of_file(path: Path, task: Task) -> list[Question]:

@@ -1,23 +1,24 @@
-"""Questions as token ids, cut into context and continuation as LM Evaluation Harness cuts them."""
+"""Questions and texts as token ids: a continuation is scored after its context, a text in windows.
+
+Questions are cut into context and continuation as LM Evaluation Harness cuts them. A text's perplexity is that of the
+model's own tokens; bits per byte compare models whose tokenizers differ, for the bytes are the text's own.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
+from elm_mlx import reading
+from elm_mlx.data import data_files
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import InputError
-
-
-class TextEncoder(Protocol):
-    """The part of a tokenizer that is needed here."""
-
-    bos_id: int | None
-    eos_id: int | None
-
-    def encode(self, text: str, add_bos: bool = True) -> list[int]: ...
+from elm_mlx.evaluate.scores import Score
+from elm_mlx.text.tokenizer import Tokenizer, check_unicode
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Scored:
     start: int
 
 
-def encode(requests: Sequence[tuple[str, str]], tokenizer: TextEncoder, context: int) -> list[Scored]:
+def encode(requests: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: int) -> list[Scored]:
     """Encodes pairs of context and continuation, BOS in front, cut from the left to what the model can read.
 
     Spaces at the context's end go to the continuation. The whole and the context are encoded, and the tokens of the
@@ -67,13 +68,13 @@ def encode(requests: Sequence[tuple[str, str]], tokenizer: TextEncoder, context:
     return found
 
 
-def begun(text: str, tokenizer: TextEncoder) -> list[int]:
+def begun(text: str, tokenizer: Tokenizer) -> list[int]:
     """Encodes a text after the token that predicts its first one, as the harness: BOS, or else EOS."""
     ids, first = tokenizer.encode(text), _first(tokenizer)
     return ids if first is None or ids[:1] == [first] else [first, *ids]
 
 
-def _first(tokenizer: TextEncoder) -> int | None:
+def _first(tokenizer: Tokenizer) -> int | None:
     return tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
 
 
@@ -83,3 +84,99 @@ def digest(sequences: Sequence[Scored]) -> str:
     for each in sequences:
         state.update(array("q", [len(each.ids), each.start, *each.ids]).tobytes())
     return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class TextWindows:
+    """Windows over all documents of a file. `logprobs` below has the summed log-probability of each window.
+
+    Attributes:
+        documents: the number of each window's document.
+        bytes: of each document, in UTF-8.
+        digest: a hash of all the documents, whatever the tokenizer.
+    """
+
+    windows: list[Scored]
+    documents: list[int]
+    bytes: list[int]
+    digest: str
+
+    def bits_per_byte(self, logprobs: Sequence[float]) -> Score:
+        """Over all documents; the standard error is that of documents drawn anew, where there are several."""
+        nats, total, count = self._by_document(logprobs), sum(self.bytes), len(self.bytes)
+        value = -sum(nats) / total / math.log(2)
+        if count < 2:
+            return Score(value, None, count)
+        # Of a ratio of sums, to first order.
+        rest = [-each / math.log(2) - value * size for each, size in zip(nats, self.bytes, strict=True)]
+        return Score(value, math.sqrt(count / (count - 1) * sum(each**2 for each in rest)) / total, count)
+
+    def shares(self, logprobs: Sequence[float]) -> list[float]:
+        """Each document's part in `bits_per_byte`, times their number, so that it is their mean; empty for one alone.
+
+        Two models' can be compared document by document, as they share the bytes.
+        """
+        nats, total, count = self._by_document(logprobs), sum(self.bytes), len(self.bytes)
+        return [-each / math.log(2) * count / total for each in nats] if count > 1 else []
+
+    def perplexity(self, logprobs: Sequence[float]) -> Score:
+        """Of the model's own tokens: not to be compared between tokenizers."""
+        scored = sum(len(each.ids) - each.start for each in self.windows)
+        return Score(math.exp(min(700.0, -sum(logprobs) / scored)), None, len(self.bytes))
+
+    def _by_document(self, logprobs: Sequence[float]) -> list[float]:
+        nats = [0.0] * len(self.bytes)
+        for document, value in zip(self.documents, logprobs, strict=True):
+            nats[document] += value
+        return nats
+
+
+def read_text(path: Path, tokenizer: Tokenizer, window: int, stride: int) -> TextWindows:
+    """Reads a `.txt` file as one document, `.jsonl` as one for each object with a `text`; packed ones too.
+
+    Args:
+        window: tokens read at once.
+        stride: tokens scored in each window but the first; all before them is context.
+
+    Raises:
+        InputError: the file cannot be read, holds no text, or the stride does not fit the window.
+    """
+    if not 1 <= stride <= window:
+        raise InputError(f"--stride {stride}: must lie between 1 and the window, {window}")
+    found = TextWindows([], [], [], "")
+    state = hashlib.blake2b(digest_size=8)
+    for number, document in enumerate(_documents(path)):
+        data = document.encode()
+        found.bytes.append(len(data))
+        state.update(len(data).to_bytes(8, "little") + data)
+        for scored in slide(begun(document, tokenizer), window, stride):
+            found.windows.append(scored)
+            found.documents.append(number)
+    if not found.windows:
+        raise InputError(f"{path}: holds no text")
+    return TextWindows(found.windows, found.documents, found.bytes, state.hexdigest())
+
+
+def slide(ids: Sequence[int], window: int, stride: int) -> Iterator[Scored]:
+    """Windows over `ids`: all but the first id is scored once, and no more than `window` are read for it."""
+    end = 1
+    while end < len(ids):
+        scored = min(stride if end > 1 else window, len(ids) - end)
+        end += scored
+        start = max(0, end - 1 - window)
+        yield Scored(list(ids[start:end]), end - start - scored)
+
+
+def _documents(path: Path) -> Iterator[str]:
+    suffix = data_files.suffix_of(path, (*data_files.TEXT, *data_files.JSON))
+    if suffix in data_files.TEXT:
+        with data_files.open_file(path) as file:
+            yield reading.decoded(data_files.read_whole(path, file), str(path))
+        return
+    for where, value in data_files.read_all([path], ()):
+        try:
+            text = data_files.text_of(value, "text")
+            check_unicode(text)
+        except (BadRecord, InputError) as error:
+            raise InputError(f"{where}: {error}") from None
+        yield text

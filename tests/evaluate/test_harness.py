@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.evaluate import harness, perplexity, tokens
+from elm_mlx.evaluate import harness, tokens
 from elm_mlx.evaluate.evaluation import HARNESS, Evaluation, Wanted
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.inference.generation import generate
@@ -84,7 +84,7 @@ def test_whole_texts_and_generated_ones(tiny_model_dir: Path, lm_eval: dict[str,
     assert tokenizer is not None
     ours = harness.language_model(model, tokenizer)
     text = "the quick brown fox jumps " * 150
-    windows = list(perplexity.slide(tokenizer.encode(text), 512, 512))
+    windows = list(tokens.slide(tokenizer.encode(text), 512, 512))
     assert len(windows) > 1
     expected = sum(Scorer(model).score([windows])[0].logprobs)
     assert ours.loglikelihood_rolling([Request((text,))]) == pytest.approx([expected], rel=1e-5)

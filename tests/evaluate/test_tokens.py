@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.evaluate import perplexity, tokens
+from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -72,7 +72,7 @@ def test_digests_tell_ids_and_borders_apart() -> None:
 )
 def test_windows_score_each_token_once_with_as_much_before_it_as_fits(count: int, window: int, stride: int) -> None:
     ids = list(range(count))
-    found = list(perplexity.slide(ids, window, stride))
+    found = list(tokens.slide(ids, window, stride))
     assert [token for each in found for token in each.ids[each.start :]] == ids[1:]
     for number, each in enumerate(found):
         assert len(each.ids) <= window + 1
@@ -83,7 +83,7 @@ def test_windows_score_each_token_once_with_as_much_before_it_as_fits(count: int
 
 
 def test_harness_windows_are_those_without_a_stride() -> None:
-    found = list(perplexity.slide([100, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 4, 4))
+    found = list(tokens.slide([100, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9], 4, 4))
     assert [(each.ids[:-1], each.ids[each.start :]) for each in found] == [
         ([100, 0, 1, 2], [0, 1, 2, 3]), ([3, 4, 5, 6], [4, 5, 6, 7]), ([5, 6, 7, 8], [8, 9]),
     ]  # fmt: skip
@@ -93,8 +93,8 @@ def test_texts_are_read_from_files_of_every_kind(tiny_tokenizer: Tokenizer, tmp_
     plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl.gz"
     plain.write_text("the quick brown fox\n" * 3)
     lines.write_bytes(gzip.compress(b"".join(json.dumps({"text": t}).encode() + b"\n" for t in ("caf\u00e9", "fox"))))
-    assert perplexity.read(plain, tiny_tokenizer, 64, 32).bytes == [60]
-    found = perplexity.read(lines, tiny_tokenizer, 64, 32)
+    assert tokens.read_text(plain, tiny_tokenizer, 64, 32).bytes == [60]
+    found = tokens.read_text(lines, tiny_tokenizer, 64, 32)
     assert found.bytes == [5, 3]
     assert found.documents == [0, 1]
 
@@ -109,7 +109,7 @@ def test_a_texts_first_token_is_predicted_too(bos: int | None, puts: list[int], 
 
 
 def test_bits_per_byte_and_their_error_over_documents() -> None:
-    text = perplexity.TextWindows([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4], "")
+    text = tokens.TextWindows([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4], "")
     logs = [-math.log(2) * 4, -math.log(2) * 4, -math.log(2) * 4]
     found = text.bits_per_byte(logs)
     assert found.value == pytest.approx(12 / 8)
@@ -132,10 +132,10 @@ def test_bad_texts_are_named(tiny_tokenizer: Tokenizer, tmp_path: Path, name: st
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(InputError, match=reason):
-        perplexity.read(path, tiny_tokenizer, 64, 32)
+        tokens.read_text(path, tiny_tokenizer, 64, 32)
 
 
 def test_a_stride_must_fit_the_window(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("fox")
     with pytest.raises(InputError, match="--stride 65"):
-        perplexity.read(tmp_path / "a.txt", tiny_tokenizer, 64, 65)
+        tokens.read_text(tmp_path / "a.txt", tiny_tokenizer, 64, 65)
