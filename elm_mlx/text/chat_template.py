@@ -64,10 +64,6 @@ class Template(ABC):
             InputError: the template does not take one of them.
         """
 
-    def parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
-        """Returns one conversation, as `parts_of`."""
-        return self.parts_of([(messages, add_generation_prompt)])[0]
-
     def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of the conversation, exactly one BOS in front.
 
@@ -78,7 +74,8 @@ class Template(ABC):
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
         """
-        return self.tokenizer.encode_parts(self.parts(check_messages(messages), add_generation_prompt))
+        (parts,) = self.parts_of([(check_messages(messages), add_generation_prompt)])
+        return self.tokenizer.encode_parts(parts)
 
     def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
         """`encode(messages)`, beginning with `ids` wherever the template allows, so that a cache of them serves on.
@@ -165,7 +162,10 @@ class JinjaTemplate(Template):
 
     def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
         mark = self._unused_character([message for messages, _ in conversations for message in messages])
-        shielded = [(self._shielded(messages, mark), prompt) for messages, prompt in conversations]
+        shielded = [
+            ([{**message, "content": self._shield(message["content"], mark)} for message in messages], prompt)
+            for messages, prompt in conversations
+        ]
         differing = [i for i, (messages, _) in enumerate(shielded) if any(mark in m["content"] for m in messages)]
         rendered = self._render([*conversations, *(shielded[i] for i in differing)])
         for text in rendered:
@@ -192,9 +192,6 @@ class JinjaTemplate(Template):
             parts += [text[start : match.start()], self._ids[match[0]]]
             start = match.end()
         return [part for part in (*parts, text[start:]) if part != ""]
-
-    def _shielded(self, messages: Messages, mark: str) -> Messages:
-        return [{**message, "content": self._shield(message["content"], mark)} for message in messages]
 
     def _shield(self, content: str, mark: str) -> str:
         """`content` with `mark`s in it, so that no name of a control token can begin, end or lie in it.

@@ -66,7 +66,7 @@ class TestOpenELMInstruct:
 
     def test_conversation_reads_as_the_template_says(self, instruct, tokenizer):
         ids = instruct.encode([system("S"), user("Q"), assistant("A"), user("R")])
-        parts = instruct.parts([system("S"), user("Q"), assistant("A"), user("R")], True)
+        (parts,) = instruct.parts_of([([system("S"), user("Q"), assistant("A"), user("R")], True)])
         text = "".join(tokenizer.pieces[part] if isinstance(part, int) else part for part in parts)
         assert text == ("<s><|system|>\nS</s>\n<|user|>\nQ</s>\n<|assistant|>\nA</s>\n<|user|>\nR</s>\n<|assistant|>\n")
         assert controls(tokenizer, ids) == ["<s>", *["</s>"] * 4]
