@@ -100,7 +100,7 @@ class _EndedError(Exception):
     """The process has ended; the text says why."""
 
 
-class _Process:
+class _Renderer:
     """The process that renders, from outside. One serves all templates."""
 
     def __init__(self) -> None:
@@ -189,13 +189,13 @@ def _footprint(process: int) -> int:
 
 
 _lock = threading.Lock()
-_process: _Process | None = None
+_process: _Renderer | None = None
 
 
-def _running() -> _Process:
+def _running() -> _Renderer:
     global _process
     if _process is None or _process.ended:
-        _process = _Process()
+        _process = _Renderer()
     return _process
 
 
