@@ -74,10 +74,9 @@ def generate(
         template = "none"
     from elm_mlx.inference.generation import check_steps
     from elm_mlx.inference.sampling import merge_settings, sampler_from
-    from elm_mlx.inference.window import as_messages
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
-    from elm_mlx.text.chat_template import choose, prepare
+    from elm_mlx.text.tokenizer import has_chat_template
 
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
@@ -88,7 +87,12 @@ def generate(
     sampler_from(chosen)
     check_steps(chosen["max_tokens"], prefill_step)
     reading.check_seed(seed)
-    if not prepare(model, template, adapter) and system is not None:
+    templated = template is not None or adapter is not None or has_chat_template(model)
+    if templated:  # only then is any of it imported
+        from elm_mlx.text.chat_template import choose, prepare
+
+        templated = prepare(model, template, adapter)
+    if not templated and system is not None:
         raise InputError("--system needs a chat template, and without one a text is continued: see --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     loaded = open_model(model, compute_dtype, adapter, config)
@@ -97,9 +101,9 @@ def generate(
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
     inputs: Sequence[str | list[int]] = texts
-    conversing = choose(model, loaded.tokenizer, template, adapter)
+    conversing = choose(model, loaded.tokenizer, template, adapter) if templated else None
     if conversing is not None:
-        before = as_messages(system, [])
+        before = [] if system is None else [{"role": "system", "content": system}]
         inputs = [conversing.encode([*before, {"role": "user", "content": text}]) for text in texts]
         chosen |= {"stop": (*conversing.stop_strings, *(stop or ())), "stop_ids": conversing.stop_ids}
         note("answered by the chat template; --no-template continues the text")

@@ -7,6 +7,7 @@ never taken for control tokens: `</s>` in it is four characters. Whoever wants a
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import reading
+from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import MODEL_TYPE, Config, tokenizer_file
 
@@ -251,6 +253,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
             values[name] = text
         settings |= {name: value for name, value in values.items() if value is not None}
     return settings
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Returns True where a model directory has files for chat templates, which `chat_template` then reads."""
+    directory = reading.expanded(directory)
+    if any(os.path.lexists(directory / name) for name in ("chat_template.jinja", "chat_template.json", *TEMPLATES)):
+        return True
+    return reading.json_object_if_there(directory / "tokenizer_config.json").get("chat_template") is not None
 
 
 def check_unicode(text: str) -> bytes:

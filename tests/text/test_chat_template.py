@@ -16,7 +16,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.text import chat_template
 from elm_mlx.text import jinja as jinja_engine
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, choose
-from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.text.tokenizer import Tokenizer, has_chat_template
 
 LLAMA = SHARED / "tokenizer" / "llama2.model"
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -418,3 +418,17 @@ def test_source_for_a_checkpoints_name():
     assert chat_template.source_for("apple/OpenELM-1_1B") is None
     assert chat_template.read_source("openelm-instruct") == OPENELM_INSTRUCT_JINJA
     assert chat_template.read_source("none") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "there"),
+    [
+        ("chat_template.jinja", "", True), ("chat_template.json", "{}", True), ("chat_templates/rag.jinja", "", True),
+        ("tokenizer_config.json", '{"chat_template": "x"}', True), ("tokenizer_config.json", "{}", False),
+    ],
+)  # fmt: skip
+def test_wherever_a_template_may_stand_it_is_looked_for(tmp_path: Path, name: str, content: str, there: bool) -> None:
+    assert not has_chat_template(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    assert has_chat_template(tmp_path) is there
