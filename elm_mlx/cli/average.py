@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from elm_mlx import reading
-from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import bar, byte_size, counted, say
+from elm_mlx.cli.screen import ProgressBar, bar, byte_size, counted, say
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,9 +47,9 @@ def average(
         if len(checkpoints) > 1:
             raise InputError(f"--last {last}: takes the checkpoints of one run, and {len(checkpoints)} are named")
         chosen = [str(path) for path in averaging.last(reading.expanded(checkpoints[0]), last)]
-    with _progress() as advance:
+    with ProgressBar("bytes") as progress:
         done = averaging.average(
-            chosen, out, config=config, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, on_progress=advance
+            chosen, out, config=config, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite, on_progress=progress
         )
     _print(done, chosen)
 
@@ -71,19 +68,3 @@ def _print(done: Average, checkpoints: list[str]) -> None:
     for warning in done.warnings:
         say("warning", warning, err=True)
     say("wrote", f"{done.destination}, {plan.dtype}, {byte_size(plan.nbytes)}")
-
-
-@contextmanager
-def _progress() -> Iterator[OnProgress]:
-    """A bar on stderr, where someone is looking."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield no_progress
-        return
-    columns = (TextColumn("average"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("average")
-        yield lambda what, done=0, total=0, /: bars.update(task, completed=done, total=total)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import byte_size, counted, say
+from elm_mlx.cli.screen import ProgressBar, byte_size, counted, say
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from elm_mlx_convert import Conversion, ConversionPlan
 
 PANELS = {
@@ -78,7 +76,7 @@ def convert(
     """Convert a PyTorch, Hugging Face or MLX checkpoint into a directory that elm-mlx and mlx-lm open."""
     import elm_mlx_convert
 
-    with _converted(src, dst, quantize, overwrite, dry_run) as target, _Progress(verify) as progress:
+    with _converted(src, dst, quantize, overwrite, dry_run) as target, ProgressBar("bytes") as progress:
         done = elm_mlx_convert.convert(
             src,
             target,
@@ -94,8 +92,8 @@ def convert(
             verify=verify,
             dry_run=dry_run,
             overwrite=overwrite,
-            on_plan=progress.begin,
-            on_progress=progress.advance,
+            on_plan=_print_plan,
+            on_progress=progress,
         )
         _print_end(done, to_be_quantized=quantize is not None)
 
@@ -107,7 +105,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
         yield dst
         return
     from elm_mlx import directories, files, reading
-    from elm_mlx.cli.quantize import Report
+    from elm_mlx.cli.quantize import QuantizationDisplay
     from elm_mlx.quantize.quantization import quantize
     from elm_mlx.quantize.recipe import named
 
@@ -118,7 +116,7 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
     directories.check_destination(dst, directories.MODEL, overwrite, (reading.expanded(src),))
     with files.scratch_directory(dst) as scratch:
         yield scratch / dst.name
-        with Report() as report:
+        with QuantizationDisplay() as report:
             quantize(
                 scratch / dst.name, dst, recipe, overwrite=overwrite,
                 on_plan=report.plan, on_progress=report.progress, on_result=report.result,
@@ -175,33 +173,3 @@ def _traits(config: Any) -> str:
 def _range(values: tuple[int, ...]) -> str:
     low, high = min(values), max(values)
     return f"{low}" if low == high else f"{low} to {high}"
-
-
-class _Progress(AbstractContextManager["_Progress"]):
-    """The plan, then a bar a step on stderr; the bar only where someone is looking."""
-
-    def __init__(self, verify: bool) -> None:
-        self._steps = ("write", "verify") if verify else ("write",)
-        self._bars: AbstractContextManager[Progress] = nullcontext()  # type: ignore[assignment]
-        self._progress: Progress | None = None
-        self._tasks: dict[str, Any] = {}
-
-    def begin(self, plan: ConversionPlan) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-        _print_plan(plan)
-        console = Console(stderr=True)
-        if not console.is_terminal:
-            return
-        columns = (TextColumn("{task.description:<10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=console, transient=True)
-        self._progress = self._bars.__enter__()
-        self._tasks = {step: self._progress.add_task(step, total=plan.nbytes) for step in self._steps}
-
-    def advance(self, step: str, done: int = 0, total: int = 0, /) -> None:
-        if self._progress is not None:
-            self._progress.update(self._tasks[step], completed=done)
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bars.__exit__(*exception)

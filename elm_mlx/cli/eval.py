@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from elm_mlx.callbacks import no_progress
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import line, note, printable, table, visible
+from elm_mlx.cli.screen import ProgressBar, line, note, table, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.callbacks import OnProgress
     from elm_mlx.evaluate.comparison import ScoreDifference
     from elm_mlx.evaluate.evaluation import Evaluation
 
@@ -97,12 +94,12 @@ def eval(
     for remark in opened.notes:
         note(remark)
     if harness:
-        with _progress() as on_progress:
+        with ProgressBar() as on_progress:
             scores = opened.run_harness(on_progress)
         print(visible(scores))
     else:
         try:
-            with _progress() as on_progress:
+            with ProgressBar() as on_progress:
                 opened.run(on_progress)
         except KeyboardInterrupt:
             note(f"stopped; the same command goes on from {opened.out}")
@@ -174,23 +171,3 @@ def _print_differences(differences: list[ScoreDifference]) -> None:
         ])  # fmt: skip
     headers = ("task", "shots", "questions", "metric", "first", "second", "difference", "95 % of resamples", "p", "")
     table(headers, rows, left=(0, 3, 9))
-
-
-@contextmanager
-def _progress() -> Iterator[OnProgress]:
-    """A bar on stderr, where someone is looking."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield no_progress
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("left"), console=console, transient=True) as bars:
-        task = bars.add_task("reading", total=None)
-
-        def show(what: str, done: int = 0, total: int = 0, /) -> None:
-            bars.update(task, description=printable(what), completed=done, total=total)
-
-        yield show

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import Speech, counted, line, note, visible
+from elm_mlx.cli.screen import ProgressBar, Speech, counted, line, note, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -129,7 +128,7 @@ def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: b
 
     start, read, written = time.perf_counter(), 0, 0
     speech = Speech()
-    with _progress(len(texts)) as advance:
+    with ProgressBar("items") as progress:
         for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
             read, written = read + done.prompt_tokens, written + len(done.tokens)
             if as_json:
@@ -138,29 +137,14 @@ def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: b
                 speech.write(f"--- {number}: {text}\n{done.text}")
                 speech.finish()
                 print(flush=True)
-            advance()
+            if not sys.stdout.isatty():  # or the texts themselves show it
+                progress("generate", number, len(texts))
     seconds = time.perf_counter() - start
     line(
         f"{counted(len(texts), 'prompt')}: {counted(read, 'token')} read and {written} generated in {seconds:.1f} s, "
         f"{written / seconds:.1f} tokens/s | peak memory: {device.peak_memory() / 1e9:.2f} GB",
         err=True,
     )
-
-
-@contextmanager
-def _progress(prompts: int) -> Iterator[Callable[[], None]]:
-    """A bar on stderr, where someone is looking and does not see the texts themselves."""
-    if sys.stdout.isatty() or not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("generate"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False) as bars:  # or it'd take the texts
-        task = bars.add_task("generate", total=prompts)
-        yield lambda: bars.advance(task)
 
 
 def _as_text(prompt: str, responses: Iterator[Response]) -> None:

@@ -77,7 +77,7 @@ def pretrain(
     from elm_mlx.train.pretraining_recipe import Recipe
 
     recipe = sections.read(config, Recipe, set_ or [])
-    shown = screen.Progress(recipe.optimizer.steps, validates=recipe.data.validation is not None)
+    shown = screen.TrainingDisplay(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
         free, total = device.available_memory(), device.total_memory()
         tight = memory.check(run.load(), free, total, memory.RECIPE, force)

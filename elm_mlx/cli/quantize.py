@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import byte_size, say
+from elm_mlx.cli.screen import ProgressBar, byte_size, say
 
 if TYPE_CHECKING:
     from elm_mlx.quantize.bit_plan import BitPlan
@@ -65,7 +64,7 @@ def quantize(
     from elm_mlx.quantize.recipe import choose
 
     recipe = choose(bits, group_size, mode, bpw=bpw, method=method, rate=learning_rate, dtype=dtype)
-    with Report() as report:
+    with QuantizationDisplay() as report:
         quantize(
             model, dst, recipe,
             calibration=calibration, text=text, max_kld=max_kld, overwrite=overwrite,
@@ -74,38 +73,23 @@ def quantize(
     say("wrote", str(dst))
 
 
-class Report(AbstractContextManager["Report"]):
+class QuantizationDisplay(AbstractContextManager["QuantizationDisplay"]):
     """Plan and losses on stdout; a bar on stderr, only where someone is looking."""
 
     def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: Any = None
-        self._what = ""
+        self._bar = ProgressBar()
 
-    def __exit__(self, *exception: Any) -> None:
-        self._hide()
+    def __exit__(self, *exception: object) -> None:
+        self._bar.hide()
 
     def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
-        if what != self._what:
-            self._hide()
-            self._what = what
-        if not total or not sys.stderr.isatty():  # mlx-lm's methods show bars of their own
-            return
-        if self._bar is None:
-            self._show(what, total)
-        self._bar.update(self._task, completed=done)
-
-    def _show(self, what: str, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("{task.description:<12}"), BarColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(what, total=total)
-        self._bar.start()
+        if total:
+            self._bar(what, done, total)
+        else:  # mlx-lm's methods show bars of their own
+            self._bar.hide()
 
     def plan(self, made: BitPlan) -> None:
-        self._hide()
+        self._bar.hide()
         table = made.table()
         for i, (kind, told) in enumerate(table.items()):
             say("" if i else "plan", f"{kind:<{max(map(len, table))}}  {told}")
@@ -115,7 +99,7 @@ class Report(AbstractContextManager["Report"]):
             say("note", note)
 
     def result(self, done: Quantization) -> None:
-        self._hide()
+        self._bar.hide()
         lost, before, after = done.losses, done.speed_before, done.speed_after
         where = "made-up ids, as there is no tokenizer" if done.text is None else done.text.name
         times = f"{done.bytes_before / done.bytes_after:.2f} times smaller"
@@ -131,8 +115,3 @@ class Report(AbstractContextManager["Report"]):
         prompt = f"prompt {before.prompt:,.0f} to {after.prompt:,.0f}"
         decode = f"decode {before.decode:,.0f} to {after.decode:,.0f}"
         say("tokens/s", f"{prompt}, {decode}; {done.computed}")
-
-    def _hide(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

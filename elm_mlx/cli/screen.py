@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 import typer
 
@@ -28,12 +28,13 @@ from elm_mlx.reading import byte_size, printable, stripped, visible
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
+    from rich.progress import Progress as RichProgress
 
     from elm_mlx.callbacks import Report
 
 __all__ = [
-    "Progress", "Speech", "bad_records_named", "bar", "byte_size", "counted", "duration", "folded", "line", "name_bad",
-    "note", "printable", "say", "silence", "table", "terminal_width", "visible",
+    "ProgressBar", "Speech", "TrainingDisplay", "bad_records_named", "bar", "byte_size", "counted", "duration",
+    "folded", "line", "name_bad", "note", "printable", "say", "silence", "table", "terminal_width", "visible",
 ]  # fmt: skip
 
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
@@ -230,13 +231,65 @@ def bad_records_named(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: {count}; mend {they}, or --skip-bad leaves {they} out") from None
 
 
+class ProgressBar:
+    """Shows how work goes on as a bar on stderr, where someone is looking. It is called as `OnProgress`.
+
+    Args:
+        unit: what is counted and shown beside the bar: "bytes", "items" or nothing.
+    """
+
+    def __init__(self, unit: Literal["bytes", "items", ""] = "") -> None:
+        self._unit = unit
+        self._bars: RichProgress | None = None
+        self._done = self._total = 0
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.hide()
+
+    def hide(self) -> None:
+        """Takes the bar off the screen; the next call begins a new one."""
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def __call__(self, what: str, done: int = 0, total: int = 0, /) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bars is None:
+            self._bars = self._begun()
+        (task,) = self._bars.task_ids
+        if total != self._total or done < self._done:
+            self._bars.reset(task, total=total or None)
+        self._bars.update(task, description=printable(what), completed=done)
+        self._done, self._total = done, total
+
+    def _begun(self) -> RichProgress:
+        from rich import progress
+        from rich.console import Console
+
+        counts: list[progress.ProgressColumn] = []
+        if self._unit:
+            counts = [progress.DownloadColumn() if self._unit == "bytes" else progress.MofNCompleteColumn()]
+        columns = [
+            progress.TextColumn("{task.description:<12}", markup=False), progress.BarColumn(), *counts,
+            progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("left"),
+        ]  # fmt: skip
+        bars = progress.Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+        bars.add_task("", total=None)
+        bars.start()
+        return bars
+
+
 def bar(share: float, width: int) -> str:
     """A bar of eighths of a character, `width` characters at a `share` of 1; never none."""
     eighths = max(1, round(share * width * 8))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
-class Progress(TrainingCallback):
+class TrainingDisplay(TrainingCallback):
     """Shows the reports of a run of `steps` updates, between `with` and its end.
 
     Attributes:
@@ -290,7 +343,7 @@ class Progress(TrainingCallback):
         if not self.quiet:
             self.say(f"resumed   after {counted(step, 'update')}")
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TrainingDisplay:
         if not self.quiet and sys.stdout.isatty():
             from rich.console import Console
             from rich.live import Live

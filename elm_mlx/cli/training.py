@@ -18,7 +18,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
-from elm_mlx.cli.screen import Progress, bad_records_named, byte_size, counted, duration, name_bad
+from elm_mlx.cli.screen import TrainingDisplay, bad_records_named, byte_size, counted, duration, name_bad
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
 from elm_mlx.train.sections import Setting
@@ -210,7 +210,7 @@ def carry_out(opened: Callable[[], Finetuning], asked: LoraSettings, resume: boo
     with bad_records_named(asked.data):
         run = opened()
     with run:
-        shown = Progress(run.settings.schedule.steps, validates="valid" in run.splits, quiet=not run.leads)
+        shown = TrainingDisplay(run.settings.schedule.steps, validates="valid" in run.splits, quiet=not run.leads)
         tight = memory.check(run.load(), device.available_memory(), device.total_memory(), force=force)
         name_bad(reason for split in run.splits.values() for reason in split.bad)
         shown.lines(_plan(run))

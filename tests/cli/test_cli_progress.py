@@ -27,7 +27,7 @@ def test_the_time_that_is_left_is_not_that_of_a_single_slow_update(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(screen, "_PAUSE", -1.0)
-    with screen.Progress(100) as shown:
+    with screen.TrainingDisplay(100) as shown:
         for step in range(1, 50):
             shown.report(update(step, seconds=1.0))
         shown.report(update(50, seconds=11.0))
@@ -39,7 +39,7 @@ def test_a_first_update_that_waits_for_its_texts_is_no_measure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(screen, "_PAUSE", -1.0)
-    with screen.Progress(100) as shown:
+    with screen.TrainingDisplay(100) as shown:
         shown.ready(1.0, 100)
         shown.report(update(1, seconds=20.0))
         shown.report(update(2, seconds=2.0))
@@ -53,7 +53,7 @@ def test_the_share_of_the_machines_speed_is_shown_where_it_is_known(
 ) -> None:
     monkeypatch.setattr(screen, "_PAUSE", -1.0)
     for reached, text in ((None, "100 tokens/s, 1 MB"), (0.384, "100 tokens/s, 38% of matmul speed, 1 MB")):
-        with screen.Progress(3) as shown:
+        with screen.TrainingDisplay(3) as shown:
             shown.report(replace(update(1, seconds=1.0), matmul_share=reached))
         assert text in capsys.readouterr().out
 
@@ -87,7 +87,7 @@ def test_a_bar_says_what_is_done_and_after_it_what_is_known(monkeypatch: pytest.
         return " ".join(out.getvalue().replace("━", "").replace("╸", "").split())
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with screen.Progress(100) as shown:
+    with screen.TrainingDisplay(100) as shown:
         shown.progress("reading the model")
         assert line() == "0/100 reading the model -:--:-- left"
         shown.resumed(40)
@@ -106,7 +106,7 @@ def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with screen.Progress(2) as shown:
+    with screen.TrainingDisplay(2) as shown:
         shown.ready(0.5, 2)
         shown.report(update(1, seconds=0.5))
         shown.report(update(2, seconds=0.5))

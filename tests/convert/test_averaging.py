@@ -298,7 +298,7 @@ def test_the_commands_errors_are_one_line(command: Command, run: Path, tmp_path:
     code, out, err = command(run, run, "--last", 2, "--out", tmp_path / "mean")
     assert (code, out, err.count("\n")) == (2, "", 1) and "takes the checkpoints of one run, and 2 are named" in err
     code, _, err = command(*last(run, 2), "--out", tmp_path / "mean", "--dtype", "int4")
-    assert code == 2 and "--dtype int4: there are float32, float16, bfloat16" in err
+    assert code == 2 and "--dtype int4: is not one of float32, float16, bfloat16" in err
 
 
 def test_a_run_that_trained_a_model_has_that_ones_config_and_tokenizer(
