@@ -32,7 +32,9 @@ PARQUET = ".parquet"
 RECORDS = (*JSON, PARQUET)
 
 LINE_BYTES = 128 << 20  # one text on one line: text8 has 100 MB
+_RATIO = 100  # by which data may be packed, beyond the bytes of a line
 _PACKED_BYTES = 1 << 12  # of Zstandard, unpacked at once: 4 bytes may become 128 KB
+_ROWS = 64  # of Parquet, unpacked at once: each may be a megabyte that is stored once
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 # An object with one of these keys is a record itself, and no list in it is a list of records.
@@ -155,7 +157,7 @@ def read_whole(path: Path, file: IO[bytes]) -> bytes:
     """Reads all of an opened file. Raises InputError where that is more than fits into memory without harm."""
     most = reading.CORPUS_BYTES
     if path.name.lower().endswith((".gz", ".zst")):  # of which a few kilobytes may become gigabytes
-        most = min(most, LINE_BYTES + 100 * path.stat().st_size)
+        most = min(most, LINE_BYTES + _RATIO * path.stat().st_size)
     data = file.read(most + 1)
     if len(data) > most:
         raise InputError(f"{path}: more than {most >> 20} MB, which only JSON lines and separated texts may have")
@@ -327,11 +329,12 @@ def _rows(path: Path, columns: Collection[str], start: int) -> Iterator[tuple[in
             present, unread = [name for name in names if name in columns], dict.fromkeys(names)
             row = 0
             for group in range(file.num_row_groups):
-                size = file.metadata.row_group(group).num_rows
-                if row + size <= start:
-                    row += size
+                about = file.metadata.row_group(group)
+                if row + about.num_rows <= start:
+                    row += about.num_rows
                     continue
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=present):
+                _check_size(path, group, about, present)
+                for batch in file.iter_batches(batch_size=_ROWS, row_groups=[group], columns=present):
                     for value in _row_values(batch):
                         if row >= start:
                             where = f"{path}, row {row + 1} (row group {group})"
@@ -339,6 +342,16 @@ def _rows(path: Path, columns: Collection[str], start: int) -> Iterator[tuple[in
                         row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
         raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _check_size(path: Path, group: int, about: Any, columns: Sequence[str]) -> None:
+    """Raises InputError where the columns of a row group would fill the memory that a small file asks for."""
+    chunks = [about.column(number) for number in range(about.num_columns)]
+    chunks = [chunk for chunk in chunks if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in columns)]
+    unpacked = sum(chunk.total_uncompressed_size for chunk in chunks)
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    if unpacked > LINE_BYTES + _RATIO * packed:
+        raise InputError(f"{path}: row group {group} unpacks to {unpacked >> 20:,} MB, over {_RATIO} times its size")
 
 
 def _row_values(batch: Any) -> list[Any]:

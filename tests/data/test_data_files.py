@@ -125,6 +125,20 @@ def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, mon
         texts.records(tmp_path / "a.json.gz")
 
 
+def test_a_parquet_row_group_may_not_be_a_thousand_times_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(data_files, "LINE_BYTES", 1 << 20)
+    table = pyarrow.table({"text": ["a" * (1 << 20)] * 4, "text.b": ["b"] * 4})
+    parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(InputError, match=r"a\.parquet: row group 0 unpacks to 4 MB, over 100 times its size"):
+        list(data_files.read(tmp_path / "a.parquet", ("text",)))
+    assert len(list(data_files.read(tmp_path / "a.parquet", ("text.b",)))) == 4
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
