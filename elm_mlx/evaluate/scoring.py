@@ -28,10 +28,13 @@ from elm_mlx.model.cache import KVCache, make_prompt_cache
 
 Ids = npt.NDArray[np.int32]
 KeysValues = tuple[mx.array, mx.array]
+Items = Sequence[Sequence[Scored]]  # each with the sequences that it is scored by
 
 _STRIDES = (1, 2, 4, 8, 16, 32)  # what the length of a prefix is cut back to a multiple of
 _STEM = 8  # tokens that are worth reading apart
 _OVERHEAD = 32  # what a batch costs beyond its tokens, in tokens
+_TOKENS = 2048  # of a batch, on a CPU; a GPU takes more
+_CHUNK_LOGITS = 1 << 21  # logits computed at once
 _ATTENDED = 8  # positions that rows may have before them, in multiples of a batch's tokens
 
 
@@ -84,13 +87,10 @@ class ScoringPlan:
     batches: list[ScoringBatch]
 
 
-def plan(
-    items: Sequence[Sequence[Scored]], tokens: int, sharing: bool = True, switch: int | None = None
-) -> ScoringPlan:
+def plan(items: Items, tokens: int, sharing: bool = True, switch: int | None = None) -> ScoringPlan:
     """Puts all `items` in batches of about `tokens`, padding included.
 
     Args:
-        items: each with the sequences that it is scored by.
         sharing: whether the model can go on from what it has read; without, each sequence is a row.
         switch: the length past which the model reads all of a text otherwise (LongRoPE): longer ones are not in an
             array with others, and nothing is shared with them.
@@ -99,30 +99,17 @@ def plan(
         return ScoringPlan([], [])
     if switch is not None:
         sharing = sharing and all(len(each.ids) - 1 <= switch for item in items for each in item)
-    shared = [_shared(item) if sharing else 0 for item in items]
-    stem = _stem(items, shared)
-    best: tuple[int, list[tuple[int, list[int]]]] | None = None
-    for stride in _STRIDES if sharing else (1,):
-        lengths = [_cut_back(item, most, stem, stride) for item, most in zip(items, shared, strict=True)]
-        groups = _groups(items, lengths, stem, tokens)
-        cost = sum(_cost(items, members, length, stem) + _OVERHEAD for length, members in groups)
-        if best is None or cost < best[0]:
-            best = cost, groups
-    assert best is not None
-    batches = [_batch(items, members, length, stem, switch) for length, members in best[1]]
+    # The tokens that an item's rows have in common, before the first whose next token is scored.
+    shared = [
+        min(_common(each.ids[:-1] for each in item), *(each.start - 1 for each in item)) if sharing else 0
+        for item in items
+    ]
+    stem = _common(item[0].ids[:most] for item, most in zip(items, shared, strict=True)) if len(items) > 1 else 0
+    stem = stem if stem >= _STEM else 0
+    plans = [_groups(items, shared, stem, stride, tokens) for stride in (_STRIDES if sharing else (1,))]
+    groups = min(plans, key=lambda plan: plan[0])[1]
+    batches = [_batch(items, members, length, stem, switch) for length, members in groups]
     return ScoringPlan(list(items[0][0].ids[:stem]), sorted(batches, key=lambda batch: -batch.cost))
-
-
-def _shared(item: Sequence[Scored]) -> int:
-    """Counts the tokens that an item's rows have in common, before the first whose next token is scored."""
-    return min(_common(each.ids[:-1] for each in item), *(each.start - 1 for each in item))
-
-
-def _stem(items: Sequence[Sequence[Scored]], shared: Sequence[int]) -> int:
-    if len(items) < 2:
-        return 0
-    common = _common(item[0].ids[:most] for item, most in zip(items, shared, strict=True))
-    return common if common >= _STEM else 0
 
 
 def _common(lists: Iterable[list[int]]) -> int:
@@ -132,46 +119,38 @@ def _common(lists: Iterable[list[int]]) -> int:
     return next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
 
 
-def _cut_back(item: Sequence[Scored], most: int, stem: int, stride: int) -> int:
-    """The length of an item's prefix, stem included. An item of one row needs none but the stem."""
-    if len({tuple(each.ids[most:-1]) for each in item}) == 1:
-        return stem
-    return stem + (most - stem) // stride * stride
-
-
 def _groups(
-    items: Sequence[Sequence[Scored]], lengths: Sequence[int], stem: int, tokens: int
-) -> list[tuple[int, list[int]]]:
-    """Groups items alike in length, as many as a batch holds; returns each group with the length of its prefixes."""
+    items: Items, shared: Sequence[int], stem: int, stride: int, tokens: int
+) -> tuple[int, list[tuple[int, list[int]]]]:
+    """Groups items alike in length, as many as a batch holds, their prefixes cut back to a multiple of `stride`.
+
+    Returns the cost of all, and each group with the length of its prefixes, stem included.
+    """
     alike: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-    for number, (item, length) in enumerate(zip(items, lengths, strict=True)):
+    for number, (item, most) in enumerate(zip(items, shared, strict=True)):
+        length = stem + (most - stem) // stride * stride
+        if len({tuple(each.ids[most:-1]) for each in item}) == 1:
+            length = stem  # one row needs no prefix of its own
         rows = {tuple(each.ids[length:-1]) for each in item}
         alike[length].append((max(map(len, rows)), len(rows), number))
-    groups = []
+    groups: list[tuple[int, list[int]]] = []
+    cost = 0
     for length, members in alike.items():
         members.sort(reverse=True)
-        group: list[int] = []
         longest = count = 0
         for size, more, number in members:
-            full = max((count + more) * longest, (len(group) + 1) * (length - stem)) > tokens
-            if group and (full or (count + more) * length > _ATTENDED * tokens):
-                groups.append((length, group))
-                group, longest, count = [], 0, 0
-            longest, count = max(longest, size), count + more
-            group.append(number)
-        groups.append((length, group))
-    return groups
+            full = max((count + more) * longest, (len(groups[-1][1]) + 1) * (length - stem)) > tokens if count else True
+            if full or (count + more) * length > _ATTENDED * tokens:
+                cost += _OVERHEAD
+                groups.append((length, []))
+                longest, count = size, 0
+            cost += length - stem + more * longest
+            count += more
+            groups[-1][1].append(number)
+    return cost, groups
 
 
-def _cost(items: Sequence[Sequence[Scored]], members: Sequence[int], length: int, stem: int) -> int:
-    """Counts a batch's tokens, padding included."""
-    rows = [{tuple(each.ids[length:-1]) for each in items[number]} for number in members]
-    return len(members) * (length - stem) + sum(map(len, rows)) * max(len(row) for own in rows for row in own)
-
-
-def _batch(
-    items: Sequence[Sequence[Scored]], members: Sequence[int], length: int, stem: int, switch: int | None
-) -> ScoringBatch:
+def _batch(items: Items, members: Sequence[int], length: int, stem: int, switch: int | None) -> ScoringBatch:
     rows: list[tuple[int, ...]] = []
     owners: list[int] = []
     marks: list[tuple[int, int, int]] = []  # row, position in it, token after it
@@ -231,10 +210,6 @@ def _cuts(lengths: npt.NDArray[np.int64], first: int, last: int) -> list[tuple[i
     return _cuts(lengths, first, cut) + _cuts(lengths, cut, last)
 
 
-_TOKENS = 2048  # of a batch, on a CPU; a GPU takes more
-_CHUNK_LOGITS = 1 << 21  # logits computed at once
-
-
 @dataclass(frozen=True)
 class ItemScores:
     """One item's scores, a value for each of its sequences.
@@ -265,7 +240,7 @@ class Scorer:
         self.sharing = all(type(cache) is KVCache for cache in caches)
         self._switch = caches[0].switch if self.sharing else None
 
-    def plan(self, items: Sequence[Sequence[Scored]]) -> ScoringPlan:
+    def plan(self, items: Items) -> ScoringPlan:
         """Puts `items` in batches."""
         return plan(items, self._tokens, self.sharing, self._switch)
 
@@ -290,7 +265,7 @@ class Scorer:
             device.trim_cache()
             yield scores, sum(batch.cost for batch in batches)
 
-    def score(self, items: Sequence[Sequence[Scored]]) -> list[ItemScores]:
+    def score(self, items: Items) -> list[ItemScores]:
         """Scores `items`, in their order."""
         found = [scores for some, _ in self.run(self.plan(items)) for scores in some]
         return sorted(found, key=lambda scores: scores.item)
