@@ -14,7 +14,7 @@ from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
 from elm_mlx.reading import json_object, listed
-from elm_mlx.text import chat_template
+from elm_mlx.text import chat_template, sentencepiece_file
 from elm_mlx_convert import lora_files, tokenizers
 from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, unwrapped
 from elm_mlx_convert.source_config import ConfigFile, Scaling, decide, find_config_file, read_config_file
@@ -204,7 +204,7 @@ def _fit_tokenizer(
     """Returns the config with as many tokens as the tokenizer has pieces, and with its special tokens."""
     from elm_mlx.text.tokenizer import Tokenizer
 
-    pieces, rows = tokenizers.vocab_size(file), config.vocab_size
+    pieces, rows = sentencepiece_file.read(file).vocab_size, config.vocab_size
     tokenizer = Tokenizer.load(file)
     if pieces > rows and tokenizer.base_size > rows:
         raise InputError(f"{file}: has {pieces} pieces, but the model's embedding has {rows} rows: not its tokenizer")

@@ -1,8 +1,4 @@
-"""A SentencePiece model into a model directory, in the forms that this package and Hugging Face's libraries read.
-
-Knows where tokenizers are found (a file, a directory, the hub) and Hugging Face's `tokenizer.json`. Knows nothing
-of checkpoints; imports no MLX, and neither transformers nor tokenizers.
-"""
+"""A SentencePiece model into a model directory, in the forms that this package and Hugging Face's libraries read."""
 
 from __future__ import annotations
 
@@ -16,6 +12,17 @@ from elm_mlx.errors import InputError
 from elm_mlx.files import new_file, write_text
 from elm_mlx.reading import expanded
 from elm_mlx.text import sentencepiece_file
+from elm_mlx.text.sentencepiece_file import (
+    BPE,
+    CONTROL,
+    NORMAL,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    ModelFile,
+    Piece,
+)
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer, read_settings
 from elm_mlx_convert import sources
 
@@ -25,7 +32,7 @@ Json = dict[str, Any]
 
 
 def find(source: str | Path) -> Path:
-    """The SentencePiece model that `source` means: a file, a directory that holds one, or a hub repository.
+    """Returns the SentencePiece model that `source` means: a file, a directory that holds one, or a hub repository.
 
     Raises:
         InputError: there is none there, or the repository is gated or does not exist.
@@ -49,13 +56,8 @@ def _inside(directory: Path, label: str) -> Path:
     raise InputError(f"{label}: no {FILE_NAME}: {found}; name the file")
 
 
-def vocab_size(model_file: Path) -> int:
-    """How many pieces the model has. Raises InputError when it is none."""
-    return sentencepiece_file.read(model_file).vocab_size
-
-
 def write(model_file: Path, directory: Path, *, max_length: int, chat_template: str | None = None) -> str | None:
-    """Puts the tokenizer into `directory`: `tokenizer.model` unchanged, `tokenizer.json`, `tokenizer_config.json`.
+    """Writes the tokenizer into `directory`: `tokenizer.model` unchanged, `tokenizer.json`, `tokenizer_config.json`.
 
     With the last two, transformers and mlx-lm make the ids and texts that SentencePiece makes, with one exception
     that nothing spares them: to them the name of a control piece (`</s>`) is that piece wherever it stands in a
@@ -76,14 +78,13 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
     """
     model, tokenizer = sentencepiece_file.read(model_file), Tokenizer.load(model_file)
     pieces = model.pieces()
-    inexpressible = _first(_inexpressible(model, pieces))
+    inexpressible, inexact = _limits(model, pieces)
     with new_file(directory / FILE_NAME) as file:
         file.write(model.data)
     _write_json(directory / "tokenizer_config.json", _config(tokenizer, max_length, chat_template))
     if inexpressible:
         return f"mlx-lm and transformers cannot read this tokenizer: {inexpressible}"
     _write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer))
-    inexact = _first(_inexact(model, pieces))
     return inexact and f"mlx-lm and transformers read some rare texts otherwise than this tokenizer: {inexact}"
 
 
@@ -103,10 +104,8 @@ def _config(tokenizer: Tokenizer, max_length: int, chat_template: str | None) ->
     return config if chat_template is None else {**config, "chat_template": chat_template}
 
 
-def _tokenizer(
-    model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece], tokenizer: Tokenizer
-) -> Json:
-    """The content of `tokenizer.json`: SentencePiece's steps in the words of the tokenizers library."""
+def _tokenizer(model: ModelFile, pieces: list[Piece], tokenizer: Tokenizer) -> Json:
+    """Returns the content of `tokenizer.json`: SentencePiece's steps in the words of the tokenizers library."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -115,45 +114,37 @@ def _tokenizer(
             {"id": token, "content": piece.text, "special": True}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             for token, piece in enumerate(pieces)
-            if piece.type in (sentencepiece_file.CONTROL, sentencepiece_file.UNKNOWN)
+            if piece.type in (CONTROL, UNKNOWN)
         ],
         "normalizer": _normalizer(model),
         "pre_tokenizer": _pre_tokenizer(pieces),
         "post_processor": _post_processor(tokenizer),
         "decoder": _decoder(model),
-        "model": _bpe(model, pieces) if model.model_type == sentencepiece_file.BPE else _unigram(model, pieces),
+        "model": _bpe(model, pieces) if model.model_type == BPE else _unigram(model, pieces),
     }
 
 
-def _inexpressible(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> dict[str, bool]:
-    """What the tokenizers library has no words for, and whether the model has it."""
-    return {
-        "it splits into whole words, or single characters": model.model_type
-        not in (sentencepiece_file.BPE, sentencepiece_file.UNIGRAM),
+def _limits(model: ModelFile, pieces: list[Piece]) -> tuple[str | None, str | None]:
+    """Returns what the tokenizers library cannot express of the model, and what it does a little differently."""
+    types = {piece.type for piece in pieces}
+    inexpressible = {
+        "it splits into whole words, or single characters": model.model_type not in (BPE, UNIGRAM),
         "its pieces end with their space instead of beginning with it": model.whitespace_as_suffix,
         "it does not mark spaces": not model.escape_whitespaces,
-        "it has unused pieces": any(piece.type == sentencepiece_file.UNUSED for piece in pieces),
+        "it has unused pieces": UNUSED in types,
     }
-
-
-def _inexact(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> dict[str, bool]:
-    """What the tokenizers library does a little differently, and whether the model has it."""
-    return {
+    inexact = {
         "they normalize combined characters and line ends otherwise": model.charsmap != b"",
         "they leave unknown characters out when decoding": not model.byte_fallback,
         f"they keep {_SPACE} at the start of a text": model.remove_extra_whitespaces,
-        "to them '<0x41>' in a text is that byte": model.model_type == sentencepiece_file.UNIGRAM,
-        "to them '<0x41>' between user-defined symbols is that byte": any(
-            p.type == sentencepiece_file.USER_DEFINED for p in pieces
-        ),
+        "to them '<0x41>' in a text is that byte": model.model_type == UNIGRAM,
+        "to them '<0x41>' between user-defined symbols is that byte": USER_DEFINED in types,
     }
+    first, second = (next((why for why, holds in c.items() if holds), None) for c in (inexpressible, inexact))
+    return first, second
 
 
-def _first(reasons: dict[str, bool]) -> str | None:
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def _normalizer(model: sentencepiece_file.ModelFile) -> Json:
+def _normalizer(model: ModelFile) -> Json:
     steps: list[Json] = []
     if model.charsmap:
         charsmap = base64.b64encode(model.charsmap).decode()
@@ -167,9 +158,9 @@ def _normalizer(model: sentencepiece_file.ModelFile) -> Json:
     return {"type": "Sequence", "normalizers": steps}
 
 
-def _pre_tokenizer(pieces: list[sentencepiece_file.Piece]) -> Json | None:
-    """User-defined symbols are cut out first, the longest that fits; the rest is left in one."""
-    symbols = sorted((p.text for p in pieces if p.type == sentencepiece_file.USER_DEFINED), key=len, reverse=True)
+def _pre_tokenizer(pieces: list[Piece]) -> Json | None:
+    """Cuts user-defined symbols out first, the longest that fits; the rest is left in one."""
+    symbols = sorted((p.text for p in pieces if p.type == USER_DEFINED), key=len, reverse=True)
     if not symbols:
         return None
     pattern = "|".join(re.escape(symbol) for symbol in symbols)
@@ -177,7 +168,7 @@ def _pre_tokenizer(pieces: list[sentencepiece_file.Piece]) -> Json | None:
 
 
 def _post_processor(tokenizer: Tokenizer) -> Json | None:
-    """BOS in front."""
+    """Puts BOS in front."""
     if tokenizer.bos_id is None:
         return None
     bos = tokenizer.pieces[tokenizer.bos_id]
@@ -193,7 +184,7 @@ def _post_processor(tokenizer: Tokenizer) -> Json | None:
     }
 
 
-def _decoder(model: sentencepiece_file.ModelFile) -> Json:
+def _decoder(model: ModelFile) -> Json:
     """mlx-lm streams text in linear time when it finds exactly this."""
     steps: list[Json] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
@@ -205,25 +196,25 @@ def _decoder(model: sentencepiece_file.ModelFile) -> Json:
     return {"type": "Sequence", "decoders": steps}
 
 
-def _bpe(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> Json:
+def _bpe(model: ModelFile, pieces: list[Piece]) -> Json:
     return {
         "type": "BPE",
         "dropout": None,
-        "unk_token": next(piece.text for piece in pieces if piece.type == sentencepiece_file.UNKNOWN),
+        "unk_token": next(piece.text for piece in pieces if piece.type == UNKNOWN),
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
         "fuse_unk": True,
         "byte_fallback": model.byte_fallback,
         # For user-defined symbols, which no merge makes.
-        "ignore_merges": any(piece.type == sentencepiece_file.USER_DEFINED for piece in pieces),
+        "ignore_merges": any(piece.type == USER_DEFINED for piece in pieces),
         "vocab": {piece.text: token for token, piece in enumerate(pieces)},
         "merges": _merges(pieces),
     }
 
 
-def _merges(pieces: list[sentencepiece_file.Piece]) -> list[str]:
-    """SentencePiece joins the neighbours whose union scores highest; here, every such pair, best first."""
-    known = {piece.text: piece.score for piece in pieces if piece.type == sentencepiece_file.NORMAL}
+def _merges(pieces: list[Piece]) -> list[str]:
+    """Returns every pair of neighbours that SentencePiece joins, the one whose union scores highest first."""
+    known = {piece.text: piece.score for piece in pieces if piece.type == NORMAL}
     pairs = [
         (score, text[:i], text[i:])
         for text, score in known.items()
@@ -234,10 +225,10 @@ def _merges(pieces: list[sentencepiece_file.Piece]) -> list[str]:
     return [f"{left} {right}" for _, left, right in pairs]
 
 
-def _unigram(model: sentencepiece_file.ModelFile, pieces: list[sentencepiece_file.Piece]) -> Json:
+def _unigram(model: ModelFile, pieces: list[Piece]) -> Json:
     return {
         "type": "Unigram",
-        "unk_id": next(token for token, piece in enumerate(pieces) if piece.type == sentencepiece_file.UNKNOWN),
+        "unk_id": next(token for token, piece in enumerate(pieces) if piece.type == UNKNOWN),
         "vocab": [[piece.text, piece.score] for piece in pieces],
         "byte_fallback": model.byte_fallback,
     }

@@ -14,6 +14,7 @@ import sentencepiece
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
+from elm_mlx.text import sentencepiece_file
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, OpenELMInstruct
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert import sources
@@ -122,7 +123,7 @@ def without_names(text: str, tokenizer: Tokenizer) -> str:
 def test_tokenizer_json_gives_the_ids_and_texts_of_sentencepiece(written):
     tokenizers = pytest.importorskip("tokenizers")
     ours, theirs = Tokenizer.load(written), tokenizers.Tokenizer.from_file(str(written / "tokenizer.json"))
-    assert theirs.get_vocab_size() == ours.vocab_size == converter.vocab_size(written / "tokenizer.model")
+    assert theirs.get_vocab_size() == ours.vocab_size == sentencepiece_file.read(written / "tokenizer.model").vocab_size
     for raw in texts(2500):
         text = without_names(raw, ours)
         ids = ours.encode(text)
@@ -141,7 +142,7 @@ def test_names_of_control_pieces_are_the_one_difference(written):
 def loaded(written: Path) -> Any:
     """As mlx-lm opens the directory, with no network."""
     utils = pytest.importorskip("mlx_lm.tokenizer_utils")
-    config = ModelConfig.preset("OpenELM-270M", converter.vocab_size(written / "tokenizer.model"))
+    config = ModelConfig.preset("OpenELM-270M", sentencepiece_file.read(written / "tokenizer.model").vocab_size)
     (written / "config.json").write_text(json.dumps(config.to_dict()))
 
     def refuse(*_: object) -> None:
@@ -248,7 +249,7 @@ def test_damaged_model_writes_nothing(llama_like, tmp_path):
         converter.write(broken, tmp_path / "out", max_length=2048)
     assert list((tmp_path / "out").iterdir()) == []
     with pytest.raises(InputError, match="not a whole"):
-        converter.vocab_size(broken)
+        sentencepiece_file.read(broken)
 
 
 class TestFind:
@@ -272,7 +273,7 @@ class TestFind:
 
     def test_missing_file_is_told_when_it_is_read(self, tmp_path):
         with pytest.raises(InputError, match="No such file"):
-            converter.vocab_size(converter.find(tmp_path / "none" / "x.model"))
+            sentencepiece_file.read(converter.find(tmp_path / "none" / "x.model"))
 
     def test_repository(self, llama_like, tmp_path, monkeypatch):
         asked = []
