@@ -126,7 +126,7 @@ def _guesses(plan: ConversionPlan) -> list[str]:
 def _plans(
     checkpoints: Sequence[str | Path], config: Path | None, tokenizer: str | Path | None, dtype: str
 ) -> list[ConversionPlan]:
-    """Each checkpoint opened, named and measured; all of the same model."""
+    """Opens the checkpoints, all of the same model."""
     if not checkpoints:
         raise InputError("no checkpoint was named")
     plans: list[ConversionPlan] = []
@@ -173,7 +173,7 @@ def _open(name: str | Path, alone: bool) -> tuple[CheckpointSource, str | None]:
 
 
 def _home(run: Path, source: CheckpointSource) -> Path:
-    """Where a run's config and tokenizer are: with it; or, if it trained a model of that shape, still with that."""
+    """Returns the directory of a run's config and tokenizer: its own, or that of the model that it trained."""
     if (run / "config.json").is_file():
         return run
     try:
@@ -230,7 +230,7 @@ def _squared(values: np.ndarray) -> float:
 
 
 def _mean(parts: Sequence[tuple[str, LazyTensor]], tally: _Tally) -> LazyTensor:
-    """The mean of one weight in every checkpoint: computed, and tallied, as its rows are read. To be read once."""
+    """Returns the mean of one weight: computed, and tallied, as its rows are read. To be read once."""
 
     def read_rows(start: int, stop: int) -> np.ndarray:
         blocks = [_float64(tensor.read_rows(start, stop), tensor.dtype) for _, tensor in parts]

@@ -135,7 +135,7 @@ _ROUNDING = {"float32": (0.0, 0.0), "bfloat16": (2.0**-8, 2.0**-134), "float16":
 
 @dataclass
 class Difference:
-    """How far the tensors of a group are from their source.
+    """The distance of a group's tensors from their source.
 
     Args:
         largest: absolute; of the tensor called `where`.

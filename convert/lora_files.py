@@ -69,7 +69,7 @@ class LoraWeights:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """By the canonical name of the module."""
+        """Returns the ranks by the canonical name of the module."""
         end = ".lora_a"
         return {name.removesuffix(end): a.shape[1] for name, a in self.arrays.items() if name.endswith(end)}
 
@@ -139,7 +139,7 @@ def read_corenet(
 
 
 def write_peft(directory: Path, adapter: LoraWeights) -> None:
-    """Fills `directory` with what `PeftModel.from_pretrained` reads; its model is the hub's own.
+    """Writes the directory that `PeftModel.from_pretrained` reads; its model is the hub's own.
 
     Raises:
         InputError: PEFT cannot express the adapter.
@@ -177,7 +177,7 @@ def _peft_config(adapter: LoraWeights) -> dict[str, Any]:
 
 
 def has_adapter(tensors: Iterable[str]) -> bool:
-    """Whether any of the names is a part of an adapter."""
+    """Returns whether any of the names is a part of an adapter."""
     return any(_PART.fullmatch(name) or name.endswith(_BASE) for name in tensors)
 
 
@@ -247,7 +247,7 @@ def _modules(tensors: Mapping[str, LazyTensor], config: Config, where: str) -> t
 
 
 def _names(module: str, config: Config) -> list[str]:
-    """What the weight of a module may be called in the model: PEFT's is transformers', alone or under a head."""
+    """Returns the names that a module's weight may have: PEFT's are transformers', alone or under a head."""
     if isinstance(config, FamilyConfig):
         return [f"{module}.weight", f"{config.family.body}.{module}.weight"]
     canonical = to_canonical(f"{module}.weight")
@@ -261,7 +261,7 @@ def _lacks(module: str, config: Config) -> str:
 
 
 def _without_padding(modules: dict[str, _Parts], config: ModelConfig) -> dict[str, _Parts]:
-    """CoreNet pads the vocabulary; what stands for tokens that the model has not is left out."""
+    """Drops the padding of CoreNet's vocabulary: rows and columns of tokens that the model has not."""
     size = config.vocab_size
     head = modules.get(HEAD.removesuffix(".weight"), {})
     if "lora_B" in head:
@@ -329,7 +329,7 @@ def _rank(where: str, parts: _Parts, wanted: tuple[str, ...], shape: tuple[int, 
 
 
 def _patterns(keys: Keys) -> list[tuple[re.Pattern[str], float]]:
-    """PEFT's `alpha_pattern`: regular expressions of a module's name, or of its end; the first that fits counts."""
+    """Reads `alpha_pattern`: regular expressions of a module's name, or of its end; the first that fits counts."""
     where, pattern = keys.where, keys.object("alpha_pattern")
     if len(pattern) > _MOST_PATTERNS:
         raise InputError(f"{where}: alpha_pattern has {len(pattern):,} entries; {_MOST_PATTERNS:,} are the most")

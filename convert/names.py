@@ -57,7 +57,7 @@ def unwrapped(tensors: Mapping[str, T], where: str) -> dict[str, T]:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether `name` is one of the few known buffers that hold no weight."""
+    """Returns whether `name` is one of the few known buffers that hold no weight."""
     return name.rpartition(".")[2] in BUFFERS
 
 
@@ -98,7 +98,7 @@ def canonical_names(names: Iterable[str], where: str) -> dict[str, str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """`layers.7.ffn_norm.weight` -> (`layers.{}.ffn_norm.weight`, `7`)."""
+    """Splits `layers.7.ffn_norm.weight` into `layers.{}.ffn_norm.weight` and `7`."""
     match = _LAYER.search(name)
     if match is None:
         return name.replace("{", "{{"), ""  # a brace of the file's own is no place for a number

@@ -47,7 +47,7 @@ class Stream:
 
     @property
     def position(self) -> int:
-        """Where in the file the next byte is."""
+        """The next byte's place in the file."""
         return self._base + self._at
 
     def take(self, size: int) -> bytes:
@@ -62,7 +62,7 @@ class Stream:
         return piece
 
     def line(self) -> str:
-        """Up to a newline, which is left out."""
+        """Reads up to a newline, which is left out."""
         if len(self._window) - self._at < _MAX_LINE:
             self._refill(_MAX_LINE)
         end = self._window.find(b"\n", self._at, self._at + _MAX_LINE)
@@ -111,30 +111,30 @@ class PickleMachine:
         return result
 
     def resolve(self, name: str) -> Any:
-        """The value that stands for the global `module.attribute`."""
+        """Returns the value that stands for the global `module.attribute`."""
         self.fail(
             f"asks for the global {printable(name)}, which is not one of the few that a state dict needs; "
             "nothing was run. Save just the weights: torch.save(model.state_dict(), ...)"
         )
 
     def call(self, function: Any, arguments: tuple[Any, ...]) -> Any:
-        """The value that the global `function`, as `resolve` gave it, makes of `arguments`."""
+        """Returns what the global `function`, as `resolve` gave it, makes of `arguments`."""
         self.fail("its pickle calls something that cannot be called")
 
     def build(self, value: Any, state: Any) -> Any:
-        """`value` with `state` applied, or `value` where the state does not matter."""
+        """Returns `value` with `state` applied, or `value` where the state does not matter."""
         self.fail("its pickle sets attributes of something that has none")
 
     def new(self, kind: Any, arguments: tuple[Any, ...]) -> Any:
-        """The value that a new object of the class `kind`, a global, is."""
+        """Returns the value that stands for a new object of the class `kind`, a global."""
         self.refuse_opcode(0x81)
 
     def is_inert(self, value: Any) -> bool:
-        """Whether `value` stands for an object that nothing is to be known of: what it is filled with is forgotten."""
+        """Returns whether `value` stands for an object of which nothing is kept, nor of what it is filled with."""
         return False
 
     def persistent(self, reference: Any) -> Any:
-        """The value that `reference` to data outside of the pickle stands for."""
+        """Returns the value that `reference` to data outside of the pickle stands for."""
         self.fail("its pickle refers to data outside of it where there is none")
 
     def fail(self, problem: str) -> NoReturn:
@@ -179,7 +179,7 @@ class PickleMachine:
         return struct.unpack(layout, self.stream.take(struct.calcsize(layout)))[0]
 
     def take_sized(self, layout: str) -> bytes:
-        """A length as `layout` says, and as many bytes."""
+        """Reads a length as `layout` says, and as many bytes."""
         return self.stream.take(self._length(layout))
 
     def extend(self, kind: type, items: list[Any]) -> None:
@@ -188,7 +188,7 @@ class PickleMachine:
             self.top(kind).extend(items)
 
     def store(self, values: list[Any]) -> None:
-        """Keys and values, alternating, into the dict on top."""
+        """Puts keys and values, alternating, into the dict on top."""
         if self.top_is_inert():
             return
         target = self.top(dict)
@@ -219,7 +219,7 @@ class PickleMachine:
         return int.from_bytes(self.stream.take(size), "little", signed=True)
 
     def take_text_number(self) -> int | bool:
-        """What INT and LONG hold: digits, an L behind them, or 00 and 01 for the booleans."""
+        """Reads the line of INT and LONG: digits, an L behind them, or 00 and 01 for the booleans."""
         line = self.stream.line()
         if line in ("00", "01"):
             return line == "01"
@@ -262,7 +262,7 @@ class PickleMachine:
         return size
 
     def _check_tree(self, root: Any) -> None:
-        """Depth first without recursion: refuses cycles, depth, and sharing that unfolds without end."""
+        """Refuses cycles, depth, and sharing that unfolds without end. Goes depth first without recursion."""
         measured: dict[int, tuple[int, int]] = {}  # values and levels of each container, all below it included
         open_ids: set[int] = set()
         pending = [(root, False)]

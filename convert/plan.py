@@ -1,4 +1,4 @@
-"""What a conversion is going to do, decided before anything is written: tensors, names, config, vocabulary, type."""
+"""The plan of a conversion, made before anything is written: tensors, names, config, vocabulary, type."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WIDE_MODEL_DIM = 3072
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Describes what will be written, and how that was found out.
+    """Everything that will be written, and how that was found out.
 
     Args:
         config: of the model that is written.
@@ -59,7 +59,7 @@ class ConversionPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of the weights, as they will be written."""
+        """The bytes of the weights, as they will be written."""
         return self.parameters * ITEM_SIZES[self.dtype]
 
 
@@ -178,7 +178,7 @@ def _weights(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTen
     packed = [name for name, tensor in tensors.items() if tensor.dtype == "uint32" or name.endswith(".scales")]
     if packed:
         raise InputError(f"{where}: is already quantized ({listed(packed)}); convert the original, then quantize it")
-    weights = {name: tensors[given].renamed(name) for name, given in canonical_names(tensors, where).items()}
+    weights = {name: tensors[own].renamed(name) for name, own in canonical_names(tensors, where).items()}
     for name, tensor in weights.items():
         if tensor.dtype not in (*FLOATS, "float64"):
             raise InputError(f"{where}: {name} holds {tensor.dtype}; a weight is a float")

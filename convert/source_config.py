@@ -28,7 +28,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Scaling:
-    """How strongly an adapter of rank r counts: alpha / r, or with rank-stabilised LoRA alpha / sqrt(r)."""
+    """The scale of an adapter of rank r: alpha / r, or with rank-stabilised LoRA alpha / sqrt(r)."""
 
     alpha: float
     by_root: bool = False
@@ -138,7 +138,7 @@ def _corenet(path: Path, values: Mapping[str, Any]) -> ConfigFile:
 
 
 def _section(path: Path, values: Mapping[str, Any], dotted: str) -> Mapping[str, Any] | None:
-    """A mapping nested in `values`; CoreNet also reads files whose keys are dotted from the start."""
+    """Returns a mapping nested in `values`; CoreNet also reads files whose keys are dotted from the start."""
     section: Any = values
     for key in dotted.split("."):
         section = section.get(key) if isinstance(section, Mapping) else None
@@ -160,7 +160,7 @@ def _few_words(path: Path, values: Mapping[str, Any], scaling: Scaling | None) -
 
 
 def _lora(path: Path, values: Mapping[str, Any] | None) -> Scaling | None:
-    """The one scaling that all entries of `model.lora.config` agree on."""
+    """Returns the one scaling that all entries of `model.lora.config` agree on."""
     entries = values.get("config") if values else None
     if not isinstance(entries, list) or not entries:
         return None

@@ -178,7 +178,7 @@ def _read_shards(index: Path, reader: Callable[[Path], Tensors]) -> tuple[tuple[
 
 
 def is_repository(source: str) -> bool:
-    """Whether `source` could name a repository, `owner/name`, and cannot be meant as a checkpoint file."""
+    """Returns whether `source` could name a repository, `owner/name`, and cannot be meant as a checkpoint file."""
     return bool(_REPOSITORY.fullmatch(source)) and Path(source).suffix not in (".pt", ".pth", ".bin", ".safetensors")
 
 

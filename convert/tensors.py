@@ -154,7 +154,7 @@ class LazyTensor:
 
 @dataclass
 class Record:
-    """Where a storage's bytes are. `start` may be filled in later, as long as nothing is read before."""
+    """The place of a storage's bytes. `start` may be filled in later, as long as nothing is read before."""
 
     nbytes: int
     numel: int  # in the type that the file first mentions it with
@@ -306,7 +306,7 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
 
 
 def all_finite(values: np.ndarray, dtype: str) -> bool:
-    """Whether `values` of type `dtype` (bfloat16 as bit patterns) holds neither NaN nor an infinity."""
+    """Returns whether `values` of type `dtype` (bfloat16 as bit patterns) hold neither NaN nor an infinity."""
     if dtype in ("bfloat16", "float16"):  # an exponent of all ones; on bits this is four times as fast as np.isfinite
         magnitudes = values.view(np.uint16) & 0x7FFF
         return values.size == 0 or int(magnitudes.max()) < (0x7F80 if dtype == "bfloat16" else 0x7C00)
@@ -314,7 +314,7 @@ def all_finite(values: np.ndarray, dtype: str) -> bool:
 
 
 def cast_blocks(tensor: LazyTensor, dtype: str, not_finite: list[str]) -> Iterator[memoryview]:
-    """Gives a tensor's bytes in `dtype`, a block at a time. One with NaN or infinities adds its name to `not_finite`.
+    """Yields a tensor's bytes in `dtype` by blocks. A tensor with NaN or infinities adds its name to `not_finite`.
 
     Raises:
         InputError: a value overflows `dtype`; names the tensor.

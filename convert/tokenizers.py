@@ -185,7 +185,7 @@ def _post_processor(tokenizer: Tokenizer) -> Json | None:
 
 
 def _decoder(model: ModelFile) -> Json:
-    """mlx-lm streams text in linear time when it finds exactly this."""
+    """Returns exactly what mlx-lm looks for to stream text in linear time."""
     steps: list[Json] = [
         {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
         {"type": "ByteFallback"},

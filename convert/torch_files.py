@@ -102,7 +102,7 @@ def _load_zip(file: File) -> Any:
 
 
 def _find_top(file: File, entries: dict[str, ZipEntry]) -> str:
-    """The folder in the archive that everything is in."""
+    """Returns the folder in the archive that everything is in."""
     tops = [name.removesuffix("/data.pkl") for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
     script = [name for name in entries if name.endswith("/constants.pkl") or "/code/" in name]
     if script:
@@ -228,7 +228,7 @@ class _TorchMachine(PickleMachine):
         return storage if not rest or rest[0] is None else self._narrow(storage, rest[0])
 
     def _narrow(self, storage: Storage, view: Any) -> Storage:
-        """The part of a storage that the old layout calls a view of it: its key, first value and size."""
+        """Returns what the old layout calls a view of a storage: its key, first value and size."""
         self.expect("a view of a storage", view, (str, int, int))
         _, first, numel = view
         if first < 0 or numel < 0 or first + numel > storage.numel:
@@ -247,7 +247,7 @@ class _TorchMachine(PickleMachine):
 
 
 def _tensor(machine: _TorchMachine, arguments: tuple[Any, ...]) -> LazyTensor:
-    """storage, offset, shape, strides; then whether it needs a gradient, hooks, and flags, of which none is known."""
+    """From storage, offset, shape, strides; then whether it needs a gradient, hooks, and flags: none is known."""
     machine.expect("a tensor", arguments, (Storage, int, tuple, tuple), most=7)
     storage, offset, shape, strides = arguments[:4]
     if len(arguments) == 7 and arguments[6]:
@@ -256,14 +256,14 @@ def _tensor(machine: _TorchMachine, arguments: tuple[Any, ...]) -> LazyTensor:
 
 
 def _parameter(machine: _TorchMachine, arguments: tuple[Any, ...]) -> LazyTensor:
-    """The tensor; whether it needs a gradient, hooks and attributes do not matter."""
+    """Returns the tensor; whether it needs a gradient, hooks and attributes do not matter."""
     machine.expect("a parameter", arguments, (LazyTensor,), most=4)
     tensor: LazyTensor = arguments[0]
     return tensor
 
 
 def _ordered_dict(machine: _TorchMachine, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-    """Empty, or from a list of pairs, as Python 2 wrote it."""
+    """Makes an empty dict, or one of a list of pairs, as Python 2 wrote it."""
     made: dict[Any, Any] = {}
     if arguments:
         machine.expect("a dict", arguments, (list,))
@@ -283,7 +283,7 @@ def _size(machine: _TorchMachine, arguments: tuple[Any, ...]) -> tuple[Any, ...]
 
 
 def _bytes(machine: _TorchMachine, arguments: tuple[Any, ...]) -> bytes:
-    """How protocol 2 spells bytes: a text, and that its characters are they."""
+    """Reads bytes as protocol 2 spells them: a text whose characters they are."""
     machine.expect("bytes", arguments, (str, str))
     text, encoding = arguments
     machine.spend(len(text))
@@ -298,7 +298,7 @@ def _numpy_dtype(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Symbol:
 
 
 def _numpy_scalar(machine: _TorchMachine, arguments: tuple[Any, ...]) -> Any:
-    """A number, such as a metric that numpy computed."""
+    """Reads a number, such as a metric that NumPy computed."""
     machine.expect("a numpy value", arguments, (Symbol, bytes))
     layout = _NUMPY_LAYOUTS.get(arguments[0].name.removeprefix("numpy.dtype "))
     if layout is None or struct.calcsize(layout) != len(arguments[1]):
@@ -390,7 +390,7 @@ _STORAGE_NAMES = {dtype: name for name, dtype in _STORAGES.items()}
 
 
 def write_state_dict(path: Path, tensors: Sequence[LazyTensor], dtype: str) -> list[str]:
-    """Tensors by canonical names as a PyTorch file; returns the names of those that hold NaN or infinite values.
+    """Writes tensors of canonical names as a PyTorch file. Returns the names of those with NaN or infinite values.
 
     Equal tensors give equal bytes. Memory is bounded by a block of rows.
 
@@ -427,7 +427,7 @@ def _put(
 
 
 def _pickled(tensors: Sequence[LazyTensor], dtype: str) -> bytes:
-    """The pickle of a dict of tensors, as a reader of torch's sees it: each a view of a storage of its own."""
+    """Returns the pickle of a dict of tensors, each a view of a storage of its own."""
     items = b"".join(
         _plain(to_corenet(tensor.name)) + _tensor_opcodes(tensor, str(number), dtype)
         for number, tensor in enumerate(tensors)
@@ -460,6 +460,6 @@ def _global(module: str, name: str) -> bytes:
 
 
 def _plain(value: Any) -> bytes:
-    """The opcodes that leave `value`, a number, string or tuple of numbers."""
+    """Returns the opcodes that leave `value`, a number, string or tuple of numbers."""
     head, end = 2, len(pickle.STOP)  # protocol and its number, and what ends a pickle
     return pickle.dumps(value, protocol=2)[head:-end]

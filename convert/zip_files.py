@@ -1,4 +1,4 @@
-"""The zip container that torch.save writes, read.
+"""Reads the zip container that torch.save writes.
 
 Stricter than the `zipfile` module: what torch.save never writes (compression, encryption, several disks, entries that
 overlap, two of one name, headers that contradict each other) is refused before an entry's bytes are used. Checksums
@@ -53,7 +53,7 @@ class _Listing:
 
 
 def read_archive(file: File) -> dict[str, ZipEntry]:
-    """Every entry by name; folders are left out.
+    """Returns every entry by name; folders are left out.
 
     Raises:
         InputError: says what about the archive is wrong.
@@ -73,7 +73,7 @@ def read_archive(file: File) -> dict[str, ZipEntry]:
 
 
 def read_entry(file: File, entry: ZipEntry, limit: int) -> bytes:
-    """The whole entry, refused above `limit` bytes."""
+    """Reads the whole entry, refused above `limit` bytes."""
     require_stored(file, entry)
     if entry.size > limit:
         raise file.fail(f"its {printable(entry.name)} has {entry.size:,} bytes; {limit:,} is the most that is read")
@@ -89,7 +89,7 @@ def require_stored(file: File, entry: ZipEntry) -> None:
 
 
 def _find_directory(file: File) -> tuple[int, int, int]:
-    """Where the central directory starts, its size in bytes, and how many entries it lists."""
+    """Returns the start of the central directory, its size in bytes, and how many entries it lists."""
     tail_start = max(0, file.size - 0xFFFF - _END.size)
     tail = file.read(tail_start, file.size - tail_start)
     at = tail.rfind(b"PK\5\6")
@@ -149,7 +149,7 @@ def _read_directory(file: File, start: int, size: int, count: int) -> list[_List
 
 
 def _widen(file: File, extra: bytes, values: list[int]) -> list[int]:
-    """`values` with those that are too large for 32 bits taken from the zip64 field of `extra`."""
+    """Returns `values`, those that are too large for 32 bits taken from the zip64 field of `extra`."""
     if _SEE_ZIP64 not in values:
         return values
     at = 0
@@ -165,7 +165,7 @@ def _widen(file: File, extra: bytes, values: list[int]) -> list[int]:
 
 
 def _read_local(file: File, listing: _Listing, end: int) -> ZipEntry:
-    """The entry, once its local header says the same as the directory and its data lies before `end`."""
+    """Returns the entry, once its local header says the same as the directory and its data lies before `end`."""
     name = _checked_name(file, listing.name)
     if listing.flags & _ENCRYPTED:
         raise file.fail(f"its {printable(name)} is encrypted")
