@@ -13,10 +13,7 @@ RECIPES: training.Recipes = {  # OpenELM's instruction tuning, arXiv 2404.14619,
     "openelm-3B": {**_PAPER, "loss": "hinge", "learning_rate": 1e-4, "epochs": 10.0},
 }
 
-
-@training.command(DpoSettings, RECIPES, "The paper's choices for that size, where none are given here.")
-def dpo(settings: DpoSettings, resume: bool, force: bool) -> None:
-    """Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights."""
-    from elm_mlx.train.alignment import Alignment
-
-    training.carry_out(lambda: Alignment(settings, resume=resume), settings, resume, force)
+dpo = training.command(
+    DpoSettings, RECIPES, "The paper's choices for that size, where none are given here.",
+    "Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights.",
+)  # fmt: skip

@@ -14,10 +14,7 @@ RECIPES: training.Recipes = {
     },
 }  # fmt: skip
 
-
-@training.command(LoraSettings, RECIPES, "openelm: Apple's choices, where none are given here.")
-def lora(settings: LoraSettings, resume: bool, force: bool) -> None:
-    """Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take."""
-    from elm_mlx.train.finetuning import Finetuning
-
-    training.carry_out(lambda: Finetuning(settings, resume=resume), settings, resume, force)
+lora = training.command(
+    LoraSettings, RECIPES, "Apple's choices, where none are given here.",
+    "Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take.",
+)  # fmt: skip

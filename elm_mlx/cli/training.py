@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
@@ -22,14 +22,13 @@ from elm_mlx.cli.screen import TrainingDisplay, bad_records_named, byte_size, co
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
 from elm_mlx.train.sections import Setting
-from elm_mlx.train.settings import LoraSettings
+from elm_mlx.train.settings import DpoSettings, LoraSettings
 
 if TYPE_CHECKING:
     from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.memory import Load
     from elm_mlx.train.run import Result
 
-S = TypeVar("S", bound=LoraSettings)
 Recipes = Mapping[str, Mapping[str, Any]]  # of each its settings, by name
 
 _STEPS = "learning rate's steps"
@@ -50,29 +49,24 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --
 Force = Annotated[bool, typer.Option("--force", help="Try what is sure not to fit into this machine's memory.")]
 
 
-def command(
-    kind: type[S], recipes: Recipes, about_recipes: str
-) -> Callable[[Callable[[S, bool, bool], None]], Callable[..., None]]:
-    """Makes a command of a function of settings, of `--resume` and of `--force`; the options are the settings'."""
+def command(kind: type[LoraSettings], recipes: Recipes, about_recipes: str, about: str) -> Callable[..., None]:
+    """Returns the function of a command whose options are the settings of `kind`; `about` is its help."""
 
-    def decorated(train: Callable[[S, bool, bool], None]) -> Callable[..., None]:
-        def run(ctx: typer.Context, **given: Any) -> None:
-            train(_made(kind, chosen(kind, recipes, ctx, given)), given["resume"], given["force"])
+    def run(ctx: typer.Context, **given: Any) -> None:
+        carry_out(made(kind, chosen(kind, recipes, ctx, given)), given["resume"], given["force"])
 
-        names: Any = Literal[tuple(recipes)]
-        recipe = Annotated[names | None, typer.Option(help=about_recipes)]
-        parameters = [
-            _parameter("ctx", typer.Context, inspect.Parameter.empty),
-            *(_option(kind, each) for each in kind.options().values()),
-            _parameter("config", Config, None), _parameter("resume", Resume, False),
-            _parameter("recipe", recipe, None), _parameter("force", Force, False),
-        ]  # fmt: skip
-        run.__doc__ = train.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in parameters}
-        return run
-
-    return decorated
+    recipe: Any = Literal[tuple(recipes)]
+    parameters = [
+        _parameter("ctx", typer.Context, inspect.Parameter.empty),
+        *(_option(kind, each) for each in kind.options().values()),
+        _parameter("config", Config, None), _parameter("resume", Resume, False),
+        _parameter("recipe", Annotated[recipe | None, typer.Option(help=about_recipes)], None),
+        _parameter("force", Force, False),
+    ]  # fmt: skip
+    run.__doc__ = about
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    return run
 
 
 def _parameter(name: str, kind: Any, default: Any) -> inspect.Parameter:
@@ -143,7 +137,8 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _made(kind: type[S], values: Mapping[str, Any]) -> S:
+def made(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettings:
+    """The settings of a run. Raises InputError where one is missing."""
     for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
         if name not in values:
             raise InputError(f"{shown} is missing: on the command line, or in a file given by --config")
@@ -202,17 +197,23 @@ def _read_as(setting: Setting, value: Any, where: str) -> Any:
     return sections.value_of(setting.kind, value, setting.name, where)
 
 
-def carry_out(opened: Callable[[], Finetuning], asked: LoraSettings, resume: bool, force: bool) -> None:
+def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
     """Open a run, say what is about to happen, train, and say how it ended."""
     from elm_mlx import device
     from elm_mlx.train import memory
+    from elm_mlx.train.finetuning import Finetuning
 
     with bad_records_named(asked.data):
-        run = opened()
+        if isinstance(asked, DpoSettings):
+            from elm_mlx.train.alignment import Alignment
+
+            run: Finetuning = Alignment(asked, resume=resume)
+        else:
+            run = Finetuning(asked, resume=resume)
     with run:
         shown = TrainingDisplay(run.settings.schedule.steps, validates="valid" in run.splits, quiet=not run.leads)
         tight = memory.check(run.load(), device.available_memory(), device.total_memory(), force=force)
-        name_bad(reason for split in run.splits.values() for reason in split.bad)
+        name_bad([reason for split in run.splits.values() for reason in split.bad])
         shown.lines(_plan(run))
         if tight:
             shown.warn(tight)
