@@ -29,7 +29,7 @@ from hostile_templates import TEMPLATES
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import records, text_sources
 from elm_mlx.errors import ElmError
-from elm_mlx.evaluate import task_results, tokens
+from elm_mlx.evaluate import scores, tokens
 from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
 from elm_mlx.inference import conversation, sampling
@@ -335,7 +335,7 @@ def write_conversion(path: Path) -> None:
 
 
 def use_conversion(path: Path) -> None:
-    task_results.published_model(ModelConfig.load(path / "preset.json"), path)
+    scores.published_model(ModelConfig.load(path / "preset.json"), path)
     json.dumps(merge_record(path, read_adapter(path, read_config(path))))
 
 

@@ -1,1 +1,1 @@
-"""How fast models run on this machine, beside others and beside what the machine could do."""
+"""Benchmarks of generation on this machine, beside other programs and beside the machine's own speed."""

@@ -62,7 +62,7 @@ class Row:
         return Spread.of(values) if values else None
 
     def ratio(self, side: str, figure: str) -> Spread | None:
-        """How many times as fast ours is: of each pair that was measured one right after the other."""
+        """The ratio of our figure to a side's, over pairs that were measured one right after the other."""
         pairs = zip(self.figures.get("ours", ()), self.figures.get(side, ()), strict=False)
         return Spread.of_ratios((getattr(ours, figure), getattr(theirs, figure)) for ours, theirs in pairs)
 
@@ -117,7 +117,7 @@ class Results:
 
     @property
     def measured(self) -> bool:
-        """Whether there is a figure at all."""
+        """True where there is a figure at all."""
         return any(row.figures for row in self.rows)
 
     def save(self, path: Path) -> None:

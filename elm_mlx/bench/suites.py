@@ -184,7 +184,7 @@ def check(suite: Suite) -> Suite:
             if value < 1:
                 raise InputError(f"--{name} {value}: must be 1 or more")
     if "llama.cpp" in suite.against and len({case.model for case in suite.cases}) > 1:
-        raise InputError("--against llama.cpp: is given one file, so measure one model at a time")
+        raise InputError("--against llama.cpp: it reads one file: measure one model at a time")
     if suite.repeats < 1:
         raise InputError(f"--repeats {suite.repeats}: must be 1 or more")
     if len(set(suite.against)) < len(suite.against):

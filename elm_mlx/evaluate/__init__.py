@@ -1,1 +1,1 @@
-"""How good a model is: the paper's tasks as LM Evaluation Harness scores them, perplexity, and models compared."""
+"""Evaluation: the paper's tasks as LM Evaluation Harness scores them, perplexity, and comparison of models."""

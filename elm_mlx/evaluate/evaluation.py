@@ -20,12 +20,11 @@ from mlx.utils import tree_flatten
 from elm_mlx import device, files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.evaluate import scores, task_results, task_sources, tasks, tokens
+from elm_mlx.evaluate import scores, task_sources, tasks, tokens
 from elm_mlx.evaluate.questions import Question
 from elm_mlx.evaluate.score_record import ScoreRecord, kept_identity
-from elm_mlx.evaluate.scores import Score
+from elm_mlx.evaluate.scores import Score, ScoreRow, TaskResult
 from elm_mlx.evaluate.scoring import Scorer
-from elm_mlx.evaluate.task_results import ScoreRow, TaskResult
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextWindows
@@ -42,7 +41,7 @@ _WINDOW = 2048  # tokens of text read at once, where the model reads as many
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a model is to be evaluated on.
+    """The tasks and texts to evaluate a model on.
 
     Attributes:
         tasks: names, with `@SHOTS` or without, or files; several may stand in one, with commas between.
@@ -144,8 +143,8 @@ class Evaluation:
         self.mean: Score | None = None
         self.pace = Pace(0, 0.0)
         self.results: dict[str, Any] = {}
-        self.published = task_results.published_model(self._loaded.model.config, path)
-        self.source = task_results.published()["source"]
+        self.published = scores.published_model(self._loaded.model.config, path)
+        self.source = scores.published()["source"]
         weights = (weight for _, weight in tree_flatten(self._loaded.model.parameters()))
         types = {str(weight.dtype).removeprefix("mlx.core.") for weight in weights}
         self._identity = {
@@ -161,7 +160,7 @@ class Evaluation:
         suite = self._wanted.suite_name()
         if self.published is None or suite is None:
             return None
-        return float(task_results.published()["models"][self.published][suite]["mean"])
+        return float(scores.published()["models"][self.published][suite]["mean"])
 
     def run(self, on_progress: OnProgress = no_progress) -> None:
         """Scores what is not scored yet, and writes results.json.
@@ -187,16 +186,16 @@ class Evaluation:
         with ScoreRecord(self.out, self._identity, about) as record:
             self.pace = score(works, model, record, on_progress)
             found = {work.key: work.measured(record) for work in works}
-            self.rows = task_results.rows(list(found.values()), self.published)
+            self.rows = scores.rows(list(found.values()), self.published)
             suite = wanted.suite_name()
-            self.mean = None if suite is None or self.missing else task_results.mean_of_suite(self.rows, suite)
+            self.mean = None if suite is None or self.missing else scores.mean_of_suite(self.rows, suite)
             now = {
                 **about, "identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace),
                 "mean": None if self.mean is None else asdict(self.mean),
                 "scores": [row.to_dict() for row in self.rows], "missing": self.missing,
                 "tasks": {key: asdict(result) for key, result in found.items()},
             }  # fmt: skip
-            self.results = task_results.merged(record.results(), now)
+            self.results = scores.merged(record.results(), now)
             record.write_results(self.results)
 
     def run_harness(self, on_progress: OnProgress = no_progress) -> str:

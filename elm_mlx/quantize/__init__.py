@@ -1,1 +1,1 @@
-"""A model in fewer bits, and what that lost. `quantize.quantize` does it."""
+"""Quantization: a model in fewer bits, with what that lost. `quantization.quantize` does it."""

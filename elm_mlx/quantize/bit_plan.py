@@ -31,7 +31,7 @@ TOKENS = 1024  # a few windows from all over the text
 
 @dataclass(frozen=True)
 class BitPlan:
-    """How each weight is to be stored.
+    """The format of each weight.
 
     Attributes:
         formats: module -> its weight's format, in the model's order; what is not here stays as it is.

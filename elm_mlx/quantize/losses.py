@@ -1,4 +1,4 @@
-"""What quantizing loses: perplexity, Kullback-Leibler divergence, flipped tokens; and speed.
+"""Losses of a quantized model: perplexity, Kullback-Leibler divergence, flipped tokens; and speed.
 
 Two models' logits on the same text are compared. Those of the first wait on the disk, so that one model at a time is in
 memory.

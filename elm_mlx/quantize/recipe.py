@@ -1,4 +1,4 @@
-"""How a model is to be quantized: the format of a weight as `mx.quantize` takes it, a budget of bits, a method."""
+"""The recipe of a quantization: the format of a weight as `mx.quantize` takes it, a budget of bits, a method."""
 
 from __future__ import annotations
 
