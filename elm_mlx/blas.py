@@ -1,21 +1,17 @@
-"""A fast BLAS for MLX on Linux.
+"""A fast BLAS for MLX on Linux, loaded before MLX. On macOS MLX has Accelerate, and nothing is done.
 
-The Linux wheel of MLX links the reference BLAS, tens of times slower than the machine. It takes
-just three CBLAS functions from it, by name, when they are first called: a library that defines them and is
-loaded globally *before* MLX is found first by the dynamic linker. This module loads one that hands them to
-the OpenBLAS of the `scipy-openblas32` wheel, whose own names carry a prefix. There are two ways to such a
-library, both taken once and kept in the user's cache:
+The Linux wheel of MLX links the reference BLAS, tens of times slower than the machine. It takes just three CBLAS
+functions from it, by name, when they are first called: a library that defines them and is loaded globally *before* MLX
+is found first by the dynamic linker. The OpenBLAS of the `scipy-openblas32` wheel has them behind a prefix. There are
+two ways to a library with plain names, both taken once and kept in the user's cache:
 
-- a page of C, where there is a compiler. It multiplies few rows by itself, 2 to 6 times as fast as OpenBLAS, which
+- `cblas.c`, where there is a C compiler. It multiplies few rows by itself, 2 to 6 times as fast as OpenBLAS, which
   packs the matrix even for these: decoding is made of such products;
-- otherwise a copy of OpenBLAS in which `patchelf` has taken the prefix off the three names.
+- else a copy of OpenBLAS in which `patchelf` has taken the prefix off the three names. Many machines have no compiler
+  (python:slim, a desktop's Ubuntu), and would multiply 60 times slower without it.
 
-Knows nothing of MLX beyond that. Imported by the package before anything that imports MLX. Whatever
-goes wrong here, MLX still works: it is slower, and `status()` says why. Does nothing on macOS, where
-MLX uses Accelerate.
-
-`ELM_MLX_BLAS` chooses: `auto` (the default), `off`, or the path of a library with plain CBLAS names,
-such as `libopenblas.so.0` or MKL's `libmkl_rt.so`.
+Whatever goes wrong here, MLX still works: it is slower, and `status()` says why. `ELM_MLX_BLAS` chooses: `auto` (the
+default), `off`, or the path of a library with plain CBLAS names, such as `libopenblas.so.0` or MKL's `libmkl_rt.so`.
 """
 
 from __future__ import annotations
@@ -51,12 +47,12 @@ _opened: list[ctypes.CDLL] = []  # what serves, for as long as the process lives
 
 @dataclass(frozen=True)
 class Status:
-    """Which BLAS MLX multiplies with.
+    """The BLAS that MLX multiplies with.
 
     Attributes:
         path: of the library that was loaded for it; None if none was.
-        note: what else there is to say; of a slow one, why.
-        slow: that a way which should have worked did not.
+        note: more about it; of a slow one, the reason.
+        slow: a way that should have worked did not.
     """
 
     name: str
@@ -66,12 +62,15 @@ class Status:
 
 
 class _Unusable(Exception):
-    """A library that cannot serve, and why."""
+    """A library cannot serve; the text says why."""
+
+
+_FAILURES = (OSError, _Unusable, subprocess.SubprocessError)
 
 
 @functools.cache
 def status() -> Status:
-    """Load a fast BLAS, once, and say which one serves."""
+    """Loads a fast BLAS, once. Returns the one that serves."""
     choice = os.environ.get(VARIABLE) or "auto"
     if sys.platform == "darwin":
         return Status("Accelerate")
@@ -88,26 +87,26 @@ def status() -> Status:
         if choice != "auto":
             return Status(Path(choice).name, path=_load(choice))
         return _load_packaged()
-    except (OSError, _Unusable, subprocess.SubprocessError) as error:
+    except _FAILURES as error:
         return Status(reference, note=str(error), slow=True)
 
 
 def prefer_fast() -> None:
-    """Load a fast BLAS if there is one; a line of warning if a way that should work did not."""
+    """Loads a fast BLAS if there is one, and warns in a line if a way that should work did not."""
     found = status()
     if found.slow:
         print(f"elm-mlx: slow matrix products: {found.note} ({VARIABLE} chooses a BLAS)", file=sys.stderr)
 
 
 def threads() -> int:
-    """How many processors a product uses, where that can be changed; else 1."""
+    """Returns the number of processors that a product uses, where that can be changed; else 1."""
     count = _openblas("openblas_get_num_threads")
     return max(1, count()) if count else 1
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """While it lasts, products use one processor: for whoever computes several at the same time."""
+    """Lets products use one processor in the block: for several that are computed at the same time."""
     kept, change = threads(), _openblas("openblas_set_num_threads")
     if change is None:
         yield
@@ -120,7 +119,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _openblas(name: str) -> Callable[..., int] | None:
-    """A function of the OpenBLAS that serves, if one does."""
+    """Returns a function of the OpenBLAS that serves, if one does."""
     for library, full in itertools.product(_opened, (name, PREFIX + name)):
         if hasattr(library, full):
             return cast(Callable[..., int], getattr(library, full))
@@ -128,24 +127,23 @@ def _openblas(name: str) -> Callable[..., int] | None:
 
 
 def _load_packaged() -> Status:
-    """The wheel's OpenBLAS, or else the system's."""
-    name = "OpenBLAS (scipy-openblas32)"
+    """Loads the wheel's OpenBLAS, or else the system's."""
+    reasons = []
     try:
         original = _packaged_library()
+        for make, detail, beside in ((_compile_shim, OWN_FEW_ROWS, original), (_rename_symbols, "", None)):
+            try:
+                with _made(original, make, beside) as path:
+                    return Status(f"OpenBLAS (scipy-openblas32){detail}", path=_load(path, beside))
+            except _FAILURES as error:
+                reasons.append(str(error))
     except _Unusable as error:
-        return _load_system(str(error))
-    reasons = []
-    for make, detail, beside in ((_compile_shim, OWN_FEW_ROWS, original), (_rename_symbols, "", None)):
-        try:
-            with _made(original, make, beside) as path:
-                return Status(name + detail, path=_load(path, beside))
-        except (OSError, _Unusable, subprocess.SubprocessError) as error:
-            reasons.append(str(error))
+        reasons.append(str(error))
     return _load_system("; ".join(reasons))
 
 
 def _load_system(reason: str) -> Status:
-    """The system's OpenBLAS; raises _Unusable with the `reason` it was needed for where there is none."""
+    """Loads the system's OpenBLAS. Raises _Unusable with the `reason` it was needed for where there is none."""
     try:
         return Status("OpenBLAS (the system's)", path=_load("libopenblas.so.0"))
     except (OSError, _Unusable):
@@ -153,7 +151,7 @@ def _load_system(reason: str) -> Status:
 
 
 def _load(path: str, beside: Path | None = None) -> str:
-    """Open `path` for every library loaded later to see, after some products came out right.
+    """Opens `path` for every library loaded later, after some products came out right.
 
     `beside` is the OpenBLAS that a shim at `path` calls.
     """
@@ -164,13 +162,13 @@ def _load(path: str, beside: Path | None = None) -> str:
     if not _multiplies(library):
         raise _Unusable(f"{path} multiplies wrongly on this processor")
     opened.append(ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL))
-    _respect_cpu_quota(opened)
     _opened[:] = opened
+    _respect_cpu_quota()
     return path
 
 
 def _multiplies(library: ctypes.CDLL) -> bool:
-    """Whether `cblas_sgemm` gives whole-number products exactly: a row and a block, both orientations."""
+    """Returns whether `cblas_sgemm` gives whole-number products exactly: rows and blocks, both orientations."""
     gemm = library.cblas_sgemm
     gemm.restype = None
     shapes = [(1, 33, 19), (5, 7, 27), (17, 9, 21), (33, 1, 19)]
@@ -191,9 +189,10 @@ def _multiplies(library: ctypes.CDLL) -> bool:
     return True
 
 
-def _respect_cpu_quota(libraries: list[ctypes.CDLL]) -> None:
-    """One thread for each processor that a container may use: OpenBLAS sees the machine's, not the quota."""
-    if any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
+def _respect_cpu_quota() -> None:
+    """Uses one thread for each processor that a container may use: OpenBLAS sees the machine's, not the quota."""
+    change = _openblas("openblas_set_num_threads")
+    if change is None or any(name in os.environ for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")):
         return
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -201,10 +200,7 @@ def _respect_cpu_quota(libraries: list[ctypes.CDLL]) -> None:
     except (OSError, ValueError):  # no cgroup, or "max": no quota
         return
     if allowed < len(os.sched_getaffinity(0)):
-        names = ("openblas_set_num_threads", PREFIX + "openblas_set_num_threads")
-        for library, name in itertools.product(libraries, names):
-            if hasattr(library, name):
-                getattr(library, name)(allowed)
+        change(allowed)
 
 
 def _packaged_library() -> Path:
@@ -219,32 +215,27 @@ def _packaged_library() -> Path:
 
 @contextmanager
 def _made(original: Path, make: Callable[[Path, Path], None], beside: Path | None) -> Iterator[str]:
-    """Path of what `make` makes of `original`, made once and kept in the user's cache; or, without one, till loaded.
+    """Gives the path of what `make` makes of `original`, kept in the user's cache; without a cache, until it is loaded.
 
-    It is put there only when a process of its own has multiplied with it: an OpenBLAS that crashes on this
-    processor takes that process down, not ours. What cannot be loaded is not kept, so that the next process
-    makes it anew; what cannot be made is not tried again for a day.
+    It is kept only when a process of its own has multiplied with it: an OpenBLAS that crashes on this processor takes
+    that process down, not ours. What cannot be loaded is removed, and the next process makes it anew; what cannot be
+    made is not tried again for a day.
     """
     stat = original.stat()
     built_for = (_processor(), os.environ.get("OPENBLAS_CORETYPE"), _compiler())
     key = repr((original, stat.st_size, stat.st_mtime_ns, SHIM.read_bytes(), built_for))
     stem = f"libcblas{make.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     cache = _cache_directory()
-    with nullcontext(cache) if cache else tempfile.TemporaryDirectory(prefix="elm-mlx-") as name:
+    with nullcontext(str(cache)) if cache else tempfile.TemporaryDirectory(prefix="elm-mlx-") as name:
         directory = Path(name)
-        path = _kept(directory, stem) or _make_checked(original, make, beside, directory, stem)
+        # None that is not as long as its name says: loading half a library is fatal.
+        kept = (path for path in directory.glob(f"{stem}-*.so") if path.stem.endswith(f"-{path.stat().st_size}"))
+        path = next(kept, None) or _make_checked(original, make, beside, directory, stem)
         try:
             yield str(path)
         except (OSError, _Unusable):
             path.unlink(missing_ok=True)
             raise
-
-
-def _kept(directory: Path, stem: str) -> Path | None:
-    """The library kept earlier; none that is not as long as its name says, for loading half of one is fatal."""
-    return next(
-        (path for path in directory.glob(f"{stem}-*.so") if path.stem.endswith(f"-{path.stat().st_size}")), None
-    )
 
 
 def _make_checked(
@@ -308,7 +299,7 @@ def _run(command: list[str], what: str) -> None:
 
 
 def _cache_directory() -> Path | None:
-    """Where the copy is kept: ours alone, since code is loaded from it. None where there is no such place."""
+    """Returns where libraries are kept: ours alone, since code is loaded from it. None if there is no such place."""
     try:
         path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "elm-mlx")
         if not path.is_absolute():  # an empty HOME: whoever owns this directory should not choose our code
@@ -322,7 +313,7 @@ def _cache_directory() -> Path | None:
 
 
 def _processor() -> str:
-    """What this processor can do, so that a home shared between machines is checked on each."""
+    """Returns what this processor can do, so that a home shared between machines is checked on each."""
     try:
         with Path("/proc/cpuinfo").open() as lines:
             return next((line for line in lines if line.startswith(("flags", "Features"))), "")
