@@ -1,7 +1,6 @@
-"""The shape of an OpenELM: the layer-wise scaling rule, the four presets, JSON.
+"""The shape of an OpenELM: the layer-wise scaling rule, the four presets, and `config.json`, of any known family.
 
-Knows how wide each layer is, and how to say so in the `config.json` that Hugging Face
-and mlx-lm read. Knows nothing of arrays: importing this imports no MLX.
+Importing this imports no MLX.
 """
 
 from __future__ import annotations
@@ -21,13 +20,16 @@ if TYPE_CHECKING:
 Config: TypeAlias = "ModelConfig | FamilyConfig"
 
 MODEL_TYPE = "openelm"
-BITS = (2, 3, 4, 5, 6, 8)  # of what is written here; MLX reads 1 too
+# Of quantized weights: MLX reads 1 bit too. Each mode of floats, microscaling (OCP MX 1.0) and NVIDIA's, has one number
+# of bits and one group size.
+BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
-# mode -> bits and group size, of which each has one: microscaling floats (OCP MX 1.0) and NVIDIA's.
-FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 AFFINE = "affine"
+FLOATS = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 LINEARS = ("attn.qkv_proj", "attn.out_proj", "ffn.proj_1", "ffn.proj_2")  # of a layer
 
+# The keys of an OpenELM's config.json that have one value.
+_FIXED = {"model_type": MODEL_TYPE, "activation_fn_name": "swish", "normalization_layer_name": "rms_norm"}
 # A config.json may come from anywhere. Far above every model that is known, and what is built of such figures alone,
 # before any weight is looked at, is small.
 _MAX_LAYERS = 10_000
@@ -36,13 +38,13 @@ _MAX_WIDTH = 1 << 24  # of any weight of a layer
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """The multiple of `divisor` nearest to `value`, at least `divisor`, never more than 10 % below."""
+    """Returns the multiple of `divisor` nearest to `value`, at least `divisor`, never more than 10 % below."""
     rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
 def spread(multiplier: float | Sequence[float], num_layers: int) -> list[float]:
-    """One multiplier for each layer: a pair is interpolated (paper, section 2.1), a number repeated."""
+    """Returns a multiplier for each layer: a pair is interpolated (paper, section 2.1), a number repeated."""
     if isinstance(multiplier, (int, float)):
         return [float(multiplier)] * num_layers
     low, high = multiplier
@@ -84,7 +86,7 @@ class ModelConfig:
     rope_max_length: int = 4096
     bos_token_id: int = 1
     eos_token_id: int | tuple[int, ...] = 2
-    # What `quantize` left behind: {"group_size", "bits", …}, as mlx-lm writes it.
+    # {"group_size", "bits", …}, as mlx-lm writes it.
     quantization: Mapping[str, Any] | None = field(default=None, hash=False)
 
     # As of a FamilyConfig, and the same in every OpenELM. Without annotations: no fields.
@@ -104,7 +106,7 @@ class ModelConfig:
 
     @property
     def ffn_dims(self) -> tuple[int, ...]:
-        """FFN width of each layer: what `proj_2` reads, half of what `proj_1` writes under GLU."""
+        """The FFN width of each layer: the inputs of `proj_2`, half of the outputs of `proj_1` under GLU."""
         return tuple(make_divisible(m * self.model_dim, self.ffn_dim_divisor) for m in self.ffn_multipliers)
 
     @property
@@ -112,7 +114,7 @@ class ModelConfig:
         return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else tuple(self.eos_token_id)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight's canonical name and shape, from input to output."""
+        """Returns every weight's canonical name and shape, from input to output."""
         dim, head = self.model_dim, self.head_dim
         shapes: dict[str, tuple[int, ...]] = {"transformer.token_embeddings.weight": (self.vocab_size, dim)}
         for i, (q, kv, ffn) in enumerate(zip(self.num_query_heads, self.num_kv_heads, self.ffn_dims, strict=True)):
@@ -132,7 +134,7 @@ class ModelConfig:
         return shapes
 
     def modules(self) -> list[str]:
-        """What an adapter can be put on, in the model's order: the embedding, linears, the head."""
+        """Returns the modules that can have an adapter, in the model's order: the embedding, linears, the head."""
         return [name.removesuffix(".weight") for name, shape in self.shapes().items() if len(shape) == 2]
 
     @property
@@ -140,7 +142,7 @@ class ModelConfig:
         return sum(math.prod(shape) for shape in self.shapes().values())
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Size of the KV cache for one token over all layers."""
+        """Returns the size of the KV cache for one token over all layers."""
         return 2 * sum(self.num_kv_heads) * self.head_dim * bytes_per_value
 
     @classmethod
@@ -156,10 +158,10 @@ class ModelConfig:
         ffn_multipliers: float | Sequence[float] = (0.5, 4.0),
         **fields: Any,
     ) -> ModelConfig:
-        """The layer-wise scaling rule (paper, section 2.1): multipliers that grow linearly with depth.
+        """Applies the layer-wise scaling rule (paper, section 2.1): multipliers grow linearly with depth.
 
-        `num_gqa_groups` is query heads per key/value head. A single number in place of a
-        pair of multipliers gives a uniform model.
+        `num_gqa_groups` is query heads per key/value head. A number in place of a pair of multipliers gives a uniform
+        model.
         """
         query_heads = [
             make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
@@ -177,7 +179,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, vocab_size: int = 32_000) -> ModelConfig:
-        """One of the paper's four models: `OpenELM-270M`, `-450M`, `-1_1B`, `-3B`."""
+        """Returns one of the paper's four models: `OpenELM-270M`, `-450M`, `-1_1B`, `-3B`."""
         if name not in PRESETS:
             raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
         num_layers, model_dim, head_dim = PRESETS[name]
@@ -185,31 +187,21 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-        """From the keys of a `config.json`; keys that say nothing about shape are passed over.
+        """Reads the keys of a `config.json`; those that say nothing about shape are ignored.
 
-        The lists may be absent where `qkv_multipliers`, a pair of `ffn_multipliers` and
-        `num_gqa_groups` say the same, as in CoreNet.
+        The lists may be absent where `qkv_multipliers`, a pair of `ffn_multipliers` and `num_gqa_groups` say the same,
+        as in CoreNet.
 
         Raises:
-            InputError: names the key, and `where` it was read, when one is missing or makes no sense.
+            InputError: a key is missing or makes no sense: names it, and `where` it was read.
         """
-        model_type = values.get("model_type", MODEL_TYPE)
-        if model_type != MODEL_TYPE:
-            raise InputError(f"{where}: model_type is {short(model_type)}, and this reads {MODEL_TYPE!r}")
-        activation = values.get("activation_fn_name", "swish")
-        if activation != "swish":
-            raise InputError(f"{where}: activation_fn_name is {short(activation)}; only 'swish' is known")
-        norm = values.get("normalization_layer_name", "rms_norm")
-        if norm != "rms_norm":
-            raise InputError(f"{where}: normalization_layer_name is {short(norm)}; only 'rms_norm' is known")
+        keys = Keys(where, values)
+        for name, value in _FIXED.items():
+            keys.word(name, (value,), value)
+        num_layers = keys.size("num_transformer_layers", most=_MAX_LAYERS)
         known = {name: values[name] for name in cls.__dataclass_fields__ if values.get(name) is not None}
         known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
         try:
-            num_layers = values["num_transformer_layers"]
-            if type(num_layers) is not int or not 0 < num_layers <= _MAX_LAYERS:
-                raise InputError(
-                    f"num_transformer_layers is {short(num_layers)}: at most {_MAX_LAYERS} layers are known"
-                )
             if "num_query_heads" not in known:
                 rule = {k: values[k] for k in ("num_gqa_groups", "qkv_multipliers", "ffn_multipliers") if k in values}
                 return cls.scaled(num_layers=num_layers, **{**known, **rule})
@@ -228,20 +220,16 @@ class ModelConfig:
 
     @classmethod
     def load(cls, path: Path) -> ModelConfig:
-        """From a `config.json`. Raises InputError when it cannot be read."""
+        """Reads a `config.json`. Raises InputError when it cannot be read."""
         return cls.from_dict(json_object(path), where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of a `config.json` that this package, mlx-lm and the hub's code read alike."""
+        """Returns the keys of a `config.json` that this package, mlx-lm and the hub's code read alike."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "quantization"}
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         values |= {
-            "model_type": MODEL_TYPE,
-            "architectures": ["OpenELMForCausalLM"],
-            "num_transformer_layers": self.num_layers,
-            "activation_fn_name": "swish",
-            "normalization_layer_name": "rms_norm",
-        }
+            **_FIXED, "architectures": ["OpenELMForCausalLM"], "num_transformer_layers": self.num_layers,
+        }  # fmt: skip
         if self.quantization is not None:
             values["quantization"] = dict(self.quantization)
         return values
@@ -250,23 +238,22 @@ class ModelConfig:
         return replace(self, vocab_size=vocab_size)
 
     def _check(self) -> None:
+        def require(name: str, needed: str, holds: bool) -> None:
+            if not holds:
+                raise InputError(f"{name} is {short(getattr(self, name))}: {needed} is needed")
+
         for name in ("vocab_size", "model_dim", "head_dim", "ffn_dim_divisor", "max_context_length", "rope_max_length"):
             most = _MOST.get(name, 2**31 - 1)
-            _require(
-                name, getattr(self, name), f"a whole number from 1 to {most:,}", _is_size(getattr(self, name), most)
-            )
+            require(name, f"a whole number from 1 to {most:,}", _is_size(getattr(self, name), most))
         for name in ("ffn_with_glu", "normalize_qk_projections", "share_input_output_layers"):
-            _require(name, getattr(self, name), "true or false", isinstance(getattr(self, name), bool))
-        _require("rms_norm_eps", self.rms_norm_eps, "a small number", _is_number(self.rms_norm_eps, 0, 1))
-        _require(
-            "rope_freq_constant", self.rope_freq_constant, "a number", _is_number(self.rope_freq_constant, 1, 1e12)
-        )
-        ids = (
-            self.bos_token_id,
-            *([self.eos_token_id] if not isinstance(self.eos_token_id, tuple) else self.eos_token_id),
-        )
-        _require("bos_token_id or eos_token_id", ids, "token ids", all(type(i) is int and 0 <= i < 2**31 for i in ids))
-        _require("quantization", self.quantization, "an object", isinstance(self.quantization, (Mapping, type(None))))
+            require(name, "true or false", isinstance(getattr(self, name), bool))
+        require("rms_norm_eps", "a small number", _is_number(self.rms_norm_eps, 0, 1))
+        require("rope_freq_constant", "a number", _is_number(self.rope_freq_constant, 1, 1e12))
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            ids = ids if isinstance(ids, tuple) and name == "eos_token_id" else (ids,)
+            require(name, "a token id, or for the end several,", all(type(i) is int and 0 <= i < 2**31 for i in ids))
+        require("quantization", "an object", isinstance(self.quantization, (Mapping, type(None))))
         lengths = {len(self.num_query_heads), len(self.num_kv_heads), len(self.ffn_multipliers)}
         if len(lengths) != 1 or 0 in lengths:
             raise InputError(
@@ -279,8 +266,10 @@ class ModelConfig:
                 raise InputError(f"layer {layer}: {short(query)} query heads cannot share {short(kv)} key/value heads")
         for multiplier in self.ffn_multipliers:
             most = _MAX_WIDTH // self.model_dim
-            fits = _is_number(multiplier, 0, most) and multiplier > 0
-            _require("an ffn multiplier", multiplier, f"a number above 0 and at most {most:,}", fits)
+            if not _is_number(multiplier, 0, most) or multiplier == 0:
+                raise InputError(
+                    f"an ffn multiplier is {short(multiplier)}: a number above 0, at most {most:,}, is needed"
+                )
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: RoPE rotates pairs, so it must be even")
 
@@ -330,6 +319,15 @@ def tokenizer_file(directory: Path, model_type: str) -> Path | None:
     return next((directory / name for name in names if (directory / name).exists()), None)
 
 
+def _is_size(value: object, most: int) -> bool:
+    return type(value) is int and 0 < value <= most
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    """A NaN is not: it is on neither side of a limit."""
+    return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
+
+
 def _check_quantization(keys: Keys) -> None:
     """Raises InputError for quantized weights that MLX cannot read as a config describes them."""
     if keys.says("quantization"):
@@ -341,41 +339,25 @@ def _check_quantization(keys: Keys) -> None:
         )
 
 
-def _require(name: str, value: object, needed: str, holds: bool) -> None:
-    if not holds:
-        raise InputError(f"{name} is {short(value)}: {needed} is needed")
-
-
-def _is_size(value: object, most: int) -> bool:
-    return type(value) is int and 0 < value <= most
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    """A NaN is not: it is on neither side of a limit."""
-    return type(value) in (int, float) and low <= value <= high  # type: ignore[operator]
-
-
 def check_quantization(where: str, quantization: object) -> None:
-    """Refuses a `quantization` that does not say of all weights how they are packed, and of those that it names.
+    """Refuses a `quantization` that does not say how all weights are packed, and those that it names.
 
     Raises:
-        InputError: names `where` and the key that is missing, or that MLX has nothing for.
+        InputError: a key is missing, or MLX has nothing for its value: names `where` and the key.
     """
-    _check_packing(f"{where}: quantization", quantization)
+    where = f"{where}: quantization"
+    _check_packing(where, quantization)
     assert isinstance(quantization, Mapping)
     for name, own in quantization.items():
-        if isinstance(own, Mapping):
-            _check_packing(f"{where}: quantization of {short(name)}", own)
-        elif name not in ("bits", "group_size", "mode") and not isinstance(own, (bool, str)):
-            raise InputError(f"{where}: quantization of {short(name)} is {short(own)}: an object is needed")
+        if name not in ("bits", "group_size", "mode") and not isinstance(own, (bool, str)):
+            _check_packing(f"{where} of {short(name)}", own)
 
 
-def _check_packing(where: str, how: Any) -> None:
+def _check_packing(where: str, how: object) -> None:
     if not isinstance(how, Mapping):
         raise InputError(f"{where} is {short(how)}: an object is needed")
-    bits, group_size, mode = how.get("bits"), how.get("group_size"), how.get("mode", AFFINE)
-    if not isinstance(mode, str) or mode not in (AFFINE, *FLOATS):
-        raise InputError(f"{where}: mode is {short(mode)}: one of {AFFINE}, {', '.join(FLOATS)} is needed")
+    bits, group_size = how.get("bits"), how.get("group_size")
+    mode = Keys(where, how).word("mode", (AFFINE, *FLOATS), AFFINE)
     if type(bits) is not int or type(group_size) is not int:
         raise InputError(f"{where}: bits {short(bits)}, group_size {short(group_size)}: whole numbers are needed")
     known = (bits in (1, *BITS) and group_size in GROUPS) if mode == AFFINE else (bits, group_size) == FLOATS[mode]

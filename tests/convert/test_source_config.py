@@ -157,7 +157,7 @@ YAML = "model: {language_modeling: {general_gpt: {%s}}}"
         ("a.json", '{"model_type": "llama"}', "model_type is 'llama'"),
         ("a.json", '{"model_type": "openelm", "quantization": {"bits": 4}}', "already quantized"),
         ("a.json", '{"num_transformer_layers": 1e999}', "num_transformer_layers is inf"),
-        ("a.json", '{"num_transformer_layers": 99999999999}', "at most 10000 layers"),
+        ("a.json", '{"num_transformer_layers": 99999999999}', "a whole number from 1 to 10,000"),
         ("a.json", '{"num_transformer_layers": "3"}', "num_transformer_layers is '3'"),
     ],
 )

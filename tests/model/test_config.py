@@ -206,7 +206,7 @@ def test_random_values_are_refused_in_one_line(changes: dict[str, Any]) -> None:
         ({"activation_fn_name": "gelu"}, "activation_fn_name is 'gelu'"),
         ({"normalization_layer_name": "layer_norm"}, "normalization_layer_name is 'layer_norm'"),
         ({"num_transformer_layers": 10**9}, "num_transformer_layers"),
-        ({"eos_token_id": [2, -1]}, "token ids"),
+        ({"eos_token_id": [2, -1]}, "eos_token_id is .*a token id, or for the end several"),
     ],
 )
 def test_a_contradiction_says_what_and_where(change: dict[str, Any], message: str) -> None:
