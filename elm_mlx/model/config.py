@@ -267,9 +267,8 @@ class ModelConfig:
         for multiplier in self.ffn_multipliers:
             most = _MAX_WIDTH // self.model_dim
             if not _is_number(multiplier, 0, most) or multiplier == 0:
-                raise InputError(
-                    f"an ffn multiplier is {short(multiplier)}: a number above 0, at most {most:,}, is needed"
-                )
+                needed = f"a number above 0 and at most {most:,}"
+                raise InputError(f"an ffn multiplier is {short(multiplier)}: {needed} is needed")
         if self.head_dim % 2:
             raise InputError(f"head_dim is {self.head_dim}: RoPE rotates pairs, so it must be even")
 

@@ -1,8 +1,7 @@
-"""Models of other families: which ones, and what the rest of the house has to know of their shape.
+"""Models of other families: one normal form of their `config.json`, every value checked, and the shapes that follow.
 
-Knows the `config.json` of Llama, Mistral, Phi-3, OLMo, and Mamba as transformers 4 and 5 write it, and where mlx-lm's
-networks of them keep their parts. `read` makes one normal form of it, every value checked, which all else reads.
-Knows no arrays: the networks themselves are `networks`'.
+Reads those of Llama, Mistral, Phi-3, OLMo and Mamba as transformers 4 and 5 write them; the networks are
+`other_networks`'. Importing this imports no MLX.
 """
 
 from __future__ import annotations
@@ -35,20 +34,19 @@ _UNBOUNDED = 1 << 20
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """The rotation of a head's queries and keys.
+    """RoPE of a head's queries and keys.
 
     Attributes:
         kind: one of `KINDS`.
-        dims: how many of a head's values are rotated, in pairs half of them apart: the first ones, all but where the
-            rotation is partial.
-        theta: the base that frequencies are powers of.
-        original: the length that the model was trained to before its RoPE was scaled. Of the kinds "longrope" and
-            "dynamic" a longer text has other frequencies than a shorter one.
-        scale: what the rotated is multiplied by, beside its rotation.
+        dims: the number of a head's values that are rotated, the first ones, in pairs half of them apart.
+        theta: the base of the frequencies.
+        original: the context length in training, before RoPE was scaled. With "longrope" and "dynamic" a longer text
+            has other frequencies than a shorter one.
+        scale: a factor of the rotated values.
         factor: of "linear", "dynamic", "yarn" and "llama3".
-        bounds: of "llama3" the low and the high frequency's factor, of "yarn" the first and last pair of the ramp
-            from frequencies that stay to those that are divided by `factor`.
-        short, long: of "longrope": what each frequency is divided by, `dims / 2` numbers.
+        bounds: of "llama3" the factors of the low and the high frequency, of "yarn" the first and the last pair of the
+            ramp from frequencies that stay to those that are divided by `factor`.
+        short, long: of "longrope", the `dims / 2` divisors of the frequencies.
     """
 
     kind: str
@@ -63,20 +61,20 @@ class RopeConfig:
 
     @property
     def switch(self) -> int | None:
-        """The length after which a text has other frequencies; None where all texts have the same."""
+        """The length past which a text has other frequencies; None where all texts have the same."""
         differs = (self.kind == "dynamic" and self.factor != 1) or self.short != self.long
         return self.original if differs else None
 
 
 @dataclass(frozen=True)
 class RopeRules:
-    """What a family's config means where it doesn't say it, as in transformers.
+    """A family's defaults of RoPE, as in transformers.
 
     Attributes:
         theta: `rope_theta`.
         original: `original_max_position_embeddings`; None for `max_position_embeddings`.
-        phi3: whether a part of each head may be rotated, and "yarn" is an old name of "longrope".
-        windows_scaled: whether a scaling that is said once holds for layers that see a window too.
+        phi3: a part of each head may be rotated, and "yarn" is an old name of "longrope".
+        windows_scaled: a scaling that is given once also holds for layers with a sliding window.
     """
 
     theta: float = 10_000.0
@@ -87,17 +85,17 @@ class RopeRules:
 
 @dataclass(frozen=True)
 class Family:
-    """Where mlx-lm has a family's network: the file, and in it the module of all but the head, and the embedding.
+    """A family's network in mlx-lm: the file, the names of its body (all but the head) and embedding, and its traits.
 
     Attributes:
-        positions: whether it looks back at keys and values. Else it keeps a state, of which nothing can be taken
-            back, and texts in one row would run into each other.
-        bare_norms: whether its norms are LayerNorms without weights, in the place of RMSNorms.
-        windowed: whether `sliding_window` bounds what all of its layers see. mlx-lm's network sees everything, so
-            no more than a window is read at once, where both are the same.
-        normed_heads: whether queries and keys are normed, and norms come after attention and FFN.
-        eps, window, tied: `rms_norm_eps`, `sliding_window` and `tie_word_embeddings` where `config.json` doesn't say;
-            as in transformers, and so is `rope`.
+        positions: it attends to keys and values. Else it keeps a state, from which nothing can be removed, and texts
+            in one row would run into each other.
+        bare_norms: its norms are LayerNorms without weights, not RMSNorms.
+        windowed: all of its layers have a `sliding_window`. mlx-lm's network has none, so no more than a window is
+            read at once, where both are the same.
+        normed_heads: queries and keys are normed, and norms come after attention and FFN.
+        eps, window, tied, rope: the defaults of `rms_norm_eps`, `sliding_window`, `tie_word_embeddings` and RoPE, as in
+            transformers.
     """
 
     name: str
@@ -128,13 +126,13 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """What a `config.json` says of a model of another family; what `ModelConfig` is to an OpenELM.
+    """The shape of a model of another family, as `ModelConfig` is an OpenELM's.
 
     Attributes:
-        values: the network's own arguments, by Hugging Face's names: every one that it has, checked.
+        values: all arguments of the network, by Hugging Face's names, checked.
         ropes: the RoPE of each kind of layer, "full_attention" and "sliding_attention"; empty for a state.
         eos_token_ids: what its `config.json` names; of a model that `store` has opened, all that its files name.
-        own_head: whether the weights hold a head that differs from the embedding, though `config.json` ties them.
+        own_head: the weights hold a head that differs from the embedding, though `config.json` ties them.
     """
 
     model_type: str
@@ -175,7 +173,7 @@ class FamilyConfig:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """What a layer's linears are called within it, as in mlx-lm's `keys`."""
+        """The names of a layer's linears within it, as in mlx-lm's `keys`."""
         shapes = self._layer()
         return tuple(name.removesuffix(".weight") for name, shape in shapes.items() if _is_linear(name, shape))
 
@@ -185,7 +183,7 @@ class FamilyConfig:
         return self.num_layers * layer + sum(map(math.prod, self._outside().values()))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every weight's name in the network, and its shape."""
+        """Returns the name of every weight in the network, and its shape."""
         outside, layer = self._outside(), self._layer()
         embedding = f"{self.embedding}.weight"
         shapes = {embedding: outside.pop(embedding)}
@@ -194,7 +192,7 @@ class FamilyConfig:
         return shapes | outside
 
     def modules(self) -> list[str]:
-        """What an adapter can be put on: linears, and not the embedding."""
+        """Returns the modules that can have an adapter: linears, and not the embedding."""
         embedding = f"{self.embedding}.weight"
         return [
             name.removesuffix(".weight")
@@ -203,32 +201,32 @@ class FamilyConfig:
         ]
 
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Size of the KV cache for one token over all layers; 0 for a state of constant size."""
+        """Returns the size of the KV cache for one token over all layers; 0 for a state of constant size."""
         if not self.positions:
             return 0
         return 2 * self.num_layers * int(self.values["num_key_value_heads"] * self.values["head_dim"]) * bytes_per_value
 
     def layer_rope(self, layer: int) -> RopeConfig:
-        """The RoPE of one layer, counted from 0."""
+        """Returns the RoPE of one layer, counted from 0."""
         types = self.values["layer_types"]
         return self.ropes["full_attention" if types is None else types[layer]]
 
     @property
     def rope_switch(self) -> int | None:
-        """The length past which all positions of a text are rotated otherwise, within the context; None for none."""
+        """The length within the context past which a text has other frequencies of RoPE; None if there is none."""
         switches = [rope.switch for rope in self.ropes.values() if rope.switch is not None]
         return min((switch for switch in switches if switch < self.max_context_length), default=None)
 
     def needs(self, name: str) -> bool:
-        """Whether the network has a place for a tensor that files of the family may hold.
+        """Returns whether the network has a place for a tensor that files of the family may hold.
 
-        They may hold RoPE's frequencies, which are computed, and the head once more where it is the embedding.
+        They may hold RoPE's frequencies, which are computed, and the head again where it is the embedding.
         """
         spare = name.endswith("rotary_emb.inv_freq") or (self.share_input_output_layers and name.startswith("lm_head."))
         return not spare
 
     def _outside(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all weights but the layers'."""
+        """Returns the shapes of all weights outside the layers."""
         values, body = self.values, self.family.body
         shapes: dict[str, tuple[int, ...]] = {f"{self.embedding}.weight": (self.vocab_size, values["hidden_size"])}
         if not self.family.bare_norms:
@@ -238,7 +236,7 @@ class FamilyConfig:
         return shapes
 
     def _layer(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of one layer's weights, by their names within it: all layers are alike."""
+        """Returns the shapes of one layer's weights, by their names within it: all layers are alike."""
         return dict(_attention_layer(self) if self.positions else _state_layer(self.values))
 
 
@@ -417,7 +415,7 @@ def _state_values(keys: Keys, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_ropes(keys: Keys, head_dim: int, rules: RopeRules) -> dict[str, RopeConfig]:
-    """The RoPE of each of `LAYER_TYPES`, as the whole config's `keys` say it.
+    """Reads the RoPE of each of `LAYER_TYPES` from the whole config's `keys`.
 
     Raises:
         InputError: a key is missing, of the wrong type or out of range; a kind is not known.
@@ -432,7 +430,7 @@ def read_ropes(keys: Keys, head_dim: int, rules: RopeRules) -> dict[str, RopeCon
 
 
 def _normal_rope(keys: Keys, said: Keys, head_dim: int, rules: RopeRules) -> RopeConfig:
-    """One object's normal form; what `said` doesn't say may stand beside it, in `keys`."""
+    """Reads one object; keys that `said` lacks may stand beside it, in `keys`."""
     longest = keys.size("max_position_embeddings")
     trained = said.size("original_max_position_embeddings", rules.original or longest)
     trained = keys.size("original_max_position_embeddings", trained)  # outside, it goes before the one within
@@ -466,7 +464,7 @@ def _normal_rope(keys: Keys, said: Keys, head_dim: int, rules: RopeRules) -> Rop
 
 
 def _kind(said: Keys, phi3: bool) -> str:
-    """The kind, under the names that it has or had."""
+    """Returns the kind, under whichever of its names."""
     names = {**{kind: kind for kind in KINDS}, "su": "longrope", **({"yarn": "longrope"} if phi3 else {})}
     kinds = {names[said.word(key, tuple(names))] for key in ("rope_type", "type") if said.says(key)}
     if len(kinds) > 1:
@@ -492,7 +490,7 @@ def _yarn(said: Keys, rope: RopeConfig) -> RopeConfig:
     """YaRN's ramp (Peng et al. 2023, section 3.2) and the factor of attention (3.4), with DeepSeek's two keys."""
 
     def pair(turns: float) -> float:
-        """The pair, not rounded, that turns so often over the original context."""
+        """Returns the pair, not rounded, that makes so many turns in the original context."""
         return rope.dims * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     def sharpened(by: float) -> float:
@@ -512,18 +510,15 @@ def _yarn(said: Keys, rope: RopeConfig) -> RopeConfig:
 
 
 def check_is_openelm(directory: Path, repository: str | None = None) -> None:
-    """Refuses the directory of another family's model, which needs no converting.
+    """Raises InputError for the directory of another family's model, which needs no converting: says how it is used.
 
     Args:
         repository: on the hub, of which `directory` has the config.
-
-    Raises:
-        InputError: it is one: says how it is used.
     """
     try:
         family = FAMILIES.get(str(json_object(directory / "config.json").get("model_type")))
     except InputError:
-        return
+        family = None
     if family is None:
         return
     if repository is not None:
@@ -565,9 +560,9 @@ def _same_bytes(one: tuple[Path, Entry], other: tuple[Path, Entry]) -> bool:
 
 
 def _context(values: Mapping[str, Any], family: Family, ropes: Mapping[str, RopeConfig]) -> int:
-    """Tokens that the model was made for.
+    """Returns the context length.
 
-    YaRN's is what its factor makes of the length before it. Dynamic RoPE's frequencies change with each token past
+    YaRN's is the original one times its factor. Dynamic RoPE's frequencies change with each token past
     `max_position_embeddings`, so that no key in a cache would be right: there it ends.
     """
     if not family.positions:

@@ -1,9 +1,7 @@
-"""The network, top to bottom: token ids to logits.
+"""The network (paper, section 2), its norms and its initial weights: token ids to logits.
 
-Knows the architecture (paper, section 2) and nothing of files, tokens' meaning or sampling.
-Speaks mlx-lm's model protocol, so that its tools can drive it: `model(ids, cache=...)`,
-`.layers`, and caches that are anything with `update_and_fetch`, `offset` and `make_mask`, and give arrays (mlx-lm's
-quantized ones do not).
+It has mlx-lm's model protocol, so that its tools can drive it: `model(ids, cache=...)`, `.layers`, and caches that are
+anything with `update_and_fetch`, `offset` and `make_mask`, and give arrays (mlx-lm's quantized ones do not).
 """
 
 from __future__ import annotations
@@ -28,9 +26,8 @@ _ADDING = ("out_proj.weight", "ffn.proj_2.weight")  # to the residual stream
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight` over the last axis, as one `mx.fast.rms_norm`.
 
-    On a GPU that is one kernel. The paper's model called one small kernel for each
-    step of the formula, 113 times a token in the 1.1B, and ran at half the speed of a
-    LayerNorm model for it (paper, section 5).
+    On a GPU that is one kernel. The paper's model called one small kernel for each step of the formula, 113 times a
+    token in the 1.1B, and ran at half the speed of a LayerNorm model for it (paper, section 5).
     """
 
     def __init__(self, dims: int, eps: float = 1e-6):
@@ -139,7 +136,7 @@ class Transformer(nn.Module):
 
 
 class Model(nn.Module):
-    """An OpenELM with its head, weights as initialised by MLX until they are loaded."""
+    """An OpenELM with its head. Until weights are loaded or drawn it has MLX's."""
 
     model_type = MODEL_TYPE
 
@@ -155,12 +152,12 @@ class Model(nn.Module):
     ) -> mx.array:
         """Ids `(batch, length)` to logits `(batch, length, vocab_size)`.
 
-        `segments` keeps texts that share a row apart. Not together with a cache.
+        `segments` separates texts that share a row. Not together with a cache.
         """
         return self.head(self.transformer(ids, cache, segments))
 
     def head_module(self) -> nn.Module:
-        """The module whose parameters turn hidden states into logits."""
+        """Returns the module whose parameters turn hidden states into logits."""
         return self.transformer.token_embeddings if self.config.share_input_output_layers else self.lm_head
 
     def head(self, hidden: mx.array) -> mx.array:
@@ -175,14 +172,18 @@ class Model(nn.Module):
 
 
 def causal_mask(length: int, cache: Cache | None) -> Mask:
-    """Who may look at whom: nothing to hide from a single token, else what the cache says."""
+    """Returns the mask of `length` new positions: the cache's, or without one none for a single token."""
     if cache is not None:
         return cache.make_mask(length, return_array=False, window_size=None)
     return "causal" if length > 1 else None
 
 
 def initialize(model: Model, seed: int) -> None:
-    """Replace `model`'s weights, in float32. Each has a key of its own, so that a layer more changes no other."""
+    """Draws `model`'s weights, in float32, by CoreNet's rule; each has a key of its own.
+
+    Norms are 1. The others are normal, with standard deviation 1/sqrt(inputs), the embedding's 1/sqrt(width); that of
+    the projections added to the residual stream is 1/sqrt(2 * layers) smaller (arXiv 2205.01068).
+    """
     width, depth = model.config.model_dim, len(model.layers)
     drawn = []
     for number, (name, weight) in enumerate(tree_flatten(model.parameters())):

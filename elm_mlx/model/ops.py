@@ -1,8 +1,8 @@
-"""Three operations whose best form depends on the device: a gate, attention, and the exponential in both.
+"""Operations whose best form depends on the device: gates, attention, RoPE, and the exponential in them.
 
-Knows arithmetic and nothing of the network. On a GPU, and for little data anywhere, each is MLX's own. MLX's
-CPU loops take 9 ns for an exponential and 13 for a sigmoid, a hundred times what a product takes; before
-prefill was written with the polynomial below, the FFN's gates and attention's softmax cost more than half of it.
+On a GPU, and for little data anywhere, each is MLX's own. MLX's CPU loops take 9 ns for an exponential and 13 for a
+sigmoid, a hundred times as long as a product; before prefill was written with the polynomial below, the FFN's gates and
+attention's softmax took more than half of it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from elm_mlx.model.families import RopeConfig
 
 @dataclass(frozen=True)
 class Segments:
-    """A mask for several texts in a row: causal, and each position sees those of its own number alone.
+    """The mask of several texts in a row: causal, and a position sees those of its own text alone.
 
     Attributes:
-        numbers: `(batch, length)` integers.
-        reach: positions that no text exceeds, so that what lies farther back is not looked at; None for all of a row.
+        numbers: `(batch, length)` integers, the text of each position.
+        reach: a length that no text exceeds: positions farther back are skipped. None for all of a row.
     """
 
     numbers: mx.array
     reach: int | None = None
 
     def seen(self) -> mx.array:
-        """The same as a boolean `(batch, 1, length, length)`."""
+        """Returns the mask as a boolean `(batch, 1, length, length)`."""
         positions = mx.arange(self.numbers.shape[1])
         same = self.numbers[:, None, :, None] == self.numbers[:, None, None, :]
         return same & (positions <= positions[:, None])
@@ -51,11 +51,13 @@ _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's
 
 
 class Rope:
-    """Made once for a model; called once a forward pass, for a function that every layer's queries and keys share.
+    """Rotary position embeddings, on pairs half of the rotated values apart (not interleaved).
+
+    Made once for a model, and called once a forward pass for the function that rotates every layer's queries and keys.
 
     Args:
-        head_dim: values of a head; those that are not rotated come last and stay as they are.
-        rope: which of them are, and how; or the base that the frequencies of a plain rotation are powers of.
+        head_dim: values of a head; those that are not rotated come last.
+        rope: the rotation; or the base of a plain rotation's frequencies.
     """
 
     def __init__(self, head_dim: int, rope: RopeConfig | float) -> None:
@@ -73,12 +75,12 @@ class Rope:
             mx.eval(self._along, self._across)
 
     def __call__(self, length: int, offset: int | mx.array, text_length: int = 0) -> Rotate:
-        """A function that rotates `(batch, heads, length, head_dim)` for positions from `offset` on.
+        """Returns a function that rotates `(batch, heads, length, head_dim)` for positions from `offset` on.
 
         Args:
             offset: a whole number, an array `(1,)`, or one `(batch,)` with a position for each row.
-            text_length: of the whole text, where more than `offset + length` is known to come. Where frequencies
-                depend on it (`RopeConfig.switch`) all of a text's positions are to be rotated by the same ones.
+            text_length: of the whole text, if more than `offset + length` tokens are known to come. Where frequencies
+                depend on it (`RopeConfig.switch`) all of a text's positions must have the same.
         """
         one_position = isinstance(offset, int) or offset.size == 1
         unfused = not device.on_gpu() and self.head_dim <= _MATRIX
@@ -91,7 +93,7 @@ class Rope:
         return lambda x: turn(x) if x.dtype == mx.float32 else self._fused(x, offset, text_length)
 
     def _frequencies(self, length: int, offset: int | mx.array, text_length: int) -> mx.array:
-        """`(head_dim,)`, radians a position of each value, 0 for what is not rotated."""
+        """Returns `(head_dim,)`, radians a position of each value, 0 for those that are not rotated."""
         if isinstance(offset, int):
             return self._of_length(max(text_length, offset + length))[0]
         switch = self.config.switch
@@ -100,7 +102,7 @@ class Rope:
         return mx.where(offset + length > switch, self._of_length(switch + 1)[0], self._of_length(0)[0])
 
     def _fused(self, x: mx.array, offset: int | mx.array, text_length: int) -> mx.array:
-        """The rotation by MLX's own kernel."""
+        """Rotates by MLX's own kernel."""
         length, switch = x.shape[2], self.config.switch
         if self.config.scale != 1:
             x = x * self._scales.astype(x.dtype)
@@ -119,7 +121,7 @@ class Rope:
         )  # fmt: skip
 
     def _of_length(self, text_length: int) -> tuple[mx.array, mx.array]:
-        """Frequencies `(head_dim,)` and the inverse ones `(dims / 2,)` for a text of that length."""
+        """Returns frequencies `(head_dim,)` and the inverse ones `(dims / 2,)` for a text of that length."""
         switch = self.config.switch
         if switch is None or text_length <= switch:
             return self._short
@@ -131,9 +133,9 @@ class Rope:
         return every, mx.array([1 / frequency for frequency in found], mx.float32)
 
     def _turn(self, length: int, offset: int | mx.array, frequencies: mx.array) -> Rotate:
-        """The rotation of float32 by several positions on a CPU, sines and cosines taken once.
+        """Returns the rotation of float32 by several positions on a CPU, sines and cosines taken once.
 
-        Where halves are exchanged by a product, which is exact, nothing has to be cut and joined. The derivative is
+        Halves are exchanged by a product, which is exact, so that nothing has to be cut and joined. The derivative is
         the rotation back.
         """
         angles = (mx.arange(length) + offset)[:, None] * frequencies
@@ -150,21 +152,20 @@ class Rope:
         return turn
 
     def _matrix(self, offset: int | mx.array, frequencies: mx.array) -> mx.array:
-        """The rotation by one position as a `(head_dim, head_dim)` matrix, to be multiplied from the right.
+        """Returns the rotation by one position as a `(head_dim, head_dim)` matrix, to be multiplied from the right.
 
-        On a CPU `mx.fast.rope` is twenty-odd small primitives; a product with this is one, and the sines
-        are taken once a token instead of twice a layer.
+        On a CPU `mx.fast.rope` is twenty-odd small primitives; a product with this is one, and the sines are taken once
+        a token instead of twice a layer.
         """
         angles = frequencies * offset
         return self._along * self._scaled(mx.cos(angles)) + self._across * self._scaled(mx.sin(angles))
 
     def _scaled(self, x: mx.array) -> mx.array:
-        """What is rotated, times the rotation's scale."""
         return x if self.config.scale == 1 else x * self._scales
 
 
 def frequencies(rope: RopeConfig, length: int = 0) -> list[float]:
-    """Radians a position of each pair, `dims / 2`, for a text of `length` tokens.
+    """Returns radians a position of each pair, `dims / 2`, for a text of `length` tokens.
 
     Formulas: Su et al. 2021 (RoPE); Chen et al. 2023 (linear); Peng et al. 2023 (dynamic NTK and YaRN);
     Ding et al. 2024 (LongRoPE); Llama 3.1's model card (llama3). All as transformers computes them.
@@ -221,8 +222,10 @@ def exp(x: mx.array) -> mx.array:
 
 
 def kl_divergences(before: mx.array, after: mx.array) -> mx.array:
-    """Kullback-Leibler divergence of `after` from `before`, both `(length, vocab_size)` log-probabilities, at each
-    position in nats."""
+    """Returns the Kullback-Leibler divergence of `after` from `before` at each position, in nats.
+
+    Both are log-probabilities, `(length, vocab_size)`.
+    """
     return mx.maximum((mx.exp(before) * (before - after)).sum(axis=-1), 0)
 
 
@@ -249,9 +252,9 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
 def _causal_attention(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, segments: Segments | None
 ) -> mx.array:
-    """In blocks of queries, with derivatives that compute each block's weights again rather than keep them.
+    """Computes blocks of queries; the backward pass computes each block's weights again.
 
-    Kept, they and what they were made of would be most of what a training step holds in memory.
+    Kept, they would be most of the memory of a training step.
     """
     batch, heads, length, _ = queries.shape
     blocks = _blocks(batch * heads, length, keys.shape[2], segments.reach if segments else None)
@@ -292,7 +295,7 @@ def _causal_attention(
 
 
 def _blocks(heads: int, length: int, positions: int, reach: int | None) -> list[tuple[int, int, slice]]:
-    """Runs of the last `length` positions' queries: the first, the one after the last, and the positions they see."""
+    """Returns runs of the last `length` queries: start, stop, and the positions they see."""
     if reach is None:
         rows, back = _BLOCK_SCORES // (heads * positions), positions
     else:  # a block of `rows` queries sees `rows + reach` positions

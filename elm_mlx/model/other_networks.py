@@ -1,9 +1,8 @@
-"""mlx-lm's networks of other families, without the rest of mlx-lm, and with the protocol of `model.Model`.
+"""mlx-lm's networks of other families, without the rest of mlx-lm, and with the protocol of `network.Model`.
 
-Importing `mlx_lm` imports transformers, and takes a second. Its networks need neither, so their files are
-imported as a package of our own, beside `mlx_lm` and independent of it. There, before any network is, the helpers
-that all of them share are replaced by ours, which compute the same: on a CPU theirs are half of a prompt's time.
-Knows where the files lie and what is replaced in them; knows no weights.
+Importing `mlx_lm` imports transformers, and takes a second. Its networks need neither, so their files are imported as a
+package of our own, independent of `mlx_lm`. Before any network is, the helpers that all of them share are replaced by
+ours, which compute the same: on a CPU theirs are half of a prompt's time.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from elm_mlx.model.ops import Rope, Rotate, Segments
 _PACKAGE = "elm_mlx_networks"
 
 
-class Spoken:
-    """What `model.Model` has and mlx-lm's networks lack. Mixed into their classes, so that all names stay theirs.
+class NetworkProtocol:
+    """The methods of `network.Model` that mlx-lm's networks lack. Mixed into their classes, so that all names stay.
 
     Attributes:
         body_name, embedding_name: of the module that is all but the head, and of the embedding in it.
-        ropes: what takes the place of RoPE in the layers; several layers share one.
+        ropes: the layers' RoPE; several layers share one.
     """
 
     body_name: str
@@ -44,7 +43,7 @@ class Spoken:
     ropes: tuple[_SharedRope, ...]
 
     def __call__(self, ids: mx.array, cache: Sequence[Any] | None = None, segments: Segments | None = None) -> mx.array:
-        """Ids `(batch, length)` to logits `(batch, length, vocab_size)`; as of `model.Model`."""
+        """Ids `(batch, length)` to logits `(batch, length, vocab_size)`; as of `network.Model`."""
         return self.head(self.transformer(ids, cache, segments))
 
     def transformer(
@@ -73,13 +72,13 @@ class Spoken:
         return owner.as_linear(hidden) if hasattr(owner, "as_linear") else owner(hidden)
 
     def head_module(self) -> nn.Module:
-        """The module whose parameters turn hidden states into logits."""
+        """Returns the module whose parameters turn hidden states into logits."""
         own: nn.Module | None = getattr(self, "lm_head", None)
         return getattr(getattr(self, self.body_name), self.embedding_name) if own is None else own
 
 
 def network(config: FamilyConfig) -> Any:
-    """mlx-lm's network with random weights, not computed, speaking `model.Model`'s protocol.
+    """Makes mlx-lm's network with random weights, not computed, and the protocol of `network.Model`.
 
     Raises:
         ElmError: mlx-lm is not there, has no such network, or not this one.
@@ -97,14 +96,14 @@ def network(config: FamilyConfig) -> Any:
     for part in made.modules() if "layer_norm_epsilon" in values else ():  # which mlx-lm's Mamba does not read
         if isinstance(part, nn.RMSNorm):
             part.eps = values["layer_norm_epsilon"]
-    made.__class__ = _speaking(found.Model, family.body, family.embedding)
+    made.__class__ = _with_protocol(found.Model, family.body, family.embedding)
     made.config = config
     object.__setattr__(made, "ropes", _share_ropes(made))  # beside the network's parts, not one of them
     return made
 
 
 def sanitized(config: FamilyConfig, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Weights as published by the network's names and shapes, what it does not need left out. Nothing is computed."""
+    """Returns published weights by the network's names and shapes, without those that it lacks. Computes nothing."""
     kept = {name: value for name, value in weights.items() if config.needs(name)}
     for name, value in kept.items():  # PyTorch keeps a convolution's channels before its width
         if name.endswith("conv1d.weight") and value.ndim == 3 and value.shape[-1] != 1:
@@ -113,7 +112,7 @@ def sanitized(config: FamilyConfig, weights: dict[str, mx.array]) -> dict[str, m
 
 
 def module(name: str) -> ModuleType:
-    """The file `mlx_lm/models/NAME.py`, imported. Raises ElmError where mlx-lm is missing, or has none of that name."""
+    """Imports `mlx_lm/models/NAME.py`. Raises ElmError where mlx-lm is missing, or has none of that name."""
     _package()
     try:
         return importlib.import_module(f"{_PACKAGE}.{name}")
@@ -122,8 +121,8 @@ def module(name: str) -> ModuleType:
 
 
 @functools.cache
-def _speaking(network: type, body: str, embedding: str) -> type:
-    return type(network.__name__, (Spoken, network), {"body_name": body, "embedding_name": embedding})
+def _with_protocol(network: type, body: str, embedding: str) -> type:
+    return type(network.__name__, (NetworkProtocol, network), {"body_name": body, "embedding_name": embedding})
 
 
 @functools.cache
@@ -143,7 +142,7 @@ def _package() -> None:
 
 
 def _bare_norms(network: nn.Module) -> None:
-    """LayerNorms without weights in the place of RMSNorms."""
+    """Replaces RMSNorms by LayerNorms without weights."""
     for part in network.modules():
         for name, child in list(part.items()):
             if isinstance(child, nn.RMSNorm):
@@ -151,7 +150,7 @@ def _bare_norms(network: nn.Module) -> None:
 
 
 class _SharedRope(nn.Module):
-    """RoPE of several layers, in the place of mlx-lm's. A forward pass of the network takes its sines once for all."""
+    """Replaces mlx-lm's RoPE in several layers. A forward pass of the network takes its sines once for all of them."""
 
     def __init__(self, rope: Rope) -> None:
         super().__init__()
@@ -168,7 +167,7 @@ class _SharedRope(nn.Module):
 
 
 def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
-    """Puts one `_SharedRope` in the place of the RoPEs of all layers that rotate alike."""
+    """Replaces the RoPEs of all layers that rotate alike by one `_SharedRope`."""
     config: FamilyConfig = network.config
     if not config.positions:
         return ()
@@ -183,7 +182,7 @@ def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
 
 @contextmanager
 def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | None) -> Iterator[None]:
-    """A forward pass of `length` positions, for which the ropes' sines are taken now."""
+    """Takes the ropes' sines for a forward pass of `length` positions, which is the block."""
     first = None if cache is None or not ropes else cache[0]
     offset = 0 if first is None else first.offset
     try:
@@ -200,6 +199,6 @@ def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | 
 def _attention(
     queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: ops.Mask, sinks: Any = None
 ) -> mx.array:
-    """mlx-lm's signature. Its quantized caches and its attention sinks are nothing that runs here."""
+    """Has mlx-lm's signature; its quantized caches and attention sinks do not occur here."""
     assert sinks is None and not hasattr(cache, "bits")
     return ops.attention(queries, keys, values, scale, mask)

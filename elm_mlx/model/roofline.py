@@ -1,16 +1,14 @@
-"""Both sides of a roofline: what a machine can do, measured in well under a second; what a model must, by its shapes.
+"""Both sides of a roofline: the FLOPs and bytes of a model, by its shapes, and the speeds of a machine, measured.
 
-A multiplication with its addition counts as 2 FLOPs. Counted are
+A multiplication with its addition counts as 2 FLOPs. These are counted:
 
 - weights of layers and head: `2 * outputs * inputs` for each token;
 - attention: `4 * query heads * head_dim` in each layer for each position that each token sees, itself included, for
-  the score and the weighted value. What causality hides is not counted, whether or not someone computes it.
+  the score and the weighted value, but not for positions that the causal mask hides.
 
 Embeddings are looked up; norms, rotations, gates and the softmax are element-wise: no products, and not counted. Layers
 are summed one by one, for each has its own widths. A decode step must read every weight once, but for an embedding
 that is no head, and the keys and values of each position.
-
-Knows nothing of what is measured against it.
 """
 
 from __future__ import annotations
@@ -40,12 +38,12 @@ class Shaped(Protocol):
 
 @dataclass(frozen=True)
 class Cost:
-    """What one token costs a model: FLOPs.
+    """The FLOPs of one token.
 
     Attributes:
         linear: of each layer's weights.
         attention: of each layer, for each position that the token sees.
-        head: where its logits are wanted.
+        head: of its logits.
     """
 
     linear: tuple[int, ...]
@@ -54,7 +52,7 @@ class Cost:
 
     @classmethod
     def of(cls, config: Shaped) -> Cost:
-        """Of an OpenELM; of another network attention is not counted."""
+        """Counts an OpenELM's; of another network all but attention."""
         matrices = {name: 2 * math.prod(shape) for name, shape in config.shapes().items() if len(shape) == 2}
         linear = [0] * (1 + max(layer_of(name) or 0 for name in matrices))
         outside = []  # embedding, and head where there is one
@@ -70,29 +68,29 @@ class Cost:
         return cls(tuple(linear), tuple(attention), max(outside)[1] if outside else 0)
 
     def forward(self, tokens: int, seen: int, logits: int) -> int:
-        """FLOPs of a forward pass.
+        """Returns the FLOPs of a forward pass.
 
         Args:
-            tokens: that are computed.
-            seen: positions that each of them sees, summed over them: see `causal`.
-            logits: how many of them go through the head.
+            tokens: the number of tokens.
+            seen: the number of positions that each of them sees, summed: see `causal`.
+            logits: the number of tokens that go through the head.
         """
         return tokens * sum(self.linear) + seen * sum(self.attention) + logits * self.head
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a weight or module is in, if it is in one."""
+    """Returns the number of the layer that a weight or module is in, if it is in one."""
     found = re.search(r"\blayers\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
 def causal(length: int, past: int = 0) -> int:
-    """Positions that `length` tokens see, summed, with `past` ones before them."""
+    """Returns the number of positions that `length` tokens see, summed, with `past` ones before them."""
     return length * past + length * (length + 1) // 2
 
 
 def matmul_speed(dtype: mx.Dtype, seconds: float = 0.25) -> float:
-    """FLOP/s of a product of two square matrices: the best of as many as fit into about `seconds`.
+    """Measures the FLOP/s of a product of two square matrices: the best of as many as fit into about `seconds`.
 
     They have 256 rows at first, and twice as many whenever that was clearly faster than before, up to 8192: a slow
     machine is asked for little and a fast one for enough. Other work on the machine makes the figure smaller.
@@ -112,9 +110,9 @@ def matmul_speed(dtype: mx.Dtype, seconds: float = 0.25) -> float:
 
 
 def read_bandwidth(seconds: float = 0.25) -> float:
-    """Bytes a second at which a row times a float32 matrix of 268 MB is read: the best of what fits into `seconds`.
+    """Measures the bytes a second of a row times a float32 matrix of 268 MB: the best of what fits into `seconds`.
 
-    That is what decoding does, and what it is bound by.
+    Decoding is made of such products, and bound by reading.
     """
     columns = 4096
     matrix = mx.zeros((_MATRIX_BYTES // 4 // columns, columns)) + 1.0
