@@ -1,14 +1,15 @@
 """How much memory a run takes at its worst moment, said before it starts; and what helps where that may be too much.
 
-Knows what a step keeps for its way back, from the model's figures alone: what each product, norm, rotation and gate
+What a step keeps for its backward pass follows from the model's figures: what each product, norm, rotation and gate
 was given. The factors over that are measured, on MLX's CPU backend (`python benchmarks/memory.py`), where buffers are
-handed out some operations ahead of their use. Imports no MLX.
+handed out some operations ahead of their use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import Config
@@ -53,10 +54,10 @@ class Load:
         adapter_values: what adapters keep for each token beside that: see `adapter_values`.
         parts: of a batch that are computed at the same time, at most: see `device.most_parts`.
         accumulate: batches of an update.
-        layers: the last ones, which the way back passes; None for all.
+        layers: the last ones, which the backward pass goes through; None for all.
         rows, length: of a batch, in one process.
         optimizer: "adamw" or "adafactor".
-        grad_checkpoint: whether blocks are computed again on the way back.
+        grad_checkpoint: whether blocks are computed again in the backward pass.
     """
 
     config: Config
@@ -82,9 +83,9 @@ class Estimate:
     Attributes:
         process: without any model.
         weights: of the model; of what is trained of it too.
-        training: the optimizer's state, and the sum of gradients where an update has several batches.
-        activations: what a step keeps for its way back, the logits of one chunk, and the head's gradient.
-        gradients: of all parts, on whose way back activations went.
+        training: the optimizer state, and the sum of gradients where an update has several batches.
+        activations: what a step keeps for its backward pass, the logits of one chunk, and the head's gradient.
+        gradients: of all parts, whose backward pass has freed the activations.
         update: gradients, and what is new before the old is gone.
     """
 
@@ -103,7 +104,7 @@ class Estimate:
 def estimate(load: Load) -> Estimate:
     """The most memory that a run holds at once."""
     config, tokens = load.config, load.rows * load.length
-    blocks = [_kept(config, layer) for layer in range(config.num_layers)]
+    blocks = _kept(config)
     first = 0 if load.layers is None else config.num_layers - load.layers
     ahead = _OF_ONE_BLOCK * max(blocks[:first], default=0)  # of blocks that keep nothing
     if load.grad_checkpoint:
@@ -130,7 +131,8 @@ def estimate(load: Load) -> Estimate:
 
 def adapter_values(adapter: Adapter, config: Config) -> int:
     """Values for each token that adapters keep: their narrow product, and with dropout its mask and what it leaves."""
-    widths = [config.shapes()[f"{module}.weight"][1] for module in adapter.ranks]
+    shapes = config.shapes()
+    widths = [shapes[f"{module}.weight"][1] for module in adapter.ranks]
     return 2 * sum(adapter.ranks.values()) + (2 * sum(widths) if adapter.dropout else 0)
 
 
@@ -145,8 +147,8 @@ def check(
         force: warn of what cannot be, too.
 
     Raises:
-        InputError: weights, gradients and the optimizer's state alone take more than `memory`, or all that the run
-            holds more than twice as much, and no `force`.
+        InputError: weights, gradients and optimizer state alone take more than `memory`, or all that the run holds
+            more than twice as much, and no `force`.
     """
     found = estimate(load)
     least = found.weights + found.training + 4 * load.trained
@@ -170,52 +172,48 @@ def _knobs(load: Load, names: Mapping[str, str], available: int) -> list[tuple[s
     if not load.grad_checkpoint:
         turned["grad_checkpoint"] = None, replace(load, grad_checkpoint=True)
     for name, least in (("rows", 1), ("length", _LEAST_LENGTH), ("layers", 1)):
-        value = int(getattr(load, name) or load.config.num_layers)
+        before = value = int(getattr(load, name) or load.config.num_layers)
         if name == "layers" and load.full:
             continue
         while value // 2 >= least:
             value //= 2
-            turned[name] = value, _with(load, name, value)
+            changed: dict[str, Any] = {name: value}
+            if name == "layers":  # with which the adapters shrink
+                changed |= {each: getattr(load, each) * value // before for each in ("trained", "adapter_values")}
+            turned[name] = value, replace(load, **changed)
             if estimate(turned[name][1]).total <= available:
                 break
     if load.optimizer == "adamw":
         turned["optimizer"] = "adafactor", replace(load, optimizer="adafactor")
     if load.full:
         turned["full"] = None, replace(load, full=False, trained=load.config.parameters // 100)
-    return [(names[name].format(value), changed) for name, (value, changed) in turned.items() if name in names]
+    return [(names[name].format(value), smaller) for name, (value, smaller) in turned.items() if name in names]
 
 
-def _with(load: Load, name: str, value: int) -> Load:
-    """`load` with that many rows, that length, or that many layers, of which adapters shrink with them."""
-    if name == "rows":
-        return replace(load, rows=value)
-    if name == "length":
-        return replace(load, length=value)
-    before = load.layers or load.config.num_layers
-    trained, values = load.trained * value // before, load.adapter_values * value // before
-    return replace(load, layers=value, trained=trained, adapter_values=values)
-
-
-def _kept(config: Config, layer: int) -> int:
-    """Values that a block keeps for each token."""
+def _kept(config: Config) -> list[int]:
+    """Values that each block keeps for each token."""
     if isinstance(config, FamilyConfig):
-        return _kept_by_other(config, layer)
-    heads, kv_heads = config.num_query_heads[layer], config.num_kv_heads[layer]
-    projected = (heads + 2 * kv_heads) * config.head_dim
-    rotated = 2 * (heads + kv_heads) * config.head_dim  # normed, and turned
-    attended = 2 * heads * config.head_dim
-    gated = (3 if config.ffn_with_glu else 2) * config.ffn_dims[layer]
-    return 4 * config.model_dim + projected + rotated + attended + gated
+        return _kept_by_other(config)
+    kept = []
+    for heads, kv_heads, ffn_dim in zip(config.num_query_heads, config.num_kv_heads, config.ffn_dims, strict=True):
+        projected = (heads + 2 * kv_heads) * config.head_dim
+        rotated = 2 * (heads + kv_heads) * config.head_dim  # normed, and turned
+        attended = 2 * heads * config.head_dim
+        gated = (3 if config.ffn_with_glu else 2) * ffn_dim
+        kept.append(4 * config.model_dim + projected + rotated + attended + gated)
+    return kept
 
 
-def _kept_by_other(config: FamilyConfig, layer: int) -> int:
+def _kept_by_other(config: FamilyConfig) -> list[int]:
     """The same of another family, by the widths of its linears: what they give out, and what some are given."""
-    values, start = config.values, f"{config.layers_prefix}.{layer}."
-    shapes = config.shapes()
-    linears = [f"{module}.weight" for module in config.modules() if module.startswith(start)]
-    projected = sum(shapes[name][0] for name in linears)
+    shapes, start = config.shapes(), f"{config.layers_prefix}."
+    projected, made = [0] * config.num_layers, [0] * config.num_layers
+    for module in config.modules():
+        if module.startswith(start):
+            layer, (rows, columns) = int(module.removeprefix(start).split(".")[0]), shapes[f"{module}.weight"][:2]
+            projected[layer] += rows
+            made[layer] += columns if module.endswith(("o_proj", "down_proj")) else 0
     if config.family.positions:  # attention's answer and the gated product, beside what both norms leave
-        made = sum(shapes[name][1] for name in linears if name.endswith(("o_proj.weight", "down_proj.weight")))
-        return 2 * config.model_dim + projected + made
-    state = int(values["intermediate_size"]) * int(values["state_size"])
-    return 4 * config.model_dim + 2 * projected + round(_STATE_COPIES * state)
+        return [2 * config.model_dim + both for both in map(sum, zip(projected, made, strict=True))]
+    state = int(config.values["intermediate_size"]) * int(config.values["state_size"])
+    return [4 * config.model_dim + 2 * rows + round(_STATE_COPIES * state) for rows in projected]

@@ -1,15 +1,12 @@
-"""How much of the machine's own matmul speed a run reaches.
-
-Knows what an update must compute, from the model's shapes, what is trained and the batches' contents; and measures,
-once, what products alone reach. Padding is no work. Knows nothing of the loop.
+"""The throughput of a run, as a share of the machine's own matmul speed. Padding is no work.
 
 An update costs, in forward passes (`elm_mlx.model.roofline` says what one counts):
 
-- all weights: 3, for the way back has two products for each one of the way forward;
+- all weights: 3, for the backward pass has two products for each one of the forward pass;
 - an adapter: 2 through frozen weights, which want no gradient of their own, 3 in attention and in the adapter, whose
   pair of matrices costs `2 * rank * (inputs + outputs)` a token; 1 below the first adapted layer, from where on no
   gradient is needed. DoRA's lengths, once an update, are not counted;
-- with gradient checkpointing one more for each layer that is on the way back.
+- with gradient checkpointing one more for each layer in the backward pass.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ class Meter:
 
     Args:
         adapter: what is trained; None, or one of kind "full", for all weights.
-        grad_checkpoint: whether layers are computed again on the way back.
+        grad_checkpoint: whether layers are computed again in the backward pass.
     """
 
     def __init__(self, config: Shaped, adapter: Adapter | None = None, grad_checkpoint: bool = False):
@@ -64,7 +61,7 @@ class Meter:
 
 
 def update_cost(config: Shaped, adapter: Adapter | None, grad_checkpoint: bool) -> Cost:
-    """What a token costs an update, way back included."""
+    """What a token costs an update, backward pass included."""
     forward, again = Cost.of(config), int(grad_checkpoint)
     if adapter is None or adapter.kind == "full":
         return Cost(
