@@ -43,8 +43,15 @@ def lr_sweep(
             print(f"{trial.rate:<9g} {'broke off':>9}")
         else:
             share = (trial.loss - min(losses)) / max(1e-9, max(losses) - min(losses))
-            best = "  the least" if trial.loss == min(losses) else ""
+            best = "  the least" if trial.loss == min(losses) and not trial.harmed else ""
             print(f"{trial.rate:<9g} {trial.loss:>9.4f}  {bar(share, _BAR)}{best}")
+    if all(trial.loss is None or trial.harmed for trial in trials):
+        say(
+            "warning",
+            "no rate lowered the loss from before training: lower ones may help",
+            10,
+            err=True,
+        )
     run_report.write_page(metrics.read([trial.directory for trial in trials]), out / "report.html")
     say("wrote", out / "report.html", 10)
 

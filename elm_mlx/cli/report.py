@@ -11,7 +11,7 @@ import typer
 from elm_mlx.cli.screen import counted, line, table
 
 if TYPE_CHECKING:
-    from elm_mlx.train.metrics import Run
+    from elm_mlx.train.metrics import RunMetrics
 
 
 def report(
@@ -43,7 +43,7 @@ def report(
     line(f"wrote {out}" + (f" and {png}" if png is not None else "") + f": {count}")
 
 
-def _print(runs: list[Run]) -> None:
+def _print(runs: list[RunMetrics]) -> None:
     from elm_mlx.train.run_report import summary
 
     table(["", *(run.name for run in runs)], [[label, *cells] for label, cells in summary(runs)])

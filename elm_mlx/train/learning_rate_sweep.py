@@ -1,7 +1,4 @@
-"""Which learning rate: short runs of one recipe, alike in all else.
-
-Knows recipes and runs of them, one after the other in this process. Knows nothing of how they are shown.
-"""
+"""The sweep of learning rates: short runs of one recipe, alike in all else, one after the other in this process."""
 
 from __future__ import annotations
 
@@ -26,12 +23,14 @@ class Trial:
 
     Attributes:
         loss: nats a token: the validation's at the end, or the last tenth's mean; None where the run broke off.
+        harmed: whether the loss is no lower than before training, as of `run.Result`.
         interrupted: whether someone ended it.
     """
 
     rate: float
     directory: Path
     loss: float | None
+    harmed: bool = False
     interrupted: bool = False
 
 
@@ -46,7 +45,7 @@ def sweep(
     """A run of `steps` updates with each learning rate, in a directory of its own in `out`, whole schedule included.
 
     Args:
-        on_start: told the rate that is tried next.
+        on_start: called with the rate that is tried next.
 
     Raises:
         InputError: `out` holds something already, or a rate or the recipe makes no run.
@@ -84,4 +83,5 @@ def _trial(recipe: Recipe, rate: float, directory: Path) -> Trial:
     validated = made.columns.get("valid_loss")
     losses = made.columns["loss"].finite()
     tail = statistics.fmean(losses[-max(1, len(losses) // _TAIL) :])
-    return Trial(rate, directory, validated.values[-1] if validated else tail, result.interrupted)
+    loss = validated.values[-1] if validated else tail
+    return Trial(rate, directory, loss, result.harm is not None, result.interrupted)

@@ -1,8 +1,7 @@
 """A run's files for people and programs, written and read back: `metrics.jsonl`, and `run.json` beside it.
 
-Knows lines and columns: any numeric key of a line is a column over steps. Knows nothing of what the numbers mean, apart
-from a loss that tells an update and a `valid_` that tells a validation; nothing of how they are shown. A run may
-still be under way: a last line without its end is left for later.
+Any numeric key of a line is a column over steps. A run may still be under way: a last line without its end is left for
+later. Imports no MLX.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,21 +32,29 @@ class Column:
     steps: array[int] = field(default_factory=lambda: array("q"))
     values: array[float] = field(default_factory=lambda: array("d"))
 
-    def add(self, step: int, value: float) -> None:
-        """Append; where the run has gone back to `step`, what it had from there on is replaced."""
+    def add(self, step: int, value: float) -> bool:
+        """Appends; where the run has gone back to `step`, what it had from there on is replaced. True if it has."""
+        before = len(self.steps)
         while self.steps and self.steps[-1] >= step:
             self.steps.pop()
             self.values.pop()
+        went_back = len(self.steps) < before
         self.steps.append(step)
         self.values.append(value)
+        return went_back
+
+    def add_up(self, step: int, value: float) -> bool:
+        """Appends the sum of `value` and all before `step`."""
+        before = bisect_left(self.steps, step)
+        return self.add(step, (self.values[before - 1] if before else 0.0) + value)
 
     def finite(self) -> list[float]:
         return [value for value in self.values if math.isfinite(value)]
 
 
 @dataclass
-class Run:
-    """What one directory tells.
+class RunMetrics:
+    """What one directory holds.
 
     Attributes:
         name: what tells it from the others that it was read with.
@@ -105,7 +113,7 @@ def cut(out: Path, step: int) -> None:
     files.write_text(path, "".join(kept))
 
 
-def read(paths: Sequence[Path]) -> list[Run]:
+def read(paths: Sequence[Path]) -> list[RunMetrics]:
     """The runs in these directories, each once, in this order.
 
     Raises:
@@ -117,6 +125,11 @@ def read(paths: Sequence[Path]) -> list[Run]:
     return [_read(path, name) for path, name in zip(unique.values(), _names(list(unique)), strict=True)]
 
 
+def readable(text: str) -> str:
+    """`text` as UTF-8 can hold it: names of files may be no text at all."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _names(paths: Sequence[Path]) -> list[str]:
     """For each absolute path as many of its last parts as tell it from the others."""
     names = []
@@ -124,14 +137,14 @@ def _names(paths: Sequence[Path]) -> list[str]:
         count = 1
         while any(other.parts[-count:] == path.parts[-count:] for other in paths if other != path):
             count += 1
-        names.append(_text("/".join(path.parts[-count:])))
+        names.append(readable("/".join(path.parts[-count:])))
     return names
 
 
-def _read(path: Path, name: str) -> Run:
+def _read(path: Path, name: str) -> RunMetrics:
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; give the directory that a run was written to")
-    run = Run(name, path)
+    run = RunMetrics(name, path)
     damaged = repeated = 0
     for line in _lines(path / METRICS):
         try:
@@ -170,29 +183,24 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _take(run: Run, line: Any) -> bool:
-    """Add a line's numbers. Whether the run went back with it. Raises what a line that is none makes raise."""
+def _take(run: RunMetrics, line: Any) -> bool:
+    """Adds a line's numbers. Returns whether the run went back with it. Raises what a line that is none makes raise."""
     step = line["step"]
     if type(step) is not int or not 0 <= step < 1 << 53:
         raise ValueError(step)
     numbers = {key: float(value) for key, value in line.items() if isinstance(value, int | float)}
     went_back = False
     if "loss" in numbers:
-        went_back = bool(run.tokens.steps) and run.tokens.steps[-1] >= step
         for total, key in ((run.tokens, "tokens"), (run.seconds, "seconds")):
             spent = numbers.get(key, 0.0)
-            while total.steps and total.steps[-1] >= step:
-                total.steps.pop()
-                total.values.pop()
-            before = total.values[-1] if total.values else 0.0
-            total.add(step, before + (spent if 0 <= spent < math.inf else 0.0))
+            went_back = total.add_up(step, spent if 0 <= spent < math.inf else 0.0)
     for key, value in numbers.items():
         if key not in _NO_COLUMN:
-            run.columns.setdefault(_text(key), Column()).add(step, value)
+            run.columns.setdefault(readable(key), Column()).add(step, value)
     return went_back
 
 
-def _about(run: Run) -> dict[str, str]:
+def _about(run: RunMetrics) -> dict[str, str]:
     path = run.path / ABOUT
     try:
         found = reading.json_object_if_there(path)
@@ -207,9 +215,4 @@ def _flat(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         for key, inner in value.items():
             yield from _flat(f"{prefix}.{key}" if prefix else key, inner)
     else:
-        yield _text(prefix), _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def _text(text: str) -> str:
-    """`text` as UTF-8 can hold it: names of files may be no text at all."""
-    return text.encode("utf-8", "replace").decode()
+        yield readable(prefix), readable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -1,8 +1,7 @@
 """Runs side by side: a page that opens anywhere, a picture, and the few figures that sum a run up.
 
-Knows what is shown, and how much of it: a long run's points are thinned, its extremes kept. The page's script is in
-`report.html`, the looks of all our pages in `page.css`. Knows nothing of training, nor of files other than those it
-writes.
+A long run's points are thinned, its extremes kept. The page's script is in `report.html`, the looks of all our pages in
+`page.css`.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from elm_mlx import files
 from elm_mlx.errors import ElmError
-from elm_mlx.train.metrics import Column, Run
+from elm_mlx.train.metrics import Column, RunMetrics, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,12 +37,12 @@ _LINES = ("-", "--", ":", "-.")  # of the first seven runs, the next seven, …
 Rows = list[tuple[str, list[str]]]
 
 
-def write_page(runs: Sequence[Run], out: Path) -> None:
+def write_page(runs: Sequence[RunMetrics], out: Path) -> None:
     """One HTML file without anything outside it. Raises ElmError where it cannot be written."""
     files.write_text(out, page(runs))
 
 
-def page(runs: Sequence[Run]) -> str:
+def page(runs: Sequence[RunMetrics]) -> str:
     """The page's text: `report.html` with the runs in it as JSON, which cannot end the element that it is in."""
     charted = [chart for chart in charts(runs) if chart]
     count = sum(key in run.columns for run in runs for chart in charted for key in chart) + len(runs)
@@ -64,7 +63,7 @@ def page(runs: Sequence[Run]) -> str:
     return head.replace("{{style}}", style).replace("{{title}}", html.escape(title)) + text + tail
 
 
-def charts(runs: Sequence[Run]) -> list[list[str]]:
+def charts(runs: Sequence[RunMetrics]) -> list[list[str]]:
     """The keys of each chart: a key, and its `valid_` fellow if there is one."""
     keys = dict.fromkeys(key for run in runs for key in run.columns if key != "skipped")
     bases = dict.fromkeys(key.removeprefix("valid_") for key in keys)
@@ -72,13 +71,13 @@ def charts(runs: Sequence[Run]) -> list[list[str]]:
     return [[key for key in (base, f"valid_{base}") if key in keys] for base in order]
 
 
-def summary(runs: Sequence[Run]) -> Rows:
+def summary(runs: Sequence[RunMetrics]) -> Rows:
     """Rows of a label and a cell for each run; rows that no run has anything for are left out."""
     columns = [_summed_up(run) for run in runs]
     return [(label, [column[label] for column in columns]) for label in columns[0] if any(c[label] for c in columns)]
 
 
-def about(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+def about(runs: Sequence[RunMetrics]) -> list[tuple[str, list[str], bool]]:
     """What the runs say of themselves: each key, its values, and whether those who say something differ in it.
 
     Where they differ comes first.
@@ -92,7 +91,7 @@ def about(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _summed_up(run: Run) -> dict[str, str]:
+def _summed_up(run: RunMetrics) -> dict[str, str]:
     valid, losses = run.column("valid_loss"), run.column("loss").finite()
     numbers = valid.finite()
     best = min(numbers, default=math.nan)
@@ -130,14 +129,14 @@ def _duration(seconds: float) -> str:
     return f"{whole // 3600:,} h {whole % 3600 // 60:02} min"
 
 
-def _embedded(run: Run, charted: Sequence[Sequence[str]], buckets: int) -> dict[str, Any]:
+def _embedded(run: RunMetrics, charted: Sequence[Sequence[str]], buckets: int) -> dict[str, Any]:
     # One step in so many: between these, tokens and seconds grow evenly enough for an axis.
     every = max(1, len(run.tokens.steps) // buckets)
     kept = sorted({*range(0, len(run.tokens.steps), every), len(run.tokens.steps) - 1} - {-1})
     columns = {key: run.columns[key] for chart in charted for key in chart if key in run.columns}
     return {
         "name": run.name,
-        "path": _readable(str(run.path)),
+        "path": readable(str(run.path)),
         "notes": run.notes,
         "clock": {
             "step": [run.tokens.steps[i] for i in kept],
@@ -183,10 +182,6 @@ def _short(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def _readable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
-
-
 def smoothed(values: Sequence[float], over: float) -> list[float]:
     """An exponential mean that reaches over about `over` values, without a bias to 0 at its start; NaN stays NaN."""
     decay = 1 - 1 / max(1.0, over)
@@ -207,7 +202,7 @@ def check_plotting() -> None:
         raise ElmError("a PNG needs matplotlib: pip install 'elm-mlx[plot]'; the page needs nothing") from None
 
 
-def write_png(runs: Sequence[Run], out: Path) -> None:
+def write_png(runs: Sequence[RunMetrics], out: Path) -> None:
     """The page's charts as a picture. Raises ElmError where matplotlib is missing or `out` cannot be written."""
     check_plotting()
     from matplotlib.figure import Figure  # draws with Agg: no display, no window
@@ -238,7 +233,7 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": line, "linewidth": 1.6}
 
 
-def _draw(axes: Axes, runs: Sequence[Run], keys: Sequence[str]) -> None:
+def _draw(axes: Axes, runs: Sequence[RunMetrics], keys: Sequence[str]) -> None:
     from matplotlib.ticker import EngFormatter
 
     for i, run in enumerate(runs):

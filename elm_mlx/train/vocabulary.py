@@ -101,11 +101,13 @@ def sample(files: Sequence[Path], *, max_bytes: int = 100_000_000, seed: int = 0
     texts = nbytes = 0
     bad: list[str] = []
     for path in files:
-        for where, text in _texts(path):
-            if isinstance(text, BadRecord):
+        for where, value in _texts(path):
+            try:
+                text = _utf8(value)
+            except BadRecord as error:
                 if not skip_bad:
-                    raise InputError(f"{where}: {text}; --skip-bad leaves such records out")
-                bad.append(f"{where}: {text}")
+                    raise InputError(f"{where}: {error}; --skip-bad leaves such records out") from None
+                bad.append(f"{where}: {error}")
                 continue
             texts += 1
             nbytes += len(text)
@@ -193,32 +195,26 @@ class _Reservoir:
         return [line for _, _, line in sorted(self._heap, key=lambda entry: entry[1])]
 
 
-def _texts(path: Path) -> Iterator[tuple[str, bytes | BadRecord]]:
-    """Each text in the file, in UTF-8, with where it stands. Of a text file, each line."""
+def _texts(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each text in the file, with where it stands: what `_utf8` takes. Of a text file, each line."""
     if data_files.suffix_of(path, SUFFIXES) in data_files.TEXT:
         with data_files.open_file(path) as file:
-            for line, data in data_files.lines(path, file):
-                yield f"{path}, line {line}", _decoded(data)
-        return
-    for _, where, value in data_files.read(path, ("text",)):
-        yield where, _text(value)
+            yield from ((f"{path}, line {line}", data) for line, data in data_files.lines(path, file))
+    else:
+        yield from ((where, value) for _, where, value in data_files.read(path, ("text",)))
 
 
-def _text(value: Any) -> bytes | BadRecord:
+def _utf8(value: Any) -> bytes:
+    """A line, or the text of a record. Raises BadRecord."""
     try:
-        return text_of(value, "text").encode("utf-8")
-    except BadRecord as error:
-        return error
+        if not isinstance(value, bytes):
+            return text_of(value, "text").encode("utf-8")
+        value.decode("utf-8")
+        return value
     except UnicodeEncodeError as error:
-        return BadRecord(f"no valid Unicode: character {error.start + 1} is half of a surrogate pair")
-
-
-def _decoded(line: bytes) -> bytes | BadRecord:
-    try:
-        line.decode("utf-8")
+        raise BadRecord(f"no valid Unicode: character {error.start + 1} is half of a surrogate pair") from None
     except UnicodeDecodeError as error:
-        return BadRecord(f"not UTF-8 at byte {error.start + 1} of the line")
-    return line
+        raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line") from None
 
 
 def _lines(text: bytes) -> Iterator[bytes]:

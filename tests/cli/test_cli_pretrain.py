@@ -319,3 +319,11 @@ def test_learning_rates_are_tried(run: Run, config: Path, tmp_path: Path) -> Non
     assert (out / "report.html").read_text().count("lr-0.01") > 0
     assert "holds something already" in run("lr-sweep", config, "--out", out, *options)[2]
     assert "needs numbers" in run("lr-sweep", config, "--out", tmp_path / "other", "--lr", "a")[2]
+
+
+def test_a_sweep_says_that_no_learning_rate_did_any_good(run: Run, config: Path, tmp_path: Path) -> None:
+    code, text, err = run("lr-sweep", config, "--out", tmp_path / "sweep", "--steps", 2, "--lr", "0.8,1e30")
+    assert code == 0 and "the least" not in text and "broke off" in text
+    loss = float(next(line for line in text.splitlines() if line.startswith("0.8 ")).split()[1])
+    assert loss > updates(tmp_path / "sweep" / "lr-0.8")[0][1], "it was lower before training"
+    assert "no rate lowered the loss" in err

@@ -300,7 +300,7 @@ def test_a_number_that_is_none_is_a_gap(tmp_path: Path) -> None:
 def test_long_runs_make_a_small_page() -> None:
     found = []
     for seed in range(8):
-        run = metrics.Run(f"run {seed}", Path(f"run {seed}"))
+        run = metrics.RunMetrics(f"run {seed}", Path(f"run {seed}"))
         columns = noisy(20_000, seed)
         run.columns = dict.fromkeys(("loss", "learning_rate", "tokens_per_second", "grad_norm", "memory"), columns)
         run.tokens, run.seconds = columns, columns
@@ -310,7 +310,7 @@ def test_long_runs_make_a_small_page() -> None:
 
 
 def test_the_clock_can_be_read_between_its_points() -> None:
-    run = metrics.Run("a", Path("a"))
+    run = metrics.RunMetrics("a", Path("a"))
     for step in range(1, 5001):
         run.tokens.add(step, 100.0 * step)
         run.seconds.add(step, 0.5 * step)
