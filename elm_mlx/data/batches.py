@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -103,8 +104,8 @@ class Batches:
             raise InputError(f"a batch has at least 1 row, not {batch_size}")
         if not 0 <= rank < world:
             raise InputError(f"there is no process {rank} of {world}")
-        self._examples = examples
-        self._needs = np.array([len(example.ids) - 1 for example in examples])
+        self._examples = self._units(examples)
+        self._needs = np.array([len(example.ids) - 1 for example in self._examples])
         if self._needs.max() > row_length:
             raise InputError(f"an example of {self._needs.max() + 1:,} tokens doesn't fit rows of {row_length:,}")
         self._rows, self._length, self._packed, self._seed = batch_size * world, row_length, packed, seed
@@ -125,10 +126,7 @@ class Batches:
         Raises:
             InputError: the state is of other examples or other arguments, or is damaged.
         """
-        for name, value in self._identity().items():
-            if state.get(name) != value:
-                was = "" if name == "data" else f": {state.get(name)} before, {value} now"
-                raise InputError(f"cannot resume: the {name.replace('_', ' ')} changed{was}")
+        check_identity(state, self._identity())
         epoch, position = state.get("epoch"), state.get("batch")
         if type(epoch) is not int or type(position) is not int or epoch < 0:
             raise InputError("cannot resume: the position in the data is damaged")
@@ -165,6 +163,10 @@ class Batches:
         """Iterates over epoch 0, wherever the iterator stands: for validation, the same each time."""
         return map(self._batch, self._planned(0))
 
+    def _units(self, examples: Sequence[Example]) -> Sequence[Example]:
+        """The units that rows are made of."""
+        return examples
+
     def _identity(self) -> dict[str, Any]:
         """The arguments and data that the order depends on."""
         if self._fingerprint is None:
@@ -176,8 +178,8 @@ class Batches:
 
     def _planned(self, epoch: int) -> list[list[Row]]:
         """The epoch's batches, of all processes together."""
-        bits = np.random.Philox(key=np.array([self._seed & (2**64 - 1), epoch], np.uint64))
-        order = np.argsort(bits.random_raw(len(self._needs)), kind="stable")
+        bits = random_bits(self._seed, epoch)
+        order = shuffled(bits, len(self._needs))
         rows: list[Row] = []
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
@@ -186,9 +188,9 @@ class Batches:
             rows += self._pack(window) if self._packed else [[int(number)] for number in window]
         if self._packed:
             # Or the rows of long examples would come first.
-            rows = [rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind="stable")]
+            rows = [rows[i] for i in shuffled(bits, len(rows))]
         plan = [rows[start : start + self._rows] for start in range(0, len(rows), self._rows)]
-        return plan if self._packed else [plan[i] for i in np.argsort(bits.random_raw(len(plan)), kind="stable")]
+        return plan if self._packed else [plan[i] for i in shuffled(bits, len(plan))]
 
     def _pack(self, numbers: npt.NDArray[np.intp]) -> list[Row]:
         """Packs examples into rows, each where it leaves the least room: best fit, and decreasing as they come."""
@@ -229,6 +231,25 @@ class Batches:
         return Batch(inputs, targets, trained, segments if self._packed else None, tokens)
 
 
+def check_identity(state: Any, identity: Mapping[str, Any]) -> None:
+    """Raises InputError where a state was taken of batches of other data or other arguments than `identity` says."""
+    before = state if isinstance(state, dict) else {}
+    for name, value in identity.items():
+        if before.get(name) != value:
+            was = f": {before.get(name)} before, {value} now" if before and isinstance(value, int | float) else ""
+            raise InputError(f"cannot resume: the {name.replace('_', ' ')} changed{was}")
+
+
+def random_bits(seed: int, stream: int) -> np.random.Philox:
+    """Returns a generator of bits that are the same for all versions of NumPy."""
+    return np.random.Philox(key=np.array([seed & (2**64 - 1), stream], np.uint64))
+
+
+def shuffled(bits: np.random.Philox, count: int) -> npt.NDArray[np.intp]:
+    """Returns the numbers below `count` in random order."""
+    return np.argsort(bits.random_raw(count), kind="stable")
+
+
 def fingerprint(examples: Sequence[Example]) -> str:
     """Returns a hash of every id and mark, in their order."""
     digest = hashlib.sha256()
@@ -261,28 +282,18 @@ class PairBatches(Batches):
     """Batches of pairs, every pair in one row; to `Batches`, in all else, a pair is one example.
 
     Args:
-        pairs: two examples of each, as `examples.prepare` gives them.
+        examples: two of each pair, as `examples.prepare` makes them.
         row_length: positions of a row, at least as many as the tokens of a pair, less one.
-
-    Attributes:
-        reference: (pairs, 2): the source of the batches' `reference`; noughts, unless it is set.
     """
 
-    def __init__(
-        self,
-        pairs: Sequence[Example],
-        batch_size: int,
-        row_length: int,
-        *,
-        packed: bool = True,
-        seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        joined = Joined(pairs)
-        super().__init__(joined, batch_size, row_length, packed=packed, seed=seed, rank=rank, world=world)
-        self._pairs = pairs
-        self.reference = np.zeros((len(joined), 2), np.float32)
+    @cached_property
+    def reference(self) -> npt.NDArray[np.float32]:
+        """(pairs, 2): the source of the batches' `reference`; noughts, unless it is set."""
+        return np.zeros((len(self._examples), 2), np.float32)
+
+    def _units(self, examples: Sequence[Example]) -> Joined:
+        self._pairs = examples
+        return Joined(examples)
 
     def _batch(self, rows: list[Row]) -> PairBatch:
         batch = super()._batch(rows)

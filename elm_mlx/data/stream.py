@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data import duplicates
-from elm_mlx.data.batches import Batch
+from elm_mlx.data.batches import Batch, check_identity, random_bits, shuffled
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead
 from elm_mlx.data.text_sources import TextFiles, TextSource
@@ -175,13 +175,7 @@ class TextBatches:
         Raises:
             InputError: the state is of other data or other arguments, or is damaged.
         """
-        if not isinstance(state, dict):
-            state = {}
-        for name, value in json.loads(json.dumps(self._identity)).items():
-            if state.get(name) != value:
-                short = isinstance(value, int | float) and bool(state)
-                was = f": {state.get(name)} before, {value} now" if short else ""
-                raise InputError(f"cannot resume: the {name} changed{was}")
+        check_identity(state, json.loads(json.dumps(self._identity)))
         try:
             block, at = int(state["block"]), int(state["batch"])
             if block < 0 or not 0 <= at < self._batches:
@@ -247,8 +241,8 @@ class TextBatches:
         ids, starts = mixture.take()
         length = self._reading.length
         rows, begins = (np.lib.stride_tricks.sliding_window_view(each, length + 1)[::length] for each in (ids, starts))
-        bits = _random(self._reading.seed, self._block * self._shards + shard)
-        return rows, begins, np.argsort(bits.random_raw(len(rows)), kind="stable")
+        bits = random_bits(self._reading.seed, self._block * self._shards + shard)
+        return rows, begins, shuffled(bits, len(rows))
 
     def _batch(self, at: int, taken: list[tuple[npt.NDArray[Any], ...]]) -> Batch:
         """Rows of the shards in turn."""
@@ -278,17 +272,11 @@ class TextBatches:
 
 
 def _file_order(seed: int, source: int, epoch: int, count: int) -> Sequence[int]:
-    bits = _random(seed, _FILES + (source << 32) + epoch)
-    return [int(number) for number in np.argsort(bits.random_raw(count), kind="stable")]
+    return [int(number) for number in shuffled(random_bits(seed, _FILES + (source << 32) + epoch), count)]
 
 
 def _is_marked(marks: duplicates.Marks, file: int, number: int) -> bool:
     return file < len(marks) and number < len(marks[file]) and bool(marks[file][number])
-
-
-def _random(seed: int, stream: int) -> np.random.Philox:
-    """Random bits that are the same for all versions of NumPy."""
-    return np.random.Philox(key=np.array([seed & (2**64 - 1), stream], np.uint64))
 
 
 def _totals(shards: Sequence[Sequence[Counts]]) -> list[Counts]:
