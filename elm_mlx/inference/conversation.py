@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from elm_mlx import device, files, reading
 from elm_mlx.errors import InputError
@@ -22,7 +21,7 @@ from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler, sampler_from
 from elm_mlx.inference.window import Continued, Exchange, Prompt, Templated, as_messages
 from elm_mlx.model.network import Model
-from elm_mlx.text.chat_template import Template
+from elm_mlx.text.chat_template import Template, check_messages
 from elm_mlx.text.tokenizer import Tokenizer
 
 DEFAULTS: dict[str, float] = {**sampling.DEFAULTS, "temp": 0.7, "top_p": 0.9, "max_tokens": 512}
@@ -331,30 +330,24 @@ def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     Raises:
         InputError: the file cannot be read, or holds something else; says where.
     """
-    path = reading.expanded(path)
-    if path.exists() and not path.is_file():
-        raise InputError(f"{path}: is no file")
-    record = reading.json_value(path)
+    record = reading.json_value(reading.expanded(path))
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list):
         raise InputError(f"{path}: no conversation: an object with a list `messages` is needed")
-    contents = [_content(message, f"{path}: message {number}") for number, message in enumerate(messages, 1)]
-    roles = [message["role"] for message in messages]
-    system = contents.pop(0) if roles[:1] == ["system"] else None
-    offset = len(roles) - len(contents)
-    for number, role in enumerate(roles[offset:]):
-        expected = ("user", "assistant")[number % 2]
+    try:
+        said = [*check_messages(messages)] if messages else []
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    system = said.pop(0)["content"] if said and said[0]["role"] == "system" else None
+    for number, message in enumerate(said):
+        role, expected = message["role"], ("user", "assistant")[number % 2]
         if role != expected:
-            raise InputError(f"{path}: message {number + offset + 1} is from {role!r}, where {expected!r} is to speak")
-    if len(contents) % 2:
+            place = number + 1 + (system is not None)
+            raise InputError(f"{path}: message {place} is from {role!r}: {expected!r} must speak there")
+    if len(said) % 2:
         raise InputError(f"{path}: the last message has no answer")
+    contents = [message["content"] for message in said]
     return system, list(zip(contents[::2], contents[1::2], strict=True))
-
-
-def _content(message: Any, where: str) -> str:
-    if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-        raise InputError(f"{where}: an object with texts `role` and `content` is needed")
-    return str(message["content"])
 
 
 def _sampler(options: Mapping[str, float]) -> Sampler:

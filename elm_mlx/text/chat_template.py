@@ -233,6 +233,8 @@ def check_messages(messages: Messages) -> Messages:
     if not messages:
         raise InputError("a conversation needs a message")
     for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise InputError(f"message {number}: an object with texts `role` and `content` is needed")
         if message.get("role") not in ROLES:
             raise InputError(f"message {number}: role is {message.get('role')!r}, and not one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):

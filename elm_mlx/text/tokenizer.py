@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import reading
-from elm_mlx.directories import TEMPLATES
+from elm_mlx.directories import TEMPLATES, no_tokenizer
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import MODEL_TYPE, Config, tokenizer_file
 
@@ -63,7 +63,11 @@ class Tokenizer:
         """
         path = reading.expanded(path)
         if path.is_dir():
-            path = _file_of(path)
+            model_type = reading.json_object_if_there(path / "config.json").get("model_type", MODEL_TYPE)
+            found = tokenizer_file(path, str(model_type))
+            if found is None:
+                raise no_tokenizer(path, model_type == MODEL_TYPE)
+            path = found
         if path.suffix == ".json":
             from elm_mlx.text.tokenizer_json import JSONEncoding
 
@@ -178,7 +182,7 @@ class Vocabulary:
     Attributes:
         tokenizer: whose `rows` and `eos_ids` are the model's; None where the directory has none.
         end_ids: the tokens that end a text. Training writes the first.
-        notes: what the directory names as the end of a text that the model cannot say.
+        notes: on end tokens that the directory names and the model lacks.
     """
 
     tokenizer: Tokenizer | None
@@ -198,42 +202,35 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
     """
     directory = reading.expanded(directory)
     file = tokenizer_file(directory, config.model_type)
-    tokenizer = None if file is None else open_tokenizer(file, config.vocab_size)
-    named = [] if tokenizer is None else [(token, tokenizer.path) for token in _own_ends(tokenizer, directory)]
+    tokenizer = None if file is None else Tokenizer.load(file)
+    named: list[tuple[int | None, Path]] = []
+    if tokenizer is not None:
+        # Some pieces may be added and never trained, such as `[PAD]`.
+        if tokenizer.vocab_size > config.vocab_size and tokenizer.base_size > config.vocab_size:
+            raise InputError(
+                f"{file}: has {tokenizer.vocab_size} pieces, and the model {config.vocab_size}: "
+                "it is another model's tokenizer"
+            )
+        tokenizer.rows = config.vocab_size
+        name = read_settings(directory).get("eos_token")
+        named = [(None if name is None else tokenizer.id_of(name), tokenizer.path), (tokenizer.eos_id, tokenizer.path)]
     generation = directory / "generation_config.json"
     its_ends = reading.Keys(str(generation), reading.json_object_if_there(generation)).token_ids("eos_token_id")
     for path, tokens in ((directory / "config.json", config.eos_token_ids), (generation, its_ends)):
         named += [(token, path) for token in tokens]
-    if not named and config.model_type == MODEL_TYPE:
-        named = [(2, directory / "config.json")]  # OpenELM's default
-    ids = tuple(dict.fromkeys(token for token, _ in named if 0 <= token < config.vocab_size))
+    ends = [(token, path) for token, path in named if token is not None]
+    if not ends and config.model_type == MODEL_TYPE:
+        ends = [(2, directory / "config.json")]  # OpenELM's default
+    ids = tuple(dict.fromkeys(token for token, _ in ends if 0 <= token < config.vocab_size))
     notes = tuple(
         f"{path}: the end token {token} is none of the model's {config.vocab_size:,}, and ends nothing"
-        for token, path in named
+        for token, path in ends
         if token not in ids
     )
     if tokenizer is not None:
         tokenizer.eos_ids = ids
         tokenizer.eos_id = tokenizer.eos_id if tokenizer.eos_id in ids else None
     return Vocabulary(tokenizer, ids, notes)
-
-
-def open_tokenizer(path: Path, rows: int) -> Tokenizer:
-    """Opens the tokenizer of a model of `rows` tokens, which refuses to use a piece past them.
-
-    There may be some that were added and never trained, such as `[PAD]`.
-
-    Raises:
-        InputError: there is none, or it is another model's.
-    """
-    tokenizer = Tokenizer.load(path)
-    if tokenizer.vocab_size > rows and tokenizer.base_size > rows:
-        raise InputError(
-            f"{tokenizer.path}: has {tokenizer.vocab_size} pieces, and the model {rows}: "
-            "it is another model's tokenizer"
-        )
-    tokenizer.rows = rows
-    return tokenizer
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -270,20 +267,3 @@ def check_unicode(text: str) -> bytes:
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
         raise InputError(f"the text is no valid Unicode: character {error.start + 1} is {half}") from None
-
-
-def _file_of(directory: Path) -> Path:
-    model_type = str(reading.json_object_if_there(directory / "config.json").get("model_type", MODEL_TYPE))
-    found = tokenizer_file(directory, model_type)
-    if found is not None:
-        return found
-    if model_type != MODEL_TYPE:
-        raise InputError(f"{directory}: holds no tokenizer.json: copy the one of the model that it was made from")
-    raise InputError(f"{directory}: holds no {FILE_NAME}; `elm-mlx convert --tokenizer` puts one there")
-
-
-def _own_ends(tokenizer: Tokenizer, directory: Path) -> list[int]:
-    """What `tokenizer_config.json` calls the end, and what the tokenizer's own file does."""
-    name = read_settings(directory).get("eos_token")
-    found = (None if name is None else tokenizer.id_of(name), tokenizer.eos_id)
-    return [token for token in found if token is not None]
