@@ -60,13 +60,8 @@ def chat(
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
+    settings = sampling.merge_settings(model, flags, DEFAULTS if chosen else CONTINUING)
     conversation = Chat(
-        loaded.model,
-        loaded.tokenizer,
-        chosen,
-        system=system,
-        options=sampling.merge_settings(model, flags, DEFAULTS if chosen else CONTINUING),
-        stop=stop or (),
-        seed=seed,
+        loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed
     )
     raise typer.Exit(Session(conversation, model, message).run())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, byte_size, counted, say
+from elm_mlx.cli.screen import ProgressBar, byte_size, counted, say, say_all
 
 if TYPE_CHECKING:
     from elm_mlx_convert import Conversion, ConversionPlan
@@ -33,12 +33,10 @@ def convert(
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
     tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model. (default: the one beside SRC)"),
+        str | None, typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model. (default: the one beside SRC)")
     ] = None,
     dtype: Annotated[
-        options.DType | None,
-        typer.Option(help="Of the weights. (default: SRC's if that has 16 bits, else bfloat16)"),
+        options.DType | None, typer.Option(help="Of the weights. (default: SRC's if that has 16 bits, else bfloat16)")
     ] = None,
     config: Annotated[
         Path | None,
@@ -78,23 +76,10 @@ def convert(
 
     with _converted(src, dst, quantize, overwrite, dry_run) as target, ProgressBar("bytes") as progress:
         done = elm_mlx_convert.convert(
-            src,
-            target,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            config=config,
-            preset=preset,
-            head_dim=head_dim,
-            lora_alpha=lora_alpha,
-            ema=ema,
-            chat_template=chat_template,
-            revision=revision,
-            verify=verify,
-            dry_run=dry_run,
-            overwrite=overwrite,
-            on_plan=_print_plan,
-            on_progress=progress,
-        )
+            src, target, tokenizer=tokenizer, dtype=dtype, config=config, preset=preset, head_dim=head_dim,
+            lora_alpha=lora_alpha, ema=ema, chat_template=chat_template, revision=revision, verify=verify,
+            dry_run=dry_run, overwrite=overwrite, on_plan=_print_plan, on_progress=progress,
+        )  # fmt: skip
         _print_end(done, to_be_quantized=quantize is not None)
 
 
@@ -140,9 +125,7 @@ def _print_plan(plan: ConversionPlan) -> None:
         *(("note", note) for note in plan.notes),
         *(("warning", warning) for warning in plan.warnings),
     ]
-    for name, text in rows:
-        if text:
-            say(name, text)
+    say_all(rows)
 
 
 def _print_end(done: Conversion, to_be_quantized: bool) -> None:
@@ -161,13 +144,9 @@ def _print_end(done: Conversion, to_be_quantized: bool) -> None:
 
 
 def _traits(config: Any) -> str:
-    return ", ".join(
-        (
-            "gated FFN" if config.ffn_with_glu else "FFN without a gate",
-            "QK norms" if config.normalize_qk_projections else "no QK norms",
-            "tied head" if config.share_input_output_layers else "head of its own",
-        )
-    )
+    ffn = "gated FFN" if config.ffn_with_glu else "FFN without a gate"
+    norms = "QK norms" if config.normalize_qk_projections else "no QK norms"
+    return f"{ffn}, {norms}, {'tied head' if config.share_input_output_layers else 'head of its own'}"
 
 
 def _range(values: tuple[int, ...]) -> str:

@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say, silence, terminal_width, visible
+from elm_mlx.cli.screen import (
+    bad_records_named,
+    bar,
+    counted,
+    line,
+    name_bad,
+    say_all,
+    silence,
+    terminal_width,
+    visible,
+)
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,9 +38,7 @@ _BINS = 12
 _BAR = 40
 _BATCH = 4  # rows, for the share of padding without packing
 
-PANELS = {
-    "Records": ("format", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad"),
-}
+PANELS = {"Records": ("format", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad")}
 
 
 def data(
@@ -44,8 +52,7 @@ def data(
         Path | None, typer.Option(help="The model directory that is to learn from it. (no default)", show_default=False)
     ] = None,
     config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture."),
+        Path | None, typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture.")
     ] = None,
     format: Annotated[
         options.RecordFormat | None, typer.Option(help="Of the records. (default: each record's keys tell)")
@@ -120,8 +127,7 @@ def _print_mixture(config: Path) -> None:
             *(("broken", reason) for reason in counts.broken),
         ]
         line(part.source.name)
-        for label, text in lines:
-            say(f"  {label}", text)
+        say_all(lines, indent=2)
 
 
 def _warn(text: str) -> None:
@@ -154,8 +160,7 @@ def _print_split(name: str, prepared: Prepared) -> None:
         *_fill(rows, grouped, prepared.max_length),
         ("lengths", f"median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
     ]
-    for label, text in lines:
-        say(f"  {label}", text)
+    say_all(lines, indent=2)
     _print_histogram(prepared)
 
 
@@ -177,8 +182,7 @@ def _print_pairs(name: str, prepared: Prepared) -> None:
         ("lengths", f"of the longer answer: median {statistics.median_low(prepared.lengths):,}, "
                     f"longest {prepared.longest[0]:,}"),
     ]  # fmt: skip
-    for label, text in lines:
-        say(f"  {label}", text)
+    say_all(lines, indent=2)
     _print_histogram(prepared)
 
 

@@ -41,8 +41,7 @@ def eval(
         typer.Option(help="The tasks of one of the paper's tables. (default: zero-shot)"),
     ] = None,
     text: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Bits per byte of a .txt or .jsonl file; may be repeated."),
+        list[Path] | None, typer.Option(metavar="FILE", help="Bits per byte of a .txt or .jsonl file; may be repeated.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Files TASK.jsonl. (default: the Hugging Face hub's cache)")
@@ -79,15 +78,9 @@ def eval(
     from elm_mlx.evaluate import evaluation
 
     wanted = evaluation.Wanted(
-        tasks=tasks or [],
-        suite=suite,
-        texts=text or [],
-        data=data,
-        shots=shots,
-        limit=limit,
-        window=window,
+        tasks=tasks or [], suite=suite, texts=text or [], data=data, shots=shots, limit=limit, window=window,
         stride=stride,
-    )
+    )  # fmt: skip
     if not harness:
         wanted.chosen()  # or what is no task is said only when the model is loaded
     opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import say
+from elm_mlx.cli.screen import say_all
 
 if TYPE_CHECKING:
     from elm_mlx.store.fusion import Fusion
@@ -70,9 +70,7 @@ def _print(done: Fusion) -> None:
         "warning": _warning(done),
         "wrote": f"{done.destination}, {done.dtype}",
     }
-    for name, line in lines.items():
-        if line:
-            say(name, line)
+    say_all(lines.items())
 
 
 def _warning(done: Fusion) -> str:

@@ -36,8 +36,7 @@ def generate(
         list[str] | None, typer.Option("--prompt", "-p", help="PROMPT, by name. (default: the second argument)")
     ] = None,
     prompts: Annotated[
-        Path | None,
-        typer.Option(help="A file, a prompt a line; .jsonl: objects with `prompt`. (default: PROMPT)"),
+        Path | None, typer.Option(help="A file, a prompt a line; .jsonl: objects with `prompt`. (default: PROMPT)")
     ] = None,
     system: options.System = None,
     template: options.ChatTemplate = None,

@@ -13,7 +13,7 @@ import typer
 
 from elm_mlx import blas
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import bar, byte_size, counted, line, say, table, terminal_width
+from elm_mlx.cli.screen import bar, byte_size, counted, line, say_all, table, terminal_width
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,8 +50,7 @@ def info(
         print(json.dumps(result, indent=2))
         return
     if system:
-        for name, value in _system().items():
-            say(f"{name}:", value, 14)
+        say_all(((f"{name}:", value) for name, value in _system().items()), 14)
     if model is not None:
         _print(description)
         if about is not None:
@@ -105,9 +104,7 @@ def _print(about: Description) -> None:
         if state
         else ", ".join(caches),
     }
-    for name, text in lines.items():
-        if text:
-            say(f"  {name}", text, 14)
+    say_all(lines.items(), 14, indent=2)
     if about.layers:
         _print_layers(about.layers)
 
@@ -135,7 +132,5 @@ def _print_adapter(about: AdapterDescription) -> None:
         "head": about.head,
         "made for": about.made_for,
     }
-    for name, text in lines.items():
-        say(f"  {name}", text, 14)
-    for module, ranks in about.modules.items():
-        say(f"  {module}", f"rank {ranks}", 27)
+    say_all(lines.items(), 14, indent=2)
+    say_all(((module, f"rank {ranks}") for module, ranks in about.modules.items()), 27, indent=2)

@@ -21,8 +21,7 @@ def lr_sweep(
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates of each run.")] = 100,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as run.batch_size=4."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as run.batch_size=4.")
     ] = None,
 ) -> None:
     """Try learning rates in short runs of a recipe, and draw them over each other."""

@@ -43,8 +43,7 @@ OptionalModelPath = Annotated[
     Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)
 ]
 AdapterPath = Annotated[
-    Path | None,
-    typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm."),
+    Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
 ]
 System = Annotated[str | None, typer.Option(help="What the model is told before anything else. (default: nothing)")]
 ChatTemplate = Annotated[

@@ -28,9 +28,7 @@ _KEYS = {
 }  # fmt: skip
 _ABOUT = "A recipe for `elm-mlx pretrain`; docs/pretrain.md says more. Paths are relative to where the command runs."
 
-PANELS = {
-    "A new recipe": ("init", "preset", "data"),
-}
+PANELS = {"A new recipe": ("init", "preset", "data")}
 
 
 def pretrain(
@@ -54,8 +52,7 @@ def pretrain(
         ),
     ] = None,
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")] = False,
     force: training.Force = False,

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ProgressBar", "Speech", "TrainingDisplay", "bad_records_named", "bar", "byte_size", "counted", "duration",
-    "folded", "line", "name_bad", "note", "printable", "say", "silence", "table", "terminal_width", "visible",
+    "folded", "line", "name_bad", "note", "printable", "say", "say_all", "silence", "table", "terminal_width",
+    "visible",
 ]  # fmt: skip
 
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
@@ -47,6 +48,13 @@ _BAR, _LEAST_BAR = 40, 8  # columns
 def say(label: str, text: object, column: int = 12, err: bool = False) -> None:
     """Prints a label, and from `column` on the text."""
     line(f"{label:<{column - 1}} {text}", column, err)
+
+
+def say_all(rows: Iterable[tuple[str, object]], column: int = 12, indent: int = 0) -> None:
+    """Prints labels and texts, but for those without a text."""
+    for label, text in rows:
+        if text:
+            say(" " * indent + label, text, column)
 
 
 def note(text: object) -> None:
@@ -311,8 +319,7 @@ class TrainingDisplay(TrainingCallback):
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
         """A table of two columns."""
         if not self.quiet:
-            for label, text in lines:
-                say(label, text, 10)
+            say_all(lines, 10)
 
     def warn(self, text: str) -> None:
         """What must not be missed, on stderr."""

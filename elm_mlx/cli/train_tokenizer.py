@@ -22,8 +22,7 @@ _SHOWN = 5  # bad records
 
 def train_tokenizer(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="DATA...", help="JSON lines or Parquet with `text`, or .txt; .gz of these."),
+        list[Path], typer.Argument(metavar="DATA...", help="JSON lines or Parquet with `text`, or .txt; .gz of these.")
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The SentencePiece model to write.", show_default=False)],
     vocab_size: Annotated[int, typer.Option(metavar="N", help="Pieces, with 3 controls and 256 bytes.")] = 32_000,
