@@ -16,10 +16,10 @@ import numpy as np
 from elm_mlx import reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import MODEL, PARAMETERS, RUN_RECORD, check_destination, checkpoints_of
-from elm_mlx.errors import InputError, counted
+from elm_mlx.errors import InputError
 from elm_mlx.files import hold
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.reading import expanded
+from elm_mlx.reading import counted, expanded
 from elm_mlx.text import chat_template
 from elm_mlx.version import __version__
 from elm_mlx_convert.conversion import write_model

@@ -372,6 +372,14 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns a number of things in words: 1 process, 2 processes, 1,000 entries."""
+    if count == 1:
+        return f"1 {noun}"
+    plural = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}es" if noun.endswith(("s", "ch")) else f"{noun}s"
+    return f"{count:,} {plural}"
+
+
 def byte_size(count: int) -> str:
     """`count` bytes in the unit that suits them: 14.4 MB, 1.09 GB."""
     size = f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elm_mlx.errors import ElmError, InputError, counted
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.reading import counted
 
 
 def test_how_many_of_what() -> None:

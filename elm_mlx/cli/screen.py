@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Literal, TextIO
 import typer
 
 from elm_mlx.callbacks import TrainingCallback
-from elm_mlx.errors import InputError, counted
-from elm_mlx.reading import byte_size, printable, stripped, visible
+from elm_mlx.errors import InputError
+from elm_mlx.reading import byte_size, counted, printable, stripped, visible
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,9 +17,10 @@ from pathlib import Path
 
 from elm_mlx.data import records
 from elm_mlx.data.records import Conversation, Instruction, PlainText, Preference, PromptAnswer, Record
-from elm_mlx.errors import InputError, counted
+from elm_mlx.errors import InputError
 from elm_mlx.model.config import Config
 from elm_mlx.model.families import FamilyConfig
+from elm_mlx.reading import counted
 from elm_mlx.text.chat_template import Messages, Part, Template
 from elm_mlx.text.tokenizer import Tokenizer
 

@@ -63,6 +63,7 @@ class Rope:
     def __init__(self, head_dim: int, rope: RopeConfig | float) -> None:
         self.head_dim = head_dim
         self.config = rope if isinstance(rope, RopeConfig) else RopeConfig("default", head_dim, rope, original=0)
+        self._switch = rope.switch if isinstance(rope, RopeConfig) else None
         half, dims = self.config.dims // 2, self.config.dims
         self._scales = mx.where(mx.arange(head_dim) < dims, self.config.scale, 1.0)
         self._short, self._long = self._computed(0), self._computed(self.config.original + 1)
@@ -96,14 +97,14 @@ class Rope:
         """Returns `(head_dim,)`, radians a position of each value, 0 for those that are not rotated."""
         if isinstance(offset, int):
             return self._of_length(max(text_length, offset + length))[0]
-        switch = self.config.switch
+        switch = self._switch
         if switch is None:
             return self._of_length(0)[0]
         return mx.where(offset + length > switch, self._of_length(switch + 1)[0], self._of_length(0)[0])
 
     def _fused(self, x: mx.array, offset: int | mx.array, text_length: int) -> mx.array:
         """Rotates by MLX's own kernel."""
-        length, switch = x.shape[2], self.config.switch
+        length, switch = x.shape[2], self._switch
         if self.config.scale != 1:
             x = x * self._scales.astype(x.dtype)
         if isinstance(offset, int):
@@ -122,7 +123,7 @@ class Rope:
 
     def _of_length(self, text_length: int) -> tuple[mx.array, mx.array]:
         """Returns frequencies `(head_dim,)` and the inverse ones `(dims / 2,)` for a text of that length."""
-        switch = self.config.switch
+        switch = self._switch
         if switch is None or text_length <= switch:
             return self._short
         return self._long if self.config.kind == "longrope" else self._computed(text_length)

@@ -17,11 +17,12 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from elm_mlx.callbacks import OnProgress, no_progress
-from elm_mlx.errors import InputError, counted
+from elm_mlx.errors import InputError
 from elm_mlx.model.config import BITS
 from elm_mlx.model.ops import kl_divergences
 from elm_mlx.quantize.losses import Reference, TextRow, log_softmax
 from elm_mlx.quantize.recipe import Format
+from elm_mlx.reading import counted
 
 STEPS = 50_000  # units that a budget is cut into
 MEASURED = (2, 3, 4)  # bits whose divergence is measured

@@ -15,11 +15,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from elm_mlx import files, reading
-from elm_mlx.errors import ElmError, InputError, counted
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import lora_layers
 from elm_mlx.model.config import Config
 from elm_mlx.model.network import Model
-from elm_mlx.reading import json_object, short
+from elm_mlx.reading import counted, json_object, short
 from elm_mlx.safetensors_file import fingerprint, read_header, write_arrays
 from elm_mlx.text import chat_template
 

@@ -26,8 +26,9 @@ from elm_mlx import device
 from elm_mlx.callbacks import SILENT, Report, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
-from elm_mlx.errors import ElmError, InputError, counted
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.network import Model
+from elm_mlx.reading import counted
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.checkpoint import Identity, RunProgress

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from elm_mlx.errors import InputError, counted
-from elm_mlx.reading import check_seed
+from elm_mlx.errors import InputError
+from elm_mlx.reading import check_seed, counted
 from elm_mlx.train import sections
 from elm_mlx.train.sections import Setting
 
