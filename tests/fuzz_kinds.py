@@ -27,7 +27,8 @@ from fuzzing import Damage, Kind, either, json_lines, json_values, raw_bytes, sa
 from hostile_templates import TEMPLATES
 
 from elm_mlx.cli import main as command_line
-from elm_mlx.data import records, text_sources
+from elm_mlx.data import data_files, records, text_sources
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import scores, tokens
 from elm_mlx.evaluate import task_sources as tasks
@@ -269,7 +270,9 @@ def _records(file: Path) -> None:
 
 def _pairs(file: Path) -> None:
     if file.suffix != ".txt":
-        list(records.read(file, paired=True)["train"].records)
+        for where, value in data_files.read_all([file], ("prompt", "chosen", "rejected")):
+            with suppress(BadRecord):
+                records.record_of(where, value, "pairs")
 
 
 def _texts(file: Path) -> None:
