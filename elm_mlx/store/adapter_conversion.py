@@ -18,7 +18,6 @@ from elm_mlx.model.config import Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
-from elm_mlx.store.loading import open_adapter
 from elm_mlx.text import chat_template
 from elm_mlx_convert import LoraWeights
 
@@ -68,7 +67,7 @@ def _read(
     model: Path, src: Path, config: Config, alpha: float | None, settings: Path | None
 ) -> tuple[Adapter, dict[str, np.ndarray]]:
     if (src / adapters.CONFIG).is_file():
-        adapter = open_adapter(src, model, config)
+        adapter = adapters.read(src, config, model)
         if adapter.kind == "full":
             raise InputError(f"{src}: weights of the whole model are no adapter; `elm-mlx fuse` merges them")
         return adapter, {name: np.array(value) for name, value in adapters.read_values(adapter, config).items()}

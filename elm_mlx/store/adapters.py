@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import lora_layers
 from elm_mlx.model.config import Config
 from elm_mlx.model.network import Model
-from elm_mlx.reading import counted, json_object, short
+from elm_mlx.reading import Keys, counted, json_object, short
 from elm_mlx.safetensors_file import fingerprint, read_header, write_arrays
 from elm_mlx.text import chat_template
 
@@ -41,7 +41,7 @@ Rank = int | Sequence[int] | Mapping[str, int]
 
 @dataclass(frozen=True)
 class Adapter:
-    """What is adapted, and how.
+    """Which modules are adapted, and how.
 
     Args:
         kind: "lora", "dora", or "full": weights that replace the model's own.
@@ -112,7 +112,7 @@ def plan(
     rslora: bool = False,
     adapted_head: bool = False,
 ) -> Adapter:
-    """An adapter for `config`'s model.
+    """Returns an adapter for `config`'s model.
 
     Args:
         rank: one number; one for each layer of the model (an embedding and a head get the largest); or numbers by
@@ -145,80 +145,44 @@ def plan(
     return Adapter("dora" if dora else "lora", ranks, scale, dropout, adapted_head)
 
 
-def read(directory: str | Path, config: Config) -> Adapter:
-    """The adapter in `directory`, every tensor's name and shape checked against `config`'s model.
+def read(directory: str | Path, config: Config, model: Path | None = None) -> Adapter:
+    """Reads an adapter's directory, of mlx-lm's layout or of PEFT's, but for the values of its arrays.
 
-    Of mlx-lm's layout; `describe.read_adapter` reads PEFT's too.
+    Every tensor's name and shape is checked against `config`'s model.
+
+    Args:
+        model: the model's directory; an adapter that says that it was made for other weights is refused.
 
     Raises:
-        InputError: names the file, and the tensor and both shapes, where something is missing or does not fit.
+        InputError: names the file, and the tensor and both shapes, where something is missing or does not fit; or the
+            adapter is of a kind that cannot be expressed here.
     """
     path = reading.expanded(directory)
-    adapter = _read_config(path, _read_json(path), config)
-    entries = {entry.name: entry for entry in read_header(path / WEIGHTS)}
-    for name, entry in entries.items():
-        if entry.dtype not in ("F32", "F16", "BF16"):
-            raise InputError(f"{path / WEIGHTS}: tensor {name} is {entry.dtype}, which is no type of a weight")
-    if adapter.kind == "full":
-        expected = {name: shape for name, shape in config.shapes().items() if name in entries}
-    else:
-        rank = adapter.rank  # in the file all have the largest, filled up with zeros
-        full = Adapter(adapter.kind, dict.fromkeys(adapter.ranks, rank))
-        expected = {adapter.file_name(name, config): shape for name, shape in full.shapes(config).items()}
-    for name, shape in expected.items():
-        if name not in entries:
-            raise InputError(f"{path / WEIGHTS}: tensor {name} is missing, which {CONFIG} implies")
-        if entries[name].shape != shape:
-            raise InputError(f"{path / WEIGHTS}: tensor {name} is {entries[name].shape}, and the model needs {shape}")
-    extra = next((name for name in entries if name not in expected), None)
-    if extra is not None:
-        raise InputError(f"{path / WEIGHTS}: tensor {extra} has no place in this model under {CONFIG}")
-    if not entries:
-        raise InputError(f"{path / WEIGHTS}: holds no tensors")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
+    if _is_peft(path):
+        import elm_mlx_convert
+
+        return of_weights(elm_mlx_convert.read_peft(path, config), path)
+    adapter = _read_config(path, config)
+    _check_tensors(path / WEIGHTS, adapter, config)
+    if model is not None and adapter.model_sha256 not in (None, fingerprint(model, adapter.model_sha256)):
+        raise InputError(
+            f"{path}: was made for a model with other weights; to use it here all the same, "
+            f"take model_sha256 out of its {CONFIG}"
+        )
     return adapter
 
 
 def of_weights(found: LoraWeights, directory: Path | None = None) -> Adapter:
-    """The adapter that `elm_mlx_convert` has read from another tool's files."""
+    """Returns the adapter that `elm_mlx_convert` has read from another tool's files."""
     return Adapter("dora" if found.dora else "lora", found.ranks, found.scale, found.dropout, directory=directory)
 
 
-def is_peft(directory: Path) -> bool:
-    """Whether an adapter's directory is of PEFT's layout, which `elm_mlx_convert.read_peft` reads."""
-    try:
-        return "peft_type" in json_object(directory / CONFIG)
-    except InputError:
-        return False
-
-
 def weights_file(directory: Path) -> Path:
-    """The file of an adapter's arrays, in either layout; where PEFT's is missing, the first that it could be."""
-    names = PEFT_WEIGHTS if is_peft(directory) else (WEIGHTS,)
+    """Returns the file of an adapter's arrays, in either layout; where PEFT's is missing, the first of its names."""
+    names = PEFT_WEIGHTS if _is_peft(directory) else (WEIGHTS,)
     return next((directory / name for name in names if (directory / name).is_file()), directory / names[0])
-
-
-def check_model(adapter: Adapter, model: Path) -> None:
-    """Raises InputError where `adapter` says that it was made for other weights than those of the directory `model`."""
-    if adapter.model_sha256 not in (None, fingerprint(model, adapter.model_sha256)):
-        raise InputError(
-            f"{adapter.directory}: was made for a model with other weights; to use it here all the same, "
-            f"take model_sha256 out of its {CONFIG}"
-        )
-
-
-def to_config(adapter: Adapter, config: Config) -> dict[str, Any]:
-    """The keys of `adapter_config.json` that this package and mlx-lm read."""
-    values: dict[str, Any] = {"fine_tune_type": adapter.kind, "num_layers": -1}
-    if adapter.kind != "full":
-        keys = [adapter.file_name(module, config) for module in adapter.ranks]
-        values["lora_parameters"] = {
-            "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": keys,
-        }  # fmt: skip
-        if len(set(adapter.ranks.values())) > 1:
-            values["ranks"] = {adapter.file_name(module, config): rank for module, rank in adapter.ranks.items()}
-    if adapter.model_sha256 is not None:
-        values["model_sha256"] = adapter.model_sha256
-    return values
 
 
 def attach(model: Model, adapter: Adapter, seed: int = 0) -> None:
@@ -251,7 +215,7 @@ def train_adapter(model: Model) -> None:
 
 
 def load(model: Model, adapter: Adapter) -> None:
-    """Puts the adapter that `read` has read into `model`, with its values.
+    """Puts an adapter that `read` has read into `model`, with its values.
 
     Everything is frozen, and what does not change is computed; `train_adapter` and `model.train()` go on training.
 
@@ -273,26 +237,23 @@ def load(model: Model, adapter: Adapter) -> None:
 
 
 def save(directory: Path, model: Model, adapter: Adapter, template: str | None = None) -> None:
-    """`write` of the adapter that is in `model`; for "full", of what is trainable in it.
+    """Writes the adapter that is in `model`; for "full", what is trainable in it.
 
-    `template` is that of the conversations it was trained on, a name or a file, where it is not the model's own.
+    Args:
+        template: that of the conversations it was trained on, a name or a file, where it is not the model's own.
+
+    Raises:
+        ElmError: it cannot be written.
     """
-    if adapter.kind == "full":
-        values = dict(tree_flatten(model.trainable_parameters()))
-    else:
-        parameters = dict(tree_flatten(model.parameters()))
-        values = {name: parameters[name] for name in adapter.shapes(model.config)}
+    values = dict(tree_flatten(model.trainable_parameters() if adapter.kind == "full" else model.parameters()))
+    if adapter.kind != "full":
+        values = {name: values[name] for name in adapter.shapes(model.config)}
     write(directory, adapter, values, model.config)
     if template is not None:
         chat_template.record(directory, chat_template.read_source(template))
 
 
-def write(
-    directory: Path,
-    adapter: Adapter,
-    values: Mapping[str, mx.array],
-    config: Config,
-) -> None:
+def write(directory: Path, adapter: Adapter, values: Mapping[str, mx.array], config: Config) -> None:
     """Writes mlx-lm's directory of an adapter, which is made if need be; each of the two files atomically.
 
     Ranks that differ are filled up with zeros to the largest, which changes nothing and is all that mlx-lm can read.
@@ -305,18 +266,17 @@ def write(
     """
     if adapter.kind != "full":
         values = {adapter.file_name(name, config): _filled(name, v, adapter.rank) for name, v in values.items()}
-    text = json.dumps(to_config(adapter, config), indent=2) + "\n"
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ElmError(f"{directory}: cannot be made: {error.strerror}") from None
     with files.new_file(directory / WEIGHTS) as file:
         write_arrays(file, values)
-    files.write_text(directory / CONFIG, text)
+    files.write_text(directory / CONFIG, json.dumps(_config_values(adapter, config), indent=2) + "\n")
 
 
 def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
-    """The adapter's arrays by their names in the model, at their own ranks, float32 but for "full".
+    """Reads the adapter's arrays: by their names in the model, at their own ranks, float32 but for "full".
 
     Raises:
         InputError: the file holds values that are no numbers, or is damaged.
@@ -329,7 +289,15 @@ def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
         arrays = elm_mlx_convert.read_peft(adapter.directory, config).arrays
         values = {name: mx.array(array) for name, array in arrays.items()}
     else:
-        values = _read_values(path, adapter, config)
+        try:
+            values = dict(mx.load(str(path)))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{path}: MLX cannot load it: {error}") from None
+        if adapter.kind != "full":
+            values = {
+                name: _cut(path, name, values[adapter.file_name(name, config)].astype(mx.float32), shape)
+                for name, shape in adapter.shapes(config).items()
+            }
     for name, value in values.items():
         if not mx.isfinite(value).all().item():
             raise InputError(f"{path}: tensor {name} holds values that are no numbers, or infinite")
@@ -379,44 +347,57 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
-    values = json_object(path / CONFIG)
-    if "peft_type" in values:
-        raise InputError(f"{path}: an adapter of PEFT, in another layout than mlx-lm's")
-    return values
+def _is_peft(directory: Path) -> bool:
+    """Whether an adapter's directory is of PEFT's layout."""
+    try:
+        return "peft_type" in json_object(directory / CONFIG)
+    except InputError:
+        return False
 
 
-def _read_config(path: Path, values: Mapping[str, Any], config: Config) -> Adapter:
-    where = path / CONFIG
-    kind = values.get("fine_tune_type", "lora")
-    if kind not in KINDS:
-        raise InputError(f"{where}: fine_tune_type is {short(kind)}; there are {', '.join(KINDS)}")
+def _check_tensors(file: Path, adapter: Adapter, config: Config) -> None:
+    entries = {entry.name: entry for entry in read_header(file)}
+    for name, entry in entries.items():
+        if entry.dtype not in ("F32", "F16", "BF16"):
+            raise InputError(f"{file}: tensor {name} is {entry.dtype}, which is no type of a weight")
+    if adapter.kind == "full":
+        expected = {name: shape for name, shape in config.shapes().items() if name in entries}
+    else:  # in the file all have the largest rank, filled up with zeros
+        full = replace(adapter, ranks=dict.fromkeys(adapter.ranks, adapter.rank))
+        expected = {adapter.file_name(name, config): shape for name, shape in full.shapes(config).items()}
+    for name, shape in expected.items():
+        if name not in entries:
+            raise InputError(f"{file}: tensor {name} is missing, which {CONFIG} implies")
+        if entries[name].shape != shape:
+            raise InputError(f"{file}: tensor {name} is {entries[name].shape}, and the model needs {shape}")
+    extra = next((name for name in entries if name not in expected), None)
+    if extra is not None:
+        raise InputError(f"{file}: tensor {extra} has no place in this model under {CONFIG}")
+    if not entries:
+        raise InputError(f"{file}: holds no tensors")
+
+
+def _read_config(path: Path, config: Config) -> Adapter:
+    where, values = path / CONFIG, json_object(path / CONFIG)
+    keys = Keys(str(where), values)
+    kind = keys.word("fine_tune_type", KINDS, "lora")
     sha256 = values.get("model_sha256")
     sha256 = sha256 if isinstance(sha256, str) else None
     if kind == "full":
         return Adapter(kind, model_sha256=sha256, directory=path)
-    parameters = values.get("lora_parameters")
-    if not isinstance(parameters, Mapping):
-        raise InputError(f"{where}: lora_parameters is missing, with rank and scale in it")
-    rank, scale = parameters.get("rank"), parameters.get("scale")
-    dropout = parameters.get("dropout", 0.0)
-    if type(rank) is not int or not 0 < rank <= config.vocab_size:
-        raise InputError(f"{where}: rank is {short(rank)}: a whole number from 1 to {config.vocab_size:,} is needed")
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool) or not math.isfinite(scale):
-        raise InputError(f"{where}: scale is {short(scale)}: a number is needed")
+    parameters = keys.within("lora_parameters")
+    rank, scale = parameters.size("rank", most=config.vocab_size), parameters.number("scale", low=-1e12)
+    dropout = parameters.get("dropout") if parameters.says("dropout") else 0.0
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise InputError(f"{where}: dropout is {short(dropout)}: a number from 0 to below 1 is needed")
-    keys = _keys(where, parameters.get("keys"), values.get("num_layers"), config)
-    ranks = _ranks(where, values.get("ranks"), keys, rank)
-    tied_embedding_seen = EMBEDDING in keys
+        raise InputError(f"{parameters.where}: dropout is {short(dropout)}: a number from 0 to below 1 is needed")
+    named = _modules(where, parameters.get("keys"), values.get("num_layers"), config)
+    ranks = _ranks(where, values.get("ranks"), named, rank)
     modules = {EMBEDDING if key == INPUT_EMBEDDING else key: rank for key, rank in ranks.items()}
     modules = {module: modules[module] for module in config.modules() if module in modules}
-    return Adapter(kind, modules, float(scale), float(dropout), tied_embedding_seen, sha256, path)
+    return Adapter(kind, modules, scale, float(dropout), EMBEDDING in named, sha256, path)
 
 
-def _keys(where: Path, keys: object, num_layers: object, config: Config) -> list[str]:
+def _modules(where: Path, keys: object, num_layers: object, config: Config) -> list[str]:
     """The modules that mlx-lm's `keys` and `num_layers` mean: in the last layers, or by their full names."""
     if num_layers is not None and type(num_layers) is not int:
         raise InputError(f"{where}: num_layers is {short(num_layers)}: a whole number is needed")
@@ -452,19 +433,6 @@ def _ranks(where: Path, ranks: object, keys: Sequence[str], most: int) -> dict[s
     return dict(ranks)
 
 
-def _read_values(path: Path, adapter: Adapter, config: Config) -> dict[str, mx.array]:
-    try:
-        stored = mx.load(str(path))
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"{path}: MLX cannot load it: {error}") from None
-    if adapter.kind == "full":
-        return dict(stored)
-    return {
-        name: _cut(path, name, stored[adapter.file_name(name, config)].astype(mx.float32), shape)
-        for name, shape in adapter.shapes(config).items()
-    }
-
-
 def _replace(model: Model, values: Mapping[str, mx.array]) -> None:
     own = dict(tree_flatten(model.parameters()))
     for name, value in values.items():
@@ -473,6 +441,21 @@ def _replace(model: Model, values: Mapping[str, mx.array]) -> None:
                 f"tensor {name} of the adapter is {value.shape}, and the model's, quantized, {own[name].shape}"
             )
     model.load_weights([(name, value.astype(own[name].dtype)) for name, value in values.items()], strict=False)
+
+
+def _config_values(adapter: Adapter, config: Config) -> dict[str, Any]:
+    """The keys of `adapter_config.json` that this package and mlx-lm read."""
+    values: dict[str, Any] = {"fine_tune_type": adapter.kind, "num_layers": -1}
+    if adapter.kind != "full":
+        keys = [adapter.file_name(module, config) for module in adapter.ranks]
+        values["lora_parameters"] = {
+            "rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": keys,
+        }  # fmt: skip
+        if len(set(adapter.ranks.values())) > 1:
+            values["ranks"] = {adapter.file_name(module, config): rank for module, rank in adapter.ranks.items()}
+    if adapter.model_sha256 is not None:
+        values["model_sha256"] = adapter.model_sha256
+    return values
 
 
 def _filled(name: str, value: mx.array, rank: int) -> mx.array:

@@ -90,21 +90,6 @@ class AdapterDescription:
     modules: dict[str, str]
 
 
-def read_adapter(path: Path, config: Config) -> Adapter:
-    """The adapter in a directory, of mlx-lm's layout or of PEFT's, every tensor checked against `config`'s model.
-
-    Raises:
-        InputError: it cannot be read, does not fit, or is of a kind that cannot be expressed here.
-    """
-    from elm_mlx.store import adapters
-
-    if adapters.is_peft(path):
-        import elm_mlx_convert
-
-        return adapters.of_weights(elm_mlx_convert.read_peft(path, config), path)
-    return adapters.read(path, config)
-
-
 def config_values(path: Path) -> dict[str, Any]:
     """What `config.json` says, for a directory that is made of this one. Raises as `read_config`.
 
@@ -121,8 +106,7 @@ def describe_adapter(path: Path, model: Path) -> AdapterDescription:
     from elm_mlx.store import adapters
 
     config = read_config(model)
-    adapter = read_adapter(path, config)
-    adapters.check_model(adapter, model)
+    adapter = adapters.read(path, config, model)
     weights = adapters.weights_file(path)
     shapes = adapter.shapes(config) or {entry.name: entry.shape for entry in read_header(weights)}
     parameters = sum(math.prod(shape) for shape in shapes.values())

@@ -23,7 +23,7 @@ from elm_mlx.store import adapters
 from elm_mlx.store.adapters import EMBEDDING, Adapter
 from elm_mlx.store.describe import config_values
 from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, Merge
-from elm_mlx.store.loading import Loaded, open_adapter, open_model, read_weights, stored_type
+from elm_mlx.store.loading import Loaded, open_model, read_weights, stored_type
 from elm_mlx.text import chat_template, excerpts
 from elm_mlx.version import __version__
 
@@ -144,7 +144,7 @@ def fuse(
     config = read_config(source)
     directories.check_destination(target, directories.MODEL, overwrite, (source, reading.expanded(adapter_path)))
     kind = _dtype(source, config, dtype, dequantize)
-    adapter = open_adapter(adapter_path, source, config)
+    adapter = adapters.read(adapter_path, config, source)
     computed = None if dtype is None else "float32"  # both sides alike: else the difference would be of that, too
     loaded = open_model(source, computed, config=config)
     sample = taught if text is None and taught is not None else _sample(loaded, text)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,11 +22,8 @@ from elm_mlx.model.config import Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import Pending, weight_files
-from elm_mlx.store.describe import missing, read_adapter
+from elm_mlx.store.describe import missing
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
-
-if TYPE_CHECKING:  # adapters are imported only where there is one: starting fast is a feature
-    from elm_mlx.store.adapters import Adapter
 
 # group_size, bits and mode of a quantized weight, as mx.dequantize takes them
 Packing = dict[str, Any]
@@ -82,8 +79,15 @@ def open_model(
     path = reading.expanded(path)
     config = read_config(path) if config is None else config
     vocabulary = read_vocabulary(path, config)
-    config = _ending(config, vocabulary.end_ids)
-    adapter = None if adapter_path is None else open_adapter(adapter_path, path, config)
+    if isinstance(config, FamilyConfig):
+        config = replace(config, eos_token_ids=vocabulary.end_ids)
+    else:
+        config = replace(config, eos_token_id=vocabulary.end_ids)
+    adapter = None
+    if adapter_path is not None:  # imported where there is one alone: starting fast is a feature
+        from elm_mlx.store import adapters
+
+        adapter = adapters.read(adapter_path, config, path)
     weights, packing = read_weights(path, config)
     stored = stored_type(config, weights, packing)
     how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
@@ -104,8 +108,6 @@ def open_model(
     model.freeze()
     adapted = None
     if adapter is not None:
-        from elm_mlx.store import adapters
-
         adapters.load(model, adapter)
         adapted = f"adapter {adapter.directory}: {adapter.describe()}"
     device.wire(sum(value.nbytes for _, value in tree_flatten(model.parameters())))
@@ -118,13 +120,6 @@ def open_model(
         untied = "the weights hold a head of their own, which is used, though config.json says tie_word_embeddings"
     notes = (how.note, adapted, uncompiled, untied, *vocabulary.notes)
     return Loaded(model, vocabulary.tokenizer, _describe(stored, packing), tuple(filter(None, notes)))
-
-
-def _ending(config: Config, end_ids: tuple[int, ...]) -> Config:
-    """With the tokens that end a text, of whatever file of the directory."""
-    if isinstance(config, FamilyConfig):
-        return replace(config, eos_token_ids=end_ids)
-    return replace(config, eos_token_id=end_ids)
 
 
 def _network(config: Config) -> Model:
@@ -153,19 +148,6 @@ def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mappin
         return whole[0]
     scales = weights[_scales(embedding)].dtype  # the first OLMo's norms have no weights
     return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
-
-
-def open_adapter(adapter_path: str | Path, path: Path, config: Config) -> Adapter:
-    """The adapter in a directory, checked against the model in `path`: its shapes, and its weights where known.
-
-    Raises:
-        InputError: it does not fit, or says that it was made for other weights.
-    """
-    from elm_mlx.store import adapters
-
-    adapter = read_adapter(reading.expanded(adapter_path), config)
-    adapters.check_model(adapter, path)
-    return adapter
 
 
 def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[str, Packing]]:
