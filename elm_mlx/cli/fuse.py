@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,10 +38,10 @@ def fuse(
     from elm_mlx.train.finetuning import trained_on
 
     shown = None if text is None else reading.text(text, reading.CORPUS_BYTES)
-    learned = trained_on(adapter, model) if text is None else None
     done = fuse(
-        model, adapter, dst, text=shown, taught=learned, dequantize=dequantize, dtype=dtype, overwrite=overwrite
-    )
+        model, adapter, dst, text=shown, sample=partial(trained_on, adapter, model), dequantize=dequantize, dtype=dtype,
+        overwrite=overwrite,
+    )  # fmt: skip
     _print(done)
 
 
@@ -58,7 +59,7 @@ def _print(done: Fusion) -> None:
         "head": "a weight of its own now: the base embedding" if done.untied else "",
         "template": "" if done.template is None else f"the adapter was trained by {done.template}: now the model's",
         "compared": f"logits at {done.tokens} positions: {done.compared}",
-        "kept": "; ".join([f"{first}, of the {done.taught:.2g} nats that the adapter moves it", *kept.values()])
+        "kept": "; ".join([f"{first}, of the {done.effect_nats:.2g} nats that the adapter moves it", *kept.values()])
         if first
         else "",
         "moved": f"{100 * done.moved:.2g}% of the quantized weights that the adapter changes"

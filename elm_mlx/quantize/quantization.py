@@ -200,7 +200,7 @@ def _write(
     # The commonest format, and by name what has another; under both names that mlx-lm and the hub look for.
     common = Counter(formats.values()).most_common(1)[0][0]
     entry = common.packing() | {name: how.packing() for name, how in formats.items() if how != common}
-    config = config_values(source) | {"quantization": entry, "quantization_config": entry}
+    config = config_values(source, read_config(source)) | {"quantization": entry, "quantization_config": entry}
     _write_json(directory / "config.json", config)
     directories.carry(source, directory)
     if (source / "conversion.json").is_file():  # where the model comes from is still true

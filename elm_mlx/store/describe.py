@@ -90,12 +90,12 @@ class AdapterDescription:
     modules: dict[str, str]
 
 
-def config_values(path: Path) -> dict[str, Any]:
-    """What `config.json` says, for a directory that is made of this one. Raises as `read_config`.
+def config_values(path: Path, config: Config) -> dict[str, Any]:
+    """Reads the values of `config.json`, of which `config` was made, for a directory that is made of this one.
 
-    Of another family it says how the head is tied: where that is unsaid, mlx-lm takes it otherwise than transformers.
+    Of another family they say how the head is tied: where that is unsaid, mlx-lm takes it otherwise than transformers.
     """
-    values, config = reading.json_object(path / "config.json"), read_config(path)
+    values = reading.json_object(path / "config.json")
     if isinstance(config, FamilyConfig):
         values["tie_word_embeddings"] = config.share_input_output_layers
     return values

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -30,69 +31,66 @@ _SAME = 1e-5  # of a step: what float32 makes of a value that lies on its grid
 _ROWS = 1024  # at once: a few float32 copies of so many are in memory together
 
 
+@dataclass
 class Merge:
     """The tensors of a fused directory, each made when it is asked for, once: `weights` is emptied on the way.
 
     An array that MLX reads from a file stays in memory as long as anyone holds it.
 
     Args:
-        weights, packing: as `store.read_weights` has them.
+        weights, packing: as `read_weights` has them.
         values: the adapter's arrays by their names in the model.
         dequantize: write what is quantized in a type of floats.
         dtype: that of all that is not quantized; None for what it is, and of what was quantized the model's.
-        way: how what is quantized takes up the change, one of `requantize`'s.
+        way: how what is quantized takes up the change, one of WAYS.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        weights: dict[str, mx.array],
-        packing: Mapping[str, Packing],
-        values: Mapping[str, mx.array],
-        adapter: Adapter,
-        dequantize: bool,
-        dtype: mx.Dtype | None,
-        way: str = NEAREST,
-    ):
-        self._weights, self._packing, self._values = weights, packing, values
-        self._adapter, self._dequantize = adapter, dequantize
-        self._given, self._way = dtype, way
-        self._dtype = dtype or stored_type(config, weights, packing)
+    config: Config
+    weights: dict[str, mx.array]
+    packing: Mapping[str, Packing]
+    values: Mapping[str, mx.array]
+    adapter: Adapter
+    dequantize: bool
+    dtype: mx.Dtype | None
+    way: str = NEAREST
+
+    def __post_init__(self) -> None:
+        self._dense_type = self.dtype or stored_type(self.config, self.weights, self.packing)
         self._counts: list[tuple[int, int]] = []
 
     @property
     def moved(self) -> float | None:
-        """Of the weights that were quantized anew, the share with another value than before; None without any."""
+        """The share of the weights that were quantized anew that have another value than before; None without any."""
         moved, of = (sum(counts) for counts in zip(*self._counts, strict=True)) if self._counts else (0, 0)
         return moved / of if of else None
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> list[Pending]:
-        """The weight `name` of that shape in the model, in the parts that it is stored in."""
+        """Returns the weight `name` of that shape in the model, in the parts that it is stored in."""
         changes = self._changes(name)
-        if name in self._packing and not self._dequantize:
+        if name in self.packing and not self.dequantize:
             parts = [name, *(self._part(name, kind) for kind in ("scales", "biases"))]
-            parts = [part for part in parts if part in self._weights]
+            parts = [part for part in parts if part in self.weights]
             if not changes:
                 return [self._copied(part) for part in parts]
             quantized: dict[str, mx.array] = {}
             return [
                 pending(
-                    part, self._weights[part].dtype, self._weights[part].shape,
+                    part, self.weights[part].dtype, self.weights[part].shape,
                     partial(self._quantized_part, name, part, quantized),
                 )
                 for part in parts
             ]  # fmt: skip
-        dtype = self._dtype if name in self._packing else self._given or self._weights[name].dtype
-        if not changes and name not in self._packing and dtype == self._weights[name].dtype:
+        dtype = self._dense_type if name in self.packing else self.dtype or self.weights[name].dtype
+        if not changes and name not in self.packing and dtype == self.weights[name].dtype:
             return [self._copied(name)]
         return [pending(name, dtype, shape, partial(self._dense, name, dtype, changes))]
 
     def _changes(self, name: str) -> bool:
-        return name in self._values or name.removesuffix(".weight") in self._adapter.ranks
+        return name in self.values or name.removesuffix(".weight") in self.adapter.ranks
 
     def _copied(self, name: str) -> Pending:
-        stored = self._weights[name]
-        return pending(name, stored.dtype, stored.shape, partial(self._weights.pop, name))
+        stored = self.weights[name]
+        return pending(name, stored.dtype, stored.shape, partial(self.weights.pop, name))
 
     def _dense(self, name: str, dtype: mx.Dtype, changes: bool) -> mx.array:
         weight = self._merged(name) if changes else self._wide(name)
@@ -102,27 +100,27 @@ class Merge:
         """One of weight, scales and biases; the first call makes all, each is handed out once."""
         if not quantized:
             parts = (name, self._part(name, "scales"), self._part(name, "biases"))
-            before = [self._weights[part] for part in parts if part in self._weights]
+            before = [self.weights[part] for part in parts if part in self.weights]
             seed = zlib.crc32(name.encode())
-            made, moved = _quantized(self._merged(name), before, self._packing[name], self._dtype, self._way, seed)
-            self._counts.append((moved, made[0].size * 32 // self._packing[name]["bits"]))
+            made, moved = _quantized(self._merged(name), before, self.packing[name], self._dense_type, self.way, seed)
+            self._counts.append((moved, made[0].size * 32 // self.packing[name]["bits"]))
             quantized |= dict(zip(parts, made, strict=False))
         return quantized.pop(part)
 
     def _merged(self, name: str) -> mx.array:
-        if name in self._values:  # of a full fine-tuning
-            return self._values[name].astype(mx.float32)
+        if name in self.values:  # of a full fine-tuning
+            return self.values[name].astype(mx.float32)
         module = name.removesuffix(".weight")
-        product = self._values[f"{module}.lora_a"] @ self._values[f"{module}.lora_b"]
-        delta = self._adapter.scale * (product if module == EMBEDDING else product.T)
-        return lora_layers.merge(self._wide(name), delta, self._values.get(f"{module}.m"))
+        product = self.values[f"{module}.lora_a"] @ self.values[f"{module}.lora_b"]
+        delta = self.adapter.scale * (product if module == EMBEDDING else product.T)
+        return lora_layers.merge(self._wide(name), delta, self.values.get(f"{module}.m"))
 
     def _wide(self, name: str) -> mx.array:
-        if name not in self._packing:
-            return self._weights.pop(name).astype(mx.float32)
-        scales = self._weights.pop(self._part(name, "scales"))
-        biases = self._weights.pop(self._part(name, "biases"), None)
-        return lora_layers.dequantize(self._weights.pop(name), scales, biases, **self._packing[name])
+        if name not in self.packing:
+            return self.weights.pop(name).astype(mx.float32)
+        scales = self.weights.pop(self._part(name, "scales"))
+        biases = self.weights.pop(self._part(name, "biases"), None)
+        return lora_layers.dequantize(self.weights.pop(name), scales, biases, **self.packing[name])
 
     @staticmethod
     def _part(name: str, kind: str) -> str:
@@ -152,7 +150,7 @@ def requantize(
     way: str = NEAREST,
     seed: int = 0,
 ) -> tuple[mx.array, mx.array, mx.array, int]:
-    """`weight` in the format of what it was.
+    """Quantizes a changed weight in the format of what it was.
 
     Args:
         way: one of the three.
@@ -182,7 +180,7 @@ def requantize(
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
-    """Integers `(rows, columns)` below 2 ** bits as MLX's words, `(rows, columns * bits / 32)`, the first lowest."""
+    """Packs integers `(rows, columns)` below 2 ** bits into words, `(rows, columns * bits / 32)`, the first lowest."""
     runs = codes.astype(mx.uint32).reshape(codes.shape[0], -1, 32)  # of so many integers as many words as bits
     words = [mx.zeros(runs.shape[:2], mx.uint32)] * bits
     for i in range(32):

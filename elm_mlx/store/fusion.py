@@ -1,14 +1,11 @@
-"""An adapter merged into its model: a model directory like another, which computes what the two computed together.
-
-Knows the whole directory, and how to prove that it took up the adapter. How one weight does is `merged`'s.
-"""
+"""An adapter merged into its model: a directory like another, whose logits are compared with those of the two."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,12 +40,12 @@ WAYS = {LOT: "rounded by lot", NEAREST: "rounded to the nearest", ANEW: "on a ne
 
 
 @dataclass(frozen=True)
-class Sample:
-    """What logits are compared on.
+class LogitSample:
+    """Rows of ids to compare logits on.
 
     Attributes:
         name: for a person.
-        rows: ids, and of each whether what the model says after it counts.
+        rows: ids, and of each whether the logits after it count.
     """
 
     name: str
@@ -57,16 +54,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What `fuse` has written, and how its logits differ from those of model and adapter.
+    """A fused model, and how its logits differ from those of model and adapter.
 
     Attributes:
         dtype: of what was written, as `info` names it.
         untied: whether the head became a weight of its own.
         tokens: positions that were compared.
-        compared: what they are of.
+        compared: the text that they are of.
         spread: standard deviation of the logits.
         effect: how far the adapter moves them: root mean square of the difference to those of the model alone.
-        taught: the same as a divergence, of the model alone from model and adapter, in nats.
+        effect_nats: the same as a divergence, of the model alone from model and adapter.
         rms, largest, mean: of the absolute difference.
         divergence: mean Kullback-Leibler divergence, in nats, of the fused model's next token from the other's.
         same_top: share of positions where the likeliest token is the same.
@@ -74,7 +71,7 @@ class Fusion:
         moved: of the weights that were, the share that has another value than in the model; None where none were.
         template: the file of the adapter's directory with the chat template that it was trained by, now the model's.
         way: how they were rounded, of `requantize`'s ways; None where none were.
-        kept: way that was tried -> the share of `taught` that it keeps: 1 - `divergence` / `taught`.
+        kept: way that was tried -> the share of `effect_nats` that it keeps: 1 - `divergence` / `effect_nats`.
     """
 
     destination: Path
@@ -84,7 +81,7 @@ class Fusion:
     tokens: int
     compared: str
     effect: float
-    taught: float
+    effect_nats: float
     spread: float
     rms: float
     largest: float
@@ -99,13 +96,13 @@ class Fusion:
 
     @property
     def share(self) -> float:
-        """Of the adapter's effect, what is kept."""
-        if self.taught == 0:
+        """The share of the adapter's effect that is kept."""
+        if self.effect_nats == 0:
             return 1.0 if self.divergence == 0 else -math.inf
-        return 1 - self.divergence / self.taught
+        return 1 - self.divergence / self.effect_nats
 
     def of_spread(self, difference: float) -> float:
-        """A difference of logits as a share of `spread`, which is 0 where a model finds all tokens alike."""
+        """Returns a difference of logits as a share of `spread`, which is 0 where a model finds all tokens alike."""
         if self.spread == 0:
             return 0.0 if difference == 0 else math.inf
         return difference / self.spread
@@ -117,7 +114,7 @@ def fuse(
     destination: str | Path,
     *,
     text: str | None = None,
-    taught: Sample | None = None,
+    sample: Callable[[], LogitSample | None] = lambda: None,
     dequantize: bool = False,
     dtype: str | None = None,
     overwrite: bool = False,
@@ -129,8 +126,8 @@ def fuse(
     most of the adapter's effect. The others are copied bit by bit.
 
     Args:
-        text: what to compare logits on, up to 512 tokens; by default `taught`, or excerpts of two books.
-        taught: what the adapter was trained on, as `finetuning.trained_on` has it.
+        text: compare logits on this, up to 512 tokens.
+        sample: called for rows to compare on where `text` is None; without any, those are excerpts of two books.
         dequantize: write a quantized model in the type of its scales instead.
         dtype: "float32", "bfloat16" or "float16", to write all in that type; not of what stays quantized.
         overwrite: replace a model directory that is there.
@@ -147,11 +144,11 @@ def fuse(
     adapter = adapters.read(adapter_path, config, source)
     computed = None if dtype is None else "float32"  # both sides alike: else the difference would be of that, too
     loaded = open_model(source, computed, config=config)
-    sample = taught if text is None and taught is not None else _sample(loaded, text)
-    base = _logits(loaded, sample)
+    rows = (sample() if text is None else None) or _sample(loaded, text)
+    base = _logits(loaded, rows)
     adapters.load(loaded.model, adapter)
-    before = _logits(loaded, sample)
-    effect, divergence = _rms(before - base), _divergence(before, base)
+    before = _logits(loaded, rows)
+    alone = _compare(before, base)
     del loaded, base
     mx.clear_cache()
     with files.new_directory(target, replace=overwrite) as directory:
@@ -159,11 +156,11 @@ def fuse(
         for way in _ways(source, config, adapter, dequantize):
             untied, moved, trained_by = _write(source, adapter, directory, dequantize, kind, way)
             fused = open_model(directory, computed)
-            after = _logits(fused, sample)
+            after = _logits(fused, rows)
             stored = stored_type(fused.model.config, *read_weights(directory, fused.model.config))
             found[way] = Fusion(
-                target, adapter, fused.stored, untied, len(before), sample.name,
-                effect=effect, taught=divergence, **_compare(before, after),
+                target, adapter, fused.stored, untied, len(before), rows.name,
+                effect=alone["rms"], effect_nats=alone["divergence"], **_compare(before, after),
                 tolerance=_TOLERANCES[stored] if moved is None else None, moved=moved,
                 template=trained_by, way=None if moved is None else way, kept={},
             )  # fmt: skip
@@ -183,7 +180,7 @@ def fuse(
 
 
 def _ways(source: Path, config: Config, adapter: Adapter, dequantize: bool) -> tuple[str, ...]:
-    """Those that differ for what the adapter changes."""
+    """The ways of rounding that differ for what the adapter changes."""
     packing = {} if dequantize else read_weights(source, config)[1]
     modes = {packing[f"{module}.weight"]["mode"] for module in adapter.ranks if f"{module}.weight" in packing}
     return tuple(WAYS) if "affine" in modes else (ANEW,)
@@ -195,13 +192,13 @@ def _check_kept(fusion: Fusion) -> None:
     tried = ", ".join(f"{WAYS[way]} {percent(share)}" for way, share in fusion.kept.items())
     raise ElmError(
         f"{fusion.destination}: in {fusion.dtype} it would keep too little of what the adapter changes, which is "
-        f"{fusion.taught:.2g} nats a token ({fusion.compared}): {tried}, and {_KEPT:.0%} are wanted; nothing was "
+        f"{fusion.effect_nats:.2g} nats a token ({fusion.compared}): {tried}, and {_KEPT:.0%} are wanted; nothing was "
         "written. --dequantize keeps it, in 16 bits; --adapter uses it beside the model"
     )
 
 
 def percent(share: float) -> str:
-    """A share that is kept, for a person: where more is added than was there to keep, nothing is."""
+    """Returns a share that is kept, for a person: where more is added than was there to keep, nothing is."""
     return f"{max(0.0, share):.0%}"
 
 
@@ -229,7 +226,7 @@ def _check(fusion: Fusion) -> None:
 def _write(
     source: Path, adapter: Adapter, directory: Path, dequantize: bool, dtype: mx.Dtype | None, way: str
 ) -> tuple[bool, float | None, str | None]:
-    """The whole directory. Returns whether the head was untied, `Fusion.moved` and `Fusion.template`."""
+    """Writes the directory. Returns whether the head was untied, `Fusion.moved` and `Fusion.template`."""
     config = read_config(source)
     values = adapters.read_values(adapter, config)
     merge = Merge(config, *read_weights(source, config), values, adapter, dequantize, dtype, way)
@@ -241,16 +238,19 @@ def _write(
         tensors += [replace(t, name=t.name.replace(EMBEDDING, "lm_head")) for t in head]
     files.check_room(directory, sum(tensor.nbytes for tensor in tensors))
     safetensors_file.write_shards(directory, tensors)
-    _write_json(directory / "config.json", _config(source, untied, dequantize, dtype))
-    _write_json(directory / "conversion.json", _record(source, adapter))
+    values_by_file = {
+        "config.json": _config(config_values(source, config), untied, dequantize, dtype),
+        "conversion.json": _record(source, adapter),
+    }
+    for name, content in values_by_file.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     directories.carry(source, directory)
     assert adapter.directory is not None
     return untied, merge.moved, chat_template.adopt(directory, adapter.directory)
 
 
-def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:
-    """The source's own, with what is different now."""
-    values = config_values(source)
+def _config(values: dict[str, Any], untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:
+    """The source's `config.json`, with what is different now."""
     if untied:
         values["share_input_output_layers"] = False
         values.pop("tie_word_embeddings", None)
@@ -265,21 +265,22 @@ def _config(source: Path, untied: bool, dequantize: bool, dtype: mx.Dtype | None
 
 
 def _record(source: Path, adapter: Adapter) -> dict[str, Any]:
-    """Where the model comes from: what was merged, and all that the base's own record says."""
+    """The origin of the model: what was merged, and all that the base's own record says."""
     assert adapter.directory is not None
-    weights = adapters.weights_file(adapter.directory)
-    base: Any = None
-    if (source / "conversion.json").is_file():
-        base = reading.json_object(directories.own_file(source / "conversion.json"))
-    merged = {
-        "name": adapter.directory.resolve().name,
-        "what": adapter.describe(),
-        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    weights, base = adapters.weights_file(adapter.directory), source / "conversion.json"
+    return {
+        "tool": f"elm-mlx {__version__}",
+        "adapter": {
+            "name": adapter.directory.resolve().name,
+            "what": adapter.describe(),
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        },
+        "base": (reading.json_object(directories.own_file(base)) if base.is_file() else {})
+        or {"name": source.resolve().name},
     }
-    return {"tool": f"elm-mlx {__version__}", "adapter": merged, "base": base or {"name": source.resolve().name}}
 
 
-def _sample(loaded: Loaded, text: str | None) -> Sample:
+def _sample(loaded: Loaded, text: str | None) -> LogitSample:
     most = min(_MOST_TOKENS, loaded.model.config.max_context_length)
     if loaded.tokenizer is None:
         size = loaded.model.config.vocab_size
@@ -291,13 +292,13 @@ def _sample(loaded: Loaded, text: str | None) -> Sample:
         ids = loaded.tokenizer.encode(built_in.content if text is None else text)[:most]
     if len(ids) < 2:
         raise InputError("the text to compare logits on is empty")
-    return Sample(name, [(ids, [True] * len(ids))])
+    return LogitSample(name, [(ids, [True] * len(ids))])
 
 
-def _logits(loaded: Loaded, sample: Sample) -> mx.array:
+def _logits(loaded: Loaded, sample: LogitSample) -> mx.array:
     """`(tokens, vocab_size)`, in float32, of the positions that count."""
     found = []
-    for part in _together(sample):
+    for part in _batches(sample):
         longest = max(len(ids) for ids, _ in part)
         padded = [[*ids, *[0] * (longest - len(ids))] for ids, _ in part]  # nothing looks ahead at what follows a row
         hidden = loaded.model.transformer(mx.array(padded), None)
@@ -308,7 +309,7 @@ def _logits(loaded: Loaded, sample: Sample) -> mx.array:
     return mx.concatenate(found)
 
 
-def _together(sample: Sample) -> list[list[tuple[Sequence[int], Sequence[bool]]]]:
+def _batches(sample: LogitSample) -> list[list[tuple[Sequence[int], Sequence[bool]]]]:
     """The rows in batches: short ones cost little more together than one alone."""
     batches: list[list[tuple[Sequence[int], Sequence[bool]]]] = []
     for row in sorted(sample.rows, key=lambda row: len(row[0])):
@@ -319,26 +320,15 @@ def _together(sample: Sample) -> list[list[tuple[Sequence[int], Sequence[bool]]]
 
 
 def _compare(before: mx.array, after: mx.array) -> dict[str, float]:
+    """Both of `(tokens, vocab_size)` logits; the keys are fields of `Fusion`."""
     difference = mx.abs(before - after)
-    return {
-        "spread": float(mx.sqrt(mx.var(before)).item()),
-        "rms": _rms(difference),
-        "largest": float(difference.max().item()),
-        "mean": float(difference.mean().item()),
-        "divergence": _divergence(before, after),
-        "same_top": float((before.argmax(axis=-1) == after.argmax(axis=-1)).mean().item()),
-    }
-
-
-def _divergence(before: mx.array, after: mx.array) -> float:
-    """Kullback and Leibler's, of `after`'s next token from `before`'s, in nats a position."""
     logs = [logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (before, after)]
-    return float(kl_divergences(*logs).mean().item())
-
-
-def _rms(values: mx.array) -> float:
-    return float(mx.sqrt(mx.square(values).mean()).item())
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    found = {
+        "spread": mx.sqrt(mx.var(before)),
+        "rms": mx.sqrt(mx.square(difference).mean()),
+        "largest": difference.max(),
+        "mean": difference.mean(),
+        "divergence": kl_divergences(*logs).mean(),
+        "same_top": (before.argmax(axis=-1) == after.argmax(axis=-1)).mean(),
+    }
+    return {name: float(value.item()) for name, value in found.items()}

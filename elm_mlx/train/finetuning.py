@@ -31,7 +31,7 @@ from elm_mlx.reading import expanded, json_object
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
-from elm_mlx.store.fusion import Sample
+from elm_mlx.store.fusion import LogitSample
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary
 from elm_mlx.train import checkpoint, memory
@@ -237,7 +237,7 @@ def read_data(
     )  # fmt: skip
 
 
-def trained_on(adapter: Path, model: Path) -> Sample | None:
+def trained_on(adapter: Path, model: Path) -> LogitSample | None:
     """Examples of the run that left `adapter`, spread over its data, as it learned from them, up to 256 positions.
 
     None where no run has left it, or its data are not where they were.
@@ -253,7 +253,7 @@ def trained_on(adapter: Path, model: Path) -> Sample | None:
         if any(counted) and (not rows or positions + sum(counted) <= _SAMPLE_POSITIONS):
             rows.append((example.ids, counted))
             positions += sum(counted)
-    return Sample("answers that it was trained on", rows) if rows else None
+    return LogitSample("answers that it was trained on", rows) if rows else None
 
 
 def _examples_of(adapter: Path, model: Path) -> list[Example]:

@@ -244,7 +244,7 @@ def test_what_four_bits_cannot_keep_is_refused_with_its_figures(bases: Callable[
 def test_of_an_adapter_without_effect_nothing_is_lost(bases: Callable[[str], Path], tmp_path: Path) -> None:
     base = bases("4-bit")
     done = fuse(base, adapter_for(base, tmp_path / "adapter", size=0.0), tmp_path / "fused")
-    assert (done.taught, done.divergence, done.moved, done.share) == (0, 0, 0, 1)
+    assert (done.effect_nats, done.divergence, done.moved, done.share) == (0, 0, 0, 1)
     before, after = (mx.load(str(path / "model.safetensors")) for path in (base, tmp_path / "fused"))
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
 
@@ -400,13 +400,13 @@ def test_figures(bases: Callable[[str], Path], tmp_path: Path) -> None:
     p, q, r = (np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for x in (before, after, alone))
     expected = Fusion(
         tmp_path / "fused", done.adapter, "bfloat16", False, ids.size, "the text",
-        taught=float((p * np.log(p / r)).sum(axis=-1).mean()),
+        effect_nats=float((p * np.log(p / r)).sum(axis=-1).mean()),
         effect=float(np.sqrt(((before - alone) ** 2).mean())), spread=float(before.std()),
         rms=float(np.sqrt(((before - after) ** 2).mean())), largest=float(np.abs(before - after).max()),
         mean=float(np.abs(before - after).mean()), divergence=float((p * np.log(p / q)).sum(axis=-1).mean()),
         same_top=float((before.argmax(-1) == after.argmax(-1)).mean()), tolerance=6 / 128,
     )  # fmt: skip
-    for name in ("effect", "taught", "spread", "rms", "largest", "mean", "same_top", "tolerance"):
+    for name in ("effect", "effect_nats", "spread", "rms", "largest", "mean", "same_top", "tolerance"):
         assert getattr(done, name) == pytest.approx(getattr(expected, name), rel=1e-2), name
     assert done.divergence == pytest.approx(expected.divergence, rel=0.1, abs=1e-6)
     assert (done.tokens, done.untied, done.adapter.kind) == (expected.tokens, False, "lora")
@@ -420,7 +420,7 @@ def test_rows_of_several_lengths_are_compared_where_they_count(bases: Callable[[
         ([1, *(9 + i % 300 for i in range(length))], [i % 3 == 1 for i in range(length + 1)])
         for length in (400, 5, 70, 6, 300, 4)
     ]
-    done = fuse(base, adapter, tmp_path / "fused", taught=module.Sample("rows", rows))
+    done = fuse(base, adapter, tmp_path / "fused", sample=lambda: module.LogitSample("rows", rows))
     models = [load(base)[0], load(base, None, adapter)[0]]
     alone, before = (
         np.concatenate([np.array(model(mx.array([ids]))[0])[counted] for ids, counted in rows]) for model in models
@@ -447,7 +447,7 @@ def test_what_is_there_is_kept_unless_asked(bases: Callable[[str], Path], tmp_pa
     adapter, out = adapter_for(base, tmp_path / "adapter"), tmp_path / "fused"
     fuse(base, adapter, out)
     with pytest.raises(InputError, match="exists already; pass --overwrite"):
-        fuse(base, adapter, out)
+        fuse(base, adapter, out, sample=lambda: pytest.fail("before the data are read"))
     fuse(base, adapter, out, overwrite=True)
     (out / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match=r"no model directory alone: it holds 'thesis\.txt'; nothing was replaced"):
