@@ -227,8 +227,11 @@ class ModelConfig:
         """Returns the keys of a `config.json` that this package, mlx-lm and the hub's code read alike."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "quantization"}
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        values |= {
-            **_FIXED, "architectures": ["OpenELMForCausalLM"], "num_transformer_layers": self.num_layers,
+        values |= {  # in this order: a pretraining run is known by a hash of it
+            "model_type": MODEL_TYPE,
+            "architectures": ["OpenELMForCausalLM"],
+            "num_transformer_layers": self.num_layers,
+            **_FIXED,
         }  # fmt: skip
         if self.quantization is not None:
             values["quantization"] = dict(self.quantization)
