@@ -79,7 +79,7 @@ class Command(typer.core.TyperCommand):
         _write_sections(formatter, sections)
 
     def _model_first(self, args: list[str]) -> list[str]:
-        """The words of a command line, with the value of `--model` in front of them."""
+        """Returns the words of a command line with the value of `--model` in front of them."""
         valued = {name for each in self.params if not getattr(each, "is_flag", True) for name in each.opts}
         named: list[str] = []
         rest: list[str] = []
@@ -102,7 +102,7 @@ class Command(typer.core.TyperCommand):
 
 
 def _legible(formatter: Any) -> Any:
-    """Has help, of typer's formatter, break between words alone: never within `mlx-lm` or `--max-tokens`."""
+    """Makes typer's formatter break lines between words alone: never within `mlx-lm` or `--max-tokens`."""
 
     def write_text(text: str) -> None:
         for line in _wrapped(text, formatter.width - formatter.current_indent):
@@ -132,13 +132,13 @@ def _write_sections(formatter: Any, sections: Mapping[str, Sequence[tuple[str, s
 
 
 def _expand(kind: Any) -> None:
-    """Let a parameter's type of a path take `~`, which the shell leaves alone within quotes, after `=` and in files."""
+    """Makes a path's type take `~`, which the shell leaves alone within quotes, after `=` and in files."""
     convert = kind.convert
     kind.convert = lambda value, parameter, context: convert(str(reading.expanded(value)), parameter, context)
 
 
 class _Commands(Mapping[str, Any]):
-    """All commands by name, each made when it is looked up."""
+    """The commands by name, each made when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
         if name not in _COMMANDS:
@@ -227,8 +227,8 @@ def main() -> None:
         if _debug:
             raise
         code = 1
-        with suppress(OSError):  # nobody can be told that nobody can be told
-            code = _tell(error)
+        with suppress(OSError):  # stderr is gone too
+            code = _report(error)
     sys.exit(code)
 
 
@@ -239,12 +239,12 @@ def _run() -> int:
         if isinstance(end.__context__, BrokenPipeError):  # of which typer makes an error
             raise end.__context__ from None
         code = end.code
-    sys.stdout.flush()  # here, where what goes wrong is told
+    sys.stdout.flush()  # here, where an error of it is reported
     return code if isinstance(code, int) else 0
 
 
-def _tell(error: Exception) -> int:
-    """Say what is wrong, in a line. Returns the exit code."""
+def _report(error: Exception) -> int:
+    """Prints an error as a line on stderr. Returns the exit code."""
     if isinstance(error, OSError):  # of a stream, or a file that nobody thought of
         silence(sys.stdout)  # or the exit would flush to it again
         if isinstance(error, BrokenPipeError):
@@ -264,14 +264,14 @@ def _tell(error: Exception) -> int:
 
 
 def _is_of_mlx(error: Exception) -> bool:
-    """MLX raises RuntimeError and ValueError alone, the latter with the function's name in front: "[matmul] …"."""
+    """Returns whether MLX raised it: RuntimeError, or ValueError with a function's name in front, as "[matmul] …"."""
     if isinstance(error, ValueError):
         return re.match(r"\[\w+(::\w+)*\]", str(error)) is not None
     return isinstance(error, RuntimeError) and not isinstance(error, RecursionError)
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with a command line, and where it says what is right."""
+    """Returns what is wrong with a command line, and the command that shows what is right."""
     context = getattr(error, "ctx", None)
     help_ = f"{context.command_path if context else 'elm-mlx'} -h shows what there is"
     if context is not None and hasattr(error, "possibilities"):  # no such option
@@ -287,7 +287,7 @@ def _usage(error: Any) -> str:
 
 
 def _prepare_streams() -> None:
-    """A closed stream becomes an empty one, or the next file would get its number; what stdout cannot show, a `?`."""
+    """Opens closed streams on nothing, or the next file would get their numbers; stdout shows `?` for what it lacks."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115

@@ -104,7 +104,7 @@ def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | No
 
 @contextmanager
 def _shown() -> Iterator[tuple[OnProgress, Callable[[Row], None]]]:
-    """What is being done, on a terminal; and each case when it is done."""
+    """Yields the callbacks that show, on a terminal, what is being measured, and each case when it is done."""
     from rich.console import Console
 
     console = Console(stderr=True)

@@ -85,7 +85,7 @@ def convert(
 
 @contextmanager
 def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_run: bool) -> Iterator[Path]:
-    """Where to convert to: DST, or beside it a place from which it is quantized to DST when the block ends."""
+    """Yields the directory to convert to: DST, or a scratch directory that is quantized to DST when the block ends."""
     if quantized is None:
         yield dst
         return

@@ -1,4 +1,4 @@
-"""`elm-mlx data`: what a model would be fine-tuned on."""
+"""`elm-mlx data`: training data as a model will see them."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def data(
     context = shape.max_context_length
     paired = format == _PAIRS or (format is None and records.are_pairs(path))
     if paired and train_on_prompt:
-        raise InputError(f"{path}: of pairs, which these are, answers alone count: leave out --train-on-prompt")
+        raise InputError(f"{path}: holds pairs, of which answers alone are trained: leave out --train-on-prompt")
     with bad_records_named(path):
         splits = examples.load(
             path, tokenizer, chosen, length, context=context, format=None if paired else format, paired=paired,
@@ -103,12 +103,12 @@ def data(
             (_print_pairs if paired else _print_split)(name, prepared)
         _print_examples(splits["train"], tokenizer, paired)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads no further has still been told that the data are whole
+    except BrokenPipeError:  # of a reader that has left; the data are whole
         silence(sys.stdout)
 
 
 def _print_mixture(config: Path) -> None:
-    """What a recipe's sources give, by a million tokens of them."""
+    """Prints what a recipe's sources yield, by a million tokens of them."""
     from elm_mlx.data import stream
     from elm_mlx.train import pretraining_recipe, sections
 
@@ -202,7 +202,7 @@ def _print_histogram(prepared: Prepared) -> None:
 
 
 def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
-    """How many lengths lie in each of a few intervals up to `limit`, and how many above it."""
+    """Yields a few intervals of lengths up to `limit`, and one above it, with how many lengths lie in each."""
     fitting = [length for length in lengths if length <= limit]
     if fitting:
         width = 1
@@ -217,7 +217,7 @@ def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
 
 
 def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> None:
-    """A few, from all over the data."""
+    """Prints a few examples from all over the data."""
     from elm_mlx.data.examples import Names
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -253,7 +253,7 @@ class _Token(NamedTuple):
 
 
 def _texts(example: Example, tokenizer: Tokenizer) -> list[_Token]:
-    """What `tokenizer` makes of each id of an example."""
+    """Decodes an example, token by token."""
     names = {token: name for name, token in tokenizer.control_ids.items()}
     decoder = tokenizer.detokenizer()
     texts = [decoder.add(token) + names.get(token, "") for token in example.ids]

@@ -87,13 +87,14 @@ def eval(
     for remark in opened.notes:
         note(remark)
     if harness:
-        with ProgressBar() as on_progress:
-            scores = opened.run_harness(on_progress)
+        with ProgressBar() as progress:
+            scores = opened.run_harness(progress)
         print(visible(scores))
     else:
         try:
-            with ProgressBar() as on_progress:
-                opened.run(on_progress)
+            with ProgressBar() as progress:
+                progress("reading")
+                opened.run(progress)
         except KeyboardInterrupt:
             note(f"stopped; the same command goes on from {opened.out}")
             raise

@@ -187,7 +187,7 @@ def _print_json(prompt: str, result: dict[str, Any], logprobs: bool) -> None:
 
 
 def _json(value: object) -> str:
-    """As stdout can show it: in ASCII where that speaks nothing else, or is a terminal that would obey it."""
+    """Returns JSON as stdout can show it: in ASCII where it speaks nothing else, or is a terminal that would obey."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     speaks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     if speaks and not (sys.stdout.isatty() and visible(text) != text):
@@ -210,7 +210,7 @@ def _print_statistics(last: Response | None) -> None:
 
 
 def _read_prompt(prompt: str) -> str:
-    """The text itself, or stdin without the line's end that `echo` adds."""
+    """Returns the text itself, or stdin without the line's end that `echo` adds."""
     return reading.stdin_text().removesuffix("\n") if prompt == "-" else prompt
 
 
@@ -228,5 +228,5 @@ def _read_prompts(path: Path) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     record = reading.parse_json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise InputError(f"{where}: no object with a text `prompt`")
+        raise InputError(f"{where}: is no object with a text `prompt`")
     return record["prompt"]

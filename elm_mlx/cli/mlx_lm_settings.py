@@ -1,7 +1,7 @@
-"""mlx-lm's settings for fine-tuning, as its YAML files have them, in this program's.
+"""mlx-lm's settings for fine-tuning, as its YAML files have them, translated into this program's options.
 
-Knows mlx-lm's keys: those that mean the same are taken, those that ask for nothing are left out, and those that mean
-something else are refused with what to write instead. Knows nothing of files.
+Keys that mean the same are taken, those that ask for nothing are left out, and those that mean something else are
+refused with what to write instead.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from elm_mlx.train.sections import scalar
 
 SCALE = "lora_parameters.scale"  # what an adapter's product is multiplied by; alpha is that times the rank
 _RENAMED = {"adapter_path": "out", "lora_layers": "num_layers", "use_dora": "dora"}
-# What changes no weight: how often to print, and of a test what is not asked for.
+# Keys that change no weight: how often to print, and how a test is run.
 _OF_NO_MATTER = ("steps_per_report", "test_batches", "clear_cache_threshold")
 # Keys that may stand there with nothing in them, and what to do where there is something.
 _ELSEWHERE = {
@@ -38,7 +38,7 @@ _ONLY_MLX_LM = {
 
 
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a file of settings stands for, where it may be one of mlx-lm's.
+    """Returns the options that a file of settings stands for, which may be one of mlx-lm's.
 
     Args:
         values: by names with underscores; null where nothing is said.
@@ -58,14 +58,14 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def alpha(scale: float, rank: str, rslora: bool) -> float:
-    """The alpha that stands for a scale, given an adapter's rank as the command line has it."""
+    """Returns the alpha that makes a scale, for an adapter's rank as the command line has it."""
     numbers = [item.rpartition("=")[2].strip() for item in rank.split(",")]
     largest = max((int(number) for number in numbers if number.isdecimal()), default=1)  # or else rank is an error soon
     return scale * (math.sqrt(largest) if rslora else largest)
 
 
 def _check(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Raises ValueError for what both have, and mlx-lm means otherwise."""
+    """Raises ValueError for a key that both have and mlx-lm means otherwise."""
     schedule, optimizer, accumulated = (
         ours.get("lr_schedule"),
         ours.get("optimizer"),
@@ -86,7 +86,7 @@ def _check(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 
 def _meaning(key: str, value: Any, optimizer: Any) -> list[tuple[str, Any]]:
-    """The options that one of mlx-lm's keys stands for. Raises ValueError."""
+    """Returns the options that one of mlx-lm's keys stands for. Raises ValueError."""
     if value is None or key in _OF_NO_MATTER:
         return []
     if key in _RENAMED:
@@ -130,7 +130,7 @@ def _of_lora(values: Any) -> list[tuple[str, Any]]:
 
 
 def _of_optimizer(values: Any, chosen: Any) -> list[tuple[str, Any]]:
-    """Those of the optimizer that is chosen, as mlx-lm takes them."""
+    """Returns the settings of the chosen optimizer, as mlx-lm takes them."""
     own = values.get(str(chosen or "adamw"), {}) if isinstance(values, Mapping) else None
     if not isinstance(own, Mapping):
         raise ValueError("optimizer_config is no table of optimizers, each with a table of its settings")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from elm_mlx.train.run import Result
 
 _MEAN_OF = 5  # the last checkpoints, as in the paper: fewer where fewer are kept
-# A recipe's keys by a run's own names of what they decide; the model's are told apart by what they make.
+# A recipe's keys by a checkpoint's names for what they decide; the model's are not among them.
 _KEYS = {
     **{f"learning rate's {name}": f"optimizer.{name}" for name in ("steps", "warmup", "shape", "end")},
     "learning rate's peak": "optimizer.lr", "learning rate's start": "optimizer.warmup_from",
@@ -64,7 +64,7 @@ def pretrain(
         _init(init, preset, data)
         return
     if data is not None:
-        raise InputError("--data goes into what --init writes; CONFIG names its own sources")
+        raise InputError("--data needs --init; CONFIG names its own sources")
     if config is None or out is None:
         raise InputError(f"{'CONFIG' if config is None else '--out'} is missing; --init FILE writes a first recipe")
     from elm_mlx import device
@@ -96,7 +96,7 @@ def _init(path: Path, preset: str, data: str | None) -> None:
     from elm_mlx.train import pretraining_recipe, sections
 
     if path.exists():
-        raise InputError(f"{path}: is there already; choose another name")
+        raise InputError(f"{path}: exists already; choose another name")
     made = pretraining_recipe.preset(preset) if data is None else pretraining_recipe.preset(preset, data)
     files.write_text(path, sections.write(made, _ABOUT))
     line(

@@ -91,8 +91,8 @@ class QuantizationDisplay(AbstractContextManager["QuantizationDisplay"]):
     def plan(self, made: BitPlan) -> None:
         self._bar.hide()
         table = made.table()
-        for i, (kind, told) in enumerate(table.items()):
-            say("" if i else "plan", f"{kind:<{max(map(len, table))}}  {told}")
+        for i, (kind, text) in enumerate(table.items()):
+            say("" if i else "plan", f"{kind:<{max(map(len, table))}}  {text}")
         predicted = "" if made.predicted is None else f"; by its parts {made.predicted:.2g} nats a token"
         say("", f"{made.bits_per_weight:.3f} bits a weight{predicted}")
         for note in made.notes:

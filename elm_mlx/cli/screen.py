@@ -1,7 +1,6 @@
-"""How the command line shows what it has to say: lines, labelled lines, notes and errors, tables and bars, what a model
-writes, and a training run as it goes.
+"""The screen: lines, labelled lines, notes and errors, tables, bars, what a model writes, a training run as it goes.
 
-All of it goes through here, so that nothing from outside steers a terminal, and lines break between words. In a pipe a
+All output goes through here, so that nothing from outside steers a terminal, and lines break between words. In a pipe a
 line is one line, however long.
 """
 
@@ -123,7 +122,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], left: Collectio
 
 
 def _total(heads: Sequence[Sequence[str]], columns: Sequence[Sequence[str]]) -> int:
-    """Columns of the terminal that a table takes."""
+    """Returns how many columns of the terminal a table takes."""
     return sum(max(map(_cells, (*head, *column))) + 2 for head, column in zip(heads, columns, strict=True)) - 2
 
 
@@ -162,7 +161,7 @@ class Speech:
         print(self._placed(), end="", file=self._stream, flush=True)
 
     def _broken(self, text: str) -> str:
-        """The part of `text`, and of what was held back, that is to be shown now."""
+        """Returns the part of `text`, and of what was held back, that is to be shown now."""
         done = []
         for character in text:
             if character == "\n":
@@ -188,7 +187,7 @@ class Speech:
         return "".join(done)
 
     def _placed(self) -> str:
-        """What is held, in a new line if the cursor's has no room for it. A word longer than a line runs over it."""
+        """Returns the word that was held back, on a new line where the cursor's has no room for it."""
         word, self._word, cells = self._word, "", _cells(self._word)
         if word and not self._begun and self._column and self._column + cells >= terminal_width():
             word, self._column = "\n" + word, 0
@@ -203,7 +202,7 @@ def terminal_width() -> int:
 
 
 def _cells(text: str) -> int:
-    """Columns that `text` takes on a terminal."""
+    """Returns how many columns `text` takes on a terminal."""
     if text.isascii():
         return len(text)
     return sum(_columns(character) for character in text)
@@ -292,7 +291,7 @@ class ProgressBar:
 
 
 def bar(share: float, width: int) -> str:
-    """A bar of eighths of a character, `width` characters at a `share` of 1; never none."""
+    """Returns a bar of eighths of a character, `width` characters at a `share` of 1, and never none."""
     eighths = max(1, round(share * width * 8))
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
@@ -313,21 +312,21 @@ class TrainingDisplay(TrainingCallback):
         self._updates, self._resumed = 0, False
         self._measures: dict[str, float] = {}
         self._last = time.monotonic()
-        self._step, self._told, self._doing = 0, list[str](), ""
+        self._step, self._shown, self._doing = 0, list[str](), ""
         self._bar: Live | None = None
 
     def lines(self, lines: Iterable[tuple[str, str]]) -> None:
-        """A table of two columns."""
+        """Prints labels and texts."""
         if not self.quiet:
             say_all(lines, 10)
 
     def warn(self, text: str) -> None:
-        """What must not be missed, on stderr."""
+        """Prints a warning on stderr."""
         if not self.quiet:
             say("warning", text, 10, err=True)
 
     def ready(self, seconds: float, left: int) -> None:
-        """What is known when the model is loaded: how long an update takes, and how many are left."""
+        """Prints how long the run is going to take."""
         self._seconds = seconds
         if not self.quiet:
             also = " and validations" if self.validates else ""
@@ -345,7 +344,7 @@ class TrainingDisplay(TrainingCallback):
             self.say(self._doing)
 
     def resumed(self, step: int) -> None:
-        """The bar begins there."""
+        """Begins the bar at the update that the run is resumed from."""
         self._step, self._resumed = step, True
         if not self.quiet:
             self.say(f"resumed   after {counted(step, 'update')}")
@@ -366,7 +365,7 @@ class TrainingDisplay(TrainingCallback):
                 self._bar.stop()
 
     def report(self, report: Report) -> None:
-        """An update or a validation."""
+        """Shows an update or a validation."""
         if self.quiet:
             return
         self._doing = ""
@@ -391,40 +390,40 @@ class TrainingDisplay(TrainingCallback):
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
             self._measures[name] = before + _SMOOTH * (value - before)
-        self._told = [f"loss {self._loss:.3f}", *_named(self._measures), f"{self._rate:,.0f} tokens/s"]
+        self._shown = [f"loss {self._loss:.3f}", *_named(self._measures), f"{self._rate:,.0f} tokens/s"]
         if report.matmul_share:
-            self._told.append(f"{self._matmul:.0%} of matmul speed")
-        self._told.append(byte_size(report.memory))
+            self._shown.append(f"{self._matmul:.0%} of matmul speed")
+        self._shown.append(byte_size(report.memory))
         if self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps):
             self._last = time.monotonic()
             left = duration((self._steps - report.step) * self._seconds)
-            self.say(f"step {report.step:,} of {self._steps:,}: {', '.join(self._told)}, {left} left")
+            self.say(f"step {report.step:,} of {self._steps:,}: {', '.join(self._shown)}, {left} left")
 
     def _line(self, width: int) -> RenderableType:
-        """The bar as it is now."""
+        """Returns the bar as it is now."""
         left = str(timedelta(seconds=round((self._steps - self._step) * self._seconds))) if self._seconds else "-:--:--"
-        told = [self._doing] if self._doing else self._told
-        return bar_line(width, self._step, self._steps, told, left)
+        texts = [self._doing] if self._doing else self._shown
+        return bar_line(width, self._step, self._steps, texts, left)
 
     def stopping(self) -> None:
-        """Someone wants to end the run."""
+        """Confirms Ctrl-C."""
         if self.quiet:
             return
         begun = self._updates or self._resumed
         self.say(f"stopping{' after this update' if begun else ', with nothing to save yet'}; again ends at once")
 
     def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
-        told = [f"validation loss {loss:.4f}", *_named(measures)]
+        texts = [f"validation loss {loss:.4f}", *_named(measures)]
         if step == 0:
             self._base = loss
         elif best:
-            told.append("the best yet")
+            texts.append("the best yet")
         elif self._base is not None and not loss < self._base:
-            told.append(f"no better than the {self._base:.4f} before training")
-        self.say(f"step {step:,}: {', '.join(told)}")
+            texts.append(f"no better than the {self._base:.4f} before training")
+        self.say(f"step {step:,}: {', '.join(texts)}")
 
     def say(self, text: str) -> None:
-        """A line, above the bar."""
+        """Prints a line, above the bar."""
         with _if_anyone_looks():
             if self._bar is not None:
                 text = folded(printable(text), 10)
@@ -435,7 +434,7 @@ class TrainingDisplay(TrainingCallback):
 
 @contextmanager
 def _if_anyone_looks() -> Iterator[None]:
-    """No run ends because nobody can see it any more: its terminal is closed, or Ctrl-C has ended its `tee` too."""
+    """Lets a run go on that nobody sees any more: its terminal is closed, or Ctrl-C has ended its `tee` too."""
     try:
         yield
     except OSError:
@@ -443,31 +442,31 @@ def _if_anyone_looks() -> Iterator[None]:
 
 
 def _named(measures: Mapping[str, float]) -> list[str]:
-    """Of pairs, what they are told by; their rewards are in the metrics."""
+    """Returns the measures of pairs that are shown; their rewards are in the metrics."""
     return [f"{name} {measures[name]:.3g}" for name in ("margin", "accuracy") if name in measures]
 
 
-def bar_line(width: int, step: int, steps: int, told: Sequence[str], left: str) -> RenderableType:
-    """`width` columns with the step, the time `left`, and of `told`, the most important first, as many as fit."""
-    from rich.progress_bar import ProgressBar
+def bar_line(width: int, step: int, steps: int, texts: Sequence[str], left: str) -> RenderableType:
+    """Returns `width` columns with the step, the time `left`, and as many of `texts` from the first on as fit."""
+    from rich import progress_bar
     from rich.table import Table
     from rich.text import Text
 
     count, left = f"{step:,}/{steps:,}", f"{left} left"
     room = width - len(count) - len(left) - 2  # for a bar and a text, with a space between
-    texts = (", ".join(told[:number]) for number in range(len(told), 0, -1))
-    text = next((text for text in texts if len(text) + 1 + _LEAST_BAR <= room), ", ".join(told[:1]))
+    joined = (", ".join(texts[:number]) for number in range(len(texts), 0, -1))
+    text = next((text for text in joined if len(text) + 1 + _LEAST_BAR <= room), ", ".join(texts[:1]))
     if len(text) > room:
         text = ""
     bar = min(_BAR, room - len(text) - 1)
-    parts: list[RenderableType] = [count, ProgressBar(steps, step, width=bar)] if bar > 0 else [count]
+    parts: list[RenderableType] = [count, progress_bar.ProgressBar(steps, step, width=bar)] if bar > 0 else [count]
     grid = Table.grid(padding=(0, 1))
     grid.add_row(*parts, Text(text, no_wrap=True), Text(left, "progress.remaining", no_wrap=True))
     return grid
 
 
 def duration(seconds: float) -> str:
-    """`2 h 5 min`, `5 min 3 s`, `4.2 s`."""
+    """Returns a time as `2 h 5 min`, `5 min 3 s` or `4.2 s`."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,7 +1,7 @@
-"""What a person types in a chat, and what is shown of it.
+"""A chat at a terminal, with editing and a history that lasts, or through a pipe.
 
-Knows lines, keys and the commands; the conversation itself is `inference.conversation`. Answers go to stdout, and all
-else to stderr, so that a pipe gets answers alone.
+The conversation itself is `inference.conversation`. Answers go to stdout and all else to stderr, so that a pipe gets
+answers alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Session:
         }  # fmt: skip
 
     def run(self) -> int:
-        """Until the end of the input. Returns the exit code: that of the last message that could not be taken."""
+        """Talks until the end of the input. Returns the exit code: that of the last message that could not be taken."""
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 signal.signal(number, _leave)
@@ -111,7 +111,7 @@ class Session:
             self._note(what + " /help shows the commands." * self._interactive)
 
     def _message(self) -> tuple[str, bool]:
-        """The next message, and whether it is to be taken as it is. Raises EOFError at the end."""
+        """Reads a message. Returns it, and whether it is to be taken as it is. Raises EOFError at the end."""
         if self._first is not None:
             text, self._first = self._first, None
             if self._interactive:
@@ -164,7 +164,7 @@ class Session:
         self._explain(reply, said)
 
     def _explain(self, reply: Reply, said: bool) -> None:
-        """A line about how the answer ended, where that is not plain to see."""
+        """Prints how the answer ended, where that is not plain to see."""
         stays = len(self._chat.exchanges) > len(reply.before)
         if reply.finish_reason is None or (reply.finish_reason == "interrupted" and not said):
             self._note(f"(stopped: {'the earlier answer stays' if stays else 'your message is dropped, too'})")
@@ -300,13 +300,13 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def interactive() -> bool:
-    """Whether a person types to us and reads what we say."""
+    """Returns whether a person types to us and reads what we say."""
     return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """What is typed meanwhile at a terminal does not show amid the output. It is kept for the next line."""
+    """Hides what is typed meanwhile at a terminal; it is kept for the next line."""
     import termios
 
     try:

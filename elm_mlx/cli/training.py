@@ -1,4 +1,4 @@
-"""What the commands that train share: options and their sources, how a run is announced, what is said at its end.
+"""The commands that train: their options and where these come from, what is said before a run and after it.
 
 An option is taken from the command line, or else from the file of `--config`, from what a resumed run was started with,
 from a recipe, or from its default, in this order.
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 Recipes = Mapping[str, Mapping[str, Any]]  # of each its settings, by name
 
 _STEPS = "learning rate's steps"
-# What must not change in a run, by a checkpoint's names, and the options that decide it where they have another name.
+# Options by a checkpoint's names for what they decide, where these are others.
 _DECIDED_BY = {
     "method": "method (--full, --dora)", "scale": "scale (--alpha, --rslora)", "packing": "packing (--pack)",
     "row length": "row length (--max-seq-length)", "accumulate": "--grad-accumulation-steps",
@@ -96,7 +96,7 @@ def _option(kind: type[LoraSettings], setting: Setting) -> inspect.Parameter:
 
 
 def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that are said somewhere, by name; `given` is what the command line says.
+    """Returns the settings that a source has, by name; `given` are the parameters of the command line.
 
     Raises:
         InputError: names the file and the key that cannot be taken.
@@ -127,7 +127,7 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
         path = Path(values["out"]) / ABOUT
         before = reading.json_object(path).get("settings") if path.exists() else {}
         if not isinstance(before, dict):
-            raise InputError(f"{path}: does not say what the run was started with")
+            raise InputError(f"{path}: holds no settings of the run")
         fill(before, str(path))
     if given["recipe"] is not None:
         fill(recipes[given["recipe"]], f"recipe {given['recipe']}")
@@ -138,10 +138,10 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
 
 
 def made(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettings:
-    """The settings of a run. Raises InputError where one is missing."""
+    """Returns the settings of a run. Raises InputError where one is missing."""
     for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
         if name not in values:
-            raise InputError(f"{shown} is missing: on the command line, or in a file given by --config")
+            raise InputError(f"{shown} is missing: give it on the command line, or in the file of --config")
     return sections.made(kind, values)
 
 
@@ -151,7 +151,7 @@ def _on_command_line(ctx: typer.Context, name: str) -> bool:
 
 
 def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
-    """The settings in a YAML or JSON file, and mlx-lm's scale. Raises InputError."""
+    """Returns the settings in a YAML or JSON file, and mlx-lm's scale. Raises InputError."""
     values: dict[str, Any] = {}
     for key, value in _mapping(path).items():
         name = str(key).replace("-", "_")
@@ -174,7 +174,7 @@ def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
-    """YAML takes JSON, but for tabs. Raises InputError."""
+    """Reads YAML or JSON, which is YAML but for tabs. Raises InputError."""
     if path.suffix.lower() != ".json":
         return reading.yaml_mapping(path)
     try:
@@ -187,7 +187,7 @@ def _mapping(path: Path) -> dict[Any, Any]:
 
 
 def _read_as(setting: Setting, value: Any, where: str) -> Any:
-    """A file's value as the setting has it; ranks may be a list or a table, and a name may be a number."""
+    """Returns a file's value as the setting has it; ranks may be a list or a table, and a name may be a number."""
     if setting.name == "rank" and isinstance(value, (Mapping, list)):
         rows = value.items() if isinstance(value, Mapping) else (("", each) for each in value)
         numbers = [(name, sections.value_of(int, each, "rank", where)) for name, each in rows]
@@ -198,7 +198,7 @@ def _read_as(setting: Setting, value: Any, where: str) -> Any:
 
 
 def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
-    """Open a run, say what is about to happen, train, and say how it ended."""
+    """Opens a run, prints what is about to happen, trains, and prints how it ended."""
     from elm_mlx import device
     from elm_mlx.train import memory
     from elm_mlx.train.finetuning import Finetuning
@@ -236,7 +236,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
 
 @contextmanager
 def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]:
-    """Call what a run cannot be resumed with by the `names` that its user knows, and say how to train for longer."""
+    """Renames what a run cannot be resumed with as its user knows it, by `names`, and says how to train for longer."""
     from elm_mlx.train.checkpoint import Changed
 
     try:
@@ -251,7 +251,7 @@ def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]
 
 
 def _trial(model: Path, adapter: Path, template: str | None) -> str:
-    """The command that shows what was learnt; the template that it was learnt by is with the adapter."""
+    """Returns the command that shows what was learnt; the template that it was learnt by is with the adapter."""
     from elm_mlx.text.chat_template import source_of
 
     converses = source_of(model, template)[0] is not None
@@ -260,7 +260,7 @@ def _trial(model: Path, adapter: Path, template: str | None) -> str:
 
 
 def _plan(run: Finetuning) -> list[tuple[str, str]]:
-    """What is about to happen, to be shown."""
+    """Returns what is about to happen, as labels and texts."""
     config, batches, settings = run.config, run.batches, run.settings
     steps = settings.schedule.steps
     dtype = str(run.computation.dtype).removeprefix("mlx.core.")
@@ -288,7 +288,7 @@ def _plan(run: Finetuning) -> list[tuple[str, str]]:
 
 
 def needed(load: Load) -> str:
-    """How much memory a run takes, and how much there is."""
+    """Returns how much memory a run takes, and how much there is."""
     from elm_mlx import device
     from elm_mlx.train import memory
 
@@ -299,7 +299,7 @@ def needed(load: Load) -> str:
 
 
 def harmed(result: Result, rate: str) -> str:
-    """What is said where training made the loss worse; `rate` is the learning rate's option."""
+    """Returns a warning where training made the loss worse; `rate` is the learning rate's option."""
     assert result.harm is not None
     now, before = result.harm
     helps = f"a lower {rate} or other data may help"
@@ -311,7 +311,7 @@ def harmed(result: Result, rate: str) -> str:
 
 
 def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
-    """How a run ended, to be shown."""
+    """Returns how a run ended, as labels and texts."""
     done = result.progress
     took = duration(done.seconds) + (" and validations" if validated else "")
     lines = [("done", f"{counted(done.step, 'update')}, {counted(done.tokens, 'token')}, {took}")]

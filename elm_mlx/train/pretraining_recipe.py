@@ -1,7 +1,4 @@
-"""A pretraining run's choices and what each means, with the paper's values and some for small texts as presets.
-
-Knows the sections of the file that `elm-mlx pretrain` reads. Knows nothing of TOML, and of how a choice is carried out.
-"""
+"""The recipe of a pretraining run, in sections, with the paper's values and some for small texts as presets."""
 
 from __future__ import annotations
 
@@ -63,7 +60,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How parameters move.
+    """How parameters are updated.
 
     Args:
         lr: the highest learning rate.
@@ -94,20 +91,20 @@ class Optimizer:
     z_loss: float = 1e-4
 
     def warmup_steps(self) -> int:
-        """Updates of rising learning rate: `warmup`, or the default where that is more than there are updates."""
+        """Returns the updates of rising learning rate: `warmup`, or the default where that is more than `steps`."""
         fits = self.warmup is not None and self.warmup <= self.steps
         return self.warmup if fits and self.warmup is not None else min(_MOST_WARMUP, self.steps // 10)
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How much at a time, and what is kept.
+    """How much is computed at a time, and which checkpoints are kept.
 
     Args:
         batch_size: sequences of a batch, in one process.
         accumulate: batches to an update.
         compute_dtype: float32, bfloat16 (default: bfloat16 on a GPU, float32 on a CPU).
-        grad_checkpoint: compute layers again on the way back: less memory, slower.
+        grad_checkpoint: compute layers again in the backward pass: less memory, slower.
         seed: of the weights and the order of the data.
         eval_every: updates between validations.
         save_every: updates between checkpoints.
@@ -128,7 +125,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Data:
-    """What is read, and how.
+    """The texts, and how they are read.
 
     Args:
         sequence_length: tokens of a row; documents are packed end to end.
@@ -172,11 +169,11 @@ class Recipe:
     run: RunSettings = field(default_factory=RunSettings)
 
     def tokens_per_update(self, world: int = 1) -> int:
-        """Of all of `world` processes together."""
+        """Returns the tokens of an update of all of `world` processes together."""
         return self.run.batch_size * self.run.accumulate * world * self.data.sequence_length
 
     def reading(self, world: int = 1) -> Reading:
-        """How each of `world` processes reads the mixture."""
+        """Returns how each of `world` processes reads the mixture."""
         data, run = self.data, self.run
         window = data.window
         if window is None:
@@ -188,7 +185,7 @@ class Recipe:
 
 
 def settings(optimizer: Optimizer, run: RunSettings) -> Settings:
-    """What the loop takes. Raises InputError where a value is out of its range."""
+    """Returns the settings of the training loop. Raises InputError where a value is out of its range."""
     if len(optimizer.betas) != 2:
         raise InputError(f"betas are two numbers, not {len(optimizer.betas)}")
     return Settings(

@@ -58,7 +58,7 @@ class Setting:
 
 
 def settings(cls: type[Any], section: str = "") -> dict[str, Setting]:
-    """All fields of a dataclass and of the dataclasses in it, by name."""
+    """Returns the fields of a dataclass, and of the dataclasses in it, by name."""
     found, kinds, abouts = dict[str, Setting](), typing.get_type_hints(cls), _abouts(cls)
     for item in fields(cls):
         kind = _without_none(kinds[item.name])
@@ -70,7 +70,7 @@ def settings(cls: type[Any], section: str = "") -> dict[str, Setting]:
 
 
 def made(cls: type[T], values: Mapping[str, Any]) -> T:
-    """A `cls` with `values`, as `settings` names them; the others are as they are by default."""
+    """Returns a `cls` with `values`, as `settings` names them, and defaults."""
     kinds, found = typing.get_type_hints(cls), dict[str, Any]()
     for item in fields(typing.cast(Any, cls)):
         if is_dataclass(kinds[item.name]):
@@ -81,7 +81,7 @@ def made(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def flat(value: Any) -> dict[str, Any]:
-    """The values of a dataclass, and of the dataclasses in it, by name."""
+    """Returns the values of a dataclass, and of the dataclasses in it, by name."""
     found: dict[str, Any] = {}
     for item in fields(value):
         inner = getattr(value, item.name)
@@ -90,7 +90,7 @@ def flat(value: Any) -> dict[str, Any]:
 
 
 def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
-    """The `cls` that a file says, after `overrides` like `optimizer.lr=0.001`.
+    """Returns the `cls` that a TOML file holds, after `overrides` like `optimizer.lr=0.001`.
 
     Raises:
         InputError: names the file and the key that is unknown, missing or of another type.
@@ -108,7 +108,7 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
 
 
 def scalar(kind: type, value: Any) -> Any:
-    """`value` as a `kind`: a whole number, a number, a text or a truth value, however a file may write it.
+    """Returns `value` as a `kind`: a whole number, a number, a text or a truth value, however a file may write it.
 
     1e-4 is a text in YAML, 1e5 no whole number in TOML, and a list of one thing is that thing.
 
@@ -147,7 +147,7 @@ def _shown(value: Any) -> str:
 
 
 def write(value: Any, about: str) -> str:
-    """`value` as TOML, each field under a comment that says what it is; `about` stands in front."""
+    """Returns `value` as TOML, each field under a comment that says what it is, `about` in front."""
     return "".join(f"# {line}\n" for line in about.splitlines()) + "\n" + _written(value, "").lstrip("\n")
 
 
@@ -168,7 +168,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 
 def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> Any:
-    """An instance of a dataclass."""
+    """Returns an instance of a dataclass."""
     known = {item.name: item for item in fields(cls)}
     types = typing.get_type_hints(cls)
     at = f"{where}: [{name}]" if name else f"{where}:"
@@ -189,7 +189,7 @@ def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> 
 
 
 def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
-    """`value`, as a file has it, as a field's type wants it. Raises InputError, which names the file and the field."""
+    """Returns a file's `value` as a field's type wants it. Raises InputError, which names the file and the field."""
     kind = _without_none(kind)
     if is_dataclass(kind):
         value = _single(value)
@@ -217,7 +217,7 @@ def _without_none(kind: Any) -> Any:
 
 
 def _written(value: Any, name: str) -> str:
-    """The fields that are values, and then each table."""
+    """Returns the fields that are values, and then each table."""
     lines, tables, abouts = [], [], _abouts(type(value))
     for item in fields(value):
         inner = getattr(value, item.name)
@@ -237,7 +237,7 @@ def _heading(value: Any) -> str:
 
 
 def _abouts(cls: type[Any]) -> dict[str, str]:
-    """What each field means, on a line each, by the `Args:` of the docstrings of a class and of its bases."""
+    """Returns what each field means, by the `Args:` of the docstrings of a class and of its bases."""
     abouts: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")

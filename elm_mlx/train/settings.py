@@ -1,4 +1,4 @@
-"""A run's settings: what `lora` and `dpo` are asked for, and what any training loop takes.
+"""A run's settings: those that `lora` and `dpo` are asked for, and those that a training loop takes.
 
 From the sections come the options of the command line, what `--config` and run.json hold, and, by `Settings.identity`,
 what must not change when a run is resumed. Nothing heavy is imported: `--help` reads this.
@@ -71,7 +71,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the training loop takes. All but the last group bear on the losses.
+    """The settings of a training loop. All but the last group bear on the losses.
 
     Args:
         schedule: the learning rate; its `steps` are the run's.
@@ -119,7 +119,7 @@ class Settings:
             raise InputError(f"the limit on the gradients' norm must be above 0, not {self.clip}")
 
     def identity(self) -> dict[str, Any]:
-        """What must not change when a run is resumed, as checkpoints have it. When to save may."""
+        """Returns what must not change when a run is resumed, as checkpoints have it. When to save may."""
         free = ("eval_every", "save_every", "keep", "schedule")
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in free}
         return own | {f"learning rate's {name}": value for name, value in asdict(self.schedule).items()}
@@ -127,7 +127,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """How examples are read and put into rows.
+    """Settings of how examples are read and put into rows.
 
     Args:
         format: of the records; `elm-mlx data` shows them. (default: each record's keys tell)
@@ -152,7 +152,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """What of the model is trained.
+    """Settings of which parameters are trained.
 
     Args:
         rank: of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).
@@ -175,7 +175,7 @@ class MethodSettings:
     full: bool = False
 
     def ranks(self) -> int | list[int] | dict[str, int]:
-        """`rank` as `adapters.plan` takes it. Raises InputError."""
+        """Returns `rank` as `adapters.plan` takes it. Raises InputError."""
         items = [item.strip() for item in self.rank.split(",")]
         try:
             if "=" in self.rank:
@@ -189,7 +189,7 @@ class MethodSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What pairs of answers are compared by.
+    """Settings of the loss of pairs.
 
     Args:
         loss: sigmoid is that of DPO; orpo needs no reference.
@@ -202,7 +202,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How parameters move, and how often.
+    """Settings of updates.
 
     Args:
         iters: updates. (default: what --epochs take)
@@ -229,7 +229,7 @@ class OptimizerSettings:
     on_nan: OnNan = "stop"
 
     def warmup_steps(self, steps: int) -> int:
-        """Updates of rising learning rate, of so many."""
+        """Returns how many of so many updates have a rising learning rate."""
         if self.warmup is None:
             return min(_MOST_WARMUP, steps // 10)
         if not 0 <= self.warmup < math.inf:
@@ -239,7 +239,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ComputationSettings:
-    """How the model is computed.
+    """Settings of how the model is computed.
 
     Args:
         compute_dtype: of the computation. (default: as stored on a GPU, float32 on a CPU)
@@ -257,7 +257,7 @@ class ComputationSettings:
 
 @dataclass(frozen=True)
 class CheckpointsSettings:
-    """When the run is measured and saved.
+    """Settings of validations and checkpoints.
 
     Args:
         val_batches: batches of a validation; -1 for all there are.
@@ -297,17 +297,17 @@ class LoraSettings:
 
     @classmethod
     def options(cls) -> dict[str, Setting]:
-        """The settings that the command takes, by name."""
+        """Returns the settings that the command takes, by name."""
         return {name: each for name, each in sections.settings(cls).items() if name not in cls.unused}
 
     def record(self) -> dict[str, Any]:
-        """The settings as JSON has them; a file for `--config` may hold them."""
+        """Returns the settings as JSON has them; a file for `--config` may hold them."""
         chosen = {name: value for name, value in sections.flat(self).items() if value is not None}
         chosen |= {name: str(chosen[name].resolve()) for name in ("model", "data")} | {"out": str(self.out)}
         return {name: value for name, value in chosen.items() if name not in self.unused}
 
     def loop(self, steps: int) -> Settings:
-        """What the training loop takes for so many updates."""
+        """Returns the settings of a training loop of so many updates."""
         asked, computation, checkpoints = self.optimizer, self.computation, self.checkpoints
         rate = self.rates[self.method.full] if asked.learning_rate is None else asked.learning_rate
         return Settings(

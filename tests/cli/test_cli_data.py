@@ -313,7 +313,7 @@ class TestPairs:
 
     def test_options_that_pairs_have_not(self, run: Run, tmp_path: Path) -> None:
         code, _, err = run(write(tmp_path / "a.jsonl", *PAIRS), "--train-on-prompt")
-        assert code == 2 and "answers alone count: leave out --train-on-prompt" in err
+        assert code == 2 and "answers alone are trained: leave out --train-on-prompt" in err
 
 
 def test_keys_and_shards_that_are_not_used_are_told(run: Run, tmp_path: Path) -> None:

@@ -328,9 +328,9 @@ def test_bad_input_is_one_line_and_2(run: Run, tiny_model_dir: Path, arguments: 
         ("p.txt", b"\n \n\t\n", "holds no prompts"),
         ("p.txt", b"\xff\xfe", "not UTF-8 but UTF-16"),
         ("p.jsonl", b'\n{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl, line 4: not JSON"),
-        ("p.jsonl", b"\n" * 9 + b'{"text": "a"}', r"p\.jsonl, line 10: no object with a text `prompt`"),
-        ("p.jsonl", b'{"prompt": 7}', "line 1: no object"),
-        ("p.jsonl", b"[]", "line 1: no object"),
+        ("p.jsonl", b"\n" * 9 + b'{"text": "a"}', r"p\.jsonl, line 10: is no object with a text `prompt`"),
+        ("p.jsonl", b'{"prompt": 7}', "line 1: is no object"),
+        ("p.jsonl", b"[]", "line 1: is no object"),
         ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )

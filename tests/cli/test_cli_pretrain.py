@@ -220,9 +220,9 @@ def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
     assert (made.optimizer.lr, made.optimizer.steps, made.optimizer.warmup_steps()) == (0.0024, 350_000, 5_000)
     assert made.run.batch_size * made.run.accumulate * made.data.sequence_length == 4_194_304
     code, _, err = run("pretrain", "--init", path)
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "exists already" in err
     code, _, err = run("pretrain", path, "--data", "a.txt")
-    assert code == 2 and "--data goes into what --init writes" in err
+    assert code == 2 and "--data needs --init" in err
     code, _, err = run("pretrain", "--init", tmp_path / "other", "--preset", "OpenELM-2B")
     assert code == 2 and "--preset OpenELM-2B: is not one of small, OpenELM-270M" in err
 
