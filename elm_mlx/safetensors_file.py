@@ -19,17 +19,14 @@ from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.reading import short
 
-# The format's names of types, and what NumPy and MLX call them.
-TYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "C64": "complex64",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+# The format's names of types: what NumPy and MLX call them, and the bytes of a value.
+_TYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "C64": ("complex64", 8), "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "BOOL": ("bool", 1), "U64": ("uint64", 8), "U32": ("uint32", 4), "U16": ("uint16", 2), "U8": ("uint8", 1),
 }  # fmt: skip
-# Bytes of a value, by the format's names of types.
-SIZES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "C64": 8, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
+TYPES = {own: name for own, (name, _) in _TYPES.items()}
+SIZES = {own: size for own, (_, size) in _TYPES.items()}
 _FORMAT_NAMES = {name: own for own, name in TYPES.items()}
 
 SHARD_BYTES = 5 << 30  # mlx-lm's limit
@@ -71,7 +68,7 @@ class Pending:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """A model directory's files of weights: those that the index names, where there is one; else all `model*`.
+    """Returns a model directory's files of weights: those that its index names, or without one all `model*`.
 
     Raises:
         InputError: there is none, or one is missing.

@@ -1,19 +1,16 @@
-"""What a model directory holds, without loading it.
-
-Knows `config.json` and the headers of the weights; imports no MLX.
-"""
+"""A model directory and an adapter in figures, by their configs and the headers of their weights. Imports no MLX."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.model.config import Config, read_config, tokenizer_file
+from elm_mlx.model.config import AFFINE, Config, read_config, tokenizer_file
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.safetensors_file import read_header, weight_files
 
@@ -64,7 +61,7 @@ class Description:
     layers: tuple[Layer, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All that there is to say of a model of this family, for JSON."""
+        """Returns the fields that a model of this family has, for JSON."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
@@ -76,7 +73,7 @@ class AdapterDescription:
         summary: kind, rank and scale.
         share: of its parameters in the model's.
         head: what a tied head reads.
-        made_for: what it says of the model that it was made for.
+        made_for: the model that it names, for a person.
         modules: kind of module -> its ranks, of layers first to last.
     """
 
@@ -102,7 +99,8 @@ def config_values(path: Path, config: Config) -> dict[str, Any]:
 
 
 def describe_adapter(path: Path, model: Path) -> AdapterDescription:
-    """The adapter in `path`, for the model in `model`. Raises InputError where it cannot be read, or does not fit."""
+    """Describes the adapter in `path`, of the model in `model`. Raises InputError where it cannot be read or does not
+    fit."""
     from elm_mlx.store import adapters
 
     config = read_config(model)
@@ -177,8 +175,18 @@ def describe(path: Path) -> Description:
     )  # fmt: skip
 
 
+def packing_name(ways: Iterable[Mapping[str, Any]]) -> str:
+    """Returns bits and group sizes of weights that are packed in `ways`, such as "4-bit, group 64"; a float mode's name
+    first."""
+    ways = list(ways)
+    modes = sorted({str(way["mode"]) for way in ways if way.get("mode", AFFINE) != AFFINE})
+    bits, groups = (sorted({int(way[name]) for way in ways}) for name in ("bits", "group_size"))
+    sizes = f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
+    return " ".join([*modes, sizes])
+
+
 def missing(path: Path, name: str) -> InputError:
-    """What is said of a tensor that a model directory lacks."""
+    """Returns the error for a tensor that a model directory lacks."""
     untied = "; config.json does not say that it is the embedding (tie_word_embeddings)"
     return InputError(f"{path}: tensor {name} is missing{untied if name == 'lm_head.weight' else ''}")
 
@@ -186,7 +194,7 @@ def missing(path: Path, name: str) -> InputError:
 def _stored(
     path: Path, shapes: Mapping[str, tuple[int, ...]], quantization: Mapping[str, Any] | None
 ) -> tuple[str, int]:
-    """The weights' type, by their headers, and their size on disk."""
+    """Returns the weights' type, by their headers, and their size on disk."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "U8": "float8"}
     files = weight_files(path)
     entries = {entry.name: entry for file in files for entry in read_header(file)}
@@ -203,16 +211,8 @@ def _stored(
     types = {entry.dtype for entry in entries.values()}
     floats = " and ".join(sorted(names.get(kind, kind) for kind in types - {"U32"}))
     if quantization is not None:
+        ways = [quantization, *(way for way in quantization.values() if isinstance(way, Mapping))]
         parameters = sum(map(math.prod, shapes.values()))
         per_weight = 8 * sum(entry.end - entry.begin for entry in entries.values()) / parameters
-        floats = f"{_packed(quantization)}, scales {floats}, {per_weight:.2f} bits a weight"
+        floats = f"{packing_name(ways)}, scales {floats}, {per_weight:.2f} bits a weight"
     return floats, sum(file.stat().st_size for file in files)
-
-
-def _packed(quantization: Mapping[str, Any]) -> str:
-    """Bits and group sizes of the default and of the weights that have their own; a float mode by its name."""
-    ways = [quantization, *(way for way in quantization.values() if isinstance(way, Mapping))]
-    modes = sorted({str(way["mode"]) for way in ways if way.get("mode", "affine") != "affine"})
-    bits, groups = (sorted({way.get(name) for way in ways}, key=str) for name in ("bits", "group_size"))
-    told = f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
-    return " ".join([*modes, told])

@@ -21,10 +21,10 @@ from functools import partial
 import mlx.core as mx
 
 from elm_mlx.model import lora_layers
-from elm_mlx.model.config import Config
+from elm_mlx.model.config import AFFINE, Config
 from elm_mlx.safetensors_file import Pending
 from elm_mlx.store.adapters import EMBEDDING, Adapter
-from elm_mlx.store.loading import Packing, pending, stored_type
+from elm_mlx.store.loading import Packing, part_of, pending, stored_type
 
 WAYS = LOT, NEAREST, ANEW = "lot", "nearest", "anew"
 _SAME = 1e-5  # of a step: what float32 makes of a value that lies on its grid
@@ -68,7 +68,7 @@ class Merge:
         """Returns the weight `name` of that shape in the model, in the parts that it is stored in."""
         changes = self._changes(name)
         if name in self.packing and not self.dequantize:
-            parts = [name, *(self._part(name, kind) for kind in ("scales", "biases"))]
+            parts = [name, *(part_of(name, kind) for kind in ("scales", "biases"))]
             parts = [part for part in parts if part in self.weights]
             if not changes:
                 return [self._copied(part) for part in parts]
@@ -99,7 +99,7 @@ class Merge:
     def _quantized_part(self, name: str, part: str, quantized: dict[str, mx.array]) -> mx.array:
         """One of weight, scales and biases; the first call makes all, each is handed out once."""
         if not quantized:
-            parts = (name, self._part(name, "scales"), self._part(name, "biases"))
+            parts = (name, part_of(name, "scales"), part_of(name, "biases"))
             before = [self.weights[part] for part in parts if part in self.weights]
             seed = zlib.crc32(name.encode())
             made, moved = _quantized(self._merged(name), before, self.packing[name], self._dense_type, self.way, seed)
@@ -118,20 +118,16 @@ class Merge:
     def _wide(self, name: str) -> mx.array:
         if name not in self.packing:
             return self.weights.pop(name).astype(mx.float32)
-        scales = self.weights.pop(self._part(name, "scales"))
-        biases = self.weights.pop(self._part(name, "biases"), None)
+        scales = self.weights.pop(part_of(name, "scales"))
+        biases = self.weights.pop(part_of(name, "biases"), None)
         return lora_layers.dequantize(self.weights.pop(name), scales, biases, **self.packing[name])
-
-    @staticmethod
-    def _part(name: str, kind: str) -> str:
-        return name.removesuffix("weight") + kind
 
 
 def _quantized(
     weight: mx.array, before: Sequence[mx.array], how: Packing, dtype: mx.Dtype, way: str, seed: int
 ) -> tuple[Sequence[mx.array], int]:
     """A merged weight in the parts, and by the way, that it had `before`; and how many of its values are others."""
-    if how["mode"] == "affine":
+    if how["mode"] == AFFINE:
         *made, moved = requantize(weight, *before, group_size=how["group_size"], bits=how["bits"], way=way, seed=seed)
         return made, moved
     made = mx.quantize(weight.astype(dtype), **how)

@@ -1,8 +1,5 @@
-"""A model directory on disk: check it, load it.
-
-Knows `config.json`, the safetensors beside it and how quantized weights lie in them; of an OpenELM, or of a family
-that `families` knows. Knows nothing of where a directory came from; `convert` makes them.
-"""
+"""A model directory into a model: its weights checked, loaded, and the type that they are computed in; and how arrays
+are written to one."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, reading, safetensors_file
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model.config import Config, read_config
+from elm_mlx.model.config import AFFINE, Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import Pending, weight_files
-from elm_mlx.store.describe import missing
+from elm_mlx.store.describe import missing, packing_name
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 
 # group_size, bits and mode of a quantized weight, as mx.dequantize takes them
@@ -31,7 +28,7 @@ Packing = dict[str, Any]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a model directory holds.
+    """A model directory in memory.
 
     Attributes:
         model: of another family it is mlx-lm's network, which speaks `Model`'s protocol; its names are mlx-lm's.
@@ -49,7 +46,7 @@ class Loaded:
 def load(
     path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None
 ) -> tuple[Model, Tokenizer]:
-    """The model and tokenizer of a model directory.
+    """Loads the model and tokenizer of a model directory.
 
     `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
     computes in the type that is stored, and a CPU in float32 where memory allows. `adapter_path` is a directory
@@ -65,7 +62,7 @@ def load(
 
 
 def load_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Model:
-    """The model of a directory, which needs no tokenizer. As `load` otherwise."""
+    """Loads the model of a directory, which needs no tokenizer. As `load` otherwise."""
     return open_model(path, compute_dtype, adapter_path).model
 
 
@@ -75,7 +72,7 @@ def open_model(
     adapter_path: str | Path | None = None,
     config: Config | None = None,
 ) -> Loaded:
-    """`load`, with what there is to say about it; `config` is the directory's, where that is read already."""
+    """Loads a model directory, with notes for the user; `config` is the directory's, where that is read already."""
     path = reading.expanded(path)
     config = read_config(path) if config is None else config
     vocabulary = read_vocabulary(path, config)
@@ -91,7 +88,12 @@ def open_model(
     weights, packing = read_weights(path, config)
     stored = stored_type(config, weights, packing)
     how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
-    model = _network(config)
+    if isinstance(config, FamilyConfig):
+        from elm_mlx.model import other_networks
+
+        model = other_networks.network(config)
+    else:
+        model = Model(config)
     if how.unpack:
         _unpack(weights, packing)
     elif packing:
@@ -106,52 +108,41 @@ def open_model(
     model.load_weights(list(weights.items()))
     model.eval()
     model.freeze()
-    adapted = None
+    notes = [how.note]
     if adapter is not None:
         adapters.load(model, adapter)
-        adapted = f"adapter {adapter.directory}: {adapter.describe()}"
+        notes.append(f"adapter {adapter.directory}: {adapter.describe()}")
     device.wire(sum(value.nbytes for _, value in tree_flatten(model.parameters())))
     hindrance = device.compile_hindrance()
-    uncompiled = (
-        f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own" if hindrance else None
-    )
-    untied = None
+    if hindrance:
+        notes.append(f"decoding uncompiled, half as fast: {hindrance}; set TMPDIR to a directory of your own")
     if isinstance(config, FamilyConfig) and config.own_head:
-        untied = "the weights hold a head of their own, which is used, though config.json says tie_word_embeddings"
-    notes = (how.note, adapted, uncompiled, untied, *vocabulary.notes)
-    return Loaded(model, vocabulary.tokenizer, _describe(stored, packing), tuple(filter(None, notes)))
-
-
-def _network(config: Config) -> Model:
-    """With random weights, not computed."""
-    if not isinstance(config, FamilyConfig):
-        return Model(config)
-    from elm_mlx.model import other_networks
-
-    return other_networks.network(config)
+        notes.append("the weights hold a head of their own, which is used, though config.json says tie_word_embeddings")
+    stored_as = packing_name(packing.values()) if packing else str(stored).removeprefix("mlx.core.")
+    return Loaded(model, vocabulary.tokenizer, stored_as, tuple(filter(None, (*notes, *vocabulary.notes))))
 
 
 def computation(path: Path, config: Config, compute_dtype: str | None = None) -> device.Computation:
-    """What `open_model` would compute in. Raises InputError as it does."""
+    """Returns what `open_model` would compute in. Raises InputError as it does."""
     weights, packing = read_weights(path, config)
     return device.computation(stored_type(config, weights, packing), config.parameters, bool(packing), compute_dtype)
 
 
 def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:
-    """The type that the model came in: its embedding's, or where that is quantized a norm's, or its scales'."""
+    """Returns the type that the model came in: its embedding's, or where that is quantized a norm's, or its scales'."""
     embedding = f"{config.embedding}.weight"
     if embedding not in packing:
         return weights[embedding].dtype
-    parts = {part for name in packing for part in (name, _scales(name), _biases(name))}
+    parts = {part for name in packing for part in (name, part_of(name, "scales"), part_of(name, "biases"))}
     whole = [value.dtype for name, value in weights.items() if name not in parts]
     if whole:
         return whole[0]
-    scales = weights[_scales(embedding)].dtype  # the first OLMo's norms have no weights
+    scales = weights[part_of(embedding, "scales")].dtype  # the first OLMo's norms have no weights
     return scales if mx.issubdtype(scales, mx.floating) else mx.bfloat16
 
 
 def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[str, Packing]]:
-    """Every tensor of a model directory, not yet read from the disk, and how those that are quantized lie in it.
+    """Returns every tensor of a model directory, not yet read from the disk, and how the quantized ones are packed.
 
     Raises:
         InputError: names the file, and the tensor, that is missing or does not fit `config`.
@@ -161,7 +152,7 @@ def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[
         from elm_mlx.model import other_networks
 
         weights = other_networks.sanitized(config, weights)
-    packing = {name: _packing(config, name) for name in config.shapes() if _scales(name) in weights}
+    packing = {name: _packing(config, name) for name in config.shapes() if part_of(name, "scales") in weights}
     _check_weights(config, packing, weights, path)
     return weights, packing
 
@@ -183,7 +174,7 @@ def _read_weights(path: Path) -> dict[str, mx.array]:
 
 
 def pending(name: str, dtype: mx.Dtype, shape: tuple[int, ...], make: Callable[[], mx.array]) -> Pending:
-    """An array to write, which `make` makes then; it is forgotten before the next is made."""
+    """Returns an array to write, which `make` makes then; it is forgotten before the next is made."""
 
     def blocks() -> Iterator[memoryview]:
         array = make()
@@ -207,11 +198,11 @@ def pack(weight: mx.array, how: Packing, dtype: mx.Dtype) -> dict[str, mx.array]
 def packed(
     name: str, shape: tuple[int, ...], how: Packing, dtype: mx.Dtype, make: Callable[[], mx.array]
 ) -> list[Pending]:
-    """The arrays to write for a quantized weight, which is made and packed once, when its first part is written."""
+    """Returns the arrays to write for a quantized weight, which is made and packed when its first part is written."""
     *rows, columns = shape
     groups = (*rows, columns // how["group_size"])
     shapes: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {"weight": (mx.uint32, (*rows, columns * how["bits"] // 32))}
-    if how["mode"] == "affine":
+    if how["mode"] == AFFINE:
         shapes |= {"scales": (dtype, groups), "biases": (dtype, groups)}
     else:
         shapes |= {"scales": (mx.uint8, groups)}
@@ -227,14 +218,14 @@ def packed(
 
 
 def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict[str, mx.array], path: Path) -> None:
-    """Every tensor that `config` wants, in its shape, and no other."""
+    """Raises InputError unless there is every tensor that `config` wants, in its shape, and no other."""
     expected = dict(config.shapes())
     # Scales of the "mx" and "nv" modes are 8-bit floats, which MLX keeps as bytes.
-    bytes_ = {_scales(name) for name, how in packing.items() if how["mode"] != "affine"}
+    bytes_ = {part_of(name, "scales") for name, how in packing.items() if how["mode"] != AFFINE}
     for name, how in packing.items():
         rows, width = expected[name]
         expected[name] = (rows, width * how["bits"] // 32)
-        for part in (_scales(name), _biases(name)):
+        for part in (part_of(name, "scales"), part_of(name, "biases")):
             if part in weights:
                 expected[part] = (rows, width // how["group_size"])
     for name, shape in expected.items():
@@ -253,22 +244,26 @@ def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict
 
 def _check_packed(name: str, how: Packing, weights: dict[str, mx.array], path: Path) -> None:
     try:
-        mx.dequantize(weights[name], weights[_scales(name)], weights.get(_biases(name)), **how)  # not computed
+        mx.dequantize(
+            weights[name], weights[part_of(name, "scales")], weights.get(part_of(name, "biases")), **how
+        )  # not computed
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{path}: tensor {name} cannot be dequantized as config.json says: {error}") from None
 
 
 def _packing(config: Config, name: str) -> Packing:
-    """How the weight `name` is quantized: its own entry in the config, or the config's default."""
+    """How the weight `name` is packed: its own entry in the config, or the config's default."""
     quantization = config.quantization
     if quantization is None:
         raise InputError(f"tensor {name} is quantized, and config.json has no `quantization` to say how")
     own = quantization.get(name.removesuffix(".weight"))
     how = own if isinstance(own, Mapping) else quantization
-    group_size, bits, mode = how.get("group_size"), how.get("bits"), how.get("mode", "affine")
-    if type(group_size) is not int or type(bits) is not int or not (0 < group_size <= 1024 and 0 < bits <= 32):
-        raise InputError("config.json: `quantization` needs whole numbers `group_size` and `bits`")
-    return {"group_size": group_size, "bits": bits, "mode": str(mode)}
+    return {"group_size": how["group_size"], "bits": how["bits"], "mode": str(how.get("mode", AFFINE))}
+
+
+def part_of(name: str, kind: str) -> str:
+    """Returns the name of a quantized weight's "scales" or "biases"."""
+    return name.removesuffix("weight") + kind
 
 
 def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
@@ -276,22 +271,6 @@ def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> Non
     from elm_mlx.model import lora_layers
 
     for name, how in packing.items():
-        scales, biases = weights.pop(_scales(name)), weights.pop(_biases(name), None)
+        scales, biases = weights.pop(part_of(name, "scales")), weights.pop(part_of(name, "biases"), None)
         weights[name] = lora_layers.dequantize(weights[name], scales, biases, **how)
         mx.eval(weights[name])
-
-
-def _scales(name: str) -> str:
-    return name.removesuffix("weight") + "scales"
-
-
-def _biases(name: str) -> str:
-    return name.removesuffix("weight") + "biases"
-
-
-def _describe(stored: mx.Dtype, packing: Mapping[str, Packing]) -> str:
-    if not packing:
-        return str(stored).removeprefix("mlx.core.")
-    bits = sorted({how["bits"] for how in packing.values()})
-    groups = sorted({how["group_size"] for how in packing.values()})
-    return f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
