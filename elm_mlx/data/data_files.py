@@ -13,7 +13,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -49,7 +49,6 @@ _STEM = re.compile(rf"(?P<split>{'|'.join(_NAMES)})(?P<variant>(?:[-_.].*?)??)(?
 _SHARD = re.compile(rf"(?:(?P<variant>.*?)[-_.])?{_NUMBER}", re.IGNORECASE)
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # written beside data
 _DEPTH = 3  # folders below the directory: data/default/train
-_LISTED = 5  # files named in an error
 
 
 class BadRecord(Exception):
@@ -209,8 +208,13 @@ def key_of(key: str) -> str:
 
 def keys_of(value: Mapping[str, Any]) -> str:
     """Lists a few of an object's keys on one line."""
-    keys = list(map(key_of, list(value)[:8]))
-    return ", ".join([*keys, "…"] if len(value) > 8 else keys) or "no keys"
+    return _few(map(key_of, value), 8) or "no keys"
+
+
+def _few(names: Iterable[str], most: int = 5) -> str:
+    """Lists the first names."""
+    shown = list(islice(names, most + 1))
+    return ", ".join([*shown[:most], "…"] if len(shown) > most else shown)
 
 
 def _is_lines(path: Path) -> bool:
@@ -469,11 +473,10 @@ def find(path: str | Path, suffixes: Sequence[str] = RECORDS) -> dict[str, Split
             folder, found = having[0]
             return {split: _together(folder, split, found[split]) for split in SPLITS if split in found}
         below = [each for folder in below for each in _entries(folder) if each.is_dir() and os.access(each, os.R_OK)]
-    there = [each.name for each in _entries(path)]
-    listed = ", ".join(there[:_LISTED]) + (", …" if len(there) > _LISTED else "")
+    there = _few(each.name for each in _entries(path))
     raise InputError(
         f"{path}: holds no train{', train'.join(suffixes)}; to train on one file alone, pass it"
-        + (f" (it holds {listed})" if there else "")
+        + (f" (it holds {there})" if there else "")
     )
 
 
@@ -534,11 +537,9 @@ def _missing(found: Sequence[_Found]) -> str | None:
     counts = {each.name.variant: each.name.count for each in found if each.name.count is not None}
     here = {(each.name.variant, each.name.number) for each in found if each.name.count is not None}
     gone = ((name, number) for name, count in counts.items() for number in range(count))
-    listed = [f"{number:05}" for name, number in islice((each for each in gone if each not in here), _LISTED + 1)]
-    if not listed:
-        return None
-    shown = ", ".join([*listed[:_LISTED], *(["…"] if len(listed) > _LISTED else [])])
-    return f"{len(here):,} of {sum(counts.values()):,} shards are here, {found[0].file.name} first; missing: {shown}"
+    missing = _few(f"{number:05}" for name, number in gone if (name, number) not in here)
+    present = f"{len(here):,} of {sum(counts.values()):,} shards are here, {found[0].file.name} first"
+    return f"{present}; missing: {missing}" if missing else None
 
 
 def _data(folder: Path, suffixes: Sequence[str], deep: bool = False) -> Iterator[tuple[Path, str]]:

@@ -29,6 +29,7 @@ from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead
 from elm_mlx.data.text_sources import TextFiles, TextSource
 from elm_mlx.data.workers import Pool
 from elm_mlx.errors import InputError
+from elm_mlx.reading import counted
 from elm_mlx.text.tokenizer import Tokenizer
 
 _FILES = 1 << 63  # random streams from here on are of files' order, those below of rows'
@@ -265,10 +266,8 @@ class TextBatches:
         bad, broken = sum(each.bad for each in counts), sum(len(each.broken) for each in counts)
         for number, limit, what in ((broken, self._reading.max_broken, "file"), (bad, self._reading.max_bad, "record")):
             if number > limit:
-                plural = "" if number == 1 else "s"
-                raise InputError(
-                    f"{line}; that makes {number:,} {what}{plural} that cannot be read, and {limit:,} are allowed"
-                )
+                many = counted(number, what)
+                raise InputError(f"{line}; that makes {many} that cannot be read, and {limit:,} are allowed")
 
 
 def _file_order(seed: int, source: int, epoch: int, count: int) -> Sequence[int]:
