@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import sentencepiece
 
 from elm_mlx.data import records as data_records
 from elm_mlx.data.batches import Batch
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.filters import Filters
-from elm_mlx.data.records import Record, Split
+from elm_mlx.data.records import Record
 from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import TextSource
 
@@ -66,15 +69,22 @@ def rows_of(batches: Sequence[Batch]) -> list[tuple[int, ...]]:
     return found
 
 
-class ReadSplit(Split):
-    """A split whose records are read."""
+@dataclass
+class ReadSplit:
+    """A split whose records are read, bad ones apart."""
 
     records: list[Record]
+    bad: list[str]
+    ignored: Counter[str]
+    missing: str | None
 
 
 def records(path: Path, format: str | None = None, *, paired: bool = False) -> dict[str, ReadSplit]:
     """A file's or directory's splits, all of them read."""
-    splits = data_records.read(path, format, paired=paired)
-    return {
-        name: ReadSplit(list(split.records), split.bad, split.ignored, split.missing) for name, split in splits.items()
-    }
+    splits = {}
+    for name, split in data_records.read(path, format, paired=paired).items():
+        found = list(split.records)
+        bad = [str(record) for record in found if isinstance(record, BadRecord)]
+        whole = [record for record in found if not isinstance(record, BadRecord)]
+        splits[name] = ReadSplit(whole, bad, split.ignored, split.missing)
+    return splits

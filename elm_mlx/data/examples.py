@@ -16,6 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from elm_mlx.data import records
+from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.records import Conversation, Instruction, PlainText, Preference, PromptAnswer, Record
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import Config
@@ -409,8 +410,11 @@ def prepare(
         InputError: there are conversations, and no template.
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
-    prepared = Prepared(max_length, truncate, context, bad=split.bad, ignored=split.ignored, missing=split.missing)
+    prepared = Prepared(max_length, truncate, context, ignored=split.ignored, missing=split.missing)
     for record in split.records:
+        if isinstance(record, BadRecord):
+            prepared.bad.append(str(record))
+            continue
         if template is None:
             _check_plain(record)
         try:

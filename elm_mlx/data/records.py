@@ -127,13 +127,12 @@ class Split:
     """One split's records, read as one goes over them; the rest is known once one has.
 
     Attributes:
-        bad: place and reason of each record that cannot be used.
+        records: in place of one that cannot be used, a BadRecord that says where and why.
         ignored: keys without meaning here, each with how many of the other records have it.
         missing: a line about shards that are not there.
     """
 
-    records: Iterable[Record] = ()
-    bad: list[str] = field(default_factory=list)
+    records: Iterable[Record | BadRecord] = ()
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
 
@@ -192,8 +191,8 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     return record, ignored + [f"{key_of(key)} of messages" for key in inner]
 
 
-def _records(paths: Sequence[Path], split: Split, format: str | None) -> Iterator[Record]:
-    """The records in files; what else there is to be known goes into `split`."""
+def _records(paths: Sequence[Path], split: Split, format: str | None) -> Iterator[Record | BadRecord]:
+    """Reads the records in files; keys without meaning are counted in `split`."""
     count = of_lora = 0
     for where, value in data_files.read_all(paths, _LAYOUTS["pairs"].known if format == "pairs" else _COLUMNS):
         if not count and format is None and _is_pair(value):
@@ -202,8 +201,8 @@ def _records(paths: Sequence[Path], split: Split, format: str | None) -> Iterato
         try:
             record, ignored = record_of(where, value, format)
         except BadRecord as error:
-            split.bad.append(f"{where}: {error}")
             of_lora += str(error).endswith(_FOR_LORA)
+            yield BadRecord(f"{where}: {error}")
             continue
         split.ignored.update(ignored)
         yield record
@@ -212,7 +211,7 @@ def _records(paths: Sequence[Path], split: Split, format: str | None) -> Iterato
         raise InputError(f"{names}: holds no pairs of answers, `chosen` and `rejected`; {_FOR_LORA}")
 
 
-def _in_blocks(found: Iterator[Record]) -> Iterator[Record]:
+def _in_blocks(found: Iterator[Record | BadRecord]) -> Iterator[Record | BadRecord]:
     """The same records, many read at once: to parse and encode in turn, one by one, takes a tenth more time."""
     while block := list(islice(found, _BLOCK)):
         yield from block
