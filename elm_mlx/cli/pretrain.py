@@ -125,7 +125,7 @@ def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[str, str]]:
-    from elm_mlx.train import checkpoint
+    from elm_mlx.directories import checkpoints_of
 
     lines = training.ended(result, validated)
     for source, counts in zip(run.sources, run.batches.counts(), strict=True) if run.batches.under_way else ():
@@ -138,7 +138,7 @@ def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[st
     if result.harm is not None:
         return [*lines, ("wrote", f"{run.out}: what the last update left, worse than the weights before the first")]
     lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.out} --prompt …"))
-    last = min(_MEAN_OF, len(checkpoint.all_of(run.out)))
+    last = min(_MEAN_OF, len(checkpoints_of(run.out)))
     if last > 1:
         lines.append(("average", f"the last {last} checkpoints: elm-mlx average --last {last} {run.out} --out DIR"))
     return lines

@@ -122,9 +122,9 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
             values["alpha"] = None  # until the rank is known, which may stand anywhere
         fill(found, str(path))
     if given["resume"] and "out" in values:
-        from elm_mlx.train.metrics import ABOUT
+        from elm_mlx.directories import RUN_RECORD
 
-        path = Path(values["out"]) / ABOUT
+        path = Path(values["out"]) / RUN_RECORD
         before = reading.json_object(path).get("settings") if path.exists() else {}
         if not isinstance(before, dict):
             raise InputError(f"{path}: holds no settings of the run")

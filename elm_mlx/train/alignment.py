@@ -21,10 +21,11 @@ from elm_mlx import device, files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
 from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
+from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
-from elm_mlx.train import checkpoint, memory
+from elm_mlx.train import memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Finetuning, read_data
 from elm_mlx.train.loss import Head, Objective
@@ -96,7 +97,7 @@ class Alignment(Finetuning):
         identity = super()._identity()
         whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
         found = read(path, whose) if self.leads else None
-        if found is None and self.leads and path.exists() and checkpoint.all_of(self.out):
+        if found is None and self.leads and path.exists() and checkpoints_of(self.out):
             raise InputError(
                 f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
                 "or choose another directory"

@@ -23,12 +23,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from elm_mlx import directories, files, reading
+from elm_mlx import files, reading
+from elm_mlx.directories import PARAMETERS, checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.safetensors_file import read_header, write_arrays
 
 FORMAT = 1
-PARAMETERS = directories.PARAMETERS
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
@@ -132,11 +132,6 @@ def directory(out: Path, step: int) -> Path:
     return out / "checkpoints" / f"step-{step:08d}"
 
 
-def all_of(out: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
-    return directories.checkpoints_of(out)
-
-
 def save(
     out: Path,
     parameters: dict[str, Any],
@@ -171,7 +166,7 @@ def trained_model(out: Path) -> str | None:
     Raises:
         InputError: the checkpoint is damaged.
     """
-    found = all_of(out)
+    found = checkpoints_of(out)
     identity = reading.json_object(found[-1] / STATE, reading.TEXT_BYTES).get("identity") if found else None
     return identity.get("model") if isinstance(identity, dict) else None
 
@@ -216,7 +211,7 @@ def parameters(path: Path, tree: Any) -> Any:
 
 def newest(out: Path) -> Path:
     """The run's last checkpoint. Raises InputError where there is none."""
-    found = all_of(out)
+    found = checkpoints_of(out)
     if not found:
         raise InputError(f"{out}: holds no checkpoint to resume from; without --resume the run begins anew")
     return found[-1]
@@ -226,7 +221,7 @@ def prune(out: Path, keep: int, best_step: int | None, passing: int | None = Non
     """Remove the checkpoint of step `passing`, and of the others all but the last `keep` and the one of `best_step`."""
     best = None if best_step is None else directory(out, best_step)
     passed = None if passing is None else directory(out, passing)
-    found = all_of(out)
+    found = checkpoints_of(out)
     others = [path for path in found if path != passed]
     for path in {*found} - {*others[-keep:]}:
         if path != best:  # it loses the name of a checkpoint before it ceases to be whole

@@ -22,6 +22,7 @@ from elm_mlx.data import batches as batching
 from elm_mlx.data import examples
 from elm_mlx.data.batches import Batches
 from elm_mlx.data.examples import Example, Prepared
+from elm_mlx.directories import RUN_RECORD, checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import roofline
 from elm_mlx.model.config import Config, read_config
@@ -37,7 +38,6 @@ from elm_mlx.text.tokenizer import read_vocabulary
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.metrics import ABOUT
 from elm_mlx.train.run import HeldRun, Result, Validation, train
 from elm_mlx.train.settings import DataSettings, LoraSettings, MethodSettings
 from elm_mlx.train.throughput import Meter
@@ -258,8 +258,8 @@ def trained_on(adapter: Path, model: Path) -> LogitSample | None:
 
 def _examples_of(adapter: Path, model: Path) -> list[Example]:
     """Raises ElmError, KeyError, TypeError or ValueError where there are none to be had."""
-    run = adapter if (adapter / ABOUT).is_file() else adapter.parent.parent  # of a checkpoint
-    about = json_object(run / ABOUT)
+    run = adapter if (adapter / RUN_RECORD).is_file() else adapter.parent.parent  # of a checkpoint
+    about = json_object(run / RUN_RECORD)
     settings = about["settings"]
     if not isinstance(settings, dict):
         raise TypeError("no settings")
@@ -295,7 +295,7 @@ def _check_place(out: Path) -> None:
 def _check_runs(out: Path, resume: bool) -> None:
     if resume:
         checkpoint.newest(out)
-    elif checkpoint.all_of(out):
+    elif checkpoints_of(out):
         raise InputError(f"{out}: holds a run already; --resume goes on with it, or choose another directory")
-    if (out / adapters.WEIGHTS).exists() and not checkpoint.all_of(out):
+    if (out / adapters.WEIGHTS).exists() and not checkpoints_of(out):
         raise InputError(f"{out}: holds an adapter already; choose another directory")

@@ -17,10 +17,11 @@ from typing import Any
 
 from elm_mlx import files, reading
 from elm_mlx.callbacks import Report
+from elm_mlx.directories import RUN_RECORD
 from elm_mlx.errors import InputError
 from elm_mlx.version import __version__
 
-METRICS, ABOUT = "metrics.jsonl", "run.json"
+METRICS = "metrics.jsonl"
 # What a column is seen against, and a mark that validations' losses tell: no columns.
 _NO_COLUMN = ("step", "seconds", "tokens", "trained_tokens", "best")
 
@@ -86,7 +87,7 @@ def describe(out: Path, about: Mapping[str, Any]) -> None:
     from elm_mlx import device
 
     values = {**about, "machine": device.machine(), "version": __version__}
-    files.write_text(out / ABOUT, json.dumps(values, indent=1) + "\n")
+    files.write_text(out / RUN_RECORD, json.dumps(values, indent=1) + "\n")
 
 
 def append(out: Path, report: Report) -> None:
@@ -201,12 +202,12 @@ def _take(run: RunMetrics, line: Any) -> bool:
 
 
 def _about(run: RunMetrics) -> dict[str, str]:
-    path = run.path / ABOUT
+    path = run.path / RUN_RECORD
     try:
         found = reading.json_object_if_there(path)
         return dict(_flat("", found)) if found else {}
     except InputError:
-        run.notes.append(f"{ABOUT} cannot be read")
+        run.notes.append(f"{RUN_RECORD} cannot be read")
         return {}
 
 

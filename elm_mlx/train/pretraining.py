@@ -25,6 +25,7 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import TextSource
+from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model, initialize
 from elm_mlx.safetensors_file import write_arrays
@@ -101,7 +102,7 @@ class Pretraining(HeldRun):
         Raises:
             InputError, ElmError, KeyboardInterrupt: as `loop.train`, and as the batches do.
         """
-        if not resume and checkpoint.all_of(self.out):
+        if not resume and checkpoints_of(self.out):
             raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
         if resume:
             self._check_window()

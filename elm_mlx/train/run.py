@@ -26,6 +26,7 @@ from elm_mlx import device
 from elm_mlx.callbacks import SILENT, Report, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
+from elm_mlx.directories import PARAMETERS, checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.network import Model
 from elm_mlx.reading import counted
@@ -224,7 +225,7 @@ class Run:
         self._step = Step(model, optimizer, settings.clip, compute_dtype, objective or TokenLoss(settings.z_loss))
 
     def start(self) -> None:
-        if checkpoint.all_of(self._out):
+        if checkpoints_of(self._out):
             raise InputError(f"{self._out}: holds a run already: resume it, or choose another directory")
         mx.random.seed(self._settings.seed + self._group.rank())
         if self.leads:
@@ -241,7 +242,7 @@ class Run:
         if before != now:
             raise InputError(f"{saved.path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
         trained = step.model.trainable_parameters()
-        step.model.update(checkpoint.fill(trained, saved.parameters, saved.path / checkpoint.PARAMETERS))
+        step.model.update(checkpoint.fill(trained, saved.parameters, saved.path / PARAMETERS))
         step.optimizer.state = checkpoint.fill(step.optimizer.state, saved.optimizer, saved.path / checkpoint.OPTIMIZER)
         vars(self.progress).update(vars(saved.progress))
         self.saved = self.progress.step
@@ -382,7 +383,7 @@ class Run:
         self._skipped_in_a_row += 1
         if self._settings.on_nan == "skip" and self._skipped_in_a_row < _MOST_SKIPPED:
             return
-        kept = checkpoint.all_of(self._out)
+        kept = checkpoints_of(self._out)
         good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise ElmError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
 

@@ -13,6 +13,7 @@ import pexpect
 import pytest
 from training_runs import updates, write_data
 
+from elm_mlx.directories import checkpoints_of
 from elm_mlx.store.loading import load_model
 from elm_mlx.train import checkpoint
 
@@ -77,7 +78,7 @@ def test_ctrl_c_before_the_first_update_is_answered_and_ends(tiny_model_dir: Pat
     child.close()
     assert "Traceback" not in child.before and "Exception" not in child.before
     assert child.exitstatus == 130 or child.signalstatus == signal.SIGINT
-    assert late or not checkpoint.all_of(out)
+    assert late or not checkpoints_of(out)
 
 
 def test_a_closed_terminal_loses_nothing(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from commands import Run
 from mlx.utils import tree_flatten
 from training_runs import free_port, gradient_norms, updates
 
-from elm_mlx import files
+from elm_mlx import directories, files
 from elm_mlx.cli.pretrain import _KEYS
 from elm_mlx.model import roofline
 from elm_mlx.store.loading import load, load_model
@@ -86,7 +86,7 @@ def test_from_text_to_a_model(run: Run, config: Path, tmp_path: Path, monkeypatc
     assert "updates   6 of 256 tokens, 1,536 in all" in text and "documents kept" in text
     model, tokenizer = load(out)
     assert tokenizer is not None and run("generate", out, "--prompt", "the", "--max-tokens", 2)[0] == 0
-    last = mx.load(str(checkpoint.directory(out, 6) / checkpoint.PARAMETERS))
+    last = mx.load(str(checkpoint.directory(out, 6) / directories.PARAMETERS))
     assert all(mx.array_equal(last[name], value) for name, value in tree_flatten(model.parameters()))
     assert f"wrote     {out}; try: elm-mlx generate {out} --prompt …" in text
     suggested = re.search(r"^average   the last (\d) checkpoints: elm-mlx (.*) DIR$", text, re.M)

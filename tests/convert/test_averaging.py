@@ -27,7 +27,7 @@ from checkpoints import (
 )
 from safetensors.numpy import load_file, save_file
 
-from elm_mlx import files
+from elm_mlx import directories, files
 from elm_mlx.cli import main
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import hold
@@ -216,7 +216,7 @@ def test_values_that_are_no_numbers(pts: list[Path], tmp_path: Path, value: floa
 
 def test_adapters(run: Path, tmp_path: Path) -> None:
     step = last(run, 1)[0]
-    save_file({"transformer.layers.0.attn.qkv_proj.lora_a": np.zeros((48, 2), "f4")}, step / checkpoint.PARAMETERS)
+    save_file({"transformer.layers.0.attn.qkv_proj.lora_a": np.zeros((48, 2), "f4")}, step / directories.PARAMETERS)
     refused([step], tmp_path, "step-00000500: holds an adapter, .*`convert` or `fuse`")
     lora = {**tensors(SETS[0]), "layers.0.attn.qkv_proj.lora_A.default.weight": torch_files.tensor(np.zeros((2, 48)))}
     refused([torch_files.save(tmp_path / "lora.pt", lora)], tmp_path, r"lora\.pt: holds an adapter")

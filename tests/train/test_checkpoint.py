@@ -10,6 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from elm_mlx import directories
+from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.checkpoint import Identity, RunProgress
@@ -41,7 +43,7 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40, 50):
         save(tmp_path, step)
         checkpoint.prune(tmp_path, 2, best_step=20)
-    assert [int(path.name[5:]) for path in checkpoint.all_of(tmp_path)] == [20, 40, 50]
+    assert [int(path.name[5:]) for path in checkpoints_of(tmp_path)] == [20, 40, 50]
     assert checkpoint.newest(tmp_path).name == "step-00000050"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "nothing half removed is left"
 
@@ -52,7 +54,7 @@ def test_one_in_passing_goes_with_the_next_and_takes_no_others_place(tmp_path: P
     checkpoint.prune(tmp_path, 3, best_step=None)
     save(tmp_path, 30)
     checkpoint.prune(tmp_path, 2, best_step=10, passing=25)
-    assert [int(path.name[5:]) for path in checkpoint.all_of(tmp_path)] == [10, 20, 30]
+    assert [int(path.name[5:]) for path in checkpoints_of(tmp_path)] == [10, 20, 30]
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
@@ -69,7 +71,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000010"]
 
 
-@pytest.mark.parametrize("name", [checkpoint.PARAMETERS, checkpoint.OPTIMIZER, checkpoint.STATE])
+@pytest.mark.parametrize("name", [directories.PARAMETERS, checkpoint.OPTIMIZER, checkpoint.STATE])
 @pytest.mark.parametrize("damage", ["absent", "cut", "empty"])
 def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     path = save(tmp_path, 10)

@@ -20,9 +20,10 @@ import pytest
 import runs
 from mlx.utils import tree_flatten
 
-from elm_mlx import device
+from elm_mlx import device, directories
 from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batch
+from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint
 from elm_mlx.train import run as training
@@ -127,7 +128,7 @@ def test_a_run_learns_and_leaves_its_metrics_and_checkpoints(tmp_path: Path) -> 
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [report.step for report in seen]
     assert lines[1]["learning_rate"] == pytest.approx(3e-3 / 2)
-    assert {path.name for path in checkpoint.all_of(tmp_path)} == {result.last.name, result.best.name}  # type: ignore[union-attr]
+    assert {path.name for path in checkpoints_of(tmp_path)} == {result.last.name, result.best.name}  # type: ignore[union-attr]
     assert result.progress.best_loss == min(valid[1:])
 
 
@@ -169,7 +170,7 @@ def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
     out, seen = tmp_path / "cut", []
 
     def note(report: Report) -> None:
-        seen.append([int(path.name[5:]) for path in checkpoint.all_of(out)])
+        seen.append([int(path.name[5:]) for path in checkpoints_of(out)])
         if report.step == 9:
             raise RuntimeError("a power cut")
 
@@ -212,7 +213,7 @@ def test_stopped_before_its_first_update_a_run_leaves_no_checkpoint(at: str, tmp
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         runs.run(tmp_path, rehearsal=next(runs.batches()), meter=meter, callback=callback)
-    assert not checkpoint.all_of(tmp_path) and signal.getsignal(signal.SIGINT) == before
+    assert not checkpoints_of(tmp_path) and signal.getsignal(signal.SIGINT) == before
     assert not any(isinstance(each, Report) for each in callback.told)
     runs.run(tmp_path, runs.settings(2))  # so the same command can begin it again
     assert [step for step, _, _ in runs.losses(tmp_path)] == [0, 1, 2, 2]
@@ -258,7 +259,7 @@ def test_killed_at_random_moments_the_losses_are_those_of_a_run_that_lived(tmp_p
     reference = start(whole, "new")
     deaths = 0
     while deaths < 4:
-        process = start(out, "resume" if checkpoint.all_of(out) else "new")
+        process = start(out, "resume" if checkpoints_of(out) else "new")
         assert process.stdout is not None
         lines = iter(process.stdout)
         for _ in range(draw.randint(2, 6)):
@@ -336,8 +337,8 @@ def poisoned_run(out: Path, bad: set[int], **options: Any) -> Any:
 def test_a_loss_that_is_no_number_stops_and_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ElmError, match=r"step 5: the loss is nan.*last good checkpoint is .*step-00000003"):
         poisoned_run(tmp_path, {5})
-    assert [path.name for path in checkpoint.all_of(tmp_path)] == ["step-00000003"]
-    kept = mx.load(str(tmp_path / "checkpoints" / "step-00000003" / checkpoint.PARAMETERS))
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-00000003"]
+    kept = mx.load(str(tmp_path / "checkpoints" / "step-00000003" / directories.PARAMETERS))
     assert all(mx.isfinite(value).all().item() for value in kept.values())
 
 
