@@ -106,7 +106,7 @@ def read_header(path: Path) -> list[Entry]:
 
 
 def parse_header(path: Path, size: int, read_at: Callable[[int, int], bytes]) -> list[Entry]:
-    """`read_header` of a file of `size` bytes that is open already; `read_at` takes an offset and a length."""
+    """Reads the header of a file of `size` bytes that is open already; `read_at` takes an offset and a length."""
     length = int.from_bytes(read_at(0, 8), "little") if size >= 8 else 0
     if _MAX_HEADER_BYTES < length <= size - 8:
         raise InputError(f"{path}: its safetensors header has {length >> 20} MB, and at most 16 MB are read")
@@ -171,7 +171,7 @@ def _object(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def _entry(path: Path, name: str, entry: Any) -> Entry:
-    """One entry with every number checked, its offsets still counted from the end of the header."""
+    """Checks every number of an entry. Returns it with its offsets still counted from the end of the header."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{path}: {name!r} needs exactly dtype, shape and data_offsets in the header")
     shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]

@@ -1,7 +1,6 @@
-"""An adapter from one tool's directory to another's, for a given model.
+"""An adapter from one tool's directory to another's: of mlx-lm's layout, of PEFT's, or a CoreNet checkpoint.
 
-Knows what a path is: an adapter of ours, of PEFT's, a CoreNet checkpoint. Reading and writing the others' files is
-`elm_mlx_convert`'s.
+`elm_mlx_convert` reads and writes the files of the others.
 """
 
 from __future__ import annotations

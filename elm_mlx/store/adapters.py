@@ -68,7 +68,7 @@ class Adapter:
         return max(self.ranks.values(), default=0)
 
     def shapes(self, config: Config) -> dict[str, tuple[int, ...]]:
-        """The adapter's own parameters: name in the model -> shape."""
+        """Returns the adapter's own parameters: name in the model -> shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         for module, rank in self.ranks.items():
             rows, columns = config.shapes()[f"{module}.weight"]
@@ -81,17 +81,17 @@ class Adapter:
         return shapes
 
     def file_name(self, name: str, config: Config) -> str:
-        """What the directory calls the module or parameter `name`."""
+        """Returns the name of the module or parameter `name` in the directory."""
         if name.startswith(EMBEDDING) and config.share_input_output_layers and not self.adapted_head:
             return INPUT_EMBEDDING + name.removeprefix(EMBEDDING)
         return name
 
     def unties(self, config: Config) -> bool:
-        """Whether merging it needs a head of its own: the base embedding, beside the adapted one."""
+        """Returns whether merging it needs a head of its own: the base embedding, beside the adapted one."""
         return EMBEDDING in self.ranks and config.share_input_output_layers and not self.adapted_head
 
     def describe(self) -> str:
-        """One line for a person."""
+        """Returns one line for a person."""
         if self.kind == "full":
             return "weights of the whole model"
         low, high = min(self.ranks.values()), self.rank
@@ -186,7 +186,7 @@ def weights_file(directory: Path) -> Path:
 
 
 def attach(model: Model, adapter: Adapter, seed: int = 0) -> None:
-    """Puts a new adapter into `model`, which then computes what it did before; trains nothing but the adapter.
+    """Puts a new adapter into `model`, which then computes what it did before, and freezes all but the adapter.
 
     `seed` draws it: the same one, the same adapter.
     """
@@ -348,7 +348,6 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
 
 
 def _is_peft(directory: Path) -> bool:
-    """Whether an adapter's directory is of PEFT's layout."""
     try:
         return "peft_type" in json_object(directory / CONFIG)
     except InputError:
@@ -398,7 +397,7 @@ def _read_config(path: Path, config: Config) -> Adapter:
 
 
 def _modules(where: Path, keys: object, num_layers: object, config: Config) -> list[str]:
-    """The modules that mlx-lm's `keys` and `num_layers` mean: in the last layers, or by their full names."""
+    """Returns the modules that mlx-lm's `keys` and `num_layers` mean: in the last layers, or by their full names."""
     if num_layers is not None and type(num_layers) is not int:
         raise InputError(f"{where}: num_layers is {short(num_layers)}: a whole number is needed")
     if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
@@ -467,7 +466,7 @@ def _filled(name: str, value: mx.array, rank: int) -> mx.array:
 
 
 def _cut(path: Path, name: str, value: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """`value` without the zeros that filled it up; anything else there is an error."""
+    """Cuts off the zeros that filled `value` up; anything else there is an error."""
     kept = value[tuple(slice(size) for size in shape)]
     if kept.shape != value.shape and mx.abs(value).sum().item() != mx.abs(kept).sum().item():
         raise InputError(f"{path}: tensor {name} is not 0 past the rank that {CONFIG} says: {shape}")

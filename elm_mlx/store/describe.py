@@ -132,7 +132,7 @@ def _head(adapter: Adapter, config: Config) -> str:
 
 
 def _runs(ranks: list[int]) -> str:
-    """`8, in 3 modules` or, where they differ, all of them."""
+    """Returns `8, in 3 layers` or, where they differ, all of them."""
     if len(set(ranks)) > 1:
         return ", ".join(map(str, ranks))
     return f"{ranks[0]}" + (f", in {len(ranks)} layers" if len(ranks) > 1 else "")

@@ -33,7 +33,7 @@ _ROWS = 1024  # at once: a few float32 copies of so many are in memory together
 
 @dataclass
 class Merge:
-    """The tensors of a fused directory, each made when it is asked for, once: `weights` is emptied on the way.
+    """The tensors of a fused directory, each made once, when it is written: `weights` is emptied on the way.
 
     An array that MLX reads from a file stays in memory as long as anyone holds it.
 
@@ -97,7 +97,7 @@ class Merge:
         return weight.astype(dtype)
 
     def _quantized_part(self, name: str, part: str, quantized: dict[str, mx.array]) -> mx.array:
-        """One of weight, scales and biases; the first call makes all, each is handed out once."""
+        """Returns one of weight, scales and biases; the first call makes all, each is handed out once."""
         if not quantized:
             parts = (name, part_of(name, "scales"), part_of(name, "biases"))
             before = [self.weights[part] for part in parts if part in self.weights]
@@ -126,7 +126,7 @@ class Merge:
 def _quantized(
     weight: mx.array, before: Sequence[mx.array], how: Packing, dtype: mx.Dtype, way: str, seed: int
 ) -> tuple[Sequence[mx.array], int]:
-    """A merged weight in the parts, and by the way, that it had `before`; and how many of its values are others."""
+    """Packs a merged weight in the parts that it had `before`. Returns them, and how many of its values are others."""
     if how["mode"] == AFFINE:
         *made, moved = requantize(weight, *before, group_size=how["group_size"], bits=how["bits"], way=way, seed=seed)
         return made, moved
@@ -175,7 +175,7 @@ def requantize(
     return words, new_scales, new_biases, moved
 
 
-def pack(codes: mx.array, bits: int) -> mx.array:
+def pack_integers(codes: mx.array, bits: int) -> mx.array:
     """Packs integers `(rows, columns)` below 2 ** bits into words, `(rows, columns * bits / 32)`, the first lowest."""
     runs = codes.astype(mx.uint32).reshape(codes.shape[0], -1, 32)  # of so many integers as many words as bits
     words = [mx.zeros(runs.shape[:2], mx.uint32)] * bits
@@ -199,7 +199,7 @@ def _rows(
     before = _codes(packed, groups.shape, bits)
     values = mx.where(moves[..., None], fitted_values, kept_values)
     return (
-        pack(mx.where(moves[..., None], fitted, kept).reshape(weight.shape), bits),
+        pack_integers(mx.where(moves[..., None], fitted, kept).reshape(weight.shape), bits),
         mx.where(moves, new_scales, scales),
         mx.where(moves, new_biases, biases),
         (values != _values(before, scales, biases)).sum(),
@@ -215,17 +215,17 @@ def _by_lot(
     change = (groups - _values(before, scales, biases)) / mx.where(steps == 0, mx.inf, steps)
     change = mx.where(mx.abs(change) < _SAME, 0, change) * mx.where(scales < 0, -1, 1)[..., None]
     codes = mx.clip(before + mx.floor(change + mx.random.uniform(shape=groups.shape, key=key)), 0, 2**bits - 1)
-    return pack(codes.reshape(weight.shape), bits), scales, biases, (codes != before).sum()
+    return pack_integers(codes.reshape(weight.shape), bits), scales, biases, (codes != before).sum()
 
 
 def _codes(packed: mx.array, shape: tuple[int, ...], bits: int) -> mx.array:
-    """The integers in `packed`, as float32 in groups: `(rows, groups, group_size)`."""
+    """Returns the integers in `packed`, as float32 in groups: `(rows, groups, group_size)`."""
     ones, zeros = mx.ones(shape[:2]), mx.zeros(shape[:2])
     return mx.dequantize(packed, ones, zeros, group_size=shape[2], bits=bits).reshape(shape)
 
 
 def _nearest(groups: mx.array, scales: mx.array, biases: mx.array, bits: int) -> tuple[mx.array, mx.array]:
-    """The integers whose values stand nearest to `groups`, `(rows, groups, group_size)`, and those values."""
+    """Returns the integers whose values are nearest to `groups`, `(rows, groups, group_size)`, and those values."""
     scale, bias = scales.astype(mx.float32)[..., None], biases.astype(mx.float32)[..., None]
     step = mx.where(scale == 0, 1, scale)  # of a group whose weights are all alike, the bias
     codes = mx.clip(mx.round((groups - bias) / step), 0, 2**bits - 1)

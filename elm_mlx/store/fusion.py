@@ -180,7 +180,7 @@ def fuse(
 
 
 def _ways(source: Path, config: Config, adapter: Adapter, dequantize: bool) -> tuple[str, ...]:
-    """The ways of rounding that differ for what the adapter changes."""
+    """Returns the ways of rounding that differ for what the adapter changes."""
     packing = {} if dequantize else read_weights(source, config)[1]
     modes = {packing[f"{module}.weight"]["mode"] for module in adapter.ranks if f"{module}.weight" in packing}
     return tuple(WAYS) if "affine" in modes else (ANEW,)
@@ -203,7 +203,7 @@ def percent(share: float) -> str:
 
 
 def _dtype(source: Path, config: Config, name: str | None, dequantize: bool) -> mx.Dtype | None:
-    """The type to write in; None for the one that is there. Raises InputError where there is no such choice."""
+    """Returns the type to write in; None for the one that is there. Raises InputError where there is no such choice."""
     if name is None:
         return None
     if name not in device.DTYPES:
@@ -250,7 +250,7 @@ def _write(
 
 
 def _config(values: dict[str, Any], untied: bool, dequantize: bool, dtype: mx.Dtype | None) -> dict[str, Any]:
-    """The source's `config.json`, with what is different now."""
+    """Returns the source's `config.json`, with what is different now."""
     if untied:
         values["share_input_output_layers"] = False
         values.pop("tie_word_embeddings", None)
@@ -265,7 +265,7 @@ def _config(values: dict[str, Any], untied: bool, dequantize: bool, dtype: mx.Dt
 
 
 def _record(source: Path, adapter: Adapter) -> dict[str, Any]:
-    """The origin of the model: what was merged, and all that the base's own record says."""
+    """Returns the origin of the model: what was merged, and all that the base's own record says."""
     assert adapter.directory is not None
     weights, base = adapters.weights_file(adapter.directory), source / "conversion.json"
     return {
@@ -296,7 +296,7 @@ def _sample(loaded: Loaded, text: str | None) -> LogitSample:
 
 
 def _logits(loaded: Loaded, sample: LogitSample) -> mx.array:
-    """`(tokens, vocab_size)`, in float32, of the positions that count."""
+    """Computes logits of the positions that count, `(tokens, vocab_size)`, in float32."""
     found = []
     for part in _batches(sample):
         longest = max(len(ids) for ids, _ in part)
@@ -310,7 +310,7 @@ def _logits(loaded: Loaded, sample: LogitSample) -> mx.array:
 
 
 def _batches(sample: LogitSample) -> list[list[tuple[Sequence[int], Sequence[bool]]]]:
-    """The rows in batches: short ones cost little more together than one alone."""
+    """Returns the rows in batches: short ones cost little more together than one alone."""
     batches: list[list[tuple[Sequence[int], Sequence[bool]]]] = []
     for row in sorted(sample.rows, key=lambda row: len(row[0])):
         if not batches or (len(batches[-1]) + 1) * len(row[0]) > _BATCH_TOKENS:
@@ -320,7 +320,7 @@ def _batches(sample: LogitSample) -> list[list[tuple[Sequence[int], Sequence[boo
 
 
 def _compare(before: mx.array, after: mx.array) -> dict[str, float]:
-    """Both of `(tokens, vocab_size)` logits; the keys are fields of `Fusion`."""
+    """Compares logits of shape `(tokens, vocab_size)`; the keys are fields of `Fusion`."""
     difference = mx.abs(before - after)
     logs = [logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (before, after)]
     found = {

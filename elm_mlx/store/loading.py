@@ -1,5 +1,4 @@
-"""A model directory into a model: its weights checked, loaded, and the type that they are computed in; and how arrays
-are written to one."""
+"""A model directory loaded: its config, tokenizer and weights, every tensor checked; and arrays written to one."""
 
 from __future__ import annotations
 
@@ -158,7 +157,6 @@ def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[
 
 
 def _read_weights(path: Path) -> dict[str, mx.array]:
-    """Every tensor of the directory's `model*.safetensors`, not yet read from the disk."""
     weights: dict[str, mx.array] = {}
     for file in weight_files(path):
         safetensors_file.read_header(file)  # MLX believes a header
@@ -252,7 +250,7 @@ def _check_packed(name: str, how: Packing, weights: dict[str, mx.array], path: P
 
 
 def _packing(config: Config, name: str) -> Packing:
-    """How the weight `name` is packed: its own entry in the config, or the config's default."""
+    """Returns how the weight `name` is packed: its own entry in the config, or the config's default."""
     quantization = config.quantization
     if quantization is None:
         raise InputError(f"tensor {name} is quantized, and config.json has no `quantization` to say how")
@@ -267,7 +265,7 @@ def part_of(name: str, kind: str) -> str:
 
 
 def _unpack(weights: dict[str, mx.array], packing: Mapping[str, Packing]) -> None:
-    """Replace quantized weights by the values that they stand for."""
+    """Replaces quantized weights by the values that they stand for."""
     from elm_mlx.model import lora_layers
 
     for name, how in packing.items():

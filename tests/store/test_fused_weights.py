@@ -8,7 +8,7 @@ import pytest
 
 from elm_mlx.model.lora_layers import dequantize
 from elm_mlx.store import fused_weights as module
-from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, WAYS, pack, requantize
+from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, WAYS, pack_integers, requantize
 
 BITS = (2, 3, 4, 5, 6, 8)
 
@@ -41,7 +41,7 @@ def test_packed_as_mlx_packs(bits: int) -> None:
     packed, scales, _ = quantized(bits)
     ones, zeros = mx.ones(scales.shape), mx.zeros(scales.shape)
     codes = mx.dequantize(packed, ones, zeros, group_size=32, bits=bits)
-    assert mx.array_equal(pack(codes, bits), packed)
+    assert mx.array_equal(pack_integers(codes, bits), packed)
     assert codes.min().item() == 0 and codes.max().item() == 2**bits - 1
 
 
