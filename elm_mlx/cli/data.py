@@ -27,7 +27,6 @@ from elm_mlx.cli.screen import (
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
-    from elm_mlx.data.batches import Batches
     from elm_mlx.data.examples import Example, Names, Prepared
     from elm_mlx.text.tokenizer import Tokenizer
 
@@ -100,7 +99,7 @@ def data(
     try:
         for name, prepared in splits.items():
             name_bad(prepared.bad)
-            (_print_pairs if paired else _print_split)(name, prepared)
+            _print_split(name, prepared, paired)
         _print_examples(splits["train"], tokenizer, paired)
         sys.stdout.flush()
     except BrokenPipeError:  # of a reader that has left; the data are whole
@@ -134,54 +133,28 @@ def _warn(text: str) -> None:
     line(text, err=True)
 
 
-def _tokens(prepared: Prepared) -> tuple[str, str]:
+def _print_split(name: str, prepared: Prepared, paired: bool) -> None:
+    from elm_mlx.data.batches import Batches, PairBatches
+
+    examples, length, total = prepared.examples, prepared.max_length, len(prepared.examples)
+    kinds = ", ".join(counted(count, each.lower()) for each, count in prepared.counts.items())
+    kind, heading, answers, measured = Batches, f"{counted(total, 'example')} of {kinds}", "", ""
+    if paired:
+        kind, length = PairBatches, 2 * length  # a row has room for both answers of the longest pair
+        heading, measured = f"{counted(total // 2, 'pair')} of answers, for `elm-mlx dpo`", "of the longer answer: "
+        medians = (statistics.median_low(sum(each.trained) for each in examples[half::2]) for half in (0, 1))
+        answers = "median {} chosen, {} rejected".format(*(counted(median, "token") for median in medians))
+    rows, grouped = kind(examples, 1, length), kind(examples, _BATCH, length, packed=False)
+    print(f"{name}: {heading}")
     share = prepared.trained_tokens / prepared.tokens
-    return "tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"
-
-
-def _fill(rows: Batches, grouped: Batches, length: int) -> list[tuple[str, str]]:
-    """Returns how full the rows of `length` tokens are, packed and in batches by length."""
-    return [
+    lines = [
+        *_remarks(prepared),
+        ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
+        ("answers", answers),
         ("packed", f"{counted(rows.steps(), 'row')} of {length:,} tokens, {rows.fill():.1%} full"),
         ("unpacked", f"batches of {_BATCH} by length, {grouped.fill():.1%} full"),
+        ("lengths", f"{measured}median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
     ]
-
-
-def _print_split(name: str, prepared: Prepared) -> None:
-    from elm_mlx.data.batches import Batches
-
-    rows = Batches(prepared.examples, 1, prepared.max_length)
-    grouped = Batches(prepared.examples, _BATCH, prepared.max_length, packed=False)
-    kinds = ", ".join(counted(count, kind.lower()) for kind, count in prepared.counts.items())
-    print(f"{name}: {counted(len(prepared.examples), 'example')} of {kinds}")
-    lines = [
-        *_remarks(prepared),
-        _tokens(prepared),
-        *_fill(rows, grouped, prepared.max_length),
-        ("lengths", f"median {statistics.median_low(prepared.lengths):,}, longest {prepared.longest[0]:,}"),
-    ]
-    say_all(lines, indent=2)
-    _print_histogram(prepared)
-
-
-def _print_pairs(name: str, prepared: Prepared) -> None:
-    from elm_mlx.data.batches import PairBatches
-
-    length = 2 * prepared.max_length  # a row has room for both answers of the longest pair
-    rows = PairBatches(prepared.examples, 1, length)
-    grouped = PairBatches(prepared.examples, _BATCH, length, packed=False)
-    chosen, rejected = (
-        statistics.median_low(sum(example.trained) for example in prepared.examples[half::2]) for half in (0, 1)
-    )
-    print(f"{name}: {counted(len(prepared.examples) // 2, 'pair')} of answers, for `elm-mlx dpo`")
-    lines = [
-        *_remarks(prepared),
-        _tokens(prepared),
-        ("answers", f"median {counted(chosen, 'token')} chosen, {counted(rejected, 'token')} rejected"),
-        *_fill(rows, grouped, length),
-        ("lengths", f"of the longer answer: median {statistics.median_low(prepared.lengths):,}, "
-                    f"longest {prepared.longest[0]:,}"),
-    ]  # fmt: skip
     say_all(lines, indent=2)
     _print_histogram(prepared)
 

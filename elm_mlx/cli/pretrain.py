@@ -67,7 +67,6 @@ def pretrain(
         raise InputError("--data needs --init; CONFIG names its own sources")
     if config is None or out is None:
         raise InputError(f"{'CONFIG' if config is None else '--out'} is missing; --init FILE writes a first recipe")
-    from elm_mlx import device
     from elm_mlx.cli import screen
     from elm_mlx.train import memory
     from elm_mlx.train.pretraining import Pretraining
@@ -76,14 +75,7 @@ def pretrain(
     recipe = sections.read(config, Recipe, set_ or [])
     shown = screen.TrainingDisplay(recipe.optimizer.steps, validates=recipe.data.validation is not None)
     with Pretraining(recipe, out, on_wrong=shown.say) as run:
-        free, total = device.available_memory(), device.total_memory()
-        tight = memory.check(run.load(), free, total, memory.RECIPE, force)
-        shown.quiet = not run.leads
-        shown.lines(_plan(run, recipe))
-        if tight:
-            shown.warn(tight)
-        with shown, training.changes_named(_KEYS):
-            result = run.train(resume=resume, callback=shown)
+        result = training.train(run, shown, _plan(run, recipe), _KEYS, resume, force, memory.RECIPE)
         shown.lines(_outcome(run, result, shown.validates))
         if result.harm is not None:
             shown.warn(training.harmed(result, "optimizer.lr"))

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
@@ -27,6 +26,7 @@ from elm_mlx.train.settings import DpoSettings, LoraSettings
 if TYPE_CHECKING:
     from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.memory import Load
+    from elm_mlx.train.pretraining import Pretraining
     from elm_mlx.train.run import Result
 
 Recipes = Mapping[str, Mapping[str, Any]]  # of each its settings, by name
@@ -199,7 +199,6 @@ def _read_as(setting: Setting, value: Any, where: str) -> Any:
 
 def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
     """Opens a run, prints what is about to happen, trains, and prints how it ended."""
-    from elm_mlx import device
     from elm_mlx.train import memory
     from elm_mlx.train.finetuning import Finetuning
 
@@ -211,18 +210,13 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
         else:
             run = Finetuning(asked, resume=resume)
     with run:
-        shown = TrainingDisplay(run.settings.schedule.steps, validates="valid" in run.splits, quiet=not run.leads)
-        tight = memory.check(run.load(), device.available_memory(), device.total_memory(), force=force)
+        shown = TrainingDisplay(run.settings.schedule.steps, validates="valid" in run.splits)
         name_bad([reason for split in run.splits.values() for reason in split.bad])
-        shown.lines(_plan(run))
-        if tight:
-            shown.warn(tight)
         options = {name: f"--{name.replace('_', '-')}" for name in asked.options()}
         names = {name.replace("_", " "): option for name, option in options.items()} | options | _DECIDED_BY
         names[_STEPS] = "updates (--epochs)" if asked.optimizer.iters is None else "--iters"
         onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
-        with shown, changes_named(names, onwards):
-            result = run.train(resume=resume, callback=shown)
+        result = train(run, shown, _plan(run), names, resume, force, memory.OPTIONS, onwards)
         shown.lines(ended(result, shown.validates))
         if result.harm is None:
             trial = _trial(run.path, run.out, asked.examples.template)
@@ -234,13 +228,32 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
         raise typer.Exit(130)
 
 
-@contextmanager
-def changes_named(names: Mapping[str, str], onwards: str = "") -> Iterator[None]:
-    """Renames what a run cannot be resumed with as its user knows it, by `names`, and says how to train for longer."""
+def train(
+    run: Finetuning | Pretraining, shown: TrainingDisplay, plan: list[tuple[str, str]], names: Mapping[str, str],
+    resume: bool, force: bool, advice: Mapping[str, str], onwards: str = "",
+) -> Result:  # fmt: skip
+    """Prints the plan of a run and trains.
+
+    Args:
+        names: options by a checkpoint's names for what they decide.
+        advice: options by what needs less memory, as `memory.OPTIONS`.
+        onwards: how to train for longer than a run that has ended.
+
+    Raises:
+        InputError: the run does not fit into memory, or cannot be resumed with other settings, which are named.
+    """
+    from elm_mlx import device
+    from elm_mlx.train import memory
     from elm_mlx.train.checkpoint import Changed
 
+    tight = memory.check(run.load(), device.available_memory(), device.total_memory(), advice, force)
+    shown.quiet = not run.leads
+    shown.lines(plan)
+    if tight:
+        shown.warn(tight)
     try:
-        yield
+        with shown:
+            return run.train(resume=resume, callback=shown)
     except Changed as error:
         name = names.get(error.name, error.name)
         why = ", for the learning rate is spread over all updates" if error.name == _STEPS else ""
