@@ -43,7 +43,9 @@ def failures_named(path: Path) -> Iterator[None]:
 def new_hashed_directory(
     path: Path, sources: Iterable[Path], nbytes: int, *, overwrite: bool
 ) -> Iterator[tuple[Path, Hashes]]:
-    """Gives a directory to fill that becomes `path` when the block ends, and a function that hashes its sources.
+    """Yields a directory that becomes `path` when the block ends, and a function that gives its sources' SHA-256.
+
+    The sources are read in the background.
 
     Args:
         nbytes: of the weights that are to be written.
@@ -52,18 +54,12 @@ def new_hashed_directory(
         ElmError: they, and what goes with them, do not fit; or as `files.new_directory`.
     """
     check_room(path, nbytes)
-    with _hashing(sources) as hashes, new_directory(path, replace=overwrite) as directory:
-        yield directory, hashes
-
-
-@contextmanager
-def _hashing(files: Iterable[Path]) -> Iterator[Hashes]:
-    """Computes the files' SHA-256 in the background; the function that it gives waits for them."""
     stop = threading.Event()
     with ThreadPoolExecutor(1, thread_name_prefix="hash") as pool:
         try:
-            futures = {file: pool.submit(sha256, file, stop) for file in files}
-            yield lambda: {file: future.result() for file, future in futures.items()}
+            futures = {file: pool.submit(sha256, file, stop) for file in sources}
+            with new_directory(path, replace=overwrite) as directory:
+                yield directory, lambda: {file: future.result() for file, future in futures.items()}
         finally:
             stop.set()
 

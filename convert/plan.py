@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,10 @@ def make_plan(
     opened = source if isinstance(source, CheckpointSource) else open_source(source, revision=revision, ema=ema)
     settings = _settings(opened, config, preset)
     raw = unwrapped(opened.tensors, opened.label)
-    source_dtype = _main_dtype(raw)
+    sizes: Counter[str] = Counter()
+    for tensor in raw.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    source_dtype = sizes.most_common(1)[0][0]
     scaling = _scaling(raw, lora_alpha, settings, opened.label)
     merged = lora_files.merge(raw, scaling, opened.label) if scaling else raw
     untied = scaling is not None and HEAD in merged and HEAD not in raw
@@ -144,13 +148,6 @@ def _settings(source: CheckpointSource, config: Path | None, preset: str | None)
         if preset is None:
             raise
         return None  # --preset says what a file that was only found there cannot
-
-
-def _main_dtype(tensors: Mapping[str, LazyTensor]) -> str:
-    sizes: dict[str, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    return max(sizes, key=sizes.__getitem__)
 
 
 def _scaling(

@@ -412,7 +412,7 @@ def write_state_dict(path: Path, tensors: Sequence[LazyTensor], dtype: str) -> l
 def _put(
     file: BinaryIO, archive: zipfile.ZipFile, name: str, blocks: Iterable[bytes | memoryview], size: int = 0
 ) -> None:
-    """A stored record whose data begin at a multiple of _ALIGNMENT, dated as long ago as zip files can be.
+    """Writes a stored record whose data begin at a multiple of _ALIGNMENT, dated as long ago as zip files can be.
 
     Args:
         size: bytes, where a record may be of 2 GB and more.
@@ -436,14 +436,9 @@ def _pickled(tensors: Sequence[LazyTensor], dtype: str) -> bytes:
 
 
 def _tensor_opcodes(tensor: LazyTensor, key: str, dtype: str) -> bytes:
-    """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
-    storage = _tuple(
-        _plain("storage"),
-        _global("torch", _STORAGE_NAMES[dtype]),
-        _plain(key),
-        _plain("cpu"),
-        _plain(tensor.size),
-    )
+    """Returns opcodes of `torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks)`."""
+    kind = _global("torch", _STORAGE_NAMES[dtype])
+    storage = _tuple(_plain("storage"), kind, _plain(key), _plain("cpu"), _plain(tensor.size))
     arguments = _tuple(
         storage + pickle.BINPERSID, _plain(0), _plain(tensor.shape), _plain(row_major(tensor.shape)), _plain(False),
         _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE,
