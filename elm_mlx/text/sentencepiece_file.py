@@ -184,16 +184,19 @@ class SentencePieceDecoder:
         self._strips_one = model.add_dummy_prefix or model.remove_extra_whitespaces
         self._strips_all = model.remove_extra_whitespaces
         self._at_start = True
+        self._amid_bytes = False
         self._bytes = codecs.getincrementaldecoder("utf-8")(_EACH_BYTE)
 
     def add(self, token: int) -> str:
         """Returns the text that is final now that `token` has come. Raises InputError for one that is negative."""
         part = self._part(token)
-        text = self._bytes.decode(part) if isinstance(part, bytes) else self._bytes.decode(b"", final=True)
-        if text:
-            self._at_start = False
-        if isinstance(part, bytes):
-            return text
+        text = ""
+        if isinstance(part, bytes) or self._amid_bytes:
+            self._amid_bytes = isinstance(part, bytes)
+            text = self._bytes.decode(part) if isinstance(part, bytes) else self.finish()
+            self._at_start = self._at_start and not text
+            if isinstance(part, bytes):
+                return text
         if self._at_start and self._strips_one and part.startswith(SPACE):
             part = part[1:]
             self._at_start = self._strips_all
