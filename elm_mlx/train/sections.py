@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
@@ -28,7 +28,6 @@ else:
 
 T = TypeVar("T")
 _ENDLESS = 2**63  # no number in a file is meant to be as large
-_SHOWN = 60  # characters of a value that is wrong
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
@@ -50,11 +49,6 @@ class Setting:
     default: Any
     about: str
     section: str
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The texts that are allowed; none where all are."""
-        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
 
 
 def settings(cls: type[Any], section: str = "") -> dict[str, Setting]:
@@ -103,8 +97,7 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
         raise InputError(f"{path}: is no TOML: {error}") from None
     for override in overrides:
         _override(values, override)
-    table: T = _table(cls, values, "", str(path))
-    return table
+    return typing.cast(T, _table(cls, values, "", str(path)))
 
 
 def scalar(kind: type, value: Any) -> Any:
@@ -126,7 +119,7 @@ def scalar(kind: type, value: Any) -> Any:
         return _WORDS[single.lower()]
     elif type(single) is kind:
         return single
-    raise ValueError(f"is {_shown(value)}; it needs {_KINDS[kind]}")
+    raise ValueError(f"is {reading.short(value)}; it needs {_KINDS[kind]}")
 
 
 def _single(value: Any) -> Any:
@@ -139,11 +132,6 @@ def _number(value: Any) -> int | float | None:
             with suppress(ValueError):
                 return kind(value)
     return value if type(value) is float or (type(value) is int and abs(value) < _ENDLESS) else None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def write(value: Any, about: str) -> str:
@@ -206,7 +194,7 @@ def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
     except ValueError as error:
         raise InputError(f"{where}: {name} {error}") from None
     if choices and found not in choices:
-        raise InputError(f"{where}: {name} is {_shown(value)}; there are {', '.join(choices)}")
+        raise InputError(f"{where}: {name} is {reading.short(value)}; there are {', '.join(choices)}")
     return reading.expanded(found) if kind is Path else found
 
 
