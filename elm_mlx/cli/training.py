@@ -20,8 +20,7 @@ from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.screen import TrainingDisplay, bad_records_named, byte_size, counted, duration, name_bad
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
-from elm_mlx.train.sections import Setting
-from elm_mlx.train.settings import DpoSettings, LoraSettings
+from elm_mlx.train.settings import DpoSettings, LoraSettings, Setting, made
 
 if TYPE_CHECKING:
     from elm_mlx.train.finetuning import Finetuning
@@ -53,7 +52,7 @@ def command(kind: type[LoraSettings], recipes: Recipes, about_recipes: str, abou
     """Returns the function of a command whose options are the settings of `kind`; `about` is its help."""
 
     def run(ctx: typer.Context, **given: Any) -> None:
-        carry_out(made(kind, chosen(kind, recipes, ctx, given)), given["resume"], given["force"])
+        carry_out(_complete(kind, chosen(kind, recipes, ctx, given)), given["resume"], given["force"])
 
     recipe: Any = Literal[tuple(recipes)]
     parameters = [
@@ -137,12 +136,12 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
     return {name: value for name, value in values.items() if value is not None}
 
 
-def made(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettings:
+def _complete(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettings:
     """Returns the settings of a run. Raises InputError where one is missing."""
     for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
         if name not in values:
             raise InputError(f"{shown} is missing: give it on the command line, or in the file of --config")
-    return sections.made(kind, values)
+    return made(kind, values)
 
 
 def _on_command_line(ctx: typer.Context, name: str) -> bool:

@@ -1,25 +1,20 @@
-"""Sections of settings: frozen dataclasses as TOML, and as the flat names that options, YAML and JSON have.
-
-A field's type, default and choices stand in its class, and what it means under `Args:` of the class's docstring.
-"""
+"""Sections of settings in files: frozen dataclasses are read from TOML, checked, and written with what fields mean."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
-import re
 import sys
 import typing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any, TypeVar
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
+from elm_mlx.train.settings import abouts, without_none
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -30,57 +25,6 @@ T = TypeVar("T")
 _ENDLESS = 2**63  # no number in a file is meant to be as large
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 _KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field that holds a value.
-
-    Args:
-        name: unique among a run's settings.
-        kind: its type, without None.
-        default: MISSING where there is none.
-        about: what it means.
-        section: the section that it is in, by its class's name without "Settings"; empty for the run's own.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    about: str
-    section: str
-
-
-def settings(cls: type[Any], section: str = "") -> dict[str, Setting]:
-    """Returns the fields of a dataclass, and of the dataclasses in it, by name."""
-    found, kinds, abouts = dict[str, Setting](), typing.get_type_hints(cls), _abouts(cls)
-    for item in fields(cls):
-        kind = _without_none(kinds[item.name])
-        if isinstance(kind, type) and is_dataclass(kind):
-            found |= settings(kind, kind.__name__.removesuffix("Settings"))
-        else:
-            found[item.name] = Setting(item.name, kind, item.default, abouts.get(item.name, ""), section)
-    return found
-
-
-def made(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Returns a `cls` with `values`, as `settings` names them, and defaults."""
-    kinds, found = typing.get_type_hints(cls), dict[str, Any]()
-    for item in fields(typing.cast(Any, cls)):
-        if is_dataclass(kinds[item.name]):
-            found[item.name] = made(kinds[item.name], values)
-        elif item.name in values:
-            found[item.name] = values[item.name]
-    return cls(**found)
-
-
-def flat(value: Any) -> dict[str, Any]:
-    """Returns the values of a dataclass, and of the dataclasses in it, by name."""
-    found: dict[str, Any] = {}
-    for item in fields(value):
-        inner = getattr(value, item.name)
-        found |= flat(inner) if is_dataclass(inner) else {item.name: inner}
-    return found
 
 
 def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -169,7 +113,7 @@ def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> 
         found[key] = value_of(types[key], value, f"{name}.{key}".lstrip("."), where)
     for key, item in known.items():
         if key not in found and item.default is MISSING and item.default_factory is MISSING:
-            raise InputError(f"{at} {key} is missing: {_abouts(cls).get(key, '')}")
+            raise InputError(f"{at} {key} is missing: {abouts(cls).get(key, '')}")
     try:
         return cls(**found)
     except InputError as error:
@@ -178,7 +122,7 @@ def _table(cls: type[Any], values: Mapping[str, Any], name: str, where: str) -> 
 
 def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
     """Returns a file's `value` as a field's type wants it. Raises InputError, which names the file and the field."""
-    kind = _without_none(kind)
+    kind = without_none(kind)
     if is_dataclass(kind):
         value = _single(value)
         if not isinstance(value, dict):
@@ -198,19 +142,13 @@ def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
     return reading.expanded(found) if kind is Path else found
 
 
-def _without_none(kind: Any) -> Any:
-    if typing.get_origin(kind) in (typing.Union, UnionType):
-        return next(each for each in typing.get_args(kind) if each is not type(None))
-    return kind
-
-
 def _written(value: Any, name: str) -> str:
     """Returns the fields that are values, and then each table."""
-    lines, tables, abouts = [], [], _abouts(type(value))
+    lines, tables, meanings = [], [], abouts(type(value))
     for item in fields(value):
         inner = getattr(value, item.name)
         path = f"{name}.{item.name}".lstrip(".")
-        about = f"# {abouts[item.name]}\n" if item.name in abouts else ""
+        about = f"# {meanings[item.name]}\n" if item.name in meanings else ""
         if is_dataclass(inner):
             tables.append(f"\n{_heading(inner)}[{path}]\n{_written(inner, path)}")
         elif isinstance(inner, tuple) and inner and is_dataclass(inner[0]):
@@ -222,16 +160,6 @@ def _written(value: Any, name: str) -> str:
 
 def _heading(value: Any) -> str:
     return f"# {(type(value).__doc__ or '').strip().splitlines()[0]}\n"
-
-
-def _abouts(cls: type[Any]) -> dict[str, str]:
-    """Returns what each field means, by the `Args:` of the docstrings of a class and of its bases."""
-    abouts: dict[str, str] = {}
-    for each in reversed(cls.__mro__):
-        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
-        for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.M):
-            abouts |= dict.fromkeys(names.split(", "), " ".join(about.split()))
-    return abouts
 
 
 def _literal(value: Any) -> str:

@@ -1,20 +1,24 @@
 """A run's settings: those that `lora` and `dpo` are asked for, and those that a training loop takes.
 
-From the sections come the options of the command line, what `--config` and run.json hold, and, by `Settings.identity`,
+A field's type, default and choices stand in its class, and what it means under `Args:` of the class's docstring. From
+these come the options of the command line, their help, what `--config` and run.json hold, and, by `Settings.identity`,
 what must not change when a run is resumed. Nothing heavy is imported: `--help` reads this.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import asdict, dataclass, field, fields
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from types import UnionType
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from elm_mlx.errors import InputError
 from elm_mlx.reading import check_seed, counted
-from elm_mlx.train import sections
-from elm_mlx.train.sections import Setting
 
 OptimizerName = Literal["adamw", "adafactor"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
@@ -23,7 +27,76 @@ DTypeName = Literal["float32", "float16", "bfloat16"]
 RecordFormat = Literal["completion", "messages", "alpaca", "text"]
 PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "orpo"]
 
+T = TypeVar("T")
 _MOST_WARMUP = 100  # updates
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field that holds a value.
+
+    Args:
+        name: unique among a run's settings.
+        kind: its type, without None.
+        default: MISSING where there is none.
+        about: what it means.
+        section: the section that it is in, by its class's name without "Settings"; empty for the run's own.
+    """
+
+    name: str
+    kind: Any
+    default: Any
+    about: str
+    section: str
+
+
+def described(cls: type[Any], section: str = "") -> dict[str, Setting]:
+    """Returns the fields of a dataclass, and of the dataclasses in it, by name."""
+    found, kinds, meanings = dict[str, Setting](), typing.get_type_hints(cls), abouts(cls)
+    for item in fields(cls):
+        kind = without_none(kinds[item.name])
+        if isinstance(kind, type) and is_dataclass(kind):
+            found |= described(kind, kind.__name__.removesuffix("Settings"))
+        else:
+            found[item.name] = Setting(item.name, kind, item.default, meanings.get(item.name, ""), section)
+    return found
+
+
+def made(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Returns a `cls` with `values`, as `described` names them, and defaults."""
+    kinds, found = typing.get_type_hints(cls), dict[str, Any]()
+    for item in fields(typing.cast(Any, cls)):
+        if is_dataclass(kinds[item.name]):
+            found[item.name] = made(kinds[item.name], values)
+        elif item.name in values:
+            found[item.name] = values[item.name]
+    return cls(**found)
+
+
+def flat(value: Any) -> dict[str, Any]:
+    """Returns the values of a dataclass, and of the dataclasses in it, by name."""
+    found: dict[str, Any] = {}
+    for item in fields(value):
+        inner = getattr(value, item.name)
+        found |= flat(inner) if is_dataclass(inner) else {item.name: inner}
+    return found
+
+
+def without_none(kind: Any) -> Any:
+    """Returns the type of a field that may be None, without that."""
+    if typing.get_origin(kind) in (typing.Union, UnionType):
+        return next(each for each in typing.get_args(kind) if each is not type(None))
+    return kind
+
+
+def abouts(cls: type[Any]) -> dict[str, str]:
+    """Returns what each field means, by the `Args:` of the docstrings of a class and of its bases."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
+        for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.M):
+            found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -298,11 +371,11 @@ class LoraSettings:
     @classmethod
     def options(cls) -> dict[str, Setting]:
         """Returns the settings that the command takes, by name."""
-        return {name: each for name, each in sections.settings(cls).items() if name not in cls.unused}
+        return {name: each for name, each in described(cls).items() if name not in cls.unused}
 
     def record(self) -> dict[str, Any]:
         """Returns the settings as JSON has them; a file for `--config` may hold them."""
-        chosen = {name: value for name, value in sections.flat(self).items() if value is not None}
+        chosen = {name: value for name, value in flat(self).items() if value is not None}
         chosen |= {name: str(chosen[name].resolve()) for name in ("model", "data")} | {"out": str(self.out)}
         return {name: value for name, value in chosen.items() if name not in self.unused}
 
