@@ -50,7 +50,12 @@ SPEED = [
 
 
 def measure_speed(chosen: Suite, programs: Programs) -> None:
-    found = runner.run(chosen, programs, KEPT / f"{chosen.name}.json", on_progress=lambda text: print(text, flush=True))
+    found = runner.run(
+        chosen,
+        programs,
+        KEPT / f"{chosen.name}.json",
+        on_progress=lambda what, done=0, total=0: print(what, flush=True),
+    )
     if not found.complete:
         sys.exit(130)
 
