@@ -21,7 +21,7 @@ from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import PREFILL_STEP
 from elm_mlx.model.config import PRESETS, ModelConfig, read_config
-from elm_mlx.store.loading import packed, pending
+from elm_mlx.store.loading import pending, pending_packed
 
 GROUP_SIZE = 64  # of quantized weights, as mlx-lm's default
 _BLOCK = 1 << 20  # values that are drawn
@@ -53,7 +53,7 @@ def write_seeded(config: ModelConfig, directory: Path, precision: str = "bfloat1
         if how is None or len(shape) == 1:
             tensors.append(pending(name, dtype, shape, draw))
         else:
-            tensors += packed(name, shape, how | {"mode": "affine"}, dtype, draw)
+            tensors += pending_packed(name, shape, how | {"mode": "affine"}, dtype, draw)
     directory.mkdir(parents=True, exist_ok=True)
     values = config.to_dict() | ({"quantization": how} if how else {})
     (directory / "config.json").write_text(json.dumps(values))

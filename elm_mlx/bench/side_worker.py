@@ -48,7 +48,9 @@ class Ours:
         self.about = describe(loaded.model, loaded.model.config, f"elm-mlx {__version__}", loaded.notes)
 
     def measure(self, prompts: list[list[int]], new: int) -> Figures:
-        return timed(prompts, new, self._batch(prompts, new) if len(prompts) > 1 else self._one(prompts[0], new))
+        return measure_steps(
+            prompts, new, self._batch(prompts, new) if len(prompts) > 1 else self._one(prompts[0], new)
+        )
 
     def _one(self, prompt: list[int], new: int) -> Iterator[Any]:
         from elm_mlx.inference.generation import stream_generate
@@ -93,7 +95,7 @@ class MlxLm:
         from mlx_lm.generate import batch_generate, generate_step
 
         if len(prompts) == 1:
-            return timed(prompts, new, generate_step(mx.array(prompts[0]), self.model, max_tokens=new))
+            return measure_steps(prompts, new, generate_step(mx.array(prompts[0]), self.model, max_tokens=new))
         tokenizer = SimpleNamespace(eos_token_ids=(), decode=lambda ids: "")
         reset_peak()
         stats = batch_generate(self.model, tokenizer, prompts, max_tokens=new).stats
@@ -104,7 +106,7 @@ def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def timed(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
+def measure_steps(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
     """Measures steps that each give one token of every prompt."""
     reset_peak()
     start = time.perf_counter()

@@ -139,7 +139,7 @@ SUITES = {
 }  # fmt: skip
 
 
-def changed(
+def change(
     suite: Suite,
     *,
     models: Sequence[str] = (),

@@ -66,7 +66,7 @@ def bench(
     ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
-    chosen = suites.changed(
+    chosen = suites.change(
         suites.SUITES[suite], models=models or [], precisions=_words(precision),
         prompts=_numbers("--prompt-tokens", prompt_tokens), new=_numbers("--new-tokens", new_tokens),
         batches=_numbers("--batch-size", batch_size),

@@ -92,9 +92,9 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
     from elm_mlx import directories, files, reading
     from elm_mlx.cli.quantize import QuantizationDisplay
     from elm_mlx.quantize.quantization import quantize
-    from elm_mlx.quantize.recipe import named
+    from elm_mlx.quantize.recipe import parse
 
-    recipe = named(quantized)
+    recipe = parse(quantized)
     if dry_run:
         yield dst
         return

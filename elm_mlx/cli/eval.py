@@ -77,7 +77,7 @@ def eval(
         raise InputError("give one model directory; --compare takes several runs")
     from elm_mlx.evaluate import evaluation
 
-    wanted = evaluation.Wanted(
+    wanted = evaluation.EvaluationRequest(
         tasks=tasks or [], suite=suite, texts=text or [], data=data, shots=shots, limit=limit, window=window,
         stride=stride,
     )  # fmt: skip
@@ -108,7 +108,7 @@ def eval(
 
 
 def _print(done: Evaluation) -> None:
-    from elm_mlx.evaluate.scores import shown
+    from elm_mlx.evaluate.scores import format_score
 
     beside = any(row.published is not None for row in done.rows)
     headers = ["task", "shots", "questions", "metric", "score", *([f"{done.published}"] if beside else [])]
@@ -119,10 +119,10 @@ def _print(done: Evaluation) -> None:
         before = (row.name, row.shots)
         known = f"{row.published:.2f}" if row.published is not None else ""
         cells = [row.name, str(row.shots), f"{row.score.count:,}"] if new else ["", "", ""]
-        rows.append([*cells, row.metric, shown(row.metric, row.score), *([known] if beside else [])])
+        rows.append([*cells, row.metric, format_score(row.metric, row.score), *([known] if beside else [])])
     if done.mean is not None:
         known = f"{done.published_mean:.2f}" if done.published_mean is not None else ""
-        rows.append(["mean", "", "", "", shown("acc", done.mean), *([known] if beside else [])])
+        rows.append(["mean", "", "", "", format_score("acc", done.mean), *([known] if beside else [])])
     table(headers, rows, left=(0, 3))
     for key, how in done.missing.items():
         line(f"not scored: {key}: {how}")

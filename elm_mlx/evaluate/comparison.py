@@ -114,7 +114,7 @@ def mcnemar(first: Values, second: Values) -> float:
 
 def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], list[float]]:
     """Each question's values by name, shots and metric."""
-    names = tasks.shown_as([(entry["task"], entry["group"], entry["shots"]) for entry in entries])
+    names = tasks.report_names([(entry["task"], entry["group"], entry["shots"]) for entry in entries])
     found: dict[tuple[str, int, str], list[float]] = {}
     for task, entry in zip(names, entries, strict=True):
         for metric, values in entry["values"].items():

@@ -40,7 +40,7 @@ _WINDOW = 2048  # tokens of text read at once, where the model reads as many
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluationRequest:
     """The tasks and texts to evaluate a model on.
 
     Attributes:
@@ -125,13 +125,13 @@ class Evaluation:
     def __init__(
         self,
         path: Path,
-        wanted: Wanted,
+        request: EvaluationRequest,
         out: Path | None = None,
         *,
         adapter: Path | None = None,
         compute_dtype: str | None = None,
     ):
-        self._wanted = wanted
+        self._request = request
         path = reading.expanded(path)
         config = read_config(path, with_tokenizer=True)
         self._loaded = open_model(path, compute_dtype, adapter, config)
@@ -157,7 +157,7 @@ class Evaluation:
 
     @property
     def published_mean(self) -> float | None:
-        suite = self._wanted.suite_name()
+        suite = self._request.suite_name()
         if self.published is None or suite is None:
             return None
         return float(scores.published()["models"][self.published][suite]["mean"])
@@ -169,13 +169,13 @@ class Evaluation:
             InputError: no task's data are here, or a file is damaged.
             ElmError: results cannot be written.
         """
-        wanted, model, tokenizer = self._wanted, self._loaded.model, self._loaded.tokenizer
+        request, model, tokenizer = self._request, self._loaded.model, self._loaded.tokenizer
         assert tokenizer is not None
         context = model.config.max_context_length
-        works, self.missing = prepare(wanted.chosen(), tokenizer, context, wanted.data, wanted.limit)
-        window = min(wanted.window or _WINDOW, context)
-        stride = wanted.stride or max(1, window // 2)
-        for path in dict.fromkeys(wanted.texts):
+        works, self.missing = prepare(request.chosen(), tokenizer, context, request.data, request.limit)
+        window = min(request.window or _WINDOW, context)
+        stride = request.stride or max(1, window // 2)
+        for path in dict.fromkeys(request.texts):
             text = tokens.read_text(path, tokenizer, window, stride)
             key, metrics = f"{path.name}, window {window}, stride {stride}", ("bits_per_byte", "perplexity")
             works.append(Work(key, path.name, str(path), metrics, [[each] for each in text.windows], text=text))
@@ -185,21 +185,21 @@ class Evaluation:
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
         with ScoreRecord(self.out, self._identity, about) as record:
             self.pace = score(works, model, record, on_progress)
-            found = {work.key: work.measured(record) for work in works}
+            found = {work.key: work.measure(record) for work in works}
             self.rows = scores.rows(list(found.values()), self.published)
-            suite = wanted.suite_name()
+            suite = request.suite_name()
             self.mean = None if suite is None or self.missing else scores.mean_of_suite(self.rows, suite)
             now = {
-                **about, "identity": self._identity, "suite": suite, "limit": wanted.limit, "pace": asdict(self.pace),
+                **about, "identity": self._identity, "suite": suite, "limit": request.limit, "pace": asdict(self.pace),
                 "mean": None if self.mean is None else asdict(self.mean),
                 "scores": [row.to_dict() for row in self.rows], "missing": self.missing,
                 "tasks": {key: asdict(result) for key, result in found.items()},
             }  # fmt: skip
-            self.results = scores.merged(record.results(), now)
+            self.results = scores.merge(record.results(), now)
             record.write_results(self.results)
 
     def run_harness(self, on_progress: OnProgress = no_progress) -> str:
-        """Has lm_eval ask its own tasks, those in YAML below `Wanted.data` too, and returns its table.
+        """Has lm_eval ask its own tasks, those in YAML below `EvaluationRequest.data` too, and returns its table.
 
         Raises:
             ElmError: lm_eval is not installed, or results cannot be written.
@@ -207,12 +207,12 @@ class Evaluation:
         """
         from elm_mlx.evaluate import harness
 
-        names = self._wanted.names()
-        if not names or self._wanted.suite or self._wanted.texts:
+        names = self._request.names()
+        if not names or self._request.suite or self._request.texts:
             raise InputError("--harness asks tasks of lm_eval: name them by --tasks, and neither --suite nor --text")
         found, table = harness.run(
-            self._loaded.model, self._loaded.tokenizer, names, shots=self._wanted.shots, limit=self._wanted.limit,
-            tasks_from=self._wanted.data, on_progress=on_progress,
+            self._loaded.model, self._loaded.tokenizer, names, shots=self._request.shots, limit=self._request.limit,
+            tasks_from=self._request.data, on_progress=on_progress,
         )  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / HARNESS, json.dumps(found, indent=1, default=str) + "\n")
@@ -242,7 +242,7 @@ class Work:
     questions: list[Question] = field(default_factory=list)
     text: TextWindows | None = None
 
-    def measured(self, record: ScoreRecord) -> TaskResult:
+    def measure(self, record: ScoreRecord) -> TaskResult:
         """Scores of log-probabilities, all of which must be in `record`."""
         lines = [record.done[self.key, number] for number in range(len(self.items))]
         logprobs = [line["logprobs"] for line in lines]

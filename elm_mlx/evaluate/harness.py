@@ -76,7 +76,7 @@ def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_prog
             return [next(rest[question]) for question in questions]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
-            texts = [tokens.begun(each.args[0], tokenizer) for each in requests]
+            texts = [tokens.encode_text(each.args[0], tokenizer) for each in requests]
             items = [list(tokens.slide(ids, context, context)) for ids in texts]
             return [sum(value for value, _ in found) for found in _scores(scorer, items, on_progress)]
 

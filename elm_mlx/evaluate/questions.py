@@ -182,7 +182,7 @@ def crows_pairs(record: Mapping[str, Any]) -> Question:
 
 def hellaswag(record: Mapping[str, Any]) -> Question:
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    return choices(_tidied(context), [_tidied(ending) for ending in record["endings"]], int(record["label"]))
+    return choices(_tidy(context), [_tidy(ending) for ending in record["endings"]], int(record["label"]))
 
 
 def hellaswag_adopted(context: str, endings: list[str], right: int) -> Question:
@@ -194,7 +194,7 @@ def hellaswag_adopted(context: str, endings: list[str], right: int) -> Question:
     return choices(context, endings, right)
 
 
-def _tidied(text: str) -> str:
+def _tidy(text: str) -> str:
     """Removes the marks of WikiHow's pages."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")

@@ -57,7 +57,7 @@ def mean(metric: str, values: Sequence[float]) -> Score:
     return Score(value, None if stderr is None else value * stderr, count)
 
 
-def pooled(parts: Sequence[Score]) -> Score:
+def pool(parts: Sequence[Score]) -> Score:
     """The mean over the questions of several tasks, as the harness joins MMLU's subjects."""
     count = sum(part.count for part in parts)
     value = sum(part.value * part.count for part in parts) / count
@@ -74,7 +74,7 @@ def average(parts: Sequence[Score]) -> Score:
     return Score(sum(part.value for part in parts) / len(parts), stderr, sum(part.count for part in parts))
 
 
-def shown(metric: str, score: Score) -> str:
+def format_score(metric: str, score: Score) -> str:
     """`45.08 ± 1.02`, shares in per cent."""
     factor = 100.0 if metric in SHARES else 1.0
     places = 4 if metric == "bits_per_byte" else 2
@@ -153,14 +153,14 @@ def rows(results: Sequence[TaskResult], model: str | None) -> list[ScoreRow]:
     """Each task's metrics, a group's tasks as one where all are there; `model` is the published one to compare with."""
     known = published_scores(model) if model is not None else {}
     grouped: dict[tuple[str, int], list[TaskResult]] = {}
-    names = tasks.shown_as([(each.task, each.group, each.shots) for each in results])
+    names = tasks.report_names([(each.task, each.group, each.shots) for each in results])
     for name, result in zip(names, results, strict=True):
         grouped.setdefault((name, result.shots), []).append(result)
     table = []
     for (name, shots), members in grouped.items():
         for number, metric in enumerate(members[0].metrics):
             parts = [member.metrics[metric] for member in members]
-            score = parts[0] if len(parts) == 1 else pooled(parts)
+            score = parts[0] if len(parts) == 1 else pool(parts)
             main = number == 0
             table.append(ScoreRow(name, shots, metric, score, main, known.get((name, shots)) if main else None))
     return table
@@ -174,7 +174,7 @@ def mean_of_suite(table: Sequence[ScoreRow], suite: str) -> Score | None:
     return average([found[each] for each in tasks.SUITES[suite].items()])
 
 
-def merged(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+def merge(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
     """Adds to the results `now` those that `before`, of the same model, has of other tasks."""
     if before is None:
         return dict(now)

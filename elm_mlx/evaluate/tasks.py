@@ -177,7 +177,7 @@ def named(name: str, shots: int | None = None) -> list[Chosen]:
     return [Chosen(task, task.shots if task.shots is not None else shots or 0) for task in found]
 
 
-def shown_as(asked: Sequence[tuple[str, str | None, int]]) -> list[str]:
+def report_names(asked: Sequence[tuple[str, str | None, int]]) -> list[str]:
     """The name to report each task, group and number of shots by: the group's where all its parts are there."""
     there: dict[tuple[str | None, int], set[str]] = {}
     for name, group, shots in asked:

@@ -68,7 +68,7 @@ def encode(requests: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: i
     return found
 
 
-def begun(text: str, tokenizer: Tokenizer) -> list[int]:
+def encode_text(text: str, tokenizer: Tokenizer) -> list[int]:
     """Encodes a text after the token that predicts its first one, as the harness: BOS, or else EOS."""
     ids, first = tokenizer.encode(text), _first(tokenizer)
     return ids if first is None or ids[:1] == [first] else [first, *ids]
@@ -149,7 +149,7 @@ def read_text(path: Path, tokenizer: Tokenizer, window: int, stride: int) -> Tex
         data = document.encode()
         found.bytes.append(len(data))
         state.update(len(data).to_bytes(8, "little") + data)
-        for scored in slide(begun(document, tokenizer), window, stride):
+        for scored in slide(encode_text(document, tokenizer), window, stride):
             found.windows.append(scored)
             found.documents.append(number)
     if not found.windows:

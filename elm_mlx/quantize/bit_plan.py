@@ -83,9 +83,9 @@ class Weights:
         shapes = {name: tensors[f"{name}.weight"].shape for name in names}
         return cls(tensors, shapes, dtype, sum(int(tensor.size) for tensor in tensors.values()))
 
-    def fitted(self, how: Format) -> dict[str, Format]:
+    def fit(self, how: Format) -> dict[str, Format]:
         """Module -> the format, in smaller groups where its rows want that; without those that divide into none."""
-        found = {name: how.fitted(shape[-1]) for name, shape in self.shapes.items()}
+        found = {name: how.fit(shape[-1]) for name, shape in self.shapes.items()}
         return {name: fitted for name, fitted in found.items() if fitted is not None}
 
     def stored_bytes(self, formats: Mapping[str, Format]) -> int:
@@ -108,7 +108,7 @@ def main_dtype(tensors: Mapping[str, mx.array]) -> mx.Dtype:
 
 def uniform(weights: Weights, how: Format) -> BitPlan:
     """Plans every weight in one format, in smaller groups where its rows want that."""
-    formats = weights.fitted(how)
+    formats = weights.fit(how)
     if not formats:
         raise InputError(f"no weight of the model has rows that divide into groups of {how.group_size}")
     smaller = [name for name, fitted in formats.items() if fitted != how]
@@ -125,7 +125,7 @@ def uniform(weights: Weights, how: Format) -> BitPlan:
 
 def check_budget(weights: Weights, group_size: int, bpw: float) -> None:
     """Raises InputError where `bpw` is below what the fewest bits take, or above what the model takes as it is."""
-    lowest = weights.bits_per_weight(weights.fitted(Format(BITS[0], group_size)))
+    lowest = weights.bits_per_weight(weights.fit(Format(BITS[0], group_size)))
     if bpw < lowest:
         raise InputError(
             f"--bpw {bpw:g}: {BITS[0]} bits everywhere are {lowest:.2f} bits a weight already, groups' scales and "
@@ -135,13 +135,13 @@ def check_budget(weights: Weights, group_size: int, bpw: float) -> None:
         raise InputError(f"--bpw {bpw:g}: the model as it is takes no more")
 
 
-def mixed(weights: Weights, group_size: int, bpw: float, divergences: Mapping[str, Mapping[int, float]]) -> BitPlan:
+def mix(weights: Weights, group_size: int, bpw: float, divergences: Mapping[str, Mapping[int, float]]) -> BitPlan:
     """Plans the bits of each weight that lose least within `bpw` bits a parameter of the model; see `check_budget`.
 
     Args:
         divergences: module -> bits -> the divergence from packing it alone, in nats a token.
     """
-    fitted = {bits: weights.fitted(Format(bits, group_size)) for bits in BITS}
+    fitted = {bits: weights.fit(Format(bits, group_size)) for bits in BITS}
     names = [name for name in weights.shapes if name in divergences]
     # The last choice is to leave a weight as it is.
     choices = [[*(fitted[bits][name] for bits in BITS), None] for name in names]
@@ -219,7 +219,7 @@ def sensitivities(
         on_progress: called after each pass over the text.
     """
     leaves = dict(model.named_modules())
-    names = list(weights.fitted(Format(BITS[0], group_size)))
+    names = list(weights.fit(Format(BITS[0], group_size)))
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     done, total = 0, len(names) * len(MEASURED)
     for name, lost in found.items():
@@ -227,9 +227,9 @@ def sensitivities(
         weight, error = module.weight, 0.0
         try:
             for bits in BITS:
-                how = Format(bits, group_size).fitted(weight.shape[-1])
+                how = Format(bits, group_size).fit(weight.shape[-1])
                 assert how is not None
-                packed = how.rounded(weight, weights.dtype)
+                packed = how.round_trip(weight, weights.dtype)
                 own = float(mx.square(packed - weight.astype(mx.float32)).sum().item())
                 if bits in MEASURED:
                     module.weight = packed.astype(weight.dtype)

@@ -28,7 +28,7 @@ from elm_mlx.quantize.losses import QuantizationLosses, Speed
 from elm_mlx.quantize.recipe import Format, QuantizationRecipe
 from elm_mlx.safetensors_file import Pending, fingerprint, weight_files
 from elm_mlx.store.describe import config_values
-from elm_mlx.store.loading import Loaded, open_model, packed, pending, read_weights
+from elm_mlx.store.loading import Loaded, open_model, pending, pending_packed, read_weights
 from elm_mlx.text import excerpts
 from elm_mlx.text.excerpts import Excerpt
 from elm_mlx.version import __version__
@@ -147,7 +147,7 @@ def _plan(
     rows = bit_plan.spread(losses.text_rows(learn, loaded, bit_plan.WINDOW, most=1 << 20))
     with losses.reference(loaded.model, rows, folder) as before:
         found = bit_plan.sensitivities(loaded.model, before, weights, group_size, on_progress)
-    return bit_plan.mixed(weights, group_size, recipe.bpw, found)
+    return bit_plan.mix(weights, group_size, recipe.bpw, found)
 
 
 def _dtype(asked: str | None, loaded: Loaded, tensors: Mapping[str, mx.array]) -> mx.Dtype:
@@ -193,7 +193,7 @@ def _write(
             cast = dtype if tensor.dtype == main and mx.issubdtype(main, mx.floating) else tensor.dtype
             made.append(pending(name, cast, tensor.shape, partial(take, name, cast)))
         else:
-            made += packed(name, tensor.shape, how.packing(), dtype, partial(tensors.pop, name))
+            made += pending_packed(name, tensor.shape, how.packing(), dtype, partial(tensors.pop, name))
     del tensor
     files.check_room(directory, sum(each.nbytes for each in made))
     safetensors_file.write_shards(directory, made)

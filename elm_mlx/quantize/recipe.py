@@ -32,7 +32,7 @@ class Format:
         """The arguments of `mx.quantize`, and an entry of a config's `quantization`."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
-    def fitted(self, columns: int) -> Format | None:
+    def fit(self, columns: int) -> Format | None:
         """This, or the same in the largest smaller group that rows of `columns` values divide into; None for none."""
         groups = GROUPS if self.mode == AFFINE else (self.group_size,)
         # MLX's CPU packs 32 values at a time, in groups of 16 too, and fails on a row of 48.
@@ -44,7 +44,7 @@ class Format:
         scale_bytes = 2 * int(dtype.size) if self.mode == AFFINE else 1
         return size * self.bits // 8 + size // self.group_size * scale_bytes
 
-    def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
+    def round_trip(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
         """`weight` packed, scales and biases in `dtype`, and unpacked again in float32."""
         parts = pack(weight, self.packing(), dtype)
         return lora_layers.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **self.packing())
@@ -120,7 +120,7 @@ def _check_method(method: str, how: Format) -> None:
         raise InputError("--method dwq trains weights of fewer than 8 bits")
 
 
-def named(name: str) -> QuantizationRecipe:
+def parse(name: str) -> QuantizationRecipe:
     """Makes a recipe of one word: a number of bits, a float mode, or with a decimal point a budget in bits a weight.
 
     Raises:

@@ -193,7 +193,7 @@ def pack(weight: mx.array, how: Packing, dtype: mx.Dtype) -> dict[str, mx.array]
     return parts
 
 
-def packed(
+def pending_packed(
     name: str, shape: tuple[int, ...], how: Packing, dtype: mx.Dtype, make: Callable[[], mx.array]
 ) -> list[Pending]:
     """Returns the arrays to write for a quantized weight, which is made and packed when its first part is written."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from elm_mlx.bench import suites
-from elm_mlx.bench.suites import SUITES, Case, changed, check, prompt_ids
+from elm_mlx.bench.suites import SUITES, Case, change, check, prompt_ids
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS
 
@@ -33,17 +33,17 @@ def test_every_combination_is_a_case_and_a_directory_is_measured_as_it_is() -> N
 
 def test_what_is_not_said_stays() -> None:
     quick = SUITES["quick"]
-    assert changed(quick) == quick
-    one = changed(quick, models=["a"], batches=[3])
+    assert change(quick) == quick
+    one = change(quick, models=["a"], batches=[3])
     assert one.cases == (Case("a", "stored", 128, 32, 3),)
-    assert {(c.prompt, c.new) for c in changed(quick, prompts=[5, 6]).cases} == {(5, 32), (6, 32)}
-    assert {(c.prompt, c.new) for c in changed(quick, new=[7]).cases} == {(128, 7)}
-    assert {(c.prompt, c.new) for c in changed(quick, prompts=[5, 6], new=[1, 2]).cases} == {(5, 1), (6, 2)}
+    assert {(c.prompt, c.new) for c in change(quick, prompts=[5, 6]).cases} == {(5, 32), (6, 32)}
+    assert {(c.prompt, c.new) for c in change(quick, new=[7]).cases} == {(128, 7)}
+    assert {(c.prompt, c.new) for c in change(quick, prompts=[5, 6], new=[1, 2]).cases} == {(5, 1), (6, 2)}
     with pytest.raises(InputError, match="as many as there are prompts"):
-        changed(quick, prompts=[5, 6, 7], new=[1, 2])
+        change(quick, prompts=[5, 6, 7], new=[1, 2])
     with pytest.raises(InputError, match="--precision is of presets"):
-        changed(quick, models=["a"], precisions=["4bit"])
-    assert len(changed(quick, models=["a", "OpenELM-270M"], precisions=["4bit"]).cases) == 4
+        change(quick, models=["a"], precisions=["4bit"])
+    assert len(change(quick, models=["a", "OpenELM-270M"], precisions=["4bit"]).cases) == 4
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import comparison, evaluation, tasks
-from elm_mlx.evaluate.evaluation import Evaluation, Wanted
+from elm_mlx.evaluate.evaluation import Evaluation, EvaluationRequest
 from elm_mlx.evaluate.score_record import ITEMS, RESULTS
 from elm_mlx.store import adapters
 from elm_mlx.store.loading import open_model
@@ -44,9 +44,9 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-def wanted(data: Path, **fields: Any) -> Wanted:
+def wanted(data: Path, **fields: Any) -> EvaluationRequest:
     options: dict[str, Any] = {"tasks": ["arc_easy,winogrande", "lambada_openai"], "data": data}
-    return Wanted(**options | fields)
+    return EvaluationRequest(**options | fields)
 
 
 def test_results_are_kept_with_each_questions_values(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_suite_tells_what_is_missing_and_has_no_mean_then(
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    done = Evaluation(tiny_model_dir, Wanted(data=data), tmp_path / "out")
+    done = Evaluation(tiny_model_dir, EvaluationRequest(data=data), tmp_path / "out")
     done.run()
     assert {row.name for row in done.rows} == {"arc_easy", "winogrande"}
     assert set(done.missing) == {"arc_challenge", "boolq", "hellaswag", "piqa", "sciq"}
@@ -139,22 +139,22 @@ def test_a_suite_tells_what_is_missing_and_has_no_mean_then(
     (data / "arc_easy.jsonl").unlink()
     (data / "winogrande.jsonl").unlink()
     with pytest.raises(InputError, match="no task's data are here; of arc_challenge"):
-        Evaluation(tiny_model_dir, Wanted(data=data), tmp_path / "out").run()
+        Evaluation(tiny_model_dir, EvaluationRequest(data=data), tmp_path / "out").run()
 
 
 def test_a_question_that_cannot_be_scored_is_named(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     (data / "long.jsonl").write_text(json.dumps({"context": "a", "continuation": "b " * 2000}) + "\n")
-    done = Evaluation(tiny_model_dir, Wanted(tasks=[str(data / "long.jsonl")]), tmp_path / "out")
+    done = Evaluation(tiny_model_dir, EvaluationRequest(tasks=[str(data / "long.jsonl")]), tmp_path / "out")
     with pytest.raises(InputError, match=r"long\.jsonl, question 1: an answer of"):
         done.run()
 
 
 def test_examples_are_part_of_what_is_read(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     own = str(data / "arc_easy.jsonl")
-    done = Evaluation(tiny_model_dir, Wanted(tasks=[own], shots=2), tmp_path / "out")
+    done = Evaluation(tiny_model_dir, EvaluationRequest(tasks=[own], shots=2), tmp_path / "out")
     done.run()
     assert list(done.results["tasks"]) == ["arc_easy@2"]
-    works, _ = evaluation.prepare(Wanted(tasks=[own], shots=2).chosen(), done._loaded.tokenizer, 512)
+    works, _ = evaluation.prepare(EvaluationRequest(tasks=[own], shots=2).chosen(), done._loaded.tokenizer, 512)
     assert all(each.start > 60 for item in works[0].items for each in item)
 
 
@@ -162,8 +162,8 @@ def test_bits_per_byte_are_the_same_however_the_text_is_cut_in_batches(
     tiny_model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
     options = {"texts": [data / "tale.txt"], "tasks": []}
-    fine = Evaluation(tiny_model_dir, Wanted(**options, window=128, stride=16), tmp_path / "fine")
-    coarse = Evaluation(tiny_model_dir, Wanted(**options, window=128, stride=128), tmp_path / "coarse")
+    fine = Evaluation(tiny_model_dir, EvaluationRequest(**options, window=128, stride=16), tmp_path / "fine")
+    coarse = Evaluation(tiny_model_dir, EvaluationRequest(**options, window=128, stride=128), tmp_path / "coarse")
     for each in (fine, coarse):
         each.run()
     assert fine.rows[0].score.count == coarse.rows[0].score.count == 1
@@ -178,16 +178,16 @@ def test_what_would_have_one_name_in_the_results_is_refused(tiny_model_dir: Path
     paths = [tmp_path / folder / "arc_easy.jsonl" for folder in "ab"]
     for names in ([str(paths[0]), str(paths[1])], ["arc_easy", str(paths[0])]):
         with pytest.raises(InputError, match="results are kept by name, and both are arc_easy"):
-            Wanted(tasks=names).chosen()
-    assert len(Wanted(tasks=[str(paths[0])] * 2).chosen()) == 1
+            EvaluationRequest(tasks=names).chosen()
+    assert len(EvaluationRequest(tasks=[str(paths[0])] * 2).chosen()) == 1
     texts = [tmp_path / folder / "tale.txt" for folder in "ab"]
     with pytest.raises(InputError, match=r"both are tale\.txt"):
-        Wanted(texts=texts).chosen()
-    once = Evaluation(tiny_model_dir, Wanted(texts=texts[:1] * 2), tmp_path / "out")
+        EvaluationRequest(texts=texts).chosen()
+    once = Evaluation(tiny_model_dir, EvaluationRequest(texts=texts[:1] * 2), tmp_path / "out")
     once.run()
     assert [row.score.count for row in once.rows] == [1, 1]
     with pytest.raises(InputError, match="--tasks names no task"):
-        Wanted(tasks=[""]).chosen()
+        EvaluationRequest(tasks=[""]).chosen()
 
 
 def test_some_of_a_groups_parts_do_not_have_its_name_nor_take_its_place(
@@ -199,7 +199,7 @@ def test_some_of_a_groups_parts_do_not_have_its_name_nor_take_its_place(
         (data / f"{name}.jsonl").write_text(json.dumps(record) + "\n")
 
     def ask(*names: str) -> dict[str, Any]:
-        done = Evaluation(tiny_model_dir, Wanted(tasks=list(names), data=data), tmp_path / "out")
+        done = Evaluation(tiny_model_dir, EvaluationRequest(tasks=list(names), data=data), tmp_path / "out")
         done.run()
         return {line["task"]: line["count"] for line in done.results["scores"]}
 
@@ -236,7 +236,7 @@ def test_texts_differ_document_by_document(tiny_model_dir: Path, data: Path, tmp
     path.write_text("".join(json.dumps({"text": "the quick fox " * n}) + "\n" for n in range(1, 9)))
     runs = []
     for dtype in ("float32", "bfloat16"):
-        done = Evaluation(tiny_model_dir, Wanted(texts=[path]), tmp_path / dtype, compute_dtype=dtype)
+        done = Evaluation(tiny_model_dir, EvaluationRequest(texts=[path]), tmp_path / dtype, compute_dtype=dtype)
         done.run()
         runs.append(done.results)
     (found,) = comparison.compare(*runs)

@@ -13,7 +13,7 @@ import pytest
 
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import harness, tokens
-from elm_mlx.evaluate.evaluation import HARNESS, Evaluation, Wanted
+from elm_mlx.evaluate.evaluation import HARNESS, Evaluation, EvaluationRequest
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.inference.generation import generate
 from elm_mlx.store.loading import load
@@ -96,11 +96,11 @@ def test_whole_texts_and_generated_ones(tiny_model_dir: Path, lm_eval: dict[str,
 
 
 def test_the_harness_results_are_kept(tiny_model_dir: Path, tmp_path: Path, lm_eval: dict[str, Any]) -> None:
-    wanted = Wanted(tasks=["t,u"], data=tmp_path, shots=3, limit=7)
+    wanted = EvaluationRequest(tasks=["t,u"], data=tmp_path, shots=3, limit=7)
     done = Evaluation(tiny_model_dir, wanted, tmp_path / "out")
     assert done.run_harness() == "a table of t"
     assert lm_eval["tasks"] == ["t", "u"]
     assert (lm_eval["num_fewshot"], lm_eval["limit"], lm_eval["include_path"]) == (3, 7, str(tmp_path))
     assert "t" in json.loads((tmp_path / "out" / HARNESS).read_text())["results"]
     with pytest.raises(InputError, match="lm_eval knows no task v"):
-        Evaluation(tiny_model_dir, Wanted(tasks=["t", "v"]), tmp_path / "out").run_harness()
+        Evaluation(tiny_model_dir, EvaluationRequest(tasks=["t", "v"]), tmp_path / "out").run_harness()

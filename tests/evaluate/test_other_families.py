@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from elm_mlx.evaluate.evaluation import Evaluation, Wanted
+from elm_mlx.evaluate.evaluation import Evaluation, EvaluationRequest
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.store.loading import load_model
@@ -66,7 +66,7 @@ def test_a_task_and_a_text_are_measured(name: str, family_dirs: dict[str, Path],
     records = [{"query": f"The crow {n}", "choices": ["drank", "was thirsty"], "gold": n % 2} for n in range(5)]
     own.write_text("".join(json.dumps(record) + "\n" for record in records))
     tale.write_text("The crow was half dead with thirst. " * 9)
-    done = Evaluation(family_dirs[name], Wanted(tasks=[str(own)], texts=[tale], window=64), tmp_path / "out")
+    done = Evaluation(family_dirs[name], EvaluationRequest(tasks=[str(own)], texts=[tale], window=64), tmp_path / "out")
     done.run()
     assert [row.metric for row in done.rows] == ["acc_norm", "acc", "bits_per_byte", "perplexity"]
     assert done.published is None

@@ -77,7 +77,7 @@ def test_a_perplexitys_standard_error_is_that_of_resampling() -> None:
 def test_tasks_of_a_group_are_pooled_over_their_questions() -> None:
     draw = np.random.default_rng(1)
     samples = [(draw.random(size) < 0.4).astype(float).tolist() for size in (50, 200, 120)]
-    found = scores.pooled([scores.mean("acc", each) for each in samples])
+    found = scores.pool([scores.mean("acc", each) for each in samples])
     whole = scores.mean("acc", [value for each in samples for value in each])
     assert (found.value, found.count) == (pytest.approx(whole.value), 370)
     assert found.stderr == pytest.approx(whole.stderr, rel=0.02)
@@ -89,9 +89,9 @@ def test_in_a_suite_each_task_counts_the_same() -> None:
 
 
 def test_shares_are_shown_in_per_cent() -> None:
-    assert scores.shown("acc", Score(0.4508, 0.0102, 9)) == "45.08 ± 1.02"
-    assert scores.shown("perplexity", Score(1234.5, None, 9)) == "1,234.50"
-    assert scores.shown("bits_per_byte", Score(1.23456, 0.01, 9)) == "1.2346 ± 0.0100"
+    assert scores.format_score("acc", Score(0.4508, 0.0102, 9)) == "45.08 ± 1.02"
+    assert scores.format_score("perplexity", Score(1234.5, None, 9)) == "1,234.50"
+    assert scores.format_score("bits_per_byte", Score(1.23456, 0.01, 9)) == "1.2346 ± 0.0100"
 
 
 MODELS = [

@@ -103,9 +103,9 @@ def test_texts_are_read_from_files_of_every_kind(tiny_tokenizer: Tokenizer, tmp_
 def test_a_texts_first_token_is_predicted_too(bos: int | None, puts: list[int], first: int) -> None:
     """From EOS by tokenizers that have no BOS: the harness' prefix token."""
     tokenizer = SimpleNamespace(bos_id=bos, eos_id=9, encode=lambda text: [*puts, *map(ord, text)])
-    assert tokens.begun("ab", tokenizer) == [first, 97, 98]  # type: ignore[arg-type]
+    assert tokens.encode_text("ab", tokenizer) == [first, 97, 98]  # type: ignore[arg-type]
     nobody = SimpleNamespace(bos_id=None, eos_id=None, encode=lambda text: [97])
-    assert tokens.begun("a", nobody) == [97]  # type: ignore[arg-type]
+    assert tokens.encode_text("a", nobody) == [97]  # type: ignore[arg-type]
 
 
 def test_bits_per_byte_and_their_error_over_documents() -> None:

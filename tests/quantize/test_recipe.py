@@ -26,7 +26,7 @@ def test_a_packed_weight_is_mlxs_own_and_takes_what_is_said(how: Format) -> None
     for found, expected in zip(parts.values(), mx.quantize(weight, **how.packing()), strict=True):
         assert found.dtype == expected.dtype and mx.array_equal(found, expected)
     assert sum(part.nbytes for part in parts.values()) == how.nbytes(weight.size, mx.bfloat16)
-    error = np.abs(np.array(how.rounded(weight, mx.bfloat16)) - np.array(weight.astype(mx.float32)))
+    error = np.abs(np.array(how.round_trip(weight, mx.bfloat16)) - np.array(weight.astype(mx.float32)))
     if how.mode == "affine":  # half a step, and what 16 bits do to scale and bias
         groups = np.array(weight.astype(mx.float32)).reshape(-1, how.group_size)
         step = (groups.max(1) - groups.min(1)) / (2**how.bits - 1)
@@ -44,14 +44,16 @@ def test_an_affine_weight_is_the_formula_of_its_numbers(bits: int) -> None:
     stream = np.unpackbits(np.array(parts["weight"]).view(np.uint8), axis=1, bitorder="little")
     codes = stream.reshape(4, 64, bits) @ (1 << np.arange(bits))
     scales, biases = (np.repeat(np.array(parts[name], np.float64), 32, axis=1) for name in ("scales", "biases"))
-    np.testing.assert_allclose(np.array(how.rounded(weight, mx.float16)), codes * scales + biases, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        np.array(how.round_trip(weight, mx.float16)), codes * scales + biases, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_smaller_groups_where_rows_want_them() -> None:
-    assert Format(4, 128).fitted(192) == Format(4, 64)
-    assert Format(3, 64).fitted(96) == Format(3, 32)
-    assert Format(4, 64).fitted(40) is None and Format(4, 16, "nvfp4").fitted(48) is None
-    assert Format(8, 32, "mxfp8").fitted(48) is None
+    assert Format(4, 128).fit(192) == Format(4, 64)
+    assert Format(3, 64).fit(96) == Format(3, 32)
+    assert Format(4, 64).fit(40) is None and Format(4, 16, "nvfp4").fit(48) is None
+    assert Format(8, 32, "mxfp8").fit(48) is None
 
 
 @pytest.mark.parametrize(
@@ -79,11 +81,11 @@ def test_wishes_that_cannot_be(wish: dict[str, object], message: str) -> None:
 
 
 def test_a_recipe_of_one_word() -> None:
-    assert recipe.named("4") == recipe.choose() and recipe.named("mxfp8").how == choose_format(None, None, "mxfp8")
-    assert recipe.named("4.5").bpw == 4.5 and recipe.named("6").how.bits == 6
+    assert recipe.parse("4") == recipe.choose() and recipe.parse("mxfp8").how == choose_format(None, None, "mxfp8")
+    assert recipe.parse("4.5").bpw == 4.5 and recipe.parse("6").how.bits == 6
     for word in ("four", "9", "-1.5"):
         with pytest.raises(InputError):
-            recipe.named(word)
+            recipe.parse(word)
 
 
 def test_the_allocation_is_brute_forces_best() -> None:
