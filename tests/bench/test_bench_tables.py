@@ -84,5 +84,5 @@ def test_a_benchmark_without_results_is_a_page_too() -> None:
 
 
 def test_all_pages_look_alike() -> None:
-    style, run = "--c0: #0072b2;", metrics.Run("a", Path("a"))
+    style, run = "--c0: #0072b2;", metrics.RunMetrics("a", Path("a"))
     assert style in tables.page(whole()) and style in run_report.page([run])
