@@ -92,7 +92,7 @@ class Alignment(Finetuning):
     def _reference(
         self, model: Model, dtype: mx.Dtype | None, sources: Mapping[str, PairBatches], callback: TrainingCallback
     ) -> dict[str, Table]:
-        """The log-probabilities of each split's pairs; the first process alone reads and writes them."""
+        """Returns the log-probabilities of each split's pairs; the first process alone reads and writes them."""
         path, group = self.out / FILE, mx.distributed.init()
         identity = super()._identity()
         whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
@@ -124,7 +124,7 @@ class Alignment(Finetuning):
         on_progress: OnProgress,
         stop: Event,
     ) -> dict[str, Table]:
-        """This process's part of them."""
+        """Computes this process's part of them."""
         tables, done, total = {}, 0, sum(len(batches.reference) for batches in sources.values())
         for name, batches in sources.items():
 
@@ -150,7 +150,7 @@ def compute(
     on_pairs: Callable[[int], None],
     stop: Event,
 ) -> Table:
-    """The answers' summed log-probabilities, of this process's pairs; noughts for others', and once `stop` is set.
+    """Computes the answers' summed log-probabilities, of this process's pairs; 0 for others', and once `stop` is set.
 
     Args:
         dtype: what trainable parameters are rounded to, as in training; None for what they are.
@@ -189,7 +189,7 @@ def _sums(model: Model, batch: Batch) -> mx.array:
 
 
 def write(path: Path, tables: Mapping[str, Table], identity: Mapping[str, str]) -> None:
-    """Keep each split's table, and whose they are. Raises ElmError."""
+    """Writes each split's table, and the identity of the run. Raises ElmError."""
     from safetensors.numpy import save
 
     with files.new_file(path) as file:
@@ -197,7 +197,7 @@ def write(path: Path, tables: Mapping[str, Table], identity: Mapping[str, str]) 
 
 
 def read(path: Path, identity: Mapping[str, str]) -> dict[str, Table] | None:
-    """What `write` kept; None where there is no such file, or it is of another `identity`.
+    """Reads what `write` wrote; None where there is no such file, or it is of another `identity`.
 
     Raises:
         InputError: the file is damaged.

@@ -1,7 +1,7 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped. The directory of a run:
 
     OUT/checkpoints/step-00000100/parameters.safetensors   what is trained
-                                  optimizer.safetensors    the optimizer's state
+                                  optimizer.safetensors    the optimizer state
                                   state.json               step, position in the data, random state, what the run is
     OUT/metrics.jsonl                                       a line a step, cut back to the checkpoint on resuming
     OUT/.lock                                               while the run goes on, by which no second one writes here
@@ -34,7 +34,7 @@ OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """What must be the same for a run to be the same run.
+    """The identity of a run: what must not change when it is resumed.
 
     Attributes:
         model: a hash of the model that training started from.
@@ -49,7 +49,7 @@ class Identity:
 
 @dataclass
 class RunProgress:
-    """Where a run stands. JSON can hold all of it, and gives it back to the bit.
+    """The progress of a run. JSON can hold all of it, and gives it back to the bit.
 
     Attributes:
         step: updates made.
@@ -59,7 +59,7 @@ class RunProgress:
         tokens, trained_tokens: read and counted in the loss so far.
         seconds: spent training so far.
         skipped: updates that were not made, because of their loss.
-        loss_mean: of the last updates; what a spike is told by.
+        loss_mean: of the last updates; a spike is a loss far above it.
         first_loss: the first update's, which is of the model as it was; None before it.
         valid_loss: the last validation's; None before the first one that follows an update.
         best_step, best_loss: the least validation loss, and the checkpoint that it was found at. Step 0 has none: it is
@@ -88,7 +88,7 @@ class RunProgress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint as it was read: parameters and the optimizer's state by dotted name, and the rest."""
+    """A checkpoint as it was read: parameters and optimizer state by dotted name, and the run's progress."""
 
     path: Path
     parameters: dict[str, mx.array]
@@ -108,7 +108,7 @@ class Changed(InputError):
 
 @contextmanager
 def hold(out: Path) -> Iterator[None]:
-    """Keep other runs out of `out` until the block ends. Of several processes of one run, the first holds it for all.
+    """Keeps other runs out of `out` until the block ends. Of several processes of one run, the first holds it for all.
 
     Raises:
         ElmError: another run is under way there, or nobody can write there; in every process.
@@ -140,7 +140,7 @@ def save(
     identity: Identity,
     export: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write the checkpoint of `progress.step`, in place of one that is there. Returns where.
+    """Writes the checkpoint of `progress.step`, in place of one that is there. Returns where.
 
     Args:
         export: writes into the checkpoint's directory what other programs read.
@@ -172,7 +172,7 @@ def trained_model(out: Path) -> str | None:
 
 
 def load(path: Path, identity: Identity) -> Checkpoint:
-    """Read a checkpoint.
+    """Reads a checkpoint.
 
     Raises:
         InputError: a file is missing or damaged, or the run is another one than `identity`; says in what.
@@ -192,7 +192,7 @@ def load(path: Path, identity: Identity) -> Checkpoint:
 
 
 def fill(tree: Any, values: Mapping[str, mx.array], path: Path) -> Any:
-    """`tree` with every array replaced by that of its name.
+    """Returns `tree` with every array replaced by that of its name.
 
     Raises:
         InputError: `values`, which are from `path`, have other names or shapes.
@@ -205,7 +205,7 @@ def fill(tree: Any, values: Mapping[str, mx.array], path: Path) -> Any:
 
 
 def parameters(path: Path, tree: Any) -> Any:
-    """`tree` with the parameters of the checkpoint in `path`. Raises InputError as `load` and `fill`."""
+    """Returns `tree` with the parameters of the checkpoint in `path`. Raises InputError as `load` and `fill`."""
     return fill(tree, _read(path / PARAMETERS), path / PARAMETERS)
 
 
@@ -218,7 +218,7 @@ def newest(out: Path) -> Path:
 
 
 def prune(out: Path, keep: int, best_step: int | None, passing: int | None = None) -> None:
-    """Remove the checkpoint of step `passing`, and of the others all but the last `keep` and the one of `best_step`."""
+    """Removes the checkpoint of step `passing`, and of the others all but the last `keep` and that of `best_step`."""
     best = None if best_step is None else directory(out, best_step)
     passed = None if passing is None else directory(out, passing)
     found = checkpoints_of(out)
@@ -239,7 +239,7 @@ def _read(path: Path) -> dict[str, mx.array]:
 
 
 def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:
-    """The first field that holds no value that `save` could have written."""
+    """Returns the first field that holds no value that `save` could have written."""
     counts = ("step", "tokens", "trained_tokens", "skipped", *(["best_step"] if progress.best_step is not None else []))
     numbers = ("seconds", "loss_mean", *(["best_loss"] if progress.best_loss is not None else []))
     values = vars(progress)
@@ -258,15 +258,15 @@ def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:
 
 
 def _is_key(value: Any) -> bool:
-    """Whether it is MLX's random state: two numbers of 32 bits."""
+    """Says whether it is MLX's random state: two numbers of 32 bits."""
     return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 <= n < 1 << 32 for n in value)
 
 
 def _check_same(path: Path, saved: Identity, now: Identity) -> None:
     if saved.model != now.model:
-        raise InputError(f"{path}: was trained from another model than the one given")
+        raise InputError(f"{path}: was trained from another model; give that one, or start anew")
     if saved.data != now.data:
-        raise InputError(f"{path}: was trained on other data than is given")
+        raise InputError(f"{path}: was trained on other data; give the same, or start anew")
     config = json.loads(json.dumps(now.config))  # as it would be read back: lists for tuples
     for name in {**config, **saved.config}:
         before, after = saved.config.get(name), config.get(name)

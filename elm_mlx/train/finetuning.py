@@ -93,17 +93,17 @@ class Finetuning(HeldRun):
 
     @property
     def notes(self) -> list[str]:
-        """What is done otherwise than asked, because the model's family cannot do it."""
+        """Says what is done otherwise than asked, because the model's family cannot do it."""
         if self._packed == self.asked.examples.pack:
             return []
         return ["one example in each row: this family would read them as one text"]
 
     def count(self, split: str = "train") -> int:
-        """What a split has of what `unit` names."""
+        """Counts a split's examples, or pairs: what `unit` names."""
         return len(self.splits[split].examples)
 
     def load(self) -> memory.Load:
-        """What the run asks of the machine."""
+        """Returns what the run needs, to estimate its memory."""
         value = int(self.computation.dtype.size)
         packed = self.config.quantization is not None and not self.computation.unpack
         stored = int(self.config.quantization["bits"]) / 8 if packed and self.config.quantization else value
@@ -142,7 +142,7 @@ class Finetuning(HeldRun):
         return result
 
     def _steps(self) -> int:
-        """Updates that are asked for, or that the epochs take."""
+        """Counts the updates: those asked for, or those that the epochs take."""
         asked = self.asked.optimizer
         if asked.iters is not None:
             return asked.iters
@@ -153,17 +153,17 @@ class Finetuning(HeldRun):
         return max(1, round(asked.epochs * self.batches.steps() / asked.grad_accumulation_steps))
 
     def _keeps_apart(self) -> bool:
-        """Whether several texts can share a row."""
+        """Says whether several texts can share a row."""
         return not isinstance(self.config, FamilyConfig) or self.config.family.positions
 
     def _trained_layers(self) -> int | None:
-        """How many of the last layers the backward pass goes through; None for all."""
+        """Counts the last layers, which the backward pass goes through; None for all."""
         trained = [roofline.layer_of(f"{module}.") for module in self.adapter.ranks]
         layers = [layer for layer in trained if layer is not None]
         return None if len(layers) < len(trained) or not layers else self.config.num_layers - min(layers)
 
     def _open(self) -> tuple[Model, mx.Dtype | None]:
-        """The model with what is trained in float32, and what that is to be rounded to where it is used."""
+        """Loads the model, what is trained of it in float32; and returns what that is rounded to where it is used."""
         how = self.computation.dtype
         full = self.adapter.kind == "full"
         name = next(name for name, dtype in device.DTYPES.items() if dtype == (mx.float32 if full else how))
@@ -193,7 +193,7 @@ class Finetuning(HeldRun):
         return min(most, -(-wanted // _GRAIN) * _GRAIN)
 
     def _objective(self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback) -> Objective | None:
-        """What to minimize; called with the model as it is before the first update."""
+        """Returns what to minimize, called with the model before its first update; None for the tokens' loss."""
         return None
 
     def _identity(self) -> Identity:
@@ -272,7 +272,7 @@ def _examples_of(adapter: Path, model: Path) -> list[Example]:
 
 
 def _adapter(method: MethodSettings, config: Config) -> Adapter:
-    """Raises InputError where a figure makes none."""
+    """Plans what is trained: an adapter, or all weights. Raises InputError where a setting makes none."""
     if method.full and config.quantization is not None:
         raise InputError(
             "--full trains weights, and a quantized model's cannot be: give the model that it was quantized from"

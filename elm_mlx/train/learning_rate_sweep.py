@@ -13,7 +13,7 @@ from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.pretraining import Pretraining
 from elm_mlx.train.pretraining_recipe import Recipe
 
-_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's rate, where none are given
+_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the recipe's rate
 _TAIL = 10  # the last tenth of a run tells its loss
 
 
@@ -35,14 +35,14 @@ class Trial:
 
 
 def rates(recipe: Recipe) -> list[float]:
-    """Five around the recipe's own, each twice the one before."""
+    """Returns five around the recipe's own, each twice the one before."""
     return [recipe.optimizer.lr * factor for factor in _FACTORS]
 
 
 def sweep(
     recipe: Recipe, learning_rates: Sequence[float], steps: int, out: Path, on_start: Callable[[float], None]
 ) -> Iterator[Trial]:
-    """A run of `steps` updates with each learning rate, in a directory of its own in `out`, whole schedule included.
+    """Runs `steps` updates with each learning rate, whole schedule included, in directories of their own in `out`.
 
     Args:
         on_start: called with the rate that is tried next.

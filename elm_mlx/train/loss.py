@@ -51,14 +51,14 @@ class Head:
         return cls(logits, model.config.vocab_size, owner.trainable_parameters())
 
     def chunks(self, positions: int) -> list[slice]:
-        """Positions that go through the head at once."""
+        """Cuts positions into those that go through the head at once."""
         size = min(positions, max(64, _CHUNK_LOGITS // self.vocab_size // 64 * 64))
         return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Which positions of a batch are trained, padded so that few different sizes occur.
+    """The positions of a batch that are trained, padded so that few different sizes occur.
 
     Attributes:
         where: `(n,)` int32, into the batch's rows laid end to end; padding points to 0.
@@ -83,7 +83,7 @@ class Positions:
 
 
 class Objective(Protocol):
-    """What an update minimizes: a loss summed over some units of a batch, which may be cut into parts by its rows.
+    """The objective, which updates minimize: a loss summed over a batch's units. A batch may be cut by its rows.
 
     Attributes:
         measures: names of what else is summed on the way, for reports.
@@ -93,15 +93,15 @@ class Objective(Protocol):
     def measures(self) -> tuple[str, ...]: ...
 
     def count(self, batch: Batch) -> int:
-        """The batch's units; sums over all an update's batches are divided by theirs."""
+        """Counts the batch's units; sums over all an update's batches are divided by theirs."""
 
     def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
-        """The batch's targets and their places, which `sums` takes as `at`."""
+        """Returns the batch's targets and their places, which `sums` takes as `at`."""
 
     def sums(
         self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
-        """The summed loss, and the sums of the measures, `(measures,)`.
+        """Returns the loss summed over the units, and the sums of the measures, `(measures,)`.
 
         Args:
             gradients: whether the loss is to be differentiated in `head.parameters` and `hidden`.
@@ -141,9 +141,10 @@ def padded_size(count: int) -> int:
 
 
 def summed_loss(head: Head, hidden: mx.array, at: tuple[mx.array, ...], z_loss: float = 0.0) -> mx.array:
-    """The sum of the cross-entropies in nats, a float32 scalar; differentiable in `head.parameters` and `hidden`.
+    """Returns the loss summed over trained tokens, in nats, a float32 scalar.
 
-    Gradients are made on the way forward; where none are wanted, `summed_loss_only` is cheaper.
+    Differentiable in `head.parameters` and `hidden`. Gradients are made in the forward pass; where none are wanted,
+    `summed_loss_only` is cheaper.
 
     Args:
         hidden: `(batch, length, model_dim)`.

@@ -43,7 +43,7 @@ RECIPE = {
 
 @dataclass(frozen=True)
 class Load:
-    """What a run asks of a machine.
+    """The load of a run on a machine's memory.
 
     Args:
         weight_bytes: of a value of the model's weights, as they are held; below 2 where they stay quantized.
@@ -102,7 +102,7 @@ class Estimate:
 
 
 def estimate(load: Load) -> Estimate:
-    """The most memory that a run holds at once."""
+    """Estimates the most memory that a run holds at once."""
     config, tokens = load.config, load.rows * load.length
     blocks = _kept(config)
     first = 0 if load.layers is None else config.num_layers - load.layers
@@ -139,11 +139,11 @@ def adapter_values(adapter: Adapter, config: Config) -> int:
 def check(
     load: Load, available: int | None, memory: int | None, names: Mapping[str, str] = OPTIONS, force: bool = False
 ) -> str | None:
-    """What to warn of where a run may not fit into `available` bytes, with what would help, and by how much.
+    """Returns a warning where a run may not fit into `available` bytes, with what would help, and by how much.
 
     Args:
         memory: bytes of the machine. It and `available` are None where the system does not say.
-        names: how the options are called, as in `OPTIONS`; what has none here is not advised.
+        names: the options' names, as in `OPTIONS`; what has none here is not advised.
         force: warn of what cannot be, too.
 
     Raises:
@@ -205,7 +205,7 @@ def _kept(config: Config) -> list[int]:
 
 
 def _kept_by_other(config: FamilyConfig) -> list[int]:
-    """The same of another family, by the widths of its linears: what they give out, and what some are given."""
+    """The same of another family, by the widths of its linears: their outputs, and the inputs of some."""
     shapes, start = config.shapes(), f"{config.layers_prefix}."
     projected, made = [0] * config.num_layers, [0] * config.num_layers
     for module in config.modules():

@@ -55,7 +55,7 @@ class Column:
 
 @dataclass
 class RunMetrics:
-    """What one directory holds.
+    """The metrics of one run, read from its directory.
 
     Attributes:
         name: what tells it from the others that it was read with.
@@ -115,7 +115,7 @@ def cut(out: Path, step: int) -> None:
 
 
 def read(paths: Sequence[Path]) -> list[RunMetrics]:
-    """The runs in these directories, each once, in this order.
+    """Reads the runs in these directories, each once, in this order.
 
     Raises:
         InputError: one is no directory, or there is no line of metrics to read in it.

@@ -1,7 +1,7 @@
-"""How parameters move: the optimizer, and the limit on the gradients' norm.
+"""The optimizers, and the limit on the gradients' norm.
 
-Knows gradients as trees of arrays, and nothing of where they come from. Weight decay falls on matrices alone:
-what has one dimension (norms' weights, DoRA's magnitudes) scales, and is not to be pulled to nought.
+Weight decay falls on matrices alone: what has one dimension (norms' weights, DoRA's magnitudes) scales, and is not to
+be pulled to 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AdamW(optim.Adam):
 
 
 class Adafactor(optim.Adafactor):
-    """MLX's Adafactor at the learning rate that it is given, and decay on matrices."""
+    """MLX's Adafactor with a learning rate from outside, and decay on matrices."""
 
     def __init__(self, weight_decay: float):
         super().__init__(learning_rate=0.0, relative_step=False, scale_parameter=False)

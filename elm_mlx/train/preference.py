@@ -1,7 +1,4 @@
-"""Losses of pairs: how much more likely than the rejected answer the chosen one has become.
-
-Knows four losses as functions of answers' log-probabilities, and how one of them becomes a gradient of the network
-without logits of more than a chunk of positions in memory. Knows nothing of files, tokens and templates.
+"""Preference losses, of pairs: how much more likely than the rejected answer the chosen one has become.
 
 A pair's loss depends on its tokens through two sums alone. So the log-probabilities are computed first, by a pass
 through the head that keeps nothing; the loss's derivative by each sum is then the weight of all of that answer's
@@ -23,7 +20,7 @@ from elm_mlx.train.loss import Head, Positions, summed_loss
 from elm_mlx.train.settings import PreferenceLoss
 
 LOSSES = get_args(PreferenceLoss)
-_CERTAIN = -1e-6  # a mean log-probability beyond which odds aren't told apart
+_CERTAIN = -1e-6  # a mean log-probability beyond which odds are all alike
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Preferring:
       no reference. (TRL's p covers the prompt as well; the paper's, and this, the answer alone.)
 
     An answer's reward is beta r; under ORPO, beta times its mean log-probability. `measures` are of the two
-    rewards, their difference, and whether that is above nought.
+    rewards, their difference, and whether that is above 0.
 
     It is an `Objective` whose units are pairs.
 
@@ -133,7 +130,7 @@ def _softplus(x: mx.array) -> mx.array:
 
 
 def positions(batch: PairBatch) -> tuple[mx.array, ...]:
-    """What the functions below take as `at`.
+    """Returns what `Preferring.sums` and `log_probabilities` take as `at`.
 
     Returns:
         where, targets, weights: as `Positions`.
@@ -154,7 +151,7 @@ def positions(batch: PairBatch) -> tuple[mx.array, ...]:
 
 
 def log_probabilities(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-    """The sum of each answer's log-probabilities, and its number of tokens, both `(answers,)`. No gradient.
+    """Returns the sum of each answer's log-probabilities, and its number of tokens, both `(answers,)`. No gradient.
 
     Args:
         hidden: `(batch, length, model_dim)`.

@@ -1,8 +1,4 @@
-"""Pretraining from a recipe: raw text in, a run's directory with checkpoints and a model in it out.
-
-Knows which parts make a run: tokenizer, network, mixture, loop. Knows nothing of files of options, and nothing of how a
-run is shown.
-"""
+"""Pretraining from a recipe: raw text in, a run's directory with checkpoints and a model in it out."""
 
 from __future__ import annotations
 
@@ -80,7 +76,7 @@ class Pretraining(HeldRun):
         return self._recipe.tokens_per_update(self.world)
 
     def load(self) -> memory.Load:
-        """What the run asks of the machine."""
+        """Returns what the run needs, to estimate its memory."""
         size = 4 if self._dtype is None else int(self._dtype.size)
         return memory.Load(
             self.config, 4, size, self.config.parameters, True, self._recipe.run.batch_size,
@@ -88,19 +84,11 @@ class Pretraining(HeldRun):
             parts=device.most_parts(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
         )  # fmt: skip
 
-    def train(
-        self,
-        *,
-        resume: bool = False,
-        callback: TrainingCallback = SILENT,
-    ) -> Result:
-        """Train, and leave the last weights in `out`, which is a model directory then.
-
-        Args:
-            callback: as of `loop.train`.
+    def train(self, *, resume: bool = False, callback: TrainingCallback = SILENT) -> Result:
+        """Trains, and leaves the last weights in `out`, which is a model directory then.
 
         Raises:
-            InputError, ElmError, KeyboardInterrupt: as `loop.train`, and as the batches do.
+            InputError, ElmError, KeyboardInterrupt: as `run.train`, and as the batches do.
         """
         if not resume and checkpoints_of(self.out):
             raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
@@ -113,10 +101,9 @@ class Pretraining(HeldRun):
         if self.leads and not resume:
             self._describe()
         result = train(
-            model, self.batches, validation or None, self.settings, self.out,
-            self._identity(), resume=resume, compute_dtype=self._dtype,
-            rehearsal=self._rehearsal(), meter=Meter(self.config, None, self.settings.grad_checkpoint),
-            callback=callback, about=self._about(),
+            model, self.batches, validation or None, self.settings, self.out, self._identity(), resume=resume,
+            compute_dtype=self._dtype, rehearsal=self._rehearsal(), callback=callback, about=self._about(),
+            meter=Meter(self.config, None, self.settings.grad_checkpoint),
         )  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:
@@ -142,7 +129,7 @@ class Pretraining(HeldRun):
             )
 
     def _describe(self) -> None:
-        """What makes a model directory of `out`, but for the weights."""
+        """Makes a model directory of `out`, but for the weights."""
         self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         with files.new_file(self.out / FILE_NAME) as file:
@@ -187,7 +174,7 @@ class Pretraining(HeldRun):
 
 
 def _compute_dtype(name: str | None) -> mx.Dtype | None:
-    """What weights are rounded to where they are used; None for float32, in which they are kept."""
+    """Returns what weights are rounded to where they are used; None for float32, in which they are kept."""
     if name is not None and name not in device.DTYPES:
         raise InputError(f"no compute_dtype {name!r}; there are {', '.join(device.DTYPES)}")
     if name is None:

@@ -93,7 +93,7 @@ class HeldRun:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended.
+    """The result of a run.
 
     Attributes:
         interrupted: whether someone stopped it before its last update; it can be resumed.
@@ -236,7 +236,7 @@ class Run:
             (self._out / metrics.METRICS).unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Go back to the newest checkpoint."""
+        """Goes back to the newest checkpoint."""
         saved, step = checkpoint.load(checkpoint.newest(self._out), self._identity), self._step
         before, now = len(saved.progress.random), self._group.size()
         if before != now:
@@ -253,7 +253,7 @@ class Run:
             metrics.cut(self._out, self.progress.step)
 
     def rehearse(self, batch: Batch, stop: Event) -> None:
-        """See how long an update takes of this batch, which leaves no trace; the first time compiles the step."""
+        """Measures how long an update takes of this batch, and undoes it; the first time compiles the step."""
         self._callback.progress("measuring an update")
         kept = mx.random.state[0].tolist()
         for _ in range(2):
@@ -268,7 +268,7 @@ class Run:
             self._callback.ready(seconds * self._settings.accumulate, left)
 
     def update(self, source: BatchSource) -> None:
-        """One update, or one that is skipped. Raises ElmError where the loss says stop."""
+        """Makes an update, or skips it. Raises ElmError where the loss says stop."""
         started, progress = time.perf_counter(), self.progress
         sums, gradients, count, trained, tokens = self._accumulated(source)
         norm = optimization.global_norm(gradients) / count
@@ -299,7 +299,7 @@ class Run:
         )  # fmt: skip
 
     def validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
-        """Whether the loss is the least so far, the base's included. Nothing comes of one that `stop` breaks off."""
+        """Says whether the loss is the least so far, the base's included. One that `stop` breaks off has no effect."""
         self._callback.progress("validating")
         started, progress = time.perf_counter(), self.progress
         total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
@@ -328,7 +328,7 @@ class Run:
         return time.monotonic() - self._saved_at
 
     def save(self, source: BatchSource, passing: bool = False) -> None:
-        """A checkpoint of where the run stands; superfluous ones go, and a `passing` one with the next."""
+        """Writes a checkpoint; superfluous ones go, and a `passing` one with the next."""
         progress, step = self.progress, self._step
         progress.data, progress.parts = source.state(), step.parts
         progress.random = mx.distributed.all_gather(mx.random.state[0][None], group=self._group).tolist()
@@ -340,11 +340,11 @@ class Run:
         self._passing = progress.step if passing else None
 
     def agreed(self, stop: bool) -> bool:
-        """Whether any process wants to stop."""
+        """Says whether any process wants to stop."""
         return stop if self._group.size() == 1 else bool(self._summed(mx.array(int(stop))).item())
 
     def _accumulated(self, source: BatchSource) -> tuple[mx.array, Any, int, int, int]:
-        """Summed loss and measures, summed gradients, count, trained tokens and tokens of an update, of all."""
+        """Sums the loss, measures, gradients, count, trained tokens and tokens of an update over all processes."""
         sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
         for _ in range(self._settings.accumulate):
             batch = next(source)
@@ -367,7 +367,7 @@ class Run:
         return dict(zip(self._step.objective.measures, measured, strict=True))
 
     def _what_is_wrong(self, loss: float, norm: float, trained: int) -> str | None:
-        """Why an update of this loss, the mean over so many trained tokens, is not to be made."""
+        """Says why an update of this loss, the mean over so many trained tokens, is not to be made."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss}, the gradients' norm {norm}"
         spike, mean = self._settings.spike, self.progress.loss_mean
@@ -378,7 +378,7 @@ class Run:
         return None
 
     def _refuse(self, wrong: str) -> None:
-        """Count an update that is not made, or raise."""
+        """Counts an update that is not made, or raises ElmError."""
         self.progress.skipped += 1
         self._skipped_in_a_row += 1
         if self._settings.on_nan == "skip" and self._skipped_in_a_row < _MOST_SKIPPED:
@@ -388,7 +388,7 @@ class Run:
         raise ElmError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
 
     def _note(self, loss: float) -> None:
-        """Take a loss into the running mean."""
+        """Takes a loss into the running mean."""
         progress = self.progress
         self._skipped_in_a_row = 0
         if progress.made == 0:

@@ -78,10 +78,7 @@ def summary(runs: Sequence[RunMetrics]) -> Rows:
 
 
 def about(runs: Sequence[RunMetrics]) -> list[tuple[str, list[str], bool]]:
-    """What the runs say of themselves: each key, its values, and whether those who say something differ in it.
-
-    Where they differ comes first.
-    """
+    """Returns each key of the runs' `run.json`, its values, and whether they differ; those that do come first."""
     keys = dict.fromkeys(key for run in runs for key in run.about)
     telling = [run.about for run in runs if run.about]
     rows = []

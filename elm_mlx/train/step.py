@@ -1,8 +1,7 @@
-"""One update: gradients of one or several batches, summed, scaled and applied. Compiled.
+"""One update: the backward pass of one or several batches, and the optimizer's step. Compiled.
 
-Knows the model, the loss and the optimizer; knows nothing of files, schedules or when to stop. An update's
-gradient is that of the mean over its trained tokens, or pairs, however they are spread over batches and processes:
-sums are added up, and divided once.
+An update's gradient is that of the mean over its trained tokens, or pairs, however they are spread over batches and
+processes: sums are added up, and divided once.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from elm_mlx.train.loss import Head, Objective, Parameters, TokenLoss
 
 
 class Step:
-    """What turns batches into updates of `model`'s trainable parameters, which it changes in place.
+    """Turns batches into updates of `model`'s trainable parameters, which it changes in place.
 
     With parameters in float32 and `compute_dtype` bfloat16, the parameters are rounded where they are used,
     and updated unrounded: small updates are not lost.
@@ -31,7 +30,7 @@ class Step:
     Args:
         clip: the limit on the gradients' norm; None for none.
         compute_dtype: what trainable parameters are cast to for the forward pass; None for what they are.
-        objective: what is made small.
+        objective: what to minimize; None for trained tokens' cross-entropy.
     """
 
     def __init__(
@@ -59,11 +58,11 @@ class Step:
 
     @property
     def parts(self) -> int:
-        """How many parts a batch is cut into, at most; which of a row's activations are dropped depends on it."""
+        """The number of parts that a batch is cut into, at most; what dropout drops depends on it."""
         return self._parts.most
 
     def cut_into(self, parts: int) -> None:
-        """Cut batches into so many parts from now on."""
+        """Cuts batches into so many parts from now on."""
         self._parts = device.Parts(parts)
 
     def gradients(self, batch: Batch) -> tuple[mx.array, Any, int]:
@@ -77,7 +76,7 @@ class Step:
         return sums, grads, self.objective.count(batch)
 
     def apply(self, gradients: Any, norm: mx.array, tokens: float, learning_rate: float) -> None:
-        """Update parameters and optimizer by summed `gradients`, whose mean's norm is `norm`. Not yet computed."""
+        """Updates parameters and optimizer by summed `gradients`, whose mean's norm is `norm`. Not yet computed."""
         parameters, self.optimizer.state = self._apply(
             self.model.trainable_parameters(),
             self.optimizer.state | {"learning_rate": mx.array(learning_rate)},
@@ -97,11 +96,11 @@ class Step:
             self.model.train()
 
     def state(self) -> list[Any]:
-        """All that an update changes, to be evaluated."""
+        """Returns all that an update changes, to be evaluated."""
         return [self.model.trainable_parameters(), self.optimizer.state]
 
     def _computed(self, function: Callable[..., Any], batch: Batch) -> list[Any]:
-        """What a compiled function returns for each part of a batch."""
+        """Returns what a compiled function returns for each part of a batch."""
         parameters, parts, graphs = self.model.trainable_parameters(), batch.split(self.parts), []
         for part, stream in zip(parts, self._parts.streams(len(parts), parameters), strict=True):
             with stream:
@@ -110,7 +109,7 @@ class Step:
         return graphs
 
     def _arrays(self, batch: Batch) -> tuple[Any, ...]:
-        """What the compiled functions take."""
+        """Returns a batch as the compiled functions take it."""
         segments = None if batch.segments is None else (mx.array(batch.segments), batch.reach())
         return mx.array(batch.inputs), segments, self.objective.arrays(batch)
 
@@ -122,7 +121,7 @@ class Step:
         segments: tuple[mx.array, int | None] | None,
         at: tuple[mx.array, ...],
     ) -> tuple[mx.array, mx.array]:
-        """The loss, and it again with the measures, of `parameters` in the model's place; which is left as it was."""
+        """Returns the loss, and it again with the measures, of `parameters` in place of the model's own."""
         model, kept = self.model, self.model.trainable_parameters()
         try:
             model.update(tree_map(self._cast, parameters))
@@ -147,7 +146,7 @@ class Step:
 
 
 def recompute_blocks(model: Model) -> None:
-    """Gradient checkpointing: keep what enters each block, and compute the rest again on the way back.
+    """Gradient checkpointing: keeps what enters each block, and computes the rest again in the backward pass.
 
     A block's own activations are most of a step's memory; this costs a third more arithmetic.
     """
@@ -158,7 +157,7 @@ def recompute_blocks(model: Model) -> None:
 
 @functools.cache
 def _recomputed(block: Any) -> Any:
-    """A subclass of `block` that keeps only what it was given."""
+    """Makes a subclass of `block` that keeps only its inputs."""
     if block.__name__ == "Recomputed":
         return block
 
@@ -167,7 +166,7 @@ def _recomputed(block: Any) -> Any:
             if not self.training:
                 return super().__call__(x, *others, **named)
 
-            def inner(parameters: Parameters, x: mx.array) -> mx.array:  # called again on the way back
+            def inner(parameters: Parameters, x: mx.array) -> mx.array:  # called again in the backward pass
                 kept = self.trainable_parameters()
                 try:
                     self.update(parameters)

@@ -37,15 +37,15 @@ class Meter:
         self._trials = _TRIALS
 
     def measure(self, dtype: mx.Dtype) -> None:
-        """Find out how fast products of `dtype` are; takes about a third of a second."""
+        """Measures how fast products of `dtype` are; takes about a third of a second."""
         self._dtype, self._speed = dtype, max(self._speed, roofline.matmul_speed(dtype))
 
     def add(self, batch: Batch) -> None:
-        """A batch that is computed."""
+        """Counts a batch."""
         self._done += self._cost.forward(batch.tokens, seen(batch), int(batch.trained.sum()))
 
     def share(self, seconds: float) -> float | None:
-        """Of the measured speed, what the batches since the last call reached; None where none was measured.
+        """Returns the share of the measured speed that the batches since the last call reached; None without one.
 
         More than all of it means that others had the machine when it was measured: then it is measured again, a few
         times in a run, and None is said until that helps.
@@ -61,7 +61,7 @@ class Meter:
 
 
 def update_cost(config: Shaped, adapter: Adapter | None, grad_checkpoint: bool) -> Cost:
-    """What a token costs an update, backward pass included."""
+    """Returns a token's cost in an update, backward pass included."""
     forward, again = Cost.of(config), int(grad_checkpoint)
     if adapter is None or adapter.kind == "full":
         return Cost(

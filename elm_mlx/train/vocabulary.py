@@ -1,8 +1,7 @@
 """A SentencePiece vocabulary trained on raw text: BPE with byte fallback, by the rules of Llama 2's tokenizer.
 
-Knows how to draw a sample of lines from files of any size, what SentencePiece is asked for, and how to measure what
-comes out. A file is read once, as a stream; memory holds the sample, and while SentencePiece works some five times
-as much. Equal data, seed and settings give equal bytes, on any machine. Knows no model.
+A file is read once, as a stream; memory holds the sample, and while SentencePiece works some five times
+as much. Equal data, seed and settings give equal bytes, on any machine.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a tokenizer makes of some lines.
+    """A tokenizer measured on some lines.
 
     Attributes:
         nbytes: of the lines.
