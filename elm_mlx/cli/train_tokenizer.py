@@ -15,7 +15,7 @@ from elm_mlx.cli.screen import byte_size, counted, say
 
 if TYPE_CHECKING:
     from elm_mlx.text.tokenizer import Tokenizer
-    from elm_mlx.train.vocabulary import Measure, Sample
+    from elm_mlx.train.vocabulary import LineSample, Measure
 
 _SHOWN = 5  # bad records
 
@@ -58,7 +58,7 @@ def train_tokenizer(
     say("wrote", str(out))
 
 
-def _print_sample(sample: Sample, files: int) -> None:
+def _print_sample(sample: LineSample, files: int) -> None:
     say("read", f"{byte_size(sample.nbytes)} of text, {counted(sample.texts, 'record')} in {counted(files, 'file')}")
     for line in sample.bad[:_SHOWN]:
         say("bad", line)

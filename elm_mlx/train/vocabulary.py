@@ -38,7 +38,7 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Sample:
+class LineSample:
     """Lines of UTF-8 drawn from data, in the order in which they stand there.
 
     Attributes:
@@ -77,7 +77,7 @@ class Measure:
         return self.nbytes / self.tokens if self.tokens else 0.0
 
 
-def sample(files: Sequence[Path], *, max_bytes: int = 100_000_000, seed: int = 0, skip_bad: bool = False) -> Sample:
+def sample(files: Sequence[Path], *, max_bytes: int = 100_000_000, seed: int = 0, skip_bad: bool = False) -> LineSample:
     """Draws lines from data, each with the same chance, until `max_bytes` are full.
 
     Args:
@@ -115,11 +115,11 @@ def sample(files: Sequence[Path], *, max_bytes: int = 100_000_000, seed: int = 0
                 (held_out if lot < _HELD_OUT else chosen).add(lot, line)
     if not chosen.nbytes:
         raise InputError(f"{', '.join(map(str, files)) or 'no file'}: no text to train on")
-    return Sample(chosen.lines(), held_out.lines(), texts, nbytes, tuple(bad))
+    return LineSample(chosen.lines(), held_out.lines(), texts, nbytes, tuple(bad))
 
 
 def train(
-    sample: Sample, path: Path, *, vocab_size: int, character_coverage: float = 0.99995, overwrite: bool = False
+    sample: LineSample, path: Path, *, vocab_size: int, character_coverage: float = 0.99995, overwrite: bool = False
 ) -> Tokenizer:
     """Trains a vocabulary and writes it as SentencePiece's model file, whole or not at all.
 
