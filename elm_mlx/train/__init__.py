@@ -1,1 +1,1 @@
-"""Fine-tuning: data in, an adapter out."""
+"""Training: fine-tuning, preference tuning and pretraining, and the files of a run."""
