@@ -40,7 +40,7 @@ def on_gpu() -> bool:
 
 @dataclass(frozen=True)
 class Computation:
-    """What to compute in; whether quantized weights are expanded for it at load; what to tell the user, if anything."""
+    """The type to compute in, with a note to the user, if any; `unpack`: quantized weights are expanded at load."""
 
     dtype: mx.Dtype
     unpack: bool = False
@@ -81,7 +81,7 @@ def computation(stored: mx.Dtype, parameters: int, packed: bool = False, request
 
 
 def machine() -> str:
-    """What computes, for records of what was measured on it."""
+    """Returns the name of what computes, for the records of measurements."""
     name = mx.device_info().get("device_name", platform.processor())
     where = f"{platform.system()} {platform.machine()}, mlx {mx.__version__}"
     return f"{name}, {os.cpu_count()} cores, {where}, on {'GPU' if on_gpu() else 'CPU'}"

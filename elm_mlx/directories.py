@@ -27,7 +27,7 @@ TEMPLATES = ("additional_chat_templates", "chat_templates")
 
 @dataclass(frozen=True)
 class Kind:
-    """What `--overwrite` may replace.
+    """A kind of directory, and so what `--overwrite` may replace.
 
     Attributes:
         name: for messages.
@@ -210,7 +210,7 @@ def _where_from(path: Path) -> str:
 
 
 def _no_model(path: Path) -> str:
-    """What a directory without `config.json` is, and what can be done with it."""
+    """Returns a hint: what a directory without `config.json` seems to be, and what to do with it."""
     adapter, run = (_object_in(path / name) for name in ("adapter_config.json", "run.json"))
     settings = run.get("settings") if run else None
     model = settings.get("model") if isinstance(settings, dict) else None
@@ -273,7 +273,7 @@ def _begins(path: Path, head: bytes) -> bool:
 
 
 def _lies_in(source: Path, target: Path) -> bool:
-    """Whether `source`, or what it leads to, is `target` or in it."""
+    """Returns whether `source`, or the target of its link, is `target` or lies in it."""
     real = Path(os.path.realpath(target))  # unlike resolve(), no exception for a loop of links
     named = Path(os.path.realpath(source.absolute().parent), source.name)
     return any(real in (place, *place.parents) for place in (named, Path(os.path.realpath(source))))

@@ -189,7 +189,7 @@ def remove_abandoned(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> int:
-    """What this user may still write to the file system that `path`, or the nearest parent there is, lies on."""
+    """Returns the bytes that this user may still write to the file system of `path`, or of its nearest parent."""
     path = Path(os.path.realpath(path))
     while not path.exists():
         path = path.parent
@@ -283,7 +283,7 @@ def _take(lock: Path, directory: Path) -> int:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
+    """Returns whether `path` still names the open file."""
     held = os.fstat(descriptor)
     try:
         named = path.lstat()

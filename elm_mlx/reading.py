@@ -1,4 +1,4 @@
-"""What comes in from outside, read by one rule: bytes with a limit, and text that is UTF-8.
+"""Reads files from outside by one rule: bytes with a limit, text that is UTF-8, JSON and YAML with checked values.
 
 A file that someone names may be anything: gigabytes of zeros, a pipe that nobody writes to, a device, a page saved
 by an editor of another age. Whoever opens one does it here: only regular files are read, no more of them than such a
@@ -130,7 +130,7 @@ def unmarked(data: bytes, where: str) -> bytes:
 
 
 def json_value(path: Path, most: int = SETTINGS_BYTES) -> Any:
-    """What a file of at most `most` bytes holds. Raises InputError where it cannot be read, or is no JSON."""
+    """Returns the JSON value in a file of at most `most` bytes. Raises InputError: it cannot be read, or is no JSON."""
     return parse_json(text(path, most), str(path))
 
 
@@ -260,14 +260,14 @@ class Keys:
         self._values = values
 
     def has(self, name: str) -> bool:
-        """Whether the key is there, be it null."""
+        """Returns whether the key is there, be it null."""
         return name in self._values
 
     def says(self, name: str) -> bool:
         return self._values.get(name) is not None
 
     def get(self, name: str) -> Any:
-        """What is there, unchecked; None where nothing is."""
+        """Returns the value unchecked, None where there is none."""
         return self._values.get(name)
 
     def size(self, name: str, default: int | None = None, most: int = LARGEST_SIZE, word: str | None = None) -> int:
