@@ -23,10 +23,10 @@ from elm_mlx.errors import InputError
 
 # The largest text of each kind in the wild, and a margin: a tokenizer_config.json has 1 MB, a tokenizer.json 35 MB,
 # a text to measure by 1 GB (enwik9).
-SETTINGS_BYTES = 16_000_000
-TABLES_BYTES = 1_000_000  # YAML and TOML, of which Python reads about 1 MB a second
-TEXT_BYTES = 64_000_000
-CORPUS_BYTES = 1_100_000_000
+SETTINGS_BYTES = 16 << 20
+TABLES_BYTES = 1 << 20  # YAML and TOML, of which Python reads about 1 MB a second
+TEXT_BYTES = 64 << 20
+CORPUS_BYTES = 1 << 30
 LARGEST_SIZE = 1 << 30  # of a size: MLX adds positions up in 32 bits
 
 _MARK = b"\xef\xbb\xbf"
@@ -70,7 +70,7 @@ def content(path: Path, most: int) -> bytes:
         # Both, because a file may grow meanwhile, and those of /proc say that they have nothing.
         data = b"" if size > most else file.read(most + 1)
     if size > most or len(data) > most:
-        raise InputError(f"{path}: larger than {byte_size(most)}, which no such file is")
+        raise InputError(f"{path}: larger than {limit_size(most)}, which no such file is")
     return data
 
 
@@ -83,7 +83,7 @@ def stdin_text() -> str:
     """All of standard input, as `text`. Raises InputError."""
     data = sys.stdin.buffer.read(TEXT_BYTES + 1)
     if len(data) > TEXT_BYTES:
-        raise InputError(f"stdin: more than {byte_size(TEXT_BYTES)}")
+        raise InputError(f"stdin: more than {limit_size(TEXT_BYTES)}")
     return decoded(data, "stdin")
 
 
@@ -91,7 +91,7 @@ def limited_line(file: IO[bytes], most: int, where: str) -> bytes:
     """The next line with its end; nothing where the file ends. Raises InputError for one of more than `most` bytes."""
     line = file.readline(most + 1)
     if len(line) > most:
-        raise InputError(f"{where}: has more than {byte_size(most)} without an end: no such line is read")
+        raise InputError(f"{where}: has more than {limit_size(most)} without an end: no such line is read")
     return line
 
 
@@ -384,6 +384,11 @@ def byte_size(count: int) -> str:
     """`count` bytes in the unit that suits them: 14.4 MB, 1.09 GB."""
     size = f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
     return size.replace(".00 ", " ").replace(".0 ", " ")
+
+
+def limit_size(most: int) -> str:
+    """Returns a limit, which is a power of two, as messages and docs/limits.md have it: 16 MB for 16 << 20 bytes."""
+    return f"{most >> 20} MB" if most < 1 << 30 else f"{most >> 30} GB"
 
 
 def _code(found: re.Match[str]) -> str:

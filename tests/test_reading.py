@@ -44,6 +44,14 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         refused(message, lambda path=path: reading.text(path))  # type: ignore[misc]
 
 
+def test_limits_are_those_of_the_documentation_and_are_shown_as_there() -> None:
+    limits = (reading.SETTINGS_BYTES, reading.TABLES_BYTES, reading.TEXT_BYTES, reading.CORPUS_BYTES)
+    assert limits == (16 << 20, 1 << 20, 64 << 20, 1 << 30)
+    assert [*map(reading.limit_size, limits)] == ["16 MB", "1 MB", "64 MB", "1 GB"]
+    page = (Path(__file__).parents[1] / "docs" / "limits.md").read_text("utf-8")
+    assert all(f" {reading.limit_size(each)} " in page for each in limits)
+
+
 def test_a_shells_pipe_is_read() -> None:
     out, into = os.pipe()
     os.write(into, b"from a command\r\n")

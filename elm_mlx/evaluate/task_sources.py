@@ -153,7 +153,7 @@ def _of_text(path: Path) -> Iterator[Question]:
         except (OSError, EOFError) as error:
             raise InputError(f"{path}: damaged bzip2: {error}") from None
         if len(data) > reading.TEXT_BYTES:
-            raise InputError(f"{path}: more than {reading.TEXT_BYTES >> 20} MB, unpacked")
+            raise InputError(f"{path}: more than {reading.limit_size(reading.TEXT_BYTES)}, unpacked")
     lines = reading.decoded(data, str(path)).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
