@@ -45,6 +45,7 @@ class Alignment(Finetuning):
     """
 
     command, unit = "dpo", "pair"
+    _batching = PairBatches
     batches: PairBatches
     _validation: PairBatches | None
     asked: DpoSettings
@@ -66,13 +67,6 @@ class Alignment(Finetuning):
         if not self._keeps_apart():
             raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
         return read_data(self.path, self.config, self.asked.data, self.asked.examples, paired=True)
-
-    def _batches(self, split: str, seed: int = 0) -> PairBatches:
-        prepared = self.splits[split]
-        return PairBatches(
-            prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
-            rank=self.rank, world=self.world,
-        )  # fmt: skip
 
     def _row_length(self, prepared: Prepared) -> int:
         return self._fitting([len(pair.ids) - 1 for pair in Joined(prepared.examples)], 2 * prepared.max_length)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -66,6 +67,7 @@ class Finetuning(HeldRun):
     """
 
     command, unit = "lora", "example"
+    _batching: ClassVar[type[Batches]] = Batches
 
     def __init__(self, asked: LoraSettings, *, resume: bool = False) -> None:
         _check_place(asked.out)
@@ -179,7 +181,7 @@ class Finetuning(HeldRun):
 
     def _batches(self, split: str, seed: int = 0) -> Batches:
         prepared = self.splits[split]
-        return Batches(
+        return self._batching(
             prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
             rank=self.rank, world=self.world,
         )  # fmt: skip
