@@ -90,6 +90,8 @@ NAMES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def ours(template: str) -> list[list[str | None]]:
+    """Returns what our renderer makes of each conversation, None for a refusal."""
+
     def render(messages: list[dict[str, str]]) -> list[str | None]:
         try:
             texts = jinja.render(template, "", [(messages, False), (messages, True)], NAMES)
@@ -101,6 +103,7 @@ def ours(template: str) -> list[list[str | None]]:
 
 
 def theirs(python: str, templates: dict[str, str]) -> dict[str, list[list[str | None]]]:
+    """Returns the same by transformers, for each template by name."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".json") as job:
         json.dump({"templates": templates, "conversations": CONVERSATIONS, "names": NAMES}, job)
         job.flush()

@@ -12,10 +12,12 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import elm_mlx  # noqa: F401  before whatever imports MLX, for the sake of its BLAS
 
 # isort: split
+import builtins
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import other_models
 import processes
@@ -62,6 +64,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return (code if isinstance(code, int) else 0, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes a package as one that is not installed."""
+
+    def refuse(package: str) -> None:
+        real = builtins.__import__
+
+        def importing(name: str, *arguments: Any) -> Any:
+            if name == package:
+                raise ImportError(name)
+            return real(name, *arguments)
+
+        monkeypatch.setattr(builtins, "__import__", importing)
+
+    return refuse
 
 
 @pytest.fixture

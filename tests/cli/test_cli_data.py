@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import tiny
-from commands import Run
+from commands import Run, modules_of, packages
 
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.text.tokenizer import Tokenizer
@@ -254,16 +254,9 @@ def test_a_model_without_a_tokenizer(run: Run, tmp_path: Path, tiny_model_dir: P
 
 def test_nothing_heavy_is_imported(tmp_path: Path, tiny_model_dir: Path) -> None:
     path = write(tmp_path / "a.jsonl", *turns(3))
-    code = (
-        f"import sys; sys.argv = ['elm-mlx', 'data', {str(path)!r}, '--model', {str(tiny_model_dir)!r}]\n"
-        "from elm_mlx.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: print(*sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert "3 examples" in done.stdout
-    found = {name.partition(".")[0] for name in done.stderr.split()}
-    assert not found & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "pyarrow", "rich"}
+    out, _, modules = modules_of("data", path, "--model", tiny_model_dir)
+    assert "3 examples" in out
+    assert not packages(modules) & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "pyarrow", "rich"}
 
 
 PAIRS = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from commands import Run
+from commands import Run, modules_of, packages
 
 from elm_mlx import cli, generate, stream_generate
 from elm_mlx.store.loading import load
@@ -442,22 +442,14 @@ def test_a_bar_stands_for_texts_that_go_into_a_file(speaker: Path, tmp_path: Pat
 
 
 def test_nothing_heavy_is_imported(speaker: Path) -> None:
-    code = (
-        f"import sys; sys.argv = ['elm-mlx', 'generate', {str(speaker)!r}, '--prompt', chr(10)]\n"
-        "from elm_mlx.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as end: print(end.code, *sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == ANSWER + "\n"
-    end, *modules = done.stderr.splitlines()[-1].split()
-    assert end == "0"
-    found = {name.partition(".")[0] for name in modules}
+    out, code, modules = modules_of("generate", speaker, "--prompt", "\n")
+    assert (out, code) == (ANSWER + "\n", 0)
+    found = packages(modules)
     heavy = {"mlx_lm", "transformers", "huggingface_hub", "tokenizers", "pyarrow", "matplotlib", "torch", "yaml"}
     assert not found & heavy
     assert {"mlx", "sentencepiece"} <= found
     shared = {"__init__", "options", "screen", "generate"}
     commands = {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - shared
     assert "lora" in commands
-    assert not {f"elm_mlx.cli.{command}" for command in commands} & {*modules}  # the other commands' options
+    assert not {f"elm_mlx.cli.{command}" for command in commands} & modules  # the other commands' options
     assert "elm_mlx.store.adapters" not in modules

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from commands import Run
+from commands import Run, modules_of, packages
 
 from elm_mlx import blas, device
 from elm_mlx.model.config import ModelConfig
@@ -120,16 +119,9 @@ def test_nothing_asked_for(run: Run) -> None:
 
 
 def test_a_directory_is_described_without_mlx(tiny_model_dir: Path) -> None:
-    code = (
-        f"import sys; sys.argv = ['elm-mlx', 'info', {str(tiny_model_dir)!r}]\n"
-        "from elm_mlx.cli import main\n"
-        "try: main()\n"
-        "except SystemExit: print(*sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert "parameters" in done.stdout
-    found = {name.partition(".")[0] for name in done.stderr.split()}
-    assert not found & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "torch"}
+    out, _, modules = modules_of("info", tiny_model_dir)
+    assert "parameters" in out
+    assert not packages(modules) & {"mlx", "mlx_lm", "transformers", "huggingface_hub", "torch"}
 
 
 def test_a_name_that_is_nearly_a_model_beside_it_is_named(run: Run, tiny_model_dir: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import gzip
 import json
 import os
@@ -63,16 +62,9 @@ def test_zstandard_by_name_alone(tmp_path: Path) -> None:
         texts.records(tmp_path / "a.jsonl.zst")
 
 
-def test_zstandard_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zstandard_without_its_package(tmp_path: Path, without: Callable[[str], None]) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(b"")
-    real = builtins.__import__
-
-    def refuse(name: str, *arguments: Any) -> Any:
-        if name == "zstandard":
-            raise ImportError(name)
-        return real(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    without("zstandard")
     with pytest.raises(ElmError, match=r"a\.jsonl\.zst: Zstandard needs its package: pip install 'elm-mlx\[zstd\]'"):
         texts.records(tmp_path / "a.jsonl.zst")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import gzip
 import json
 import os
@@ -121,16 +120,9 @@ class TestFiles:
                      ("a.parquet", "a.jsonl"))  # fmt: skip
         assert bad == same and len(bad) == 2 and bad[0].endswith("`text`; it has `question`, `answer`")
 
-    def test_parquet_without_pyarrow(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_parquet_without_pyarrow(self, tmp_path: Path, without: Callable[[str], None]) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1")
-        real = builtins.__import__
-
-        def refuse(name: str, *arguments: Any) -> Any:
-            if name == "pyarrow":
-                raise ImportError(name)
-            return real(name, *arguments)
-
-        monkeypatch.setattr(builtins, "__import__", refuse)
+        without("pyarrow")
         with pytest.raises(ElmError, match=r"a\.parquet: Parquet needs pyarrow: pip install 'elm-mlx\[parquet\]'"):
             read(tmp_path / "a.parquet")
 
