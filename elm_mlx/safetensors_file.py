@@ -140,17 +140,21 @@ def fingerprint(directory: Path, known: str | None = None) -> str:
     Raises:
         InputError: a file is missing or damaged.
     """
-    now, earlier = hashlib.sha256(), hashlib.sha256()
+    now = _hash_of_pieces(directory)
+    return known if known not in (None, now) and known == _hash_of_pieces(directory, behind_middle=True) else now
+
+
+def _hash_of_pieces(directory: Path, *, behind_middle: bool = False) -> str:
+    digest = hashlib.sha256()
     for path in weight_files(directory):
         entries = read_header(path)
         with reading.opened(path) as file:
             for entry in entries:
                 middle = max(entry.begin, (entry.begin + entry.end) // 2 - 2048)
-                for digest, start in ((now, middle), (earlier, middle + entries[0].begin)):
-                    file.seek(start)
-                    digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
-                    digest.update(file.read(min(4096, entry.end - entry.begin)))
-    return earlier.hexdigest() if known == earlier.hexdigest() else now.hexdigest()
+                file.seek(middle + (entries[0].begin if behind_middle else 0))
+                digest.update(f"{entry.name} {entry.dtype} {entry.shape}\n".encode())
+                digest.update(file.read(min(4096, entry.end - entry.begin)))
+    return digest.hexdigest()
 
 
 def _object(path: Path, text: bytes) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def read(directory: str | Path, config: Config, model: Path | None = None) -> Ad
         return of_weights(elm_mlx_convert.read_peft(path, config), path)
     adapter = _read_config(path, config)
     _check_tensors(path / WEIGHTS, adapter, config)
-    if model is not None and adapter.model_sha256 not in (None, fingerprint(model, adapter.model_sha256)):
+    known = adapter.model_sha256
+    if model is not None and known is not None and known != fingerprint(model, known):
         raise InputError(
             f"{path}: was made for a model with other weights; to use it here all the same, "
             f"take model_sha256 out of its {CONFIG}"
