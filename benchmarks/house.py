@@ -23,6 +23,7 @@ import argparse
 import ast
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -191,7 +192,7 @@ def trace(packages: Path, to: Path, arguments: list[str]) -> None:
     threading.setprofile(profile)
     sys.setprofile(profile)
     try:
-        from elm_mlx.__main__ import main
+        from elm_mlx.cli import main
 
         main()
     finally:
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--static", action="store_true", help="run no commands")
     options = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may leave before the last line
     root = options.root.resolve()
     python = options.python or root / ".venv" / "bin" / "python"
     figures = ({} if options.static else measured_figures(root, python.absolute())) | static_figures(root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ if sys.version_info < (3, 11):
 else:
     import tomllib
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
 FOLDERS = {name: ROOT / SETUPTOOLS["package-dir"].get(name, name.replace(".", "/")) for name in SETUPTOOLS["packages"]}
@@ -18,6 +21,16 @@ FOLDERS = {name: ROOT / SETUPTOOLS["package-dir"].get(name, name.replace(".", "/
 
 def test_no_name_stands_twice_and_no_imports_go_in_circles() -> None:
     assert runpy.run_path(str(ROOT / "benchmarks" / "house.py"))["violations"](ROOT) == []
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_figures_that_nobody_reads_to_their_end(form: list[str]) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "house.py"), "--static", *form]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.wait(timeout=60)
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
