@@ -179,7 +179,7 @@ def packing_name(ways: Iterable[Mapping[str, Any]]) -> str:
     """Returns bits and group sizes of weights that are packed in `ways`, such as "4-bit, group 64"; a float mode's name
     first."""
     ways = list(ways)
-    modes = sorted({str(way["mode"]) for way in ways if way.get("mode", AFFINE) != AFFINE})
+    modes = sorted({str(mode) for way in ways if (mode := way.get("mode") or AFFINE) != AFFINE})
     bits, groups = (sorted({int(way[name]) for way in ways}) for name in ("bits", "group_size"))
     sizes = f"{'/'.join(map(str, bits))}-bit, group {'/'.join(map(str, groups))}"
     return " ".join([*modes, sizes])

@@ -256,7 +256,7 @@ def _packing(config: Config, name: str) -> Packing:
         raise InputError(f"tensor {name} is quantized, and config.json has no `quantization` to say how")
     own = quantization.get(name.removesuffix(".weight"))
     how = own if isinstance(own, Mapping) else quantization
-    return {"group_size": how["group_size"], "bits": how["bits"], "mode": str(how.get("mode", AFFINE))}
+    return {"group_size": how["group_size"], "bits": how["bits"], "mode": how.get("mode") or AFFINE}
 
 
 def part_of(name: str, kind: str) -> str:

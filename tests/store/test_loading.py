@@ -22,6 +22,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
 from elm_mlx.store import loading
+from elm_mlx.store.describe import describe
 from elm_mlx.store.loading import load, load_model, open_model
 
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
@@ -258,7 +259,7 @@ def test_mlx_lm_computes_the_same_with_quantized_weights(
         {"group_size": 1e999, "bits": 4}, {"group_size": float("nan"), "bits": 4}, {"group_size": 64, "bits": 4.5},
         {"group_size": 64, "bits": True}, {"group_size": "64", "bits": "4"}, {"group_size": 32, "bits": 4},
         {"group_size": 64, "bits": 4, "mode": "mxfp4"}, {"group_size": 64, "bits": 4, "mode": "guess"},
-        {"group_size": 64, "bits": 4, "mode": None}, {"group_size": 64, "bits": 4, "mode": []},
+        {"group_size": 64, "bits": 4, "mode": []},
         {"group_size": 64, "bits": 4, "transformer.layers.0.attn.qkv_proj": {"group_size": 64, "bits": 8}},
         {"group_size": 64, "bits": 4, "transformer.layers.0.attn.qkv_proj": {}},
     ],
@@ -269,6 +270,17 @@ def test_a_quantization_that_does_not_fit_is_refused(
     path = Path(shutil.copytree(quantized("4 bits"), tmp_path / "model"))
     change_config(path, quantization=quantization)
     refused(path, "quantiz")
+
+
+def test_a_mode_of_null_is_unsaid(quantized: Callable[[str], Path], tmp_path: Path, branch: bool) -> None:
+    path = Path(shutil.copytree(quantized("4 bits"), tmp_path / "model"))
+    how: dict[str, Any] = {"group_size": 64, "bits": 4, "mode": None}
+    change_config(path, quantization={**how, "transformer.layers.0.attn.qkv_proj": how})
+    usual, found = open_model(quantized("4 bits")), open_model(path)
+    assert found.stored == usual.stored
+    weights = dict(tree_flatten(usual.model.parameters()))
+    assert all(mx.array_equal(value, weights[name]) for name, value in tree_flatten(found.model.parameters()))
+    assert describe(path).dtype == describe(quantized("4 bits")).dtype
 
 
 @pytest.mark.parametrize("part", ["scales", "biases"])
