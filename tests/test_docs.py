@@ -34,7 +34,7 @@ def test_every_command_line_in_the_documentation_can_be_parsed(page: Path) -> No
     lines += re.findall(r"^ *elm-mlx ([a-z-]+) (.*)", made_by, re.M)
     for command, rest in lines:
         assert command in COMMANDS, f"{page.name}: elm-mlx {command}"
-        known = flags(command) | {"--help", "--model"}
+        known = {"--help", *(name for each in COMMANDS[command].params for name in each.opts)}
         for flag in re.findall(r"(?<!\S)--[a-z-]+", rest):
             assert flag in known, f"{page.name}: elm-mlx {command} {flag}"
 

@@ -18,15 +18,16 @@ from contextlib import suppress
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 import typer.core
 import typer.main
 
-from elm_mlx import reading
 from elm_mlx.cli.screen import note, silence
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.reading import expanded
 from elm_mlx.version import __version__
 
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -38,21 +39,23 @@ _GROUPS = {
     "Train": ("data", "lora", "dpo", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
     "Measure": ("eval", "bench"),
 }
+# Arguments that an option gives too, for it does so in other commands.
+_BY_NAME = {"MODEL": "--model", "ADAPTER": "--adapter", "CONFIG": "--config"}
 _COMMANDS = tuple(name for names in _GROUPS.values() for name in names)
 
 
 class Command(typer.core.TyperCommand):
-    """Takes `--model MODEL` in place of its first argument, and `~` in every path."""
+    """Takes the arguments in `_BY_NAME` by an option too, and `~` in every path."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.context_settings = {**HELP, **(self.context_settings or {})}
-        first: Any = next((each for each in self.params if each.param_type_name == "argument"), None)
-        self._takes_model = first is not None and "MODEL" in (first.metavar or "")
-        if self._takes_model:
+        words = [(each.metavar or "").strip("[]…") for each in self.params if each.param_type_name == "argument"]
+        self._by_name = {_BY_NAME[word]: place for place, word in enumerate(words) if word in _BY_NAME}
+        for option, place in self._by_name.items():
             named = typer.core.TyperOption(
-                param_decls=["--model", "model_by_name"], type=str, metavar="MODEL", expose_value=False,
-                help="MODEL, by name in place of the first argument. (default: that)",
+                param_decls=[option, f"{option[2:]}_by_name"], type=str, metavar=words[place], expose_value=False,
+                help=f"{words[place]}, by name in place of the {('first', 'second')[place]} argument. (default: that)",
             )  # fmt: skip
             self.params.append(named)
         for parameter in self.params:
@@ -63,7 +66,7 @@ class Command(typer.core.TyperCommand):
                 each.help += " (default: none)"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, self._model_first(args) if self._takes_model else args)
+        return super().parse_args(ctx, self._in_place(args) if self._by_name else args)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, _legible(formatter))
@@ -78,27 +81,30 @@ class Command(typer.core.TyperCommand):
                 sections.setdefault(getattr(each, "rich_help_panel", None) or usual, []).append(row)
         _write_sections(formatter, sections)
 
-    def _model_first(self, args: list[str]) -> list[str]:
-        """Returns the words of a command line with the value of `--model` in front of them."""
+    def _in_place(self, args: list[str]) -> list[str]:
+        """Returns the words of a command line with what options of `_BY_NAME` say where the arguments stand."""
         valued = {name for each in self.params if not getattr(each, "is_flag", True) for name in each.opts}
-        named: list[str] = []
-        rest: list[str] = []
+        named: dict[str, str] = {}
+        options: list[str] = []
+        placed: list[str] = []
         words = iter(args)
         for word in words:
             name, equals, value = word.partition("=")
-            if name == "--model" and not equals:
-                value = next(words, "")
-            if name == "--model":
-                named.append(value)
-                continue
-            rest.append(word)
-            if word in valued:
-                rest += islice(words, 1)
+            if name in self._by_name:
+                value = value if equals else next(words, "")
+                if name in named or not value:
+                    raise InputError(f"{name} is given twice" if name in named else f"{name} needs a path")
+                named[name] = value
             elif word == "--":
-                rest += words
-        if len(named) > 1 or "" in named:
-            raise InputError("--model is given twice" if len(named) > 1 else "--model needs a directory")
-        return [*named, *rest]
+                placed += words
+            elif word.startswith("-") and word != "-":
+                options += [word, *islice(words, word in valued)]
+            else:
+                placed.append(word)
+        for name, place in self._by_name.items():
+            if name in named and place <= len(placed):  # else one before it is missing, which is said
+                placed.insert(place, named[name])
+        return [*options, "--", *placed] if "--" in args else [*placed, *options]
 
 
 def _legible(formatter: Any) -> Any:
@@ -134,7 +140,7 @@ def _write_sections(formatter: Any, sections: Mapping[str, Sequence[tuple[str, s
 def _expand(kind: Any) -> None:
     """Makes a path's type take `~`, which the shell leaves alone within quotes, after `=` and in files."""
     convert = kind.convert
-    kind.convert = lambda value, parameter, context: convert(str(reading.expanded(value)), parameter, context)
+    kind.convert = lambda value, parameter, context: convert(str(expanded(value)), parameter, context)
 
 
 class _Commands(Mapping[str, Any]):
@@ -216,9 +222,14 @@ _ClickError: Any = typer.BadParameter.__mro__[2]  # which has no name of its own
 
 
 def main() -> None:
-    """Run the command line. An error is one line on stderr; 2 is the exit code of bad input, 1 of any other."""
-    _prepare_streams()
+    """Runs the command line. An error is one line on stderr; 2 is the exit code of bad input, 1 of any other.
+
+    Until then and afterwards `elm_mlx` lets Ctrl-C end the command's process without a word: not in a traceback of
+    threads that are waited for.
+    """
+    before = signal.signal(signal.SIGINT, _interrupt)
     try:
+        _prepare_streams()
         code = _run()
     except (KeyboardInterrupt, typer.Abort):
         silence(sys.stdout)
@@ -229,7 +240,19 @@ def main() -> None:
         code = 1
         with suppress(OSError):  # stderr is gone too
             code = _report(error)
+    finally:
+        signal.signal(signal.SIGINT, before)
     sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raises KeyboardInterrupt; while an extension is imported, which may abort at one, the process ends instead."""
+    while frame is not None:
+        if type(frame.f_locals.get("self")).__name__ == "ExtensionFileLoader":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _run() -> int:

@@ -130,6 +130,40 @@ def test_every_command_of_a_model_takes_it_by_name(run: Run, tmp_path: Path, nam
     assert by_name[0] == 2 and "no-such-model" in by_name[2] and by_name[2].count("\n") == 1
 
 
+def test_an_adapter_may_be_named_by_an_option(run: Run, tmp_path: Path) -> None:
+    model, adapter, fused = (str(tmp_path / name) for name in ("model", "adapter", "fused"))
+    usual = run("fuse", model, adapter, fused, "--dtype", "float32")
+    assert usual[0] == 2 and f"{model}: no such directory" in usual[2]
+    for words in (
+        [model, fused, "--adapter", adapter], [f"--adapter={adapter}", "--model", model, fused],
+        ["--adapter", adapter, model, "--", fused], ["--model", model, adapter, fused],
+    ):  # fmt: skip
+        assert run("fuse", "--dtype", "float32", *words) == usual
+    for words, says in (
+        (["--adapter", adapter], "missing argument 'MODEL'"), ([model, "--adapter", adapter], "missing argument 'DST'"),
+        ([model, fused, "--adapter"], "--adapter needs a path"), (["--adapter=A", "--adapter", "B"], "given twice"),
+    ):  # fmt: skip
+        code, _, err = run("fuse", *words)
+        assert code == 2 and says in err and err.count("\n") == 1
+
+
+def test_an_argument_has_the_option_that_other_commands_give_it_by() -> None:
+    options = {name for command in COMMANDS.values() for each in command.params for name in each.opts}
+    for name, command in COMMANDS.items():
+        own = {option for each in command.params for option in each.opts}
+        for each in command.params:
+            word = (each.metavar or "").strip("[]…").lower()
+            if each.param_type_name == "argument" and f"--{word}" in options:
+                assert f"--{word}" in own, (name, word)
+
+
+def test_a_recipe_may_be_named_by_an_option(run: Run, tmp_path: Path) -> None:
+    for command in ("pretrain", "lr-sweep"):
+        usual = run(command, tmp_path / "no.toml", "--out", tmp_path / "run")
+        assert run(command, "--out", tmp_path / "run", "--config", tmp_path / "no.toml") == usual
+        assert usual[0] == 2 and "no.toml" in usual[2]
+
+
 def test_no_other_command_takes_it() -> None:
     named = {name for name, command in COMMANDS.items() if any(each.name == "model_by_name" for each in command.params)}
     assert named == WITH_MODEL
@@ -143,7 +177,8 @@ def test_no_other_command_takes_it() -> None:
         (["--model", "M", "--model", "N", "a"], "--model is given twice"),
         (["M", "a", "--prompts", "f"], "give one of --prompt TEXT and --prompts FILE"),
         (["M", "a", "b"], "unexpected extra argument"),
-        (["M", "--model"], "--model"),
+        (["M", "--model"], "--model needs a path"),
+        (["M", "a", "--temp"], "--temp"),
         (["M", "a", "--tmep", "1"], "no such option: --tmep; did you mean --temp?; elm-mlx generate -h"),
         (["M", "a", "--xyzzy"], "no such option: --xyzzy; elm-mlx generate -h"),
         (["M", "a", "--temp", "hot"], "'hot' is not a valid float"),
@@ -171,7 +206,7 @@ def test_completion(shell: str) -> None:
         variables = {"COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), "_TYPER_COMPLETE_ARGS": line}
         environment = os.environ | variables | {"_ELM_MLX_COMPLETE": f"complete_{shell}"}
         environment["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
-        program = "from elm_mlx.__main__ import main; main()"
+        program = "from elm_mlx.cli import main; main()"
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
         return done.stdout.decode()
 
@@ -186,7 +221,7 @@ def test_completion(shell: str) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_the_script_of_a_shell_is_one(shell: str, tmp_path: Path) -> None:
-    program = "from elm_mlx.__main__ import main; main()"
+    program = "from elm_mlx.cli import main; main()"
     environment = os.environ | {"_ELM_MLX_COMPLETE": f"source_{shell}"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, timeout=60)
     assert b"_ELM_MLX_COMPLETE=complete_" + shell.encode() in done.stdout
