@@ -38,7 +38,7 @@ def ours(job: Job) -> dict[str, Any]:
 
     from elm_mlx.callbacks import Report, TrainingCallback
     from elm_mlx.train.checkpoint import Identity
-    from elm_mlx.train.run import train
+    from elm_mlx.train.run import Run
     from elm_mlx.train.settings import Schedule, Settings
 
     model = load_model(job["model"])
@@ -53,7 +53,7 @@ def ours(job: Job) -> dict[str, Any]:
     callback.report = reports.append
     with tempfile.TemporaryDirectory() as out:
         identity = Identity(model="", data="", config={})
-        train(model, batches(job), None, settings, Path(out), identity, callback=callback)
+        Run(model, batches(job), None, settings, Path(out), identity, callback=callback).train()
     timed = reports[job["warmup"] :]
     return {
         "tokens": sum(report.tokens for report in timed),

@@ -20,8 +20,9 @@ from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batches
 from elm_mlx.data.examples import Example
 from elm_mlx.model.network import Model
+from elm_mlx.train import checkpoint
 from elm_mlx.train.checkpoint import Identity
-from elm_mlx.train.run import Result, Validation, train
+from elm_mlx.train.run import BatchSource, Result, Run, Validation
 from elm_mlx.train.settings import Schedule, Settings
 
 VOCAB, LENGTH = 96, 64
@@ -56,6 +57,21 @@ def validation() -> Validation:
 def settings(steps: int = 12, **options: Any) -> Settings:
     rate = options.pop("rate", 3e-3)
     return Settings(**{"schedule": Schedule(rate, steps, 2), "eval_every": 4, "save_every": 3} | options)
+
+
+def train(
+    trained: Model,
+    source: BatchSource,
+    validating: Validation | None,
+    options: Settings,
+    out: Path,
+    identity: Identity,
+    resume: bool = False,
+    **more: Any,
+) -> Result:
+    out.mkdir(parents=True, exist_ok=True)
+    resumed = checkpoint.to_resume(out, resume)
+    return Run(trained, source, validating, options, out, identity, resumed, **more).train()
 
 
 class Reports(TrainingCallback):

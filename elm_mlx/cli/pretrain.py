@@ -74,8 +74,8 @@ def pretrain(
 
     recipe = sections.read(config, Recipe, set_ or [])
     shown = screen.TrainingDisplay(recipe.optimizer.steps, validates=recipe.data.validation is not None)
-    with Pretraining(recipe, out, on_wrong=shown.say) as run:
-        result = training.train(run, shown, _plan(run, recipe), _KEYS, resume, force, memory.RECIPE)
+    with Pretraining(recipe, out, resume=resume, on_wrong=shown.say) as run:
+        result = training.train(run, shown, _plan(run, recipe), _KEYS, force, memory.RECIPE)
         shown.lines(_outcome(run, result, shown.validates))
         if result.harm is not None:
             shown.warn(training.harmed(result, "optimizer.lr"))

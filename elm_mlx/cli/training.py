@@ -215,7 +215,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
         names = {name.replace("_", " "): option for name, option in options.items()} | options | _DECIDED_BY
         names[_STEPS] = "updates (--epochs)" if asked.optimizer.iters is None else "--iters"
         onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
-        result = train(run, shown, _plan(run), names, resume, force, memory.OPTIONS, onwards)
+        result = train(run, shown, _plan(run), names, force, memory.OPTIONS, onwards)
         shown.lines(ended(result, shown.validates))
         if result.harm is None:
             trial = _trial(run.path, run.out, asked.examples.template)
@@ -229,7 +229,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
 
 def train(
     run: Finetuning | Pretraining, shown: TrainingDisplay, plan: list[tuple[str, str]], names: Mapping[str, str],
-    resume: bool, force: bool, advice: Mapping[str, str], onwards: str = "",
+    force: bool, advice: Mapping[str, str], onwards: str = "",
 ) -> Result:  # fmt: skip
     """Prints the plan of a run and trains.
 
@@ -252,7 +252,7 @@ def train(
         shown.warn(tight)
     try:
         with shown:
-            return run.train(resume=resume, callback=shown)
+            return run.train(shown)
     except Changed as error:
         name = names.get(error.name, error.name)
         why = ", for the learning rate is spread over all updates" if error.name == _STEPS else ""

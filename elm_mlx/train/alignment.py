@@ -21,7 +21,6 @@ from elm_mlx import device, files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
 from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
-from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
@@ -75,7 +74,7 @@ class Alignment(Finetuning):
         """Computes the reference, unless it is known.
 
         Raises:
-            KeyboardInterrupt: someone ended it, as `run.train` is ended; there is nothing to save.
+            KeyboardInterrupt: someone ended it, as `Run.train` is ended; there is nothing to save.
         """
         if self._preferring.needs_reference:
             sources = {"train": self.batches} | ({"valid": self._validation} if self._validation else {})
@@ -91,7 +90,7 @@ class Alignment(Finetuning):
         identity = super()._identity()
         whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
         found = read(path, whose) if self.leads else None
-        if found is None and self.leads and path.exists() and checkpoints_of(self.out):
+        if found is None and self.leads and path.exists() and self.resumed is not None:
             raise InputError(
                 f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
                 "or choose another directory"
@@ -106,7 +105,6 @@ class Alignment(Finetuning):
                     raise KeyboardInterrupt
         tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in sources}
         if not known and self.leads:
-            self.out.mkdir(parents=True, exist_ok=True)
             write(path, tables, whose)
         return tables
 

@@ -86,16 +86,6 @@ class RunProgress:
         return self.step - self.skipped
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as it was read: parameters and optimizer state by dotted name, and the run's progress."""
-
-    path: Path
-    parameters: dict[str, mx.array]
-    optimizer: dict[str, mx.array]
-    progress: RunProgress
-
-
 class Changed(InputError):
     """A setting that bears on the losses is not what it was: `name`, as in `Identity.config`, `before` and `after`."""
 
@@ -160,19 +150,28 @@ def save(
     return path
 
 
-def trained_model(out: Path) -> str | None:
-    """Returns the hash of the model that the newest checkpoint of the run in `out` was trained from, if there is one.
-
-    Raises:
-        InputError: the checkpoint is damaged.
-    """
-    found = checkpoints_of(out)
-    identity = reading.json_object(found[-1] / STATE, reading.TEXT_BYTES).get("identity") if found else None
+def trained_model(path: Path) -> str | None:
+    """Returns the hash of the model that a checkpoint was trained from. Raises InputError where it is damaged."""
+    identity = reading.json_object(path / STATE, reading.TEXT_BYTES).get("identity")
     return identity.get("model") if isinstance(identity, dict) else None
 
 
-def load(path: Path, identity: Identity) -> Checkpoint:
-    """Reads a checkpoint.
+def to_resume(out: Path, resume: bool) -> Path | None:
+    """Returns the checkpoint that the run in `out` goes on from, its last one; None where it is to begin.
+
+    Raises:
+        InputError: there is none to `resume` from; or there is one, and it was not asked for.
+    """
+    found = checkpoints_of(out)
+    if resume and not found:
+        raise InputError(f"{out}: holds no checkpoint to resume from; without --resume the run begins anew")
+    if found and not resume:
+        raise InputError(f"{out}: holds a run already; --resume goes on with it, or choose another directory")
+    return found[-1] if found else None
+
+
+def restore(path: Path, identity: Identity, parameters: Any, optimizer: Any) -> tuple[Any, Any, RunProgress]:
+    """Reads a checkpoint: trees like `parameters` and `optimizer` with its arrays, and the run's progress.
 
     Raises:
         InputError: a file is missing or damaged, or the run is another one than `identity`; says in what.
@@ -188,33 +187,12 @@ def load(path: Path, identity: Identity) -> Checkpoint:
     if wrong is not None:
         raise InputError(f"{path / STATE}: {wrong} is damaged; an earlier checkpoint may be whole")
     _check_same(path, saved, identity)
-    return Checkpoint(path, _read(path / PARAMETERS), _read(path / OPTIMIZER), progress)
+    return restore_parameters(path, parameters), _filled(optimizer, path / OPTIMIZER), progress
 
 
-def fill(tree: Any, values: Mapping[str, mx.array], path: Path) -> Any:
-    """Returns `tree` with every array replaced by that of its name.
-
-    Raises:
-        InputError: `values`, which are from `path`, have other names or shapes.
-    """
-    expected = {name: value.shape for name, value in tree_flatten(tree)}
-    different = expected.items() ^ {name: value.shape for name, value in values.items()}.items()
-    if different:
-        raise InputError(f"{path}: does not fit what is trained: {min(name for name, _ in different)} differs")
-    return tree_map_with_path(lambda name, _: values[name], tree)
-
-
-def parameters(path: Path, tree: Any) -> Any:
-    """Returns `tree` with the parameters of the checkpoint in `path`. Raises InputError as `load` and `fill`."""
-    return fill(tree, _read(path / PARAMETERS), path / PARAMETERS)
-
-
-def newest(out: Path) -> Path:
-    """The run's last checkpoint. Raises InputError where there is none."""
-    found = checkpoints_of(out)
-    if not found:
-        raise InputError(f"{out}: holds no checkpoint to resume from; without --resume the run begins anew")
-    return found[-1]
+def restore_parameters(path: Path, parameters: Any) -> Any:
+    """Returns a tree like `parameters` with the arrays of the checkpoint in `path`. Raises InputError as `restore`."""
+    return _filled(parameters, path / PARAMETERS)
 
 
 def prune(out: Path, keep: int, best_step: int | None, passing: int | None = None) -> None:
@@ -230,12 +208,22 @@ def prune(out: Path, keep: int, best_step: int | None, passing: int | None = Non
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _read(path: Path) -> dict[str, mx.array]:
+def _filled(tree: Any, path: Path) -> Any:
+    """Returns `tree` with every array replaced by that of its name in a file.
+
+    Raises:
+        InputError: the file is missing or damaged, or its arrays have other names or shapes.
+    """
     read_header(path)
     try:
-        return dict(mx.load(str(path)))
+        values = dict(mx.load(str(path)))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: MLX cannot load it: {error}") from None
+    expected = {name: value.shape for name, value in tree_flatten(tree)}
+    different = expected.items() ^ {name: value.shape for name, value in values.items()}.items()
+    if different:
+        raise InputError(f"{path}: does not fit what is trained: {min(name for name, _ in different)} differs")
+    return tree_map_with_path(lambda name, _: values[name], tree)
 
 
 def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:

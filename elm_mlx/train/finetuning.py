@@ -23,7 +23,7 @@ from elm_mlx.data import batches as batching
 from elm_mlx.data import examples
 from elm_mlx.data.batches import Batches
 from elm_mlx.data.examples import Example, Prepared
-from elm_mlx.directories import RUN_RECORD, checkpoints_of
+from elm_mlx.directories import RUN_RECORD
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import roofline
 from elm_mlx.model.config import Config, read_config
@@ -39,7 +39,7 @@ from elm_mlx.text.tokenizer import read_vocabulary
 from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.run import HeldRun, Result, Validation, train
+from elm_mlx.train.run import HeldRun, Result, Run, Validation
 from elm_mlx.train.settings import DataSettings, LoraSettings, MethodSettings
 from elm_mlx.train.throughput import Meter
 
@@ -71,15 +71,16 @@ class Finetuning(HeldRun):
 
     def __init__(self, asked: LoraSettings, *, resume: bool = False) -> None:
         _check_place(asked.out)
-        super().__init__(asked.out)
+        super().__init__(asked.out, resume)
         with ExitStack() as on_error:
             on_error.push(self)
-            _check_runs(asked.out, resume)
+            if self.resumed is None and (asked.out / adapters.WEIGHTS).exists():
+                raise InputError(f"{asked.out}: holds an adapter already; choose another directory")
             self.asked, self.batch_size = asked, asked.examples.batch_size
             self.path = expanded(asked.model)
             self.config = read_config(self.path, with_tokenizer=True)
             self._packed = asked.examples.pack and self._keeps_apart()
-            weights = fingerprint(self.path, checkpoint.trained_model(self.out))
+            weights = fingerprint(self.path, checkpoint.trained_model(self.resumed) if self.resumed else None)
             self.adapter = replace(_adapter(asked.method, self.config), model_sha256=weights)
             self.computation = loading.computation(self.path, self.config, asked.computation.compute_dtype)
             shapes = self.config.shapes() if self.adapter.kind == "full" else self.adapter.shapes(self.config)
@@ -116,11 +117,11 @@ class Finetuning(HeldRun):
             accumulate=self.settings.accumulate, layers=self._trained_layers(),
         )  # fmt: skip
 
-    def train(self, *, resume: bool = False, callback: TrainingCallback = SILENT) -> Result:
+    def train(self, callback: TrainingCallback = SILENT) -> Result:
         """Trains, and leaves the adapter in `out`: the best by validation, or the last where none is below the base.
 
         Raises:
-            InputError, ElmError, KeyboardInterrupt: as `run.train`.
+            InputError, ElmError, KeyboardInterrupt: as `Run.train`.
         """
         callback.progress("reading the model")
         model, dtype = self._open()
@@ -131,15 +132,15 @@ class Finetuning(HeldRun):
             "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
             "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
         }  # fmt: skip
-        result = train(
-            model, self.batches, validation, self.settings, self.out, self._identity(), resume=resume,
-            compute_dtype=dtype, objective=objective, rehearsal=next(self.batches.once()),
-            meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint), callback=callback, about=about,
+        result = Run(
+            model, self.batches, validation, self.settings, self.out, self._identity(), self.resumed, dtype, objective,
+            rehearsal=next(self.batches.once()), callback=callback, about=about,
+            meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
             export=None if self.adapter.kind == "full" else save,
-        )  # fmt: skip
+        ).train()  # fmt: skip
         if self.leads:
             if result.best is not None and result.best != result.last:
-                model.update(checkpoint.parameters(result.best, model.trainable_parameters()))
+                model.update(checkpoint.restore_parameters(result.best, model.trainable_parameters()))
             save(self.out)
         return result
 
@@ -292,12 +293,3 @@ def _check_place(out: Path) -> None:
         raise InputError(f"{out}: is a file; --out names the directory that the adapter is written to")
     if (out / "config.json").exists():
         raise InputError(f"{out}: is a model directory; --out names another one, for the adapter")
-
-
-def _check_runs(out: Path, resume: bool) -> None:
-    if resume:
-        checkpoint.newest(out)
-    elif checkpoints_of(out):
-        raise InputError(f"{out}: holds a run already; --resume goes on with it, or choose another directory")
-    if (out / adapters.WEIGHTS).exists() and not checkpoints_of(out):
-        raise InputError(f"{out}: holds an adapter already; choose another directory")

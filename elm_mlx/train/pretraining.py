@@ -21,7 +21,6 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import TextSource
-from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model, initialize
 from elm_mlx.safetensors_file import write_arrays
@@ -30,7 +29,7 @@ from elm_mlx.train import checkpoint, memory
 from elm_mlx.train import pretraining_recipe as recipes
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.pretraining_recipe import Recipe
-from elm_mlx.train.run import HeldRun, Result, train
+from elm_mlx.train.run import HeldRun, Result, Run
 from elm_mlx.train.throughput import Meter
 
 _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
@@ -50,8 +49,10 @@ class Pretraining(HeldRun):
         ElmError: another process writes to `out`.
     """
 
-    def __init__(self, recipe: Recipe, out: Path, on_wrong: Callable[[str], None] = lambda line: None) -> None:
-        super().__init__(out)
+    def __init__(
+        self, recipe: Recipe, out: Path, *, resume: bool = False, on_wrong: Callable[[str], None] = lambda line: None
+    ) -> None:
+        super().__init__(out, resume)
         with ExitStack() as on_error:
             on_error.push(self)
             self._recipe, self.sources = recipe, recipe.data.sources
@@ -84,40 +85,42 @@ class Pretraining(HeldRun):
             parts=device.most_parts(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
         )  # fmt: skip
 
-    def train(self, *, resume: bool = False, callback: TrainingCallback = SILENT) -> Result:
+    def train(self, callback: TrainingCallback = SILENT) -> Result:
         """Trains, and leaves the last weights in `out`, which is a model directory then.
 
         Raises:
-            InputError, ElmError, KeyboardInterrupt: as `run.train`, and as the batches do.
+            InputError, ElmError, KeyboardInterrupt: as `Run.train`, and as the batches do.
         """
-        if not resume and checkpoints_of(self.out):
-            raise InputError(f"{self.out}: holds a run already: resume it, or choose another directory")
-        if resume:
-            self._check_window()
+        if self.resumed is not None:
+            self._check_window(self.resumed)
         callback.progress("drawing the weights")
         model = Model(self.config)
         initialize(model, self._recipe.run.seed)
         validation = list(self._validation())
-        if self.leads and not resume:
+        if self.leads and self.resumed is None:
             self._describe()
-        result = train(
-            model, self.batches, validation or None, self.settings, self.out, self._identity(), resume=resume,
-            compute_dtype=self._dtype, rehearsal=self._rehearsal(), callback=callback, about=self._about(),
+        about = {
+            "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
+            "trainable": self.config.parameters, "processes": self.world,
+        }  # fmt: skip
+        result = Run(
+            model, self.batches, validation or None, self.settings, self.out, self._identity(), self.resumed,
+            self._dtype, rehearsal=self._rehearsal(), callback=callback, about=about,
             meter=Meter(self.config, None, self.settings.grad_checkpoint),
-        )  # fmt: skip
+        ).train()  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:
                 write_arrays(file, dict(tree_flatten(model.parameters())))
         return result
 
-    def _check_window(self) -> None:
+    def _check_window(self, newest: Path) -> None:
         """Says how to go on with a run whose window was another because nobody chose it: an earlier version's always
         had four million tokens.
 
         Raises:
             InputError: it was.
         """
-        newest, now = checkpoint.newest(self.out), self._recipe.reading(self.world).window
+        now = self._recipe.reading(self.world).window
         try:
             before = reading.json_object(newest / checkpoint.STATE)["progress"]["data"]["window"]
         except (InputError, KeyError, TypeError):  # of which the loop says what is wrong
@@ -130,16 +133,9 @@ class Pretraining(HeldRun):
 
     def _describe(self) -> None:
         """Makes a model directory of `out`, but for the weights."""
-        self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
         with files.new_file(self.out / FILE_NAME) as file:
             file.write(self._tokenizer.path.read_bytes())
-
-    def _about(self) -> dict[str, Any]:
-        return {
-            "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
-            "trainable": self.config.parameters, "processes": self.world,
-        }  # fmt: skip
 
     def _validation(self) -> Iterator[Batch]:
         """This process's share of the first rows of the validation's text, unfiltered."""

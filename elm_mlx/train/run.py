@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from threading import Event
@@ -26,7 +26,7 @@ from elm_mlx import device
 from elm_mlx.callbacks import SILENT, Report, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
-from elm_mlx.directories import PARAMETERS, checkpoints_of
+from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.network import Model
 from elm_mlx.reading import counted
@@ -73,16 +73,23 @@ class HeldRun:
 
     Attributes:
         out: the directory.
+        resumed: the checkpoint that the run goes on from; None where it begins.
         rank, world: this process's number, and how many there are that train together.
         leads: whether this is the one that writes and speaks.
+
+    Raises:
+        InputError: `out` holds no run to `resume`, or one that was not to be resumed.
+        ElmError: another process writes to `out`.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, resume: bool) -> None:
         group = mx.distributed.init()
         self.out, self.rank, self.world = out, int(group.rank()), int(group.size())
         self.leads = self.rank == 0
-        self._held = ExitStack()
-        self._held.enter_context(checkpoint.hold(out))
+        with ExitStack() as held:
+            held.enter_context(checkpoint.hold(out))
+            self.resumed = checkpoint.to_resume(out, resume)
+            self._held = held.pop_all()
 
     def __enter__(self: HeldRunType) -> HeldRunType:
         return self
@@ -115,31 +122,16 @@ class Result:
         return (done.loss_mean, done.first_loss) if risen and done.first_loss is not None else None
 
 
-def train(
-    model: Model,
-    batches: BatchSource,
-    validation: Iterable[Batch] | None,
-    settings: Settings,
-    out: Path,
-    identity: Identity,
-    *,
-    resume: bool = False,
-    compute_dtype: mx.Dtype | None = None,
-    objective: Objective | None = None,
-    rehearsal: Batch | None = None,
-    meter: Meter | None = None,
-    callback: TrainingCallback = SILENT,
-    about: Mapping[str, Any] | None = None,
-    export: Callable[[Path], None] | None = None,
-) -> Result:
-    """Trains `model`'s trainable parameters in place. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
+@dataclass(eq=False)
+class Run:
+    """A training run, which updates `model`'s trainable parameters in place.
 
     Args:
         batches: at their beginning.
-        validation: gives the same batches at each iteration.
-        out: the run's directory.
+        validation: gives the same batches at each iteration; None for none.
+        out: the run's directory, which exists.
         identity: of the run; `settings.identity()` is added to its config here.
-        resume: go on from the newest checkpoint.
+        resumed: the checkpoint to go on from; None to begin.
         compute_dtype: what trainable parameters are rounded to for the forward pass; None for what they are.
         objective: what to minimize; None for trained tokens' cross-entropy.
         rehearsal: a batch as those to come, to see how long one takes.
@@ -147,114 +139,110 @@ def train(
         about: what the run was asked for; kept in `out`.
         export: writes into each checkpoint's directory what other programs read.
 
-    Raises:
-        InputError: `out` holds another run, or one that wasn't to be resumed.
-        ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
-        KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
-    """
-    own = Identity(identity.model, identity.data, {**identity.config, **settings.identity()})
-    run = Run(model, settings, out, own, compute_dtype, objective, meter, callback, export)
-    progress, steps = run.progress, settings.schedule.steps
-    if resume:
-        run.resume()
-        batches.resume(progress.data)
-        callback.resumed(progress.step)
-    else:
-        run.start()
-    if about is not None and run.leads:
-        metrics.describe(out, about)
-    with stop_requests(callback.stopping) as stop:
-        if rehearsal is not None and progress.step < steps:
-            run.rehearse(rehearsal, stop)
-        if meter is not None and run.leads and not stop.is_set():
-            callback.progress("measuring the machine")
-            meter.measure(compute_dtype or mx.float32)
-        if not resume and validation is not None:
-            run.validate(validation, stop)
-        callback.progress("starting")
-        while progress.step < steps and not run.agreed(stop.is_set()):
-            run.update(batches)
-            last, better = progress.step == steps, False
-            if validation is not None and (last or progress.step % settings.eval_every == 0):
-                better = run.validate(validation)
-            if last or better or progress.step % settings.save_every == 0:
-                run.save(batches)
-            elif run.agreed(run.unsaved() > _SAVE_AFTER):
-                run.save(batches, passing=True)
-        if progress.step == 0:  # nothing that would be worth going on from
-            raise KeyboardInterrupt
-        if run.saved != progress.step:
-            run.save(batches)
-    best = checkpoint.directory(out, progress.best_step) if progress.best_step else None
-    return Result(progress, progress.step < steps, checkpoint.directory(out, run.saved), best)
-
-
-class Run:
-    """A run under way: the step, where it stands, and the files it writes.
-
     Attributes:
         progress: where it stands.
-        saved: the step of the last checkpoint; -1 where there is none.
-        leads: whether this process is the one that writes.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        settings: Settings,
-        out: Path,
-        identity: Identity,
-        compute_dtype: mx.Dtype | None,
-        objective: Objective | None,
-        meter: Meter | None,
-        callback: TrainingCallback,
-        export: Callable[[Path], None] | None,
-    ):
-        self.progress, self.saved = RunProgress(), -1
+    model: Model
+    batches: BatchSource
+    validation: Iterable[Batch] | None
+    settings: Settings
+    out: Path
+    identity: Identity
+    resumed: Path | None = None
+    compute_dtype: mx.Dtype | None = None
+    objective: Objective | None = None
+    rehearsal: Batch | None = None
+    meter: Meter | None = None
+    callback: TrainingCallback = SILENT
+    about: Mapping[str, Any] | None = None
+    export: Callable[[Path], None] | None = None
+
+    def __post_init__(self) -> None:
+        model, settings, identity = self.model, self.settings, self.identity
+        self.identity = replace(identity, config={**identity.config, **settings.identity()})
+        self.progress, self._saved = RunProgress(), -1  # the step of the last checkpoint
         self._saved_at = time.monotonic()
         self._passing: int | None = None  # its step, where it is to last until the next one only
-        self._settings, self._out, self._identity = settings, out, identity
-        self._callback, self._export, self._meter = callback, export, meter
         self._group = mx.distributed.init()
-        self.leads = bool(self._group.rank() == 0)
+        self._leads = bool(self._group.rank() == 0)
         self._skipped_in_a_row = 0
         if settings.grad_checkpoint:
             recompute_blocks(model)
         model.train()
         optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay, settings.betas, settings.eps)
-        self._step = Step(model, optimizer, settings.clip, compute_dtype, objective or TokenLoss(settings.z_loss))
+        objective = self.objective or TokenLoss(settings.z_loss)
+        self._step = Step(model, optimizer, settings.clip, self.compute_dtype, objective)
 
-    def start(self) -> None:
-        if checkpoints_of(self._out):
-            raise InputError(f"{self._out}: holds a run already: resume it, or choose another directory")
-        mx.random.seed(self._settings.seed + self._group.rank())
-        if self.leads:
-            try:
-                self._out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"{self._out}: cannot be made: {error.strerror}") from None
-            (self._out / metrics.METRICS).unlink(missing_ok=True)
+    def train(self) -> Result:
+        """Trains to the end. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
 
-    def resume(self) -> None:
-        """Goes back to the newest checkpoint."""
-        saved, step = checkpoint.load(checkpoint.newest(self._out), self._identity), self._step
-        before, now = len(saved.progress.random), self._group.size()
+        Raises:
+            InputError: `resumed` is damaged, or of another run.
+            ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
+            KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
+        """
+        progress, settings, steps = self.progress, self.settings, self.settings.schedule.steps
+        if self.resumed is None:
+            self._begin()
+        else:
+            self._resume(self.resumed)
+        if self.about is not None and self._leads:
+            metrics.describe(self.out, self.about)
+        with stop_requests(self.callback.stopping) as stop:
+            if self.rehearsal is not None and progress.step < steps:
+                self._rehearse(self.rehearsal, stop)
+            if self.meter is not None and self._leads and not stop.is_set():
+                self.callback.progress("measuring the machine")
+                self.meter.measure(self.compute_dtype or mx.float32)
+            if self.resumed is None and self.validation is not None:
+                self._validate(self.validation, stop)
+            self.callback.progress("starting")
+            while progress.step < steps and not self._agreed(stop.is_set()):
+                self._update()
+                last, better = progress.step == steps, False
+                if self.validation is not None and (last or progress.step % settings.eval_every == 0):
+                    better = self._validate(self.validation)
+                if last or better or progress.step % settings.save_every == 0:
+                    self._save()
+                elif self._agreed(time.monotonic() - self._saved_at > _SAVE_AFTER):
+                    self._save(passing=True)
+            if progress.step == 0:  # nothing that would be worth going on from
+                raise KeyboardInterrupt
+            if self._saved != progress.step:
+                self._save()
+        best = checkpoint.directory(self.out, progress.best_step) if progress.best_step else None
+        return Result(progress, progress.step < steps, checkpoint.directory(self.out, self._saved), best)
+
+    def _begin(self) -> None:
+        mx.random.seed(self.settings.seed + self._group.rank())
+        if self._leads:
+            (self.out / metrics.METRICS).unlink(missing_ok=True)
+
+    def _resume(self, path: Path) -> None:
+        """Goes back to a checkpoint."""
+        step = self._step
+        trained, optimizer, saved = checkpoint.restore(
+            path, self.identity, step.model.trainable_parameters(), step.optimizer.state
+        )
+        before, now = len(saved.random), self._group.size()
         if before != now:
-            raise InputError(f"{saved.path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
-        trained = step.model.trainable_parameters()
-        step.model.update(checkpoint.fill(trained, saved.parameters, saved.path / PARAMETERS))
-        step.optimizer.state = checkpoint.fill(step.optimizer.state, saved.optimizer, saved.path / checkpoint.OPTIMIZER)
-        vars(self.progress).update(vars(saved.progress))
-        self.saved = self.progress.step
-        _set_random_key(self.progress.random[self._group.rank()])
-        if self.progress.parts and self._identity.config.get("dropout") and not device.on_gpu():
-            step.cut_into(self.progress.parts)  # or other activations would be dropped
-        if self.leads:
-            metrics.cut(self._out, self.progress.step)
+            raise InputError(f"{path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
+        step.model.update(trained)
+        step.optimizer.state = optimizer
+        vars(self.progress).update(vars(saved))
+        self._saved = saved.step
+        _set_random_key(saved.random[self._group.rank()])
+        if saved.parts and self.identity.config.get("dropout") and not device.on_gpu():
+            step.cut_into(saved.parts)  # or other activations would be dropped
+        if self._leads:
+            metrics.cut(self.out, saved.step)
+        self.batches.resume(saved.data)
+        self.callback.resumed(saved.step)
 
-    def rehearse(self, batch: Batch, stop: Event) -> None:
+    def _rehearse(self, batch: Batch, stop: Event) -> None:
         """Measures how long an update takes of this batch, and undoes it; the first time compiles the step."""
-        self._callback.progress("measuring an update")
+        self.callback.progress("measuring an update")
         kept = mx.random.state[0].tolist()
         for _ in range(2):
             started = time.perf_counter()
@@ -264,17 +252,17 @@ class Run:
                 break
         _set_random_key(kept)
         if not stop.is_set():
-            left = self._settings.schedule.steps - self.progress.step
-            self._callback.ready(seconds * self._settings.accumulate, left)
+            left = self.settings.schedule.steps - self.progress.step
+            self.callback.ready(seconds * self.settings.accumulate, left)
 
-    def update(self, source: BatchSource) -> None:
+    def _update(self) -> None:
         """Makes an update, or skips it. Raises ElmError where the loss says stop."""
         started, progress = time.perf_counter(), self.progress
-        sums, gradients, count, trained, tokens = self._accumulated(source)
+        sums, gradients, count, trained, tokens = self._accumulated()
         norm = optimization.global_norm(gradients) / count
         mx.eval(sums, norm)
         (mean, *measured), length = _means(sums, count), norm.item()
-        rate = self._settings.schedule(progress.step)
+        rate = self.settings.schedule(progress.step)
         wrong = self._what_is_wrong(mean, length, max(1, trained))
         if wrong is None:
             self._step.apply(gradients, norm, count, rate)
@@ -289,7 +277,7 @@ class Run:
         progress.tokens += tokens
         progress.trained_tokens += trained
         progress.seconds += seconds
-        share = None if self._meter is None else self._meter.share(seconds)
+        share = None if self.meter is None else self.meter.share(seconds)
         self._report(
             Report(
                 progress.step, loss=mean, learning_rate=rate, grad_norm=length, tokens=tokens, trained_tokens=trained,
@@ -298,9 +286,9 @@ class Run:
             )
         )  # fmt: skip
 
-    def validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
+    def _validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
         """Says whether the loss is the least so far, the base's included. One that `stop` breaks off has no effect."""
-        self._callback.progress("validating")
+        self.callback.progress("validating")
         started, progress = time.perf_counter(), self.progress
         total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
         for batch in batches:
@@ -312,7 +300,7 @@ class Run:
             device.trim_cache()
         count = int(self._summed(mx.array(count)).item())
         mean, *measured = _means(self._summed(total), max(1, count))
-        if stop is not None and self.agreed(stop.is_set()):
+        if stop is not None and self._agreed(stop.is_set()):
             return False
         if progress.step > 0:
             progress.valid_loss = mean
@@ -323,33 +311,29 @@ class Run:
         self._report(Report(progress.step, valid_loss=mean, seconds=seconds, best=best or None, measures=measures))
         return best
 
-    def unsaved(self) -> float:
-        """Seconds since the last checkpoint, or since the beginning."""
-        return time.monotonic() - self._saved_at
-
-    def save(self, source: BatchSource, passing: bool = False) -> None:
+    def _save(self, passing: bool = False) -> None:
         """Writes a checkpoint; superfluous ones go, and a `passing` one with the next."""
         progress, step = self.progress, self._step
-        progress.data, progress.parts = source.state(), step.parts
+        progress.data, progress.parts = self.batches.state(), step.parts
         progress.random = mx.distributed.all_gather(mx.random.state[0][None], group=self._group).tolist()
-        if self.leads:
+        if self._leads:
             trained = step.model.trainable_parameters()
-            checkpoint.save(self._out, trained, step.optimizer.state, progress, self._identity, self._export)
-            checkpoint.prune(self._out, self._settings.keep + passing, progress.best_step, self._passing)
-        self.saved, self._saved_at = progress.step, time.monotonic()
+            checkpoint.save(self.out, trained, step.optimizer.state, progress, self.identity, self.export)
+            checkpoint.prune(self.out, self.settings.keep + passing, progress.best_step, self._passing)
+        self._saved, self._saved_at = progress.step, time.monotonic()
         self._passing = progress.step if passing else None
 
-    def agreed(self, stop: bool) -> bool:
+    def _agreed(self, stop: bool) -> bool:
         """Says whether any process wants to stop."""
         return stop if self._group.size() == 1 else bool(self._summed(mx.array(int(stop))).item())
 
-    def _accumulated(self, source: BatchSource) -> tuple[mx.array, Any, int, int, int]:
+    def _accumulated(self) -> tuple[mx.array, Any, int, int, int]:
         """Sums the loss, measures, gradients, count, trained tokens and tokens of an update over all processes."""
         sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
-        for _ in range(self._settings.accumulate):
-            batch = next(source)
-            if self._meter is not None:
-                self._meter.add(batch)
+        for _ in range(self.settings.accumulate):
+            batch = next(self.batches)
+            if self.meter is not None:
+                self.meter.add(batch)
             new_sums, new, units = self._step.gradients(batch)
             gradients = new if gradients is None else tree_map(mx.add, gradients, new)
             sums, count = sums + new_sums, count + units
@@ -370,7 +354,7 @@ class Run:
         """Says why an update of this loss, the mean over so many trained tokens, is not to be made."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"the loss is {loss}, the gradients' norm {norm}"
-        spike, mean = self._settings.spike, self.progress.loss_mean
+        spike, mean = self.settings.spike, self.progress.loss_mean
         if spike is None or self.progress.made == 0:
             return None
         if loss > mean + spike * (1 + _SCATTER / math.sqrt(trained)):
@@ -381,9 +365,9 @@ class Run:
         """Counts an update that is not made, or raises ElmError."""
         self.progress.skipped += 1
         self._skipped_in_a_row += 1
-        if self._settings.on_nan == "skip" and self._skipped_in_a_row < _MOST_SKIPPED:
+        if self.settings.on_nan == "skip" and self._skipped_in_a_row < _MOST_SKIPPED:
             return
-        kept = checkpoints_of(self._out)
+        kept = checkpoints_of(self.out)
         good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise ElmError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
 
@@ -400,9 +384,9 @@ class Run:
         return value if self._group.size() == 1 else mx.distributed.all_sum(value, group=self._group)
 
     def _report(self, report: Report) -> None:
-        if self.leads:
-            metrics.append(self._out, report)
-        self._callback.report(report)
+        if self._leads:
+            metrics.append(self.out, report)
+        self.callback.report(report)
 
 
 def _means(sums: mx.array, count: int) -> list[float]:

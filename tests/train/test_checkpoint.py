@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -27,16 +28,18 @@ def save(out: Path, step: int, **values: object) -> Path:
     return checkpoint.save(out, PARAMETERS, OPTIMIZER, replace(progress, **values), IDENTITY)
 
 
+def restore(path: Path, identity: Identity = IDENTITY) -> tuple[Any, Any, RunProgress]:
+    return checkpoint.restore(path, identity, PARAMETERS, OPTIMIZER)
+
+
 def test_what_was_saved_is_read_to_the_bit(tmp_path: Path) -> None:
     path = save(tmp_path, 40)
-    read = checkpoint.load(path, IDENTITY)
-    assert read.progress == RunProgress(step=40, random=[[1, 2]], data={"epoch": 3}, loss_mean=0.1 + 0.2)
-    filled = checkpoint.fill(PARAMETERS, read.parameters, path)
-    assert filled["layers"][0] == {} and mx.array_equal(
-        filled["layers"][1]["weight"], PARAMETERS["layers"][1]["weight"]
+    parameters, optimizer, progress = restore(path)
+    assert progress == RunProgress(step=40, random=[[1, 2]], data={"epoch": 3}, loss_mean=0.1 + 0.2)
+    assert parameters["layers"][0] == {} and mx.array_equal(
+        parameters["layers"][1]["weight"], PARAMETERS["layers"][1]["weight"]
     )
-    assert filled["norm"].dtype == mx.bfloat16
-    assert checkpoint.fill(OPTIMIZER, read.optimizer, path)["step"].dtype == mx.uint64
+    assert parameters["norm"].dtype == mx.bfloat16 and optimizer["step"].dtype == mx.uint64
 
 
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
@@ -44,7 +47,8 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step)
         checkpoint.prune(tmp_path, 2, best_step=20)
     assert [int(path.name[5:]) for path in checkpoints_of(tmp_path)] == [20, 40, 50]
-    assert checkpoint.newest(tmp_path).name == "step-00000050"
+    newest = checkpoint.to_resume(tmp_path, resume=True)
+    assert newest is not None and newest.name == "step-00000050"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "nothing half removed is left"
 
 
@@ -80,7 +84,7 @@ def test_damage_is_named(tmp_path: Path, name: str, damage: str) -> None:
     if damage != "absent":
         (path / name).write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     with pytest.raises(InputError, match=name):
-        checkpoint.load(path, IDENTITY)
+        restore(path)
 
 
 def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
@@ -90,15 +94,15 @@ def test_strangers_are_refused_by_what_differs(tmp_path: Path) -> None:
         (replace(IDENTITY, config={"rank": 8}), r"betas = \[0.9, 0.95\], not None"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=complaint):
-            checkpoint.load(path, identity)
+            restore(path, identity)
     with pytest.raises(InputError, match=r"does not fit what is trained: layers.1.weight"):
-        checkpoint.fill(
-            {**PARAMETERS, "layers": [{}, {"weight": mx.zeros((5,))}]}, checkpoint.load(path, IDENTITY).parameters, path
-        )
+        checkpoint.restore(path, IDENTITY, {**PARAMETERS, "layers": [{}, {"weight": mx.zeros((5,))}]}, OPTIMIZER)
+    with pytest.raises(InputError, match=r"optimizer.safetensors: does not fit what is trained: norm"):
+        checkpoint.restore(path, IDENTITY, PARAMETERS, {**OPTIMIZER, "norm": mx.zeros((5,))})
     state = json.loads((path / checkpoint.STATE).read_text())
     (path / checkpoint.STATE).write_text(json.dumps(state | {"format": 99}))
     with pytest.raises(InputError, match="format 99"):
-        checkpoint.load(path, IDENTITY)
+        restore(path)
 
 
 @pytest.mark.parametrize(
@@ -121,16 +125,16 @@ def test_a_state_edited_by_hand_is_named(tmp_path: Path, part: str, name: str, v
         edited = state | {part: state[part] | {name: value}}
         (path / checkpoint.STATE).write_text(json.dumps(edited))
         with pytest.raises(InputError, match=rf"state\.json: {name} is damaged"):
-            checkpoint.load(path, IDENTITY)
+            restore(path)
     for edited in ({}, {"format": 1}, state | {part: None}, state | {part: {"unknown": 1}}):
         (path / checkpoint.STATE).write_text(json.dumps(edited))
         with pytest.raises(InputError, match=r"state\.json: is no state of a checkpoint"):
-            checkpoint.load(path, IDENTITY)
+            restore(path)
 
 
 def test_losses_of_a_model_that_has_come_apart_are_read_back(tmp_path: Path) -> None:
     path = save(tmp_path, 10, first_loss=2.0, valid_loss=math.inf)
-    assert checkpoint.load(path, IDENTITY).progress.valid_loss == math.inf
+    assert restore(path)[2].valid_loss == math.inf
 
 
 def test_metrics_are_cut_back_with_what_a_kill_left(tmp_path: Path) -> None:

@@ -157,8 +157,10 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> No
     result = runs.run(tmp_path / "halves", trained=runs.model_with_dropout(), resume=True)
     assert not result.interrupted
     assert runs.losses(tmp_path / "halves") == runs.losses(tmp_path / "whole")
-    whole, halves = (checkpoint.load(checkpoint.newest(tmp_path / name), _identity()) for name in ("whole", "halves"))
-    assert all(mx.array_equal(halves.parameters[name], value) for name, value in whole.parameters.items())
+    whole, halves = (
+        mx.load(str(checkpoints_of(tmp_path / name)[-1] / directories.PARAMETERS)) for name in ("whole", "halves")
+    )
+    assert all(mx.array_equal(halves[name], value) for name, value in whole.items())
 
 
 def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
@@ -241,10 +243,6 @@ def test_a_resumed_run_says_where_and_can_be_stopped_before_its_first_update(tmp
     assert callback.told[:2] == [5, PHASES[0]] and result.interrupted and result.last.name == "step-00000005"
     assert not runs.run(tmp_path / "cut", resume=True).interrupted
     assert runs.losses(tmp_path / "cut") == runs.losses(tmp_path / "whole")
-
-
-def _identity() -> checkpoint.Identity:
-    return replace(runs.IDENTITY, config={**runs.IDENTITY.config, **runs.settings().identity()})
 
 
 def test_killed_at_random_moments_the_losses_are_those_of_a_run_that_lived(tmp_path: Path) -> None:
@@ -402,7 +400,7 @@ def test_a_ruined_model_is_told_from_the_first_update_on(at: int, tmp_path: Path
 def test_the_loss_of_few_tokens_may_scatter(tmp_path: Path) -> None:
     """Their mean says less: what is a spike of many tokens is none of one."""
     settings = runs.settings(3, spike=1.0)
-    run = Run(runs.model(), settings, tmp_path, runs.IDENTITY, None, None, None, TrainingCallback(), None)
+    run = Run(runs.model(), runs.batches(), None, settings, tmp_path, runs.IDENTITY)
     run.progress.step, run.progress.loss_mean = 1, 4.0
     assert run._what_is_wrong(6.0, 1.0, 10_000) == "the loss jumped to 6.000, from 4.000"
     assert run._what_is_wrong(6.0, 1.0, 10) is None and run._what_is_wrong(7.0, 1.0, 10) is not None
