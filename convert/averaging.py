@@ -17,13 +17,13 @@ from elm_mlx import reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import MODEL, PARAMETERS, RUN_RECORD, check_destination, checkpoints_of
 from elm_mlx.errors import InputError
-from elm_mlx.files import hold
+from elm_mlx.files import hold, write_json
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.reading import counted, expanded
 from elm_mlx.text import chat_template
 from elm_mlx.version import __version__
 from elm_mlx_convert.conversion import write_model
-from elm_mlx_convert.destination import failures_named, file_record, new_hashed_directory, sha256, write_json
+from elm_mlx_convert.destination import failures_named, file_record, new_hashed_directory, sha256
 from elm_mlx_convert.lora_files import has_adapter
 from elm_mlx_convert.plan import ConversionPlan, make_plan
 from elm_mlx_convert.sources import CheckpointSource, open_source

@@ -10,7 +10,7 @@ from typing import Any
 
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import EXPORT, MODEL, carry_templates, check_destination
-from elm_mlx.files import write_text
+from elm_mlx.files import write_json, write_text
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.reading import expanded, listed
 from elm_mlx.text import chat_template
@@ -24,7 +24,6 @@ from elm_mlx_convert.destination import (
     file_record,
     new_hashed_directory,
     sha256,
-    write_json,
     write_weights,
 )
 from elm_mlx_convert.plan import ConversionPlan, make_plan

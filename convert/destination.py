@@ -7,7 +7,6 @@ none of the casts that made the files.
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,10 +76,6 @@ def sha256(file: Path, stop: threading.Event | None = None) -> str:
 def file_record(files: Iterable[Path], hashes: Mapping[Path, str]) -> list[dict[str, Any]]:
     """Returns what `conversion.json` says of source files."""
     return [{"name": file.name, "bytes": file.stat().st_size, "sha256": hashes[file]} for file in files]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def progress_of(on_progress: OnProgress, what: str, total: int) -> Callable[[int], None]:

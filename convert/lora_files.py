@@ -6,7 +6,6 @@ the adapter's own name behind.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from elm_mlx.errors import InputError
+from elm_mlx.files import write_json
 from elm_mlx.model.config import Config, ModelConfig
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.reading import Keys, json_object, listed, short
@@ -160,8 +160,7 @@ def write_peft(directory: Path, adapter: LoraWeights) -> None:
             tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = arrays[f"{module}.m"]
     values = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
     (directory / PEFT_WEIGHTS[0]).write_bytes(save(values, {"format": "pt"}))
-    text = json.dumps(_peft_config(adapter), indent=2) + "\n"
-    (directory / PEFT_CONFIG).write_text(text, encoding="utf-8")
+    write_json(directory / PEFT_CONFIG, _peft_config(adapter))
 
 
 def _peft_config(adapter: LoraWeights) -> dict[str, Any]:

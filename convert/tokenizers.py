@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from elm_mlx.errors import InputError
-from elm_mlx.files import new_file, write_text
+from elm_mlx.files import new_file, write_json
 from elm_mlx.reading import expanded
 from elm_mlx.text import sentencepiece_file
 from elm_mlx.text.sentencepiece_file import (
@@ -81,10 +80,10 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
     inexpressible, inexact = _limits(model, pieces)
     with new_file(directory / FILE_NAME) as file:
         file.write(model.data)
-    _write_json(directory / "tokenizer_config.json", _config(tokenizer, max_length, chat_template))
+    write_json(directory / "tokenizer_config.json", _config(tokenizer, max_length, chat_template))
     if inexpressible:
         return f"mlx-lm and transformers cannot read this tokenizer: {inexpressible}"
-    _write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer))
+    write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer))
     return inexact and f"mlx-lm and transformers read some rare texts otherwise than this tokenizer: {inexact}"
 
 
@@ -232,7 +231,3 @@ def _unigram(model: ModelFile, pieces: list[Piece]) -> Json:
         "vocab": [[piece.text, piece.score] for piece in pieces],
         "byte_fallback": model.byte_fallback,
     }
-
-
-def _write_json(path: Path, content: Json) -> None:
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")

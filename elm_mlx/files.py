@@ -13,16 +13,17 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.reading import byte_size
@@ -69,6 +70,13 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """A JSON object as the whole of `path`, atomically. Raises ElmError."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    with new_file(path) as file:
+        file.write(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON says it
+
+
 @contextmanager
 def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill that becomes `path` when the block ends without an exception.
@@ -84,27 +92,12 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         ElmError: it cannot be written. `path` is then as it was.
     """
     path = Path(os.path.realpath(path))
-    with _failures_named(path):
-        made = _make_parents(path.parent)
-    try:
+    with scratch_directory(path) as temporary:
+        _check_free(path, replace)
+        yield temporary
         with _failures_named(path):
-            remove_abandoned(path)
-            _check_free(path, replace)
-            temporary, lock = _make_locked(path, os.mkdir)
-        try:
-            with _full_disk_named(path), _temporary_unnamed(temporary, path):
-                yield temporary
-            with _failures_named(path):
-                _sync_tree(temporary)
-                _move_into_place(temporary, path, replace)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # half of the new, or after a swap the old
-            _unlock(lock)
-    except BaseException:
-        for parent in made:
-            with suppress(OSError):  # not empty: someone else is at home there by now
-                parent.rmdir()
-        raise
+            _sync_tree(temporary)
+            _move_into_place(temporary, path, replace)  # which leaves nothing in its place, or after a swap the old
 
 
 @contextmanager
@@ -127,9 +120,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _unlock(lock)
-        for parent in made:
-            with suppress(OSError):  # not empty: what was to be written is there
-                parent.rmdir()
+        _remove_empty(made)
 
 
 @contextmanager
@@ -155,9 +146,7 @@ def hold(directory: Path, *, beside: bool = False) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()
         os.close(descriptor)
-        for parent in made:
-            with suppress(OSError):  # not empty: what was to be written is there
-                parent.rmdir()
+        _remove_empty(made)
 
 
 def remove_abandoned(path: Path) -> None:
@@ -219,6 +208,12 @@ def _make_parents(directory: Path) -> list[Path]:
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
     return missing
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):  # not empty: what was to be written is there, or someone else is at home
+            directory.rmdir()
 
 
 def _make_locked(path: Path, make: Callable[[str], None]) -> tuple[Path, int | None]:

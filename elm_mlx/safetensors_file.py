@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
+from elm_mlx.files import write_json
 from elm_mlx.reading import short
 
 # The format's names of types: what NumPy and MLX call them, and the bytes of a value.
@@ -240,7 +241,7 @@ def write_shards(
         metadata |= {"total_parameters": parameters} if parameters is not None else {}
         placed = sorted((tensor.name, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)
         index = {"metadata": metadata, "weight_map": dict(placed)}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / INDEX, index)
 
 
 def write_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:

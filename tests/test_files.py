@@ -18,7 +18,7 @@ import pytest
 
 from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import LOCK, free_bytes, hold, new_directory, new_file, remove_abandoned, write_text
+from elm_mlx.files import LOCK, free_bytes, hold, new_directory, new_file, remove_abandoned, write_json, write_text
 
 
 def fill(path: Path, content: str, *, replace: bool = False) -> None:
@@ -57,6 +57,14 @@ def test_file_appears_whole(tmp_path: Path) -> None:
     write_text(path, "other")
     assert path.read_text() == "other"
     assert names(tmp_path) == ["x.json"]
+
+
+def test_json_is_read_again_whatever_its_texts_hold(tmp_path: Path) -> None:
+    values = {"text": "naïve ▁ 日本 \x00\n\u2028", "half of a pair": "\ud800 and \udcff", "\udfff": [1, None, 2.5]}
+    write_json(tmp_path / "a.json", values)
+    assert reading.json_object(tmp_path / "a.json") == values
+    written = (tmp_path / "a.json").read_text("utf-8")
+    assert "naïve ▁ 日本" in written and written.endswith("}\n")
 
 
 def test_file_stays_when_the_block_fails(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -125,7 +124,7 @@ class Results:
         values: dict[str, Any] = {"version": VERSION, **asdict(self)}
         for row, written in zip(self.rows, values["rows"], strict=True):
             written["roofline"] = {name: asdict(bound) for name, bound in bounds(row, self.speeds).items() if bound}
-        files.write_text(path, json.dumps(values, indent=1) + "\n")
+        files.write_json(path, values)
 
 
 def load(path: Path) -> Results:

@@ -48,7 +48,7 @@ class ScoreRecord:
                 raise ElmError(f"{out}: cannot be written: {error.strerror}") from None
             self._recall()
             if not known:
-                files.write_text(out / ABOUT, json.dumps({**about, "identity": dict(identity)}, indent=1) + "\n")
+                files.write_json(out / ABOUT, {**about, "identity": dict(identity)})
             self._held = held.pop_all()
         self._synced = time.monotonic()
 
@@ -80,7 +80,7 @@ class ScoreRecord:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes `results.json`. Raises ElmError."""
-        files.write_text(self._out / RESULTS, json.dumps(results, indent=1) + "\n")
+        files.write_json(self._out / RESULTS, results)
 
     def _recall(self) -> None:
         """Reads the lines that are there, and cuts off a torn last one."""

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import random
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -321,7 +320,7 @@ def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
             read_messages(path)
         except InputError:
             raise InputError(f"{path}: exists, and is no saved conversation; choose another name") from None
-    files.write_text(path, json.dumps({"messages": list(messages)}, ensure_ascii=False, indent=1) + "\n")
+    files.write_json(path, {"messages": list(messages)})
 
 
 def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:

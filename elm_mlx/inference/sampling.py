@@ -6,7 +6,6 @@ the next step can be launched before this one's token is read, and a seed reprod
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from elm_mlx import files, reading
+from elm_mlx import reading
 from elm_mlx.errors import InputError
+from elm_mlx.files import write_json
 
 Choose = Callable[[mx.array], mx.array]  # log-probabilities (batch, vocab) -> tokens (batch,), as mlx-lm's samplers
 Process = Callable[[mx.array, mx.array], mx.array]  # tokens so far (n,), logits (1, vocab) -> logits
@@ -228,7 +228,7 @@ def save_settings(directory: Path, settings: Mapping[str, float]) -> Path:
     values["do_sample"] = settings["temp"] > 0
     if not values["do_sample"]:  # Hugging Face's tools refuse a temperature of 0
         del values["temperature"]
-    files.write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, values)
     return path
 
 

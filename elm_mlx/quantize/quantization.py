@@ -6,7 +6,6 @@ time is in memory.
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections import Counter
@@ -133,7 +132,7 @@ def quantize(
         )  # fmt: skip
         on_result(result)
         _check(result, max_kld)
-        _write_json(directory / RECORD, _record(result, recipe, source, learn))
+        files.write_json(directory / RECORD, _record(result, recipe, source, learn))
     return result
 
 
@@ -201,14 +200,10 @@ def _write(
     common = Counter(formats.values()).most_common(1)[0][0]
     entry = common.packing() | {name: how.packing() for name, how in formats.items() if how != common}
     config = config_values(source, read_config(source)) | {"quantization": entry, "quantization_config": entry}
-    _write_json(directory / "config.json", config)
+    files.write_json(directory / "config.json", config)
     directories.carry(source, directory)
     if (source / "conversion.json").is_file():  # where the model comes from is still true
         shutil.copyfile(directories.own_file(source / "conversion.json"), directory / "conversion.json")
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check(result: Quantization, max_kld: float | None) -> None:

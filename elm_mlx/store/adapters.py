@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -273,7 +272,7 @@ def write(directory: Path, adapter: Adapter, values: Mapping[str, mx.array], con
         raise ElmError(f"{directory}: cannot be made: {error.strerror}") from None
     with files.new_file(directory / WEIGHTS) as file:
         write_arrays(file, values)
-    files.write_text(directory / CONFIG, json.dumps(_config_values(adapter, config), indent=2) + "\n")
+    files.write_json(directory / CONFIG, _config_values(adapter, config))
 
 
 def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:

@@ -22,7 +22,6 @@ from elm_mlx.store.fused_weights import ANEW, LOT, NEAREST, Merge
 from elm_mlx.store.loading import Loaded, open_model, read_weights, stored_type
 from elm_mlx.text import chat_template, excerpts
 from elm_mlx.version import __version__
-from elm_mlx_convert.destination import write_json
 
 # Root mean square of the logits' difference, as a share of their spread, that rounding every weight once explains.
 # Six times the distance of neighbours around 1: a fifth of one distance was measured on a trained model of 8 layers,
@@ -238,8 +237,8 @@ def _write(
         tensors += [replace(t, name=t.name.replace(EMBEDDING, "lm_head")) for t in head]
     files.check_room(directory, sum(tensor.nbytes for tensor in tensors))
     safetensors_file.write_shards(directory, tensors)
-    write_json(directory / "config.json", _config(config_values(source, config), untied, dequantize, dtype))
-    write_json(directory / "conversion.json", _record(source, adapter))
+    files.write_json(directory / "config.json", _config(config_values(source, config), untied, dequantize, dtype))
+    files.write_json(directory / "conversion.json", _record(source, adapter))
     directories.carry(source, directory)
     assert adapter.directory is not None
     return untied, merge.moved, chat_template.adopt(directory, adapter.directory)

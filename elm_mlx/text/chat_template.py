@@ -9,7 +9,6 @@ with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -315,7 +314,7 @@ def adopt(directory: Path, adapter: Path) -> str | None:
     settings = directory / "tokenizer_config.json"
     values = json_object_if_there(settings)
     if values.pop("chat_template", None) is not None:
-        files.write_text(settings, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        files.write_json(settings, values)
     if source.strip():
         files.write_text(directory / FILE_NAME, source)
     return where

@@ -144,7 +144,7 @@ def save(
         for name, tree in ((PARAMETERS, parameters), (OPTIMIZER, optimizer)):
             with (made / name).open("wb") as file:
                 write_arrays(file, dict(tree_flatten(tree)))
-        (made / STATE).write_text(json.dumps(state, indent=1))
+        files.write_json(made / STATE, state)
         if export is not None:
             export(made)
     return path

@@ -87,7 +87,7 @@ def describe(out: Path, about: Mapping[str, Any]) -> None:
     from elm_mlx import device
 
     values = {**about, "machine": device.machine(), "version": __version__}
-    files.write_text(out / RUN_RECORD, json.dumps(values, indent=1) + "\n")
+    files.write_json(out / RUN_RECORD, values)
 
 
 def append(out: Path, report: Report) -> None:

@@ -133,7 +133,7 @@ class Pretraining(HeldRun):
 
     def _describe(self) -> None:
         """Makes a model directory of `out`, but for the weights."""
-        files.write_text(self.out / "config.json", json.dumps(self.config.to_dict(), indent=2) + "\n")
+        files.write_json(self.out / "config.json", self.config.to_dict())
         with files.new_file(self.out / FILE_NAME) as file:
             file.write(self._tokenizer.path.read_bytes())
 
