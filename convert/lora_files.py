@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_mlx.directories import PEFT_WEIGHTS
 from elm_mlx.errors import InputError
 from elm_mlx.files import write_json
 from elm_mlx.model.config import Config, ModelConfig
@@ -27,7 +28,6 @@ from elm_mlx_convert.tensors import FLOATS, LazyTensor, read_safetensors, to_flo
 
 EMBEDDING = names.EMBEDDING.removesuffix(".weight")
 PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 _BASE = ".base_layer.weight"
 _LINEAR, _EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")

@@ -13,7 +13,7 @@ import numpy as np
 
 from elm_mlx.directories import own_file
 from elm_mlx.errors import InputError
-from elm_mlx.model.config import PRESETS, ModelConfig
+from elm_mlx.model.config import PRESETS, ModelConfig, written_dtype
 from elm_mlx.reading import json_object, listed
 from elm_mlx.text import chat_template, sentencepiece_file
 from elm_mlx_convert import lora_files, tokenizers
@@ -21,9 +21,6 @@ from elm_mlx_convert.names import EMBEDDING, HEAD, canonical_names, unwrapped
 from elm_mlx_convert.source_config import ConfigFile, Scaling, decide, find_config_file, read_config_file
 from elm_mlx_convert.sources import CheckpointSource, open_source
 from elm_mlx_convert.tensors import FLOATS, ITEM_SIZES, LazyTensor
-
-# Apple's 3B, whose activations float16 cannot hold. Nothing smaller is known to need more.
-_WIDE_MODEL_DIM = 3072
 
 
 @dataclass(frozen=True)
@@ -114,13 +111,16 @@ def make_plan(
         model = _fit_tokenizer(model, file, settings, notes, warnings)
     if not model.ffn_with_glu:
         warnings.append("its FFN has no gate (GLU), which mlx-lm cannot express: only elm-mlx opens the result")
+    written = written_dtype(model, source_dtype, dtype)
+    if dtype is None and (source_dtype, written) == ("float16", "bfloat16"):
+        notes.append("written as bfloat16: the activations of a model this wide overflow float16")
     generation = opened.directory / "generation_config.json"
     return ConversionPlan(
         source=opened,
         config=model,
         config_origin=origin,
         source_dtype=source_dtype,
-        dtype=_dtype(dtype, source_dtype, model, notes),
+        dtype=written,
         tensors=tuple(tensors[name].first_rows(shape[0]) for name, shape in model.shapes().items()),
         tokenizer=file,
         chat_template=_chat_template(chat_template, opened, notes) if file else None,
@@ -219,20 +219,6 @@ def _fit_tokenizer(
             f"the tokenizer ends texts with token {tokenizer.eos_id}, the config with {config.eos_token_id}: both do"
         )
     return config.with_vocab_size(min(pieces, rows))
-
-
-def _dtype(asked: str | None, found: str, config: ModelConfig, notes: list[str]) -> str:
-    wide = config.model_dim >= _WIDE_MODEL_DIM
-    if asked == "float16" and wide:
-        raise InputError(
-            "--dtype float16: the activations of a model as wide as the 3B overflow float16; use bfloat16 or float32"
-        )
-    if asked is not None:
-        return asked
-    if found == "float16" and wide:
-        notes.append("written as bfloat16: the activations of a model this wide overflow float16")
-        return "bfloat16"
-    return found if found in ("float16", "bfloat16") else "bfloat16"
 
 
 def _chat_template(asked: str | None, source: CheckpointSource, notes: list[str]) -> str | None:

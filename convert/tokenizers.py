@@ -15,6 +15,7 @@ from elm_mlx.text.sentencepiece_file import (
     BPE,
     CONTROL,
     NORMAL,
+    SPACE,
     UNIGRAM,
     UNKNOWN,
     UNUSED,
@@ -24,8 +25,6 @@ from elm_mlx.text.sentencepiece_file import (
 )
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer, read_settings
 from elm_mlx_convert import sources
-
-_SPACE = "\u2581"
 
 Json = dict[str, Any]
 
@@ -135,7 +134,7 @@ def _limits(model: ModelFile, pieces: list[Piece]) -> tuple[str | None, str | No
     inexact = {
         "they normalize combined characters and line ends otherwise": model.charsmap != b"",
         "they leave unknown characters out when decoding": not model.byte_fallback,
-        f"they keep {_SPACE} at the start of a text": model.remove_extra_whitespaces,
+        f"they keep {SPACE} at the start of a text": model.remove_extra_whitespaces,
         "to them '<0x41>' in a text is that byte": model.model_type == UNIGRAM,
         "to them '<0x41>' between user-defined symbols is that byte": USER_DEFINED in types,
     }
@@ -149,11 +148,11 @@ def _normalizer(model: ModelFile) -> Json:
         charsmap = base64.b64encode(model.charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if model.remove_extra_whitespaces:
-        steps.append({"type": "Replace", "pattern": {"Regex": rf"\A +|[ {_SPACE}]+\z"}, "content": ""})
+        steps.append({"type": "Replace", "pattern": {"Regex": rf"\A +|[ {SPACE}]+\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
     if model.add_dummy_prefix:
-        steps.append({"type": "Prepend", "prepend": _SPACE})
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     return {"type": "Sequence", "normalizers": steps}
 
 
@@ -186,7 +185,7 @@ def _post_processor(tokenizer: Tokenizer) -> Json | None:
 def _decoder(model: ModelFile) -> Json:
     """Returns exactly what mlx-lm looks for to stream text in linear time."""
     steps: list[Json] = [
-        {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]

@@ -23,6 +23,7 @@ CARRIED = (
 )  # fmt: skip
 # Folders of further chat templates, `NAME.jinja`, as transformers writes them beside the default one.
 TEMPLATES = ("additional_chat_templates", "chat_templates")
+PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of an adapter, the first that is there
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ MODEL = Kind(
 )  # fmt: skip
 ADAPTER = Kind(
     "adapter", "adapter_config.json",
-    ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin", "chat_template.jinja", "README.md"),
+    ("adapters.safetensors", *PEFT_WEIGHTS, "chat_template.jinja", "README.md"),
 )  # fmt: skip
 EXPORT = Kind(
     "export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")

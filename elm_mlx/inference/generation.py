@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device
+from elm_mlx.device import compile_hindrance, peak_memory, trim_cache
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.sampling import Choose, Process, Sampler, State
 from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step
@@ -156,7 +156,7 @@ def stream_generate(
                 prompt_tps=len(ids) / (first - start),
                 generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
                 time_to_first_token=first - start,
-                peak_memory=device.peak_memory() if text.finish_reason else 0,
+                peak_memory=peak_memory() if text.finish_reason else 0,
             )
             if text.finish_reason is not None:
                 return
@@ -294,7 +294,7 @@ class Decoder:
         self._padding = padding
         self._sampler = sampler
         step = partial(_step, model, [type(cache) for cache in caches])
-        self._step = mx.compile(step) if device.compile_hindrance() is None else step
+        self._step = mx.compile(step) if compile_hindrance() is None else step
 
     def advance(self) -> tuple[mx.array, mx.array]:
         """Feeds the current tokens and launches, without waiting, the choice of the next: ids and log-probabilities."""
@@ -304,7 +304,7 @@ class Decoder:
         for cache in self.caches:
             cache.reserve(start + 1)
         if start % _TRIM_EVERY == 0:
-            device.trim_cache()
+            trim_cache()
         position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
         arrays: list[Any] = [cache.state for cache in self.caches]
         try:

@@ -35,6 +35,7 @@ _FIXED = {"model_type": MODEL_TYPE, "activation_fn_name": "swish", "normalizatio
 _MAX_LAYERS = 10_000
 _MOST = {"vocab_size": 1 << 24, "model_dim": 1 << 20, "head_dim": 1 << 12, "ffn_dim_divisor": 1 << 20}
 _MAX_WIDTH = 1 << 24  # of any weight of a layer
+_WIDE = 3072  # the 3B's: float16 cannot hold its activations; nothing smaller is known to need more
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -310,6 +311,20 @@ def read_config(directory: str | Path, with_tokenizer: bool = False) -> Config:
 
         raise directories.no_tokenizer(directory, model_type == MODEL_TYPE)
     return config
+
+
+def written_dtype(config: Config, stored: str, asked: str | None = None) -> str:
+    """Returns the type to write weights in that are `stored` in another: `asked`, or the one of 16 bits that suits.
+
+    Raises:
+        InputError: float16 is asked for, which the activations of a model as wide as OpenELM-3B overflow.
+    """
+    overflows = config.model_type == MODEL_TYPE and config.model_dim >= _WIDE
+    if asked == "float16" and overflows:
+        raise InputError(
+            "--dtype float16: the activations of a model as wide as the 3B overflow float16; use bfloat16 or float32"
+        )
+    return asked or ("float16" if stored == "float16" and not overflows else "bfloat16")
 
 
 def tokenizer_file(directory: Path, model_type: str) -> Path | None:

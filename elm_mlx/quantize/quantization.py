@@ -20,7 +20,7 @@ import mlx.core as mx
 from elm_mlx import device, directories, files, reading, safetensors_file
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model.config import MODEL_TYPE, read_config
+from elm_mlx.model.config import read_config, written_dtype
 from elm_mlx.quantize import bit_plan, learned, losses
 from elm_mlx.quantize.bit_plan import BitPlan, Weights
 from elm_mlx.quantize.losses import QuantizationLosses, Speed
@@ -33,7 +33,6 @@ from elm_mlx.text.excerpts import Excerpt
 from elm_mlx.version import __version__
 
 RECORD = "quantization.json"
-_WIDE = 3072  # OpenELM-3B, whose activations float16 cannot hold
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,9 @@ def quantize(
         tensors, already = read_weights(source, loaded.model.config)
         if already:
             raise InputError(f"{source}: is quantized already ({loaded.stored}): quantize what it was made of")
-        weights = Weights.of(loaded.model, tensors, _dtype(recipe.dtype, loaded, tensors))
+        stored = str(bit_plan.main_dtype(tensors)).removeprefix("mlx.core.")
+        dtype = written_dtype(loaded.model.config, stored, recipe.dtype)
+        weights = Weights.of(loaded.model, tensors, device.DTYPES[dtype])
         ids = losses.text_ids(learn, loaded) if recipe.method or recipe.bpw else []
         plan = _plan(recipe, weights, loaded, learn, directory, on_progress)
         on_plan(plan)
@@ -124,7 +125,7 @@ def quantize(
             on_text = after.tokenizer is not None
             found = losses.compare(before, after.model, on_text, on_progress)
         result = Quantization(
-            target, formats, str(weights.dtype).removeprefix("mlx.core."), _file_bytes(source), _file_bytes(directory),
+            target, formats, dtype, _file_bytes(source), _file_bytes(directory),
             bits_before, _bits(read_weights(directory, after.model.config)[0], weights.parameters),
             found, plan.predicted, speed_before, losses.speed(after),
             computed=after.notes[0] if after.notes else "computed as stored",
@@ -147,18 +148,6 @@ def _plan(
     with losses.reference(loaded.model, rows, folder) as before:
         found = bit_plan.sensitivities(loaded.model, before, weights, group_size, on_progress)
     return bit_plan.mix(weights, group_size, recipe.bpw, found)
-
-
-def _dtype(asked: str | None, loaded: Loaded, tensors: Mapping[str, mx.array]) -> mx.Dtype:
-    config = loaded.model.config
-    wide = getattr(loaded.model, "model_type", None) == MODEL_TYPE and config.model_dim >= _WIDE
-    if asked == "float16" and wide:
-        raise InputError(
-            "--dtype float16: the activations of a model as wide as the 3B overflow float16; use bfloat16 or float32"
-        )
-    if asked is not None:
-        return device.DTYPES[asked]
-    return mx.float16 if bit_plan.main_dtype(tensors) == mx.float16 and not wide else mx.bfloat16
 
 
 def _write(

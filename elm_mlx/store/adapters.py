@@ -14,10 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from elm_mlx import files, reading
+from elm_mlx.directories import PEFT_WEIGHTS
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import lora_layers
 from elm_mlx.model.config import Config
 from elm_mlx.model.network import Model
+from elm_mlx.model.roofline import layer_of
 from elm_mlx.reading import Keys, counted, json_object, short
 from elm_mlx.safetensors_file import fingerprint, read_header, write_arrays
 from elm_mlx.text import chat_template
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 KINDS = ("lora", "dora", "full")
 
 EMBEDDING = "transformer.token_embeddings"
@@ -308,11 +309,6 @@ def _matches(module: str, pattern: str) -> bool:
     return fnmatchcase(module, pattern) or fnmatchcase(module, f"*.{pattern}")
 
 
-def _layer(module: str) -> int | None:
-    parts = module.split(".")
-    return int(parts[2]) if parts[1:2] == ["layers"] else None
-
-
 def _choose(config: Config, targets: Sequence[str], first: int) -> list[str]:
     modules = config.modules()
     for target in targets:
@@ -321,14 +317,14 @@ def _choose(config: Config, targets: Sequence[str], first: int) -> list[str]:
             known = ", ".join(dict.fromkeys(module.split(".")[-1] for module in modules))
             raise InputError(f"no module is called {target!r}{tied}; there are {known}")
     chosen = [module for module in modules if any(_matches(module, target) for target in targets)]
-    chosen = [module for module in chosen if (layer := _layer(module)) is None or layer >= first]
+    chosen = [module for module in chosen if (layer := layer_of(module)) is None or layer >= first]
     if not chosen:
         raise InputError("nothing is left to adapt: give targets, and num_layers above 0")
     return chosen
 
 
 def _rank_of(module: str, rank: Rank, config: Config) -> int:
-    layer = _layer(module)
+    layer = layer_of(module)
     found: object = None
     if isinstance(rank, int):
         found = rank

@@ -127,7 +127,7 @@ def test_a_chat_passes_the_length_where_factors_change(
     """And goes back behind it, when the text is cut."""
     model = loading.load_model(directory(root, name))
     monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
-    monkeypatch.setattr(device, "compile_hindrance", lambda: None)
+    monkeypatch.setattr(generation, "compile_hindrance", lambda: None)
     cache = PrefixCache(model)
     logits = cache.read(IDS[: ORIGINAL - 4])
     assert logits is not None

@@ -21,6 +21,7 @@ from mlx_lm import utils
 
 from elm_mlx import files, safetensors_file
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model import config
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.quantize import bit_plan, losses
 from elm_mlx.quantize.bit_plan import Weights
@@ -247,9 +248,7 @@ def test_the_type_of_scales_and_norms(
 
 
 def test_a_wide_float16_model_gets_bfloat16(monkeypatch: pytest.MonkeyPatch, base: Path, tmp_path: Path) -> None:
-    from elm_mlx.quantize import quantization as module
-
-    monkeypatch.setattr(module, "_WIDE", 128)
+    monkeypatch.setattr(config, "_WIDE", 128)
     source = tiny.write_directory(tmp_path / "s", load_model(base, "float32"), None, mx.float16)
     quantize(source, tmp_path / "q", choose(4))
     assert mx.load(str(tmp_path / "q" / "model.safetensors"))["transformer.norm.weight"].dtype == mx.bfloat16
