@@ -58,19 +58,16 @@ def measure(
     from elm_mlx.store.adapters import plan
     from elm_mlx.store.loading import open_model
     from elm_mlx.train import memory
-    from elm_mlx.train.optimizer import global_norm, make_optimizer
-    from elm_mlx.train.step import Step, recompute_blocks
+    from elm_mlx.train.settings import Schedule, Settings
+    from elm_mlx.train.step import Step, global_norm
 
     network = open_model(model, "float32").model
     if full:
         network.unfreeze()
     else:
         adapters.attach(network, plan(network.config))
-    if grad_checkpoint:
-        recompute_blocks(network)
-    network.train()
     trained = sum(value.size for _, value in tree_flatten(network.trainable_parameters()))
-    step = Step(network, make_optimizer(optimizer, 0.0))
+    step = Step(network, Settings(Schedule(1e-4, 3), optimizer=optimizer, grad_checkpoint=grad_checkpoint))
     draw = np.random.default_rng(0)
     marks = (False, *(bool(i >= length * (1 - trained_share)) for i in range(length)))
     ids = draw.integers(3, network.config.vocab_size, (4 * rows, length + 1)).tolist()

@@ -83,12 +83,12 @@ def stepper() -> Callable[[Batch], None]:
     import mlx.core as mx
 
     from elm_mlx.model.network import Model
-    from elm_mlx.train.optimizer import global_norm, make_optimizer
-    from elm_mlx.train.step import Step
+    from elm_mlx.train.settings import Schedule, Settings
+    from elm_mlx.train.step import Step, global_norm
 
     mx.random.seed(0)
     model = Model(ModelConfig.scaled(**CONFIG))  # type: ignore[arg-type]
-    step = Step(model, make_optimizer("adamw", 0.1))
+    step = Step(model, Settings(Schedule(1e-3, 1), weight_decay=0.1))
 
     def update(batch: Batch) -> None:
         loss, gradients, count = step.gradients(batch)

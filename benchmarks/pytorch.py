@@ -35,20 +35,19 @@ def ours(model_path: Path, ids_path: Path, steps: int) -> dict[str, Any]:
     import numpy as np
 
     from elm_mlx.data.batches import Batch
-    from elm_mlx.train import optimizer as optimization
-    from elm_mlx.train.step import Step
+    from elm_mlx.train.settings import Schedule, Settings
+    from elm_mlx.train.step import Step, global_norm
 
     model = load_model(model_path)
     model.unfreeze()
-    model.train()
-    step = Step(model, optimization.AdamW(DECAY, BETAS), clip=1.0)
+    step = Step(model, Settings(Schedule(RATE, steps), weight_decay=DECAY, betas=BETAS, clip=1.0))
     losses, seconds = [], []
     trained = np.ones((ROWS, LENGTH), np.bool_)
     for number in range(steps):
         ids = np.load(ids_path)["ids"][number % BATCHES]
         start = time.perf_counter()
         loss, gradients, count = step.gradients(Batch(ids[:, :-1], ids[:, 1:], trained, None, ROWS * LENGTH))
-        norm = optimization.global_norm(gradients) / count
+        norm = global_norm(gradients) / count
         mx.eval(loss, norm)
         step.apply(gradients, norm, count, RATE)
         del gradients

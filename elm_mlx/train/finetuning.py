@@ -149,10 +149,6 @@ class Finetuning(HeldRun):
         asked = self.asked.optimizer
         if asked.iters is not None:
             return asked.iters
-        if not asked.epochs > 0:
-            raise InputError(f"--epochs {asked.epochs:g}: must be above 0")
-        if asked.grad_accumulation_steps < 1:
-            raise InputError(f"accumulate must be at least 1, not {asked.grad_accumulation_steps}")
         return max(1, round(asked.epochs * self.batches.steps() / asked.grad_accumulation_steps))
 
     def _keeps_apart(self) -> bool:

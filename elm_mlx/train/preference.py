@@ -7,6 +7,7 @@ tokens in an ordinary cross-entropy, whose gradient is the pair's. The network b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, get_args
 
@@ -44,7 +45,7 @@ class Preferring:
     It is an `Objective` whose units are pairs.
 
     Raises:
-        InputError: there is no such loss, or `beta` isn't positive.
+        InputError: there is no such loss, or `beta` is not above 0.
     """
 
     loss: str = "sigmoid"
@@ -53,9 +54,9 @@ class Preferring:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise InputError(f"--loss {self.loss}: is not one of {', '.join(LOSSES)}")
-        if not self.beta > 0:
-            raise InputError(f"--beta {self.beta}: has to be positive")
+            raise InputError(f"no loss of pairs {self.loss!r}; there are {', '.join(LOSSES)}")
+        if not 0 < self.beta < math.inf:
+            raise InputError(f"beta, of the loss of pairs, must be above 0, not {self.beta}")
 
     @property
     def needs_reference(self) -> bool:

@@ -31,11 +31,10 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.network import Model
 from elm_mlx.reading import counted
 from elm_mlx.train import checkpoint, metrics
-from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.checkpoint import Identity, RunProgress
-from elm_mlx.train.loss import Objective, TokenLoss
+from elm_mlx.train.loss import Objective
 from elm_mlx.train.settings import Settings
-from elm_mlx.train.step import Step, recompute_blocks
+from elm_mlx.train.step import Step, global_norm
 from elm_mlx.train.throughput import Meter
 
 _REACH = 20  # updates, some, that the running mean of losses reaches over
@@ -159,7 +158,7 @@ class Run:
     export: Callable[[Path], None] | None = None
 
     def __post_init__(self) -> None:
-        model, settings, identity = self.model, self.settings, self.identity
+        settings, identity = self.settings, self.identity
         self.identity = replace(identity, config={**identity.config, **settings.identity()})
         self.progress, self._saved = RunProgress(), -1  # the step of the last checkpoint
         self._saved_at = time.monotonic()
@@ -167,12 +166,7 @@ class Run:
         self._group = mx.distributed.init()
         self._leads = bool(self._group.rank() == 0)
         self._skipped_in_a_row = 0
-        if settings.grad_checkpoint:
-            recompute_blocks(model)
-        model.train()
-        optimizer = optimization.make_optimizer(settings.optimizer, settings.weight_decay, settings.betas, settings.eps)
-        objective = self.objective or TokenLoss(settings.z_loss)
-        self._step = Step(model, optimizer, settings.clip, self.compute_dtype, objective)
+        self._step = Step(self.model, settings, self.compute_dtype, self.objective)
 
     def train(self) -> Result:
         """Trains to the end. Ctrl-C, SIGTERM and SIGHUP end it after an update, and save.
@@ -259,7 +253,7 @@ class Run:
         """Makes an update, or skips it. Raises ElmError where the loss says stop."""
         started, progress = time.perf_counter(), self.progress
         sums, gradients, count, trained, tokens = self._accumulated()
-        norm = optimization.global_norm(gradients) / count
+        norm = global_norm(gradients) / count
         mx.eval(sums, norm)
         (mean, *measured), length = _means(sums, count), norm.item()
         rate = self.settings.schedule(progress.step)

@@ -126,6 +126,8 @@ class Schedule:
         _check_choice("learning rate schedule", self.shape, ScheduleShape)
         if not (math.isfinite(self.peak) and self.peak > 0):
             raise InputError(f"the learning rate must be above 0, not {self.peak}")
+        if not all(0 <= rate < math.inf for rate in (self.start, self.end)):
+            raise InputError(f"a learning rate starts and ends at 0 or more, not at {self.start} and {self.end}")
         if self.steps < 1:
             raise InputError(f"a run has at least 1 update, not {self.steps}")
         if not 0 <= self.warmup <= self.steps:
@@ -183,13 +185,15 @@ class Settings:
         check_seed(self.seed)
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("on_nan", self.on_nan, OnNan)
-        for name in ("accumulate", "eval_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas) or not self.eps > 0 or not self.z_loss >= 0:
-            raise InputError("betas are from 0 to below 1, eps is above 0, and z_loss not below 0")
+        _check_at_least_one(self, "accumulate", "eval_every", "save_every", "keep")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas are from 0 to below 1, not {self.betas}")
+        if not (0 < self.eps < math.inf and 0 <= self.z_loss < math.inf):
+            raise InputError(f"eps is above 0, and z_loss not below 0, not {self.eps} and {self.z_loss}")
         if self.clip is not None and not self.clip > 0:
             raise InputError(f"the limit on the gradients' norm must be above 0, not {self.clip}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight decay must be at least 0, not {self.weight_decay}")
 
     def identity(self) -> dict[str, Any]:
         """Returns what must not change when a run is resumed, as checkpoints have it. When to save may."""
@@ -301,6 +305,11 @@ class OptimizerSettings:
     clip: float = 1.0
     on_nan: OnNan = "stop"
 
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "grad_accumulation_steps")
+        if not 0 < self.epochs < math.inf:
+            raise InputError(f"--epochs {self.epochs:g}: a number above 0 is needed")
+
     def warmup_steps(self, steps: int) -> int:
         """Returns how many of so many updates have a rising learning rate."""
         if self.warmup is None:
@@ -343,6 +352,9 @@ class CheckpointsSettings:
     steps_per_eval: int = 200
     save_every: int = 100
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "steps_per_eval", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -401,6 +413,12 @@ class DpoSettings(LoraSettings):
     rates: ClassVar[tuple[float, float]] = (5e-5, 5e-6)
     spike: ClassVar[float | None] = None  # of nats a token; a pair's loss has no such scale
     unused: ClassVar[frozenset[str]] = frozenset({"format", "train_on_prompt", "dropout"})
+
+
+def _check_at_least_one(settings: Any, *names: str) -> None:
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise InputError(f"{name} must be at least 1, not {getattr(settings, name)}")
 
 
 def _check_choice(what: str, name: str, choices: Any) -> None:

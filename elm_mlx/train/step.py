@@ -1,7 +1,8 @@
 """One update: the backward pass of one or several batches, and the optimizer's step. Compiled.
 
 An update's gradient is that of the mean over its trained tokens, or pairs, however they are spread over batches and
-processes: sums are added up, and divided once.
+processes: sums are added up, and divided once. The optimizers are MLX's. Weight decay falls on matrices alone: what has
+one dimension (norms' weights, DoRA's magnitudes) scales, and is not to be pulled to 0.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device
 from elm_mlx.data.batches import Batch
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
-from elm_mlx.train import optimizer as optimization
 from elm_mlx.train.loss import Head, Objective, Parameters, TokenLoss
+from elm_mlx.train.settings import Settings
 
 
 class Step:
@@ -28,7 +30,8 @@ class Step:
     and updated unrounded: small updates are not lost.
 
     Args:
-        clip: the limit on the gradients' norm; None for none.
+        settings: says which optimizer, its decay and its limit on the gradients' norm, and whether blocks are computed
+            again in the backward pass.
         compute_dtype: what trainable parameters are cast to for the forward pass; None for what they are.
         objective: what to minimize; None for trained tokens' cross-entropy.
     """
@@ -36,18 +39,18 @@ class Step:
     def __init__(
         self,
         model: Model,
-        optimizer: optimization.Optimizer,
-        clip: float | None = 1.0,
+        settings: Settings,
         compute_dtype: mx.Dtype | None = None,
         objective: Objective | None = None,
     ):
-        self.model = model
-        self.optimizer = optimizer
-        self._clip = clip
-        self._dtype = compute_dtype
-        self.objective = objective or TokenLoss()
+        self.model, self.optimizer = model, make_optimizer(settings)
+        self._clip, self._decay, self._dtype = settings.clip, settings.weight_decay, compute_dtype
+        self.objective = objective or TokenLoss(settings.z_loss)
+        if settings.grad_checkpoint:
+            recompute_blocks(model)
+        model.train()
         trained = model.trainable_parameters()
-        optimizer.init(trained)
+        self.optimizer.init(trained)
         mx.eval(model.parameters())
         self.cut_into(device.most_parts(sum(parameter.nbytes for _, parameter in tree_flatten(trained))))
         random = mx.random.state
@@ -139,10 +142,36 @@ class Step:
     ) -> tuple[Parameters, dict[str, Any]]:
         gradients = tree_map(lambda grad: grad / tokens, gradients)
         if self._clip is not None:
-            gradients = optimization.clipped(gradients, norm, self._clip)
+            gradients = clipped(gradients, norm, self._clip)
         optimizer = self.optimizer
         optimizer.state = state
+        if self._decay:
+            parameters = decayed(parameters, optimizer.learning_rate * self._decay)
         return optimizer.apply_gradients(gradients, parameters), optimizer.state
+
+
+def make_optimizer(settings: Settings) -> optim.Optimizer:
+    """Returns MLX's optimizer without a learning rate, which is given at each step, and without decay."""
+    if settings.optimizer == "adafactor":
+        return optim.Adafactor(learning_rate=0.0, relative_step=False, scale_parameter=False)
+    return optim.Adam(learning_rate=0.0, betas=list(settings.betas), eps=settings.eps, bias_correction=True)
+
+
+def global_norm(gradients: Any) -> mx.array:
+    """Returns the length of all gradients taken as one vector, a float32 scalar."""
+    squares = [grad.astype(mx.float32).square().sum() for _, grad in tree_flatten(gradients)]
+    return mx.sqrt(mx.stack(squares).sum())
+
+
+def clipped(gradients: Any, norm: mx.array, limit: float) -> Any:
+    """Returns `gradients` scaled down to the length `limit`, where `norm` is above it."""
+    scale = mx.minimum(limit / (norm + 1e-6), 1.0)
+    return tree_map(lambda grad: (grad * scale).astype(grad.dtype), gradients)
+
+
+def decayed(parameters: Parameters, share: mx.array) -> Parameters:
+    """Returns `parameters` with that share taken from each matrix."""
+    return tree_map(lambda value: value * (1 - share).astype(value.dtype) if value.ndim > 1 else value, parameters)
 
 
 def recompute_blocks(model: Model) -> None:

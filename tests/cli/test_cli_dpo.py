@@ -169,7 +169,7 @@ def test_what_is_wrong_is_said_before_the_model_is_read(
     out = tmp_path / "out"
     start = (tiny_model_dir, "--data", data, "--out", out)
     assert "--loss dpo: is not one of sigmoid, hinge, ipo, orpo" in run(*start, "--loss", "dpo")[2]
-    assert "--beta 0.0: has to be positive" in run(*start, "--beta", 0)[2]
+    assert "beta, of the loss of pairs, must be above 0, not 0.0" in run(*start, "--beta", 0)[2]
     assert "--recipe openelm: is not one of openelm-270M, openelm-450M" in run(*start, "--recipe", "openelm")[2]
     long = "--max-seq-length 1024: the model reads 512 tokens at most, its context; give no more"
     assert long in run(*start, "--recipe", "openelm-270M")[2]

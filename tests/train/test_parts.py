@@ -13,7 +13,6 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.device import Parts, most_parts
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import Adapter
-from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.step import Step
 
 
@@ -43,9 +42,9 @@ def processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 def test_loss_and_gradients_do_not_depend_on_the_number_of_parts(
     processors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    several = Step(runs.model(), make_optimizer("adamw", 0.0))
+    several = Step(runs.model(), runs.settings())
     monkeypatch.setattr(device, "most_parts", lambda *_: 1)
-    single = Step(runs.model(), make_optimizer("adamw", 0.0))
+    single = Step(runs.model(), runs.settings())
     assert several.parts == processors and single.parts == 1
     loss, grads, count = several.gradients(batch(5))
     expected, truth, same = single.gradients(batch(5))
@@ -57,7 +56,7 @@ def test_loss_and_gradients_do_not_depend_on_the_number_of_parts(
 
 def test_an_update_of_parts_is_the_same_each_time(processors: int) -> None:
     def losses() -> list[float]:
-        step = Step(runs.model(), make_optimizer("adamw", 0.0))
+        step = Step(runs.model(), runs.settings())
         found = []
         for each in (batch(4), batch(3), batch(4)):
             loss, grads, count = step.gradients(each)
@@ -72,7 +71,7 @@ def test_parts_have_dropout_of_their_own(processors: int) -> None:
     model = runs.model()
     adapters.attach(model, Adapter("lora", {"transformer.layers.0.ffn.proj_1": 4}, 4.0, 0.5))
     model.train()
-    step = Step(model, make_optimizer("adamw", 0.0))
+    step = Step(model, runs.settings())
     row = batch(1)
     same = Batch(*(np.repeat(each, processors, axis=0) for each in (row.inputs, row.targets, row.trained)), None, 0)
     built = step._computed(step._gradients, same)

@@ -21,7 +21,6 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
 from elm_mlx.train.loss import Head, Parameters
-from elm_mlx.train.optimizer import make_optimizer
 from elm_mlx.train.preference import LOSSES, Preferring
 from elm_mlx.train.step import Step
 
@@ -121,9 +120,9 @@ def test_extremes_are_numbers(loss: str) -> None:
 
 
 def test_what_makes_no_loss() -> None:
-    with pytest.raises(InputError, match=r"^--loss dpo: is not one of sigmoid, hinge, ipo, orpo$"):
+    with pytest.raises(InputError, match=r"^no loss of pairs 'dpo'; there are sigmoid, hinge, ipo, orpo$"):
         Preferring("dpo")
-    with pytest.raises(InputError, match=r"^--beta 0: has to be positive$"):
+    with pytest.raises(InputError, match=r"^beta, of the loss of pairs, must be above 0, not 0$"):
         Preferring(beta=0)
     assert [Preferring(loss).needs_reference for loss in LOSSES] == [True, True, True, False]
 
@@ -237,7 +236,7 @@ def test_a_step_of_pairs_shared_out_by_rows_is_the_same(processors: int, monkeyp
     made.reference = np.random.default_rng(2).normal(-30, 4, (30, 2)).astype(np.float32)
     batch, model, preferring = next(made), runs.model(), Preferring("sigmoid", 0.4)
     assert isinstance(batch, PairBatch)
-    step = Step(model, make_optimizer("adamw", 0.0), objective=preferring)
+    step = Step(model, runs.settings(), objective=preferring)
     sums, gradients, count = step.gradients(batch)
     parameters = model.trainable_parameters()
     (value, measures), wanted = mx.value_and_grad(in_batch(model, batch, preferring, True))(parameters)
