@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import device
-from elm_mlx.model.families import RopeConfig
+from elm_mlx.model.rope_config import RopeConfig
 
 
 @dataclass(frozen=True)

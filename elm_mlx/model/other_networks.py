@@ -23,8 +23,9 @@ import mlx.nn as nn
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import ops
 from elm_mlx.model.cache import SegmentedRow, StateCache
-from elm_mlx.model.families import FamilyConfig, RopeConfig
+from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.ops import Rope, Rotate, Segments
+from elm_mlx.model.rope_config import RopeConfig
 
 _PACKAGE = "elm_mlx_networks"
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.families import RopeConfig, RopeRules, read_ropes
 from elm_mlx.model.ops import frequencies
+from elm_mlx.model.rope_config import RopeConfig, RopeRules, read_ropes
 from elm_mlx.reading import Keys
 
 LONG = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
