@@ -123,7 +123,7 @@ class Continued(Window):
         text = self._text(before)
         said = list(before[-1].ids) if before and before[-1].ids else self._tokenizer.encode(text)
         added = _joined(text, question)[len(text) :]
-        new = self._continuation(added) if text else self._tokenizer.encode(added, add_bos=False)
+        new = self._tokenizer.encode_amid(added) if text else self._tokenizer.encode(added, add_bos=False)
         if len(said) + len(new) <= self._limit(max_tokens):
             return Prompt(self._checked(said + new))
         head = self._tokenizer.encode(self.system or "")
@@ -138,12 +138,6 @@ class Continued(Window):
         for exchange in exchanges:
             text = _joined(text, exchange.question) + exchange.answer
         return text
-
-    def _continuation(self, text: str) -> list[int]:
-        """Encodes `text` amid a text: without the space that SentencePiece puts before what it encodes."""
-        anchor = self._tokenizer.encode("\n", add_bos=False)
-        ids = self._tokenizer.encode("\n" + text, add_bos=False)
-        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self._tokenizer.encode(text, add_bos=False)
 
     def _checked(self, ids: list[int]) -> list[int]:
         if not ids:

@@ -161,6 +161,10 @@ class SentencePieceEncoding:
             part = self._parts[token] = self._new_part(token)
         return part
 
+    def bytes_of(self, token: int) -> bytes:
+        part = self.part(token)
+        return part if isinstance(part, bytes) else part.replace(SPACE, " ").encode()
+
     def _new_part(self, token: int) -> str | bytes:
         piece = self.piece_of(token)
         if token >= self.vocab_size:

@@ -116,6 +116,12 @@ class Tokenizer:
         check_unicode(text)
         return self.checked(self._encoding.encode(text, first=False))
 
+    def encode_amid(self, text: str) -> list[int]:
+        """Encodes a text as it would be amid another: without the space that SentencePiece puts before any."""
+        anchor = self.encode("\n", add_bos=False)
+        ids = self.encode("\n" + text, add_bos=False)
+        return ids[len(anchor) :] if ids[: len(anchor)] == anchor else self.encode(text, add_bos=False)
+
     def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Encodes runs of text, each by itself, with ids of control tokens between them. No BOS is added."""
         ids: list[int] = []
@@ -136,6 +142,10 @@ class Tokenizer:
             InputError: an id is negative, or its piece damaged.
         """
         return self._encoding.decode([int(token) for token in (ids.tolist() if hasattr(ids, "tolist") else ids)])
+
+    def bytes_of(self, token: int) -> bytes:
+        """Returns the bytes that a token adds to a text that has begun: none for a control token."""
+        return self._encoding.bytes_of(token)
 
     def detokenizer(self, prompt: Iterable[int] = ()) -> SentencePieceDecoder | ByteDecoder:
         """Returns a streaming decoder of the tokens that follow `prompt`: tokens one by one in, text out.

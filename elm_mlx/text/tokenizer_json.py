@@ -99,7 +99,7 @@ class JSONEncoding:
     def decoder(self) -> ByteDecoder:
         return ByteDecoder(self)
 
-    def part(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
         """Returns what a token adds to a text."""
         part = self._parts.get(token)
         if part is None:
@@ -137,7 +137,7 @@ class ByteDecoder:
     """Streams text as soon as its bytes are characters, see `Tokenizer.detokenizer`."""
 
     def __init__(self, encoding: JSONEncoding) -> None:
-        self._part = encoding.part
+        self._part = encoding.bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strips = encoding.strips  # one space, before the first text
 
