@@ -142,9 +142,9 @@ def json_object(path: Path, most: int = SETTINGS_BYTES) -> dict[str, Any]:
     return values
 
 
-def json_object_if_there(path: Path, most: int = SETTINGS_BYTES) -> dict[str, Any]:
+def json_object_if_there(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty where there is no file. Raises InputError as `json_object`."""
-    return json_object(path, most) if path.exists() else {}
+    return json_object(path) if path.exists() else {}
 
 
 def parse_json(text: str, where: str) -> Any:
@@ -281,11 +281,11 @@ class Keys:
         value = self._get(name, default)
         return float(self._checked(name, value, f"a number between {low:g} and {high:g}", _between(value, low, high)))
 
-    def numbers(self, name: str, count: int, low: float = 0.0, high: float = 1e12) -> tuple[float, ...]:
-        """A list of `count` such numbers."""
+    def numbers(self, name: str, count: int, high: float = 1e12) -> tuple[float, ...]:
+        """A list of `count` numbers between 0 and `high`."""
         value = self._get(name, None)
-        holds = isinstance(value, list) and len(value) == count and all(_between(v, low, high) for v in value)
-        return tuple(map(float, self._checked(name, value, f"a list of {count} numbers above {low:g}", holds)))
+        holds = isinstance(value, list) and len(value) == count and all(_between(v, 0.0, high) for v in value)
+        return tuple(map(float, self._checked(name, value, f"a list of {count} numbers above 0", holds)))
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._get(name, default)

@@ -12,12 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, reading, safetensors_file
+from elm_mlx import device, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import AFFINE, Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
-from elm_mlx.safetensors_file import Pending, weight_files
+from elm_mlx.safetensors_file import Pending, read_header, weight_files
 from elm_mlx.store.describe import missing, packing_name
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 
@@ -159,16 +159,21 @@ def read_weights(path: Path, config: Config) -> tuple[dict[str, mx.array], dict[
 def _read_weights(path: Path) -> dict[str, mx.array]:
     weights: dict[str, mx.array] = {}
     for file in weight_files(path):
-        safetensors_file.read_header(file)  # MLX believes a header
-        try:
-            tensors = mx.load(str(file))
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"{file}: MLX cannot load it: {error}") from None
+        tensors = load_arrays(file)
         twice = next((name for name in tensors if name in weights), None)
         if twice is not None:
             raise InputError(f"{file}: tensor {twice} is in another file of the directory too")
         weights.update(tensors)
     return weights
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Returns the arrays of a safetensors file, not yet read from the disk. Raises InputError where it is none."""
+    read_header(path)  # which MLX believes
+    try:
+        return dict(mx.load(str(path)))
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"{path}: MLX cannot load it: {error}") from None
 
 
 def pending(name: str, dtype: mx.Dtype, shape: tuple[int, ...], make: Callable[[], mx.array]) -> Pending:

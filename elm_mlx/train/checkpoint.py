@@ -26,7 +26,8 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from elm_mlx import files, reading
 from elm_mlx.directories import PARAMETERS, checkpoints_of
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.safetensors_file import read_header, write_arrays
+from elm_mlx.safetensors_file import write_arrays
+from elm_mlx.store.loading import load_arrays
 
 FORMAT = 1
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
@@ -214,11 +215,7 @@ def _filled(tree: Any, path: Path) -> Any:
     Raises:
         InputError: the file is missing or damaged, or its arrays have other names or shapes.
     """
-    read_header(path)
-    try:
-        values = dict(mx.load(str(path)))
-    except (RuntimeError, OSError) as error:
-        raise InputError(f"{path}: MLX cannot load it: {error}") from None
+    values = load_arrays(path)
     expected = {name: value.shape for name, value in tree_flatten(tree)}
     different = expected.items() ^ {name: value.shape for name, value in values.items()}.items()
     if different:
