@@ -8,6 +8,8 @@ DoRA's scaling.
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -40,7 +42,7 @@ class LoRAEmbedding(nn.Module):
     """
 
     def __init__(
-        self, embedding: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, adapted_head: bool = False
+        self, embedding: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, adapted_head: bool
     ):
         super().__init__()
         self.embedding = embedding
@@ -78,7 +80,9 @@ class _DoRA:
     scale: float
     m: mx.array
 
-    def _measure(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, *arguments: Any) -> None:
+        """Takes the arguments of the class that it is mixed into."""
+        super().__init__(base, *arguments)  # type: ignore[call-arg]
         self._squares = mx.square(dense_weight(base)).sum(axis=1)
         self.m = mx.sqrt(self._squares)
         self._settled: mx.array | None = None
@@ -117,10 +121,6 @@ class _DoRA:
 class DoRALinear(_DoRA, LoRALinear):
     """LoRA's output, each of its values times `m` over the length of its row of the adapted weight."""
 
-    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float, key: mx.array):
-        super().__init__(linear, rank, scale, dropout, key)
-        self._measure(linear)
-
     def __call__(self, x: mx.array) -> mx.array:
         out, ratio, bias = super().__call__(x), self._ratio().astype(x.dtype), self.linear.get("bias")
         return out * ratio if bias is None else (out - bias) * ratio + bias
@@ -134,12 +134,6 @@ class DoRALinear(_DoRA, LoRALinear):
 
 class DoRAEmbedding(_DoRA, LoRAEmbedding):
     """LoRA's embedding, each token's vector brought to the length `m` of that token."""
-
-    def __init__(
-        self, embedding: nn.Module, rank: int, scale: float, dropout: float, key: mx.array, adapted_head: bool = False
-    ):
-        super().__init__(embedding, rank, scale, dropout, key, adapted_head)
-        self._measure(embedding)
 
     def __call__(self, ids: mx.array) -> mx.array:
         base = self.embedding(ids)
