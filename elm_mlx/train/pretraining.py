@@ -26,10 +26,10 @@ from elm_mlx.model.network import Model, initialize
 from elm_mlx.safetensors_file import write_arrays
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
 from elm_mlx.train import checkpoint, memory
-from elm_mlx.train import pretraining_recipe as recipes
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.pretraining_recipe import Recipe
 from elm_mlx.train.run import HeldRun, Result, Run
+from elm_mlx.train.settings import DTypeName
 from elm_mlx.train.throughput import Meter
 
 _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
@@ -61,7 +61,7 @@ class Pretraining(HeldRun):
             if bos is None or eos is None:
                 raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
             self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
-            self.settings = recipes.settings(recipe.optimizer, recipe.run)
+            self.settings = recipe.loop()
             if recipe.data.sequence_length > recipe.model.context:
                 raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
             self._dtype = _compute_dtype(recipe.run.compute_dtype)
@@ -169,12 +169,9 @@ class Pretraining(HeldRun):
         return Identity(hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), data, config)
 
 
-def _compute_dtype(name: str | None) -> mx.Dtype | None:
+def _compute_dtype(name: DTypeName | None) -> mx.Dtype | None:
     """Returns what weights are rounded to where they are used; None for float32, in which they are kept."""
-    if name is not None and name not in device.DTYPES:
-        raise InputError(f"no compute_dtype {name!r}; there are {', '.join(device.DTYPES)}")
-    if name is None:
-        return mx.bfloat16 if device.on_gpu() else None
+    name = name or ("bfloat16" if device.on_gpu() else "float32")
     return None if name == "float32" else device.DTYPES[name]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 
 from elm_mlx.data.filters import Filters
@@ -10,7 +10,7 @@ from elm_mlx.data.stream import Reading
 from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.train.settings import DTypeName, OnNan, OptimizerName, Schedule, ScheduleShape, Settings
+from elm_mlx.train.settings import DTypeName, OnNan, OptimizerName, Schedule, ScheduleShape, Settings, check_counts
 
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
@@ -46,6 +46,13 @@ class Shape:
     ffn_dim_divisor: int = 256
     context: int = 2048
     share_input_output_layers: bool = True
+
+    def __post_init__(self) -> None:
+        check_counts(self, "num_layers", "model_dim", "head_dim", "num_gqa_groups", "ffn_dim_divisor", "context")
+        for name in ("qkv_multipliers", "ffn_multipliers"):
+            values = getattr(self, name)
+            if len(values) not in (1, 2) or not all(0 <= value < math.inf for value in values):
+                raise InputError(f"{name} are one or two numbers from 0 on, not {values}")
 
     def config(self, vocab_size: int, bos_id: int, eos_id: int) -> ModelConfig:
         """Raises InputError where the figures make no model."""
@@ -89,6 +96,10 @@ class Optimizer:
     weight_decay: float = 0.1
     clip: float = 1.0
     z_loss: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise InputError(f"betas are two numbers, not {len(self.betas)}")
 
     def warmup_steps(self) -> int:
         """Returns the updates of rising learning rate: `warmup`, or the default where that is more than `steps`."""
@@ -168,6 +179,17 @@ class Recipe:
     filters: Filters = field(default_factory=Filters)
     run: RunSettings = field(default_factory=RunSettings)
 
+    def loop(self) -> Settings:
+        """Returns the settings of the training loop. Raises InputError where a value is out of its range."""
+        asked, run = self.optimizer, self.run
+        return Settings(
+            Schedule(asked.lr, asked.steps, asked.warmup_steps(), asked.shape, asked.end, asked.warmup_from),
+            optimizer=asked.name, betas=(asked.betas[0], asked.betas[1]), eps=asked.eps,
+            weight_decay=asked.weight_decay, z_loss=asked.z_loss, clip=asked.clip or None,
+            accumulate=run.accumulate, seed=run.seed, grad_checkpoint=run.grad_checkpoint, on_nan=run.on_nan,
+            eval_every=run.eval_every, save_every=run.save_every, keep=run.keep,
+        )  # fmt: skip
+
     def tokens_per_update(self, world: int = 1) -> int:
         """Returns the tokens of an update of all of `world` processes together."""
         return self.run.batch_size * self.run.accumulate * world * self.data.sequence_length
@@ -184,28 +206,8 @@ class Recipe:
         )  # fmt: skip
 
 
-def settings(optimizer: Optimizer, run: RunSettings) -> Settings:
-    """Returns the settings of the training loop. Raises InputError where a value is out of its range."""
-    if len(optimizer.betas) != 2:
-        raise InputError(f"betas are two numbers, not {len(optimizer.betas)}")
-    return Settings(
-        Schedule(
-            optimizer.lr, optimizer.steps, optimizer.warmup_steps(), optimizer.shape, optimizer.end,
-            optimizer.warmup_from,
-        ),
-        optimizer=optimizer.name, betas=(optimizer.betas[0], optimizer.betas[1]), eps=optimizer.eps,
-        weight_decay=optimizer.weight_decay, z_loss=optimizer.z_loss, clip=optimizer.clip or None,
-        accumulate=run.accumulate, seed=run.seed, grad_checkpoint=run.grad_checkpoint, on_nan=run.on_nan,
-        eval_every=run.eval_every, save_every=run.save_every, keep=run.keep,
-    )  # fmt: skip
-
-
-def _one_or_two(multipliers: Sequence[float]) -> float | tuple[float, float]:
-    if len(multipliers) == 1:
-        return multipliers[0]
-    if len(multipliers) != 2:
-        raise InputError(f"multipliers are one or two numbers, not {len(multipliers)}")
-    return multipliers[0], multipliers[1]
+def _one_or_two(multipliers: tuple[float, ...]) -> float | tuple[float, ...]:
+    return multipliers[0] if len(multipliers) == 1 else multipliers
 
 
 def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:

@@ -185,7 +185,7 @@ class Settings:
         check_seed(self.seed)
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("on_nan", self.on_nan, OnNan)
-        _check_at_least_one(self, "accumulate", "eval_every", "save_every", "keep")
+        check_counts(self, "accumulate", "eval_every", "save_every", "keep")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are from 0 to below 1, not {self.betas}")
         if not (0 < self.eps < math.inf and 0 <= self.z_loss < math.inf):
@@ -306,7 +306,7 @@ class OptimizerSettings:
     on_nan: OnNan = "stop"
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "grad_accumulation_steps")
+        check_counts(self, "grad_accumulation_steps")
         if not 0 < self.epochs < math.inf:
             raise InputError(f"--epochs {self.epochs:g}: a number above 0 is needed")
 
@@ -354,7 +354,7 @@ class CheckpointsSettings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _check_at_least_one(self, "steps_per_eval", "save_every", "keep")
+        check_counts(self, "steps_per_eval", "save_every", "keep")
 
 
 @dataclass(frozen=True)
@@ -415,7 +415,8 @@ class DpoSettings(LoraSettings):
     unused: ClassVar[frozenset[str]] = frozenset({"format", "train_on_prompt", "dropout"})
 
 
-def _check_at_least_one(settings: Any, *names: str) -> None:
+def check_counts(settings: Any, *names: str) -> None:
+    """Raises InputError where a field of these is below 1."""
     for name in names:
         if getattr(settings, name) < 1:
             raise InputError(f"{name} must be at least 1, not {getattr(settings, name)}")

@@ -189,7 +189,7 @@ def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_p
 
 def test_every_key_that_a_run_is_told_by_has_its_name(config: Path) -> None:
     made = sections.read(config, pretraining_recipe.Recipe)
-    names = pretraining_recipe.settings(made.optimizer, made.run).identity().keys()
+    names = made.loop().identity().keys()
     assert names - _KEYS.keys() == {"spike"}, "which no recipe says"
     for key in _KEYS.values():
         section, name = key.split(".")
@@ -254,7 +254,9 @@ def test_three_commands_make_a_model_of_ones_own_text(
         ("data.sequence_length=65", "exceed the model's context"),
         ("run.compute_dtype=int8", "run.compute_dtype is 'int8'; there are float32, float16, bfloat16"),
         ("optimizer.betas=0.9", "betas are two numbers"),
-        ("model.qkv_multipliers=[1, 2, 3]", "multipliers are one or two numbers"),
+        ("model.qkv_multipliers=[1, 2, 3]", "[model] qkv_multipliers are one or two numbers"),
+        ("model.ffn_multipliers=[inf, 1]", "[model] ffn_multipliers are one or two numbers"),
+        ("model.qkv_multipliers=[]", "[model] qkv_multipliers are one or two numbers"),
         ("filters.min_chars=-1", "min_chars must be at least 0"),
         ("run.seed=-1", "seed is -1: it must be from 0"),
     ],
@@ -263,6 +265,28 @@ def test_what_makes_no_run_is_refused(override: str, error: str, run: Run, confi
     code, _, err = run("pretrain", config, "--out", tmp_path / "run", "--set", override)
     assert code == 2 and error in err and err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+_OF_RATES = ("lr", "warmup_from", "end")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1.0"])
+@pytest.mark.parametrize("name", [*_OF_RATES, "eps", "weight_decay", "z_loss", "qkv_multipliers", "ffn_multipliers"])
+def test_what_is_no_number_is_refused_before_the_run(
+    name: str, value: str, run: Run, config: Path, tmp_path: Path
+) -> None:
+    section = "model" if name.endswith("multipliers") else "optimizer"
+    code, _, err = run("pretrain", config, "--out", tmp_path / "run", "--set", f"{section}.{name}={value}")
+    named = "learning rate" if name in _OF_RATES else name.replace("_", "[_ ]")
+    assert code == 2 and re.search(named, err) and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    "name", ["num_layers", "model_dim", "head_dim", "num_gqa_groups", "ffn_dim_divisor", "context"]
+)
+def test_a_network_of_nothing_is_refused_by_the_key(name: str, run: Run, config: Path, tmp_path: Path) -> None:
+    code, _, err = run("pretrain", config, "--out", tmp_path / "run", "--set", f"model.{name}=0")
+    assert code == 2 and f"[model] {name} must be at least 1, not 0" in err and err.count("\n") == 1
 
 
 def test_the_warm_up_follows_the_updates(run: Run, config: Path, tmp_path: Path) -> None:
