@@ -19,7 +19,7 @@ from elm_mlx import device, reading, safetensors_file
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
-from elm_mlx.inference.generation import PREFILL_STEP
+from elm_mlx.inference.rows import PREFILL_STEP
 from elm_mlx.model.config import PRESETS, ModelConfig, read_config
 from elm_mlx.store.loading import pending, pending_packed
 

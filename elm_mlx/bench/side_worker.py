@@ -59,19 +59,19 @@ class Ours:
 
     def _batch(self, prompts: list[list[int]], new: int) -> Iterator[list[int]]:
         from elm_mlx.inference.batch import prefill_each
-        from elm_mlx.inference.generation import PREFILL_STEP, Decoder
+        from elm_mlx.inference.rows import PREFILL_STEP
         from elm_mlx.inference.sampling import Sampler
 
         sampler = Sampler(0.0)
-        logits, caches = prefill_each(self.model, prompts, PREFILL_STEP)
+        logits, rows = prefill_each(self.model, prompts, PREFILL_STEP)
         tokens, _, state = sampler(logits, sampler.start(prompts, 0))
         yield tokens.tolist()
-        decoder = Decoder(self.model, sampler, caches, tokens, state, texts=prompts)
-        tokens, _ = decoder.advance()
+        tokens, _, state = sampler(rows.step(tokens), state)
         for left in reversed(range(new - 1)):
             current = tokens
             if left:
-                tokens, _ = decoder.advance()
+                tokens, _, state = sampler(rows.step(current), state)
+                mx.async_eval(tokens)
             yield current.tolist()
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from elm_mlx.errors import InputError
-from elm_mlx.inference.generation import PREFILL_STEP, Decoder, TextStream, check_steps, checked, encode_prompt, prefill
+from elm_mlx.inference.generation import TextStream, check_steps, checked, encode_prompt
+from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
 from elm_mlx.inference.sampling import Sampler
-from elm_mlx.model.cache import KVCache, make_prompt_cache
+from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
 from elm_mlx.text.tokenizer import Tokenizer
@@ -89,9 +90,8 @@ def _complete(
     prefill_step: int,
 ) -> list[Completion]:
     completions = [Completion(len(prompt)) for prompt in prompts]
-    logits, caches = prefill_each(model, prompts, prefill_step)
+    logits, rows = prefill_each(model, prompts, prefill_step)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
-    decoder = Decoder(model, sampler, caches, tokens, state, _padding(prompts), prompts)
     active = list(zip(completions, streams, strict=True))
     while True:
         for (done, stream), token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -99,36 +99,31 @@ def _complete(
             done.logprobs.append(checked(logprob))
             done.text += stream.add(token)
             done.finish_reason = stream.finish_reason
-        going_on = [row for row, (done, _) in enumerate(active) if done.finish_reason is None]
-        if not going_on:
+        order = list(range(len(active)))
+        for row in [row for row, (done, _) in enumerate(active) if done.finish_reason is not None][::-1]:
+            rows.leave(row)
+            order[row] = order[-1]
+            order.pop()
+        if not order:
             return completions
-        if len(going_on) < len(active):
-            decoder.keep(going_on)
-        active = [active[row] for row in going_on]
-        tokens, logprobs = decoder.advance()
+        if len(order) < len(active):
+            kept = mx.array(order)
+            tokens, state, active = tokens[kept], sampler.keep(state, kept), [active[row] for row in order]
+        tokens, logprobs, state = sampler(rows.step(tokens), state)
+        mx.async_eval(tokens, logprobs)
 
 
-def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, list[KVCache]]:
-    """Returns the logits `(batch, vocab)` after each prompt, and caches with all of them, padded on the left."""
-    read: dict[tuple[int, ...], tuple[mx.array, list[KVCache]]] = {}
-    for prompt in prompts:
-        if tuple(prompt) not in read:  # one that is given several times, to be drawn from, is read once
+def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, Rows]:
+    """Returns the logits `(batch, vocab_size)` after each prompt, and rows with all of them."""
+    rows, logits = Rows(model), []
+    read: dict[tuple[int, ...], tuple[mx.array, int]] = {}
+    for row, prompt in enumerate(prompts):
+        if tuple(prompt) not in read:
             caches = make_prompt_cache(model)
-            read[tuple(prompt)] = prefill(model, prompt, caches, prefill_step), caches
+            read[tuple(prompt)] = prefill(model, prompt, caches, prefill_step), row
             mx.eval(read[tuple(prompt)][0], [cache.state for cache in caches])
-    logits, by_prompt = zip(*(read[tuple(prompt)] for prompt in prompts), strict=True)
-    merged = []
-    for of_layer in zip(*by_prompt, strict=True):
-        cache = of_layer[0].joined(of_layer)
-        mx.eval(cache.state)
-        merged.append(cache)
-        for single in of_layer:  # layer by layer, so that nothing is there twice
-            single.trim(single.offset)
-            single.state = [None] * len(single.state)
-    return mx.concatenate(list(logits)), merged
-
-
-def _padding(prompts: list[list[int]]) -> mx.array | None:
-    """Returns the number of empty positions that each row starts with; None for a single row."""
-    longest = max(map(len, prompts))
-    return mx.array([longest - len(prompt) for prompt in prompts]) if len(prompts) > 1 else None
+            rows.join(caches, prompt)
+        else:  # one that is given several times, to be drawn from, is read once
+            rows.join(rows.copy(read[tuple(prompt)][1]), prompt)
+        logits.append(read[tuple(prompt)][0])
+    return mx.concatenate(logits), rows

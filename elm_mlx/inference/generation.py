@@ -10,20 +10,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx.device import compile_hindrance, peak_memory, trim_cache
+from elm_mlx.device import peak_memory
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
 from elm_mlx.inference.sampling import Choose, Process, Sampler, State
-from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step
+from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer
-
-PREFILL_STEP = 512  # prompt tokens in one pass: bounds memory
-_TRIM_EVERY = 256  # tokens: caches grow on the way, and what they leave may be kept
 
 
 @dataclass(frozen=True)
@@ -196,37 +192,6 @@ def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Seque
     return ids
 
 
-def prefill(
-    model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP, text_length: int = 0
-) -> mx.array:
-    """Reads `ids` into `caches`, `step` at a time. Returns the logits `(1, vocab)` after the last, not yet computed.
-
-    `text_length` is that of the whole text, where more than `ids` is known to come: LongRoPE depends on it.
-
-    Raises:
-        InputError: the model rotates a text of this length in another way than the one that `caches` hold.
-    """
-    text_length = max(text_length, caches[0].offset + len(ids))
-    if not caches[0].suits(text_length):
-        raise _turned(caches[0])
-    for cache in caches:
-        cache.text_length = text_length
-    rows = mx.array(ids)[None]
-    while rows.shape[1] > step:
-        model.transformer(rows[:, :step], caches)
-        mx.eval([cache.state for cache in caches])
-        mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
-        rows = rows[:, step:]
-    return model.head(model.transformer(rows, caches)[:, -1])
-
-
-def _turned(cache: KVCache) -> InputError:
-    return InputError(
-        f"the text grows past {cache.switch} tokens, where this model's RoPE changes (longrope), and what is cached "
-        "cannot be read again: give the whole text, without a prompt_cache"
-    )
-
-
 def decode(
     model: Model,
     caches: list[KVCache],
@@ -243,7 +208,7 @@ def decode(
     """
     tokens, logprobs, state = sampler(logits, state)
     mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
-    decoder = Decoder(model, sampler, caches, tokens, state, texts=None if ids is None else [ids])
+    decoder = Decoder(model, sampler, caches, tokens, state, ids)
     for count in range(1, max_tokens + 1):
         current, current_logprobs = tokens, logprobs
         if 1 < count < max_tokens:
@@ -264,15 +229,15 @@ def checked(logprob: float) -> float:
 
 
 class Decoder:
-    """One compiled step for each token, launched without waiting for it.
+    """One text that grows: a step for each token, launched without waiting for it.
 
-    The cache's arrays are of fixed capacity inside the step, and it is traced anew when they grow. Choosing
-    the token stays outside: MLX compiles each new constant anew on a CPU, and every temperature is one.
+    Choosing the token stays outside the compiled step: MLX compiles each new constant anew on a CPU, and every
+    temperature is one.
 
     Args:
-        caches: of `batch` rows, filled by `prefill`; written to, and always whole between two steps.
-        padding: `(batch,)`, empty positions at the start of each row.
-        texts: the ids in each row of the caches; None where they are not known.
+        caches: filled by `prefill`; written to, and always whole between two steps.
+        tokens, state: the choice after what was read, `(1,)`, and the sampler's state after it.
+        text: the ids in the caches; None where they are not known.
     """
 
     def __init__(
@@ -282,88 +247,20 @@ class Decoder:
         caches: list[KVCache],
         tokens: mx.array,
         state: State,
-        padding: mx.array | None = None,
-        texts: Sequence[Sequence[int]] | None = None,
+        text: Sequence[int] | None = None,
     ):
-        self.caches = caches
-        self._model = model
-        self._texts = texts
-        self._fed: list[mx.array] = []  # since then, `(batch,)` each
+        self.rows = Rows(model)
+        self.rows.join(caches, text)
         self.tokens = tokens
         self.state = state
-        self._padding = padding
         self._sampler = sampler
-        step = partial(_step, model, [type(cache) for cache in caches])
-        self._step = mx.compile(step) if compile_hindrance() is None else step
 
     def advance(self) -> tuple[mx.array, mx.array]:
-        """Feeds the current tokens and launches, without waiting, the choice of the next: ids and log-probabilities."""
-        if self.caches[0].switch is not None:
-            self._read_again(self.caches[0].switch)
-        start = self.caches[0].offset
-        for cache in self.caches:
-            cache.reserve(start + 1)
-        if start % _TRIM_EVERY == 0:
-            trim_cache()
-        position, offset, mask = place_step(start, self.caches[0].capacity, self._padding)
-        arrays: list[Any] = [cache.state for cache in self.caches]
-        try:
-            logits, arrays = self._step(self.tokens, position, offset, mask, arrays)
-            for cache, cache.state in zip(self.caches, arrays, strict=True):
-                cache.offset = start + 1
-        except BaseException:  # Ctrl-C, say: whatever was written, no cache claims it
-            for cache in self.caches:
-                cache.offset = start
-            raise
-        del arrays  # the last reference to what went in is gone, so the step writes in place
+        """Feeds the current token and launches, without waiting, the choice of the next: id and log-probability."""
+        logits = self.rows.step(self.tokens)
         self.tokens, logprobs, self.state = self._sampler(logits, self.state)
         mx.async_eval(self.tokens, logprobs)
         return self.tokens, logprobs
-
-    def _read_again(self, switch: int) -> None:
-        """Reads again the rows that the next token makes longer than `switch`, where RoPE changes for the whole text.
-
-        As in transformers for Phi-3. It takes a prefill, once a text.
-        """
-        texts, self._fed = self._texts, [*self._fed, self.tokens]
-        if texts is None:
-            if self.caches[0].suits(self.caches[0].offset + 1):
-                return
-            raise _turned(self.caches[0])
-        lengths = [len(text) + len(self._fed) for text in texts]  # with the token that is fed next
-        for row in [row for row, length in enumerate(lengths) if length == switch + 1]:
-            ids = [*texts[row], *(int(tokens[row].item()) for tokens in self._fed[:-1])]
-            again = make_prompt_cache(self._model)
-            prefill(self._model, ids, again, text_length=len(ids) + 1)
-            for cache, own in zip(self.caches, again, strict=True):
-                cache.replace_row(row, own)
-                mx.eval(cache.state)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drops all rows but these."""
-        index = mx.array(rows, dtype=mx.int32)
-        self._texts = None if self._texts is None else [self._texts[row] for row in rows]
-        self._fed = [tokens[index] for tokens in self._fed]
-        self.tokens = self.tokens[index]
-        self.state = self._sampler.keep(self.state, index)
-        self._padding = None if self._padding is None else self._padding[index]
-        for cache in self.caches:
-            cache.state = [array[index] for array in cache.state if array is not None]
-
-
-def _step(
-    model: Model,
-    kinds: Sequence[type[KVCache]],
-    tokens: mx.array,
-    position: mx.array,
-    offset: mx.array,
-    mask: mx.array,
-    arrays: Sequence[Arrays],
-) -> tuple[mx.array, list[Arrays]]:
-    """Computes of tokens `(batch,)` the logits `(batch, vocab)`, and the caches' arrays with them in it."""
-    caches = [kind.inside(own, position, offset, mask) for kind, own in zip(kinds, arrays, strict=True)]
-    logits = model(tokens[:, None], cache=caches)[:, 0]
-    return logits, [cache.state for cache in caches]
 
 
 class TextStream:

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from elm_mlx.inference.generation import decode, prefill
+from elm_mlx.inference.generation import decode
+from elm_mlx.inference.rows import prefill
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.network import Model

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,16 +59,18 @@ class State(NamedTuple):
         key: of `mx.random`.
         recent: the tokens that a repetition penalty looks at, `(batch, 64)`.
         tokens: all tokens so far, `(n,)`, of a single row; for logits processors.
+        counts: how often each token has been chosen, `(batch, vocab)`; None before the first.
     """
 
     key: mx.array | None = None
     recent: mx.array | None = None
     tokens: mx.array | None = None
+    counts: mx.array | None = None
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Chooses tokens. The order is: `processors`, repetition penalty, `top_k`, `top_p`, `min_p`, temperature.
+    """Chooses tokens. The order is: `processors`, `logit_bias`, penalties, `top_k`, `top_p`, `min_p`, temperature.
 
     As in mlx-lm the filters look at the probabilities before temperature.
 
@@ -79,6 +81,9 @@ class Sampler:
         min_p: drop tokens less likely than this share of the likeliest.
         repetition_penalty: divide the logit of a token seen in the last 64, or multiply a negative one
             (Keskar et al., 2019); 1 does nothing.
+        presence_penalty, frequency_penalty: taken from the logit of each token that has been generated, once, and as
+            often as it has been; 0 does nothing, and what is negative makes a token likelier.
+        logit_bias: added to the logits of these tokens.
         choose: a function that chooses in place of temperature and filters, by the log-probabilities that processors
             and penalty leave; it draws by `mx.random`'s own state.
         processors: functions that change the logits, one after the other, by all tokens so far of a single row.
@@ -94,8 +99,17 @@ class Sampler:
     repetition_penalty: float = 1.0
     choose: Choose | None = None
     processors: Sequence[Process] = ()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise InputError(f"{name} is {getattr(self, name)}: it must be a finite number")
+        for token, bias in self.logit_bias.items():
+            if token < 0 or not math.isfinite(bias):
+                raise InputError(f"logit_bias adds {bias} to token {token}: an id and a finite number are needed")
         for name in ("temp", "top_p", "top_k", "min_p", "repetition_penalty"):
             if not _SETTINGS[name].holds(getattr(self, name)):
                 raise InputError(f"{name} is {getattr(self, name)}: it must be {_SETTINGS[name].range}")
@@ -121,18 +135,25 @@ class Sampler:
             tokens = mx.array(ids)
         return State(key, recent, tokens)
 
-    def __call__(self, logits: mx.array, state: State) -> tuple[mx.array, mx.array, State]:
+    def __call__(
+        self, logits: mx.array, state: State, bias: mx.array | None = None
+    ) -> tuple[mx.array, mx.array, State]:
         """Chooses from logits `(batch, vocab)`: tokens `(batch,)`, their log-probabilities `(batch,)`, the next state.
 
-        The log-probability is the model's own, before penalty, filters and temperature.
+        The log-probability is the model's own, before `bias` `(vocab,)`, penalties, filters and temperature.
         """
         logits = logits.astype(mx.float32)
-        key, recent, so_far = state
-        adjusted = logits
+        key, recent, so_far, counts = state
+        adjusted = logits if bias is None else logits + bias
         for process in self.processors:
             adjusted = process(so_far, adjusted)
+        if self.logit_bias:
+            ids = mx.array([*self.logit_bias])
+            adjusted = adjusted.at[:, ids].add(mx.array([*self.logit_bias.values()], mx.float32))
         if recent is not None:
             adjusted = self._penalize(adjusted, recent)
+        if counts is not None:
+            adjusted = adjusted - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
         if self.choose is not None:
             tokens = self.choose(adjusted - mx.logsumexp(adjusted, axis=-1, keepdims=True)).reshape(-1)
         elif key is None:
@@ -146,11 +167,15 @@ class Sampler:
             recent = mx.concatenate([recent[:, 1:], tokens[:, None].astype(recent.dtype)], axis=-1)
         if so_far is not None:
             so_far = mx.concatenate([so_far, tokens.astype(so_far.dtype)])
-        return tokens, logprobs, State(key, recent, so_far)
+        if self.presence_penalty or self.frequency_penalty:
+            counts = mx.zeros_like(logits) if counts is None else counts
+            counts = counts.at[mx.arange(tokens.size), tokens].add(1.0)
+        return tokens, logprobs, State(key, recent, so_far, counts)
 
     def keep(self, state: State, rows: mx.array) -> State:
         """Returns the state of these rows alone."""
-        return state if state.recent is None else state._replace(recent=state.recent[rows])
+        recent, counts = (None if array is None else array[rows] for array in (state.recent, state.counts))
+        return state._replace(recent=recent, counts=counts)
 
     def _penalize(self, logits: mx.array, recent: mx.array) -> mx.array:
         seen = mx.take_along_axis(logits, recent, axis=-1)

@@ -39,14 +39,6 @@ class KVCache:
             return True
         return (max(self.text_length, self.offset) > self.switch) == (length > self.switch)
 
-    def replace_row(self, row: int, other: KVCache) -> None:
-        """Overwrites the last positions of a row with the contents of `other` (batch 1)."""
-        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
-        self.text_length = max(self.text_length, other.text_length)
-        place = slice(self.offset - other.offset, self.offset)
-        self.keys[row, :, place] = other.keys[0, :, : other.offset]
-        self.values[row, :, place] = other.values[0, :, : other.offset]
-
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Appends `(batch, num_kv_heads, length, head_dim)`. Returns all keys and values so far."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
@@ -78,18 +70,57 @@ class KVCache:
     def nbytes(self) -> int:
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
 
-    @classmethod
-    def joined(cls, caches: Sequence[KVCache]) -> KVCache:
-        """Joins one layer's caches of several prompts (batch 1 each) into a batch, padded on the left."""
-        cache = cls(caches[0].switch)
-        cache.state = pad_left(caches)
-        cache.offset = cache.capacity
+    def put(self, row: int, other: KVCache) -> None:
+        """Makes `other`, of one text, a row of this batch in which every text begins at position 0.
+
+        `row` is one that is there, or the next. There is room for twice the rows each time it is at its end.
+        """
+        slots = 0 if self.keys is None else self.keys.shape[0]
+        capacity = max(self.capacity, row_capacity(other.offset))
+        self.reserve(capacity)
+        if row >= slots:
+            self.state = [_with_rows(array, row_slots(row + 1)) for array in self._arrays()]
+        for mine, theirs in zip(self._arrays(), other._arrays(), strict=True):
+            own = mx.pad(theirs[0, :, : other.offset], [(0, 0), (0, capacity - other.offset), (0, 0)])
+            mine[row] = own  # zeros to its end, or what was there could be no numbers
+        self.text_length = max(self.text_length, other.text_length)
+
+    def drop(self, row: int, rows: int) -> None:
+        """Removes one of `rows` texts: the last takes its place."""
+        for array in self._arrays():
+            if row < rows - 1:
+                array[row] = array[rows - 1]
+        slots = row_slots(rows - 1)
+        if slots < self._arrays()[0].shape[0] // 2:
+            self.state = [mx.contiguous(array[:slots]) for array in self._arrays()]
+
+    def single(self, row: int, length: int) -> KVCache:
+        """Returns a copy of the first `length` positions of a row."""
+        cache = KVCache(self.switch)
+        cache.state = [array[row : row + 1, :, :length] for array in self._arrays()]
+        cache.offset, cache.text_length = length, self.text_length
+        cache.reserve(row_capacity(length))
         return cache
 
+    def block(self, row: int, start: int, stop: int) -> list[mx.array]:
+        """Returns copies `(1, kv_heads, length, head_dim)` of a row's keys and values from `start` to `stop`."""
+        return [array[row : row + 1, :, start:stop] * 1 for array in self._arrays()]
+
+    def restore(self, blocks: Sequence[list[mx.array]], length: int) -> None:
+        """Fills an empty cache with the `length` positions of blocks that follow each other."""
+        keys, values = zip(*blocks, strict=True)
+        self.state = [mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)]
+        self.offset = length
+        self.reserve(row_capacity(length))
+
+    def _arrays(self) -> tuple[mx.array, mx.array]:
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
     @staticmethod
-    def inside(arrays: Arrays, position: mx.array, offset: mx.array, mask: mx.array) -> StepCache:
+    def inside(arrays: Arrays, position: mx.array, mask: mx.array) -> StepCache:
         """Returns the cache that stands for this one in a compiled step."""
-        return StepCache(arrays[0], arrays[1], position, offset, mask)
+        return StepCache(arrays[0], arrays[1], position, mask)
 
     def trim(self, length: int) -> int:
         """Removes the last `length` positions, or all of fewer. Returns how many were removed."""
@@ -112,26 +143,29 @@ class KVCache:
 
 
 class StepCache:
-    """One layer's keys and values inside a compiled step: the capacity is fixed, the position an array.
+    """One layer's keys and values inside a compiled step: the capacity is fixed, the positions an array.
 
     Args:
-        keys, values: `(batch, num_kv_heads, capacity, head_dim)`.
-        position: `(1,)`, where the step writes, the same in every row.
-        offset: the position for RoPE, `(1,)` or `(batch,)`; less than `position` where a row starts with padding.
-        mask: boolean, `(1 or batch, 1, 1, capacity)`: the positions written so far, `position` included.
+        keys, values: `(slots, num_kv_heads, capacity, head_dim)`, of which the first `batch` slots are used.
+        position: `(batch,)`, where the step writes in each row; RoPE's offset too.
+        mask: boolean, `(batch, 1, 1, capacity)`: the positions written so far, `position` included.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, offset: mx.array, mask: mx.array):
+    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, mask: mx.array):
         self.keys = keys
         self.values = values
-        self.offset = offset
-        self._position = position
+        self.offset = position
         self._mask = mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys = mx.slice_update(self.keys, keys, self._position, axes=[2])
-        self.values = mx.slice_update(self.values, values, self._position, axes=[2])
-        return self.keys, self.values
+        batch = keys.shape[0]
+        if self.keys.shape[0] == 1:
+            self.keys = mx.slice_update(self.keys, keys, self.offset, axes=[2])
+            self.values = mx.slice_update(self.values, values, self.offset, axes=[2])
+        else:
+            self.keys[mx.arange(batch), :, self.offset] = keys[:, :, 0]
+            self.values[mx.arange(batch), :, self.offset] = values[:, :, 0]
+        return self.keys[:batch], self.values[:batch]
 
     @property
     def state(self) -> Arrays:
@@ -142,7 +176,8 @@ class StepCache:
         assert length == 1
         if window_size is None:
             return self._mask
-        return self._mask & (mx.arange(self.keys.shape[2]) > self._position - window_size)
+        first = self.offset[:, None, None, None] - window_size
+        return self._mask & (mx.arange(self.keys.shape[2]) > first)
 
 
 class StateCache:
@@ -197,16 +232,35 @@ class StateCache:
     def suits(self, length: int) -> bool:
         return True
 
-    @classmethod
-    def joined(cls, caches: Sequence[StateCache]) -> StateCache:
-        """Joins one layer's states of several prompts into a batch."""
-        cache = cls(len(caches[0]._arrays))
-        cache.state = [mx.concatenate(arrays) for arrays in zip(*(cache.state for cache in caches), strict=True)]
-        cache.offset = max(cache.offset for cache in caches)
+    def put(self, row: int, other: StateCache) -> None:
+        """Makes `other`, of one text, a row of this batch: one that is there, or the next."""
+        parts = zip(self._arrays, other._arrays, strict=True)
+        self.state = [
+            theirs if mine is None else mx.concatenate([mine[:row], theirs, mine[row + 1 :]]) for mine, theirs in parts
+        ]
+
+    def drop(self, row: int, rows: int) -> None:
+        """Removes one of `rows` texts: the last takes its place."""
+        kept = mx.array([rows - 1 if at == row else at for at in range(rows - 1)])
+        self.state = [array[kept] for array in self._arrays if array is not None]
+
+    def single(self, row: int, length: int) -> StateCache:
+        """Returns a copy of the state of a row, after `length` tokens."""
+        cache = StateCache(len(self._arrays))
+        cache.state = [array[row : row + 1] for array in self._arrays if array is not None]
+        cache.offset = length
         return cache
 
+    def block(self, row: int, start: int, stop: int) -> list[mx.array]:
+        """Returns a copy of a row's state, which must be that after `stop` tokens: an earlier one is gone."""
+        return [array[row : row + 1] * 1 for array in self._arrays if array is not None]
+
+    def restore(self, blocks: Sequence[list[mx.array]], length: int) -> None:
+        """Takes the state of the last block, after `length` tokens."""
+        self.state, self.offset = blocks[-1], length
+
     @staticmethod
-    def inside(arrays: Arrays, position: mx.array, offset: mx.array, mask: mx.array) -> StateCache:
+    def inside(arrays: Arrays, position: mx.array, mask: mx.array) -> StateCache:
         """Returns the cache that stands for this one in a compiled step."""
         cache = StateCache()
         cache.state = arrays
@@ -232,17 +286,23 @@ class SegmentedRow:
         return self._segments.seen() & (positions[:, None] - positions < window_size)
 
 
-def place_step(start: int, capacity: int, padding: mx.array | None = None) -> tuple[mx.array, mx.array, mx.array]:
-    """Returns `position`, `offset` and `mask` of the StepCaches of a step that writes at `start`.
+def place_step(lengths: Sequence[int], capacity: int) -> tuple[mx.array, mx.array]:
+    """Returns `position` and `mask` of the StepCaches of a step that writes behind `lengths` positions in each row."""
+    position = mx.array(lengths)
+    return position, mx.arange(capacity) <= position[:, None, None, None]
 
-    `padding` `(batch,)`: the number of empty positions at the beginning of each row.
-    """
-    position = mx.array([start])
-    positions = mx.arange(capacity)
-    mask = (positions <= start)[None, None, None]
-    if padding is None:
-        return position, position, mask
-    return position, start - padding, mask & (positions >= padding[:, None, None, None])
+
+def row_slots(rows: int) -> int:
+    """Returns how many rows a batch's arrays have room for: so few numbers that few steps have to be compiled."""
+    return 1 << max(0, rows - 1).bit_length()
+
+
+def row_capacity(length: int) -> int:
+    """Returns how many positions a batch's arrays get for texts of `length`: few numbers again."""
+    step = KVCache.step
+    while 4 * step < length:
+        step *= 2
+    return -(-length // step) * step
 
 
 def make_prompt_cache(model: Any) -> list[KVCache]:
@@ -252,18 +312,8 @@ def make_prompt_cache(model: Any) -> list[KVCache]:
     return [make() for _ in range(config.num_layers)]
 
 
-def pad_left(caches: Sequence[KVCache]) -> tuple[mx.array, mx.array]:
-    """Joins one layer's keys, and its values, of several prompts (batch 1 each), so that all end at one position."""
-    longest = max(cache.offset for cache in caches)
-
-    def stack(arrays: list[mx.array | None]) -> mx.array:
-        rows = []
-        for cache, array in zip(caches, arrays, strict=True):
-            assert array is not None
-            rows.append(mx.pad(array[:, :, : cache.offset], [(0, 0), (0, 0), (longest - cache.offset, 0), (0, 0)]))
-        return mx.concatenate(rows)
-
-    return stack([cache.keys for cache in caches]), stack([cache.values for cache in caches])
+def _with_rows(array: mx.array, rows: int) -> mx.array:
+    return mx.concatenate([array, mx.zeros((rows - array.shape[0], *array.shape[1:]), array.dtype)])
 
 
 def _grown(old: mx.array | None, like: mx.array, length: int, step: int) -> mx.array:

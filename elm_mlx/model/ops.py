@@ -47,6 +47,7 @@ _ROUNDER = 1.5 * 2**23  # adding and taking it off rounds a float32 to the neare
 _LITTLE = 1 << 14  # values below which one slow pass is cheaper than twenty fast ones
 # Larger heads are rotated without the matrices, which take the square of it. No model has larger ones.
 _MATRIX = 512
+PIECE = 256  # positions of a KV cache that attention of a single position takes in one product
 _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's cache
 
 
@@ -85,16 +86,19 @@ class Rope:
         """
         one_position = isinstance(offset, int) or offset.size == 1
         unfused = not device.on_gpu() and self.head_dim <= _MATRIX
-        if length == 1 and one_position and unfused:
-            matrix = self._matrix(offset, self._frequencies(length, offset, text_length))
-            return lambda x: x @ matrix.astype(x.dtype)
+        if length == 1 and unfused:
+            if isinstance(offset, int) or one_position:
+                matrix = self._matrix(offset, self._frequencies(length, offset, text_length))
+                return lambda x: x @ matrix.astype(x.dtype)
+            matrix = self._matrix(offset[:, None], self._frequencies(length, offset[:, None], text_length))
+            return lambda x: (x.squeeze(2) @ matrix.astype(x.dtype))[:, :, None]  # the products of a row alone
         if not one_position or not unfused:
             return lambda x: self._fused(x, offset, text_length)
         turn = self._turn(length, offset, self._frequencies(length, offset, text_length))
         return lambda x: turn(x) if x.dtype == mx.float32 else self._fused(x, offset, text_length)
 
     def _frequencies(self, length: int, offset: int | mx.array, text_length: int) -> mx.array:
-        """Returns `(head_dim,)`, radians a position of each value, 0 for those that are not rotated."""
+        """Returns `(head_dim,)`, or `(batch, head_dim)`: radians a position of each value, 0 for those not rotated."""
         if isinstance(offset, int):
             return self._of_length(max(text_length, offset + length))[0]
         switch = self._switch
@@ -155,11 +159,14 @@ class Rope:
     def _matrix(self, offset: int | mx.array, frequencies: mx.array) -> mx.array:
         """Returns the rotation by one position as a `(head_dim, head_dim)` matrix, to be multiplied from the right.
 
-        On a CPU `mx.fast.rope` is twenty-odd small primitives; a product with this is one, and the sines are taken once
-        a token instead of twice a layer.
+        Of `offset` `(batch, 1)` it is a matrix for each. On a CPU `mx.fast.rope` is twenty-odd small primitives; a
+        product with this is one, and the sines are taken once a token instead of twice a layer.
         """
         angles = frequencies * offset
-        return self._along * self._scaled(mx.cos(angles)) + self._across * self._scaled(mx.sin(angles))
+        cosines, sines = self._scaled(mx.cos(angles)), self._scaled(mx.sin(angles))
+        if angles.ndim == 2:
+            cosines, sines = cosines[:, None], sines[:, None]
+        return self._along * cosines + self._across * sines
 
     def _scaled(self, x: mx.array) -> mx.array:
         return x if self.config.scale == 1 else x * self._scales
@@ -243,11 +250,30 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
         mask = segments.seen()
     if length == 1 and not device.on_gpu():  # the queries that share a head are rows of one product
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-        out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
+        if queries.dtype == mx.float32 and isinstance(mask, mx.array) and positions % PIECE == 0:
+            out = _attend_in_pieces(grouped, keys, values, scale, mask)
+        else:
+            out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
         return out.reshape(batch, heads, 1, head_dim)
     if isinstance(mask, mx.array) or mask is None or _mlx_is_best(queries, batch * heads * length * positions):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     return _causal_attention(queries, keys, values, scale, segments)
+
+
+def _attend_in_pieces(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array) -> mx.array:
+    """Attention of one position, whose bits don't depend on how many hidden positions follow those that it sees.
+
+    A BLAS adds up long products in parts whose ends depend on the length, so all products here are `PIECE` long.
+
+    Args:
+        queries: `(batch, kv_heads, queries of a head, head_dim)`; so is what is returned.
+    """
+    batch, kv_heads, group, head_dim = queries.shape
+    pieces = (batch, kv_heads, -1, PIECE, head_dim)
+    scores = (queries * scale)[:, :, None] @ keys.reshape(pieces).swapaxes(3, 4)
+    scores = mx.where(mask, scores.swapaxes(2, 3).reshape(batch, kv_heads, group, -1), -mx.inf)
+    weights = mx.softmax(scores, axis=-1).reshape(batch, kv_heads, group, -1, PIECE).swapaxes(2, 3)
+    return (weights @ values.reshape(pieces)).sum(axis=2)
 
 
 def _causal_attention(

@@ -1,0 +1,185 @@
+"""Prefill of a prompt, and rows: the texts of a continuous batch, of which one compiled step computes a token each.
+
+Every text begins at position 0 of a row of its own and has its own position, so that it may come and go between two
+steps, and no other row moves for it but the last.
+
+On a CPU in float32, with the BLAS that `elm_mlx.blas` makes, a row's logits have the same bits whatever stands in up to
+five others, and whatever room the arrays have: the products of few rows and those of attention are summed in an order
+that does not depend on them. From seven rows on the products are OpenBLAS's own, and equal to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+
+from elm_mlx import device
+from elm_mlx.errors import InputError
+from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step, row_capacity
+from elm_mlx.model.network import Model
+
+PREFILL_STEP = 128  # prompt tokens in one pass: bounds memory
+_TRIM_EVERY = 256  # steps: caches grow on the way, and what they leave may be kept
+
+
+def prefill(
+    model: Model, ids: Sequence[int], caches: list[KVCache], step: int = PREFILL_STEP, text_length: int = 0
+) -> mx.array:
+    """Reads `ids` into `caches`, `step` at a time. Returns the logits `(1, vocab)` after the last, not yet computed.
+
+    `text_length` is that of the whole text, where more than `ids` is known to come: LongRoPE depends on it.
+
+    Raises:
+        InputError: the model rotates a text of this length in another way than the one that `caches` hold.
+    """
+    text_length = max(text_length, caches[0].offset + len(ids))
+    if not caches[0].suits(text_length):
+        raise _turned(caches[0])
+    for cache in caches:
+        cache.text_length = text_length
+    rows = mx.array(ids)[None]
+    while rows.shape[1] > step:
+        model.transformer(rows[:, :step], caches)
+        mx.eval([cache.state for cache in caches])
+        mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
+        rows = rows[:, step:]
+    return model.head(model.transformer(rows, caches)[:, -1])
+
+
+def _turned(cache: KVCache) -> InputError:
+    return InputError(
+        f"the text grows past {cache.switch} tokens, where this model's RoPE changes (longrope), and what is cached "
+        "cannot be read again: give the whole text, without a prompt_cache"
+    )
+
+
+class Rows:
+    """The caches of several texts, and the step that appends a token to each.
+
+    The arrays are of fixed capacity inside the step, and it is traced anew for another number of rows and when they
+    grow; both take few values.
+
+    Attributes:
+        caches: a cache for each layer, whose arrays have a row for each text; always whole between two steps.
+        lengths: the number of tokens in each row.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.caches: list[KVCache] = []
+        self.lengths: list[int] = []
+        self._model = model
+        self._texts: list[list[Any] | None] = []  # the ids in each row: numbers, or an array and a place in it
+        self._steps = 0
+        self._compiled: Any = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.caches)
+
+    def join(self, caches: list[KVCache], ids: Sequence[int] | None) -> None:
+        """Adds a row, behind the others.
+
+        Args:
+            caches: of one text, which is in them. They belong to the rows from now on.
+            ids: that text; None where it is not known.
+        """
+        length = caches[0].offset
+        if self.lengths:
+            for cache, own in zip(self.caches, caches, strict=True):
+                cache.put(len(self), own)
+                mx.eval(cache.state)
+                own.trim(own.offset)
+                own.state = [None] * len(own.state)  # layer by layer, so that nothing is there twice
+        else:
+            self.caches = caches
+        self.lengths.append(length)
+        self._texts.append(None if ids is None else list(ids))
+
+    def leave(self, row: int) -> None:
+        """Removes a row. The last one takes its place."""
+        for cache in self.caches:
+            if len(self) == 1:
+                break
+            cache.drop(row, len(self))
+            mx.eval(cache.state)
+        self.lengths[row], self._texts[row] = self.lengths[-1], self._texts[-1]
+        self.lengths.pop()
+        self._texts.pop()
+        if not self.lengths:
+            self.caches = []
+
+    def copy(self, row: int) -> list[KVCache]:
+        """Returns caches of one text, that of a row."""
+        return [cache.single(row, self.lengths[row]) for cache in self.caches]
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """Appends tokens `(rows,)` to the texts. Returns the logits `(rows, vocab_size)` after them, not yet computed.
+
+        Raises:
+            InputError: RoPE rotates the longer text in another way, and the text is not known.
+        """
+        switch = self.caches[0].switch
+        if switch is not None:
+            self._read_again(switch, tokens)
+        longest = max(self.lengths)
+        for cache in self.caches:
+            cache.offset = longest
+            if longest == cache.capacity:
+                cache.reserve(row_capacity(longest + 1))
+        self._steps += 1
+        if self._steps % _TRIM_EVERY == 0:
+            device.trim_cache()
+        position, mask = place_step(self.lengths, self.caches[0].capacity)
+        arrays: list[Any] = [cache.state for cache in self.caches]
+        if self._compiled is None:
+            step = partial(_step, self._model, [type(cache) for cache in self.caches])
+            self._compiled = mx.compile(step) if device.compile_hindrance() is None else step
+        try:
+            logits, arrays = self._compiled(tokens, position, mask, arrays)
+            for cache, cache.state in zip(self.caches, arrays, strict=True):
+                cache.offset = longest + 1
+        except BaseException:  # Ctrl-C, say: whatever was written, no cache claims it
+            for cache in self.caches:
+                cache.offset = longest
+            raise
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits  # `arrays` is gone with its last reference to what went in, so the step writes in place
+
+    def _read_again(self, switch: int, tokens: mx.array) -> None:
+        """Reads again the rows that the next token makes longer than `switch`, where RoPE changes for the whole text.
+
+        As in transformers for Phi-3. It takes a prefill, once a text.
+        """
+        for row, (text, length) in enumerate(zip(self._texts, self.lengths, strict=True)):
+            if length == switch and text is None:
+                if not self.caches[0].suits(length + 1):
+                    raise _turned(self.caches[0])
+            elif length == switch and text is not None:
+                ids = [part if isinstance(part, int) else int(part[0][part[1]].item()) for part in text]
+                again = make_prompt_cache(self._model)
+                prefill(self._model, ids, again, text_length=length + 1)
+                for cache, own in zip(self.caches, again, strict=True):
+                    cache.put(row, own)
+                    mx.eval(cache.state)
+            if length < switch and text is not None:
+                text.append((tokens, row))
+
+
+def _step(
+    model: Model,
+    kinds: Sequence[type[KVCache]],
+    tokens: mx.array,
+    position: mx.array,
+    mask: mx.array,
+    arrays: Sequence[Arrays],
+) -> tuple[mx.array, list[Arrays]]:
+    """Computes of tokens `(rows,)` the logits `(rows, vocab_size)`, and the caches' arrays with them in it."""
+    caches = [kind.inside(own, position, mask) for kind, own in zip(kinds, arrays, strict=True)]
+    logits = model(tokens[:, None], cache=caches)[:, 0]
+    return logits, [cache.state for cache in caches]
