@@ -9,13 +9,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.generation import TextStream, checked, encode_prompt
+from elm_mlx.inference.grammar import Grammar, GrammarState
 from elm_mlx.inference.prefix_tree import BLOCK, Layers, PrefixTree
 from elm_mlx.inference.rows import PREFILL_STEP, Rows
 from elm_mlx.inference.sampling import Sampler, State
@@ -38,30 +39,6 @@ class Busy(ElmError):
 
 class TooLarge(ElmError):
     """The request would not fit the memory even alone."""
-
-
-class GrammarState(Protocol):
-    """Where one answer is in its grammar.
-
-    Attributes:
-        finished: the answer is whole: only a token that ends it may follow.
-    """
-
-    @property
-    def finished(self) -> bool: ...
-
-    def bias(self) -> mx.array:
-        """Returns `(vocab_size,)` float32, to be added to the next token's logits: 0 where allowed, else -inf."""
-
-    def accept(self, token: int) -> None:
-        """Moves on by a token."""
-
-
-class Grammar(Protocol):
-    """What an answer must look like. One may serve many requests."""
-
-    def start(self) -> GrammarState:
-        """Returns the state before an answer's first token."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device
+from elm_mlx.device import compile_hindrance, trim_cache
 from elm_mlx.errors import InputError
 from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step, row_capacity
 from elm_mlx.model.network import Model
@@ -134,12 +134,12 @@ class Rows:
                 cache.reserve(row_capacity(longest + 1))
         self._steps += 1
         if self._steps % _TRIM_EVERY == 0:
-            device.trim_cache()
+            trim_cache()
         position, mask = place_step(self.lengths, self.caches[0].capacity)
         arrays: list[Any] = [cache.state for cache in self.caches]
         if self._compiled is None:
             step = partial(_step, self._model, [type(cache) for cache in self.caches])
-            self._compiled = mx.compile(step) if device.compile_hindrance() is None else step
+            self._compiled = mx.compile(step) if compile_hindrance() is None else step
         try:
             logits, arrays = self._compiled(tokens, position, mask, arrays)
             for cache, cache.state in zip(self.caches, arrays, strict=True):

@@ -75,10 +75,11 @@ class KVCache:
 
         `row` is one that is there, or the next. There is room for twice the rows each time it is at its end.
         """
-        slots = 0 if self.keys is None else self.keys.shape[0]
+        if self.keys is None:
+            self.state = other.single(0, other.offset).state
         capacity = max(self.capacity, row_capacity(other.offset))
         self.reserve(capacity)
-        if row >= slots:
+        if row >= self._arrays()[0].shape[0]:
             self.state = [_with_rows(array, row_slots(row + 1)) for array in self._arrays()]
         for mine, theirs in zip(self._arrays(), other._arrays(), strict=True):
             own = mx.pad(theirs[0, :, : other.offset], [(0, 0), (0, capacity - other.offset), (0, 0)])

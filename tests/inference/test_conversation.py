@@ -230,7 +230,7 @@ def test_failure_amid_a_step_loses_the_cache_alone(
     error: type[BaseException],
 ) -> None:
     def half_a_step(decoder: generation.Decoder) -> None:
-        decoder.caches[0].trim(3)
+        decoder.rows.caches[0].trim(3)
         raise error
 
     chat = Chat(model, tiny_tokenizer, template, options=GREEDY)

@@ -5,15 +5,25 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 import tiny
 
+from elm_mlx.errors import InputError
 from elm_mlx.inference.engine import (
-    Busy, Embedded, Engine, Event, Failed, Generated, PromptRead, Request, Scored, Ticket, TooLarge,
+    Busy,
+    Embedded,
+    Engine,
+    Event,
+    Failed,
+    Generated,
+    PromptRead,
+    Request,
+    Scored,
+    Ticket,
+    TooLarge,
 )  # fmt: skip
 from elm_mlx.inference.generation import stream_generate
 from elm_mlx.inference.sampling import Sampler
@@ -54,7 +64,9 @@ def ask(engine: Engine, ids: Sequence[int], max_tokens: int = 20, model: str = "
     return heard
 
 
-def alone(model: Model, ids: Sequence[int], max_tokens: int = 20, sampler: Sampler | None = None, **options: Any) -> Any:
+def alone(
+    model: Model, ids: Sequence[int], max_tokens: int = 20, sampler: Sampler | None = None, **options: Any
+) -> Any:
     settings = {} if sampler is None else {
         name: getattr(sampler, name) for name in ("temp", "top_p", "top_k", "min_p", "repetition_penalty")
     }  # fmt: skip
@@ -64,7 +76,7 @@ def alone(model: Model, ids: Sequence[int], max_tokens: int = 20, sampler: Sampl
 
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer: Tokenizer) -> Model:
-    return tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size), seed=2)
+    return tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size, eos_token_id=(318,)), seed=2)
 
 
 def made(model: Model, tokenizer: Tokenizer | None = None, **options: Any) -> Engine:
@@ -93,3 +105,177 @@ def test_six_answers_together_have_the_bits_of_each_alone(engine: Engine, model:
     heard = [ask(engine, prompt(length, length), 40) for length in lengths]
     for length, each in zip(lengths, heard, strict=True):
         assert each.tokens() == alone(model, prompt(length, length), 40)
+
+
+def test_a_seed_draws_what_generate_draws(engine: Engine, model: Model) -> None:
+    samplers = [
+        Sampler(1.0), Sampler(0.8, top_p=0.9), Sampler(), Sampler(1.2, top_k=5, repetition_penalty=1.3),
+        Sampler(0.7, min_p=0.05), Sampler(repetition_penalty=1.5),
+    ]  # fmt: skip
+    heard = [ask(engine, prompt(9, i), 30, sampler=sampler, seed=i) for i, sampler in enumerate(samplers)]
+    for i, (sampler, each) in enumerate(zip(samplers, heard, strict=True)):
+        assert each.tokens() == alone(model, prompt(9, i), 30, sampler, seed=i if sampler.temp else None)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_has_been_read_is_not_read_again(model: Model, tiny_tokenizer: Tokenizer, keeps: bool) -> None:
+    engine = made(model, tiny_tokenizer, prefix_bytes=1 << 26 if keeps else 0)
+    shared = prompt(300)
+    for tail in ([5], [6, 7], [8] * 140):
+        heard = ask(engine, [*shared, *tail], 10)
+        events = heard.all()
+        cached = events[0].cached_tokens
+        assert isinstance(events[0], PromptRead) and cached == (256 if keeps and tail != [5] else 0)
+        assert [event.scored for event in events[1:]] == alone(model, [*shared, *tail], 10)
+    assert engine.statistics().prefix_bytes == ((3 * 128 * 2 * sum(model.config.num_kv_heads) * 16 * 4) if keeps else 0)
+    engine.close(10)
+
+
+def test_the_second_turn_reads_what_is_new(engine: Engine, model: Model) -> None:
+    first = prompt(200)
+    answer = [scored.token for scored in ask(engine, first, 100).tokens()]
+    events = ask(engine, [*first, *answer, 7, 8, 9], 10).all()
+    assert events[0].cached_tokens == 256
+    expected = alone(model, [*first, *answer, 7, 8, 9], 10)
+    assert [event.scored.token for event in events[1:]] == [scored.token for scored in expected]
+
+
+def test_two_at_once_with_one_beginning_read_it_once(engine: Engine) -> None:
+    heard = [ask(engine, [*prompt(300), token], 5) for token in (5, 6, 7)]
+    assert [each.all()[0].cached_tokens for each in heard] == [0, 256, 256]
+
+
+def test_text_stop_and_length(engine: Engine, model: Model, tiny_tokenizer: Tokenizer) -> None:
+    whole = "".join(response.text for response in stream_generate(model, tiny_tokenizer, prompt(9), max_tokens=30))
+    stop = whole[10:13]
+    expected = list(stream_generate(model, tiny_tokenizer, prompt(9), max_tokens=30, stop=[stop]))
+    heard = ask(engine, prompt(9), 30, stop=(stop,)).all()
+    assert [(event.text, event.finish_reason) for event in heard[1:]] == [
+        (response.text, response.finish_reason) for response in expected
+    ]
+    assert ask(engine, prompt(510), 30).all()[-1].finish_reason == "context"
+    assert ask(engine, prompt(5), 1).all()[-1].finish_reason == "length"
+
+
+def test_the_likeliest_tokens_are_reported(engine: Engine, model: Model) -> None:
+    ids = prompt(140)
+    scored = ask(engine, ids, 3, top_logprobs=4).tokens()
+    text = [*ids, *(each.token for each in scored)]
+    logits = model(mx.array([text]))[0].astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for place, each in enumerate(scored, start=len(ids) - 1):
+        best = sorted(enumerate(logprobs[place].tolist()), key=lambda pair: -pair[1])[:4]
+        assert [token for token, _ in each.top] == [token for token, _ in best]
+        assert [value for _, value in each.top] == pytest.approx([value for _, value in best], abs=1e-4)
+    assert each.top[0] == (each.token, each.logprob)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_the_prompts_own_tokens_are_scored(engine: Engine, model: Model, max_tokens: int) -> None:
+    ids = prompt(300)
+    ask(engine, ids, 1).all()
+    heard = Heard()
+    engine.submit(
+        Request("tiny", tuple(ids), max_tokens, Sampler(), prompt_logprobs=True, top_logprobs=2), heard.events.put
+    )
+    read = heard.events.get(timeout=30)
+    logits = model(mx.array([ids]))[0].astype(mx.float32)
+    logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
+    assert [each.token for each in read.scored] == ids and read.scored[0] == Scored(ids[0], None)
+    for place, each in enumerate(read.scored[1:]):
+        assert each.logprob == pytest.approx(logprobs[place][each.token], abs=1e-4)
+        assert each.top[0][1] == pytest.approx(max(logprobs[place]), abs=1e-4) and len(each.top) == 2
+    if max_tokens:
+        assert len(heard.tokens()) == max_tokens
+
+
+def test_an_embedding_is_the_mean_of_the_last_hidden_states(engine: Engine, model: Model) -> None:
+    heard = Heard()
+    engine.embed("tiny", prompt(300), heard.events.put)
+    (embedded,) = heard.all()
+    expected = model.transformer(mx.array([prompt(300)]), None)[0].mean(axis=0)
+    assert embedded.prompt_tokens == 300
+    assert list(embedded.values) == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_whoever_leaves_frees_the_row(engine: Engine, model: Model) -> None:
+    heard = [ask(engine, prompt(500, i), 10_000) for i in range(20)]
+    for each in heard:
+        assert each.ticket is not None
+        each.ticket.cancel()
+    assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+    figures = engine.statistics()
+    assert (figures.rows, figures.queued, figures.reading, figures.reserved_bytes) == (0, 0, 0, 0)
+    assert figures.cancelled + figures.finished == 21
+
+
+def test_who_listens_no_more_is_as_one_who_leaves(engine: Engine, model: Model) -> None:
+    def gone(event: Event) -> None:
+        raise RuntimeError("the loop is closed")
+
+    engine.submit(Request("tiny", tuple(prompt(9)), 400, Sampler()), gone)
+    assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+    assert engine.statistics().rows == 0
+
+
+def test_memory_bounds_what_runs_and_what_is_kept(model: Model, tiny_tokenizer: Tokenizer) -> None:
+    weights = made(model).statistics().weight_bytes
+    row = 256 * 2 * sum(model.config.num_kv_heads) * 16 * 4
+    engine = made(model, tiny_tokenizer, max_memory=weights + 3 * row)
+    heard = [ask(engine, prompt(150, i), 50) for i in range(5)]
+    for i, each in enumerate(heard):
+        assert each.tokens() == alone(model, prompt(150, i), 50)
+        figures = engine.statistics()
+        assert figures.weight_bytes + figures.reserved_bytes + figures.prefix_bytes <= figures.max_memory
+    with pytest.raises(TooLarge, match="ask for fewer max_tokens"):
+        made(model, max_memory=weights + row).submit(Request("tiny", tuple(prompt(200)), 57, Sampler()), print)
+    engine.close(10)
+
+
+def test_a_full_queue_is_said(model: Model) -> None:
+    engine = made(model, max_rows=1, max_queue=2)
+    ended: list[Heard] = []
+    with pytest.raises(Busy, match="waiting already") as refused:
+        ended.extend(ask(engine, prompt(9), 400) for _ in range(20))
+    assert refused.value.retry_after >= 1
+    engine.close(0)
+    assert isinstance(ended[-1].all()[-1], Failed)
+
+
+def test_closing_lets_answers_end(model: Model) -> None:
+    engine = made(model)
+    heard = [ask(engine, prompt(9, i), 50) for i in range(3)]
+    engine.close(30)
+    assert all(len(each.tokens()) == 50 for each in heard)
+    with pytest.raises(Busy, match="stopping"):
+        ask(engine, prompt(9))
+
+
+def test_a_failure_ends_what_it_concerns(engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("elm_mlx.inference.rows.Rows.step", fail)
+        (*_, failed) = ask(engine, prompt(9), 5).all()
+    assert isinstance(failed, Failed) and "Unable to allocate" in str(failed.error)
+    assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "head", fail)
+        (failed,) = ask(engine, prompt(9), 5).all()
+    assert isinstance(failed, Failed)
+    assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+
+
+def test_what_cannot_be_is_refused_at_once(engine: Engine) -> None:
+    for ids, options, message in (
+        ([], {}, "the prompt is empty"),
+        ([1, 320], {}, "token id 320"),
+        ([1] * 600, {}, "600 tokens, .* context is 512"),
+        ([1], {"max_tokens": 0}, "max_tokens is 0"),
+        ([1], {"stop": ("",)}, "a stop string is empty"),
+        ([1], {"seed": -1}, "seed is -1"),
+        ([1], {"model": "gpt"}, "no model 'gpt'; there are tiny"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask(engine, ids, **options)  # type: ignore[arg-type]

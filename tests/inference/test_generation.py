@@ -17,7 +17,8 @@ from mlx.utils import tree_flatten
 import elm_mlx
 from elm_mlx import device, generate, stream_generate
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.inference.generation import Decoder, Response, prefill
+from elm_mlx.inference.generation import Decoder, Response
+from elm_mlx.inference.rows import prefill
 from elm_mlx.inference.sampling import Sampler, State
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
@@ -467,16 +468,16 @@ def test_ctrl_c_amid_a_step_leaves_the_caches_whole(model: Model) -> None:
     tokens, _, state = sampler(prefill(model, ids_of(5), caches), State())
     decoder = Decoder(model, sampler, caches, tokens, state)
     decoder.advance()
-    whole = decoder._step
+    whole = decoder.rows._compiled
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    decoder._step = interrupted
+    decoder.rows._compiled = interrupted
     with pytest.raises(KeyboardInterrupt):
         decoder.advance()
     assert [cache.offset for cache in caches] == [6] * len(caches)
-    decoder._step = whole
+    decoder.rows._compiled = whole
     expected, _ = eager(model, ids_of(5), 3)
     assert decoder.advance()[0].item() == expected[2]
 

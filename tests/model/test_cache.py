@@ -9,7 +9,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx.model.cache import KVCache, SegmentedRow, StateCache, StepCache, make_prompt_cache, pad_left, place_step
+from elm_mlx.model.cache import KVCache, SegmentedRow, StateCache, StepCache, make_prompt_cache, place_step, row_slots
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
@@ -87,7 +87,7 @@ def test_only_what_comes_after_is_hidden() -> None:
 def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     cache = filled(5)
     assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step(5, cache.capacity))
+    step = StepCache(cache.keys, cache.values, *place_step([5], cache.capacity))
     np.testing.assert_array_equal(step.offset, [5])
     new = drawn(1, 9)
     keys, values = step.update_and_fetch(*new)
@@ -98,27 +98,59 @@ def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     np.testing.assert_array_equal(np.array(step.make_mask(1)).reshape(-1), np.arange(256) <= 5)
 
 
-def test_a_padded_step_hides_the_padding_and_counts_positions_from_its_end() -> None:
-    cache = filled(5, batch=3)
-    assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step(5, cache.capacity, mx.array([0, 2, 4])))
-    np.testing.assert_array_equal(step.offset, [5, 3, 1])
+def test_each_row_of_a_step_writes_at_its_own_position() -> None:
+    cache, lengths = KVCache(), (5, 3, 1)
+    for row, length in enumerate(lengths):
+        cache.put(row, filled(length, seed=length))
+    assert cache.keys is not None and cache.values is not None and cache.keys.shape[0] == row_slots(3) == 4
+    step = StepCache(cache.keys, cache.values, *place_step(lengths, cache.capacity))
+    np.testing.assert_array_equal(step.offset, lengths)
+    new = drawn(1, 9, batch=3)
+    keys, values = step.update_and_fetch(*new)
+    assert keys.shape == values.shape == (3, 2, 256, 4)
     mask = np.array(step.make_mask(1))
     assert mask.shape == (3, 1, 1, 256)
-    for row, first in enumerate((0, 2, 4)):
-        np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(first, 6))
+    for row, length in enumerate(lengths):
+        expected = filled(length, seed=length).update_and_fetch(new[0][row : row + 1], new[1][row : row + 1])
+        np.testing.assert_array_equal(keys[row, :, : length + 1], expected[0][0])
+        np.testing.assert_array_equal(values[row, :, : length + 1], expected[1][0])
+        assert not np.array(keys[row, :, length + 1 :]).any()
+        np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(length + 1))
 
 
-def test_caches_of_different_length_are_stacked_with_their_ends_together() -> None:
-    caches = [filled(length, seed=length) for length in (3, 7, 1)]
-    caches[1].trim(1)  # what was trimmed does not come along
-    keys, values = pad_left(caches)
-    assert keys.shape == values.shape == (3, 2, 6, 4)
-    for row, cache in enumerate(caches):
-        assert cache.keys is not None and cache.values is not None
-        np.testing.assert_array_equal(keys[row, :, 6 - cache.offset :], cache.keys[0, :, : cache.offset])
-        np.testing.assert_array_equal(values[row, :, 6 - cache.offset :], cache.values[0, :, : cache.offset])
-        assert not np.array(keys[row, :, : 6 - cache.offset]).any()
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_rows_come_and_go_and_the_others_stay_what_they_are(data: st.DataObject) -> None:
+    cache, texts = KVCache(), list[KVCache]()
+    for seed in range(data.draw(st.integers(1, 12))):
+        if texts and data.draw(st.booleans()):
+            gone = data.draw(st.integers(0, len(texts) - 1))
+            if len(texts) == 1:
+                cache = KVCache()
+            else:
+                cache.drop(gone, len(texts))
+            texts[gone] = texts[-1]
+            texts.pop()
+        else:
+            length = data.draw(st.sampled_from([1, 7, 255, 256, 257, 600]))
+            texts.append(filled(length, seed))
+            cache.put(len(texts) - 1, filled(length, seed))
+        for row, text in enumerate(texts):
+            assert cache.keys is not None and text.keys is not None
+            np.testing.assert_array_equal(cache.keys[row, :, : text.offset], text.keys[0, :, : text.offset])
+            copied = cache.single(row, text.offset)
+            assert copied.offset == text.offset and copied.capacity % KVCache.step == 0
+            np.testing.assert_array_equal(copied.values[0, :, : text.offset], text.values[0, :, : text.offset])
+        assert not texts or len(texts) <= cache.keys.shape[0] <= 4 * len(texts)
+
+
+def test_blocks_restore_a_cache() -> None:
+    cache = filled(300)
+    restored = KVCache()
+    restored.restore([cache.block(0, start, start + 100) for start in (0, 100, 200)], 300)
+    assert restored.offset == 300 and restored.capacity == 512
+    for array, expected in zip(restored.state, cache.state, strict=True):
+        np.testing.assert_array_equal(array[:, :, :300], expected[:, :, :300])
 
 
 def test_every_layer_gets_a_cache_of_its_own() -> None:
@@ -150,9 +182,14 @@ def test_states_of_several_prompts_are_rows_of_one() -> None:
         cache = StateCache()
         cache.state, cache.offset = [mx.full((1, 2), value), mx.full((1, 3, 2), value)], length
         caches.append(cache)
-    joined = StateCache.joined(caches)
-    assert joined.offset == 5 and [array.shape for array in joined.state if array is not None] == [(2, 2), (2, 3, 2)]
+    joined = StateCache()
+    for row, cache in enumerate(caches):
+        joined.put(row, cache)
+    assert [array.shape for array in joined.state if array is not None] == [(2, 2), (2, 3, 2)]
     assert joined[0] is not None and joined[0].tolist() == [[1.0, 1.0], [2.0, 2.0]]
+    joined.drop(0, 2)
+    assert joined[0].tolist() == [[2.0, 2.0]]
+    assert joined.single(0, 5).offset == 5
 
 
 def test_a_window_hides_what_is_too_long_ago() -> None:
@@ -162,7 +199,7 @@ def test_a_window_hides_what_is_too_long_ago() -> None:
     for row, position in enumerate((6, 7, 8)):
         np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(position - 3, position + 1))
     assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step(6, cache.capacity))
+    step = StepCache(cache.keys, cache.values, *place_step([6], cache.capacity))
     np.testing.assert_array_equal(np.flatnonzero(np.array(step.make_mask(1, window_size=4))), [3, 4, 5, 6])
 
 

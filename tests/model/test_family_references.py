@@ -15,7 +15,7 @@ from family_cases import IDS, LENGTHS, NEW_TOKENS, ORIGINAL
 
 from elm_mlx import device
 from elm_mlx.errors import InputError
-from elm_mlx.inference import batch, generation
+from elm_mlx.inference import batch, generation, rows
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import make_prompt_cache
@@ -127,7 +127,7 @@ def test_a_chat_passes_the_length_where_factors_change(
     """And goes back behind it, when the text is cut."""
     model = loading.load_model(directory(root, name))
     monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
-    monkeypatch.setattr(generation, "compile_hindrance", lambda: None)
+    monkeypatch.setattr(rows, "compile_hindrance", lambda: None)
     cache = PrefixCache(model)
     logits = cache.read(IDS[: ORIGINAL - 4])
     assert logits is not None
@@ -143,20 +143,24 @@ def test_a_chat_passes_the_length_where_factors_change(
 def test_each_row_of_a_batch_passes_it_by_itself(name: str, root: Path) -> None:
     model = loading.load_model(directory(root, name))
     prompts = [IDS[:3], IDS[: ORIGINAL - 2], IDS[: ORIGINAL + 5], IDS[: ORIGINAL - 6]]
-    sampler = Sampler()
-    logits, caches = batch.prefill_each(model, prompts, 5)
-    tokens, _, state = sampler(logits, sampler.start(prompts, 0))
-    padding = mx.array([max(map(len, prompts)) - len(prompt) for prompt in prompts])
-    decoder = generation.Decoder(model, sampler, caches, tokens, state, padding, prompts)
-    rows = [tokens.tolist(), *(decoder.advance()[0].tolist() for _ in range(5))]
-    decoder.keep([1, 3])
-    rest = [decoder.advance()[0].tolist() for _ in range(4)]
+    logits, together = batch.prefill_each(model, prompts, 5)
+    said = [[token] for token in mx.argmax(logits, axis=-1).tolist()]
+
+    def step(texts: list[list[int]]) -> None:
+        logits = together.step(mx.array([text[-1] for text in texts]))
+        for text, token in zip(texts, mx.argmax(logits, axis=-1).tolist(), strict=True):
+            text.append(token)
+
+    for _ in range(5):
+        step(said)
+    together.leave(2)
+    together.leave(0)
+    for _ in range(4):
+        step([said[1], said[3]] if together.lengths[0] > together.lengths[1] else [said[3], said[1]])
     for number, prompt in enumerate(prompts):
         found = generation.stream_generate(model, None, prompt, max_tokens=10, stop_at_eos=False)
         alone = [response.token for response in found]
-        assert [row[number] for row in rows] == alone[:6]
-        if number in (1, 3):
-            assert [row[number // 2] for row in rest] == alone[6:]
+        assert said[number] == alone[: 10 if number in (1, 3) else 6]
 
 
 @pytest.mark.parametrize("name", LONG_ROPES)
