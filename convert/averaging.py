@@ -60,7 +60,7 @@ def last(run: Path, count: int) -> list[Path]:
         InputError: `run` holds fewer.
     """
     if count < 1:
-        raise InputError(f"--last {count}: one checkpoint at least is needed")
+        raise InputError(f"--last {count}: must be 1 or more")
     if not run.is_dir():
         raise InputError(f"{run}: no such directory")
     found = checkpoints_of(run)
@@ -134,7 +134,7 @@ def _plans(
         source, template = _open(name, alone=len(checkpoints) == 1)
         if has_adapter(source.tensors) or any(tensor.endswith((".lora_a", ".lora_b")) for tensor in source.tensors):
             raise InputError(
-                f"{name}: holds an adapter, and a mean of adapters is no adapter of the mean: make models of them "
+                f"{name}: holds an adapter, and adapters cannot be averaged: make models of them "
                 "first, with `convert` or `fuse`"
             )
         plan = make_plan(source, config=config, tokenizer=tokenizer, dtype=dtype, chat_template=template)
@@ -165,7 +165,7 @@ def _open(name: str | Path, alone: bool) -> tuple[CheckpointSource, str | None]:
     if found and (alone or not (path / "model.safetensors").is_file()):
         if len(found) == 1:
             raise InputError(
-                f"{name}: is a run that kept 1 checkpoint, which is its own mean: let it keep more (`run.keep` in "
+                f"{name}: is a run that kept 1 checkpoint, and 2 are needed: let it keep more (`run.keep` in "
                 f"pretrain's recipe, --keep of `lora --full`), or name {found[0]}"
             )
         raise InputError(f"{name}: is a run with {len(found)} checkpoints: pass --last N, or name some of them")
@@ -187,13 +187,13 @@ def _home(run: Path, source: CheckpointSource) -> Path:
 def _check_same(first: str, expected: ConversionPlan, name: str, plan: ConversionPlan) -> None:
     shapes, own = ({tensor.name: tensor.shape for tensor in each.tensors} for each in (expected, plan))
     if added := own.keys() - shapes.keys():
-        raise InputError(f"{name}: has {min(added)}, which {first} has not")
+        raise InputError(f"{name}: has the tensor {min(added)}, which {first} lacks")
     if missing := shapes.keys() - own.keys():
-        raise InputError(f"{name}: has no {min(missing)}, which {first} has")
+        raise InputError(f"{name}: lacks the tensor {min(missing)}, which {first} has")
     if other := next((tensor for tensor in own if own[tensor] != shapes[tensor]), None):
         raise InputError(
             f"{name}: {other} has the shape {own[other]}, and in {first} {shapes[other]}: only checkpoints of one "
-            "model have a mean"
+            "model can be averaged"
         )
     for field in _BEYOND_SHAPES:
         here, there = getattr(plan.config, field), getattr(expected.config, field)
@@ -240,7 +240,7 @@ def _mean(parts: Sequence[tuple[str, LazyTensor]], tally: _Tally) -> LazyTensor:
         if not np.isfinite(mean).all():
             broken = [part for part, block in zip(parts, blocks, strict=True) if not np.isfinite(block).all()]
             name, tensor = broken[0] if broken else parts[0]
-            raise InputError(f"{name}: {tensor.name} holds values that are no numbers, or infinite; leave it out")
+            raise InputError(f"{name}: {tensor.name} holds NaN or infinite values; leave it out")
         mean /= len(blocks)
         tally.add(mean, blocks)
         return mean

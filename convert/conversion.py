@@ -136,7 +136,7 @@ def write_model(directory: Path, plan: ConversionPlan, on_progress: OnProgress) 
 
 
 def _not_finite(names: list[str]) -> list[str]:
-    return [f"values that are no numbers, or infinite, in {listed(names)}"] if names else []
+    return [f"NaN or infinite values in {listed(names)}"] if names else []
 
 
 def _write_tokenizer(directory: Path, plan: ConversionPlan) -> str | None:

@@ -89,7 +89,7 @@ def read_peft(directory: Path, config: Config) -> LoraWeights:
     dora, by_root = keys.flag("use_dora", False), keys.flag("use_rslora", False)
     unknown = [name for name in _UNKNOWN if values.get(name)] + ["bias"] * (values.get("bias", "none") != "none")
     if unknown:
-        raise InputError(f"{where}: asks for {listed(unknown)}, which this does not know: merge it with PEFT")
+        raise InputError(f"{where}: asks for {listed(unknown)}, which is not supported: merge it with PEFT")
     if str(values.get("init_lora_weights")).lower().startswith(_CHANGES_BASE):
         raise InputError(
             f"{where}: init_lora_weights changed the model's own weights; convert it to plain LoRA in PEFT"
@@ -102,7 +102,7 @@ def read_peft(directory: Path, config: Config) -> LoraWeights:
     modules, rest = _modules(tensors, config, str(file))
     strange = [name for name in rest if not name.endswith("base_layer.weight")]  # PEFT saves an adapted embedding whole
     if strange:
-        raise InputError(f"{file}: holds what is no part of a LoRA or DoRA adapter: {listed(strange)}")
+        raise InputError(f"{file}: holds tensors of no LoRA or DoRA adapter: {listed(strange)}")
     if dora and not any(_MAGNITUDE in parts for parts in modules.values()):
         raise InputError(f"{file}: holds no {_MAGNITUDE}, and {PEFT_CONFIG} says use_dora")
     scalings = {
@@ -134,7 +134,7 @@ def read_corenet(
         found = read_config_file(settings) if settings is not None else find_config_file(opened.directory)
         scaling = found.scaling if found else None
     if scaling is None:
-        raise InputError(f"{source}: does not say how strong its adapter is: pass --alpha, or with --config its YAML")
+        raise InputError(f"{source}: does not say its adapter's alpha: pass --alpha, or its YAML with --config")
     return _assemble(_without_padding(modules, config), dict.fromkeys(modules, scaling), config, opened.label, 0.0)
 
 
@@ -147,7 +147,7 @@ def write_peft(directory: Path, adapter: LoraWeights) -> None:
     arrays = adapter.arrays
     if EMBEDDING in adapter.ranks and adapter.dora:
         raise InputError(
-            "PEFT's DoRA of an embedding measures its columns, and this one its rows: it cannot be written"
+            "DoRA of an embedding cannot be written for PEFT, which normalizes columns where elm-mlx normalizes rows"
         )
     from safetensors.numpy import save
 
@@ -220,7 +220,7 @@ def merge(tensors: Mapping[str, LazyTensor], scaling: Scaling, where: str) -> di
 def _read_bin(path: Path) -> dict[str, LazyTensor]:
     tree = torch_files.load(path)
     if not isinstance(tree, dict) or not all(isinstance(v, LazyTensor) for v in tree.values()):
-        raise InputError(f"{path}: holds no tensors by name")
+        raise InputError(f"{path}: holds no named tensors")
     return {str(name): tensor for name, tensor in tree.items()}
 
 
@@ -240,7 +240,7 @@ def _modules(tensors: Mapping[str, LazyTensor], config: Config, where: str) -> t
             raise InputError(f"{where}: adapts {listed([module])}, which this model {_lacks(module, config)}")
         parts = modules.setdefault(weight.removesuffix(".weight"), {})
         if match[2] in parts:
-            raise InputError(f"{where}: holds two adapters; save one alone")
+            raise InputError(f"{where}: holds two adapters; save only one")
         parts[match[2]] = tensor
     return modules, rest
 
@@ -282,11 +282,11 @@ def _assemble(
     order = config.modules()
     missing = [module for module in modules if module not in order]
     if missing:
-        raise InputError(f"{where}: adapts {listed(missing)}, which is done for OpenELM alone")
+        raise InputError(f"{where}: adapts {listed(missing)}, which only an OpenELM supports")
     dora = any(_MAGNITUDE in parts for parts in modules.values())
     if dora and EMBEDDING in modules:
         raise InputError(
-            f"{where}: DoRA of an embedding measures its columns in PEFT, and its rows here: merge it there"
+            f"{where}: PEFT's DoRA of an embedding normalizes its columns, elm-mlx's its rows: merge it with PEFT"
         )
     arrays: Arrays = {}
     scales: dict[str, tuple[int, float]] = {}
@@ -311,9 +311,9 @@ def _rank(where: str, parts: _Parts, wanted: tuple[str, ...], shape: tuple[int, 
         if part not in parts:
             raise InputError(f"{where}.{part} is missing")
         if part not in wanted:
-            raise InputError(f"{where} has a {part}, which has no place there")
+            raise InputError(f"{where} has an unexpected {part}")
         if parts[part].dtype not in (*FLOATS, "float64"):
-            raise InputError(f"{where}.{part} is {parts[part].dtype}, and floats are needed")
+            raise InputError(f"{where}.{part} is {parts[part].dtype}; it must be a float type")
     a, b = wanted[:2]
     rank = parts[a].shape[0] if len(parts[a].shape) == 2 else 0
     if not 0 < rank <= most:
@@ -331,19 +331,19 @@ def _patterns(keys: Keys) -> list[tuple[re.Pattern[str], float]]:
     """Reads `alpha_pattern`: regular expressions of a module's name, or of its end; the first that fits counts."""
     where, pattern = keys.where, keys.object("alpha_pattern")
     if len(pattern) > _MOST_PATTERNS:
-        raise InputError(f"{where}: alpha_pattern has {len(pattern):,} entries; {_MOST_PATTERNS:,} are the most")
+        raise InputError(f"{where}: alpha_pattern has {len(pattern):,} entries; the limit is {_MOST_PATTERNS:,}")
     for key in pattern:
         repeated = sum(key.count(sign) for sign in "*+?") - key.count("(?:")
         if len(key) > _LONGEST_PATTERN or repeated > 2 or not _PATTERN.fullmatch(key):
             raise InputError(
-                f"{where}: alpha_pattern has {listed([key])}, which is more of an expression than is followed here: "
+                f"{where}: alpha_pattern has {listed([key])}, a regular expression that is not supported: "
                 "name the modules"
             )
     alphas = keys.within("alpha_pattern")
     try:
         return [(re.compile(rf"(?:.*\.)?(?:{key})$"), alphas.number(key, low=-1e12)) for key in pattern]
     except re.error as error:
-        raise InputError(f"{where}: alpha_pattern holds what is no regular expression: {error}") from None
+        raise InputError(f"{where}: alpha_pattern holds an invalid regular expression: {error}") from None
 
 
 def _merged(where: str, base: LazyTensor, parts: _Parts, scaling: Scaling) -> LazyTensor:

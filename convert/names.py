@@ -89,11 +89,11 @@ def canonical_names(names: Iterable[str], where: str) -> dict[str, str]:
         if canonical is None:
             unknown.append(name)
         elif canonical in found:
-            raise InputError(f"{where}: {found[canonical]!r} and {name!r} are both {canonical!r}")
+            raise InputError(f"{where}: {found[canonical]!r} and {name!r} both stand for {canonical!r}")
         else:
             found[canonical] = name
     if unknown:
-        raise InputError(f"{where}: holds what is no weight of an OpenELM: {listed(unknown)}")
+        raise InputError(f"{where}: holds tensors that no OpenELM has: {listed(unknown)}")
     return found
 
 

@@ -134,9 +134,9 @@ def make_plan(
 
 def _check_flags(preset: str | None, dtype: str | None) -> None:
     if preset is not None and preset not in PRESETS:
-        raise InputError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+        raise InputError(f"--preset {preset}: is not one of {', '.join(PRESETS)}")
     if dtype is not None and dtype not in FLOATS:
-        raise InputError(f"--dtype {dtype}: there are {', '.join(FLOATS)}")
+        raise InputError(f"--dtype {dtype}: is not one of {', '.join(FLOATS)}")
 
 
 def _settings(source: CheckpointSource, config: Path | None, preset: str | None) -> ConfigFile | None:
@@ -178,7 +178,7 @@ def _weights(tensors: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTen
     weights = {name: tensors[own].renamed(name) for name, own in canonical_names(tensors, where).items()}
     for name, tensor in weights.items():
         if tensor.dtype not in (*FLOATS, "float64"):
-            raise InputError(f"{where}: {name} holds {tensor.dtype}; a weight is a float")
+            raise InputError(f"{where}: {name} is {tensor.dtype}; weights must be floats")
     return weights
 
 

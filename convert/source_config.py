@@ -68,7 +68,7 @@ def read_config_file(path: Path) -> ConfigFile:
         return ConfigFile(path, config=ModelConfig.from_dict(values, where=str(path)))
     if "model_name" in values:  # Apple's MLX example keeps CoreNet's words in JSON
         return _few_words(path, values, None)
-    raise InputError(f"{path}: says nothing of an OpenELM: {_COMPLETE[0]} is missing")
+    raise InputError(f"{path}: does not describe an OpenELM: {_COMPLETE[0]} is missing")
 
 
 def find_config_file(directory: Path) -> ConfigFile | None:
@@ -133,7 +133,9 @@ def _by_name_or_shapes(
 def _corenet(path: Path, values: Mapping[str, Any]) -> ConfigFile:
     words = _section(path, values, "model.language_modeling.general_gpt")
     if words is None:
-        raise InputError(f"{path}: has no model.language_modeling.general_gpt, so it describes no OpenELM of CoreNet")
+        raise InputError(
+            f"{path}: has no model.language_modeling.general_gpt, so it does not describe CoreNet's OpenELM"
+        )
     return _few_words(path, words, _lora(path, _section(path, values, "model.lora")))
 
 
@@ -147,7 +149,7 @@ def _section(path: Path, values: Mapping[str, Any], dotted: str) -> Mapping[str,
         section = {k.removeprefix(prefix): v for k, v in values.items() if isinstance(k, str) and k.startswith(prefix)}
         return section or None
     if not isinstance(section, Mapping):
-        raise InputError(f"{path}: {dotted} is no mapping")
+        raise InputError(f"{path}: {dotted} is not a mapping")
     return section
 
 
@@ -172,7 +174,7 @@ def _lora(path: Path, values: Mapping[str, Any] | None) -> Scaling | None:
             raise InputError(f"{path}: model.lora.config has an entry without a lora_alpha in its params")
         found.add(Scaling(float(alpha), params.get("use_rslora") is True))
     if len(found) > 1:
-        raise InputError(f"{path}: model.lora.config scales its adapters differently, which cannot be merged here")
+        raise InputError(f"{path}: model.lora.config gives its adapters different scales, which cannot be merged")
     return found.pop()
 
 
@@ -274,8 +276,7 @@ def _head_dim(found: int | None, asked: int | None, where: str) -> int:
     size = found or asked
     if size is None:
         raise InputError(
-            f"{where}: without QK norms the shapes do not tell the size of a head: pass --head-dim, --preset or "
-            "--config"
+            f"{where}: without QK norms the shapes do not give head_dim: pass --head-dim, --preset or --config"
         )
     return size
 

@@ -77,9 +77,9 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
         directory = download(source, revision)
         return replace(_open_directory(directory, ema), label=source, directory=directory, revision=directory.name)
     if revision is not None:
-        raise InputError(f"--revision {revision} is for a repository on the hub, and {path} is a path")
+        raise InputError(f"--revision {revision} is for a repository on the hub, but {path} is a path")
     if not path.exists():
-        raise InputError(f"{path}: no such file or directory, and no repository's name")
+        raise InputError(f"{path}: no such file or directory, and not the name of a repository")
     if path.is_dir() or path.suffix == ".safetensors":
         check_is_openelm(path if path.is_dir() else path.parent)
     return _open_directory(path, ema) if path.is_dir() else _open_file(path, ema)
@@ -119,7 +119,7 @@ def _open_directory(directory: Path, ema: bool) -> CheckpointSource:
 
 def _refuse_ema(path: Path, ema: bool) -> None:
     if ema:
-        raise InputError(f"{path}: --ema is for a training checkpoint, and this is none")
+        raise InputError(f"{path}: --ema is for a training checkpoint, which this is not")
 
 
 def _state_dict(path: Path, ema: bool) -> tuple[str, Tensors]:
@@ -143,7 +143,7 @@ def _state_dict(path: Path, ema: bool) -> tuple[str, Tensors]:
         if isinstance(value, LazyTensor) and isinstance(name, str):
             tensors[name] = value.renamed(name)
         elif isinstance(value, (LazyTensor, dict, list, tuple)):
-            raise InputError(f"{path}: holds no state dict of tensors by name, but {_keys(tree)}")
+            raise InputError(f"{path}: holds no state dict of named tensors, but {_keys(tree)}")
     if not tensors:
         raise InputError(f"{path}: holds no tensors, but {_keys(tree)}")
     return kind, tensors
@@ -220,5 +220,5 @@ def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path
         reason = "no such path here, and no name that a repository could have"
     except Exception as error:  # whatever the network library of the day raises
         detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ElmError(f"{repository}{at}: no such path here, and it cannot be had from the hub: {detail}") from None
+        raise ElmError(f"{repository}{at}: no such local path, and the hub cannot provide it: {detail}") from None
     raise InputError(f"{repository}{at}: {reason}")

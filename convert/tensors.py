@@ -98,7 +98,7 @@ class File:
 
     def _require(self, start: int, size: int) -> None:
         if start < 0 or size < 0 or start + size > self.size:
-            raise self.fail(f"is truncated: it has {self.size:,} bytes, and byte {start + size:,} is asked for")
+            raise self.fail(f"is truncated: it has {self.size:,} bytes, but byte {start + size:,} is needed")
         state = os.fstat(self._descriptor)
         if (state.st_size, state.st_mtime_ns) != (self.size, self._changed):
             raise self.fail("was changed while it was being read; try again once nothing writes to it")
@@ -180,7 +180,7 @@ def view(file: File, storage: Storage, offset: int, shape: tuple[int, ...], stri
     if len(shape) != len(strides) or len(shape) > MAX_DIMENSIONS:
         raise file.fail(f"it has a tensor of {len(shape)} dimensions with {len(strides)} strides")
     if any(type(number) is not int or not 0 <= number < _MAX_INDEX for number in (offset, *shape, *strides)):
-        raise file.fail("it has a tensor whose offset, shape or strides are negative, huge or no whole numbers")
+        raise file.fail("it has a tensor whose offset, shape or strides are negative, huge or not whole numbers")
     what = f"it has a tensor of shape {shape}"
     if 0 in shape:
         if offset > storage.numel or math.prod(max(1, length) for length in shape) > _MAX_EMPTY:
@@ -190,7 +190,7 @@ def view(file: File, storage: Storage, offset: int, shape: tuple[int, ...], stri
         # From the innermost axis out: each must step past all that is inside of it.
         for stride, length in sorted(zip(strides, shape, strict=True)):
             if length > 1 and stride < end - offset:
-                raise file.fail(f"{what} that shows values more than once; save it after .contiguous()")
+                raise file.fail(f"{what} that repeats values by its strides; save it after .contiguous()")
             end += (length - 1) * stride
         if end > storage.numel:
             raise file.fail(f"{what} that needs {end:,} values of a storage of {storage.numel:,}")
@@ -257,7 +257,7 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
         dtype = _SAFETENSORS_DTYPES.get(entry.dtype)
         if dtype is None:
             known = ", ".join(_SAFETENSORS_DTYPES)
-            raise InputError(f"{path}: {entry.name!r} has the type {entry.dtype}; known are {known}")
+            raise InputError(f"{path}: {entry.name!r} has the type {entry.dtype}; supported are {known}")
         numel = math.prod(entry.shape)
         storage = Storage(Record(entry.end - entry.begin, numel, entry.begin), dtype, 0, numel)
         tensors[entry.name] = view(file, storage, 0, entry.shape, row_major(entry.shape)).renamed(entry.name)
@@ -336,6 +336,6 @@ def _refuse_overflow(tensor: LazyTensor, block: np.ndarray, values: np.ndarray, 
         value = float(np.abs(wide[lost]).max())
         wider = f": use --dtype {_WIDER[dtype]}" if dtype in _WIDER else ""
         raise InputError(
-            f"{tensor.name} holds values up to {value:.6g}, and {dtype} ends at {_LARGEST[dtype]}{wider}; "
+            f"{tensor.name} holds values up to {value:.6g}, but {dtype} ends at {_LARGEST[dtype]}{wider}; "
             "nothing was written"
         )

@@ -93,11 +93,11 @@ def _load_zip(file: File) -> Any:
     entry = entries[f"{top}/data.pkl"]
     require_stored(file, entry)
     if entry.size > MAX_PICKLE_BYTES:
-        raise file.fail(f"its data.pkl has {entry.size:,} bytes; {MAX_PICKLE_BYTES:,} is the most that is read")
+        raise file.fail(f"its data.pkl has {entry.size:,} bytes; the limit is {MAX_PICKLE_BYTES:,}")
     stream = Stream(file, entry.start, entry.size)
     value = _TorchMachine(stream, find, reference_fields=5).run()
     if stream.position != entry.start + entry.size:
-        raise file.fail("its data.pkl goes on behind its pickle")
+        raise file.fail("its data.pkl goes on after its pickle")
     return value
 
 
@@ -118,7 +118,7 @@ def _load_legacy(file: File) -> Any:
     stream = Stream(file, 0, MAX_PICKLE_BYTES)
     magic, protocol, system = (PickleMachine(stream).run() for _ in range(3))
     if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL) or type(system) is not dict:
-        raise file.fail(f"starts as a file of torch.save, but of a layout that is not known; {_RESAVE}")
+        raise file.fail(f"starts as a file of torch.save, but in an unknown layout; {_RESAVE}")
     _require_little_endian(file, system.get("little_endian") is True)
     records: dict[str, Record] = {}
 
@@ -138,7 +138,7 @@ def _require_little_endian(file: File, is_little: bool) -> None:
 def _place_records(file: File, records: dict[str, Record], keys: Any, position: int) -> None:
     """Finds each storage's bytes: in the order of `keys`, each behind a count of its values."""
     if type(keys) is not list or any(type(key) is not str for key in keys) or sorted(keys) != sorted(records):
-        raise file.fail("its list of storages is not that of the storages that its tensors use")
+        raise file.fail("its list of storages differs from the storages that its tensors use")
     for key in keys:
         record = records[key]
         (numel,) = struct.unpack("<q", file.read(position, 8))
@@ -149,7 +149,7 @@ def _place_records(file: File, records: dict[str, Record], keys: Any, position: 
         if position > file.size:
             raise file.fail(f"is truncated: it has {file.size:,} bytes, and its storages end at byte {position:,}")
     if position != file.size:
-        raise file.fail(f"has {file.size - position:,} bytes behind its last storage")
+        raise file.fail(f"has {file.size - position:,} bytes after its last storage")
 
 
 # What the globals mean

@@ -76,7 +76,7 @@ def read_entry(file: File, entry: ZipEntry, limit: int) -> bytes:
     """Reads the whole entry, refused above `limit` bytes."""
     require_stored(file, entry)
     if entry.size > limit:
-        raise file.fail(f"its {printable(entry.name)} has {entry.size:,} bytes; {limit:,} is the most that is read")
+        raise file.fail(f"its {printable(entry.name)} has {entry.size:,} bytes; the limit is {limit:,}")
     return file.read(entry.start, entry.size)
 
 
@@ -120,7 +120,7 @@ def _find_directory(file: File) -> tuple[int, int, int]:
     if start + size != end:
         raise file.fail("is not a sound archive: its directory is not where its end record says")
     if count > MAX_ENTRIES or size > MAX_DIRECTORY_BYTES:
-        raise file.fail(f"lists {count:,} entries in {size:,} bytes; {MAX_ENTRIES:,} entries is the most that is read")
+        raise file.fail(f"lists {count:,} entries in {size:,} bytes; the limit is {MAX_ENTRIES:,} entries")
     return start, size, count
 
 
@@ -161,7 +161,7 @@ def _widen(file: File, extra: bytes, values: list[int]) -> list[int]:
             wide = iter(struct.unpack_from(f"<{wanted}Q", body))
             return [next(wide) if value == _SEE_ZIP64 else value for value in values]
         at += 4 + length
-    raise file.fail("is not a sound archive: a zip64 size is announced and missing")
+    raise file.fail("is not a sound archive: a zip64 size is announced but missing")
 
 
 def _read_local(file: File, listing: _Listing, end: int) -> ZipEntry:

@@ -64,7 +64,7 @@ def computation(stored: mx.Dtype, parameters: int, packed: bool = False, request
     """
     if requested is not None:
         if requested not in DTYPES:
-            raise InputError(f"no compute dtype {requested!r}; there are {', '.join(DTYPES)}")
+            raise InputError(f"compute dtype {requested!r} is not one of {', '.join(DTYPES)}")
         return Computation(DTYPES[requested], unpack=packed and requested == "float32" and not on_gpu())
     if on_gpu() or (stored == mx.float32 and not packed):
         return Computation(stored)

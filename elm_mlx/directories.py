@@ -42,18 +42,18 @@ class Kind:
 
 
 MODEL = Kind(
-    "model directory", "config.json",
+    "a model directory", "config.json",
     (
         *CARRIED, "conversion.json", "quantization.json", "README.md", "model*.safetensors",
         "model.safetensors.index.json",
     ),
 )  # fmt: skip
 ADAPTER = Kind(
-    "adapter", "adapter_config.json",
+    "an adapter", "adapter_config.json",
     ("adapters.safetensors", *PEFT_WEIGHTS, "chat_template.jinja", "README.md"),
 )  # fmt: skip
 EXPORT = Kind(
-    "export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")
+    "an export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 )
 
 # In the directory of a training run: what the run is, and in each of its checkpoints the weights.
@@ -86,7 +86,7 @@ def check_destination(target: Path, kind: Kind, overwrite: bool, sources: Iterab
     except OSError as error:
         raise InputError(f"{target}: cannot be read: {error.strerror}") from None
     if foreign:
-        raise InputError(f"{target}: is no {kind.name} alone: it holds {listed(foreign)}; nothing was replaced")
+        raise InputError(f"{target}: is not just {kind.name}: it holds {listed(foreign)}; nothing was replaced")
     for source in sources:
         if _lies_in(source, target):
             raise InputError(f"{target}: holds the source, {source.name}, which is to be read: choose another")
@@ -104,7 +104,7 @@ def check_file(target: Path, overwrite: bool, head: bytes | None = None) -> None
     if target.is_dir():
         raise InputError(f"{target}: is a directory, and a file is to be written")
     if target.exists() and not target.is_file():
-        raise InputError(f"{target}: is no regular file, and one is to be written")
+        raise InputError(f"{target}: is not a regular file, and one is to be written")
     if target.exists() and not overwrite and not (head and _begins(target, head)):
         raise InputError(f"{target}: exists already; pass --overwrite to replace it, or choose another")
 

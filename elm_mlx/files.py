@@ -298,7 +298,7 @@ def _move_into_place(temporary: Path, path: Path, replace: bool) -> None:
             temporary.rename(path)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise ElmError(f"{path}: was made by someone else meanwhile, and is kept as it is") from None
+                raise ElmError(f"{path}: was made by another process meanwhile, and is kept as it is") from None
             raise
     elif not _swap(temporary, path):
         try:

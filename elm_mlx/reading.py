@@ -57,7 +57,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open for reading.
 
     Raises:
-        InputError: it cannot be opened, or is no regular file; also later, while the block reads, where that fails.
+        InputError: it cannot be opened, or is not a regular file; also later, while the block reads, where that fails.
     """
     with _failures_named(path), os.fdopen(_descriptor(path), "rb") as file:
         yield file
@@ -70,7 +70,7 @@ def content(path: Path, most: int) -> bytes:
         # Both, because a file may grow meanwhile, and those of /proc say that they have nothing.
         data = b"" if size > most else file.read(most + 1)
     if size > most or len(data) > most:
-        raise InputError(f"{path}: larger than {limit_size(most)}, which no such file is")
+        raise InputError(f"{path}: larger than {limit_size(most)}, the limit for such a file")
     return data
 
 
@@ -91,7 +91,7 @@ def limited_line(file: IO[bytes], most: int, where: str) -> bytes:
     """The next line with its end; nothing where the file ends. Raises InputError for one of more than `most` bytes."""
     line = file.readline(most + 1)
     if len(line) > most:
-        raise InputError(f"{where}: has more than {limit_size(most)} without an end: no such line is read")
+        raise InputError(f"{where}: has more than {limit_size(most)} without an end: that is the limit for a line")
     return line
 
 
@@ -227,7 +227,7 @@ def yaml_mapping(path: Path) -> dict[Any, Any]:
         values = yaml.load(text(path, TABLES_BYTES), Loader)
         _check_nodes(values)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not YAML of plain values: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{path}: not YAML with plain values: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no YAML mapping, which has lines like `key: value`")
     return values
@@ -412,7 +412,7 @@ def _descriptor(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a socket
-            raise InputError(f"{path}: is no regular file") from None
+            raise InputError(f"{path}: is not a regular file") from None
         raise
     kind = os.fstat(descriptor).st_mode
     if stat.S_ISFIFO(kind) and str(path).startswith(_PIPES):
@@ -423,7 +423,7 @@ def _descriptor(path: Path) -> int:
     os.close(descriptor)
     if stat.S_ISDIR(kind):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    raise InputError(f"{path}: is no regular file")
+    raise InputError(f"{path}: is not a regular file")
 
 
 @contextmanager
@@ -435,4 +435,4 @@ def _failures_named(path: Path) -> Iterator[None]:
     except ValueError as error:  # a NUL, or half a surrogate pair
         if "\0" not in str(path) and not isinstance(error, UnicodeEncodeError):
             raise
-        raise InputError(f"{str(path)!r}: is no name of a file") from None
+        raise InputError(f"{str(path)!r}: is not a valid file name") from None

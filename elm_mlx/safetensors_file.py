@@ -112,7 +112,7 @@ def parse_header(path: Path, size: int, read_at: Callable[[int, int], bytes]) ->
     if _MAX_HEADER_BYTES < length <= size - 8:
         raise InputError(f"{path}: its safetensors header has {length >> 20} MB, and at most 16 MB are read")
     if length > size - 8:
-        raise InputError(f"{path}: no safetensors file, or a truncated one: its header would not fit into it")
+        raise InputError(f"{path}: not a safetensors file, or a truncated one: its header would not fit into it")
     described = _object(path, read_at(8, length))
     entries = sorted(
         (_entry(path, name, values) for name, values in described.items()), key=lambda entry: (entry.begin, entry.end)
@@ -170,7 +170,7 @@ def _object(path: Path, text: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: its safetensors header cannot be read: {error}") from None
     if not isinstance(entries, dict):
-        raise InputError(f"{path}: its safetensors header is no JSON object")
+        raise InputError(f"{path}: its safetensors header is not a JSON object")
     entries.pop("__metadata__", None)
     return entries
 
@@ -184,7 +184,7 @@ def _entry(path: Path, name: str, entry: Any) -> Entry:
         if not isinstance(numbers, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
             raise InputError(f"{path}: {name!r} has the {what} {short(numbers)}: a list of sizes is needed")
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise InputError(f"{path}: {name!r} has the type {short(dtype)}; known are {', '.join(SIZES)}")
+        raise InputError(f"{path}: {name!r} has the type {short(dtype)}; supported are {', '.join(SIZES)}")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise InputError(f"{path}: {name!r} has the data_offsets {short(offsets)}: a begin and an end are needed")
     needed = math.prod(shape) * SIZES[dtype]

@@ -192,7 +192,7 @@ def command(*arguments: object) -> None:
                 return
             lines = said.getvalue().rstrip("\n").split("\n")
             assert len(lines) == 1 and lines[0].startswith("elm-mlx: "), said.getvalue()[-300:]
-            assert "a defect of elm-mlx" not in lines[0], lines[0]
+            assert "a bug in elm-mlx" not in lines[0], lines[0]
             raise ElmError(lines[0]) from None
 
 

@@ -60,7 +60,7 @@ def test_what_is_of_no_such_directory_is_kept_and_named(
 ) -> None:
     out = made(tmp_path / "out", *(name for name in names if not other.startswith(name)), other)
     name = other.split("/")[0]
-    with pytest.raises(InputError, match=f"is no {kind.name} alone: it holds '{name}'; nothing was replaced"):
+    with pytest.raises(InputError, match=f"is not just {kind.name}: it holds '{name}'; nothing was replaced"):
         check_destination(out, kind, True)
 
 
@@ -68,7 +68,7 @@ def test_what_is_of_no_such_directory_is_kept_and_named(
 def test_without_its_mark_it_is_none(kind: Kind, names: tuple[str, ...], tmp_path: Path) -> None:
     out = made(tmp_path / "out", *names)
     (out / kind.mark).unlink()
-    with pytest.raises(InputError, match="alone: it holds"):
+    with pytest.raises(InputError, match=r"is not just .*: it holds"):
         check_destination(out, kind, True)
     check_destination(made(tmp_path / "litter", *LITTER), kind, True)  # as good as empty
 
@@ -111,7 +111,7 @@ def test_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already; pass --overwrite"):
         check_file(page, False, b"<!doctype html>")
     os.mkfifo(tmp_path / "pipe")
-    for path, says in ((tmp_path, "is a directory"), (tmp_path / "pipe", "is no regular file")):
+    for path, says in ((tmp_path, "is a directory"), (tmp_path / "pipe", "is not a regular file")):
         with pytest.raises(InputError, match=says):
             check_file(path, True)
 

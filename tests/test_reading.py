@@ -36,10 +36,10 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
         file.truncate(6 << 30)
     (tmp_path / "loop").symlink_to("loop")
     for path, message in (
-        (tmp_path / "pipe", "is no regular file"), (Path("/dev/zero"), "is no regular file"),
+        (tmp_path / "pipe", "is not a regular file"), (Path("/dev/zero"), "is not a regular file"),
         (tmp_path / "sparse", "larger than 64 MB"), (tmp_path, "cannot be read: Is a directory"),
         (tmp_path / "loop", "cannot be read: "), (tmp_path / "none", "cannot be read: No such file"),
-        (Path("a\0b"), "is no name of a file"), (Path("a\ud800"), "is no name of a file"),
+        (Path("a\0b"), "is not a valid file name"), (Path("a\ud800"), "is not a valid file name"),
     ):  # fmt: skip
         refused(message, lambda path=path: reading.text(path))  # type: ignore[misc]
 
@@ -115,9 +115,9 @@ def test_a_line_without_end_is_not_waited_for() -> None:
     ("text", "message"),
     [
         ("- 1", "no YAML mapping"),
-        ("a: [", "not YAML of plain values"),
-        ("a: 2021-13-45", "not YAML of plain values: month must be"),
-        ("a: !!python/object/apply:os.getcwd []", "not YAML of plain values"),
+        ("a: [", "not YAML with plain values"),
+        ("a: 2021-13-45", "not YAML with plain values: month must be"),
+        ("a: !!python/object/apply:os.getcwd []", "not YAML with plain values"),
         ("a: &a [*a]", "more than 100,000 values"),
         ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
             f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
@@ -126,9 +126,9 @@ def test_a_line_without_end_is_not_waited_for() -> None:
         ("{" + ", ".join(f"k{i}: 1" for i in range(3000)) + ", k7: 1}", "the key k7 stands twice"),
         ("x: &x {" + ", ".join(f"k{i}: 1" for i in range(1000)) + "}\ny: {<<: [" + "*x, " * 101 + "]}",
          "more than 100,000 values"),
-        ("x: &x {<<: *x}", "not YAML of plain values"),
-        ("[" * 50_000, "not YAML of plain values"),
-        ("a: " + "9" * 5000, "not YAML of plain values"),
+        ("x: &x {<<: *x}", "not YAML with plain values"),
+        ("[" * 50_000, "not YAML with plain values"),
+        ("a: " + "9" * 5000, "not YAML with plain values"),
     ],
 )  # fmt: skip
 def test_yaml_is_a_mapping_of_plain_values(tmp_path: Path, text: str, message: str) -> None:

@@ -95,7 +95,7 @@ def prepare(model: str, precision: str, scratch: Path) -> Path:
     config = ModelConfig.preset(model)
     needed, free = stored_bytes(config, precision), shutil.disk_usage(scratch).free
     if needed > _KEPT * free:
-        raise Unavailable(f"seeded weights take {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free")
+        raise Unavailable(f"seeded weights take {needed / 1e9:.1f} GB of disk, but {free / 1e9:.1f} GB are free")
     return write_seeded(config, scratch / f"{model}-{precision}", precision)
 
 
@@ -129,4 +129,4 @@ def check_memory(needed: int) -> None:
     """Raises Unavailable where so much is not free."""
     free = device.available_memory()
     if free is not None and needed > _KEPT * free:
-        raise Unavailable(f"would take about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        raise Unavailable(f"would take about {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")

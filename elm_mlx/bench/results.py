@@ -132,7 +132,7 @@ def load(path: Path) -> Results:
     try:
         values = reading.json_object(path, reading.TEXT_BYTES)
         if values.pop("version") != VERSION:
-            raise InputError(f"{path}: is of another version of elm-mlx")
+            raise InputError(f"{path}: was written by another version of elm-mlx; measure anew")
         rows = [
             Row(
                 Case(**row["case"]),

@@ -50,7 +50,7 @@ def run(
     """
     suites.check(suite)
     if suite.compute_dtype is not None and suite.compute_dtype not in device.DTYPES:
-        raise InputError(f"no compute dtype {suite.compute_dtype!r}; there are {', '.join(device.DTYPES)}")
+        raise InputError(f"compute dtype {suite.compute_dtype!r} is not one of {', '.join(device.DTYPES)}")
     for name in dict.fromkeys(case.model for case in suite.cases):
         models.check(name)
     results = Results(suite.name, datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.describe())

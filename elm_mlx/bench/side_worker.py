@@ -42,7 +42,7 @@ class Ours:
         self.model, self.vocab_size = loaded.model, loaded.model.config.vocab_size
         norms = [module for _, module in loaded.model.named_modules() if type(module) is RMSNorm] if naive else []
         if naive and not norms:
-            raise ElmError("the model has no RMSNorm of ours to write out")
+            raise ElmError("the model has no RMSNorm of elm-mlx's")
         for module in norms:
             module.__class__ = NaiveRMSNorm
         self.about = describe(loaded.model, loaded.model.config, f"elm-mlx {__version__}", loaded.notes)
@@ -112,7 +112,7 @@ def measure_steps(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> F
     start = time.perf_counter()
     times = [time.perf_counter() for _ in steps]
     if len(times) != new:
-        raise ElmError(f"{len(times)} tokens came, and {new} were asked for")
+        raise ElmError(f"{len(times)} tokens were generated, not {new}")
     first, rest = times[0] - start, times[-1] - times[0]
     decode = len(prompts) * (new - 1) / rest if new > 1 else 0.0
     return Figures(first, sum(map(len, prompts)) / first, decode, device.peak_memory())

@@ -92,7 +92,7 @@ class WorkerSide:
 
     def measure(self, case: Case) -> Figures:
         if case.batch > 1 and self.name not in BATCHED:
-            raise Unavailable("one text at a time")
+            raise Unavailable("takes one text at a time")
         assert self._process.stdin is not None
         asked = {"prompt": case.prompt, "new": case.new, "batch": case.batch}
         with suppress(OSError):  # it is dead, which is found next
@@ -124,7 +124,7 @@ class WorkerSide:
             return answer
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            raise Unavailable("was killed, as a system does that is out of memory")
+            raise Unavailable("was killed, probably for lack of memory")
         self._errors.seek(0)
         words = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         raise Unavailable(words[-1] if words else f"ended with {code}")
@@ -140,7 +140,7 @@ class LlamaBench:
         if found is None:
             raise Unavailable("llama-bench is not on the PATH; --llama-bench says where it is")
         if programs.gguf is None:
-            raise Unavailable("llama.cpp reads no MLX directories; --gguf names the same model as a file of its own")
+            raise Unavailable("llama.cpp reads no MLX directories; --gguf names the same model as GGUF")
         self._command = [found, "-m", str(programs.gguf), "-r", "1", "-o", "json"]
         (answer,) = self._run("-p", "8", "-n", "0")
         self.about = About(

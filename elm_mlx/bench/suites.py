@@ -155,7 +155,7 @@ def change(
     """
     if precisions and models and not any(model in PRESETS for model in models):
         raise InputError(
-            "--precision is of presets, whose weights are made up; a directory is measured as it is stored, and "
+            "--precision is for presets, whose weights are random; a directory is measured as it is stored, and "
             "`elm-mlx quantize` makes one of fewer bits"
         )
     old = suite.cases
@@ -176,15 +176,15 @@ def check(suite: Suite) -> Suite:
     """Returns the suite itself. Raises InputError for an unknown side or precision, and for numbers below 1."""
     for side in suite.against:
         if side not in SIDES or side == "ours":
-            raise InputError(f"--against {side}: there are {', '.join([*SIDES][1:])}")
+            raise InputError(f"--against {side}: is not one of {', '.join([*SIDES][1:])}")
     for case in suite.cases:
         if case.precision not in PRECISIONS:
-            raise InputError(f"--precision {case.precision}: there are {', '.join(PRECISIONS[1:])}")
+            raise InputError(f"--precision {case.precision}: is not one of {', '.join(PRECISIONS[1:])}")
         for name, value in (("prompt-tokens", case.prompt), ("new-tokens", case.new), ("batch-size", case.batch)):
             if value < 1:
                 raise InputError(f"--{name} {value}: must be 1 or more")
     if "llama.cpp" in suite.against and len({case.model for case in suite.cases}) > 1:
-        raise InputError("--against llama.cpp: it reads one file: measure one model at a time")
+        raise InputError("--against llama.cpp: reads one file: measure one model at a time")
     if suite.repeats < 1:
         raise InputError(f"--repeats {suite.repeats}: must be 1 or more")
     if len(set(suite.against)) < len(suite.against):

@@ -55,7 +55,7 @@ class Command(typer.core.TyperCommand):
         for option, place in self._by_name.items():
             named = typer.core.TyperOption(
                 param_decls=[option, f"{option[2:]}_by_name"], type=str, metavar=words[place], expose_value=False,
-                help=f"{words[place]}, by name in place of the {('first', 'second')[place]} argument. (default: that)",
+                help=f"{words[place]}, by name. (default: the {('first', 'second')[place]} argument)",
             )  # fmt: skip
             self.params.append(named)
         for parameter in self.params:
@@ -282,7 +282,7 @@ def _report(error: Exception) -> int:
     elif _is_of_mlx(error):
         note(f"MLX failed: {error} ({_DEBUG})")
     else:
-        note(f"a defect of elm-mlx: {type(error).__name__}: {error} ({_DEBUG})")
+        note(f"a bug in elm-mlx: {type(error).__name__}: {error} ({_DEBUG})")
     return getattr(error, "exit_code", 1)
 
 

@@ -14,15 +14,15 @@ from elm_mlx.cli.screen import say
 def adapter(
     model: options.ModelPath,
     src: Annotated[
-        Path, typer.Argument(metavar="SRC", help="A directory of PEFT's, a CoreNet .pt, or an adapter of ours.")
+        Path, typer.Argument(metavar="SRC", help="A PEFT directory, a CoreNet .pt, or an adapter of elm-mlx.")
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
-    to: Annotated[Literal["mlx", "peft"], typer.Option(help="mlx is what --adapter and mlx-lm read.")] = "mlx",
+    to: Annotated[Literal["mlx", "peft"], typer.Option(help="mlx is for --adapter and mlx-lm.")] = "mlx",
     alpha: Annotated[
-        float | None, typer.Option(help="The strength of a CoreNet adapter. (default: what --config says)")
+        float | None, typer.Option(help="Alpha of a CoreNet adapter. (default: what --config says)")
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="CoreNet's, with lora_alpha in it. (default: beside SRC)")
+        Path | None, typer.Option(metavar="YAML", help="CoreNet's config, which has lora_alpha. (default: beside SRC)")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter at DST.")] = False,
 ) -> None:

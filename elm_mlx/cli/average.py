@@ -26,7 +26,8 @@ def average(
     last: Annotated[
         int | None,
         typer.Option(
-            metavar="N", help="Take the newest N checkpoints of the one run that is named. (default: what is named)"
+            metavar="N",
+            help="Take the newest N checkpoints of the one run named. (default: all named)",
         ),
     ] = None,
     config: Annotated[
@@ -36,7 +37,7 @@ def average(
         str | None,
         typer.Option(metavar="FILE|DIR|REPO", help="The tokenizer.model for all. (default: the one beside each)"),
     ] = None,
-    dtype: Annotated[options.DType, typer.Option(help="Of the mean.")] = "float32",
+    dtype: Annotated[options.DType, typer.Option(help="Type of the averaged weights.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Average the weights of checkpoints, and say how far each lies from the mean."""

@@ -32,37 +32,38 @@ def bench(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL…]", help="Presets (OpenELM-270M, …) or model directories.")
     ] = None,
-    suite: Annotated[Literal["quick", "m2max", "full"], typer.Option(help="What is measured.")] = "quick",
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where SUITE.json, .md and .html are written.")] = Path(
+    suite: Annotated[Literal["quick", "m2max", "full"], typer.Option(help="The cases to measure.")] = "quick",
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of SUITE.json, .md and .html.")] = Path(
         "bench"
     ),
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of presets: bfloat16, float16, float32, 8bit, 4bit, …; several by commas. (default: the suite's)"
+            help="Precisions of presets, with commas: bfloat16, float16, float32, 8bit, 4bit, …. (default: the suite's)"
         ),
     ] = None,
     prompt_tokens: Annotated[
-        str | None, typer.Option(help="Lengths of the prompt, by commas. (default: the suite's)")
+        str | None, typer.Option(help="Prompt lengths in tokens, with commas. (default: the suite's)")
     ] = None,
     new_tokens: Annotated[
-        str | None, typer.Option(help="Tokens that follow, by commas; one for all, or one each. (default: the suite's)")
+        str | None,
+        typer.Option(help="Tokens to generate, with commas; one for all, or one each. (default: the suite's)"),
     ] = None,
-    batch_size: Annotated[str | None, typer.Option(help="Texts at once, by commas. (default: the suite's)")] = None,
+    batch_size: Annotated[str | None, typer.Option(help="Prompts at once, with commas. (default: the suite's)")] = None,
     against: Annotated[
         str | None,
         typer.Option(
-            help=f"Who is measured in turn: {', '.join([*SIDES][1:])}; by commas, or none. (default: the suite's)"
+            help=f"What to compare with, with commas: {', '.join([*SIDES][1:])}; or none. (default: the suite's)"
         ),
     ] = None,
     repeats: Annotated[
-        int | None, typer.Option(help="Measurements of each side in each case. (default: the suite's)")
+        int | None, typer.Option(help="Measurements of each program in each case. (default: the suite's)")
     ] = None,
     compute_dtype: options.ComputeDtype = None,
     python: Annotated[str | None, typer.Option(help="A Python that has PyTorch. (default: this one)")] = None,
-    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's program. (default: on the PATH)")] = None,
+    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's llama-bench. (default: on the PATH)")] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="The same model as llama.cpp reads it. (default: llama.cpp is left out)")
+        Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: llama.cpp is left out)")
     ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""

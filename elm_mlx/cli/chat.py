@@ -18,11 +18,12 @@ PANELS = {
 
 def chat(
     model: options.ModelPath,
-    message: Annotated[str | None, typer.Argument(metavar="[MESSAGE]", help="What is said first.")] = None,
+    message: Annotated[str | None, typer.Argument(metavar="[MESSAGE]", help="The first message.")] = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Of an answer, at most. (default: the model's, or 512; of a base model 256)")
+        int | None,
+        typer.Option(help="Tokens of an answer, at most. (default: the model's, or 512; of a base model 256)"),
     ] = None,
     temp: Annotated[
         float | None, typer.Option(help="Temperature; 0 takes the likeliest token. (default: the model's, or 0.7)")

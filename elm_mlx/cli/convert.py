@@ -33,10 +33,11 @@ def convert(
     ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="FILE|DIR|REPO", help="SentencePiece model. (default: the one beside SRC)")
+        str | None, typer.Option(metavar="FILE|DIR|REPO", help="A SentencePiece model. (default: the one beside SRC)")
     ] = None,
     dtype: Annotated[
-        options.DType | None, typer.Option(help="Of the weights. (default: SRC's if that has 16 bits, else bfloat16)")
+        options.DType | None,
+        typer.Option(help="Type of the weights. (default: SRC's if that has 16 bits, else bfloat16)"),
     ] = None,
     config: Annotated[
         Path | None,
@@ -46,12 +47,13 @@ def convert(
         options.Preset | None, typer.Option(help="One of the paper's models. (default: see --config)")
     ] = None,
     head_dim: Annotated[
-        int | None, typer.Option(help="Size of a head, for a model without QK norms. (default: what its config says)")
+        int | None,
+        typer.Option(help="Size of an attention head, for a model without QK norms. (default: what its config says)"),
     ] = None,
     lora_alpha: Annotated[
         float | None, typer.Option(help="Alpha of the adapter in SRC. (default: what its config says)")
     ] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Take a training checkpoint's moving average.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the moving average (EMA) of a training checkpoint.")] = False,
     chat_template: Annotated[
         str | None,
         typer.Option(
@@ -67,8 +69,8 @@ def convert(
             "(default: not)",
         ),
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Read both sides back and compare every value.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read both sides back, and compare every value.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Convert a PyTorch, Hugging Face or MLX checkpoint into a directory that elm-mlx and mlx-lm open."""

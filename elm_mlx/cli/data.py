@@ -48,13 +48,13 @@ def data(
         ),
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="The model directory that is to learn from it. (no default)", show_default=False)
+        Path | None, typer.Option(help="The model directory to train. (no default)", show_default=False)
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="In place of both: a recipe for pretrain, to try its mixture.")
+        Path | None, typer.Option(metavar="FILE", help="In place of both, a recipe of `pretrain`: sample its mixture.")
     ] = None,
     format: Annotated[
-        options.RecordFormat | None, typer.Option(help="Of the records. (default: each record's keys tell)")
+        options.RecordFormat | None, typer.Option(help="Layout of the records. (default: by each record's keys)")
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
@@ -65,9 +65,9 @@ def data(
             help="Tokens of an example, at most. (default: the model's context, of other families at most 2048)"
         ),
     ] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut off what is longer.")] = False,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Truncate longer examples.")] = False,
     train_on_prompt: Annotated[
-        bool, typer.Option("--train-on-prompt", help="Count the loss of every token, not of answers alone.")
+        bool, typer.Option("--train-on-prompt", help="Train on every token, not on answers alone.")
     ] = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; they are still named.")] = False,
 ) -> None:

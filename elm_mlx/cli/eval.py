@@ -25,7 +25,7 @@ PANELS = {
 
 def eval(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="MODEL", help="A model directory; with --compare, runs' directories.")
+        list[Path], typer.Argument(metavar="MODEL", help="A model directory; with --compare, directories of runs.")
     ],
     tasks: Annotated[
         list[str] | None,
@@ -44,30 +44,30 @@ def eval(
         list[Path] | None, typer.Option(metavar="FILE", help="Bits per byte of a .txt or .jsonl file; may be repeated.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Files TASK.jsonl. (default: the Hugging Face hub's cache)")
+        Path | None,
+        typer.Option(metavar="DIR", help="A directory of TASK.jsonl files. (default: the Hugging Face hub's cache)"),
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question. (default: the suite's)")
+        int | None, typer.Option(min=0, help="Few-shot examples before each question. (default: the suite's)")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Each task's first N questions alone. (default: all)")
+        int | None, typer.Option(min=1, help="Only the first N questions of each task. (default: all)")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(min=1, help="Of --text: tokens read at once. (default: 2048, or the model's context)")
+        int | None, typer.Option(min=1, help="For --text: tokens read at once. (default: 2048, or the model's context)")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Of --text: tokens scored in each window. (default: half the window)")
+        int | None, typer.Option(min=1, help="For --text: tokens scored in each window. (default: half the window)")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Results. (default: evals/MODEL or evals/MODEL+ADAPTER)")
+        Path | None,
+        typer.Option(metavar="DIR", help="The directory of the results. (default: evals/MODEL or evals/MODEL+ADAPTER)"),
     ] = None,
     adapter: options.AdapterPath = None,
     compute_dtype: options.ComputeDtype = None,
-    harness: Annotated[
-        bool, typer.Option("--harness", help="Have lm_eval, which must be installed, ask its own tasks.")
-    ] = False,
+    harness: Annotated[bool, typer.Option("--harness", help="Run tasks of lm_eval, which must be installed.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the runs in these directories.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Also a picture of the scores; needs matplotlib.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the scores into this file too; needs matplotlib.")] = None,
 ) -> None:
     """Score a model on the paper's tasks as LM Evaluation Harness does, or on text; or compare such runs."""
     if compare:

@@ -14,7 +14,7 @@ from elm_mlx.cli.screen import byte_size, say
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or what `convert` reads.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
-    dtype: Annotated[options.DType | None, typer.Option(help="Of the weights. (default: what the model has)")] = None,
+    dtype: Annotated[options.DType | None, typer.Option(help="Type of the weights. (default: the model's)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export at DST.")] = False,
 ) -> None:
     """Write a model as CoreNet's PyTorch checkpoint: checkpoint.pt, config.yaml and the tokenizer."""

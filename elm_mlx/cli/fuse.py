@@ -23,13 +23,13 @@ def fuse(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Compare logits on this text. (default: what the run learned from, or excerpts of books)",
+            help="Compare logits on this text. (default: the run's training data, or excerpts of books)",
         ),
     ] = None,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Write a quantized model in 16 bits, without a new loss.")
+        bool, typer.Option("--dequantize", help="Write a quantized model in 16 bits, not quantized again.")
     ] = False,
-    dtype: Annotated[options.DType | None, typer.Option(help="Of the weights. (default: as the model is)")] = None,
+    dtype: Annotated[options.DType | None, typer.Option(help="Type of the weights. (default: the model's)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""

@@ -31,17 +31,18 @@ PANELS = {
 
 def generate(
     model: options.ModelPath,
-    text: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="The text, or message; - reads stdin.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="A text, or a message; - reads stdin.")] = None,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="PROMPT, by name. (default: the second argument)")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A file, a prompt a line; .jsonl: objects with `prompt`. (default: PROMPT)")
+        Path | None,
+        typer.Option(help="A file with a prompt a line, or .jsonl of objects with `prompt`. (default: PROMPT)"),
     ] = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
     no_template: Annotated[
-        bool, typer.Option("--no-template", help="Continue the text, though the model has a chat template.")
+        bool, typer.Option("--no-template", help="Continue the text, even if the model has a chat template.")
     ] = False,
     max_tokens: options.MaxTokens = None,
     temp: options.Temp = None,
@@ -57,18 +58,18 @@ def generate(
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:
-    """Continue a text; a model with a chat template answers it. What it says goes to stdout as it comes, speed and
-    memory to stderr."""
+    """Continue a text; a model with a chat template answers it. The text goes to stdout as it is generated, speed
+    and memory to stderr."""
     alone = [each for each in (text, *(prompt or ())) if each is not None]
     if len(alone) > 1:
         raise InputError("the prompt is given twice; --prompts FILE takes several")
     if bool(alone) == (prompts is not None):
         raise InputError("give one of --prompt TEXT and --prompts FILE")
     if prompts and logprobs and not as_json:
-        raise InputError("--prompts shows --logprobs only with --json")
+        raise InputError("--logprobs with --prompts needs --json")
     if no_template:
         if template is not None:
-            raise InputError("--template and --no-template exclude one another")
+            raise InputError("give --template or --no-template, not both")
         template = "none"
     from elm_mlx.inference.generation import check_steps
     from elm_mlx.inference.sampling import merge_settings, sampler_from
@@ -91,7 +92,7 @@ def generate(
 
         templated = prepare(model, template, adapter)
     if not templated and system is not None:
-        raise InputError("--system needs a chat template, and without one a text is continued: see --template")
+        raise InputError("--system needs a chat template, which the model lacks: pass --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     loaded = open_model(model, compute_dtype, adapter, config)
     for remark in loaded.notes:
@@ -228,5 +229,5 @@ def _read_prompts(path: Path) -> list[str]:
 def _prompt_of(line: str, where: str) -> str:
     record = reading.parse_json(line, where)
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise InputError(f"{where}: is no object with a text `prompt`")
+        raise InputError(f"{where}: is not an object with a string `prompt`")
     return record["prompt"]

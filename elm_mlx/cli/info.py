@@ -28,13 +28,13 @@ def info(
     model: options.OptionalModelPath = None,
     adapter: options.AdapterPath = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    system: Annotated[bool, typer.Option("--system", help="Say what MLX computes with on this machine.")] = False,
+    system: Annotated[bool, typer.Option("--system", help="Show MLX's device, BLAS and memory here.")] = False,
 ) -> None:
     """Show a model's size, its memory and its layers, and what an adapter changes in it."""
     if model is None and not system:
         raise InputError("give a model directory, or --system")
     if adapter is not None and model is None:
-        raise InputError("--adapter needs the model that it is for")
+        raise InputError("--adapter needs MODEL, which it is for")
     result: dict[str, object] = {}
     if system:
         result |= {"system": _system()}
@@ -100,7 +100,7 @@ def _print(about: Description) -> None:
         "context": "no limit of its own" if state else f"{about.context:,} tokens",
         "stored": f"{about.dtype}, {byte_size(about.file_bytes)}",
         "memory": ", ".join(f"{byte_size(count)} in {name}" for name, count in about.memory.items()),
-        "cache" if state else "KV cache": "a state of constant size, of which nothing can be taken back"
+        "cache" if state else "KV cache": "a state of constant size, which cannot be rewound"
         if state
         else ", ".join(caches),
     }
@@ -122,7 +122,7 @@ def _print_layers(layers: Sequence[Layer]) -> None:
         rows = [[*row[:3], row[4], row[6]] for row in rows]
     table(rows[0], rows[1:], left=bars)
     if len(layers) > _MOST_LAYERS:
-        line(f"  and {len(layers) - _MOST_LAYERS:,} layers more, which --json shows")
+        line(f"  and {len(layers) - _MOST_LAYERS:,} more layers; --json shows them")
 
 
 def _print_adapter(about: AdapterDescription) -> None:

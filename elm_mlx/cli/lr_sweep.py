@@ -14,10 +14,11 @@ _BAR = 30
 
 
 def lr_sweep(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe, as of `pretrain`.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe, as for `pretrain`.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of the runs.", show_default=False)],
     lr: Annotated[
-        str | None, typer.Option(help="Rates to try, as 0.001,0.002,0.004. (default: a quarter to four times its own)")
+        str | None,
+        typer.Option(help="Learning rates to try, as 0.001,0.002,0.004. (default: a quarter to four times its own)"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates of each run.")] = 100,
     set_: Annotated[
@@ -47,7 +48,7 @@ def lr_sweep(
     if all(trial.loss is None or trial.harmed for trial in trials):
         say(
             "warning",
-            "no rate lowered the loss from before training: lower ones may help",
+            "no rate brought the loss below that before training: lower ones may help",
             10,
             err=True,
         )

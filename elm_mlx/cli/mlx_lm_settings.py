@@ -80,7 +80,7 @@ def _check(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
         raise ValueError("optimizer is adam: write adamw, which without weight_decay is Adam (betas 0.9 and 0.95)")
     if theirs and ours.get("iters") is not None and accumulated not in (None, 1):
         raise ValueError(
-            f"iters counts batches in mlx-lm and updates here, of {accumulated} batches each: write so many updates, "
+            f"iters counts batches in mlx-lm and updates here, of {accumulated} batches each: write how many updates, "
             "without mlx-lm's own keys, or leave out grad_accumulation_steps"
         )
 
@@ -114,12 +114,12 @@ def _meaning(key: str, value: Any, optimizer: Any) -> list[tuple[str, Any]]:
 
 def _of_lora(values: Any) -> list[tuple[str, Any]]:
     if not isinstance(values, Mapping):
-        raise ValueError("lora_parameters is no table of rank, scale, dropout and keys")
+        raise ValueError("lora_parameters is not a table of rank, scale, dropout and keys")
     names = {"rank": "rank", "scale": SCALE, "dropout": "dropout", "keys": "target"}
     for name in values:
         if name not in names:
             hint = ": write alpha beside lora_parameters, or scale in it" if name == "alpha" else ""
-            raise ValueError(f"lora_parameters.{name} is none of {', '.join(names)}{hint}")
+            raise ValueError(f"lora_parameters.{name} is not one of {', '.join(names)}{hint}")
     found = {names[name]: value for name, value in values.items() if value is not None}
     if SCALE in found:
         try:
@@ -133,7 +133,7 @@ def _of_optimizer(values: Any, chosen: Any) -> list[tuple[str, Any]]:
     """Returns the settings of the chosen optimizer, as mlx-lm takes them."""
     own = values.get(str(chosen or "adamw"), {}) if isinstance(values, Mapping) else None
     if not isinstance(own, Mapping):
-        raise ValueError("optimizer_config is no table of optimizers, each with a table of its settings")
+        raise ValueError("optimizer_config is not a table of optimizers, each with a table of its settings")
     for name in own:
         if name != "weight_decay":
             fixed = "; AdamW has the betas 0.9 and 0.95, and eps 1e-8" if name in ("betas", "eps") else ""

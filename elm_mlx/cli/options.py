@@ -13,7 +13,7 @@ RecordFormat = Literal["completion", "messages", "alpaca", "text", "pairs"]
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="At most so many tokens. (default: the model's, or 256)", show_default=False)
+    int | None, typer.Option(help="Tokens to generate, at most. (default: the model's, or 256)", show_default=False)
 ]
 Temp = Annotated[
     float | None,
@@ -32,12 +32,12 @@ MinP = Annotated[
 ]
 RepetitionPenalty = Annotated[
     float | None,
-    typer.Option(help="Make tokens of the last 64 less likely; 1.1 does a little. (default: the model's, or 1)"),
+    typer.Option(help="Penalty on tokens among the last 64; 1.1 is mild. (default: the model's, or 1)"),
 ]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: drawn)")]
-PrefillStep = Annotated[int, typer.Option(help="Prompt tokens computed in one pass.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: random)")]
+PrefillStep = Annotated[int, typer.Option(help="Prompt tokens read in one forward pass.")]
 ComputeDtype = Annotated[
-    DType | None, typer.Option(help="Of the computation. (default: as stored on a GPU, float32 on a CPU)")
+    DType | None, typer.Option(help="Type to compute in. (default: as stored on a GPU, float32 on a CPU)")
 ]
 OptionalModelPath = Annotated[
     Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)
@@ -45,7 +45,7 @@ OptionalModelPath = Annotated[
 AdapterPath = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
 ]
-System = Annotated[str | None, typer.Option(help="What the model is told before anything else. (default: nothing)")]
+System = Annotated[str | None, typer.Option(help="The system prompt. (default: none)")]
 ChatTemplate = Annotated[
     str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
 ]

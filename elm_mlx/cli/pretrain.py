@@ -39,16 +39,18 @@ def pretrain(
         Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model. (no default)")
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a recipe to start from, and end. (default: train)")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a recipe to start from, and do not train. (default: train)"),
     ] = None,
     preset: Annotated[
-        Literal["small", options.Preset], typer.Option(help="Of --init: a model for small texts, or the paper's.")
+        Literal["small", options.Preset],
+        typer.Option(help="For --init: a model for small texts, or one of the paper's."),
     ] = "small",
     data: Annotated[
         str | None,
         typer.Option(
             metavar="PATH",
-            help="Of --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
+            help="For --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
         ),
     ] = None,
     set_: Annotated[

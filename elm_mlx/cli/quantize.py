@@ -26,36 +26,37 @@ def quantize(
     model: options.ModelPath,
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The model directory to make.")],
     bits: Annotated[
-        int | None, typer.Option(help="2, 3, 4, 5, 6 or 8 bits a value. (default: 4)", show_default=False)
+        int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8. (default: 4)", show_default=False)
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Values that share a scale: 32, 64 or 128. (default: 64)", show_default=False)
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. (default: 64)", show_default=False)
     ] = None,
     mode: Annotated[
-        Literal["affine", "mxfp4", "mxfp8", "nvfp4"], typer.Option(help="Whole numbers with a scale, or floats.")
+        Literal["affine", "mxfp4", "mxfp8", "nvfp4"],
+        typer.Option(help="affine is integers with scales and biases; the others are floats."),
     ] = "affine",
     bpw: Annotated[
         float | None,
-        typer.Option(
-            help="Mix 2 to 8 bits by what each weight can bear, within these bits a weight. (default: --bits for all)"
-        ),
+        typer.Option(help="Mix 2 to 8 bits by each weight's sensitivity, up to this mean. (default: --bits for all)"),
     ] = None,
     method: Annotated[
         Literal["awq", "dwq", "gptq"] | None, typer.Option(help="One of mlx-lm's learned methods.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="For dwq. (default: 1e-5)", show_default=False)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of --method dwq. (default: 1e-5)", show_default=False)
+    ] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text for --bpw and --method. (default: excerpts of books)")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Text to measure losses on. (default: of other books)")
+        Path | None, typer.Option(metavar="FILE", help="Text to measure losses on. (default: excerpts of other books)")
     ] = None,
     dtype: Annotated[
-        options.DType | None, typer.Option(help="Of scales and norms. (default: as in MODEL, of 16 bits)")
+        options.DType | None, typer.Option(help="Type of scales and norms. (default: as in MODEL, in 16 bits)")
     ] = None,
     max_kld: Annotated[
         float | None,
-        typer.Option(help="Write nothing where the mean KL divergence is above this, in nats. (default: no limit)"),
+        typer.Option(help="Write nothing if the mean KL divergence is above this, in nats. (default: no limit)"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
 ) -> None:

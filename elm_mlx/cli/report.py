@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories that runs were written to.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Directories of runs.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page. (default: report.html in the first run's directory)")
+        Path | None, typer.Option(help="The page to write. (default: report.html in the first run's directory)")
     ] = None,
-    png: Annotated[Path | None, typer.Option(help="Also a picture of the charts; needs matplotlib.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are no reports, too.")] = False,
+    png: Annotated[Path | None, typer.Option(help="Draw the charts into this file too; needs matplotlib.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are not reports, too.")] = False,
 ) -> None:
     """Write one page with the curves of training runs, laid over each other."""
     from elm_mlx import directories

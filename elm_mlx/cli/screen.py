@@ -410,7 +410,9 @@ class TrainingDisplay(TrainingCallback):
         if self.quiet:
             return
         begun = self._updates or self._resumed
-        self.say(f"stopping{' after this update' if begun else ', with nothing to save yet'}; again ends at once")
+        self.say(
+            f"stopping{' after this update' if begun else ', with nothing to save yet'}; Ctrl-C again ends at once"
+        )
 
     def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
         texts = [f"validation loss {loss:.4f}", *_named(measures)]

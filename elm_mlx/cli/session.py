@@ -47,9 +47,9 @@ MEANINGS = {
     "top_p": "keep the likeliest tokens that reach this probability",
     "top_k": "keep this many of the likeliest tokens; 0 keeps all",
     "min_p": "drop tokens below this share of the likeliest one's probability",
-    "repetition_penalty": "make tokens of the last 64 less likely; 1 does nothing",
-    "max_tokens": "of an answer, at most",
-    "seed": "the same one gives the same answers; none draws one",
+    "repetition_penalty": "penalty on tokens among the last 64; 1 is none",
+    "max_tokens": "tokens of an answer, at most",
+    "seed": "the same seed gives the same answers; none is random",
 }
 
 
@@ -230,7 +230,7 @@ class Session:
         elif name == "save" and not value:
             self._note(f"(saved to {save_settings(self._directory, self._chat.options)})")
         elif name not in MEANINGS:
-            raise InputError(f"no setting {name!r}; there are {', '.join(MEANINGS)}")
+            raise InputError(f"setting {name!r} is not one of {', '.join(MEANINGS)}")
         elif not value.strip():
             raise InputError(f"/set {name} needs a value")
         elif name == "seed":
@@ -277,7 +277,7 @@ class Session:
 
 def _file(name: str, command: str) -> Path:
     if not name:
-        raise InputError(f"/{command} needs a file's name")
+        raise InputError(f"/{command} needs a file name")
     return reading.expanded(name)
 
 

@@ -26,16 +26,17 @@ def train_tokenizer(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The SentencePiece model to write.", show_default=False)],
     vocab_size: Annotated[int, typer.Option(metavar="N", help="Pieces, with 3 controls and 256 bytes.")] = 32_000,
-    max_bytes: Annotated[int, typer.Option(metavar="N", help="Train on a sample of so much text.")] = 100_000_000,
+    max_bytes: Annotated[int, typer.Option(metavar="N", help="Bytes of text to sample for training.")] = 100_000_000,
     seed: Annotated[int, typer.Option(help="The same seed draws the same sample.")] = 0,
     character_coverage: Annotated[
-        float, typer.Option(metavar="SHARE", help="Characters with a piece of their own; the rest is spelt in bytes.")
+        float,
+        typer.Option(metavar="SHARE", help="Share of characters with a piece of their own; the rest is bytes."),
     ] = 0.99995,
     compare: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Measure this tokenizer on the same lines, too.")
+        Path | None, typer.Option(metavar="FILE", help="Measure this tokenizer on the same lines too.")
     ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; some are named.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at FILE.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; the first are named.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file at --out.")] = False,
 ) -> None:
     """Train a tokenizer on raw text: SentencePiece BPE with byte fallback, as Llama 2's."""
     from elm_mlx.text.tokenizer import Tokenizer
@@ -72,7 +73,7 @@ def _print_sample(sample: LineSample, files: int) -> None:
 def _print_measure(name: str, measure: Measure, tokenizer: Tokenizer) -> None:
     share = measure.byte_tokens / max(1, measure.tokens)
     say(name, f"{measure.bytes_per_token:.3f} bytes a token (bytes alone: 1), {share:.2%} of the tokens are bytes")
-    say("", f"{tokenizer.path}; {measure.returned:,} of {measure.lines:,} lines come back as they were")
+    say("", f"{tokenizer.path}; {measure.returned:,} of {measure.lines:,} lines decode to themselves")
 
 
 @contextmanager

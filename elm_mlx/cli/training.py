@@ -45,7 +45,7 @@ Config = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
-Force = Annotated[bool, typer.Option("--force", help="Try what is sure not to fit into this machine's memory.")]
+Force = Annotated[bool, typer.Option("--force", help="Start even if the run cannot fit into memory.")]
 
 
 def command(kind: type[LoraSettings], recipes: Recipes, about_recipes: str, about: str) -> Callable[..., None]:
@@ -156,7 +156,7 @@ def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
         name = str(key).replace("-", "_")
         name = "learning_rate" if name == "lr" else name
         if name in values:
-            raise InputError(f"{path}: {key} stands twice, in two spellings")
+            raise InputError(f"{path}: {key} is given twice, in two spellings")
         values[name] = value
     try:
         found = mlx_lm_settings.translated(values)
@@ -168,7 +168,7 @@ def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
         if name not in options and name != mlx_lm_settings.SCALE:
             near = difflib.get_close_matches(name, options, 1)
             hint = f"; the nearest is {near[0]}" if near else f"; there are {', '.join(sorted(options))}"
-            raise InputError(f"{path}: {name} is no option{hint}")
+            raise InputError(f"{path}: {name} is not an option{hint}")
     return found
 
 

@@ -99,9 +99,9 @@ class Batches:
         world: int = 1,
     ) -> None:
         if not examples:
-            raise InputError("there are no examples to make batches of")
+            raise InputError("there are no examples to batch")
         if batch_size < 1:
-            raise InputError(f"a batch has at least 1 row, not {batch_size}")
+            raise InputError(f"batch_size must be at least 1, not {batch_size}")
         if not 0 <= rank < world:
             raise InputError(f"there is no process {rank} of {world}")
         self._examples = self._units(examples)

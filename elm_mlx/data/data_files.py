@@ -59,7 +59,7 @@ def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
     """The longest of `suffixes` that the file's name ends with. Raises InputError."""
     matching = [suffix for suffix in suffixes if path.name.lower().endswith(suffix)]
     if not matching:
-        raise InputError(f"{path}: no kind of data file that can be read, which are {', '.join(suffixes)}")
+        raise InputError(f"{path}: not a kind of data file that can be read: {', '.join(suffixes)}")
     return max(matching, key=len)
 
 
@@ -159,7 +159,7 @@ def read_whole(path: Path, file: IO[bytes]) -> bytes:
         most = min(most, LINE_BYTES + _RATIO * path.stat().st_size)
     data = file.read(most + 1)
     if len(data) > most:
-        raise InputError(f"{path}: more than {most >> 20} MB, which only JSON lines and separated texts may have")
+        raise InputError(f"{path}: more than {most >> 20} MB, the limit but for JSON lines and separated texts")
     return data
 
 
@@ -182,20 +182,20 @@ def text_of(value: Any, key: str) -> str:
     if isinstance(value, BadRecord):
         raise value
     if not isinstance(value, dict):
-        raise BadRecord(f"is {kind_of(value)}, and not an object")
+        raise BadRecord(f"is {kind_of(value)}, not an object")
     if key not in value:
         raise BadRecord(f"`{key}` is missing; it has {keys_of(value)}")
     if not isinstance(value[key], str):
-        raise BadRecord(f"`{key}` is {kind_of(value[key])}, and not a text")
+        raise BadRecord(f"`{key}` is {kind_of(value[key])}, not a string")
     return value[key]
 
 
 def kind_of(value: Any) -> str:
-    """Names the kind of a value of JSON or Parquet: a text, a list, null."""
+    """Names the kind of a value of JSON or Parquet: a string, a list, null."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     kinds: dict[type, str] = {
-        str: "a text", list: "a list", dict: "an object", int: "a number", float: "a number", Decimal: "a number",
+        str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number", Decimal: "a number",
         bytes: "bytes",
     }  # fmt: skip
     return kinds.get(type(value), f"a {type(value).__name__}")
@@ -345,7 +345,7 @@ def _rows(path: Path, columns: Collection[str], start: int) -> Iterator[tuple[in
                             yield row, where, value if isinstance(value, BadRecord) else unread | value
                         row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # the last of a column's name
-        raise InputError(f"{path}: no Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
+        raise InputError(f"{path}: not Parquet that can be read: {' '.join(str(error).split())[:200]}") from None
 
 
 def _check_size(path: Path, group: int, about: Any, columns: Sequence[str]) -> None:

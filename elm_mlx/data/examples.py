@@ -117,7 +117,7 @@ class Encoder:
                 asked = prompt.format(instruction=record.instruction, input=record.input)
             example = self._answer(asked, record.output)
         if len(example.ids) < 2:
-            raise InputError("is one token, which nothing predicts")
+            raise InputError("is one token, and a loss needs two")
         return Example(example.ids, (False, *example.trained[1:]))
 
     def encode_pair(self, record: Preference) -> tuple[Example, Example]:
@@ -130,7 +130,7 @@ class Encoder:
             _last_answer(self.encode(record.answered(answer))) for answer in (record.chosen, record.rejected)
         )
         if prompt != same:
-            raise InputError("the chat template writes the prompt in another way before each answer")
+            raise InputError("the chat template renders the prompt differently before each answer")
         if chosen.ids == rejected.ids:
             raise InputError("`chosen` and `rejected` are the same to the tokenizer")
         return chosen, rejected
@@ -366,7 +366,7 @@ def load(
         ElmError: as `records.read`.
     """
     if max_length < 2:
-        raise InputError(f"--max-seq-length {max_length}: an example has two tokens or more")
+        raise InputError(f"--max-seq-length {max_length}: must be 2 or more")
     if context is not None and max_length > context:
         raise InputError(
             f"--max-seq-length {max_length}: the model reads {context} tokens at most, its context; give no more"

@@ -43,7 +43,7 @@ class Filters:
         for name in ("max_repetition", "max_symbols"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise InputError(f"{name} is a share from 0 to 1, not {value}")
+                raise InputError(f"{name} must be from 0 to 1, not {value}")
 
     def normalized(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if self.nfc else text

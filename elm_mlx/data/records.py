@@ -173,10 +173,10 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     if isinstance(value, BadRecord):
         raise value
     if not isinstance(value, dict):
-        raise BadRecord(f"is {kind_of(value)}, and not an object")
+        raise BadRecord(f"is {kind_of(value)}, not an object")
     _refuse(value, _NOT_USED, "")
     if value.get("weight") not in (None, 1):
-        raise BadRecord("has a `weight` of its own, and all records count the same; a message may have one, 0 or 1")
+        raise BadRecord("has a `weight`, but all records count the same; a message may have one, 0 or 1")
     layout = _LAYOUTS[_format_of(value) if format is None else format]
     missing = next((key for key in layout.keys if key not in value), None)
     if missing and layout.keys == _PAIR:
@@ -274,7 +274,7 @@ def _optional(value: Mapping[str, Any], key: str) -> str:
 def _text(value: Mapping[str, Any], key: str) -> str:
     text = value[key]
     if not isinstance(text, str):
-        raise BadRecord(f"`{key}` is {kind_of(text)}, and not a text")
+        raise BadRecord(f"`{key}` is {kind_of(text)}, not a string")
     if not text.strip():
         raise BadRecord(f"`{key}` is {'white space alone' if text else 'empty'}")
     return text
@@ -308,7 +308,7 @@ def _with_system(value: Mapping[str, Any], made: Record, question: str, answer: 
 def _conversation(where: str, value: Mapping[str, Any]) -> Conversation:
     messages = value["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRecord("`messages` is no list of objects")
+        raise BadRecord("`messages` is not a list of objects")
     turns = _turns(messages, "")
     try:
         check_messages(messages)
@@ -320,7 +320,7 @@ def _conversation(where: str, value: Mapping[str, Any]) -> Conversation:
         if not turns[i]["content"].strip():
             raise BadRecord(f"message {i + 1}: the assistant says nothing")
     if turns[0]["role"] == "assistant":
-        raise BadRecord("message 1 is the assistant's: nothing asks for it")
+        raise BadRecord("message 1 is the assistant's: it answers nothing")
     if not answers:
         raise BadRecord("no message is the assistant's: there is nothing to learn")
     if untrained.issuperset(answers):
@@ -342,10 +342,10 @@ def _turns(messages: Sequence[Mapping[str, Any]], whose: str) -> Turns:
         role = message.get("role")
         known = _ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
         if role not in ROLES and known in ROLES:
-            raise BadRecord(f"{of}: role is {role!r}, and not one of {', '.join(ROLES)}; write {known} for it")
+            raise BadRecord(f"{of}: role is {role!r}, not one of {', '.join(ROLES)}; write {known} for it")
         _refuse(message, _NOT_SHOWN, f"{of} ")
         if isinstance(message.get("content"), list):
-            raise BadRecord(f"{of}: content is no text, but a list of parts: write their text as one")
+            raise BadRecord(f"{of}: content is a list of parts, not a string: write their text as one")
     return tuple({key: message.get(key) for key in ("role", "content")} for message in messages)
 
 
@@ -394,7 +394,7 @@ def _answer(value: Any, key: str) -> tuple[Turns, str]:
             raise BadRecord(f"`{key}` ends with an answer that is not to be trained on")
         value = last["content"]
     if not isinstance(value, str):
-        raise BadRecord(f"`{key}` is neither a text nor a list of messages")
+        raise BadRecord(f"`{key}` is neither a string nor a list of messages")
     if not value.strip():
         raise BadRecord(f"`{key}` is empty")
     return tuple(before), value
@@ -418,7 +418,7 @@ def _prompt(prompt: Any, before: Turns, plain: bool) -> str | Turns:
         return asked
     if prompt is None and before:
         return before
-    raise BadRecord("`prompt` is " + ("missing" if prompt is None else "neither a text nor a list of messages"))
+    raise BadRecord("`prompt` is " + ("missing" if prompt is None else "neither a string nor a list of messages"))
 
 
 def _is_messages(value: Any) -> bool:

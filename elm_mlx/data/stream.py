@@ -349,7 +349,7 @@ def sample(
         InputError, ElmError: as `TextBatches`.
     """
     if tokens < 1:
-        raise InputError(f"a sample has at least 1 token, not {tokens}")
+        raise InputError(f"tokens must be at least 1, not {tokens}")
     look = replace(
         reading,
         rows=1,

@@ -51,7 +51,7 @@ class TextSource:
 
     def __post_init__(self) -> None:
         if bool(self.path) == bool(self.dataset):
-            raise InputError("a source has either a path, or a dataset on the Hub")
+            raise InputError("give a source a path or a dataset on the Hub, not both or neither")
         if not 0 < self.weight < float("inf"):
             raise InputError(f"{self.name}: its weight must be above 0, not {self.weight}")
         if not self.key or self.separator == "":
@@ -232,7 +232,7 @@ def _found(pattern: str) -> list[Path]:
     for each in paths:
         data_files.suffix_of(each, SUFFIXES)
     if not paths:
-        raise InputError(f"{pattern}: no such file or directory, and no file's name matches it")
+        raise InputError(f"{pattern}: no such file or directory, and no file matches it")
     return paths
 
 

@@ -181,7 +181,7 @@ class Evaluation:
             works.append(Work(key, path.name, str(path), metrics, [[each] for each in text.windows], text=text))
         if not works:
             key, how = next(iter(self.missing.items()))
-            raise InputError(f"no task's data are here; of {key}: {how}")
+            raise InputError(f"none of the tasks' data were found; {key}: {how}")
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
         with ScoreRecord(self.out, self._identity, about) as record:
             self.pace = score(works, model, record, on_progress)
@@ -209,7 +209,7 @@ class Evaluation:
 
         names = self._request.names()
         if not names or self._request.suite or self._request.texts:
-            raise InputError("--harness asks tasks of lm_eval: name them by --tasks, and neither --suite nor --text")
+            raise InputError("--harness runs lm_eval's tasks: name them with --tasks, without --suite or --text")
         found, table = harness.run(
             self._loaded.model, self._loaded.tokenizer, names, shots=self._request.shots, limit=self._request.limit,
             tasks_from=self._request.data, on_progress=on_progress,
@@ -307,7 +307,7 @@ def score(works: Sequence[Work], model: Any, record: ScoreRecord, on_progress: O
         on_progress: called with a work's key, and the computed and total cost of all.
 
     Raises:
-        ElmError: the record cannot be written, or the model's log-probabilities are no numbers.
+        ElmError: the record cannot be written, or the model's log-probabilities are NaN.
     """
     scorer = Scorer(model)
     started = time.perf_counter()
@@ -325,7 +325,7 @@ def score(works: Sequence[Work], model: Any, record: ScoreRecord, on_progress: O
                 number = numbers[result.item]
                 if any(map(math.isnan, result.logprobs)):
                     raise ElmError(
-                        f"{work.key}, item {number + 1}: the model's log-probabilities are no numbers: its weights are "
+                        f"{work.key}, item {number + 1}: the model's log-probabilities are NaN: its weights are "
                         "damaged, or overflow the type that they are computed in"
                     )
                 found = {"logprobs": result.logprobs, "greedy": result.greedy}

@@ -96,7 +96,7 @@ def of_shape(record: Mapping[str, Any]) -> Question:
     if "context" in record:
         return continuation(_text(record, "context"), _text(record, "continuation"))
     keys = ", ".join(f"`{key}`" for key in record) or "nothing"
-    raise BadRecord(f"is of none of the shapes {SHAPES}; it has {keys}")
+    raise BadRecord(f"has none of the shapes {SHAPES}; it has {keys}")
 
 
 def has_shape(record: Mapping[str, Any]) -> bool:
@@ -108,21 +108,21 @@ def has_shape(record: Mapping[str, Any]) -> bool:
 def _text(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or (key != "query" and not value.strip()):
-        raise BadRecord(f"`{key}` is no text" if key in record else f"`{key}` is missing")
+        raise BadRecord(f"`{key}` holds no text" if key in record else f"`{key}` is missing")
     return value
 
 
 def _texts(record: Mapping[str, Any], key: str) -> list[str]:
     value = record.get(key)
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
-        raise BadRecord(f"`{key}` is no list of texts" if key in record else f"`{key}` is missing")
+        raise BadRecord(f"`{key}` is not a list of strings" if key in record else f"`{key}` is missing")
     return value
 
 
 def _index(record: Mapping[str, Any]) -> int:
     value = record.get("gold")
     if type(value) is not int:
-        raise BadRecord("`gold` is no whole number" if "gold" in record else "`gold` is missing")
+        raise BadRecord("`gold` is not a whole number" if "gold" in record else "`gold` is missing")
     return value
 
 
@@ -153,7 +153,7 @@ def boolq_adopted(record: Mapping[str, Any]) -> Question:
     query, texts, right = _query(record)
     passage, found, question = query.removeprefix("Passage: ").rpartition("\nQuestion: ")
     if not found or texts != ["no", "yes"]:
-        raise BadRecord("is no passage with a question, to be answered by no or yes")
+        raise BadRecord("is not a passage with a question that no or yes answers")
     return boolq({"passage": passage, "question": question.removesuffix("?"), "label": right})
 
 

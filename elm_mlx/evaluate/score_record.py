@@ -111,7 +111,7 @@ def read_results(out: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file; `elm-mlx eval MODEL --out {out}` makes it")
     results = reading.json_object(path, reading.TEXT_BYTES)
     if not isinstance(results.get("tasks"), dict):
-        raise InputError(f"{path}: no results of `elm-mlx eval`")
+        raise InputError(f"{path}: not results of `elm-mlx eval`")
     return results
 
 
@@ -128,7 +128,7 @@ def kept_identity(out: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{error}; choose another --out") from None
     if not isinstance(known, dict):
-        raise InputError(f"{out / ABOUT}: is not of `elm-mlx eval`; choose another --out")
+        raise InputError(f"{out / ABOUT}: was not written by `elm-mlx eval`; choose another --out")
     return known
 
 

@@ -132,14 +132,14 @@ def _questions(paths: Sequence[Path], read: Callable[[Mapping[str, Any]], Questi
             if isinstance(record, BadRecord):
                 raise record
             if not isinstance(record, dict):
-                raise BadRecord(f"is {data_files.kind_of(record)}, and not an object")
+                raise BadRecord(f"is {data_files.kind_of(record)}, not an object")
             found.append(read(record))
         except BadRecord as error:
             raise InputError(f"{where}: {error}{hint}") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
             reason = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
             keys = data_files.keys_of(record)
-            raise InputError(f"{where}: is no record of this task: {reason}; it has {keys}") from None
+            raise InputError(f"{where}: is not a record of this task: {reason}; it has {keys}") from None
     return found
 
 
@@ -160,7 +160,7 @@ def _of_text(path: Path) -> Iterator[Question]:
     for start in range(0, len(lines), 6):
         question = lines[start : start + 6]
         if len(question) < 6 or question[1] not in ("0", "1", "2", "3"):
-            raise InputError(f"{path}, line {start + 1}: no context, index and four endings, each on a line")
+            raise InputError(f"{path}, line {start + 1}: needs a context, an index and four endings, each on a line")
         context, right, *endings = question
         yield hellaswag_adopted(context, endings, int(right))
 

@@ -78,7 +78,7 @@ class Chosen:
         assert pool is not None
         count = shots + task.leaves_out
         if len(pool) < count:
-            raise InputError(f"{task.name}: {count} examples are to be drawn, and there are {len(pool)}")
+            raise InputError(f"{task.name}: needs {count} few-shot examples, and there are {len(pool)}")
         draw = random.Random(_SEED)
         texts = []
         for question in questions:
@@ -157,7 +157,7 @@ SUITES: dict[str, dict[str, int]] = {
 def suite(name: str) -> list[Chosen]:
     """The tasks of a suite. Raises InputError for an unknown name."""
     if name not in SUITES:
-        raise InputError(f"no suite {name!r}; there are {', '.join(SUITES)}")
+        raise InputError(f"suite {name!r} is not one of {', '.join(SUITES)}")
     return [chosen for task, shots in SUITES[name].items() for chosen in named(task, shots)]
 
 
@@ -170,8 +170,8 @@ def named(name: str, shots: int | None = None) -> list[Chosen]:
     if name not in TASKS and name not in GROUPS:
         known = [*(task.name for task in TASKS.values() if task.group is None), *GROUPS]
         raise InputError(
-            f"no task {name!r}; there are {', '.join(sorted(known))}, any .jsonl file of questions, "
-            "and with --harness those of lm_eval"
+            f"task {name!r} is not one of {', '.join(sorted(known))}, nor a .jsonl file of questions; "
+            "--harness takes those of lm_eval"
         )
     found = [TASKS[each] for each in GROUPS.get(name, [name])]
     return [Chosen(task, task.shots if task.shots is not None else shots or 0) for task in found]

@@ -61,7 +61,7 @@ def encode(requests: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: i
             raise InputError(f"nothing to score in {after[:60]!r} after {text[-60:]!r}")
         if len(scored) > context:
             raise InputError(
-                f"an answer of {len(scored)} tokens, and the model reads {context} at once: {after[:60]!r}"
+                f"an answer of {len(scored)} tokens exceeds the model's context of {context}: {after[:60]!r}"
             )
         ids = (read + scored)[-(context + 1) :]
         found.append(Scored(ids, len(ids) - len(scored)))

@@ -180,7 +180,7 @@ class Chat:
     def set(self, name: str, value: float) -> None:
         """Changes one of `options`. Raises InputError when there is no such one, or not with that value."""
         if name not in DEFAULTS:
-            raise InputError(f"no setting {name!r}; there are {', '.join(DEFAULTS)}")
+            raise InputError(f"setting {name!r} is not one of {', '.join(DEFAULTS)}")
         kind = type(DEFAULTS[name])
         if kind is int and not float(value).is_integer():
             raise InputError(f"{name} is {value}: it must be a whole number")
@@ -332,7 +332,7 @@ def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
     record = reading.json_value(reading.expanded(path))
     messages = record.get("messages") if isinstance(record, dict) else None
     if not isinstance(messages, list):
-        raise InputError(f"{path}: no conversation: an object with a list `messages` is needed")
+        raise InputError(f"{path}: not a conversation: an object with a list `messages` is needed")
     try:
         said = [*check_messages(messages)] if messages else []
     except InputError as error:
@@ -342,7 +342,7 @@ def read_messages(path: Path) -> tuple[str | None, list[tuple[str, str]]]:
         role, expected = message["role"], ("user", "assistant")[number % 2]
         if role != expected:
             place = number + 1 + (system is not None)
-            raise InputError(f"{path}: message {place} is from {role!r}: {expected!r} must speak there")
+            raise InputError(f"{path}: message {place} is from {role!r}: it must be from {expected!r}")
     if len(said) % 2:
         raise InputError(f"{path}: the last message has no answer")
     contents = [message["content"] for message in said]

@@ -121,7 +121,7 @@ def stream_generate(
             a setting out of range.
     """
     if sampler is not None and seed is not None:
-        raise InputError("a sampler draws by itself: `mx.random.seed` is its seed")
+        raise InputError("seed has no effect beside a sampler: call `mx.random.seed`")
     if tokenizer is None and stop:
         raise InputError("stop strings need a tokenizer")
     chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler, tuple(logits_processors))
@@ -222,7 +222,7 @@ def checked(logprob: float) -> float:
     """Raises ElmError for the logarithm of a probability that is no number: then no text is one either."""
     if math.isnan(logprob):
         raise ElmError(
-            "the model computes values that are no numbers: its weights are damaged, or overflow the type that is "
+            "the model computes NaN: its weights are damaged, or overflow the type that is "
             "computed in; --compute-dtype float32 tells which"
         )
     return logprob

@@ -114,7 +114,7 @@ class Sampler:
             if not _SETTINGS[name].holds(getattr(self, name)):
                 raise InputError(f"{name} is {getattr(self, name)}: it must be {_SETTINGS[name].range}")
         if self.choose is not None and (self.temp, self.top_p, self.top_k, self.min_p) != (0, 1, 0, 0):
-            raise InputError("a sampler chooses by itself: temp, top_p, top_k and min_p have no place beside it")
+            raise InputError("give a sampler, or temp, top_p, top_k and min_p, not both")
 
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None = None) -> State:
         """Returns the state before the first token after `prompts`, one for each row. `seed` None draws one.

@@ -182,7 +182,7 @@ class ModelConfig:
     def preset(cls, name: str, vocab_size: int = 32_000) -> ModelConfig:
         """Returns one of the paper's four models: `OpenELM-270M`, `-450M`, `-1_1B`, `-3B`."""
         if name not in PRESETS:
-            raise InputError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
+            raise InputError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
         num_layers, model_dim, head_dim = PRESETS[name]
         return cls.scaled(vocab_size=vocab_size, num_layers=num_layers, model_dim=model_dim, head_dim=head_dim)
 
@@ -379,7 +379,7 @@ def _check_packing(where: str, how: object) -> None:
         raise InputError(f"{where}: bits {short(bits)}, group_size {short(group_size)}: whole numbers are needed")
     known = (bits in (1, *BITS) and group_size in GROUPS) if mode == AFFINE else (bits, group_size) == FLOATS[mode]
     if not known:
-        raise InputError(f"{where}: MLX has no {mode} of {short(bits)} bits in groups of {short(group_size)}")
+        raise InputError(f"{where}: MLX does not support {mode} of {short(bits)} bits in groups of {short(group_size)}")
 
 
 # layers, model_dim, head_dim (paper, table 9 of the appendix; CoreNet's general_gpt.py)

@@ -256,7 +256,7 @@ def read(keys: Keys, directory: Path) -> FamilyConfig:
     model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(("openelm", *FAMILIES))
-        raise InputError(f"{keys.where}: model_type is {short(model_type)}, and this reads {known}")
+        raise InputError(f"{keys.where}: model_type is {short(model_type)}; supported are {known}")
     family = FAMILIES[model_type]
     values: dict[str, Any] = {
         "model_type": model_type,

@@ -91,7 +91,7 @@ def network(config: FamilyConfig) -> Any:
         made = found.Model(found.ModelArgs.from_dict(values))
     except (TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ElmError(f"this mlx-lm makes no {family.name} network of such a config.json: {reason}") from None
+        raise ElmError(f"this mlx-lm makes no {family.name} network from such a config.json: {reason}") from None
     if family.bare_norms:
         _bare_norms(made)
     for part in made.modules() if "layer_norm_epsilon" in values else ():  # which mlx-lm's Mamba does not read
@@ -130,7 +130,7 @@ def _with_protocol(network: type, body: str, embedding: str) -> type:
 def _package() -> None:
     found = importlib.util.find_spec("mlx_lm")  # does not import it
     if found is None or not found.submodule_search_locations:
-        raise ElmError("mlx-lm is not installed, whose networks run models other than OpenELM: pip install mlx-lm")
+        raise ElmError("models other than OpenELM need mlx-lm: pip install mlx-lm")
     package = ModuleType(_PACKAGE, __doc__)
     package.__path__ = [str(Path(found.submodule_search_locations[0]) / "models")]
     sys.modules[_PACKAGE] = package

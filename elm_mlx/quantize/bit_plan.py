@@ -132,7 +132,7 @@ def check_budget(weights: Weights, group_size: int, bpw: float) -> None:
             "norms counted"
         )
     if bpw >= weights.bits_per_weight({}):
-        raise InputError(f"--bpw {bpw:g}: the model as it is takes no more")
+        raise InputError(f"--bpw {bpw:g}: the unquantized model takes no more")
 
 
 def mix(weights: Weights, group_size: int, bpw: float, divergences: Mapping[str, Mapping[int, float]]) -> BitPlan:

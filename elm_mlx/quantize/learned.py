@@ -35,9 +35,7 @@ def check_network(method: str, config: Config) -> None:
     if isinstance(config, FamilyConfig) and config.family.bare_norms:
         raise InputError(f"--method {method}: mlx-lm's own network of {config.family.name} does not run; leave it out")
     if method == "awq" and isinstance(config, FamilyConfig) and config.model_type not in awq.AWQ_MODEL_CONFIGS:
-        raise InputError(
-            f"--method awq: mlx-lm does not know where a {config.model_type} model's layers take their scales"
-        )
+        raise InputError(f"--method awq: mlx-lm's AWQ does not support the model_type {config.model_type}")
 
 
 def quantize(
@@ -61,7 +59,7 @@ def quantize(
     odd = next((name for name, own in formats.items() if own != how), None)
     if odd is not None and method != "dwq":
         raise InputError(
-            f"--method {method} wants the same groups everywhere, and {odd} needs {formats[odd]}: choose --group-size "
+            f"--method {method} wants the same groups everywhere, but {odd} needs {formats[odd]}: choose --group-size "
             f"{formats[odd].group_size}"
         )
     with _quiet():

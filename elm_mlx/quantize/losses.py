@@ -83,7 +83,7 @@ def rows(ids: Sequence[int], bos_id: int | None, window: int, most: int = MOST_T
 def text_ids(text: Excerpt, loaded: Loaded) -> list[int]:
     """Encodes a text, without BOS. Raises InputError where the model has no tokenizer, or the text is empty."""
     if loaded.tokenizer is None:
-        raise InputError("without a tokenizer there is no text to measure or learn by: only --bits, --mode and --dtype")
+        raise InputError("the model has no tokenizer and so reads no text: only --bits, --mode and --dtype work")
     found = loaded.tokenizer.encode(text.content, add_bos=False)
     if len(found) < 2:
         raise InputError(f"{text.name}: holds no text")

@@ -198,7 +198,7 @@ def _write(
 def _check(result: Quantization, max_kld: float | None) -> None:
     lost = result.losses.kl_mean
     if not math.isfinite(lost):
-        raise ElmError(f"{result.destination}: the quantized model's logits are no numbers; nothing was written")
+        raise ElmError(f"{result.destination}: the quantized model's logits are NaN; nothing was written")
     if max_kld is not None and lost > max_kld:
         raise ElmError(
             f"{result.destination}: diverges by {lost:.3g} nats a token, more than --max-kld {max_kld:g}; "

@@ -65,7 +65,7 @@ def choose_format(bits: int | None = None, group_size: int | None = None, mode: 
             raise InputError(f"{mode} has {own_bits} bits and groups of {own_group}, and no others")
         return Format(own_bits, own_group, mode)
     if mode != AFFINE:
-        raise InputError(f"no mode {mode!r}; there are {AFFINE}, {', '.join(FLOATS)}")
+        raise InputError(f"mode {mode!r} is not one of {AFFINE}, {', '.join(FLOATS)}")
     bits, group_size = 4 if bits is None else bits, GROUP if group_size is None else group_size
     if bits not in BITS:
         raise InputError(f"{bits} bits: MLX packs weights in {', '.join(map(str, BITS))}")
@@ -97,21 +97,21 @@ class QuantizationRecipe:
 
     def __post_init__(self) -> None:
         if self.bpw is not None and self.how.mode != AFFINE:
-            raise InputError(f"--bpw mixes affine weights: it goes with no --mode {self.how.mode}")
+            raise InputError(f"--bpw mixes affine weights: leave out --mode {self.how.mode}")
         if self.bpw is not None and not 0 < self.bpw <= 32:
-            raise InputError(f"--bpw {self.bpw:g}: bits a weight are more than 0 and at most 32")
+            raise InputError(f"--bpw {self.bpw:g}: must be above 0 and at most 32")
         if self.bpw is not None and self.method in ("awq", "gptq"):
-            raise InputError(f"--method {self.method} wants the same bits everywhere: it goes with no --bpw")
+            raise InputError(f"--method {self.method} wants the same bits everywhere: leave out --bpw")
         if self.method is not None:
             _check_method(self.method, self.how)
         if self.dtype is not None and self.dtype not in device.DTYPES:
-            raise InputError(f"--dtype {self.dtype}: there are {', '.join(device.DTYPES)}")
+            raise InputError(f"--dtype {self.dtype}: is not one of {', '.join(device.DTYPES)}")
 
 
 def _check_method(method: str, how: Format) -> None:
     """Raises InputError where `method` has no such format."""
     if method not in METHODS:
-        raise InputError(f"no method {method!r}; there are {', '.join(METHODS)}")
+        raise InputError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if how.mode != AFFINE:
         raise InputError(f"--method {method} is for affine weights, not {how.mode}")
     if method == "gptq" and how.bits not in _GPTQ_BITS:
@@ -132,7 +132,7 @@ def parse(name: str) -> QuantizationRecipe:
         return choose(int(name)) if name.isdigit() else choose(bpw=float(name))
     except ValueError:
         raise InputError(
-            f"--quantize {name}: is no number of bits, none of {', '.join(FLOATS)}, and no budget such as 4.5"
+            f"--quantize {name}: is not a number of bits, not one of {', '.join(FLOATS)}, and not a budget such as 4.5"
         ) from None
 
 

@@ -50,7 +50,7 @@ def convert_adapter(
         if to == "peft":
             if adapters.EMBEDDING in found.ranks and found.adapted_head and config.share_input_output_layers:
                 raise InputError(
-                    f"{src}: PEFT's tied head reads the base embedding, and this adapter's the adapted one: fuse it"
+                    f"{src}: PEFT's tied head reads the base embedding, but this adapter's the adapted one: fuse it"
                 )
             plain = LoraWeights(found.kind == "dora", found.scale, found.dropout, values)
             elm_mlx_convert.write_peft(directory, plain)
@@ -68,7 +68,7 @@ def _read(
     if (src / adapters.CONFIG).is_file():
         adapter = adapters.read(src, config, model)
         if adapter.kind == "full":
-            raise InputError(f"{src}: weights of the whole model are no adapter; `elm-mlx fuse` merges them")
+            raise InputError(f"{src}: weights of the whole model are not an adapter; `elm-mlx fuse` merges them")
         return adapter, {name: np.array(value) for name, value in adapters.read_values(adapter, config).items()}
     if not src.exists():
         raise InputError(f"{src}: no such file or directory")
@@ -77,5 +77,5 @@ def _read(
     found = elm_mlx_convert.read_corenet(src, config, alpha=alpha, settings=settings)
     odd = next((name for name, value in found.arrays.items() if not np.isfinite(value).all()), None)
     if odd is not None:
-        raise InputError(f"{src}: {odd} holds values that are no numbers, or infinite")
+        raise InputError(f"{src}: {odd} holds NaN or infinite values")
     return adapters.of_weights(found), dict(found.arrays)

@@ -221,7 +221,7 @@ def load(model: Model, adapter: Adapter) -> None:
     Everything is frozen, and what does not change is computed; `train_adapter` and `model.train()` go on training.
 
     Raises:
-        InputError: the file holds values that are no numbers, or is damaged.
+        InputError: the file holds NaN or infinite values, or is damaged.
     """
     assert adapter.directory is not None
     values = read_values(adapter, model.config)
@@ -280,7 +280,7 @@ def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
     """Reads the adapter's arrays: by their names in the model, at their own ranks, float32 but for "full".
 
     Raises:
-        InputError: the file holds values that are no numbers, or is damaged.
+        InputError: the file holds NaN or infinite values, or is damaged.
     """
     assert adapter.directory is not None
     path = weights_file(adapter.directory)
@@ -301,7 +301,7 @@ def read_values(adapter: Adapter, config: Config) -> dict[str, mx.array]:
             }
     for name, value in values.items():
         if not mx.isfinite(value).all().item():
-            raise InputError(f"{path}: tensor {name} holds values that are no numbers, or infinite")
+            raise InputError(f"{path}: tensor {name} holds NaN or infinite values")
     return values
 
 
@@ -333,7 +333,7 @@ def _rank_of(module: str, rank: Rank, config: Config) -> int:
             if str(pattern) == str(layer) or _matches(module, str(pattern)):
                 found = value
         if found is None:
-            raise InputError(f"rank says nothing of {module}: a pattern '*' would fit all that no other fits")
+            raise InputError(f"rank does not cover {module}: a pattern '*' matches what no other does")
     elif len(rank) != config.num_layers:
         raise InputError(f"rank has {counted(len(rank), 'entry')}, and the model {counted(config.num_layers, 'layer')}")
     else:
@@ -354,7 +354,7 @@ def _check_tensors(file: Path, adapter: Adapter, config: Config) -> None:
     entries = {entry.name: entry for entry in read_header(file)}
     for name, entry in entries.items():
         if entry.dtype not in ("F32", "F16", "BF16"):
-            raise InputError(f"{file}: tensor {name} is {entry.dtype}, which is no type of a weight")
+            raise InputError(f"{file}: tensor {name} is {entry.dtype}, which is not a type of weights")
     if adapter.kind == "full":
         expected = {name: shape for name, shape in config.shapes().items() if name in entries}
     else:  # in the file all have the largest rank, filled up with zeros
@@ -405,7 +405,7 @@ def _modules(where: Path, keys: object, num_layers: object, config: Config) -> l
     for key in config.linears if keys is None else keys:
         named = [f"{config.layers_prefix}.{layer}.{key}" for layer in layers] if key in config.linears else [key]
         if named[0] == config.embedding and named[0] not in known:
-            raise InputError(f"{where}: adapts the embedding, which is done for OpenELM alone")
+            raise InputError(f"{where}: adapts the embedding, which only an OpenELM supports")
         if named[0] not in known:
             hint = ": its head is untied, as after fusing" if key == INPUT_EMBEDDING else ""
             raise InputError(f"{where}: keys names {short(key)}, and this model has no such module{hint}")

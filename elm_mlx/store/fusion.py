@@ -206,7 +206,7 @@ def _dtype(source: Path, config: Config, name: str | None, dequantize: bool) -> 
     if name is None:
         return None
     if name not in device.DTYPES:
-        raise InputError(f"dtype is {name!r}; there are {', '.join(device.DTYPES)}")
+        raise InputError(f"dtype {name!r} is not one of {', '.join(device.DTYPES)}")
     if not dequantize and read_weights(source, config)[1]:
         raise InputError(f"{source}: is quantized and stays so, by its own types; {name} needs --dequantize too")
     return device.DTYPES[name]

@@ -239,7 +239,7 @@ def _check_weights(config: Config, packing: Mapping[str, Packing], weights: dict
         if name in packing:
             _check_packed(name, packing[name], weights, path)
         elif not (mx.issubdtype(weights[name].dtype, mx.floating) or name in bytes_):
-            raise InputError(f"{path}: tensor {name} is {weights[name].dtype}, which is no type of a weight")
+            raise InputError(f"{path}: tensor {name} is {weights[name].dtype}, which is not a type of weights")
     extra = next((name for name in weights if name not in expected), None)
     if extra is not None:
         raise InputError(f"{path}: tensor {extra} has no place in the model that config.json describes")

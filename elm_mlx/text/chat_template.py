@@ -233,11 +233,11 @@ def check_messages(messages: Messages) -> Messages:
         raise InputError("a conversation needs a message")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
-            raise InputError(f"message {number}: an object with texts `role` and `content` is needed")
+            raise InputError(f"message {number}: an object with strings `role` and `content` is needed")
         if message.get("role") not in ROLES:
-            raise InputError(f"message {number}: role is {message.get('role')!r}, and not one of {', '.join(ROLES)}")
+            raise InputError(f"message {number}: role is {message.get('role')!r}, not one of {', '.join(ROLES)}")
         if not isinstance(message.get("content"), str):
-            raise InputError(f"message {number}: content is no text")
+            raise InputError(f"message {number}: content is not a string")
     return messages
 
 
@@ -328,7 +328,7 @@ def read_source(name: str) -> str | None:
         return OPENELM_INSTRUCT_JINJA
     path = reading.expanded(name)
     if not path.is_file():
-        raise InputError(f"{name}: no chat template: {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
+        raise InputError(f"{name}: not a chat template: give {OPENELM_INSTRUCT}, {NONE}, or a file of Jinja text")
     return reading.text(path, _MAX_BYTES)
 
 
@@ -380,7 +380,7 @@ def _default(value: Any) -> str:
         raise ValueError(f"holds {', '.join(sorted(value))}, and no default")
     text = value.get("default") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise ValueError("is no text, and no list of objects with a text each as name and template")
+        raise ValueError("is neither a string nor a list of objects with strings as name and template")
     if len(text) > _MAX_BYTES:
         raise ValueError(f"has more than {_MAX_BYTES >> 20} MB, which no template needs")
     return text

@@ -137,7 +137,7 @@ class SentencePieceEncoding:
         try:
             piece: str = self._processor.id_to_piece(token)
         except UnicodeDecodeError:
-            raise InputError(f"{self.path}: piece {token} is no UTF-8; fetch it again") from None
+            raise InputError(f"{self.path}: piece {token} is not UTF-8; fetch it again") from None
         return piece
 
     def encode(self, text: str, first: bool = True) -> list[int]:
@@ -148,7 +148,7 @@ class SentencePieceEncoding:
         try:
             text: str = self._processor.decode([token for token in ids if check_token(token) < self.vocab_size])
         except UnicodeDecodeError:
-            raise InputError(f"{self.path}: has a piece that is no UTF-8; fetch it again") from None
+            raise InputError(f"{self.path}: has a piece that is not UTF-8; fetch it again") from None
         return text
 
     def decoder(self) -> SentencePieceDecoder:
@@ -294,7 +294,7 @@ def _piece(data: bytes, start: int, stop: int) -> Piece:
     try:
         return Piece(text.decode("utf-8"), score, kind)
     except UnicodeDecodeError:
-        raise _Malformed(f"the piece at byte {start} is no UTF-8") from None
+        raise _Malformed(f"the piece at byte {start} is not UTF-8") from None
 
 
 class _Malformed(Exception):

@@ -167,7 +167,7 @@ class Tokenizer:
     def checked(self, ids: list[int]) -> list[int]:
         """Returns `ids`. Raises InputError where the model has no row for one: its embedding may be the smaller."""
         if self.rows is not None and ids and (most := max(ids)) >= self.rows:
-            raise InputError(f"{self.piece_of(most)!r} is token {most}, and the model knows {self.rows:,} tokens only")
+            raise InputError(f"{self.piece_of(most)!r} is token {most}, but the model has only {self.rows:,} tokens")
         return ids
 
     def trimmed(self, parts: Sequence[str | int]) -> list[str | int]:
@@ -276,4 +276,4 @@ def check_unicode(text: str) -> bytes:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X}"
-        raise InputError(f"the text is no valid Unicode: character {error.start + 1} is {half}") from None
+        raise InputError(f"the text is not valid Unicode: character {error.start + 1} is {half}") from None

@@ -52,7 +52,7 @@ class Alignment(Finetuning):
     def __init__(self, asked: DpoSettings, *, resume: bool = False) -> None:
         self._preferring = Preferring(asked.preference.loss, asked.preference.beta)
         if asked.method.dropout:
-            raise InputError("pairs are compared without dropout: set it to 0")
+            raise InputError("--dropout: must be 0, for pairs are compared without")
         super().__init__(asked, resume=resume)
 
     def count(self, split: str = "train") -> int:

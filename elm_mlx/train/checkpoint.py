@@ -183,7 +183,7 @@ def restore(path: Path, identity: Identity, parameters: Any, optimizer: Any) -> 
     try:
         saved, progress = Identity(**state["identity"]), RunProgress(**state["progress"])
     except (KeyError, TypeError):
-        raise InputError(f"{path / STATE}: is no state of a checkpoint") from None
+        raise InputError(f"{path / STATE}: is not the state of a checkpoint") from None
     wrong = _what_is_wrong(saved, progress)
     if wrong is not None:
         raise InputError(f"{path / STATE}: {wrong} is damaged; an earlier checkpoint may be whole")

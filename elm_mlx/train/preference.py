@@ -54,7 +54,7 @@ class Preferring:
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
-            raise InputError(f"no loss of pairs {self.loss!r}; there are {', '.join(LOSSES)}")
+            raise InputError(f"loss of pairs {self.loss!r} is not one of {', '.join(LOSSES)}")
         if not 0 < self.beta < math.inf:
             raise InputError(f"beta, of the loss of pairs, must be above 0, not {self.beta}")
 

@@ -120,7 +120,7 @@ class RunSettings:
         eval_every: updates between validations.
         save_every: updates between checkpoints.
         keep: checkpoints that are kept: what `average` averages.
-        on_nan: at a loss that is no number, or a spike: stop, or skip.
+        on_nan: at a NaN loss or a spike: stop, or skip the update.
     """
 
     batch_size: int = 16
@@ -229,5 +229,5 @@ def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
             run=RunSettings(batch_size=4, accumulate=1, eval_every=100, save_every=100),
         )
     if name not in PRESETS:
-        raise InputError(f"no preset {name!r}; there are {', '.join((SMALL, *PRESETS))}")
+        raise InputError(f"preset {name!r} is not one of {', '.join((SMALL, *PRESETS))}")
     return Recipe("tokenizer.model", Shape(*PRESETS[name]), Data(sources), Optimizer(_LEARNING_RATES[name]))

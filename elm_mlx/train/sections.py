@@ -38,7 +38,7 @@ def read(path: Path, cls: type[T], overrides: Sequence[str] = ()) -> T:
     try:
         values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # of any kind: dates that are none, endless numbers
-        raise InputError(f"{path}: is no TOML: {error}") from None
+        raise InputError(f"{path}: is not TOML: {error}") from None
     for override in overrides:
         _override(values, override)
     return typing.cast(T, _table(cls, values, "", str(path)))
@@ -95,7 +95,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     for table in tables:
         values = values.setdefault(table, {})
         if not isinstance(values, dict):
-            raise InputError(f"--set {override}: {table} is no section")
+            raise InputError(f"--set {override}: {table} is not a section")
     values[key] = value
 
 
@@ -126,7 +126,7 @@ def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
     if is_dataclass(kind):
         value = _single(value)
         if not isinstance(value, dict):
-            raise InputError(f"{where}: {name} is no section; it starts with [{name}]")
+            raise InputError(f"{where}: {name} is not a section; it starts with [{name}]")
         return _table(typing.cast(type, kind), value, name, where)
     if typing.get_origin(kind) is tuple:
         item = typing.get_args(kind)[0]
@@ -138,7 +138,7 @@ def value_of(kind: Any, value: Any, name: str, where: str) -> Any:
     except ValueError as error:
         raise InputError(f"{where}: {name} {error}") from None
     if choices and found not in choices:
-        raise InputError(f"{where}: {name} is {reading.short(value)}; there are {', '.join(choices)}")
+        raise InputError(f"{where}: {name} is {reading.short(value)}; choose from {', '.join(choices)}")
     return reading.expanded(found) if kind is Path else found
 
 

@@ -129,7 +129,7 @@ class Schedule:
         if not all(0 <= rate < math.inf for rate in (self.start, self.end)):
             raise InputError(f"a learning rate starts and ends at 0 or more, not at {self.start} and {self.end}")
         if self.steps < 1:
-            raise InputError(f"a run has at least 1 update, not {self.steps}")
+            raise InputError(f"the updates must be at least 1, not {self.steps}")
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"warm-up of {counted(self.warmup, 'update')} does not fit in {self.steps}")
 
@@ -207,14 +207,14 @@ class DataSettings:
     """Settings of how examples are read and put into rows.
 
     Args:
-        format: of the records; `elm-mlx data` shows them. (default: each record's keys tell)
-        template: of conversations. (default: the model's own)
+        format: layout of the records; `elm-mlx data` shows them. (default: by each record's keys)
+        template: openelm-instruct, none, or a file of Jinja text. (default: the model's own)
         max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
-        truncate: cut off what is longer.
-        train_on_prompt: count the loss of every token, not of answers alone.
+        truncate: truncate longer examples.
+        train_on_prompt: train on every token, not on answers alone.
         skip_bad: leave bad records out; they are still named.
         batch_size: rows of a batch.
-        pack: several examples to a row, kept apart; or else one.
+        pack: put several examples in a row, none of which sees another.
     """
 
     format: RecordFormat | None = None
@@ -232,14 +232,14 @@ class MethodSettings:
     """Settings of which parameters are trained.
 
     Args:
-        rank: of the adapters: 8, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).
-        alpha: strength: adapters are scaled by alpha / rank. (default: twice the rank)
-        dropout: of the adapters' inputs.
+        rank: rank of the adapters: one, one a layer (4,4,8), or by module (qkv_proj=8,ffn.*=4).
+        alpha: adapters are scaled by alpha / rank. (default: twice the rank)
+        dropout: dropout on the adapters' inputs.
         target: a module to adapt, by name or pattern; can be repeated. (default: all linears of layers)
-        num_layers: adapt so many of the last layers; -1: all.
-        dora: DoRA: learn the lengths of weights' rows too.
+        num_layers: last layers to adapt; -1 for all.
+        dora: DoRA: train the norms of the weights' rows too.
         rslora: scale by alpha / sqrt(rank).
-        full: train all the model's weights, and no adapter.
+        full: train all the model's weights, without an adapter.
     """
 
     rank: str = "8"
@@ -269,8 +269,8 @@ class LossSettings:
     """Settings of the loss of pairs.
 
     Args:
-        loss: sigmoid is that of DPO; orpo needs no reference.
-        beta: of the loss: how little the model may part from what it was.
+        loss: loss of a pair: sigmoid is DPO's; orpo needs no reference model.
+        beta: strength of the pull towards the reference model.
     """
 
     loss: PreferenceLoss = "sigmoid"
@@ -282,16 +282,16 @@ class OptimizerSettings:
     """Settings of updates.
 
     Args:
-        iters: updates. (default: what --epochs take)
-        epochs: times that all examples are seen.
+        iters: updates. (default: as many as --epochs take)
+        epochs: passes over the training data.
         grad_accumulation_steps: batches to an update.
-        learning_rate: the highest.
-        lr_schedule: after warm-up; cosine and linear fall to a tenth.
-        warmup: updates of rising learning rate; below 1 their share. (default: a tenth, at most 100)
+        learning_rate: the peak learning rate.
+        lr_schedule: learning rate after warm-up; cosine and linear fall to a tenth.
+        warmup: updates of rising learning rate; below 1, a share of all. (default: a tenth, at most 100)
         optimizer: AdamW, or Adafactor, which needs less memory.
-        weight_decay: of matrices; never of norms.
-        clip: the limit on the gradients' norm; 0 for none.
-        on_nan: at a loss that is no number, or a spike: end the run, or leave the update out.
+        weight_decay: weight decay of matrices; norms have none.
+        clip: limit on the gradients' norm; 0 for none.
+        on_nan: at a NaN loss or a spike: stop the run, or skip the update.
     """
 
     iters: int | None = None
@@ -315,7 +315,7 @@ class OptimizerSettings:
         if self.warmup is None:
             return min(_MOST_WARMUP, steps // 10)
         if not 0 <= self.warmup < math.inf:
-            raise InputError(f"--warmup {self.warmup:g}: updates, or below 1 their share, are needed")
+            raise InputError(f"--warmup {self.warmup:g}: must be 0 or more updates, or below 1 their share")
         return round(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
 
@@ -324,9 +324,9 @@ class ComputationSettings:
     """Settings of how the model is computed.
 
     Args:
-        compute_dtype: of the computation. (default: as stored on a GPU, float32 on a CPU)
+        compute_dtype: type to compute in. (default: as stored on a GPU, float32 on a CPU)
         grad_checkpoint: compute layers again in the backward pass: less memory, slower.
-        seed: of the adapters, the order and dropout.
+        seed: seed of the adapters' initial values, the order of examples and dropout.
     """
 
     compute_dtype: DTypeName | None = None
@@ -342,7 +342,7 @@ class CheckpointsSettings:
     """Settings of validations and checkpoints.
 
     Args:
-        val_batches: batches of a validation; -1 for all there are.
+        val_batches: batches of a validation; -1 for all, 0 for none.
         steps_per_eval: updates between validations.
         save_every: updates between checkpoints.
         keep: checkpoints that are kept, beside the best.
@@ -424,4 +424,4 @@ def check_counts(settings: Any, *names: str) -> None:
 
 def _check_choice(what: str, name: str, choices: Any) -> None:
     if name not in get_args(choices):
-        raise InputError(f"no {what} {name!r}; there are {', '.join(get_args(choices))}")
+        raise InputError(f"{what} {name!r} is not one of {', '.join(get_args(choices))}")

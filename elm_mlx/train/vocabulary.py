@@ -90,7 +90,7 @@ def sample(files: Sequence[Path], *, max_bytes: int = 100_000_000, seed: int = 0
         ElmError: Parquet, and pyarrow is not installed.
     """
     if max_bytes < 1:
-        raise InputError(f"--max-bytes {max_bytes}: one at least is needed")
+        raise InputError(f"--max-bytes {max_bytes}: must be 1 or more")
     for path in files:
         if not path.is_file():
             what = "is a directory: name the files in it" if path.is_dir() else "no such file"
@@ -137,9 +137,9 @@ def train(
     """
     check_destination(path, overwrite)
     if vocab_size < 1:
-        raise InputError(f"--vocab-size {vocab_size}: a positive number is needed")
+        raise InputError(f"--vocab-size {vocab_size}: must be 1 or more")
     if not 0.98 <= character_coverage <= 1:  # SentencePiece's own limits
-        raise InputError(f"--character-coverage {character_coverage:g}: a share from 0.98 to 1 is needed")
+        raise InputError(f"--character-coverage {character_coverage:g}: must be from 0.98 to 1")
     data = _trained(sample.lines, vocab_size, character_coverage)
     with new_file(path) as file:
         file.write(data)
@@ -211,7 +211,7 @@ def _utf8(value: Any) -> bytes:
         value.decode("utf-8")
         return value
     except UnicodeEncodeError as error:
-        raise BadRecord(f"no valid Unicode: character {error.start + 1} is half of a surrogate pair") from None
+        raise BadRecord(f"not valid Unicode: character {error.start + 1} is half of a surrogate pair") from None
     except UnicodeDecodeError as error:
         raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line") from None
 

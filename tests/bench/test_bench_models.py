@@ -56,7 +56,7 @@ def test_presets_are_made_and_directories_taken_as_they_are(tiny_model_dir: Path
 def test_a_disk_without_room_is_not_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 10**8))
-    with pytest.raises(Unavailable, match=r"take 0\.5 GB of disk, and 0\.1 GB are free"):
+    with pytest.raises(Unavailable, match=r"take 0\.5 GB of disk, but 0\.1 GB are free"):
         models.prepare("OpenELM-270M", "bfloat16", tmp_path)
     assert not any(tmp_path.iterdir())
 
@@ -88,7 +88,7 @@ def test_memory_is_weights_in_what_is_computed_in_and_the_cache(monkeypatch: pyt
 def test_what_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_memory", lambda: 10**9)
     models.check_memory(8 * 10**8)
-    with pytest.raises(Unavailable, match=r"would take about 2\.0 GB, and 1\.0 GB are free"):
+    with pytest.raises(Unavailable, match=r"would take about 2\.0 GB, but 1\.0 GB are free"):
         models.check_memory(2 * 10**9)
     monkeypatch.setattr(device, "available_memory", lambda: None)
     models.check_memory(10**12)  # a system that doesn't say

@@ -105,7 +105,7 @@ def test_a_side_that_dies_is_left_out_from_then_on(
 def test_a_side_that_cannot_do_a_case_does_the_next(
     counted: Callable[..., Log], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    counted(lambda name, asked: Unavailable("one text at a time") if (name, asked) == ("naive", 1) else None)
+    counted(lambda name, asked: Unavailable("takes one text at a time") if (name, asked) == ("naive", 1) else None)
     first, second = run(suite(tiny_model_dir, cases=2), Programs(), tmp_path / "a.json").rows
     assert "naive" in first.skipped and set(second.figures) == {"ours", "naive"}
 

@@ -57,7 +57,7 @@ def test_ours_says_what_it_has_and_measures(start: Callable[..., Side], tiny_mod
     sane(side.measure(Case("m", "stored", 8, 4, batch=3)), 8, 3)
     alone = side.measure(Case("m", "stored", 8, 1))
     assert alone.decode == 0
-    for prompt, new, reason in ((600, 2, "the model's context is 512"), (500, 30, "12 tokens came, and 30")):
+    for prompt, new, reason in ((600, 2, "the model's context is 512"), (500, 30, "12 tokens were generated, not 30")):
         with pytest.raises(Unavailable, match=reason):
             side.measure(Case("m", "stored", prompt, new))
     assert side.alive()
@@ -100,7 +100,7 @@ def test_a_side_that_cannot_start_says_why(tiny_model_dir: Path, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("death", "reason"),
-    [("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "out of memory"),
+    [("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "lack of memory"),
      ("raise SystemExit(3)", "ended with 3"),
      ("raise ValueError('that was it')", "ValueError: that was it")],
 )  # fmt: skip
@@ -133,7 +133,7 @@ def test_llama_cpp_is_asked_as_its_program_wants(tmp_path: Path, tiny_model_dir:
     assert side.about.name == "llama.cpp abc123" and side.about.parameters == 271
     assert side.measure(Case("m", "stored", 100, 33)) == Figures(0.2, 500.0, 500.0)
     assert side.measure(Case("m", "stored", 100, 1)).decode == 0
-    with pytest.raises(Unavailable, match="one text at a time"):
+    with pytest.raises(Unavailable, match="measures one text at a time"):
         side.measure(Case("m", "stored", 100, 33, batch=2))
     with pytest.raises(Unavailable, match="llama-bench: error: failed to load model"):
         sides.start("llama.cpp", tiny_model_dir, None, Programs(llama_bench=str(program), gguf=tmp_path / "bad.gguf"))

@@ -41,14 +41,14 @@ def test_what_is_not_said_stays() -> None:
     assert {(c.prompt, c.new) for c in change(quick, prompts=[5, 6], new=[1, 2]).cases} == {(5, 1), (6, 2)}
     with pytest.raises(InputError, match="as many as there are prompts"):
         change(quick, prompts=[5, 6, 7], new=[1, 2])
-    with pytest.raises(InputError, match="--precision is of presets"):
+    with pytest.raises(InputError, match="--precision is for presets"):
         change(quick, models=["a"], precisions=["4bit"])
     assert len(change(quick, models=["a", "OpenELM-270M"], precisions=["4bit"]).cases) == 4
 
 
 @pytest.mark.parametrize(
     ("change", "error"),
-    [({"against": ("ours",)}, "--against ours: there are naive, "), ({"against": ("gpt",)}, "--against gpt"),
+    [({"against": ("ours",)}, "--against ours: is not one of naive, "), ({"against": ("gpt",)}, "--against gpt"),
      ({"against": ("naive", "naive")}, "named twice"), ({"repeats": 0}, "--repeats 0"),
      ({"cases": (Case("m", "stored", 0, 1),)}, "--prompt-tokens 0"),
      ({"cases": (Case("m", "stored", 1, 0),)}, "--new-tokens 0"),

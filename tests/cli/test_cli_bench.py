@@ -44,7 +44,7 @@ def test_from_a_model_to_three_files(run: Run, tiny_model_dir: Path, tmp_path: P
     ("options", "error"),
     [(("--suite", "all"), "--suite all: is not one of quick, m2max, full"),
      (("--prompt-tokens", "ten"), "needs whole numbers"),
-     (("--against", "gpt"), "--against gpt: there are naive"), (("no-such-dir",), "no-such-dir: neither a model"),
+     (("--against", "gpt"), "--against gpt: is not one of naive"), (("no-such-dir",), "no-such-dir: neither a model"),
      (("--compute-dtype", "int8"), "--compute-dtype int8: is not one of float32"), (("--repeats", "0"), "--repeats 0")],
 )  # fmt: skip
 def test_bad_input_is_one_line(options: tuple[str, ...], error: str, run: Run, tmp_path: Path) -> None:

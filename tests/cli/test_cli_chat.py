@@ -257,7 +257,7 @@ def test_settings(speaking_dir: Path, tmp_path: Path, tiny_tokenizer: Tokenizer,
     for wrong in ("temp hot", "temp -1", "temp nan", "temp", "top_k 1.5", "heat 3", "seed x", "max_tokens 0"):
         assert say(child, f"/set {wrong}").startswith("elm-mlx: "), wrong
     for unknown in ("system Be brief", "system"):
-        assert say(child, f"/set {unknown}").startswith("elm-mlx: no setting 'system'; there are temp, top_p")
+        assert say(child, f"/set {unknown}").startswith("elm-mlx: setting 'system' is not one of temp, top_p")
     assert say(child, "/set temp hot") == "elm-mlx: temp is 'hot': a number is needed"
     assert say(child, "/set max_tokens 3") == say(child, "/set seed 5") == ""
     assert say(child, "hello").startswith("abc\n(cut off after 3 tokens")

@@ -238,8 +238,8 @@ def test_the_script_of_a_shell_is_one(shell: str, tmp_path: Path) -> None:
             r"MLX failed: \[metal::malloc\] .*--debug",
         ),
         (MemoryError(), "out of memory; a smaller model, batch or context needs less .*--debug"),
-        (ValueError("something else"), "a defect of elm-mlx: ValueError: something else .*--debug"),
-        (RecursionError("too deep"), "a defect of elm-mlx: RecursionError: too deep .*--debug"),
+        (ValueError("something else"), "a bug in elm-mlx: ValueError: something else .*--debug"),
+        (RecursionError("too deep"), "a bug in elm-mlx: RecursionError: too deep .*--debug"),
     ],
 )
 def test_nothing_that_mlx_raises_is_a_traceback(

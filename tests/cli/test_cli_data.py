@@ -192,8 +192,8 @@ def test_every_bad_record_is_named(run: Run, tmp_path: Path) -> None:
     named = [
         f"{path}, line 3: has none of these sets of keys: `prompt`, `completion`; `messages`; `instruction`, `output`; "
         "`text`; it has `prompt`",
-        f"{path}, line 4: the text is no valid Unicode: character 1 is U+D800",
-        f"{path}, line 5: is a number, and not an object",
+        f"{path}, line 4: the text is not valid Unicode: character 1 is U+D800",
+        f"{path}, line 5: is a number, not an object",
     ]
     assert (code, out) == (2, "")
     assert err.splitlines() == [*named, f"elm-mlx: {path}: 3 bad records; mend them, or --skip-bad leaves them out"]
@@ -226,9 +226,9 @@ def test_every_split_is_shown(run: Run, tmp_path: Path) -> None:
     [
         (["nowhere"], "nowhere: no such file or directory"),
         (["a.jsonl", "--format", "csv"], "--format csv: is not one of completion, messages, alpaca, text"),
-        (["a.jsonl", "--max-seq-length", "1"], "--max-seq-length 1: an example has two tokens or more"),
+        (["a.jsonl", "--max-seq-length", "1"], "--max-seq-length 1: must be 2 or more"),
         (["a.jsonl", "--max-seq-length", "513"], "--max-seq-length 513: the model reads 512 tokens at most"),
-        (["a.jsonl", "--template", "nowhere"], "nowhere: no chat template"),
+        (["a.jsonl", "--template", "nowhere"], "nowhere: not a chat template"),
         (["a.jsonl", "--model", "nowhere"], "nowhere: no such directory"),
         (["talk.jsonl"], "talk.jsonl, line 1: is a conversation, and the model has no chat template"),
     ],
@@ -319,7 +319,7 @@ def test_keys_and_shards_that_are_not_used_are_told(run: Run, tmp_path: Path) ->
 
 def test_no_tokens_at_all_are_not_the_default(run: Run, tmp_path: Path) -> None:
     code, _, err = run(write(tmp_path / "a.jsonl", {"text": "the fox"}), "--max-seq-length", 0)
-    assert code == 2 and "--max-seq-length 0: an example has two tokens or more" in err
+    assert code == 2 and "--max-seq-length 0: must be 2 or more" in err
 
 
 def test_data_that_nobody_reads_about_to_the_end_are_still_whole(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_ctrl_c_while_the_reference_is_computed_ends_as_elsewhere(
     before = signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(alignment, "compute", interrupted)
     code, text, err = run(tiny_model_dir, "--data", data, "--out", tmp_path / "out", *QUICK)
-    assert code == 130 and "stopping, with nothing to save yet; again ends at once" in text
+    assert code == 130 and "stopping, with nothing to save yet; Ctrl-C again ends at once" in text
     assert "Traceback" not in err and signal.getsignal(signal.SIGINT) == before
     assert not (tmp_path / "out").exists()
     assert len(tables) == 1 and (tables[0] == 0).all(axis=1).sum() > 12, "most pairs are left"

@@ -66,10 +66,10 @@ def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_pat
         ([tiny_model_dir, tiny_model_dir], "give one model directory"),
         ([tiny_model_dir, "--compare"], "two runs or more"),
         ([tmp_path, tmp_path, "--compare"], "no such file; `elm-mlx eval MODEL --out"),
-        ([tiny_model_dir, "--tasks", "nonsense"], "no task 'nonsense'"),
+        ([tiny_model_dir, "--tasks", "nonsense"], "task 'nonsense' is not one of"),
         ([tiny_model_dir, "--tasks", "piqa@x"], "the number of examples is missing after @"),
         ([tmp_path / "none", "--tasks", own], "none"),
-        ([tiny_model_dir, "--harness"], "name them by --tasks"),
+        ([tiny_model_dir, "--harness"], "name them with --tasks"),
     ):
         with pytest.raises(InputError, match=reason):
             call(*arguments, "--out", out)

@@ -295,7 +295,7 @@ def test_a_terminal_that_cannot_show_a_character_shows_question_marks(speaker: P
     [
         ([], "give one of --prompt TEXT and --prompts FILE"),
         (["--prompt", "x", "--prompts", "y"], "give one of --prompt TEXT and --prompts FILE"),
-        (["--prompts", "y", "--logprobs"], "--prompts shows --logprobs only with --json"),
+        (["--prompts", "y", "--logprobs"], "--logprobs with --prompts needs --json"),
         (["--prompts", "nowhere.txt"], r"nowhere\.txt: cannot be read: .*No such file"),
         (["--prompt", "fox " * 500], r"the prompt has \d+ tokens, and the model's context is 512"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens is 0"),
@@ -311,9 +311,12 @@ def test_a_terminal_that_cannot_show_a_character_shows_question_marks(speaker: P
         (["--prompt", "x", "--compute-dtype", "int4"], "--compute-dtype int4: is not one of float32"),
         (["--prompt", "x", "--system", "be brief"], "--system needs a chat template"),
         (["--prompt", "x", "--template", "none", "--system", "be brief"], "--system needs a chat template"),
-        (["--prompt", "x", "--template", "nowhere"], "nowhere: no chat template: openelm-instruct, none, or a file"),
-        (["--prompt", "x", "--template", "none", "--no-template"], "--template and --no-template exclude"),
-        (["--prompt", "x\udcff"], "the text is no valid Unicode: character 2"),
+        (
+            ["--prompt", "x", "--template", "nowhere"],
+            "nowhere: not a chat template: give openelm-instruct, none, or a file",
+        ),
+        (["--prompt", "x", "--template", "none", "--no-template"], "give --template or --no-template"),
+        (["--prompt", "x\udcff"], "the text is not valid Unicode: character 2"),
     ],
     ids=lambda value: " ".join(value)[:40].encode("ascii", "replace").decode() if isinstance(value, list) else "",
 )
@@ -328,9 +331,9 @@ def test_bad_input_is_one_line_and_2(run: Run, tiny_model_dir: Path, arguments: 
         ("p.txt", b"\n \n\t\n", "holds no prompts"),
         ("p.txt", b"\xff\xfe", "not UTF-8 but UTF-16"),
         ("p.jsonl", b'\n{"prompt": "a"}\n\n{"prompt"', r"p\.jsonl, line 4: not JSON"),
-        ("p.jsonl", b"\n" * 9 + b'{"text": "a"}', r"p\.jsonl, line 10: is no object with a text `prompt`"),
-        ("p.jsonl", b'{"prompt": 7}', "line 1: is no object"),
-        ("p.jsonl", b"[]", "line 1: is no object"),
+        ("p.jsonl", b"\n" * 9 + b'{"text": "a"}', r"p\.jsonl, line 10: is not an object with a string `prompt`"),
+        ("p.jsonl", b'{"prompt": 7}', "line 1: is not an object"),
+        ("p.jsonl", b"[]", "line 1: is not an object"),
         ("p.jsonl", b"[" * 100_000, "line 1: not JSON"),
     ],
 )

@@ -252,7 +252,7 @@ def test_three_commands_make_a_model_of_ones_own_text(
         ("optimizer.warm_up=1", "[optimizer] has no key 'warm_up'; the nearest is warmup"),
         ("tokenizer=none.model", "none.model"),
         ("data.sequence_length=65", "exceed the model's context"),
-        ("run.compute_dtype=int8", "run.compute_dtype is 'int8'; there are float32, float16, bfloat16"),
+        ("run.compute_dtype=int8", "run.compute_dtype is 'int8'; choose from float32, float16, bfloat16"),
         ("optimizer.betas=0.9", "betas are two numbers"),
         ("model.qkv_multipliers=[1, 2, 3]", "[model] qkv_multipliers are one or two numbers"),
         ("model.ffn_multipliers=[inf, 1]", "[model] ffn_multipliers are one or two numbers"),
@@ -350,4 +350,4 @@ def test_a_sweep_says_that_no_learning_rate_did_any_good(run: Run, config: Path,
     assert code == 0 and "the least" not in text and "broke off" in text
     loss = float(next(line for line in text.splitlines() if line.startswith("0.8 ")).split()[1])
     assert loss > updates(tmp_path / "sweep" / "lr-0.8")[0][1], "it was lower before training"
-    assert "no rate lowered the loss" in err
+    assert "no rate brought the loss below" in err

@@ -96,7 +96,7 @@ def test_converted_and_quantized_in_one_go(run: Run, tiny_model_dir: Path, tmp_p
     code, _, err = run("convert", target, target, "--quantize", "4", "--overwrite")
     assert code == 2 and "which is to be read" in err
     code, _, err = run("convert", tiny_model_dir, tmp_path / "r", "--quantize", "four")
-    assert code == 2 and "--quantize four: is no number of bits" in err
+    assert code == 2 and "--quantize four: is not a number of bits" in err
     code, out, _ = run("convert", tiny_model_dir, tmp_path / "r", "--quantize", "4", "--dry-run")
     assert code == 0 and "nothing was written" in out
     assert [entry.name for entry in tmp_path.iterdir()] == ["q"]

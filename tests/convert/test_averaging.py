@@ -187,8 +187,12 @@ def test_another_shape(run: Path, tmp_path: Path) -> None:
 def test_other_tensors(run: Path, tmp_path: Path) -> None:
     untied = tiny(300, share_input_output_layers=False)
     save_hub(tmp_path / "untied", untied, weights(untied))
-    refused([last(run, 1)[0], tmp_path / "untied"], tmp_path, r"untied: has lm_head\.weight, which .*500 has not")
-    refused([tmp_path / "untied", last(run, 1)[0]], tmp_path, r"500: has no lm_head\.weight, which .*untied has")
+    refused(
+        [last(run, 1)[0], tmp_path / "untied"], tmp_path, r"untied: has the tensor lm_head\.weight, which .*500 lacks"
+    )
+    refused(
+        [tmp_path / "untied", last(run, 1)[0]], tmp_path, r"500: lacks the tensor lm_head\.weight, which .*untied has"
+    )
 
 
 def test_another_config(run: Path, tmp_path: Path) -> None:
@@ -211,7 +215,11 @@ def test_values_that_are_no_numbers(pts: list[Path], tmp_path: Path, value: floa
     broken = {n: v.copy() for n, v in SETS[1].items()}
     broken[name][-1, -1] = value
     save_pt(pts[1], broken)
-    refused(pts, tmp_path, r"checkpoint_1\.pt: transformer\.layers\.1\.ffn\.proj_2\.weight holds values .*leave it out")
+    refused(
+        pts,
+        tmp_path,
+        r"checkpoint_1\.pt: transformer\.layers\.1\.ffn\.proj_2\.weight holds NaN or infinite values; leave it out",
+    )
 
 
 def test_adapters(run: Path, tmp_path: Path) -> None:
@@ -228,7 +236,7 @@ def test_a_run_is_no_checkpoint(run: Path, tmp_path: Path) -> None:
         last(run, 6)
     with pytest.raises(InputError, match="none: no such directory"):
         last(tmp_path / "none", 1)
-    with pytest.raises(InputError, match="--last 0: one checkpoint at least"):
+    with pytest.raises(InputError, match="--last 0: must be 1 or more"):
         last(run, 0)
 
 
@@ -253,7 +261,7 @@ def test_named_twice_or_not_at_all(run: Path, tmp_path: Path) -> None:
 def test_destinations(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(run, tmp_path / "out")
     refused(last(run, 2), tmp_path, "out: exists already; pass --overwrite")
-    refused(last(run, 2), tmp_path, "out: is no model directory.*'checkpoints'", overwrite=True)
+    refused(last(run, 2), tmp_path, "out: is not just a model directory: .*'checkpoints'", overwrite=True)
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     with pytest.raises(ElmError, match=r"needs 1\d(\.\d)? MB, and 0 MB are free"):
         average(last(run, 2), tmp_path / "elsewhere")

@@ -140,7 +140,7 @@ def setting(name: str, *shape: int, dtype: str = "float32") -> Callable[[Arrays]
         (
             "embedding",
             setting("token_embeddings.lora_magnitude_vector.lora", 9),
-            "lora_magnitude_vector, which has no place",
+            "an unexpected lora_magnitude_vector",
         ),
     ],
 )

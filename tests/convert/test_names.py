@@ -64,12 +64,12 @@ def test_buffers_are_left_out_and_strangers_are_named() -> None:
     assert not is_buffer("layers.0.attn.inv_freq.weight")
     names = ["norm.weight", "layers.0.attn.pos_embedding.inv_freq"]
     assert canonical_names(names, "x.pt") == {"transformer.norm.weight": "norm.weight"}
-    with pytest.raises(InputError, match=r"x\.pt: holds what is no weight of an OpenELM: 'a\.b', 'c', 'd' and 2 more"):
+    with pytest.raises(InputError, match=r"x\.pt: holds tensors that no OpenELM has: 'a\.b', 'c', 'd' and 2 more"):
         canonical_names([*names, "a.b", "c", "d", "e", "f"], "x.pt")
 
 
 def test_two_names_of_one_weight() -> None:
-    with pytest.raises(InputError, match=r"both 'transformer\.norm\.weight'"):
+    with pytest.raises(InputError, match=r"both stand for 'transformer\.norm\.weight'"):
         canonical_names(["norm.weight", "transformer.norm.weight"], "x.pt")
     assert unwrapped({"module.a": 1, "b": 2}, "x.pt") == {"a": 1, "b": 2}
     with pytest.raises(InputError, match="there twice"):

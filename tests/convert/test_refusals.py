@@ -37,11 +37,11 @@ def contents(*changes: tuple[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("more.weight", np.ones(3, np.float32)), r"holds what is no weight of an OpenELM: 'more\.weight'"),
+        (("more.weight", np.ones(3, np.float32)), r"holds tensors that no OpenELM has: 'more\.weight'"),
         (("norm.weight", None), r"a\.pt: transformer\.norm\.weight is missing"),
-        (("norm.weight", np.ones(48, np.int64)), r"transformer\.norm\.weight holds int64"),
+        (("norm.weight", np.ones(48, np.int64)), r"transformer\.norm\.weight is int64"),
         (("norm.weight", np.ones(47, np.float32)), r"has the shape \(47,\), but .* says \(48,\)"),
-        (("transformer.norm.weight", np.ones(48, np.float32)), "are both 'transformer.norm.weight'"),
+        (("transformer.norm.weight", np.ones(48, np.float32)), "both stand for 'transformer.norm.weight'"),
         (("module.norm.weight", np.ones(48, np.float32)), "'norm.weight' is there twice"),
         (("layers.0.ffn.proj_1.scales", np.ones(3, np.float32)), "already quantized"),
     ],
@@ -56,8 +56,8 @@ def test_tensors_that_do_not_fit(tmp_path: Path, change: tuple[str, Any], messag
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "int8"}, "--dtype int8: there are float32, float16, bfloat16"),
-        ({"preset": "OpenELM-7B"}, "--preset OpenELM-7B: there are OpenELM-270M"),
+        ({"dtype": "int8"}, "--dtype int8: is not one of float32, float16, bfloat16"),
+        ({"preset": "OpenELM-7B"}, "--preset OpenELM-7B: is not one of OpenELM-270M"),
         ({"preset": "OpenELM-270M"}, r"token_embeddings\.weight has the shape \(320, 48\), but --preset"),
         ({"head_dim": 16}, "but --head-dim says"),
         ({"ema": True}, "no ema_state_dict"),

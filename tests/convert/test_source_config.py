@@ -58,7 +58,7 @@ def test_yaml_says_how_strong_an_adapter_is(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("false", "true"))
     assert read_config_file(path).scaling == Scaling(16.0, by_root=True)
     path.write_text(path.read_text().replace("*alpha", "8"))
-    with pytest.raises(InputError, match="scales its adapters differently"):
+    with pytest.raises(InputError, match="gives its adapters different scales"):
         read_config_file(path)
     path.write_text(path.read_text().replace("lora_alpha", "lora_beta"))
     with pytest.raises(InputError, match="without a lora_alpha"):
@@ -136,12 +136,12 @@ YAML = "model: {language_modeling: {general_gpt: {%s}}}"
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "a: [", "not YAML of plain values"),
-        ("a.yaml", "!!python/object/apply:os.system ['touch pwned']", "not YAML of plain values"),
-        ("a.yaml", "[" * 5000, "not YAML of plain values"),
+        ("a.yaml", "a: [", "not YAML with plain values"),
+        ("a.yaml", "!!python/object/apply:os.system ['touch pwned']", "not YAML with plain values"),
+        ("a.yaml", "[" * 5000, "not YAML with plain values"),
         ("a.yaml", "just text", "holds no YAML mapping"),
-        ("a.yaml", "model: {vision: 3}", "describes no OpenELM of CoreNet"),
-        ("a.yaml", "model: {language_modeling: {general_gpt: 3}}", "is no mapping"),
+        ("a.yaml", "model: {vision: 3}", "does not describe CoreNet's OpenELM"),
+        ("a.yaml", "model: {language_modeling: {general_gpt: 3}}", "is not a mapping"),
         ("a.yaml", YAML % "model_name: 3", "model_name is 3"),
         ("a.yaml", YAML % "vocab_size: -1", "vocab_size is -1"),
         ("a.yaml", YAML % ("vocab_size: 0x1" + "0" * 9000), "vocab_size is huge"),

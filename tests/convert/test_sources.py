@@ -63,9 +63,9 @@ def test_numbers_beside_tensors_are_passed_over(tmp_path: Path) -> None:
         ([1, 2], "holds a list, not a state dict"),
         ({}, "holds no tensors, but nothing"),
         ({"epoch": 3}, "holds no tensors, but 'epoch'"),
-        ({"weights": {"a": 1}, "epoch": 3}, "no state dict of tensors by name, but 'weights', 'epoch'"),
+        ({"weights": {"a": 1}, "epoch": 3}, "no state dict of named tensors, but 'weights', 'epoch'"),
         ({"model_state_dict": {}}, "holds no tensors, but nothing"),
-        ({3: torch_files.tensor(np.ones(2, np.float32))}, "no state dict of tensors by name"),
+        ({3: torch_files.tensor(np.ones(2, np.float32))}, "no state dict of named tensors"),
     ],
 )
 def test_torch_files_without_a_state_dict(tmp_path: Path, tree: Any, message: str) -> None:
@@ -83,7 +83,7 @@ def test_a_safetensors_file_without_tensors(tmp_path: Path) -> None:
 def test_ema_where_there_is_none(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no ema_state_dict, which --ema asks for"):
         open_source(save_pt(tmp_path / "c.pt", WEIGHTS), ema=True)
-    with pytest.raises(InputError, match="this is none"):
+    with pytest.raises(InputError, match="this is not"):
         open_source(save_hub(tmp_path / "hub", CONFIG, WEIGHTS), ema=True)
 
 
@@ -175,7 +175,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "empty", "holds no model.safetensors, no pytorch_model.bin and no .pt"),
         (tmp_path / "x.txt", "not a file of torch.save"),
-        (tmp_path / "x.safetensors", "no safetensors file"),
+        (tmp_path / "x.safetensors", "not a safetensors file"),
         (tmp_path / "absent", "no such file or directory"),
         (str(tmp_path / "absent.pt"), "no such file or directory"),
         ("models/absent.pt", "no such file or directory"),
@@ -242,7 +242,7 @@ def test_a_repository_from_the_cache_offline(tmp_path: Path) -> None:
 def test_a_repository_that_is_not_in_the_cache_offline(tmp_path: Path) -> None:
     done = open_in_process(tmp_path, "apple/OpenELM-other")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("apple/OpenELM-other: no such path here, and it cannot be had from the hub: ")
+    assert done.stdout.startswith("apple/OpenELM-other: no such local path, and the hub cannot provide it: ")
     assert done.stdout.count("\n") == 1
 
 
@@ -263,7 +263,7 @@ def test_what_the_hub_answers_becomes_one_line(monkeypatch: pytest.MonkeyPatch) 
         (errors.RepositoryNotFoundError, InputError, "no such repository on the hub"),
         (errors.RevisionNotFoundError, InputError, "at v2: the hub has no such revision"),
         (errors.HFValidationError, InputError, "no name that a repository could have"),
-        (ConnectionError, ElmError, "cannot be had from the hub: long story"),
+        (ConnectionError, ElmError, "the hub cannot provide it: long story"),
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(kind))
         with pytest.raises(expected, match=message) as caught:

@@ -28,12 +28,12 @@ LAYOUTS = pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"]
         (0, (25,), (1,), "needs 25 values of a storage of 24"), (1, (4, 6), (6, 1), "needs 25 values"),
         (24, (), (), "needs 25"), (0, (2**61, 2**61), (2**61, 1), "needs"), (0, (2,), (2**61,), "needs"),
         (-1, (2,), (1,), "negative"), (0, (-1,), (1,), "negative"), (5, (2,), (-1,), "negative"),
-        (0, (24,), (0,), "more than once"), (0, (2**40, 2), (0, 1), "more than once"),
-        (0, (3, 3), (1, 1), "more than once"), (0, (5, 5), (4, 1), "more than once"),
+        (0, (24,), (0,), "repeats values"), (0, (2**40, 2), (0, 1), "repeats values"),
+        (0, (3, 3), (1, 1), "repeats values"), (0, (5, 5), (4, 1), "repeats values"),
         (0, (2**62,), (1,), "huge"), (2**70, (1,), (1,), "huge"), (0, (1,), (2**62,), "huge"),
         (0, (2,), (1, 1), "2 strides"), (0, (1,) * 33, (1,) * 33, "33 dimensions"),
-        (0, (True,), (1,), "no whole"), (0, (1.0,), (1,), "no whole"), (0, ("2",), (1,), "no whole"),
-        (0, ((2,),), (1,), "no whole"), (0, [2], (1,), "describes a tensor"), (None, (2,), (1,), "describes a tensor"),
+        (0, (True,), (1,), "not whole"), (0, (1.0,), (1,), "not whole"), (0, ("2",), (1,), "not whole"),
+        (0, ((2,),), (1,), "not whole"), (0, [2], (1,), "describes a tensor"), (None, (2,), (1,), "describes a tensor"),
         (25, (0,), (1,), "outside"), (0, (0, 2**40), (1, 1), "outside"),
     ],
 )  # fmt: skip
@@ -94,7 +94,7 @@ def test_a_view_is_refused_or_lies_within(
         lazy = load(path)
     except InputError as error:
         # Refused without need: only views that no slicing makes, whose axes interlock, and empty ones out of place.
-        assert "more than once" in str(error) or not places.size
+        assert "repeats values" in str(error) or not places.size
     else:
         assert lazy.read().reshape(-1).tolist() == places.tolist()
 

@@ -282,7 +282,7 @@ def test_what_cannot_be() -> None:
     with pytest.raises(InputError, match="there are no examples"):
         Batches([], 1, 32)
     for wrong in ({"batch_size": 0}, {"batch_size": 1, "rank": 1}, {"batch_size": 1, "rank": -1, "world": 2}):
-        with pytest.raises(InputError, match=r"at least 1 row|there is no process"):
+        with pytest.raises(InputError, match=r"batch_size must be at least 1|there is no process"):
             Batches([example(0, 9)], row_length=32, **wrong)
 
 

@@ -76,7 +76,7 @@ def test_a_parquet_columns_name_that_is_no_text_is_one_line(tmp_path: Path) -> N
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": ["a"], "d\u00e9tail": ["b"]}), path)
     path.write_bytes(path.read_bytes().replace("d\u00e9tail".encode(), b"d\xed\xa9tail"))
-    with pytest.raises(InputError, match=r"a\.parquet: no Parquet that can be read: "):
+    with pytest.raises(InputError, match=r"a\.parquet: not Parquet that can be read: "):
         list(data_files.read(path, ("text",)))
 
 
@@ -113,7 +113,7 @@ def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, mon
     (tmp_path / "a.json").write_bytes(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
     assert len(texts.records(tmp_path / "a.json")["train"].records) == 200_000
-    with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB, which only JSON lines"):
+    with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB, the limit but for JSON lines"):
         texts.records(tmp_path / "a.json.gz")
 
 
@@ -140,7 +140,7 @@ def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
 
 def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="is no regular file"), data_files.open_file(tmp_path / "a.jsonl"):
+    with pytest.raises(InputError, match="is not a regular file"), data_files.open_file(tmp_path / "a.jsonl"):
         pass
 
 
@@ -257,12 +257,12 @@ class TestParquet:
         }  # fmt: skip
         for kind, each in values.items():
             for value in each:
-                assert bad_of({"text": [value]}) == [f"1 (row group 0): `text` is {kind}, and not a text"]
-                reason = f"1 (row group 0): `input` is {kind}, and not a text"
+                assert bad_of({"text": [value]}) == [f"1 (row group 0): `text` is {kind}, not a string"]
+                reason = f"1 (row group 0): `input` is {kind}, not a string"
                 assert bad_of({"instruction": ["a"], "input": [value], "output": ["b"]}) == [reason]
 
     def test_nulls(self, bad_of: Callable[[Any], list[str]]) -> None:
-        assert bad_of({"text": [None, "a"]}) == ["1 (row group 0): `text` is null, and not a text"]
+        assert bad_of({"text": [None, "a"]}) == ["1 (row group 0): `text` is null, not a string"]
         assert bad_of({"instruction": ["a"], "input": [None], "output": ["b"], "system": [None], "tools": [None]}) == []
 
     def test_nested_messages(self, bad_of: Callable[[Any], list[str]]) -> None:
@@ -270,8 +270,8 @@ class TestParquet:
         assert bad_of({"messages": [turns]}) == []
         reasons = bad_of({"messages": [turns, None, [], [None, *turns], [turns[0] | {"content": None}, turns[1]]]})
         assert [reason.partition(": ")[2] for reason in reasons] == [
-            "`messages` is no list of objects", "a conversation needs a message", "`messages` is no list of objects",
-            "message 1: content is no text",
+            "`messages` is not a list of objects", "a conversation needs a message",
+            "`messages` is not a list of objects", "message 1: content is not a string",
         ]  # fmt: skip
 
     def test_what_python_cannot_hold(self, bad_of: Callable[[Any], list[str]]) -> None:

@@ -119,7 +119,7 @@ class TestPlain:
 
     def test_one_token_is_nothing_to_learn(self, tmp_path: Path) -> None:
         bare = Tokenizer.load(train(tmp_path / "t.model", **EXACT, bos_id=-1, eos_id=-1))
-        with pytest.raises(InputError, match="one token, which nothing predicts"):
+        with pytest.raises(InputError, match="one token, and a loss needs two"):
             Encoder(bare, None).encode(PlainText("", "the"))
 
     def test_half_a_surrogate_pair(self, tokenizer: Tokenizer) -> None:
@@ -407,5 +407,5 @@ class TestLoad:
         long = self.write(tmp_path / "long.jsonl", {"prompt": "the fox" * 9, "completion": "x"})
         with pytest.raises(InputError, match=r"no example is left to train on: 1 of 1 record longer than 9 tokens"):
             load(long, tokenizer, None, 9)
-        with pytest.raises(InputError, match="--max-seq-length 1: an example has two tokens or more"):
+        with pytest.raises(InputError, match="--max-seq-length 1: must be 2 or more"):
             load(bad, tokenizer, None, 1)

@@ -131,7 +131,7 @@ class TestFiles:
         data = (tmp_path / "a.parquet").read_bytes()
         for broken in (b"", b"PAR1", data[:-9], b"x" * 100):
             (tmp_path / "a.parquet").write_bytes(broken)
-            with pytest.raises(InputError, match=r"a\.parquet: no Parquet that can be read"):
+            with pytest.raises(InputError, match=r"a\.parquet: not Parquet that can be read"):
                 read(tmp_path / "a.parquet")
 
     @pytest.mark.parametrize("keep", [5, 30])
@@ -175,7 +175,7 @@ class TestFiles:
 
     def test_what_is_no_data_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("text\na\n")
-        with pytest.raises(InputError, match=r"a\.csv: no kind of data file .*\.jsonl, \.json"):
+        with pytest.raises(InputError, match=r"a\.csv: not a kind of data file .*\.jsonl, \.json"):
             read(tmp_path / "a.csv")
         with pytest.raises(InputError, match="no such file or directory"):
             read(tmp_path / "nowhere")
@@ -268,22 +268,25 @@ class TestRecords:
             (b'{"text": "\xff"}', "not UTF-8 at byte 11 of the line"),
             (b"9" * 5000, "not JSON: a whole number of 5,000 digits"),
             (b"[" * 99999 + b"", None),
-            (b'"text"', "is a text, and not an object"),
-            (b"null", "is null, and not an object"),
-            (b"3", "is a number, and not an object"),
+            (b'"text"', "is a string, not an object"),
+            (b"null", "is null, not an object"),
+            (b"3", "is a number, not an object"),
             (b"{}", "it has no keys"),
             (b'{"PlainText": "a", "n\\u001b\\n": 1}', "it has `PlainText`, `n\\x1b\\n`"),
-            (b'{"text": null}', "`text` is null, and not a text"),
-            (b'{"text": 3.5}', "`text` is a number, and not a text"),
+            (b'{"text": null}', "`text` is null, not a string"),
+            (b'{"text": 3.5}', "`text` is a number, not a string"),
             (b'{"text": " \\n"}', "`text` is white space alone"),
             (b'{"prompt": "a", "completion": ""}', "`completion` is empty"),
-            (b'{"instruction": "a", "output": []}', "`output` is a list, and not a text"),
-            (b'{"instruction": "a", "input": {"b": 1}, "output": "c"}', "`input` is an object, and not a text"),
-            (b'{"messages": "a"}', "`messages` is no list of objects"),
-            (b'{"messages": ["a"]}', "`messages` is no list of objects"),
+            (b'{"instruction": "a", "output": []}', "`output` is a list, not a string"),
+            (b'{"instruction": "a", "input": {"b": 1}, "output": "c"}', "`input` is an object, not a string"),
+            (b'{"messages": "a"}', "`messages` is not a list of objects"),
+            (b'{"messages": ["a"]}', "`messages` is not a list of objects"),
             (b'{"messages": []}', "a conversation needs a message"),
-            (b'{"messages": [{"role": "human", "content": "a"}]}', "message 1: role is 'human', and not one of"),
-            (b'{"messages": [{"role": "user", "content": [1]}]}', "message 1: content is no text"),
+            (b'{"messages": [{"role": "human", "content": "a"}]}', "message 1: role is 'human', not one of"),
+            (
+                b'{"messages": [{"role": "user", "content": [1]}]}',
+                "message 1: content is a list of parts, not a string",
+            ),
             (b'{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
             (b'{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is the assistant's"),
             (
@@ -300,7 +303,7 @@ class TestRecords:
             (b'{"prompt": "a", "completion": "b", "system": "c", "system_prompt": "d"}', "has two system prompts"),
             (b'{"prompt": "a", "completion": "b", "label": false}', "an answer that is not wanted"),
             (b'{"prompt": "a", "completion": "b", "loss_mask": [0, 1]}', "has `loss_mask`, and what is trained on"),
-            (b'{"prompt": "a", "completion": "b", "weight": 0}', "has a `weight` of its own"),
+            (b'{"prompt": "a", "completion": "b", "weight": 0}', "has a `weight`, but"),
             (b'{"instruction": "a", "output": "b", "history": [["c", "d"]]}', "has `history`, earlier turns"),
             (
                 b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
@@ -309,7 +312,7 @@ class TestRecords:
             (b'{"conversations": [{"from": "human", "value": "a"}]}', "has `conversations`, ShareGPT's layout: write"),
         ]
         + [
-            (f'{{"instruction": "a", "input": {value}, "output": "c"}}'.encode(), f"`input` is {kind}, and not a text")
+            (f'{{"instruction": "a", "input": {value}, "output": "c"}}'.encode(), f"`input` is {kind}, not a string")
             for value, kind in NO_TEXTS
         ]
         + [
@@ -328,21 +331,21 @@ class TestRecords:
                     USER,
                     {"role": "gpt"},
                     b"",
-                    "message 2: role is 'gpt', and not one of system, user, assistant; write a",
+                    "message 2: role is 'gpt', not one of system, user, assistant; write a",
                 ),
                 (
                     USER | {"role": "User"},
                     {},
                     b"",
-                    "message 1: role is 'User', and not one of system, user, assistant;",
+                    "message 1: role is 'User', not one of system, user, assistant;",
                 ),
-                (USER | {"role": "tool"}, {}, b"", "message 1: role is 'tool', and not one of"),
+                (USER | {"role": "tool"}, {}, b"", "message 1: role is 'tool', not one of"),
                 ({"from": "human", "value": "a"}, {}, b"", "message 1 has `from`, ShareGPT's layout"),
                 (
                     USER | {"content": [{"type": "text", "text": "a"}]},
                     {},
                     b"",
-                    "message 1: content is no text, but a list",
+                    "message 1: content is a list of parts",
                 ),
                 (
                     USER | {"role": "system"},
@@ -350,7 +353,7 @@ class TestRecords:
                     b', "system": "other"',
                     "a system prompt beside its messages, and another",
                 ),
-                (USER, {}, b', "system": {"a": 1}', "`system` is an object, and not a text"),
+                (USER, {}, b', "system": {"a": 1}', "`system` is an object, not a string"),
             ]
         ],
     )

@@ -322,7 +322,7 @@ class TestDamage:
         assert named == [
             f"{path}, line 2: not JSON: Expecting property name enclosed in double quotes at column 2",
             f"{path}, line 7: `text` is missing; it has `body`",
-            f"{path}, line 23: the text is no valid Unicode: character 1 is U+D800",
+            f"{path}, line 23: the text is not valid Unicode: character 1 is U+D800",
         ]
 
     def test_too_many_of_them_stop_it(self, tmp_path: Path, tiny_tokenizer_file: Path) -> None:
@@ -424,7 +424,7 @@ def test_all_of_a_small_mixture(tmp_path: Path, tiny_tokenizer_file: Path) -> No
     assert found.whole and found.tokens == sum(part.counts.tokens for part in found.parts)
     assert [part.wanted for part in found.parts] == [0.75, 0.25]
     assert found.parts[0].share == pytest.approx(0.75, abs=0.05) and sum(part.share for part in found.parts) == 1
-    assert found.parts[1].counts.bad == 1 and named == [f"{two}, line 11: is a number, and not an object"]
+    assert found.parts[1].counts.bad == 1 and named == [f"{two}, line 11: is a number, not an object"]
     assert found.parts[0].counts.dropped["short"] >= 1 and found.parts[0].counts.dropped["duplicate"] >= 1
     assert found.tokens_per_second == found.tokens / found.seconds > 0
 
@@ -450,5 +450,5 @@ def test_the_beginning_of_a_large_one(tmp_path: Path, tiny_tokenizer_file: Path)
     path = texts.write(tmp_path / "a.jsonl", texts.texts(300, words=(90, 120)))
     found = sample([TextSource(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048, workers=1), 20_000)
     assert not found.whole and 20_000 <= found.tokens < 30_000 and found.parts[0].share == 1
-    with pytest.raises(InputError, match="at least 1 token"):
+    with pytest.raises(InputError, match="tokens must be at least 1"):
         sample([TextSource(str(path))], tiny_tokenizer_file, Filters(), Reading(8, 2048), 0)

@@ -68,10 +68,10 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("pattern", "message"),
         [
-            ("nowhere.jsonl", "nowhere.jsonl: no such file or directory, and no file's name matches it"),
+            ("nowhere.jsonl", "nowhere.jsonl: no such file or directory, and no file matches it"),
             ("*.jsonl", "no such file"),
-            ("notes.md", "notes.md: no kind of data file that can be read, which are .jsonl, "),
-            ("*", "notes.md: no kind of data file"),
+            ("notes.md", "notes.md: not a kind of data file that can be read: .jsonl, "),
+            ("*", "notes.md: not a kind of data file"),
             ("", "holds no data files, which are .jsonl, "),
         ],
     )
@@ -84,8 +84,8 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({}, "either a path, or a dataset"),
-            ({"path": "a", "dataset": "b"}, "either a path, or a dataset"),
+            ({}, "a path or a dataset"),
+            ({"path": "a", "dataset": "b"}, "a path or a dataset"),
             ({"path": "a", "weight": 0}, "a: its weight must be above 0, not 0"),
             ({"path": "a", "weight": float("nan")}, "must be above 0, not nan"),
             ({"path": "a", "weight": float("inf")}, "must be above 0, not inf"),
@@ -125,7 +125,7 @@ class TestDocuments:
         path.write_bytes(gzip.compress(b'[{"text": "a"},\n{"text": 3},\n{"text": "c"}]'))
         (first, bad, last) = read(path)
         assert (first, last) == ((0, "line 1", "a"), (2, "line 3", "c"))
-        assert bad[:2] == (1, "line 2") and str(bad[2]) == "`text` is a number, and not a text"
+        assert bad[:2] == (1, "line 2") and str(bad[2]) == "`text` is a number, not a string"
         assert read(path, start=2) == [last]
 
     def test_rows(self, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ class TestDocuments:
         parquet.write_table(pyarrow.table({"body": ["a", None, "c"]}), path, row_group_size=2)
         first, bad, last = read(path, "body")
         assert (first, last) == ((0, "row 1 (row group 0)", "a"), (2, "row 3 (row group 1)", "c"))
-        assert isinstance(bad[2], BadRecord) and str(bad[2]) == "`body` is null, and not a text"
+        assert isinstance(bad[2], BadRecord) and str(bad[2]) == "`body` is null, not a string"
         assert read(path, "body", start=2) == [last]
         ((_, _, broken),) = read(path, "text")
         assert isinstance(broken, Broken) and str(broken) == f"{path}: has no column `text`; it has `body`"

@@ -40,12 +40,12 @@ def test_shapes_are_told_by_their_keys() -> None:
     ("record", "reason"),
     [
         ({"query": "q", "choices": ["a"], "gold": 1}, "of 1"),
-        ({"query": "q", "choices": ["a"], "gold": True}, "`gold` is no whole number"),
+        ({"query": "q", "choices": ["a"], "gold": True}, "`gold` is not a whole number"),
         ({"query": "q", "choices": ["a"]}, "`gold` is missing"),
-        ({"query": "q", "choices": [], "gold": 0}, "`choices` is no list of texts"),
-        ({"query": "q", "choices": ["a", 3], "gold": 0}, "`choices` is no list of texts"),
-        ({"query": 3, "choices": ["a"], "gold": 0}, "`query` is no text"),
-        ({"context": "c", "continuation": " "}, "`continuation` is no text"),
+        ({"query": "q", "choices": [], "gold": 0}, "`choices` is not a list of strings"),
+        ({"query": "q", "choices": ["a", 3], "gold": 0}, "`choices` is not a list of strings"),
+        ({"query": 3, "choices": ["a"], "gold": 0}, "`query` holds no text"),
+        ({"context": "c", "continuation": " "}, "`continuation` holds no text"),
         ({"context_options": ["a", "b"], "continuation": "c", "gold": -1}, "counted from 0, of 2"),
         ({"text": "t"}, "it has `text`"),
         ({}, "it has nothing"),
@@ -79,7 +79,7 @@ def test_boolq() -> None:
     ]
     record = {"query": "Passage: Ice floats.\nQuestion: does ice float?", "choices": ["no", "yes"], "gold": 1}
     assert questions.boolq_adopted(record) == found
-    with pytest.raises(BadRecord, match="no passage with a question"):
+    with pytest.raises(BadRecord, match="not a passage with a question"):
         questions.boolq_adopted(record | {"query": "Ice floats."})
 
 

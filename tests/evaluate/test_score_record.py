@@ -52,7 +52,7 @@ def test_another_models_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"another run's results \(model abc, now xyz\); choose another --out"):
         ScoreRecord(tmp_path, IDENTITY | {"model": "xyz"}, {})
     (tmp_path / ABOUT).write_text("{}")
-    with pytest.raises(InputError, match="is not of `elm-mlx eval`"):
+    with pytest.raises(InputError, match="was not written by `elm-mlx eval`"):
         ScoreRecord(tmp_path, IDENTITY, {})
 
 

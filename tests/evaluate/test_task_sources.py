@@ -97,7 +97,7 @@ def test_hellaswag_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.replace("\n", "\r\n").encode()))
     assert task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path).questions == found
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(b"Roof\n7\na\nb\nc\nd\n"))
-    with pytest.raises(InputError, match="line 1: no context, index and four endings"):
+    with pytest.raises(InputError, match="line 1: needs a context, an index and four endings"):
         task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
     monkeypatch.setattr(reading, "TEXT_BYTES", 1 << 20)  # what unpacks to more is not half a set of questions
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(bz2.compress(text.encode() * (1 << 15)))
@@ -173,7 +173,7 @@ def test_what_is_missing_is_said_with_how_to_get_it(hub: Path) -> None:
     ("content", "reason"),
     [
         ('{"query": "q", "choices": ["a"], "gold": 0}\n{"query": 1}\n', r"line 2: `choices` is missing|line 2: "),
-        ("[1]\n", "line 1: is a number, and not an object"),
+        ("[1]\n", "line 1: is a number, not an object"),
         ("nonsense\n", "line 1: not JSON"),
         ("\n", "holds no records"),
     ],
@@ -188,7 +188,7 @@ def test_bad_files_are_named_with_the_line(tmp_path: Path, content: str, reason:
 @pytest.mark.parametrize("text", ["a\n", "a\n1\nb\nc\nd\ne\nf\n", "a\n4\nb\nc\nd\ne\n", "\xe9\n"])
 def test_hellaswag_as_text_is_six_lines_a_question(tmp_path: Path, text: str) -> None:
     (tmp_path / "hellaswag_val_full.txt").write_bytes(text.encode("latin-1"))
-    with pytest.raises(InputError, match=r"line [17]: (no context, index and four endings|not UTF-8)"):
+    with pytest.raises(InputError, match=r"line [17]: (needs a context, an index and four endings|not UTF-8)"):
         task_sources.load(Chosen(TASKS["hellaswag"]), tmp_path)
     (tmp_path / "hellaswag_val_full.txt.bz2").write_bytes(b"no bzip2")
     with pytest.raises(InputError, match="damaged bzip2"):
@@ -197,7 +197,9 @@ def test_hellaswag_as_text_is_six_lines_a_question(tmp_path: Path, text: str) ->
 
 def test_records_of_another_task_are_named(tmp_path: Path) -> None:
     write(tmp_path / "piqa.jsonl", ARC)
-    with pytest.raises(InputError, match=r"piqa\.jsonl, line 1: is no record of this task: `goal` is missing; it has"):
+    with pytest.raises(
+        InputError, match=r"piqa\.jsonl, line 1: is not a record of this task: `goal` is missing; it has"
+    ):
         task_sources.load(Chosen(TASKS["piqa"]), tmp_path)
     with pytest.raises(InputError, match="no such directory"):
         task_sources.load(Chosen(TASKS["piqa"]), tmp_path / "nowhere")

@@ -44,7 +44,7 @@ def test_mmlu_shows_the_first() -> None:
 
 
 def test_too_few_to_draw_from_is_said() -> None:
-    with pytest.raises(InputError, match="31 examples are to be drawn, and there are 30"):
+    with pytest.raises(InputError, match="needs 31 few-shot examples, and there are 30"):
         Chosen(TASKS["arc_easy"], 31).contexts(POOL[:1], POOL)
 
 
@@ -60,7 +60,7 @@ def test_suites_are_the_papers() -> None:
 
 def test_a_task_that_brings_its_examples_takes_no_others() -> None:
     assert named("truthfulqa_mc2", 5)[0].shots == 0
-    with pytest.raises(InputError, match=r"no task 'arc'; there are arc_challenge, .*, mmlu, .*--harness"):
+    with pytest.raises(InputError, match=r"task 'arc' is not one of arc_challenge, .*, mmlu, .*--harness"):
         named("arc")
 
 

@@ -54,7 +54,7 @@ def test_long_contexts_lose_their_beginning(tiny_tokenizer: Tokenizer) -> None:
 
 
 def test_what_cannot_be_scored_is_refused(tiny_tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match=r"an answer of .* tokens, and the model reads 8"):
+    with pytest.raises(InputError, match=r"an answer of .* tokens exceeds the model's context of 8"):
         tokens.encode([("the", " quick brown fox" * 20)], tiny_tokenizer, 8)
     with pytest.raises(InputError, match="nothing to score"):
         tokens.encode([("the quick", "")], tiny_tokenizer, 512)
@@ -122,10 +122,10 @@ def test_bits_per_byte_and_their_error_over_documents() -> None:
     [
         ("a.txt", b"", "holds no text"),
         ("a.txt", b"\xff", "line 1: not UTF-8: byte 1"),
-        ("a.jsonl", b'{"text": 3}\n', "line 1: `text` is a number, and not a text"),
+        ("a.jsonl", b'{"text": 3}\n', "line 1: `text` is a number, not a string"),
         ("a.jsonl", b"{\n", "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*Unicode"),
-        ("a.pdf", b"x", "no kind of data file"),
+        ("a.pdf", b"x", "not a kind of data file"),
     ],
 )
 def test_bad_texts_are_named(tiny_tokenizer: Tokenizer, tmp_path: Path, name: str, content: bytes, reason: str) -> None:

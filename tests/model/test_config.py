@@ -49,7 +49,7 @@ def test_the_270m_has_the_lists_that_its_config_on_the_hub_spells_out() -> None:
 
 def test_presets_are_named_and_another_name_is_refused() -> None:
     assert list(PRESETS) == list(FIGURES)
-    with pytest.raises(InputError, match=r"no preset 'OpenELM-7B'; there are OpenELM-270M, .*OpenELM-3B"):
+    with pytest.raises(InputError, match=r"preset 'OpenELM-7B' is not one of OpenELM-270M, .*OpenELM-3B"):
         ModelConfig.preset("OpenELM-7B")
 
 

@@ -338,7 +338,7 @@ def test_the_config_names_the_type(bases: Callable[[str], Path], tmp_path: Path)
 
 def test_a_type_that_cannot_be_had_is_refused(bases: Callable[[str], Path], tmp_path: Path) -> None:
     adapter = adapter_for(bases("4-bit"), tmp_path / "adapter")
-    with pytest.raises(InputError, match="dtype is 'int4'; there are float32, float16, bfloat16"):
+    with pytest.raises(InputError, match="dtype 'int4' is not one of float32, float16, bfloat16"):
         fuse(bases("float32"), adapter, tmp_path / "fused", dtype="int4")
     with pytest.raises(InputError, match=r"is quantized and stays so, .*; float32 needs --dequantize too"):
         fuse(bases("4-bit"), adapter, tmp_path / "fused", dtype="float32")
@@ -450,7 +450,7 @@ def test_what_is_there_is_kept_unless_asked(bases: Callable[[str], Path], tmp_pa
         fuse(base, adapter, out, sample=lambda: pytest.fail("before the data are read"))
     fuse(base, adapter, out, overwrite=True)
     (out / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"no model directory alone: it holds 'thesis\.txt'; nothing was replaced"):
+    with pytest.raises(InputError, match=r"not just a model directory: it holds 'thesis\.txt'; nothing was replaced"):
         fuse(base, adapter, out, overwrite=True)
     copy = Path(shutil.copytree(base, tmp_path / "copy"))
     with pytest.raises(InputError, match="holds the source, copy, which is to be read"):

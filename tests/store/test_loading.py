@@ -434,7 +434,7 @@ def test_a_damaged_tokenizer_is_named(directory: Path) -> None:
 
 
 def test_a_compute_dtype_that_does_not_exist_is_refused(tiny_model_dir: Path) -> None:
-    refused(tiny_model_dir, "no compute dtype 'int4'", "int4")
+    refused(tiny_model_dir, "compute dtype 'int4' is not one of", "int4")
 
 
 def test_float64_weights_are_read(directory: Path) -> None:

@@ -203,8 +203,8 @@ class TestExtend:
     [
         ([], "needs a message"),
         ([{"role": "robot", "content": "x"}], "role is 'robot'"),
-        ([user("x"), {"role": "user"}], "message 2: content is no text"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "content is no text"),
+        ([user("x"), {"role": "user"}], "message 2: content is not a string"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "content is not a string"),
     ],
 )
 def test_malformed_messages_are_refused(instruct, messages, reason):
@@ -311,18 +311,18 @@ class TestChoose:
     @pytest.mark.parametrize(
         ("files", "reason"),
         [
-            ({"tokenizer_config.json": 7}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": {}}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": []}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": False}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": [{"template": "T"}]}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": [{"name": []}]}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": ["T"]}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": [{"name": "default"}]}, "tokenizer_config.json: chat_template is no text"),
-            ({"tokenizer_config.json": {"default": 7}}, "tokenizer_config.json: chat_template is no text"),
+            ({"tokenizer_config.json": 7}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": {}}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": []}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": False}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": [{"template": "T"}]}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": [{"name": []}]}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": ["T"]}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": [{"name": "default"}]}, "tokenizer_config.json: chat_template is neither a"),
+            ({"tokenizer_config.json": {"default": 7}}, "tokenizer_config.json: chat_template is neither a"),
             ({"tokenizer_config.json": [named("rag", "R"), named("a", "A")]}, "holds a, rag, and no default"),
-            ({"chat_template.json": 7}, "chat_template.json: chat_template is no text"),
-            ({"chat_template.json": None}, "chat_template.json: chat_template is no text"),
+            ({"chat_template.json": 7}, "chat_template.json: chat_template is neither a"),
+            ({"chat_template.json": None}, "chat_template.json: chat_template is neither a"),
             ({"additional_chat_templates/rag.jinja": "R", "tokenizer_config.json": "C"}, "holds rag, and no default"),
             ({"tokenizer_config.json": "{% if"}, "tokenizer_config.json: the chat template fails, line 1: "),
             ({"chat_template.jinja": "\n{% for %}", "tokenizer_config.json": "C"}, "the chat template fails, line 2: "),
@@ -400,7 +400,7 @@ class TestChoose:
         assert choose(tmp_path, tokenizer, "none") is None
         assert isinstance(choose(tmp_path, tokenizer, "openelm-instruct"), OpenELMInstruct)
         assert isinstance(choose(tmp_path, tokenizer, str(tmp_path / "chat_template.jinja")), JinjaTemplate)
-        with pytest.raises(InputError, match="zephyr: no chat template: openelm-instruct, none, or a file"):
+        with pytest.raises(InputError, match="zephyr: not a chat template: give openelm-instruct, none, or a file"):
             choose(tmp_path, tokenizer, "zephyr")
 
     @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_unused_added_tokens_past_the_rows_are_taken_and_using_one_is_an_error(
     model, tokenizer = load(exact)
     assert tokenizer is not None and tokenizer.vocab_size == rows + 2
     assert generate(model, tokenizer, "the crow", max_tokens=3) is not None
-    refusal = rf"'\[PAD\]' is token {rows}, and the model knows {rows} tokens only"
+    refusal = rf"'\[PAD\]' is token {rows}, but the model has only {rows} tokens"
     with pytest.raises(InputError, match=refusal):
         tokenizer.encode_parts(["a", rows, "b"])
     data = tmp_path / "a.jsonl"

@@ -128,7 +128,7 @@ def test_a_state_edited_by_hand_is_named(tmp_path: Path, part: str, name: str, v
             restore(path)
     for edited in ({}, {"format": 1}, state | {part: None}, state | {part: {"unknown": 1}}):
         (path / checkpoint.STATE).write_text(json.dumps(edited))
-        with pytest.raises(InputError, match=r"state\.json: is no state of a checkpoint"):
+        with pytest.raises(InputError, match=r"state\.json: is not the state of a checkpoint"):
             restore(path)
 
 

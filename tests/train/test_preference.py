@@ -120,7 +120,7 @@ def test_extremes_are_numbers(loss: str) -> None:
 
 
 def test_what_makes_no_loss() -> None:
-    with pytest.raises(InputError, match=r"^no loss of pairs 'dpo'; there are sigmoid, hinge, ipo, orpo$"):
+    with pytest.raises(InputError, match=r"^loss of pairs 'dpo' is not one of sigmoid, hinge, ipo, orpo$"):
         Preferring("dpo")
     with pytest.raises(InputError, match=r"^beta, of the loss of pairs, must be above 0, not 0$"):
         Preferring(beta=0)

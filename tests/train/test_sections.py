@@ -69,8 +69,8 @@ def test_overrides(tmp_path: Path) -> None:
         ('count = 1.5\n[part]\npath = "p"\n', "count is 1.5; it needs a whole number"),
         ('count = true\n[part]\npath = "p"\n', "count is True; it needs a whole number"),
         ('count = -1\n[part]\npath = "p"\n', "a.toml: count must not be below 0"),
-        ('part = "p"\n', "part is no section; it starts with [part]"),
-        ("count = \n", "is no TOML"),
+        ('part = "p"\n', "part is not a section; it starts with [part]"),
+        ("count = \n", "is not TOML"),
     ],
 )
 def test_mistakes_are_named(text: str, error: str, tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_what_is_no_such_value(kind: type, value: Any) -> None:
 def test_one_thing_where_several_are_meant_and_the_other_way(tmp_path: Path) -> None:
     text = 'count = 4e0\npair = "1e-3"\non = "yes"\n[[part]]\npath = ["p"]\n[parts]\npath = "q"\n'
     assert read(tmp_path, text) == Whole(Part("p"), (Part("q"),), 4, None, True, (1e-3,))
-    with pytest.raises(InputError, match=r"part is no section"):
+    with pytest.raises(InputError, match=r"part is not a section"):
         read(tmp_path, '[[part]]\npath = "p"\n[[part]]\npath = "q"\n')
 
 

@@ -32,8 +32,8 @@ def test_linear_constant_and_no_warmup() -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"shape": "step"}, "no learning rate schedule 'step'"), ({"peak": 0.0}, "above 0"),
-        ({"peak": math.nan}, "above 0"), ({"warmup": 11}, "warm-up of 11"), ({"steps": 0}, "at least 1 update, not 0"),
+        ({"shape": "step"}, "learning rate schedule 'step' is not one of"), ({"peak": 0.0}, "above 0"),
+        ({"peak": math.nan}, "above 0"), ({"warmup": 11}, "warm-up of 11"), ({"steps": 0}, "must be at least 1, not 0"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(options: dict[str, float], complaint: str) -> None:
@@ -44,8 +44,8 @@ def test_what_is_no_schedule_is_refused(options: dict[str, float], complaint: st
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"on_nan": "hope"}, "no on_nan 'hope'; there are stop, skip"),
-        ({"optimizer": "sgd"}, "no optimizer 'sgd'; there are adamw, adafactor"),
+        ({"on_nan": "hope"}, "on_nan 'hope' is not one of stop, skip"),
+        ({"optimizer": "sgd"}, "optimizer 'sgd' is not one of adamw, adafactor"),
         ({"accumulate": 0}, "accumulate must be at least 1, not 0"),
         ({"clip": 0.0}, "norm must be above 0"),
         ({"betas": (0.9, math.nan)}, r"betas are from 0 to below 1, not \(0.9, nan\)"),
