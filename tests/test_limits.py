@@ -12,7 +12,7 @@ import pytest
 import tiny
 from commands import Run
 
-from elm_mlx import safetensors_file
+from elm_mlx.store import loading
 from elm_mlx.text.tokenizer import Tokenizer
 
 
@@ -98,11 +98,11 @@ def test_what_windows_saves_reads_the_same(run: Run, model: Path, tmp_path: Path
 
 
 def test_a_directory_that_changes_while_it_is_read(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = safetensors_file.read_header
+    read = loading.read_header
 
     def gone(path: Path) -> object:
         shutil.move(path, path.with_name("moved"))
         return read(path)
 
-    monkeypatch.setattr(safetensors_file, "read_header", gone)
+    monkeypatch.setattr(loading, "read_header", gone)
     refused(run, "model.safetensors", "generate", model, "-p", "a")
