@@ -323,12 +323,12 @@ class TextStream:
         if found:
             self._held, self.finish_reason = "", "stop"
             return text[: min(found)]
-        keep = max((_overlap(text, string) for string in self._stop), default=0)
+        keep = max((overlap(text, string) for string in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, string: str) -> int:
+def overlap(text: str, string: str) -> int:
     """Returns the length of the longest end of `text` that begins `string`."""
     for length in range(min(len(text), len(string) - 1), 0, -1):
         if text.endswith(string[:length]):

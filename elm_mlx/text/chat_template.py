@@ -9,9 +9,11 @@ with): after `</s>`, a newline is the two tokens `▁` and `<0x0A>`.
 
 from __future__ import annotations
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from elm_mlx.text import jinja
 from elm_mlx.text.jinja import Conversation
 from elm_mlx.text.tokenizer import Tokenizer
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]  # functions as OpenAI's API describes them
 Part = str | int
 
 ROLES = ("system", "user", "assistant")
@@ -44,8 +47,11 @@ class Template(ABC):
     Attributes:
         stop_ids: the tokens that end an answer.
         stop_strings: texts that end one, where the model goes on to the next turn by itself. Not part of it.
+        roles: whose messages it takes.
     """
 
+    roles: tuple[str, ...] = ROLES
+    takes_tools = False
     stop_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
 
@@ -53,27 +59,29 @@ class Template(ABC):
         self.tokenizer = tokenizer
 
     @abstractmethod
-    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+    def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
         """Returns each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
 
         Args:
             conversations: each its messages, and whether the generation prompt follows, which makes the model answer.
+            tools: functions that the model may call, of a template that `takes_tools`.
 
         Raises:
             InputError: the template does not take one of them.
         """
 
-    def encode(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
+    def encode(self, messages: Messages, add_generation_prompt: bool = True, tools: Tools | None = None) -> list[int]:
         """Returns the ids of the conversation, exactly one BOS in front.
 
         Args:
-            messages: each with a `role` of ROLES and its `content`.
+            messages: each with a `role` of `roles` and its `content`; an assistant's may have `tool_calls`.
             add_generation_prompt: end with the text that makes the model answer.
+            tools: as in `parts_of`.
 
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
         """
-        (parts,) = self.parts_of([(check_messages(messages), add_generation_prompt)])
+        (parts,) = self.parts_of([(check_messages(messages, self.roles), add_generation_prompt)], tools)
         return self.tokenizer.encode_parts(parts)
 
     def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
@@ -119,7 +127,7 @@ class OpenELMInstruct(Template):
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self.stop_ids = _unique(*tokenizer.eos_ids, self._eos)
 
-    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
+    def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
         return [self._parts(messages, prompt) for messages, prompt in conversations]
 
     def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
@@ -149,32 +157,42 @@ class JinjaTemplate(Template):
         LimitError: it does not stay within the limits of `jinja`.
     """
 
+    roles = (*ROLES, "tool")
+
     def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
         super().__init__(tokenizer)
         if not source.strip():
             raise InputError(f"{where}: the chat template is blank ({jinja.INSTEAD})")
-        self._source, self._where, self._names = source, where, dict(names)
+        self.source, self._where, self._names = source, where, dict(names)
         self._ids = tokenizer.control_ids
         self._first, self._last = {name[0] for name in self._ids}, {name[-1] for name in self._ids}
         self._pattern = tokenizer.names_of_controls()
         self.stop_ids, self.stop_strings = self._ends()
 
-    def parts_of(self, conversations: Sequence[Conversation]) -> list[list[Part]]:
-        mark = self._unused_character([message for messages, _ in conversations for message in messages])
-        shielded = [
-            ([{**message, "content": self._shield(message["content"], mark)} for message in messages], prompt)
-            for messages, prompt in conversations
-        ]
-        differing = [i for i, (messages, _) in enumerate(shielded) if any(mark in m["content"] for m in messages)]
-        rendered = self._render([*conversations, *(shielded[i] for i in differing)])
+    def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
+        given = [Conversation(messages, prompt, tools) for messages, prompt in conversations]
+        mark = self._unused_character([*(messages for messages, _ in conversations), tools])
+        shielded = [Conversation(*(self._shielded(value, mark) for value in each)) for each in given]
+        differing = [i for i, (one, other) in enumerate(zip(given, shielded, strict=True)) if one != other]
+        rendered = self._render([*given, *(shielded[i] for i in differing)])
         for text in rendered:
             if isinstance(text, jinja.Refusal):
                 raise text
         split = [self._split(text) for text in rendered if isinstance(text, str)]
-        for i, safe in zip(differing, split[len(conversations) :], strict=True):
+        for i, safe in zip(differing, split[len(given) :], strict=True):
             if _controls(split[i]) != _controls(safe):  # a message holds the name of a control token
                 split[i] = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
-        return [self._begun(parts) for parts in split[: len(conversations)]]
+        return [self._begun(parts) for parts in split[: len(given)]]
+
+    @cached_property
+    def takes_tools(self) -> bool:  # type: ignore[override]
+        """Whether the template tells the model of the functions that it may call."""
+        function = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        system, question = {"role": "system", "content": "!"}, {"role": "user", "content": "?"}
+        messages = ([question], [system, question])
+        texts = self._render([Conversation(each, True, given) for each in messages for given in (None, tools)])
+        return any(isinstance(b, str) and a != b for a, b in zip(texts[::2], texts[1::2], strict=True))
 
     def _begun(self, parts: list[Part]) -> list[Part]:
         bos = self.tokenizer.bos_id if self.tokenizer.bos_before_templates else None
@@ -182,7 +200,7 @@ class JinjaTemplate(Template):
         return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
 
     def _render(self, conversations: Sequence[Conversation]) -> list[str | jinja.Refusal]:
-        return jinja.render(self._source, self._where, conversations, self._names)
+        return jinja.render(self.source, self._where, conversations, self._names)
 
     def _split(self, text: str) -> list[Part]:
         parts: list[Part] = []
@@ -191,6 +209,23 @@ class JinjaTemplate(Template):
             parts += [text[start : match.start()], self._ids[match[0]]]
             start = match.end()
         return [part for part in (*parts, text[start:]) if part != ""]
+
+    def _shielded(self, value: Any, mark: str) -> Any:
+        """Returns messages or tools with the texts in them shielded, but for words that templates compare."""
+        if isinstance(value, str):
+            return self._shield(value, mark)
+        if isinstance(value, Mapping):
+            return {
+                name if name.isidentifier() else self._shield(name, mark): (
+                    inner
+                    if name in ("role", "type") and isinstance(inner, str) and inner.isidentifier()
+                    else self._shielded(inner, mark)
+                )
+                for name, inner in value.items()
+            }
+        return (
+            type(value)(self._shielded(inner, mark) for inner in value) if isinstance(value, (list, tuple)) else value
+        )
 
     def _shield(self, content: str, mark: str) -> str:
         """`content` with `mark`s in it, so that no name of a control token can begin, end or lie in it.
@@ -207,8 +242,8 @@ class JinjaTemplate(Template):
             text = text[:at] + mark + text[at:]
         return text
 
-    def _unused_character(self, messages: Messages) -> str:
-        used = {*self._source, *"".join(self._ids), *(c for message in messages for c in message["content"])}
+    def _unused_character(self, values: Any) -> str:
+        used = {*self.source, *"".join(self._ids), *json.dumps(values, ensure_ascii=False, default=dict)}
         return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in used)
 
     def _ends(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -216,7 +251,8 @@ class JinjaTemplate(Template):
         question, answer = {"role": "user", "content": "?"}, {"role": "assistant", "content": "\uf8ff"}
         following = {"role": "user", "content": "\uf8fe"}
         eos_ids = self.tokenizer.eos_ids
-        for text in self._render([([question, answer], False), ([question, answer, following], False)]):
+        closed, followed = ([question, answer], False), ([question, answer, following], False)
+        for text in self._render([Conversation(*closed), Conversation(*followed)]):
             if isinstance(text, jinja.Refusal):  # one that wants more of a conversation, say a system message
                 continue
             ending = self._split(text.rpartition("\uf8ff")[2].partition("\uf8fe")[0])
@@ -227,15 +263,15 @@ class JinjaTemplate(Template):
         return eos_ids, ()
 
 
-def check_messages(messages: Messages) -> Messages:
-    """Returns `messages`. Raises InputError unless each has a `role` of ROLES and a text as `content`."""
+def check_messages(messages: Messages, roles: Sequence[str] = ROLES) -> Messages:
+    """Returns `messages`. Raises InputError unless each has a `role` of `roles` and a text as `content`."""
     if not messages:
         raise InputError("a conversation needs a message")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise InputError(f"message {number}: an object with strings `role` and `content` is needed")
-        if message.get("role") not in ROLES:
-            raise InputError(f"message {number}: role is {message.get('role')!r}, not one of {', '.join(ROLES)}")
+        if message.get("role") not in roles:
+            raise InputError(f"message {number}: role is {message.get('role')!r}, not one of {', '.join(roles)}")
         if not isinstance(message.get("content"), str):
             raise InputError(f"message {number}: content is not a string")
     return messages

@@ -18,8 +18,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.reading import printable
@@ -35,7 +36,16 @@ _CODE = 20 << 20  # bytes of libraries and stack, which the kernel does not coun
 _POLL = 5  # milliseconds
 _NO_START = "the process that renders chat templates does not start"
 
-Conversation = tuple[Sequence[Mapping[str, str]], bool]  # messages, and whether the generation prompt follows
+
+class Conversation(NamedTuple):
+    """What a template renders: messages, the functions that may be called, and whether the generation prompt follows.
+
+    `tools` are as in OpenAI's API; None for none.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    add_generation_prompt: bool
+    tools: Sequence[Mapping[str, Any]] | None = None
 
 
 class Refusal(InputError):
@@ -76,10 +86,10 @@ def render(
         LimitError: it does not stay within the limits.
         ElmError: the process does not start.
     """
-    common = {**names, "tools": None, "documents": None}
+    common = {**names, "documents": None}
     variables = [
-        {**common, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt}
-        for messages, prompt in conversations
+        {**common, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt, "tools": tools}
+        for messages, prompt, tools in starmap(Conversation, conversations)
     ]
     with _lock:
         try:

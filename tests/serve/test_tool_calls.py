@@ -1,0 +1,425 @@
+"""Tool calls: the form of each family's calls, read however a text is cut, and held to the functions' schemas."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from itertools import count
+from typing import Any, ClassVar
+
+import other_models
+import pytest
+from jsonschema import Draft202012Validator
+
+from elm_mlx.errors import ElmError
+from elm_mlx.inference.grammar import GrammarCompiler
+from elm_mlx.serve import tool_calls
+from elm_mlx.serve.tool_calls import CallForm, CallReader, ToolCaller, ToolsError, call_form, parse_tool_use
+from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct
+from elm_mlx.text.tokenizer import Tokenizer
+
+CHATML_END = "<|im_end|>\n"
+TURNS = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}<CALLS>{% else %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOOLS_FIRST = (
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+)
+TAGGED = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "<|im_start|>assistant{% if m.content %}\n{{ m.content }}{% endif %}{% for c in m.tool_calls %}"
+    '{{ \'\n<tool_call>\n{"name": "\' + c.function.name + \'", "arguments": \' }}'
+    "{{ c.function.arguments | tojson }}{{ '}\n</tool_call>' }}{% endfor %}<|im_end|>\n",
+)
+LISTED = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "<|im_start|>assistant\n<tool_call>[{% for c in m.tool_calls %}{{ c.function | tojson }}"
+    "{{ ', ' if not loop.last }}{% endfor %}]</tool_call><|im_end|>\n",
+)
+BARE = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "{% if m.tool_calls | length != 1 %}{{ raise_exception('one call') }}{% endif %}<|im_start|>assistant\n"
+    '{% set c = m.tool_calls[0].function %}{{ \'{"name": "\' + c.name + \'", "parameters": \' }}'
+    "{{ c.arguments | tojson }}{{ '}' }}<|im_end|>\n",
+)
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.last %}[TOOLS]{{ tools | tojson }}[/TOOLS]"
+    "{% endif %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}[TOOL_CALLS] [{% for c in m.tool_calls %}"
+    "{% if c.id | length != 9 %}{{ raise_exception('ids of nine') }}{% endif %}{% set one = c.function | tojson %}"
+    "{{ one[:-1] + ', \"id\": \"' + c.id + '\"}' }}{{ ', ' if not loop.last }}{% endfor %}]</s>"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
+IN_WORDS = TOOLS_FIRST.replace("<|im_end|>", "Answer by <tool_call>[…]</tool_call><|im_end|>") + TURNS.replace(
+    "<CALLS>", ""
+)
+NEITHER = TURNS.replace("<CALLS>", "")
+UNKNOWN = TOOLS_FIRST + TURNS.replace("<CALLS>", "<|im_start|>assistant\nCALL {{ m.tool_calls[0].function.name }}()")
+
+FORMS = {
+    "tagged": CallForm("<tool_call>", "\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"),
+    "listed": CallForm("<tool_call>", "[", "]</tool_call>", ", "),
+    "bare": CallForm("", "", "", None, middle='", "parameters": '),
+    "marked": CallForm("", " [", "]", ", ", begin_id=8),
+}
+TEMPLATES = {"tagged": TAGGED, "listed": LISTED, "bare": BARE, "marked": MARKED}
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "maxLength": 8},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+                "unit": {"$ref": "#/$defs/unit"},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+            "$defs": {"unit": {"enum": ["C", "F"]}},
+        },
+        "strict": True,
+    },
+}
+TIME = {"type": "function", "function": {"name": "time"}}
+NAMES = {"get_weather", "time"}
+ARGUMENTS = '{"city": "São \\"P\\" </tool_call>]}", "days": 3}'
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tools")
+    encoder = other_models.write_tokenizer(folder, "chatml")
+    encoder.add_special_tokens(["[TOOL_CALLS]", "[INST]", "[/INST]", "</s>"])
+    encoder.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return Tokenizer.load(folder)
+
+
+def template(tokenizer: Tokenizer, source: str) -> JinjaTemplate:
+    return JinjaTemplate(tokenizer, source, "here", {})
+
+
+def call(name: str, arguments: str, form: CallForm) -> str:
+    return form.head + name + form.middle + arguments + form.tail
+
+
+def written(form: CallForm, *calls: tuple[str, str]) -> str:
+    return form.lead + (form.between or "").join(call(*each, form) for each in calls) + form.trail
+
+
+def read(
+    form: CallForm, pieces: list[tuple[str, int | None]], held: bool = False
+) -> tuple[list[tool_calls.Delta], CallReader]:
+    ids = count()
+    reader = CallReader(form, NAMES, held, lambda: f"id{next(ids)}")
+    deltas = [delta for text, token in pieces for delta in reader.add(text, token)]
+    return deltas + reader.finish(), reader
+
+
+def message(deltas: list[tool_calls.Delta]) -> tuple[str | None, list[tuple[str, str]]]:
+    whole = tool_calls.whole_message(deltas)
+    calls = whole.get("tool_calls", [])
+    assert [each["id"] for each in calls] == [f"id{i}" for i in range(len(calls))]
+    return whole["content"], [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
+
+
+def pieces_of(form: CallForm, before: str, calls: str, after: str, draw: random.Random) -> list[tuple[str, int | None]]:
+    """The text in random pieces, the control token between the first two parts where the form has one."""
+
+    def cut(text: str) -> list[tuple[str, int | None]]:
+        cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(0, 12)))
+        return [(text[a:b], 3) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+    if form.begin_id is None or not calls:
+        return cut(before + (form.begin if calls else "") + calls + after)
+    return [*cut(before), ("", form.begin_id), *cut(calls + after)]
+
+
+class TestForms:
+    @pytest.mark.parametrize("style", FORMS)
+    def test_it_is_read_from_a_rendered_call(self, style: str, tokenizer: Tokenizer) -> None:
+        form = call_form(template(tokenizer, TEMPLATES[style]))
+        expected = FORMS[style]
+        if style == "marked":
+            expected = CallForm("", " [", "]", ", ", begin_id=tokenizer.id_of("[TOOL_CALLS]"))
+        assert form == expected
+
+    def test_it_is_read_from_words(self, tokenizer: Tokenizer) -> None:
+        assert call_form(template(tokenizer, IN_WORDS)) == FORMS["listed"]
+        assert call_form(template(tokenizer, IN_WORDS.replace(">[…]<", ">{…}<"))) == FORMS["tagged"]
+
+    def test_a_template_that_takes_no_tools_has_none(self, tokenizer: Tokenizer, tiny_tokenizer: Tokenizer) -> None:
+        for one in (template(tokenizer, NEITHER), template(tokenizer, UNKNOWN), OpenELMInstruct(tiny_tokenizer), None):
+            assert call_form(one) is None
+            with pytest.raises(ToolsError, match="takes no tools"):
+                ToolCaller(one, GrammarCompiler(tokenizer)).check()
+        assert not template(tokenizer, NEITHER).takes_tools and template(tokenizer, UNKNOWN).takes_tools
+
+    def test_tools_calls_and_results_are_in_the_prompt_and_make_no_control_tokens(self, tokenizer: Tokenizer) -> None:
+        hostile = {"type": "function", "function": {"name": "f", "description": "a<|im_end|>b", "parameters": {
+            "type": "<|im_start|>", "properties": {"<|im_end|>": {"enum": ["<|im_end|>"]}},
+        }}}  # fmt: skip
+        calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": "<|im_end|>"}}}]
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "content": "ok<|im_end|>", "tool_call_id": "a"},
+        ]
+        ids = template(tokenizer, TAGGED).encode(messages, tools=[hostile])
+        text = tokenizer.decode(ids)
+        assert text.count("<|im_end|>") == 6 and "\ue000" not in text
+        assert ids.count(tokenizer.control_ids["<|im_end|>"]) == 4
+
+
+class TestReader:
+    @pytest.mark.parametrize("style", FORMS)
+    @pytest.mark.parametrize("held", [False, True])
+    @pytest.mark.parametrize("before", ["", "Let me see. ", "\n\n", "a < b, <tool"])
+    def test_calls_are_read_however_the_text_is_cut(self, style: str, held: bool, before: str) -> None:
+        form, draw = FORMS[style], random.Random(style + before)
+        calls = [("get_weather", ARGUMENTS), ("time", "{}")][: 1 if form.between is None else 2]
+        text = written(form, *calls)
+        for _ in range(40):
+            deltas, reader = read(form, pieces_of(form, before, text, draw.choice(["", "\n", " "]), draw), held)
+            content, found = message(deltas)
+            if style == "bare" and before.strip():
+                assert (content, found) == (before + text, []) or not found
+                assert reader.finish_reason("stop") == "stop"
+                continue
+            assert found == calls and content == (before.rstrip() or None)
+            assert reader.finish_reason("stop") == "tool_calls" and reader.finish_reason("length") == "length"
+
+    @pytest.mark.parametrize("style", ["tagged", "listed", "marked"])
+    def test_arguments_come_in_pieces_where_a_grammar_holds(self, style: str) -> None:
+        form = FORMS[style]
+        text = written(form, ("get_weather", ARGUMENTS))
+        pieces: list[tuple[str, int | None]] = [(form.begin, form.begin_id), *((letter, 3) for letter in text)]
+        deltas, _ = read(form, pieces, held=True)
+        calls = [delta["tool_calls"][0] for delta in deltas]
+        function = {"name": "get_weather", "arguments": ""}
+        assert calls[0] == {"index": 0, "id": "id0", "type": "function", "function": function}
+        assert len(calls) == 1 + len(ARGUMENTS)
+        assert {json.dumps([*each]) for each in calls[1:]} == {'["index", "function"]'}
+        whole, _ = read(form, pieces)
+        assert len(whole) == 1 and message(whole) == message(deltas)
+
+    MALFORMED: ClassVar = [
+        "",
+        "{",
+        "not JSON",
+        '{"name": "get_weather", "arguments": {"city": }}',
+        '{"name": "get_weather", "arguments": [1]}',
+        '{"name": "get_weather", "arguments": "no object"}',
+        '{"name": "unknown", "arguments": {}}',
+        '{"name": ["time"], "arguments": {}}',
+        '{"arguments": {}}',
+        '{"name": "get_weather", "arguments": {"city": "Par',
+        "[]",
+        "[1, 2]",
+    ]
+
+    @pytest.mark.parametrize("style", FORMS)
+    @pytest.mark.parametrize("text", MALFORMED)
+    def test_a_malformed_call_is_content(self, style: str, text: str) -> None:
+        form, draw = FORMS[style], random.Random(text)
+        for before, after in (("", ""), ("Well: ", "</tool_call> so"), ("", "</tool_call>\n")):
+            said = before + form.begin + text + after
+            for _ in range(10):
+                deltas, reader = read(form, pieces_of(form, before, text, after, draw) if text else [
+                    (before, None), (form.begin, form.begin_id), (after, None)
+                ])  # fmt: skip
+                assert message(deltas) == (said, []) and reader.finish_reason("stop") == "stop"
+
+    def test_calls_before_and_after_a_malformed_one_stay(self) -> None:
+        form = FORMS["tagged"]
+        good, bad = f"<tool_call>{written(form, ('time', '{}'))}", "<tool_call>{nothing}</tool_call>"
+        deltas, _ = read(form, [(f"{good}\n{bad}\n{good}", None)])
+        assert message(deltas) == (f"\n{bad}", [("time", "{}"), ("time", "{}")])
+
+    @pytest.mark.parametrize(
+        ("text", "arguments"),
+        [
+            ('<tool_call>{"arguments": {"a": 1}, "name": "time"}</tool_call>', '{"a": 1}'),
+            ('<tool_call>\n\n{"name":"time","parameters":{"a":1}} </tool_call>', '{"a": 1}'),
+            ('<tool_call>{"name": "time", "arguments": "{\\"a\\": 1}"}</tool_call>', '{"a": 1}'),
+            ('<tool_call>{"name": "time"}</tool_call>', "{}"),
+            ('<tool_call>{"name": "time", "arguments": null, "id": "x"}', "{}"),
+            ('<tool_call>[{"name": "time", "arguments": {}}]', "{}"),
+            ('<tool_call>{"name": "time", "arguments": {}}</tool_', "{}"),
+        ],
+    )
+    def test_what_models_write_beside_the_form_is_read(self, text: str, arguments: str) -> None:
+        deltas, _ = read(FORMS["tagged"], [(text, None)])
+        assert message(deltas) == (None, [("time", arguments)])
+
+    def test_arguments_that_were_cut_have_been_given_on(self) -> None:
+        form = FORMS["tagged"]
+        deltas, reader = read(form, [('<tool_call>\n{"name": "time", "arguments": {"a": "b', None)], held=True)
+        assert message(deltas) == (None, [("time", '{"a": "b')]) and reader.finish_reason("length") == "length"
+
+    def test_text_without_calls_is_as_it_was(self) -> None:
+        draw = random.Random(0)
+        for style, form in FORMS.items():
+            for text in ("", "  \n", " Hello.\n\nWorld </tool_call> \n", "<tool_ <<tool_call <", "3 {4}"):
+                deltas, reader = read(form, pieces_of(form, text, "", "", draw))
+                assert message(deltas) == (text, []), style
+                assert reader.finish_reason("stop") == "stop"
+
+
+def allowed_text(state: Any, tokenizer: Tokenizer, draw: random.Random, most: int, ends: set[int]) -> list[int] | None:
+    """Tokens that a grammar allows, at random, up to the first end."""
+    tokens: list[int] = []
+    closing = {token for token in range(tokenizer.vocab_size) if tokenizer.bytes_of(token)[:1] in (b'"', b"}", b"]")}
+    while len(tokens) < most:
+        allowed = [token for token, value in enumerate(state.bias().tolist()) if value == 0]
+        if not ends.isdisjoint(allowed):
+            return tokens
+        good = [token for token in allowed if token in closing]
+        tokens.append(draw.choice(good if good and draw.random() < 0.5 else allowed))
+        state.accept(tokens[-1])
+    return None
+
+
+class TestGrammar:
+    @pytest.mark.parametrize("style", TEMPLATES)
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+    def test_a_required_call_satisfies_its_schema(self, style: str, choice: Any, tokenizer: Tokenizer) -> None:
+        caller = ToolCaller(template(tokenizer, TEMPLATES[style]), GrammarCompiler(tokenizer))
+        _, use = parse_tool_use([WEATHER, TIME], choice)
+        grammar, draw, found = caller.grammar(use), random.Random(style), set()
+        assert grammar is not None
+        for _ in range(12):
+            tokens = allowed_text(grammar.start(), tokenizer, draw, 400, {*tokenizer.eos_ids})
+            if tokens is None:
+                continue
+            reader, decoder = caller.reader(use, held=True), tokenizer.detokenizer([5])
+            deltas = [delta for token in tokens for delta in reader.add(decoder.add(token), token)]
+            whole = tool_calls.whole_message([*deltas, *reader.finish()])
+            assert whole["content"] is None and reader.finish_reason("stop") == "tool_calls"
+            for function in (call["function"] for call in whole["tool_calls"]):
+                found.add(function["name"])
+                schema = next(each for each in use.functions if each.name == function["name"]).parameters
+                Draft202012Validator(schema).validate(json.loads(function["arguments"]))
+        assert found == ({"get_weather", "time"} if choice == "required" else {"get_weather"})
+
+    @pytest.mark.parametrize("style", TEMPLATES)
+    def test_a_call_that_begins_is_held_and_text_is_free(self, style: str, tokenizer: Tokenizer) -> None:
+        caller = ToolCaller(template(tokenizer, TEMPLATES[style]), GrammarCompiler(tokenizer))
+        form = caller.form
+        assert form is not None
+        _, use = parse_tool_use([WEATHER, TIME])
+        grammar = caller.grammar(use)
+        assert grammar is not None
+
+        def takes(*parts: str | int) -> bool:
+            state = grammar.start()
+            for part in parts:
+                for token in [part] if isinstance(part, int) else tokenizer.encode_amid(part):
+                    if state.bias()[token].item() != 0:
+                        return False
+                    state.accept(token)
+            return any(state.bias()[token].item() == 0 for token in tokenizer.eos_ids)
+
+        begin: str | int = form.begin if form.begin_id is None else form.begin_id
+        good = written(form, ("get_weather", '{"city": "Rome", "days": 3}'))
+        two = written(form, ("time", "{}"), ("time", "{}"))
+        assert takes("Hello, <world> [1] a < b") and takes(begin, good)
+        assert takes("Let me see. ", begin, good) or style == "bare"
+        assert takes(begin, two) == (form.between is not None)
+        for wrong in (
+            written(form, ("get_weather", '{"city": "Rome", "days": 30}')),
+            written(form, ("nothing", "{}")),
+            "{}",
+            good[:-3],
+        ):
+            assert not takes(begin, wrong), wrong
+        alone = caller.grammar(parse_tool_use([WEATHER, TIME], "auto", False)[1])
+        grammar = alone
+        assert takes(begin, good) and not takes(begin, two)
+
+    def test_a_schema_that_cannot_be_held_to(self, tokenizer: Tokenizer) -> None:
+        caller = ToolCaller(template(tokenizer, TAGGED), GrammarCompiler(tokenizer))
+        parameters = {"type": "object", "properties": {"a": {"not": {}}}}
+        odd = {"type": "function", "function": {"name": "odd", "parameters": parameters}}
+        assert caller.grammar(parse_tool_use([odd, TIME])[1]) is not None  # its arguments are any object
+        strict = {"type": "function", "function": {**odd["function"], "strict": True}}
+        for tools, choice in (([odd], "required"), ([strict], "auto")):
+            with pytest.raises(ToolsError, match=r'odd.s parameters: .*"not"'):
+                caller.grammar(parse_tool_use(tools, choice)[1])
+
+    def test_without_llguidance_a_call_can_come_and_not_be_required(
+        self, tokenizer: Tokenizer, without: Callable[[str], None]
+    ) -> None:
+        without("llguidance")
+        caller = ToolCaller(template(tokenizer, TAGGED), GrammarCompiler(tokenizer))
+        assert caller.grammar(parse_tool_use([TIME])[1]) is None
+        assert caller.grammar(parse_tool_use([TIME], "none")[1]) is None
+        with pytest.raises(ElmError, match=r"elm-mlx\[grammar\]"):
+            caller.grammar(parse_tool_use([TIME], "required")[1])
+
+
+class TestFields:
+    def test_they_are_parsed(self) -> None:
+        shown, use = parse_tool_use([WEATHER, TIME])
+        assert [each["function"]["name"] for each in shown] == ["get_weather", "time"]
+        assert (use.choice, use.parallel) == ("auto", True) and [each.strict for each in use.functions] == [True, False]
+        assert use.functions[1].parameters["additionalProperties"] is False
+        assert parse_tool_use(None) == ([], tool_calls.ToolUse((), "none"))
+        shown, use = parse_tool_use([WEATHER, TIME], {"type": "function", "function": {"name": "time"}}, True)
+        assert len(shown) == 2 and [each.name for each in use.functions] == ["time"] and not use.parallel
+        assert parse_tool_use([TIME], "none")[1].callable == ()
+
+    @pytest.mark.parametrize(
+        ("tools", "choice", "parallel", "param"),
+        [
+            ({}, None, None, "tools"),
+            ([TIME] * 200, None, None, "tools"),
+            ([3], None, None, "tools[0]"),
+            ([{"type": "retrieval"}], None, None, "tools[0]"),
+            ([TIME, {"type": "function", "function": {"name": "a b"}}], None, None, "tools[1].function.name"),
+            ([TIME, TIME], None, None, "tools[1].function.name"),
+            ([{"type": "function", "function": {"name": "f", "description": 3}}], None, None,
+             "tools[0].function.description"),
+            ([{"type": "function", "function": {"name": "f", "strict": "no"}}], None, None, "tools[0].function.strict"),
+            ([{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}], None, None,
+             "tools[0].function.parameters"),
+            ([TIME], "always", None, "tool_choice"),
+            ([TIME], {"type": "function", "function": {"name": "other"}}, None, "tool_choice"),
+            (None, "required", None, "tool_choice"),
+            ([TIME], [], None, "tool_choice"),
+            ([TIME], None, "yes", "parallel_tool_calls"),
+        ],
+    )  # fmt: skip
+    def test_what_is_malformed_is_named(self, tools: Any, choice: Any, parallel: Any, param: str) -> None:
+        with pytest.raises(ToolsError) as error:
+            parse_tool_use(tools, choice, parallel)
+        assert error.value.param == param and str(error.value).startswith(param)
+
+    def test_calls_of_a_message(self) -> None:
+        made = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
+        (parsed,) = tool_calls.parse_tool_calls("messages[1].tool_calls", [made])
+        assert parsed["function"] == {"name": "f", "arguments": {"x": [1]}} and parsed["id"] == "a"
+        for wrong, param in (
+            (3, ""), ([], ""), ([3], "[0]"), ([{**made, "id": 3}], "[0].id"), ([{**made, "type": "x"}], "[0]"),
+            ([{**made, "function": {"name": "", "arguments": "{}"}}], "[0].function.name"),
+            ([{**made, "function": {"name": "f", "arguments": "[1]"}}], "[0].function.arguments"),
+            ([{**made, "function": {"name": "f", "arguments": "{"}}], "[0].function.arguments"),
+        ):  # fmt: skip
+            with pytest.raises(ToolsError) as error:
+                tool_calls.parse_tool_calls("messages[1].tool_calls", wrong)
+            assert error.value.param == "messages[1].tool_calls" + param
+
+
+def test_ids_are_such_as_every_template_takes_back(tokenizer: Tokenizer) -> None:
+    ids = {tool_calls._new_id() for _ in range(50)}
+    assert len(ids) == 50 and all(len(each) == 9 and each.isalnum() for each in ids)
+
+
+def test_a_whole_message_of_no_calls() -> None:
+    assert tool_calls.whole_message([]) == {"role": "assistant", "content": ""}
+    assert tool_calls.whole_message([{"content": "a"}, {"content": " b"}]) == {"role": "assistant", "content": "a b"}
