@@ -30,7 +30,7 @@ from elm_mlx.reading import byte_size
 
 # What the kernel answers when it or the file system cannot swap two names.
 _CANNOT_SWAP = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # which a caller's own writing meets
 _RENAME_EXCHANGE = 2  # Linux, renameat2(2)
 _RENAME_SWAP = 2  # macOS, renamex_np(2)
 _AT_FDCWD = -100
@@ -52,7 +52,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         if path.exists():
             temporary.chmod(stat.S_IMODE(path.stat().st_mode))
     try:
-        with _full_disk_named(path), temporary.open("wb") as file:
+        with _failures_named(path, *_FULL), temporary.open("wb") as file:
             yield file
             file.flush()
             _sync(file.fileno())
@@ -115,7 +115,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
         remove_abandoned(path)
         temporary, lock = _make_locked(path, os.mkdir)
     try:
-        with _full_disk_named(path), _temporary_unnamed(temporary, path):
+        with _failures_named(path, *_FULL), _temporary_unnamed(temporary, path):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -378,17 +378,6 @@ def _sync_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    """A disk that fills up while the caller writes, as an ElmError that says what was to be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise ElmError(f"{path}: cannot be written: {os.strerror(error.errno)}; nothing was changed") from None
-        raise
-
-
-@contextmanager
 def _temporary_unnamed(temporary: Path, path: Path) -> Iterator[None]:
     """Errors about files in `temporary` say where they were to end up."""
     try:
@@ -400,9 +389,12 @@ def _temporary_unnamed(temporary: Path, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _failures_named(path: Path) -> Iterator[None]:
-    """Whatever the system refuses in steps of our own, as an ElmError that says what was to be written."""
+def _failures_named(path: Path, *codes: int) -> Iterator[None]:
+    """Raises what the system refuses in the block, or of that `codes` alone, as an ElmError about `path`."""
     try:
         yield
     except OSError as error:
-        raise ElmError(f"{path}: cannot be written: {error.strerror}") from None
+        if codes and error.errno not in codes:
+            raise
+        why = os.strerror(error.errno) if error.errno else error
+        raise ElmError(f"{path}: cannot be written: {why}; nothing was changed") from None

@@ -145,7 +145,7 @@ def test_parent_that_may_not_be_written(tmp_path: Path) -> None:
 
 def test_someone_elses_directory_made_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "d"
-    with pytest.raises(ElmError, match="someone else"), new_directory(path):
+    with pytest.raises(ElmError, match="by another process"), new_directory(path):
         fill(path, "theirs")
     assert content(path) == ("theirs", "theirs")
     assert names(tmp_path) == ["d"]
