@@ -32,21 +32,29 @@ def test_ctrl_c_while_it_begins_is_quiet(tiny_model_dir: Path, module: str) -> N
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-h"], ["info", "MODEL"], ["generate", "MODEL", "the fox", "--max-tokens", "400"]]
-)
-def test_a_reader_that_leaves_ends_it_quietly(tiny_model_dir: Path, arguments: list[str]) -> None:
+    "arguments",
+    [
+        ["-h"], ["info", "MODEL"], ["generate", "MODEL", "the fox", "--max-tokens", "400"],
+        ["data", "a.jsonl", "--model", "MODEL"], ["export", "MODEL", "out"],
+    ],
+)  # fmt: skip
+def test_a_reader_that_leaves_gets_the_exit_code_of_it(
+    tiny_model_dir: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "the fox"}\n' * 20)
     command = [
         sys.executable,
         "-m",
         "elm_mlx",
         *(str(tiny_model_dir) if each == "MODEL" else each for each in arguments),
     ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         errors = process.stderr.read()
         process.wait(timeout=60)
-    assert process.returncode in (0, 128 + signal.SIGPIPE)
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert arguments[0] != "export" or (tmp_path / "out" / "checkpoint.pt").exists(), "its work is done all the same"
     assert not [line for line in errors.splitlines() if not line.startswith(("elm-mlx: bfloat16", "prompt:"))]
 
 

@@ -16,8 +16,8 @@ Table = tuple[list[str], list[list[str]]]  # headers, and lines of cells
 
 NOTE = (
     "Medians of all measurements, least and greatest in brackets. Sides were measured in turn: a ratio is the median "
-    "of pairs that ran one right after the other, × 2 where elm-mlx is twice as fast. Of elm-mlx it is said what share "
-    "of the machine's own speed it reaches, of the one of two that bounds it."
+    "of pairs that ran one right after the other, × 2 where elm-mlx is twice as fast. For elm-mlx "
+    "the share is given that it reaches of the machine's matmul speed or memory bandwidth, whichever bounds it."
 )
 _HEADER = [
     "model", "tokens", "side", "prompt, tokens/s", "beside it", "first token, s", "generation, tokens/s", "beside it",

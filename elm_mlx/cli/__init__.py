@@ -25,12 +25,13 @@ import typer
 import typer.core
 import typer.main
 
+from elm_mlx.cli import screen
 from elm_mlx.cli.screen import note, silence
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.reading import expanded
 from elm_mlx.version import __version__
 
-HELP = {"help_option_names": ["-h", "--help"]}
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 # In each command's file is a function of that name, and where it has many options `PANELS`: names under headings.
 _GROUPS = {
@@ -62,11 +63,19 @@ class Command(typer.core.TyperCommand):
             each: Any = parameter
             if each.type.name == "path":
                 _expand(each.type)
-            if not getattr(each, "is_flag", True) and each.default is None and "default" not in each.help:
+            if (
+                not getattr(each, "is_flag", True)
+                and not each.required
+                and each.default is None
+                and "default" not in each.help
+            ):
                 each.help += " (default: none)"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, self._in_place(args) if self._by_name else args)
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, _legible(formatter))
@@ -77,8 +86,11 @@ class Command(typer.core.TyperCommand):
         for parameter in self.get_params(ctx):
             row, each = parameter.get_help_record(ctx), parameter
             if row is not None:
+                term, text = row[0].replace(" range>", ">"), re.sub(r" \[([^\[\]]+)\]$", r" (\1)", row[1])
                 usual = "Arguments" if each.param_type_name == "argument" else "Options"
-                sections.setdefault(getattr(each, "rich_help_panel", None) or usual, []).append(row)
+                sections.setdefault(getattr(each, "rich_help_panel", None) or usual, []).append(
+                    (term, text.replace("x>=", "at least "))
+                )
         _write_sections(formatter, sections)
 
     def _in_place(self, args: list[str]) -> list[str]:
@@ -263,6 +275,8 @@ def _run() -> int:
             raise end.__context__ from None
         code = end.code
     sys.stdout.flush()  # here, where an error of it is reported
+    if screen.reader_left and not code:
+        raise BrokenPipeError
     return code if isinstance(code, int) else 0
 
 

@@ -13,17 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import (
-    bad_records_named,
-    bar,
-    counted,
-    line,
-    name_bad,
-    say_all,
-    silence,
-    terminal_width,
-    visible,
-)
+from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say_all, terminal_width, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -96,14 +86,10 @@ def data(
             path, tokenizer, chosen, length, context=context, format=None if paired else format, paired=paired,
             train_on_prompt=train_on_prompt, truncate=truncate, skip_bad=skip_bad,
         )  # fmt: skip
-    try:
-        for name, prepared in splits.items():
-            name_bad(prepared.bad)
-            _print_split(name, prepared, paired)
-        _print_examples(splits["train"], tokenizer, paired)
-        sys.stdout.flush()
-    except BrokenPipeError:  # of a reader that has left; the data are whole
-        silence(sys.stdout)
+    for name, prepared in splits.items():
+        name_bad(prepared.bad)
+        _print_split(name, prepared, paired)
+    _print_examples(splits["train"], tokenizer, paired)
 
 
 def _print_mixture(config: Path) -> None:

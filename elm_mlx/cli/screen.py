@@ -37,6 +37,7 @@ __all__ = [
     "visible",
 ]  # fmt: skip
 
+reader_left = False  # that of stdout has: the command ends with the exit code of SIGPIPE
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
 _LONG_WORD = 24  # characters
 _SMOOTH = 0.1  # the share of an update in the loss that is shown
@@ -62,13 +63,15 @@ def note(text: object) -> None:
 
 
 def line(text: str, column: int = 0, err: bool = False) -> None:
-    """Prints a line; on a terminal it goes on at `column`. A reader that has left ends nothing: the command goes on."""
+    """Prints a line; on a terminal it goes on at `column`. A reader that has left does not end the command's work."""
+    global reader_left
     stream = sys.stderr if err else sys.stdout
     text = printable(text)
     try:
         print(folded(text, column) if stream.isatty() else text, file=stream, flush=True)
     except BrokenPipeError:
         silence(stream)
+        reader_left |= not err
 
 
 def silence(stream: TextIO) -> None:

@@ -208,7 +208,7 @@ class DataSettings:
 
     Args:
         format: layout of the records; `elm-mlx data` shows them. (default: by each record's keys)
-        template: openelm-instruct, none, or a file of Jinja text. (default: the model's own)
+        template: chat template: openelm-instruct, none, or a file of Jinja text. (default: the model's own)
         max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
         truncate: truncate longer examples.
         train_on_prompt: train on every token, not on answers alone.
