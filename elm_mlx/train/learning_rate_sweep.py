@@ -48,15 +48,20 @@ def sweep(
         on_start: called with the rate that is tried next.
 
     Raises:
-        InputError: `out` holds something already, or a rate or the recipe makes no run.
+        InputError: `out` holds something already, a rate is given twice, or it or the recipe makes no run.
         ElmError: another process writes to `out`.
     """
+    recipes = {rate: _short(recipe, rate, steps) for rate in learning_rates}
+    for short in recipes.values():
+        short.loop()  # raises what would otherwise end the sweep halfway
+    if len({f"{rate:g}" for rate in recipes}) < len(learning_rates):
+        raise InputError(f"learning rates {', '.join(f'{rate:g}' for rate in learning_rates)}: one is given twice")
     with checkpoint.hold(out):
         if out.exists() and any(entry.name != files.LOCK for entry in out.iterdir()):
             raise InputError(f"{out}: holds something already; choose another directory")
-        for rate in learning_rates:
+        for rate, short in recipes.items():
             on_start(rate)
-            yield _trial(_short(recipe, rate, steps), rate, out / f"lr-{rate:g}")
+            yield _trial(short, rate, out / f"lr-{rate:g}")
 
 
 def _short(recipe: Recipe, rate: float, steps: int) -> Recipe:

@@ -345,6 +345,21 @@ def test_learning_rates_are_tried(run: Run, config: Path, tmp_path: Path) -> Non
     assert "needs numbers" in run("lr-sweep", config, "--out", tmp_path / "other", "--lr", "a")[2]
 
 
+@pytest.mark.parametrize(
+    ("rates", "error"),
+    [
+        ("0.01,-1", "the learning rate must be above 0, not -1.0"),
+        ("0.01,nan", "the learning rate must be above 0, not nan"),
+        ("0.01,0.02,0.01", "learning rates 0.01, 0.02, 0.01: one is given twice"),
+    ],
+)
+def test_rates_of_which_one_cannot_be_tried_are_none_of_them_tried(
+    rates: str, error: str, run: Run, config: Path, tmp_path: Path
+) -> None:
+    code, said, err = run("lr-sweep", config, "--out", tmp_path / "sweep", "--steps", 2, "--lr", rates)
+    assert (code, said, err.count("\n")) == (2, "", 1) and error in err and not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_says_that_no_learning_rate_did_any_good(run: Run, config: Path, tmp_path: Path) -> None:
     code, text, err = run("lr-sweep", config, "--out", tmp_path / "sweep", "--steps", 2, "--lr", "0.8,1e30")
     assert code == 0 and "the least" not in text and "broke off" in text
