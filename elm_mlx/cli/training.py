@@ -124,7 +124,10 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
         from elm_mlx.directories import RUN_RECORD
 
         path = Path(values["out"]) / RUN_RECORD
-        before = reading.json_object(path).get("settings") if path.exists() else {}
+        record = reading.json_object(path) if path.exists() else {"settings": {}}
+        before, made_by = record.get("settings"), record.get("command")
+        if isinstance(made_by, str) and made_by != ctx.command.name:
+            raise InputError(f"{path.parent}: holds a run of `elm-mlx {made_by}`; resume it by that command")
         if not isinstance(before, dict):
             raise InputError(f"{path}: holds no settings of the run")
         fill(before, str(path))

@@ -332,6 +332,14 @@ def test_what_makes_no_run_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("maker", ["lora", "dpo", "pretrain"])
+def test_a_run_of_another_command_is_not_resumed(maker: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"command": maker, "settings": {"model": {"num_layers": 2}}}))
+    for command in {"lora", "dpo"} - {maker}:
+        code, _, err = run(command, "--out", tmp_path, "--resume")
+        assert (code, err) == (2, f"elm-mlx: {tmp_path}: holds a run of `elm-mlx {maker}`; resume it by that command\n")
+
+
 def test_places_that_are_no_place_for_an_adapter(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tiny_model_dir, *QUICK)
     assert code == 2 and "is a model directory" in err
