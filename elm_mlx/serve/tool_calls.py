@@ -203,17 +203,16 @@ def call_form(template: Template | None) -> CallForm | None:
     """Returns the form in which a template writes calls; None where it takes no functions, or its form is not known."""
     if not isinstance(template, JinjaTemplate) or not template.takes_tools:
         return None
-    form = _rendered_form(template)
-    if form is None and "<tool_call>" in template.source:  # told to the model in words alone
-        form = _LISTED if "<tool_call>[" in template.source else _TAGGED
-    return form
-
-
-def _rendered_form(template: JinjaTemplate) -> CallForm | None:
-    one, two = (_rendered_calls(template, names) for names in ((_PROBE,), (_PROBE, _SECOND)))
-    if one is None:
+    rendered = _rendered_calls(template, (_PROBE,))
+    if rendered is not None and any(isinstance(part, str) and _PROBE in part for part in rendered[0]):
+        return _rendered_form(template, *rendered)
+    if "<tool_call>" not in template.source:
         return None
-    parts, asked = one
+    return _LISTED if "<tool_call>[" in template.source else _TAGGED  # the model is told in words, and shown no call
+
+
+def _rendered_form(template: JinjaTemplate, parts: Sequence[Part], asked: int) -> CallForm | None:
+    """Returns the form of the call in `parts`, which has `asked` control tokens before the answer; None for others."""
     found = _around(parts, _PROBE)
     if found is None:
         return None
@@ -226,9 +225,9 @@ def _rendered_form(template: JinjaTemplate) -> CallForm | None:
         begin, lead = mark.groups()
     trail = _TRAIL.match(after)
     between = None
+    two = _rendered_calls(template, (_PROBE, _SECOND))
     if two is not None and (first := _around(two[0], _PROBE)) and (second := _around(two[0], _SECOND)):
-        after_first, before_second = first[4], second[1]
-        text = two[0][first[0]]
+        text, after_first, before_second = two[0][first[0]], first[4], second[1]
         if isinstance(text, str) and first[0] == second[0]:
             between = text[len(text) - len(after_first) : len(before_second)]
     return CallForm(begin, lead, trail[0] if trail else "", between, begin_id, head, middle)

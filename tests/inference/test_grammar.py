@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import queue
 import random
 import time
 from collections.abc import Callable
@@ -18,7 +19,10 @@ from jsonschema import Draft202012Validator
 from elm_mlx import stream_generate
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference import grammar as grammars
+from elm_mlx.inference.engine import Engine, Failed, Generated, Request
 from elm_mlx.inference.grammar import Grammar, GrammarCompiler
+from elm_mlx.inference.sampling import Sampler
+from elm_mlx.store.loading import Loaded
 from elm_mlx.text.tokenizer import Tokenizer
 
 Schema = dict[str, Any]
@@ -294,6 +298,40 @@ def test_a_random_model_answers_by_the_schema(tiny_tokenizer_file: Path) -> None
         if reasons[-1] == "stop":
             Draft202012Validator(PERSON).validate(json.loads("".join(response.text for response in answer)))
     assert {*reasons} <= {"stop", "length"} and "stop" in reasons
+
+
+def test_answers_of_an_engine_are_held_each_to_its_own(tiny_tokenizer_file: Path) -> None:
+    tokenizer = Tokenizer.load(tiny_tokenizer_file)
+    model = tiny.random_model(tiny.scaled_config(tokenizer.vocab_size + 8))
+    tokenizer.rows = model.config.vocab_size
+    compiler, events = GrammarCompiler(tokenizer), queue.Queue[tuple[int, Any]]()
+    schemas: list[Schema | None] = [PERSON, None, CASES["array"][0], {"enum": ["yes", "no"]}]
+    ids, texts = tokenizer.encode("Who?"), [""] * 4
+    engine = Engine({"tiny": Loaded(model, tokenizer, "float32", ())}, max_memory=1 << 34, prefix_bytes=1 << 20)
+    try:
+        for row, schema in enumerate(schemas):
+            held = None if schema is None else compiler.json_schema(schema)
+            sampler = Sampler(temp=1.0)
+            request = Request("tiny", tuple(ids), 80, sampler, seed=row, stop_ids=tokenizer.eos_ids, grammar=held)
+            engine.submit(request, lambda event, row=row: events.put((row, event)))  # type: ignore[misc]
+        reasons: dict[int, str] = {}
+        while len(reasons) < len(schemas):
+            row, event = events.get(timeout=60)
+            assert not isinstance(event, Failed), event.error
+            if isinstance(event, Generated):
+                texts[row] += event.text
+                reasons |= {row: event.finish_reason} if event.finish_reason else {}
+    finally:
+        engine.close(1)
+    for row, schema in enumerate(schemas):
+        state = [] if schema is None else [compiler.json_schema(schema).start()]
+        options: dict[str, Any] = {"temp": 1.0, "seed": row, "logits_processors": state, "stop_ids": tokenizer.eos_ids}
+        assert texts[row] == "".join(
+            each.text for each in stream_generate(model, tokenizer, ids, max_tokens=80, **options)
+        )
+        if schema is not None and reasons[row] == "stop":
+            Draft202012Validator(schema).validate(json.loads(texts[row]))
+    assert reasons[3] == "stop"
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,11 @@ IN_WORDS = TOOLS_FIRST.replace("<|im_end|>", "Answer by <tool_call>[…]</tool_c
     "<CALLS>", ""
 )
 NEITHER = TURNS.replace("<CALLS>", "")
-UNKNOWN = TOOLS_FIRST + TURNS.replace("<CALLS>", "<|im_start|>assistant\nCALL {{ m.tool_calls[0].function.name }}()")
+UNKNOWN = (
+    "{# <tool_call> #}"
+    + TOOLS_FIRST
+    + TURNS.replace("<CALLS>", "<|im_start|>assistant\nCALL {{ m.tool_calls[0].function.name }}()")
+)
 
 FORMS = {
     "tagged": CallForm("<tool_call>", "\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"),
