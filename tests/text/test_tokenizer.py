@@ -206,7 +206,7 @@ def test_pieces_that_are_no_utf8_are_named(paths, tmp_path):
     path.write_bytes(data.replace(field + piece, field + b"\xff" * len(piece)))
     tokenizer = Tokenizer.load(path)
     for use in (lambda: tokenizer.pieces, lambda: tokenizer.detokenizer([broken]), lambda: tokenizer.decode([broken])):
-        with pytest.raises(InputError, match=r"piece.* no UTF-8"):
+        with pytest.raises(InputError, match=r"piece.* not UTF-8"):
             use()
     assert tokenizer.decode(tokenizer.encode("the fox")) == "the fox", "the others are what they were"
 
