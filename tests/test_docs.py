@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import runpy
@@ -79,6 +80,16 @@ def test_every_python_example_passes_a_strict_type_check(tmp_path: Path) -> None
     environment = os.environ | {"MYPYPATH": f"{ROOT}:{ROOT / '.ci' / 'typing'}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_every_import_in_a_python_example_works() -> None:
+    blocks = [
+        each for page in PAGES for each in re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    ]
+    imports = [line for line in ast.walk(ast.parse("\n".join(blocks))) if isinstance(line, ast.Import | ast.ImportFrom)]
+    assert len(imports) > 15
+    for line in imports:  # mypy believes in every name of `elm_mlx`, for it has a `__getattr__`
+        exec(ast.unparse(line))
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
