@@ -153,7 +153,7 @@ def test_info_shows_what_there_is(run: Run, family_dirs: dict[str, Path]) -> Non
     found: dict[str, Any] = json.loads(shown)
     assert found["family"] == "Mamba" and found["keeps"] == "a state" and found["kv_bytes_per_token"]["float32"] == 0
     _, shown, _ = run("info", family_dirs["mamba"])
-    assert "of which nothing can be taken back" in shown
+    assert "which cannot be rewound" in shown
 
 
 def test_the_commands_answer(run: Run, family_dirs: dict[str, Path]) -> None:

@@ -66,7 +66,7 @@ def test_ctrl_c_before_the_first_update_is_answered_and_ends(tiny_model_dir: Pat
     (data / "train.jsonl").write_text((data / "train.jsonl").read_text() * 200)
     child = on_terminal(tiny_model_dir, data, out, *more)
     child.expect("measuring an update")
-    answers = ["stopping, with nothing to save yet; again ends", "stopping after this update; again ends"]
+    answers = ["stopping, with nothing to save yet; Ctrl-C again ends", "stopping after this update; Ctrl-C again ends"]
     for _ in range(6):  # MLX's first compilation asks for g++ by system(), during which signals are lost
         os.kill(child.pid, signal.SIGINT)
         late = child.expect([*answers, pexpect.TIMEOUT], timeout=10)
