@@ -16,7 +16,7 @@ def adapter(
     src: Annotated[
         Path, typer.Argument(metavar="SRC", help="A PEFT directory, a CoreNet .pt, or an adapter of elm-mlx.")
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    dst: options.Destination,
     to: Annotated[Literal["mlx", "peft"], typer.Option(help="mlx is for --adapter and mlx-lm.")] = "mlx",
     alpha: Annotated[
         float | None, typer.Option(help="Alpha of a CoreNet adapter. (default: what --config says)")
@@ -24,7 +24,7 @@ def adapter(
     config: Annotated[
         Path | None, typer.Option(metavar="YAML", help="CoreNet's config, which has lora_alpha. (default: beside SRC)")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter at DST.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Bring an adapter into the layout of mlx-lm or of PEFT, checked against the model that it is for."""
     from elm_mlx.store.adapter_conversion import convert_adapter

@@ -38,7 +38,7 @@ def average(
         typer.Option(metavar="FILE|DIR|REPO", help="The tokenizer.model for all. (default: the one beside each)"),
     ] = None,
     dtype: Annotated[options.DType, typer.Option(help="Type of the averaged weights.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Average the weights of checkpoints, and say how far each lies from the mean."""
     from elm_mlx_convert import averaging

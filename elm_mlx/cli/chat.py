@@ -36,7 +36,7 @@ def chat(
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End an answer before this string; may be repeated.")] = None,
+    stop: options.Stop = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:

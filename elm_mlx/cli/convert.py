@@ -31,7 +31,7 @@ def convert(
             "repository such as apple/OpenELM-270M.",
         ),
     ],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
+    dst: options.Destination,
     tokenizer: Annotated[
         str | None, typer.Option(metavar="FILE|DIR|REPO", help="A SentencePiece model. (default: the one beside SRC)")
     ] = None,
@@ -71,7 +71,7 @@ def convert(
     ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read both sides back, and compare every value.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Convert a PyTorch, Hugging Face or MLX checkpoint into a directory that elm-mlx and mlx-lm open."""
     import elm_mlx_convert

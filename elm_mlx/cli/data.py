@@ -15,6 +15,7 @@ import typer
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say_all, terminal_width, visible
 from elm_mlx.errors import InputError
+from elm_mlx.train.settings import DataSettings, abouts
 
 if TYPE_CHECKING:
     from elm_mlx.data.examples import Example, Names, Prepared
@@ -26,6 +27,8 @@ _HEAD, _TAIL = 160, 80  # tokens of a long one
 _BINS = 12
 _BAR = 40
 _BATCH = 4  # rows, for the share of padding without packing
+
+_ABOUT = {name: about[:1].upper() + about[1:] for name, about in abouts(DataSettings).items()}
 
 PANELS = {"Records": ("format", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad")}
 
@@ -43,23 +46,12 @@ def data(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="In place of both, a recipe of `pretrain`: sample its mixture.")
     ] = None,
-    format: Annotated[
-        options.RecordFormat | None, typer.Option(help="Layout of the records. (default: by each record's keys)")
-    ] = None,
-    template: Annotated[
-        str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
-    ] = None,
-    max_seq_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens of an example, at most. (default: the model's context, of other families at most 2048)"
-        ),
-    ] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Truncate longer examples.")] = False,
-    train_on_prompt: Annotated[
-        bool, typer.Option("--train-on-prompt", help="Train on every token, not on answers alone.")
-    ] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out; they are still named.")] = False,
+    format: Annotated[options.RecordFormat | None, typer.Option(help=_ABOUT["format"])] = None,
+    template: options.ChatTemplate = None,
+    max_seq_length: Annotated[int | None, typer.Option(help=_ABOUT["max_seq_length"])] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help=_ABOUT["truncate"])] = False,
+    train_on_prompt: Annotated[bool, typer.Option("--train-on-prompt", help=_ABOUT["train_on_prompt"])] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_ABOUT["skip_bad"])] = False,
 ) -> None:
     """Check training data, and show it as the model will see it: counts, lengths, packing, examples."""
     if config is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,9 +12,9 @@ from elm_mlx.cli.screen import byte_size, say
 
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or what `convert` reads.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")],
-    dtype: Annotated[options.DType | None, typer.Option(help="Type of the weights. (default: the model's)")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export at DST.")] = False,
+    dst: options.Destination,
+    dtype: options.WeightDType = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Write a model as CoreNet's PyTorch checkpoint: checkpoint.pt, config.yaml and the tokenizer."""
     import elm_mlx_convert

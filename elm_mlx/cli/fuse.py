@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def fuse(
     model: options.ModelPath,
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="An adapter for it, from `lora`, mlx-lm or PEFT.")],
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The model directory to make.")],
+    dst: options.Destination,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -29,8 +29,8 @@ def fuse(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write a quantized model in 16 bits, not quantized again.")
     ] = False,
-    dtype: Annotated[options.DType | None, typer.Option(help="Type of the weights. (default: the model's)")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+    dtype: options.WeightDType = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Merge an adapter into its model, and prove by their logits that nothing was lost."""
     from elm_mlx import reading

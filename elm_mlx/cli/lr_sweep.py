@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from elm_mlx.cli import options
 from elm_mlx.cli.screen import bar, say
 from elm_mlx.errors import InputError
 
@@ -21,9 +22,7 @@ def lr_sweep(
         typer.Option(help="Learning rates to try, as 0.001,0.002,0.004. (default: a quarter to four times its own)"),
     ] = None,
     steps: Annotated[int, typer.Option(help="Updates of each run.")] = 100,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as run.batch_size=4.")
-    ] = None,
+    set_: options.Overrides = None,
 ) -> None:
     """Try learning rates in short runs of a recipe, and draw them over each other."""
     from elm_mlx.train import learning_rate_sweep, metrics, pretraining_recipe, run_report, sections
@@ -46,12 +45,7 @@ def lr_sweep(
             best = "  the least" if trial.loss == min(losses) and not trial.harmed else ""
             print(f"{trial.rate:<9g} {trial.loss:>9.4f}  {bar(share, _BAR)}{best}")
     if all(trial.loss is None or trial.harmed for trial in trials):
-        say(
-            "warning",
-            "no rate brought the loss below that before training: lower ones may help",
-            10,
-            err=True,
-        )
+        say("warning", "no rate brought the loss below that before training: lower ones may help", 10, err=True)
     run_report.write_page(metrics.read([trial.directory for trial in trials]), out / "report.html")
     say("wrote", out / "report.html", 10)
 

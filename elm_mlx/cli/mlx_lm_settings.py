@@ -66,11 +66,7 @@ def alpha(scale: float, rank: str, rslora: bool) -> float:
 
 def _check(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     """Raises ValueError for a key that both have and mlx-lm means otherwise."""
-    schedule, optimizer, accumulated = (
-        ours.get("lr_schedule"),
-        ours.get("optimizer"),
-        ours.get("grad_accumulation_steps"),
-    )
+    schedule, optimizer, accumulated = map(ours.get, ("lr_schedule", "optimizer", "grad_accumulation_steps"))
     if isinstance(schedule, Mapping):
         raise ValueError(
             "lr_schedule is mlx-lm's: write cosine, linear or constant, with the highest rate as learning_rate and "

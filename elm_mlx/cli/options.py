@@ -49,3 +49,10 @@ System = Annotated[str | None, typer.Option(help="The system prompt. (default: n
 ChatTemplate = Annotated[
     str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
 ]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a directory of that kind at DST.")]
+WeightDType = Annotated[DType | None, typer.Option("--dtype", help="Type of the weights. (default: the model's)")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
+]

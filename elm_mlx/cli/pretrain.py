@@ -53,9 +53,7 @@ def pretrain(
             help="For --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
-    ] = None,
+    set_: options.Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")] = False,
     force: training.Force = False,
 ) -> None:

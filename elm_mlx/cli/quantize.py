@@ -24,7 +24,7 @@ PANELS = {
 
 def quantize(
     model: options.ModelPath,
-    dst: Annotated[Path, typer.Argument(metavar="DST", help="The model directory to make.")],
+    dst: options.Destination,
     bits: Annotated[
         int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8. (default: 4)", show_default=False)
     ] = None,
@@ -58,7 +58,7 @@ def quantize(
         float | None,
         typer.Option(help="Write nothing if the mean KL divergence is above this, in nats. (default: no limit)"),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model directory at DST.")] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Quantize a model, and measure what that lost."""
     from elm_mlx.quantize.quantization import quantize

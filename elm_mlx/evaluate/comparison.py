@@ -7,7 +7,6 @@ the questions on which the models differ.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +102,11 @@ def mcnemar(first: Values, second: Values) -> float:
     only_first = int(np.count_nonzero((first == 1) & (second == 0)))
     only_second = int(np.count_nonzero((first == 0) & (second == 1)))
     count, fewer = only_first + only_second, min(only_first, only_second)
-    # Twice the lower tail of a fair coin, by logarithms: a float cannot hold 2 ** 1024.
-    terms = [
-        math.lgamma(count + 1) - math.lgamma(k + 1) - math.lgamma(count - k + 1) - count * math.log(2)
-        for k in range(fewer + 1)
-    ]
-    largest = max(terms)
-    return min(1.0, math.exp(largest + math.log(2 * sum(math.exp(term - largest) for term in terms))))
+    tail = ways = 1  # of a fair coin, thrown so often: whole numbers, for a float cannot hold 2 ** 1024
+    for k in range(fewer):
+        ways = ways * (count - k) // (k + 1)
+        tail += ways
+    return min(1.0, 2 * tail / 2**count)
 
 
 def _gathered(entries: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], list[float]]:

@@ -71,14 +71,15 @@ def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_prog
                 name, document = getattr(request, "task_name", None), getattr(request, "doc_id", None)
                 questions.append(number if document is None else (name, document))
                 items.setdefault(questions[-1], []).extend(tokens.encode([request.args], tokenizer, context))
-            found = _scores(scorer, list(items.values()), on_progress)
-            rest = {question: iter(values) for question, values in zip(items, found, strict=True)}
+            found = scorer.score(list(items.values()), on_progress)
+            pairs = (zip(each.logprobs, each.greedy, strict=True) for each in found)
+            rest = dict(zip(items, pairs, strict=True))
             return [next(rest[question]) for question in questions]
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             texts = [tokens.encode_text(each.args[0], tokenizer) for each in requests]
             items = [list(tokens.slide(ids, context, context)) for ids in texts]
-            return [sum(value for value, _ in found) for found in _scores(scorer, items, on_progress)]
+            return [sum(found.logprobs) for found in scorer.score(items, on_progress)]
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             from elm_mlx.inference.generation import generate
@@ -94,16 +95,3 @@ def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_prog
             return found
 
     return HarnessModel()
-
-
-def _scores(scorer: Scorer, items: list[list[Scored]], on_progress: OnProgress) -> list[list[tuple[float, bool]]]:
-    """Log-probability and whether it is the likeliest text, of each sequence of each item."""
-    planned = scorer.plan(items)
-    total = sum(batch.cost for batch in planned.batches)
-    found: dict[int, list[tuple[float, bool]]] = {}
-    done = 0
-    for results, cost in scorer.run(planned):
-        done += cost
-        found.update({each.item: list(zip(each.logprobs, each.greedy, strict=True)) for each in results})
-        on_progress("lm_eval", done, total)
-    return [found[number] for number in range(len(items))]

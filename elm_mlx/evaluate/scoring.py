@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx import device
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, make_prompt_cache
@@ -265,9 +266,13 @@ class Scorer:
             device.trim_cache()
             yield scores, sum(batch.cost for batch in batches)
 
-    def score(self, items: Items) -> list[ItemScores]:
+    def score(self, items: Items, on_progress: OnProgress = no_progress) -> list[ItemScores]:
         """Scores `items`, in their order."""
-        found = [scores for some, _ in self.run(self.plan(items)) for scores in some]
+        planned = self.plan(items)
+        found, done, total = list[ItemScores](), 0, sum(batch.cost for batch in planned.batches)
+        for scores, cost in self.run(planned):
+            found, done = found + scores, done + cost
+            on_progress("scoring", done, total)
         return sorted(found, key=lambda scores: scores.item)
 
     def _stem(self, ids: list[int]) -> list[KeysValues]:

@@ -207,7 +207,7 @@ class DataSettings:
     """Settings of how examples are read and put into rows.
 
     Args:
-        format: layout of the records; `elm-mlx data` shows them. (default: by each record's keys)
+        format: layout of the records. (default: by each record's keys)
         template: chat template: openelm-instruct, none, or a file of Jinja text. (default: the model's own)
         max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
         truncate: truncate longer examples.
