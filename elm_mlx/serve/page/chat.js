@@ -1,0 +1,323 @@
+// A conversation as it is shown: messages, the answer that is being written, and what can be done with each.
+
+import { toMessages } from "./conversations.js";
+import { MarkdownView } from "./markdown.js";
+import { $, button, card, copyText, element, figuresText, icon, waitingCard } from "./parts.js";
+
+const NEAR = 48; // pixels from the end, within which the view goes along with an answer
+
+export class ChatView {
+  editing = false;
+  #page;
+  #conversation;
+  #live = null; // the message that is being written: {message, markdown, footer}
+  #state = element("div", { className: "state" });
+  #stateOf = null; // what it shows
+  #following = true;
+
+  constructor(page) {
+    this.#page = page;
+    $("send").onclick = () => (page.running ? page.stop() : this.#say());
+    $("say").onkeydown = (event) => this.#typed(event);
+    $("say").oninput = () => fit($("say"));
+    $("log").onclick = (event) => copyCode(event.target);
+    $("down").onclick = () => this.#follow(true);
+    $("scroller").onscroll = () => this.#scrolled();
+    new ResizeObserver(() => this.#follow(this.#following)).observe($("log"));
+  }
+
+  /** Of the last answer. */
+  get figures() {
+    return this.#conversation.messages.findLast(({ figures }) => figures)?.figures;
+  }
+
+  focus() {
+    $("say").focus();
+  }
+
+  show(conversation) {
+    this.#conversation = conversation;
+    this.editing = false;
+    this.#render();
+    this.update();
+    this.#follow(true);
+  }
+
+  /** Shows what has changed since: the text of the answer, and how it stands with it. */
+  update() {
+    const { running } = this.#page;
+    const answer = this.#page.answers.get(this.#conversation);
+    const last = this.#conversation.messages.at(-1);
+    if (answer && last?.role === "assistant") this.#write(last, answer);
+    const state = this.#stateNow(answer, last);
+    if (state.of !== this.#stateOf) this.#state.replaceChildren(...state.nodes());
+    this.#stateOf = state.of;
+    $("log").classList.toggle("busy", Boolean(running));
+    $("log").append(this.#state);
+    this.#showComposer(running);
+    if (this.#following) this.#follow(true);
+  }
+
+  #write(message, answer) {
+    if (this.#live?.message !== message) this.#live = this.#findOrAdd(message);
+    const { article, markdown } = this.#live;
+    markdown.update(message.content, !answer.done);
+    article.lastChild.replaceWith(this.#footer(message));
+    article.ariaBusy = String(!answer.done);
+  }
+
+  /** The article of the last message, to go on in. */
+  #findOrAdd(message) {
+    const article = this.#article(message);
+    const last = this.#state.previousElementSibling;
+    if (last?.matches(".assistant")) last.replaceWith(article);
+    else this.#state.before(article);
+    return { message, article, markdown: new MarkdownView(article.querySelector(".body")) };
+  }
+
+  /** What stands below the messages: `of` is the same for as long as the nodes may stay. */
+  #stateNow(answer, last) {
+    if (answer?.waiting) {
+      return { of: answer.waiting, nodes: () => [waitingCard(answer.attempts, () => answer.stop())] };
+    }
+    if (answer && !answer.done && last?.role === "user") {
+      return { of: answer, nodes: () => [element("p", { className: "pending", ariaLabel: "Reading" }, "…")] };
+    }
+    if (answer?.trouble) return { of: answer.trouble, nodes: () => [this.#troubleCard(answer.trouble)] };
+    if (!answer?.done && answer) return { of: null, nodes: () => [] };
+    if (last?.role === "user") {
+      return { of: last, nodes: () => [card("There is no answer yet.", { "Try again": () => this.#ask() })] };
+    }
+    if (!last) return { of: this.#page.model ?? "empty", nodes: () => [this.#welcome()] };
+    return { of: null, nodes: () => [] };
+  }
+
+  #troubleCard({ kind, message, param }) {
+    const actions = { "Try again": () => this.#retry() };
+    if (kind === "lost") return card(`${message} What had come is kept.`, actions);
+    if (kind === "context") return this.#contextCard(message);
+    if (param) actions.Settings = () => $("settings-open").click();
+    return card(message, actions);
+  }
+
+  #contextCard(message) {
+    const actions = { "New conversation": () => this.#page.begin() };
+    const skip = this.#nextSkip();
+    if (skip === null) return card(`${message} Shorten this message, or the system prompt.`, actions);
+    return card(message, { "Leave out the oldest messages": () => this.#leaveOut(skip), ...actions });
+  }
+
+  /** How many messages to leave out so that about half of what was sent is left; null where only the last could go. */
+  #nextSkip() {
+    const { messages, skip } = this.#conversation;
+    const all = messages.slice(skip).reduce((sum, { content }) => sum + content.length, 0);
+    let next = null;
+    let left = all;
+    for (let index = skip; index < messages.length - 1 && left > all / 2; index++) {
+      left -= messages[index].content.length;
+      if (messages[index + 1].role === "user") next = index + 1;
+    }
+    return next;
+  }
+
+  #leaveOut(skip) {
+    this.#conversation.skip = skip;
+    this.#render();
+    this.#ask();
+  }
+
+  #welcome() {
+    const { model } = this.#page;
+    if (!model) return element("div", {});
+    const about = element("p", {}, `You are talking to ${model.id}. Conversations are kept in this browser.`);
+    return element("div", { className: "welcome" }, element("h2", {}, "What is on your mind?"), about);
+  }
+
+  #render() {
+    const { messages, skip } = this.#conversation;
+    this.#live = null;
+    const nodes = messages.map((message) => this.#article(message));
+    if (skip) nodes.splice(skip, 0, element("p", { className: "divider" }, "The model no longer sees what is above"));
+    $("log").replaceChildren(...nodes, this.#state);
+  }
+
+  #article(message) {
+    const body = element("div", { className: "body" });
+    const name = element("h2", { className: "unseen" }, message.role === "user" ? "You" : "Answer");
+    if (message.role === "user") body.append(message.content);
+    else new MarkdownView(body).update(message.content, false);
+    return element("article", { className: message.role }, name, body, this.#footer(message));
+  }
+
+  #footer(message) {
+    const { role, figures, finish, content } = message;
+    const tools = [button("Copy", ({ target }) => copyText(content, target))];
+    tools.push(button("Edit", ({ target }) => this.#edit(message, target.closest("article"))));
+    if (role === "user") tools.push(button("Delete", () => this.#delete(message)));
+    else if (message === this.#conversation.messages.at(-1)) tools.push(button("Regenerate", () => this.#retry()));
+    const parts = [element("div", { className: "tools" }, ...tools)];
+    const text = figures && figuresText(figures, this.#ending(figures, finish));
+    if (text) parts.unshift(element("span", { className: "figures" }, text));
+    return element("footer", {}, ...parts);
+  }
+
+  #ending({ prompt, tokens }, finish) {
+    if (finish === "stopped") return "stopped";
+    if (finish !== "length") return "";
+    return prompt + tokens >= this.#page.model?.context_length ? "the context is full" : "cut at max tokens";
+  }
+
+  // What the user does
+
+  #typed(event) {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      this.#say();
+    } else if (event.key === "ArrowUp" && !$("say").value) {
+      event.preventDefault();
+      const asked = [...$("log").querySelectorAll("article.user")].at(-1);
+      asked?.querySelectorAll(".tools button")[1].click();
+    }
+  }
+
+  #say() {
+    const content = $("say").value;
+    if (!content.trim() || this.#page.running || !this.#page.model) return;
+    $("say").value = "";
+    fit($("say"));
+    this.#page.hideToast();
+    this.#conversation.messages.push({ role: "user", content });
+    this.#render();
+    this.#ask();
+  }
+
+  /** Asks for an answer to the last message. */
+  #ask(replaced = null) {
+    const conversation = this.#conversation;
+    const { model } = this.#page;
+    conversation.model = model.id;
+    this.#following = true;
+    this.#page.answers.delete(conversation);
+    this.#page.keep(conversation);
+    const body = { model: model.id, messages: toMessages(conversation) };
+    this.#page.answer(conversation, "v1/chat/completions", body, (answer) => take(conversation, answer, replaced));
+    this.focus();
+  }
+
+  /** Answers the last message anew. The answer that it has stays until something is said. */
+  #retry() {
+    const { messages } = this.#conversation;
+    const replaced = messages.at(-1).role === "assistant" ? messages.at(-1) : null;
+    this.#change(replaced && "The answer was replaced.", () => replaced && messages.pop());
+    this.#ask(replaced);
+  }
+
+  #delete(message) {
+    const { messages } = this.#conversation;
+    const at = messages.indexOf(message);
+    const count = messages[at + 1]?.role === "assistant" ? 2 : 1;
+    this.#change("The message was deleted.", () => messages.splice(at, count));
+    if (this.#conversation.skip > at) this.#conversation.skip -= count;
+    this.#page.answers.delete(this.#conversation);
+    this.#page.keep(this.#conversation);
+    this.update();
+  }
+
+  #edit(message, article) {
+    if (this.#page.running) return;
+    const asked = message.role === "user";
+    const area = element("textarea", { value: message.content, ariaLabel: "Edit the message" });
+    const close = () => this.show(this.#conversation);
+    const done = () => (asked ? this.#askInstead(message, area.value) : this.#rewrite(message, area.value));
+    area.oninput = () => fit(area);
+    area.onkeydown = (event) => {
+      if (event.key === "Escape") close();
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      done();
+    };
+    const buttons = [button(asked ? "Send" : "Save", done, "primary"), button("Cancel", close)];
+    const bar = element("div", { className: "tools" }, ...buttons);
+    article.classList.add("edited");
+    article.replaceChildren(area, bar);
+    this.editing = true;
+    fit(area);
+    area.focus();
+    area.setSelectionRange(area.value.length, area.value.length);
+  }
+
+  #askInstead(message, content) {
+    if (!content.trim()) return;
+    const { messages } = this.#conversation;
+    this.#change("The messages after this one were replaced.", () => {
+      messages.splice(messages.indexOf(message), Infinity, { role: "user", content });
+    });
+    this.#ask();
+  }
+
+  #rewrite(message, content) {
+    this.#change("The answer was changed.", () => Object.assign(message, { content }));
+    this.#page.keep(this.#conversation);
+    this.update();
+  }
+
+  /** Makes a change to the messages that can be taken back. */
+  #change(what, change) {
+    const conversation = this.#conversation;
+    const before = { messages: conversation.messages.map((message) => ({ ...message })), skip: conversation.skip };
+    change();
+    this.show(conversation);
+    if (!what) return;
+    this.#page.toast(what, () => {
+      this.#page.stop();
+      this.#page.answers.delete(conversation);
+      Object.assign(conversation, before);
+      this.#page.keep(conversation);
+      this.#page.show(conversation);
+    });
+  }
+
+  #showComposer(running) {
+    const send = $("send");
+    const name = running ? "Stop" : "Send";
+    if (send.ariaLabel !== name) send.replaceChildren(icon(running ? "square" : "arrow-up"));
+    send.ariaLabel = name;
+    send.title = running ? "Stop (Esc)" : "Send (Enter)";
+    send.disabled = !running && !this.#page.model;
+  }
+
+  // Scrolling
+
+  #scrolled() {
+    const { scrollHeight, scrollTop, clientHeight } = $("scroller");
+    this.#following = scrollHeight - scrollTop - clientHeight < NEAR;
+    $("down").hidden = this.#following;
+  }
+
+  #follow(following) {
+    this.#following = following;
+    if (following) $("scroller").scrollTop = $("scroller").scrollHeight;
+  }
+}
+
+/** Puts the text of an answer into its conversation. What it replaces comes back if nothing is said. */
+function take(conversation, answer, replaced) {
+  const { messages } = conversation;
+  const said = answer.text.trim() || answer.finish === "stop";
+  if (messages.at(-1).role === "user" && said) messages.push({ role: "assistant", content: "" });
+  const last = messages.at(-1);
+  const content = answer.done ? answer.text.trim() : answer.text.trimStart();
+  if (said) Object.assign(last, { content, figures: answer.figures, finish: answer.finish });
+  else if (answer.done && replaced) messages.push(replaced);
+}
+
+/** Makes a textarea as high as its text, where the browser does not. */
+function fit(area) {
+  if (CSS.supports("field-sizing", "content")) return;
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight + 2}px`;
+}
+
+function copyCode(target) {
+  if (target.matches(".copy")) copyText(target.closest("figure").querySelector("code").textContent, target);
+}

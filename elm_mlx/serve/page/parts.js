@@ -1,0 +1,78 @@
+// Parts that the page is made of.
+
+export const $ = (id) => document.getElementById(id);
+
+/** An element with properties (`onclick`) or attributes (`aria-label`), and children, of which strings are text. */
+export function element(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+export function icon(name) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
+  use.setAttribute("href", `#${name}`);
+  svg.append(use);
+  return svg;
+}
+
+export function button(text, act, className = "") {
+  return element("button", { type: "button", className, onclick: act }, text);
+}
+
+export function iconButton(name, ariaLabel, onclick) {
+  return element("button", { type: "button", className: "icon", ariaLabel, onclick }, icon(name));
+}
+
+/** A box that says what is wrong, with a button for each of what can be done. */
+export function card(text, actions = {}) {
+  const buttons = Object.entries(actions).map(([name, act]) => button(name, act));
+  return element("div", { className: "card", role: "alert" }, element("p", {}, text), ...buttons);
+}
+
+/** A box that says what is waited for, and counts the seconds. */
+export function waitingCard(attempts, cancel) {
+  const { message, until } = attempts.waiting;
+  const left = element("span", { ariaHidden: "true" });
+  const tick = () => {
+    left.textContent = ` in ${Math.max(0, Math.ceil((until - Date.now()) / 1000))} s`;
+    if (attempts.waiting?.until === until) setTimeout(tick, 500);
+  };
+  tick();
+  const node = card(message, { "Try now": () => attempts.tryNow(), ...(cancel && { Cancel: cancel }) });
+  node.firstChild.append(" Trying again", left, ".");
+  return node;
+}
+
+export function copyText(text, from) {
+  const done = () => {
+    const before = from.textContent;
+    from.textContent = "Copied";
+    setTimeout(() => (from.textContent = before), 1500);
+  };
+  if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, () => {});
+  else if (copyBySelection(text)) done(); // as it goes without https
+}
+
+function copyBySelection(text) {
+  const area = element("textarea", { className: "unseen", value: text });
+  document.body.append(area);
+  area.select();
+  const copied = document.execCommand("copy");
+  area.remove();
+  return copied;
+}
+
+export function figuresText({ tokens, rate, first }, ending) {
+  const parts = [];
+  if (tokens) parts.push(`${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}`);
+  if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`);
+  if (first) parts.push(`first after ${first.toFixed(first < 1 ? 2 : 1)} s`);
+  if (ending) parts.push(ending);
+  return parts.join(" · ");
+}
