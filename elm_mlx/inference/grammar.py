@@ -156,7 +156,7 @@ class GrammarState:
         """Returns what to add to the logits of the next token: `(vocab,)`, float32, 0 or -inf.
 
         Raises:
-            ElmError: the grammar takes more than it may at this point of the text.
+            InputError: the grammar takes more than it may at this point of the text.
         """
         mask = self._matcher.compute_logit_bias()  # a byte a token, 0 for those that may not follow
         if self._failed():
@@ -167,7 +167,7 @@ class GrammarState:
         return bias if len(mask) >= rows else mx.pad(bias, (0, rows - len(mask)), constant_values=-mx.inf)
 
     def accept(self, token: int) -> None:
-        """Takes the next token. Raises ElmError for one that the grammar does not allow, or as `bias`."""
+        """Takes the next token. Raises InputError for one that the grammar does not allow, or as `bias`."""
         self._matcher.consume_token(token)
         if self._failed():
             self._matcher.consume_token(token)
@@ -192,7 +192,7 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ElmError(f"cannot hold to the schema after {len(self._tokens)} tokens: {_reason(self._matcher)}")
+            raise InputError(f"cannot hold to the schema after {len(self._tokens)} tokens: {_reason(self._matcher)}")
 
 
 class _Tokens:

@@ -78,7 +78,8 @@ def parse_tool_use(tools: Any, choice: Any = None, parallel: Any = None) -> tupl
     """Parses the fields `tools`, `tool_choice` and `parallel_tool_calls`; None for those that are not given.
 
     Returns:
-        The tools to show the model, and their use. Of a function that `choice` names, the use is that one alone.
+        The tools to show the model, none where it may call none, and their use: that of one alone, where `choice` names
+        it.
 
     Raises:
         ToolsError: a field is malformed.
@@ -93,7 +94,7 @@ def parse_tool_use(tools: Any, choice: Any = None, parallel: Any = None) -> tupl
     if parallel is not None and not isinstance(parallel, bool):
         raise ToolsError("parallel_tool_calls", f"is {short(parallel)}: true or false is needed")
     several = parallel is not False
-    shown = [function.entry for function in functions]
+    shown = [] if choice == "none" else [function.entry for function in functions]
     if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("function"), dict):
         name = choice["function"].get("name")
         if name not in names:
@@ -206,9 +207,11 @@ def call_form(template: Template | None) -> CallForm | None:
     rendered = _rendered_calls(template, (_PROBE,))
     if rendered is not None and any(isinstance(part, str) and _PROBE in part for part in rendered[0]):
         return _rendered_form(template, *rendered)
-    if "<tool_call>" not in template.source:
+    if "<tool_call>" not in template.tool_source:
         return None
-    return _LISTED if "<tool_call>[" in template.source else _TAGGED  # the model is told in words, and shown no call
+    return (
+        _LISTED if "<tool_call>[" in template.tool_source else _TAGGED
+    )  # the model is told in words, and shown no call
 
 
 def _rendered_form(template: JinjaTemplate, parts: Sequence[Part], asked: int) -> CallForm | None:
@@ -283,19 +286,20 @@ class ToolCaller:
         May take a second: not for an event loop.
 
         Raises:
-            ToolsError: a function's schema cannot be held to, and it is strict, or a call is required.
-            ElmError: a call is required, and llguidance is not installed.
+            ToolsError: a function's schema cannot be held to, and it is strict, or a call is required; or llguidance is
+                not installed then.
         """
         if self.form is None or not use.callable:
             return None
+        required = use.choice == "required"
         try:
-            schemas = [self._schema(function, use.choice == "required") for function in use.functions]
+            schemas = [self._schema(function, required) for function in use.functions]
             return self._compiler.lark(_grammar(self.form, use, schemas))
         except InputError:
             raise
-        except ElmError:
-            if use.choice == "required":
-                raise
+        except ElmError as error:
+            if required or any(function.strict for function in use.functions):
+                raise ToolsError("tool_choice" if required else "tools", str(error)) from None
             return None
 
     def _schema(self, function: Function, required: bool) -> Mapping[str, Any]:

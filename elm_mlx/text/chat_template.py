@@ -151,6 +151,7 @@ class JinjaTemplate(Template):
         source: Jinja text.
         where: its file, for messages.
         names: the texts of `bos_token`, `eos_token` and their like, for the template to write.
+        tool_source: Jinja text for conversations with tools, of a model that has one of its own for them.
 
     Raises:
         InputError: `source` is no Jinja.
@@ -159,11 +160,14 @@ class JinjaTemplate(Template):
 
     roles = (*ROLES, "tool")
 
-    def __init__(self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, source: str, where: str, names: Mapping[str, str], tool_source: str | None = None
+    ) -> None:
         super().__init__(tokenizer)
         if not source.strip():
             raise InputError(f"{where}: the chat template is blank ({jinja.INSTEAD})")
         self.source, self._where, self._names = source, where, dict(names)
+        self.tool_source = tool_source or source
         self._ids = tokenizer.control_ids
         self._first, self._last = {name[0] for name in self._ids}, {name[-1] for name in self._ids}
         self._pattern = tokenizer.names_of_controls()
@@ -191,8 +195,10 @@ class JinjaTemplate(Template):
         tools = [{"type": "function", "function": function}]
         system, question = {"role": "system", "content": "!"}, {"role": "user", "content": "?"}
         messages = ([question], [system, question])
-        texts = self._render([Conversation(each, True, given) for each in messages for given in (None, tools)])
-        return any(isinstance(b, str) and a != b for a, b in zip(texts[::2], texts[1::2], strict=True))
+        without, told = (
+            self._render([Conversation(each, True, given) for each in messages]) for given in (None, tools)
+        )
+        return any(isinstance(b, str) and a != b for a, b in zip(without, told, strict=True))
 
     def _begun(self, parts: list[Part]) -> list[Part]:
         bos = self.tokenizer.bos_id if self.tokenizer.bos_before_templates else None
@@ -200,7 +206,9 @@ class JinjaTemplate(Template):
         return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
 
     def _render(self, conversations: Sequence[Conversation]) -> list[str | jinja.Refusal]:
-        return jinja.render(self.source, self._where, conversations, self._names)
+        """Renders conversations of which all have tools, or none."""
+        source = self.tool_source if any(each.tools for each in conversations) else self.source
+        return jinja.render(source, self._where, conversations, self._names)
 
     def _split(self, text: str) -> list[Part]:
         parts: list[Part] = []
@@ -295,7 +303,9 @@ def choose(
         return None
     if source == OPENELM_INSTRUCT_JINJA:  # the same ids, without Jinja
         return OpenELMInstruct(tokenizer)
-    return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer))
+    own = override is None and Path(where).is_relative_to(directory)
+    with_tools = tool_use_source(directory) if own else None
+    return JinjaTemplate(tokenizer, source, where, _names(directory, tokenizer), with_tools)
 
 
 def prepare(directory: Path, override: str | None = None, adapter: Path | None = None) -> bool:
@@ -402,6 +412,22 @@ def own_source(directory: Path, option: str = "--template") -> tuple[str | None,
             except ValueError as error:
                 raise InputError(f"{path}: chat_template {error} ({instead})") from None
     return None, ""
+
+
+def tool_use_source(directory: Path) -> str | None:
+    """Returns the Jinja text for conversations with tools, of a directory that has one beside its default.
+
+    Raises:
+        InputError: its file cannot be read.
+    """
+    for path in (directory / folder / "tool_use.jinja" for folder in TEMPLATES):
+        if os.path.lexists(path):
+            return reading.text(path, _MAX_BYTES)
+    value = json_object_if_there(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(value, list):  # of names and templates, which `own_source` has checked
+        value = {entry["name"]: entry.get("template") for entry in value}
+    text = value.get("tool_use") if isinstance(value, dict) else None
+    return text if isinstance(text, str) and len(text) <= _MAX_BYTES else None
 
 
 def _default(value: Any) -> str:

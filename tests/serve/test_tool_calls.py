@@ -6,17 +6,17 @@ import json
 import random
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 from typing import Any, ClassVar
 
 import other_models
 import pytest
 from jsonschema import Draft202012Validator
 
-from elm_mlx.errors import ElmError
 from elm_mlx.inference.grammar import GrammarCompiler
 from elm_mlx.serve import tool_calls
 from elm_mlx.serve.tool_calls import CallForm, CallReader, ToolCaller, ToolsError, call_form, parse_tool_use
-from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct
+from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct, choose
 from elm_mlx.text.tokenizer import Tokenizer
 
 CHATML_END = "<|im_end|>\n"
@@ -156,6 +156,23 @@ class TestForms:
     def test_it_is_read_from_words(self, tokenizer: Tokenizer) -> None:
         assert call_form(template(tokenizer, IN_WORDS)) == FORMS["listed"]
         assert call_form(template(tokenizer, IN_WORDS.replace(">[…]<", ">{…}<"))) == FORMS["tagged"]
+
+    def test_a_template_for_tools_alone_goes_before_the_default(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        both = [{"name": "default", "template": NEITHER}, {"name": "tool_use", "template": LISTED}]
+        settings = tmp_path / "tokenizer_config.json"
+        settings.write_text(json.dumps({"chat_template": both}))
+        question = [{"role": "user", "content": "?"}]
+        for _ in range(2):
+            chosen = choose(tmp_path, tokenizer)
+            assert chosen is not None and call_form(chosen) == FORMS["listed"]
+            assert chosen.encode(question) == template(tokenizer, NEITHER).encode(question)
+            assert chosen.encode(question, tools=[TIME]) == template(tokenizer, LISTED).encode(question, tools=[TIME])
+            settings.unlink(missing_ok=True)
+            (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+            (tmp_path / "additional_chat_templates/tool_use.jinja").write_text(LISTED)
+            (tmp_path / "chat_template.jinja").write_text(NEITHER)
+        (tmp_path / "other.jinja").write_text(NEITHER)
+        assert call_form(choose(tmp_path, tokenizer, str(tmp_path / "other.jinja"))) is None
 
     def test_a_template_that_takes_no_tools_has_none(self, tokenizer: Tokenizer, tiny_tokenizer: Tokenizer) -> None:
         for one in (template(tokenizer, NEITHER), template(tokenizer, UNKNOWN), OpenELMInstruct(tiny_tokenizer), None):
@@ -363,8 +380,9 @@ class TestGrammar:
         caller = ToolCaller(template(tokenizer, TAGGED), GrammarCompiler(tokenizer))
         assert caller.grammar(parse_tool_use([TIME])[1]) is None
         assert caller.grammar(parse_tool_use([TIME], "none")[1]) is None
-        with pytest.raises(ElmError, match=r"elm-mlx\[grammar\]"):
-            caller.grammar(parse_tool_use([TIME], "required")[1])
+        for tool, choice in ((TIME, "required"), (WEATHER, "auto")):  # the latter is strict
+            with pytest.raises(ToolsError, match=r"elm-mlx\[grammar\]"):
+                caller.grammar(parse_tool_use([tool], choice)[1])
 
 
 class TestFields:
@@ -376,7 +394,8 @@ class TestFields:
         assert parse_tool_use(None) == ([], tool_calls.ToolUse((), "none"))
         shown, use = parse_tool_use([WEATHER, TIME], {"type": "function", "function": {"name": "time"}}, True)
         assert len(shown) == 2 and [each.name for each in use.functions] == ["time"] and not use.parallel
-        assert parse_tool_use([TIME], "none")[1].callable == ()
+        shown, use = parse_tool_use([TIME], "none")
+        assert shown == [] and use.callable == ()
 
     @pytest.mark.parametrize(
         ("tools", "choice", "parallel", "param"),
