@@ -26,7 +26,9 @@ from elm_mlx.quantize import recipe
 from elm_mlx.train.preference import LOSSES
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
-WITH_MODEL = {"adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "info", "lora", "quantize"}
+WITH_MODEL = {
+    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "info", "lora", "quantize", "serve",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("columns", ["60", "80"])
@@ -57,7 +59,7 @@ def test_commands_stand_in_groups(run: Run) -> None:
     groups = re.findall(r"^(\w+):\n((?:  .*\n)+)", out, re.M)
     assert [name for name, _ in groups] == ["Options", "Models", "Talk", "Train", "Measure"]
     named = [re.findall(r"^  (\S+)", text, re.M) for _, text in groups[1:]]
-    assert sorted(chain(*named)) == sorted(COMMANDS) and named[1] == ["generate", "chat"]
+    assert sorted(chain(*named)) == sorted(COMMANDS) and named[1] == ["generate", "chat", "serve"]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -1,0 +1,100 @@
+"""`elm-mlx serve`: models over HTTP, as OpenAI's clients speak it, and a page to talk to them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.cli.screen import note
+from elm_mlx.errors import InputError
+
+PANELS = {
+    "Who may ask": ("host", "port", "api_key", "allow_origin", "log_prompts"),
+    "Memory": ("max_memory", "kv_cache_bytes", "max_queue"),
+    "Computation": ("compute_dtype",),
+}
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def serve(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL…", help="Model directories, DIR or NAME=DIR; requests use the names.")
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="An adapter, served as a model; NAME=DIR@MODEL where there are several."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; any but this machine's own needs a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8080,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="ELM_MLX_API_KEY", show_envvar=True, help="Key that clients must send. (default: none)"),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="Site whose pages may use the server, as https://example.org; * is all.")
+    ] = None,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write what people ask into the log.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Memory for weights and caches, as 8GB. (default: 80 % of what is free)"),
+    ] = None,
+    kv_cache_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of it, for beginnings of texts that may come again. (default: a quarter)"),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; others are refused.")] = 64,
+    compute_dtype: options.ComputeDtype = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the web chat in a browser.")] = False,
+) -> None:
+    """Serve models over HTTP, with OpenAI's API and a web chat. Ctrl-C ends it."""
+    from elm_mlx.serve.guard import Guard, is_loopback
+    from elm_mlx.serve.server import listen, make_server, run, url_of
+
+    if api_key is None and not is_loopback(host):
+        raise InputError(f"--host {host} lets other machines in: set a key, --api-key or ELM_MLX_API_KEY")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise InputError("--api-key: letters, digits and signs without spaces around them are needed")
+    limit = None if max_memory is None else _bytes("--max-memory", max_memory)
+    prefixes = None if kv_cache_bytes is None else _bytes("--kv-cache-bytes", kv_cache_bytes)
+    bound = listen(host, port)
+    from elm_mlx import device
+    from elm_mlx.inference.engine import Engine
+    from elm_mlx.serve.app import Service
+    from elm_mlx.serve.served_models import load_models
+
+    free = device.available_memory()
+    limit = int(0.8 * free) if limit is None and free is not None else limit or 8 << 30
+    served = load_models(models, adapter or (), compute_dtype, note)
+    engine = Engine(
+        {name: model.loaded for name, model in served.items()},
+        max_memory=limit,
+        max_queue=max_queue,
+        prefix_bytes=limit // 4 if prefixes is None else prefixes,
+    )
+    app = Guard(Service(engine, served, log_prompts).app(), host, api_key, allow_origin or (), note)
+    url = url_of(bound, host)
+
+    def started() -> None:
+        note(f"serving {', '.join(served)} at {url} (Ctrl-C ends it)")
+        if open_page:
+            import webbrowser
+
+            webbrowser.open(url)
+
+    try:
+        run(make_server(app, started), bound)
+    finally:
+        engine.close(0)
+
+
+def _bytes(option: str, text: str) -> int:
+    """Returns a size as `8GB`, `500MB` or `4GiB` in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise InputError(f"{option} {text}: a size as 8GB or 500MB is needed")
+    return int(float(found[1]) * _UNITS[found[2]])

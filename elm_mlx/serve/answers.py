@@ -1,0 +1,194 @@
+"""Answers in OpenAI's shapes: whole ones, the chunks of streams, log-probabilities, errors."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import secrets
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.inference.engine import Busy, Scored, TooLarge
+from elm_mlx.serve.request_fields import FieldError
+from elm_mlx.serve.tool_calls import Delta, whole_message
+from elm_mlx.text.tokenizer import Tokenizer
+
+DONE = "data: [DONE]\n\n"
+KEEP_ALIVE = ": keep-alive\n\n"
+
+
+class Refusal(Exception):
+    """An answer that is an error: an HTTP status, and what OpenAI's clients parse of its body."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """Returns the answer to a request that failed by `error`. What is nobody's input says no more than its kind."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, FieldError):
+        return Refusal(400, str(error), param=error.param, code=error.code)
+    if isinstance(error, Busy):
+        return busy(str(error), error.retry_after)
+    if isinstance(error, TooLarge):
+        return Refusal(503, str(error), "server_error", code="out_of_memory", headers={"Retry-After": "60"})
+    if isinstance(error, InputError):
+        return Refusal(400, str(error), param=getattr(error, "param", None))
+    message = str(error) if isinstance(error, ElmError) else f"the server failed: {type(error).__name__}"
+    return Refusal(500, message, "server_error")
+
+
+def busy(message: str, retry_after: int) -> Refusal:
+    """Returns the answer to a request that there is no room for now."""
+    return Refusal(503, message, "server_error", code="overloaded", headers={"Retry-After": str(retry_after)})
+
+
+def event(values: Mapping[str, Any]) -> str:
+    """Returns a server-sent event."""
+    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }
+
+
+class Answer:
+    """One choice of an answer, as it grows. `pieces` are its deltas, of a text completion too.
+
+    Attributes:
+        index: of the choice.
+        tokens: the number of its tokens.
+        finish_reason: in OpenAI's words; None before the end.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.tokens = 0
+        self.finish_reason: str | None = None
+        self.deltas: list[Delta] = []
+        self.scored: list[Scored] = []
+
+
+class Shape:
+    """What a completion's answers and chunks have in common: its id, time, model, and kind.
+
+    Args:
+        chat: the answers are messages; else texts.
+        likeliest: tokens reported beside each with log-probabilities; None for none.
+        include_usage: chunks have a field `usage`.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, model: str, chat: bool, likeliest: int | None, include_usage: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat, self.likeliest, self._include_usage = chat, likeliest, include_usage
+        identity = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._common = {"id": identity, "created": int(time.time()), "model": model}
+
+    def whole(self, answers: Sequence[Answer], counts: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the answer that is not streamed."""
+        kind = "chat.completion" if self._chat else "text_completion"
+        choices = [self._choice(answer) for answer in answers]
+        return {**self._common, "object": kind, "choices": choices, "usage": counts}
+
+    def role(self, index: int) -> str:
+        """Returns the first chunk of a message."""
+        return self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+
+    def piece(
+        self, index: int, delta: Delta, scored: Sequence[Scored] = (), offset: int = 0, finish_reason: str | None = None
+    ) -> str:
+        """Returns a chunk. `offset` is the number of characters before it, for a text's log-probabilities."""
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason}
+        choice |= {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        choice["logprobs"] = self._logprobs(scored, offset) if scored else None
+        return self._chunk([choice])
+
+    def counted(self, counts: Mapping[str, Any]) -> str:
+        """Returns the last chunk of a stream whose tokens are counted."""
+        return self._chunk([], counts)
+
+    def _chunk(self, choices: Sequence[Mapping[str, Any]], counts: Mapping[str, Any] | None = None) -> str:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        counted = {"usage": counts} if self._include_usage else {}
+        return event({**self._common, "object": kind, "choices": choices, **counted})
+
+    def _choice(self, answer: Answer) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish_reason}
+        choice["logprobs"] = None if self.likeliest is None else self._logprobs(answer.scored, 0)
+        if self._chat:
+            return choice | {"message": {**whole_message(answer.deltas), "refusal": None}}
+        return choice | {"text": "".join(delta.get("content", "") for delta in answer.deltas)}
+
+    def _logprobs(self, scored: Sequence[Scored], offset: int) -> dict[str, Any]:
+        if self._chat:
+            return {"content": [self._entry(each) for each in scored], "refusal": None}
+        texts = [self.text_of(each.token) for each in scored]
+        offsets = [offset]
+        for text in texts:
+            offsets.append(offsets[-1] + len(text))
+        tops = [
+            None
+            if each.logprob is None
+            else {self.text_of(token): _finite(logprob) for token, logprob in reversed(each.top)}
+            for each in scored
+        ]
+        return {
+            "tokens": texts,
+            "token_logprobs": [_finite(each.logprob) for each in scored],
+            "top_logprobs": tops if self.likeliest else None,
+            "text_offset": offsets[:-1],
+        }
+
+    def _entry(self, scored: Scored) -> dict[str, Any]:
+        tops = scored.top[: self.likeliest or 0]
+        return self._token(scored.token, scored.logprob) | {"top_logprobs": [self._token(*each) for each in tops]}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        data = self._tokenizer.bytes_of(token)
+        return {"token": self.text_of(token), "logprob": _finite(logprob), "bytes": list(data) if data else None}
+
+    def text_of(self, token: int) -> str:
+        """Returns a token's text; a control token's name."""
+        return self._tokenizer.bytes_of(token).decode(errors="replace") or self._tokenizer.piece_of(token)
+
+
+def embeddings(model: str, vectors: Sequence[Sequence[float]], as_base64: bool, prompt_tokens: int) -> dict[str, Any]:
+    """Returns the answer of `/v1/embeddings`; base64 holds float32, little end first."""
+    data = [
+        {"object": "embedding", "index": index, "embedding": _packed(vector) if as_base64 else list(vector)}
+        for index, vector in enumerate(vectors)
+    ]
+    counts = {"prompt_tokens": prompt_tokens, "total_tokens": prompt_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": counts}
+
+
+def _packed(vector: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+
+
+def _finite(logprob: float | None) -> float | None:
+    """JSON has no infinity; OpenAI writes -9999 for what is as good as impossible."""
+    return logprob if logprob is None or math.isfinite(logprob) else -9999.0

@@ -1,0 +1,337 @@
+"""The server's routes: from the fields of a request to the engine, and back in OpenAI's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.inference.engine import Embedded, Engine, Failed, Request
+from elm_mlx.inference.grammar import Grammar
+from elm_mlx.inference.sampling import Sampler
+from elm_mlx.reading import decoded, listed, load_json
+from elm_mlx.serve.answers import Refusal, Shape, embeddings, refusal_of
+from elm_mlx.serve.completions import Completion, Plan
+from elm_mlx.serve.metrics_page import metrics_text
+from elm_mlx.serve.request_fields import FieldError, Options, parse_chat, parse_embeddings, parse_text
+from elm_mlx.serve.served_models import ServedModel
+
+PAGE = Path(__file__).parent / "page"
+CHAT_TOKENS, TEXT_TOKENS = 2048, 256  # of an answer, at most, where neither request nor model says
+_SEEDS = 1 << 64
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes answer from: the engine, and the models by their names in requests.
+
+    `log_prompts` writes prompts into the log.
+    """
+
+    engine: Engine
+    models: Mapping[str, ServedModel]
+    log_prompts: bool = False
+
+    def app(self) -> Starlette:
+        """Returns the application, to be put behind `guard.Guard`."""
+        routes = [
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.show_model),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.complete, methods=["POST"]),
+            Route("/v1/embeddings", self.embed, methods=["POST"]),
+            Route("/{file}", self.page),
+            Route("/", self.page),
+        ]
+        handlers: Mapping[Any, Any] = {
+            **dict.fromkeys((Refusal, ElmError), _refuse),
+            HTTPException: _no_route,
+            ClientDisconnect: _client_left,
+        }
+        return Starlette(routes=routes, exception_handlers=handlers)
+
+    async def health(self, request: HTTPRequest) -> Response:
+        """Answers that the server is there."""
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, request: HTTPRequest) -> Response:
+        """Answers in Prometheus' text format."""
+        text = metrics_text(self.engine.statistics())
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def list_models(self, request: HTTPRequest) -> Response:
+        """Lists the models."""
+        return JSONResponse({"object": "list", "data": [_described(model) for model in self.models.values()]})
+
+    async def show_model(self, request: HTTPRequest) -> Response:
+        """Describes one model."""
+        return JSONResponse(_described(self._model(request.path_params["name"])))
+
+    async def page(self, request: HTTPRequest) -> Response:
+        """Sends a file of the web chat."""
+        path = PAGE / request.path_params.get("file", "index.html")
+        if path.parent != PAGE or not path.is_file():
+            raise HTTPException(404)
+        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+
+    async def chat(self, request: HTTPRequest) -> Response:
+        """Answers a conversation: `/v1/chat/completions`."""
+        fields = parse_chat(await _json(request))
+        options, model = fields.options, self._model(fields.options.model)
+        template = model.template
+        if template is None:
+            raise FieldError("model", f"{model.name} is a base model without a chat template: use /v1/completions")
+        if fields.tools:
+            await asyncio.to_thread(model.tools.check)
+        ids = await asyncio.to_thread(template.encode, fields.messages, True, fields.tools or None)
+        self._check_length(model, "messages", ids)
+        grammar = await asyncio.to_thread(_grammar, model, fields.schema)
+        if fields.tools and grammar is None:
+            grammar = await asyncio.to_thread(model.tools.grammar, fields.tool_use)
+        self._log_prompt(request, template.tokenizer.decode(ids))
+        reads = bool(fields.tools) and bool(fields.tool_use.callable)
+        plans = [
+            Plan(
+                self._request(model, options, ids, index, fields.likeliest, grammar, CHAT_TOKENS),
+                reader=model.tools.reader(fields.tool_use, grammar is not None) if reads else None,
+            )
+            for index in range(options.answers)
+        ]
+        return await self._answer(request, model, options, plans, fields.likeliest, chat=True)
+
+    async def complete(self, request: HTTPRequest) -> Response:
+        """Continues texts: `/v1/completions`."""
+        fields = parse_text(await _json(request))
+        options, model = fields.options, self._model(fields.options.model)
+        grammar = await asyncio.to_thread(_grammar, model, fields.schema)
+        plans = []
+        for number, prompt in enumerate(fields.prompts):
+            ids = prompt if isinstance(prompt, list) else await asyncio.to_thread(model.tokenizer.encode, prompt)
+            _check_ids(model, "prompt", ids)
+            self._check_length(model, "prompt", ids)
+            text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+            self._log_prompt(request, text)
+            for index in range(options.answers):
+                asked = self._request(
+                    model, options, ids, index, fields.likeliest, grammar, TEXT_TOKENS, scored=fields.echo
+                )
+                plans.append(Plan(asked, number, text if fields.echo else ""))
+        return await self._answer(request, model, options, plans, fields.likeliest, chat=False)
+
+    async def embed(self, request: HTTPRequest) -> Response:
+        """Answers with the mean of the last hidden states of each text: `/v1/embeddings`."""
+        fields = parse_embeddings(await _json(request))
+        model = self._model(fields.model)
+        inputs = []
+        for each in fields.inputs:
+            ids = each if isinstance(each, list) else await asyncio.to_thread(model.tokenizer.encode, each)
+            _check_ids(model, "input", ids)
+            self._check_length(model, "input", ids)
+            inputs.append(ids)
+        vectors = await _while_connected(request, self._vectors(model, inputs))
+        count = sum(map(len, inputs))
+        request.state.tokens = f"{count} tokens"
+        return JSONResponse(embeddings(model.name, vectors, fields.base64, count))
+
+    async def _vectors(self, model: ServedModel, inputs: list[list[int]]) -> list[tuple[float, ...]]:
+        loop, vectors = asyncio.get_running_loop(), []
+        for ids in inputs:  # one after the other, so that they take one place in the queue
+            outcomes: asyncio.Queue[Embedded | Failed] = asyncio.Queue()
+
+            def report(outcome: Embedded | Failed, put: Any = outcomes.put_nowait) -> None:
+                loop.call_soon_threadsafe(put, outcome)
+
+            ticket = self.engine.embed(model.name, ids, report)
+            try:
+                outcome = await outcomes.get()
+            finally:
+                ticket.cancel()
+            if isinstance(outcome, Failed):
+                raise outcome.error
+            vectors.append(outcome.values)
+        return vectors
+
+    async def _answer(
+        self,
+        request: HTTPRequest,
+        model: ServedModel,
+        options: Options,
+        plans: list[Plan],
+        likeliest: int | None,
+        chat: bool,
+    ) -> Response:
+        shape = Shape(model.tokenizer, model.name, chat, likeliest, options.include_usage)
+        completion = Completion(self.engine, plans, shape, chat, options.include_usage)
+        completion.begin()
+
+        def count() -> None:
+            counts = completion.usage
+            cached = counts["prompt_tokens_details"]["cached_tokens"]
+            request.state.tokens = f"{counts['prompt_tokens']} ({cached} cached) + {counts['completion_tokens']} tokens"
+
+        try:
+            if options.stream:
+                return EventStream(request, completion, count)
+            return JSONResponse(await _while_connected(request, completion.whole()))
+        finally:
+            if not options.stream:
+                count()
+
+    def _model(self, name: str) -> ServedModel:
+        if name not in self.models:
+            known = listed([*self.models])
+            raise Refusal(404, f"no model {name[:100]!r}: there is {known}", param="model", code="model_not_found")
+        return self.models[name]
+
+    def _check_length(self, model: ServedModel, param: str, ids: list[int]) -> None:
+        """Raises FieldError for a text that leaves no room in the context."""
+        if len(ids) >= model.context_length:
+            raise FieldError(
+                param, f"{len(ids):,} tokens, and the model's context is {model.context_length:,}: shorten the text",
+                "context_length_exceeded",
+            )  # fmt: skip
+
+    def _request(
+        self,
+        model: ServedModel,
+        options: Options,
+        ids: list[int],
+        index: int,
+        likeliest: int | None,
+        grammar: Grammar | None,
+        max_tokens: int,
+        scored: bool = False,
+    ) -> Request:
+        settings: dict[str, Any] = {"temp": 1.0, **model.settings, **options.settings}
+        own = settings.pop("max_tokens", max_tokens)
+        over = next((token for token in options.logit_bias if token >= model.loaded.model.config.vocab_size), None)
+        if over is not None:
+            raise FieldError("logit_bias", f"token {over} is none of the model's")
+        return Request(
+            model=model.name,
+            ids=tuple(ids),
+            max_tokens=own if options.max_tokens is None else options.max_tokens,
+            sampler=Sampler(**settings, logit_bias=options.logit_bias),
+            seed=None if options.seed is None else (options.seed + index) % _SEEDS,
+            stop=(*(model.template.stop_strings if model.template and not scored else ()), *options.stop),
+            stop_ids=model.stop_ids,
+            top_logprobs=likeliest or 0,
+            prompt_logprobs=scored and likeliest is not None,
+            grammar=grammar,
+        )
+
+    def _log_prompt(self, request: HTTPRequest, text: str) -> None:
+        if self.log_prompts:
+            request.state.said = f"{getattr(request.state, 'said', '')} {text!r}".strip()
+
+
+class EventStream(Response):
+    """Streams a completion's chunks, and ends it when the client leaves. `count` is called at the end."""
+
+    def __init__(self, request: HTTPRequest, completion: Completion, count: Callable[[], None]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._request, self._completion, self._count = request, completion, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(chunks: AsyncIterator[str]) -> None:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in chunks:
+                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+        try:
+            await _while_connected(self._request, write(self._completion.chunks()))
+        except ClientDisconnect:
+            pass
+        finally:
+            self._completion.cancel()
+            self._count()
+
+
+async def _while_connected(request: HTTPRequest, work: Awaitable[Result]) -> Result:
+    """Awaits `work`, and cancels it when the client leaves. Raises ClientDisconnect then."""
+
+    async def left() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _json(request: HTTPRequest) -> Any:
+    """Returns the body of a request. Raises Refusal where it is no JSON."""
+    try:
+        return load_json(decoded(await request.body(), "the body"))
+    except (ValueError, InputError) as error:
+        raise Refusal(400, f"the body is no JSON: {error}") from None
+
+
+def _grammar(model: ServedModel, schema: Mapping[str, Any] | None) -> Grammar | None:
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json_schema(schema)
+    except InputError as error:
+        raise FieldError("response_format", str(error)) from None
+    except ElmError as error:  # llguidance is not installed
+        raise FieldError("response_format", str(error)) from None
+
+
+def _check_ids(model: ServedModel, param: str, ids: list[int]) -> None:
+    outside = next((each for each in ids if not 0 <= each < model.loaded.model.config.vocab_size), None)
+    if outside is not None:
+        raise FieldError(param, f"token {outside} is none of the model's {model.loaded.model.config.vocab_size:,}")
+
+
+def _described(model: ServedModel) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "elm-mlx",
+        "context_length": model.context_length,
+        "kind": "base" if model.template is None else "chat",
+        "tools": model.tools.form is not None,
+        "base": model.base,
+    }
+
+
+def _refuse(request: HTTPRequest, error: Exception) -> Response:
+    refusal = refusal_of(error)
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+def _no_route(request: HTTPRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        return _refuse(request, Refusal(405, f"{request.url.path} takes no {request.method}", headers=error.headers))
+    return _refuse(request, Refusal(error.status_code, f"there is no {request.url.path[:100]}", code="not_found"))
+
+
+def _client_left(request: HTTPRequest, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
