@@ -27,7 +27,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 << 20  # bytes
 BODY_SECONDS = 30  # for a body to come
-OPEN = ("/health", "/", "/page.js", "/page.css")  # without a key: the page asks for it
+KEYED = ("/v1/", "/metrics")  # what needs the key; the page is open, and asks for it
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -109,7 +109,7 @@ class Guard:
             raise Refusal(
                 403, "this server has another name: ask for it by the address that it printed", code="unknown_host"
             )
-        if self._key is not None and scope["path"] not in OPEN:
+        if self._key is not None and scope["path"].startswith(KEYED):
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._key):
                 raise Refusal(
