@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -194,9 +193,7 @@ class TextBatches:
     def __enter__(self) -> TextBatches:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __iter__(self) -> TextBatches:
@@ -220,12 +217,9 @@ class TextBatches:
         feeds = []
         for number, files in enumerate(self._files):
             read = partial(
-                files.read,
-                order=partial(_file_order, self._reading.seed, number),
-                shard=shard,
-                shards=self._shards,
+                files.read, order=partial(_file_order, self._reading.seed, number), shard=shard, shards=self._shards,
                 skipped=partial(_is_marked, marks[number] if marks else []),
-            )
+            )  # fmt: skip
             run_ahead = ahead(self._reading.workers, files.source.weight, weights)
             feeds.append(Feed(files.source, read, self._pool, run_ahead, self._wrong))
         return feeds
@@ -351,15 +345,9 @@ def sample(
     if tokens < 1:
         raise InputError(f"tokens must be at least 1, not {tokens}")
     look = replace(
-        reading,
-        rows=1,
-        length=_SAMPLE_ROW,
-        window=_SAMPLE_ROW,
-        shards=1,
-        segments=False,
-        max_bad=1 << 60,
+        reading, rows=1, length=_SAMPLE_ROW, window=_SAMPLE_ROW, shards=1, segments=False, max_bad=1 << 60,
         max_broken=1 << 60,
-    )
+    )  # fmt: skip
     begun = time.perf_counter()
     with TextBatches(sources, tokenizer, filters, look, cache=cache, on_wrong=on_wrong) as batches:
         next(batches)

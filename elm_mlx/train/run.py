@@ -176,11 +176,11 @@ class Run:
             ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
             KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
         """
-        progress, settings, steps = self.progress, self.settings, self.settings.schedule.steps
         if self.resumed is None:
             self._begin()
         else:
             self._resume(self.resumed)
+        progress, settings, steps = self.progress, self.settings, self.settings.schedule.steps
         if self.about is not None and self._leads:
             metrics.describe(self.out, self.about)
         with stop_requests(self.callback.stopping) as stop:
@@ -222,16 +222,15 @@ class Run:
         before, now = len(saved.random), self._group.size()
         if before != now:
             raise InputError(f"{path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
+        self.batches.resume(saved.data)
         step.model.update(trained)
         step.optimizer.state = optimizer
-        vars(self.progress).update(vars(saved))
-        self._saved = saved.step
+        self.progress, self._saved = saved, saved.step
         _set_random_key(saved.random[self._group.rank()])
         if saved.parts and self.identity.config.get("dropout") and not device.on_gpu():
             step.cut_into(saved.parts)  # or other activations would be dropped
         if self._leads:
             metrics.cut(self.out, saved.step)
-        self.batches.resume(saved.data)
         self.callback.resumed(saved.step)
 
     def _rehearse(self, batch: Batch, stop: Event) -> None:

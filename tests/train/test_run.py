@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -296,6 +297,20 @@ def test_another_model_data_or_setting_is_refused_by_name(tmp_path: Path) -> Non
         runs.run(tmp_path)
     with pytest.raises(InputError, match="no checkpoint to resume from; without --resume"):
         runs.run(tmp_path / "nowhere", resume=True)
+
+
+def test_a_resumption_that_is_refused_leaves_the_metrics_as_they_were(tmp_path: Path) -> None:
+    """Lines of updates after the last checkpoint, too: nothing has made them again."""
+    runs.run(tmp_path, runs.settings(6))
+    (newest,) = checkpoints_of(tmp_path)[-1:]
+    shutil.rmtree(newest)
+    kept, state = runs.losses(tmp_path), checkpoints_of(tmp_path)[-1] / checkpoint.STATE
+    values = json.loads(state.read_text())
+    for part, damaged in (("data", {"epoch": 0}), ("random", []), ("step", -1)):
+        state.write_text(json.dumps(values | {"progress": values["progress"] | {part: damaged}}))
+        with pytest.raises(InputError):
+            runs.run(tmp_path, runs.settings(6), resume=True)
+        assert runs.losses(tmp_path) == kept, part
 
 
 class _Poisoned:
