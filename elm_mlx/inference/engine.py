@@ -71,7 +71,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredToken:
     """A token and how likely the model found it.
 
     Attributes:
@@ -94,7 +94,7 @@ class PromptRead:
 
     prompt_tokens: int
     cached_tokens: int
-    scored: tuple[Scored, ...] = ()
+    scored: tuple[ScoredToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Generated:
     """
 
     text: str
-    scored: Scored
+    scored: ScoredToken
     finish_reason: str | None
 
 
@@ -200,7 +200,7 @@ class _Task:
         self.started = time.monotonic()
         self.caches: list[KVCache] = []
         self.snapshots: dict[int, Layers] = {}
-        self.scored: list[Scored] = []
+        self.scored: list[ScoredToken] = []
         self.sum: mx.array | None = None  # of hidden states, for an embedding
         self.state = State()
         self.grammar: GrammarState | None = None
@@ -326,7 +326,7 @@ class _Batch:
                 continue
             try:
                 likeliest = _pairs(*tops[row]) if row in tops else ()
-                finished = _deliver(answer, Scored(token, checked(logprob), likeliest))
+                finished = _deliver(answer, ScoredToken(token, checked(logprob), likeliest))
             except Exception as error:
                 answer.emit(Failed(error))
                 finished = True
@@ -382,7 +382,7 @@ class _Batch:
         return tokens[back], logprobs[back], tops
 
 
-def _deliver(answer: _Task, scored: Scored) -> bool:
+def _deliver(answer: _Task, scored: ScoredToken) -> bool:
     """Reports a token. Returns whether it is the last."""
     answer.ids.append(scored.token)
     text, stream = answer.stream.add(scored.token), answer.stream
@@ -735,7 +735,7 @@ def _score(model: Model, hidden: mx.array, task: _Task, start: int) -> None:
     """Scores the tokens after those whose `hidden` states `(length, model_dim)` begin at `start`."""
     ids, most = task.request.ids, max(1, _HEAD_VALUES // model.config.vocab_size)
     if start == 0:
-        task.scored.append(Scored(ids[0], None))
+        task.scored.append(ScoredToken(ids[0], None))
     following = ids[start + 1 : start + 1 + hidden.shape[0]]
     for first in range(0, len(following), most):
         part = following[first : first + most]
@@ -747,7 +747,7 @@ def _score(model: Model, hidden: mx.array, task: _Task, start: int) -> None:
         mx.eval(logprobs, tops)
         for number, (token, logprob) in enumerate(zip(part, logprobs.tolist(), strict=True)):
             likeliest = () if tops is None else _pairs(tops[0][number], tops[1][number])
-            task.scored.append(Scored(token, checked(logprob), likeliest))
+            task.scored.append(ScoredToken(token, checked(logprob), likeliest))
 
 
 def _parameters(loaded: Loaded) -> list[tuple[str, mx.array]]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.inference.engine import Busy, Scored, TooLarge
+from elm_mlx.inference.engine import Busy, ScoredToken, TooLarge
 from elm_mlx.serve.request_fields import FieldError
 from elm_mlx.serve.tool_calls import Delta, whole_message
 from elm_mlx.text.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 
 
-class Refusal(Exception):
+class ErrorAnswer(Exception):
     """An answer that is an error: an HTTP status, and what OpenAI's clients parse of its body."""
 
     def __init__(
@@ -38,25 +38,25 @@ class Refusal(Exception):
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def refusal_of(error: Exception) -> Refusal:
+def error_answer(error: Exception) -> ErrorAnswer:
     """Returns the answer to a request that failed by `error`. What is nobody's input says no more than its kind."""
-    if isinstance(error, Refusal):
+    if isinstance(error, ErrorAnswer):
         return error
     if isinstance(error, FieldError):
-        return Refusal(400, str(error), param=error.param, code=error.code)
+        return ErrorAnswer(400, str(error), param=error.param, code=error.code)
     if isinstance(error, Busy):
         return busy(str(error), error.retry_after)
     if isinstance(error, TooLarge):
-        return Refusal(503, str(error), "server_error", code="out_of_memory", headers={"Retry-After": "60"})
+        return ErrorAnswer(503, str(error), "server_error", code="out_of_memory", headers={"Retry-After": "60"})
     if isinstance(error, InputError):
-        return Refusal(400, str(error), param=getattr(error, "param", None))
+        return ErrorAnswer(400, str(error), param=getattr(error, "param", None))
     message = str(error) if isinstance(error, ElmError) else f"the server failed: {type(error).__name__}"
-    return Refusal(500, message, "server_error")
+    return ErrorAnswer(500, message, "server_error")
 
 
-def busy(message: str, retry_after: int) -> Refusal:
+def busy(message: str, retry_after: int) -> ErrorAnswer:
     """Returns the answer to a request that there is no room for now."""
-    return Refusal(503, message, "server_error", code="overloaded", headers={"Retry-After": str(retry_after)})
+    return ErrorAnswer(503, message, "server_error", code="overloaded", headers={"Retry-After": str(retry_after)})
 
 
 def event(values: Mapping[str, Any]) -> str:
@@ -87,10 +87,10 @@ class Answer:
         self.tokens = 0
         self.finish_reason: str | None = None
         self.deltas: list[Delta] = []
-        self.scored: list[Scored] = []
+        self.scored: list[ScoredToken] = []
 
 
-class Shape:
+class AnswerShape:
     """What a completion's answers and chunks have in common: its id, time, model, and kind.
 
     Args:
@@ -118,7 +118,12 @@ class Shape:
         return self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
 
     def piece(
-        self, index: int, delta: Delta, scored: Sequence[Scored] = (), offset: int = 0, finish_reason: str | None = None
+        self,
+        index: int,
+        delta: Delta,
+        scored: Sequence[ScoredToken] = (),
+        offset: int = 0,
+        finish_reason: str | None = None,
     ) -> str:
         """Returns a chunk. `offset` is the number of characters before it, for a text's log-probabilities."""
         choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason}
@@ -142,7 +147,7 @@ class Shape:
             return choice | {"message": {**whole_message(answer.deltas), "refusal": None}}
         return choice | {"text": "".join(delta.get("content", "") for delta in answer.deltas)}
 
-    def _logprobs(self, scored: Sequence[Scored], offset: int) -> dict[str, Any]:
+    def _logprobs(self, scored: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
         if self._chat:
             return {"content": [self._entry(each) for each in scored], "refusal": None}
         texts = [self.text_of(each.token) for each in scored]
@@ -162,7 +167,7 @@ class Shape:
             "text_offset": offsets[:-1],
         }
 
-    def _entry(self, scored: Scored) -> dict[str, Any]:
+    def _entry(self, scored: ScoredToken) -> dict[str, Any]:
         tops = scored.top[: self.likeliest or 0]
         return self._token(scored.token, scored.logprob) | {"top_logprobs": [self._token(*each) for each in tops]}
 

@@ -21,8 +21,8 @@ from elm_mlx.inference.engine import Embedded, Engine, Failed, Request
 from elm_mlx.inference.grammar import Grammar
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.reading import decoded, listed, load_json
-from elm_mlx.serve.answers import Refusal, Shape, embeddings, refusal_of
-from elm_mlx.serve.completions import Completion, Plan
+from elm_mlx.serve.answers import AnswerShape, ErrorAnswer, embeddings, error_answer
+from elm_mlx.serve.completions import OpenCompletion, Plan
 from elm_mlx.serve.metrics_page import metrics_text
 from elm_mlx.serve.request_fields import FieldError, Options, parse_chat, parse_embeddings, parse_text
 from elm_mlx.serve.served_models import ServedModel
@@ -59,7 +59,7 @@ class Service:
             Route("/", self.page),
         ]
         handlers: Mapping[Any, Any] = {
-            **dict.fromkeys((Refusal, ElmError), _refuse),
+            **dict.fromkeys((ErrorAnswer, ElmError), _refuse),
             HTTPException: _no_route,
             ClientDisconnect: _client_left,
         }
@@ -175,8 +175,8 @@ class Service:
         likeliest: int | None,
         chat: bool,
     ) -> Response:
-        shape = Shape(model.tokenizer, model.name, chat, likeliest, options.include_usage)
-        completion = Completion(self.engine, plans, shape, chat, options.include_usage)
+        shape = AnswerShape(model.tokenizer, model.name, chat, likeliest, options.include_usage)
+        completion = OpenCompletion(self.engine, plans, shape, chat, options.include_usage)
         completion.begin()
 
         def count() -> None:
@@ -195,7 +195,7 @@ class Service:
     def _model(self, name: str) -> ServedModel:
         if name not in self.models:
             known = listed([*self.models])
-            raise Refusal(404, f"no model {name[:100]!r}: there is {known}", param="model", code="model_not_found")
+            raise ErrorAnswer(404, f"no model {name[:100]!r}: there is {known}", param="model", code="model_not_found")
         return self.models[name]
 
     def _check_length(self, model: ServedModel, param: str, ids: list[int]) -> None:
@@ -243,7 +243,7 @@ class Service:
 class EventStream(Response):
     """Streams a completion's chunks, and ends it when the client leaves. `count` is called at the end."""
 
-    def __init__(self, request: HTTPRequest, completion: Completion, count: Callable[[], None]) -> None:
+    def __init__(self, request: HTTPRequest, completion: OpenCompletion, count: Callable[[], None]) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._request, self._completion, self._count = request, completion, count
@@ -284,11 +284,11 @@ async def _while_connected(request: HTTPRequest, work: Awaitable[Result]) -> Res
 
 
 async def _json(request: HTTPRequest) -> Any:
-    """Returns the body of a request. Raises Refusal where it is no JSON."""
+    """Returns the body of a request. Raises ErrorAnswer where it is no JSON."""
     try:
         return load_json(decoded(await request.body(), "the body"))
     except (ValueError, InputError) as error:
-        raise Refusal(400, f"the body is no JSON: {error}") from None
+        raise ErrorAnswer(400, f"the body is no JSON: {error}") from None
 
 
 def _grammar(model: ServedModel, schema: Mapping[str, Any] | None) -> Grammar | None:
@@ -322,15 +322,17 @@ def _described(model: ServedModel) -> dict[str, Any]:
 
 
 def _refuse(request: HTTPRequest, error: Exception) -> Response:
-    refusal = refusal_of(error)
+    refusal = error_answer(error)
     return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
 
 def _no_route(request: HTTPRequest, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return _refuse(request, Refusal(405, f"{request.url.path} takes no {request.method}", headers=error.headers))
-    return _refuse(request, Refusal(error.status_code, f"there is no {request.url.path[:100]}", code="not_found"))
+        return _refuse(
+            request, ErrorAnswer(405, f"{request.url.path} takes no {request.method}", headers=error.headers)
+        )
+    return _refuse(request, ErrorAnswer(error.status_code, f"there is no {request.url.path[:100]}", code="not_found"))
 
 
 def _client_left(request: HTTPRequest, error: Exception) -> Response:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from elm_mlx.inference.engine import Busy, Engine, Event, Failed, Generated, PromptRead, Request, Scored, Ticket
-from elm_mlx.serve.answers import DONE, KEEP_ALIVE, Answer, Shape, event, refusal_of, usage
+from elm_mlx.inference.engine import Busy, Engine, Event, Failed, Generated, PromptRead, Request, ScoredToken, Ticket
+from elm_mlx.serve.answers import DONE, KEEP_ALIVE, Answer, AnswerShape, error_answer, event, usage
 from elm_mlx.serve.tool_calls import CallReader, Delta
 
 IN_FLIGHT = 16  # answers of one request that the engine has at a time
@@ -34,10 +34,12 @@ class Plan:
     reader: CallReader | None = None
 
 
-class Completion:
+class OpenCompletion:
     """The answers to one HTTP request. Iterate over `chunks`, or await `whole`; to leave either is to cancel."""
 
-    def __init__(self, engine: Engine, plans: Sequence[Plan], shape: Shape, chat: bool, include_usage: bool) -> None:
+    def __init__(
+        self, engine: Engine, plans: Sequence[Plan], shape: AnswerShape, chat: bool, include_usage: bool
+    ) -> None:
         self._engine, self._plans, self._shape = engine, plans, shape
         self._chat, self._include_usage = chat, include_usage
         self._answers = [Answer(index) for index in range(len(plans))]
@@ -93,7 +95,7 @@ class Completion:
                 yield self._shape.counted(self.usage)
             yield DONE
         except Exception as error:
-            yield event(refusal_of(error).body)
+            yield event(error_answer(error).body)
 
     def cancel(self) -> None:
         """Ends what has not ended."""
@@ -147,7 +149,7 @@ class Completion:
                 return
             await asyncio.sleep(_PAUSE)
 
-    def _taken(self, index: int, happened: Event) -> tuple[list[Delta], Sequence[Scored]]:
+    def _taken(self, index: int, happened: Event) -> tuple[list[Delta], Sequence[ScoredToken]]:
         """Returns what an event adds to an answer."""
         plan, answer = self._plans[index], self._answers[index]
         if isinstance(happened, PromptRead):

@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from elm_mlx.serve.answers import Refusal
+from elm_mlx.serve.answers import ErrorAnswer
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -91,7 +91,7 @@ class Guard:
                 return
             self._check(scope, headers)
             await self._app(scope, _limited(headers, receive), answer)
-        except Refusal as refusal:
+        except ErrorAnswer as refusal:
             if status:  # too late to say so
                 raise
             from starlette.responses import JSONResponse
@@ -104,22 +104,22 @@ class Guard:
             self._log(f"{scope['method']} {path} {status or 'left'} {seconds:.2f} s{said}")
 
     def _check(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
-        """Raises Refusal for a request that must not be answered."""
+        """Raises ErrorAnswer for a request that must not be answered."""
         if not self._knows(headers.get(b"host", b"").decode("latin-1")):
-            raise Refusal(
+            raise ErrorAnswer(
                 403, "this server has another name: ask for it by the address that it printed", code="unknown_host"
             )
         if self._key is not None and scope["path"].startswith(KEYED):
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._key):
-                raise Refusal(
+                raise ErrorAnswer(
                     401, "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
                     code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
                 )  # fmt: skip
         if scope["method"] == "POST":
             kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
             if kind != b"application/json":
-                raise Refusal(415, "Content-Type must be application/json")
+                raise ErrorAnswer(415, "Content-Type must be application/json")
             length = headers.get(b"content-length", b"0")
             if not length.isdigit() or int(length[:20]) > MAX_BODY:
                 raise _too_large()
@@ -164,7 +164,7 @@ def _limited(headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
         try:
             message = await asyncio.wait_for(receive(), max(0.0, deadline - loop.time()))
         except asyncio.TimeoutError:
-            raise Refusal(
+            raise ErrorAnswer(
                 408, f"the body did not come within {BODY_SECONDS} s", headers={"Connection": "close"}
             ) from None
         size += len(message.get("body", b""))
@@ -176,8 +176,8 @@ def _limited(headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
     return limited
 
 
-def _too_large() -> Refusal:
-    return Refusal(413, f"the body is larger than {MAX_BODY >> 20} MiB", headers={"Connection": "close"})
+def _too_large() -> ErrorAnswer:
+    return ErrorAnswer(413, f"the body is larger than {MAX_BODY >> 20} MiB", headers={"Connection": "close"})
 
 
 async def _send(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:

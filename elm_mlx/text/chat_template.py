@@ -22,7 +22,7 @@ from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import InputError
 from elm_mlx.reading import json_object_if_there
 from elm_mlx.text import jinja
-from elm_mlx.text.jinja import Conversation
+from elm_mlx.text.jinja import TemplateInput
 from elm_mlx.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -174,9 +174,9 @@ class JinjaTemplate(Template):
         self.stop_ids, self.stop_strings = self._ends()
 
     def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
-        given = [Conversation(messages, prompt, tools) for messages, prompt in conversations]
+        given = [TemplateInput(messages, prompt, tools) for messages, prompt in conversations]
         mark = self._unused_character([*(messages for messages, _ in conversations), tools])
-        shielded = [Conversation(*(self._shielded(value, mark) for value in each)) for each in given]
+        shielded = [TemplateInput(*(self._shielded(value, mark) for value in each)) for each in given]
         differing = [i for i, (one, other) in enumerate(zip(given, shielded, strict=True)) if one != other]
         rendered = self._render([*given, *(shielded[i] for i in differing)])
         for text in rendered:
@@ -196,7 +196,7 @@ class JinjaTemplate(Template):
         system, question = {"role": "system", "content": "!"}, {"role": "user", "content": "?"}
         messages = ([question], [system, question])
         without, told = (
-            self._render([Conversation(each, True, given) for each in messages]) for given in (None, tools)
+            self._render([TemplateInput(each, True, given) for each in messages]) for given in (None, tools)
         )
         return any(isinstance(b, str) and a != b for a, b in zip(without, told, strict=True))
 
@@ -205,7 +205,7 @@ class JinjaTemplate(Template):
         parts = self.tokenizer.trimmed(parts)
         return parts if bos is None or parts[:1] == [bos] else [bos, *parts]
 
-    def _render(self, conversations: Sequence[Conversation]) -> list[str | jinja.Refusal]:
+    def _render(self, conversations: Sequence[TemplateInput]) -> list[str | jinja.Refusal]:
         """Renders conversations of which all have tools, or none."""
         source = self.tool_source if any(each.tools for each in conversations) else self.source
         return jinja.render(source, self._where, conversations, self._names)
@@ -260,7 +260,7 @@ class JinjaTemplate(Template):
         following = {"role": "user", "content": "\uf8fe"}
         eos_ids = self.tokenizer.eos_ids
         closed, followed = ([question, answer], False), ([question, answer, following], False)
-        for text in self._render([Conversation(*closed), Conversation(*followed)]):
+        for text in self._render([TemplateInput(*closed), TemplateInput(*followed)]):
             if isinstance(text, jinja.Refusal):  # one that wants more of a conversation, say a system message
                 continue
             ending = self._split(text.rpartition("\uf8ff")[2].partition("\uf8fe")[0])

@@ -37,7 +37,7 @@ _POLL = 5  # milliseconds
 _NO_START = "the process that renders chat templates does not start"
 
 
-class Conversation(NamedTuple):
+class TemplateInput(NamedTuple):
     """What a template renders: messages, the functions that may be called, and whether the generation prompt follows.
 
     `tools` are as in OpenAI's API; None for none.
@@ -72,7 +72,7 @@ def stop() -> None:
 
 
 def render(
-    source: str, where: str, conversations: Sequence[Conversation], names: Mapping[str, str]
+    source: str, where: str, conversations: Sequence[TemplateInput], names: Mapping[str, str]
 ) -> list[str | Refusal]:
     """Returns each conversation as text, or the error of the template that does not render it.
 
@@ -89,7 +89,7 @@ def render(
     common = {**names, "documents": None}
     variables = [
         {**common, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt, "tools": tools}
-        for messages, prompt, tools in starmap(Conversation, conversations)
+        for messages, prompt, tools in starmap(TemplateInput, conversations)
     ]
     with _lock:
         try:

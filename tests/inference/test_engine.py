@@ -21,7 +21,7 @@ from elm_mlx.inference.engine import (
     Generated,
     PromptRead,
     Request,
-    Scored,
+    ScoredToken,
     Ticket,
     TooLarge,
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Heard:
             if isinstance(last, Failed | Embedded) or (isinstance(last, Generated) and last.finish_reason):
                 return heard
 
-    def tokens(self) -> list[Scored]:
+    def tokens(self) -> list[ScoredToken]:
         heard = self.all()
         assert not isinstance(heard[-1], Failed), heard[-1].error
         return [event.scored for event in heard if isinstance(event, Generated)]
@@ -71,7 +71,7 @@ def alone(
         name: getattr(sampler, name) for name in ("temp", "top_p", "top_k", "min_p", "repetition_penalty")
     }  # fmt: skip
     found = stream_generate(model, None, ids, max_tokens=max_tokens, **settings, **options)
-    return [Scored(response.token, response.logprob) for response in found]
+    return [ScoredToken(response.token, response.logprob) for response in found]
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def test_the_prompts_own_tokens_are_scored(engine: Engine, model: Model, max_tok
     read = heard.events.get(timeout=30)
     logits = model(mx.array([ids]))[0].astype(mx.float32)
     logprobs = (logits - mx.logsumexp(logits, axis=-1, keepdims=True)).tolist()
-    assert [each.token for each in read.scored] == ids and read.scored[0] == Scored(ids[0], None)
+    assert [each.token for each in read.scored] == ids and read.scored[0] == ScoredToken(ids[0], None)
     for place, each in enumerate(read.scored[1:]):
         assert each.logprob == pytest.approx(logprobs[place][each.token], abs=1e-4)
         assert each.top[0][1] == pytest.approx(max(logprobs[place]), abs=1e-4) and len(each.top) == 2
