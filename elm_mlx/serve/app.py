@@ -96,8 +96,8 @@ class Service:
         template = model.template
         if template is None:
             raise FieldError("model", f"{model.name} is a base model without a chat template: use /v1/completions")
-        if fields.tools:
-            await asyncio.to_thread(model.tools.check)
+        if (tools_field := fields.tools_field) is not None:
+            await asyncio.to_thread(model.tools.check, tools_field)
         ids = await asyncio.to_thread(template.encode, fields.messages, True, fields.tools or None)
         self._check_length(model, "messages", ids)
         grammar = await asyncio.to_thread(_grammar, model, fields.schema)

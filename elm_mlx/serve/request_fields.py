@@ -86,6 +86,14 @@ class ChatFields:
     likeliest: int | None
     schema: Mapping[str, Any] | None
 
+    @property
+    def tools_field(self) -> str | None:
+        """The first field that a model must take tools for; None where there is none."""
+        if self.tools:
+            return "tools"
+        used = (i for i, each in enumerate(self.messages) if each["role"] == "tool" or "tool_calls" in each)
+        return next((f"messages[{i}]" for i in used), None)
+
 
 @dataclass(frozen=True)
 class TextFields:
@@ -160,7 +168,7 @@ def parse_chat(values: Any) -> ChatFields:
     schema = _schema(body.take("response_format"))
     if schema is not None and use.choice != "none":
         raise FieldError("response_format", "does not go with tools: leave one out, or give tool_choice none")
-    options = _options(body, ("max_completion_tokens", "max_tokens"))
+    options = _options(body, ("max_completion_tokens", "max_tokens"), schema is not None)
     body.finish()
     return ChatFields(options, messages, tools, use, (top or 0) if logprobs else None, schema)
 
@@ -171,7 +179,7 @@ def parse_text(values: Any) -> TextFields:
     prompts = _inputs("prompt", body.take("prompt"))
     echo, likeliest = body.flag("echo"), body.whole("logprobs", 0, MAX_LIKELIEST)
     schema = _schema(body.take("response_format"))
-    options = _options(body, ("max_tokens",), least=0 if echo else 1)
+    options = _options(body, ("max_tokens",), schema is not None, least=0 if echo else 1)
     body.finish()
     if options.answers > 1 and len(prompts) * options.answers > MAX_PROMPTS:
         raise FieldError("n", f"makes {len(prompts) * options.answers} answers, and at most {MAX_PROMPTS} are given")
@@ -191,7 +199,8 @@ def parse_embeddings(values: Any) -> EmbeddingFields:
     return EmbeddingFields(model, inputs, encoding == "base64")
 
 
-def _options(body: _Body, lengths: Sequence[str], least: int = 1) -> Options:
+def _options(body: _Body, lengths: Sequence[str], held: bool, least: int = 1) -> Options:
+    """Parses what chat and text completions share. `held`: the answer is JSON, which no stop string may cut."""
     stream, streaming = body.flag("stream"), body.take("stream_options", {})
     if not isinstance(streaming, dict) or not {*streaming} <= {"include_usage", "include_obfuscation"}:
         raise FieldError("stream_options", f"is {short(streaming)}: an object with include_usage is needed")
@@ -206,6 +215,9 @@ def _options(body: _Body, lengths: Sequence[str], least: int = 1) -> Options:
         value = body.take(name)
         if value is not None:
             settings[ours] = _number(name, value, low, high, counts, name in _ABOVE_ZERO)
+    stops = _stops(body.take("stop", []))
+    if held and stops:
+        raise FieldError("stop", "does not go with response_format: it could end the JSON before it is whole")
     if settings.get("top_k") == -1:  # as others write that all are kept
         settings["top_k"] = 0
     return Options(
@@ -214,7 +226,7 @@ def _options(body: _Body, lengths: Sequence[str], least: int = 1) -> Options:
         include_usage=include_usage,
         answers=body.whole("n", 1, MAX_ANSWERS) or 1,
         max_tokens=given[0] if given else None,
-        stop=_stops(body.take("stop", [])),
+        stop=stops,
         seed=body.whole("seed", -(1 << 63), (1 << 64) - 1),
         settings=settings,
         logit_bias=_bias(body.take("logit_bias", {})),

@@ -21,6 +21,7 @@ from elm_mlx.inference.generation import overlap
 from elm_mlx.inference.grammar import Grammar, GrammarCompiler, schema_text
 from elm_mlx.reading import load_json, short
 from elm_mlx.text.chat_template import JinjaTemplate, Part, Template
+from elm_mlx.text.jinja import LimitError
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -202,16 +203,18 @@ _TRAIL = re.compile(r"\s*\]?\s*(?:</[^<>\s]+>|\[/[A-Z_]+\])|\s*\]")
 
 def call_form(template: Template | None) -> CallForm | None:
     """Returns the form in which a template writes calls; None where it takes no functions, or its form is not known."""
-    if not isinstance(template, JinjaTemplate) or not template.takes_tools:
+    if not isinstance(template, JinjaTemplate):
         return None
-    rendered = _rendered_calls(template, (_PROBE,))
-    if rendered is not None and any(isinstance(part, str) and _PROBE in part for part in rendered[0]):
-        return _rendered_form(template, *rendered)
-    if "<tool_call>" not in template.tool_source:
+    try:
+        rendered = _rendered_calls(template, (_PROBE,)) if template.takes_tools else None
+        if rendered is not None and any(isinstance(part, str) and _PROBE in part for part in rendered[0]):
+            return _rendered_form(template, *rendered)
+    except LimitError:
         return None
-    return (
-        _LISTED if "<tool_call>[" in template.tool_source else _TAGGED
-    )  # the model is told in words, and shown no call
+    if not template.takes_tools or "<tool_call>" not in template.tool_source:
+        return None
+    # The model is told in words, and shown no call.
+    return _LISTED if "<tool_call>[" in template.tool_source else _TAGGED
 
 
 def _rendered_form(template: JinjaTemplate, parts: Sequence[Part], asked: int) -> CallForm | None:
@@ -275,10 +278,10 @@ class ToolCaller:
         self.form = call_form(template)
         self._compiler = compiler
 
-    def check(self) -> None:
-        """Raises ToolsError where the model cannot call functions."""
+    def check(self, param: str) -> None:
+        """Raises ToolsError, which names the field `param`, where the model cannot call functions."""
         if self.form is None:
-            raise ToolsError("tools", "this model's chat template takes no tools, or writes calls in an unknown form")
+            raise ToolsError(param, "this model's chat template takes no tools, or writes calls in an unknown form")
 
     def grammar(self, use: ToolUse) -> Grammar | None:
         """Returns what holds an answer to `use`; None where nothing needs to, or, of "auto", llguidance is absent.

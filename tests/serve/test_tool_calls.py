@@ -157,6 +157,12 @@ class TestForms:
         assert call_form(template(tokenizer, IN_WORDS)) == FORMS["listed"]
         assert call_form(template(tokenizer, IN_WORDS.replace(">[…]<", ">{…}<"))) == FORMS["tagged"]
 
+    def test_a_template_that_exceeds_its_limits_with_tools_takes_none(self, tokenizer: Tokenizer) -> None:
+        endless = (
+            "{% if tools %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+        )
+        assert call_form(template(tokenizer, endless + NEITHER)) is None
+
     def test_a_template_for_tools_alone_goes_before_the_default(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
         both = [{"name": "default", "template": NEITHER}, {"name": "tool_use", "template": LISTED}]
         settings = tmp_path / "tokenizer_config.json"
@@ -178,7 +184,7 @@ class TestForms:
         for one in (template(tokenizer, NEITHER), template(tokenizer, UNKNOWN), OpenELMInstruct(tiny_tokenizer), None):
             assert call_form(one) is None
             with pytest.raises(ToolsError, match="takes no tools"):
-                ToolCaller(one, GrammarCompiler(tokenizer)).check()
+                ToolCaller(one, GrammarCompiler(tokenizer)).check("tools")
         assert not template(tokenizer, NEITHER).takes_tools and template(tokenizer, UNKNOWN).takes_tools
 
     def test_tools_calls_and_results_are_in_the_prompt_and_make_no_control_tokens(self, tokenizer: Tokenizer) -> None:
