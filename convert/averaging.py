@@ -120,7 +120,7 @@ def _guesses(plan: ConversionPlan) -> list[str]:
     if plan.config_origin != "the shapes":
         return []
     context = plan.config.max_context_length
-    return [f"a context of {context:,} tokens, and what else the shapes don't say, is guessed: --config FILE says it"]
+    return [f"a context of {context:,} tokens, and what else the shapes do not give, is a guess: pass --config FILE"]
 
 
 def _plans(

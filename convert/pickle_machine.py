@@ -225,13 +225,13 @@ class PickleMachine:
             return line == "01"
         digits = line.removesuffix("L")
         if not (digits.isascii() and digits.removeprefix("-").isdigit()):
-            self.fail("its pickle holds a number that is none")
+            self.fail("its pickle holds an invalid number")
         return int(digits)
 
     def resolve_stacked(self) -> Any:
         attribute, module = self.pop(), self.pop()
         if type(attribute) is not str or type(module) is not str:
-            self.fail("its pickle names a global by something that is no text")
+            self.fail("its pickle names a global by something that is not a string")
         return self.resolve(f"{module}.{attribute}")
 
     def reduce(self) -> Any:
@@ -252,7 +252,7 @@ class PickleMachine:
     def _pop_call(self) -> tuple[Any, tuple[Any, ...]]:
         arguments, function = self.pop(), self.pop()
         if type(arguments) is not tuple:
-            self.fail("its pickle calls with arguments that are no tuple")
+            self.fail("its pickle calls with arguments that are not a tuple")
         return function, arguments
 
     def _length(self, layout: str) -> int:

@@ -211,13 +211,13 @@ def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except errors.GatedRepoError:
-        reason = "wants its terms accepted on the hub, and then a login (`hf auth login`)"
+        reason = "requires its terms to be accepted on the hub, and then a login (`hf auth login`)"
     except errors.RevisionNotFoundError:
         reason = "the hub has no such revision"
     except errors.RepositoryNotFoundError:
-        reason = "no such path here, and no such repository on the hub (or it is private: `hf auth login`)"
+        reason = "no such local path, and no such repository on the hub (or it is private: `hf auth login`)"
     except errors.HFValidationError:
-        reason = "no such path here, and no name that a repository could have"
+        reason = "no such local path, and not a name that a repository could have"
     except Exception as error:  # whatever the network library of the day raises
         detail = " ".join(str(error).split())[:300] or type(error).__name__
         raise ElmError(f"{repository}{at}: no such local path, and the hub cannot provide it: {detail}") from None

@@ -83,7 +83,7 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
     if inexpressible:
         return f"mlx-lm and transformers cannot read this tokenizer: {inexpressible}"
     write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer))
-    return inexact and f"mlx-lm and transformers read some rare texts otherwise than this tokenizer: {inexact}"
+    return inexact and f"mlx-lm and transformers read some rare texts differently from this tokenizer: {inexact}"
 
 
 def _config(tokenizer: Tokenizer, max_length: int, chat_template: str | None) -> Json:
@@ -132,7 +132,7 @@ def _limits(model: ModelFile, pieces: list[Piece]) -> tuple[str | None, str | No
         "it has unused pieces": UNUSED in types,
     }
     inexact = {
-        "they normalize combined characters and line ends otherwise": model.charsmap != b"",
+        "they normalize combined characters and line ends differently": model.charsmap != b"",
         "they leave unknown characters out when decoding": not model.byte_fallback,
         f"they keep {SPACE} at the start of a text": model.remove_extra_whitespaces,
         "to them '<0x41>' in a text is that byte": model.model_type == UNIGRAM,

@@ -232,7 +232,7 @@ class _TorchMachine(PickleMachine):
         self.expect("a view of a storage", view, (str, int, int))
         _, first, numel = view
         if first < 0 or numel < 0 or first + numel > storage.numel:
-            self.fail("it has a view of a storage that ends past it")
+            self.fail("it has a view that ends past its storage")
         return replace(storage, first=first, numel=numel)
 
     def expect(self, what: str, values: Any, kinds: tuple[type, ...], most: int | None = None) -> None:

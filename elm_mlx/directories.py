@@ -219,17 +219,17 @@ def _no_model(path: Path) -> str:
         command = f"elm-mlx {run['command']} --out {path} --resume"
         return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
     if adapter is None:
-        return "holds no config.json, so it is no model directory"
+        return "holds no config.json, so it is not a model directory"
     if "peft_type" in adapter:
         base = adapter.get("base_model_name_or_path")
         named = f"its model ({base})" if isinstance(base, str) and base else "its model"
-        return f"an adapter of PEFT, and no model directory by itself: give {named} and `--adapter {path}`"
+        return f"an adapter of PEFT, not a model directory by itself: give {named} and `--adapter {path}`"
     full = adapter.get("fine_tune_type") == "full"
     what = "the trained weights of a model, kept as an adapter" if full else "an adapter"
     model = model or adapter.get("model")  # mlx-lm's says it there
     named = model if isinstance(model, str) else "MODEL"
     return (
-        f"{what}, and no model directory by itself: give {named} and `--adapter {path}`, "
+        f"{what}, not a model directory by itself: give {named} and `--adapter {path}`, "
         f"or make one of both by `elm-mlx fuse {named} {path} DST`"
     )
 

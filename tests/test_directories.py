@@ -258,7 +258,7 @@ def test_what_is_no_model_directory_says_what_to_do(
     [
         (
             {"adapter_config.json": {"fine_tune_type": "lora"}},
-            "out: an adapter, and no model .* give MODEL and `--adapter .*out`, or .* fuse MODEL .*out D",
+            "out: an adapter, not a model .* give MODEL and `--adapter .*out`, or .* fuse MODEL .*out D",
         ),
         (
             {
@@ -271,7 +271,7 @@ def test_what_is_no_model_directory_says_what_to_do(
         ({"adapter_config.json": {"model": 7}, "run.json": {"settings": 7}}, "give MODEL and `--adapter"),
         (
             {"adapter_config.json": {"peft_type": "LORA"}},
-            "an adapter of PEFT, and no .* its model and `--adapter .*out`",
+            "an adapter of PEFT, not a .* its model and `--adapter .*out`",
         ),
         (
             {"adapter_config.json": {"peft_type": "LORA", "base_model_name_or_path": "some/llama"}},

@@ -219,7 +219,7 @@ def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: in
     if _begins(parts, asked) and _begins(parts, answered if closing is None else answered[: closing + 1]):
         return start, end
     raise InputError(
-        f"message {number}: the chat template shows a past answer otherwise than it has the model give it, "
+        f"message {number}: the chat template renders a past answer differently from one to be given, "
         "so its tokens cannot be told from the rest"
     )
 

@@ -233,7 +233,7 @@ def read_vocabulary(directory: Path, config: Config) -> Vocabulary:
         ends = [(2, directory / "config.json")]  # OpenELM's default
     ids = tuple(dict.fromkeys(token for token, _ in ends if 0 <= token < config.vocab_size))
     notes = tuple(
-        f"{path}: the end token {token} is none of the model's {config.vocab_size:,}, and ends nothing"
+        f"{path}: the end token {token} is outside the model's vocabulary of {config.vocab_size:,}, and is ignored"
         for token, path in ends
         if token not in ids
     )

@@ -109,7 +109,7 @@ def _summed_up(run: RunMetrics) -> dict[str, str]:
         "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",
         "time in updates": _duration(run.seconds.values[-1]) if run.seconds.values else "",
         "skipped updates": f"{sum(run.column('skipped').values):.0f}" if "skipped" in run.columns else "",
-        "losses that are no number": f"{lost:,}" if lost else "",
+        "NaN or infinite losses": f"{lost:,}" if lost else "",
     }
 
 

@@ -334,7 +334,7 @@ def test_a_run_that_trained_a_model_has_that_ones_config_and_tokenizer(
         shutil.rmtree(model) if changed is None else (model / "config.json").write_text(changed)
         code, out, err = command(trained, "--last", 1, "--out", tmp_path / "mean", "--overwrite")
         assert code == 0 and "config      the shapes\n" in out
-        assert "a context of 2,048 tokens, and what else the shapes don't say, is guessed: --config FILE says it" in err
+        assert "a context of 2,048 tokens, and what else the shapes do not give, is a guess: pass --config FILE" in err
         assert "no tokenizer" in err and "warning" not in out
 
 
@@ -343,6 +343,6 @@ def test_a_run_that_does_not_say_what_it_trained(run: Path, tmp_path: Path, abou
     (run / "config.json").unlink()
     (run / "run.json").write_text(about)
     done = average(last(run, 1), tmp_path / "out")
-    assert done.plan.config_origin == "the shapes" and "is guessed" in done.warnings[-1]
+    assert done.plan.config_origin == "the shapes" and "is a guess" in done.warnings[-1]
     (tmp_path / "said.json").write_text(json.dumps(CONFIG.to_dict()))
     assert average(last(run, 1), tmp_path / "other", config=tmp_path / "said.json").warnings == ()

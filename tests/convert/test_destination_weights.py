@@ -136,9 +136,9 @@ def test_mlx_reads_them_with_their_metadata(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "value", "message"),
     [
-        ("float16", 65520, r"x\.y holds values up to 65520, and float16 ends at 65504: use --dtype bfloat16"),
+        ("float16", 65520, r"x\.y holds values up to 65520, but float16 ends at 65504: use --dtype bfloat16"),
         ("float16", -1e30, r"x\.y holds values up to 1e\+30"),
-        ("bfloat16", 3.4e38, r"x\.y holds values up to 3.4e\+38, and bfloat16 ends at 3.39e38: use --dtype float32"),
+        ("bfloat16", 3.4e38, r"x\.y holds values up to 3.4e\+38, but bfloat16 ends at 3.39e38: use --dtype float32"),
     ],
 )
 def test_overflow_names_the_tensor(tmp_path: Path, dtype: str, value: float, message: str) -> None:
@@ -149,7 +149,7 @@ def test_overflow_names_the_tensor(tmp_path: Path, dtype: str, value: float, mes
 
 
 def test_overflow_of_float64(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds values up to 1e\+300, and float32 ends at 3.40e38; nothing"):
+    with pytest.raises(InputError, match=r"holds values up to 1e\+300, but float32 ends at 3.40e38; nothing"):
         write_weights(tmp_path, [lazy("x", np.array([1e300]))], "float32")
 
 

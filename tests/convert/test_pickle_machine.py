@@ -184,7 +184,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "a long integer": (b"\x8b" + _wide("<i", 1 << 20) + b"\x01" * (1 << 20) + b".", "integer of 1,048,576 bytes"),
     "a negative length": (b"\x8b\xff\xff\xff\xff.", "negative length"),
     "a long number": (b"I" + b"9" * 600 + b"\n.", "does not end"),
-    "a number of letters": (b"I1_0\n.", "number that is none"),
+    "a number of letters": (b"I1_0\n.", "an invalid number"),
     "a text of 2 GB": (b"X\xff\xff\xff\x7fabc.", "cut short"),
     "a text of 16 EB": (b"\x8d" + b"\xff" * 8 + b"abc.", "cut short"),
     "bytes of 16 EB": (b"\x8e" + b"\xff" * 8 + b"abc.", "cut short"),
@@ -206,8 +206,8 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "a key without a value": (b"}(Nu.", "key without a value"),
     "no mark": (b"t.", "never set"),
     "memo of nothing": (b"q\x00.", "remembers"),
-    "arguments that are none": (b"ctorch\nSize\n]R.", "no tuple"),
-    "a global by number": (b"NN\x93.", "no text"),
+    "arguments that are none": (b"ctorch\nSize\n]R.", "not a tuple"),
+    "a global by number": (b"NN\x93.", "not a string"),
 }  # fmt: skip
 
 

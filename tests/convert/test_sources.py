@@ -259,10 +259,10 @@ def test_what_the_hub_answers_becomes_one_line(monkeypatch: pytest.MonkeyPatch) 
         return raises
 
     for kind, expected, message in (
-        (errors.GatedRepoError, InputError, "terms accepted"),
+        (errors.GatedRepoError, InputError, "terms to be accepted"),
         (errors.RepositoryNotFoundError, InputError, "no such repository on the hub"),
         (errors.RevisionNotFoundError, InputError, "at v2: the hub has no such revision"),
-        (errors.HFValidationError, InputError, "no name that a repository could have"),
+        (errors.HFValidationError, InputError, "not a name that a repository could have"),
         (ConnectionError, ElmError, "the hub cannot provide it: long story"),
     ):
         monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(kind))

@@ -108,7 +108,7 @@ def test_everything_off_the_list_is_refused_by_name(stacked: bool, name: str, tm
         (b"ccollections\nOrderedDict\n)\x81.", "opcode NEWOBJ"),
         (b"ctorch\nFloatStorage\n)\x81.", "opcode NEWOBJ"),
         (b"K\x01)\x81.", "opcode NEWOBJ"),
-        (b"cargparse\nNamespace\nK\x01\x81.", "with arguments that are no tuple"),
+        (b"cargparse\nNamespace\nK\x01\x81.", "with arguments that are not a tuple"),
         (b"cargparse\nNamespace\n)K\x01\x92.", "opcode NEWOBJ_EX"),
         (b"cargparse\nNamespace\n\x81.", "takes a value where there is none"),
         (b"K\x01(K\x02\x90.", "fills a set where there is none"),

@@ -220,11 +220,11 @@ class TestConversations:
     def test_a_template_that_rewrites_answers(self, tokenizer: Tokenizer) -> None:
         forgetful = CHATML.replace("m.content | trim", "(m.content if loop.last else 'so')")
         template = JinjaTemplate(tokenizer, forgetful, "t", NAMES)
-        with pytest.raises(InputError, match="message 2: the chat template shows a past answer otherwise"):
+        with pytest.raises(InputError, match="message 2: the chat template renders a past answer differently"):
             Encoder(tokenizer, template).encode(conversation(*self.TALK))
         thinking = CHATML.replace("assistant\n", "assistant\n<think>")
         template = JinjaTemplate(tokenizer, thinking, "t", NAMES)
-        with pytest.raises(InputError, match="message 2: the chat template shows"):
+        with pytest.raises(InputError, match="message 2: the chat template renders"):
             Encoder(tokenizer, template).encode(conversation(*self.TALK))
 
     def test_a_template_that_refuses(self, tokenizer: Tokenizer, templates: dict[str, Template]) -> None:

@@ -191,7 +191,7 @@ def test_the_figures(tmp_path: Path) -> None:
         "peak memory": ["1.00 GB", ""],
         "time in updates": ["20.0 s", ""],
         "skipped updates": ["1", ""],
-        "losses that are no number": ["1", ""],
+        "NaN or infinite losses": ["1", ""],
     }
 
 
