@@ -59,7 +59,7 @@ class Alignment(Finetuning):
         return len(self.splits[split].examples) // 2
 
     def load(self) -> memory.Load:
-        """As of a `Finetuning`."""
+        """Returns what the run needs, to estimate its memory."""
         return replace(super().load(), pairs=True)
 
     def _read(self) -> dict[str, Prepared]:

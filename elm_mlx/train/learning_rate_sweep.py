@@ -35,7 +35,7 @@ class Trial:
 
 
 def rates(recipe: Recipe) -> list[float]:
-    """Returns five around the recipe's own, each twice the one before."""
+    """Returns five learning rates around the recipe's own, each twice the one before."""
     return [recipe.optimizer.lr * factor for factor in _FACTORS]
 
 
@@ -65,7 +65,7 @@ def sweep(
 
 
 def _short(recipe: Recipe, rate: float, steps: int) -> Recipe:
-    """The recipe with its schedule pressed into so few updates."""
+    """Returns the recipe with its schedule compressed into so few updates."""
     optimizer = recipe.optimizer
     rising = optimizer.warmup_steps()
     warmup = min(rising, max(1, round(steps * max(0.05, rising / optimizer.steps))))

@@ -74,7 +74,7 @@ class Positions:
 
     @classmethod
     def of(cls, targets: npt.NDArray[np.int32], trained: npt.NDArray[np.bool_]) -> Positions:
-        """From `(batch, length)` targets and which of them are trained."""
+        """Returns the positions of `(batch, length)` targets that `trained` marks."""
         found, tokens = np.flatnonzero(trained), targets.reshape(-1)
         padding = padded_size(len(found)) - len(found)
         where = np.pad(found, (0, padding)).astype(np.int32)
@@ -135,7 +135,7 @@ class TokenLoss:
 
 
 def padded_size(count: int) -> int:
-    """The next of eight sizes between powers of two, from 64 on: few to trace a step for, an eighth wasted at most."""
+    """Returns the next of eight sizes between powers of two, from 64: few steps to trace, an eighth wasted at most."""
     grain = max(64, 1 << max(0, (count - 1).bit_length() - 4))
     return max(1, -(-count // grain)) * grain
 
@@ -188,7 +188,7 @@ def summed_loss(head: Head, hidden: mx.array, at: tuple[mx.array, ...], z_loss: 
 
 
 def summed_loss_only(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) -> mx.array:
-    """`summed_loss` without its gradients."""
+    """Returns `summed_loss` without its gradients."""
     where, targets, weights = at
     rows = hidden.reshape(-1, hidden.shape[-1])[where]
     total = mx.array(0.0)

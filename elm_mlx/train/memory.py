@@ -1,4 +1,4 @@
-"""How much memory a run takes at its worst moment, said before it starts; and what helps where that may be too much.
+"""The memory that a run takes at its peak, estimated before it starts; and what helps where that may be too much.
 
 What a step keeps for its backward pass follows from the model's figures: what each product, norm, rotation and gate
 was given. The factors over that are measured, on MLX's CPU backend (`python benchmarks/memory.py`), where buffers are

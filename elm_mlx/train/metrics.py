@@ -83,7 +83,7 @@ class RunMetrics:
 
 
 def describe(out: Path, about: Mapping[str, Any]) -> None:
-    """Write what a run was asked for, and on what machine, beside its metrics. Raises ElmError."""
+    """Writes a run's settings and its machine beside its metrics. Raises ElmError."""
     from elm_mlx import device
 
     values = {**about, "machine": device.machine(), "version": __version__}
@@ -91,7 +91,7 @@ def describe(out: Path, about: Mapping[str, Any]) -> None:
 
 
 def append(out: Path, report: Report) -> None:
-    """Append a line to the run's metrics; what is None is left out."""
+    """Appends a line to the run's metrics; values of None are left out."""
     values = {name: value for name, value in asdict(report).items() if value is not None}
     prefix = "" if report.valid_loss is None else "valid_"
     values |= {prefix + name: value for name, value in values.pop("measures").items()}
@@ -127,12 +127,12 @@ def read(paths: Sequence[Path]) -> list[RunMetrics]:
 
 
 def readable(text: str) -> str:
-    """`text` as UTF-8 can hold it: names of files may be no text at all."""
+    """Returns `text` as UTF-8 can hold it: names of files may be no text at all."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """For each absolute path as many of its last parts as tell it from the others."""
+    """Returns for each absolute path as many of its last parts as distinguish it from the others."""
     names = []
     for path in paths:
         count = 1
@@ -167,7 +167,7 @@ def _read(path: Path, name: str) -> RunMetrics:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines that are whole; the last one too if only its end is missing."""
+    """Returns the lines that are whole; the last one too if only its end is missing."""
     if not path.exists():
         raise InputError(f"{path}: no such file; give the directory that a run was written to")
     with reading.opened(path) as file:

@@ -1,4 +1,4 @@
-"""Preference losses, of pairs: how much more likely than the rejected answer the chosen one has become.
+"""Preference losses (DPO and others): how much more likely the chosen answer of a pair has become than the rejected.
 
 A pair's loss depends on its tokens through two sums alone. So the log-probabilities are computed first, by a pass
 through the head that keeps nothing; the loss's derivative by each sum is then the weight of all of that answer's
@@ -63,7 +63,7 @@ class Preferring:
         return self.loss != "orpo"
 
     def __call__(self, policy: mx.array, reference: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        """The losses `(pairs,)`, differentiable in `policy`, and the rewards `(pairs, 2)`.
+        """Returns the losses `(pairs,)`, differentiable in `policy`, and the rewards `(pairs, 2)`.
 
         Args:
             policy: `(pairs, 2)`: summed log-probabilities of chosen and rejected answers.
@@ -93,7 +93,7 @@ class Preferring:
     def sums(
         self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
-        """The sum of the pairs' losses, and the measures' sums, `(4,)`; as of an `Objective`."""
+        """Returns the sum of the pairs' losses, and the measures' sums, `(4,)`, as `Objective.sums` does."""
         loss, measures, slopes = self._summed(*log_probabilities(head, hidden, at), at)
         if not gradients:
             return loss, measures
@@ -105,7 +105,7 @@ class Preferring:
     def _summed(
         self, sums: mx.array, lengths: mx.array, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """The summed loss, the measures' sums, and the derivative of the loss by each of `sums`."""
+        """Returns the summed loss, the measures' sums, and the derivative of the loss by each of `sums`."""
         real, reference = at[4].reshape(-1, 2)[:, 0], at[5].reshape(-1, 2)
         counted = mx.maximum(lengths, 1).reshape(-1, 2)
 

@@ -138,7 +138,7 @@ class Pretraining(HeldRun):
             file.write(self._tokenizer.path.read_bytes())
 
     def _validation(self) -> Iterator[Batch]:
-        """This process's share of the first rows of the validation's text, unfiltered."""
+        """Returns this process's share of the first rows of the validation's text, unfiltered."""
         data, size, rank = self._recipe.data, self._recipe.run.batch_size, self.rank
         if data.validation is None:
             return
@@ -156,7 +156,7 @@ class Pretraining(HeldRun):
         return Batch(ids, ids, np.ones(shape, np.bool_), None, ids.size)
 
     def _identity(self) -> Identity:
-        """The recipe but for what may change; the loop adds its own settings."""
+        """Returns the recipe without the fields that may change on resuming; the loop adds its own settings."""
         digest = hashlib.sha256()
         if self._recipe.data.validation is not None:
             digest.update(reading.content(reading.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
@@ -176,7 +176,7 @@ def _compute_dtype(name: DTypeName | None) -> mx.Dtype | None:
 
 
 def gather(value: Any, group: mx.distributed.Group | None = None) -> list[Any]:
-    """The `value` of every process, by rank, as JSON's types. All of them call it at once."""
+    """Returns the `value` of every process, by rank, as JSON's types. All processes call it at once."""
     group = group or mx.distributed.init()
     if group.size() == 1:
         return [json.loads(json.dumps(value))]

@@ -67,7 +67,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How parameters are updated.
+    """The optimizer, its learning rate and the loss: how parameters are updated.
 
     Args:
         lr: the highest learning rate.
@@ -109,7 +109,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How much is computed at a time, and which checkpoints are kept.
+    """The run: how much is computed at a time, and which checkpoints are kept.
 
     Args:
         batch_size: sequences of a batch, in one process.
@@ -211,7 +211,7 @@ def _one_or_two(multipliers: tuple[float, ...]) -> float | tuple[float, ...]:
 
 
 def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
-    """The paper's recipe for one of its models, or `SMALL`: what a laptop learns of a few megabytes in minutes.
+    """Returns the paper's recipe for one of its models, or `SMALL`, which a laptop trains on a few megabytes in minutes.
 
     Args:
         text: the path of what is trained on.

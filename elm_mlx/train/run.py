@@ -234,7 +234,7 @@ class Run:
         self.callback.resumed(saved.step)
 
     def _rehearse(self, batch: Batch, stop: Event) -> None:
-        """Measures how long an update takes of this batch, and undoes it; the first time compiles the step."""
+        """Measures the time of an update on this batch, and undoes it; the first one compiles the step."""
         self.callback.progress("measuring an update")
         kept = mx.random.state[0].tolist()
         for _ in range(2):

@@ -38,12 +38,12 @@ Rows = list[tuple[str, list[str]]]
 
 
 def write_page(runs: Sequence[RunMetrics], out: Path) -> None:
-    """One HTML file without anything outside it. Raises ElmError where it cannot be written."""
+    """Writes one HTML file without anything outside it. Raises ElmError where it cannot be written."""
     files.write_text(out, page(runs))
 
 
 def page(runs: Sequence[RunMetrics]) -> str:
-    """The page's text: `report.html` with the runs in it as JSON, which cannot end the element that it is in."""
+    """Returns the page: `report.html` with the runs in it as JSON, which cannot end the element that it is in."""
     charted = [chart for chart in charts(runs) if chart]
     count = sum(key in run.columns for run in runs for chart in charted for key in chart) + len(runs)
     buckets = min(_MOST, max(_LEAST, _BUCKETS // count))
@@ -64,7 +64,7 @@ def page(runs: Sequence[RunMetrics]) -> str:
 
 
 def charts(runs: Sequence[RunMetrics]) -> list[list[str]]:
-    """The keys of each chart: a key, and its `valid_` fellow if there is one."""
+    """Returns the keys of each chart: a key, and its `valid_` counterpart if there is one."""
     keys = dict.fromkeys(key for run in runs for key in run.columns if key != "skipped")
     bases = dict.fromkeys(key.removeprefix("valid_") for key in keys)
     order = [key for key in _FIRST if key in bases] + [key for key in bases if key not in _FIRST]
@@ -72,7 +72,7 @@ def charts(runs: Sequence[RunMetrics]) -> list[list[str]]:
 
 
 def summary(runs: Sequence[RunMetrics]) -> Rows:
-    """Rows of a label and a cell for each run; rows that no run has anything for are left out."""
+    """Returns rows of a label and a cell for each run; rows that no run has anything for are left out."""
     columns = [_summed_up(run) for run in runs]
     return [(label, [column[label] for column in columns]) for label in columns[0] if any(c[label] for c in columns)]
 
@@ -145,7 +145,7 @@ def _embedded(run: RunMetrics, charted: Sequence[Sequence[str]], buckets: int) -
 
 
 def thinned(column: Column, buckets: int) -> dict[str, list[Any]]:
-    """A column as JSON can hold it; what is no number is null.
+    """Returns a column as JSON can hold it; NaN and infinities are null.
 
     One of more than twice `buckets` values is cut into as many stretches. Of each stay, under `step` and `value`, its
     least and its greatest value and the first that is no number, and, under `mean`, `count` and `at`, the mean of its
@@ -180,7 +180,7 @@ def _short(value: float) -> float | None:
 
 
 def smoothed(values: Sequence[float], over: float) -> list[float]:
-    """An exponential mean that reaches over about `over` values, without a bias to 0 at its start; NaN stays NaN."""
+    """Returns an exponential mean over about `over` values, without a bias to 0 at its start; NaN stays NaN."""
     decay = 1 - 1 / max(1.0, over)
     total = weight = 0.0
     means = []
@@ -200,7 +200,7 @@ def check_plotting() -> None:
 
 
 def write_png(runs: Sequence[RunMetrics], out: Path) -> None:
-    """The page's charts as a picture. Raises ElmError where matplotlib is missing or `out` cannot be written."""
+    """Draws the page's charts as a picture. Raises ElmError where matplotlib is missing or `out` cannot be written."""
     check_plotting()
     from matplotlib.figure import Figure  # draws with Agg: no display, no window
 

@@ -65,11 +65,11 @@ class Step:
         return self._parts.most
 
     def cut_into(self, parts: int) -> None:
-        """Cuts batches into so many parts from now on."""
+        """Sets the number of parts that batches are cut into from now on."""
         self._parts = device.Parts(parts)
 
     def gradients(self, batch: Batch) -> tuple[mx.array, Any, int]:
-        """The summed loss of a batch and then its measures, `(1 + measures,)`; the loss's gradients; the batch's count.
+        """Returns a batch's summed loss and measures, `(1 + measures,)`; the loss's gradients; the batch's count.
 
         Perhaps not yet computed.
         """
@@ -90,7 +90,7 @@ class Step:
         self.model.update(parameters)
 
     def loss(self, batch: Batch) -> tuple[mx.array, int]:
-        """The sums of a batch without dropout, as `gradients` has them, and its count."""
+        """Returns the sums of a batch without dropout, as `gradients` does, and its count."""
         self.model.eval()
         try:
             parts = self._computed(self._evaluate, batch)
@@ -124,7 +124,7 @@ class Step:
         segments: tuple[mx.array, int | None] | None,
         at: tuple[mx.array, ...],
     ) -> tuple[mx.array, mx.array]:
-        """Returns the loss, and it again with the measures, of `parameters` in place of the model's own."""
+        """Returns the loss under `parameters` in place of the model's own, alone and again with the measures."""
         model, kept = self.model, self.model.trainable_parameters()
         try:
             model.update(tree_map(self._cast, parameters))
@@ -158,19 +158,19 @@ def make_optimizer(settings: Settings) -> optim.Optimizer:
 
 
 def global_norm(gradients: Any) -> mx.array:
-    """Returns the length of all gradients taken as one vector, a float32 scalar."""
+    """Returns the gradient norm: the length of all gradients taken as one vector, a float32 scalar."""
     squares = [grad.astype(mx.float32).square().sum() for _, grad in tree_flatten(gradients)]
     return mx.sqrt(mx.stack(squares).sum())
 
 
 def clipped(gradients: Any, norm: mx.array, limit: float) -> Any:
-    """Returns `gradients` scaled down to the length `limit`, where `norm` is above it."""
+    """Gradient clipping: returns `gradients` scaled down to the length `limit`, where `norm` is above it."""
     scale = mx.minimum(limit / (norm + 1e-6), 1.0)
     return tree_map(lambda grad: (grad * scale).astype(grad.dtype), gradients)
 
 
 def decayed(parameters: Parameters, share: mx.array) -> Parameters:
-    """Returns `parameters` with that share taken from each matrix."""
+    """Weight decay: returns `parameters` with that share taken from each matrix."""
     return tree_map(lambda value: value * (1 - share).astype(value.dtype) if value.ndim > 1 else value, parameters)
 
 

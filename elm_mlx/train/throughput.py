@@ -83,7 +83,7 @@ def update_cost(config: Shaped, adapter: Adapter | None, grad_checkpoint: bool) 
 
 
 def _adapters_cost(adapter: Adapter, config: Shaped) -> tuple[list[int], int]:
-    """FLOPs of a forward pass through a layer's pairs of matrices, by layer, and through the head's.
+    """Returns the FLOPs of a forward pass through a layer's pairs of matrices, by layer, and through the head's.
 
     An embedding's pair is looked up on its one side; its product stands at the first layer.
     """
@@ -102,6 +102,6 @@ def _adapters_cost(adapter: Adapter, config: Shaped) -> tuple[list[int], int]:
 
 
 def seen(batch: Batch) -> int:
-    """Positions that a batch's tokens see, summed: those of the same text up to each, padding left out."""
+    """Sums the positions that a batch's tokens see: those of the same text up to each, padding left out."""
     lengths = batch.lengths().astype(np.int64)
     return int((lengths * (lengths + 1) // 2).sum())

@@ -171,7 +171,7 @@ def measure(tokenizer: Tokenizer, lines: Sequence[bytes]) -> Measure:
 
 
 class _Reservoir:
-    """The lines with the lowest lots, as many as fit."""
+    """Keeps the lines with the lowest random numbers, as many as fit."""
 
     def __init__(self, limit: int) -> None:
         self._limit, self._bound = limit, 1.0
@@ -195,7 +195,7 @@ class _Reservoir:
 
 
 def _texts(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each text in the file, with where it stands: what `_utf8` takes. Of a text file, each line."""
+    """Yields each text in the file with its place, as `_utf8` takes them; of a text file, each line."""
     if data_files.suffix_of(path, SUFFIXES) in data_files.TEXT:
         with data_files.open_file(path) as file:
             yield from ((f"{path}, line {line}", data) for line, data in data_files.lines(path, file))
@@ -204,7 +204,7 @@ def _texts(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _utf8(value: Any) -> bytes:
-    """A line, or the text of a record. Raises BadRecord."""
+    """Returns a line, or the text of a record. Raises BadRecord."""
     try:
         if not isinstance(value, bytes):
             return text_of(value, "text").encode("utf-8")
@@ -217,7 +217,7 @@ def _utf8(value: Any) -> bytes:
 
 
 def _lines(text: bytes) -> Iterator[bytes]:
-    """The lines of a text that are not blank; long ones cut at a space, or else between characters."""
+    """Yields the lines of a text that are not blank; long ones cut at a space, or else between characters."""
     for line in text.split(b"\n"):
         line = line.removesuffix(b"\r")
         while len(line) > _LINE_BYTES:
@@ -236,7 +236,7 @@ def _lines(text: bytes) -> Iterator[bytes]:
 
 
 def _trained(lines: Sequence[bytes], vocab_size: int, character_coverage: float) -> bytes:
-    """The model file's bytes."""
+    """Trains a vocabulary and returns the model file's bytes."""
     from sentencepiece import SentencePieceTrainer
 
     written = io.BytesIO()
@@ -251,7 +251,7 @@ def _trained(lines: Sequence[bytes], vocab_size: int, character_coverage: float)
 
 
 def _explained(reason: str, vocab_size: int) -> ElmError:
-    """SentencePiece's reason in the words of whoever asked."""
+    """Returns SentencePiece's reason in the words of the command's options."""
     asked = f"--vocab-size {vocab_size}"
     if most := re.search(r"Please set it to a value <= (\d+)", reason):
         return InputError(
