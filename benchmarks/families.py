@@ -23,7 +23,7 @@ DATA = ROOT / "tests" / "fixtures" / "families.json"
 
 
 def reference(python: str, root: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """What `python`'s transformers makes of the directories in `root`."""
+    """Returns the answers of `python`'s transformers for the directories in `root`."""
     worker = Path(__file__).with_name("families_worker.py")
     done = subprocess.run([python, worker, root], input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -66,7 +66,7 @@ class Base:
         }  # fmt: skip
 
     def losses(self, steps: int = 5) -> str:
-        """How far the losses are apart on the same unpacked batches."""
+        """Compares the losses of both sides on the same unpacked batches."""
         job = self._job | {"warmup": 1, "steps": steps - 1, "same": True}
         mine, theirs = (side(peer, job)["losses"] for peer in ("ours", "equal"))
         apart = max(abs(a - b) for a, b in zip(mine, theirs, strict=True))

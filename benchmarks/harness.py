@@ -125,7 +125,7 @@ def write_job(directory: Path, data: Path, names: list[str], items: int) -> None
 
 
 def run(python: str, peer: str, job: Path) -> dict[str, Any]:
-    """What `harness_worker.py` answers for `peer`, in a process of `python`, offline."""
+    """Runs `harness_worker.py` for `peer` in a process of `python`, offline, and returns its answer."""
     root = Path(__file__).parents[1]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(root), "HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"HF_HOME": str(job.parent / "hub"), "TOKENIZERS_PARALLELISM": "false"}
@@ -138,7 +138,7 @@ def run(python: str, peer: str, job: Path) -> dict[str, Any]:
 
 
 def check(peer: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether both asked the same and chose the same, in words."""
+    """Returns whether both asked the same and chose the same, and that in words."""
     texts = [
         number for number, (a, b) in enumerate(zip(first["requests"], second["requests"], strict=True))
         if list(map(list, a)) != list(map(list, b))

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def ours(job: dict[str, Any]) -> dict[str, Any]:
-    """What is asked, what is chosen and how long it took, task by task, by `elm_mlx.evaluate`."""
+    """Runs `elm_mlx.evaluate`; returns its requests, choices and seconds, task by task."""
     from elm_mlx import load
     from elm_mlx.evaluate import scores, task_sources, tokens
     from elm_mlx.evaluate.scoring import Scorer

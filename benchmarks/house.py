@@ -48,7 +48,7 @@ def sources(root: Path) -> list[Path]:
 
 
 def static_figures(root: Path) -> dict[str, Any]:
-    """What can be counted without running anything."""
+    """Counts what needs no run."""
     files = sources(root)
     trees = {path: ast.parse((root / path).read_bytes()) for path in files}
     classes = [(node.name, path) for path in files for node in trees[path].body if isinstance(node, ast.ClassDef)]
@@ -66,7 +66,7 @@ def static_figures(root: Path) -> dict[str, Any]:
 
 
 def violations(root: Path = ROOT) -> list[str]:
-    """Of the rules that need no run: unique stems and classes, at most 12 flat modules, no circle of imports."""
+    """Returns breaches of the rules that need no run: names that occur twice, too many flat modules, circles."""
     figures = static_figures(root)
     names = ("stems that occur twice", "classes that occur twice", "flat modules in elm_mlx", "circles of imports")
     return [f"{name}: {figures[name]}" for name in names if len(figures[name]) > AIMS[name]]
@@ -128,7 +128,7 @@ def _file(module: str, files: set[Path]) -> Path | None:
 
 
 def measured_figures(root: Path, python: Path) -> dict[str, Any]:
-    """What can be counted only as the two commands run."""
+    """Counts what shows only when the two commands run."""
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary).resolve()
         packages = work / "packages"  # before whatever checkout `python` has installed

@@ -1,4 +1,4 @@
-"""What preparing text costs a training run: `python benchmarks/pipeline.py`.
+"""The cost of preparing text for a training run: `python benchmarks/pipeline.py`.
 
 1. Preparing alone: tokens/s of this process, and of worker processes; processor time for a million tokens, that of all
    processes and of what they started, which hardly depends on what else the machine does; how long until a worker
@@ -63,7 +63,7 @@ def alone(texts: Path, workers: int, seconds: float) -> str:
 
 
 def processor_seconds() -> float:
-    """Of this process, and of its children that have ended."""
+    """Returns the processor time of this process, and of its children that have ended."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
 

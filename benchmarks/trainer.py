@@ -108,7 +108,7 @@ def mlx_lm(job: Job, peer: str) -> dict[str, Any]:
 
 
 class Records:
-    """What mlx-lm makes examples of: dictionaries, or lists, whose length is the example's."""
+    """A data set for mlx-lm: dictionaries, or lists, whose length is the example's."""
 
     def __init__(self, made: list[dict[str, Any]], measurable: bool):
         self._made, self._measurable = made, measurable
@@ -125,7 +125,7 @@ class Records:
 
 
 class Clock:
-    """What mlx-lm's trainer calls after each update."""
+    """The callback of mlx-lm's trainer: times each update."""
 
     def __init__(self, warmup: int):
         self._warmup = warmup

@@ -78,7 +78,7 @@ def _transcript(block: str, directory: Path) -> str:
 
 
 def shortened(new: str, old: str) -> str:
-    """As many of the first and last lines as `old` keeps around its dots."""
+    """Returns as many of the first and last lines as `old` keeps around its dots."""
     first, last = (part.count("\n") for part in DOTS.split(old, maxsplit=1))
     lines = new.splitlines(keepends=True)
     if len(lines) <= first + last:

@@ -247,7 +247,7 @@ class _TorchMachine(PickleMachine):
 
 
 def _tensor(machine: _TorchMachine, arguments: tuple[Any, ...]) -> LazyTensor:
-    """From storage, offset, shape, strides; then whether it needs a gradient, hooks, and flags: none is known."""
+    """Returns the tensor of storage, offset, shape and strides; requires_grad and hooks do not matter."""
     machine.expect("a tensor", arguments, (Storage, int, tuple, tuple), most=7)
     storage, offset, shape, strides = arguments[:4]
     if len(arguments) == 7 and arguments[6]:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class OnProgress(Protocol):
-    """Is called as work goes on: `what` is being done, `done` of `total` of it; the total is 0 where it is unknown."""
+    """The progress callback: `done` of `total` parts of `what` are done; the total is 0 where it is unknown."""
 
     def __call__(self, what: str, done: int = 0, total: int = 0, /) -> None: ...
 
@@ -55,19 +55,19 @@ class TrainingCallback:
     """The callback of a training run. This one ignores all that it is called with."""
 
     def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
-        """Something that is no update is being done, as `OnProgress`."""
+        """Is called during work that is no update, as `OnProgress`."""
 
     def resumed(self, step: int) -> None:
-        """The run goes on after so many updates."""
+        """Is called when a run resumes after so many updates."""
 
     def ready(self, seconds: float, left: int) -> None:
-        """An update is going to take so many seconds, by a trial, and so many updates are left."""
+        """Is called before the first update, with the seconds that an update took in a trial, and the updates left."""
 
     def report(self, report: Report) -> None:
-        """An update or a validation is done."""
+        """Is called after each update and each validation."""
 
     def stopping(self) -> None:
-        """Someone wants to end the run. Called from another thread, whatever the run is at."""
+        """Is called when Ctrl-C or a signal asks the run to end; from another thread, at any time."""
 
 
 SILENT = TrainingCallback()

@@ -48,7 +48,7 @@ class Computation:
 
 
 def computation(stored: mx.Dtype, parameters: int, packed: bool = False, requested: str | None = None) -> Computation:
-    """How to compute with weights as they are stored.
+    """Returns the type to compute in for weights as they are stored.
 
     A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than
     a float32 product by BLAS, so there the weights are widened, where that leaves a fifth of the free memory.

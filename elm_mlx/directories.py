@@ -198,7 +198,7 @@ def _nearest(path: Path) -> Path | None:
 
 
 def _where_from(path: Path) -> str:
-    """How one comes to a model directory; `path` may be the name of a repository."""
+    """Returns a hint how to get a model directory; `path` may be the name of a repository."""
     if len(path.parts) == 2 and not path.parent.exists() and not path.is_absolute():
         return (
             f"if it is a repository on the hub, `elm-mlx convert {path} DST` makes one of an OpenELM, and "

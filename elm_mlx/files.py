@@ -358,7 +358,7 @@ def _sync_tree(directory: Path) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """Onto the disk itself: on macOS fsync alone stops at the drive's cache."""
+    """Flushes a file to the disk itself: on macOS fsync alone stops at the drive's cache."""
     if hasattr(fcntl, "F_FULLFSYNC"):
         with suppress(OSError):  # a file system that does not know it
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
@@ -379,7 +379,7 @@ def _sync_directory(directory: Path) -> None:
 
 @contextmanager
 def _temporary_unnamed(temporary: Path, path: Path) -> Iterator[None]:
-    """Errors about files in `temporary` say where they were to end up."""
+    """Replaces `temporary` by `path` in errors of the block."""
     try:
         yield
     except ElmError as error:

@@ -20,7 +20,7 @@ from elm_mlx.text.tokenizer import Tokenizer
 
 
 class HeldOut(NamedTuple):
-    """What a text costs a model.
+    """The loss of a model on a text.
 
     Attributes:
         nats: a token. How much text a token stands for is another with each vocabulary.

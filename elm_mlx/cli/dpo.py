@@ -1,4 +1,4 @@
-"""`elm-mlx dpo MODEL --data PATH --out DIR`: training on pairs of answers, of which one is preferred."""
+"""`elm-mlx dpo MODEL --data PATH --out DIR`: preference tuning on pairs of answers (DPO, hinge, IPO, ORPO)."""
 
 from __future__ import annotations
 

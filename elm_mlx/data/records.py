@@ -91,7 +91,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Preference:
-    """Two answers to one prompt, of which the first is preferred.
+    """Two answers to one prompt, the first one preferred.
 
     Attributes:
         prompt: a text, or the messages that stand before the answer.

@@ -225,7 +225,7 @@ class TextBatches:
         return feeds
 
     def _counts(self) -> list[list[Counts]]:
-        """Of each shard's sources."""
+        """Returns the counts of each shard's sources."""
         return [[Counts(**each["counts"]) for each in lane["sources"]] for lane in self._next.values()]
 
     def _positions(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ def _is_marked(marks: duplicates.Marks, file: int, number: int) -> bool:
 
 
 def _totals(shards: Sequence[Sequence[Counts]]) -> list[Counts]:
-    """Of each source, over shards."""
+    """Sums each source's counts over shards."""
     totals = []
     for parts in zip(*shards, strict=True):
         total = Counts(epoch=max(part.epoch for part in parts))

@@ -98,7 +98,7 @@ def bootstrap(differences: Values, seed: int = 0) -> tuple[float, float, float]:
 
 
 def mcnemar(first: Values, second: Values) -> float:
-    """Two-sided, exact: of the questions that one of two got right, how likely is a split as uneven by chance?"""
+    """McNemar's test, two-sided and exact, on the questions that only one of two got right."""
     only_first = int(np.count_nonzero((first == 1) & (second == 0)))
     only_second = int(np.count_nonzero((first == 0) & (second == 1)))
     count, fewer = only_first + only_second, min(only_first, only_second)

@@ -210,7 +210,7 @@ def published_model(config: Any, directory: Path) -> str | None:
 
 
 def published_scores(name: str) -> dict[tuple[str, int], float]:
-    """In per cent, by task and number of few-shot examples."""
+    """Returns the paper's scores of a model in per cent, by task and number of few-shot examples."""
     found = published()["models"][name]
     return {
         (task, shots): found[suite][task]

@@ -1,4 +1,4 @@
-"""Where a task's questions come from: a file of the user's, a directory of such files, or the hub's cache.
+"""The sources of a task's questions: a file of the user's, a directory of such files, or the hub's cache.
 
 Nothing is downloaded: what is missing is named, with the command that gets it.
 """

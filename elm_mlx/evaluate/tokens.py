@@ -102,7 +102,7 @@ class TextWindows:
     digest: str
 
     def bits_per_byte(self, logprobs: Sequence[float]) -> Score:
-        """Over all documents; the standard error is that of documents drawn anew, where there are several."""
+        """Returns bits per byte over all documents; the standard error is over documents, where there are several."""
         nats, total, count = self._by_document(logprobs), sum(self.bytes), len(self.bytes)
         value = -sum(nats) / total / math.log(2)
         if count < 2:
@@ -112,7 +112,7 @@ class TextWindows:
         return Score(value, math.sqrt(count / (count - 1) * sum(each**2 for each in rest)) / total, count)
 
     def shares(self, logprobs: Sequence[float]) -> list[float]:
-        """Each document's part in `bits_per_byte`, times their number, so that it is their mean; empty for one alone.
+        """Returns each document's part in `bits_per_byte`, which is their mean; empty for one document.
 
         Two models' can be compared document by document, as they share the bytes.
         """
@@ -120,7 +120,7 @@ class TextWindows:
         return [-each / math.log(2) * count / total for each in nats] if count > 1 else []
 
     def perplexity(self, logprobs: Sequence[float]) -> Score:
-        """Of the model's own tokens: not to be compared between tokenizers."""
+        """Returns the perplexity of the model's own tokens, which cannot be compared between tokenizers."""
         scored = sum(len(each.ids) - each.start for each in self.windows)
         return Score(math.exp(min(700.0, -sum(logprobs) / scored)), None, len(self.bytes))
 

@@ -1,4 +1,4 @@
-"""Generation for several prompts at once: one decode step for all of them.
+"""Batched generation: one decode step for several prompts at once.
 
 Each prompt is read by itself, without padding, as in `generation`; only decoding is batched, so a row's text is that of
 the prompt alone but for rounding.

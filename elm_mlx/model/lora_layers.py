@@ -188,7 +188,7 @@ def dense_weight(module: nn.Module) -> mx.array:
 def dequantize(
     weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str
 ) -> mx.array:
-    """In float32. Scales are widened first, or the products would be rounded to their 16 bits, which no kernel does."""
+    """Dequantizes in float32: scales are widened first, or products would be rounded to 16 bits, as in no kernel."""
     if scales.dtype != mx.uint8:
         scales = scales.astype(mx.float32)
     if biases is not None:

@@ -100,7 +100,7 @@ def text_rows(text: Excerpt, loaded: Loaded, window: int, most: int = MOST_TOKEN
 
 
 def log_softmax(model: nn.Module, row: TextRow) -> mx.array:
-    """Log-probabilities of what follows each position, `(length, vocab_size)`, in float32."""
+    """Returns the log-probabilities of the token after each position, `(length, vocab_size)`, in float32."""
     logits = model(mx.array([row.inputs]))[0].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 

@@ -1,4 +1,4 @@
-"""From one model directory to another in fewer bits: plan, write, measure what was lost.
+"""Quantization of a model directory: plan the bits, write another directory, measure the loss.
 
 `config.json` and the packed weights are laid out as mlx-lm does it. Tensors are made one at a time, and one model at a
 time is in memory.

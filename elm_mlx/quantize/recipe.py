@@ -22,7 +22,7 @@ _GPTQ_BITS = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Format:
-    """Made by `choose_format`, which checks. `bits` are those of a value, without its share of the group's scale."""
+    """The format of a packed weight. Made by `choose_format`, which checks. `bits` do not count the group's scale."""
 
     bits: int
     group_size: int
@@ -33,7 +33,7 @@ class Format:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def fit(self, columns: int) -> Format | None:
-        """This, or the same in the largest smaller group that rows of `columns` values divide into; None for none."""
+        """Returns this format in the largest group, of its own or less, that divides `columns`; None for none."""
         groups = GROUPS if self.mode == AFFINE else (self.group_size,)
         # MLX's CPU packs 32 values at a time, in groups of 16 too, and fails on a row of 48.
         fitting = [group for group in groups if group <= self.group_size and columns % max(group, _BLOCK) == 0]
@@ -45,7 +45,7 @@ class Format:
         return size * self.bits // 8 + size // self.group_size * scale_bytes
 
     def round_trip(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
-        """`weight` packed, scales and biases in `dtype`, and unpacked again in float32."""
+        """Returns `weight` packed, with scales and biases in `dtype`, and unpacked again in float32."""
         parts = pack(weight, self.packing(), dtype)
         return lora_layers.dequantize(parts["weight"], parts["scales"], parts.get("biases"), **self.packing())
 
@@ -76,7 +76,7 @@ def choose_format(bits: int | None = None, group_size: int | None = None, mode: 
 
 @dataclass(frozen=True)
 class QuantizationRecipe:
-    """Checked when made; `choose` makes one of single wishes.
+    """The recipe of a quantization, checked when made; `choose` makes one of single settings.
 
     Args:
         how: the format of every weight; with `bpw`, of which the group size alone counts.

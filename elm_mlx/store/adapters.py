@@ -41,7 +41,7 @@ Rank = int | Sequence[int] | Mapping[str, int]
 
 @dataclass(frozen=True)
 class Adapter:
-    """Which modules are adapted, and how.
+    """An adapter: the modules that it changes, their ranks and its scale.
 
     Args:
         kind: "lora", "dora", or "full": weights that replace the model's own.

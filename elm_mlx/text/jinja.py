@@ -210,7 +210,7 @@ def _running() -> _Renderer:
 
 
 def _forget() -> None:
-    """In a fork of this process: the pipes are the parent's."""
+    """Forgets the process in a fork of this one: the pipes are the parent's."""
     global _lock, _process
     _lock, _process = threading.Lock(), None
 

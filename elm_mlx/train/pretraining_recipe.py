@@ -211,7 +211,7 @@ def _one_or_two(multipliers: tuple[float, ...]) -> float | tuple[float, ...]:
 
 
 def preset(name: str, text: str = "data/*.jsonl.gz") -> Recipe:
-    """Returns the paper's recipe for one of its models, or `SMALL`, which a laptop trains on a few megabytes in minutes.
+    """Returns the paper's recipe for one of its models, or `SMALL`, for minutes on a laptop with a few megabytes.
 
     Args:
         text: the path of what is trained on.

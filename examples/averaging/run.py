@@ -30,7 +30,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's
 
 @dataclass(frozen=True)
 class Mean:
-    """What a mean of checkpoints loses.
+    """The loss of a mean of checkpoints.
 
     Attributes:
         every: updates from one checkpoint to the next, but for the last, which ends the run.

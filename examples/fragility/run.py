@@ -122,7 +122,7 @@ def table(found: dict[str, Measured]) -> str:
         left = [one["after"] - whole["after"] for one, whole in zip(each, full, strict=True)]
         noise = statistics.mean(added) < 1e-3  # too little for a share of it to mean anything
         back = ["–"] if noise else [f"{1 - statistics.mean(left) / statistics.mean(added):.0%}"]
-        cells = [told([one["before"] for one in each]), told(added), told([one["after"] for one in each]), told(left)]
+        cells = [cell([one["before"] for one in each]), cell(added), cell([one["after"] for one in each]), cell(left)]
         lines.append(f"| {steps * ROW_TOKENS / PARAMETERS:.2g} | {bits} | {' | '.join([*cells, *back])} |")
     return "\n" + "\n".join(lines)
 
@@ -140,13 +140,13 @@ def grouped(found: dict[str, Measured]) -> Iterator[tuple[int, int, dict[int, Me
         yield steps, bits, losses
 
 
-def told(values: Sequence[float]) -> str:
+def cell(values: Sequence[float]) -> str:
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.3f}{spread}"
 
 
 def plot(found: dict[str, Measured], path: Path) -> None:
-    """What quantizing adds to the loss, by bits, before and after LoRA; a line a training, a point a seed."""
+    """Plots what quantizing adds to the loss, by bits, before and after LoRA; a line a training, a point a seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

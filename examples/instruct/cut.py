@@ -77,7 +77,7 @@ def take(pairs: Iterable[Pair], each: int, often: int) -> tuple[list[Pair], list
 
 
 def sentences(book: str) -> Iterator[str]:
-    """What stands between two ends of sentences, or in quotation marks. Most of it is sentences."""
+    """Yields the text between two ends of sentences, or in quotation marks. Most of it is sentences."""
     for paragraph in book.split("\n"):
         for piece in re.split(r'(?<=[.!?])\s+(?=[A-Z])|"', paragraph):
             yield piece.strip()

@@ -90,7 +90,7 @@ def train(command: str, model: Path, data: Path, run: Path, config: Path, shorte
 
 
 def answers(model: Path, prompts: Path, temperature: float, to: Path) -> list[Answer]:
-    """What `model` says to each of `prompts`; of an earlier run, if the file `to` is there."""
+    """Returns `model`'s answer to each of `prompts`; those of an earlier run, if the file `to` is there."""
     to.parent.mkdir(parents=True, exist_ok=True)
     if not to.exists():
         how = ["--max-tokens", 48, "--temp", temperature, "--seed", 1, "--json"]

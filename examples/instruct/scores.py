@@ -1,4 +1,4 @@
-"""What answers are worth: how many pass the check, and what else became of them.
+"""Scores of answers: how many pass the check, and what else became of them.
 
 Knows answers, the check and, to judge how natural they are, a model. Doesn't know where they come from.
 """
@@ -43,7 +43,7 @@ class Answer:
 
 
 def read(path: Path) -> list[Answer]:
-    """What `elm-mlx generate --json` printed. An answer is the first line: a model as it was writes on and on."""
+    """Reads what `elm-mlx generate --json` printed. An answer is the first line: a model as it was writes on and on."""
     records = map(json.loads, path.read_text("utf-8").splitlines())
     return [Answer(record["prompt"], record["text"].strip().partition("\n")[0]) for record in records]
 

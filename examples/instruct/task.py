@@ -20,19 +20,19 @@ _PROMPT = re.compile(rf"Write a (\w+) (\w+) that begins with: ({_WORD} {_WORD})\
 
 
 class Wish(NamedTuple):
-    """What is asked for: one of LENGTHS, one of KINDS, and the sentence's first two words."""
+    """A wish: one of LENGTHS, one of KINDS, and the sentence's first two words."""
 
     length: str
     kind: str
     beginning: str
 
     def prompt(self) -> str:
-        """What the model is asked."""
+        """Returns the prompt that asks a model for it."""
         return f"Write a {self.length} {self.kind} that begins with: {self.beginning}\n"
 
 
 class Verdict(NamedTuple):
-    """What the check found of an answer. `passes` wants all four."""
+    """The check's findings about an answer. `passes` wants all four."""
 
     sentence: bool
     kind: bool
@@ -45,14 +45,14 @@ class Verdict(NamedTuple):
 
 
 def wish(prompt: str) -> Wish:
-    """What `prompt` asks for; its last question, where others stand before it. ValueError where it asks nothing."""
+    """Returns the wish in `prompt`, in its last question where it has several. Raises ValueError where it has none."""
     if not (found := _PROMPT.search(prompt)):
         raise ValueError(f"no question: {prompt!r}")
     return Wish(*found.groups())
 
 
 def wishes(sentence: str) -> Wish | None:
-    """What `sentence` would be the answer to; None where it fits no wish."""
+    """Returns the wish that `sentence` would answer; None where it fits no wish."""
     length = next((name for name, count in LENGTHS.items() if len(words(sentence)) in count), None)
     beginning = _BEGINNING.match(sentence)
     if not _PLAIN.fullmatch(sentence) or not length or not beginning:

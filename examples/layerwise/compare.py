@@ -1,4 +1,4 @@
-"""What two shapes lose, from several seeds each: tables and a plot.
+"""The losses of two shapes, from several seeds each: tables and a plot.
 
 Knows numbers alone; nothing of models and how they came about.
 """

@@ -100,7 +100,7 @@ def train(out: Path, common: list[str], rate: float, seed: int) -> Path:
 
 
 def finished(directory: Path, recipe: Recipe) -> bool:
-    """Whether the run that is there was asked for the same, and has made all its updates."""
+    """Returns whether the run that is there had the same settings, and has made all its updates."""
     if not (directory / "model.safetensors").exists():
         return False
     about = json.loads((directory / "run.json").read_text("utf-8"))
