@@ -563,6 +563,13 @@ class Engine:
         return total
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            mx.synchronize()
+            mx.clear_streams()  # MLX makes them for each thread, and a process that ends with them is aborted
+
+    def _serve(self) -> None:
         while True:
             with self._changed:
                 while not (self._stopping or self._queue or self._reading or self._rows()):
