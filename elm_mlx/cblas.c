@@ -26,9 +26,10 @@ void scipy_cblas_cgemm(int, int, int, int, int, int, const void *, const void *,
 void scipy_cblas_sgemv(int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
 int scipy_openblas_get_num_threads(void);
 
-/* What is multiplied: c[i][j] = alpha * a[i] . b[j] + beta * c[i][j], of m rows a and n rows b, k long. */
+/* What is multiplied: c[i][j] = alpha * a[i] . b[j] + beta * c[i][j], of m rows a and n columns b, k long, which are
+   the rows of a matrix that is transposed. */
 struct product {
-  int m, n, k;
+  int m, n, k, transposed;
   float alpha, beta;
   const float *a, *b;
   float *c;
@@ -67,7 +68,57 @@ TILE(2, 3)
 TILE(1, 3)
 TILE(1, 1)
 
+/* Sums of I rows for J * LANES columns of a matrix that is not transposed: they run along its rows, in their order. */
+#define STRIP(I, J)                                                                                                 \
+  static void strip_##I##_##J(const struct product *p, int i0, int j0) {                                            \
+    lanes sums[I][J] = {{{0}}};                                                                                     \
+    for (int q = 0; q < p->k; q++) {                                                                                \
+      const float *b = p->b + q * p->b_step + j0;                                                                   \
+      for (int i = 0; i < I; i++) {                                                                                 \
+        float left = p->a[(i0 + i) * p->a_step + q];                                                                \
+        for (int j = 0; j < J; j++) sums[i][j] += left * *(const lanes *)(b + j * LANES);                           \
+      }                                                                                                             \
+    }                                                                                                               \
+    for (int i = 0; i < I; i++)                                                                                     \
+      for (int j = 0; j < J; j++) {                                                                                 \
+        lanes *c = (lanes *)(p->c + (i0 + i) * p->c_step + j0 + j * LANES);                                         \
+        *c = p->beta == 0 ? p->alpha * sums[i][j] : p->alpha * sums[i][j] + p->beta * *c;                           \
+      }                                                                                                             \
+  }
+STRIP(3, 4)
+STRIP(3, 1)
+STRIP(2, 4)
+STRIP(2, 1)
+STRIP(1, 8)
+STRIP(1, 1)
+
+#define ROWS(I, J)                                                                                                  \
+  for (; j + J * LANES <= to; j += J * LANES) strip_##I##_##J(p, i, j);                                             \
+  for (; j + LANES <= to; j += LANES) strip_##I##_1(p, i, j);                                                       \
+  break;
+
+static void strips(const struct product *p, int from, int to) {
+  for (int i = 0, rows; i < p->m; i += rows) {
+    int j = from;
+    switch (rows = p->m - i == 4 ? 2 : p->m - i) {
+      case 1: ROWS(1, 8)
+      case 2: ROWS(2, 4)
+      default: rows = 3; ROWS(3, 4)
+    }
+    for (; j < to; j++)
+      for (int r = i; r < i + rows; r++) {
+        float sum = 0, *c = p->c + r * p->c_step + j;
+        for (int q = 0; q < p->k; q++) sum += p->a[r * p->a_step + q] * p->b[q * p->b_step + j];
+        *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;
+      }
+  }
+}
+
 static void columns(const struct product *p, int from, int to) {
+  if (!p->transposed) {
+    strips(p, from, to);
+    return;
+  }
   int j = from;
   for (; j + 3 <= to; j += 3)
     for (int i = 0; i < p->m; i += 4) switch (p->m - i) {
@@ -134,7 +185,8 @@ static void few_rows(const struct product *p) {
   }
   find_helpers(threads - 1);
   shared = *p;
-  portion = (p->n / (threads * PORTIONS) / 3 + 1) * 3;
+  int together = p->transposed ? 3 : 8 * LANES; /* columns, that no portion should cut */
+  portion = (p->n / (threads * PORTIONS) / together + 1) * together;
   int portions = (p->n + portion - 1) / portion;
   atomic_store(&done, 0);
   pthread_mutex_lock(&resting);
@@ -149,8 +201,8 @@ static void few_rows(const struct product *p) {
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc) {
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
-  if (some && m <= FEW && ta == NO_TRANS && tb == TRANS) {
-    few_rows(&(struct product){m, n, k, alpha, beta, a, b, c, lda, ldb, ldc});
+  if (some && m <= FEW && ta == NO_TRANS) {
+    few_rows(&(struct product){m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc});
   } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */
     int step = ta == NO_TRANS ? 1 : lda;
     scipy_cblas_sgemv(order, tb == NO_TRANS ? TRANS : NO_TRANS, tb == NO_TRANS ? k : n, tb == NO_TRANS ? n : k, alpha,
