@@ -3,8 +3,9 @@
 
    OpenBLAS packs the matrix for every product. For one row, or a few, that takes longer than reading the matrix
    once, which is all that has to be done: decoding is made of such products, a row for each text. Here they are
-   scalar products along the rows of both sides, a few at a time, so that each number is read once from memory. Each is
-   summed in the same order whatever the number of rows and threads, so a text's logits don't depend on its company.
+   scalar products along the rows of both sides, a few at a time, so that each number is read once from memory; of a
+   matrix that is not transposed, sums of its rows. Each is summed in the same order whatever the number of rows and
+   threads, and whatever zeros follow, so a text's logits don't depend on its company.
 
    Processors take a few columns at a time from what is left: on a machine that others use too, none waits for one that
    is held up, but for the columns that it has in hand. */
@@ -15,7 +16,13 @@
 #include <stdatomic.h>
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
-enum { FEW = 6, LANES = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
+/* Numbers that a register holds, and rows whose sums with three columns all have registers. */
+#ifdef __AVX512F__
+enum { LANES = 16, MOST = 8 };
+#else
+enum { LANES = 8, MOST = 4 };
+#endif
+enum { FEW = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
 
 void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
                        int);
@@ -56,12 +63,14 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
     for (int i = 0; i < I; i++)                                                                                     \
       for (int j = 0; j < J; j++) {                                                                                 \
         lanes x = sums[i][j];                                                                                       \
-        float sum = ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));                              \
+        float sum = 0;                                                                                              \
+        for (int lane = 0; lane < LANES; lane++) sum += x[lane];                                                    \
         for (int q = at; q < p->k; q++) sum += a[i * p->a_step + q] * b[j * p->b_step + q];                         \
         float *c = p->c + (i0 + i) * p->c_step + j0 + j;                                                            \
         *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;                                         \
       }                                                                                                             \
   }
+TILE(8, 3)
 TILE(4, 3)
 TILE(3, 3)
 TILE(2, 3)
@@ -121,12 +130,16 @@ static void columns(const struct product *p, int from, int to) {
   }
   int j = from;
   for (; j + 3 <= to; j += 3)
-    for (int i = 0; i < p->m; i += 4) switch (p->m - i) {
+    for (int i = 0, rows; i < p->m; i += rows) {
+      int most = p->m - i < MOST ? p->m - i : MOST;
+      switch (rows = most > 4 && most < 8 ? 4 : most) {
         case 1: tile_1_3(p, i, j); break;
         case 2: tile_2_3(p, i, j); break;
         case 3: tile_3_3(p, i, j); break;
-        default: tile_4_3(p, i, j);
+        case 4: tile_4_3(p, i, j); break;
+        default: tile_8_3(p, i, j);
       }
+    }
   for (; j < to; j++)
     for (int i = 0; i < p->m; i++) tile_1_1(p, i, j);
 }

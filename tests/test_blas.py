@@ -298,7 +298,18 @@ def test_rows_and_columns_of_every_layout_are_right() -> None:
     gemm.restype = None
     draw = random.Random(0)
     shapes = [(1, 1, 1), (1, 33, 19), (1, 2, 300), (33, 1, 19), (2, 1, 300), (17, 9, 21)]
-    shapes += [(2, 8, 8), (3, 5, 31), (4, 3, 64), (5, 11, 40), (6, 4, 9), (7, 4, 9)]
+    shapes += [
+        (2, 8, 8),
+        (3, 5, 31),
+        (4, 3, 64),
+        (5, 11, 40),
+        (6, 4, 9),
+        (7, 4, 9),
+        (8, 70, 21),
+        (3, 300, 5),
+        (1, 150, 7),
+        (9, 40, 30),
+    ]
     for (m, n, k), ta, tb, beta in itertools.product(shapes, (111, 112), (111, 112), (0.0, 1.0, 0.5)):
         spare = 3  # rows are longer than they need to be, as a slice of a matrix has them
         lda, ldb, ldc = (k if ta == 111 else m) + spare, (n if tb == 111 else k) + spare, n + spare
@@ -335,16 +346,27 @@ needs_few_rows = pytest.mark.skipif(blas.OWN_FEW_ROWS not in blas.status().name,
 @needs_few_rows
 @pytest.mark.usefixtures("two_threads")
 def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors() -> None:
-    """To the bit: whether alone or one of six, shared out or not."""
-    matrix = mx.random.normal((3001, 203), key=mx.random.key(1))  # large enough to be shared out, in odd portions
-    rows = mx.random.normal((6, 203), key=mx.random.key(2))
-    together = rows @ matrix.T
-    exact = np.array(rows, np.float64) @ np.array(matrix, np.float64).T
-    assert np.abs(np.array(together) - exact).max() < 2e-5
-    for count in range(1, 7):
-        assert mx.array_equal(rows[:count] @ matrix.T, together[:count])
-    with blas.one_thread():
-        assert mx.array_equal(rows @ matrix.T, together)
+    """To the bit: whether alone or one of eight, shared out or not, before a matrix or one that is transposed."""
+    drawn = mx.random.normal((3001, 203), key=mx.random.key(1))  # large enough to be shared out, in odd portions
+    rows = mx.random.normal((8, 203), key=mx.random.key(2))
+    for matrix in (drawn.T, mx.contiguous(drawn.T)):
+        together = rows @ matrix
+        exact = np.array(rows, np.float64) @ np.array(matrix, np.float64)
+        assert np.abs(np.array(together) - exact).max() < 1e-4
+        for count in range(1, 9):
+            assert mx.array_equal(rows[:count] @ matrix, together[:count])
+        with blas.one_thread():
+            assert mx.array_equal(rows @ matrix, together)
+
+
+@needs_few_rows
+def test_zeros_behind_a_rows_numbers_change_no_bit_of_its_product() -> None:
+    rows, matrix = mx.random.normal((8, 500), key=mx.random.key(1)), mx.random.normal((500, 61), key=mx.random.key(2))
+    expected = rows @ matrix
+    for more in (1, 12, 500, 3000):
+        for count in range(1, 9):
+            found = mx.pad(rows, [(0, 0), (0, more)])[:count] @ mx.pad(matrix, [(0, more), (0, 0)])
+            assert mx.array_equal(found, expected[:count])
 
 
 @needs_few_rows

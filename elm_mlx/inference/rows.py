@@ -135,7 +135,7 @@ class Rows:
         self._steps += 1
         if self._steps % _TRIM_EVERY == 0:
             trim_cache()
-        position, mask = place_step(self.lengths, self.caches[0].capacity)
+        position, mask = place_step(self.lengths)
         arrays: list[Any] = [cache.state for cache in self.caches]
         if self._compiled is None:
             step = partial(_step, self._model, [type(cache) for cache in self.caches])

@@ -149,7 +149,7 @@ class StepCache:
     Args:
         keys, values: `(slots, num_kv_heads, capacity, head_dim)`, of which the first `batch` slots are used.
         position: `(batch,)`, where the step writes in each row; RoPE's offset too.
-        mask: boolean, `(batch, 1, 1, capacity)`: the positions written so far, `position` included.
+        mask: boolean, `(batch, 1, 1, seen)`: the positions written so far, `position` included. No row sees more.
     """
 
     def __init__(self, keys: mx.array, values: mx.array, position: mx.array, mask: mx.array):
@@ -166,7 +166,8 @@ class StepCache:
         else:
             self.keys[mx.arange(batch), :, self.offset] = keys[:, :, 0]
             self.values[mx.arange(batch), :, self.offset] = values[:, :, 0]
-        return self.keys[:batch], self.values[:batch]
+        seen = self._mask.shape[-1]
+        return self.keys[:batch, :, :seen], self.values[:batch, :, :seen]
 
     @property
     def state(self) -> Arrays:
@@ -178,7 +179,7 @@ class StepCache:
         if window_size is None:
             return self._mask
         first = self.offset[:, None, None, None] - window_size
-        return self._mask & (mx.arange(self.keys.shape[2]) > first)
+        return self._mask & (mx.arange(self._mask.shape[-1]) > first)
 
 
 class StateCache:
@@ -287,21 +288,25 @@ class SegmentedRow:
         return self._segments.seen() & (positions[:, None] - positions < window_size)
 
 
-def place_step(lengths: Sequence[int], capacity: int) -> tuple[mx.array, mx.array]:
+def place_step(lengths: Sequence[int]) -> tuple[mx.array, mx.array]:
     """Returns `position` and `mask` of the StepCaches of a step that writes behind `lengths` positions in each row."""
     position = mx.array(lengths)
-    return position, mx.arange(capacity) <= position[:, None, None, None]
+    return position, mx.arange(_rounded(max(lengths) + 1, 64)) <= position[:, None, None, None]
 
 
 def row_slots(rows: int) -> int:
-    """Returns how many rows a batch's arrays have room for: so few numbers that few steps have to be compiled."""
+    """Returns how many rows a batch's arrays have room for."""
     return 1 << max(0, rows - 1).bit_length()
 
 
 def row_capacity(length: int) -> int:
-    """Returns how many positions a batch's arrays get for texts of `length`: few numbers again."""
-    step = KVCache.step
-    while 4 * step < length:
+    """Returns how many positions a batch's arrays get for texts of `length`."""
+    return _rounded(length, KVCache.step)
+
+
+def _rounded(length: int, step: int) -> int:
+    """Rounds up to one of few numbers, an eighth or `step` too many at most: for each a step is compiled."""
+    while 8 * step < length:
         step *= 2
     return -(-length // step) * step
 

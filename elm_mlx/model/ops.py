@@ -47,7 +47,6 @@ _ROUNDER = 1.5 * 2**23  # adding and taking it off rounds a float32 to the neare
 _LITTLE = 1 << 14  # values below which one slow pass is cheaper than twenty fast ones
 # Larger heads are rotated without the matrices, which take the square of it. No model has larger ones.
 _MATRIX = 512
-PIECE = 256  # positions of a KV cache that attention of a single position takes in one product
 _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's cache
 
 
@@ -214,14 +213,14 @@ def _yarn(rope: RopeConfig, pair: int, frequency: float) -> float:
 
 def silu(x: mx.array) -> mx.array:
     """`x * sigmoid(x)`, elementwise."""
-    if _mlx_is_best(x, x.size):
+    if _mlx_is_best(x, math.prod(x.shape[-2:])):  # whatever its company, a row of a batch gets the same function
         return nn.silu(x) if device.on_gpu() else x * mx.sigmoid(x)
     return _silu(x)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) * up` (Shazeer, 2020)."""
-    return silu(gate) * up if _mlx_is_best(gate, gate.size) else _swiglu(gate, up)
+    return silu(gate) * up if _mlx_is_best(gate, math.prod(gate.shape[-2:])) else _swiglu(gate, up)
 
 
 def exp(x: mx.array) -> mx.array:
@@ -250,30 +249,11 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float,
         mask = segments.seen()
     if length == 1 and not device.on_gpu():  # the queries that share a head are rows of one product
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-        if queries.dtype == mx.float32 and isinstance(mask, mx.array) and positions % PIECE == 0:
-            out = _attend_in_pieces(grouped, keys, values, scale, mask)
-        else:
-            out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
+        out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
         return out.reshape(batch, heads, 1, head_dim)
     if isinstance(mask, mx.array) or mask is None or _mlx_is_best(queries, batch * heads * length * positions):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     return _causal_attention(queries, keys, values, scale, segments)
-
-
-def _attend_in_pieces(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array) -> mx.array:
-    """Attention of one position, whose bits don't depend on how many hidden positions follow those that it sees.
-
-    A BLAS adds up long products in parts whose ends depend on the length, so all products here are `PIECE` long.
-
-    Args:
-        queries: `(batch, kv_heads, queries of a head, head_dim)`; so is what is returned.
-    """
-    batch, kv_heads, group, head_dim = queries.shape
-    pieces = (batch, kv_heads, -1, PIECE, head_dim)
-    scores = (queries * scale)[:, :, None] @ keys.reshape(pieces).swapaxes(3, 4)
-    scores = mx.where(mask, scores.swapaxes(2, 3).reshape(batch, kv_heads, group, -1), -mx.inf)
-    weights = mx.softmax(scores, axis=-1).reshape(batch, kv_heads, group, -1, PIECE).swapaxes(2, 3)
-    return (weights @ values.reshape(pieces)).sum(axis=2)
 
 
 def _causal_attention(

@@ -87,7 +87,7 @@ def test_only_what_comes_after_is_hidden() -> None:
 def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     cache = filled(5)
     assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step([5], cache.capacity))
+    step = StepCache(cache.keys, cache.values, *place_step([5]))
     np.testing.assert_array_equal(step.offset, [5])
     new = drawn(1, 9)
     keys, values = step.update_and_fetch(*new)
@@ -95,7 +95,7 @@ def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     np.testing.assert_array_equal(keys[:, :, :6], expected[0])
     np.testing.assert_array_equal(values[:, :, :6], expected[1])
     assert not np.array(keys[:, :, 6:]).any()
-    np.testing.assert_array_equal(np.array(step.make_mask(1)).reshape(-1), np.arange(256) <= 5)
+    np.testing.assert_array_equal(np.array(step.make_mask(1)).reshape(-1), np.arange(64) <= 5)
 
 
 def test_each_row_of_a_step_writes_at_its_own_position() -> None:
@@ -103,13 +103,13 @@ def test_each_row_of_a_step_writes_at_its_own_position() -> None:
     for row, length in enumerate(lengths):
         cache.put(row, filled(length, seed=length))
     assert cache.keys is not None and cache.values is not None and cache.keys.shape[0] == row_slots(3) == 4
-    step = StepCache(cache.keys, cache.values, *place_step(lengths, cache.capacity))
+    step = StepCache(cache.keys, cache.values, *place_step(lengths))
     np.testing.assert_array_equal(step.offset, lengths)
     new = drawn(1, 9, batch=3)
     keys, values = step.update_and_fetch(*new)
-    assert keys.shape == values.shape == (3, 2, 256, 4)
+    assert keys.shape == values.shape == (3, 2, 64, 4)
     mask = np.array(step.make_mask(1))
-    assert mask.shape == (3, 1, 1, 256)
+    assert mask.shape == (3, 1, 1, 64)
     for row, length in enumerate(lengths):
         expected = filled(length, seed=length).update_and_fetch(new[0][row : row + 1], new[1][row : row + 1])
         np.testing.assert_array_equal(keys[row, :, : length + 1], expected[0][0])
@@ -199,7 +199,7 @@ def test_a_window_hides_what_is_too_long_ago() -> None:
     for row, position in enumerate((6, 7, 8)):
         np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(position - 3, position + 1))
     assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step([6], cache.capacity))
+    step = StepCache(cache.keys, cache.values, *place_step([6]))
     np.testing.assert_array_equal(np.flatnonzero(np.array(step.make_mask(1, window_size=4))), [3, 4, 5, 6])
 
 
