@@ -45,6 +45,15 @@ struct product {
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 
+static inline float total(const lanes *numbers) {
+  float x[LANES];
+  *(lanes *)x = *numbers;
+  for (int i = 0; i < LANES / 2; i++) x[i] += x[i + LANES / 2];
+  for (int i = 0; i < LANES / 4; i++) x[i] += x[i + LANES / 4];
+  for (int i = 0; i < LANES / 8; i++) x[i] += x[i + LANES / 8];
+  return LANES == 16 ? x[0] + x[1] : x[0];
+}
+
 /* Scalar products of I rows with J: as many running sums as registers hold. */
 #define TILE(I, J)                                                                                                  \
   static void tile_##I##_##J(const struct product *p, int i0, int j0) {                                             \
@@ -62,9 +71,7 @@ typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
     }                                                                                                               \
     for (int i = 0; i < I; i++)                                                                                     \
       for (int j = 0; j < J; j++) {                                                                                 \
-        lanes x = sums[i][j];                                                                                       \
-        float sum = 0;                                                                                              \
-        for (int lane = 0; lane < LANES; lane++) sum += x[lane];                                                    \
+        float sum = total(&sums[i][j]);                                                                             \
         for (int q = at; q < p->k; q++) sum += a[i * p->a_step + q] * b[j * p->b_step + q];                         \
         float *c = p->c + (i0 + i) * p->c_step + j0 + j;                                                            \
         *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;                                         \
