@@ -209,7 +209,7 @@ class Run:
         return Result(progress, progress.step < steps, checkpoint.directory(self.out, self._saved), best)
 
     def _begin(self) -> None:
-        mx.random.seed(self.settings.seed + self._group.rank())
+        mx.random.seed((self.settings.seed + self._group.rank()) % 2**64)
         if self._leads:
             (self.out / metrics.METRICS).unlink(missing_ok=True)
 

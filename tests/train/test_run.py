@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -297,6 +298,13 @@ def test_another_model_data_or_setting_is_refused_by_name(tmp_path: Path) -> Non
         runs.run(tmp_path)
     with pytest.raises(InputError, match="no checkpoint to resume from; without --resume"):
         runs.run(tmp_path / "nowhere", resume=True)
+
+
+def test_every_process_takes_the_largest_seed(tmp_path: Path) -> None:
+    run = Run(runs.model(), runs.batches(), None, runs.settings(2, seed=2**64 - 1), tmp_path, runs.IDENTITY)
+    run._group = SimpleNamespace(rank=lambda: 1, size=lambda: 1)  # type: ignore[assignment]
+    run._begin()
+    assert mx.random.state[0].tolist() == [0, 0], "of the seed after it, which begins at 0 again"
 
 
 def test_a_resumption_that_is_refused_leaves_the_metrics_as_they_were(tmp_path: Path) -> None:
