@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from speed import ENVIRONMENT, embedded_model, machine, row, seeded_model
+from speed import ENVIRONMENT, HEADER, embedded_model, machine, row, seeded_model
 
 LENGTH, ROWS = 512, 4  # of our packed batches
 Figures = dict[str, Any]
@@ -129,7 +129,7 @@ def main() -> None:
         ]
         for base in bases:
             print(base.losses(), flush=True)
-        print("\n| what | elm-mlx | mlx-lm | ratio, median of pairs | spread |\n| --- | ---: | ---: | ---: | ---: |")
+        print(f"\n{HEADER}")
         for base in bases:
             for peer in ("equal", "sorted"):
                 print("\n".join(base.compare(peer, pairs, warmup=2, steps=5)), flush=True)

@@ -25,6 +25,7 @@ from elm_mlx.bench import results, runner, suites, tables
 from elm_mlx.bench.results import Results, Speeds
 from elm_mlx.bench.sides import Programs
 from elm_mlx.bench.suites import Suite
+from elm_mlx.callbacks import OnProgress
 from elm_mlx.files import write_text
 
 KEPT, PAGE = ROOT / "build/results", ROOT / "docs/results.md"
@@ -50,12 +51,8 @@ SPEED = [
 
 
 def measure_speed(chosen: Suite, programs: Programs) -> None:
-    found = runner.run(
-        chosen,
-        programs,
-        KEPT / f"{chosen.name}.json",
-        on_progress=lambda what, done=0, total=0: print(what, flush=True),
-    )
+    show: OnProgress = lambda what, done=0, total=0: print(what, flush=True)  # noqa: E731
+    found = runner.run(chosen, programs, KEPT / f"{chosen.name}.json", on_progress=show)
     if not found.complete:
         sys.exit(130)
 
