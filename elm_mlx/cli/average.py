@@ -22,13 +22,10 @@ def average(
     checkpoints: Annotated[
         list[str], typer.Argument(metavar="CKPT...", help="Checkpoints of a run, or anything that `convert` reads.")
     ],
-    out: Annotated[Path, typer.Option(metavar="DST", help="The model directory to make.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DST", help="The model directory to make.")],
     last: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Take the newest N checkpoints of the one run named. (default: all named)",
-        ),
+        typer.Option(metavar="N", help="Take the newest N checkpoints of the one run named. (default: all named)"),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="A config.json or CoreNet YAML for all. (default: the one beside each)")

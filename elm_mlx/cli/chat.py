@@ -21,17 +21,9 @@ def chat(
     message: Annotated[str | None, typer.Argument(metavar="[MESSAGE]", help="The first message.")] = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(help="Tokens of an answer, at most. (default: the model's, or 512; of a base model 256)"),
-    ] = None,
-    temp: Annotated[
-        float | None, typer.Option(help="Temperature; 0 takes the likeliest token. (default: the model's, or 0.7)")
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(help="Keep the likeliest tokens that reach this probability. (default: the model's, or 0.9)"),
-    ] = None,
+    max_tokens: options.MaxTokens = None,
+    temp: options.Temp = None,
+    top_p: options.TopP = None,
     top_k: options.TopK = None,
     min_p: options.MinP = None,
     repetition_penalty: options.RepetitionPenalty = None,

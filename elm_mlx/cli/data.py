@@ -35,14 +35,9 @@ PANELS = {"Records": ("format", "template", "max_seq_length", "truncate", "train
 
 def data(
     path: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[PATH]", help="A data file, or a directory with train, valid, test.", show_default=False
-        ),
+        Path | None, typer.Argument(metavar="[PATH]", help="A data file, or a directory with train, valid, test.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(help="The model directory to train. (no default)", show_default=False)
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="The model directory to train. (no default)")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="In place of both, a recipe of `pretrain`: sample its mixture.")
     ] = None,

@@ -22,8 +22,7 @@ def fuse(
     text: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE",
-            help="Compare logits on this text. (default: the run's training data, or excerpts of books)",
+            metavar="FILE", help="Compare logits on this text. (default: the run's training data, or excerpts of books)"
         ),
     ] = None,
     dequantize: Annotated[

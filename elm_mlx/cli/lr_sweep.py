@@ -16,7 +16,7 @@ _BAR = 30
 
 def lr_sweep(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe, as for `pretrain`.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of the runs.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of the runs.")],
     lr: Annotated[
         str | None,
         typer.Option(help="Learning rates to try, as 0.001,0.002,0.004. (default: a quarter to four times its own)"),

@@ -13,15 +13,18 @@ RecordFormat = Literal["completion", "messages", "alpaca", "text", "pairs"]
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
 MaxTokens = Annotated[
-    int | None, typer.Option(help="Tokens to generate, at most. (default: the model's, or 256)", show_default=False)
+    int | None,
+    typer.Option(help="Tokens to generate, at most. (default: the model's, or 256; in `chat` with a template 512)"),
 ]
 Temp = Annotated[
     float | None,
-    typer.Option(help="Temperature; 0 takes the likeliest token. (default: the model's, or 0)", show_default=False),
+    typer.Option(help="Temperature; 0 takes the likeliest token. (default: the model's, or 0; in `chat` 0.7)"),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Keep the likeliest tokens that reach this probability. (default: the model's, or 1)"),
+    typer.Option(
+        help="Keep the likeliest tokens that reach this probability. (default: the model's, or 1; in `chat` 0.9)"
+    ),
 ]
 TopK = Annotated[
     int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all. (default: the model's, or 0)")
@@ -31,17 +34,14 @@ MinP = Annotated[
     typer.Option(help="Drop tokens below this share of the likeliest one's probability. (default: the model's, or 0)"),
 ]
 RepetitionPenalty = Annotated[
-    float | None,
-    typer.Option(help="Penalty on tokens among the last 64; 1.1 is mild. (default: the model's, or 1)"),
+    float | None, typer.Option(help="Penalty on tokens among the last 64; 1.1 is mild. (default: the model's, or 1)")
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: random)")]
 PrefillStep = Annotated[int, typer.Option(help="Prompt tokens read in one forward pass.")]
 ComputeDtype = Annotated[
     DType | None, typer.Option(help="Type to compute in. (default: as stored on a GPU, float32 on a CPU)")
 ]
-OptionalModelPath = Annotated[
-    Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.", show_default=False)
-]
+OptionalModelPath = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.")]
 AdapterPath = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
 ]

@@ -32,9 +32,7 @@ PANELS = {"A new recipe": ("init", "preset", "data")}
 
 
 def pretrain(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="A TOML file with the recipe.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A TOML file with the recipe.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model. (no default)")
     ] = None,

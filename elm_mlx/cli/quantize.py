@@ -25,11 +25,9 @@ PANELS = {
 def quantize(
     model: options.ModelPath,
     dst: options.Destination,
-    bits: Annotated[
-        int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8. (default: 4)", show_default=False)
-    ] = None,
+    bits: Annotated[int | None, typer.Option(help="Bits a weight: 2, 3, 4, 5, 6 or 8. (default: 4)")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. (default: 64)", show_default=False)
+        int | None, typer.Option(help="Weights that share a scale: 32, 64 or 128. (default: 64)")
     ] = None,
     mode: Annotated[
         Literal["affine", "mxfp4", "mxfp8", "nvfp4"],
@@ -42,9 +40,7 @@ def quantize(
     method: Annotated[
         Literal["awq", "dwq", "gptq"] | None, typer.Option(help="One of mlx-lm's learned methods.")
     ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of --method dwq. (default: 1e-5)", show_default=False)
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of --method dwq. (default: 1e-5)")] = None,
     calibration: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Text for --bpw and --method. (default: excerpts of books)")
     ] = None,

@@ -24,13 +24,12 @@ def train_tokenizer(
     files: Annotated[
         list[Path], typer.Argument(metavar="DATA...", help="JSON lines or Parquet with `text`, or .txt; .gz of these.")
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The SentencePiece model to write.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The SentencePiece model to write.")],
     vocab_size: Annotated[int, typer.Option(metavar="N", help="Pieces, with 3 controls and 256 bytes.")] = 32_000,
     max_bytes: Annotated[int, typer.Option(metavar="N", help="Bytes of text to sample for training.")] = 100_000_000,
     seed: Annotated[int, typer.Option(help="The same seed draws the same sample.")] = 0,
     character_coverage: Annotated[
-        float,
-        typer.Option(metavar="SHARE", help="Share of characters with a piece of their own; the rest is bytes."),
+        float, typer.Option(metavar="SHARE", help="Share of characters with a piece of their own; the rest is bytes.")
     ] = 0.99995,
     compare: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Measure this tokenizer on the same lines too.")

@@ -76,7 +76,7 @@ def _option(kind: type[LoraSettings], setting: Setting) -> inspect.Parameter:
     """The parameter of a command's function that stands for a setting."""
     help_ = setting.about[:1].upper() + setting.about[1:]
     if setting.name == "model":
-        argument = typer.Argument(metavar="[MODEL]", help=help_, show_default=False)
+        argument = typer.Argument(metavar="[MODEL]", help=help_)
         return _parameter("model", Annotated[Path | None, argument], None)
     names = [f"--{setting.name.replace('_', '-')}"]
     if setting.name == "learning_rate":
@@ -88,9 +88,8 @@ def _option(kind: type[LoraSettings], setting: Setting) -> inspect.Parameter:
     default = None if setting.default is MISSING else setting.default
     value = list[str] if get_origin(setting.kind) is tuple else setting.kind
     option = typer.Option(
-        *names, help=help_, metavar="DIR" if setting.name == "out" else None, rich_help_panel=setting.section,
-        show_default=default is not None,
-    )  # fmt: skip
+        *names, help=help_, metavar="DIR" if setting.name == "out" else None, rich_help_panel=setting.section
+    )
     return _parameter(setting.name, Annotated[value | None if default is None else value, option], default)
 
 
