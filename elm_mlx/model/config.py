@@ -163,7 +163,12 @@ class ModelConfig:
 
         `num_gqa_groups` is query heads per key/value head. A number in place of a pair of multipliers gives a uniform
         model.
+
+        Raises:
+            InputError: when the fields contradict each other, or there are too many layers.
         """
+        if num_layers > _MAX_LAYERS:
+            raise InputError(f"num_layers is {num_layers}: at most {_MAX_LAYERS:,} are possible")
         query_heads = [
             make_divisible(model_dim * m, head_dim * num_gqa_groups) // head_dim
             for m in spread(qkv_multipliers, num_layers)

@@ -64,6 +64,11 @@ def test_make_divisible_keeps_its_promise(value: float, divisor: int) -> None:
 multipliers = st.integers(1, 800).map(lambda n: n / 100) | st.floats(0.01, 8, allow_nan=False)
 
 
+def test_layers_without_end_are_refused_before_they_are_listed() -> None:
+    with pytest.raises(InputError, match="num_layers is 1000000000000: at most 10,000"):
+        tiny.scaled_config(320, num_layers=10**12)
+
+
 @given(multipliers, multipliers, st.integers(1, 80))
 def test_spread_is_numpys_linspace_rounded(low: float, high: float, layers: int) -> None:
     expected = [float(np.round(value, 2)) for value in np.linspace(low, high, layers)]
