@@ -2,15 +2,16 @@
 
 import { toMessages } from "./conversations.js";
 import { MarkdownView } from "./markdown.js";
-import { $, button, card, copyText, element, figuresText, icon, waitingCard } from "./parts.js";
+import { $, button, card, copyText, element, figuresText, hideToast, icon, toast, waitingCard } from "./parts.js";
 
 const NEAR = 48; // pixels from the end, within which the view goes along with an answer
+const FIGURES_EVERY = 500; // milliseconds
 
 export class ChatView {
   editing = false;
   #page;
   #conversation;
-  #live = null; // the message that is being written: {message, markdown, footer}
+  #live = null; // the message that is being written: {message, article, markdown, told}, told when figures were shown
   #state = element("div", { className: "state" });
   #stateOf = null; // what it shows
   #following = true;
@@ -26,21 +27,22 @@ export class ChatView {
     new ResizeObserver(() => this.#follow(this.#following)).observe($("log"));
   }
 
-  /** Of the last answer. */
+  /** Of the last answer that has all of them. */
   get figures() {
-    return this.#conversation.messages.findLast(({ figures }) => figures)?.figures;
+    return this.#conversation.messages.findLast(({ figures }) => figures?.prompt)?.figures;
   }
 
   focus() {
     $("say").focus();
   }
 
-  show(conversation) {
+  /** Shows a conversation, from its end on if it is `another` than before. */
+  show(conversation, another = false) {
     this.#conversation = conversation;
     this.editing = false;
+    this.#following ||= another;
     this.#render();
     this.update();
-    this.#follow(true);
   }
 
   /** Shows what has changed since: the text of the answer, and how it stands with it. */
@@ -59,11 +61,14 @@ export class ChatView {
   }
 
   #write(message, answer) {
+    if (this.editing) return;
     if (this.#live?.message !== message) this.#live = this.#findOrAdd(message);
-    const { article, markdown } = this.#live;
-    markdown.update(message.content, !answer.done);
-    article.lastChild.replaceWith(this.#footer(message));
+    const { article, markdown, told } = this.#live;
     article.ariaBusy = String(!answer.done);
+    markdown.update(message.content, !answer.done);
+    if (!answer.done && performance.now() < told + FIGURES_EVERY) return;
+    article.lastChild.replaceWith(this.#footer(message));
+    this.#live.told = performance.now();
   }
 
   /** The article of the last message, to go on in. */
@@ -72,7 +77,7 @@ export class ChatView {
     const last = this.#state.previousElementSibling;
     if (last?.matches(".assistant")) last.replaceWith(article);
     else this.#state.before(article);
-    return { message, article, markdown: new MarkdownView(article.querySelector(".body")) };
+    return { message, article, markdown: new MarkdownView(article.querySelector(".body")), told: 0 };
   }
 
   /** What stands below the messages: `of` is the same for as long as the nodes may stay. */
@@ -154,9 +159,9 @@ export class ChatView {
     const tools = [button("Copy", ({ target }) => copyText(content, target))];
     tools.push(button("Edit", ({ target }) => this.#edit(message, target.closest("article"))));
     if (role === "user") tools.push(button("Delete", () => this.#delete(message)));
-    else if (message === this.#conversation.messages.at(-1)) tools.push(button("Regenerate", () => this.#retry()));
+    else tools.push(button("Regenerate", () => this.#retry(), "again"));
     const parts = [element("div", { className: "tools" }, ...tools)];
-    const text = figures && figuresText(figures, this.#ending(figures, finish));
+    const text = figures && figuresText(figures, content ? this.#ending(figures, finish) : "ended without a word");
     if (text) parts.unshift(element("span", { className: "figures" }, text));
     return element("footer", {}, ...parts);
   }
@@ -185,9 +190,10 @@ export class ChatView {
     if (!content.trim() || this.#page.running || !this.#page.model) return;
     $("say").value = "";
     fit($("say"));
-    this.#page.hideToast();
-    this.#conversation.messages.push({ role: "user", content });
-    this.#render();
+    hideToast();
+    const message = { role: "user", content };
+    this.#conversation.messages.push(message);
+    this.#state.before(this.#article(message));
     this.#ask();
   }
 
@@ -216,11 +222,12 @@ export class ChatView {
     const { messages } = this.#conversation;
     const at = messages.indexOf(message);
     const count = messages[at + 1]?.role === "assistant" ? 2 : 1;
-    this.#change("The message was deleted.", () => messages.splice(at, count));
-    if (this.#conversation.skip > at) this.#conversation.skip -= count;
     this.#page.answers.delete(this.#conversation);
+    this.#change("The message was deleted.", () => {
+      messages.splice(at, count);
+      if (this.#conversation.skip > at) this.#conversation.skip -= count;
+    });
     this.#page.keep(this.#conversation);
-    this.update();
   }
 
   #edit(message, article) {
@@ -258,7 +265,6 @@ export class ChatView {
   #rewrite(message, content) {
     this.#change("The answer was changed.", () => Object.assign(message, { content }));
     this.#page.keep(this.#conversation);
-    this.update();
   }
 
   /** Makes a change to the messages that can be taken back. */
@@ -268,7 +274,7 @@ export class ChatView {
     change();
     this.show(conversation);
     if (!what) return;
-    this.#page.toast(what, () => {
+    toast(what, () => {
       this.#page.stop();
       this.#page.answers.delete(conversation);
       Object.assign(conversation, before);
@@ -284,6 +290,7 @@ export class ChatView {
     send.ariaLabel = name;
     send.title = running ? "Stop (Esc)" : "Send (Enter)";
     send.disabled = !running && !this.#page.model;
+    $("say").placeholder = this.#page.models.length && !this.#page.model ? "No model for chats is served" : "Message";
   }
 
   // Scrolling

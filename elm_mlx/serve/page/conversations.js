@@ -83,7 +83,7 @@ function restored(id, text) {
 }
 
 /** localStorage; where the browser refuses it, what lasts as long as the page. */
-export const storage = (() => {
+const storage = (() => {
   try {
     localStorage.getItem("");
     return localStorage;
@@ -98,6 +98,19 @@ export const storage = (() => {
     };
   }
 })();
+
+/** The value that is kept under a name, null where there is none. */
+export const kept = (name) => parsed(storage.getItem(name));
+
+/** Keeps a value under a name. Returns false where there is no room for it. */
+export function keep(name, value) {
+  try {
+    storage.setItem(name, JSON.stringify(value));
+    return true;
+  } catch {
+    return false;
+  }
+}
 
 export class Conversations {
   #listed = new Map(); // by id: {id, title, kind, updated, damaged}
@@ -139,7 +152,7 @@ export class Conversations {
     if (there && there.revision !== conversation.revision) conversation.id = randomName();
     const { id, ...rest } = conversation;
     const revision = randomName();
-    const saved = this.#write(id, JSON.stringify({ ...rest, revision }));
+    const saved = keep(PREFIX + id, { ...rest, revision });
     if (saved) {
       conversation.revision = revision;
       this.#unsaved.delete(id);
@@ -154,15 +167,6 @@ export class Conversations {
     this.#unsaved.delete(id);
     this.#listed.delete(id);
     storage.removeItem(PREFIX + id);
-  }
-
-  #write(id, text) {
-    try {
-      storage.setItem(PREFIX + id, text);
-      return true;
-    } catch {
-      return false;
-    }
   }
 
   #readAll() {

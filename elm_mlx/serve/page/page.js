@@ -1,40 +1,46 @@
-// The page: its conversations, models, settings and keys. `chat.js` shows a conversation, `text.js` a text to continue.
+// The page: which conversation is open, the answers that are being written, the models. `chat.js` shows a conversation,
+// `text.js` a text to continue, `sidebar.js` what else there is.
 
 import { ChatView } from "./chat.js";
-import { Conversations, fromFile, isEmpty, newConversation, storage, title, toFile } from "./conversations.js";
-import { $, button, card, element, iconButton, waitingCard } from "./parts.js";
+import { Conversations, isEmpty, newConversation, title } from "./conversations.js";
+import { $, card, download, element, hideToast, Painter, toast, waitingCard } from "./parts.js";
+import { listenToPreferences, readSettings } from "./preferences.js";
 import { Answer, Attempts, Server } from "./requests.js";
+import { Sidebar } from "./sidebar.js";
 import { TextView } from "./text.js";
 
 const SAVE_EVERY = 2000; // milliseconds, while an answer is written
-const THEMES = ["auto", "light", "dark"];
 
 class Page {
   models = [];
   answers = new Map(); // by conversation: its latest Answer, until the next step
   open = null; // the conversation that is shown
+  store = new Conversations((id) => this.#changedElsewhere(id));
   #server = new Server();
-  #store = new Conversations((id) => this.#changedElsewhere(id));
   #saved = new WeakMap(); // by conversation: when, in milliseconds
   #askingKey = null;
   #painter = new Painter(() => this.view.update());
 
   constructor() {
     this.views = { chat: new ChatView(this), text: new TextView(this) };
+    this.sidebar = new Sidebar(this);
   }
 
   get view() {
     return this.views[this.open.kind];
   }
 
+  /** The answer that is being written here, if one is. */
   get running() {
     const answer = this.answers.get(this.open);
     return answer && !answer.done ? answer : null;
   }
 
-  /** The model that answers here: the conversation's where it is served, otherwise one of its kind, if any. */
+  /** The model that answers here: the conversation's where it is served, otherwise the first of its kind, if any. */
   get model() {
-    const fitting = this.models.filter(({ kind }) => this.open.kind === "text" || kind !== "base");
+    const isText = this.open.kind === "text";
+    const fitting = this.models.filter(({ kind }) => (kind === "base") === isText);
+    if (isText) fitting.push(...this.models); // any model continues a text
     return fitting.find(({ id }) => id === this.open.model) ?? fitting[0];
   }
 
@@ -47,30 +53,36 @@ class Page {
   /** Shows the conversation that the address names, or a new one. */
   route() {
     const id = location.hash.slice(1);
-    const live = [...this.answers.keys()].find((conversation) => conversation.id === id);
-    const found = live ?? (id && this.#store.read(id));
+    const found = this.#find(id);
     if (found) this.show(found);
-    else if (id && this.#store.raw(id) !== null) this.#showDamaged(id);
+    else if (id && this.store.raw(id) !== null) this.#showDamaged(id);
     else this.begin();
   }
 
+  /** The conversation of an id; the very one that an answer is written into. */
+  #find(id) {
+    return [...this.answers.keys()].find((conversation) => conversation.id === id) ?? this.store.read(id);
+  }
+
   /** Begins a conversation of the kind that the chosen model is for. It is saved with what is first said in it. */
-  begin() {
-    const chosen = this.models.find(({ id }) => id === $("model").value) ?? this.models[0];
+  begin(model = $("model").value) {
+    const chosen = this.models.find(({ id }) => id === model) ?? this.models[0];
     if (location.hash) history.pushState(null, "", location.pathname);
     this.show(newConversation(chosen?.kind === "base" ? "text" : "chat", chosen?.id ?? ""));
     this.view.focus();
   }
 
   show(conversation) {
+    const another = conversation.id !== this.open?.id;
     this.open = conversation;
     document.body.dataset.kind = conversation.kind;
     $("system").value = conversation.system;
-    this.view.show(conversation);
+    this.view.show(conversation, another);
     this.#showModel();
-    this.#showList();
-    this.#drawer(false);
-    this.hideToast();
+    this.sidebar.update();
+    if (!another) return;
+    this.sidebar.toggle(false);
+    hideToast();
   }
 
   /** Starts an answer. `take(answer)` puts its text into the conversation, each time that there is more. */
@@ -78,8 +90,8 @@ class Page {
     const changed = () => {
       if (this.answers.get(conversation) !== answer) return; // it was taken back
       take(answer);
-      this.#keepNowAndThen(conversation);
-      this.#repaint(conversation);
+      if (Date.now() - (this.#saved.get(conversation) ?? 0) > SAVE_EVERY) this.keep(conversation);
+      if (conversation === this.open) this.#painter.request();
     };
     const askKey = (message) => this.#askKey(message);
     const answer = new Answer(this.#server, path, { ...body, ...readSettings() }, { askKey, changed });
@@ -87,7 +99,7 @@ class Page {
     $("status").textContent = "Writing";
     answer.run().then(() => this.#finished(conversation, answer));
     this.view.update();
-    this.#showList();
+    this.sidebar.update();
   }
 
   #finished(conversation, answer) {
@@ -107,48 +119,47 @@ class Page {
   keep(conversation) {
     if (isEmpty(conversation)) return;
     conversation.updated = Date.now();
-    const saved = this.#store.save(conversation);
+    const saved = this.store.save(conversation);
     this.#saved.set(conversation, Date.now());
     if (conversation === this.open && location.hash.slice(1) !== conversation.id) {
       history.replaceState(null, "", `#${conversation.id}`);
     }
-    if (!saved) this.toast("The browser’s storage is full: this is in this tab alone. Export it, or delete others.");
-    this.#showList();
+    if (!saved) toast("The browser’s storage is full: this is in this tab alone. Export it, or delete others.");
+    this.sidebar.update();
   }
 
-  #keepNowAndThen(conversation) {
-    if (Date.now() - (this.#saved.get(conversation) ?? 0) > SAVE_EVERY) this.keep(conversation);
-  }
-
-  #repaint(conversation) {
-    if (conversation === this.open) this.#painter.request();
+  #keepAll() {
+    for (const [conversation, answer] of this.answers) if (!answer.done) this.keep(conversation);
+    if (this.view.editing) this.keep(this.open);
   }
 
   #changedElsewhere(id) {
-    this.#showList();
-    if (this.running || this.view.editing || (id !== null && id !== this.open.id)) return;
-    const fresh = this.#store.read(this.open.id);
+    for (const [conversation, answer] of this.answers) {
+      if (answer.done && (id === null || conversation.id === id)) this.answers.delete(conversation);
+    }
+    this.sidebar.update();
+    if (this.running || this.view.editing || $("settings").open || (id !== null && id !== this.open.id)) return;
+    const fresh = this.store.read(this.open.id);
     if (fresh) this.show(fresh);
     else if (!isEmpty(this.open)) this.begin(); // it was deleted
   }
 
   #showDamaged(id) {
     this.show(newConversation("chat", ""));
-    const save = () => download(new File([this.#store.raw(id)], "damaged-conversation.txt"));
-    const actions = { "Save what is there": save, Delete: () => this.remove({ id }) };
+    const save = () => download(new File([this.store.raw(id)], "damaged-conversation.txt"));
+    const actions = { "Save what is there": save, Delete: () => this.remove(id) };
     $("log").replaceChildren(card("This conversation was damaged in the browser’s storage.", actions));
   }
 
-  remove({ id }) {
-    const removed = this.#store.read(id);
-    const shown = id === this.open.id || id === location.hash.slice(1);
-    if (id === this.open.id) this.stop();
-    this.answers.delete(this.open.id === id ? this.open : null);
-    this.#store.remove(id);
-    if (shown) this.begin();
-    this.#showList();
+  remove(id) {
+    const removed = this.#find(id);
+    this.answers.get(removed)?.stop();
+    this.answers.delete(removed);
+    this.store.remove(id);
+    if (id === this.open.id || id === location.hash.slice(1)) this.begin();
+    this.sidebar.update();
     if (!removed) return;
-    this.toast(`Deleted “${title(removed)}”.`, () => {
+    toast(`Deleted “${title(removed)}”.`, () => {
       this.keep({ ...removed, revision: "" });
       location.hash = id;
     });
@@ -157,112 +168,63 @@ class Page {
   // Models
 
   async loadModels() {
-    const attempts = new Attempts((message) => this.#askKey(message), () => this.#notice(attempts));
+    const waits = () => notice(attempts.waiting && waitingCard(attempts));
+    const attempts = new Attempts((message) => this.#askKey(message), waits);
     try {
       this.models = (await attempts.run(() => this.#server.models())) ?? [];
-      this.#notice(this.models.length ? null : card("The server has no model."));
     } catch (trouble) {
-      this.#notice(card(trouble.message, { "Try again": () => this.loadModels() }));
+      notice(card(trouble.message, { "Try again": () => this.loadModels() }));
       return;
     }
+    notice(this.models.length ? null : card("The server has no model."));
     $("model").replaceChildren(...this.models.map(modelOption));
-    if (isEmpty(this.open)) this.show(newConversation(this.models[0]?.kind === "base" ? "text" : "chat", ""));
+    if (isEmpty(this.open)) this.route();
     this.#showModel();
     this.view.update();
   }
 
-  #notice(what) {
-    const node = what instanceof Attempts ? what.waiting && waitingCard(what) : what;
-    $("notice").replaceChildren(...(node ? [node] : []));
-  }
-
   #chooseModel(id) {
     const { kind } = this.models.find((model) => model.id === id);
-    const fits = (kind === "base") === (this.open.kind === "text");
-    if (fits) this.open.model = id;
-    else if (isEmpty(this.open)) this.show(newConversation(kind === "base" ? "text" : "chat", id));
-    else this.begin();
-    if (fits && this.open.revision) this.keep(this.open);
+    if ((kind === "base") !== (this.open.kind === "text")) this.begin(id);
+    else {
+      this.open.model = id;
+      if (this.open.revision) this.keep(this.open);
+    }
     this.#showModel();
     this.view.focus();
   }
 
   #showModel() {
-    if (this.model) $("model").value = this.model.id;
+    $("model").value = this.model?.id ?? "";
     $("model").disabled = !this.models.length;
     this.showContext();
   }
 
   showContext() {
-    const { model, view } = this;
-    const used = view.figures?.tokens ? view.figures.prompt + view.figures.tokens : 0;
-    $("context").hidden = !model?.context_length || !used;
+    const { prompt, tokens } = this.view.figures ?? {};
+    const length = this.model?.context_length;
+    $("context").hidden = !length || !prompt;
     if ($("context").hidden) return;
-    const share = Math.min(1, used / model.context_length);
-    const [some, all] = [used, model.context_length].map((count) => count.toLocaleString("en"));
-    $("context-text").textContent = `${some} of ${all} tokens`;
-    $("context-bar").firstChild.style.width = `${100 * share}%`;
-    $("context").classList.toggle("full", share > 0.9);
-    $("context").title = "How much of the model’s context this takes";
+    const [used, all] = [prompt + tokens, length].map((count) => count.toLocaleString("en"));
+    $("context-text").textContent = `${used} of ${all} tokens`;
+    $("context-bar").firstChild.style.width = `${Math.min(100, (100 * (prompt + tokens)) / length)}%`;
+    $("context").classList.toggle("full", prompt + tokens > 0.9 * length);
   }
 
-  // Conversations
+  // Keys
 
-  #showList() {
-    const running = [...this.answers].filter(([, answer]) => !answer.done).map(([{ id }]) => id);
-    const items = this.#store.list().map((entry) => this.#listItem(entry, running.includes(entry.id)));
-    const focused = document.activeElement?.closest?.("#list a")?.hash;
-    $("list").replaceChildren(...items);
-    if (focused) $("list").querySelector(`a[href="${focused}"]`)?.focus();
-    document.title = this.open && !isEmpty(this.open) ? `${title(this.open)} – elm-mlx` : "elm-mlx";
-  }
-
-  #listItem(entry, running) {
-    const link = element("a", { href: `#${entry.id}`, title: entry.title }, entry.title);
-    if (entry.id === this.open?.id) link.ariaCurrent = "page";
-    if (running) link.classList.add("running");
-    if (entry.id === this.open?.id) link.onclick = () => this.#drawer(false);
-    return element("li", {}, link, iconButton("cross", `Delete ${entry.title}`, () => this.remove(entry)));
-  }
-
-  async #importFiles(files) {
-    const problems = [];
-    for (const file of files) {
-      try {
-        const conversation = fromFile(file.name, await file.text(), this.model?.id ?? "");
-        this.keep(conversation);
-        location.hash = conversation.id;
-      } catch (error) {
-        problems.push(error.message);
-      }
-    }
-    $("file").value = "";
-    if (problems.length) this.toast(problems.join(" "));
-  }
-
-  #export() {
-    if (isEmpty(this.open)) this.toast("There is nothing to save yet.");
-    else download(toFile(this.open));
-  }
-
-  // Settings and key
-
-  #openSettings() {
-    $("system-field").hidden = this.open.kind === "text";
-    fillSettings();
-    $("settings").showModal();
-  }
-
+  /** Asks for the server's key; returns true where one was given. */
   #askKey(message) {
     this.#askingKey ??= new Promise((resolve) => {
+      const dialog = $("key-dialog");
       $("key-message").textContent = message;
       $("key").value = this.#server.key;
-      $("key-dialog").onclose = () => {
+      dialog.returnValue = "";
+      dialog.onclose = () => {
         this.#askingKey = null;
-        resolve($("key-dialog").returnValue === "use");
+        resolve(dialog.returnValue === "use");
       };
-      $("key-dialog").returnValue = "";
-      $("key-dialog").showModal();
+      dialog.showModal();
       $("key").select();
     });
     return this.#askingKey;
@@ -277,148 +239,41 @@ class Page {
     $("key-dialog").close("use");
   }
 
-  // What stands in the way, and goes by
-
-  /** Says something at the foot of the page; `undo`, if given, takes back what was done. */
-  toast(text, undo) {
-    const buttons = [iconButton("cross", "Close", () => this.hideToast())];
-    if (undo) buttons.unshift(button("Undo", () => (this.hideToast(), undo())));
-    $("toast").replaceChildren(element("span", {}, text), ...buttons);
-    $("toast").hidden = false;
-  }
-
-  hideToast() {
-    $("toast").hidden = true;
-  }
-
-  #drawer(open) {
-    document.body.classList.toggle("drawer", open);
-    $("menu").ariaExpanded = String(open);
-    if (open) $("new").focus();
-  }
-
   #listen() {
     addEventListener("hashchange", () => this.route());
-    addEventListener("pagehide", () => [...this.answers.keys()].forEach((conversation) => this.keep(conversation)));
-    addEventListener("keydown", (event) => this.#key(event));
-    const clicks = {
-      new: () => this.begin(), menu: () => this.#drawer(true), shade: () => this.#drawer(false),
-      import: () => $("file").click(), export: () => this.#export(), theme: nextTheme,
-      "settings-open": () => this.#openSettings(), reset: resetSettings,
-    };
-    for (const [id, act] of Object.entries(clicks)) $(id).addEventListener("click", act);
+    addEventListener("pagehide", () => this.#keepAll());
+    addEventListener("keydown", (event) => this.#pressed(event));
     for (const close of document.querySelectorAll(".close")) close.onclick = () => close.closest("dialog").close();
-    $("file").onchange = () => this.#importFiles([...$("file").files]);
     $("model").onchange = () => this.#chooseModel($("model").value);
-    $("settings").oninput = (event) => event.target.name && saveSettings();
+    $("settings-open").onclick = () => $("settings").showModal();
     $("system").oninput = () => (this.open.system = $("system").value);
     $("settings").onclose = () => this.open.kind === "chat" && this.keep(this.open);
     $("key-form").onsubmit = (event) => {
       event.preventDefault();
       this.#useKey();
     };
-    showTheme();
+    listenToPreferences();
   }
 
-  #key(event) {
-    if (event.key.toLowerCase() === "k" && (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey) {
+  #pressed(event) {
+    const command = (event.ctrlKey || event.metaKey) && !event.shiftKey && !event.altKey;
+    if (document.querySelector("dialog[open]")) return;
+    if (command && event.key.toLowerCase() === "k") {
       event.preventDefault();
       this.begin();
-    } else if (event.key === "Escape" && !event.isComposing && !document.querySelector("dialog[open]")) {
-      if (document.body.classList.contains("drawer")) this.#drawer(false);
-      else this.stop();
+    } else if (event.key === "Escape" && !event.isComposing) {
+      if (!this.sidebar.toggle(false)) this.stop();
     }
   }
 }
 
-/** Calls `paint` once for all that is asked for in a frame, and leaves four times as long free as it takes. */
-class Painter {
-  #asked = false;
-  #free = 0;
-
-  constructor(paint) {
-    this.paint = paint;
-  }
-
-  request() {
-    if (this.#asked) return;
-    this.#asked = true;
-    setTimeout(() => requestAnimationFrame(() => this.#run()), Math.max(0, this.#free - performance.now()));
-  }
-
-  #run() {
-    this.#asked = false;
-    const start = performance.now();
-    this.paint();
-    const end = performance.now();
-    this.#free = end + 4 * (end - start);
-  }
+function notice(node) {
+  $("notice").replaceChildren(...(node ? [node] : []));
 }
 
 function modelOption({ id, base, kind }) {
   const about = [base && `adapter of ${base}`, kind === "base" && "continues text"].filter(Boolean).join(", ");
   return element("option", { value: id }, about ? `${id} (${about})` : id);
-}
-
-function download(file) {
-  const url = URL.createObjectURL(file);
-  element("a", { href: url, download: file.name }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 10000);
-}
-
-// Settings
-
-const SETTINGS = "elm-mlx/settings";
-const inputs = () => [...document.querySelectorAll("#settings input")];
-
-/** The sampling settings as fields of a request; what is not set is left to the model. */
-function readSettings() {
-  try {
-    const found = JSON.parse(storage.getItem(SETTINGS)) ?? {};
-    const set = inputs().filter(({ name }) => Number.isFinite(found[name]));
-    return Object.fromEntries(set.map(({ name }) => [name, found[name]]));
-  } catch {
-    return {};
-  }
-}
-
-function fillSettings() {
-  const settings = readSettings();
-  for (const input of inputs()) input.value = settings[input.name] ?? "";
-}
-
-function saveSettings() {
-  const set = inputs().filter((input) => input.value !== "" && input.validity.valid);
-  const settings = Object.fromEntries(set.map((input) => [input.name, input.valueAsNumber]));
-  try {
-    storage.setItem(SETTINGS, JSON.stringify(settings));
-  } catch {
-    // They hold while the page is open only where there is room; a conversation that cannot be saved says so.
-  }
-}
-
-function resetSettings() {
-  storage.removeItem(SETTINGS);
-  fillSettings();
-}
-
-// Light and dark
-
-const THEME = "elm-mlx/theme";
-
-function showTheme() {
-  const stored = storage.getItem(THEME);
-  const theme = THEMES.includes(stored) ? stored : "auto";
-  document.documentElement.dataset.theme = theme;
-  $("theme").lastElementChild.textContent = { auto: "Auto", light: "Light", dark: "Dark" }[theme];
-  $("theme").title = "Colours: as the system has them, light or dark";
-  return theme;
-}
-
-function nextTheme() {
-  const next = THEMES[(THEMES.indexOf(showTheme()) + 1) % THEMES.length];
-  storage.setItem(THEME, next);
-  showTheme();
 }
 
 new Page().start();

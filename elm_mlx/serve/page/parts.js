@@ -68,6 +68,48 @@ function copyBySelection(text) {
   return copied;
 }
 
+/** Says something at the foot of the page; `undo`, if given, takes back what was done. */
+export function toast(text, undo) {
+  const buttons = [iconButton("cross", "Close", hideToast)];
+  if (undo) buttons.unshift(button("Undo", () => (hideToast(), undo())));
+  $("toast").replaceChildren(element("span", {}, text), ...buttons);
+  $("toast").hidden = false;
+}
+
+export function hideToast() {
+  $("toast").hidden = true;
+}
+
+export function download(file) {
+  const url = URL.createObjectURL(file);
+  element("a", { href: url, download: file.name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 10_000);
+}
+
+/** Calls `paint` once for all that is asked for in a frame, and leaves four times as long free as it takes. */
+export class Painter {
+  #asked = false;
+  #free = 0; // when it may paint again
+
+  constructor(paint) {
+    this.paint = paint;
+  }
+
+  request() {
+    if (this.#asked) return;
+    this.#asked = true;
+    setTimeout(() => requestAnimationFrame(() => this.#run()), Math.max(0, this.#free - performance.now()));
+  }
+
+  #run() {
+    this.#asked = false;
+    const start = performance.now();
+    this.paint();
+    const end = performance.now();
+    this.#free = end + 4 * (end - start);
+  }
+}
+
 export function figuresText({ tokens, rate, first }, ending) {
   const parts = [];
   if (tokens) parts.push(`${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}`);

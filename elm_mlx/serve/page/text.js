@@ -1,6 +1,6 @@
 // A text that a base model continues, in place.
 
-import { $, card, element, figuresText, waitingCard } from "./parts.js";
+import { $, card, element, figuresText, hideToast, waitingCard } from "./parts.js";
 
 export class TextView {
   editing = false; // typed since it was last saved
@@ -32,13 +32,12 @@ export class TextView {
     $("text").focus();
   }
 
-  show(conversation) {
+  /** Shows a text, from its end on if it is `another` than before. */
+  show(conversation, another = false) {
     this.#conversation = conversation;
     this.editing = false;
-    if ($("text").value !== conversation.text) $("text").value = conversation.text;
-    this.#stateOf = null;
     this.update();
-    $("scroller").scrollTop = $("scroller").scrollHeight;
+    if (another) $("scroller").scrollTop = $("scroller").scrollHeight;
   }
 
   update() {
@@ -69,7 +68,7 @@ export class TextView {
   #showState(answer) {
     $("text-figures").textContent = this.figures ? figuresText(this.figures, this.#ending()) : "";
     const state = answer?.waiting ?? answer?.trouble;
-    if (state === this.#stateOf) return;
+    if (state === this.#stateOf) return; // it is shown
     this.#stateOf = state;
     $("text-state").replaceChildren(...this.#stateNodes(answer));
   }
@@ -112,7 +111,7 @@ export class TextView {
     const pieces = this.#pieces;
     const piece = [before.length, before.length];
     conversation.model = model.id;
-    this.#page.hideToast();
+    hideToast();
     this.#page.keep(conversation);
     const body = { model: model.id, prompt: before.slice(conversation.skip) };
     this.#page.answer(conversation, "v1/completions", body, (answer) => {
@@ -127,8 +126,8 @@ export class TextView {
   /** Takes back the last continuation. Returns false where there is none. */
   #undo() {
     const conversation = this.#conversation;
-    const piece = this.#pieces.pop();
-    if (!piece || this.#page.running) return false;
+    const piece = this.#page.running ? null : this.#pieces.pop();
+    if (!piece) return false;
     conversation.text = conversation.text.slice(0, piece[0]) + conversation.text.slice(piece[1]);
     conversation.figures = null;
     this.#page.answers.delete(conversation);
