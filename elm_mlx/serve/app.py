@@ -318,6 +318,7 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "kind": "base" if model.template is None else "chat",
         "tools": model.tools.form is not None,
         "base": model.base,
+        "sampling": {"temperature" if name == "temp" else name: value for name, value in model.settings.items()},
     }
 
 

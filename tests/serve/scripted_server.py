@@ -17,11 +17,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from elm_mlx.serve.guard import POLICY
+
 PAGE = Path(__file__).parents[2] / "elm_mlx" / "serve" / "page"
-POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 # Stricter than what the server sends: that no string is ever made into markup or code is shown by the browser.
 STRICTER = "; require-trusted-types-for 'script'; trusted-types 'none'"
 CHAT = {"id": "small-chat", "kind": "chat", "context_length": 2048, "base": None}

@@ -16,10 +16,11 @@ import pytest
 from elm_mlx.inference.conversation import read_messages
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
-scripted = pytest.importorskip("scripted_server", reason="needs starlette and uvicorn")
 
+import tiny  # noqa: E402
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 from scripted_server import ADAPTER, BASE, CHAT, Refusal, ScriptedServer, Writing  # noqa: E402
+from serving import make_chat, serving  # noqa: E402
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 ANSWERED = "article.assistant[aria-busy=false]:nth-last-child(2)"
@@ -144,7 +145,8 @@ def test_an_answer_is_shown_as_it_is_written(page: Page, server: ScriptedServer)
     assert answers(page) == [("All is well " * 20).strip()]
     body = server.bodies[0]
     assert body["model"] == "small-chat" and body["stream"] and body["stream_options"] == {"include_usage": True}
-    assert set(body) == {"model", "messages", "stream", "stream_options"}  # all else is the model's own
+    assert (body["temperature"], body["top_p"]) == (0.7, 0.9)  # those of `elm-mlx chat`
+    assert set(body) == {"model", "messages", "temperature", "top_p", "stream", "stream_options"}
     assert asked(server) == [("user", "How is it?")]
     assert re.fullmatch(r"80 tokens · \d+(\.\d)? tokens/s · first after \d+\.\d+ s", page.inner_text(".figures"))
     assert page.inner_text("#context") == "90 of 2,048 tokens"
@@ -478,15 +480,24 @@ def test_a_full_context_says_what_to_do(page: Page, server: ScriptedServer) -> N
 
 
 def test_a_refused_field_is_named(page: Page, server: ScriptedServer) -> None:
-    server.script = [Refusal(400, "temperature is 9: it must be at most 2", param="temperature")]
+    too_large = {"code": "out_of_memory", "headers": {"Retry-After": "60"}}
+    server.script = [
+        Refusal(503, "this needs 9 GB, and 8 GB is the most", **too_large),
+        Refusal(400, "temperature is 9: it must be at most 2", param="temperature"),
+    ]
+    say(page, "Huge", wait=False)
+    expect(page.locator(".card")).to_contain_text("this needs 9 GB")  # which does not pass by waiting
     say(page, "Hello", wait=False)
     expect(page.locator(".card")).to_contain_text("temperature is 9")
     page.get_by_role("button", name="Settings", exact=True).last.click()
     expect(page.locator("#settings")).to_be_visible()
 
 
-def test_settings_and_system_prompt_go_into_requests(page: Page, server: ScriptedServer) -> None:
+def test_settings_and_system_prompt_go_into_requests(context: BrowserContext, server: ScriptedServer) -> None:
+    server.models = [CHAT | {"sampling": {"temperature": 0.3, "min_p": 0.1}}]
+    page = opened(context, server)
     page.click("#settings-open")
+    assert page.get_attribute("[name=temperature]", "placeholder") == "0.3"
     page.fill("#system", "Answer briefly.")
     page.fill("[name=temperature]", "0.5")
     page.fill("[name=seed]", "7")
@@ -498,13 +509,13 @@ def test_settings_and_system_prompt_go_into_requests(page: Page, server: Scripte
     say(page, "Again")
     for number in (0, 1):
         body = server.bodies[number]
-        assert (body["temperature"], body["seed"]) == (0.5, 7) and "top_p" not in body
+        assert (body["temperature"], body["seed"], body["top_p"], body["min_p"]) == (0.5, 7, 0.9, 0.1)
         assert asked(server, number)[0] == ("system", "Answer briefly.")
     page.click("#settings-open")
     page.get_by_role("button", name="Reset sampling").click()
     page.keyboard.press("Escape")
     say(page, "Without")
-    assert "temperature" not in server.bodies[2]
+    assert server.bodies[2]["temperature"] == 0.3
 
 
 def test_models_are_chosen_and_a_base_model_has_a_page_for_text(
@@ -662,6 +673,9 @@ def test_a_damaged_or_full_storage_loses_nothing(page: Page, server: ScriptedSer
     assert answers(page) == ["All is well."]
     page.locator("#list a", has_text="Damaged").first.click()
     expect(page.locator(".card")).to_contain_text("was damaged")
+    page.reload()
+    page.wait_for_selector("#model:enabled")
+    expect(page.locator(".card")).to_contain_text("was damaged")
     with page.expect_download() as download:
         page.get_by_role("button", name="Save what is there").click()
     assert Path(download.value.path()).read_text() in ("{{{", '{"kind": "chat", "messages": [{"role": 3}]}')
@@ -730,6 +744,39 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(page: Page, serve
     assert answers(page) == [("slow " * 100).strip()]
 
 
+def test_what_is_deleted_while_it_is_written_stays_so(page: Page, server: ScriptedServer) -> None:
+    server.script = [Writing("slow " * 500, pause=0.02)]
+    say(page, "Slow", wait=False)
+    page.wait_for_selector("article.assistant")
+    page.keyboard.press("Control+k")
+    page.locator("#list li").hover()
+    page.get_by_role("button", name="Delete Slow").click()
+    page.wait_for_timeout(300)
+    assert page.locator("#list li").count() == 0 and server.left == 1
+    page.reload()
+    assert page.locator("#list li").count() == 0
+
+
+def test_leaving_the_page_changes_nothing_that_another_tab_has_changed(
+    context: BrowserContext, server: ScriptedServer
+) -> None:
+    one = opened(context, server)
+    say(one, "First")
+    other = context.new_page()
+    other.goto(one.url)
+    other.wait_for_selector("#model:enabled")
+    server.script = [Writing("A line.\n\n" * 60, piece=9)]
+    say(other, "Second")
+    expect(one.locator("article")).to_have_count(4)
+    one.evaluate("document.getElementById('scroller').scrollTop = 100")
+    say(other, "Third")
+    expect(one.locator("article")).to_have_count(6)
+    assert one.evaluate("document.getElementById('scroller').scrollTop") == 100  # what was read stays in view
+    one.reload()
+    expect(one.locator("article")).to_have_count(6)
+    assert one.locator("#list li").count() == 1
+
+
 def test_reading_earlier_parts_is_not_disturbed(page: Page, server: ScriptedServer) -> None:
     server.script = [Writing("A line of text.\n\n" * 200, pause=0.01, piece=34)]
     say(page, "Long", wait=False)
@@ -754,3 +801,33 @@ def test_code_and_answers_are_copied(context: BrowserContext, page: Page, server
         page.locator(button).first.click()
         expect(page.locator(button).first).to_have_text("Copied")
         assert page.evaluate("navigator.clipboard.readText()") == copied
+
+
+def test_the_real_server_is_understood(browser: Browser, tmp_path: Path) -> None:
+    tokenizer = tiny.train_tokenizer()
+    chat, base = (
+        tiny.write_directory(tmp_path / name, tiny.random_model(tiny.scaled_config(320)), tokenizer)
+        for name in ("chat", "base")
+    )
+    with serving([make_chat(chat), base], api_key="sesame") as served:
+        page = browser.new_page()
+        page.goto(served.url)
+        page.fill("#key", "sesame")
+        page.press("#key", "Enter")
+        page.wait_for_selector("#model:enabled")
+        page.click("#settings-open")
+        page.fill("[name=max_tokens]", "7")
+        page.keyboard.press("Escape")
+        say(page, "a king")
+        expect(page.locator(".assistant .figures")).to_contain_text("7 tokens")
+        expect(page.locator("#context")).to_contain_text("of 512 tokens")
+        say(page, "word " * 700, wait=False)
+        expect(page.locator(".card")).to_contain_text("the model's context is 512")
+        page.get_by_role("button", name="Leave out the oldest messages").click()
+        expect(page.locator(".card")).to_contain_text("Shorten this message")
+        page.select_option("#model", "base")
+        page.fill("#text", "the quick")
+        page.click("#continue")
+        expect(page.locator("#text-figures")).to_contain_text("7 tokens")
+        expect(page.locator("#text")).to_have_value(re.compile("the quick.+", re.S))
+        page.close()

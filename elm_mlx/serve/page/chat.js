@@ -200,12 +200,11 @@ export class ChatView {
   /** Asks for an answer to the last message. */
   #ask(replaced = null) {
     const conversation = this.#conversation;
-    const { model } = this.#page;
-    conversation.model = model.id;
+    conversation.model = this.#page.model.id;
     this.#following = true;
     this.#page.answers.delete(conversation);
     this.#page.keep(conversation);
-    const body = { model: model.id, messages: toMessages(conversation) };
+    const body = { messages: toMessages(conversation) };
     this.#page.answer(conversation, "v1/chat/completions", body, (answer) => take(conversation, answer, replaced));
     this.focus();
   }

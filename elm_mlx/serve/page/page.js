@@ -4,7 +4,7 @@
 import { ChatView } from "./chat.js";
 import { Conversations, isEmpty, newConversation, title } from "./conversations.js";
 import { $, card, download, element, hideToast, Painter, toast, waitingCard } from "./parts.js";
-import { listenToPreferences, readSettings } from "./preferences.js";
+import { listenToPreferences, samplingFor, showDefaults } from "./preferences.js";
 import { Answer, Attempts, Server } from "./requests.js";
 import { Sidebar } from "./sidebar.js";
 import { TextView } from "./text.js";
@@ -94,7 +94,9 @@ class Page {
       if (conversation === this.open) this.#painter.request();
     };
     const askKey = (message) => this.#askKey(message);
-    const answer = new Answer(this.#server, path, { ...body, ...readSettings() }, { askKey, changed });
+    const { model } = this; // of a conversation that is open, as all that are asked are
+    const request = { model: model.id, ...body, ...samplingFor(model) };
+    const answer = new Answer(this.#server, path, request, { askKey, changed });
     this.answers.set(conversation, answer);
     $("status").textContent = "Writing";
     answer.run().then(() => this.#finished(conversation, answer));
@@ -211,7 +213,12 @@ class Page {
     $("context").classList.toggle("full", prompt + tokens > 0.9 * length);
   }
 
-  // Keys
+  // Settings and keys
+
+  #openSettings() {
+    showDefaults(this.model);
+    $("settings").showModal();
+  }
 
   /** Asks for the server's key; returns true where one was given. */
   #askKey(message) {
@@ -245,7 +252,7 @@ class Page {
     addEventListener("keydown", (event) => this.#pressed(event));
     for (const close of document.querySelectorAll(".close")) close.onclick = () => close.closest("dialog").close();
     $("model").onchange = () => this.#chooseModel($("model").value);
-    $("settings-open").onclick = () => $("settings").showModal();
+    $("settings-open").onclick = () => this.#openSettings();
     $("system").oninput = () => (this.open.system = $("system").value);
     $("settings").onclose = () => this.open.kind === "chat" && this.keep(this.open);
     $("key-form").onsubmit = (event) => {

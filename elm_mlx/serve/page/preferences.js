@@ -6,6 +6,7 @@ import { $ } from "./parts.js";
 const SETTINGS = "elm-mlx/settings";
 const THEME = "elm-mlx/theme";
 const THEMES = ["auto", "light", "dark"];
+const DEFAULTS = { temperature: 0.7, top_p: 0.9 }; // those of `elm-mlx chat`
 
 const inputs = () => [...document.querySelectorAll("#settings input")];
 
@@ -17,8 +18,16 @@ export function listenToPreferences() {
   showTheme(kept(THEME));
 }
 
-/** The sampling settings as fields of a request; what is empty, or out of range, is left to the model. */
-export function readSettings() {
+/** The sampling settings as fields of a request: the user's, then the model's own, then the defaults. */
+export const samplingFor = (model) => ({ ...DEFAULTS, ...model.sampling, ...readSettings() });
+
+/** Shows in the fields that are empty what holds for a model. */
+export function showDefaults(model) {
+  const defaults = { ...DEFAULTS, ...model?.sampling };
+  for (const input of inputs()) input.placeholder = defaults[input.name] ?? "";
+}
+
+function readSettings() {
   const set = inputs().filter((input) => input.value !== "" && input.validity.valid);
   return Object.fromEntries(set.map((input) => [input.name, input.valueAsNumber]));
 }

@@ -61,8 +61,9 @@ async function refusal(response) {
   const text = message ?? `The server answered ${response.status} ${response.statusText}`.trim();
   const wait = Number(response.headers.get("Retry-After")) || 0;
   if (response.status === 401) return new Trouble("key", text);
-  if (response.status === 429 || response.status === 503) return new Trouble("busy", "The server is busy.", { wait });
   if (code === "context_length_exceeded") return new Trouble("context", text);
+  const passes = [429, 503].includes(response.status) && code !== "out_of_memory"; // what is too large stays so
+  if (passes) return new Trouble("busy", "The server is busy.", { wait });
   return new Trouble(response.status < 500 ? "refused" : "failed", text, { param });
 }
 

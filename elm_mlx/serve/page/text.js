@@ -48,7 +48,7 @@ export class TextView {
     this.#showState(answer);
     $("text").readOnly = Boolean(running);
     $("continue").textContent = running ? "Stop" : "Continue";
-    $("continue").disabled = !running && !model;
+    $("continue").disabled = !running && !(model && this.#conversation.text);
     $("another").disabled = $("undo").disabled = Boolean(running) || !this.#pieces.length;
     if (running && near) $("scroller").scrollTop = $("scroller").scrollHeight;
   }
@@ -106,14 +106,14 @@ export class TextView {
   #continue() {
     const conversation = this.#conversation;
     const { model } = this.#page;
-    if (this.#page.running || !model) return;
+    if (this.#page.running || !model || !conversation.text) return;
     const before = conversation.text;
     const pieces = this.#pieces;
     const piece = [before.length, before.length];
     conversation.model = model.id;
     hideToast();
     this.#page.keep(conversation);
-    const body = { model: model.id, prompt: before.slice(conversation.skip) };
+    const body = { prompt: before.slice(conversation.skip) };
     this.#page.answer(conversation, "v1/completions", body, (answer) => {
       conversation.text = before + answer.text;
       piece[1] = conversation.text.length;
