@@ -87,10 +87,9 @@ class Command(typer.core.TyperCommand):
             row, each = parameter.get_help_record(ctx), parameter
             if row is not None:
                 term, text = row[0].replace(" range>", ">"), re.sub(r" \[([^\[\]]+)\]$", r" (\1)", row[1])
+                text = re.sub(r"(\d+)<=x<=(\d+)", r"from \1 to \2", text).replace("x>=", "at least ")
                 usual = "Arguments" if each.param_type_name == "argument" else "Options"
-                sections.setdefault(getattr(each, "rich_help_panel", None) or usual, []).append(
-                    (term, text.replace("x>=", "at least "))
-                )
+                sections.setdefault(getattr(each, "rich_help_panel", None) or usual, []).append((term, text))
         _write_sections(formatter, sections)
 
     def _in_place(self, args: list[str]) -> list[str]:
