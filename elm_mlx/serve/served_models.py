@@ -87,7 +87,7 @@ def load_models(
     Args:
         models: `DIR` or `NAME=DIR` each.
         adapters_: `NAME=DIR` each, or `NAME=DIR@MODEL` where there are several models.
-        note: told what a user should know of each.
+        note: called with what a user should know of each.
 
     Raises:
         InputError: a directory cannot be loaded, has no tokenizer, or a name is missing or stands twice.
