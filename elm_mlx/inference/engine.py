@@ -132,7 +132,7 @@ Event = PromptRead | Generated | Failed  # the last one is a Generated with a fi
 
 @dataclass(frozen=True)
 class EngineStatistics:
-    """What the engine is doing and has done.
+    """The engine's figures: requests and tokens, at this moment and so far.
 
     Attributes:
         rows: answers that are being decoded.

@@ -137,7 +137,7 @@ class Grammar:
 
 
 class GrammarState:
-    """How far one text has come in its grammar. Made by `Grammar.start`, for one text each.
+    """The state of one text in its grammar, a logits processor. Made by `Grammar.start`, for one text each.
 
     It is a logits processor too: `stream_generate(…, logits_processors=[grammar.start()])`.
     """

@@ -91,7 +91,7 @@ class Answer:
 
 
 class AnswerShape:
-    """What a completion's answers and chunks have in common: its id, time, model, and kind.
+    """The shape that a completion's answers and chunks share: id, time, model, and kind.
 
     Args:
         chat: the answers are messages; else texts.

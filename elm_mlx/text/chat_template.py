@@ -190,7 +190,7 @@ class JinjaTemplate(Template):
 
     @cached_property
     def takes_tools(self) -> bool:  # type: ignore[override]
-        """Whether the template tells the model of the functions that it may call."""
+        """Returns whether the template shows the model the functions that it may call."""
         function = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
         tools = [{"type": "function", "function": function}]
         system, question = {"role": "system", "content": "!"}, {"role": "user", "content": "?"}

@@ -38,7 +38,7 @@ _NO_START = "the process that renders chat templates does not start"
 
 
 class TemplateInput(NamedTuple):
-    """What a template renders: messages, the functions that may be called, and whether the generation prompt follows.
+    """The input of a template: messages, functions that may be called, and whether the generation prompt follows.
 
     `tools` are as in OpenAI's API; None for none.
     """
