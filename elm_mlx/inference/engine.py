@@ -201,6 +201,8 @@ class _Task:
         self.caches: list[KVCache] = []
         self.snapshots: dict[int, Layers] = {}
         self.scored: list[ScoredToken] = []
+        self.hidden: mx.array | None = None  # of the piece of the prompt that is being read
+        self.unread: list[Any] | None = None  # what its layers leave in the caches, of those that are not computed yet
         self.sum: mx.array | None = None  # of hidden states, for an embedding
         self.state = State()
         self.grammar: GrammarState | None = None
@@ -409,14 +411,59 @@ def _pairs(ids: mx.array, logprobs: mx.array) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
 
 
+class _Pace:
+    """How many layers of a piece of a prompt are computed between two steps: what takes as long as `_STEPS` of them.
+
+    A piece is one graph, and of a graph MLX computes what it is asked for. So a piece may be long, as a processor likes
+    it, and its bits are the same, however it is cut.
+    """
+
+    _STEPS = 2.0
+    _MEASURED = 32  # rounds after which the time of a step alone is taken again
+
+    def __init__(self) -> None:
+        self._step = self._layer = math.inf  # seconds, about
+        self._ended: float | None = None  # when the round before did
+        self._layers = 0  # computed since
+        self._left = -1  # rounds until the next measurement; the first step is compiled, so its time means nothing
+
+    def round(self, running: bool) -> None:
+        """Takes the time since the round before, in which a step ran, and the layers that were asked for."""
+        now, before, layers = time.perf_counter(), self._ended, self._layers
+        self._ended, self._layers = now if running else None, 0
+        if before is None or not running:
+            return
+        if not layers:
+            self._step = _average(self._step, now - before)
+            self._left = self._left + 1 if self._left < 0 else self._MEASURED
+        else:
+            self._layer = _average(self._layer, max(0.0, now - before - self._step) / layers)
+            self._left = max(0, self._left - 1)
+
+    def layers(self, most: int) -> int:
+        """Returns how many layers to compute now; 0 where the time of a step is to be taken first."""
+        if self._left <= 0:
+            return 0
+        wanted = 1 if self._layer == math.inf else self._STEPS * self._step / max(self._layer, 1e-6)
+        self._layers = max(1, min(most, int(wanted)))
+        return self._layers
+
+
+def _average(before: float, now: float) -> float:
+    """Returns the average with another value: a smaller one counts at once, for whatever disturbs makes it larger."""
+    return min(now, before + 0.2 * (now - before)) if before < math.inf else now
+
+
 class Engine:
     """Computes requests in a thread of its own, which alone uses MLX, together where it can.
 
-    Prompts are read one after the other, in the order that they came, a piece of `PREFILL_STEP` tokens between two
-    steps of the answers; every model's answers share its steps. Greedy text, and sampled text with a seed, is that of
-    `generate`: pieces are the same, wherever a prompt begins to be read, each row draws by its own key, and `Rows` says
-    when a row's bits don't depend on the others. What an answer has left in the prefix tree was computed a token at a
-    time, and a prompt that goes on from there equals one that is read anew to rounding.
+    Prompts are read one after the other, in the order that they came, in pieces of `PREFILL_STEP` tokens, of which some
+    layers are computed between two steps of the answers; every model's answers share its steps.
+
+    Greedy text, and sampled text with a seed, is that of `generate`, to the bit of the log-probabilities where `Rows`
+    says so: a prompt is read in the same pieces, wherever it begins to be read, and each row draws by its own key. What
+    an answer has left in the prefix tree was computed a token at a time: a prompt that goes on from there equals one
+    that is read anew to rounding.
 
     Args:
         models: by the names that requests use.
@@ -455,6 +502,7 @@ class Engine:
         self._read = self._cached = self._generated = 0
         self._finished = self._cancelled = self._failed = self._refused = 0
         self._seconds = 1.0  # that a request takes, about
+        self._pace = _Pace()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -472,6 +520,9 @@ class Engine:
         if request.max_tokens < (0 if request.prompt_logprobs else 1):
             raise InputError(f"max_tokens is {request.max_tokens}: it must be 1 or more")
         check_seed(request.seed)
+        unknown = next((token for token in request.sampler.logit_bias if token >= config.vocab_size), None)
+        if unknown is not None:
+            raise InputError(f"logit_bias names token {unknown}, outside the vocabulary of {config.vocab_size}")
         encode_prompt(batch.model, None, request.ids)
         room = config.max_context_length - len(request.ids)
         stream = TextStream(
@@ -586,16 +637,19 @@ class Engine:
                 self._fail_all(error)
 
     def _round(self) -> None:
-        """Takes one step of every model's answers, and reads one piece of a prompt."""
+        """Takes a step of every model's answers, reports the tokens while it runs, and reads on in a prompt."""
         self._forget_cancelled()
         self._admit()
         running = [batch for batch in self._batches.values() if batch.answers]
         for batch in running:
             self._guarded(batch, partial(batch.launch, self._keep))
-        if self._reading is not None:
-            self._read_piece(self._reading)
         for batch in running:
             self._guarded(batch, partial(self._deliver, batch))
+        self._pace.round(bool(running))
+        if self._reading is not None:
+            self._read_on(self._reading)
+        if mx.get_active_memory() + mx.get_cache_memory() > self.max_memory:  # freed buffers that MLX keeps
+            mx.clear_cache()
 
     def _forget_cancelled(self) -> None:
         with self._changed:
@@ -608,7 +662,8 @@ class Engine:
         for batch in self._batches.values():
             gone = [row for row, answer in enumerate(batch.answers) if answer.over]
             self._cancelled += len(gone)
-            batch.remove(gone, self._keep)
+            if gone:
+                self._guarded(batch, partial(batch.remove, gone, self._keep))
 
     def _admit(self) -> None:
         """Begins to read the request that has waited longest, where there is room for it."""
@@ -631,34 +686,51 @@ class Engine:
                 cache.restore([node.layers[number] for node in found], task.cached)
             cache.text_length = len(ids)
 
-    def _read_piece(self, task: _Task) -> None:
+    def _read_on(self, task: _Task) -> None:
+        """Reads a piece of a prompt, or some of its layers. After the last one the answer joins the others."""
         try:
-            self._read_more(task)
+            batch = self._batches[task.request.model]
+            if task.unread is None:
+                self._begin_piece(batch, task)
+            assert task.unread is not None
+            if self._rows():
+                layers = self._pace.layers(len(task.caches))
+                mx.async_eval(task.unread[:layers])  # of what is made by one graph, what these need
+                del task.unread[:layers]
+            else:
+                mx.eval(task.unread)
+                task.unread.clear()
+            if not task.unread:
+                task.unread = None
+                self._end_piece(batch, task)
         except Exception as error:
             self._reading = None
             self._end(task, Failed(_as_error(error)))
             mx.clear_cache()
 
-    def _read_more(self, task: _Task) -> None:
-        """Reads a piece of a prompt, and after the last one lets the answer join the others."""
-        batch, caches, ids = self._batches[task.request.model], task.caches, task.request.ids
-        start = caches[0].offset
-        stop = min(start + PREFILL_STEP, len(ids))
-        hidden = batch.model.transformer(mx.array(ids[start:stop])[None], caches)
-        self._read += stop - start
+    def _begin_piece(self, batch: _Batch, task: _Task) -> None:
+        """Makes the graph of the next piece, of which nothing is computed yet."""
+        start, ids = task.caches[0].offset, task.request.ids
+        piece = ids[start : start + PREFILL_STEP]
+        task.hidden = batch.model.transformer(mx.array(piece)[None], task.caches)
+        task.unread = [cache.state for cache in task.caches]
+
+    def _end_piece(self, batch: _Batch, task: _Task) -> None:
+        caches, ids, hidden = task.caches, task.request.ids, task.hidden
+        assert hidden is not None
+        stop = caches[0].offset
+        self._read += hidden.shape[1]
+        task.hidden = None
         if task.embedding:
             total = hidden.astype(mx.float32).sum(axis=1)
             task.sum = total if task.sum is None else task.sum + total
+            mx.async_eval(task.sum)
         if task.request.prompt_logprobs:
-            _score(batch.model, hidden[0], task, start)
+            _score(batch.model, hidden[0], task, stop - hidden.shape[1])
         if batch.keeps_states:
             task.keep_state(caches, 0, stop)
-        pending = [[cache.state for cache in caches], [] if task.sum is None else task.sum, task.snapshots]
         if stop < len(ids):
-            if self._rows():
-                mx.async_eval(pending)  # the tokens that were chosen before it can be delivered meanwhile
-            else:
-                mx.eval(pending)
+            if not self._rows():
                 mx.clear_cache()  # a GPU would keep each piece's buffers for the next
             return
         self._reading = None
@@ -668,7 +740,7 @@ class Engine:
             self._end(task, Embedded(tuple((task.sum[0] / len(ids)).tolist()), len(ids)))
             return
         logits = batch.model.head(hidden[:, -1])
-        mx.async_eval(logits, pending)
+        mx.async_eval(logits)
         self._add(batch, task, caches, 0, len(ids))
         read = PromptRead(len(ids), task.cached, tuple(task.scored))
         task.scored = []
@@ -728,7 +800,7 @@ class Engine:
         self._tree.clear()
         mx.clear_cache()
 
-    def _guarded(self, batch: _Batch, work: Callable[[], None]) -> None:
+    def _guarded(self, batch: _Batch, work: Callable[[], object]) -> None:
         """Does `work`, whose failure, such as memory that is not there, ends the answers of `batch` alone."""
         try:
             work()

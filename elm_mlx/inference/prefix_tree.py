@@ -80,7 +80,7 @@ class PrefixTree:
                 layers = cut(start)
                 if layers is None:
                     break
-                mx.eval(layers)
+                mx.async_eval(layers)
                 child = node.children[block] = Node(node, block, layers)
                 self.nbytes += child.nbytes
             path.append(child)

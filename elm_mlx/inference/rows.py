@@ -3,9 +3,10 @@
 Every text begins at position 0 of a row of its own and has its own position, so that it may come and go between two
 steps, and no other row moves for it but the last.
 
-On a CPU in float32, with the BLAS that `elm_mlx.blas` makes, a row's logits have the same bits whatever stands in up to
-five others, and whatever room the arrays have: the products of few rows and those of attention are summed in an order
-that does not depend on them. From seven rows on the products are OpenBLAS's own, and equal to rounding.
+On a CPU in float32, with the BLAS that `elm_mlx.blas` compiles, a row's logits have the same bits whatever stands in up
+to seven others, and however far they are: products of up to eight rows are summed in an order that does not depend on
+the number of rows, or of positions that a row does not see (of a network where up to eight queries share a key). From
+nine rows on the products are OpenBLAS's own, and equal to rounding.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import queue
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 import tiny
 
 from elm_mlx.errors import InputError
+from elm_mlx.inference import engine as engine_module
 from elm_mlx.inference.engine import (
     Busy,
     Embedded,
@@ -25,8 +28,11 @@ from elm_mlx.inference.engine import (
     Ticket,
     TooLarge,
 )  # fmt: skip
-from elm_mlx.inference.generation import stream_generate
+from elm_mlx.inference.generation import decode, stream_generate
+from elm_mlx.inference.grammar import GrammarCompiler
+from elm_mlx.inference.rows import prefill
 from elm_mlx.inference.sampling import Sampler
+from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import Loaded
 from elm_mlx.text.tokenizer import Tokenizer
@@ -279,3 +285,71 @@ def test_what_cannot_be_is_refused_at_once(engine: Engine) -> None:
     ):
         with pytest.raises(InputError, match=message):
             ask(engine, ids, **options)  # type: ignore[arg-type]
+
+
+def test_a_model_of_damaged_weights_fails_the_request_and_not_the_engine(tiny_tokenizer: Tokenizer) -> None:
+    model = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size))
+    model.transformer.norm.weight = mx.full(model.transformer.norm.weight.shape, mx.nan)
+    engine = made(model)
+    for _ in range(2):
+        events = ask(engine, prompt(9), 5).all()
+        assert isinstance(events[-1], Failed) and "the model computes NaN" in str(events[-1].error)
+    engine.close(10)
+
+
+def test_penalties_and_biases_are_as_of_a_sampler_alone(engine: Engine, model: Model) -> None:
+    samplers = [
+        Sampler(presence_penalty=1.5), Sampler(1.0, frequency_penalty=0.7, presence_penalty=-0.3),
+        Sampler(logit_bias={5: 3.0, 9: -100.0}), Sampler(0.7, top_p=0.8, logit_bias={7: 2.0}, repetition_penalty=1.1),
+    ]  # fmt: skip
+    heard = [ask(engine, prompt(9, i), 30, sampler=sampler, seed=i) for i, sampler in enumerate(samplers)]
+    for i, (sampler, each) in enumerate(zip(samplers, heard, strict=True)):
+        caches = make_prompt_cache(model)
+        drawn = decode(
+            model, caches, sampler, prefill(model, prompt(9, i), caches), sampler.start([prompt(9, i)], i), 30
+        )
+        assert [(scored.token, scored.logprob) for scored in each.tokens()] == list(drawn)
+    with pytest.raises(InputError, match="logit_bias names token 320, outside the vocabulary of 320"):
+        ask(engine, prompt(9), sampler=Sampler(logit_bias={320: 1.0}))
+
+
+def test_a_grammar_holds_an_answer_among_others(engine: Engine, tiny_tokenizer: Tokenizer, model: Model) -> None:
+    pytest.importorskip("llguidance")
+    schema = {"type": "array", "items": {"enum": ["the", "fox"]}, "maxItems": 3, "minItems": 3}
+    grammar = GrammarCompiler(tiny_tokenizer, (318,)).json_schema(schema)
+    held = [ask(engine, prompt(5, i), 100, sampler=Sampler(1.0), seed=i, grammar=grammar) for i in range(3)]
+    free = ask(engine, prompt(9), 30)
+    for each in held:
+        events = each.all()
+        assert events[-1].finish_reason == "stop"
+        assert set(json.loads("".join(event.text for event in events[1:]))) <= {"the", "fox"}
+    assert free.tokens() == alone(model, prompt(9), 30)
+
+
+def test_one_who_leaves_amid_a_prompt_is_forgotten_and_the_others_go_on(engine: Engine, model: Model) -> None:
+    going = ask(engine, prompt(9), 400)
+    for i in range(8):
+        left = ask(engine, prompt(500, i), 10)
+        time.sleep(0.003 * i)
+        assert left.ticket is not None
+        left.ticket.cancel()
+        count = left.events.qsize()
+        assert left.events.qsize() == count  # no event follows
+    assert going.tokens() == alone(model, prompt(9), 400)
+    assert engine.statistics().reserved_bytes == 0
+
+
+def test_a_prompt_is_read_in_parts_that_take_as_long_as_a_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And whatever a step took when it was compiled is forgotten."""
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    pace, layers = engine_module._Pace(), []
+    step, layer = 0.030, 0.004
+    pace.round(True)
+    for number in range(60):
+        layers.append(pace.layers(28))
+        now += (5.0 if number == 0 else step) + layers[-1] * layer
+        pace.round(True)
+    assert layers[:2] == [0, 0] and layers[2] == 1
+    assert set(layers[3:30]) == {15} and layers.count(0) == 3
+    pace.round(False)

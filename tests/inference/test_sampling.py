@@ -231,6 +231,75 @@ def test_mlx_lm_penalizes_alike() -> None:
     assert int(tokens[0]) == int(theirs.argmax())
 
 
+@given(
+    presence=st.floats(-2, 2, width=32), frequency=st.floats(-2, 2, width=32), seed=st.integers(0, 99),
+    bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100, width=32), max_size=5),
+)  # fmt: skip
+@settings(max_examples=30, deadline=None)
+def test_what_was_generated_is_counted_and_biases_are_added(
+    presence: float, frequency: float, seed: int, bias: dict[int, float]
+) -> None:
+    """OpenAI's definition: logits minus count times frequency minus, of what was said, presence; the prompt is none."""
+    sampler = Sampler(presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias)
+    state, counts = sampler.start([[1, 2], [3]]), np.zeros((2, VOCAB))
+    added = np.array([bias.get(token, 0.0) for token in range(VOCAB)])
+    for step in range(8):
+        logits = np.stack([some_logits(seed + step), some_logits(seed + step + 1000)])
+        expected = logits + added - frequency * counts - presence * (counts > 0)
+        tokens, logprobs, state = sampler(mx.array(logits), state)
+        for row, token in enumerate(tokens.tolist()):
+            assert expected[row][token] >= expected[row].max() - 1e-4
+            assert logprobs[row].item() == pytest.approx(math.log(reference.softmax(logits[row])[token]), abs=1e-4)
+            counts[row, token] += 1
+
+
+def test_counts_stay_with_their_row_when_others_leave() -> None:
+    sampler = Sampler(presence_penalty=2.0)
+    logits = mx.array(np.stack([some_logits(seed) for seed in range(3)]))
+    _, _, state = sampler(logits, sampler.start([[1]] * 3))
+    expected, _, _ = sampler(logits, state)
+    kept, _, _ = sampler(logits[mx.array([2, 0])], sampler.keep(state, mx.array([2, 0])))
+    assert kept.tolist() == [expected[2].item(), expected[0].item()]
+
+
+def test_mlx_lm_biases_alike() -> None:
+    from mlx_lm.sample_utils import make_logits_processors
+
+    bias = {3: 1.5, 7: -100.0, 11: 4.0}
+    for seed in range(10):
+        logits = mx.array(some_logits(seed))[None]
+        (process,) = make_logits_processors(logit_bias=bias)
+        chosen, _, _ = Sampler(logit_bias=bias)(logits, Sampler().start([[1]]))
+        assert chosen.tolist() == mx.argmax(process(mx.array([1]), logits), axis=-1).tolist()
+
+
+def test_what_a_bias_hides_never_comes() -> None:
+    """And the log-probability is still the model's own."""
+    logits, bias = some_logits(), np.where(np.arange(VOCAB) % 5 == 0, 0.0, -np.inf).astype(np.float32)
+    for sampler in (Sampler(), Sampler(1.5), Sampler(2.0, top_p=0.9), Sampler(2.0, top_k=20), Sampler(2.0, min_p=0.01)):
+        state = sampler.start([[1]], 3)
+        for _ in range(20):
+            tokens, logprobs, state = sampler(mx.array(logits)[None], state, mx.array(bias))
+            token = tokens.item()
+            assert token % 5 == 0
+            assert logprobs.item() == pytest.approx(math.log(reference.softmax(logits)[token]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"logit_bias": {-1: 0.0}},
+        {"logit_bias": {1: math.nan}},
+    ],
+    ids=str,
+)
+def test_a_penalty_or_bias_that_is_none_is_named(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        Sampler(**options)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63])
 def test_a_seed_reproduces_and_rows_differ(seed: int) -> None:
     logits = some_logits(2, 1000)
