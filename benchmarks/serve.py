@@ -65,7 +65,8 @@ class Process:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else sys.exit("a process of the benchmark has ended")
 
     def __enter__(self) -> Process:
         return self
@@ -220,9 +221,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="pairs of runs of each load")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16], help="clients at once")
+    parser.add_argument("--threads", type=int, help="BLAS threads of both; 1 where others use the machine too")
     parser.add_argument("--models", nargs="+", choices=("29M", "270M"), default=["29M", "270M"])
     options = parser.parse_args()
-    print(f"{machine()}\n\nPrompts of {PROMPT} words, {NEW} new tokens, {options.rounds} rounds.", flush=True)
+    if options.threads:
+        ENVIRONMENT["OPENBLAS_NUM_THREADS"] = str(options.threads)
+    print(
+        f"{machine()}\n\nPrompts of {PROMPT} words, {NEW} new tokens, {options.rounds} rounds, "
+        f"{options.threads or 'all'} BLAS threads.",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = embedded_model(Path(scratch) / "embedded")
         configs = {"29M": ModelConfig.scaled(vocab_size=32_000, **SMALL), "270M": ModelConfig.preset("OpenELM-270M")}

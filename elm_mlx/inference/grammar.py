@@ -137,9 +137,9 @@ class Grammar:
 
 
 class GrammarState:
-    """The state of one text in its grammar, a logits processor. Made by `Grammar.start`, for one text each.
+    """The state of one text in its grammar. Made by `Grammar.start`, for one text each.
 
-    It is a logits processor too: `stream_generate(…, logits_processors=[grammar.start()])`.
+    It is a logits processor, too: `stream_generate(…, logits_processors=[grammar.start()])`.
     """
 
     def __init__(self, grammar: Grammar) -> None:
