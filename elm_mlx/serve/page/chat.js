@@ -32,6 +32,11 @@ export class ChatView {
     return this.#conversation.messages.findLast(({ figures }) => figures?.prompt)?.figures;
   }
 
+  /** What a screen reader says when an answer is there. */
+  get spoken() {
+    return [...$("log").querySelectorAll(".assistant .body")].at(-1)?.innerText ?? "";
+  }
+
   focus() {
     $("say").focus();
   }
@@ -51,11 +56,10 @@ export class ChatView {
     const answer = this.#page.answers.get(this.#conversation);
     const last = this.#conversation.messages.at(-1);
     if (answer && last?.role === "assistant") this.#write(last, answer);
-    const state = this.#stateNow(answer, last);
-    if (state.of !== this.#stateOf) this.#state.replaceChildren(...state.nodes());
-    this.#stateOf = state.of;
+    const [of, make] = this.#stateNow(answer, last);
+    if (of !== this.#stateOf) this.#state.replaceChildren(...(of ? [make()] : []));
+    this.#stateOf = of;
     $("log").classList.toggle("busy", Boolean(running));
-    $("log").append(this.#state);
     this.#showComposer(running);
     if (this.#following) this.#follow(true);
   }
@@ -80,21 +84,14 @@ export class ChatView {
     return { message, article, markdown: new MarkdownView(article.querySelector(".body")), told: 0 };
   }
 
-  /** What stands below the messages: `of` is the same for as long as the nodes may stay. */
+  /** What stands below the messages: what it is of, for as long as which it may stay, and what makes it. */
   #stateNow(answer, last) {
-    if (answer?.waiting) {
-      return { of: answer.waiting, nodes: () => [waitingCard(answer.attempts, () => answer.stop())] };
-    }
-    if (answer && !answer.done && last?.role === "user") {
-      return { of: answer, nodes: () => [element("p", { className: "pending", ariaLabel: "Reading" }, "…")] };
-    }
-    if (answer?.trouble) return { of: answer.trouble, nodes: () => [this.#troubleCard(answer.trouble)] };
-    if (!answer?.done && answer) return { of: null, nodes: () => [] };
-    if (last?.role === "user") {
-      return { of: last, nodes: () => [card("There is no answer yet.", { "Try again": () => this.#ask() })] };
-    }
-    if (!last) return { of: this.#page.model ?? "empty", nodes: () => [this.#welcome()] };
-    return { of: null, nodes: () => [] };
+    if (answer?.waiting) return [answer.waiting, () => waitingCard(answer.attempts, () => answer.stop())];
+    if (answer && !answer.done) return last.role === "user" ? [answer, pending] : [null];
+    if (answer?.trouble) return [answer.trouble, () => this.#troubleCard(answer.trouble)];
+    if (!last) return [this.#page.model, () => this.#welcome()];
+    if (last.role === "user") return [last, () => card("There is no answer yet.", { "Try again": () => this.#ask() })];
+    return [null];
   }
 
   #troubleCard({ kind, message, param }) {
@@ -132,9 +129,8 @@ export class ChatView {
   }
 
   #welcome() {
-    const { model } = this.#page;
-    if (!model) return element("div", {});
-    const about = element("p", {}, `You are talking to ${model.id}. Conversations are kept in this browser.`);
+    const { id } = this.#page.model;
+    const about = element("p", {}, `You are talking to ${id}. Conversations are kept in this browser.`);
     return element("div", { className: "welcome" }, element("h2", {}, "What is on your mind?"), about);
   }
 
@@ -181,7 +177,7 @@ export class ChatView {
     } else if (event.key === "ArrowUp" && !$("say").value) {
       event.preventDefault();
       const asked = [...$("log").querySelectorAll("article.user")].at(-1);
-      asked?.querySelectorAll(".tools button")[1].click();
+      if (asked) this.#edit(this.#conversation.messages.findLast(({ role }) => role === "user"), asked);
     }
   }
 
@@ -200,6 +196,7 @@ export class ChatView {
   /** Asks for an answer to the last message. */
   #ask(replaced = null) {
     const conversation = this.#conversation;
+    if (!this.#page.model) return;
     conversation.model = this.#page.model.id;
     this.#following = true;
     this.#page.answers.delete(conversation);
@@ -316,6 +313,8 @@ function take(conversation, answer, replaced) {
   if (said) Object.assign(last, { content, figures: answer.figures, finish: answer.finish });
   else if (answer.done && replaced) messages.push(replaced);
 }
+
+const pending = () => element("p", { className: "pending", ariaLabel: "Reading" }, "…");
 
 /** Makes a textarea as high as its text, where the browser does not. */
 function fit(area) {

@@ -107,10 +107,11 @@ class Page {
   #finished(conversation, answer) {
     if (this.answers.get(conversation) !== answer) return;
     this.keep(conversation);
-    $("status").textContent = answer.trouble ? "" : answer.finish === "stopped" ? "Stopped" : "Done";
     if (answer.trouble?.kind === "refused") this.loadModels();
-    if (conversation === this.open) this.view.update();
+    if (conversation !== this.open) return;
+    this.view.update();
     this.showContext();
+    $("status").textContent = answer.trouble ? "" : this.view.spoken;
   }
 
   stop() {

@@ -28,6 +28,11 @@ export class TextView {
     return this.#continued.get(this.#conversation);
   }
 
+  /** What a screen reader says when a continuation is there. */
+  get spoken() {
+    return this.#conversation.text.slice(...(this.#pieces.at(-1) ?? [0, 0]));
+  }
+
   focus() {
     $("text").focus();
   }
