@@ -137,7 +137,7 @@ def asked(server: ScriptedServer, number: int = -1) -> list[tuple[str, str]]:
 
 
 def test_an_answer_is_shown_as_it_is_written(page: Page, server: ScriptedServer) -> None:
-    server.script = [Writing("All is **well** " * 20, pause=0.02)]
+    server.script = [Writing("All is **well** " * 20, pause=0.01)]
     say(page, "How is it?", wait=False)
     page.wait_for_selector("article.assistant[aria-busy=true] strong")
     expect(page.locator("#send")).to_have_attribute("aria-label", "Stop")
@@ -271,26 +271,25 @@ def test_a_text_that_grew_looks_as_one_that_came_at_once(page: Page) -> None:
             assert firsts <= 1  # a block that was complete has stayed the same node
 
 
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [
-        ("a **b *c* d** `e*f*`", "<p>a <strong>b <em>c</em> d</strong> <code>e*f*</code></p>"),
-        ("***a*** snake_case_name __b__", "<p><strong><em>a</em></strong> snake_case_name <strong>b</strong></p>"),
-        ("2 * 3 * 4 and **open", "<p>2 * 3 * 4 and **open</p>"),
-        (r"\*a\* \(x\) \[y\]", r"<p>*a* \(x\) \[y\]</p>"),
-        ("``a ` b`` `c", "<p><code>a ` b</code> `c</p>"),
-        ("line\nnext", "<p>line\nnext</p>"),
-        ("1984. is\n\n3. three", '<ol start="1984"><li><p>is</p></li><li><p>three</p></li></ol>'),
-        ("text\n1984. no list", "<p>text\n1984. no list</p>"),
-        ("- a\n  - b\n- c", "<ul><li><p>a</p><ul><li><p>b</p></li></ul></li><li><p>c</p></li></ul>"),
-        ("# A #\n## B", '<h3 class="level1">A</h3><h4 class="level2">B</h4>'),
-        ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
-        ("***", "<hr>"),
-    ],
-)
-def test_markdown(page: Page, text: str, shown: str) -> None:
-    _, whole, _ = page.evaluate(GROW, [text, []])
-    assert whole == shown
+SHOWN = [
+    ("a **b *c* d** `e*f*`", "<p>a <strong>b <em>c</em> d</strong> <code>e*f*</code></p>"),
+    ("***a*** snake_case_name __b__", "<p><strong><em>a</em></strong> snake_case_name <strong>b</strong></p>"),
+    ("2 * 3 * 4 and **open", "<p>2 * 3 * 4 and **open</p>"),
+    (r"\*a\* \(x\) \[y\]", r"<p>*a* \(x\) \[y\]</p>"),
+    ("``a ` b`` `c", "<p><code>a ` b</code> `c</p>"),
+    ("line\nnext", "<p>line\nnext</p>"),
+    ("1984. is\n\n3. three", '<ol start="1984"><li><p>is</p></li><li><p>three</p></li></ol>'),
+    ("text\n1984. no list", "<p>text\n1984. no list</p>"),
+    ("- a\n  - b\n- c", "<ul><li><p>a</p><ul><li><p>b</p></li></ul></li><li><p>c</p></li></ul>"),
+    ("# A #\n## B", '<h3 class="level1">A</h3><h4 class="level2">B</h4>'),
+    ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
+    ("***", "<hr>"),
+]
+
+
+def test_markdown(page: Page) -> None:
+    for text, shown in SHOWN:
+        assert page.evaluate(GROW, [text, []])[1] == shown
 
 
 def test_no_text_takes_long(page: Page) -> None:
@@ -657,20 +656,25 @@ def test_dark_and_light_follow_the_system_or_the_switch(page: Page) -> None:
     assert page.evaluate("getComputedStyle(document.querySelector('.pending')).animationName") == "none"
 
 
-def test_a_damaged_or_full_storage_loses_nothing(page: Page, server: ScriptedServer) -> None:
+def test_a_damaged_storage_loses_nothing(page: Page, server: ScriptedServer) -> None:
     say(page, "Kept")
     page.evaluate(
         """() => {
           localStorage["elm-mlx/conversation/bad"] = '{"kind": "chat", "messages": [{"role": 3}]}';
           localStorage["elm-mlx/conversation/worse"] = "{{{";
+          const odd = {role: "assistant", content: "", figures: {tokens: {}, rate: "9", first: "?"}};
+          const messages = [{role: "user", content: "Odd"}, odd];
+          localStorage["elm-mlx/conversation/odd"] = JSON.stringify({kind: "chat", skip: "x", updated: [], messages});
           localStorage["elm-mlx/settings"] = "[[[";
           localStorage["elm-mlx/theme"] = "purple";
         }"""
     )
     page.reload()
     page.wait_for_selector("#model:enabled")
-    expect(page.locator("#list li")).to_have_count(3)
+    expect(page.locator("#list li")).to_have_count(4)
     assert answers(page) == ["All is well."]
+    page.locator("#list a", has_text="Odd").click()
+    expect(page.locator("article.user .body")).to_have_text("Odd")
     page.locator("#list a", has_text="Damaged").first.click()
     expect(page.locator(".card")).to_contain_text("was damaged")
     page.reload()
@@ -680,8 +684,11 @@ def test_a_damaged_or_full_storage_loses_nothing(page: Page, server: ScriptedSer
         page.get_by_role("button", name="Save what is there").click()
     assert Path(download.value.path()).read_text() in ("{{{", '{"kind": "chat", "messages": [{"role": 3}]}')
     page.get_by_role("button", name="Delete", exact=True).click()
-    expect(page.locator("#list li")).to_have_count(2)
+    expect(page.locator("#list li")).to_have_count(3)
 
+
+def test_a_full_storage_is_said(page: Page, server: ScriptedServer) -> None:
+    say(page, "Kept")
     page.evaluate(
         """() => {
           let piece = "x".repeat(1 << 22);
@@ -706,6 +713,22 @@ def test_a_damaged_or_full_storage_loses_nothing(page: Page, server: ScriptedSer
     expect(page.locator("article.user")).to_have_count(3)
 
 
+def test_a_browser_that_keeps_nothing_will_do(context: BrowserContext, server: ScriptedServer) -> None:
+    refuse = "Object.defineProperty(window, %r, {get() { throw new DOMException('no', 'SecurityError'); }});"
+    context.add_init_script("".join(refuse % name for name in ("localStorage", "sessionStorage")))
+    server.key = "sesame"
+    page = context.new_page()
+    page.goto(server.url)
+    page.fill("#key", "sesame")
+    page.press("#key", "Enter")
+    page.wait_for_selector("#model:enabled")
+    say(page, "One")
+    page.keyboard.press("Control+k")
+    say(page, "Two")
+    page.locator("#list a", has_text="One").click()
+    expect(page.locator("article.user .body")).to_have_text("One")
+
+
 def test_conversations_go_to_the_terminal_and_come_back(page: Page, server: ScriptedServer, tmp_path: Path) -> None:
     page.click("#settings-open")
     page.fill("#system", "Be kind.")
@@ -724,15 +747,18 @@ def test_conversations_go_to_the_terminal_and_come_back(page: Page, server: Scri
         page.click("#import")
     bad = tmp_path / "bad.json"
     bad.write_text(json.dumps({"messages": [{"role": "assistant", "content": "I begin"}]}))
-    chooser.value.set_files([saved, bad])
+    worse = tmp_path / "worse.json"
+    worse.write_text(json.dumps({"messages": [{"role": "system", "content": "Be."}, None]}))
+    chooser.value.set_files([saved, bad, worse])
     expect(page.locator("#toast")).to_contain_text("bad.json: message 1 must be a text of “user”")
+    expect(page.locator("#toast")).to_contain_text("worse.json: message 2 must be a text of “user”")
     expect(page.locator("article.user .body")).to_have_text("Grüße, 狐!")
     expect(page.locator("#list li")).to_have_count(2)
     assert page.input_value("#system") == "Be kind."
 
 
 def test_an_answer_goes_on_while_another_conversation_is_shown(page: Page, server: ScriptedServer) -> None:
-    server.script = [Writing("slow " * 100, pause=0.02)]
+    server.script = [Writing("slow " * 100, pause=0.02, piece=10)]
     say(page, "Slow", wait=False)
     page.wait_for_selector("article.assistant")
     page.keyboard.press("Control+k")

@@ -320,7 +320,7 @@ const pending = () => element("p", { className: "pending", ariaLabel: "Reading" 
 function fit(area) {
   if (CSS.supports("field-sizing", "content")) return;
   area.style.height = "auto";
-  area.style.height = `${area.scrollHeight + 2}px`;
+  area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
 }
 
 function copyCode(target) {

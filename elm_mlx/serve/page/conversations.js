@@ -48,18 +48,16 @@ export function toFile(conversation) {
 
 /** The conversation in a file that `toFile` or `elm-mlx chat` has written. Throws an Error that says what is wrong. */
 export function fromFile(name, text, model) {
-  const conversation = newConversation("chat", model);
   const said = parsed(text)?.messages;
   if (!Array.isArray(said)) throw new Error(`${name} holds no conversation: it needs a list “messages”.`);
   const first = said[0]?.role === "system" ? 1 : 0;
-  conversation.system = first ? String(said[0].content) : "";
-  conversation.messages = said.slice(first).map(({ role, content } = {}) => ({ role, content }));
-  conversation.messages.forEach(({ role, content }, index) => {
-    const expected = index % 2 ? "assistant" : "user";
-    if (role === expected && typeof content === "string") return;
-    throw new Error(`${name}: message ${index + 1 + first} must be a text of “${expected}”.`);
+  said.forEach((message, index) => {
+    const expected = index < first ? "system" : (index - first) % 2 ? "assistant" : "user";
+    if (message?.role === expected && typeof message.content === "string") return;
+    throw new Error(`${name}: message ${index + 1} must be a text of “${expected}”.`);
   });
-  return conversation;
+  const messages = said.slice(first).map(({ role, content }) => ({ role, content }));
+  return { ...newConversation("chat", model), system: first ? said[0].content : "", messages };
 }
 
 function parsed(text) {
@@ -82,11 +80,11 @@ function restored(id, text) {
   return { id, kind, model, system, messages, text: body, figures, skip, updated, revision };
 }
 
-/** localStorage; where the browser refuses it, what lasts as long as the page. */
-const storage = (() => {
+/** The browser's localStorage or sessionStorage; where it refuses that, what lasts as long as the page. */
+function storageOr(name) {
   try {
-    localStorage.getItem("");
-    return localStorage;
+    window[name].getItem("");
+    return window[name];
   } catch {
     const entries = new Map();
     return {
@@ -97,7 +95,10 @@ const storage = (() => {
       get length() { return entries.size; },
     };
   }
-})();
+}
+
+const storage = storageOr("localStorage");
+export const session = storageOr("sessionStorage");
 
 /** The value that is kept under a name, null where there is none. */
 export const kept = (name) => parsed(storage.getItem(name));
@@ -113,7 +114,7 @@ export function keep(name, value) {
 }
 
 export class Conversations {
-  #listed = new Map(); // by id: {id, title, kind, updated, damaged}
+  #listed = new Map(); // by id: {id, title, updated}
   #unsaved = new Map(); // by id: those for which there was no room
 
   /** `onChange(id)` is called when another tab has changed a conversation, with null when it has changed many. */
@@ -178,13 +179,8 @@ export class Conversations {
 
   #list(id) {
     const conversation = this.read(id);
-    if (conversation) {
-      const { kind, updated } = conversation;
-      this.#listed.set(id, { id, title: title(conversation), kind, updated, damaged: false });
-    } else if (this.raw(id) !== null) {
-      this.#listed.set(id, { id, title: "Damaged conversation", kind: "chat", updated: 0, damaged: true });
-    } else {
-      this.#listed.delete(id);
-    }
+    if (conversation) this.#listed.set(id, { id, title: title(conversation), updated: conversation.updated });
+    else if (this.raw(id) !== null) this.#listed.set(id, { id, title: "Damaged conversation", updated: 0 });
+    else this.#listed.delete(id);
   }
 }

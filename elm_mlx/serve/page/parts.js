@@ -49,11 +49,11 @@ export function waitingCard(attempts, cancel) {
   return node;
 }
 
+/** Copies a text, and says so on the button `from`. */
 export function copyText(text, from) {
   const done = () => {
-    const before = from.textContent;
     from.textContent = "Copied";
-    setTimeout(() => (from.textContent = before), 1500);
+    setTimeout(() => (from.textContent = "Copy"), 1500);
   };
   if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, () => {});
   else if (copyBySelection(text)) done(); // as it goes without https
@@ -113,8 +113,8 @@ export class Painter {
 export function figuresText({ tokens, rate, first }, ending) {
   const parts = [];
   if (tokens) parts.push(`${tokens.toLocaleString("en")} token${tokens === 1 ? "" : "s"}`);
-  if (rate) parts.push(`${rate.toFixed(rate < 10 ? 1 : 0)} tokens/s`);
-  if (first) parts.push(`first after ${first.toFixed(first < 1 ? 2 : 1)} s`);
+  if (rate > 0) parts.push(`${Number(rate).toFixed(rate < 10 ? 1 : 0)} tokens/s`);
+  if (first > 0) parts.push(`first after ${Number(first).toFixed(first < 1 ? 2 : 1)} s`);
   if (ending) parts.push(ending);
   return parts.join(" · ");
 }

@@ -1,5 +1,7 @@
 // Requests to the server that the page comes from: its models, answers as they are written, and what can go wrong.
 
+import { session } from "./conversations.js";
+
 const KEY = "elm-mlx/key";
 const LONGEST_WAIT = 10; // seconds between attempts to reach a server that is gone
 
@@ -17,11 +19,11 @@ export class Trouble extends Error {
 export class Server {
   /** The API key, kept until the tab is closed. */
   get key() {
-    return sessionStorage.getItem(KEY) ?? "";
+    return session.getItem(KEY) ?? "";
   }
 
   set key(key) {
-    sessionStorage.setItem(KEY, key);
+    session.setItem(KEY, key);
   }
 
   async models() {

@@ -35,7 +35,7 @@ export class Sidebar {
     const shown = JSON.stringify(entries);
     if (shown === this.#shown) return;
     this.#shown = shown;
-    const focused = document.activeElement.hash;
+    const focused = document.activeElement?.hash;
     const items = entries.map((entry) => this.#item(entry));
     $("list").replaceChildren(...items);
     if (focused) items.find((item) => item.firstChild.hash === focused)?.firstChild.focus();
