@@ -11,10 +11,12 @@ either, and could go on with white space without end.
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,12 @@ _SPACING = {"whitespace_pattern": r" |\n {0,16}"}  # once, wherever JSON may hav
 # llguidance's own limits leave a hostile schema seconds, of one token even, and hundreds of megabytes.
 _MAX_LEXER_STATES, _MAX_GRAMMAR_SIZE = 50_000, 50_000
 _MAX_PATTERNS = 10_000  # characters that a schema's patterns match, with what they count up to
+_STACK = 256 << 20  # bytes, of which only those are taken that are touched: 10 KB for each of up to 5,000 references
+_LEAST = -9e18  # llguidance ends the process at whole numbers near to the least of 64 bits
+_MAX_MULTIPLE = 10_000  # of all that numbers are to be multiples of: an automaton has a state for each remainder
+
+
+_stack_lock = threading.Lock()
 
 
 class GrammarCompiler:
@@ -116,7 +124,7 @@ class Grammar:
         limits = LLParserLimits(
             max_lexer_states=_MAX_LEXER_STATES, max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False
         )
-        matcher = LLMatcher(self._vocabulary, self._text, limits=limits, log_level=0)
+        matcher = _deep(lambda: LLMatcher(self._vocabulary, self._text, limits=limits, log_level=0))
         self._check(matcher)
         return matcher
 
@@ -236,6 +244,32 @@ class _Tokens:
         return ids
 
 
+def _deep(work: Callable[[], Any]) -> Any:
+    """Returns the result of `work`, which may call itself as deep as a schema's references lead: thousands of levels.
+
+    llguidance knows no limit of that, and an overflow of the stack ends the process.
+    """
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:  # a panic of llguidance's
+            results.append(InputError(f"cannot hold to the schema: {printable(error)}"))
+
+    with _stack_lock:
+        before = threading.stack_size(_STACK)
+        try:
+            thread = threading.Thread(target=run)
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    if isinstance(results[0], InputError):
+        raise results[0]
+    return results[0]
+
+
 def schema_text(schema: Mapping[str, Any]) -> str:
     """Returns a JSON schema as it stands after `%json` in a Lark grammar.
 
@@ -258,27 +292,44 @@ def schema_text(schema: Mapping[str, Any]) -> str:
 
 
 def _check_values(schema: Any) -> None:
-    """Raises InputError for a least number of properties whose names are free, and for patterns that count too far.
+    """Raises InputError for values that a grammar cannot be held to, or that llguidance does not bound the cost of.
 
-    A grammar does not know which names were written already, and the same one twice counts once.
+    A grammar does not know which names were written already, and the same one twice counts once: a least number of
+    properties says nothing of free ones.
     """
-    left, size = [schema], 0
+    left, size, multiple = [schema], 0, 1
     while left:
         value = left.pop()
         if isinstance(value, Mapping):
-            least, required, pattern = (value.get(name) for name in ("minProperties", "required", "pattern"))
+            least, required = value.get("minProperties"), value.get("required")
             if isinstance(least, (int, float)) and least - len(required if isinstance(required, list) else ()) >= 2:
                 raise InputError(f"the schema uses minProperties {least} without as many in required: not supported")
-            patterns = value.get("patternProperties")
-            named = patterns if isinstance(patterns, Mapping) else ()
-            size += sum(_size(text) for text in (pattern, *named) if isinstance(text, str))
+            named = value.get("patternProperties")
+            texts = (value.get("pattern"), *(named if isinstance(named, Mapping) else ()))
+            size += sum(_size(text) for text in texts if isinstance(text, str))
+            multiple = math.lcm(multiple, _digits(value.get("multipleOf")))
+            if multiple > _MAX_MULTIPLE:
+                raise InputError(
+                    f"the schema uses multipleOf {value['multipleOf']}: at most {_MAX_MULTIPLE:,} are supported, as "
+                    "the least common multiple of all"
+                )
             left += value.values()
         elif isinstance(value, list):
             left += value
+        elif isinstance(value, (int, float)) and value < _LEAST:
+            raise InputError(f"the schema holds the number {value:g}: at least {_LEAST:g} is supported")
     if size > _MAX_PATTERNS:
         raise InputError(
             f"the schema's patterns match {size:,} characters by counting, and at most {_MAX_PATTERNS:,} may be"
         )
+
+
+def _digits(number: Any) -> int:
+    """Returns a number without its decimal point: 125 for 12.5, 5 for 0.05; 1 for what is none."""
+    if not isinstance(number, (int, float)) or not number:
+        return 1
+    _, digits, exponent = Decimal(repr(number + 0)).normalize().as_tuple()
+    return int("".join(map(str, digits))) * 10 ** max(0, int(exponent))
 
 
 _PARTS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{\d*,?\d*\}|.", re.DOTALL)

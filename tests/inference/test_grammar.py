@@ -120,7 +120,8 @@ HOSTILE: dict[str, Schema] = {
     "itself and more": {"allOf": [{"$ref": "#"}, {"type": "object"}]},
     "large": {"enum": [f"value {i}" for i in range(20_000)]},
     "wide": {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(2000)}},
-    "prime": {"type": "integer", "multipleOf": 982_451_653},
+    "prime": {"multipleOf": 982_451_653},
+    "product of primes": {"type": "integer", "allOf": [{"multipleOf": 997}, {"multipleOf": 1009}]},
 }
 
 
@@ -350,6 +351,8 @@ def test_answers_of_an_engine_are_held_each_to_its_own(tiny_tokenizer_file: Path
         ({"x-guidance": {"lenient": True}}, "x-guidance"),
         ({"type": "thing"}, "thing"),
         ({"enum": []}, "Unsatisfiable"),
+        ({"enum": [1, -(1 << 63)]}, "-9.22337e+18"),
+        ({"items": {"minimum": 7 - (1 << 63), "maximum": 9 - (1 << 63)}}, "-9.22337e+18"),
         ({"const": float("nan")}, "not JSON compliant"),
         ({"const": "\ud800"}, "hex escape"),
     ],
@@ -376,6 +379,20 @@ def test_a_hostile_schema_is_refused_in_bounded_time(name: str, tiny_tokenizer: 
     with pytest.raises(InputError):
         GrammarCompiler(tiny_tokenizer).json_schema(HOSTILE[name])
     assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize("keyword", ["$ref", "allOf", "items"])
+def test_references_lead_as_deep_as_they_may(keyword: str, tiny_tokenizer: Tokenizer) -> None:
+    """Each is a call within a call to llguidance, and an overflow of the stack would end the process."""
+
+    def to(number: int) -> Schema:
+        there = {"$ref": f"#/$defs/d{number}"}
+        return {"$ref": there, "allOf": {"allOf": [there]}, "items": {"type": "array", "items": there}}[keyword]
+
+    defs = {f"d{number}": to(number + 1) for number in range(1500)}
+    schema = {"$ref": "#/$defs/d0", "$defs": {**defs, "d1500": {"const": 1}}}
+    grammar = GrammarCompiler(tiny_tokenizer).json_schema(schema)
+    assert takes(grammar, tiny_tokenizer, "[]" if keyword == "items" else "1")
 
 
 def test_grammars_are_kept_and_few(tiny_tokenizer: Tokenizer) -> None:
