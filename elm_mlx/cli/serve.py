@@ -59,6 +59,11 @@ def serve(
         raise InputError(f"--host {host} lets other machines in: set a key, --api-key or ELM_MLX_API_KEY")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
         raise InputError("--api-key: letters, digits and signs without spaces around them are needed")
+    for origin in allow_origin or ():
+        if origin == "*" and api_key is None:
+            raise InputError("--allow-origin '*' lets every web page use the models: set a key, --api-key")
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise InputError(f"--allow-origin {origin}: a site without a path is needed, as https://example.org, or *")
     limit = None if max_memory is None else _bytes("--max-memory", max_memory)
     prefixes = None if kv_cache_bytes is None else _bytes("--kv-cache-bytes", kv_cache_bytes)
     bound = listen(host, port)

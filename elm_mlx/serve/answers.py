@@ -16,7 +16,9 @@ from elm_mlx.inference.engine import Busy, ScoredToken, TooLarge
 from elm_mlx.serve.request_fields import FieldError
 from elm_mlx.serve.tool_calls import Delta, whole_message
 from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.version import __version__
 
+FINGERPRINT = f"elm-mlx-{__version__}"  # while it is the same, so is what a seed gives
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
 
@@ -60,8 +62,8 @@ def busy(message: str, retry_after: int) -> ErrorAnswer:
 
 
 def event(values: Mapping[str, Any]) -> str:
-    """Returns a server-sent event."""
-    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """Returns a server-sent event. It is ASCII: some clients take U+2028 and its like for the end of a line."""
+    return f"data: {json.dumps(values, separators=(',', ':'))}\n\n"
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:
@@ -80,6 +82,8 @@ class Answer:
         index: of the choice.
         tokens: the number of its tokens.
         finish_reason: in OpenAI's words; None before the end.
+        scored: its tokens, where log-probabilities are wanted, and the echoed prompt's.
+        places: where in the text each of them begins, for text completions.
     """
 
     def __init__(self, index: int) -> None:
@@ -88,6 +92,7 @@ class Answer:
         self.finish_reason: str | None = None
         self.deltas: list[Delta] = []
         self.scored: list[ScoredToken] = []
+        self.places: list[int] = []
 
 
 class AnswerShape:
@@ -105,7 +110,9 @@ class AnswerShape:
         self._tokenizer = tokenizer
         self._chat, self.likeliest, self._include_usage = chat, likeliest, include_usage
         identity = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._common = {"id": identity, "created": int(time.time()), "model": model}
+        self._common = {
+            "id": identity, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT,
+        }  # fmt: skip
 
     def whole(self, answers: Sequence[Answer], counts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the answer that is not streamed."""
@@ -115,20 +122,20 @@ class AnswerShape:
 
     def role(self, index: int) -> str:
         """Returns the first chunk of a message."""
-        return self._chunk([{"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+        return self.piece(index, {"role": "assistant", "content": ""})
 
     def piece(
         self,
         index: int,
         delta: Delta,
         scored: Sequence[ScoredToken] = (),
-        offset: int = 0,
+        places: Sequence[int] = (),
         finish_reason: str | None = None,
     ) -> str:
-        """Returns a chunk. `offset` is the number of characters before it, for a text's log-probabilities."""
+        """Returns a chunk. `scored` and `places` as in `Answer`, of the tokens that came with it."""
         choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason}
         choice |= {"delta": delta} if self._chat else {"text": delta.get("content", "")}
-        choice["logprobs"] = self._logprobs(scored, offset) if scored else None
+        choice["logprobs"] = self._logprobs(scored, places) if scored else None
         return self._chunk([choice])
 
     def counted(self, counts: Mapping[str, Any]) -> str:
@@ -142,30 +149,29 @@ class AnswerShape:
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish_reason}
-        choice["logprobs"] = None if self.likeliest is None else self._logprobs(answer.scored, 0)
+        choice["logprobs"] = None if self.likeliest is None else self._logprobs(answer.scored, answer.places)
         if self._chat:
             return choice | {"message": {**whole_message(answer.deltas), "refusal": None}}
         return choice | {"text": "".join(delta.get("content", "") for delta in answer.deltas)}
 
-    def _logprobs(self, scored: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
+    def _logprobs(self, scored: Sequence[ScoredToken], places: Sequence[int]) -> dict[str, Any]:
         if self._chat:
             return {"content": [self._entry(each) for each in scored], "refusal": None}
-        texts = [self.text_of(each.token) for each in scored]
-        offsets = [offset]
-        for text in texts:
-            offsets.append(offsets[-1] + len(text))
-        tops = [
-            None
-            if each.logprob is None
-            else {self.text_of(token): _finite(logprob) for token, logprob in reversed(each.top)}
-            for each in scored
-        ]
         return {
-            "tokens": texts,
+            "tokens": [self.text_of(each.token) for each in scored],
             "token_logprobs": [_finite(each.logprob) for each in scored],
-            "top_logprobs": tops if self.likeliest else None,
-            "text_offset": offsets[:-1],
+            "top_logprobs": [self._tops(each) for each in scored] if self.likeliest else None,
+            "text_offset": list(places),
         }
+
+    def _tops(self, scored: ScoredToken) -> dict[str, float | None] | None:
+        """Returns the likeliest tokens by their texts, and the token itself; None for a prompt's first token."""
+        if scored.logprob is None:
+            return None
+        tops: dict[str, float | None] = {}
+        for token, logprob in (*scored.top, (scored.token, scored.logprob)):
+            tops.setdefault(self.text_of(token), _finite(logprob))  # of two with one text the likelier
+        return tops
 
     def _entry(self, scored: ScoredToken) -> dict[str, Any]:
         tops = scored.top[: self.likeliest or 0]
@@ -175,9 +181,17 @@ class AnswerShape:
         data = self._tokenizer.bytes_of(token)
         return {"token": self.text_of(token), "logprob": _finite(logprob), "bytes": list(data) if data else None}
 
+    def decoder(self, prompt: Sequence[int]) -> Any:
+        """Returns what tells the text that each token after `prompt` adds."""
+        return self._tokenizer.detokenizer(prompt)
+
     def text_of(self, token: int) -> str:
-        """Returns a token's text; a control token's name."""
-        return self._tokenizer.bytes_of(token).decode(errors="replace") or self._tokenizer.piece_of(token)
+        """Returns a token's text; a control token's name; the bytes of what is a part of a character, as OpenAI's."""
+        data = self._tokenizer.bytes_of(token)
+        try:
+            return data.decode() or self._tokenizer.piece_of(token)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def embeddings(model: str, vectors: Sequence[Sequence[float]], as_base64: bool, prompt_tokens: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,17 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.engine import Embedded, Engine, Failed, Request
 from elm_mlx.inference.grammar import Grammar
 from elm_mlx.inference.sampling import Sampler
-from elm_mlx.reading import decoded, listed, load_json
+from elm_mlx.reading import JSON_RECORDS, decoded, listed, load_json, printable
 from elm_mlx.serve.answers import AnswerShape, ErrorAnswer, embeddings, error_answer
 from elm_mlx.serve.completions import OpenCompletion, Plan
 from elm_mlx.serve.metrics_page import metrics_text
 from elm_mlx.serve.request_fields import FieldError, Options, parse_chat, parse_embeddings, parse_text
 from elm_mlx.serve.served_models import ServedModel
+from elm_mlx.text.chat_template import Template
 
 PAGE = Path(__file__).parent / "page"
 CHAT_TOKENS, TEXT_TOKENS = 2048, 256  # of an answer, at most, where neither request nor model says
+MAX_VALUES = 1 << 18  # in the body of a request
 _SEEDS = 1 << 64
 
 Result = TypeVar("Result")
@@ -62,6 +65,7 @@ class Service:
             **dict.fromkeys((ErrorAnswer, ElmError), _refuse),
             HTTPException: _no_route,
             ClientDisconnect: _client_left,
+            Exception: _refuse,
         }
         return Starlette(routes=routes, exception_handlers=handlers)
 
@@ -103,11 +107,12 @@ class Service:
         grammar = await asyncio.to_thread(_grammar, model, fields.schema)
         if fields.tools and grammar is None:
             grammar = await asyncio.to_thread(model.tools.grammar, fields.tool_use)
-        self._log_prompt(request, template.tokenizer.decode(ids))
+        if self.log_prompts:
+            _log_said(request, template.tokenizer.decode(ids))
         reads = bool(fields.tools) and bool(fields.tool_use.callable)
         plans = [
             Plan(
-                self._request(model, options, ids, index, fields.likeliest, grammar, CHAT_TOKENS),
+                self._request(model, options, ids, index, fields.likeliest, grammar, template=template),
                 reader=model.tools.reader(fields.tool_use, grammar is not None) if reads else None,
             )
             for index in range(options.answers)
@@ -125,11 +130,10 @@ class Service:
             _check_ids(model, "prompt", ids)
             self._check_length(model, "prompt", ids)
             text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-            self._log_prompt(request, text)
+            if self.log_prompts:
+                _log_said(request, text)
             for index in range(options.answers):
-                asked = self._request(
-                    model, options, ids, index, fields.likeliest, grammar, TEXT_TOKENS, scored=fields.echo
-                )
+                asked = self._request(model, options, ids, index, fields.likeliest, grammar, echo=fields.echo)
                 plans.append(Plan(asked, number, text if fields.echo else ""))
         return await self._answer(request, model, options, plans, fields.likeliest, chat=False)
 
@@ -214,44 +218,47 @@ class Service:
         index: int,
         likeliest: int | None,
         grammar: Grammar | None,
-        max_tokens: int,
-        scored: bool = False,
+        template: Template | None = None,
+        echo: bool = False,
     ) -> Request:
+        """Returns what the engine is asked: an answer by `template`, whose marks end it, or how a text goes on."""
         settings: dict[str, Any] = {"temp": 1.0, **model.settings, **options.settings}
-        own = settings.pop("max_tokens", max_tokens)
+        own = settings.pop("max_tokens", TEXT_TOKENS if template is None else CHAT_TOKENS)
+        max_tokens = own if options.max_tokens is None else options.max_tokens
         over = next((token for token in options.logit_bias if token >= model.loaded.model.config.vocab_size), None)
         if over is not None:
             raise FieldError("logit_bias", f"token {over} is none of the model's")
         return Request(
             model=model.name,
             ids=tuple(ids),
-            max_tokens=own if options.max_tokens is None else options.max_tokens,
+            max_tokens=max_tokens,
             sampler=Sampler(**settings, logit_bias=options.logit_bias),
             seed=None if options.seed is None else (options.seed + index) % _SEEDS,
-            stop=(*(model.template.stop_strings if model.template and not scored else ()), *options.stop),
-            stop_ids=model.stop_ids,
+            stop=(*(() if template is None else template.stop_strings), *options.stop),
+            stop_ids=() if template is None else template.stop_ids,
             top_logprobs=likeliest or 0,
-            prompt_logprobs=scored and likeliest is not None,
+            prompt_logprobs=echo and (likeliest is not None or not max_tokens),
             grammar=grammar,
         )
-
-    def _log_prompt(self, request: HTTPRequest, text: str) -> None:
-        if self.log_prompts:
-            request.state.said = f"{getattr(request.state, 'said', '')} {text!r}".strip()
 
 
 class EventStream(Response):
     """Streams a completion's chunks, and ends it when the client leaves. `count` is called at the end."""
 
     def __init__(self, request: HTTPRequest, completion: OpenCompletion, count: Callable[[], None]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
         del self.headers["content-length"]
         self._request, self._completion, self._count = request, completion, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(chunks: AsyncIterator[str]) -> None:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            begun = False
             async for chunk in chunks:
+                if not begun:  # what fails before is an error with its status
+                    begun = True
+                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
             await send({"type": "http.response.body", "body": b""})
 
@@ -284,11 +291,18 @@ async def _while_connected(request: HTTPRequest, work: Awaitable[Result]) -> Res
 
 
 async def _json(request: HTTPRequest) -> Any:
-    """Returns the body of a request. Raises ErrorAnswer where it is no JSON."""
+    """Returns the body of a request. Raises ErrorAnswer where it is no JSON, or none that is taken."""
+    body = await request.body()
+    if body.count(b",") > MAX_VALUES:  # before memory is filled with them
+        raise ErrorAnswer(400, f"the body has more than {MAX_VALUES:,} values")
     try:
-        return load_json(decoded(await request.body(), "the body"))
+        return await asyncio.to_thread(lambda: load_json(decoded(body, "the body"), JSON_RECORDS))
     except (ValueError, InputError) as error:
-        raise ErrorAnswer(400, f"the body is no JSON: {error}") from None
+        raise ErrorAnswer(400, f"the body is no JSON: {printable(error)}") from None
+
+
+def _log_said(request: HTTPRequest, text: str) -> None:
+    request.state.said = f"{getattr(request.state, 'said', '')} {json.dumps(text)}".strip()
 
 
 def _grammar(model: ServedModel, schema: Mapping[str, Any] | None) -> Grammar | None:

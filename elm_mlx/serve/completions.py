@@ -46,6 +46,7 @@ class OpenCompletion:
         self._tickets: dict[int, Ticket] = {}
         self._next = 0  # of the plans: those before it are the engine's
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()  # bounded by the answers' max_tokens
+        self._decoders: dict[int, tuple[Any, int]] = {}  # of scored texts, and how long these are
         self._read: dict[int, tuple[int, int]] = {}  # tokens of each prompt, and how many of them were cached
 
     @property
@@ -64,38 +65,40 @@ class OpenCompletion:
 
     async def whole(self) -> dict[str, Any]:
         """Returns the whole answer. Raises what the engine failed by."""
-        async for index, happened in self._happenings():
-            if happened is not None:
-                delta, scored = self._taken(index, happened)
-                self._answers[index].deltas += delta
-                self._answers[index].scored += scored
+        async for happenings in self._happenings():
+            for index, happened in happenings:
+                delta, scored, places = self._taken(index, happened)
+                answer = self._answers[index]
+                answer.deltas += delta
+                answer.scored += scored
+                answer.places += places
         return self._shape.whole(self._answers, self.usage)
 
     async def chunks(self) -> AsyncIterator[str]:
-        """Yields the events of the stream; an error after its beginning is one of them, and the last."""
-        offsets = [0] * len(self._plans)
+        """Yields the events of the stream, several at once where they came so.
+
+        An error after its beginning is one of them, and the last; one before it is raised.
+        """
+        begun = False
         try:
-            if self._chat:
-                for index in range(len(self._plans)):
-                    yield self._shape.role(index)
-            async for index, happened in self._happenings():
-                if happened is None:
-                    yield KEEP_ALIVE
-                    continue
-                deltas, scored = self._taken(index, happened)
-                reason = self._answers[index].finish_reason
-                if scored or (reason and not deltas):
-                    deltas = deltas or [{}]
-                for delta in deltas[:-1]:
-                    yield self._shape.piece(index, delta)
-                if deltas:
-                    yield self._shape.piece(index, deltas[-1], scored, offsets[index], reason)
-                    offsets[index] += sum(len(self._shape.text_of(each.token)) for each in scored)
-            if self._include_usage:
-                yield self._shape.counted(self.usage)
-            yield DONE
+            async for happenings in self._happenings():
+                yield "".join(self._chunks_of(*each) for each in happenings) or KEEP_ALIVE
+                begun = True
+            yield (self._shape.counted(self.usage) if self._include_usage else "") + DONE
         except Exception as error:
+            if not begun:
+                raise
             yield event(error_answer(error).body)
+
+    def _chunks_of(self, index: int, happened: Event) -> str:
+        chunks = self._shape.role(index) if self._chat and isinstance(happened, PromptRead) else ""
+        deltas, scored, places = self._taken(index, happened)
+        reason = self._answers[index].finish_reason
+        if scored or (reason and not deltas):
+            deltas = deltas or [{}]
+        for delta in deltas[:-1]:
+            chunks += self._shape.piece(index, delta)
+        return chunks + (self._shape.piece(index, deltas[-1], scored, places, reason) if deltas else "")
 
     def cancel(self) -> None:
         """Ends what has not ended."""
@@ -103,26 +106,39 @@ class OpenCompletion:
             ticket.cancel()
         self._tickets.clear()
 
-    async def _happenings(self) -> AsyncIterator[tuple[int, Event | None]]:
-        """Yields the events of all answers, and None where nothing has happened for a while. Raises what failed."""
+    async def _happenings(self) -> AsyncIterator[list[tuple[int, Event]]]:
+        """Yields what has happened to the answers since the last time, nothing after a while. Raises what failed."""
         left = len(self._plans)
         try:
             while left:
-                try:
-                    index, happened = await asyncio.wait_for(self._events.get(), KEEP_ALIVE_SECONDS)
-                except asyncio.TimeoutError:
-                    yield -1, None
-                    continue
-                if isinstance(happened, Failed):
-                    raise happened.error
-                ended = self._ends(index, happened)
-                yield index, happened
-                if ended:
-                    left -= 1
+                happenings, failure = await self._some()
+                ended = [index for index, happened in happenings if self._ends(index, happened)]
+                if happenings or failure is None:
+                    yield happenings
+                if failure is not None:
+                    raise failure
+                for index in ended:
                     self._tickets.pop(index, None)
+                left -= len(ended)
+                if ended:
                     await self._submit_more()
         finally:
             self.cancel()
+
+    async def _some(self) -> tuple[list[tuple[int, Event]], Exception | None]:
+        """Waits for the next events. Returns them up to the first failure, and that."""
+        happenings: list[tuple[int, Event]] = []
+        try:
+            waiting = [await asyncio.wait_for(self._events.get(), KEEP_ALIVE_SECONDS)]
+        except asyncio.TimeoutError:
+            return [], None
+        while not self._events.empty():
+            waiting.append(self._events.get_nowait())
+        for index, happened in waiting:
+            if isinstance(happened, Failed):
+                return happenings, happened.error
+            happenings.append((index, happened))
+        return happenings, None
 
     def _ends(self, index: int, happened: Event) -> bool:
         if isinstance(happened, Generated):
@@ -149,14 +165,16 @@ class OpenCompletion:
                 return
             await asyncio.sleep(_PAUSE)
 
-    def _taken(self, index: int, happened: Event) -> tuple[list[Delta], Sequence[ScoredToken]]:
-        """Returns what an event adds to an answer."""
+    def _taken(self, index: int, happened: Event) -> tuple[list[Delta], Sequence[ScoredToken], Sequence[int]]:
+        """Returns what an event adds to an answer: deltas, and tokens with the places where they begin."""
         plan, answer = self._plans[index], self._answers[index]
+        wanted = self._shape.likeliest is not None
         if isinstance(happened, PromptRead):
             self._read.setdefault(plan.prompt, (happened.prompt_tokens, happened.cached_tokens))
             if plan.request.max_tokens == 0:
                 answer.finish_reason = "length"
-            return ([{"content": plan.echo}] if plan.echo else []), happened.scored
+            scored = happened.scored if wanted else ()
+            return ([{"content": plan.echo}] if plan.echo else []), scored, self._places(index, scored)
         assert isinstance(happened, Generated)
         answer.tokens += 1
         if plan.reader is None:
@@ -168,4 +186,21 @@ class OpenCompletion:
             if plan.reader is not None:
                 deltas += plan.reader.finish()
                 answer.finish_reason = plan.reader.finish_reason(answer.finish_reason)
-        return deltas, (happened.scored,) if self._shape.likeliest is not None else ()
+        said = wanted and not (self._chat and happened.scored.token in plan.request.stop_ids)  # what ends a message
+        scored = (happened.scored,) if said else ()
+        return deltas, scored, self._places(index, scored)
+
+    def _places(self, index: int, scored: Sequence[ScoredToken]) -> list[int]:
+        """Returns where in the text of a text completion tokens begin."""
+        if self._chat or not scored:
+            return []
+        if index not in self._decoders:
+            request = self._plans[index].request
+            self._decoders[index] = self._shape.decoder(() if request.prompt_logprobs else request.ids), 0
+        decoder, length = self._decoders[index]
+        places = []
+        for each in scored:
+            places.append(length)
+            length += len(decoder.add(each.token))
+        self._decoders[index] = decoder, length
+        return places

@@ -8,6 +8,7 @@ page may not do without asking first.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -18,7 +19,8 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from elm_mlx.serve.answers import ErrorAnswer
+from elm_mlx.reading import printable
+from elm_mlx.serve.answers import ErrorAnswer, busy
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -26,7 +28,9 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 << 20  # bytes
-BODY_SECONDS = 30  # for a body to come
+BODY_SECONDS = 30.0  # for a body to come
+LINGER_SECONDS = 2.0  # for a client to stop sending a body that is not read
+STOPPING = 5  # seconds after which another server may be there
 KEYED = ("/v1/", "/metrics")  # what needs the key; the page is open, and asks for it
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -58,6 +62,10 @@ class Guard:
         api_key: what clients must send as a bearer token; None for none.
         allow_origins: origins whose pages may use the server, or `*`.
         log: writes a line.
+
+    Attributes:
+        closing: requests are refused, for the server is to end.
+        in_flight: requests that are being answered.
     """
 
     def __init__(
@@ -68,47 +76,71 @@ class Guard:
         self._origins = frozenset(allow_origins)
         self._loopback = is_loopback(host)
         self._names = {host.lower(), *(() if self._loopback else _own_names())}
+        self.closing = False
+        self.in_flight = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "the server speaks no other protocol"
         headers = dict(scope["headers"])  # each at most once, or the last: h11 refuses a second Host or length
         identity, start, status = f"req_{secrets.token_hex(12)}", time.monotonic(), 0
         added = {**_HEADERS, "x-request-id": identity, **self._cors(headers)}
+        body = _LimitedBody(headers, receive)
 
         async def answer(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if not body.whole:  # what follows on the connection could not be told from it
+                    added["connection"] = "close"
                 own = {name for name, _ in message.get("headers", ())}
                 more = [(name.encode(), value.encode()) for name, value in added.items() if name.encode() not in own]
                 message = {**message, "headers": [*message.get("headers", ()), *more]}
+            elif not body.whole and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await body.rest()
+                message = {"type": "http.response.body", "body": b""}
             await send(message)
 
         state = scope.setdefault("state", {})
+        self.in_flight += 1
         try:
-            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
-                await _send(answer, 204, b"", {})
-                return
-            self._check(scope, headers)
-            await self._app(scope, _limited(headers, receive), answer)
+            await self._answered(scope, headers, body, answer)
         except ErrorAnswer as refusal:
             if status:  # too late to say so
                 raise
             from starlette.responses import JSONResponse
 
             await JSONResponse(refusal.body, refusal.status, refusal.headers)(scope, receive, answer)
+        except Exception as error:  # the client has been told that there is a defect, and no more
+            self._log(f"{identity} a bug in elm-mlx: {printable(f'{type(error).__name__}: {error}')}")
         finally:
+            self.in_flight -= 1
             seconds = time.monotonic() - start
             said = "".join(f" {value}" for value in (state.get("tokens"), state.get("said")) if value)
             path = scope["path"].encode("unicode_escape").decode()[:200]
-            self._log(f"{scope['method']} {path} {status or 'left'} {seconds:.2f} s{said}")
+            self._log(f"{identity} {scope['method']} {path} {status or 'left'} {seconds:.2f} s{said}")
 
-    def _check(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
-        """Raises ErrorAnswer for a request that must not be answered."""
+    async def _answered(
+        self, scope: MutableMapping[str, Any], headers: Mapping[bytes, bytes], body: _LimitedBody, answer: Send
+    ) -> None:
+        """Lets the application answer. Raises ErrorAnswer for a request that must not be answered."""
+        self._check_host(headers)
+        if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            await _send(answer, 204, b"", {})
+            return
+        self._check(scope, headers)
+        if self.closing:
+            raise busy("the server is stopping", STOPPING)
+        await self._app(scope, body.receive, answer)
+
+    def _check_host(self, headers: Mapping[bytes, bytes]) -> None:
         if not self._knows(headers.get(b"host", b"").decode("latin-1")):
             raise ErrorAnswer(
                 403, "this server has another name: ask for it by the address that it printed", code="unknown_host"
             )
+
+    def _check(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> None:
+        """Raises ErrorAnswer for a request without the key, or whose body is too large or no JSON."""
         if self._key is not None and scope["path"].startswith(KEYED):
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._key):
@@ -141,10 +173,11 @@ class Guard:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if not origin or not self._origins & {origin, "*"}:
             return {}
+        wanted = headers.get(b"access-control-request-headers", b"authorization, content-type")
         return {
             "access-control-allow-origin": origin,
             "access-control-allow-methods": "GET, POST",
-            "access-control-allow-headers": "authorization, content-type",
+            "access-control-allow-headers": wanted.decode("latin-1"),  # clients have some of their own
             "access-control-expose-headers": "x-request-id, retry-after",
             "access-control-max-age": "600",
             "cross-origin-resource-policy": "cross-origin",
@@ -152,32 +185,49 @@ class Guard:
         }
 
 
-def _limited(headers: Mapping[bytes, bytes], receive: Receive) -> Receive:
-    """Returns `receive` with limits on the size of a body, and on the time that it takes to come."""
-    loop = asyncio.get_running_loop()
-    deadline, size, whole = loop.time() + BODY_SECONDS, 0, False
+class _LimitedBody:
+    """The body of a request as it comes, with limits on its size, and on the time that it takes.
 
-    async def limited() -> Message:
-        nonlocal size, whole
-        if whole:
-            return await receive()
+    Attributes:
+        whole: all of it has come.
+    """
+
+    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive) -> None:
+        self._receive, self._size = receive, 0
+        self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
+        self.whole = b"transfer-encoding" not in headers and headers.get(b"content-length", b"0") == b"0"
+
+    async def receive(self) -> Message:
+        """Returns the next message from the client. Raises ErrorAnswer where a limit is passed."""
+        if self.whole:
+            return await self._receive()
+        left = self._deadline - asyncio.get_running_loop().time()
         try:
-            message = await asyncio.wait_for(receive(), max(0.0, deadline - loop.time()))
+            message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:
-            raise ErrorAnswer(
-                408, f"the body did not come within {BODY_SECONDS} s", headers={"Connection": "close"}
-            ) from None
-        size += len(message.get("body", b""))
-        if size > MAX_BODY:
+            raise ErrorAnswer(408, f"the body did not come within {BODY_SECONDS:g} s") from None
+        self._size += len(message.get("body", b""))
+        if self._size > MAX_BODY:
             raise _too_large()
-        whole = not message.get("more_body", False)
+        self.whole = not message.get("more_body", False)
         return message
 
-    return limited
+    async def rest(self) -> None:
+        """Drops the rest. A client that is still sending would find the connection reset before it had read why."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._drop(), LINGER_SECONDS)
+
+    async def _drop(self) -> None:
+        left = 4 * MAX_BODY
+        while left > 0:
+            message = await self._receive()
+            left -= len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
 
 
 def _too_large() -> ErrorAnswer:
-    return ErrorAnswer(413, f"the body is larger than {MAX_BODY >> 20} MiB", headers={"Connection": "close"})
+    return ErrorAnswer(413, f"the body is larger than {MAX_BODY >> 20} MiB", code="body_too_large")
 
 
 async def _send(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:

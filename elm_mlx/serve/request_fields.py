@@ -210,6 +210,8 @@ def _options(body: _Body, lengths: Sequence[str], held: bool, least: int = 1) ->
     if not isinstance(include_usage, bool):
         raise FieldError("stream_options.include_usage", f"is {short(include_usage)}: true or false is needed")
     given = [each for name in lengths if (each := body.whole(name, least, 1 << 31)) is not None]
+    if len({*given}) > 1:
+        raise FieldError(lengths[-1], f"is {given[1]}, and {lengths[0]} {given[0]}: give one of them")
     settings: dict[str, float] = {}
     for name, (ours, low, high, counts) in _SETTINGS.items():
         value = body.take(name)
