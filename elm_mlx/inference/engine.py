@@ -412,46 +412,54 @@ def _pairs(ids: mx.array, logprobs: mx.array) -> tuple[tuple[int, float], ...]:
 
 
 class _Pace:
-    """How many layers of a piece of a prompt are computed between two steps: what takes as long as `_STEPS` of them.
+    """How much of a prompt is computed between two steps: what takes as long as a few of them.
 
     A piece is one graph, and of a graph MLX computes what it is asked for. So a piece may be long, as a processor likes
-    it, and its bits are the same, however it is cut.
+    it, and its bits are the same, however it is cut. Work is counted in layers times tokens.
     """
 
-    _STEPS = 2.0
+    _STEPS = 2.0  # for each prompt that is read or waits: while many wait, few answers share a step
+    _LONGEST = 0.25  # seconds at most, unless two steps take longer: a reader hardly notices
     _MEASURED = 32  # rounds after which the time of a step alone is taken again
 
     def __init__(self) -> None:
-        self._step = self._layer = math.inf  # seconds, about
+        self._step = self._unit = math.inf  # seconds, about
         self._ended: float | None = None  # when the round before did
-        self._layers = 0  # computed since
+        self._done = 0  # work since
         self._left = -1  # rounds until the next measurement; the first step is compiled, so its time means nothing
+        self._seconds = 0.0
 
-    def round(self, running: bool) -> None:
-        """Takes the time since the round before, in which a step ran, and the layers that were asked for."""
-        now, before, layers = time.perf_counter(), self._ended, self._layers
-        self._ended, self._layers = now if running else None, 0
-        if before is None or not running:
-            return
-        if not layers:
-            self._step = _average(self._step, now - before)
-            self._left = self._left + 1 if self._left < 0 else self._MEASURED
-        else:
-            self._layer = _average(self._layer, max(0.0, now - before - self._step) / layers)
-            self._left = max(0, self._left - 1)
+    def round(self, running: bool, waiting: int) -> None:
+        """Begins a round after its step was taken; `waiting` prompts are to be read."""
+        now, before, done = time.perf_counter(), self._ended, self._done
+        self._ended, self._done = now if running else None, 0
+        if before is not None and running:
+            if done:
+                self._unit = _average(self._unit, max(0.0, now - before - self._step) / done)
+                self._left = max(0, self._left - 1)
+            elif self._left < 0:
+                self._left += 1
+            else:
+                self._step = _average(self._step, now - before)
+                self._left = self._MEASURED
+        self._seconds = max(self._STEPS * self._step, min(self._STEPS * self._step * waiting, self._LONGEST))
 
-    def layers(self, most: int) -> int:
-        """Returns how many layers to compute now; 0 where the time of a step is to be taken first."""
-        if self._left <= 0:
+    def layers(self, tokens: int) -> int:
+        """Returns how many layers of a piece of so many `tokens` to compute in what is left of this round."""
+        if self._left <= 0:  # the time of a step is to be taken first
             return 0
-        wanted = 1 if self._layer == math.inf else self._STEPS * self._step / max(self._layer, 1e-6)
-        self._layers = max(1, min(most, int(wanted)))
-        return self._layers
+        if self._unit == math.inf:
+            return 0 if self._done else 1
+        return max(0 if self._done else 1, int((self._seconds / max(self._unit, 1e-9) - self._done) / tokens))
+
+    def computed(self, layers: int, tokens: int) -> None:
+        """Counts what was asked for."""
+        self._done += layers * tokens
 
 
 def _average(before: float, now: float) -> float:
-    """Returns the average with another value: a smaller one counts at once, for whatever disturbs makes it larger."""
-    return min(now, before + 0.2 * (now - before)) if before < math.inf else now
+    """Returns the average with another value, which other programs, or a step that is compiled, may have disturbed."""
+    return now if before == math.inf else before + 0.3 * (min(max(now, before / 2), before * 2) - before)
 
 
 class Engine:
@@ -645,9 +653,8 @@ class Engine:
             self._guarded(batch, partial(batch.launch, self._keep))
         for batch in running:
             self._guarded(batch, partial(self._deliver, batch))
-        self._pace.round(bool(running))
-        if self._reading is not None:
-            self._read_on(self._reading)
+        self._pace.round(bool(running), len(self._queue) + 1)
+        self._read_on()
         if mx.get_active_memory() + mx.get_cache_memory() > self.max_memory:  # freed buffers that MLX keeps
             mx.clear_cache()
 
@@ -686,27 +693,33 @@ class Engine:
                 cache.restore([node.layers[number] for node in found], task.cached)
             cache.text_length = len(ids)
 
-    def _read_on(self, task: _Task) -> None:
-        """Reads a piece of a prompt, or some of its layers. After the last one the answer joins the others."""
-        try:
-            batch = self._batches[task.request.model]
-            if task.unread is None:
-                self._begin_piece(batch, task)
-            assert task.unread is not None
-            if self._rows():
-                layers = self._pace.layers(len(task.caches))
-                mx.async_eval(task.unread[:layers])  # of what is made by one graph, what these need
+    def _read_on(self) -> None:
+        """Reads prompts: a piece where no answer waits for its next token, else as much as fits between two steps."""
+        alone = not self._rows()
+        while self._reading is not None:
+            task = self._reading
+            try:
+                batch = self._batches[task.request.model]
+                if task.unread is None:
+                    self._begin_piece(batch, task)
+                assert task.unread is not None and task.hidden is not None
+                tokens = task.hidden.shape[1]
+                layers = min(len(task.unread), len(task.unread) if alone else self._pace.layers(tokens))
+                if not layers:
+                    return
+                mx.async_eval(task.unread[:layers])
                 del task.unread[:layers]
-            else:
-                mx.eval(task.unread)
-                task.unread.clear()
-            if not task.unread:
-                task.unread = None
-                self._end_piece(batch, task)
-        except Exception as error:
-            self._reading = None
-            self._end(task, Failed(_as_error(error)))
-            mx.clear_cache()
+                self._pace.computed(layers, tokens)
+                if not task.unread:
+                    task.unread = None
+                    self._end_piece(batch, task)
+            except Exception as error:
+                self._reading = None
+                self._end(task, Failed(_as_error(error)))
+                mx.clear_cache()
+            if alone:
+                return
+            self._admit()
 
     def _begin_piece(self, batch: _Batch, task: _Task) -> None:
         """Makes the graph of the next piece, of which nothing is computed yet."""
@@ -731,6 +744,7 @@ class Engine:
             task.keep_state(caches, 0, stop)
         if stop < len(ids):
             if not self._rows():
+                mx.eval([cache.state for cache in caches])
                 mx.clear_cache()  # a GPU would keep each piece's buffers for the next
             return
         self._reading = None
