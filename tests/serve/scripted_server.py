@@ -57,7 +57,7 @@ class ScriptedServer:
     models: list[dict[str, Any]] = field(default_factory=lambda: [CHAT])
     key: str | None = None
     script: list[Writing | Refusal] = field(default_factory=list)
-    otherwise: Writing = field(default_factory=lambda: Writing("All is **well**."))
+    otherwise: Writing | Refusal = field(default_factory=lambda: Writing("All is **well**."))
     bodies: list[dict[str, Any]] = field(default_factory=list)
     left: int = 0  # clients that left amid an answer
     port: int = 0

@@ -85,8 +85,8 @@ class Page {
     hideToast();
   }
 
-  /** Starts an answer. `take(answer)` puts its text into the conversation, each time that there is more. */
-  answer(conversation, path, body, take) {
+  /** Gets an answer. `take(answer)` puts its text into the conversation, each time that there is more. */
+  async answer(conversation, path, body, take) {
     const changed = () => {
       if (this.answers.get(conversation) !== answer) return; // it was taken back
       take(answer);
@@ -99,9 +99,12 @@ class Page {
     const answer = new Answer(this.#server, path, request, { askKey, changed });
     this.answers.set(conversation, answer);
     $("status").textContent = "Writing";
-    answer.run().then(() => this.#finished(conversation, answer));
+    const ended = answer.run();
     this.view.update();
     this.sidebar.update();
+    await ended;
+    this.#finished(conversation, answer);
+    return answer;
   }
 
   #finished(conversation, answer) {

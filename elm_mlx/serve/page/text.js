@@ -55,7 +55,7 @@ export class TextView {
     $("continue").textContent = running ? "Stop" : "Continue";
     $("continue").disabled = !running && !(model && this.#conversation.text);
     $("another").disabled = $("undo").disabled = Boolean(running) || !this.#pieces.length;
-    if (running && near) $("scroller").scrollTop = $("scroller").scrollHeight;
+    if (answer && near) $("scroller").scrollTop = $("scroller").scrollHeight;
   }
 
   /** The text, and below it a copy that gives it its height and marks what was written last. */
@@ -85,33 +85,34 @@ export class TextView {
   }
 
   #ending() {
-    const { prompt, tokens, finish } = this.figures;
-    if (finish === "stopped") return "stopped";
-    return finish === "length" && prompt + tokens >= this.#page.model?.context_length ? "the context is full" : "";
+    const { skip } = this.#conversation;
+    const stopped = this.figures.finish === "stopped" ? "stopped" : "";
+    return skip ? `${stopped} beginning ${skip.toLocaleString("en")} characters into the text`.trim() : stopped;
   }
 
   #troubleCard({ kind, message, param }) {
     const actions = { "Try again": () => this.#continue() };
     if (kind === "lost") return card(`${message} What had come is kept.`, { Continue: () => this.#continue() });
-    if (kind === "context") return card(message, { "Go on from the second half": () => this.#leaveOut() });
     if (param) actions.Settings = () => $("settings-open").click();
     return card(message, actions);
   }
 
-  /** Sends the model the second half of what it was sent, from a line or a word on. */
-  #leaveOut() {
-    const { text, skip } = this.#conversation;
-    const half = Math.ceil((skip + text.length) / 2);
-    const next = text.slice(half, half + 200).search(/\n/);
-    const word = text.slice(half, half + 200).search(/\s/);
-    this.#conversation.skip = half + Math.max(0, next >= 0 ? next + 1 : word);
+  /** Continues the text; from its second half alone, begun at a line or word, where all of it is too long. */
+  async #continue() {
+    const conversation = this.#conversation;
+    const { trouble } = (await this.#write(conversation)) ?? {};
+    const left = conversation.text.length - conversation.skip;
+    if (trouble?.kind !== "context" || left < 2 || conversation !== this.#conversation) return;
+    const half = conversation.skip + Math.ceil(left / 2);
+    const near = conversation.text.slice(half, half + 200);
+    const start = near.includes("\n") ? near.indexOf("\n") + 1 : near.search(/\s/);
+    conversation.skip = half + Math.max(0, start);
     this.#continue();
   }
 
-  #continue() {
-    const conversation = this.#conversation;
+  async #write(conversation) {
     const { model } = this.#page;
-    if (this.#page.running || !model || !conversation.text) return;
+    if (this.#page.running || !model || !conversation.text) return null;
     const before = conversation.text;
     const pieces = this.#pieces;
     const piece = [before.length, before.length];
@@ -119,13 +120,13 @@ export class TextView {
     hideToast();
     this.#page.keep(conversation);
     const body = { prompt: before.slice(conversation.skip) };
-    this.#page.answer(conversation, "v1/completions", body, (answer) => {
+    this.focus();
+    return this.#page.answer(conversation, "v1/completions", body, (answer) => {
       conversation.text = before + answer.text;
       piece[1] = conversation.text.length;
       if (answer.text && pieces.at(-1) !== piece) pieces.push(piece);
       conversation.figures = { ...answer.figures, finish: answer.finish };
     });
-    this.focus();
   }
 
   /** Takes back the last continuation. Returns false where there is none. */
@@ -148,7 +149,7 @@ export class TextView {
     const whole = this.#pieces.filter(([, to]) => text.startsWith(conversation.text.slice(0, to)));
     this.#continued.set(conversation, whole); // one that was edited is the user's
     conversation.text = text;
-    conversation.skip = Math.min(conversation.skip, text.length);
+    conversation.skip = 0;
     this.editing = true;
     clearTimeout(this.#saving);
     this.#saving = setTimeout(() => this.#save(conversation), 500);
