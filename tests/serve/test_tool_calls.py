@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -288,6 +288,29 @@ class TestReader:
         form = FORMS["tagged"]
         deltas, reader = read(form, [('<tool_call>\n{"name": "time", "arguments": {"a": "b', None)], held=True)
         assert message(deltas) == (None, [("time", '{"a": "b')]) and reader.finish_reason("length") == "length"
+
+    FRAGMENTS: ClassVar = [
+        "<tool_call>", "</tool_call>", "<tool", "_call>", "[", "]", "{", "}", '"name"', ': "time"', ', "arguments": ',
+        '{"a": 1}', '"', "\\", "\n", " ", ",", '{"name": "time", "arguments": {}}', "text",
+        '{"name": "get_weather", "arguments": {"city": "}</tool_call>"}}',
+    ]  # fmt: skip
+
+    @pytest.mark.parametrize("style", FORMS)
+    @pytest.mark.parametrize("held", [False, True])
+    def test_any_text_gives_the_same_however_it_is_cut_and_loses_nothing(self, style: str, held: bool) -> None:
+        form, draw = FORMS[style], random.Random(style)
+        for _ in range(400):
+            text = "".join(draw.choices(self.FRAGMENTS, k=draw.randint(0, 14)))
+            at = draw.randint(0, len(text))  # of the control token, where the form has one
+            found = []
+            for pieces in (0, 3, len(text)):
+                cuts = [0, *sorted(draw.choices(range(len(text) + 1), k=pieces)), len(text)]
+                before, after = [cut for cut in cuts if cut < at], [cut for cut in cuts if cut > at]
+                given: list[tuple[str, int | None]] = [(text[a:b], 3) for a, b in pairwise([*before, at])]
+                given += [("", form.begin_id), *((text[a:b], 3) for a, b in pairwise([at, *after]))]
+                found.append(message(read(form, given, held)[0]))
+            assert found[0] == found[1] == found[2], text
+            assert found[0][1] or found[0][0] == text
 
     def test_text_without_calls_is_as_it_was(self) -> None:
         draw = random.Random(0)
