@@ -435,7 +435,8 @@ class _Pace:
         self._ended, self._done = now if running else None, 0
         if before is not None and running:
             if done:
-                self._unit = _average(self._unit, max(0.0, now - before - self._step) / done)
+                seconds = now - before  # of which reading took some, even where the step seems to have taken all
+                self._unit = _average(self._unit, max(0.2 * seconds, seconds - self._step) / done)
                 self._left = max(0, self._left - 1)
             elif self._left < 0:
                 self._left += 1
