@@ -12,6 +12,8 @@ questions a second of scoring alone, tokenizing included, as a ratio from one ru
     --rounds N      of turns (3)
     --stock         also mlx-lm as it is installed, with its slow BLAS and the weights as stored
     --prompts       compare what is asked and chosen, once, and no speed
+    --served        once with the harness' `local-completions`, which asks `elm-mlx serve`, and no speed; MODEL has a
+                    tokenizer that transformers reads, and PYTHON has transformers and `lm_eval[api]`
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from serve import OURS, Server
 from speed import ENVIRONMENT, machine
 
 from elm_mlx.evaluate.questions import Question
@@ -177,6 +180,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stock", action="store_true")
     parser.add_argument("--prompts", action="store_true")
+    parser.add_argument("--served", action="store_true")
     given = parser.parse_args()
     names = given.tasks.split(",")
     assert not set(names) & set(GROUPS), "name a group's tasks"
@@ -189,27 +193,33 @@ def main() -> None:
             file.write_text(file.read_text().replace("LM_EVAL", home))
         job = directory / "job.json"
         shots = {name: SHOTS.get(name, 0) for name in names}
-        job.write_text(json.dumps({"model": str(given.model.resolve()), "directory": temporary, "tasks": shots}))
+        work = {"model": str(given.model.resolve()), "directory": temporary, "tasks": shots}
+        job.write_text(json.dumps(work))
         print(machine())
-        compare(given.python, job, shots, 1 if given.prompts else given.rounds, given.stock, given.prompts)
+        if given.served:
+            with Server(OURS, given.model.resolve()) as server:
+                job.write_text(json.dumps({**work, "url": server.url}))
+                compare(given.python, job, shots, 1, ["served"], False)
+            return
+        peers = ["equal", "encoded", "handed"] if given.prompts else ["equal", "stock"] if given.stock else ["equal"]
+        compare(given.python, job, shots, 1 if given.prompts else given.rounds, peers, not given.prompts)
 
 
-def compare(python: str, job: Path, shots: dict[str, int], rounds: int, stock: bool, prompts: bool) -> None:
+def compare(python: str, job: Path, shots: dict[str, int], rounds: int, others: list[str], speed: bool) -> None:
     """Ask all peers in turn; print task by task what agrees, and how fast each was."""
-    peers: list[tuple[str, str]] = [("ours", sys.executable), ("equal", python)]
-    peers += [("encoded", python), ("handed", python)] if prompts else [("stock", python)] if stock else []
+    peers: list[tuple[str, str]] = [("ours", sys.executable), *((peer, python) for peer in others)]
     answers: dict[str, list[dict[str, Any]]] = {peer: [] for peer, _ in peers}
     for _ in range(rounds):
         for peer, interpreter in peers:
             answers[peer].append(run(interpreter, peer, job))
     alike = True
     for name in shots:
-        for peer in ("equal", "encoded", "handed") if prompts else ("equal",):
+        for peer in (peer for peer in others if peer != "stock"):
             same, words = check(peer, answers["ours"][0][name], answers[peer][0][name])
             alike &= same
             print(f"{name:<20} {shots[name]:>2} shots  {'the same' if same else 'DIFFERENT':<9} {peer:<7} {words}")
-    if not prompts:
-        tell_speed(shots, answers, [peer for peer, _ in peers[1:]])
+    if speed:
+        tell_speed(shots, answers, others)
     if not alike:
         sys.exit("not the same scores")
 

@@ -3,10 +3,11 @@
     harness_worker.py PEER JOB
 
 PEER is `ours`, `stock` (LM Evaluation Harness through mlx-lm, as installed), `equal` (the same with our BLAS and
-weights in float32), `handed` (the harness' tasks, our scoring, as `elm-mlx eval --harness`) or `encoded` (its way from
-text to ids too, as for its own PyTorch models). JOB is a JSON file with `model`, `directory` and `tasks`, a number of
-examples for each. Each task's answer has `requests`, pairs of texts by question, `logprobs` and `greedy` alike, its
-`scores`, and the `seconds` that scoring took, tokenizing included, on the clock and of `processor` time.
+weights in float32), `handed` (the harness' tasks, our scoring, as `elm-mlx eval --harness`), `encoded` (its way from
+text to ids too, as for its own PyTorch models) or `served` (its `local-completions`, which asks `elm-mlx serve` at the
+job's `url`). JOB is a JSON file with `model`, `directory` and `tasks`, a number of examples for each. Each task's
+answer has `requests`, pairs of texts by question, `logprobs` and `greedy` alike, its `scores`, and the `seconds` that
+scoring took, tokenizing included, on the clock and of `processor` time.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
     """The same by the harness, through the language model that `peer` stands for."""
     import logging
 
-    if peer != "stock":
+    if peer not in ("stock", "served"):
         import elm_mlx  # noqa: F401  (its BLAS must come before MLX)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     logging.disable(logging.WARNING)
-    language_model = _language_model(job["model"], peer)
+    language_model = _served(job) if peer == "served" else _language_model(job["model"], peer)
     asked: list[tuple[Any, Any]] = []
     plain = language_model.loglikelihood
     took = {"seconds": 0.0, "processor": 0.0}
@@ -85,6 +86,15 @@ def harness(job: dict[str, Any], peer: str) -> dict[str, Any]:
         )
         answers[name] = _answer(asked, results["results"][f"elm_{name}"]) | took
     return answers
+
+
+def _served(job: dict[str, Any]) -> Any:
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    return LocalCompletionsAPI(
+        base_url=f"{job['url']}/v1/completions", model=Path(job["model"]).name, tokenizer=job["model"],
+        tokenizer_backend="huggingface", batch_size=4, num_concurrent=2,
+    )  # fmt: skip
 
 
 def _language_model(model: str, peer: str) -> Any:

@@ -82,8 +82,10 @@ class OpenCompletion:
         begun = False
         try:
             async for happenings in self._happenings():
-                yield "".join(self._chunks_of(*each) for each in happenings) or KEEP_ALIVE
-                begun = True
+                chunks = "".join(self._chunks_of(*each) for each in happenings) if happenings else KEEP_ALIVE
+                if chunks:
+                    yield chunks
+                    begun = True
             yield (self._shape.counted(self.usage) if self._include_usage else "") + DONE
         except Exception as error:
             if not begun:
