@@ -12,6 +12,7 @@ from commands import Run
 import elm_mlx
 from elm_mlx.cli import _COMMANDS, _Commands
 from elm_mlx.data.text_sources import TextFiles
+from elm_mlx.serve.served_models import load_models
 from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA
 from elm_mlx.train import pretraining_recipe, sections
@@ -29,11 +30,16 @@ def home(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) 
     return path
 
 
-@pytest.mark.parametrize("name", _COMMANDS)
+@pytest.mark.parametrize("name", [name for name in _COMMANDS if name != "serve"])  # whose models are DIR or NAME=DIR
 def test_every_path_of_every_command_is_expanded(name: str, home: Path) -> None:
     kinds = [parameter.type for parameter in _Commands()[name].params if parameter.type.name == "path"]
     assert kinds
     assert {kind.convert("~/m", None, None) for kind in kinds} == {str(home / "m")}
+
+
+@pytest.mark.parametrize("model", ["~/m", "m=~/m"])
+def test_a_model_that_is_served(home: Path, model: str) -> None:
+    assert list(load_models([model], [], None, print)) == ["m"]
 
 
 def test_a_model_is_the_same_however_it_is_named(run: Run, home: Path) -> None:

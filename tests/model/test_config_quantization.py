@@ -30,10 +30,10 @@ def test_what_is_known(quantization: dict[str, Any]) -> None:
     [
         ([], "quantization is []: an object is needed"), ("4", "quantization is '4'"),
         ({"bits": 4}, "bits 4, group_size None: whole numbers"), ({**GOOD, "bits": 4.0}, "bits 4.0"),
-        ({**GOOD, "bits": True}, "bits True"), ({**GOOD, "bits": 7}, "no affine of 7 bits"),
-        ({**GOOD, "group_size": 48}, "in groups of 48"), ({**GOOD, "bits": 10**300}, "no affine of 1000"),
+        ({**GOOD, "bits": True}, "bits True"), ({**GOOD, "bits": 7}, "not support affine of 7 bits"),
+        ({**GOOD, "group_size": 48}, "in groups of 48"), ({**GOOD, "bits": 10**300}, "not support affine of 1000"),
         ({**GOOD, "mode": "guess"}, "mode is 'guess': one of affine, mxfp4"), ({**GOOD, "mode": ["a"]}, "mode is ['a"),
-        ({**GOOD, "mode": "mxfp4"}, "no mxfp4 of 4 bits in groups of 64"),
+        ({**GOOD, "mode": "mxfp4"}, "not support mxfp4 of 4 bits in groups of 64"),
         ({**GOOD, "lm_head": {"bits": 4}}, "quantization of 'lm_head': bits 4, group_size None"),
         ({**GOOD, "lm_head": 4}, "quantization of 'lm_head' is 4: an object is needed"),
         ({**GOOD, "x\n" * 99: {}}, "quantization of 'x\\nx"),
