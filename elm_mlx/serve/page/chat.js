@@ -314,7 +314,7 @@ function take(conversation, answer, replaced) {
   else if (answer.done && replaced) messages.push(replaced);
 }
 
-const pending = () => element("p", { className: "pending", ariaLabel: "Reading" }, "…");
+const pending = () => element("p", { className: "pending" }, "Reading…");
 
 /** Makes a textarea as high as its text, where the browser does not. */
 function fit(area) {

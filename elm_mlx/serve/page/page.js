@@ -124,8 +124,10 @@ class Page {
   /** Saves a conversation, unless nothing is in it. */
   keep(conversation) {
     if (isEmpty(conversation)) return;
+    const { id } = conversation;
     conversation.updated = Date.now();
     const saved = this.store.save(conversation);
+    if (conversation.id !== id) toast("Another tab has changed this conversation: both are kept.");
     this.#saved.set(conversation, Date.now());
     if (conversation === this.open && location.hash.slice(1) !== conversation.id) {
       history.replaceState(null, "", `#${conversation.id}`);
