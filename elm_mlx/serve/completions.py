@@ -11,7 +11,7 @@ from typing import Any
 
 from elm_mlx.inference.engine import Busy, Engine, Event, Failed, Generated, PromptRead, Request, ScoredToken, Ticket
 from elm_mlx.serve.answers import DONE, KEEP_ALIVE, Answer, AnswerShape, error_answer, event, usage
-from elm_mlx.serve.tool_calls import CallReader, Delta
+from elm_mlx.serve.call_reader import CallReader, Delta
 
 IN_FLIGHT = 16  # answers of one request that the engine has at a time
 KEEP_ALIVE_SECONDS = 10.0

@@ -14,8 +14,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from elm_mlx.inference.grammar import GrammarCompiler
-from elm_mlx.serve import tool_calls
-from elm_mlx.serve.tool_calls import CallForm, CallReader, ToolCaller, ToolsError, call_form, parse_tool_use
+from elm_mlx.serve.call_form import CallForm, call_form
+from elm_mlx.serve.call_reader import CallReader, Delta, _new_id, whole_message
+from elm_mlx.serve.tool_calls import ToolCaller, ToolsError, ToolUse, parse_tool_calls, parse_tool_use
 from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct, choose
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -116,17 +117,15 @@ def written(form: CallForm, *calls: tuple[str, str]) -> str:
     return form.lead + (form.between or "").join(call(*each, form) for each in calls) + form.trail
 
 
-def read(
-    form: CallForm, pieces: list[tuple[str, int | None]], held: bool = False
-) -> tuple[list[tool_calls.Delta], CallReader]:
+def read(form: CallForm, pieces: list[tuple[str, int | None]], held: bool = False) -> tuple[list[Delta], CallReader]:
     ids = count()
     reader = CallReader(form, NAMES, held, lambda: f"id{next(ids)}")
     deltas = [delta for text, token in pieces for delta in reader.add(text, token)]
     return deltas + reader.finish(), reader
 
 
-def message(deltas: list[tool_calls.Delta]) -> tuple[str | None, list[tuple[str, str]]]:
-    whole = tool_calls.whole_message(deltas)
+def message(deltas: list[Delta]) -> tuple[str | None, list[tuple[str, str]]]:
+    whole = whole_message(deltas)
     calls = whole.get("tool_calls", [])
     assert [each["id"] for each in calls] == [f"id{i}" for i in range(len(calls))]
     return whole["content"], [(each["function"]["name"], each["function"]["arguments"]) for each in calls]
@@ -349,7 +348,7 @@ class TestGrammar:
                 continue
             reader, decoder = caller.reader(use, held=True), tokenizer.detokenizer([5])
             deltas = [delta for token in tokens for delta in reader.add(decoder.add(token), token)]
-            whole = tool_calls.whole_message([*deltas, *reader.finish()])
+            whole = whole_message([*deltas, *reader.finish()])
             assert whole["content"] is None and reader.finish_reason("stop") == "tool_calls"
             for function in (call["function"] for call in whole["tool_calls"]):
                 found.add(function["name"])
@@ -420,7 +419,7 @@ class TestFields:
         assert [each["function"]["name"] for each in shown] == ["get_weather", "time"]
         assert (use.choice, use.parallel) == ("auto", True) and [each.strict for each in use.functions] == [True, False]
         assert use.functions[1].parameters["additionalProperties"] is False
-        assert parse_tool_use(None) == ([], tool_calls.ToolUse((), "none"))
+        assert parse_tool_use(None) == ([], ToolUse((), "none"))
         shown, use = parse_tool_use([WEATHER, TIME], {"type": "function", "function": {"name": "time"}}, True)
         assert len(shown) == 2 and [each.name for each in use.functions] == ["time"] and not use.parallel
         shown, use = parse_tool_use([TIME], "none")
@@ -454,7 +453,7 @@ class TestFields:
 
     def test_calls_of_a_message(self) -> None:
         made = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": [1]}'}}
-        (parsed,) = tool_calls.parse_tool_calls("messages[1].tool_calls", [made])
+        (parsed,) = parse_tool_calls("messages[1].tool_calls", [made])
         assert parsed["function"] == {"name": "f", "arguments": {"x": [1]}} and parsed["id"] == "a"
         for wrong, param in (
             (3, ""), ([], ""), ([3], "[0]"), ([{**made, "id": 3}], "[0].id"), ([{**made, "type": "x"}], "[0]"),
@@ -463,15 +462,15 @@ class TestFields:
             ([{**made, "function": {"name": "f", "arguments": "{"}}], "[0].function.arguments"),
         ):  # fmt: skip
             with pytest.raises(ToolsError) as error:
-                tool_calls.parse_tool_calls("messages[1].tool_calls", wrong)
+                parse_tool_calls("messages[1].tool_calls", wrong)
             assert error.value.param == "messages[1].tool_calls" + param
 
 
 def test_ids_are_such_as_every_template_takes_back(tokenizer: Tokenizer) -> None:
-    ids = {tool_calls._new_id() for _ in range(50)}
+    ids = {_new_id() for _ in range(50)}
     assert len(ids) == 50 and all(len(each) == 9 and each.isalnum() for each in ids)
 
 
 def test_a_whole_message_of_no_calls() -> None:
-    assert tool_calls.whole_message([]) == {"role": "assistant", "content": ""}
-    assert tool_calls.whole_message([{"content": "a"}, {"content": " b"}]) == {"role": "assistant", "content": "a b"}
+    assert whole_message([]) == {"role": "assistant", "content": ""}
+    assert whole_message([{"content": "a"}, {"content": " b"}]) == {"role": "assistant", "content": "a b"}
