@@ -17,9 +17,11 @@ from mlx.utils import tree_flatten
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.generation import TextStream, checked, encode_prompt
 from elm_mlx.inference.grammar import Grammar, GrammarState
+from elm_mlx.inference.pace import ReadingPace
 from elm_mlx.inference.prefix_tree import BLOCK, Layers, PrefixTree
 from elm_mlx.inference.rows import PREFILL_STEP, Rows
 from elm_mlx.inference.sampling import Sampler, State
+from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, make_prompt_cache, row_capacity, row_slots
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
@@ -403,64 +405,12 @@ def _likeliest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     count = min(count, logits.shape[-1])
     ids = mx.argpartition(-logits, count - 1, axis=-1)[..., :count]
     chosen = mx.take_along_axis(logits, ids, axis=-1)
-    return ids, chosen - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return ids, chosen - ops.logsumexp(logits)[..., None]
 
 
 def _pairs(ids: mx.array, logprobs: mx.array) -> tuple[tuple[int, float], ...]:
     pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
     return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
-
-
-class _Pace:
-    """How much of a prompt is computed between two steps: what takes as long as a few of them.
-
-    A piece is one graph, and of a graph MLX computes what it is asked for. So a piece may be long, as a processor likes
-    it, and its bits are the same, however it is cut. Work is counted in layers times tokens.
-    """
-
-    _STEPS = 2.0  # for each prompt that is read or waits: while many wait, few answers share a step
-    _LONGEST = 0.25  # seconds at most, unless two steps take longer: a reader hardly notices
-    _MEASURED = 32  # rounds after which the time of a step alone is taken again
-
-    def __init__(self) -> None:
-        self._step = self._unit = math.inf  # seconds, about
-        self._ended: float | None = None  # when the round before did
-        self._done = 0  # work since
-        self._left = -1  # rounds until the next measurement; the first step is compiled, so its time means nothing
-        self._seconds = 0.0
-
-    def round(self, running: bool, waiting: int) -> None:
-        """Begins a round after its step was taken; `waiting` prompts are to be read."""
-        now, before, done = time.perf_counter(), self._ended, self._done
-        self._ended, self._done = now if running else None, 0
-        if before is not None and running:
-            if done:
-                seconds = now - before  # of which reading took some, even where the step seems to have taken all
-                self._unit = _average(self._unit, max(0.2 * seconds, seconds - self._step) / done)
-                self._left = max(0, self._left - 1)
-            elif self._left < 0:
-                self._left += 1
-            else:
-                self._step = _average(self._step, now - before)
-                self._left = self._MEASURED
-        self._seconds = max(self._STEPS * self._step, min(self._STEPS * self._step * waiting, self._LONGEST))
-
-    def layers(self, tokens: int) -> int:
-        """Returns how many layers of a piece of so many `tokens` to compute in what is left of this round."""
-        if self._left <= 0:  # the time of a step is to be taken first
-            return 0
-        if self._unit == math.inf:
-            return 0 if self._done else 1
-        return max(0 if self._done else 1, int((self._seconds / max(self._unit, 1e-9) - self._done) / tokens))
-
-    def computed(self, layers: int, tokens: int) -> None:
-        """Counts what was asked for."""
-        self._done += layers * tokens
-
-
-def _average(before: float, now: float) -> float:
-    """Returns the average with another value, which other programs, or a step that is compiled, may have disturbed."""
-    return now if before == math.inf else before + 0.3 * (min(max(now, before / 2), before * 2) - before)
 
 
 class Engine:
@@ -511,7 +461,7 @@ class Engine:
         self._read = self._cached = self._generated = 0
         self._finished = self._cancelled = self._failed = self._refused = 0
         self._seconds = 1.0  # that a request takes, about
-        self._pace = _Pace()
+        self._pace = ReadingPace()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -835,7 +785,7 @@ def _score(model: Model, hidden: mx.array, task: _Task, start: int) -> None:
         part = following[first : first + most]
         logits = model.head(hidden[first : first + len(part)]).astype(mx.float32)
         chosen = mx.take_along_axis(logits, mx.array(part)[:, None], axis=-1)
-        logprobs = (chosen - mx.logsumexp(logits, axis=-1, keepdims=True))[:, 0]
+        logprobs = (chosen - ops.logsumexp(logits)[..., None])[:, 0]
         count = task.request.top_logprobs
         tops = _likeliest(logits, count) if count else None
         mx.eval(logprobs, tops)

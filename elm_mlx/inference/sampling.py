@@ -18,6 +18,7 @@ import mlx.core as mx
 from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.files import write_json
+from elm_mlx.model import ops
 
 Choose = Callable[[mx.array], mx.array]  # log-probabilities (batch, vocab) -> tokens (batch,), as mlx-lm's samplers
 Process = Callable[[mx.array, mx.array], mx.array]  # tokens so far (n,), logits (1, vocab) -> logits
@@ -162,7 +163,7 @@ class Sampler:
             key, draw = mx.random.split(key)
             tokens = self._draw(adjusted, draw)
         chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        logprobs = chosen - mx.logsumexp(logits, axis=-1)
+        logprobs = chosen - ops.logsumexp(logits)
         if recent is not None:
             recent = mx.concatenate([recent[:, 1:], tokens[:, None].astype(recent.dtype)], axis=-1)
         if so_far is not None:

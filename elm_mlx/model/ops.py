@@ -228,6 +228,14 @@ def exp(x: mx.array) -> mx.array:
     return mx.exp(x) if _mlx_is_best(x, x.size) else _derivable_exp(mx.maximum(x, -87.0))
 
 
+def logsumexp(logits: mx.array) -> mx.array:
+    """Returns the logarithm of the sum of the last axis' exponentials: `(..., vocab_size)` to `(...)`."""
+    if _mlx_is_best(logits, 2 * logits.shape[-1]):  # it depends on no other row
+        return mx.logsumexp(logits, axis=-1)
+    top = logits.max(axis=-1, keepdims=True)
+    return (top + mx.log(_exp(mx.maximum(logits - top, -87.0)).sum(axis=-1, keepdims=True))).squeeze(-1)
+
+
 def kl_divergences(before: mx.array, after: mx.array) -> mx.array:
     """Returns the Kullback-Leibler divergence of `after` from `before` at each position, in nats.
 

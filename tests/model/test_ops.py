@@ -203,3 +203,17 @@ def test_the_public_exponential_bears_anything_below_87() -> None:
     x = mx.concatenate([mx.array([-1e30, -100.0, 0.0, 1.0]), mx.zeros((ops._LITTLE,))])
     np.testing.assert_allclose(np.array(ops.exp(x))[:4], [0, 0, 1, np.e], rtol=1e-6, atol=1e-37)
     np.testing.assert_allclose(mx.grad(lambda x: ops.exp(x).sum())(x)[2:4], [1, np.e], rtol=1e-6)
+
+
+@pytest.mark.parametrize("vocab_size", [5, 8192, 16_000])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_logsumexp(vocab_size: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a row's is the same to the bit, whatever rows are beside it."""
+    monkeypatch.setattr(device, "on_gpu", lambda: on_gpu)
+    rows = 20 * mx.random.normal((9, vocab_size), key=mx.random.key(3))
+    found = ops.logsumexp(rows)
+    exact = np.logaddexp.reduce(np.array(rows, np.float64), axis=-1)
+    np.testing.assert_allclose(np.array(found), exact, rtol=1e-6)
+    for row in range(9):
+        assert mx.array_equal(ops.logsumexp(rows[row : row + 1]), found[row : row + 1])
+    assert mx.isnan(ops.logsumexp(mx.full((1, vocab_size), mx.nan))).all().item()
