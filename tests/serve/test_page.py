@@ -276,6 +276,7 @@ def test_a_text_that_grew_looks_as_one_that_came_at_once(page: Page) -> None:
 
 
 SHOWN = [
+    ("- **שלום**\n- b", '<ul dir="rtl"><li><p><strong>שלום</strong></p></li><li><p>b</p></li></ul>'),
     ("a **b *c* d** `e*f*`", "<p>a <strong>b <em>c</em> d</strong> <code>e*f*</code></p>"),
     ("***a*** snake_case_name __b__", "<p><strong><em>a</em></strong> snake_case_name <strong>b</strong></p>"),
     ("2 * 3 * 4 and **open", "<p>2 * 3 * 4 and **open</p>"),

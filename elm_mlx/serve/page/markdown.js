@@ -16,6 +16,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?:( {1,4})(?! )| |$)/;
 const TASK = /^\[([ xX])\] /;
 const HALF = /^[-*+#>|`~: ]+$|^[ >]*\d{1,9}[.)]?$/; // what may become a mark is shown once it is known
+const FROM_RIGHT = /^[^\p{L}]*[\p{Script=Arabic}\p{Script=Hebrew}\p{Script=Syriac}\p{Script=Thaana}]/u;
 const DELIMITER = /^:?-+:?$/;
 
 /** Shows a text that grows: blocks that are complete are left alone, of the last one only what differs is touched. */
@@ -154,7 +155,9 @@ function list(lines, at, depth, open) {
   }
   const unfinished = open && end === lines.length ? items.length - 1 : -1;
   const made = items.map((item, index) => listItem(item, depth, index === unfinished));
-  return [element(ordered ? "ol" : "ul", ordered ? { start: parseInt(mark) } : {}, ...made), end];
+  // Paragraphs find their direction by CSS; a list's is that of its marks too.
+  const properties = { ...(ordered && { start: parseInt(mark) }), ...(FROM_RIGHT.test(items[0][0]) && { dir: "rtl" }) };
+  return [element(ordered ? "ol" : "ul", properties, ...made), end];
 }
 
 /** The line after the item that begins in line `at`: what is indented is part of it, and the rest of its paragraph. */
