@@ -316,20 +316,22 @@ class _Batch:
             if self.keeps_states:
                 for row, (answer, length) in enumerate(zip(self.answers, self.rows.lengths, strict=True)):
                     answer.keep_state(self.rows.caches, row, length)
-            mx.async_eval(self.logits, [cache.state for cache in self.rows.caches])
+            kept_states = [
+                answer.snapshots for answer in self.answers
+            ]  # or they would hold on to what they are cut from
+            mx.async_eval(self.logits, [cache.state for cache in self.rows.caches], kept_states)
 
     def deliver(self) -> tuple[int, list[_Task]]:
         """Reports the tokens that `launch` chose, while what it launched is running. Returns their number, and
         the answers that end."""
         assert self._chosen is not None
         answers, tokens, logprobs, tops = self._chosen
-        self._chosen = None
         ended: list[_Task] = []
         for row, (answer, token, logprob) in enumerate(zip(answers, tokens.tolist(), logprobs.tolist(), strict=True)):
             if answer.over:
                 continue
             try:
-                likeliest = _pairs(*tops[row]) if row in tops else ()
+                likeliest = _pairs(*(array.tolist() for array in tops[row])) if row in tops else ()
                 finished = _deliver(answer, ScoredToken(token, checked(logprob), likeliest))
             except Exception as error:
                 answer.emit(Failed(error))
@@ -338,6 +340,7 @@ class _Batch:
             if finished:
                 answer.over = True
                 ended.append(answer)
+        self._chosen = None
         return len(answers), ended
 
     def remove(self, rows: Sequence[int], leaving: Callable[[_Task, int], None]) -> list[int]:
@@ -356,9 +359,10 @@ class _Batch:
         return order
 
     def reset(self) -> list[_Task]:
-        """Empties the batch, whatever state it is in. Returns the answers that were in it."""
-        answers, self.answers = self.answers, []
-        self.rows, self.logits, self._chosen = Rows(self.model), None, None
+        """Empties the batch, whatever state it is in. Returns the answers that were in it, or wait for a last token."""
+        chosen = [] if self._chosen is None else self._chosen[0]
+        answers = [*self.answers, *(answer for answer in chosen if answer not in self.answers)]
+        self.answers, self.rows, self.logits, self._chosen = [], Rows(self.model), None, None
         return answers
 
     def _choose(self) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:
@@ -408,9 +412,9 @@ def _likeliest(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
     return ids, chosen - ops.logsumexp(logits)[..., None]
 
 
-def _pairs(ids: mx.array, logprobs: mx.array) -> tuple[tuple[int, float], ...]:
-    pairs = zip(ids.tolist(), logprobs.tolist(), strict=True)
-    return tuple(sorted(pairs, key=lambda pair: (-pair[1], pair[0])))
+def _pairs(ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+    """Returns tokens with their log-probabilities, likeliest first."""
+    return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda pair: (-pair[1], pair[0])))
 
 
 class Engine:
@@ -635,14 +639,6 @@ class Engine:
         with self._changed:
             self._queue.popleft()
             self._reading = task
-        batch, ids = self._batches[task.request.model], task.request.ids
-        task.caches = make_prompt_cache(batch.model)
-        found = [] if task.request.prompt_logprobs or task.embedding else self._tree.find(batch.name(len(ids)), ids)
-        task.cached = len(found) * BLOCK
-        for number, cache in enumerate(task.caches):
-            if found:
-                cache.restore([node.layers[number] for node in found], task.cached)
-            cache.text_length = len(ids)
 
     def _read_on(self) -> None:
         """Reads prompts: a piece where no answer waits for its next token, else as much as fits between two steps."""
@@ -674,10 +670,24 @@ class Engine:
 
     def _begin_piece(self, batch: _Batch, task: _Task) -> None:
         """Makes the graph of the next piece, of which nothing is computed yet."""
-        start, ids = task.caches[0].offset, task.request.ids
+        ids = task.request.ids
+        if not task.caches:
+            self._restore(batch, task)
+        start = task.caches[0].offset
         piece = ids[start : start + PREFILL_STEP]
         task.hidden = batch.model.transformer(mx.array(piece)[None], task.caches)
         task.unread = [cache.state for cache in task.caches]
+
+    def _restore(self, batch: _Batch, task: _Task) -> None:
+        """Makes the caches of a prompt, with what the prefix tree has of it."""
+        ids, caches = task.request.ids, make_prompt_cache(batch.model)
+        found = [] if task.request.prompt_logprobs or task.embedding else self._tree.find(batch.name(len(ids)), ids)
+        task.cached = len(found) * BLOCK
+        for number, cache in enumerate(caches):
+            if found:
+                cache.restore([node.layers[number] for node in found], task.cached)
+            cache.text_length = len(ids)
+        task.caches = caches
 
     def _end_piece(self, batch: _Batch, task: _Task) -> None:
         caches, ids, hidden = task.caches, task.request.ids, task.hidden
@@ -698,15 +708,16 @@ class Engine:
                 mx.eval([cache.state for cache in caches])
                 mx.clear_cache()  # a GPU would keep each piece's buffers for the next
             return
-        self._reading = None
         self._cached += task.cached
         if task.embedding:
             assert task.sum is not None
+            self._reading = None
             self._end(task, Embedded(tuple((task.sum[0] / len(ids)).tolist()), len(ids)))
             return
         logits = batch.model.head(hidden[:, -1])
         mx.async_eval(logits)
         self._add(batch, task, caches, 0, len(ids))
+        self._reading = None
         read = PromptRead(len(ids), task.cached, tuple(task.scored))
         task.scored = []
         if not task.most:
@@ -722,9 +733,9 @@ class Engine:
     def _deliver(self, batch: _Batch) -> None:
         count, ended = batch.deliver()
         self._generated += count
+        batch.remove([row for row, answer in enumerate(batch.answers) if answer in ended], self._keep)
         for answer in ended:
             self._end(answer)
-        batch.remove([row for row, answer in enumerate(batch.answers) if answer in ended], self._keep)
 
     def _keep(self, task: _Task, row: int) -> None:
         """Puts what a row holds into the prefix tree."""
@@ -787,11 +798,13 @@ def _score(model: Model, hidden: mx.array, task: _Task, start: int) -> None:
         chosen = mx.take_along_axis(logits, mx.array(part)[:, None], axis=-1)
         logprobs = (chosen - ops.logsumexp(logits)[..., None])[:, 0]
         count = task.request.top_logprobs
-        tops = _likeliest(logits, count) if count else None
+        tops = _likeliest(logits, count) if count else ()
         mx.eval(logprobs, tops)
-        for number, (token, logprob) in enumerate(zip(part, logprobs.tolist(), strict=True)):
-            likeliest = () if tops is None else _pairs(tops[0][number], tops[1][number])
-            task.scored.append(ScoredToken(token, checked(logprob), likeliest))
+        likeliest = [_pairs(*pair) for pair in zip(*(array.tolist() for array in tops), strict=True)] or [()] * len(
+            part
+        )
+        for token, logprob, top in zip(part, logprobs.tolist(), likeliest, strict=True):
+            task.scored.append(ScoredToken(token, checked(logprob), top))
 
 
 def _parameters(loaded: Loaded) -> list[tuple[str, mx.array]]:

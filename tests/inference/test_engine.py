@@ -7,6 +7,7 @@ import queue
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,11 +30,11 @@ from elm_mlx.inference.engine import (
 )  # fmt: skip
 from elm_mlx.inference.generation import decode, stream_generate
 from elm_mlx.inference.grammar import GrammarCompiler
-from elm_mlx.inference.rows import prefill
+from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.network import Model
-from elm_mlx.store.loading import Loaded
+from elm_mlx.store.loading import Loaded, load_model
 from elm_mlx.text.tokenizer import Tokenizer
 
 PLENTY = 1 << 34
@@ -336,3 +337,36 @@ def test_one_who_leaves_amid_a_prompt_is_forgotten_and_the_others_go_on(engine: 
         assert left.events.qsize() == count  # no event follows
     assert going.tokens() == alone(model, prompt(9), 400)
     assert engine.statistics().reserved_bytes == 0
+
+
+def test_an_answer_whose_last_token_was_chosen_fails_with_the_others(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step after it, which it is no part of any more, fails."""
+    real, steps = Rows.step, []
+
+    def fail_later(rows: Rows, tokens: mx.array) -> mx.array:
+        steps.append(len(rows))
+        if len(rows) == 1 and 2 in steps:
+            raise RuntimeError("[malloc] Unable to allocate")
+        return real(rows, tokens)
+
+    monkeypatch.setattr(Rows, "step", fail_later)
+    heard = [ask(engine, prompt(9, 1), 300), ask(engine, prompt(9, 2), 30)]
+    for each in heard:
+        last = each.all()[-1]
+        assert isinstance(last, Failed) and "Unable to allocate" in str(last.error)
+    monkeypatch.undo()
+    assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+
+
+def test_the_second_turn_of_a_network_with_states_reads_what_is_new(family_dirs: dict[str, Path]) -> None:
+    model = load_model(family_dirs["mamba"])
+    engine = made(model)
+    first = [token % model.config.vocab_size for token in prompt(200)]
+    answer = [scored.token for scored in ask(engine, first, 100).tokens()]
+    longer = [*first, *answer, 7, 8, 9]
+    events = ask(engine, longer, 10).all()
+    assert events[0].cached_tokens == len(longer) // 128 * 128
+    assert [event.scored.token for event in events[1:]] == [scored.token for scored in alone(model, longer, 10)]
+    engine.close(10)
