@@ -674,7 +674,7 @@ class Engine:
         if not task.caches:
             self._restore(batch, task)
         start = task.caches[0].offset
-        piece = ids[start : start + PREFILL_STEP]
+        piece = ids[start : start + (BLOCK if batch.keeps_states else PREFILL_STEP)]
         task.hidden = batch.model.transformer(mx.array(piece)[None], task.caches)
         task.unread = [cache.state for cache in task.caches]
 

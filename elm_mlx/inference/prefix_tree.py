@@ -1,8 +1,8 @@
 """The prefix tree: what several prompts begin with is read once.
 
 A node is a block of `BLOCK` ids behind those of its parents, with what they left in every layer's cache: their keys
-and values, or the state after them. As prompts are read in pieces that end where blocks do, a prompt that goes on from
-a block gets the bits that it would have got without.
+and values, or the state after them. On a CPU prompts are read in pieces that end where blocks do, so a prompt that goes
+on from a block gets the bits that it would have got without.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import mlx.core as mx
 
-from elm_mlx.inference.rows import PREFILL_STEP
-
-BLOCK = PREFILL_STEP
+BLOCK = 128  # ids: on a CPU a piece of a prompt, so that what follows is read in the pieces that it would be in without
 
 Layers = list[list[mx.array]]  # of each layer its arrays
 

@@ -17,12 +17,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx.device import compile_hindrance, trim_cache
+from elm_mlx.device import compile_hindrance, on_gpu, trim_cache
 from elm_mlx.errors import InputError
 from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step, row_capacity
 from elm_mlx.model.network import Model
 
-PREFILL_STEP = 128  # prompt tokens in one pass: bounds memory
+# Prompt tokens in one pass: bounds memory. A CPU is as fast by 128 as by 512, and pieces end where kept blocks do.
+PREFILL_STEP = 512 if on_gpu() else 128
 _TRIM_EVERY = 256  # steps: caches grow on the way, and what they leave may be kept
 
 
