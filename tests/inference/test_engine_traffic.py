@@ -195,3 +195,26 @@ def test_nothing_grows_over_two_thousand_requests() -> None:
     before = threading.active_count()
     engine.close(10)
     assert threading.active_count() == before - 1
+
+
+def test_several_llamas_answers_are_mlx_lms(family_dirs: dict[str, Path]) -> None:
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    theirs, values = load_model(family_dirs["llama"])
+    engine = Engine({"one": loading.open_model(family_dirs["llama"])}, max_memory=PLENTY, prefix_bytes=1 << 22)
+    draw = random.Random(5)
+    texts = [[draw.randrange(values["vocab_size"]) for _ in range(length)] for length in (3, 200, 40, 130)]
+    asked: list[queue.Queue[Any]] = [queue.Queue() for _ in texts]
+    for ids, events in zip(texts, asked, strict=True):
+        engine.submit(Request("one", tuple(ids), 12, Sampler()), events.put)
+    for ids, events in zip(texts, asked, strict=True):
+        found = heard(events)
+        said = [token for token, _ in generate_step(mx.array(ids), theirs, max_tokens=12)]
+        assert [event.scored.token for event in found[1:]] == said[: len(found) - 1]
+        text = mx.array([[*ids, *said]])
+        logits = theirs(text)[0].astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        for place, event in enumerate(found[1:], start=len(ids) - 1):
+            assert event.scored.logprob == pytest.approx(logprobs[place, event.scored.token].item(), abs=1e-4)
+    engine.close(10)
