@@ -51,8 +51,10 @@ class Command(typer.core.TyperCommand):
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.context_settings = {**HELP, **(self.context_settings or {})}
-        words = [(each.metavar or "").strip("[]…") for each in self.params if each.param_type_name == "argument"]
+        placed: list[Any] = [each for each in self.params if each.param_type_name == "argument"]
+        words = [(each.metavar or "").strip("[]…") for each in placed]
         self._by_name = {_BY_NAME[word]: place for place, word in enumerate(words) if word in _BY_NAME}
+        self._several = {option for option, place in self._by_name.items() if placed[place].nargs == -1}
         for option, place in self._by_name.items():
             named = typer.core.TyperOption(
                 param_decls=[option, f"{option[2:]}_by_name"], type=str, metavar=words[place], expose_value=False,
@@ -95,7 +97,7 @@ class Command(typer.core.TyperCommand):
     def _in_place(self, args: list[str]) -> list[str]:
         """Returns the words of a command line with what options of `_BY_NAME` say where the arguments stand."""
         valued = {name for each in self.params if not getattr(each, "is_flag", True) for name in each.opts}
-        named: dict[str, str] = {}
+        named: dict[str, list[str]] = {}
         options: list[str] = []
         placed: list[str] = []
         words = iter(args)
@@ -103,9 +105,10 @@ class Command(typer.core.TyperCommand):
             name, equals, value = word.partition("=")
             if name in self._by_name:
                 value = value if equals else next(words, "")
-                if name in named or not value:
-                    raise InputError(f"{name} is given twice" if name in named else f"{name} needs a path")
-                named[name] = value
+                twice = name in named and name not in self._several
+                if twice or not value:
+                    raise InputError(f"{name} is given twice" if twice else f"{name} needs a path")
+                named.setdefault(name, []).append(value)
             elif word == "--":
                 placed += words
             elif word.startswith("-") and word != "-":
@@ -114,7 +117,7 @@ class Command(typer.core.TyperCommand):
                 placed.append(word)
         for name, place in self._by_name.items():
             if name in named and place <= len(placed):  # else one before it is missing, which is said
-                placed.insert(place, named[name])
+                placed[place:place] = named[name]
         return [*options, "--", *placed] if "--" in args else [*placed, *options]
 
 

@@ -76,12 +76,13 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dic
 
 
 class Answer:
-    """One choice of an answer, as it grows. `pieces` are its deltas, of a text completion too.
+    """One choice of an answer, as it grows.
 
     Attributes:
         index: of the choice.
         tokens: the number of its tokens.
         finish_reason: in OpenAI's words; None before the end.
+        deltas: what chunks would say, of a text completion too.
         scored: its tokens, where log-probabilities are wanted, and the echoed prompt's.
         places: where in the text each of them begins, for text completions.
     """
@@ -108,7 +109,7 @@ class AnswerShape:
         self, tokenizer: Tokenizer, model: str, chat: bool, likeliest: int | None, include_usage: bool
     ) -> None:
         self._tokenizer = tokenizer
-        self._chat, self.likeliest, self._include_usage = chat, likeliest, include_usage
+        self.chat, self.likeliest, self.include_usage = chat, likeliest, include_usage
         identity = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._common = {
             "id": identity, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT,
@@ -116,7 +117,7 @@ class AnswerShape:
 
     def whole(self, answers: Sequence[Answer], counts: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the answer that is not streamed."""
-        kind = "chat.completion" if self._chat else "text_completion"
+        kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(answer) for answer in answers]
         return {**self._common, "object": kind, "choices": choices, "usage": counts}
 
@@ -134,7 +135,7 @@ class AnswerShape:
     ) -> str:
         """Returns a chunk. `scored` and `places` as in `Answer`, of the tokens that came with it."""
         choice: dict[str, Any] = {"index": index, "finish_reason": finish_reason}
-        choice |= {"delta": delta} if self._chat else {"text": delta.get("content", "")}
+        choice |= {"delta": delta} if self.chat else {"text": delta.get("content", "")}
         choice["logprobs"] = self._logprobs(scored, places) if scored else None
         return self._chunk([choice])
 
@@ -143,19 +144,19 @@ class AnswerShape:
         return self._chunk([], counts)
 
     def _chunk(self, choices: Sequence[Mapping[str, Any]], counts: Mapping[str, Any] | None = None) -> str:
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        counted = {"usage": counts} if self._include_usage else {}
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        counted = {"usage": counts} if self.include_usage else {}
         return event({**self._common, "object": kind, "choices": choices, **counted})
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish_reason}
         choice["logprobs"] = None if self.likeliest is None else self._logprobs(answer.scored, answer.places)
-        if self._chat:
+        if self.chat:
             return choice | {"message": {**whole_message(answer.deltas), "refusal": None}}
         return choice | {"text": "".join(delta.get("content", "") for delta in answer.deltas)}
 
     def _logprobs(self, scored: Sequence[ScoredToken], places: Sequence[int]) -> dict[str, Any]:
-        if self._chat:
+        if self.chat:
             return {"content": [self._entry(each) for each in scored], "refusal": None}
         return {
             "tokens": [self.text_of(each.token) for each in scored],

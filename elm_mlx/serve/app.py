@@ -30,6 +30,7 @@ from elm_mlx.serve.served_models import ServedModel
 from elm_mlx.text.chat_template import Template
 
 PAGE = Path(__file__).parent / "page"
+_PAGE_FILES = frozenset(path.name for path in PAGE.iterdir() if path.is_file())
 CHAT_TOKENS, TEXT_TOKENS = 2048, 256  # of an answer, at most, where neither request nor model says
 MAX_VALUES = 1 << 18  # in the body of a request
 _SEEDS = 1 << 64
@@ -88,10 +89,10 @@ class Service:
 
     async def page(self, request: HTTPRequest) -> Response:
         """Sends a file of the web chat."""
-        path = PAGE / request.path_params.get("file", "index.html")
-        if path.parent != PAGE or not path.is_file():
+        name = request.path_params.get("file", "index.html")
+        if name not in _PAGE_FILES:
             raise HTTPException(404)
-        return FileResponse(path, headers={"Cache-Control": "no-cache"})
+        return FileResponse(PAGE / name, headers={"Cache-Control": "no-cache"})
 
     async def chat(self, request: HTTPRequest) -> Response:
         """Answers a conversation: `/v1/chat/completions`."""
@@ -180,7 +181,7 @@ class Service:
         chat: bool,
     ) -> Response:
         shape = AnswerShape(model.tokenizer, model.name, chat, likeliest, options.include_usage)
-        completion = OpenCompletion(self.engine, plans, shape, chat, options.include_usage)
+        completion = OpenCompletion(self.engine, plans, shape)
         completion.begin()
 
         def count() -> None:
@@ -188,13 +189,12 @@ class Service:
             cached = counts["prompt_tokens_details"]["cached_tokens"]
             request.state.tokens = f"{counts['prompt_tokens']} ({cached} cached) + {counts['completion_tokens']} tokens"
 
+        if options.stream:
+            return EventStream(request, completion, count)
         try:
-            if options.stream:
-                return EventStream(request, completion, count)
             return JSONResponse(await _while_connected(request, completion.whole()))
         finally:
-            if not options.stream:
-                count()
+            count()
 
     def _model(self, name: str) -> ServedModel:
         if name not in self.models:
@@ -310,9 +310,7 @@ def _grammar(model: ServedModel, schema: Mapping[str, Any] | None) -> Grammar | 
         return None
     try:
         return model.grammars.json_schema(schema)
-    except InputError as error:
-        raise FieldError("response_format", str(error)) from None
-    except ElmError as error:  # llguidance is not installed
+    except ElmError as error:  # also that llguidance is not installed
         raise FieldError("response_format", str(error)) from None
 
 

@@ -37,11 +37,8 @@ class Plan:
 class OpenCompletion:
     """The answers to one HTTP request. Iterate over `chunks`, or await `whole`; to leave either is to cancel."""
 
-    def __init__(
-        self, engine: Engine, plans: Sequence[Plan], shape: AnswerShape, chat: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, engine: Engine, plans: Sequence[Plan], shape: AnswerShape) -> None:
         self._engine, self._plans, self._shape = engine, plans, shape
-        self._chat, self._include_usage = chat, include_usage
         self._answers = [Answer(index) for index in range(len(plans))]
         self._tickets: dict[int, Ticket] = {}
         self._next = 0  # of the plans: those before it are the engine's
@@ -56,10 +53,15 @@ class OpenCompletion:
         return usage(prompts, sum(answer.tokens for answer in self._answers), cached)
 
     def begin(self) -> None:
-        """Hands the first answers to the engine. Raises what `Engine.submit` raises, and then none has begun."""
+        """Hands the first answers to the engine, as many as its queue takes.
+
+        Raises what `Engine.submit` raises, and then none has begun.
+        """
         try:
             self._submit()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Busy) and self._tickets:
+                return  # when these end, there is room for the others
             self.cancel()
             raise
 
@@ -86,14 +88,14 @@ class OpenCompletion:
                 if chunks:
                     yield chunks
                     begun = True
-            yield (self._shape.counted(self.usage) if self._include_usage else "") + DONE
+            yield (self._shape.counted(self.usage) if self._shape.include_usage else "") + DONE
         except Exception as error:
             if not begun:
                 raise
             yield event(error_answer(error).body)
 
     def _chunks_of(self, index: int, happened: Event) -> str:
-        chunks = self._shape.role(index) if self._chat and isinstance(happened, PromptRead) else ""
+        chunks = self._shape.role(index) if self._shape.chat and isinstance(happened, PromptRead) else ""
         deltas, scored, places = self._taken(index, happened)
         reason = self._answers[index].finish_reason
         if scored or (reason and not deltas):
@@ -188,13 +190,15 @@ class OpenCompletion:
             if plan.reader is not None:
                 deltas += plan.reader.finish()
                 answer.finish_reason = plan.reader.finish_reason(answer.finish_reason)
-        said = wanted and not (self._chat and happened.scored.token in plan.request.stop_ids)  # what ends a message
+        said = wanted and not (
+            self._shape.chat and happened.scored.token in plan.request.stop_ids
+        )  # what ends a message
         scored = (happened.scored,) if said else ()
         return deltas, scored, self._places(index, scored)
 
     def _places(self, index: int, scored: Sequence[ScoredToken]) -> list[int]:
         """Returns where in the text of a text completion tokens begin."""
-        if self._chat or not scored:
+        if self._shape.chat or not scored:
             return []
         if index not in self._decoders:
             request = self._plans[index].request

@@ -28,6 +28,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 MAX_BODY = 4 << 20  # bytes
+MAX_BODIES = 256 << 20  # bytes, of all requests that are being answered
 BODY_SECONDS = 30.0  # for a body to come
 LINGER_SECONDS = 2.0  # for a client to stop sending a body that is not read
 STOPPING = 5  # seconds after which another server may be there
@@ -66,6 +67,7 @@ class Guard:
     Attributes:
         closing: requests are refused, for the server is to end.
         in_flight: requests that are being answered.
+        body_bytes: of their bodies.
     """
 
     def __init__(
@@ -78,13 +80,14 @@ class Guard:
         self._names = {host.lower(), *(() if self._loopback else _own_names())}
         self.closing = False
         self.in_flight = 0
+        self.body_bytes = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "the server speaks no other protocol"
         headers = dict(scope["headers"])  # each at most once, or the last: h11 refuses a second Host or length
         identity, start, status = f"req_{secrets.token_hex(12)}", time.monotonic(), 0
         added = {**_HEADERS, "x-request-id": identity, **self._cors(headers)}
-        body = _LimitedBody(headers, receive)
+        body = _LimitedBody(self, headers, receive)
 
         async def answer(message: Message) -> None:
             nonlocal status
@@ -115,6 +118,7 @@ class Guard:
             self._log(f"{identity} a bug in elm-mlx: {printable(f'{type(error).__name__}: {error}')}")
         finally:
             self.in_flight -= 1
+            self.body_bytes -= body.size
             seconds = time.monotonic() - start
             said = "".join(f" {value}" for value in (state.get("tokens"), state.get("said")) if value)
             path = scope["path"].encode("unicode_escape").decode()[:200]
@@ -186,14 +190,15 @@ class Guard:
 
 
 class _LimitedBody:
-    """The body of a request as it comes, with limits on its size, and on the time that it takes.
+    """The body of a request as it comes, with limits on its size, on that of all bodies, and on the time that it takes.
 
     Attributes:
+        size: bytes that have come.
         whole: all of it has come.
     """
 
-    def __init__(self, headers: Mapping[bytes, bytes], receive: Receive) -> None:
-        self._receive, self._size = receive, 0
+    def __init__(self, guard: Guard, headers: Mapping[bytes, bytes], receive: Receive) -> None:
+        self._guard, self._receive, self.size = guard, receive, 0
         self._deadline = asyncio.get_running_loop().time() + BODY_SECONDS
         self.whole = b"transfer-encoding" not in headers and headers.get(b"content-length", b"0") == b"0"
 
@@ -206,9 +211,13 @@ class _LimitedBody:
             message = await asyncio.wait_for(self._receive(), max(0.0, left))
         except asyncio.TimeoutError:
             raise ErrorAnswer(408, f"the body did not come within {BODY_SECONDS:g} s") from None
-        self._size += len(message.get("body", b""))
-        if self._size > MAX_BODY:
+        length = len(message.get("body", b""))
+        self.size += length
+        self._guard.body_bytes += length
+        if self.size > MAX_BODY:
             raise _too_large()
+        if self._guard.body_bytes > MAX_BODIES:
+            raise busy("too many large requests are being answered", 5)
         self.whole = not message.get("more_body", False)
         return message
 

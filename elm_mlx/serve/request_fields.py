@@ -35,6 +35,7 @@ _SETTINGS = {  # name: our name, lowest, highest, whether it counts
     "frequency_penalty": ("frequency_penalty", -2, 2, False),
 }
 _ABOVE_ZERO = ("top_p", "repetition_penalty")
+_HUGE = 1e300  # a whole number may be larger than any float
 
 
 class FieldError(InputError):
@@ -347,7 +348,7 @@ def _schema(value: Any) -> Mapping[str, Any] | None:
 def _number(name: str, value: Any, low: float, high: float, counts: bool = False, above: bool = False) -> float:
     if counts:
         return _whole(name, value, int(low), int(high))
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not -_HUGE < value < _HUGE:
         raise FieldError(name, f"is {short(value)}: a number is needed")
     if not low <= value <= high or (above and value == low):
         least = f"above {low}" if above else f"at least {low}"

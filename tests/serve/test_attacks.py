@@ -82,3 +82,11 @@ def test_a_batch_of_prompts_leaves_places_to_others(talker_dir: Path, monkeypatc
             submitted.say(f"{number}", "stop")
         asking.join(10)
         assert [choice["text"] for choice in found[0][2]["choices"]] == ["0", "1", "2", "3", "4"]
+
+
+def test_more_answers_than_the_queue_takes_wait_for_each_other(talker_dir: Path) -> None:
+    with serving.serving([talker_dir], max_rows=1, max_queue=2) as server:
+        status, _, content = server.ask("/v1/chat/completions", QUESTION | {"n": 7})
+        assert status == 200 and {each["message"]["content"] for each in content["choices"]} == {ANSWER}
+        chunks = server.events("/v1/chat/completions", QUESTION | {"n": 5})
+        assert sum(chunk["choices"][0]["finish_reason"] == "stop" for chunk in chunks[:-1]) == 5

@@ -308,3 +308,12 @@ def test_every_answer_has_its_headers(server: Served) -> None:
         assert "server" not in headers and headers["x-content-type-options"] == "nosniff"
         assert headers["x-frame-options"] == "DENY" and "content-security-policy" in headers
     assert len(seen) == 4
+
+
+def test_what_all_bodies_take_together_is_bounded(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_BODIES", 300)
+    assert server.ask("/v1/chat/completions", QUESTION)[0] == 200
+    status, headers, content = server.ask("/v1/chat/completions", QUESTION | {"user": "a" * 300})
+    assert (status, content["error"]["code"]) == (503, "overloaded") and int(headers["retry-after"]) > 0
+    serving.until(lambda: server.guard.body_bytes == 0)
+    assert server.ask("/v1/chat/completions", QUESTION)[0] == 200

@@ -141,8 +141,9 @@ def test_what_cannot_be_started_is_one_line(run: Run, tiny_model_dir: Path, monk
             assert all("weights computed in" in each for each in notes)
     found, _, err = run("serve", tiny_model_dir, tiny_model_dir, "--port", "0")
     assert found == 2 and "NAME=DIR" in err
-    found, _, err = run("serve", "nowhere", "--port", "0")
-    assert found == 2 and "nowhere" in err
+    for models in (["nowhere"], ["--model", tiny_model_dir, "--model", "nowhere"]):
+        found, _, err = run("serve", *models, "--port", "0")
+        assert found == 2 and "nowhere" in err
 
 
 def test_a_port_that_is_taken_meanwhile_is_one_line() -> None:
