@@ -49,7 +49,8 @@ def error_answer(error: Exception) -> ErrorAnswer:
     if isinstance(error, Busy):
         return busy(str(error), error.retry_after)
     if isinstance(error, TooLarge):
-        return ErrorAnswer(503, str(error), "server_error", code="out_of_memory", headers={"Retry-After": "60"})
+        never = {"Retry-After": "60", "x-should-retry": "false"}  # OpenAI's clients try again unless the latter says so
+        return ErrorAnswer(503, str(error), "server_error", code="out_of_memory", headers=never)
     if isinstance(error, InputError):
         return ErrorAnswer(400, str(error), param=getattr(error, "param", None))
     message = str(error) if isinstance(error, ElmError) else f"the server failed: {type(error).__name__}"

@@ -60,6 +60,7 @@ class ServedModel:
 
     @cached_property
     def tools(self) -> ToolCaller:
+        """Renders the template when it is first asked for: at load, since it may take a second."""
         return ToolCaller(self.template, self.grammars)
 
 
@@ -128,7 +129,9 @@ def _served(name: str, loaded: Loaded, directory: Path, adapter: Path | None, ba
     directory = reading.expanded(directory)
     template = choose(directory, loaded.tokenizer, None, adapter)
     created = int((adapter or directory / "config.json").stat().st_mtime)
-    return ServedModel(name, loaded, template, base, saved_settings(directory), created)
+    served = ServedModel(name, loaded, template, base, saved_settings(directory), created)
+    _ = served.tools
+    return served
 
 
 def _adapted(loaded: Loaded, directory: Path, model_directory: Path) -> Loaded:

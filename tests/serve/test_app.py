@@ -290,8 +290,8 @@ def test_a_busy_engine_says_when_to_come_again(talker_dir: Path) -> None:
             status, headers, content = server.ask("/v1/chat/completions", {**body, "stream": stream})
             assert (status, headers["retry-after"], content["error"]["type"]) == (503, "7", "server_error")
     with serving.serving([talker_dir], engine=ScriptedEngine(TooLarge("too large"))) as server:
-        status, _, content = server.ask("/v1/chat/completions", body)
-        assert (status, content["error"]["code"]) == (503, "out_of_memory")
+        status, headers, content = server.ask("/v1/chat/completions", body)
+        assert (status, headers["x-should-retry"], content["error"]["code"]) == (503, "false", "out_of_memory")
 
 
 def test_a_failure_has_a_status_before_a_stream_begins_and_an_event_in_it(talker_dir: Path) -> None:
