@@ -1,6 +1,6 @@
-"""`elm-mlx serve` under attack: damaged requests, clients that leave, and what the server keeps of them.
+"""`elm-mlx serve` under attack: damaged requests, clients that leave, many questions, and what it keeps of them.
 
-    python benchmarks/serve_attacked.py MODEL                 10,000 requests, 500 clients
+    python benchmarks/serve_attacked.py MODEL                 10,000 requests, 500 clients, 2,000 questions
     python benchmarks/serve_attacked.py MODEL --requests 1000 --clients 100 --seed 7
 
 MODEL is a model with a chat template. The server runs in a process of its own, whose memory and descriptors are read
@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("model", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=500)
+    parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     command = [sys.executable, "-m", "elm_mlx", "serve", f"m={given.model}", "--port", "0", "--kv-cache-bytes", "64MB"]
@@ -73,6 +74,10 @@ def _attacked(port: int, process: int, given: argparse.Namespace, log: IO[str]) 
     for part, count in enumerate((given.clients // 5, given.clients - given.clients // 5)):
         asyncio.run(serve_attacks.leave(port, "m", count, given.seed + part))
         sizes.append(_row(f"{count} clients left", start, port, process))
+    for part, count in enumerate((given.questions // 5, given.questions - given.questions // 5)):
+        for number in range(count):
+            _answer(port, f"Who is {part} {number}?")
+        sizes.append(_row(f"{count:,} questions in a row", start, port, process))
     print(f"answers by status: {dict(sorted(statuses.items()))}; {len(wrong)} that no client could read")
     for each in wrong[:20]:
         print(f"    {each[:300]}")
@@ -81,7 +86,7 @@ def _attacked(port: int, process: int, given: argparse.Namespace, log: IO[str]) 
     log.seek(0)
     defects = [line for line in log if "a bug in elm-mlx" in line or "Traceback" in line]
     print(f"defects in the log: {len(defects)}", *defects[:5], sep="\n    ")
-    grown = max(sizes[1][0] - sizes[0][0], sizes[3][0] - sizes[2][0])
+    grown = max(last - first for (first, _), (last, _) in zip(sizes[::2], sizes[1::2], strict=True))
     return bool(wrong or defects or not same or grown > _GROWTH or sizes[-1][1] > sizes[0][1])
 
 
@@ -100,8 +105,8 @@ def _row(name: str, start: float, port: int, process: int) -> tuple[int, int]:
     return memory, descriptors
 
 
-def _answer(port: int) -> str:
-    asked = {"model": "m", "messages": [{"role": "user", "content": "Who?"}], "temperature": 0, "max_tokens": 20}
+def _answer(port: int, question: str = "Who?") -> str:
+    asked = {"model": "m", "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 20}
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
     )

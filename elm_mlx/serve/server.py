@@ -106,8 +106,10 @@ class _Server(uvicorn.Server):
         if self._guard.closing and sig == signal.SIGINT:
             os._exit(128 + sig)
         self._guard.closing = True
-        assert self._loop is not None, "signals are taken when the loop runs"
-        self._loop.call_soon_threadsafe(self._begin_end)
+        if self._loop is None:  # it does not listen yet
+            self.should_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self._begin_end)
 
     def _begin_end(self) -> None:
         self._end = self._end or asyncio.get_running_loop().create_task(self._end_in_time())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,6 +28,7 @@ from serving import ANSWER, ScriptedEngine
 
 from elm_mlx.errors import InputError
 from elm_mlx.serve import server as server_module
+from elm_mlx.serve.guard import MAX_BODY, Guard
 
 QUESTION = {"model": "talker", "messages": [{"role": "user", "content": "hello"}], "temperature": 0}
 
@@ -103,6 +106,14 @@ def test_a_second_interruption_ends_it_at_once(talker_dir: Path, monkeypatch: py
         assert not ended
         server.server.handle_exit(signal.SIGINT, None)
         assert ended == [130]
+
+
+def test_a_signal_before_it_listens_ends_it(talker_dir: Path) -> None:
+    guard = Guard(lambda *_: None, "127.0.0.1", None, (), lambda line: None)  # type: ignore[arg-type,return-value]
+    server = server_module.make_server(guard, lambda: None)
+    server.handle_exit(signal.SIGTERM, None)
+    with server_module.listen("127.0.0.1", 0) as bound:
+        asyncio.run(asyncio.wait_for(server.serve([bound]), 20))
 
 
 def test_a_key_from_the_environment(tiny_model_dir: Path) -> None:
@@ -188,3 +199,22 @@ def test_a_defect_is_an_answer_and_a_line_in_the_log(talker_dir: Path) -> None:
         assert status == 500 and "a mistake" not in content["error"]["message"]
         serving.until(lambda: len(server.log) == 2)
         assert server.log[0] == f"{headers['x-request-id']} a bug in elm-mlx: KeyError: 'a mistake'"
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
+@pytest.mark.parametrize("padding", [0, MAX_BODY // 2, MAX_BODY])
+def test_curl_reads_what_it_is_told(server: serving.Served, tmp_path: Path, padding: int) -> None:
+    """Of a large body curl asks whether to send it (`Expect: 100-continue`)."""
+    asked = QUESTION | {"stream": True, "user": "a" * padding}
+    (tmp_path / "ask.json").write_text(json.dumps(asked))
+    command = ["curl", "-sS", "--max-time", "30", "-H", "Content-Type: application/json", "-d", "@ask.json"]
+    command += ["-w", "\n%{http_code}", f"{server.url}/v1/chat/completions"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True, timeout=60)
+    answer, _, status = done.stdout.rpartition("\n")
+    if padding < MAX_BODY:
+        events = [line.removeprefix("data: ") for line in answer.split("\n\n")]
+        assert (status, events[-2]) == ("200", "[DONE]")
+        deltas = [json.loads(each)["choices"][0]["delta"].get("content", "") for each in events[:-2]]
+        assert "".join(deltas) == ANSWER
+    else:
+        assert (status, json.loads(answer)["error"]["code"]) == ("413", "body_too_large")
