@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +33,8 @@ PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = frozenset(path.name for path in PAGE.iterdir() if path.is_file())
 CHAT_TOKENS, TEXT_TOKENS = 2048, 256  # of an answer, at most, where neither request nor model says
 MAX_VALUES = 1 << 18  # in the body of a request
+MAX_LOGPROBS = 1 << 20  # in an answer that is not streamed
+_BEGINNING = 16  # characters for each token of the context, of a text that may be too long
 _SEEDS = 1 << 64
 
 Result = TypeVar("Result")
@@ -103,6 +105,7 @@ class Service:
             raise FieldError("model", f"{model.name} is a base model without a chat template: use /v1/completions")
         if (tools_field := fields.tools_field) is not None:
             await asyncio.to_thread(model.tools.check, tools_field)
+        await self._check_beginning(model, "messages", "".join(each["content"] for each in fields.messages))
         ids = await asyncio.to_thread(template.encode, fields.messages, True, fields.tools or None)
         self._check_length(model, "messages", ids)
         grammar = await asyncio.to_thread(_grammar, model, fields.schema)
@@ -127,9 +130,7 @@ class Service:
         grammar = await asyncio.to_thread(_grammar, model, fields.schema)
         plans = []
         for number, prompt in enumerate(fields.prompts):
-            ids = prompt if isinstance(prompt, list) else await asyncio.to_thread(model.tokenizer.encode, prompt)
-            _check_ids(model, "prompt", ids)
-            self._check_length(model, "prompt", ids)
+            ids = await self._encoded(model, "prompt", prompt)
             text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
             if self.log_prompts:
                 _log_said(request, text)
@@ -142,12 +143,7 @@ class Service:
         """Answers with the mean of the last hidden states of each text: `/v1/embeddings`."""
         fields = parse_embeddings(await _json(request))
         model = self._model(fields.model)
-        inputs = []
-        for each in fields.inputs:
-            ids = each if isinstance(each, list) else await asyncio.to_thread(model.tokenizer.encode, each)
-            _check_ids(model, "input", ids)
-            self._check_length(model, "input", ids)
-            inputs.append(ids)
+        inputs = [await self._encoded(model, "input", each) for each in fields.inputs]
         vectors = await _while_connected(request, self._vectors(model, inputs))
         count = sum(map(len, inputs))
         request.state.tokens = f"{count} tokens"
@@ -180,6 +176,8 @@ class Service:
         likeliest: int | None,
         chat: bool,
     ) -> Response:
+        if likeliest is not None and not options.stream:
+            _check_logprobs(model, [plan.request for plan in plans], 1 + likeliest)
         shape = AnswerShape(model.tokenizer, model.name, chat, likeliest, options.include_usage)
         completion = OpenCompletion(self.engine, plans, shape)
         completion.begin()
@@ -202,13 +200,30 @@ class Service:
             raise ErrorAnswer(404, f"no model {name[:100]!r}: there is {known}", param="model", code="model_not_found")
         return self.models[name]
 
-    def _check_length(self, model: ServedModel, param: str, ids: list[int]) -> None:
+    async def _encoded(self, model: ServedModel, param: str, text: str | list[int]) -> list[int]:
+        """Returns the ids of a text, or those that are given. Raises FieldError where the model cannot take them."""
+        if isinstance(text, str):
+            await self._check_beginning(model, param, text)
+            text = await asyncio.to_thread(model.tokenizer.encode, text)
+        _check_ids(model, param, text)
+        self._check_length(model, param, text)
+        return text
+
+    async def _check_beginning(self, model: ServedModel, param: str, text: str) -> None:
+        """Raises FieldError for a text whose beginning is too long: to encode megabytes would hold up all others."""
+        beginning = text[: _BEGINNING * model.context_length]
+        if len(beginning) < len(text):
+            ids = await asyncio.to_thread(model.tokenizer.encode, beginning)
+            self._check_length(model, param, ids, "more than ")
+
+    def _check_length(self, model: ServedModel, param: str, ids: list[int], about: str = "") -> None:
         """Raises FieldError for a text that leaves no room in the context."""
         if len(ids) >= model.context_length:
             raise FieldError(
-                param, f"{len(ids):,} tokens, and the model's context is {model.context_length:,}: shorten the text",
+                param,
+                f"{about}{len(ids):,} tokens, and the model's context is {model.context_length:,}: shorten the text",
                 "context_length_exceeded",
-            )  # fmt: skip
+            )
 
     def _request(
         self,
@@ -318,6 +333,19 @@ def _check_ids(model: ServedModel, param: str, ids: list[int]) -> None:
     outside = next((each for each in ids if not 0 <= each < model.loaded.model.config.vocab_size), None)
     if outside is not None:
         raise FieldError(param, f"token {outside} is none of the model's {model.loaded.model.config.vocab_size:,}")
+
+
+def _check_logprobs(model: ServedModel, requests: Sequence[Request], each: int) -> None:
+    """Raises FieldError for answers with more log-probabilities than memory should be filled with."""
+    most = 0
+    for request in requests:
+        room = model.context_length - len(request.ids)
+        most += each * (min(request.max_tokens, room) + len(request.ids) * request.prompt_logprobs)
+    if most > MAX_LOGPROBS:
+        raise FieldError(
+            "logprobs",
+            f"could be {most:,} numbers, and an answer has at most {MAX_LOGPROBS:,}: ask for less at once, or stream",
+        )
 
 
 def _described(model: ServedModel) -> dict[str, Any]:

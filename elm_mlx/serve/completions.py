@@ -74,7 +74,8 @@ class OpenCompletion:
                 answer.deltas += delta
                 answer.scored += scored
                 answer.places += places
-        return self._shape.whole(self._answers, self.usage)
+        # In a thread, for log-probabilities may make it long.
+        return await asyncio.to_thread(self._shape.whole, self._answers, self.usage)
 
     async def chunks(self) -> AsyncIterator[str]:
         """Yields the events of the stream, several at once where they came so.

@@ -22,6 +22,7 @@ from elm_mlx.inference.generation import generate, stream_generate
 from elm_mlx.serve import app as app_module
 from elm_mlx.serve import completions
 from elm_mlx.store.loading import load
+from elm_mlx.text.tokenizer import Tokenizer
 
 QUESTION = [{"role": "user", "content": "hello"}]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 12}
@@ -375,3 +376,33 @@ def test_the_page_is_served_whole_and_nothing_else(server: Served) -> None:
         "%00",
     ):
         assert server.ask(f"/{name}")[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings"])
+def test_a_text_that_is_far_too_long_is_not_encoded_whole(
+    server: Served, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, lengths = Tokenizer.encode, list[int]()
+
+    def noted(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", noted)
+    text = "an old king " * 100_000
+    body = {"prompt": text, "input": text, "messages": [{"role": "user", "content": text}]}
+    names = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/embeddings": "input"}
+    status, _, content = server.ask(path, {"model": "talker", names[path]: body[names[path]]})
+    assert (status, content["error"]["code"]) == (400, "context_length_exceeded")
+    assert "more than" in content["error"]["message"] and max(lengths) < 20_000
+
+
+def test_log_probabilities_that_would_fill_the_memory_are_refused(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app_module, "MAX_LOGPROBS", 100)
+    asked = {"model": "model", "prompt": [[5, 6, 7, 8], [5, 6, 7, 8]], "echo": True, "max_tokens": 1, "logprobs": 9}
+    assert server.ask("/v1/completions", asked)[0] == 200
+    status, _, content = server.ask("/v1/completions", asked | {"logprobs": 10})
+    assert (status, content["error"]["param"]) == (400, "logprobs") and "110" in content["error"]["message"]
+    assert server.ask("/v1/completions", asked | {"logprobs": 10, "stream": True})[0] == 200
