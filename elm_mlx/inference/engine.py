@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.generation import TextStream, checked, encode_prompt
 from elm_mlx.inference.grammar import Grammar, GrammarState
-from elm_mlx.inference.pace import ReadingPace
 from elm_mlx.inference.prefix_tree import BLOCK, Layers, PrefixTree
 from elm_mlx.inference.rows import PREFILL_STEP, Rows
 from elm_mlx.inference.sampling import Sampler, State
@@ -28,6 +27,7 @@ from elm_mlx.reading import check_seed
 from elm_mlx.store.loading import Loaded
 
 _GREEDY = Sampler()
+_PARTS = 4  # of a piece of a prompt, for one between two steps; the whole piece, where as many prompts wait
 _HEAD_VALUES = 1 << 24  # logits of a prompt that are computed at once
 
 
@@ -465,7 +465,6 @@ class Engine:
         self._read = self._cached = self._generated = 0
         self._finished = self._cancelled = self._failed = self._refused = 0
         self._seconds = 1.0  # that a request takes, about
-        self._pace = ReadingPace()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -608,7 +607,6 @@ class Engine:
             self._guarded(batch, partial(batch.launch, self._keep))
         for batch in running:
             self._guarded(batch, partial(self._deliver, batch))
-        self._pace.round(bool(running), len(self._queue) + 1)
         self._read_on()
         if mx.get_active_memory() + mx.get_cache_memory() > self.max_memory:  # freed buffers that MLX keeps
             mx.clear_cache()
@@ -641,8 +639,13 @@ class Engine:
             self._reading = task
 
     def _read_on(self) -> None:
-        """Reads prompts: a piece where no answer waits for its next token, else as much as fits between two steps."""
-        alone = not self._rows()
+        """Reads prompts: a piece where no answer waits for its next token, else a part of one between two steps.
+
+        That is counted in layers times tokens, and not timed: what a piece takes against a step depends on the machine
+        and hardly on the model, and a step's own time changes with each answer that joins.
+        """
+        alone, done = not self._rows(), 0
+        most = min(len(self._queue) + 1, _PARTS) * PREFILL_STEP // _PARTS
         while self._reading is not None:
             task = self._reading
             try:
@@ -651,12 +654,13 @@ class Engine:
                     self._begin_piece(batch, task)
                 assert task.unread is not None and task.hidden is not None
                 tokens = task.hidden.shape[1]
-                layers = min(len(task.unread), len(task.unread) if alone else self._pace.layers(tokens))
-                if not layers:
+                fitting = max((most * len(task.caches) - done) // tokens, 0 if done else 1)
+                layers = len(task.unread) if alone else min(len(task.unread), fitting)
+                if layers <= 0:
                     return
                 mx.async_eval(task.unread[:layers])
                 del task.unread[:layers]
-                self._pace.computed(layers, tokens)
+                done += layers * tokens
                 if not task.unread:
                     task.unread = None
                     self._end_piece(batch, task)
