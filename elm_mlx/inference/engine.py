@@ -316,10 +316,9 @@ class _Batch:
             if self.keeps_states:
                 for row, (answer, length) in enumerate(zip(self.answers, self.rows.lengths, strict=True)):
                     answer.keep_state(self.rows.caches, row, length)
-            kept_states = [
-                answer.snapshots for answer in self.answers
-            ]  # or they would hold on to what they are cut from
-            mx.async_eval(self.logits, [cache.state for cache in self.rows.caches], kept_states)
+            # Snapshots too, or they would hold on to what they are cut from.
+            snapshots = [answer.snapshots for answer in self.answers]
+            mx.async_eval(self.logits, [cache.state for cache in self.rows.caches], snapshots)
 
     def deliver(self) -> tuple[int, list[_Task]]:
         """Reports the tokens that `launch` chose, while what it launched is running. Returns their number, and

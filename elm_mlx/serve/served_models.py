@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,6 +31,8 @@ class ServedModel:
         base: the name of the model that this one is an adapter of; None of a model itself.
         settings: of sampling, as its directory has them.
         created: when the directory was written, seconds since 1970.
+        grammars: what answers can be held to.
+        tools: how this model calls functions.
     """
 
     name: str
@@ -40,6 +41,8 @@ class ServedModel:
     base: str | None
     settings: Mapping[str, float]
     created: int
+    grammars: GrammarCompiler
+    tools: ToolCaller
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -49,19 +52,6 @@ class ServedModel:
     @property
     def context_length(self) -> int:
         return int(self.loaded.model.config.max_context_length)
-
-    @property
-    def stop_ids(self) -> tuple[int, ...]:
-        return () if self.template is None else self.template.stop_ids
-
-    @cached_property
-    def grammars(self) -> GrammarCompiler:
-        return GrammarCompiler(self.tokenizer, self.stop_ids)
-
-    @cached_property
-    def tools(self) -> ToolCaller:
-        """Renders the template when it is first asked for: at load, since it may take a second."""
-        return ToolCaller(self.template, self.grammars)
 
 
 def named(paths: Sequence[str]) -> dict[str, Path]:
@@ -129,9 +119,9 @@ def _served(name: str, loaded: Loaded, directory: Path, adapter: Path | None, ba
     directory = reading.expanded(directory)
     template = choose(directory, loaded.tokenizer, None, adapter)
     created = int((adapter or directory / "config.json").stat().st_mtime)
-    served = ServedModel(name, loaded, template, base, saved_settings(directory), created)
-    _ = served.tools
-    return served
+    grammars = GrammarCompiler(loaded.tokenizer, () if template is None else template.stop_ids)
+    tools = ToolCaller(template, grammars)  # which renders the template: here, since it may take a second
+    return ServedModel(name, loaded, template, base, saved_settings(directory), created, grammars, tools)
 
 
 def _adapted(loaded: Loaded, directory: Path, model_directory: Path) -> Loaded:
