@@ -20,7 +20,8 @@ import chat_templates
 import httpx
 import tiny
 
-from elm_mlx.inference.engine import Embedded, Engine, EngineStatistics, Generated, PromptRead, Request, ScoredToken
+from elm_mlx.inference.engine import Engine
+from elm_mlx.inference.requests import Embedded, EngineStatistics, Generated, PromptRead, Request, ScoredToken
 from elm_mlx.serve.app import Service
 from elm_mlx.serve.guard import Guard
 from elm_mlx.serve.served_models import load_models

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.inference.engine import Busy, ScoredToken, TooLarge
+from elm_mlx.inference.requests import Busy, ScoredToken, TooLarge
 from elm_mlx.serve.call_reader import Delta, whole_message
 from elm_mlx.serve.request_fields import FieldError
 from elm_mlx.text.tokenizer import Tokenizer

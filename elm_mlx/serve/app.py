@@ -18,8 +18,9 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.inference.engine import Embedded, Engine, Failed, Request
+from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.grammar import Grammar
+from elm_mlx.inference.requests import Embedded, Failed, Request
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.reading import JSON_RECORDS, decoded, listed, load_json, printable
 from elm_mlx.serve.answers import AnswerShape, ErrorAnswer, embeddings, error_answer

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from elm_mlx.inference.engine import Busy, Engine, Event, Failed, Generated, PromptRead, Request, ScoredToken, Ticket
+from elm_mlx.inference.engine import Engine
+from elm_mlx.inference.requests import Busy, Event, Failed, Generated, PromptRead, Request, ScoredToken, Ticket
 from elm_mlx.serve.answers import DONE, KEEP_ALIVE, Answer, AnswerShape, error_answer, event, usage
 from elm_mlx.serve.call_reader import CallReader, Delta
 

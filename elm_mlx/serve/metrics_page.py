@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elm_mlx.inference.engine import EngineStatistics
+from elm_mlx.inference.requests import EngineStatistics
 
 _GAUGES = {
     "rows": "Answers that are being decoded.",

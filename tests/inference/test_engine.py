@@ -15,10 +15,12 @@ import pytest
 import tiny
 
 from elm_mlx.errors import InputError
-from elm_mlx.inference.engine import (
+from elm_mlx.inference.engine import Engine
+from elm_mlx.inference.generation import decode, stream_generate
+from elm_mlx.inference.grammar import GrammarCompiler
+from elm_mlx.inference.requests import (
     Busy,
     Embedded,
-    Engine,
     Event,
     Failed,
     Generated,
@@ -27,9 +29,7 @@ from elm_mlx.inference.engine import (
     ScoredToken,
     Ticket,
     TooLarge,
-)  # fmt: skip
-from elm_mlx.inference.generation import decode, stream_generate
-from elm_mlx.inference.grammar import GrammarCompiler
+)
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.cache import make_prompt_cache

@@ -20,8 +20,9 @@ import tiny
 from mlx.utils import tree_flatten
 
 from elm_mlx import blas
-from elm_mlx.inference.engine import Engine, Failed, Generated, PromptRead, Request, Ticket
+from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.generation import stream_generate
+from elm_mlx.inference.requests import Failed, Generated, PromptRead, Request, Ticket
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model.network import Model
 from elm_mlx.store import adapters, loading

@@ -19,8 +19,9 @@ from jsonschema import Draft202012Validator
 from elm_mlx import stream_generate
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference import grammar as grammars
-from elm_mlx.inference.engine import Engine, Failed, Generated, Request
+from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.grammar import Grammar, GrammarCompiler
+from elm_mlx.inference.requests import Failed, Generated, Request
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.store.loading import Loaded
 from elm_mlx.text.tokenizer import Tokenizer

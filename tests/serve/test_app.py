@@ -17,8 +17,8 @@ from openai import OpenAI
 from serving import ANSWER, ScriptedEngine, Served
 
 from elm_mlx.errors import ElmError
-from elm_mlx.inference.engine import Busy, Failed, TooLarge
 from elm_mlx.inference.generation import generate, stream_generate
+from elm_mlx.inference.requests import Busy, Failed, TooLarge
 from elm_mlx.serve import app as app_module
 from elm_mlx.serve import completions
 from elm_mlx.store.loading import load

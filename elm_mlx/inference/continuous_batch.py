@@ -1,0 +1,188 @@
+"""The answers of one model that an engine decodes together: they join and leave between two steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from elm_mlx.inference.generation import checked
+from elm_mlx.inference.prefix_tree import BLOCK
+from elm_mlx.inference.requests import GREEDY, Failed, Generated, OpenRequest, ScoredToken
+from elm_mlx.inference.rows import Rows
+from elm_mlx.inference.sampling import State
+from elm_mlx.model import ops
+from elm_mlx.model.cache import make_prompt_cache, row_capacity, row_slots
+from elm_mlx.model.network import Model
+from elm_mlx.store.loading import Loaded
+
+
+class ContinuousBatch:
+    """The answers of one model that are being decoded, and the step that they share.
+
+    Attributes:
+        answers: in the order of `rows`.
+        logits: `(rows, vocab_size)`, of each answer's next token.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.model: Model = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.rows = Rows(loaded.model)
+        self.answers: list[OpenRequest] = []
+        self.logits: mx.array | None = None
+        self._chosen: tuple[list[OpenRequest], mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]] | None = None
+        probe = make_prompt_cache(loaded.model)
+        mx.eval(loaded.model.transformer(mx.array([[0]]), probe), [cache.state for cache in probe])
+        per_row = sum(cache.nbytes for cache in probe)
+        self._position_bytes, self._state_bytes = (
+            (per_row // probe[0].capacity, 0) if probe[0].is_trimmable() else (0, per_row)
+        )
+
+    def bytes_of(self, lengths: Sequence[int]) -> int:
+        """Returns what the caches of rows take that grow to `lengths`."""
+        if not lengths:
+            return 0
+        slots, capacity = row_slots(len(lengths)), row_capacity(max(lengths))
+        states = sum(1 + length // BLOCK for length in lengths)  # those after each block are kept for the prefix tree
+        return slots * capacity * self._position_bytes + states * self._state_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block of the prefix tree."""
+        return BLOCK * self._position_bytes + self._state_bytes
+
+    @property
+    def keeps_states(self) -> bool:
+        """Returns whether the network keeps states in place of keys and values."""
+        return self._state_bytes > 0
+
+    def name(self, length: int) -> tuple[int, bool]:
+        """Returns what texts of `length` have in common: this model, and how it rotates them."""
+        switch = self.model.config.rope_switch
+        return id(self), switch is not None and length > switch
+
+    def lengths(self) -> list[int]:
+        """Returns how long each text may become."""
+        return [answer.prompt_tokens + answer.most for answer in self.answers]
+
+    def join(self, task: OpenRequest, logits: mx.array) -> None:
+        """Adds a row: the prompt of `task` is in its caches, and `logits` `(1, vocab_size)` follow it."""
+        self.rows.join(task.caches, task.ids)
+        task.caches = []
+        self.answers.append(task)
+        self.logits = logits if self.logits is None else mx.concatenate([self.logits, logits])
+
+    def launch(self, leaving: Callable[[OpenRequest, int], None]) -> None:
+        """Chooses every row's next token, and computes the logits after it, without waiting.
+
+        `leaving` is called for the rows whose last token this is, before they are removed.
+        """
+        tokens, logprobs, tops = self._choose()
+        mx.async_eval(tokens, logprobs, tops)
+        self._chosen = (list(self.answers), tokens, logprobs, tops)
+        kept = self.remove([row for row, answer in enumerate(self.answers) if answer.left == 1], leaving)
+        if self.answers:
+            fed = tokens if len(kept) == tokens.size else tokens[mx.array(kept)]
+            self.logits = self.rows.step(fed)
+            if self.keeps_states:
+                for row, (answer, length) in enumerate(zip(self.answers, self.rows.lengths, strict=True)):
+                    answer.keep_state(self.rows.caches, row, length)
+            # Snapshots too, or they would hold on to what they are cut from.
+            snapshots = [answer.snapshots for answer in self.answers]
+            mx.async_eval(self.logits, [cache.state for cache in self.rows.caches], snapshots)
+
+    def deliver(self) -> tuple[int, list[OpenRequest]]:
+        """Reports the tokens that `launch` chose, while what it launched is running. Returns their number, and
+        the answers that end."""
+        assert self._chosen is not None
+        answers, tokens, logprobs, tops = self._chosen
+        ended: list[OpenRequest] = []
+        for row, (answer, token, logprob) in enumerate(zip(answers, tokens.tolist(), logprobs.tolist(), strict=True)):
+            if answer.over:
+                continue
+            try:
+                likeliest = ranked(*(array.tolist() for array in tops[row])) if row in tops else ()
+                finished = _deliver(answer, ScoredToken(token, checked(logprob), likeliest))
+            except Exception as error:
+                answer.emit(Failed(error))
+                finished = True
+                answer.ids = []  # nothing of it is worth keeping
+            if finished:
+                answer.over = True
+                ended.append(answer)
+        self._chosen = None
+        return len(answers), ended
+
+    def remove(self, rows: Sequence[int], leaving: Callable[[OpenRequest, int], None]) -> list[int]:
+        """Removes rows. Returns the former places of those that are left, in their order now."""
+        order = list(range(len(self.answers)))
+        for row in sorted(rows, reverse=True):
+            leaving(self.answers[row], row)
+            self.rows.leave(row)
+            for places in (order, self.answers):
+                places[row] = places[-1]  # type: ignore[assignment]
+                places.pop()
+        if not order:
+            self.logits = None
+        elif rows and self.logits is not None:
+            self.logits = self.logits[mx.array(order)]
+        return order
+
+    def reset(self) -> list[OpenRequest]:
+        """Empties the batch, whatever state it is in. Returns the answers that were in it, or wait for a last token."""
+        chosen = [] if self._chosen is None else self._chosen[0]
+        answers = [*self.answers, *(answer for answer in chosen if answer not in self.answers)]
+        self.answers, self.rows, self.logits, self._chosen = [], Rows(self.model), None, None
+        return answers
+
+    def _choose(self) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:
+        """Returns tokens and log-probabilities `(rows,)`, and by row the likeliest tokens and theirs, where wanted."""
+        assert self.logits is not None
+        logits = self.logits.astype(mx.float32)
+        tops = {
+            row: top_tokens(logits[row], answer.request.top_logprobs)
+            for row, answer in enumerate(self.answers)
+            if answer.request.top_logprobs
+        }
+        plain = [row for row, answer in enumerate(self.answers) if answer.plain()]
+        if len(plain) == len(self.answers):
+            return *GREEDY(logits, State())[:2], tops
+        order, parts = list(plain), []
+        if plain:
+            parts.append(GREEDY(logits[mx.array(plain)], State())[:2])
+        for row, answer in enumerate(self.answers):
+            if not answer.plain():
+                token, logprob, answer.state = answer.request.sampler(logits[row : row + 1], answer.state, answer.bias)
+                order.append(row)
+                parts.append((token, logprob))
+        tokens, logprobs = (mx.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        back = mx.array(sorted(range(len(order)), key=order.__getitem__))
+        return tokens[back], logprobs[back], tops
+
+
+def _deliver(answer: OpenRequest, scored: ScoredToken) -> bool:
+    """Reports a token. Returns whether it is the last."""
+    answer.ids.append(scored.token)
+    text, stream = answer.stream.add(scored.token), answer.stream
+    if answer.grammar is not None and stream.finish_reason is None:
+        answer.grammar.accept(scored.token)
+        if answer.grammar.finished:
+            text, stream.finish_reason = text + stream.finish(), "stop"
+        else:
+            answer.bias = answer.grammar.bias()
+    answer.emit(Generated(text, scored, stream.finish_reason))
+    return stream.finish_reason is not None
+
+
+def top_tokens(logits: mx.array, count: int) -> tuple[mx.array, mx.array]:
+    """Returns ids and log-probabilities of the `count` likeliest tokens of logits `(..., vocab_size)`, in no order."""
+    count = min(count, logits.shape[-1])
+    ids = mx.argpartition(-logits, count - 1, axis=-1)[..., :count]
+    chosen = mx.take_along_axis(logits, ids, axis=-1)
+    return ids, chosen - ops.logsumexp(logits)[..., None]
+
+
+def ranked(ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+    """Returns tokens with their log-probabilities, likeliest first."""
+    return tuple(sorted(zip(ids, logprobs, strict=True), key=lambda pair: (-pair[1], pair[0])))
