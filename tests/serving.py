@@ -152,6 +152,7 @@ class ScriptedEngine:
 
     def __init__(self, refusal: Exception | None = None) -> None:
         self.refusal = refusal
+        self.fault: str | None = None
         self.submitted: list[Submitted] = []
 
     def submit(self, request: Request, on_event: Callable[[Any], None]) -> Submitted:
@@ -167,6 +168,9 @@ class ScriptedEngine:
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(*range(14))
+
+    def trouble(self) -> str | None:
+        return self.fault
 
     def close(self, timeout: float) -> None:
         pass

@@ -39,6 +39,7 @@ from elm_mlx.store.loading import Loaded
 
 _PARTS = 4  # of a piece of a prompt, for one between two steps; the whole piece, where as many prompts wait
 _HEAD_VALUES = 1 << 24  # logits of a prompt that are computed at once
+_STUCK_SECONDS = 180.0  # far more than a piece of a prompt takes the largest model on a slow machine
 
 
 class Engine:
@@ -89,6 +90,7 @@ class Engine:
         self._read = self._cached = self._generated = 0
         self._finished = self._cancelled = self._failed = self._refused = 0
         self._seconds = 1.0  # that a request takes, about
+        self._round_since: float | None = None  # when the round that is computed now began
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -143,6 +145,14 @@ class Engine:
                 failed=self._failed,
                 refused=self._refused,
             )
+
+    def trouble(self) -> str | None:
+        """Returns why no answer is to be expected, from any thread; None where the engine works, or waits for work."""
+        if not self._thread.is_alive():
+            return "the engine's thread has ended"
+        since = self._round_since
+        seconds = 0.0 if since is None else time.monotonic() - since
+        return f"the engine has computed one step for {seconds:.0f} s" if seconds > _STUCK_SECONDS else None
 
     def close(self, timeout: float) -> None:
         """Refuses new requests, gives those that run or wait `timeout` seconds, fails the others, stops the thread."""
@@ -202,6 +212,10 @@ class Engine:
     def _run(self) -> None:
         try:
             self._serve()
+        except BaseException as error:  # a defect that ends the thread: nobody shall wait for it
+            self._closing = True
+            self._fail_all(ElmError(f"the engine has ended: {type(error).__name__}"))
+            raise
         finally:
             mx.synchronize()
             mx.clear_streams()  # MLX makes them for each thread, and a process that ends with them is aborted
@@ -217,10 +231,12 @@ class Engine:
             if stopping:
                 self._fail_all(Busy("the server is stopping", 5))
                 return
+            self._round_since = time.monotonic()
             try:
                 self._round()
             except Exception as error:  # whatever it is, the next request shall find an engine
                 self._fail_all(error)
+            self._round_since = None
 
     def _round(self) -> None:
         """Takes a step of every model's answers, reports the tokens while it runs, and reads on in a prompt."""

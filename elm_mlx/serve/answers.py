@@ -21,6 +21,7 @@ from elm_mlx.version import __version__
 FINGERPRINT = f"elm-mlx-{__version__}"  # while it is the same, so is what a seed gives
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
+LEFT = 499  # the status, in the log and the figures, of a request whose client left
 
 
 class ErrorAnswer(Exception):

@@ -23,8 +23,8 @@ from elm_mlx.inference.grammar import Grammar
 from elm_mlx.inference.requests import Embedded, Failed, Request
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.reading import JSON_RECORDS, decoded, listed, load_json, printable
-from elm_mlx.serve.answers import AnswerShape, ErrorAnswer, embeddings, error_answer
-from elm_mlx.serve.completions import OpenCompletion, Plan
+from elm_mlx.serve.answers import LEFT, AnswerShape, ErrorAnswer, embeddings, error_answer, event
+from elm_mlx.serve.completions import OpenCompletion, Plan, putting_into
 from elm_mlx.serve.metrics_page import metrics_text
 from elm_mlx.serve.request_fields import FieldError, Options, parse_chat, parse_embeddings, parse_text
 from elm_mlx.serve.served_models import ServedModel
@@ -74,12 +74,15 @@ class Service:
         return Starlette(routes=routes, exception_handlers=handlers)
 
     async def health(self, request: HTTPRequest) -> Response:
-        """Answers that the server is there."""
+        """Answers that the server is there, and its engine works."""
+        trouble = self.engine.trouble()
+        if trouble is not None:
+            raise ErrorAnswer(503, f"{trouble}: restart the server", "server_error", code="engine_failed")
         return JSONResponse({"status": "ok"})
 
     async def metrics(self, request: HTTPRequest) -> Response:
         """Answers in Prometheus' text format."""
-        text = metrics_text(self.engine.statistics())
+        text = metrics_text(self.engine.statistics(), request.state.outcomes)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def list_models(self, request: HTTPRequest) -> Response:
@@ -151,14 +154,10 @@ class Service:
         return JSONResponse(embeddings(model.name, vectors, fields.base64, count))
 
     async def _vectors(self, model: ServedModel, inputs: list[list[int]]) -> list[tuple[float, ...]]:
-        loop, vectors = asyncio.get_running_loop(), []
+        vectors = []
         for ids in inputs:  # one after the other, so that they take one place in the queue
             outcomes: asyncio.Queue[Embedded | Failed] = asyncio.Queue()
-
-            def report(outcome: Embedded | Failed, put: Any = outcomes.put_nowait) -> None:
-                loop.call_soon_threadsafe(put, outcome)
-
-            ticket = self.engine.embed(model.name, ids, report)
+            ticket = self.engine.embed(model.name, ids, putting_into(outcomes))
             try:
                 outcome = await outcomes.get()
             finally:
@@ -270,18 +269,24 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(chunks: AsyncIterator[str]) -> None:
-            begun = False
-            async for chunk in chunks:
-                if not begun:  # what fails before is an error with its status
-                    begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+            begun, last = False, b""
+            try:
+                async for chunk in chunks:
+                    if not begun:
+                        begun = True
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                    await send({"type": "http.response.body", "body": chunk.encode(), "more_body": True})
+            except Exception as error:
+                if not begun:  # it has a status of its own
+                    raise
+                refusal = error_answer(error)
+                self._request.state.outcome, last = refusal.status, event(refusal.body).encode()
+            await send({"type": "http.response.body", "body": last})
 
         try:
             await _while_connected(self._request, write(self._completion.chunks()))
         except ClientDisconnect:
-            pass
+            self._request.state.outcome = LEFT
         finally:
             self._completion.cancel()
             self._count()
@@ -378,4 +383,4 @@ def _no_route(request: HTTPRequest, error: Exception) -> Response:
 
 
 def _client_left(request: HTTPRequest, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+    return Response(status_code=LEFT)  # nobody reads it

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.requests import Busy, Event, Failed, Generated, PromptRead, Request, ScoredToken, Ticket
-from elm_mlx.serve.answers import DONE, KEEP_ALIVE, Answer, AnswerShape, error_answer, event, usage
+from elm_mlx.serve.answers import DONE, KEEP_ALIVE, Answer, AnswerShape, usage
 from elm_mlx.serve.call_reader import CallReader, Delta
 
 IN_FLIGHT = 16  # answers of one request that the engine has at a time
 KEEP_ALIVE_SECONDS = 10.0
 _PAUSE = 0.2  # seconds until a place in the queue is looked for again
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -33,6 +35,16 @@ class Plan:
     prompt: int = 0
     echo: str = ""
     reader: CallReader | None = None
+
+
+def putting_into(queue: asyncio.Queue[Item]) -> Callable[[Item], None]:
+    """Returns what puts an item into a queue of this loop, from any thread."""
+    loop = asyncio.get_running_loop()
+
+    def put(item: Item) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, item)
+
+    return put
 
 
 class OpenCompletion:
@@ -79,22 +91,12 @@ class OpenCompletion:
         return await asyncio.to_thread(self._shape.whole, self._answers, self.usage)
 
     async def chunks(self) -> AsyncIterator[str]:
-        """Yields the events of the stream, several at once where they came so.
-
-        An error after its beginning is one of them, and the last; one before it is raised.
-        """
-        begun = False
-        try:
-            async for happenings in self._happenings():
-                chunks = "".join(self._chunks_of(*each) for each in happenings) if happenings else KEEP_ALIVE
-                if chunks:
-                    yield chunks
-                    begun = True
-            yield (self._shape.counted(self.usage) if self._shape.include_usage else "") + DONE
-        except Exception as error:
-            if not begun:
-                raise
-            yield event(error_answer(error).body)
+        """Yields the events of the stream, several at once where they came so. Raises what the engine failed by."""
+        async for happenings in self._happenings():
+            chunks = "".join(self._chunks_of(*each) for each in happenings) if happenings else KEEP_ALIVE
+            if chunks:
+                yield chunks
+        yield (self._shape.counted(self.usage) if self._shape.include_usage else "") + DONE
 
     def _chunks_of(self, index: int, happened: Event) -> str:
         chunks = self._shape.role(index) if self._shape.chat and isinstance(happened, PromptRead) else ""
@@ -152,10 +154,10 @@ class OpenCompletion:
         return self._plans[index].request.max_tokens == 0
 
     def _submit(self) -> None:
-        loop = asyncio.get_running_loop()
+        put = putting_into(self._events)
 
         def report(index: int, happened: Event) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, (index, happened))
+            put((index, happened))
 
         while self._next < len(self._plans) and len(self._tickets) < IN_FLIGHT:
             index = self._next

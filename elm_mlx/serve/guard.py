@@ -16,11 +16,12 @@ import re
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from elm_mlx.reading import printable
-from elm_mlx.serve.answers import ErrorAnswer, busy
+from elm_mlx.serve.answers import LEFT, ErrorAnswer, busy
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -69,6 +70,7 @@ class Guard:
         closing: requests are refused, for the server is to end.
         in_flight: requests that are being answered.
         body_bytes: of their bodies.
+        outcomes: the number of requests by status. What fails in a stream, or has no client left, counts as that.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Guard:
         self.closing = False
         self.in_flight = 0
         self.body_bytes = 0
+        self.outcomes: Counter[int] = Counter()
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         assert scope["type"] == "http", "the server speaks no other protocol"
@@ -106,6 +109,7 @@ class Guard:
             await send(message)
 
         state = scope.setdefault("state", {})
+        state["outcomes"] = self.outcomes
         self.in_flight += 1
         try:
             await self._answered(scope, headers, body, answer)
@@ -120,10 +124,12 @@ class Guard:
         finally:
             self.in_flight -= 1
             self.body_bytes -= body.size
+            outcome = state.get("outcome", status or LEFT)  # the application knows better how a stream ended
+            self.outcomes[outcome] += 1
             seconds = time.monotonic() - start
             said = "".join(f" {value}" for value in (state.get("tokens"), state.get("said")) if value)
             path = scope["path"].encode("unicode_escape").decode()[:200]
-            self._log(f"{identity} {scope['method']} {path} {status or 'left'} {seconds:.2f} s{said}")
+            self._log(f"{identity} {scope['method']} {path} {outcome} {seconds:.2f} s{said}")
 
     async def _answered(
         self, scope: MutableMapping[str, Any], headers: Mapping[bytes, bytes], body: _LimitedBody, answer: Send

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from elm_mlx.inference.requests import EngineStatistics
 
 _GAUGES = {
@@ -24,11 +26,14 @@ _COUNTERS = {
 }
 
 
-def metrics_text(statistics: EngineStatistics) -> str:
-    """Returns the engine's figures, each with its help and type."""
+def metrics_text(statistics: EngineStatistics, outcomes: Mapping[int, int]) -> str:
+    """Returns the engine's figures, each with its help and type, and the number of HTTP requests by their status."""
     lines = []
     for kind, figures in (("gauge", _GAUGES), ("counter", _COUNTERS)):
         for name, text in figures.items():
             full = f"elm_mlx_{name}" + ("_total" if kind == "counter" else "")
             lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}", f"{full} {getattr(statistics, name)}"]
+    name = "elm_mlx_http_requests_total"
+    lines += [f"# HELP {name} HTTP requests by status: 499 where the client left.", f"# TYPE {name} counter"]
+    lines += [f'{name}{{status="{status}"}} {count}' for status, count in sorted(outcomes.items())]
     return "\n".join(lines) + "\n"

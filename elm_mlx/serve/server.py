@@ -27,6 +27,7 @@ from elm_mlx.serve.guard import Guard
 HEADER_SECONDS = 10.0  # for a request's headers to come
 WRITE_SECONDS = 60.0  # for a client to read what waits for it
 IDLE_SECONDS = 30  # between two requests on a connection
+REFUSED_SECONDS = 2.0  # for a client that is refused to stop sending
 END_SECONDS = 10.0  # for answers in flight, when the server is to stop
 MAX_CONNECTIONS = 1000
 _FILES = 2 * MAX_CONNECTIONS  # descriptors, of which macOS allows 256 unless asked
@@ -139,10 +140,13 @@ class _Connection(H11Protocol):
 
     _headers_due: asyncio.TimerHandle | None = None
     _reading_due: asyncio.TimerHandle | None = None
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
+        if len(self.connections) > 1.5 * MAX_CONNECTIONS:  # no descriptors are left to say so
+            self.transport.abort()
+        elif len(self.connections) > MAX_CONNECTIONS:
             self._refuse(busy(f"{MAX_CONNECTIONS} connections are open already", 1))
         else:
             self._expect_headers()
@@ -153,7 +157,7 @@ class _Connection(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self.transport.is_closing():  # what is still read of a client that was refused
+        if self._refused or self.transport.is_closing():
             return
         super().data_received(data)
         if not self._idle:
@@ -191,19 +195,30 @@ class _Connection(H11Protocol):
         self._headers_due = self.loop.call_later(HEADER_SECONDS, self._refuse, slow)
 
     def _refuse(self, refusal: ErrorAnswer) -> None:
-        """Closes the connection, and says why where no answer has begun."""
-        if self._idle and self.conn.our_state is h11.IDLE:
+        """Closes the connection, and says why where no answer has begun.
+
+        What the client still sends is read and dropped for a while: the connection of one that was not read to its end
+        is reset, and with it goes the answer.
+        """
+        if self._refused or self.transport.is_closing():
+            return
+        if not self._idle or self.conn.our_state is not h11.IDLE:
+            self.transport.close()
+        else:
+            self._refused = True
             body = json.dumps(refusal.body).encode()
             told = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
             lines = "".join(f"{name}: {value}\r\n" for name, value in {**told, **refusal.headers}.items())
             self.transport.write(f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\n".encode())
             self.transport.write(f"{lines}\r\n".encode() + body)
-        self.transport.close()
+            self.transport.write_eof()
+            self.transport.resume_reading()
+            self.loop.call_later(REFUSED_SECONDS, self.transport.close)
         self._abort_in_time()
 
     def _abort_in_time(self) -> None:
         """Ends a connection that is closed, and whose client does not take the rest."""
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
 

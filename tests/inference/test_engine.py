@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import pytest
 import tiny
 
 from elm_mlx.errors import InputError
+from elm_mlx.inference import engine as engine_module
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.generation import decode, stream_generate
 from elm_mlx.inference.grammar import GrammarCompiler
@@ -370,3 +372,40 @@ def test_the_second_turn_of_a_network_with_states_reads_what_is_new(family_dirs:
     assert events[0].cached_tokens == len(longer) // 128 * 128
     assert [event.scored.token for event in events[1:]] == [scored.token for scored in alone(model, longer, 10)]
     engine.close(10)
+
+
+def test_an_engine_that_works_is_without_trouble_and_one_that_is_stuck_is_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, entered = threading.Event(), threading.Event()
+
+    def stick(self: Engine) -> None:
+        entered.set()
+        held.wait(20)
+
+    ask(engine, [1, 5, 6], 3).all()
+    assert engine.trouble() is None
+    monkeypatch.setattr(engine_module, "_STUCK_SECONDS", 0.05)
+    monkeypatch.setattr(Engine, "_forget_cancelled", stick)
+    heard = ask(engine, [1, 5, 6], 3)
+    assert entered.wait(20)
+    time.sleep(0.1)
+    assert "one step" in str(engine.trouble())
+    monkeypatch.undo()
+    held.set()
+    heard.all()
+    assert engine.trouble() is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_an_engine_that_has_ended(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def panic(self: Engine) -> None:
+        raise SystemExit("of native code")
+
+    monkeypatch.setattr(Engine, "_round", panic)
+    (last,) = ask(engine, [1, 5, 6], 3).all()
+    assert isinstance(last, Failed) and "has ended" in str(last.error)
+    engine._thread.join(20)
+    assert engine.trouble() == "the engine's thread has ended"
+    with pytest.raises(Busy):
+        ask(engine, [1, 5, 6], 3)

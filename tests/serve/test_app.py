@@ -152,6 +152,11 @@ def test_log_probabilities_of_a_text_and_its_prompt(client: OpenAI, base: Any, a
     for token, start in zip(found.tokens[1 : len(ids)], found.text_offset[1:], strict=False):
         if not token.startswith("bytes:"):
             assert text[start:].startswith(token if start else token.lstrip())
+    pieces = [chunk.choices[0] for chunk in client.completions.create(**asked, echo=True, logprobs=2, stream=True)]
+    assert "".join(piece.text for piece in pieces) == whole.text
+    streamed = [piece.logprobs.model_dump() for piece in pieces if piece.logprobs is not None]
+    for name, values in found.model_dump().items():
+        assert [value for each in streamed for value in each[name]] == values, name
 
 
 def test_a_prompt_alone(client: OpenAI) -> None:
@@ -317,6 +322,9 @@ def test_a_failure_has_a_status_before_a_stream_begins_and_an_event_in_it(talker
             stream = client.chat.completions.create(model="talker", messages=QUESTION, stream=True)
             said += (chunk.choices[0].delta.content for chunk in stream)
         assert said == ["", "once"]
+        serving.until(lambda: len(server.log) == 2)
+        assert all(" POST /v1/chat/completions 500 " in line for line in server.log)  # the second was begun as a 200
+        assert 'elm_mlx_http_requests_total{status="500"} 2' in server.ask("/metrics")[2]
 
 
 def test_a_long_prompt_is_waited_for_with_comments(talker_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,12 +357,22 @@ def test_the_log_has_figures_and_no_texts_unless_they_are_wanted(talker_dir: Pat
 
 def test_health_and_metrics(server: Served) -> None:
     assert server.ask("/health")[2] == {"status": "ok"}
+    assert server.ask("/v1/nothing")[0] == 404
     status, headers, text = server.ask("/metrics")
     assert (status, headers["content-type"]) == (200, "text/plain; version=0.0.4; charset=utf-8")
     samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert all(float(value) >= 0 for value in samples.values())
     for name in samples:
         assert f"# TYPE {name.partition('{')[0]} {'counter' if '_total' in name else 'gauge'}" in text
+    assert float(samples['elm_mlx_http_requests_total{status="404"}']) >= 1
+
+
+def test_health_says_that_no_answer_is_to_be_expected(talker_dir: Path) -> None:
+    with serving.serving([talker_dir], engine=ScriptedEngine()) as server:
+        server.engine.fault = "the engine's thread has ended"
+        status, _, content = server.ask("/health")
+        assert (status, content["error"]["code"]) == (503, "engine_failed")
+        assert content["error"]["message"] == "the engine's thread has ended: restart the server"
 
 
 def test_the_page_is_served_whole_and_nothing_else(server: Served) -> None:

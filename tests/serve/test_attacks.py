@@ -65,7 +65,8 @@ def test_a_client_that_leaves_is_noticed_at_once(talker_dir: Path, stream: bool,
                     assert b"200 OK" in connection.recv(1000)
         assert all(each.cancelled.wait(5) for each in submitted)
         serving.until(lambda: server.guard.in_flight == 0)
-        assert " left " in server.log[0] or " 499 " in server.log[0] or " 200 " in server.log[0]
+        assert " POST /v1/chat/completions 499 " in server.log[0]
+        assert 'elm_mlx_http_requests_total{status="499"} 1' in server.ask("/metrics")[2]
 
 
 def test_a_batch_of_prompts_leaves_places_to_others(talker_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ def hasty(server: Served, monkeypatch: pytest.MonkeyPatch) -> Served:
     """A server that waits for nobody."""
     for module, name in (
         (server_module, "HEADER_SECONDS"), (server_module, "WRITE_SECONDS"), (guard, "BODY_SECONDS"),
-        (guard, "LINGER_SECONDS"),
+        (guard, "LINGER_SECONDS"), (server_module, "REFUSED_SECONDS"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, 0.4)
     return server
@@ -187,6 +187,7 @@ def test_names_of_a_server_for_others() -> None:
         b"\x16\x03\x01\x02\x00",
         b"GET /" + b"a" * 100_000,
         b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 20_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * (8 << 20),
         b"nonsense\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n",
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
@@ -194,8 +195,7 @@ def test_names_of_a_server_for_others() -> None:
     ids=lambda sent: repr(sent[:20]),
 )
 def test_what_is_not_http(hasty: Served, sent: bytes) -> None:
-    # What is not read to its end is reset, at times before the client has read why.
-    with hasty.connect() as connection, contextlib.suppress(ConnectionError):
+    with hasty.connect() as connection:
         connection.sendall(sent)
         status, _, content = response(connection)
         assert 400 <= status < 500 and content["error"]["message"]
@@ -218,6 +218,19 @@ def test_connections_are_bounded(hasty: Served, monkeypatch: pytest.MonkeyPatch)
     assert (status, headers["retry-after"]) == (503, "1")
     for each in held:
         each.close()
+    serving.until(lambda: not hasty.server.server_state.connections)
+
+
+def test_connections_that_are_refused_are_bounded(hasty: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving.until(lambda: not hasty.server.server_state.connections)
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 1.5)
+    monkeypatch.setattr(server_module, "REFUSED_SECONDS", 1.5)
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 4)
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(hasty.connect()) for _ in range(20)]
+        serving.until(lambda: len(hasty.server.server_state.connections) <= 6)
+        with contextlib.suppress(ConnectionError):
+            assert not held[-1].recv(100)
     serving.until(lambda: not hasty.server.server_state.connections)
 
 
