@@ -24,7 +24,7 @@ class KVCache:
         text_length: of the whole text that is being read, where more than `offset` tokens are known to come.
     """
 
-    step = 256  # capacity grows by this many positions
+    step = 256  # capacity grows by this many positions, or by an eighth: a step's mask never reaches beyond
 
     def __init__(self, switch: int | None = None) -> None:
         self.keys: mx.array | None = None
@@ -328,5 +328,5 @@ def _grown(old: mx.array | None, like: mx.array, length: int, step: int) -> mx.a
     capacity = 0 if old is None else old.shape[2]
     if old is not None and length <= capacity:
         return old
-    room = mx.zeros((batch, heads, -(-length // step) * step - capacity, head_dim), like.dtype)
+    room = mx.zeros((batch, heads, _rounded(length, step) - capacity, head_dim), like.dtype)
     return room if old is None else mx.concatenate([old, room], axis=2)

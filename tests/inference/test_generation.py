@@ -98,6 +98,14 @@ def test_where_the_cache_grows_nothing_changes(model: Model, length: int) -> Non
 
 
 @pytest.mark.usefixtures("branch")
+def test_a_long_text_goes_on_where_rooms_are_large() -> None:
+    model = tiny.random_model(tiny.scaled_config(96, num_layers=1, max_context_length=8192, rope_max_length=16384))
+    for length in (2050, 4100):
+        prompt = ids_of(length)
+        assert tokens(run(model, prompt, 4)) == eager(model, prompt, 4)[0]
+
+
+@pytest.mark.usefixtures("branch")
 @pytest.mark.parametrize(
     "sampling",
     [

@@ -9,7 +9,16 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx.model.cache import KVCache, SegmentedRow, StateCache, StepCache, make_prompt_cache, place_step, row_slots
+from elm_mlx.model.cache import (
+    KVCache,
+    SegmentedRow,
+    StateCache,
+    StepCache,
+    make_prompt_cache,
+    place_step,
+    row_capacity,
+    row_slots,
+)  # fmt: skip
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
@@ -69,6 +78,17 @@ def test_room_is_made_once_and_says_its_size() -> None:
     keys = cache.keys
     cache.reserve(400)
     assert cache.keys is keys
+
+
+@given(st.integers(1, 20_000), st.integers(0, 4_000))
+def test_a_steps_mask_fits_the_room_that_there_is(length: int, more: int) -> None:
+    """However far a text has been read, and gone on since."""
+    cache = KVCache()
+    cache.update_and_fetch(*mx.zeros((2, 1, 1, length, 1)))
+    for longest in range(length, length + more, 7):
+        if longest >= cache.capacity:
+            cache.reserve(row_capacity(longest + 1))
+        assert place_step([longest])[1].shape[-1] <= cache.capacity
 
 
 def test_the_type_of_what_is_written_stays() -> None:
