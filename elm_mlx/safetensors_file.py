@@ -96,6 +96,11 @@ def read_header(path: Path) -> list[Entry]:
     Raises:
         InputError: it cannot be opened, or is no well-formed safetensors file: says what is wrong.
     """
+    return read_file(path)[0]
+
+
+def read_file(path: Path) -> tuple[list[Entry], dict[str, Any]]:
+    """Returns the tensors of a file as `read_header` does, and its `__metadata__`, as it stands there."""
     with reading.opened(path) as file:
         size = file.seek(0, 2)
 
@@ -103,17 +108,22 @@ def read_header(path: Path) -> list[Entry]:
             file.seek(offset)
             return file.read(length)
 
-        return parse_header(path, size, read_at)
+        return _parse(path, size, read_at)
 
 
 def parse_header(path: Path, size: int, read_at: Callable[[int, int], bytes]) -> list[Entry]:
     """Reads the header of a file of `size` bytes that is open already; `read_at` takes an offset and a length."""
+    return _parse(path, size, read_at)[0]
+
+
+def _parse(path: Path, size: int, read_at: Callable[[int, int], bytes]) -> tuple[list[Entry], dict[str, Any]]:
     length = int.from_bytes(read_at(0, 8), "little") if size >= 8 else 0
     if _MAX_HEADER_BYTES < length <= size - 8:
         raise InputError(f"{path}: its safetensors header has {length >> 20} MB, and at most 16 MB are read")
     if length > size - 8:
         raise InputError(f"{path}: not a safetensors file, or a truncated one: its header would not fit into it")
     described = _object(path, read_at(8, length))
+    metadata = described.pop("__metadata__", None)
     entries = sorted(
         (_entry(path, name, values) for name, values in described.items()), key=lambda entry: (entry.begin, entry.end)
     )
@@ -126,7 +136,8 @@ def parse_header(path: Path, size: int, read_at: Callable[[int, int], bytes]) ->
     start = 8 + length
     if start + reached != size:
         raise InputError(f"{path}: its tensors take {reached} bytes, but {size - start} follow the header")
-    return [Entry(e.name, e.dtype, e.shape, start + e.begin, start + e.end) for e in entries]
+    placed = [Entry(e.name, e.dtype, e.shape, start + e.begin, start + e.end) for e in entries]
+    return placed, metadata if isinstance(metadata, dict) else {}
 
 
 def fingerprint(directory: Path, known: str | None = None) -> str:
@@ -141,13 +152,15 @@ def fingerprint(directory: Path, known: str | None = None) -> str:
     Raises:
         InputError: a file is missing or damaged.
     """
-    now = _hash_of_pieces(directory)
-    return known if known not in (None, now) and known == _hash_of_pieces(directory, behind_middle=True) else now
+    paths = weight_files(directory)
+    now = hash_of_pieces(paths)
+    return known if known not in (None, now) and known == hash_of_pieces(paths, behind_middle=True) else now
 
 
-def _hash_of_pieces(directory: Path, *, behind_middle: bool = False) -> str:
+def hash_of_pieces(paths: Sequence[Path], *, behind_middle: bool = False) -> str:
+    """Returns the SHA-256 of `fingerprint`, of files of one's choice. Raises InputError as it does."""
     digest = hashlib.sha256()
-    for path in weight_files(directory):
+    for path in paths:
         entries = read_header(path)
         with reading.opened(path) as file:
             for entry in entries:
@@ -171,7 +184,6 @@ def _object(path: Path, text: bytes) -> dict[str, Any]:
         raise InputError(f"{path}: its safetensors header cannot be read: {error}") from None
     if not isinstance(entries, dict):
         raise InputError(f"{path}: its safetensors header is not a JSON object")
-    entries.pop("__metadata__", None)
     return entries
 
 
@@ -226,14 +238,7 @@ def write_shards(
     names = names if count > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards or [[]], strict=True):
         with (directory / name).open("wb") as file:
-            _write_header(file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in shard])
-            for tensor in shard:
-                written = 0
-                for block in tensor.blocks():
-                    file.write(block)
-                    written += block.nbytes
-                    progress(block.nbytes)
-                assert written == tensor.nbytes, tensor.name
+            write_tensors(file, shard, progress=progress)
             file.flush()
             os.fsync(file)  # while the caller still has other work, such as the hash of a source
     if count > 1:
@@ -242,6 +247,24 @@ def write_shards(
         placed = sorted((tensor.name, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)
         index = {"metadata": metadata, "weight_map": dict(placed)}
         write_json(directory / INDEX, index)
+
+
+def write_tensors(
+    file: BinaryIO,
+    tensors: Sequence[Pending],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes one file of tensors, each made when it is written. Raises OSError."""
+    _write_header(file, [(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors], metadata)
+    for tensor in tensors:
+        written = 0
+        for block in tensor.blocks():
+            file.write(block)
+            written += block.nbytes
+            progress(block.nbytes)
+        assert written == tensor.nbytes, tensor.name
 
 
 def write_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
@@ -253,9 +276,11 @@ def write_arrays(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
         file.write(data if data.c_contiguous else data.tobytes())
 
 
-def _write_header(file: BinaryIO, tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
+def _write_header(
+    file: BinaryIO, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes what stands before the data of tensors, each a name, a type as in `Pending`, and a shape."""
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "mlx", **(metadata or {})}}
     offset = 0
     for name, dtype, shape in tensors:
         own = _FORMAT_NAMES[dtype]

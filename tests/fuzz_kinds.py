@@ -35,7 +35,11 @@ from elm_mlx.evaluate import task_sources as tasks
 from elm_mlx.evaluate.tasks import Chosen, named
 from elm_mlx.inference import conversation, sampling
 from elm_mlx.inference.generation import stream_generate
+from elm_mlx.inference.rows import prefill
+from elm_mlx.inference.saved_cache import Origin, load_cache, save_cache
+from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.config import ModelConfig, read_config
+from elm_mlx.model.network import Model
 from elm_mlx.quantize import recipe as quantization
 from elm_mlx.quantize.quantization import quantize
 from elm_mlx.quantize.recipe import Format
@@ -147,6 +151,24 @@ def use_template(path: Path) -> None:
     template = choose(path, Tokenizer.load(path))
     assert template is not None
     template.encode(CONVERSATION)
+
+
+def write_cache(path: Path) -> None:
+    model, ids = _cached_model(), [*range(3, 24)]
+    caches = make_prompt_cache(model)
+    prefill(model, ids, caches)
+    save_cache(path / "text.cache", Origin("a" * 64), ids, caches)
+
+
+def use_cache(path: Path) -> None:
+    model = _cached_model()
+    caches = make_prompt_cache(model)
+    cached = load_cache(path / "text.cache", Origin("a" * 64), model, caches)
+    list(stream_generate(model, None, [*cached, 5], max_tokens=2, prompt_cache=caches, cached=cached, prefill_step=4))
+
+
+def _cached_model() -> Model:
+    return tiny.random_model(tiny.scaled_config(96, num_layers=1))
 
 
 def write_torch(path: Path) -> None:
@@ -484,6 +506,7 @@ KINDS = {
         Kind("index", write_sharded, {"model.safetensors.index.json": json_values}, answer),
         Kind("adapter", write_adapted, {"adapter_config.json": json_values, "adapters.safetensors": _TENSORS},
              use_adapter),
+        Kind("saved cache", write_cache, {"text.cache": _TENSORS}, use_cache),
         Kind("torch", write_torch, {"model.pt": raw_bytes, "config.json": json_values}, use_torch),
         Kind("hub", write_torch, {"hub/config.json": json_values, "hub/model.safetensors": _TENSORS}, use_hub),
         Kind("conversion.json", write_conversion, {"conversion.json": json_values}, use_conversion),

@@ -12,6 +12,7 @@ from elm_mlx.cli.screen import note
 PANELS = {
     "Conversation": ("system", "template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
+    "KV cache": ("save_cache", "load_cache"),
     "Computation": ("compute_dtype",),
 }
 
@@ -29,6 +30,8 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    save_cache: options.SaveCache = None,
+    load_cache: options.LoadCache = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:
@@ -44,6 +47,11 @@ def chat(
     reading.check_seed(seed)
     config = read_config(model, with_tokenizer=True)
     prepare(model, template, adapter)
+    kept = None
+    if save_cache or load_cache:
+        from elm_mlx.inference.saved_cache import CacheFiles
+
+        kept = CacheFiles(model, adapter, load_cache, save_cache)
     loaded = open_model(model, compute_dtype, adapter, config)
     assert loaded.tokenizer is not None
     for remark in loaded.notes:
@@ -57,4 +65,10 @@ def chat(
     conversation = Chat(
         loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed
     )
-    raise typer.Exit(Session(conversation, model, message).run())
+    cache = conversation.cache
+    if kept is not None:
+        cache.ids = kept.load(loaded.model, cache.caches)
+    exit_code = Session(conversation, model, message).run()
+    if kept is not None and cache.ids:
+        kept.save(cache.ids, cache.caches)
+    raise typer.Exit(exit_code)

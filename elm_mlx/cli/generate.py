@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +26,7 @@ PANELS = {
     "Conversation": ("system", "template", "no_template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Output": ("as_json", "logprobs"),
+    "KV cache": ("save_cache", "load_cache"),
     "Computation": ("prefill_step", "compute_dtype"),
 }
 
@@ -54,7 +56,9 @@ def generate(
     stop: options.Stop = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
-    prefill_step: options.PrefillStep = 512,
+    save_cache: options.SaveCache = None,
+    load_cache: options.LoadCache = None,
+    prefill_step: options.PrefillStep = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:
@@ -67,12 +71,16 @@ def generate(
         raise InputError("give one of --prompt TEXT and --prompts FILE")
     if prompts and logprobs and not as_json:
         raise InputError("--logprobs with --prompts needs --json")
+    if prompts and save_cache:
+        raise InputError("--save-cache keeps one prompt, and --prompts has several: read what they share by itself")
     if no_template:
         if template is not None:
             raise InputError("give --template or --no-template, not both")
         template = "none"
-    from elm_mlx.inference.generation import check_steps
+    from elm_mlx.inference.generation import check_steps, encode_prompt
+    from elm_mlx.inference.rows import PREFILL_STEP
     from elm_mlx.inference.sampling import merge_settings, sampler_from
+    from elm_mlx.model.cache import make_prompt_cache
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.tokenizer import has_chat_template
@@ -84,6 +92,7 @@ def generate(
     config = read_config(model, with_tokenizer=True)
     chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
+    prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
     check_steps(chosen["max_tokens"], prefill_step)
     reading.check_seed(seed)
     templated = template is not None or adapter is not None or has_chat_template(model)
@@ -94,11 +103,19 @@ def generate(
     if not templated and system is not None:
         raise InputError("--system needs a chat template, which the model lacks: pass --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
+    kept = None
+    if save_cache or load_cache:
+        from elm_mlx.inference.saved_cache import CacheFiles
+
+        kept = CacheFiles(model, adapter, load_cache, save_cache)
     loaded = open_model(model, compute_dtype, adapter, config)
     for remark in loaded.notes:
         note(remark)
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
+    chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model)
+    if kept is not None:
+        chosen["cached"] = kept.load(loaded.model, caches)
     inputs: Sequence[str | list[int]] = texts
     conversing = choose(model, loaded.tokenizer, template, adapter) if templated else None
     if conversing is not None:
@@ -114,13 +131,24 @@ def generate(
         return
     from elm_mlx.inference.generation import stream_generate
 
-    responses = stream_generate(loaded.model, loaded.tokenizer, inputs[0], **chosen)
+    ids = encode_prompt(loaded.model, loaded.tokenizer, inputs[0])
+    responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen)
+    if kept is not None:
+        responses = _kept_after_first(responses, partial(kept.save, ids, caches))
     if as_json:
         _as_json(texts[0], responses, logprobs)
     elif logprobs:
         _as_tokens(responses)
     else:
         _as_text(texts[0] if conversing is None else texts[0] + "\n", responses)  # an answer begins its own line
+
+
+def _kept_after_first(responses: Iterator[Response], save: Callable[[], None]) -> Iterator[Response]:
+    """Calls `save` when the first token is there: then the caches hold the prompt, and nothing else."""
+    for response in responses:
+        if response.generation_tokens == 1:
+            save()
+        yield response
 
 
 def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: bool, logprobs: bool) -> None:
@@ -201,8 +229,9 @@ def _print_statistics(last: Response | None) -> None:
         return
     from elm_mlx.device import peak_memory
 
+    kept = f", {last.cached_tokens} of them from the cache" if last.cached_tokens else ""
     line(
-        f"prompt: {counted(last.prompt_tokens, 'token')}, {last.prompt_tps:.1f} tokens/s | "
+        f"prompt: {counted(last.prompt_tokens, 'token')}{kept}, {last.prompt_tps:.1f} tokens/s | "
         f"generation: {counted(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s | "
         f"first token: {last.time_to_first_token:.3f} s | peak memory: {peak_memory() / 1e9:.2f} GB"
         + (f" | ended by: {last.finish_reason}" if last.finish_reason else ""),

@@ -37,7 +37,16 @@ RepetitionPenalty = Annotated[
     float | None, typer.Option(help="Penalty on tokens among the last 64; 1.1 is mild. (default: the model's, or 1)")
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text. (default: random)")]
-PrefillStep = Annotated[int, typer.Option(help="Prompt tokens read in one forward pass.")]
+PrefillStep = Annotated[
+    int | None, typer.Option(help="Prompt tokens read in one forward pass. (default: 512, or 128 on a CPU)")
+]
+SaveCache = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keep the KV cache of what is read. (default: it is forgotten)")
+]
+LoadCache = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A saved KV cache: what it holds of the prompt is not read again."),
+]
 ComputeDtype = Annotated[
     DType | None, typer.Option(help="Type to compute in. (default: as stored on a GPU, float32 on a CPU)")
 ]

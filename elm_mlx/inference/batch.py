@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from elm_mlx.errors import InputError
-from elm_mlx.inference.generation import TextStream, check_steps, checked, encode_prompt
+from elm_mlx.inference.generation import TextStream, check_steps, checked, encode_prompt, kept_length
 from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
 from elm_mlx.inference.sampling import Sampler
-from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
 from elm_mlx.text.tokenizer import Tokenizer
@@ -51,11 +51,14 @@ def generate_batch(
     stop_ids: Sequence[int] = (),
     prefill_step: int = PREFILL_STEP,
     batch_size: int = BATCH_SIZE,
+    prompt_cache: list[KVCache] | None = None,
+    cached: Sequence[int] = (),
 ) -> Iterator[Completion]:
     """Yields a completion for each of `prompts`, in order, `batch_size` of them computed together.
 
     The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
     luck depends on its place among all prompts, so one prompt given many times is continued in as many ways.
+    `prompt_cache` holds the ids `cached`, and stays as it is: what a prompt begins with of them is not read again.
 
     Raises:
         InputError: as `stream_generate`, before anything is computed.
@@ -77,7 +80,7 @@ def generate_batch(
             )
             for prompt in group
         ]  # fmt: skip
-        yield from _complete(model, group, streams, sampler, seed, prefill_step)
+        yield from _complete(model, group, streams, sampler, seed, prefill_step, prompt_cache, cached)
         seed = None if seed is None else seeds.getrandbits(64)  # the next group's luck is its own
 
 
@@ -88,9 +91,11 @@ def _complete(
     sampler: Sampler,
     seed: int | None,
     prefill_step: int,
+    prompt_cache: list[KVCache] | None,
+    cached: Sequence[int],
 ) -> list[Completion]:
     completions = [Completion(len(prompt)) for prompt in prompts]
-    logits, rows = prefill_each(model, prompts, prefill_step)
+    logits, rows = prefill_each(model, prompts, prefill_step, prompt_cache, cached)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
     active = list(zip(completions, streams, strict=True))
     while True:
@@ -113,14 +118,25 @@ def _complete(
         mx.async_eval(tokens, logprobs)
 
 
-def prefill_each(model: Model, prompts: list[list[int]], prefill_step: int) -> tuple[mx.array, Rows]:
-    """Returns the logits `(batch, vocab_size)` after each prompt, and rows with all of them."""
+def prefill_each(
+    model: Model,
+    prompts: list[list[int]],
+    prefill_step: int,
+    prompt_cache: list[KVCache] | None = None,
+    cached: Sequence[int] = (),
+) -> tuple[mx.array, Rows]:
+    """Returns the logits `(batch, vocab_size)` after each prompt, and rows with all of them.
+
+    What a prompt begins with of the ids `cached` is copied from `prompt_cache`.
+    """
     rows, logits = Rows(model), []
+    held = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     read: dict[tuple[int, ...], tuple[mx.array, int]] = {}
     for row, prompt in enumerate(prompts):
         if tuple(prompt) not in read:
-            caches = make_prompt_cache(model)
-            read[tuple(prompt)] = prefill(model, prompt, caches, prefill_step), row
+            kept = kept_length(held[0], cached, prompt, prefill_step)
+            caches = [cache.single(0, kept) if kept else cache.empty() for cache in held]
+            read[tuple(prompt)] = prefill(model, prompt[kept:], caches, prefill_step, len(prompt)), row
             mx.eval(read[tuple(prompt)][0], [cache.state for cache in caches])
             rows.join(caches, prompt)
         else:  # one that is given several times, to be drawn from, is read once

@@ -17,7 +17,7 @@ from elm_mlx.device import peak_memory
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
 from elm_mlx.inference.sampling import Choose, Process, Sampler, State
-from elm_mlx.model.cache import KVCache, make_prompt_cache
+from elm_mlx.model.cache import KVCache, make_prompt_cache, shared_length
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -32,7 +32,9 @@ class Response:
         logprob: natural logarithm of the model's own probability of it, before temperature and filters.
         finish_reason: None but for the last: "stop" (EOS or a stop string), "length" (`max_tokens`) or
             "context" (the model's context is full).
-        prompt_tps, generation_tps: tokens a second. time_to_first_token: seconds. peak_memory: bytes.
+        cached_tokens: of the prompt, those that were in `prompt_cache` and not read again.
+        prompt_tps, generation_tps: tokens a second, of a prompt those that were read; the latter from when the second
+            is asked for. time_to_first_token: seconds. peak_memory: bytes.
     """
 
     text: str
@@ -40,6 +42,7 @@ class Response:
     logprob: float
     finish_reason: str | None
     prompt_tokens: int
+    cached_tokens: int
     generation_tokens: int
     prompt_tps: float
     generation_tps: float
@@ -66,13 +69,14 @@ def generate(
     stop_at_eos: bool = True,
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
+    cached: Sequence[int] | None = None,
 ) -> str:
     """Returns the whole text that `stream_generate` streams; all options are its."""
     responses = stream_generate(
         model, tokenizer, prompt,
         max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         sampler=sampler, logits_processors=logits_processors, seed=seed, stop=stop, stop_ids=stop_ids,
-        stop_at_eos=stop_at_eos, prefill_step=prefill_step, prompt_cache=prompt_cache,
+        stop_at_eos=stop_at_eos, prefill_step=prefill_step, prompt_cache=prompt_cache, cached=cached,
     )  # fmt: skip
     return "".join(response.text for response in responses)
 
@@ -96,6 +100,7 @@ def stream_generate(
     stop_at_eos: bool = True,
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
+    cached: Sequence[int] | None = None,
 ) -> Iterator[Response]:
     """Continues `prompt`, a token at a time.
 
@@ -115,6 +120,9 @@ def stream_generate(
         prefill_step: prompt tokens computed in one pass.
         prompt_cache: from `make_prompt_cache`, empty or with what came before `prompt` in it. Between two tokens,
             and after the last, it holds the first `offset` of what was before, `prompt` and the tokens so far.
+        cached: the ids in `prompt_cache`, where `prompt` is a whole text that may begin with them: what it does is not
+            read again, but for the last piece of `prefill_step`, so that the text is, to the bit, the one that it
+            would be without, where those ids were read in such pieces.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
@@ -127,7 +135,7 @@ def stream_generate(
     chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler, tuple(logits_processors))
     check_steps(max_tokens, prefill_step)
     caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
-    used = caches[0].offset
+    used = caches[0].offset if cached is None else 0
     ids = encode_prompt(model, tokenizer, prompt, used)
     room = model.config.max_context_length - used - len(ids)
     ends = (*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))
@@ -135,29 +143,44 @@ def stream_generate(
     state = chosen.start([ids], seed)
 
     def responses() -> Iterator[Response]:
-        start, first = time.perf_counter(), 0.0
-        logits = prefill(model, ids, caches, prefill_step)
+        start, first, begun = time.perf_counter(), 0.0, 0.0
+        kept = 0 if cached is None else kept_length(caches[0], cached, ids, prefill_step)
+        for cache in caches if cached is not None else ():
+            cache.trim(cache.offset - kept)
+        logits = prefill(model, ids[kept:], caches, prefill_step, used + len(ids))
         drawn = decode(model, caches, chosen, logits, state, min(max_tokens, room), None if used else ids)
         for count, (token, logprob) in enumerate(drawn, start=1):
             first = first or time.perf_counter()
             piece = text.add(token)
-            elapsed = time.perf_counter() - first
+            elapsed = time.perf_counter() - begun
             yield Response(
                 text=piece,
                 token=token,
                 logprob=logprob,
                 finish_reason=text.finish_reason,
                 prompt_tokens=len(ids),
+                cached_tokens=kept,
                 generation_tokens=count,
-                prompt_tps=len(ids) / (first - start),
+                prompt_tps=(len(ids) - kept) / (first - start),
                 generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
                 time_to_first_token=first - start,
                 peak_memory=peak_memory() if text.finish_reason else 0,
             )
             if text.finish_reason is not None:
                 return
+            begun = begun or time.perf_counter()
 
     return responses()
+
+
+def kept_length(cache: KVCache, cached: Sequence[int], ids: Sequence[int], step: int) -> int:
+    """Returns how many of `ids` need not be read after `cached`, which `cache` holds: whole pieces of `step`.
+
+    The rest is then read in the pieces that it would be in without, and so computed to the same bits. Of a state, which
+    can't be cut back, all or none.
+    """
+    kept = shared_length(cache, cached, ids)
+    return kept - kept % step if cache.is_trimmable() else kept
 
 
 def check_steps(max_tokens: int, prefill_step: int) -> None:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from elm_mlx.inference.generation import decode
 from elm_mlx.inference.rows import prefill
 from elm_mlx.inference.sampling import Sampler
-from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.cache import make_prompt_cache, shared_length
 from elm_mlx.model.network import Model
 
 READ_STEP = 128  # tokens read between two looks at whether to stop
@@ -40,16 +40,8 @@ class PrefixCache:
         return sum(cache.nbytes for cache in self.caches)
 
     def shared(self, prompt: Sequence[int]) -> int:
-        """Returns the number of ids of `prompt` that need not be read. Never all: the last one's logits are not kept.
-
-        Of a state that can't be cut back, all that was read or none; and none where RoPE rotates a text of this length
-        otherwise.
-        """
-        if not self.caches[0].suits(len(prompt)):
-            return 0
-        most = min(len(self.ids), len(prompt) - 1)
-        same = next((i for i in range(most) if self.ids[i] != prompt[i]), most)
-        return same if same == len(self.ids) or self.caches[0].is_trimmable() else 0
+        """Returns the number of ids of `prompt` that need not be read, as `cache.shared_length`."""
+        return shared_length(self.caches[0], self.ids, prompt)
 
     def read(self, prompt: Sequence[int], stopped: Stopped = lambda: False) -> mx.array | None:
         """Reads what is new of `prompt`. Returns the logits `(1, vocab)` after it; None if `stopped` said so before.

@@ -22,8 +22,10 @@ class KVCache:
     Attributes:
         switch: the length past which all keys of a text are rotated otherwise (LongRoPE); None if there is none.
         text_length: of the whole text that is being read, where more than `offset` tokens are known to come.
+        kind: what it holds, for a person.
     """
 
+    kind = "keys and values"
     step = 256  # capacity grows by this many positions, or by an eighth: a step's mask never reaches beyond
 
     def __init__(self, switch: int | None = None) -> None:
@@ -32,6 +34,10 @@ class KVCache:
         self.offset = 0
         self.switch = switch
         self.text_length = 0
+
+    def empty(self) -> KVCache:
+        """Returns an empty cache of this kind."""
+        return KVCache(self.switch)
 
     def suits(self, length: int) -> bool:
         """Returns whether the cached keys are rotated as in a text of `length` tokens; else it must be read again."""
@@ -97,7 +103,7 @@ class KVCache:
 
     def single(self, row: int, length: int) -> KVCache:
         """Returns a copy of the first `length` positions of a row."""
-        cache = KVCache(self.switch)
+        cache = self.empty()
         cache.state = [array[row : row + 1, :, :length] for array in self._arrays()]
         cache.offset, cache.text_length = length, self.text_length
         cache.reserve(row_capacity(length))
@@ -188,12 +194,17 @@ class StateCache:
     Only all of it can be removed. mlx-lm's networks read and write it by `[]`.
     """
 
+    kind = "states"
     switch = None
     text_length = 0
 
     def __init__(self, size: int = 2) -> None:
         self._arrays: list[mx.array | None] = [None] * size
         self.offset = 0
+
+    def empty(self) -> StateCache:
+        """Returns an empty cache of this kind."""
+        return StateCache(len(self._arrays))
 
     def __getitem__(self, index: int) -> mx.array | None:
         return self._arrays[index]
@@ -248,7 +259,7 @@ class StateCache:
 
     def single(self, row: int, length: int) -> StateCache:
         """Returns a copy of the state of a row, after `length` tokens."""
-        cache = StateCache(len(self._arrays))
+        cache = self.empty()
         cache.state = [array[row : row + 1] for array in self._arrays if array is not None]
         cache.offset = length
         return cache
@@ -286,6 +297,22 @@ class SegmentedRow:
             return self._segments
         positions = mx.arange(length)
         return self._segments.seen() & (positions[:, None] - positions < window_size)
+
+
+def shared_length(cache: KVCache, held: Sequence[int], prompt: Sequence[int]) -> int:
+    """Returns the number of ids of `prompt` that need not be read. Never all: the last one's logits are not kept.
+
+    Of a state that can't be cut back, all that was read or none; and none where RoPE rotates a text of this length
+    otherwise.
+
+    Args:
+        cache: any layer's, which holds the ids `held`.
+    """
+    if not cache.suits(len(prompt)):
+        return 0
+    most = min(len(held), len(prompt) - 1)
+    same = next((i for i in range(most) if held[i] != prompt[i]), most)
+    return same if same == len(held) or cache.is_trimmable() else 0
 
 
 def place_step(lengths: Sequence[int]) -> tuple[mx.array, mx.array]:

@@ -171,7 +171,7 @@ def load_arrays(path: Path) -> dict[str, mx.array]:
     """Returns the arrays of a safetensors file, not yet read from the disk. Raises InputError where it is none."""
     read_header(path)  # which MLX believes
     try:
-        return dict(mx.load(str(path)))
+        return dict(mx.load(str(path), format="safetensors"))
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: MLX cannot load it: {error}") from None
 

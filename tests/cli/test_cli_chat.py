@@ -454,3 +454,20 @@ def test_a_message_on_the_command_line_is_said_first(speaking_dir: Path, environ
     flags = ("/hello", "--template", "openelm-instruct")
     done = piped(speaking_dir, "more\n", *flags, environment=environment)
     assert (done.returncode, done.stdout.decode()) == (0, f"{ANSWER}\n" * 2), "and is no command"
+
+
+def test_a_later_session_reads_only_what_is_new(
+    tiny_model_dir: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    cache, line = str(tmp_path / "talk.cache"), "the quick brown fox jumps over lazy dogs\n"
+    flags = ("--seed", "3", "--max-tokens", "5", "--temp", "0")
+    first = piped(tiny_model_dir, line, *flags, "--save-cache", cache, environment=environment)
+    assert first.returncode == 0 and Path(cache).exists()
+    again = piped(tiny_model_dir, line + "/stats\n", *flags, "--load-cache", cache, environment=environment)
+    assert again.returncode == 0 and again.stdout == first.stdout
+    assert b" 1 read, " in again.stderr, again.stderr
+    empty = piped(tiny_model_dir, "", "--save-cache", str(tmp_path / "empty"), environment=environment)
+    assert empty.returncode == 0 and not (tmp_path / "empty").exists(), "nothing was read"
+    Path(cache).write_bytes(b"x")
+    done = piped(tiny_model_dir, line, "--save-cache", cache, environment=environment)
+    assert done.returncode == 2 and b"exists, and is no saved cache" in done.stderr and not done.stdout

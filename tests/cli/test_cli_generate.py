@@ -456,3 +456,44 @@ def test_nothing_heavy_is_imported(speaker: Path) -> None:
     assert "lora" in commands
     assert not {f"elm_mlx.cli.{command}" for command in commands} & modules  # the other commands' options
     assert "elm_mlx.store.adapters" not in modules
+
+
+# --- saved caches
+
+
+def test_a_document_is_read_once_and_asked_many_times(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
+    document, cache = "the quick brown fox jumps over lazy dogs, " * 12, tmp_path / "fox.cache"
+    code, first, _ = run("generate", tiny_model_dir, document, "--save-cache", cache, "--max-tokens", 3)
+    assert code == 0 and cache.exists()
+    for question in ("while an old king", "the naïve cafés"):
+        command = ("generate", tiny_model_dir, document + question, "--max-tokens", 9, "--logprobs")
+        _, expected, _ = run(*command)
+        code, out, err = run(*command, "--load-cache", cache)
+        assert code == 0 and out == expected
+        assert re.search(r"^prompt: \d+ tokens, 256 of them from the cache, [\d.]+ tokens/s", err, re.MULTILINE), err
+    code, out, err = run("generate", tiny_model_dir, document, "--max-tokens", 3, "--load-cache", cache, "--json")
+    assert json.loads(out)["text"] + "\n" == first and json.loads(out)["cached_tokens"] == 256
+
+
+def test_lines_of_a_file_may_go_on_from_one_document(tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
+    document, cache = "the quick brown fox jumps over lazy dogs, " * 12, tmp_path / "fox.cache"
+    run("generate", tiny_model_dir, document, "--save-cache", cache, "--max-tokens", 1)
+    (tmp_path / "p.txt").write_text(f"{document}while an old king\n{document}told stories\nthe fox\n")
+    command = ("generate", tiny_model_dir, "--prompts", tmp_path / "p.txt", "--max-tokens", 5, "--json")
+    assert run(*command, "--load-cache", cache)[1] == run(*command)[1]
+    refused(run(*command, "--save-cache", cache), "--save-cache keeps one prompt, and --prompts has several")
+
+
+def test_a_cache_that_is_another_models_is_one_line(
+    tiny_model_dir: Path, speaker: Path, tmp_path: Path, run: Run
+) -> None:
+    cache = tmp_path / "fox.cache"
+    run("generate", tiny_model_dir, "the quick", "--save-cache", cache, "--max-tokens", 1)
+    refused(run("generate", speaker, "the", "--load-cache", cache), "fox.cache: a cache of another model")
+    refused(
+        run("generate", speaker, "the", "--load-cache", tmp_path / "x"), "/x: cannot be opened|/x: .*[Nn]o such file"
+    )
+    (tmp_path / "mine").write_text("mine")
+    refused(run("generate", speaker, "the", "--save-cache", tmp_path / "mine"), "exists, and is no saved cache")
+    cache.write_bytes(cache.read_bytes()[:-1])
+    refused(run("generate", tiny_model_dir, "the", "--load-cache", cache), "fox.cache: its tensors take")
