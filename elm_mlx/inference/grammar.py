@@ -2,7 +2,8 @@
 
 llguidance compiles a JSON schema or a Lark grammar for one tokenizer, and says after each token which may follow. It is
 the extra `grammar`, and imported where a grammar is first compiled. A schema comes from anywhere: its size, the time
-and the memory that it may take have limits, and what is not supported of JSON Schema is an error that names it.
+and the memory that it may take have limits, and what is not supported of JSON Schema is an error that names it. What is
+not known to crash native code, or to take it for ever, may do so yet: another process, `grammar_worker`, tries first.
 
 Between two tokens of JSON a grammar allows a space, or a new line and its indentation: small models are used to write
 either, and could go on with white space without end.
@@ -10,12 +11,17 @@ either, and could go on with white space without end.
 
 from __future__ import annotations
 
+import atexit
+import hashlib
 import json
 import math
 import re
+import signal
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -23,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.inference import grammar_worker
 from elm_mlx.reading import check_depth, printable
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -30,17 +37,12 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_SCHEMA = 100_000  # characters of a schema as JSON
+_MAX_VERDICTS = 1000  # that are remembered
 _MAX_CACHED = 16  # compiled grammars of one tokenizer, each of at most a few dozen megabytes
 _SPACING = {"whitespace_pattern": r" |\n {0,16}"}  # once, wherever JSON may have white space
-# llguidance's own limits leave a hostile schema seconds, of one token even, and hundreds of megabytes.
-_MAX_LEXER_STATES, _MAX_GRAMMAR_SIZE = 50_000, 50_000
 _MAX_PATTERNS = 10_000  # characters that a schema's patterns match, with what they count up to
-_STACK = 256 << 20  # bytes, of which only those are taken that are touched: 10 KB for each of up to 5,000 references
 _LEAST = -9e18  # llguidance ends the process at whole numbers near to the least of 64 bits
 _MAX_MULTIPLE = 10_000  # of all that numbers are to be multiples of: an automaton has a state for each remainder
-
-
-_stack_lock = threading.Lock()
 
 
 class GrammarCompiler:
@@ -54,6 +56,7 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._end_ids = tuple(dict.fromkeys((*tokenizer.eos_ids, *end_ids)))
         self._grammars: OrderedDict[str, Grammar] = OrderedDict()
+        self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()  # why a text cannot be held to, by its hash
         self._lock = threading.Lock()  # one at a time, for the sake of memory
 
     def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
@@ -79,16 +82,38 @@ class GrammarCompiler:
         with self._lock:
             grammar = self._grammars.get(text)
             if grammar is None:
+                self._try(text)
                 grammar = self._grammars[text] = Grammar(self, text)
                 if len(self._grammars) > _MAX_CACHED:
                     self._grammars.popitem(last=False)
             self._grammars.move_to_end(text)
         return grammar
 
+    def check_schema(self, schema: Mapping[str, Any]) -> None:
+        """Raises what `json_schema` does, without keeping a grammar."""
+        with self._lock:
+            self._try(f"start: %json {schema_text(schema)}")
+
+    def _try(self, text: str) -> None:
+        """Raises InputError for a text that another process could not compile, or not in bounds."""
+        key = hashlib.sha256(text.encode()).digest()
+        if key not in self._verdicts:
+            assert self.vocabulary  # where it cannot be had, that is not the text's fault
+            self._verdicts[key] = _trials.fault(self.tokens, text)
+            if len(self._verdicts) > _MAX_VERDICTS:
+                self._verdicts.popitem(last=False)
+        if self._verdicts[key] is not None:
+            raise InputError(f"cannot hold to the schema: {self._verdicts[key]}")
+
     @property
     def rows(self) -> int:
         """The number of the model's tokens, where it is known: else of the tokenizer's."""
         return self._tokenizer.rows or self._tokenizer.vocab_size
+
+    @cached_property
+    def tokens(self) -> _Tokens:
+        """The tokens' bytes."""
+        return _Tokens(self._tokenizer, self._end_ids)
 
     @cached_property
     def vocabulary(self) -> LLTokenizer:
@@ -97,9 +122,7 @@ class GrammarCompiler:
             from llguidance import LLTokenizer, TokenizerWrapper
         except ImportError:
             raise ElmError("structured output needs llguidance: pip install 'elm-mlx[grammar]'") from None
-        tokens = _Tokens(self._tokenizer, self._end_ids)
-        ends = [token for token in self._end_ids if token < len(tokens.tokens)]
-        return LLTokenizer(TokenizerWrapper(tokens), eos_token=ends or None)
+        return LLTokenizer(TokenizerWrapper(self.tokens), eos_token=self.tokens.ends or None)
 
 
 class Grammar:
@@ -109,28 +132,16 @@ class Grammar:
         self.rows = compiler.rows
         self._vocabulary, self._text = compiler.vocabulary, text
         self._matcher = self._compile()
-        probe = self._matcher.deep_copy()  # only the first tokens show that some are too large, or allow nothing
-        for _ in range(2):
-            probe.consume_token(next((i for i, allowed in enumerate(probe.compute_logit_bias()) if allowed), 0))
-        self._check(probe)
 
     def start(self) -> GrammarState:
         """Returns the state before the first token of a text."""
         return GrammarState(self)
 
     def _compile(self) -> LLMatcher:
-        from llguidance import LLMatcher, LLParserLimits
-
-        limits = LLParserLimits(
-            max_lexer_states=_MAX_LEXER_STATES, max_grammar_size=_MAX_GRAMMAR_SIZE, verbose_errors=False
-        )
-        matcher = _deep(lambda: LLMatcher(self._vocabulary, self._text, limits=limits, log_level=0))
-        self._check(matcher)
+        matcher = grammar_worker.compiled(self._vocabulary, self._text)
+        if matcher.is_error():  # which only here has the tokenizer's own tokens
+            raise InputError(f"cannot hold to the schema: {_reason(matcher.get_error())}")
         return matcher
-
-    def _check(self, matcher: LLMatcher) -> None:
-        if matcher.is_error():
-            raise InputError(f"cannot hold to the schema: {_reason(matcher)}")
 
     def matcher(self, tokens: Sequence[int] = (), anew: bool = False) -> LLMatcher:
         """Returns a matcher that has taken `tokens`.
@@ -200,11 +211,13 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise InputError(f"cannot hold to the schema after {len(self._tokens)} tokens: {_reason(self._matcher)}")
+            raise InputError(
+                f"cannot hold to the schema after {len(self._tokens)} tokens: {_reason(self._matcher.get_error())}"
+            )
 
 
-class _Tokens:
-    """A tokenizer as llguidance's TokenizerWrapper takes it: every token's bytes, and text to tokens."""
+class _Tokens(grammar_worker.Tokens):
+    """A tokenizer as llguidance takes it, which writes a text as the tokenizer does wherever it can."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
@@ -213,15 +226,16 @@ class _Tokens:
             *end_ids,
             *(() if tokenizer.unk_id is None else (tokenizer.unk_id,)),
         }
-        self.special_token_ids = sorted(token for token in special if token < tokenizer.vocab_size)
-        self.tokens = [
-            (tokenizer.piece_of(token).encode() if token in special else tokenizer.bytes_of(token))
-            for token in range(tokenizer.vocab_size)
+        count = tokenizer.vocab_size
+        contents = [
+            tokenizer.piece_of(token).encode() if token in special else tokenizer.bytes_of(token)
+            for token in range(count)
         ]
-        self._id_of = {content: token for token, content in enumerate(self.tokens) if content and token not in special}
-        self._longest = max(map(len, self._id_of), default=0)
-        self.eos_token_id = next((token for token in end_ids if token < len(self.tokens)), None)
-        self.bos_token_id = None
+        super().__init__(contents, sorted(token for token in special if token < count))
+        self.ends = [token for token in end_ids if token < count]
+        self.eos_token_id = next(iter(self.ends), None)
+        # Of what the process needs: several models may have one vocabulary.
+        self.name = hashlib.sha256(repr((contents, self.special_token_ids, self.ends)).encode()).hexdigest()
 
     def __call__(self, text: bytes) -> list[int]:
         """Returns the tokens that a model would write `text` by, within a text. May not raise: the caller is Rust."""
@@ -229,45 +243,64 @@ class _Tokens:
             ids = self._tokenizer.encode_amid(text.decode())
         except InputError:  # a token that the model has no row for
             ids = []
-        return ids if b"".join(self.tokens[token] for token in ids) == text else self._longest_first(text)
-
-    def _longest_first(self, text: bytes) -> list[int]:
-        """For a text that the tokenizer normalizes, say."""
-        ids, start = [], 0
-        while start < len(text):
-            ends = range(min(len(text), start + self._longest), start, -1)
-            end = next((end for end in ends if text[start:end] in self._id_of), None)
-            if end is None:
-                break
-            ids.append(self._id_of[text[start:end]])
-            start = end
-        return ids
+        return ids if b"".join(self.tokens[token] for token in ids) == text else super().__call__(text)
 
 
-def _deep(work: Callable[[], Any]) -> Any:
-    """Returns the result of `work`, which may call itself as deep as a schema's references lead: thousands of levels.
+class _TrialProcess:
+    """The process that tries grammars, from outside. One serves all tokenizers; where it has ended, another is made."""
 
-    llguidance knows no limit of that, and an overflow of the stack ends the process.
-    """
-    results: list[Any] = []
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._known: set[str] = set()  # vocabularies that it has
 
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # a panic of llguidance's
-            results.append(InputError(f"cannot hold to the schema: {printable(error)}"))
+    def fault(self, tokens: _Tokens, grammar: str) -> str | None:
+        """Returns why llguidance refuses a grammar, crashes at it or exceeds its bounds; None for a good one.
 
-    with _stack_lock:
-        before = threading.stack_size(_STACK)
-        try:
-            thread = threading.Thread(target=run)
-            thread.start()
-        finally:
-            threading.stack_size(before)
-    thread.join()
-    if isinstance(results[0], InputError):
-        raise results[0]
-    return results[0]
+        Raises ElmError where the process does not start.
+        """
+        with self._lock:
+            try:
+                answer = self._ask(tokens, grammar)
+            except (OSError, ValueError) as error:
+                self.end()
+                raise ElmError(f"the process that tries grammars has failed: {printable(error)}") from None
+        if "ended" not in answer:
+            return None if answer["reason"] is None else _reason(answer["reason"])
+        slow = answer["ended"] in (-signal.SIGPROF, -signal.SIGALRM)
+        return f"it takes more than {grammar_worker.SECONDS:g} s" if slow else "it ends the process that compiles it"
+
+    def end(self) -> None:
+        """Ends the process, if there is one."""
+        process, self._process = self._process, None
+        self._known.clear()
+        if process is not None:
+            process.kill()
+            process.communicate()
+
+    def _ask(self, tokens: _Tokens, grammar: str) -> dict[str, Any]:
+        if self._process is None or self._process.poll() is not None:
+            self.end()
+            command = [sys.executable, "-I", "-S", grammar_worker.__file__, *sys.path]
+            self._process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        request: dict[str, Any] = {"vocabulary": tokens.name, "grammar": grammar}
+        if tokens.name not in self._known:
+            contents = [content.decode("latin-1") for content in tokens.tokens]
+            request |= {"tokens": contents, "special": tokens.special_token_ids, "ends": tokens.ends}
+            self._known.add(tokens.name)
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+        answer: dict[str, Any] = json.loads(process.stdout.readline())
+        return answer
+
+
+_trials = _TrialProcess()
+atexit.register(_trials.end)
 
 
 def schema_text(schema: Mapping[str, Any]) -> str:
@@ -353,9 +386,9 @@ def _size(pattern: str) -> int:
     return size + sum(outer)
 
 
-def _reason(matcher: LLMatcher) -> str:
+def _reason(error: str) -> str:
     """Returns llguidance's error on one line, without the grammar's source and advice on options of its own."""
-    text = re.sub(r"\n +\d+ \| .*|<non-verbose/>|Enable 'coerce_one_of'.*", "", matcher.get_error(), flags=re.DOTALL)
+    text = re.sub(r"\n +\d+ \| .*|<non-verbose/>|Enable 'coerce_one_of'.*", "", error, flags=re.DOTALL)
     text = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: |json-schema:///", "", text)
     text = re.sub(r"Unimplemented keys: \[(.*)\]", r"\1: not supported", text)
     return printable("nothing satisfies it" if text.startswith("NoExtension") else " ".join(text.split()).rstrip("."))

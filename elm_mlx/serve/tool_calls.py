@@ -177,18 +177,24 @@ class ToolCaller:
             return None
         required = use.choice == "required"
         try:
-            schemas = [self._schema(function, required) for function in use.functions]
-            return self._compiler.lark(_grammar(self.form, use, schemas))
-        except InputError:
+            return self._compiled(self.form, use, required)
+        except ToolsError:
             raise
         except ElmError as error:
             if required or any(function.strict for function in use.functions):
                 raise ToolsError("tool_choice" if required else "tools", str(error)) from None
             return None
 
+    def _compiled(self, form: CallForm, use: ToolUse, required: bool) -> Grammar:
+        try:
+            return self._compiler.lark(_grammar(form, use, [function.parameters for function in use.functions]))
+        except InputError:  # of which function?
+            schemas = [self._schema(function, required) for function in use.functions]
+            return self._compiler.lark(_grammar(form, use, schemas))
+
     def _schema(self, function: Function, required: bool) -> Mapping[str, Any]:
         try:
-            self._compiler.json_schema(function.parameters)
+            self._compiler.check_schema(function.parameters)
         except InputError as error:
             if required or function.strict:
                 raise ToolsError("tools", f"{function.name}'s parameters: {error}") from None

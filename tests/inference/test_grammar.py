@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import queue
 import random
 import time
@@ -19,6 +20,7 @@ from jsonschema import Draft202012Validator
 from elm_mlx import stream_generate
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference import grammar as grammars
+from elm_mlx.inference import grammar_worker
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.grammar import Grammar, GrammarCompiler
 from elm_mlx.inference.requests import Failed, Generated, Request
@@ -396,6 +398,35 @@ def test_references_lead_as_deep_as_they_may(keyword: str, tiny_tokenizer: Token
     assert takes(grammar, tiny_tokenizer, "[]" if keyword == "items" else "1")
 
 
+def test_what_crashes_or_never_ends_is_an_error_and_the_next_grammar_is_compiled(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that are known, once nothing looks for them before they are compiled."""
+    compiler = GrammarCompiler(tiny_tokenizer)
+    monkeypatch.setattr(grammars, "_LEAST", -math.inf)
+    monkeypatch.setattr(grammars, "_MAX_MULTIPLE", math.inf)
+    for schema, why in (({"enum": [-(1 << 63)]}, "ends the process"), ({"multipleOf": 7919 * 7907}, "more than 2 s")):
+        with pytest.raises(InputError, match=why):
+            compiler.json_schema(schema)
+        started = time.monotonic()
+        with pytest.raises(InputError, match=why):
+            compiler.json_schema(schema)
+        assert time.monotonic() - started < 1  # it is not tried again
+        assert compiler.json_object()
+
+
+def test_the_process_that_tries_grammars_may_end(tiny_tokenizer: Tokenizer) -> None:
+    compiler = GrammarCompiler(tiny_tokenizer)
+    compiler.json_schema({"const": "a"})
+    process = grammars._trials._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    compiler.json_schema({"const": "b"})
+    with pytest.raises(InputError, match='"not"'):
+        compiler.check_schema({"not": {}})
+
+
 def test_grammars_are_kept_and_few(tiny_tokenizer: Tokenizer) -> None:
     compiler = GrammarCompiler(tiny_tokenizer)
     first = compiler.json_object()
@@ -412,7 +443,7 @@ def test_what_other_texts_left_in_the_lexer_ends_no_text(
     tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Texts of one grammar share its automaton, which is built as they go, and may grow to a limit."""
-    monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", 3000)
+    monkeypatch.setattr(grammar_worker, "MAX_LEXER_STATES", 3000)
     draw, anew = random.Random(0), []
     grammar = GrammarCompiler(tiny_tokenizer).json_schema({"type": "string", "pattern": "^[ab]*a[ab]{30}$"})
     compile_anew = grammar._compile
@@ -426,7 +457,7 @@ def test_what_other_texts_left_in_the_lexer_ends_no_text(
 def test_a_text_that_takes_too_much_ends_in_an_error(
     tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", 1000)
+    monkeypatch.setattr(grammar_worker, "MAX_LEXER_STATES", 1000)
     grammar = GrammarCompiler(tiny_tokenizer).json_schema({"type": "string", "pattern": "^[ab]*a[ab]{200}$"})
     draw = random.Random(0)
     with pytest.raises(ElmError, match=r"cannot hold to the schema after \d+ tokens: lexer error"):

@@ -395,7 +395,10 @@ class TestGrammar:
         caller = ToolCaller(template(tokenizer, TAGGED), GrammarCompiler(tokenizer))
         parameters = {"type": "object", "properties": {"a": {"not": {}}}}
         odd = {"type": "function", "function": {"name": "odd", "parameters": parameters}}
-        assert caller.grammar(parse_tool_use([odd, TIME])[1]) is not None  # its arguments are any object
+        many = [{"type": "function", "function": {**TIME["function"], "name": f"time_{i}"}} for i in range(20)]
+        use = parse_tool_use([odd, *many])[1]
+        grammar = caller.grammar(use)  # the arguments of the first are any object
+        assert grammar is not None and caller.grammar(use) is grammar  # nothing is compiled again
         strict = {"type": "function", "function": {**odd["function"], "strict": True}}
         for tools, choice in (([odd], "required"), ([strict], "auto")):
             with pytest.raises(ToolsError, match=r'odd.s parameters: .*"not"'):
