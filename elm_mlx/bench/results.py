@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from elm_mlx.bench.suites import About, Case, Figures
 from elm_mlx.errors import InputError
 from elm_mlx.model.roofline import causal
 
-VERSION = 1  # of the JSON
+VERSION = 2  # of the JSON
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,25 @@ class Spread:
 
 @dataclass
 class Row:
-    """A case, and the measurements of each side in it. `skipped` has the reasons of those that were left out."""
+    """A case, and the measurements of each side in it.
+
+    Attributes:
+        skipped: the reasons of sides that were left out.
+        alike: how many tokens, from the first on, each text of a side has in common with ours, at least; of sides that
+            tell what they wrote.
+    """
 
     case: Case
     about: dict[str, About] = field(default_factory=dict)
     figures: dict[str, list[Figures]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    alike: dict[str, int] = field(default_factory=dict)
+
+    def compare(self, side: str, text: Sequence[int], ours: Sequence[int]) -> None:
+        """Takes what a side and ours wrote, all texts step by step."""
+        if text:
+            same = len([*takewhile(lambda pair: pair[0] == pair[1], zip(text, ours, strict=False))]) // self.case.batch
+            self.alike[side] = min(same, self.alike.get(side, same))
 
     def spread(self, side: str, figure: str) -> Spread | None:
         values = [value for each in self.figures.get(side, ()) if (value := getattr(each, figure))]
@@ -139,6 +153,7 @@ def load(path: Path) -> Results:
                 {side: About(**(about | {"notes": tuple(about["notes"])})) for side, about in row["about"].items()},
                 {side: [Figures(**each) for each in figures] for side, figures in row["figures"].items()},
                 row["skipped"],
+                row["alike"],
             )
             for row in values.pop("rows")
         ]

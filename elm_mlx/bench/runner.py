@@ -53,6 +53,8 @@ def run(
         raise InputError(f"compute dtype {suite.compute_dtype!r} is not one of {', '.join(device.DTYPES)}")
     for name in dict.fromkeys(case.model for case in suite.cases):
         models.check(name)
+    if programs.gguf is not None and len({(case.model, case.precision) for case in suite.cases}) > 1:
+        raise InputError(f"--gguf {programs.gguf}: is one model: measure one at a time")
     results = Results(suite.name, datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.describe())
     with files.scratch_directory(save_to):  # or an hour might be lost to a directory that cannot be written
         if save_to.is_dir():
@@ -161,13 +163,14 @@ class _SameModel:
         warm = replace(case, new=min(case.new, _WARM_TOKENS))
         for turn in range(self.suite.repeats + 1):
             where = f"{turn} of {self.suite.repeats}" if turn else "warming up"
+            ours: list[int] = []
             for number, side in enumerate(list(self.open), 1):
                 if side.name in row.skipped:
                     continue
                 self.on_progress(f"{case}: {where}, {side.name} ({number} of {len(self.open)})")
                 time.sleep(_PAUSE)
                 try:
-                    figures = side.measure(case if turn else warm)
+                    figures, text = side.measure(case if turn else warm)
                 except Unavailable as error:
                     row.skipped[side.name] = str(error)
                     row.figures.pop(side.name, None)
@@ -178,4 +181,8 @@ class _SameModel:
                 if turn:
                     row.about[side.name] = side.about
                     row.figures.setdefault(side.name, []).append(figures)
+                    if side.name == "ours":
+                        ours = text
+                    else:
+                        row.compare(side.name, text, ours)
         return row

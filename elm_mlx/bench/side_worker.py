@@ -4,7 +4,7 @@
 
 SIDE is `ours`, `naive`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for the side's choice.
 Prints `About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its
-`Figures`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+`Figures` and the `text`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from elm_mlx import device
-from elm_mlx.bench.suites import About, Figures, prompt_ids
+from elm_mlx.bench.suites import About, Figures, Measured, prompt_ids
 from elm_mlx.errors import ElmError
 from elm_mlx.model import roofline
+from elm_mlx.model.config import Config
+from elm_mlx.model.network import Model
+from elm_mlx.safetensors_file import read_header, weight_files
 from elm_mlx.version import __version__
 
 
@@ -45,17 +47,18 @@ class Ours:
             raise ElmError("the model has no RMSNorm of elm-mlx's")
         for module in norms:
             module.__class__ = NaiveRMSNorm
-        self.about = describe(loaded.model, loaded.model.config, f"elm-mlx {__version__}", loaded.notes)
+        self.about = describe(loaded.model, path, f"elm-mlx {__version__}", loaded.notes)
 
-    def measure(self, prompts: list[list[int]], new: int) -> Figures:
+    def measure(self, prompts: list[list[int]], new: int) -> Measured:
         return measure_steps(
             prompts, new, self._batch(prompts, new) if len(prompts) > 1 else self._one(prompts[0], new)
         )
 
-    def _one(self, prompt: list[int], new: int) -> Iterator[Any]:
+    def _one(self, prompt: list[int], new: int) -> Iterator[list[int]]:
         from elm_mlx.inference.generation import stream_generate
 
-        return stream_generate(self.model, None, prompt, max_tokens=new, stop_at_eos=False)
+        for response in stream_generate(self.model, None, prompt, max_tokens=new, stop_at_eos=False):
+            yield [response.token]
 
     def _batch(self, prompts: list[list[int]], new: int) -> Iterator[list[int]]:
         from elm_mlx.inference.batch import prefill_each
@@ -89,50 +92,60 @@ class MlxLm:
             model.update(tree_map(lambda array: _cast(array, wanted), model.parameters()))
             mx.eval(model.parameters())
         self.model, self.vocab_size = model, int(values["vocab_size"])
-        self.about = describe(model, None, f"mlx-lm {metadata.version('mlx-lm')}", ())
+        self.about = About(f"mlx-lm {metadata.version('mlx-lm')}", computed_in(model))
 
-    def measure(self, prompts: list[list[int]], new: int) -> Figures:
+    def measure(self, prompts: list[list[int]], new: int) -> Measured:
         from mlx_lm.generate import batch_generate, generate_step
 
         if len(prompts) == 1:
-            return measure_steps(prompts, new, generate_step(mx.array(prompts[0]), self.model, max_tokens=new))
+            steps = generate_step(mx.array(prompts[0]), self.model, max_tokens=new)
+            return measure_steps(prompts, new, ([int(token)] for token, _ in steps))
         tokenizer = SimpleNamespace(eos_token_ids=(), decode=lambda ids: "")
         reset_peak()
         stats = batch_generate(self.model, tokenizer, prompts, max_tokens=new).stats
-        return Figures(stats.prompt_time, stats.prompt_tps, stats.generation_tps, device.peak_memory())
+        return Figures(stats.prompt_time, stats.prompt_tps, stats.generation_tps, device.peak_memory()), []
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def measure_steps(prompts: list[list[int]], new: int, steps: Iterator[Any]) -> Figures:
+def measure_steps(prompts: list[list[int]], new: int, steps: Iterator[list[int]]) -> Measured:
     """Measures steps that each give one token of every prompt."""
     reset_peak()
+    times, text = [], []
     start = time.perf_counter()
-    times = [time.perf_counter() for _ in steps]
+    for tokens in steps:
+        times.append(time.perf_counter())
+        text += tokens
     if len(times) != new:
         raise ElmError(f"{len(times)} tokens were generated, not {new}")
     first, rest = times[0] - start, times[-1] - times[0]
     decode = len(prompts) * (new - 1) / rest if new > 1 else 0.0
-    return Figures(first, sum(map(len, prompts)) / first, decode, device.peak_memory())
+    return Figures(first, sum(map(len, prompts)) / first, decode, device.peak_memory()), text
 
 
-def describe(model: nn.Module, config: Any, name: str, notes: tuple[str, ...]) -> About:
-    """The model's sizes and costs; without a config, the type that it computes in alone."""
-    weights = dict(tree_flatten(model.parameters()))
-    floats = [str(array.dtype) for array in weights.values() if mx.issubdtype(array.dtype, mx.floating)]
-    dtype = max(set(floats), key=floats.count).removeprefix("mlx.core.")
-    if config is None:
-        return About(name, dtype)
-    read, size = sum(array.nbytes for array in weights.values()), device.DTYPES[dtype].size
-    if not config.share_input_output_layers:  # an embedding that is no head is looked up
-        read -= sum(array.nbytes for key, array in weights.items() if "embed" in key)
-    cost = roofline.Cost.of(config)
+def describe(model: Model, path: Path, name: str, notes: tuple[str, ...]) -> About:
+    """Returns the sizes and costs of a model that was loaded from `path`."""
+    config, dtype = model.config, computed_in(model)
+    cost, size = roofline.Cost.of(config), device.DTYPES[dtype].size
     return About(
-        name, dtype, config.parameters, read, config.kv_bytes_per_token(size), sum(cost.linear), sum(cost.attention),
-        cost.head, notes,
+        name, dtype, config.parameters, stored_bytes(path, config), config.kv_bytes_per_token(size), sum(cost.linear),
+        sum(cost.attention), cost.head, notes,
     )  # fmt: skip
+
+
+def computed_in(model: nn.Module) -> str:
+    """Returns the type of a model's logits, which are not computed for it."""
+    return str(model(mx.array([[1]])).dtype).removeprefix("mlx.core.")
+
+
+def stored_bytes(path: Path, config: Config) -> int:
+    """Returns the bytes of a directory's weights that a decode step needs, as they are stored there: all but an
+    embedding that is no head, for it is looked up."""
+    entries = [entry for file in weight_files(path) for entry in read_header(file)]
+    skipped = () if config.share_input_output_layers else ("embed",)
+    return sum(entry.end - entry.begin for entry in entries if not any(word in entry.name for word in skipped))
 
 
 def reset_peak() -> None:
@@ -155,7 +168,8 @@ def main() -> None:
         asked = json.loads(line)
         prompts = [prompt_ids(asked["prompt"], worker.vocab_size, row) for row in range(asked["batch"])]
         try:
-            answer = asdict(worker.measure(prompts, asked["new"]))
+            figures, text = worker.measure(prompts, asked["new"])
+            answer = asdict(figures) | {"text": text}
         except ElmError as error:
             answer = {"error": str(error)}
         print(json.dumps(answer), file=answers, flush=True)

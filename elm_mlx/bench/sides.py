@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from elm_mlx import reading
-from elm_mlx.bench.suites import BATCHED, About, Case, Figures
+from elm_mlx.bench.suites import About, Case, Figures, Measured
 
 
 class Unavailable(Exception):
@@ -29,7 +28,7 @@ class Side(Protocol):
     name: str
     about: About
 
-    def measure(self, case: Case) -> Figures: ...
+    def measure(self, case: Case) -> Measured: ...
     def alive(self) -> bool: ...
     def close(self) -> None: ...
 
@@ -39,31 +38,49 @@ class Programs:
     """The places of the other programs.
 
     Attributes:
-        python: a Python that has PyTorch; None for the one that runs.
-        llama_bench: llama.cpp's program; None for the one on the PATH.
-        gguf: the model as llama.cpp reads it.
+        python: a Python that has PyTorch, or llama-cpp-python and gguf; None for the one that runs.
+        gguf: the model as llama.cpp reads it; None to write it from the directory.
     """
 
     python: str | None = None
-    llama_bench: str | None = None
     gguf: Path | None = None
 
 
 def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
     """Starts a side and loads the model in `path`. Raises Unavailable."""
-    if name == "llama.cpp":
-        return LlamaBench(programs)
+    python = str(reading.expanded(programs.python or sys.executable))
     if name == "pytorch":
-        python = str(reading.expanded(programs.python or sys.executable))
-        try:
-            found = subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0
-        except OSError as error:
-            raise Unavailable(f"{python}: {error.strerror}") from None
-        if not found:
-            raise Unavailable(f"PyTorch is not installed for {python}; --python names one that has it")
-        script = str(Path(__file__).with_name("torch_worker.py"))
-        return WorkerSide(name, [python, "-I", script, str(path), dtype or "float32"])
+        _require(python, "PyTorch", "torch")
+        return WorkerSide(name, [*_script(python, "torch_worker.py"), str(path), dtype or "float32"])
+    if name == "llama.cpp":
+        _require(python, "llama-cpp-python", "llama_cpp")
+        if programs.gguf is not None:
+            return WorkerSide(name, [*_script(python, "llama_worker.py"), str(programs.gguf)])
+        _require(python, "gguf, which writes the model as llama.cpp reads it,", "gguf")
+        with tempfile.TemporaryDirectory(prefix="elm-mlx-gguf-") as scratch:  # what is loaded needs no name
+            copy = str(Path(scratch, f"{path.name}.gguf"))
+            done = subprocess.run(
+                [*_script(python, "gguf_copy.py"), str(path), copy], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise Unavailable(f"{done.stderr.strip().splitlines()[-1]}; --gguf names a file of it")
+            return WorkerSide(name, [*_script(python, "llama_worker.py"), copy])
     return WorkerSide(name, [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"])
+
+
+def _script(python: str, name: str) -> list[str]:
+    """The command of a file here, for another Python, which is given nothing of ours."""
+    return [python, "-I", str(Path(__file__).with_name(name))]
+
+
+def _require(python: str, what: str, module: str) -> None:
+    """Raises Unavailable where `python` lacks a package."""
+    try:
+        done = subprocess.run([python, "-I", "-c", f"import {module}"], capture_output=True, check=False)
+    except OSError as error:
+        raise Unavailable(f"{python}: {error.strerror}") from None
+    if done.returncode:
+        raise Unavailable(f"{what} is not installed for {python}; --python names one that has it")
 
 
 def environment(name: str) -> dict[str, str]:
@@ -90,15 +107,15 @@ class WorkerSide:
             self.close()
             raise
 
-    def measure(self, case: Case) -> Figures:
-        if case.batch > 1 and self.name not in BATCHED:
-            raise Unavailable("takes one text at a time")
+    def measure(self, case: Case) -> Measured:
         assert self._process.stdin is not None
         asked = {"prompt": case.prompt, "new": case.new, "batch": case.batch}
         with suppress(OSError):  # it is dead, which is found next
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()
-        return Figures(**self._answer())
+        answer = self._answer()
+        text = answer.pop("text")
+        return Figures(**answer), text
 
     def alive(self) -> bool:
         return self._process.poll() is None
@@ -128,43 +145,3 @@ class WorkerSide:
         self._errors.seek(0)
         words = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         raise Unavailable(words[-1] if words else f"ended with {code}")
-
-
-class LlamaBench:
-    """llama.cpp's `llama-bench`, which is started for each measurement and warms itself up."""
-
-    name = "llama.cpp"
-
-    def __init__(self, programs: Programs):
-        found = shutil.which(reading.expanded(programs.llama_bench or "llama-bench"))
-        if found is None:
-            raise Unavailable("llama-bench is not on the PATH; --llama-bench says where it is")
-        if programs.gguf is None:
-            raise Unavailable("llama.cpp reads no MLX directories; --gguf names the same model as GGUF")
-        self._command = [found, "-m", str(programs.gguf), "-r", "1", "-o", "json"]
-        (answer,) = self._run("-p", "8", "-n", "0")
-        self.about = About(
-            f"llama.cpp {answer['build_commit']}", str(answer["model_type"]), int(answer["model_n_params"])
-        )
-
-    def measure(self, case: Case) -> Figures:
-        if case.batch > 1:
-            raise Unavailable("llama-bench measures one text at a time")
-        read, *written = self._run("-p", str(case.prompt), "-n", str(case.new - 1))
-        decode = float(written[0]["avg_ts"]) if written else 0.0
-        return Figures(float(read["avg_ns"]) / 1e9, float(read["avg_ts"]), decode)
-
-    def alive(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        """There is nothing that stays."""
-
-    def _run(self, *options: str) -> list[dict[str, Any]]:
-        done = subprocess.run([*self._command, *options], capture_output=True, text=True, check=False)
-        try:
-            answer: list[dict[str, Any]] = json.loads(done.stdout)
-            return answer
-        except ValueError:
-            lines = done.stderr.strip().splitlines()
-            raise Unavailable(f"llama-bench: {lines[-1] if lines else f'ended with {done.returncode}'}") from None

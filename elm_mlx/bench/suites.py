@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import TypeAlias
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS
 
-BATCHED = ("ours", "naive", "mlx-lm", "mlx-lm-stock", "pytorch")  # sides that take several prompts at once
 SIDES = {
     "ours": "elm-mlx",
     "naive": "elm-mlx, naive RMSNorm",
@@ -62,6 +62,10 @@ class Figures:
     memory: int | None = None
 
 
+# Figures, and the ids that were written, of all texts, step by step; none where the side doesn't say.
+Measured: TypeAlias = tuple[Figures, list[int]]
+
+
 @dataclass(frozen=True)
 class About:
     """A side's description of itself and of the loaded model; 0 stands for what it does not say.
@@ -69,7 +73,7 @@ class About:
     Attributes:
         name: the program and its version.
         dtype: the type that it computes in.
-        weight_bytes: read in each decode step.
+        weight_bytes: that each decode step needs, as they are stored in the model's directory.
         cache_bytes: of one position's keys and values.
         flops, flops_seen, flops_head: of a token's forward pass: in the layers' weights, for each position that it
             sees, and where its logits are wanted.
@@ -183,8 +187,6 @@ def check(suite: Suite) -> Suite:
         for name, value in (("prompt-tokens", case.prompt), ("new-tokens", case.new), ("batch-size", case.batch)):
             if value < 1:
                 raise InputError(f"--{name} {value}: must be 1 or more")
-    if "llama.cpp" in suite.against and len({case.model for case in suite.cases}) > 1:
-        raise InputError("--against llama.cpp: reads one file: measure one model at a time")
     if suite.repeats < 1:
         raise InputError(f"--repeats {suite.repeats}: must be 1 or more")
     if len(set(suite.against)) < len(suite.against):

@@ -17,13 +17,15 @@ Table = tuple[list[str], list[list[str]]]  # headers, and lines of cells
 NOTE = (
     "Medians of all measurements, least and greatest in brackets. Sides were measured in turn: a ratio is the median "
     "of pairs that ran one right after the other, × 2 where elm-mlx is twice as fast. For elm-mlx "
-    "the share is given that it reaches of the machine's matmul speed or memory bandwidth, whichever bounds it."
+    "the share is given that it reaches of the machine's matmul speed or memory bandwidth, whichever bounds it, with "
+    "weights as they are stored. *Same tokens* says how far a side's greedy text is ours."
 )
 _HEADER = [
     "model", "tokens", "side", "prompt, tokens/s", "beside it", "first token, s", "generation, tokens/s", "beside it",
-    "memory",
+    "memory", "same tokens",
 ]  # fmt: skip
 _WIDTH, _FIGURE, _LABEL, _BAR, _GAP = 440, 60, 16, 16, 8  # of a chart, in its own units
+_OTHERS = ("llama.cpp", "pytorch")  # whose versions the machine's own software does not tell
 _FIGURES = {"prompt": "reading the prompt", "decode": "generating"}
 
 
@@ -35,7 +37,7 @@ def speed(results: Results) -> Table:
             prompt, first, decode = (spread(row.spread(side, figure)) for figure in ("prompt", "first", "decode"))
             of_prompt, of_decode = (_beside(row, side, figure, results.speeds) for figure in ("prompt", "decode"))
             case = [f"{short(row.case)}, {_stored(row, side)}", tokens(row.case), SIDES[side]]
-            lines.append([*case, prompt, of_prompt, first, decode, of_decode, _memory(row, side)])
+            lines.append([*case, prompt, of_prompt, first, decode, of_decode, _memory(row, side), _alike(row, side)])
     return _HEADER, lines
 
 
@@ -66,6 +68,17 @@ def _memory(row: Row, side: str) -> str:
     return f"{found.high / 1e9:.2f} GB" if found else ""
 
 
+def _alike(row: Row, side: str) -> str:
+    count = row.alike.get(side)
+    return "" if count is None else "all" if count == row.case.new else f"first {count:,}"
+
+
+def likeness(row: Row) -> str:
+    """A line with the sides that wrote the same greedy tokens as ours; empty where none tells what it wrote."""
+    sides = [f"{side} ({_alike(row, side)})" for side in row.alike]
+    return f"the same tokens as elm-mlx: {', '.join(sides)}" if sides else ""
+
+
 def norms(results: Results) -> Table:
     """RMSNorm by itself."""
     header = ["RMSNorm of", "in", "fused, µs", "naive, µs", "fused is faster by"]
@@ -84,6 +97,8 @@ def machine(results: Results) -> Table:
         lines.append([f"products in {dtype}", f"{flops / 1e9:,.0f} GFLOP/s"])
     if results.speeds.bandwidth:
         lines.append(["memory read by a row times a matrix", f"{results.speeds.bandwidth / 1e9:,.1f} GB/s"])
+    others = {(side, about.name) for row in results.rows for side, about in row.about.items() if side in _OTHERS}
+    lines += [[SIDES[side], name.removeprefix(f"{SIDES[side]} ")] for side, name in sorted(others)]
     return ["machine", ""], lines
 
 

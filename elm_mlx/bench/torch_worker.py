@@ -100,14 +100,15 @@ def measure(config: dict[str, Any], weights: Weights, prompts: list[list[int]], 
     where = weights["transformer.norm.weight"].device
     ids = torch.tensor(prompts, device=where)
     network = Network(config, weights, ids.shape[1] + new, len(prompts))
-    times = [time.perf_counter()]
+    times, text = [time.perf_counter()], []
     for _ in range(new):
         ids = network(ids).argmax(dim=-1, keepdim=True)
-        ids[0].item()  # it is known now, on a GPU too
+        text += ids[:, 0].tolist()  # they are known now, on a GPU too
         times.append(time.perf_counter())
     first, rest = times[1] - times[0], times[-1] - times[1]
     decode = len(prompts) * (new - 1) / rest if new > 1 else 0.0
-    return {"first": first, "prompt": sum(map(len, prompts)) / first, "decode": decode, "memory": memory()}
+    figures = {"first": first, "prompt": sum(map(len, prompts)) / first, "decode": decode}
+    return figures | {"memory": memory(), "text": text}
 
 
 def memory() -> int:

@@ -20,11 +20,12 @@ from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
     from elm_mlx.bench.results import Results, Row
+    from elm_mlx.bench.sides import Programs
     from elm_mlx.bench.suites import Suite
 
 PANELS = {
     "Cases": ("suite", "precision", "prompt_tokens", "new_tokens", "batch_size", "repeats", "compute_dtype"),
-    "Other programs": ("against", "python", "llama_bench", "gguf"),
+    "Other programs": ("against", "python", "gguf"),
 }
 
 
@@ -60,10 +61,11 @@ def bench(
         int | None, typer.Option(help="Measurements of each program in each case. (default: the suite's)")
     ] = None,
     compute_dtype: options.ComputeDtype = None,
-    python: Annotated[str | None, typer.Option(help="A Python that has PyTorch. (default: this one)")] = None,
-    llama_bench: Annotated[str | None, typer.Option(help="llama.cpp's llama-bench. (default: on the PATH)")] = None,
+    python: Annotated[
+        str | None, typer.Option(help="A Python that has PyTorch, llama-cpp-python and gguf. (default: this one)")
+    ] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: llama.cpp is left out)")
+        Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: written by gguf)")
     ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
@@ -78,7 +80,9 @@ def bench(
         chosen = replace(chosen, repeats=repeats)
     if compute_dtype is not None:
         chosen = replace(chosen, compute_dtype=compute_dtype)
-    results = _measured(suites.check(chosen), out, python, llama_bench, gguf)
+    from elm_mlx.bench.sides import Programs
+
+    results = _measured(suites.check(chosen), out, Programs(python, gguf))
     _print(results)
     if results.measured:
         line(f"wrote {out / suite}.json, .md and .html")
@@ -88,13 +92,11 @@ def bench(
         raise typer.Exit(130)
 
 
-def _measured(suite: Suite, out: Path, python: str | None, llama_bench: str | None, gguf: Path | None) -> Results:
+def _measured(suite: Suite, out: Path, programs: Programs) -> Results:
     from elm_mlx import files
     from elm_mlx.bench import runner, tables
-    from elm_mlx.bench.sides import Programs
 
     with _shown() as (progress, row):
-        programs = Programs(python, llama_bench, gguf)
         results = runner.run(suite, programs, out / f"{suite.name}.json", on_progress=progress, on_row=row)
     if not results.measured:
         return results
@@ -140,6 +142,7 @@ def _print(results: Results) -> None:
         if row.figures:
             line(f"{tables.short(row.case)}, {row.case.precision}, tokens {tables.tokens(row.case)}")
             table(*tables.brief(row, results.speeds))
+            line(tables.likeness(row))
             print()
     headers, norms = tables.norms(results)
     if norms:

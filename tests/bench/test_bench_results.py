@@ -52,11 +52,11 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     whole().save(path)
     assert results.load(path) == whole()
     kept = json.loads(path.read_text())
-    assert kept["rows"][0]["roofline"]["prompt"]["by"] == "matmul" and kept["version"] == 1
+    assert kept["rows"][0]["roofline"]["prompt"]["by"] == "matmul" and kept["version"] == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 2}', '{"version": 1, "rows": [1]}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 1}', '{"version": 2, "rows": [1]}'])
 def test_what_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=r"a\.json: "):
@@ -71,8 +71,9 @@ def test_the_table_says_it_all() -> None:
         dict(zip(header[:3] + header[5:6] + header[8:], line[:3] + line[5:6] + line[8:], strict=True)) for line in lines
     )
     assert ours == {"model": "OpenELM-270M, bfloat16 in float32", "tokens": "10 + 5", "side": "elm-mlx",
-                    "first token, s": "0.015 (0.01 to 0.02)", "memory": "0.01 GB"}  # fmt: skip
+                    "first token, s": "0.015 (0.01 to 0.02)", "memory": "0.01 GB", "same tokens": ""}  # fmt: skip
     assert theirs["side"] == "mlx-lm, same BLAS and type" and theirs["memory"] == ""
+    assert theirs["same tokens"] == "first 3"
     assert lines[0][4] == "15% of matmul" and lines[0][7] == "19% of bandwidth"
     assert lines[1][4] == "× 2 (1 to 2.67)" and lines[1][7] == "× 2 (1.5 to 9.5)"
     assert tables.norms(whole())[1] == [["1×2×3", "float32", "15 (10 to 20)", "25 (20 to 30)", "2 (1 to 3)"]]
@@ -87,6 +88,29 @@ def test_markdown_has_a_cell_for_each_column() -> None:
         assert len({line.count(" | ") for line in rows}) <= 1
     assert "pytorch" not in text and "PyTorch left out: not here | there" in text
     assert "Measured on 2026-01-02: <b>; 2 cores" in text
+
+
+def test_texts_are_compared_from_the_beginning() -> None:
+    made = row(batch=2)  # of five steps
+    made.alike.clear()
+    assert tables.likeness(made) == ""
+    ours = [1, 11, 2, 12, 3, 13, 4, 14, 5, 15]
+    made.compare("naive", ours, ours)
+    made.compare("mlx-lm", ours, ours)
+    made.compare("mlx-lm", [1, 11, 2, 99, 3, 13, 4, 14, 5, 15], ours)
+    made.compare("mlx-lm", ours, ours)  # the least of several turns counts
+    made.compare("llama.cpp", [], ours)  # it doesn't say
+    assert made.alike == {"naive": 5, "mlx-lm": 1}
+    assert tables.likeness(made) == "the same tokens as elm-mlx: naive (all), mlx-lm (first 1)"
+
+
+def test_other_programs_versions_are_told() -> None:
+    made = whole()
+    made.rows[0].about["llama.cpp"] = About("llama.cpp abc1234 (llama-cpp-python 9.8)", "Q4_1")
+    made.rows.append(made.rows[0])
+    assert tables.machine(made)[1][-1] == ["llama.cpp", "abc1234 (llama-cpp-python 9.8)"]
+    assert tables.machine(made)[1][-2][0].startswith("memory")
+    assert "; llama.cpp abc1234 (llama-cpp-python 9.8)." in tables.markdown(made)
 
 
 def test_an_unfinished_benchmark_says_so() -> None:

@@ -13,27 +13,28 @@ from elm_mlx.bench import machine, results, runner, sides
 from elm_mlx.bench.results import Speeds
 from elm_mlx.bench.runner import run
 from elm_mlx.bench.sides import Programs, Unavailable
-from elm_mlx.bench.suites import About, Case, Figures, Suite
+from elm_mlx.bench.suites import About, Case, Figures, Measured, Suite
 from elm_mlx.errors import InputError
 
 Log = list[tuple[Any, ...]]
 
 
 class Counting:
-    """A side whose speed is how often it was asked."""
+    """A side whose speed is how often it was asked, and which writes its name's length over and over."""
 
     def __init__(self, name: str, log: Log, death: Callable[[str, int], BaseException | None]):
         self.name, self.about, self._log, self._death = name, About(name, "float32", flops=100), log, death
         self._asked, self._alive = 0, True
 
-    def measure(self, case: Case) -> Figures:
+    def measure(self, case: Case) -> Measured:
         self._asked += 1
         self._log.append((self.name, case.prompt, case.new))
         error = self._death(self.name, self._asked)
         if error is not None:
             self._alive = not isinstance(error, Unavailable) or "one text" in str(error)
             raise error
-        return Figures(1.0 / self._asked, float(self._asked), float(self._asked), 10**6)
+        figures = Figures(1.0 / self._asked, float(self._asked), float(self._asked), 10**6)
+        return figures, [1, len(self.name)] * (case.new // 2)
 
     def alive(self) -> bool:
         return self._alive
@@ -77,7 +78,7 @@ def test_sides_take_turns_after_a_first_one_that_does_not_count(
     ]  # fmt: skip
     (row,) = found.rows
     assert rows == [row] and found.complete and row.skipped == {"pytorch": "not installed"}
-    assert [each.prompt for each in row.figures["ours"]] == [2.0, 3.0]
+    assert [each.prompt for each in row.figures["ours"]] == [2.0, 3.0] and row.alike == {"naive": 1}
     assert found.speeds == Speeds({"float32": 1e9}, 1e9) and found.machine["cores"]
     assert results.load(tmp_path / "out" / "a.json") == found
 
@@ -177,3 +178,10 @@ def test_scratch_is_removed(counted: Callable[..., Log], tmp_path: Path, monkeyp
 def _written(scratch: Path) -> Path:
     (scratch / "model.safetensors").write_bytes(b"weights")
     return scratch
+
+
+def test_a_gguf_is_one_model(tiny_model_dir: Path, tmp_path: Path) -> None:
+    case = Case(str(tiny_model_dir), "stored", 16, 4)
+    two = Suite("small", (case, Case("OpenELM-270M", "4bit", 16, 4)), ("llama.cpp",))
+    with pytest.raises(InputError, match=r"--gguf .*a\.gguf: is one model"):
+        run(two, Programs(gguf=tmp_path / "a.gguf"), tmp_path / "a.json")

@@ -53,8 +53,7 @@ def test_what_is_not_said_stays() -> None:
      ({"cases": (Case("m", "stored", 0, 1),)}, "--prompt-tokens 0"),
      ({"cases": (Case("m", "stored", 1, 0),)}, "--new-tokens 0"),
      ({"cases": (Case("m", "stored", 1, 1, 0),)}, "--batch-size 0"),
-     ({"cases": (Case("m", "5bit", 1, 1),)}, "--precision 5bit"),
-     ({"cases": (Case("a", "stored", 1, 1), Case("b", "stored", 1, 1)), "against": ("llama.cpp",)}, "one model")],
+     ({"cases": (Case("m", "5bit", 1, 1),)}, "--precision 5bit")],
 )  # fmt: skip
 def test_what_there_is_none_of_is_refused(change: dict[str, object], error: str) -> None:
     with pytest.raises(InputError, match=error):
