@@ -54,6 +54,16 @@ static inline float total(const lanes *numbers) {
   return LANES == 16 ? x[0] + x[1] : x[0];
 }
 
+/* Has what was read once stay in a register: GCC would have each multiplication read it again, and of rows that lie
+   across lines of the cache, as MLX's do, reading them three times takes longer than all the rest. */
+#ifdef __AVX512F__
+#define IN_REGISTER(x) __asm__("" : "+v"(x))
+#elif defined(__AVX__)
+#define IN_REGISTER(x) __asm__("" : "+x"(x))
+#else
+#define IN_REGISTER(x)
+#endif
+
 /* Scalar products of I rows with J: as many running sums as registers hold. */
 #define TILE(I, J)                                                                                                  \
   static void tile_##I##_##J(const struct product *p, int i0, int j0) {                                             \
@@ -62,10 +72,14 @@ static inline float total(const lanes *numbers) {
     int at = 0;                                                                                                     \
     for (; at + LANES <= p->k; at += LANES) {                                                                       \
       lanes right[J];                                                                                               \
-      for (int j = 0; j < J; j++) right[j] = *(const lanes *)(b + j * p->b_step + at);                              \
+      for (int j = 0; j < J; j++) {                                                                                 \
+        right[j] = *(const lanes *)(b + j * p->b_step + at);                                                        \
+        IN_REGISTER(right[j]);                                                                                      \
+      }                                                                                                             \
       for (int j = 0; j < J; j++) __builtin_prefetch(b + (J + j) * p->b_step + at); /* the next tile's */           \
       for (int i = 0; i < I; i++) {                                                                                 \
         lanes left = *(const lanes *)(a + i * p->a_step + at);                                                      \
+        IN_REGISTER(left);                                                                                          \
         for (int j = 0; j < J; j++) sums[i][j] += left * right[j];                                                  \
       }                                                                                                             \
     }                                                                                                               \
@@ -78,6 +92,9 @@ static inline float total(const lanes *numbers) {
       }                                                                                                             \
   }
 TILE(8, 3)
+TILE(7, 3)
+TILE(6, 3)
+TILE(5, 3)
 TILE(4, 3)
 TILE(3, 3)
 TILE(2, 3)
@@ -139,11 +156,14 @@ static void columns(const struct product *p, int from, int to) {
   for (; j + 3 <= to; j += 3)
     for (int i = 0, rows; i < p->m; i += rows) {
       int most = p->m - i < MOST ? p->m - i : MOST;
-      switch (rows = most > 4 && most < 8 ? 4 : most) {
+      switch (rows = most) {
         case 1: tile_1_3(p, i, j); break;
         case 2: tile_2_3(p, i, j); break;
         case 3: tile_3_3(p, i, j); break;
         case 4: tile_4_3(p, i, j); break;
+        case 5: tile_5_3(p, i, j); break;
+        case 6: tile_6_3(p, i, j); break;
+        case 7: tile_7_3(p, i, j); break;
         default: tile_8_3(p, i, j);
       }
     }
