@@ -1,12 +1,14 @@
-"""The results page, `docs/results.md`, measured and written: `python benchmarks/results.py`.
+"""The results page, `docs/results.md`, and the README's table of speed, measured and written.
 
-    python benchmarks/results.py [--python PYTHON] [--only PART…] [--page] [--note TEXT]
+    python benchmarks/results.py [--python PYTHON] [--chat MODEL] [--only PART…] [--page] [--note TEXT]
 
-What is measured is kept in `build/results/`, a file for each part, and the page is written from what lies there:
-`--only` measures some parts anew, `--page` none. PYTHON has PyTorch, if it is to be compared with.
+PYTHON has PyTorch, llama-cpp-python and gguf, as docs/bench.md says; MODEL is SmolLM2-135M-Instruct in 4 bits. What is
+missing is left out, and said.
 
-A section of the page is a title and a function that makes Markdown of its files, or nothing where there are none. For
-another one add what it measures to `PARTS`, and its function to `SECTIONS`.
+What is measured is kept in `build/results/`, a file for each part, and page and table are written from what lies there:
+`--only` measures some parts anew, `--page` none. A section of the page is a title and a function that makes Markdown of
+its files, or nothing where there are none. For another one add what it measures to `PARTS`, and its function to
+`SECTIONS`.
 """
 
 from __future__ import annotations
@@ -15,42 +17,54 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from speed import ENVIRONMENT, HEADER, ROOT, embedded_model, first_token
 
 from elm_mlx.bench import results, runner, suites, tables
-from elm_mlx.bench.results import Results, Speeds
+from elm_mlx.bench.results import Results, Row, Speeds
 from elm_mlx.bench.sides import Programs
 from elm_mlx.bench.suites import Suite
 from elm_mlx.callbacks import OnProgress
 from elm_mlx.files import write_text
 
-KEPT, PAGE = ROOT / "build/results", ROOT / "docs/results.md"
-EMBEDDED, SEEDED = ROOT / "build/classics", "OpenELM-270M"
-OTHERS = ("naive", "mlx-lm", "pytorch")
+KEPT, PAGE, README = ROOT / "build/results", ROOT / "docs/results.md", ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks/results.py writes this -->\n", "<!-- to here -->\n"  # of the README's table
+EMBEDDED, SEEDED, CHAT = ROOT / "build/classics", "OpenELM-270M", ROOT / "build/SmolLM2-135M-Instruct"
+OTHERS = ("mlx-lm", "pytorch", "llama.cpp")
 
 
 def suite(name: str, model: str, precision: str, prompt: int, new: int, batch: int = 1, **more: object) -> Suite:
     """One case against all others."""
     case = suites.cases([model], [precision], [(prompt, new)], [batch])
-    return replace(Suite(name, case, OTHERS, repeats=5), **more)
+    return replace(Suite(name, case, OTHERS, repeats=3), **more)
 
 
 BITS = (8, 4, 2)
-SPEED = [
-    suite("embedded", str(EMBEDDED), "stored", 128, 256),
-    suite("270M", SEEDED, "bfloat16", 128, 32),
-    suite("270M-long", SEEDED, "bfloat16", 1024, 16, repeats=3),
-    suite("270M-batch", SEEDED, "bfloat16", 128, 16, 8, repeats=3),
-    suite("270M-4bit", SEEDED, "4bit", 128, 32, against=("mlx-lm",), repeats=3),
-    suite("270M-installed", SEEDED, "bfloat16", 128, 12, against=("mlx-lm-stock",), repeats=2, norms=False),
-]
+SPEED = {  # by their titles in the README's table
+    "3.6M": suite("embedded", str(EMBEDDED), "stored", 128, 256, against=("naive", *OTHERS), repeats=5),
+    "270M, bfloat16": suite("270M", SEEDED, "bfloat16", 128, 32, against=("naive", *OTHERS), repeats=5),
+    "the same, longer": suite("270M-long", SEEDED, "bfloat16", 1024, 32),
+    "the same, 8 texts at once": suite("270M-batch", SEEDED, "bfloat16", 128, 16, 8),
+    "the same, mlx-lm as installed": suite(
+        "270M-installed", SEEDED, "bfloat16", 128, 12, against=("mlx-lm-stock",), repeats=2, norms=False
+    ),
+    "270M, 4 bits": suite("270M-4bit", SEEDED, "4bit", 128, 32, against=("mlx-lm", "llama.cpp")),
+    f"{CHAT.name}, 4 bits": suite("chat", str(CHAT), "stored", 512, 64, against=("mlx-lm", "llama.cpp"), norms=False),
+    "the same, longer still": suite(
+        "chat-long", str(CHAT), "stored", 6144, 32, against=("llama.cpp",), repeats=2, norms=False
+    ),
+}
 
 
 def measure_speed(chosen: Suite, programs: Programs) -> None:
+    if chosen.cases[0].model == str(CHAT) and not CHAT.is_dir():
+        print(f"{chosen.name}: left out, for --chat does not say where {CHAT.name} is")
+        return
     show: OnProgress = lambda what, done=0, total=0: print(what, flush=True)  # noqa: E731
     found = runner.run(chosen, programs, KEPT / f"{chosen.name}.json", on_progress=show)
     if not found.complete:
@@ -79,13 +93,19 @@ PARTS: dict[str, Callable[[Programs], None]] = {
     "start": measure_start,
     "eval": measure_scores,
     "quantize": measure_losses,
-    **{each.name: (lambda programs, each=each: measure_speed(each, programs)) for each in SPEED},  # type: ignore[misc]
+    **{each.name: partial(measure_speed, each) for each in SPEED.values()},
 }
+
+
+def measured() -> dict[str, Results]:
+    """The speeds that were measured, by title."""
+    paths = {title: KEPT / f"{each.name}.json" for title, each in SPEED.items()}
+    return {title: results.load(path) for title, path in paths.items() if path.exists()}
 
 
 def speed() -> str:
     """All parts that were measured on one machine, in one table."""
-    found = [results.load(path) for each in SPEED if (path := KEPT / f"{each.name}.json").exists()]
+    found = [*measured().values()]
     return tables.markdown(merged(found)) if found else ""
 
 
@@ -144,30 +164,80 @@ SECTIONS: list[tuple[str, Callable[[], str]]] = [
     ("Losses: `elm-mlx quantize` on the embedded model", losses),
 ]
 
+
+def readme() -> str:
+    """The README's table: our figures, and how many times as fast they are as the others'."""
+    found = measured()
+    if not found:
+        return ""
+    about = merged([*found.values()])
+    versions = dict(tables.machine(about)[1])
+    named = {side: suites.SIDES[side].split(",")[0] for side in OTHERS}
+    named |= {side: f"{name} {versions[name].split(' ')[0]}" for side, name in named.items() if name in versions}
+    lines = [f"| tokens a second | elm-mlx | {' | '.join(named.values())} |", "| --- |" + " ---: |" * (1 + len(named))]
+    for title, each in found.items():
+        for row in each.rows:
+            many = f"{row.case.batch} × " if row.case.batch > 1 else ""
+            lines.append(_readme_line(f"{title}: prompt of {many}{row.case.prompt:,}", row, "prompt"))
+            lines.append(_readme_line("decode after it", row, "decode"))
+    machine = f"{versions['processor']}, {versions['cores']} cores, {versions['system'].split(' ')[0]}"
+    introduction = README_INTRODUCTION.format(machine=machine, mlx=versions["mlx"], when=about.when[:10])
+    if path := start():
+        _, _, ours, theirs, ratio, _, _ = (cell.strip() for cell in path.splitlines()[-1].split("|"))
+        introduction += f"From the start of the process to the first token: {ours} s, mlx-lm {theirs} s (× {ratio}).\n"
+    return f"{introduction}\n" + "\n".join(lines) + "\n"
+
+
+def _readme_line(what: str, row: Row, figure: str) -> str:
+    ours = row.spread("ours", figure)
+    cells = [tables.number(ours.median) if ours else ""]
+    for side in OTHERS:
+        ratio = row.ratio(side, figure) or (row.ratio("mlx-lm-stock", figure) if side == "mlx-lm" else None)
+        cells.append(f"× {ratio.median:.2f}" if ratio else "")
+    return f"| {what} | {' | '.join(cells)} |"
+
+
+def write_readme() -> None:
+    before, _, rest = README.read_text("utf-8").partition(BEGIN)
+    if table := readme():
+        write_text(README, f"{before}{BEGIN}{table}{END}{rest.partition(END)[2]}")
+
+
+README_INTRODUCTION = """Our figures, and how many times as fast they are as those of mlx-lm (given the same BLAS and
+type), PyTorch, and llama.cpp (given the same weights): the median of pairs of runs, one right after the other.
+`python benchmarks/results.py` measures yours, and wrote this and [docs/results.md](docs/results.md), where spreads
+and roofline stand. This is an {machine}, MLX {mlx}, on {when}; no Mac was measured.
+"""
 INTRODUCTION = """# Results
 
 `python benchmarks/results.py` writes this page, and measures all of it again on your machine; [bench.md](bench.md) says
-how, and what the columns mean. The models are the embedded one (3.6M parameters, `classics`) and OpenELM-270M with
-seeded weights.
+how, and what the columns mean. The models are the embedded one (3.6M parameters, `classics`), OpenELM-270M with
+seeded weights, and where `--chat` names it SmolLM2-135M-Instruct in 4 bits (groups of 32, the embedding in 8 bits).
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", help="a Python that has PyTorch")
+    parser.add_argument("--python", help="a Python that has PyTorch, llama-cpp-python and gguf")
+    parser.add_argument("--chat", type=Path, help=f"the directory of {CHAT.name} in 4 bits")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="measure these parts alone")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--note", default="", help="what else a reader should know of the machine")
     given = parser.parse_args()
+    began = time.monotonic()
     if not given.page:
         KEPT.mkdir(parents=True, exist_ok=True)
         embedded_model(EMBEDDED)  # whatever lies there may be an earlier one
+        if given.chat is not None:
+            CHAT.unlink(missing_ok=True)
+            CHAT.symlink_to(given.chat.resolve())
         for part in given.only:
             PARTS[part](Programs(python=given.python))
     sections = [(title, text) for title, make in SECTIONS if (text := make())]
     note = f"\n{given.note}\n" if given.note else ""
     write_text(PAGE, INTRODUCTION + note + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections))
-    print(f"wrote {PAGE}")
+    write_readme()
+    print(f"wrote {PAGE} and {README} after {(time.monotonic() - began) / 60:.0f} minutes")
 
 
 if __name__ == "__main__":
