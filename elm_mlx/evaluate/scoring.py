@@ -25,10 +25,9 @@ from elm_mlx import device
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.model import ops
-from elm_mlx.model.cache import KVCache, make_prompt_cache
+from elm_mlx.model.cache import Arrays, Fetched, KVCache, make_prompt_cache
 
 Ids = npt.NDArray[np.int32]
-KeysValues = tuple[mx.array, mx.array]
 Items = Sequence[Sequence[Scored]]  # each with the sequences that it is scored by
 
 _STRIDES = (1, 2, 4, 8, 16, 32)  # what the length of a prefix is cut back to a multiple of
@@ -230,16 +229,17 @@ class Scorer:
 
     Args:
         tokens: of a batch, padding included; by default what suits the device.
+        kv_bits: of quantized keys and values, as generation has them; None leaves them as they are.
     """
 
-    def __init__(self, model: Any, tokens: int | None = None):
+    def __init__(self, model: Any, tokens: int | None = None, kv_bits: int | None = None):
         self._model = model
         self._tokens = tokens or (8 * _TOKENS if device.on_gpu() else _TOKENS)
         self._ours = hasattr(model, "transformer") and hasattr(model, "head")
         self._parts = device.Parts(device.most_parts())
-        caches = make_prompt_cache(model)
-        self.sharing = all(type(cache) is KVCache for cache in caches)
-        self._switch = caches[0].switch if self.sharing else None
+        self._kinds, self._quantized = make_prompt_cache(model, kv_bits), kv_bits is not None
+        self.sharing = all(isinstance(kind, KVCache) for kind in self._kinds)
+        self._switch = self._kinds[0].switch if self.sharing else None
 
     def plan(self, items: Items) -> ScoringPlan:
         """Puts `items` in batches."""
@@ -275,25 +275,35 @@ class Scorer:
             on_progress("scoring", done, total)
         return sorted(found, key=lambda scores: scores.item)
 
-    def _stem(self, ids: list[int]) -> list[KeysValues]:
+    def _after(self, read: Sequence[Arrays], owners: list[int]) -> list[_PrefixCache] | None:
+        """Caches for rows, each of which goes on from row `owners` of what was read; None where nothing was.
+
+        Then rows are computed as in training, but for keys that are quantized.
+        """
+        if not read:
+            return [_PrefixCache(kind) for kind in self._kinds] if self._quantized else None
+        rows = mx.array(owners)
+        return [_PrefixCache(kind, [array[rows] for array in own]) for kind, own in zip(self._kinds, read, strict=True)]
+
+    def _stem(self, ids: list[int]) -> Sequence[Arrays]:
         """Keys and values, by layer, of what all rows begin with."""
-        return self._prefill(mx.array([ids]), []) if ids else []
+        return self._prefill(mx.array([ids]), None) if ids else []
 
-    def _prefill(self, ids: mx.array, past: list[_PrefixCache]) -> list[KeysValues]:
+    def _prefill(self, ids: mx.array, past: list[_PrefixCache] | None) -> Sequence[Arrays]:
         """Keys and values, by layer, of `ids` and what was read before them."""
-        layers = past or [_PrefixCache() for _ in make_prompt_cache(self._model)]
+        layers = past or [_PrefixCache(kind) for kind in self._kinds]
         self._hidden(ids, layers)
-        return [(layer.keys, layer.values) for layer in layers if layer.keys is not None and layer.values is not None]
+        return [layer.held_arrays() for layer in layers]
 
-    def _graph(self, batch: ScoringBatch, stem: list[KeysValues]) -> tuple[mx.array, mx.array]:
+    def _graph(self, batch: ScoringBatch, stem: Sequence[Arrays]) -> tuple[mx.array, mx.array]:
         """Log-probabilities `(n,)` of a batch's targets, and whether each is the likeliest; not yet computed."""
         read = stem
         if batch.prefix.size:
-            read = self._prefill(mx.array(batch.prefix), _after(stem, [0] * len(batch.prefix)))
+            read = self._prefill(mx.array(batch.prefix), self._after(stem, [0] * len(batch.prefix)))
         blocks = []
         for block in batch.blocks:
             owners = block.owners.tolist() if batch.prefix.size else [0] * len(block.rows)
-            out = self._hidden(mx.array(block.rows), _after(read, owners) or None)
+            out = self._hidden(mx.array(block.rows), self._after(read, owners))
             blocks.append(out.reshape(-1, out.shape[-1]))
         out = (mx.concatenate(blocks) if len(blocks) > 1 else blocks[0])[mx.array(batch.where)]
         targets = mx.array(batch.targets)
@@ -315,22 +325,22 @@ class Scorer:
 
 
 class _PrefixCache(KVCache):
-    """One layer's cache for rows that go on from a prefix. Holds just that, and copies nothing to make room."""
+    """One layer's cache for rows that go on from a prefix. Holds just that, and copies nothing to make room.
 
-    def __init__(self, read: KeysValues | None = None) -> None:
+    Its arrays are those of `kind`.
+    """
+
+    def __init__(self, kind: KVCache, read: Arrays = ()) -> None:
         super().__init__()
-        if read is not None:
-            self.keys, self.values = read
-            self.offset = read[0].shape[2]
+        self._kind = kind
+        self.state = read
+        self.offset = read[0].shape[2] if read else 0
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        if self.keys is not None and self.values is not None:
-            keys, values = mx.concatenate([self.keys, keys], axis=2), mx.concatenate([self.values, values], axis=2)
-        self.keys, self.values, self.offset = keys, values, keys.shape[2]
-        return keys, values
+    def held_arrays(self) -> Arrays:
+        return self._arrays
 
-
-def _after(read: list[KeysValues], owners: list[int]) -> list[_PrefixCache]:
-    """Caches for rows, each of which goes on from row `owners` of what was read; none where nothing was."""
-    rows = mx.array(owners)
-    return [_PrefixCache((keys[rows], values[rows])) for keys, values in read]
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Fetched, Fetched]:
+        new = self._kind.held(keys, values)
+        joined = [mx.concatenate(pair, axis=2) for pair in zip(self._arrays, new, strict=True)] if self._arrays else new
+        self.state, self.offset = joined, joined[0].shape[2]
+        return self._kind.fetched(joined, keys.shape[2])

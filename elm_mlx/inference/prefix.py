@@ -26,14 +26,15 @@ class PrefixCache:
             of which nobody knows how much it has written, empties both.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, kv_bits: int | None = None) -> None:
         self.model = model
-        self.clear()
+        self.ids: list[int] = []
+        self.caches = make_prompt_cache(model, kv_bits)
 
     def clear(self) -> None:
         """Empties the caches."""
-        self.ids: list[int] = []
-        self.caches = make_prompt_cache(self.model)
+        self.ids = []
+        self.caches = [cache.empty() for cache in self.caches]
 
     @property
     def nbytes(self) -> int:

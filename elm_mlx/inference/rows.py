@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from elm_mlx.device import compile_hindrance, on_gpu, trim_cache
 from elm_mlx.errors import InputError
-from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_step, row_capacity
+from elm_mlx.model.cache import Arrays, KVCache, place_step, row_capacity
 from elm_mlx.model.network import Model
 
 # Prompt tokens in one pass: bounds memory. A CPU is as fast by 128 as by 512, and pieces end where kept blocks do.
@@ -140,7 +140,7 @@ class Rows:
         position, mask = place_step(self.lengths)
         arrays: list[Any] = [cache.state for cache in self.caches]
         if self._compiled is None:
-            step = partial(_step, self._model, [type(cache) for cache in self.caches])
+            step = partial(_step, self._model, [cache.empty() for cache in self.caches])
             self._compiled = mx.compile(step) if compile_hindrance() is None else step
         try:
             logits, arrays = self._compiled(tokens, position, mask, arrays)
@@ -164,7 +164,7 @@ class Rows:
                     raise _turned(self.caches[0])
             elif length == switch and text is not None:
                 ids = [part if isinstance(part, int) else int(part[0][part[1]].item()) for part in text]
-                again = make_prompt_cache(self._model)
+                again = [cache.empty() for cache in self.caches]
                 prefill(self._model, ids, again, text_length=length + 1)
                 for cache, own in zip(self.caches, again, strict=True):
                     cache.put(row, own)
@@ -175,7 +175,7 @@ class Rows:
 
 def _step(
     model: Model,
-    kinds: Sequence[type[KVCache]],
+    kinds: Sequence[KVCache],
     tokens: mx.array,
     position: mx.array,
     mask: mx.array,

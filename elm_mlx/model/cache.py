@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 
+from elm_mlx.errors import InputError
+from elm_mlx.model import packed
 from elm_mlx.model.ops import Segments
+from elm_mlx.model.packed import Packed
 
 Arrays = Sequence[mx.array]  # of one layer
+Fetched: TypeAlias = mx.array | Packed
 
 
 class KVCache:
@@ -29,8 +33,7 @@ class KVCache:
     step = 256  # capacity grows by this many positions, or by an eighth: a step's mask never reaches beyond
 
     def __init__(self, switch: int | None = None) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
+        self._arrays: list[mx.array] = []  # keys and values, or what stands for them; positions are the third axis
         self.offset = 0
         self.switch = switch
         self.text_length = 0
@@ -39,95 +42,98 @@ class KVCache:
         """Returns an empty cache of this kind."""
         return KVCache(self.switch)
 
+    def held(self, keys: mx.array, values: mx.array) -> Arrays:
+        """Returns the arrays that stand for keys and values `(batch, num_kv_heads, length, head_dim)`."""
+        return keys, values
+
+    def fetched(self, arrays: Arrays, queries: int) -> tuple[Fetched, Fetched]:
+        """Returns the keys and values that arrays stand for, as `ops.attention` takes them for so many queries."""
+        keys, values = arrays
+        return keys, values
+
     def suits(self, length: int) -> bool:
         """Returns whether the cached keys are rotated as in a text of `length` tokens; else it must be read again."""
         if self.switch is None or self.offset == 0:
             return True
         return (max(self.text_length, self.offset) > self.switch) == (length > self.switch)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Fetched, Fetched]:
         """Appends `(batch, num_kv_heads, length, head_dim)`. Returns all keys and values so far."""
         start, self.offset = self.offset, self.offset + keys.shape[2]
-        self.keys = _grown(self.keys, keys, self.offset, self.step)
-        self.values = _grown(self.values, values, self.offset, self.step)
-        self.keys[..., start : self.offset, :] = keys
-        self.values[..., start : self.offset, :] = values
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        new = self.held(keys, values)
+        self._arrays = [_grown(old, like, self.offset, self.step) for old, like in zip(self.state, new, strict=True)]
+        for array, part in zip(self._arrays, new, strict=True):
+            array[..., start : self.offset, :] = part
+        return self.fetched([array[..., : self.offset, :] for array in self._arrays], keys.shape[2])
 
     def reserve(self, length: int) -> None:
         """Allocates room for `length` positions. The cache must not be empty."""
-        assert self.keys is not None and self.values is not None
-        self.keys = _grown(self.keys, self.keys, length, self.step)
-        self.values = _grown(self.values, self.values, length, self.step)
+        self._arrays = [_grown(array, array, length, self.step) for array in self._arrays]
 
     @property
     def capacity(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
+        return self._arrays[0].shape[2] if self._arrays else 0
 
     @property
-    def state(self) -> tuple[mx.array | None, mx.array | None]:
-        return self.keys, self.values
+    def state(self) -> list[mx.array | None]:
+        return [*self._arrays] if self._arrays else [None] * self._parts
 
     @state.setter
-    def state(self, arrays: Arrays) -> None:
-        self.keys, self.values = arrays
+    def state(self, arrays: Sequence[mx.array | None]) -> None:
+        self._arrays = [array for array in arrays if array is not None]
+
+    _parts = 2  # arrays
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+        return sum(array.nbytes for array in self._arrays)
 
     def put(self, row: int, other: KVCache) -> None:
         """Makes `other`, of one text, a row of this batch in which every text begins at position 0.
 
         `row` is one that is there, or the next. There is room for twice the rows each time it is at its end.
         """
-        if self.keys is None:
+        if not self._arrays:
             self.state = other.single(0, other.offset).state
         capacity = max(self.capacity, row_capacity(other.offset))
         self.reserve(capacity)
-        if row >= self._arrays()[0].shape[0]:
-            self.state = [_with_rows(array, row_slots(row + 1)) for array in self._arrays()]
-        for mine, theirs in zip(self._arrays(), other._arrays(), strict=True):
+        if row >= self._arrays[0].shape[0]:
+            self.state = [_with_rows(array, row_slots(row + 1)) for array in self._arrays]
+        for mine, theirs in zip(self._arrays, other._arrays, strict=True):
             own = mx.pad(theirs[0, :, : other.offset], [(0, 0), (0, capacity - other.offset), (0, 0)])
             mine[row] = own  # zeros to its end, or what was there could be no numbers
         self.text_length = max(self.text_length, other.text_length)
 
     def drop(self, row: int, rows: int) -> None:
         """Removes one of `rows` texts: the last takes its place."""
-        for array in self._arrays():
+        for array in self._arrays:
             if row < rows - 1:
                 array[row] = array[rows - 1]
         slots = row_slots(rows - 1)
-        if slots < self._arrays()[0].shape[0] // 2:
-            self.state = [mx.contiguous(array[:slots]) for array in self._arrays()]
+        if slots < self._arrays[0].shape[0] // 2:
+            self.state = [mx.contiguous(array[:slots]) for array in self._arrays]
 
     def single(self, row: int, length: int) -> KVCache:
         """Returns a copy of the first `length` positions of a row."""
         cache = self.empty()
-        cache.state = [array[row : row + 1, :, :length] for array in self._arrays()]
+        cache.state = [array[row : row + 1, :, :length] for array in self._arrays]
         cache.offset, cache.text_length = length, self.text_length
         cache.reserve(row_capacity(length))
         return cache
 
     def block(self, row: int, start: int, stop: int) -> list[mx.array]:
-        """Returns copies `(1, kv_heads, length, head_dim)` of a row's keys and values from `start` to `stop`."""
-        return [array[row : row + 1, :, start:stop] * 1 for array in self._arrays()]
+        """Returns copies `(1, kv_heads, length, …)` of what a row holds from position `start` to `stop`."""
+        return [array[row : row + 1, :, start:stop] * 1 for array in self._arrays]
 
     def restore(self, blocks: Sequence[list[mx.array]], length: int) -> None:
         """Fills an empty cache with the `length` positions of blocks that follow each other."""
-        keys, values = zip(*blocks, strict=True)
-        self.state = [mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)]
+        self.state = [mx.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)]
         self.offset = length
         self.reserve(row_capacity(length))
 
-    def _arrays(self) -> tuple[mx.array, mx.array]:
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
-
-    @staticmethod
-    def inside(arrays: Arrays, position: mx.array, mask: mx.array) -> StepCache:
-        """Returns the cache that stands for this one in a compiled step."""
-        return StepCache(arrays[0], arrays[1], position, mask)
+    def inside(self, arrays: Arrays, position: mx.array, mask: mx.array) -> StepCache:
+        """Returns the cache that stands for one of this kind in a compiled step."""
+        return StepCache(self, arrays, position, mask)
 
     def trim(self, length: int) -> int:
         """Removes the last `length` positions, or all of fewer. Returns how many were removed."""
@@ -149,35 +155,55 @@ class KVCache:
         return (back >= 0) & (back < window_size)
 
 
+class QuantizedCache(KVCache):
+    """One layer's keys and values in 8 or 4 bits, with a scale and a bias for each group (see `packed`).
+
+    It holds three arrays, of keys and behind them values as heads: codes, scales and biases.
+    """
+
+    _parts = 3
+
+    def __init__(self, bits: int, switch: int | None = None) -> None:
+        super().__init__(switch)
+        self.bits = bits
+        self.kind = f"keys and values in {bits} bits"
+
+    def empty(self) -> QuantizedCache:
+        return QuantizedCache(self.bits, self.switch)
+
+    def held(self, keys: mx.array, values: mx.array) -> Arrays:
+        return packed.pack(mx.concatenate([keys, values], axis=1), self.bits)
+
+    def fetched(self, arrays: Arrays, queries: int) -> tuple[Fetched, Fetched]:
+        codes, scales, biases = (mx.split(array, 2, axis=1) for array in arrays)
+        keys, values = (Packed(*half, self.bits) for half in zip(codes, scales, biases, strict=True))
+        return (keys, values) if packed.is_worth_it(queries) else (keys.unpacked(), values.unpacked())
+
+
 class StepCache:
     """One layer's keys and values inside a compiled step: the capacity is fixed, the positions an array.
 
     Args:
-        keys, values: `(slots, num_kv_heads, capacity, head_dim)`, of which the first `batch` slots are used.
+        kind: a cache whose arrays these are.
+        arrays: `(slots, num_kv_heads, capacity, …)`, of which the first `batch` slots are used.
         position: `(batch,)`, where the step writes in each row; RoPE's offset too.
         mask: boolean, `(batch, 1, 1, seen)`: the positions written so far, `position` included. No row sees more.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, position: mx.array, mask: mx.array):
-        self.keys = keys
-        self.values = values
+    def __init__(self, kind: KVCache, arrays: Arrays, position: mx.array, mask: mx.array):
+        self.state = list(arrays)
         self.offset = position
+        self._kind = kind
         self._mask = mask
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        batch = keys.shape[0]
-        if self.keys.shape[0] == 1:
-            self.keys = mx.slice_update(self.keys, keys, self.offset, axes=[2])
-            self.values = mx.slice_update(self.values, values, self.offset, axes=[2])
-        else:
-            self.keys[mx.arange(batch), :, self.offset] = keys[:, :, 0]
-            self.values[mx.arange(batch), :, self.offset] = values[:, :, 0]
-        seen = self._mask.shape[-1]
-        return self.keys[:batch, :, :seen], self.values[:batch, :, :seen]
-
-    @property
-    def state(self) -> Arrays:
-        return self.keys, self.values
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Fetched, Fetched]:
+        batch, seen = keys.shape[0], self._mask.shape[-1]
+        for number, new in enumerate(self._kind.held(keys, values)):
+            if self.state[number].shape[0] == 1:
+                self.state[number] = mx.slice_update(self.state[number], new, self.offset, axes=[2])
+            else:
+                self.state[number][mx.arange(batch), :, self.offset] = new[:, :, 0]
+        return self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Returns the mask of a step's one new position."""
@@ -272,10 +298,9 @@ class StateCache:
         """Takes the state of the last block, after `length` tokens."""
         self.state, self.offset = blocks[-1], length
 
-    @staticmethod
-    def inside(arrays: Arrays, position: mx.array, mask: mx.array) -> StateCache:
-        """Returns the cache that stands for this one in a compiled step."""
-        cache = StateCache()
+    def inside(self, arrays: Arrays, position: mx.array, mask: mx.array) -> StateCache:
+        """Returns the cache that stands for one of this kind in a compiled step."""
+        cache = self.empty()
         cache.state = arrays
         return cache
 
@@ -338,11 +363,30 @@ def _rounded(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def make_prompt_cache(model: Any) -> list[KVCache]:
-    """Returns an empty cache for each layer of `model`; for a network that keeps a state, `StateCache`s."""
+def make_prompt_cache(model: Any, kv_bits: int | None = None) -> list[KVCache]:
+    """Returns an empty cache for each layer of `model`; for a network that keeps a state, `StateCache`s.
+
+    Args:
+        kv_bits: 8 or 4 to quantize keys and values to; None keeps them in the type that is computed in.
+
+    Raises:
+        InputError: the model's heads cannot be quantized so, or it has none.
+    """
     config = model.config
+    if kv_bits is not None:
+        check_quantizable(config, kv_bits)
+        return [QuantizedCache(kv_bits, config.rope_switch) for _ in range(config.num_layers)]
     make: Callable[[], Any] = partial(KVCache, config.rope_switch) if config.positions else StateCache
     return [make() for _ in range(config.num_layers)]
+
+
+def check_quantizable(config: Any, bits: int) -> None:
+    """Raises InputError where the keys and values of a model with this config cannot be quantized to `bits`."""
+    if bits not in packed.BITS:
+        raise InputError(f"--kv-bits {bits}: {' or '.join(map(str, packed.BITS))} are possible")
+    if not config.positions:
+        raise InputError(f"--kv-bits: {config.family.name} keeps a state, which is not quantized, and no keys")
+    packed.group_size(config.head_dim)
 
 
 def _with_rows(array: mx.array, rows: int) -> mx.array:

@@ -147,6 +147,11 @@ class FamilyConfig:
             if name != embedding and _is_linear(name, shape)
         ]
 
+    @property
+    def head_dim(self) -> int:
+        """Values of a key, of a family that has keys."""
+        return int(self.values["head_dim"])
+
     def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
         """Returns the size of the KV cache for one token over all layers; 0 for a state of constant size."""
         if not self.positions:

@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import device
+from elm_mlx.model import packed
+from elm_mlx.model.packed import Packed
 from elm_mlx.model.rope_config import RopeConfig
 
 
@@ -244,13 +246,21 @@ def kl_divergences(before: mx.array, after: mx.array) -> mx.array:
     return mx.maximum((mx.exp(before) * (before - after)).sum(axis=-1), 0)
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
+def attention(
+    queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, scale: float, mask: Mask
+) -> mx.array:
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 
     `mask` is None, "causal" (the last query sees all positions), `Segments` (as many queries as positions), or
     boolean `(…, length, positions)`.
     """
     batch, heads, length, head_dim = queries.shape
+    if isinstance(keys, Packed) or isinstance(values, Packed):
+        assert isinstance(keys, Packed) and isinstance(values, Packed)
+        if mask == "causal":
+            positions = keys.codes.shape[2]
+            mask = mx.arange(positions) <= mx.arange(positions - length, positions)[:, None]
+        return packed.attention(queries, keys, values, scale, mask)
     kv_heads, positions = keys.shape[1], keys.shape[2]
     segments = mask if isinstance(mask, Segments) else None
     if segments and (length == 1 or _mlx_is_best(queries, batch * heads * length * positions)):

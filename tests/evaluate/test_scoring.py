@@ -98,7 +98,7 @@ def test_where_caches_are_not_ours_each_sequence_is_read_whole(model: Model, mon
     class State:
         """Of a recurrent layer, say."""
 
-    monkeypatch.setattr(scoring, "make_prompt_cache", lambda model: [State() for _ in model.layers])
+    monkeypatch.setattr(scoring, "make_prompt_cache", lambda model, kv_bits: [State() for _ in model.layers])
     scorer = Scorer(model, 512)
     assert not scorer.sharing
     for one, other in zip(scorer.score(asked), shared, strict=True):

@@ -364,9 +364,8 @@ def assert_holds(caches: list[KVCache], model: Model, ids: list[int]) -> None:
     fresh = make_prompt_cache(model)
     model(mx.array([ids[:offset]]), cache=fresh)
     for cache, expected in zip(caches, fresh, strict=True):
-        assert cache.keys is not None and cache.values is not None
-        assert expected.keys is not None and expected.values is not None
-        for held, truth in ((cache.keys, expected.keys), (cache.values, expected.values)):
+        for held, truth in zip(cache.state, expected.state, strict=True):
+            assert held is not None and truth is not None
             np.testing.assert_allclose(held[:, :, :offset], truth[:, :, :offset], atol=2e-3)
 
 

@@ -9,8 +9,12 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elm_mlx import device
+from elm_mlx.errors import InputError
+from elm_mlx.model import ops
 from elm_mlx.model.cache import (
     KVCache,
+    QuantizedCache,
     SegmentedRow,
     StateCache,
     StepCache,
@@ -22,6 +26,7 @@ from elm_mlx.model.cache import (
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
+from elm_mlx.model.packed import Packed
 
 
 def drawn(length: int, seed: int, batch: int = 1, heads: int = 2) -> tuple[mx.array, mx.array]:
@@ -63,7 +68,7 @@ def test_a_cache_is_what_was_written_and_not_trimmed(actions: list[tuple[str, in
 
 def test_an_empty_cache_is_empty() -> None:
     cache = KVCache()
-    assert (cache.offset, cache.capacity, cache.nbytes, cache.state) == (0, 0, 0, (None, None))
+    assert (cache.offset, cache.capacity, cache.nbytes, cache.state) == (0, 0, 0, [None, None])
     assert cache.trim(5) == 0 and cache.is_trimmable()
 
 
@@ -71,13 +76,13 @@ def test_room_is_made_once_and_says_its_size() -> None:
     cache = filled(256)
     assert cache.capacity == 256
     assert cache.nbytes == 2 * 2 * 256 * 4 * 4
-    before = np.array(cache.keys)
+    before = np.array(cache.state[0])
     cache.reserve(257)
     assert cache.capacity == 512 and cache.offset == 256
-    np.testing.assert_array_equal(cache.keys[:, :, :256], before)
-    keys = cache.keys
+    np.testing.assert_array_equal(cache.state[0][:, :, :256], before)
+    keys = cache.state[0]
     cache.reserve(400)
-    assert cache.keys is keys
+    assert cache.state[0] is keys
 
 
 @given(st.integers(1, 20_000), st.integers(0, 4_000))
@@ -96,7 +101,7 @@ def test_the_type_of_what_is_written_stays() -> None:
     keys, _ = cache.update_and_fetch(*(x.astype(mx.bfloat16) for x in drawn(3, 0)))
     assert keys.dtype == mx.bfloat16
     cache.reserve(300)
-    assert cache.keys is not None and cache.keys.dtype == mx.bfloat16
+    assert cache.state[0] is not None and cache.state[0].dtype == mx.bfloat16
 
 
 def test_only_what_comes_after_is_hidden() -> None:
@@ -106,8 +111,7 @@ def test_only_what_comes_after_is_hidden() -> None:
 
 def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     cache = filled(5)
-    assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step([5]))
+    step = StepCache(KVCache(), cache.state, *place_step([5]))
     np.testing.assert_array_equal(step.offset, [5])
     new = drawn(1, 9)
     keys, values = step.update_and_fetch(*new)
@@ -122,8 +126,8 @@ def test_each_row_of_a_step_writes_at_its_own_position() -> None:
     cache, lengths = KVCache(), (5, 3, 1)
     for row, length in enumerate(lengths):
         cache.put(row, filled(length, seed=length))
-    assert cache.keys is not None and cache.values is not None and cache.keys.shape[0] == row_slots(3) == 4
-    step = StepCache(cache.keys, cache.values, *place_step(lengths))
+    assert cache.state[0] is not None and cache.state[0].shape[0] == row_slots(3) == 4
+    step = StepCache(KVCache(), cache.state, *place_step(lengths))
     np.testing.assert_array_equal(step.offset, lengths)
     new = drawn(1, 9, batch=3)
     keys, values = step.update_and_fetch(*new)
@@ -156,12 +160,13 @@ def test_rows_come_and_go_and_the_others_stay_what_they_are(data: st.DataObject)
             texts.append(filled(length, seed))
             cache.put(len(texts) - 1, filled(length, seed))
         for row, text in enumerate(texts):
-            assert cache.keys is not None and text.keys is not None
-            np.testing.assert_array_equal(cache.keys[row, :, : text.offset], text.keys[0, :, : text.offset])
+            keys, theirs = cache.state[0], text.state[0]
+            assert keys is not None and theirs is not None
+            np.testing.assert_array_equal(keys[row, :, : text.offset], theirs[0, :, : text.offset])
             copied = cache.single(row, text.offset)
             assert copied.offset == text.offset and copied.capacity % KVCache.step == 0
-            np.testing.assert_array_equal(copied.values[0, :, : text.offset], text.values[0, :, : text.offset])
-        assert not texts or len(texts) <= cache.keys.shape[0] <= 4 * len(texts)
+            np.testing.assert_array_equal(copied.state[1][0, :, : text.offset], text.state[1][0, :, : text.offset])
+        assert not texts or len(texts) <= cache.state[0].shape[0] <= 4 * len(texts)
 
 
 def test_blocks_restore_a_cache() -> None:
@@ -218,8 +223,7 @@ def test_a_window_hides_what_is_too_long_ago() -> None:
     mask = np.array(cache.make_mask(3, window_size=4))
     for row, position in enumerate((6, 7, 8)):
         np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(position - 3, position + 1))
-    assert cache.keys is not None and cache.values is not None
-    step = StepCache(cache.keys, cache.values, *place_step([6]))
+    step = StepCache(KVCache(), cache.state, *place_step([6]))
     np.testing.assert_array_equal(np.flatnonzero(np.array(step.make_mask(1, window_size=4))), [3, 4, 5, 6])
 
 
@@ -232,3 +236,130 @@ def test_texts_in_a_row_see_themselves_alone_and_their_window() -> None:
     mask = np.array(row.make_mask(6, window_size=2)).reshape(6, 6)
     seen = {(0, 0), (1, 0), (1, 1), (2, 1), (2, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5)}
     assert {(int(i), int(j)) for i, j in np.argwhere(mask)} == seen
+
+
+# --- in 8 and 4 bits
+
+
+def wide(length: int, seed: int = 0, batch: int = 1, head_dim: int = 64) -> tuple[mx.array, mx.array]:
+    keys, values = mx.random.normal((2, batch, 2, length, head_dim), key=mx.random.key(seed))
+    return keys, values
+
+
+def rounded(x: mx.array, bits: int) -> mx.array:
+    """What MLX's own quantization of these values leaves of them."""
+    group = 64 if x.shape[-1] % 64 == 0 else 32
+    return mx.dequantize(*mx.quantize(x, group, bits), group, bits)
+
+
+def packed_cache(bits: int, length: int, seed: int = 0, head_dim: int = 64) -> QuantizedCache:
+    cache = QuantizedCache(bits)
+    cache.update_and_fetch(*wide(length, seed, head_dim=head_dim))
+    return cache
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@settings(max_examples=10, deadline=None)
+@given(actions=steps)
+def test_quantized_keys_are_what_was_written_but_for_the_codes(
+    bits: int, head_dim: int, actions: list[tuple[str, int]]
+) -> None:
+    cache, kept = QuantizedCache(bits), [mx.zeros((1, 2, 0, head_dim))] * 2
+    for seed, (action, count) in enumerate(actions):
+        if action == "trim":
+            cache.trim(count)
+            kept = [x[:, :, : cache.offset] for x in kept]
+        else:
+            new = wide(count, seed, head_dim=head_dim)
+            found = cache.update_and_fetch(*new)
+            kept = [mx.concatenate([old, rounded(x, bits)], axis=2) for old, x in zip(kept, new, strict=True)]
+            for array, expected in zip(found, kept, strict=True):
+                assert isinstance(array, mx.array)
+                np.testing.assert_array_equal(array, expected)
+        assert cache.offset == kept[0].shape[2] <= cache.capacity
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_position_takes_the_bytes_of_its_codes_and_scales(bits: int) -> None:
+    cache = packed_cache(bits, 256)
+    assert cache.nbytes == 256 * 2 * 2 * (64 * bits // 8 + 8)
+    half = QuantizedCache(bits)
+    half.update_and_fetch(*(x.astype(mx.bfloat16) for x in wide(256)))
+    assert half.nbytes == 256 * 2 * 2 * (64 * bits // 8 + 4)
+    found, _ = half.fetched([array for array in half.state if array is not None], 9)
+    assert isinstance(found, mx.array) and found.dtype == mx.bfloat16
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_rows_come_and_go_and_are_blocks(bits: int) -> None:
+    lengths = (300, 5, 260)
+    texts = [packed_cache(bits, length, seed) for seed, length in enumerate(lengths)]
+    cache = QuantizedCache(bits)
+    for row, text in enumerate(texts):
+        cache.put(row, text)
+    cache.drop(0, 3)
+    for row, text in ((0, texts[2]), (1, texts[1])):
+        single = cache.single(row, text.offset)
+        assert isinstance(single, QuantizedCache) and single.bits == bits
+        for array, expected in zip(single.block(0, 0, text.offset), text.block(0, 0, text.offset), strict=True):
+            np.testing.assert_array_equal(array, expected)
+    restored = QuantizedCache(bits)
+    restored.restore([texts[0].block(0, start, start + 100) for start in (0, 100, 200)], 300)
+    assert restored.capacity == 512
+    for array, expected in zip(restored.block(0, 0, 300), texts[0].block(0, 0, 300), strict=True):
+        np.testing.assert_array_equal(array, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_row_is_the_one_that_it_would_be_alone(bits: int) -> None:
+    """To the bit: in a step of one row, of several, and read in one piece."""
+    lengths, cache, new = (5, 3, 1), QuantizedCache(bits), wide(1, 9, batch=3)
+    for row, length in enumerate(lengths):
+        cache.put(row, packed_cache(bits, length, seed=length))
+    step = cache.inside([array for array in cache.state if array is not None], *place_step(lengths))
+    keys, values = step.update_and_fetch(*new)
+    assert isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.shape == (3, 2, 64, 64)
+    for row, length in enumerate(lengths):
+        alone = packed_cache(bits, length, seed=length).update_and_fetch(new[0][row : row + 1], new[1][row : row + 1])
+        for found, expected in zip((keys, values), alone, strict=True):
+            np.testing.assert_array_equal(found[row, :, : length + 1], expected[0])  # type: ignore[index]
+        assert not np.array(keys[row, :, length + 1 :]).any(), "what no step has written is no number that hurts"
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("queries", [1, 3, 8, 9])
+def test_a_gpu_multiplies_codes_and_a_cpu_what_they_stand_for(
+    bits: int, queries: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = mx.random.normal((1, 6, queries, head_dim), key=mx.random.key(5))
+    found = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(device, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        cache = packed_cache(bits, 70, head_dim=head_dim)
+        keys, values = cache.update_and_fetch(*wide(queries, 7, head_dim=head_dim))
+        assert isinstance(keys, Packed) == isinstance(values, Packed) == (on_gpu and queries <= 8)
+        mask = "causal" if queries > 1 else None
+        found.append(ops.attention(asked, keys, values, head_dim**-0.5, mask))
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    window = mx.arange(70 + queries) > 40
+    keys, values = cache.fetched([array[:, :, : cache.offset] for array in cache.state if array is not None], 1)
+    np.testing.assert_allclose(
+        ops.attention(asked[:, :, :1], keys, values, head_dim**-0.5, window),
+        mx.fast.scaled_dot_product_attention(
+            asked[:, :, :1], *(cached.unpacked() for cached in (keys, values)), scale=head_dim**-0.5, mask=window  # type: ignore[union-attr]
+        ),
+        atol=1e-5,
+    )  # fmt: skip
+
+
+def test_models_whose_keys_cannot_be_quantized_are_refused() -> None:
+    for fields, bits, reason in (
+        ({"head_dim": 16}, 8, "heads of 16 values cannot be quantized: groups of 64 or 32 do not fit"),
+        ({"head_dim": 64}, 3, "--kv-bits 3: 8 or 4 are possible"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            make_prompt_cache(Model(tiny.scaled_config(64, **fields)), bits)
+    caches = make_prompt_cache(Model(tiny.scaled_config(64, head_dim=32)), 4)
+    assert all(isinstance(cache, QuantizedCache) and cache.kind == "keys and values in 4 bits" for cache in caches)
