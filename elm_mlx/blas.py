@@ -40,6 +40,7 @@ SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 PREFIX = "scipy_"
 OWN_FEW_ROWS = ", few rows by elm-mlx"
 SHIM = Path(__file__).with_name("cblas.c")
+_SOURCES = (SHIM, SHIM.with_name("sublayers.c"), SHIM.with_name("vectors.h"))
 _RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 _opened: list[ctypes.CDLL] = []  # what serves, for as long as the process lives
@@ -116,6 +117,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         change(kept)
+
+
+def own(name: str) -> ctypes.CDLL | None:
+    """Returns the library made of cblas.c, if it serves, and has a function of that name."""
+    return next((library for library in _opened if hasattr(library, name)), None)
 
 
 def _openblas(name: str) -> Callable[..., int] | None:
@@ -223,7 +229,7 @@ def _made(original: Path, make: Callable[[Path, Path], None], beside: Path | Non
     """
     stat = original.stat()
     built_for = (_processor(), os.environ.get("OPENBLAS_CORETYPE"), _compiler())
-    key = repr((original, stat.st_size, stat.st_mtime_ns, SHIM.read_bytes(), built_for))
+    key = repr((original, stat.st_size, stat.st_mtime_ns, [source.read_bytes() for source in _SOURCES], built_for))
     stem = f"libcblas{make.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     cache = _cache_directory()
     with nullcontext(str(cache)) if cache else tempfile.TemporaryDirectory(prefix="elm-mlx-") as name:

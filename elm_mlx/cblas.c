@@ -14,14 +14,13 @@
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/random.h>
+
+#include "vectors.h"
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
-/* Numbers that a register holds, and rows whose sums with three columns all have registers. */
-#ifdef __AVX512F__
-enum { LANES = 16, MOST = 8 };
-#else
-enum { LANES = 8, MOST = 4 };
-#endif
+enum { MOST = LANES == 16 ? 8 : 4 }; /* rows whose sums with three columns all have registers */
 enum { FEW = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
 
 void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
@@ -42,27 +41,6 @@ struct product {
   float *c;
   long a_step, b_step, c_step;
 };
-
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
-
-static inline float total(const lanes *numbers) {
-  float x[LANES];
-  *(lanes *)x = *numbers;
-  for (int i = 0; i < LANES / 2; i++) x[i] += x[i + LANES / 2];
-  for (int i = 0; i < LANES / 4; i++) x[i] += x[i + LANES / 4];
-  for (int i = 0; i < LANES / 8; i++) x[i] += x[i + LANES / 8];
-  return LANES == 16 ? x[0] + x[1] : x[0];
-}
-
-/* Has what was read once stay in a register: GCC would have each multiplication read it again, and of rows that lie
-   across lines of the cache, as MLX's do, reading them three times takes longer than all the rest. */
-#ifdef __AVX512F__
-#define IN_REGISTER(x) __asm__("" : "+v"(x))
-#elif defined(__AVX__)
-#define IN_REGISTER(x) __asm__("" : "+x"(x))
-#else
-#define IN_REGISTER(x)
-#endif
 
 /* Scalar products of I rows with J: as many running sums as registers hold. */
 #define TILE(I, J)                                                                                                  \
@@ -171,19 +149,42 @@ static void columns(const struct product *p, int from, int to) {
     for (int i = 0; i < p->m; i++) tile_1_1(p, i, j);
 }
 
-/* One product at a time is shared out. Whoever takes a portion takes the highest that is left, and says when it is
-   done; `left` is at most 0 when there is none, and then `shared` belongs to who holds `sharing`. */
-static struct product shared;
-static int portion;
+/* What stands where MLX takes a matrix to begin, if that is none but something else to compute from the rows. The mark is
+   drawn by each process, so that no file can hold it. */
+struct description {
+  unsigned char mark[32];
+  int kind;
+};
+enum { RETIRED, READ, WRITE, FEED };
+unsigned char elm_mlx_mark[32];
+
+__attribute__((constructor)) static void draw_mark(void) {
+  if (getrandom(elm_mlx_mark, sizeof elm_mlx_mark, 0) != sizeof elm_mlx_mark) abort();
+}
+
+static int is_described(const float *b, int n, int k) {
+  return (long)n * k * 4 >= (long)sizeof(struct description) && !memcmp(b, elm_mlx_mark, sizeof elm_mlx_mark);
+}
+
+/* One job at a time is shared out: n columns, of which a call computes some. Whoever takes a portion takes the highest
+   that is left, and says when it is done; `left` is at most 0 when there is none, and then `shared` belongs to who holds
+   `sharing`. */
+typedef void (*compute)(const void *what, int from, int to);
+static struct {
+  compute columns;
+  const void *what;
+  int n, portion;
+} shared;
 static atomic_int left, done;
 static pthread_mutex_t sharing = PTHREAD_MUTEX_INITIALIZER, resting = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t called = PTHREAD_COND_INITIALIZER;
+static pthread_rwlock_t living = PTHREAD_RWLOCK_INITIALIZER; /* written by who frees what others may be reading */
 static int helpers;
 
 static void work(void) {
   for (int number; (number = atomic_fetch_sub(&left, 1) - 1) >= 0;) {
-    int from = number * portion, to = from + portion;
-    columns(&shared, from, to < shared.n ? to : shared.n);
+    int from = number * shared.portion, to = from + shared.portion;
+    shared.columns(shared.what, from, to < shared.n ? to : shared.n);
     atomic_fetch_add(&done, 1);
   }
 }
@@ -199,11 +200,12 @@ static void *help(void *nothing) {
   return nothing;
 }
 
-static void forget_helpers(void) { /* a forked process has none */
+static void after_fork(void) { /* a forked process has no helpers, and nobody computes there */
   helpers = 0;
   pthread_mutex_init(&sharing, 0);
   pthread_mutex_init(&resting, 0);
   pthread_cond_init(&called, 0);
+  pthread_rwlock_init(&living, 0);
 }
 
 static void find_helpers(int wanted) {
@@ -215,19 +217,18 @@ static void find_helpers(int wanted) {
   pthread_sigmask(SIG_SETMASK, &kept, 0);
 }
 
-__attribute__((constructor)) static void prepare(void) { pthread_atfork(0, 0, forget_helpers); }
+__attribute__((constructor)) static void prepare(void) { pthread_atfork(0, 0, after_fork); }
 
-static void few_rows(const struct product *p) {
+/* Computes n columns, with helpers where `multiplications` are worth it; no portion cuts `together` of them. */
+static void share(compute part, const void *what, int n, int together, long multiplications) {
   int threads = scipy_openblas_get_num_threads();
-  if (threads < 2 || (long)p->m * p->n * p->k < WORTH_SHARING || pthread_mutex_trylock(&sharing)) {
-    columns(p, 0, p->n);
+  if (threads < 2 || multiplications < WORTH_SHARING || pthread_mutex_trylock(&sharing)) {
+    part(what, 0, n);
     return;
   }
   find_helpers(threads - 1);
-  shared = *p;
-  int together = p->transposed ? 3 : 8 * LANES; /* columns, that no portion should cut */
-  portion = (p->n / (threads * PORTIONS) / together + 1) * together;
-  int portions = (p->n + portion - 1) / portion;
+  int portion = (n / (threads * PORTIONS) / together + 1) * together, portions = (n + portion - 1) / portion;
+  shared.columns = part, shared.what = what, shared.n = n, shared.portion = portion;
   atomic_store(&done, 0);
   pthread_mutex_lock(&resting);
   atomic_store(&left, portions);
@@ -238,10 +239,20 @@ static void few_rows(const struct product *p) {
   pthread_mutex_unlock(&sharing);
 }
 
+static void product_columns(const void *p, int from, int to) { columns(p, from, to); }
+
+static void few_rows(const struct product *p) {
+  share(product_columns, p, p->n, p->transposed ? 3 : 8 * LANES, (long)p->m * p->n * p->k);
+}
+
+#include "sublayers.c"
+
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc) {
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
-  if (some && m <= FEW && ta == NO_TRANS) {
+  if (some && is_described(b, n, k)) {
+    sublayer((const struct sublayer *)b, m, n, a, lda, c, ldc);
+  } else if (some && m <= FEW && ta == NO_TRANS) {
     few_rows(&(struct product){m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc});
   } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */
     int step = ta == NO_TRANS ? 1 : lda;

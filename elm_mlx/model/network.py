@@ -17,6 +17,7 @@ from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, StepCache
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
 from elm_mlx.model.ops import Mask, Rope, Rotate
+from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, few_rows
 
 Cache: TypeAlias = KVCache | StepCache
 
@@ -111,6 +112,15 @@ class Block(nn.Module):
         x = x + self.attn(self.attn_norm(x), mask, rotate, cache)
         return x + self.ffn(self.ffn_norm(x))
 
+    def parts(self, rope: Rope) -> LayerParts:
+        """Returns the modules by what they are for."""
+        own, ffn = self.attn, self.ffn
+        return LayerParts(
+            [own.qkv_proj], own.out_proj, [ffn.proj_1], ffn.proj_2, own.num_heads, own.num_kv_heads, own.head_dim, rope,
+            ffn.with_glu, before=self.attn_norm, ffn_before=self.ffn_norm,
+            query_norm=own.q_norm if own.normalize_qk else None, key_norm=own.k_norm if own.normalize_qk else None,
+        )  # fmt: skip
+
 
 class Transformer(nn.Module):
     """Embedding, layers and the last norm: everything but the head."""
@@ -124,6 +134,10 @@ class Transformer(nn.Module):
 
     def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: ops.Segments | None = None) -> mx.array:
         x = self.token_embeddings(ids)
+        if cache is not None and ids.size <= MOST_ROWS:
+            few = few_rows(self, lambda: [layer.parts(self.rope) for layer in self.layers])
+            if few is not None:
+                return self.norm(few(x, cache))
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
         offset = 0 if caches[0] is None else caches[0].offset

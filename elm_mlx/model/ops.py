@@ -98,6 +98,15 @@ class Rope:
         turn = self._turn(length, offset, self._frequencies(length, offset, text_length))
         return lambda x: turn(x) if x.dtype == mx.float32 else self._fused(x, offset, text_length)
 
+    def turns(self, length: int, offset: int | mx.array, text_length: int = 0) -> mx.array:
+        """Returns cosines and sines, side by side, for `(1 or batch, length, 2 * head_dim)`; arguments as of a call."""
+        single = isinstance(offset, int)
+        first = mx.array([offset]) if isinstance(offset, int) else offset
+        positions = (first[:, None] + mx.arange(length))[:, :, None]
+        frequencies = self._frequencies(length, offset if single else first[:, None], text_length)
+        angles = positions * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
+        return mx.concatenate([self._scaled(mx.cos(angles)), self._scaled(mx.sin(angles))], axis=-1)
+
     def _frequencies(self, length: int, offset: int | mx.array, text_length: int) -> mx.array:
         """Returns `(head_dim,)`, or `(batch, head_dim)`: radians a position of each value, 0 for those not rotated."""
         if isinstance(offset, int):

@@ -26,6 +26,7 @@ from elm_mlx.model.cache import SegmentedRow, StateCache
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.ops import Rope, Rotate, Segments
 from elm_mlx.model.rope_config import RopeConfig
+from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, few_rows
 
 _PACKAGE = "elm_mlx_networks"
 
@@ -60,12 +61,38 @@ class NetworkProtocol:
             if not self.config.positions:
                 raise InputError(f"several texts in a row: {self.config.family.name} cannot tell them apart")
             cache = [SegmentedRow(segments) for _ in layers]
+        elif cache is not None and self.ropes and ids.size <= MOST_ROWS:
+            few = few_rows(self, self._parts)
+            if few is not None:
+                body = getattr(self, self.body_name)
+                return body.norm(few(getattr(body, self.embedding_name)(ids), cache))
         with _rotating(self.ropes, ids.shape[1], cache):
             hidden = getattr(self, self.body_name)(ids, cache)
         for layer_cache in cache or ():
             if isinstance(layer_cache, StateCache):
                 layer_cache.offset += ids.shape[1]
         return hidden
+
+    def _parts(self) -> list[LayerParts]:
+        """Returns the modules of each layer by what they are for."""
+        values, after = self.config.values, self.config.family.normed_heads
+        types = values["layer_types"] or ["full_attention"] * self.config.num_layers
+        found = []
+        for layer, kind in zip(self.layers, types, strict=True):  # type: ignore[attr-defined]
+            own, mlp = layer.self_attn, layer.mlp
+            norms = (
+                {"query_norm": own.q_norm, "key_norm": own.k_norm, "after": layer.post_attention_layernorm,
+                 "ffn_after": layer.post_feedforward_layernorm}
+                if after
+                else {"before": layer.input_layernorm, "ffn_before": layer.post_attention_layernorm}
+            )  # fmt: skip
+            found.append(LayerParts(
+                [own.qkv_proj] if "qkv_proj" in own else [own.q_proj, own.k_proj, own.v_proj], own.o_proj,
+                [mlp.gate_up_proj] if "gate_up_proj" in mlp else [mlp.gate_proj, mlp.up_proj], mlp.down_proj,
+                values["num_attention_heads"], values["num_key_value_heads"], values["head_dim"], own.rope.rope,
+                window=None if kind == "full_attention" else values["sliding_window"], **norms,
+            ))  # fmt: skip
+        return found
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""
@@ -155,16 +182,16 @@ class _SharedRope(nn.Module):
 
     def __init__(self, rope: Rope) -> None:
         super().__init__()
-        self._rope = rope  # counts as none of the network's modules
+        self.rope = rope  # counts as none of the network's modules
         self.rotate: Rotate | None = None
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """`(batch, heads, length, head_dim)`, rotated; outside a forward pass for positions from `offset` on."""
-        rotate = self._rope(x.shape[2], offset) if self.rotate is None else self.rotate
+        rotate = self.rope(x.shape[2], offset) if self.rotate is None else self.rotate
         return rotate(x)
 
     def begin(self, length: int, offset: int | mx.array, text_length: int) -> None:
-        self.rotate = self._rope(length, offset, text_length)
+        self.rotate = self.rope(length, offset, text_length)
 
 
 def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:

@@ -1,0 +1,237 @@
+"""Layers for few rows on a CPU, as decoding has them: each is three products by `sublayers.c`, and attention.
+
+MLX takes some 3 µs for an operation however small, and a layer has sixty. A `Sublayer` is one: in MLX's eyes a product
+with a matrix, of which there is just the beginning, and in it the addresses of the weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import operator
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from elm_mlx import blas, device
+from elm_mlx.model import ops
+from elm_mlx.model.ops import Rope
+
+MOST_ROWS = 8  # whose results have the same bits whatever their number
+_READ, _WRITE, _FEED = 1, 2, 3
+_NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p), ("eps", ctypes.c_float), ("kind", ctypes.c_int), ("n", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int), ("inputs", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _Sublayer(ctypes.Structure):
+    _fields_ = (
+        ("mark", ctypes.c_ubyte * 32), ("kind", ctypes.c_int), ("width", ctypes.c_int), ("heads", ctypes.c_int),
+        ("key_heads", ctypes.c_int), ("head_dim", ctypes.c_int), ("rotated", ctypes.c_int), ("gated", ctypes.c_int),
+        ("before", _Norm), ("queries", _Norm), ("keys", _Norm), ("after", _Norm),
+        ("first", _Linear * 3), ("last", _Linear),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules of a transformer's layer: `x + after(attention(before(x)))`, and the same with the FFN.
+
+    Attributes:
+        projections: of queries, keys and values, or of all three.
+        query_norm, key_norm: over a head, or over all of them, before RoPE.
+        ffn_first: of gates and what they multiply, or of both; where it is not `gated`, of the FFN's inner values.
+        window: the positions that it sees at most; None for all.
+        rope: layers with the same one share its sines.
+    """
+
+    projections: Sequence[nn.Module]
+    output: nn.Module
+    ffn_first: Sequence[nn.Module]
+    ffn_last: nn.Module
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope
+    gated: bool = True
+    window: int | None = None
+    before: nn.Module | None = None
+    query_norm: nn.Module | None = None
+    key_norm: nn.Module | None = None
+    after: nn.Module | None = None
+    ffn_before: nn.Module | None = None
+    ffn_after: nn.Module | None = None
+
+    def modules(self) -> list[nn.Module]:
+        norms = (self.before, self.query_norm, self.key_norm, self.after, self.ffn_before, self.ffn_after)
+        linears = (*self.projections, self.output, *self.ffn_first, self.ffn_last)
+        return [*linears, *(norm for norm in norms if norm is not None)]
+
+
+class FewRows:
+    """The layers of a transformer for up to `MOST_ROWS` rows.
+
+    Raises:
+        _Other: a part is none that `sublayers.c` knows, or not in float32.
+    """
+
+    def __init__(self, layers: Sequence[LayerParts]) -> None:
+        self.layers = [_Layer(parts) for parts in layers]
+        self._made_of = _made_of(layers)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of a model makes its own, by the addresses of its own weights."""
+
+    def is_of(self, layers: Sequence[LayerParts]) -> bool:
+        """Returns whether these are the same modules, with the weights that they had."""
+        now = _made_of(layers)
+        return len(now) == len(self._made_of) and all(map(operator.is_, now, self._made_of))
+
+    def __call__(self, x: mx.array, caches: Sequence[Any]) -> mx.array:
+        """`(batch, length, model_dim)` to the same, but for the last norm; keys and values join `caches`."""
+        batch, length, width = x.shape
+        x = x.reshape(-1, width)
+        offset = caches[0].offset
+        if not isinstance(offset, int):
+            offset = mx.array(offset)  # a cache may count on in the array itself
+        text_length = getattr(caches[0], "text_length", 0)
+        turns: dict[int, mx.array] = {}
+        masks: dict[int | None, ops.Mask] = {}
+        for layer, cache in zip(self.layers, caches, strict=True):
+            rope, window = layer.parts.rope, layer.parts.window
+            if id(rope) not in turns:
+                turns[id(rope)] = mx.broadcast_to(
+                    rope.turns(length, offset, text_length), (batch, length, 2 * rope.head_dim)
+                ).reshape(-1, 2 * rope.head_dim)
+            if window not in masks:
+                masks[window] = cache.make_mask(length, return_array=False, window_size=window)
+            x = layer(x, batch, length, masks[window], turns[id(rope)], cache)
+        return x.reshape(batch, length, width)
+
+
+def _made_of(layers: Sequence[LayerParts]) -> list[Any]:
+    modules = [module for parts in layers for module in parts.modules()]
+    return [part for module in modules for part in (module, module.get("weight"), module.get("bias"))]
+
+
+class _Layer:
+    def __init__(self, parts: LayerParts) -> None:
+        self.parts = parts
+        self._weights: list[mx.array] = []
+        heads = parts.heads + 2 * parts.kv_heads
+        width = self._linear(parts.ffn_last).outputs
+        read = _Sublayer(
+            kind=_READ, width=width, heads=parts.heads, key_heads=parts.kv_heads, head_dim=parts.head_dim,
+            rotated=parts.rope.config.dims, before=self._norm(parts.before), queries=self._norm(parts.query_norm),
+            keys=self._norm(parts.key_norm), first=self._linears(parts.projections),
+        )  # fmt: skip
+        write = _Sublayer(kind=_WRITE, width=width, after=self._norm(parts.after), last=self._linear(parts.output))
+        feed = _Sublayer(
+            kind=_FEED, width=width, gated=parts.gated, before=self._norm(parts.ffn_before),
+            after=self._norm(parts.ffn_after), first=self._linears(parts.ffn_first), last=self._linear(parts.ffn_last),
+        )  # fmt: skip
+        made = zip(
+            (read, write, feed),
+            (width + 2 * parts.head_dim, parts.heads * parts.head_dim, width),
+            (heads * parts.head_dim, width, width),
+            strict=True,
+        )
+        self._read, self._write, self._feed = (self._matrix(spec, inputs, outputs) for spec, inputs, outputs in made)
+
+    def __call__(self, x: mx.array, batch: int, length: int, mask: ops.Mask, turns: mx.array, cache: Any) -> mx.array:
+        """Rows `(batch * length, model_dim)` to the same; `turns` are the cosines and sines of each."""
+        parts = self.parts
+        heads = (mx.concatenate([x, turns], axis=-1) @ self._read).reshape(batch, length, -1, parts.head_dim)
+        heads = heads.reshape(batch, -1, 1, parts.head_dim) if length == 1 else heads.swapaxes(1, 2)
+        queries, keys, values = mx.split(heads, [parts.heads, parts.heads + parts.kv_heads], axis=1)
+        keys, values = cache.update_and_fetch(keys, values)
+        out = ops.attention(queries, keys, values, parts.head_dim**-0.5, mask)
+        if length > 1:
+            out = out.swapaxes(1, 2)
+        return mx.addmm(x, out.reshape(batch * length, -1), self._write) @ self._feed
+
+    def _norm(self, norm: nn.Module | None) -> _Norm:
+        if norm is None:
+            return _Norm(kind=_NO_NORM)
+        if isinstance(norm, nn.LayerNorm) and not norm.parameters():
+            return _Norm(kind=_CENTRED, eps=norm.eps)
+        if not isinstance(norm, nn.Module) or set(norm.parameters()) != {"weight"} or not hasattr(norm, "eps"):
+            raise _Other
+        return _Norm(self._address(norm, "weight"), norm.eps, _ROOT_MEAN_SQUARE, norm.weight.size)
+
+    def _linear(self, linear: nn.Module) -> _Linear:
+        if type(linear) is not nn.Linear:
+            raise _Other
+        bias = self._address(linear, "bias") if "bias" in linear else None
+        outputs, inputs = linear.weight.shape
+        return _Linear(self._address(linear, "weight"), bias, outputs, inputs)
+
+    def _linears(self, linears: Sequence[nn.Module]) -> Any:
+        return (_Linear * 3)(*map(self._linear, linears))
+
+    def _address(self, module: nn.Module, name: str) -> int:
+        weight = module[name]
+        if weight.dtype != mx.float32:
+            raise _Other
+        mx.eval(weight)
+        if not memoryview(weight).c_contiguous:
+            raise _Other
+        self._weights.append(weight)
+        return _address(weight)
+
+    def _matrix(self, spec: _Sublayer, inputs: int, outputs: int) -> mx.array:
+        library = _library()
+        assert library is not None
+        spec.mark[:] = (ctypes.c_ubyte * 32).in_dll(library, "elm_mlx_mark")
+        words = mx.array(memoryview(bytes(spec)).cast("I"))
+        mx.eval(words)
+        matrix = mx.as_strided(words.view(mx.float32), (inputs, outputs), (1, inputs))
+        mx.eval(matrix)
+        weakref.finalize(self, _retire, words, self._weights)
+        return matrix
+
+
+class _Other(Exception):
+    """A layer is not of the parts that `sublayers.c` knows."""
+
+
+def few_rows(model: nn.Module, layers: Callable[[], Sequence[LayerParts]]) -> FewRows | None:
+    """Returns the layers of `model` for few rows, made once and kept with it; None where they cannot be made."""
+    if device.on_gpu() or _library() is None:
+        return None
+    kept, parts = getattr(model, "_few_rows", None), layers()
+    if kept is None or not kept.is_of(parts):
+        try:
+            kept = FewRows(parts)
+        except _Other:
+            kept = None
+        object.__setattr__(model, "_few_rows", kept)  # beside the model's parts, not one of them
+    return kept
+
+
+def _library() -> ctypes.CDLL | None:
+    return blas.own("elm_mlx_retire")
+
+
+def _address(array: mx.array) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array)))
+
+
+def _retire(words: mx.array, weights: list[mx.array]) -> None:
+    """Waits for products with the weights that are being computed; then they may be freed."""
+    library = _library()
+    assert library is not None
+    library.elm_mlx_retire(ctypes.c_void_p(_address(words)))

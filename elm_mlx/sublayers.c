@@ -1,0 +1,217 @@
+/* A network's sublayers for few rows: norm, products and what lies between them, as one product in MLX's eyes. Included
+   by cblas.c; made by model/sublayers.py.
+
+   An operation costs MLX more than most of these compute. Rows are computed by the same instructions whatever their
+   number, and whatever the number of threads. There are three:
+   READ   rows of the residual stream, each with the cosines and sines of its position behind it, to queries, keys and
+          values;
+   WRITE  what attention gives, added to the stream;
+   FEED   the stream and an FFN's output, added. */
+
+#include <math.h>
+#include <stdlib.h>
+
+/* A norm over n values: by their root mean square, or by their deviation after the mean is taken off. */
+struct norm {
+  const float *weight; /* NULL: none */
+  float eps;
+  int kind, n;
+};
+enum { NO_NORM, ROOT_MEAN_SQUARE, CENTRED };
+
+struct linear {
+  const float *weight, *bias; /* outputs rows of inputs; the bias may be NULL */
+  int outputs, inputs;
+};
+
+struct sublayer {
+  struct description head;
+  int width; /* of the residual stream */
+  int heads, key_heads, head_dim, rotated; /* `rotated` of a head's values are, pairs half of them apart */
+  int gated; /* silu(gate) * up, gate coming first; else silu */
+  struct norm before, queries, keys, after;
+  struct linear first[3], last; /* READ and FEED read by those of `first` that have outputs; WRITE, FEED add `last` */
+};
+/* Forgets the weights, which are freed after this; who multiplies with it later gets no numbers. */
+void elm_mlx_retire(struct sublayer *s) {
+  pthread_rwlock_wrlock(&living);
+  s->head.kind = RETIRED;
+  pthread_rwlock_unlock(&living);
+}
+
+static inline lanes silu(lanes x) {
+  x = at_least(x, -87); /* where it is 1e-36 from 0 */
+  return x / (1 + exponential(at_least(-x, -87)));
+}
+
+/* gate = silu(gate) * up, or without `up` silu(gate); also of what fills no register, so that all are computed alike */
+static void activate(float *gate, const float *up, int n) {
+  for (int at = 0; at < n; at += LANES) {
+    size_t bytes = 4 * (n - at < LANES ? n - at : LANES);
+    lanes left = {0}, right = {0};
+    memcpy(&left, gate + at, bytes);
+    if (up) memcpy(&right, up + at, bytes);
+    left = up ? silu(left) * right : silu(left);
+    memcpy(gate + at, &left, bytes);
+  }
+}
+
+static float sum_of(const float *x, float centre, int n, int squared) {
+  lanes sums[4] = {{0}};
+  int at = 0;
+  for (; at + LANES <= n; at += LANES) {
+    lanes value = *(const lanes *)(x + at) - centre;
+    sums[at / LANES % 4] += squared ? value * value : value;
+  }
+  sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  float sum = total(sums);
+  for (; at < n; at++) sum += squared ? (x[at] - centre) * (x[at] - centre) : x[at] - centre;
+  return sum;
+}
+
+static void normalize(const struct norm *norm, const float *x, float *y, int n) {
+  if (norm->kind == NO_NORM) {
+    if (x != y) memcpy(y, x, 4 * n);
+    return;
+  }
+  float centre = norm->kind == CENTRED ? sum_of(x, 0, n, 0) / n : 0;
+  float scale = 1 / sqrtf(sum_of(x, centre, n, 1) / n + norm->eps);
+  if (norm->weight)
+    for (int i = 0; i < n; i++) y[i] = (x[i] - centre) * scale * norm->weight[i];
+  else
+    for (int i = 0; i < n; i++) y[i] = (x[i] - centre) * scale;
+}
+
+/* A sublayer at work on m rows: the products of `first` into c, side by side. */
+struct reading {
+  const struct sublayer *s;
+  struct product products[3];
+  int starts[4], m;
+  float *c;
+  long c_step;
+};
+
+static struct product product_of(const struct linear *l, int m, const float *a, long a_step, float *c, long c_step) {
+  return (struct product){m, l->outputs, l->inputs, 1, 1, 0, a, l->weight, c, a_step, l->inputs, c_step};
+}
+
+static void add_bias(const struct linear *l, int m, float *c, long c_step, int from, int to) {
+  for (int i = 0; l->bias && i < m; i++)
+    for (int j = from; j < to; j++) c[i * c_step + j] += l->bias[j];
+}
+
+static void read_columns(const void *what, int from, int to) {
+  const struct reading *r = what;
+  for (int part = 0; part < 3; part++) {
+    int start = r->starts[part], end = r->starts[part + 1];
+    int first = (from > start ? from : start) - start, last = (to < end ? to : end) - start;
+    if (first >= last) continue;
+    columns(&r->products[part], first, last);
+    add_bias(&r->s->first[part], r->m, r->c + start, r->c_step, first, last);
+  }
+}
+
+/* Columns of gates and their partners, and the activation of both. */
+static void feed_columns(const void *what, int from, int to) {
+  const struct reading *r = what;
+  int partner = r->starts[3] / 2;
+  read_columns(what, from, to);
+  if (r->s->gated) read_columns(what, partner + from, partner + to);
+  for (int i = 0; i < r->m; i++) {
+    float *gate = r->c + i * r->c_step + from;
+    activate(gate, r->s->gated ? gate + partner : 0, to - from);
+  }
+}
+
+static struct reading reading_of(const struct sublayer *s, int m, const float *a, float *c, long c_step) {
+  struct reading r = {.s = s, .m = m, .c = c, .c_step = c_step};
+  for (int part = 0, start = 0; part < 3; part++) {
+    r.products[part] = product_of(&s->first[part], m, a, s->width, c + start, c_step);
+    r.starts[part + 1] = start += s->first[part].outputs;
+  }
+  return r;
+}
+
+/* Memory of a thread, kept for its next sublayer. */
+static float *scratch(size_t floats) {
+  static _Thread_local float *kept;
+  static _Thread_local size_t size;
+  if (floats > size) {
+    free(kept);
+    kept = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
+    if (!kept) abort();
+    size = floats;
+  }
+  return kept;
+}
+
+static void rotate(float *x, const float *turn, int head_dim, int rotated) {
+  const float *cosines = turn, *sines = turn + head_dim;
+  int half = rotated / 2;
+  for (int i = 0; i < half; i++) {
+    float low = x[i], high = x[i + half];
+    x[i] = low * cosines[i] - high * sines[i];
+    x[i + half] = high * cosines[i + half] + low * sines[i + half];
+  }
+}
+
+static void read_stream(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step) {
+  float *normed = scratch((size_t)m * s->width);
+  for (int i = 0; i < m; i++) normalize(&s->before, a + i * a_step, normed + (long)i * s->width, s->width);
+  struct reading r = reading_of(s, m, normed, c, c_step);
+  share(read_columns, &r, r.starts[3], 3, (long)m * s->width * r.starts[3]);
+  for (int i = 0; i < m; i++) {
+    float *head = c + i * c_step;
+    const float *turn = a + i * a_step + s->width;
+    for (int h = 0; h < s->heads + s->key_heads; h++, head += s->head_dim) {
+      const struct norm *norm = h < s->heads ? &s->queries : &s->keys;
+      if (norm->n == s->head_dim || h == 0 || h == s->heads) normalize(norm, head, head, norm->n);
+      rotate(head, turn, s->head_dim, s->rotated);
+    }
+  }
+}
+
+/* c += the norm of `last` of the rows a. */
+static void write_stream(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step,
+                         float *room) {
+  int normed = s->after.kind != NO_NORM;
+  struct product p = product_of(&s->last, m, a, a_step, normed ? room : c, normed ? s->width : c_step);
+  p.beta = !normed;
+  few_rows(&p);
+  add_bias(&s->last, m, p.c, p.c_step, 0, s->width);
+  for (int i = 0; normed && i < m; i++) {
+    float *row = room + (long)i * s->width;
+    normalize(&s->after, row, row, s->width);
+    for (int j = 0; j < s->width; j++) c[i * c_step + j] += row[j];
+  }
+}
+
+static void feed_forward(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step) {
+  long inner = 0;
+  for (int part = 0; part < 3; part++) inner += s->first[part].outputs;
+  float *normed = scratch((size_t)m * (s->width + inner)), *hidden = normed + (long)m * s->width;
+  for (int i = 0; i < m; i++) {
+    normalize(&s->before, a + i * a_step, normed + (long)i * s->width, s->width);
+    memcpy(c + i * c_step, a + i * a_step, 4 * s->width);
+  }
+  struct reading r = reading_of(s, m, normed, hidden, inner);
+  share(feed_columns, &r, s->gated ? inner / 2 : inner, 3 * LANES, (long)m * s->width * inner);
+  write_stream(s, m, hidden, inner, c, c_step, normed);
+}
+
+static void sublayer(const struct sublayer *s, int m, int n, const float *a, long a_step, float *c, long c_step) {
+  pthread_rwlock_rdlock(&living);
+  for (int i = 0, rows; i < m; i += rows, a += rows * a_step, c += rows * c_step) {
+    rows = m - i < FEW ? m - i : FEW;
+    if (s->head.kind == READ)
+      read_stream(s, rows, a, a_step, c, c_step);
+    else if (s->head.kind == WRITE)
+      write_stream(s, rows, a, a_step, c, c_step, scratch((size_t)rows * s->width));
+    else if (s->head.kind == FEED)
+      feed_forward(s, rows, a, a_step, c, c_step);
+    else
+      for (int r = 0; r < rows; r++)
+        for (int j = 0; j < n; j++) c[r * c_step + j] = NAN;
+  }
+  pthread_rwlock_unlock(&living);
+}

@@ -1,0 +1,191 @@
+"""Layers for few rows by `sublayers.c`, against the same network layer by layer in MLX."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import family_cases
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+
+from elm_mlx import blas, device
+from elm_mlx.inference.rows import Rows, prefill
+from elm_mlx.model import network, other_networks, sublayers
+from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.sublayers import MOST_ROWS, few_rows
+from elm_mlx.store import loading
+
+pytestmark = pytest.mark.skipif(
+    blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so every layer is MLX's"
+)
+CLOSE = 1e-5  # of the logits' spread
+FAMILIES = [
+    "llama, biases", "llama, head_dim", "llama, longrope", "mistral, window", "phi3, partial", "olmo", "olmo2", "olmo3",
+]  # fmt: skip
+OPENELMS: dict[str, dict[str, Any]] = {
+    "openelm": {}, "openelm, no gate": {"ffn_with_glu": False},
+    "openelm, heads not normed": {"normalize_qk_projections": False},
+}  # fmt: skip
+
+
+def openelm(**fields: Any) -> network.Model:
+    return tiny.random_model(tiny.scaled_config(320, **fields))
+
+
+@pytest.fixture
+def model() -> network.Model:
+    return openelm()
+
+
+def layers_of(model: network.Model) -> sublayers.FewRows | None:
+    body = model.transformer
+    return few_rows(body, lambda: [layer.parts(body.rope) for layer in body.layers])
+
+
+def without(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (network, other_networks):
+        monkeypatch.setattr(module, "few_rows", lambda *_: None)
+
+
+def logits(model: Any, rows: int) -> mx.array:
+    """Of short prompts, which are few rows too, and of steps of as many texts."""
+    found, together = [], Rows(model)
+    for row in range(rows):
+        ids = [(3 + row + 5 * at) % 60 for at in range(2 + row)]
+        caches = make_prompt_cache(model)
+        found.append(prefill(model, ids, caches))
+        together.join(caches, ids)
+    found += [together.step(mx.array([(7 * row + step) % 60 for row in range(rows)])) for step in range(12)]
+    return mx.concatenate(found)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OPENELMS])
+def test_logits_are_those_of_mlx(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = name in OPENELMS
+    model = openelm(**OPENELMS[name]) if own else loading.load_model(family_cases.write(tmp_path / "m", name))
+    found = {rows: logits(model, rows) for rows in (1, 3)}
+    mx.eval(found)
+    assert isinstance(getattr(model.transformer if own else model, "_few_rows", None), sublayers.FewRows)
+    without(monkeypatch)
+    for rows, ours in found.items():
+        expected = logits(model, rows)
+        assert not mx.array_equal(ours, expected), "both sides are the same code"
+        assert mx.abs(ours - expected).max().item() < CLOSE * (expected.max() - expected.min()).item()
+
+
+def products(model: network.Model) -> list[tuple[Callable[[mx.array], mx.array], int]]:
+    """Each sublayer of the first layer as a function of rows, and how long its rows are."""
+    few = layers_of(model)
+    assert few is not None
+    layer = few.layers[0]
+    config, width = model.config, model.config.model_dim
+    return [
+        (lambda x: x @ layer._read, width + 2 * config.head_dim),
+        (
+            lambda x: mx.addmm(mx.ones((x.shape[0], width)), x, layer._write),
+            config.num_query_heads[0] * config.head_dim,
+        ),
+        (lambda x: x @ layer._feed, width),
+    ]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_row_has_the_same_bits_in_any_company_and_by_any_number_of_threads() -> None:
+    model = openelm(model_dim=512, head_dim=64, num_gqa_groups=1)
+    for compute, length in products(model):
+        x = mx.random.normal((2 * MOST_ROWS + 1, length), key=mx.random.key(length))
+        with blas.one_thread():
+            alone = [compute(row[None]) for row in x]
+            mx.eval(alone)
+            assert mx.array_equal(compute(x), mx.concatenate(alone))
+        for rows in range(1, len(x) + 1):  # more than MOST_ROWS are computed some at a time
+            assert mx.array_equal(compute(x[:rows]), mx.concatenate(alone[:rows])), rows
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_compute_at_once_do_not_disturb_each_other() -> None:
+    model = openelm(model_dim=512, head_dim=64, num_gqa_groups=1)
+    for compute, length in products(model):
+        inputs = [mx.random.normal((3, length), key=mx.random.key(at)) for at in range(16)]
+        alone = [compute(x) for x in inputs]
+        mx.eval(inputs, alone)
+
+        def again(at: int, compute: Any = compute, inputs: Any = inputs, alone: Any = alone) -> bool:
+            with mx.stream(mx.new_stream(mx.cpu)):
+                outputs = [compute(inputs[at]) for _ in range(20)]
+                return all(mx.array_equal(each, alone[at]).item() for each in outputs)
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(again, range(16)))
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-30, 20.0, -20.0, 88.0, -88.0, 1e30, -1e30, math.inf, math.nan])
+def test_gates_of_any_size_are_silus(model: network.Model, gate: float) -> None:
+    layer, width = model.transformer.layers[0], model.config.model_dim
+    weight = mx.zeros_like(layer.ffn.proj_1.weight)
+    weight[0, 0], weight[weight.shape[0] // 2, 0] = gate, 1.0
+    layer.ffn.proj_1.weight = weight
+    few = layers_of(model)
+    assert few is not None
+    x = mx.where(mx.arange(width) % 2 == 0, 1.0, -1.0)[None]  # its norm is itself
+    expected = x + layer.ffn(layer.ffn_norm(x))
+    assert mx.allclose(x @ few.layers[0]._feed, expected, rtol=1e-5, atol=1e-6, equal_nan=True).item()
+
+
+def test_weights_that_are_replaced_are_seen(model: network.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = logits(model, 2)
+    mx.eval(before)
+    ffn = model.transformer.layers[1].ffn
+    ffn.proj_2.weight = ffn.proj_2.weight * 2
+    after = logits(model, 2)
+    mx.eval(after)
+    assert not mx.allclose(before, after).item()
+    without(monkeypatch)
+    assert mx.allclose(after, logits(model, 2), rtol=1e-4, atol=1e-4).item()
+
+
+def test_a_copy_of_a_model_outlives_it(model: network.Model) -> None:
+    expected = logits(model, 1)
+    mx.eval(expected)
+    copied = copy.deepcopy(model)
+    del model
+    junk = [mx.random.normal((1 << 16,)) for _ in range(50)]  # where the weights were
+    mx.eval(junk)
+    assert mx.array_equal(logits(copied, 1), expected).item()
+
+
+def test_products_that_outlive_the_weights_give_no_numbers() -> None:
+    model = openelm()
+    compute, length = products(model)[0]
+    x = mx.ones((1, length))
+    assert mx.isfinite(compute(x)).all().item()
+    pending = compute(x)
+    del model, compute
+    gc.collect()
+    assert mx.isnan(pending).all().item()
+
+
+def test_what_it_does_not_know_is_mlxs(model: network.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "on_gpu", lambda: True)
+        assert layers_of(model) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(blas, "_opened", [])
+        assert layers_of(model) is None
+    assert layers_of(model) is not None
+    layer = model.transformer.layers[0].ffn
+    kept, layer.proj_1 = layer.proj_1, nn.QuantizedLinear.from_linear(layer.proj_1)
+    assert layers_of(model) is None
+    layer.proj_1 = kept
+    assert layers_of(model) is not None
+    kept.weight = kept.weight.astype(mx.bfloat16)
+    assert layers_of(model) is None
+    assert logits(model, 1).dtype == mx.float32
