@@ -46,8 +46,8 @@ def suite(name: str, model: str, precision: str, prompt: int, new: int, batch: i
 
 BITS = (8, 4, 2)
 SPEED = {  # by their titles in the README's table
-    "3.6M": suite("embedded", str(EMBEDDED), "stored", 128, 256, against=("naive", *OTHERS), repeats=5),
-    "270M, bfloat16": suite("270M", SEEDED, "bfloat16", 128, 32, against=("naive", *OTHERS), repeats=5),
+    "3.6M": suite("embedded", str(EMBEDDED), "stored", 128, 256, repeats=5),
+    "270M, bfloat16": suite("270M", SEEDED, "bfloat16", 128, 32, repeats=5),
     "the same, longer": suite("270M-long", SEEDED, "bfloat16", 1024, 32),
     "the same, 8 texts at once": suite("270M-batch", SEEDED, "bfloat16", 128, 16, 8),
     "the same, mlx-lm as installed": suite(

@@ -44,6 +44,8 @@ class RMSNorm(nn.Module):
 class NaiveRMSNorm(RMSNorm):
     """The same function written out as CoreNet writes it: normalised in float32, cast back, then weighted."""
 
+    written_out = True  # so a layer of `sublayers.c`, with a norm of its own, must not take its place
+
     def __call__(self, x: mx.array) -> mx.array:
         wide = x.astype(mx.float32)
         normed = wide * mx.rsqrt(mx.mean(mx.square(wide), axis=-1, keepdims=True) + self.eps)

@@ -170,6 +170,8 @@ class _Layer:
             return _Norm(kind=_CENTRED, eps=norm.eps)
         if not isinstance(norm, nn.Module) or set(norm.parameters()) != {"weight"} or not hasattr(norm, "eps"):
             raise _Other
+        if getattr(norm, "written_out", False):  # to be measured as it is
+            raise _Other
         return _Norm(self._address(norm, "weight"), norm.eps, _ROOT_MEAN_SQUARE, norm.weight.size)
 
     def _linear(self, linear: nn.Module) -> _Linear:

@@ -189,3 +189,11 @@ def test_what_it_does_not_know_is_mlxs(model: network.Model, monkeypatch: pytest
     kept.weight = kept.weight.astype(mx.bfloat16)
     assert layers_of(model) is None
     assert logits(model, 1).dtype == mx.float32
+
+
+def test_a_norm_that_is_written_out_to_be_measured_stays_mlxs(model: network.Model) -> None:
+    model.transformer.norm.__class__ = network.NaiveRMSNorm
+    assert layers_of(model) is not None  # it is in no layer
+    other = openelm()
+    other.transformer.layers[1].ffn_norm.__class__ = network.NaiveRMSNorm
+    assert layers_of(other) is None
