@@ -110,18 +110,18 @@ class Service:
         if (tools_field := fields.tools_field) is not None:
             await asyncio.to_thread(model.tools.check, tools_field)
         await self._check_beginning(model, "messages", "".join(each["content"] for each in fields.messages))
-        ids = await asyncio.to_thread(template.encode, fields.messages, True, fields.tools or None)
+        variables = _read_variables(template, fields.variables)
+        ids = await asyncio.to_thread(template.encode, fields.messages, True, fields.tools or None, variables)
         self._check_length(model, "messages", ids)
         grammar = await asyncio.to_thread(_grammar, model, fields.schema)
-        if fields.tools and grammar is None:
-            grammar = await asyncio.to_thread(model.tools.grammar, fields.tool_use)
+        if fields.tool_use.callable:
+            grammar = await asyncio.to_thread(model.tools.grammar, fields.tool_use, fields.schema)
         if self.log_prompts:
             _log_said(request, template.tokenizer.decode(ids))
-        reads = bool(fields.tools) and bool(fields.tool_use.callable)
         plans = [
             Plan(
                 self._request(model, options, ids, index, fields.likeliest, grammar, template=template),
-                reader=model.tools.reader(fields.tool_use, grammar is not None) if reads else None,
+                reader=model.tools.reader(fields.tool_use, grammar is not None) if fields.tool_use.callable else None,
             )
             for index in range(options.answers)
         ]
@@ -324,6 +324,17 @@ async def _json(request: HTTPRequest) -> Any:
 
 def _log_said(request: HTTPRequest, text: str) -> None:
     request.state.said = f"{getattr(request.state, 'said', '')} {json.dumps(text)}".strip()
+
+
+def _read_variables(template: Template, variables: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the variables by name. Raises FieldError for one that makes no difference to the template."""
+    read = {}
+    for name, (field, value) in variables.items():
+        if template.reads(name):
+            read[name] = value
+        elif (name, value) != ("reasoning_effort", "none"):  # which is what such a template's model does
+            raise FieldError(field, "the model's chat template reads no such variable", "unsupported_parameter")
+    return read
 
 
 def _grammar(model: ServedModel, schema: Mapping[str, Any] | None) -> Grammar | None:

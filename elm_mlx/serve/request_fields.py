@@ -18,12 +18,23 @@ from elm_mlx.serve.tool_calls import ToolsError, ToolUse, parse_tool_calls, pars
 MAX_ANSWERS = 16  # of a prompt, and prompts of a request times answers
 MAX_PROMPTS = 256  # evaluation sends many, of one token each to write
 MAX_LIKELIEST = 20
-MAX_STOPS = 16
+MAX_STOPS = 64  # editors send words that end a completion by the dozen
 MAX_STOP_LENGTH = 1000  # characters
 MAX_MESSAGES = 2000
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+# Fields that say who asks or how fast it should go, and change no answer.
+IGNORED = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prediction", "cache_prompt",
+)  # fmt: skip
 # Fields that ask for nothing by one value, which clients send: any other is refused.
-_NEUTRAL: dict[str, tuple[object, ...]] = {"best_of": (1,), "suffix": ("",), "modalities": (["text"],)}
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "best_of": (1,), "suffix": ("",), "modalities": (["text"],), "verbosity": ("medium",),
+}  # fmt: skip
+_MEANT = {  # other servers' names
+    "n_predict": "max_tokens", "max_new_tokens": "max_tokens", "repeat_penalty": "repetition_penalty",
+    "functions": "tools", "function_call": "tool_choice", "num_ctx": "max_tokens",
+}  # fmt: skip
+_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt")  # of templates: what other fields say
 
 _SETTINGS = {  # name: our name, lowest, highest, whether it counts
     "temperature": ("temp", 0, math.inf, False),
@@ -77,7 +88,8 @@ class ChatFields:
         messages: as chat templates take them.
         tools: the functions to show the model; `tool_use` says how they are to be used.
         likeliest: tokens to report beside each, with log-probabilities; None for no log-probabilities at all.
-        schema: of the JSON that the answer must be; None for any text.
+        schema: of the JSON that the answer must be, unless it calls functions; None for any text.
+        variables: for the chat template, by the fields that name them.
     """
 
     options: Options
@@ -86,6 +98,7 @@ class ChatFields:
     tool_use: ToolUse
     likeliest: int | None
     schema: Mapping[str, Any] | None
+    variables: Mapping[str, tuple[str, Any]]
 
     @property
     def tools_field(self) -> str | None:
@@ -152,7 +165,8 @@ class _Body:
             if value not in values:
                 raise FieldError(name, f"is {short(value)}, which is not supported", "unsupported_parameter")
         for name in self._left:
-            raise FieldError(printable(name)[:100], "there is no such field", "unknown_parameter")
+            meant = f": {_MEANT[name]} is meant" if name in _MEANT else ""
+            raise FieldError(printable(name)[:100], f"there is no such field{meant}", "unknown_parameter")
 
 
 def parse_chat(values: Any) -> ChatFields:
@@ -167,11 +181,10 @@ def parse_chat(values: Any) -> ChatFields:
     if top and not logprobs:
         raise FieldError("top_logprobs", "needs logprobs true")
     schema = _schema(body.take("response_format"))
-    if schema is not None and use.choice != "none":
-        raise FieldError("response_format", "does not go with tools: leave one out, or give tool_choice none")
+    variables = _variables(body.take("chat_template_kwargs", {}), body.take("reasoning_effort"))
     options = _options(body, ("max_completion_tokens", "max_tokens"), schema is not None)
     body.finish()
-    return ChatFields(options, messages, tools, use, (top or 0) if logprobs else None, schema)
+    return ChatFields(options, messages, tools, use, (top or 0) if logprobs else None, schema, variables)
 
 
 def parse_text(values: Any) -> TextFields:
@@ -210,7 +223,7 @@ def _options(body: _Body, lengths: Sequence[str], held: bool, least: int = 1) ->
     include_usage = streaming.get("include_usage") or False
     if not isinstance(include_usage, bool):
         raise FieldError("stream_options.include_usage", f"is {short(include_usage)}: true or false is needed")
-    given = [each for name in lengths if (each := body.whole(name, least, 1 << 31)) is not None]
+    given = [_length(name, each, least) for name in lengths if (each := body.take(name)) is not None]
     if len({*given}) > 1:
         raise FieldError(lengths[-1], f"is {given[1]}, and {lengths[0]} {given[0]}: give one of them")
     settings: dict[str, float] = {}
@@ -265,11 +278,10 @@ def _message(where: str, value: Any) -> dict[str, Any]:
             if not isinstance(left[name], str):
                 raise FieldError(f"{where}.{name}", f"is {short(left[name])}: a text is needed")
             message[name] = left.pop(name)
-    for name in ("refusal", "audio", "annotations", "reasoning_content", "reasoning"):  # of earlier answers
-        left.pop(name, None)
-    for name in left:
-        raise FieldError(f"{where}.{printable(name)[:100]}", "there is no such field", "unknown_parameter")
-    return message
+    for name in ("tool_calls", "tool_call_id", "function_call"):
+        if name in left:
+            raise FieldError(f"{where}.{name}", f"a message of the role {role} has none", "unknown_parameter")
+    return {**left, **message}  # templates may read more, such as reasoning_content
 
 
 def _content(where: str, value: Any) -> str:
@@ -286,6 +298,26 @@ def _content(where: str, value: Any) -> str:
         if not isinstance(part.get("text"), str):
             raise FieldError(f"{where}[{i}].text", f"is {short(part.get('text'))}: a text is needed")
     return "".join(part["text"] for part in value)
+
+
+def _variables(values: Any, effort: Any) -> dict[str, tuple[str, Any]]:
+    """Returns the variables for a chat template: each its field's name, and its value."""
+    if not isinstance(values, dict):
+        raise FieldError("chat_template_kwargs", f"is {short(values)}: an object of a template's variables is needed")
+    variables = {name: (f"chat_template_kwargs.{printable(name)[:100]}", value) for name, value in values.items()}
+    for name, (field, _) in variables.items():
+        if name in _OWN_VARIABLES or name.endswith("_token"):
+            raise FieldError(field, "is no variable that may be chosen")
+    if effort is not None:
+        if not isinstance(effort, str) or variables.get("reasoning_effort", ("", effort))[1] != effort:
+            raise FieldError("reasoning_effort", f"is {short(effort)}: one text is needed")
+        variables["reasoning_effort"] = "reasoning_effort", effort
+    return variables
+
+
+def _length(name: str, value: Any, least: int) -> int:
+    """Returns a number of tokens; -1, as others write it, is as many as the context leaves."""
+    return 1 << 31 if value == -1 else _whole(name, value, least, 1 << 31)
 
 
 def _inputs(name: str, value: Any) -> list[str | list[int]]:

@@ -164,10 +164,13 @@ class ToolCaller:
         if self.form is None:
             raise ToolsError(param, "this model's chat template takes no tools, or writes calls in an unknown form")
 
-    def grammar(self, use: ToolUse) -> Grammar | None:
+    def grammar(self, use: ToolUse, answer: Mapping[str, Any] | None = None) -> Grammar | None:
         """Returns what holds an answer to `use`; None where nothing needs to, or, of "auto", llguidance is absent.
 
-        May take a second: not for an event loop.
+        May take seconds: not for an event loop.
+
+        Args:
+            answer: the schema of the JSON that an answer without calls must be; None for any text.
 
         Raises:
             ToolsError: a function's schema cannot be held to, and it is strict, or a call is required; or llguidance is
@@ -177,20 +180,20 @@ class ToolCaller:
             return None
         required = use.choice == "required"
         try:
-            return self._compiled(self.form, use, required)
+            return self._compiled(self.form, use, answer)
         except ToolsError:
             raise
         except ElmError as error:
-            if required or any(function.strict for function in use.functions):
+            if required or answer is not None or any(function.strict for function in use.functions):
                 raise ToolsError("tool_choice" if required else "tools", str(error)) from None
             return None
 
-    def _compiled(self, form: CallForm, use: ToolUse, required: bool) -> Grammar:
+    def _compiled(self, form: CallForm, use: ToolUse, answer: Mapping[str, Any] | None) -> Grammar:
         try:
-            return self._compiler.lark(_grammar(form, use, [function.parameters for function in use.functions]))
+            return self._compiler.lark(_grammar(form, use, [function.parameters for function in use.functions], answer))
         except InputError:  # of which function?
-            schemas = [self._schema(function, required) for function in use.functions]
-            return self._compiler.lark(_grammar(form, use, schemas))
+            schemas = [self._schema(function, use.choice == "required") for function in use.functions]
+            return self._compiler.lark(_grammar(form, use, schemas, answer))
 
     def _schema(self, function: Function, required: bool) -> Mapping[str, Any]:
         try:
@@ -207,8 +210,10 @@ class ToolCaller:
         return CallReader(self.form, {function.name for function in use.callable}, held)
 
 
-def _grammar(form: CallForm, use: ToolUse, schemas: Sequence[Mapping[str, Any]]) -> str:
-    """Returns the grammar, in llguidance's Lark, of an answer with calls."""
+def _grammar(
+    form: CallForm, use: ToolUse, schemas: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None
+) -> str:
+    """Returns the grammar, in llguidance's Lark, of an answer with calls, or of the JSON that `answer` wants."""
     literal = json.dumps  # Lark quotes a text as JSON does
     rules = [
         f"call{i}: {literal(form.head + function.name + form.middle)} %json {schema_text(schema)} {literal(form.tail)}"
@@ -222,6 +227,8 @@ def _grammar(form: CallForm, use: ToolUse, schemas: Sequence[Mapping[str, Any]])
     begin = f"<[{form.begin_id}]>" if form.begin_id is not None else literal(form.begin) if form.begin else ""
     if use.choice == "required":
         rules.append(f"start: {begin} calls")
+    elif answer is not None:
+        rules += [f"answer: %json {schema_text(answer)}", f"start: answer | {begin} calls"]
     elif form.begin_id is not None:
         rules.append(f"start: TEXT? | TEXT? {begin} calls")
     elif form.begin:

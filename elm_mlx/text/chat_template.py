@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from elm_mlx import files, reading
@@ -28,6 +30,7 @@ from elm_mlx.text.tokenizer import Tokenizer
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]  # functions as OpenAI's API describes them
 Part = str | int
+NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 ROLES = ("system", "user", "assistant")
 OPENELM_INSTRUCT, NONE = "openelm-instruct", "none"
@@ -58,30 +61,46 @@ class Template(ABC):
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
+    def reads(self, variable: str) -> bool:
+        """Returns whether a variable of this name, such as `enable_thinking`, may make a difference."""
+        return False
+
     @abstractmethod
-    def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
+    def parts_of(
+        self,
+        conversations: Sequence[tuple[Messages, bool]],
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[list[Part]]:
         """Returns each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
 
         Args:
             conversations: each its messages, and whether the generation prompt follows, which makes the model answer.
             tools: functions that the model may call, of a template that `takes_tools`.
+            variables: further ones of a template, those that it `reads`.
 
         Raises:
             InputError: the template does not take one of them.
         """
 
-    def encode(self, messages: Messages, add_generation_prompt: bool = True, tools: Tools | None = None) -> list[int]:
+    def encode(
+        self,
+        messages: Messages,
+        add_generation_prompt: bool = True,
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[int]:
         """Returns the ids of the conversation, exactly one BOS in front.
 
         Args:
             messages: each with a `role` of `roles` and its `content`; an assistant's may have `tool_calls`.
             add_generation_prompt: end with the text that makes the model answer.
-            tools: as in `parts_of`.
+            tools, variables: as in `parts_of`.
 
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
         """
-        (parts,) = self.parts_of([(check_messages(messages, self.roles), add_generation_prompt)], tools)
+        (parts,) = self.parts_of([(check_messages(messages, self.roles), add_generation_prompt)], tools, variables)
         return self.tokenizer.encode_parts(parts)
 
     def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
@@ -127,7 +146,12 @@ class OpenELMInstruct(Template):
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self.stop_ids = _unique(*tokenizer.eos_ids, self._eos)
 
-    def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
+    def parts_of(
+        self,
+        conversations: Sequence[tuple[Messages, bool]],
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[list[Part]]:
         return [self._parts(messages, prompt) for messages, prompt in conversations]
 
     def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
@@ -173,10 +197,21 @@ class JinjaTemplate(Template):
         self._pattern = tokenizer.names_of_controls()
         self.stop_ids, self.stop_strings = self._ends()
 
-    def parts_of(self, conversations: Sequence[tuple[Messages, bool]], tools: Tools | None = None) -> list[list[Part]]:
-        given = [TemplateInput(messages, prompt, tools) for messages, prompt in conversations]
-        mark = self._unused_character([*(messages for messages, _ in conversations), tools])
-        shielded = [TemplateInput(*(self._shielded(value, mark) for value in each)) for each in given]
+    def reads(self, variable: str) -> bool:
+        return re.search(rf"\b{re.escape(variable)}\b", self.source + self.tool_source) is not None
+
+    def parts_of(
+        self,
+        conversations: Sequence[tuple[Messages, bool]],
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[list[Part]]:
+        given = [TemplateInput(messages, prompt, tools, variables) for messages, prompt in conversations]
+        mark = self._unused_character([*(messages for messages, _ in conversations), tools, dict(variables)])
+        shielded = [
+            each._replace(messages=self._shielded(each.messages, mark), tools=self._shielded(each.tools, mark))
+            for each in given
+        ]
         differing = [i for i, (one, other) in enumerate(zip(given, shielded, strict=True)) if one != other]
         rendered = self._render([*given, *(shielded[i] for i in differing)])
         for text in rendered:

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import starmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from elm_mlx.errors import ElmError, InputError
@@ -40,12 +41,13 @@ _NO_START = "the process that renders chat templates does not start"
 class TemplateInput(NamedTuple):
     """The input of a template: messages, functions that may be called, and whether the generation prompt follows.
 
-    `tools` are as in OpenAI's API; None for none.
+    `tools` are as in OpenAI's API; None for none. `variables` are those that this template reads beside.
     """
 
     messages: Sequence[Mapping[str, Any]]
     add_generation_prompt: bool
     tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = MappingProxyType({})
 
 
 class Refusal(InputError):
@@ -86,10 +88,16 @@ def render(
         LimitError: it does not stay within the limits.
         ElmError: the process does not start.
     """
-    common = {**names, "documents": None}
     variables = [
-        {**common, "messages": [dict(message) for message in messages], "add_generation_prompt": prompt, "tools": tools}
-        for messages, prompt, tools in starmap(TemplateInput, conversations)
+        {
+            "documents": None,
+            **more,
+            **names,
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": prompt,
+            "tools": tools,
+        }
+        for messages, prompt, tools, more in starmap(TemplateInput, conversations)
     ]
     with _lock:
         try:

@@ -206,6 +206,31 @@ def test_messages_in_all_their_forms_are_one(server: Served) -> None:
         assert status == 200 and answer["choices"][0]["message"]["content"] == ANSWER
 
 
+def test_variables_go_to_the_template_that_reads_them(
+    tmp_path: Path, server: Served, tiny_tokenizer: Tokenizer
+) -> None:
+    thinker = serving.make_talker(tmp_path / "thinker", tiny_tokenizer)
+    with (thinker / "chat_template.jinja").open("a") as file:
+        file.write("{{ 'thinking' if enable_thinking is not defined or enable_thinking }}{{ reasoning_effort }}")
+    body = {"model": "thinker", "messages": QUESTION, "max_tokens": 1}
+    with serving.serving([thinker]) as thinking:
+
+        def tokens(**fields: Any) -> int:
+            status, _, content = thinking.ask("/v1/chat/completions", body | fields)
+            assert status == 200, content
+            return int(content["usage"]["prompt_tokens"])
+
+        quiet = tokens(chat_template_kwargs={"enable_thinking": False})
+        assert quiet < tokens() == tokens(chat_template_kwargs={}) == tokens(chat_template_kwargs=None)
+        assert tokens(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="the old king") > quiet
+        status, _, content = thinking.ask("/v1/chat/completions", body | {"chat_template_kwargs": {"mood": 1}})
+        assert (status, content["error"]["param"]) == (400, "chat_template_kwargs.mood")
+    body["model"] = "talker"
+    for fields, param in (({"reasoning_effort": "none"}, None), ({"reasoning_effort": "low"}, "reasoning_effort")):
+        status, _, content = server.ask("/v1/chat/completions", body | fields)
+        assert status == 200 if param is None else content["error"]["param"] == param
+
+
 def test_models(client: OpenAI, server: Served) -> None:
     listed = list(client.models.list())
     assert [model.id for model in listed] == ["talker", "model"]

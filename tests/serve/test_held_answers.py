@@ -91,7 +91,11 @@ def test_any_object_and_a_text_that_is_continued(client: OpenAI) -> None:
         ({"response_format": json_schema({"not": {}})}, "response_format", '"not"'),
         ({"response_format": json_schema({"pattern": "(a{1000}){1000}"})}, "response_format", "counting"),
         ({"response_format": json_schema(SCHEMA), "stop": ["\n"]}, "stop", "response_format"),
-        ({"response_format": json_schema(SCHEMA), "tools": [TIME]}, "response_format", "tools"),
+        ({"response_format": json_schema({"not": {}}), "tools": [TIME]}, "response_format", '"not"'),
+        (
+            {"response_format": json_schema(SCHEMA), "tools": [TIME], "tool_choice": "required", "stop": ["\n"]},
+            "stop", "response_format",
+        ),
         ({"tools": [TIME, {"type": "function", "function": {"name": "a b"}}]}, "tools[1].function.name", "letters"),
         ({"tools": [TIME], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "'x'"),
         ({"tools": [TIME], "model": "talker"}, "tools", "takes no tools"),
@@ -140,6 +144,26 @@ def answer_tokens(client: OpenAI, asked: dict[str, Any]) -> int:
     usage = client.chat.completions.create(**asked | {"max_tokens": 1}).usage
     assert usage is not None
     return usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("bias", "choice", "reason"),
+    [(-100, "auto", "stop"), (100, "auto", "tool_calls"), (-100, "required", "tool_calls")],
+)
+def test_an_answer_is_the_json_that_is_wanted_unless_it_is_a_call(
+    client: OpenAI, served: Served, bias: int, choice: Any, reason: str
+) -> None:
+    tokenizer = served.engine._batches["caller"].tokenizer
+    begins = [token for token in range(tokenizer.vocab_size) if tokenizer.bytes_of(token).startswith(b"<")]
+    asked = {"model": "caller", **ASKED, "tools": [WEATHER, TIME], "response_format": json_schema(SCHEMA), "n": 4}
+    asked |= {"parallel_tool_calls": False, "logit_bias": dict.fromkeys(map(str, begins), bias), "tool_choice": choice}
+    choices = client.chat.completions.create(**asked).choices
+    for each in choices:
+        if each.finish_reason == "stop":
+            Draft202012Validator(SCHEMA).validate(json.loads(each.message.content))
+        elif each.finish_reason == "tool_calls":
+            assert each.message.content is None and len(each.message.tool_calls) == 1
+    assert {reason} <= {each.finish_reason for each in choices} <= {reason, "length"}
 
 
 def test_tools_that_may_not_be_called_are_not_shown(client: OpenAI) -> None:

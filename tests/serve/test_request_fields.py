@@ -41,7 +41,8 @@ SHARED: list[tuple[dict[str, Any], str, Any]] = [  # fields, an attribute of the
     ({"seed": (1 << 64) - 1}, "seed", (1 << 64) - 1),
     ({"logit_bias": {"7": -100, "0": 1.5}}, "logit_bias", {7: -100.0, 0: 1.5}),
     (dict.fromkeys(request_fields.IGNORED, "x"), "settings", {}),
-    ({"best_of": 1, "suffix": "", "modalities": ["text"]}, "settings", {}),
+    ({"best_of": 1, "suffix": "", "modalities": ["text"], "verbosity": "medium"}, "settings", {}),
+    ({"max_tokens": -1}, "max_tokens", 1 << 31),
 ]
 
 REFUSED: list[tuple[dict[str, Any], str]] = [  # fields, and the name that the refusal must say
@@ -61,11 +62,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [  # fields, and the name that the r
     ({"n": "1"}, "n"),
     ({"n": True}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
-    ({"max_tokens": -1}, "max_tokens"),
+    ({"max_tokens": -2}, "max_tokens"),
+    ({"n_predict": 5}, "n_predict"),
+    ({"verbosity": "low"}, "verbosity"),
     ({"max_tokens": "9"}, "max_tokens"),
     ({"max_tokens": 1e30}, "max_tokens"),
     ({"stop": 3}, "stop"),
-    ({"stop": ["a"] * 17}, "stop"),
+    ({"stop": ["a"] * 65}, "stop"),
     ({"stop": [""]}, "stop"),
     ({"stop": ["a" * 1001]}, "stop"),
     ({"stop": {"a": 1}}, "stop"),
@@ -142,7 +145,14 @@ def test_a_refusal_names_the_field(kind: str, fields: dict[str, Any], param: str
         ("chat", {"messages": [{"role": "user", "content": "a", "name": 3}]}, "messages[0].name"),
         ("chat", {"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "messages[0].tool_calls"),
         ("chat", {"messages": [{"role": "assistant", "tool_calls": [1]}]}, "messages[0].tool_calls[0]"),
-        ("chat", {"messages": [{"role": "user", "content": "a", "mood": 1}]}, "messages[0].mood"),
+        ("chat", {"messages": [{"role": "assistant", "function_call": {}}]}, "messages[0].function_call"),
+        ("chat", {"messages": [{"role": "user", "content": "a", "tool_call_id": "b"}]}, "messages[0].tool_call_id"),
+        ("chat", {"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ("chat", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
+        ("chat", {"chat_template_kwargs": {"eos_token": "a"}}, "chat_template_kwargs.eos_token"),
+        ("chat", {"chat_template_kwargs": {"reasoning_effort": "a"}, "reasoning_effort": "b"}, "reasoning_effort"),
+        ("chat", {"reasoning_effort": 3}, "reasoning_effort"),
+        ("text", {"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
         ("chat", {"top_logprobs": 3}, "top_logprobs"),
         ("chat", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ("chat", {"logprobs": 1}, "logprobs"),
@@ -191,14 +201,15 @@ def test_messages_are_as_templates_take_them() -> None:
             {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": None},
             {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "reasoning_content": "hm"},
             {"role": "tool", "content": "3", "tool_call_id": "c"},
-            {"role": "assistant"},
+            {"role": "assistant", "id": 7, "timestamp": 1.5},
         ],
     })  # fmt: skip
     system, user, called, result, silent = fields.messages
     assert system == {"role": "system", "content": "be brief"} and user == {"role": "user", "content": "ab"}
     assert called["content"] == "" and called["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert called["reasoning_content"] == "hm"
     assert result == {"role": "tool", "content": "3", "tool_call_id": "c"}
-    assert silent == {"role": "assistant", "content": ""}
+    assert silent == {"role": "assistant", "content": "", "id": 7, "timestamp": 1.5}  # what a template may read
     assert fields.tools_field == "messages[2]"
 
 
