@@ -14,11 +14,14 @@ from typing import Any
 
 from elm_mlx.inference.generation import overlap
 from elm_mlx.reading import load_json
-from elm_mlx.serve.call_form import CallForm
+from elm_mlx.serve.call_form import CALL_ID, CallForm
 
 Delta = dict[str, Any]  # of a choice in a chunk: {"content": …} or {"tool_calls": [{"index": …, …}]}
 
 _CALL = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+
+_NAMED, _ID = r"([\w-]{{1,64}}){}(?=\{{)", "[a-zA-Z0-9]{9}"  # where the name stands by itself
+_LONGEST_OPENING = 100
 
 
 class CallReader:
@@ -44,23 +47,23 @@ class CallReader:
         self._spoken = False
         self._state: Callable[[], Iterator[Delta]] = self._outside
         self._listed = False  # amid a list of calls
+        self._opening = _CALL if form.head else re.compile(_NAMED.format(re.escape(form.middle).replace(CALL_ID, _ID)))
+        self._no_controls = dict.fromkeys(map(ord, form.controls.values()))
+        self._named = ""  # of the call whose arguments are awaited
         self._raw = ""  # of the call that is being read: content, should it be none
         self._restart()
 
     def add(self, text: str, token: int | None = None) -> list[Delta]:
         """Returns what is final after `text`, which came with `token`."""
         self._text += text
-        deltas = [*self._read()]
-        if token is not None and token == self._form.begin_id and self._state in (self._outside, self._after):
-            deltas += [*self._content(self._text)]
-            self._text = ""
-            self._begin("")
-        return deltas
+        if token is not None:
+            self._text += self._form.controls.get(token, "")
+        return [*self._read()]
 
     def finish(self) -> list[Delta]:
         """Returns the rest, at the end of the answer."""
         rest = self._text
-        if self._state == self._object:
+        if self._state in (self._object, self._whole_arguments):
             rest = self._raw + rest
         elif self._state == self._arguments or (self._state == self._after and self._form.end.startswith(rest.strip())):
             rest = ""
@@ -84,7 +87,7 @@ class CallReader:
 
     def _outside(self) -> Iterator[Delta]:
         form, text = self._form, self._text
-        if form.begin_id is not None or (not form.begin and (self._spoken or self.calls)):
+        if not form.begin and (self._spoken or self.calls):
             self._text = ""
             yield from self._content(text)
         elif not form.begin:
@@ -110,9 +113,16 @@ class CallReader:
         if self._text[0] == "[" and not self._listed and self._raw.strip() == self._form.begin:
             self._listed = True
             self._raw, self._text = self._raw + "[", self._text[1:]
-        elif self._text[0] != "{":
+        elif not self._form.head and not (found := self._opening.match(self._text)):
+            if len(self._text) > _LONGEST_OPENING:
+                yield from self._malformed()
+        elif not self._form.head and not self._held:
+            assert found
+            self._named, self._raw, self._text = found[1], self._raw + found[0], self._text[found.end() :]
+            self._state = self._whole_arguments
+        elif self._form.head and self._text[0] != "{":
             yield from self._malformed()
-        elif self._held and (found := _CALL.match(self._text)) and found[1] in self._names:
+        elif self._held and (found := self._opening.match(self._text)) and found[1] in self._names:
             yield self._opened(found[1], "")
             self._text = self._text[found.end() :]
             self._restart()
@@ -130,6 +140,18 @@ class CallReader:
                 self._raw += whole
                 yield from self._malformed()
 
+    def _whole_arguments(self) -> Iterator[Delta]:
+        """After the name of a call that is given on when it is whole."""
+        if (end := self._end()) is not None:
+            whole, self._text = self._text[:end], self._text[end:]
+            if self._named in self._names and json_object_in(whole) is not None:
+                yield self._opened(self._named, whole)
+                self._restart()
+                self._state = self._after
+            else:
+                self._raw += whole
+                yield from self._malformed()
+
     def _arguments(self) -> Iterator[Delta]:
         end = self._end()
         piece, self._text = self._text[:end], self._text[end:] if end is not None else ""
@@ -138,7 +160,7 @@ class CallReader:
             yield {"tool_calls": [{"index": self.calls - 1, "function": {"arguments": piece}}]}
         if end is not None:
             self._restart()
-            self._state = self._closing
+            self._state = self._closing if self._form.tail else self._after
 
     def _closing(self) -> Iterator[Delta]:
         """After a call's arguments: its object ends."""
@@ -212,7 +234,7 @@ class CallReader:
 
     def _content(self, text: str) -> Iterator[Delta]:
         """Yields a text but for the white space at its end, which waits for what follows."""
-        whole = self._space + text
+        whole = self._space + text.translate(self._no_controls)
         said = whole.rstrip()
         self._space = whole[len(said) :]
         if said:

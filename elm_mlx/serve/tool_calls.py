@@ -16,7 +16,7 @@ from typing import Any, Literal
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.grammar import Grammar, GrammarCompiler, schema_text
 from elm_mlx.reading import short
-from elm_mlx.serve.call_form import CallForm, call_form
+from elm_mlx.serve.call_form import CALL_ID, CallForm, call_form
 from elm_mlx.serve.call_reader import CallReader, json_object_in
 from elm_mlx.text.chat_template import Template
 
@@ -214,25 +214,52 @@ def _grammar(
     form: CallForm, use: ToolUse, schemas: Sequence[Mapping[str, Any]], answer: Mapping[str, Any] | None
 ) -> str:
     """Returns the grammar, in llguidance's Lark, of an answer with calls, or of the JSON that `answer` wants."""
-    literal = json.dumps  # Lark quotes a text as JSON does
+    special = {CALL_ID: "ID", **{name: f"<[{token}]>" for token, name in form.controls.items()}}
+
+    def literal(text: str) -> str:
+        pieces = re.split(f"([{''.join(special)}])", text)
+        return " ".join(special.get(piece) or json.dumps(piece) for piece in pieces if piece)  # Lark quotes as JSON
+
     rules = [
         f"call{i}: {literal(form.head + function.name + form.middle)} %json {schema_text(schema)} {literal(form.tail)}"
         for i, (function, schema) in enumerate(zip(use.functions, schemas, strict=True))
     ]
+    rules.append("ID: /[a-zA-Z0-9]{9}/")
     rules.append("call: " + " | ".join(f"call{i}" for i in range(len(schemas))))
-    lead, trail = (literal(text) if text else "" for text in (form.lead, form.trail))
     more = f"({literal(form.between)} call)*" if form.between and use.parallel else ""
-    rules.append(f"calls: {lead} call {more} {trail}")
+    rules.append(f"calls: {literal(form.lead)} call {more} {literal(form.trail)}")
     rules.append(r"TEXT: /(.|\n)+/")
-    begin = f"<[{form.begin_id}]>" if form.begin_id is not None else literal(form.begin) if form.begin else ""
+    begin = literal(form.begin)
     if use.choice == "required":
         rules.append(f"start: {begin} calls")
     elif answer is not None:
+        if not form.begin:  # JSON as the answer is: literals in it would hide what else may follow them
+            rules = [
+                f"call{i}: %json {schema_text(_call_schema(form, function.name, schema))}"
+                for i, (function, schema) in enumerate(zip(use.functions, schemas, strict=True))
+            ]
+            rules.append("calls: " + " | ".join(f"call{i}" for i in range(len(schemas))))
         rules += [f"answer: %json {schema_text(answer)}", f"start: answer | {begin} calls"]
-    elif form.begin_id is not None:
+    elif form.begin in form.controls.values():
         rules.append(f"start: TEXT? | TEXT? {begin} calls")
     elif form.begin:
         rules += [rf"begun[lazy]: /(.|\n)*/ {begin}", "start: TEXT? | begun calls"]
     else:
         rules += [r"OTHER: /\s*[^{\s](.|\n)*/", "start: OTHER? | calls"]
     return "\n".join(rules)
+
+
+def _call_schema(form: CallForm, name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the schema of a call that is a JSON object by itself, `schema` that of its arguments."""
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    arguments = {key: value for key, value in schema.items() if key not in shared}
+    if re.search(r'"\$ref": "#(?!/\$defs/|/definitions/)', json.dumps(schema)):  # to what is elsewhere now
+        arguments = dict(_ANY_OBJECT)
+    key = "parameters" if '"parameters"' in form.middle else "arguments"
+    return {
+        "type": "object",
+        "properties": {"name": {"const": name}, key: arguments},
+        "required": ["name", key],
+        "additionalProperties": False,
+        **shared,
+    }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +16,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from elm_mlx.inference.grammar import GrammarCompiler
-from elm_mlx.serve.call_form import CallForm, call_form
+from elm_mlx.serve.call_form import CALL_ID, CallForm, call_form
 from elm_mlx.serve.call_reader import CallReader, Delta, _new_id, whole_message
 from elm_mlx.serve.tool_calls import ToolCaller, ToolsError, ToolUse, parse_tool_calls, parse_tool_use
 from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct, choose
@@ -53,6 +55,12 @@ MARKED = (
     "{{ one[:-1] + ', \"id\": \"' + c.id + '\"}' }}{{ ', ' if not loop.last }}{% endfor %}]</s>"
     "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+NAMED = (
+    "{% for m in messages %}{% if m.role == 'user' %}{% if tools and loop.last %}[TOOLS]{{ tools | tojson }}[/TOOLS]"
+    "{% endif %}[INST]{{ m.content }}[/INST]{% elif m.tool_calls %}{{ m.content }}{% for c in m.tool_calls %}"
+    "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}</s>"
+    "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
 IN_WORDS = TOOLS_FIRST.replace("<|im_end|>", "Answer by <tool_call>[…]</tool_call><|im_end|>") + TURNS.replace(
     "<CALLS>", ""
 )
@@ -67,9 +75,16 @@ FORMS = {
     "tagged": CallForm("<tool_call>", "\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n"),
     "listed": CallForm("<tool_call>", "[", "]</tool_call>", ", "),
     "bare": CallForm("", "", "", None, middle='", "parameters": '),
-    "marked": CallForm("", " [", "]", ", ", begin_id=8),
+    "marked": CallForm("\ue000", " [", "]", ", ", controls={8: "\ue000"}),
+    "named": CallForm("\ue000", "", "", "\ue000", "", "\ue001", "", {8: "\ue000", 9: "\ue001"}),
+    "with id": CallForm(
+        "\ue000", "", "", "\ue000", "", f"\ue001{CALL_ID}\ue002", "", {8: "\ue000", 10: "\ue001", 9: "\ue002"}
+    ),
 }
-TEMPLATES = {"tagged": TAGGED, "listed": LISTED, "bare": BARE, "marked": MARKED}
+TEMPLATES = {
+    "tagged": TAGGED, "listed": LISTED, "bare": BARE, "marked": MARKED, "named": NAMED,
+    "with id": NAMED.replace("[ARGS]", "[CALL_ID]{{ c.id }}[ARGS]"),
+}  # fmt: skip
 
 WEATHER = {
     "type": "function",
@@ -99,7 +114,7 @@ ARGUMENTS = '{"city": "São \\"P\\" </tool_call>]}", "days": 3}'
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tools")
     encoder = other_models.write_tokenizer(folder, "chatml")
-    encoder.add_special_tokens(["[TOOL_CALLS]", "[INST]", "[/INST]", "</s>"])
+    encoder.add_special_tokens(["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[INST]", "[/INST]", "</s>"])
     encoder.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return Tokenizer.load(folder)
@@ -114,7 +129,19 @@ def call(name: str, arguments: str, form: CallForm) -> str:
 
 
 def written(form: CallForm, *calls: tuple[str, str]) -> str:
-    return form.lead + (form.between or "").join(call(*each, form) for each in calls) + form.trail
+    text = form.lead + (form.between or "").join(call(*each, form) for each in calls) + form.trail
+    return text.replace(CALL_ID, "abcDEF123")
+
+
+def fed(form: CallForm, texts: Sequence[str]) -> list[tuple[str, int | None]]:
+    """Texts as an engine gives them, a control token for each character that stands for one."""
+    tokens = {name: token for token, name in form.controls.items()}
+    pieces = [piece for text in texts for piece in re.split("([\ue000-\uf000])", text) if piece]
+    return [("", tokens[piece]) if piece in tokens else (piece, 3) for piece in pieces]
+
+
+def plain(text: str) -> str:
+    return re.sub("[\ue000-\uf000]", "", text)
 
 
 def read(form: CallForm, pieces: list[tuple[str, int | None]], held: bool = False) -> tuple[list[Delta], CallReader]:
@@ -132,25 +159,20 @@ def message(deltas: list[Delta]) -> tuple[str | None, list[tuple[str, str]]]:
 
 
 def pieces_of(form: CallForm, before: str, calls: str, after: str, draw: random.Random) -> list[tuple[str, int | None]]:
-    """The text in random pieces, the control token between the first two parts where the form has one."""
-
-    def cut(text: str) -> list[tuple[str, int | None]]:
-        cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(0, 12)))
-        return [(text[a:b], 3) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-
-    if form.begin_id is None or not calls:
-        return cut(before + (form.begin if calls else "") + calls + after)
-    return [*cut(before), ("", form.begin_id), *cut(calls + after)]
+    """The text in random pieces."""
+    text = before + (form.begin if calls else "") + calls + after
+    cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(0, 12)))
+    return fed(form, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)])
 
 
 class TestForms:
     @pytest.mark.parametrize("style", FORMS)
     def test_it_is_read_from_a_rendered_call(self, style: str, tokenizer: Tokenizer) -> None:
         form = call_form(template(tokenizer, TEMPLATES[style]))
-        expected = FORMS[style]
-        if style == "marked":
-            expected = CallForm("", " [", "]", ", ", begin_id=tokenizer.id_of("[TOOL_CALLS]"))
-        assert form == expected
+        expected, names = FORMS[style], {8: "[TOOL_CALLS]", 9: "[ARGS]", 10: "[CALL_ID]"}
+        controls = {tokenizer.id_of(names[token]): name for token, name in expected.controls.items()}
+        assert form is not None and call("f", "{}", form) == call("f", "{}", expected)
+        assert form == replace(expected, controls=controls)
 
     def test_it_is_read_from_words(self, tokenizer: Tokenizer) -> None:
         assert call_form(template(tokenizer, IN_WORDS)) == FORMS["listed"]
@@ -220,11 +242,11 @@ class TestReader:
             assert found == calls and content == (before.rstrip() or None)
             assert reader.finish_reason("stop") == "tool_calls" and reader.finish_reason("length") == "length"
 
-    @pytest.mark.parametrize("style", ["tagged", "listed", "marked"])
+    @pytest.mark.parametrize("style", ["tagged", "listed", "marked", "named", "with id"])
     def test_arguments_come_in_pieces_where_a_grammar_holds(self, style: str) -> None:
         form = FORMS[style]
         text = written(form, ("get_weather", ARGUMENTS))
-        pieces: list[tuple[str, int | None]] = [(form.begin, form.begin_id), *((letter, 3) for letter in text)]
+        pieces = fed(form, [*(form.begin + text)])
         deltas, _ = read(form, pieces, held=True)
         calls = [delta["tool_calls"][0] for delta in deltas]
         function = {"name": "get_weather", "arguments": ""}
@@ -254,11 +276,10 @@ class TestReader:
     def test_a_malformed_call_is_content(self, style: str, text: str) -> None:
         form, draw = FORMS[style], random.Random(text)
         for before, after in (("", ""), ("Well: ", "</tool_call> so"), ("", "</tool_call>\n")):
-            said = before + form.begin + text + after
+            said = plain(before + form.begin + text + after)
             for _ in range(10):
-                deltas, reader = read(form, pieces_of(form, before, text, after, draw) if text else [
-                    (before, None), (form.begin, form.begin_id), (after, None)
-                ])  # fmt: skip
+                pieces = pieces_of(form, before, text, after, draw) if text else fed(form, [before, form.begin, after])
+                deltas, reader = read(form, pieces)
                 assert message(deltas) == (said, []) and reader.finish_reason("stop") == "stop"
 
     def test_calls_before_and_after_a_malformed_one_stay(self) -> None:
@@ -299,17 +320,14 @@ class TestReader:
     def test_any_text_gives_the_same_however_it_is_cut_and_loses_nothing(self, style: str, held: bool) -> None:
         form, draw = FORMS[style], random.Random(style)
         for _ in range(400):
-            text = "".join(draw.choices(self.FRAGMENTS, k=draw.randint(0, 14)))
-            at = draw.randint(0, len(text))  # of the control token, where the form has one
+            fragments = [*self.FRAGMENTS, *form.controls.values()]
+            text = "".join(draw.choices(fragments, k=draw.randint(0, 14)))
             found = []
             for pieces in (0, 3, len(text)):
                 cuts = [0, *sorted(draw.choices(range(len(text) + 1), k=pieces)), len(text)]
-                before, after = [cut for cut in cuts if cut < at], [cut for cut in cuts if cut > at]
-                given: list[tuple[str, int | None]] = [(text[a:b], 3) for a, b in pairwise([*before, at])]
-                given += [("", form.begin_id), *((text[a:b], 3) for a, b in pairwise([at, *after]))]
-                found.append(message(read(form, given, held)[0]))
+                found.append(message(read(form, fed(form, [text[a:b] for a, b in pairwise(cuts)]), held)[0]))
             assert found[0] == found[1] == found[2], text
-            assert found[0][1] or found[0][0] == text
+            assert found[0][1] or found[0][0] == plain(text)
 
     def test_text_without_calls_is_as_it_was(self) -> None:
         draw = random.Random(0)
@@ -365,16 +383,16 @@ class TestGrammar:
         grammar = caller.grammar(use)
         assert grammar is not None
 
-        def takes(*parts: str | int) -> bool:
+        def takes(*parts: str) -> bool:
             state = grammar.start()
-            for part in parts:
-                for token in [part] if isinstance(part, int) else tokenizer.encode_amid(part):
+            for text, control in fed(form, parts):
+                for token in tokenizer.encode_amid(text) if text else [control]:
                     if state.bias()[token].item() != 0:
                         return False
                     state.accept(token)
             return any(state.bias()[token].item() == 0 for token in tokenizer.eos_ids)
 
-        begin: str | int = form.begin if form.begin_id is None else form.begin_id
+        begin = form.begin
         good = written(form, ("get_weather", '{"city": "Rome", "days": 3}'))
         two = written(form, ("time", "{}"), ("time", "{}"))
         assert takes("Hello, <world> [1] a < b") and takes(begin, good)
@@ -387,9 +405,11 @@ class TestGrammar:
             good[:-3],
         ):
             assert not takes(begin, wrong), wrong
-        alone = caller.grammar(parse_tool_use([WEATHER, TIME], "auto", False)[1])
-        grammar = alone
+        grammar = caller.grammar(parse_tool_use([WEATHER, TIME], "auto", False)[1])
         assert takes(begin, good) and not takes(begin, two)
+        grammar = caller.grammar(use, {"const": {"a": 1}})  # the answer, should it be no call
+        assert takes(begin, good) and takes('{"a": 1}')
+        assert not takes("Hello") and not takes('{"a": 2}') and not takes('{"a": 1}', begin, good)
 
     def test_a_schema_that_cannot_be_held_to(self, tokenizer: Tokenizer) -> None:
         caller = ToolCaller(template(tokenizer, TAGGED), GrammarCompiler(tokenizer))
