@@ -252,7 +252,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
   if (some && is_described(b, n, k)) {
     sublayer((const struct sublayer *)b, m, n, a, lda, c, ldc);
-  } else if (some && m <= FEW && ta == NO_TRANS) {
+  } else if (some && m <= FEW && (ta == NO_TRANS || (m == 1 && lda == 1))) { /* MLX may call a row a column */
     few_rows(&(struct product){m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc});
   } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */
     int step = ta == NO_TRANS ? 1 : lda;

@@ -13,6 +13,7 @@ PANELS = {
     "Conversation": ("system", "template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "KV cache": ("save_cache", "load_cache"),
+    "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
     "Computation": ("compute_dtype",),
 }
 
@@ -32,6 +33,9 @@ def chat(
     stop: options.Stop = None,
     save_cache: options.SaveCache = None,
     load_cache: options.LoadCache = None,
+    prompt_lookup: options.PromptLookup = False,
+    draft_model: options.DraftModel = None,
+    num_draft_tokens: options.NumDraftTokens = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:
@@ -40,12 +44,14 @@ def chat(
     from elm_mlx.cli.session import Session
     from elm_mlx.inference import sampling
     from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
+    from elm_mlx.inference.speculation import DraftOptions
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.chat_template import choose, prepare
 
     reading.check_seed(seed)
     config = read_config(model, with_tokenizer=True)
+    drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
     prepare(model, template, adapter)
     kept = None
     if save_cache or load_cache:
@@ -63,8 +69,9 @@ def chat(
     }  # fmt: skip
     settings = sampling.merge_settings(model, flags, DEFAULTS if chosen else CONTINUING)
     conversation = Chat(
-        loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed
-    )
+        loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed,
+        **drafts.load(loaded),
+    )  # fmt: skip
     cache = conversation.cache
     if kept is not None:
         cache.ids = kept.load(loaded.model, cache.caches)

@@ -27,6 +27,7 @@ PANELS = {
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Output": ("as_json", "logprobs"),
     "KV cache": ("save_cache", "load_cache"),
+    "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
     "Computation": ("prefill_step", "compute_dtype"),
 }
 
@@ -58,6 +59,9 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
     save_cache: options.SaveCache = None,
     load_cache: options.LoadCache = None,
+    prompt_lookup: options.PromptLookup = False,
+    draft_model: options.DraftModel = None,
+    num_draft_tokens: options.NumDraftTokens = None,
     prefill_step: options.PrefillStep = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
@@ -73,6 +77,8 @@ def generate(
         raise InputError("--logprobs with --prompts needs --json")
     if prompts and save_cache:
         raise InputError("--save-cache keeps one prompt, and --prompts has several: read what they share by itself")
+    if prompts and (prompt_lookup or draft_model is not None):
+        raise InputError("--prompts decodes its prompts together, without drafts: leave out --prompts, or the drafts")
     if no_template:
         if template is not None:
             raise InputError("give --template or --no-template, not both")
@@ -80,6 +86,7 @@ def generate(
     from elm_mlx.inference.generation import check_steps, encode_prompt
     from elm_mlx.inference.rows import PREFILL_STEP
     from elm_mlx.inference.sampling import merge_settings, sampler_from
+    from elm_mlx.inference.speculation import DraftOptions
     from elm_mlx.model.cache import make_prompt_cache
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
@@ -94,6 +101,7 @@ def generate(
     sampler_from(chosen)
     prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
     check_steps(chosen["max_tokens"], prefill_step)
+    drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
     reading.check_seed(seed)
     templated = template is not None or adapter is not None or has_chat_template(model)
     if templated:  # only then is any of it imported
@@ -132,7 +140,7 @@ def generate(
     from elm_mlx.inference.generation import stream_generate
 
     ids = encode_prompt(loaded.model, loaded.tokenizer, inputs[0])
-    responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen)
+    responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen, **drafts.load(loaded))
     if kept is not None:
         responses = _kept_after_first(responses, partial(kept.save, ids, caches))
     if as_json:
@@ -233,7 +241,8 @@ def _print_statistics(last: Response | None) -> None:
     line(
         f"prompt: {counted(last.prompt_tokens, 'token')}{kept}, {last.prompt_tps:.1f} tokens/s | "
         f"generation: {counted(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s | "
-        f"first token: {last.time_to_first_token:.3f} s | peak memory: {peak_memory() / 1e9:.2f} GB"
+        + (f"drafts: {last.drafts} | " if last.drafts else "")
+        + f"first token: {last.time_to_first_token:.3f} s | peak memory: {peak_memory() / 1e9:.2f} GB"
         + (f" | ended by: {last.finish_reason}" if last.finish_reason else ""),
         err=True,
     )

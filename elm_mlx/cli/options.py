@@ -59,6 +59,22 @@ ChatTemplate = Annotated[
     str | None, typer.Option(help="openelm-instruct, none, or a file of Jinja text. (default: the model's own)")
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text before this string; may be repeated.")]
+PromptLookup = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-lookup", help="Guess that the text copies what came before: the same text, faster where it does."
+    ),
+]
+DraftModel = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="A smaller model of the same vocabulary that guesses: the same text, faster. (default: none)",
+    ),
+]
+NumDraftTokens = Annotated[
+    int | None, typer.Option(help="The most tokens to guess for a pass over the model. (default: 7)")
+]
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a directory of that kind at DST.")]
 WeightDType = Annotated[DType | None, typer.Option("--dtype", help="Type of the weights. (default: the model's)")]

@@ -251,7 +251,8 @@ class Session:
             f"prompt        {asked}: {last.read_tokens} read, {reused} were in the cache\n"
             f"first token   after {last.time_to_first_token:.3f} s\n"
             f"answer        {counted(last.generated_tokens, 'token')}, {last.generation_tps:.1f} tokens/s\n"
-            f"memory        {last.peak_memory / 1e9:.2f} GB at most"
+            + (f"drafts        {last.drafts}\n" if last.drafts else "")
+            + f"memory        {last.peak_memory / 1e9:.2f} GB at most"
         )
 
     def _help(self, rest: str) -> None:

@@ -18,6 +18,7 @@ from elm_mlx.inference import sampling
 from elm_mlx.inference.generation import TextStream, check_steps, encode_prompt
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler, sampler_from
+from elm_mlx.inference.speculation import MOST_DRAFTED, DraftFigures, speculation_for
 from elm_mlx.inference.window import Continued, Exchange, Prompt, Templated, as_messages
 from elm_mlx.model.network import Model
 from elm_mlx.text.chat_template import Template, check_messages
@@ -36,6 +37,7 @@ class Statistics:
         prompt_tokens: all that the model was shown.
         read_tokens: the part of it that was not in the KV cache yet, and had to be read.
         generation_tps: tokens a second after the first.
+        drafts: how they fared; None where nothing is guessed.
     """
 
     prompt_tokens: int = 0
@@ -43,6 +45,7 @@ class Statistics:
     generated_tokens: int = 0
     time_to_first_token: float = 0.0
     generation_tps: float = 0.0
+    drafts: DraftFigures | None = None
     peak_memory: int = 0
 
     def count(self, elapsed: float) -> None:
@@ -91,13 +94,14 @@ class Chat:
         options: those of DEFAULTS that are to be otherwise; see `stream_generate`.
         stop: strings that end an answer, besides the template's.
         seed: the same one with the same messages gives the same answers; None draws one.
+        prompt_lookup, draft_model, num_draft_tokens: as in `stream_generate`: the same answers, sooner.
 
     Attributes:
         exchanges: messages and their answers, oldest first.
         last: of the latest answer.
 
     Raises:
-        InputError: an option is out of range.
+        InputError: an option is out of range; drafts can't be made for this model.
     """
 
     def __init__(
@@ -110,6 +114,9 @@ class Chat:
         options: Mapping[str, float] | None = None,
         stop: Sequence[str] = (),
         seed: int | None = None,
+        prompt_lookup: bool = False,
+        draft_model: Model | None = None,
+        num_draft_tokens: int = MOST_DRAFTED,
     ) -> None:
         context = model.config.max_context_length
         self._window: Templated | Continued = (
@@ -124,6 +131,7 @@ class Chat:
         self.exchanges: list[Exchange] = []
         self.last: Statistics | None = None
         self.cache = PrefixCache(model)
+        self._speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
 
     @property
     def system(self) -> str | None:
@@ -243,9 +251,10 @@ class Chat:
         logits = self.cache.read(prompt, stopped)
         if logits is None:
             return
-        for token in self.cache.decode(logits, sampler, seed, min(room, wanted)):
+        for token in self.cache.decode(logits, sampler, seed, min(room, wanted), self._speculation):
             elapsed = time.perf_counter() - start
             figures.count(elapsed)
+            figures.drafts = None if self._speculation is None else self._speculation.figures
             piece = draft.add(token)
             if piece:
                 yield piece

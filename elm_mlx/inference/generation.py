@@ -17,6 +17,7 @@ from elm_mlx.device import peak_memory
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
 from elm_mlx.inference.sampling import Choose, Process, Sampler, State
+from elm_mlx.inference.speculation import MOST_DRAFTED, DraftFigures, Speculation, speculation_for
 from elm_mlx.model.cache import KVCache, make_prompt_cache, shared_length
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class Response:
         finish_reason: None but for the last: "stop" (EOS or a stop string), "length" (`max_tokens`) or
             "context" (the model's context is full).
         cached_tokens: of the prompt, those that were in `prompt_cache` and not read again.
+        drafts: how they fared so far; None where nothing is guessed.
         prompt_tps, generation_tps: tokens a second, of a prompt those that were read; the latter from when the second
             is asked for. time_to_first_token: seconds. peak_memory: bytes.
     """
@@ -44,6 +46,7 @@ class Response:
     prompt_tokens: int
     cached_tokens: int
     generation_tokens: int
+    drafts: DraftFigures | None
     prompt_tps: float
     generation_tps: float
     time_to_first_token: float
@@ -70,6 +73,9 @@ def generate(
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
     cached: Sequence[int] | None = None,
+    prompt_lookup: bool = False,
+    draft_model: Model | None = None,
+    num_draft_tokens: int = MOST_DRAFTED,
 ) -> str:
     """Returns the whole text that `stream_generate` streams; all options are its."""
     responses = stream_generate(
@@ -77,6 +83,7 @@ def generate(
         max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         sampler=sampler, logits_processors=logits_processors, seed=seed, stop=stop, stop_ids=stop_ids,
         stop_at_eos=stop_at_eos, prefill_step=prefill_step, prompt_cache=prompt_cache, cached=cached,
+        prompt_lookup=prompt_lookup, draft_model=draft_model, num_draft_tokens=num_draft_tokens,
     )  # fmt: skip
     return "".join(response.text for response in responses)
 
@@ -101,6 +108,9 @@ def stream_generate(
     prefill_step: int = PREFILL_STEP,
     prompt_cache: list[KVCache] | None = None,
     cached: Sequence[int] | None = None,
+    prompt_lookup: bool = False,
+    draft_model: Model | None = None,
+    num_draft_tokens: int = MOST_DRAFTED,
 ) -> Iterator[Response]:
     """Continues `prompt`, a token at a time.
 
@@ -123,10 +133,15 @@ def stream_generate(
         cached: the ids in `prompt_cache`, where `prompt` is a whole text that may begin with them: what it does is not
             read again, but for the last piece of `prefill_step`, so that the text is, to the bit, the one that it
             would be without, where those ids were read in such pieces.
+        prompt_lookup: guess that `prompt` and what followed are copied from, and verify several tokens in a pass over
+            the model. The text is the same; where it copies it comes faster (see `speculation`).
+        draft_model: a smaller model of the same vocabulary that guesses, in place of that.
+        num_draft_tokens: guesses in a pass, at most; fewer where that pays better, and none where they don't. By
+            more than 7 the text is that without them but for rounding.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
-            a setting out of range.
+            a setting out of range; guesses for a network whose state can't be taken back.
     """
     if sampler is not None and seed is not None:
         raise InputError("seed has no effect beside a sampler: call `mx.random.seed`")
@@ -141,6 +156,7 @@ def stream_generate(
     ends = (*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))
     text = TextStream(tokenizer, ids, stop, ends, max_tokens, room)
     state = chosen.start([ids], seed)
+    speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
 
     def responses() -> Iterator[Response]:
         start, first, begun = time.perf_counter(), 0.0, 0.0
@@ -148,7 +164,8 @@ def stream_generate(
         for cache in caches if cached is not None else ():
             cache.trim(cache.offset - kept)
         logits = prefill(model, ids[kept:], caches, prefill_step, used + len(ids))
-        drawn = decode(model, caches, chosen, logits, state, min(max_tokens, room), None if used else ids)
+        held = None if used else ids
+        drawn = decode(model, caches, chosen, logits, state, min(max_tokens, room), held, speculation, ids)
         for count, (token, logprob) in enumerate(drawn, start=1):
             first = first or time.perf_counter()
             piece = text.add(token)
@@ -161,6 +178,7 @@ def stream_generate(
                 prompt_tokens=len(ids),
                 cached_tokens=kept,
                 generation_tokens=count,
+                drafts=None if speculation is None else speculation.figures,
                 prompt_tps=(len(ids) - kept) / (first - start),
                 generation_tps=(count - 1) / elapsed if count > 1 else 0.0,
                 time_to_first_token=first - start,
@@ -223,12 +241,24 @@ def decode(
     state: State,
     max_tokens: int,
     ids: Sequence[int] | None = None,
+    speculation: Speculation | None = None,
+    text: Sequence[int] = (),
 ) -> Iterator[tuple[int, float]]:
     """Yields tokens and their log-probabilities, from the `logits` `(1, vocab)` that `prefill` returned.
 
-    When a token comes it is in `caches` already, but for the first and the `max_tokens`th. `ids` are those that were
-    read; None where they are not known.
+    When a token comes it is in `caches` already, but for the first and the `max_tokens`th, or with `speculation` one
+    that no draft had.
+
+    Args:
+        ids: those that were read; None where they are not known.
+        speculation: makes drafts of `text`, the end of what was read.
     """
+    if speculation is not None:
+        rows = Rows(model)
+        rows.join(caches, ids)
+        for token, logprob in speculation.decode(rows, sampler, logits, state, max_tokens, text):
+            yield token, checked(logprob)
+        return
     tokens, logprobs, state = sampler(logits, state)
     mx.async_eval(tokens, logprobs, [cache.state for cache in caches])
     decoder = Decoder(model, sampler, caches, tokens, state, ids)

@@ -10,6 +10,7 @@ import mlx.core as mx
 from elm_mlx.inference.generation import decode
 from elm_mlx.inference.rows import prefill
 from elm_mlx.inference.sampling import Sampler
+from elm_mlx.inference.speculation import Speculation
 from elm_mlx.model.cache import make_prompt_cache, shared_length
 from elm_mlx.model.network import Model
 
@@ -65,8 +66,15 @@ class PrefixCache:
                 self.ids += chunk
         return logits
 
-    def decode(self, logits: mx.array, sampler: Sampler, seed: int, max_tokens: int) -> Iterator[int]:
-        """Yields the tokens after what was read, at most `max_tokens`.
+    def decode(
+        self,
+        logits: mx.array,
+        sampler: Sampler,
+        seed: int,
+        max_tokens: int,
+        speculation: Speculation | None = None,
+    ) -> Iterator[int]:
+        """Yields the tokens after what was read, at most `max_tokens`; with `speculation` some of them together.
 
         Args:
             logits: from `read`. Nothing else may have been read since.
@@ -74,7 +82,9 @@ class PrefixCache:
         with self._cleared_by_failure():
             state = sampler.start([self.ids], seed)
             chosen: list[int] = []  # and not yet in the caches
-            for token, _ in decode(self.model, self.caches, sampler, logits, state, max_tokens, tuple(self.ids)):
+            text = tuple(self.ids)
+            drawn = decode(self.model, self.caches, sampler, logits, state, max_tokens, text, speculation, text)
+            for token, _ in drawn:
                 chosen.append(token)
                 fed = self.caches[0].offset - len(self.ids)
                 self.ids += chosen[:fed]

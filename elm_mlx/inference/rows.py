@@ -11,15 +11,17 @@ nine rows on the products are OpenBLAS's own, and equal to rounding.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from elm_mlx import device
 from elm_mlx.device import compile_hindrance, on_gpu, trim_cache
 from elm_mlx.errors import InputError
-from elm_mlx.model.cache import Arrays, KVCache, place_step, row_capacity
+from elm_mlx.model.cache import Arrays, KVCache, place_pass, place_step, row_capacity
 from elm_mlx.model.network import Model
 
 # Prompt tokens in one pass: bounds memory. A CPU is as fast by 128 as by 512, and pieces end where kept blocks do.
@@ -67,6 +69,7 @@ class Rows:
     Attributes:
         caches: a cache for each layer, whose arrays have a row for each text; always whole between two steps.
         lengths: the number of tokens in each row.
+        traced: the last step was the first one of its shapes, which takes longer.
     """
 
     def __init__(self, model: Model) -> None:
@@ -76,6 +79,8 @@ class Rows:
         self._texts: list[list[Any] | None] = []  # the ids in each row: numbers, or an array and a place in it
         self._steps = 0
         self._compiled: Any = None
+        self._shapes: set[tuple[int, ...]] = set()
+        self.traced = False
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -130,27 +135,66 @@ class Rows:
         if switch is not None:
             self._read_again(switch, tokens)
         longest = max(self.lengths)
+        logits = self._compute(tokens[:, None], *place_step(self.lengths), longest + 1)
         for cache in self.caches:
-            cache.offset = longest
-            if longest == cache.capacity:
-                cache.reserve(row_capacity(longest + 1))
+            cache.offset = longest + 1
+        self.lengths = [length + 1 for length in self.lengths]
+        return logits
+
+    def look_ahead(self, tokens: mx.array) -> mx.array:
+        """Computes the logits `(n, vocab_size)` after each of tokens `(n,)` that may follow the only text.
+
+        It is longer by none of them until `resize` says so. On a CPU each is a row of the step, so that its logits have
+        the bits of a step of its own, as far as rows' have. A GPU reads keys once for queries of one row.
+
+        Args:
+            tokens: `together` at most.
+
+        Raises:
+            InputError: as of `step`.
+        """
+        switch, (length,), (text,) = self.caches[0].switch, self.lengths, self._texts
+        if switch is not None:
+            self._read_again(switch, tokens)
+            if length < switch and text is not None:
+                text[length:] = [(tokens, place) for place in range(tokens.size)]
+        apart = not device.on_gpu()
+        position, mask = place_pass(length, tokens.size, apart)
+        return self._compute(tokens[:, None] if apart else tokens[None], position, mask, length + tokens.size)
+
+    def resize(self, length: int) -> None:
+        """Makes the only text end with the `length`th of its tokens and of those that `look_ahead` took."""
+        self.lengths[0] = length
+        for cache in self.caches:
+            cache.offset = length
+
+    def together(self) -> int:
+        """Returns how many tokens a pass over the only text may take: up to where RoPE changes for all of it."""
+        switch, (length,) = self.caches[0].switch, self.lengths
+        return sys.maxsize if switch is None or length >= switch else switch - length
+
+    def _compute(self, ids: mx.array, position: mx.array, mask: mx.array, end: int) -> mx.array:
+        """Runs the compiled step on `ids` `(rows, length)`, which write up to `end`. Returns the logits of each.
+
+        No cache counts what was written.
+        """
+        for cache in self.caches:
+            cache.offset = max(self.lengths)
+            if end > cache.capacity:
+                cache.reserve(row_capacity(end))
         self._steps += 1
         if self._steps % _TRIM_EVERY == 0:
             trim_cache()
-        position, mask = place_step(self.lengths)
         arrays: list[Any] = [cache.state for cache in self.caches]
+        shapes = (*ids.shape, mask.shape[-1], self.caches[0].capacity)
+        self.traced = shapes not in self._shapes
+        self._shapes.add(shapes)
         if self._compiled is None:
             step = partial(_step, self._model, [cache.empty() for cache in self.caches])
             self._compiled = mx.compile(step) if compile_hindrance() is None else step
-        try:
-            logits, arrays = self._compiled(tokens, position, mask, arrays)
-            for cache, cache.state in zip(self.caches, arrays, strict=True):
-                cache.offset = longest + 1
-        except BaseException:  # Ctrl-C, say: whatever was written, no cache claims it
-            for cache in self.caches:
-                cache.offset = longest
-            raise
-        self.lengths = [length + 1 for length in self.lengths]
+        logits, arrays = self._compiled(ids, position, mask, arrays)
+        for cache, state in zip(self.caches, arrays, strict=True):
+            cache.state = state
         return logits  # `arrays` is gone with its last reference to what went in, so the step writes in place
 
     def _read_again(self, switch: int, tokens: mx.array) -> None:
@@ -163,25 +207,25 @@ class Rows:
                 if not self.caches[0].suits(length + 1):
                     raise _turned(self.caches[0])
             elif length == switch and text is not None:
-                ids = [part if isinstance(part, int) else int(part[0][part[1]].item()) for part in text]
+                ids = [part if isinstance(part, int) else int(part[0][part[1]].item()) for part in text[:length]]
                 again = [cache.empty() for cache in self.caches]
                 prefill(self._model, ids, again, text_length=length + 1)
                 for cache, own in zip(self.caches, again, strict=True):
                     cache.put(row, own)
                     mx.eval(cache.state)
             if length < switch and text is not None:
-                text.append((tokens, row))
+                text[length:] = [(tokens, row)]
 
 
 def _step(
     model: Model,
     kinds: Sequence[KVCache],
-    tokens: mx.array,
+    ids: mx.array,
     position: mx.array,
     mask: mx.array,
     arrays: Sequence[Arrays],
 ) -> tuple[mx.array, list[Arrays]]:
-    """Computes of tokens `(rows,)` the logits `(rows, vocab_size)`, and the caches' arrays with them in it."""
+    """Computes of `ids` `(rows, length)` the logits `(rows * length, vocab_size)`, and the caches' arrays with them."""
     caches = [kind.inside(own, position, mask) for kind, own in zip(kinds, arrays, strict=True)]
-    logits = model(tokens[:, None], cache=caches)[:, 0]
-    return logits, [cache.state for cache in caches]
+    logits = model(ids, cache=caches)
+    return logits.reshape(ids.size, -1), [cache.state for cache in caches]

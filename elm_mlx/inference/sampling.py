@@ -117,6 +117,11 @@ class Sampler:
         if self.choose is not None and (self.temp, self.top_p, self.top_k, self.min_p) != (0, 1, 0, 0):
             raise InputError("give a sampler, or temp, top_p, top_k and min_p, not both")
 
+    @property
+    def has_callables(self) -> bool:
+        """True with functions of the caller's, which may count how often they are called."""
+        return self.choose is not None or bool(self.processors)
+
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None = None) -> State:
         """Returns the state before the first token after `prompts`, one for each row. `seed` None draws one.
 

@@ -185,9 +185,11 @@ class StepCache:
 
     Args:
         kind: a cache whose arrays these are.
-        arrays: `(slots, num_kv_heads, capacity, …)`, of which the first `batch` slots are used.
+        arrays: `(slots, num_kv_heads, capacity, …)`, of which the first `batch` slots are used. A single slot may
+            serve several rows: those of one text, whose positions follow each other.
         position: `(batch,)`, where the step writes in each row; RoPE's offset too.
-        mask: boolean, `(batch, 1, 1, seen)`: the positions written so far, `position` included. No row sees more.
+        mask: boolean, `(batch, 1, length, seen)`: the positions written so far, with each row's and query's own. None
+            sees more.
     """
 
     def __init__(self, kind: KVCache, arrays: Arrays, position: mx.array, mask: mx.array):
@@ -198,19 +200,23 @@ class StepCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Fetched, Fetched]:
         batch, seen = keys.shape[0], self._mask.shape[-1]
+        slots = self.state[0].shape[0]
         for number, new in enumerate(self._kind.held(keys, values)):
-            if self.state[number].shape[0] == 1:
-                self.state[number] = mx.slice_update(self.state[number], new, self.offset, axes=[2])
+            if slots == 1:
+                new = new if batch == 1 else new.swapaxes(0, 2)
+                self.state[number] = mx.slice_update(self.state[number], new, self.offset[:1], axes=[2])
             else:
                 self.state[number][mx.arange(batch), :, self.offset] = new[:, :, 0]
-        return self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
+        found = self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
+        return found if slots > 1 or batch == 1 else (_repeated(found[0], batch), _repeated(found[1], batch))
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """Returns the mask of a step's one new position."""
-        assert length == 1
+        """Returns the mask of a step's new positions."""
         if window_size is None:
             return self._mask
         first = self.offset[:, None, None, None] - window_size
+        if length > 1:
+            first = first + mx.arange(length)[:, None]
         return self._mask & (mx.arange(self._mask.shape[-1]) > first)
 
 
@@ -343,7 +349,18 @@ def shared_length(cache: KVCache, held: Sequence[int], prompt: Sequence[int]) ->
 def place_step(lengths: Sequence[int]) -> tuple[mx.array, mx.array]:
     """Returns `position` and `mask` of the StepCaches of a step that writes behind `lengths` positions in each row."""
     position = mx.array(lengths)
-    return position, mx.arange(_rounded(max(lengths) + 1, 64)) <= position[:, None, None, None]
+    return position, mx.arange(_seen(max(lengths) + 1)) <= position[:, None, None, None]
+
+
+def place_pass(length: int, count: int, apart: bool) -> tuple[mx.array, mx.array]:
+    """Returns `position` and `mask` of the StepCaches of a pass that writes `count` tokens behind a text of `length`.
+
+    `apart` makes a row of each token, as if it had a step of its own; else they are the queries of one row.
+    """
+    if apart:
+        return place_step([*range(length, length + count)])
+    position = mx.arange(length, length + count)
+    return mx.array([length]), (mx.arange(_seen(length + count)) <= position[:, None])[None, None]
 
 
 def row_slots(rows: int) -> int:
@@ -354,6 +371,17 @@ def row_slots(rows: int) -> int:
 def row_capacity(length: int) -> int:
     """Returns how many positions a batch's arrays get for texts of `length`."""
     return _rounded(length, KVCache.step)
+
+
+def _seen(length: int) -> int:
+    """Returns how many positions a step looks at that writes the last of `length`."""
+    return _rounded(length, 64)
+
+
+def _repeated(array: Fetched, rows: int) -> mx.array:
+    """Returns a text's keys or values for each of `rows` rows, without copying them."""
+    assert isinstance(array, mx.array)
+    return mx.broadcast_to(array, (rows, *array.shape[1:]))
 
 
 def _rounded(length: int, step: int) -> int:

@@ -287,15 +287,16 @@ def test_save_and_load(speaking_dir: Path, tmp_path: Path, start: Start) -> None
     assert leave(child) == 0
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_session(endless_dir: Path, start: Start) -> None:
-    child = start(endless_dir, "--max-tokens", "150000", "--template", "openelm-instruct")
+@pytest.mark.parametrize("drafts", [(), ("--prompt-lookup",)])
+def test_ctrl_c_stops_the_answer_and_not_the_session(endless_dir: Path, start: Start, drafts: tuple[str, ...]) -> None:
+    child = start(endless_dir, "--max-tokens", "150000", "--template", "openelm-instruct", *drafts)
     for _ in range(2):
         child.sendline("hello")
         child.expect_exact("xyzxyzxyz")
         child.sendintr()
         child.expect(r"\r\n> $")
     shown = say(child, "/stats")
-    assert "context" in shown
+    assert "context" in shown and ("tokens a pass" in shown) == bool(drafts)
     assert "(dropped: hello)" in say(child, "/undo"), "what had been said was kept"
     assert "(dropped: hello)" in say(child, "/undo")
     say(child, "/set max_tokens 5")

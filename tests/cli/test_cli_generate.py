@@ -90,6 +90,36 @@ def test_it_says_what_python_says(run: Run, tiny_model_dir: Path) -> None:
     assert run("generate", tiny_model_dir, "--prompt", "the fox", "--seed", 8, *arguments)[1] != out
 
 
+def test_drafts_change_nothing_and_their_figures_are_shown(run: Run, endless: Path) -> None:
+    flags = (endless, "-p", "xyzxyzxyz", "--max-tokens", 80)
+    plain = run("generate", *flags)
+    for drafts in (("--prompt-lookup",), ("--draft-model", endless), ("--prompt-lookup", "--num-draft-tokens", 3)):
+        code, out, err = run("generate", *flags, *drafts)
+        assert (code, out) == (0, plain[1])
+        assert re.search(
+            r"\| drafts: (\d+ of \d+ tokens right|none was worth it), \d\.\d\d tokens a pass \| first", err
+        )
+        result = json.loads(run("generate", *flags, *drafts, "--json")[1])
+        assert set(result["drafts"]) == {"drafted", "accepted", "passes"}
+    assert json.loads(run("generate", *flags, "--json")[1])["drafts"] is None
+
+
+def test_drafts_that_cannot_be_are_refused(run: Run, endless: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "other"
+    shutil.copytree(endless, tokenizer)
+    (tokenizer / "tokenizer.model").write_bytes(tiny.with_piece(tiny.train_tokenizer(319), "ab "))
+    for flags, message in (
+        (("--draft-model", tmp_path / "none"), "none"),
+        (("--draft-model", tokenizer), r"token \d+ is '.*' and the model's '.*': a draft needs the same vocabulary"),
+        (("--draft-model", endless, "--prompt-lookup"), "give one of the two"),
+        (("--num-draft-tokens", 3), "needs --prompt-lookup or --draft-model"),
+        (("--prompt-lookup", "--num-draft-tokens", 99), "from 1 to 31"),
+    ):
+        refused(run("generate", endless, "-p", "x", *flags), message)
+    (tmp_path / "prompts").write_text("a\nb\n")
+    refused(run("generate", endless, "--prompts", tmp_path / "prompts", "--prompt-lookup"), "leave out --prompts")
+
+
 def test_json_has_it_all(run: Run, tiny_model_dir: Path) -> None:
     code, out, err = run("generate", tiny_model_dir, "-p", "the 漢", "--max-tokens", 5, "--json")
     assert code == 0 and not STATISTICS.search(err)
