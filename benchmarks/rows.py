@@ -19,7 +19,7 @@ import numpy as np
 from elm_mlx import blas, device
 from elm_mlx.model.config import ModelConfig
 
-ROWS = (1, 2, 3, 4, 5, 6)
+ROWS = (1, 2, 4, 8, 12, 16)
 REPEATS = 10
 PAUSE = 0.15  # seconds, in which the other side's threads come to rest
 

@@ -21,7 +21,7 @@
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MOST = LANES == 16 ? 8 : 4 }; /* rows whose sums with three columns all have registers */
-enum { FEW = 8, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
+enum { FEW = 16, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
 
 void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
                        int);

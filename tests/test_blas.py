@@ -346,14 +346,14 @@ needs_few_rows = pytest.mark.skipif(blas.OWN_FEW_ROWS not in blas.status().name,
 @needs_few_rows
 @pytest.mark.usefixtures("two_threads")
 def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors() -> None:
-    """To the bit: whether alone or one of eight, shared out or not, before a matrix or one that is transposed."""
+    """To the bit: whether alone or one of sixteen, shared out or not, before a matrix or one that is transposed."""
     drawn = mx.random.normal((3001, 203), key=mx.random.key(1))  # large enough to be shared out, in odd portions
-    rows = mx.random.normal((8, 203), key=mx.random.key(2))
+    rows = mx.random.normal((16, 203), key=mx.random.key(2))
     for matrix in (drawn.T, mx.contiguous(drawn.T)):
         together = rows @ matrix
         exact = np.array(rows, np.float64) @ np.array(matrix, np.float64)
         assert np.abs(np.array(together) - exact).max() < 1e-4
-        for count in range(1, 9):
+        for count in range(1, 17):
             assert mx.array_equal(rows[:count] @ matrix, together[:count])
         with blas.one_thread():
             assert mx.array_equal(rows @ matrix, together)
@@ -361,10 +361,10 @@ def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors()
 
 @needs_few_rows
 def test_zeros_behind_a_rows_numbers_change_no_bit_of_its_product() -> None:
-    rows, matrix = mx.random.normal((8, 500), key=mx.random.key(1)), mx.random.normal((500, 61), key=mx.random.key(2))
+    rows, matrix = mx.random.normal((16, 500), key=mx.random.key(1)), mx.random.normal((500, 61), key=mx.random.key(2))
     expected = rows @ matrix
     for more in (1, 12, 500, 3000):
-        for count in range(1, 9):
+        for count in range(1, 17):
             found = mx.pad(rows, [(0, 0), (0, more)])[:count] @ mx.pad(matrix, [(0, more), (0, 0)])
             assert mx.array_equal(found, expected[:count])
 

@@ -20,7 +20,7 @@ from elm_mlx import blas, device
 from elm_mlx.model import ops
 from elm_mlx.model.ops import Rope
 
-MOST_ROWS = 8  # whose results have the same bits whatever their number
+MOST_ROWS = 16  # whose results have the same bits whatever their number
 _READ, _WRITE, _FEED = 1, 2, 3
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
 

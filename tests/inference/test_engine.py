@@ -108,8 +108,8 @@ def test_one_answer_is_generates(engine: Engine, model: Model) -> None:
         assert ask(engine, prompt(length, length)).tokens() == alone(model, prompt(length, length))
 
 
-def test_six_answers_together_have_the_bits_of_each_alone(engine: Engine, model: Model) -> None:
-    lengths = (3, 130, 17, 300, 250, 64)
+def test_sixteen_answers_together_have_the_bits_of_each_alone(engine: Engine, model: Model) -> None:
+    lengths = (3, 130, 17, 300, 250, 64, 5, 9, 12, 16, 33, 129, 8, 2, 40, 70)
     heard = [ask(engine, prompt(length, length), 40) for length in lengths]
     for length, each in zip(lengths, heard, strict=True):
         assert each.tokens() == alone(model, prompt(length, length), 40)

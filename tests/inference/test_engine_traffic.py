@@ -109,7 +109,7 @@ def assert_as_alone(model: Model, request: Request, events: list[Any]) -> None:
 def test_every_answer_is_generates(kind: str, tmp_path: Path) -> None:
     model = KINDS[kind](tmp_path)
     draw = random.Random(kind)
-    engine = Engine({"one": Loaded(model, None, "", ())}, max_memory=PLENTY, max_rows=8, prefix_bytes=1 << 22)
+    engine = Engine({"one": Loaded(model, None, "", ())}, max_memory=PLENTY, max_rows=16, prefix_bytes=1 << 22)
     texts = [[draw.randrange(64) for _ in range(400)] for _ in range(2)]
     asked: list[tuple[Request, queue.Queue[Any]]] = []
     for number in range(24):
