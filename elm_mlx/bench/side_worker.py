@@ -2,9 +2,9 @@
 
     python -m elm_mlx.bench.side_worker SIDE MODEL DTYPE
 
-SIDE is `ours`, `naive`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for the side's choice.
-Prints `About` as a line of JSON, and then for each line with a case's `prompt`, `new` and `batch` one with its
-`Figures` and the `text`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+SIDE is `ours`, `naive`, `prompt-lookup`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for the
+side's choice. Prints `About` as a line of JSON, and then for each line with a `prompt`, `new` and `batch` one
+with its `Figures` and the `text`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,14 +34,14 @@ from elm_mlx.version import __version__
 
 
 class Ours:
-    """This package, by the functions that `generate` calls; or with RMSNorm written out."""
+    """This package, by the functions that `generate` calls; or with RMSNorm written out, or with prompt lookup."""
 
-    def __init__(self, path: Path, dtype: str | None, naive: bool = False):
+    def __init__(self, path: Path, dtype: str | None, naive: bool = False, lookup: bool = False):
         from elm_mlx.model.network import NaiveRMSNorm, RMSNorm
         from elm_mlx.store.loading import open_model
 
         loaded = open_model(path, dtype)
-        self.model, self.vocab_size = loaded.model, loaded.model.config.vocab_size
+        self.model, self.vocab_size, self._lookup = loaded.model, loaded.model.config.vocab_size, lookup
         norms = [module for _, module in loaded.model.named_modules() if type(module) is RMSNorm] if naive else []
         if naive and not norms:
             raise ElmError("the model has no RMSNorm of elm-mlx's")
@@ -50,14 +50,21 @@ class Ours:
         self.about = describe(loaded.model, path, f"elm-mlx {__version__}", loaded.notes)
 
     def measure(self, prompts: list[list[int]], new: int) -> Measured:
-        return measure_steps(
-            prompts, new, self._batch(prompts, new) if len(prompts) > 1 else self._one(prompts[0], new)
-        )
+        if len(prompts) > 1:
+            if self._lookup:
+                raise ElmError("guesses for one text at a time")
+            return measure_steps(prompts, new, self._batch(prompts, new))
+        figures, text = measure_steps(prompts, new, self._one(prompts[0], new))
+        drafts = self._drafts
+        return replace(figures, per_pass=None if drafts is None else 1 + drafts.accepted / drafts.passes), text
 
     def _one(self, prompt: list[int], new: int) -> Iterator[list[int]]:
         from elm_mlx.inference.generation import stream_generate
 
-        for response in stream_generate(self.model, None, prompt, max_tokens=new, stop_at_eos=False):
+        for response in stream_generate(
+            self.model, None, prompt, max_tokens=new, stop_at_eos=False, prompt_lookup=self._lookup
+        ):
+            self._drafts = response.drafts
             yield [response.token]
 
     def _batch(self, prompts: list[list[int]], new: int) -> Iterator[list[int]]:
@@ -161,8 +168,10 @@ def reset_peak() -> None:
 def main() -> None:
     side, path, dtype = sys.argv[1], Path(sys.argv[2]), None if sys.argv[3] == "-" else sys.argv[3]
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
-    ours = side in ("ours", "naive")
-    worker = Ours(path, dtype, side == "naive") if ours else MlxLm(path, dtype, side == "mlx-lm")
+    if side in ("ours", "naive", "prompt-lookup"):
+        worker: Ours | MlxLm = Ours(path, dtype, naive=side == "naive", lookup=side == "prompt-lookup")
+    else:
+        worker = MlxLm(path, dtype, equal=side == "mlx-lm")
     print(json.dumps(asdict(worker.about)), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)

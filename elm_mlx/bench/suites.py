@@ -16,6 +16,7 @@ from elm_mlx.model.config import PRESETS
 SIDES = {
     "ours": "elm-mlx",
     "naive": "elm-mlx, naive RMSNorm",
+    "prompt-lookup": "elm-mlx, prompt lookup",
     "mlx-lm": "mlx-lm, same BLAS and type",
     "mlx-lm-stock": "mlx-lm as installed",
     "pytorch": "PyTorch",
@@ -54,12 +55,14 @@ class Figures:
         prompt: tokens read a second, until then.
         decode: tokens that followed a second, of all texts together; 0 where `new` is 1.
         memory: bytes at most in use; None where the side doesn't say.
+        per_pass: tokens that a pass over the model gave; None where each gives one.
     """
 
     first: float
     prompt: float
     decode: float
     memory: int | None = None
+    per_pass: float | None = None
 
 
 # Figures, and the ids that were written, of all texts, step by step; none where the side doesn't say.

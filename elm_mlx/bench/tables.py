@@ -49,6 +49,7 @@ def brief(row: Row, speeds: Speeds) -> Table:
         for figure in ("prompt", "decode"):
             found, ratio, bound = row.spread(side, figure), row.ratio(side, figure), bounds(row, speeds)[figure]
             beside = f" {bound.share:.0%}" if side == "ours" and bound else f" ×{ratio.median:.2f}" if ratio else ""
+            beside += _per_pass(row, side, figure)
             cells.append(number(found.median) + (beside if side == "ours" or ratio else "") if found else "")
         first = row.spread(side, "first")
         lines.append([SIDES[side], cells[0], number(first.median) if first else "", cells[1], _memory(row, side)])
@@ -60,7 +61,13 @@ def _beside(row: Row, side: str, figure: str, speeds: Speeds) -> str:
     if side == "ours":
         return f"{bound.share:.0%} of {bound.by}" if bound else ""
     ratio = spread(row.ratio(side, figure))
-    return f"× {ratio}" if ratio else ""
+    return f"× {ratio}{_per_pass(row, side, figure)}" if ratio else ""
+
+
+def _per_pass(row: Row, side: str, figure: str) -> str:
+    """How many tokens a pass over the model gave, of a side that guesses."""
+    found = row.spread(side, "per_pass") if figure == "decode" else None
+    return f", {found.median:.2f} a pass" if found else ""
 
 
 def _memory(row: Row, side: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,15 @@ def test_texts_are_compared_from_the_beginning() -> None:
     made.compare("llama.cpp", [], ours)  # it doesn't say
     assert made.alike == {"naive": 5, "mlx-lm": 1}
     assert tables.likeness(made) == "the same tokens as elm-mlx: naive (all), mlx-lm (first 1)"
+
+
+def test_tokens_of_a_pass_stand_behind_the_ratio_of_decoding() -> None:
+    made = whole()
+    (only,) = made.rows
+    only.figures["prompt-lookup"] = [replace(each, per_pass=2.5) for each in only.figures["ours"]]
+    line = tables.speed(made)[1][-1]
+    assert line[4] == "× 1" and line[7] == "× 1, 2.50 a pass"
+    assert tables.brief(only, SPEEDS)[1][-1][1::2] == ["667 ×1.00", "95 ×1.00, 2.50 a pass"]
 
 
 def test_other_programs_versions_are_told() -> None:

@@ -138,6 +138,17 @@ def test_the_naive_one_is_ours_too(start: Callable[..., Side]) -> None:
     sane(start("naive", "bfloat16").measure(Case("m", "stored", 8, 4)), 8)
 
 
+def test_with_prompt_lookup_it_writes_the_same_and_tells_what_a_pass_gave(start: Callable[..., Side]) -> None:
+    case = Case("m", "stored", 30, 60)
+    plain, expected = start("ours").measure(case)
+    side = start("prompt-lookup")
+    figures, text = side.measure(case)
+    assert text == expected and len(text) == 60
+    assert plain.per_pass is None and figures.per_pass is not None and 1 <= figures.per_pass <= 8
+    with pytest.raises(Unavailable, match="one text at a time"):
+        side.measure(Case("m", "stored", 8, 4, batch=2))
+
+
 def test_mlx_lm_computes_in_what_is_asked_for(start: Callable[..., Side]) -> None:
     side = start("mlx-lm", "float32")
     assert side.about.name.startswith("mlx-lm ") and side.about.dtype == "float32"
