@@ -6,7 +6,7 @@ is found first by the dynamic linker. The OpenBLAS of the `scipy-openblas32` whe
 two ways to a library with plain names, both taken once and kept in the user's cache:
 
 - `cblas.c`, where there is a C compiler. It multiplies few rows by itself, 2 to 6 times as fast as OpenBLAS, which
-  packs the matrix even for these: decoding is made of such products;
+  packs the matrix even for these: decoding is made of such products. And it computes attention (`attention.c`);
 - else a copy of OpenBLAS in which `patchelf` has taken the prefix off the three names. Many machines have no compiler
   (python:slim, a desktop's Ubuntu), and would multiply 60 times slower without it.
 
@@ -40,7 +40,7 @@ SYMBOLS = ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
 PREFIX = "scipy_"
 OWN_FEW_ROWS = ", few rows by elm-mlx"
 SHIM = Path(__file__).with_name("cblas.c")
-_SOURCES = (SHIM, SHIM.with_name("sublayers.c"), SHIM.with_name("vectors.h"))
+_SOURCES = sorted(SHIM.parent.glob("*.[ch]"))
 _RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 _opened: list[ctypes.CDLL] = []  # what serves, for as long as the process lives
@@ -97,6 +97,11 @@ def prefer_fast() -> None:
     found = status()
     if found.slow:
         print(f"elm-mlx: slow matrix products: {found.note} ({VARIABLE} chooses a BLAS)", file=sys.stderr)
+
+
+def attends() -> bool:
+    """Returns whether a product may stand for attention (`attention.c`)."""
+    return status().name.endswith(OWN_FEW_ROWS)
 
 
 def threads() -> int:

@@ -96,6 +96,9 @@ TILE(1, 1)
         *c = p->beta == 0 ? p->alpha * sums[i][j] : p->alpha * sums[i][j] + p->beta * *c;                           \
       }                                                                                                             \
   }
+STRIP(6, 4)
+STRIP(6, 2)
+STRIP(6, 1)
 STRIP(3, 4)
 STRIP(3, 1)
 STRIP(2, 4)
@@ -111,9 +114,12 @@ STRIP(1, 1)
 static void strips(const struct product *p, int from, int to) {
   for (int i = 0, rows; i < p->m; i += rows) {
     int j = from;
-    switch (rows = p->m - i == 4 ? 2 : p->m - i) {
+    switch (rows = p->m - i >= 6 ? 6 : p->m - i == 4 ? 2 : p->m - i) {
       case 1: ROWS(1, 8)
       case 2: ROWS(2, 4)
+      case 6:
+        if (LANES == 16) { ROWS(6, 4) }
+        ROWS(6, 2)
       default: rows = 3; ROWS(3, 4)
     }
     for (; j < to; j++)
@@ -245,12 +251,15 @@ static void few_rows(const struct product *p) {
   share(product_columns, p, p->n, p->transposed ? 3 : 8 * LANES, (long)p->m * p->n * p->k);
 }
 
+#include "attention.c"
 #include "sublayers.c"
 
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc) {
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
-  if (some && is_described(b, n, k)) {
+  if (some && is_attention(alpha)) {
+    attend(m, beta, a, b, c);
+  } else if (some && is_described(b, n, k)) {
     sublayer((const struct sublayer *)b, m, n, a, lda, c, ldc);
   } else if (some && m <= FEW && (ta == NO_TRANS || (m == 1 && lda == 1))) { /* MLX may call a row a column */
     few_rows(&(struct product){m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc});

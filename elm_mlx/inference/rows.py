@@ -5,8 +5,8 @@ steps, and no other row moves for it but the last.
 
 On a CPU in float32, with the BLAS that `elm_mlx.blas` compiles, a row's logits have the same bits whatever stands in up
 to fifteen others, and however far they are: products of up to 16 rows are summed in an order that does not depend on
-the number of rows, or of positions that a row does not see (of a network where up to 16 queries share a key). From 17
-rows on the products are OpenBLAS's own, and equal to rounding.
+the number of rows, and attention in one that depends on no other query and no position that is not seen. From 17 rows
+on the products are OpenBLAS's own, and equal to rounding.
 """
 
 from __future__ import annotations

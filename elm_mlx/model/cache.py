@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from elm_mlx.errors import InputError
 from elm_mlx.model import packed
-from elm_mlx.model.ops import Segments
+from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.packed import Packed
 
 Arrays = Sequence[mx.array]  # of one layer
@@ -144,15 +144,11 @@ class KVCache:
     def is_trimmable(self) -> bool:
         return True
 
-    def make_mask(
-        self, length: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | str | None:
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Causal | str | None:
         """Returns the mask of `length` new positions: each sees those before it, `window_size` with itself at most."""
-        end = self.offset + length
-        if window_size is None or end <= window_size:
+        if window_size is None or self.offset + length <= window_size:
             return "causal" if length > 1 else None
-        back = mx.arange(self.offset, end)[:, None] - mx.arange(end)
-        return (back >= 0) & (back < window_size)
+        return Causal(self.offset + 1, window_size)
 
 
 class QuantizedCache(KVCache):
@@ -210,14 +206,9 @@ class StepCache:
         found = self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
         return found if slots > 1 or batch == 1 else (_repeated(found[0], batch), _repeated(found[1], batch))
 
-    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
+    def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Causal:
         """Returns the mask of a step's new positions."""
-        if window_size is None:
-            return self._mask
-        first = self.offset[:, None, None, None] - window_size
-        if length > 1:
-            first = first + mx.arange(length)[:, None]
-        return self._mask & (mx.arange(self._mask.shape[-1]) > first)
+        return Causal(self.offset + 1, window_size)
 
 
 class StateCache:

@@ -7,7 +7,9 @@ attention's softmax took more than half of it.
 
 from __future__ import annotations
 
+import functools
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,7 +17,7 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx import device
+from elm_mlx import blas, device
 from elm_mlx.model import packed
 from elm_mlx.model.packed import Packed
 from elm_mlx.model.rope_config import RopeConfig
@@ -40,7 +42,35 @@ class Segments:
         return same & (positions <= positions[:, None])
 
 
-Mask: TypeAlias = mx.array | Segments | str | None
+@dataclass(frozen=True)
+class Causal:
+    """The causal mask of rows that end at different positions, or of a sliding window.
+
+    Attributes:
+        seen: how many positions a row's first query sees, its own included; each that follows sees one more. A number,
+            or an array `(batch,)`.
+        window: how many of them at most, the last ones; None for all.
+    """
+
+    seen: int | mx.array
+    window: int | None = None
+
+    def array(self, length: int, positions: int) -> mx.array:
+        """Returns the mask as a boolean `(1 or batch, 1, length, positions)`."""
+        seen = self.seen if isinstance(self.seen, mx.array) else mx.array(self.seen)
+        ends = seen.reshape(-1, 1, 1, 1) + mx.arange(length)[:, None]
+        at = mx.arange(positions)
+        return at < ends if self.window is None else (at < ends) & (at >= ends - self.window)
+
+    def for_mlx(self, length: int, positions: int) -> mx.array | str | None:
+        """Returns the mask as MLX's own attention takes it: by its name where it has one."""
+        plain = isinstance(self.seen, int) and self.seen == positions - length + 1
+        if not plain or (self.window is not None and self.window < positions):
+            return self.array(length, positions)
+        return "causal" if length > 1 else None
+
+
+Mask: TypeAlias = mx.array | Segments | Causal | str | None
 Rotate = Callable[[mx.array], mx.array]
 
 # 2**f for f in [-1/2, 1/2], constant first: least squares of the relative error at Chebyshev nodes (8e-8).
@@ -50,6 +80,10 @@ _LITTLE = 1 << 14  # values below which one slow pass is cheaper than twenty fas
 # Larger heads are rotated without the matrices, which take the square of it. No model has larger ones.
 _MATRIX = 512
 _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's cache
+# Of attention.c: the product's alpha, what the head's size is a multiple of, numbers of its note, and those of a query.
+_ATTENTION = struct.unpack("f", struct.pack("I", 0x7FC0A77E))[0]
+_HEAD_MULTIPLE, _NOTE, _STATISTICS = 16, 16, 2
+_DEPTH = 4  # of the product
 
 
 class Rope:
@@ -260,27 +294,126 @@ def attention(
 ) -> mx.array:
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 
-    `mask` is None, "causal" (the last query sees all positions), `Segments` (as many queries as positions), or
-    boolean `(…, length, positions)`.
+    `mask` is None, "causal" (the last query sees all positions), `Causal`, `Segments` (as many queries as positions),
+    or boolean `(…, length, positions)`.
     """
     batch, heads, length, head_dim = queries.shape
     if isinstance(keys, Packed) or isinstance(values, Packed):
         assert isinstance(keys, Packed) and isinstance(values, Packed)
-        if mask == "causal":
-            positions = keys.codes.shape[2]
-            mask = mx.arange(positions) <= mx.arange(positions - length, positions)[:, None]
+        positions = keys.codes.shape[2]
+        if isinstance(mask, str):
+            mask = Causal(positions - length + 1)
+        if isinstance(mask, Causal):
+            mask = mask.array(length, positions)
         return packed.attention(queries, keys, values, scale, mask)
     kv_heads, positions = keys.shape[1], keys.shape[2]
+    plain = isinstance(mask, str) or (mask is None and length == 1)
+    causal = Causal(positions - length + 1) if plain else mask
+    if isinstance(causal, Causal) and _fits_one_call(queries, keys):
+        return _attend_in_one_call(queries, keys, values, scale, causal)
+    little = _mlx_is_best(queries, batch * heads * length * positions)
+    if isinstance(mask, Causal):
+        mask = mask.for_mlx(length, positions)
     segments = mask if isinstance(mask, Segments) else None
-    if segments and (length == 1 or _mlx_is_best(queries, batch * heads * length * positions)):
+    if segments and (length == 1 or little):
         mask = segments.seen()
     if length == 1 and not device.on_gpu():  # the queries that share a head are rows of one product
         grouped = queries.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         out = mx.fast.scaled_dot_product_attention(grouped, keys, values, scale=scale, mask=mask)
         return out.reshape(batch, heads, 1, head_dim)
-    if isinstance(mask, mx.array) or mask is None or _mlx_is_best(queries, batch * heads * length * positions):
+    if isinstance(mask, mx.array) or mask is None or little:
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     return _causal_attention(queries, keys, values, scale, segments)
+
+
+def _attend_in_one_call(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: Causal) -> mx.array:
+    """Attention by `attention.c`, with derivatives."""
+
+    @mx.custom_function
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return _call(queries, keys, values, scale, causal)
+
+    @attend.vjp
+    def derive(primals: tuple[mx.array, ...], cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+        length, positions = queries.shape[2], keys.shape[2]
+        mask = causal.for_mlx(length, positions)
+        if isinstance(mask, str):
+            out, statistics = outputs
+            tops, sums = mx.split(statistics, 2, axis=-1)
+            log_sums = (tops + mx.log(sums)).reshape(*out.shape[:3], 1)
+            return _derive(primals, cotangents[0], (out, log_sums), scale, None)
+        plain = functools.partial(mx.fast.scaled_dot_product_attention, scale=scale, mask=mask)
+        return tuple(mx.vjp(plain, list(primals), [cotangents[0]])[1])
+
+    return attend(queries, keys, values)[0]
+
+
+def _call(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: Causal
+) -> tuple[mx.array, mx.array]:
+    """Returns attention by a product that stands for it, and `(batch, kv_heads, 2 * queries)` of each head's queries.
+
+    These are their largest scores, and then the sums of their weights relative to those.
+
+    MLX calls `cblas_sgemm` once for each key and value head. The factors are the first of the head's keys and values,
+    which are handed over where they stand: from there the C finds the others. They stand one after the other in what a
+    reshape returns, a view of the cache, and of anything that lies otherwise a copy.
+    """
+    batch, heads, length, head_dim = queries.shape
+    kv_heads = keys.shape[1]
+    group, count = heads // kv_heads * length, _positions_handed_over(queries, keys)
+    side, numbers = count * head_dim // _DEPTH, group * head_dim
+    seen = mx.array(causal.seen).reshape(-1, 1, 1)
+    note = mx.broadcast_to(_note(head_dim, group, length, causal.window) + _SEEN * seen, (batch, kv_heads, _NOTE))
+    room = mx.zeros((batch, kv_heads, side * side - numbers - _NOTE))
+    square = mx.concatenate([queries.reshape(batch, kv_heads, numbers), room, note], axis=-1)
+    out = mx.addmm(
+        square.reshape(batch, kv_heads, side, side),
+        keys.reshape(batch, kv_heads, -1)[..., : count * head_dim].reshape(batch, kv_heads, side, _DEPTH),
+        values.reshape(batch, kv_heads, -1)[..., : count * head_dim].reshape(batch, kv_heads, _DEPTH, side),
+        alpha=_ATTENTION,
+        beta=scale,
+    ).reshape(batch, kv_heads, side * side)
+    return out[..., :numbers].reshape(queries.shape), out[..., numbers : numbers + _STATISTICS * group]
+
+
+def _positions_handed_over(queries: mx.array, keys: mx.array) -> int:
+    """Returns how many keys are as long as the factor of a product that has room for what `attention.c` is to know."""
+    _, heads, length, head_dim = queries.shape
+    numbers = heads // keys.shape[1] * length * (head_dim + _STATISTICS) + _NOTE
+    return math.ceil(_DEPTH * math.sqrt(numbers) / head_dim)
+
+
+def _fits_one_call(queries: mx.array, keys: mx.array) -> bool:
+    """Returns whether `attention.c` is there and takes these."""
+    return (
+        queries.dtype == keys.dtype == mx.float32
+        and queries.shape[3] % _HEAD_MULTIPLE == 0
+        and keys.shape[2] >= _positions_handed_over(queries, keys)
+        and not device.on_gpu()
+        and blas.attends()
+        and _calls_arrive()
+    )
+
+
+@functools.cache
+def _calls_arrive() -> bool:
+    """Returns whether this MLX hands over views as `_call` expects, and the C computes the right thing from them."""
+    draw = functools.partial(mx.random.normal, key=mx.random.key(1))
+    queries, keys, values = draw((2, 4, 3, 16)), draw((3, 2, 40, 16))[:2, :, :21], draw((2, 21, 2, 16)).swapaxes(1, 2)
+    found, _ = _call(queries, keys, values, 0.25, Causal(19))
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.25, mask="causal")
+    return bool(mx.allclose(found, expected, atol=1e-5).item())
+
+
+_SEEN = mx.array([0, 0, 0, 1, *[0] * (_NOTE - 4)], mx.float32)  # where the note says how many positions are seen
+
+
+@functools.lru_cache(maxsize=256)
+def _note(head_dim: int, group: int, length: int, window: int | None) -> mx.array:
+    """Returns what `attention.c` is told but for the positions seen; layers share it, and a step has it once."""
+    numbers = [head_dim, group, length, 0, 2**24 if window is None else window]
+    return mx.array([*numbers, *[0] * (_NOTE - len(numbers))], mx.float32)
 
 
 def _causal_attention(
@@ -290,13 +423,11 @@ def _causal_attention(
 
     Kept, they would be most of the memory of a training step.
     """
-    batch, heads, length, _ = queries.shape
-    blocks = _blocks(batch * heads, length, keys.shape[2], segments.reach if segments else None)
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         parts = []
-        for start, stop, seen in blocks:
+        for start, stop, seen in _blocks(queries, keys, segments):
             scores = _block_scores(queries[:, :, start:stop] * scale, keys, seen, segments)
             parts.append(_attend_block(scores, values[:, :, seen]))
         if len(parts) == 1:
@@ -305,30 +436,46 @@ def _causal_attention(
 
     @attend.vjp
     def derive(primals: tuple[mx.array, ...], cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        queries, keys, values = primals
-        out, log_sums = outputs
-        along = (cotangents[0] * out).sum(axis=-1, keepdims=True)
-        query_grads: list[mx.array] = []
-        key_grad, value_grad = mx.zeros_like(keys), mx.zeros_like(values)
-        for start, stop, seen in blocks:
-            part = queries[:, :, start:stop] * scale
-            if query_grads:  # one block after the other, or all blocks' scores would be in memory together
-                part = mx.depends([part], [query_grads[-1], key_grad, value_grad])[0]
-            scores = _block_scores(part, keys, seen, segments)
-            weights = _exp(mx.maximum(scores - log_sums[:, :, start:stop], -87.0))
-            query_part, key_part, value_part = _derive_block(
-                part, keys[:, :, seen], values[:, :, seen], weights, cotangents[0][:, :, start:stop],
-                along[:, :, start:stop],
-            )  # fmt: skip
-            query_grads.append(query_part * scale)
-            key_grad[:, :, seen] += key_part
-            value_grad[:, :, seen] += value_part
-        return mx.concatenate(query_grads, axis=2), key_grad, value_grad
+        return _derive(primals, cotangents[0], outputs, scale, segments)
 
     return attend(queries, keys, values)[0]
 
 
-def _blocks(heads: int, length: int, positions: int, reach: int | None) -> list[tuple[int, int, slice]]:
+def _derive(
+    primals: tuple[mx.array, ...],
+    cotangent: mx.array,
+    outputs: tuple[mx.array, mx.array],
+    scale: float,
+    segments: Segments | None,
+) -> tuple[mx.array, ...]:
+    """Returns the cotangents of causal attention's queries, keys and values, block by block."""
+    queries, keys, values = primals
+    out, log_sums = outputs
+    along = (cotangent * out).sum(axis=-1, keepdims=True)
+    query_grads: list[mx.array] = []
+    key_grad, value_grad = mx.zeros_like(keys), mx.zeros_like(values)
+    for start, stop, seen in _blocks(queries, keys, segments):
+        part = queries[:, :, start:stop] * scale
+        if query_grads:  # one block after the other, or all blocks' scores would be in memory together
+            part = mx.depends([part], [query_grads[-1], key_grad, value_grad])[0]
+        scores = _block_scores(part, keys, seen, segments)
+        weights = _exp(mx.maximum(scores - log_sums[:, :, start:stop], -87.0))
+        query_part, key_part, value_part = _derive_block(
+            part, keys[:, :, seen], values[:, :, seen], weights, cotangent[:, :, start:stop], along[:, :, start:stop]
+        )
+        query_grads.append(query_part * scale)
+        key_grad[:, :, seen] += key_part
+        value_grad[:, :, seen] += value_part
+    return mx.concatenate(query_grads, axis=2), key_grad, value_grad
+
+
+def _blocks(queries: mx.array, keys: mx.array, segments: Segments | None) -> list[tuple[int, int, slice]]:
+    """Returns runs of queries: start, stop, and the positions they see."""
+    batch, heads, length, _ = queries.shape
+    return _runs(batch * heads, length, keys.shape[2], segments.reach if segments else None)
+
+
+def _runs(heads: int, length: int, positions: int, reach: int | None) -> list[tuple[int, int, slice]]:
     """Returns runs of the last `length` queries: start, stop, and the positions they see."""
     if reach is None:
         rows, back = _BLOCK_SCORES // (heads * positions), positions

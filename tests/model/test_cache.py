@@ -25,7 +25,7 @@ from elm_mlx.model.cache import (
 )  # fmt: skip
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
+from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.packed import Packed
 
 
@@ -119,7 +119,7 @@ def test_a_step_writes_at_its_position_and_sees_up_to_there() -> None:
     np.testing.assert_array_equal(keys[:, :, :6], expected[0])
     np.testing.assert_array_equal(values[:, :, :6], expected[1])
     assert not np.array(keys[:, :, 6:]).any()
-    np.testing.assert_array_equal(np.array(step.make_mask(1)).reshape(-1), np.arange(64) <= 5)
+    np.testing.assert_array_equal(np.array(step.make_mask(1).array(1, 64)).reshape(-1), np.arange(64) <= 5)
 
 
 def test_each_row_of_a_step_writes_at_its_own_position() -> None:
@@ -132,7 +132,7 @@ def test_each_row_of_a_step_writes_at_its_own_position() -> None:
     new = drawn(1, 9, batch=3)
     keys, values = step.update_and_fetch(*new)
     assert keys.shape == values.shape == (3, 2, 64, 4)
-    mask = np.array(step.make_mask(1))
+    mask = np.array(step.make_mask(1).array(1, 64))
     assert mask.shape == (3, 1, 1, 64)
     for row, length in enumerate(lengths):
         expected = filled(length, seed=length).update_and_fetch(new[0][row : row + 1], new[1][row : row + 1])
@@ -220,11 +220,13 @@ def test_states_of_several_prompts_are_rows_of_one() -> None:
 def test_a_window_hides_what_is_too_long_ago() -> None:
     cache = filled(6)
     assert cache.make_mask(2, window_size=8) == "causal" and cache.make_mask(1, window_size=7) is None
-    mask = np.array(cache.make_mask(3, window_size=4))
+    window = cache.make_mask(3, window_size=4)
+    assert isinstance(window, Causal)
+    mask = np.array(window.array(3, 9)).reshape(3, 9)
     for row, position in enumerate((6, 7, 8)):
         np.testing.assert_array_equal(np.flatnonzero(mask[row]), np.arange(position - 3, position + 1))
     step = StepCache(KVCache(), cache.state, *place_step([6]))
-    np.testing.assert_array_equal(np.flatnonzero(np.array(step.make_mask(1, window_size=4))), [3, 4, 5, 6])
+    np.testing.assert_array_equal(np.flatnonzero(step.make_mask(1, window_size=4).array(1, 64)), [3, 4, 5, 6])
 
 
 def test_texts_in_a_row_see_themselves_alone_and_their_window() -> None:

@@ -170,7 +170,7 @@ def test_blocks_hold_every_query_once_and_all_that_it_may_see(
     heads: int, length: int, before: int, reach: int | None
 ) -> None:
     before = 0 if reach else before  # texts in a row have no cache before them
-    blocks = ops._blocks(heads, length, before + length, reach)
+    blocks = ops._runs(heads, length, before + length, reach)
     assert [at for start, stop, _ in blocks for at in range(start, stop)] == list(range(length))
     for start, stop, seen in blocks:
         assert seen.stop == before + stop

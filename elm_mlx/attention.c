@@ -1,0 +1,204 @@
+/* Softmax attention of one key and value head, as one product: part of cblas.c.
+
+   MLX calls for products alone, so attention comes as one whose alpha no product has, a certain NaN. It is square: c
+   holds side * side numbers, the queries, row after row, room for two numbers of each, and at its end a `note`; a and b
+   begin where the head's keys and values do, a position after the other. The results take the queries' place, the room
+   has the largest score of each query and the sum of the weights, relative to that one's.
+
+   Positions go by spans from the first on, and each is weighed by itself. A query's spans are then joined in their order.
+   All its numbers are sums in one order, whatever queries are beside it, whatever positions it does not see, and
+   whoever computes the spans: a text's logits don't depend on its company. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LEAST -3e38f /* less than any score */
+enum { SPAN = 256, BLOCK = 96, CHUNK = 4 * LANES, NOTE = 16, ATTENTION = 0x7fc0a77e };
+
+/* What stands in the note: the size of the head, the number of queries, how many of them are of one head and so of
+   positions that follow each other, how many positions the first of these sees, and how many are seen at most. */
+struct note {
+  float head_dim, rows, length, seen, window;
+};
+
+struct attention {
+  int head_dim, rows, length, seen, window, spans, apart; /* apart: each span of a block is computed by itself */
+  float scale;
+  const float *keys, *values;
+  float *queries, *tops, *sums, *parts;
+};
+
+/* exp(x) for x up to 0, and nothing below -87. */
+static inline lanes weight(lanes x) { return where(x < -87.0f, all(0), exponential(at_least(x, -87))); }
+
+/* Columns of LANES rows become rows, `step` numbers from the next. Exchanges two quarters of each block, first of the
+   block of all, then of its four quarters, and so on. */
+static void transpose(const float *rows, long row_step, float *columns, long step) {
+#ifdef __clang__ /* which picks by constants alone */
+  for (int i = 0; i < LANES; i++)
+    for (int at = 0; at < LANES; at++) columns[i * step + at] = rows[at * row_step + i];
+#else
+#define EXCHANGE(FAR)                                                                                               \
+  for (int i = 0; i < LANES && FAR < LANES; i++)                                                                    \
+    if (!(i & FAR)) {                                                                                               \
+      integers left = (lane & ~FAR) + (lane & FAR) / FAR * LANES, right = left + FAR;                               \
+      lanes upper = x[i], lower = x[i + FAR];                                                                       \
+      x[i] = __builtin_shuffle(upper, lower, left), x[i + FAR] = __builtin_shuffle(upper, lower, right);            \
+    }
+  static const int numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const integers lane = *(const integers *)numbers;
+  lanes x[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = *(const lanes *)(rows + i * row_step);
+  EXCHANGE(8)
+  EXCHANGE(4)
+  EXCHANGE(2)
+  EXCHANGE(1)
+  for (int i = 0; i < LANES; i++) *(lanes *)(columns + i * step) = x[i];
+#endif
+}
+
+/* `there` keys, CHUNK or fewer, so that the same value of all stands together; zeros in place of those that are not. */
+static void pack(const float *keys, int there, int head_dim, float *packed) {
+  int at = 0;
+  for (; at + LANES <= there; at += LANES)
+    for (int d = 0; d < head_dim; d += LANES)
+      transpose(keys + at * head_dim + d, head_dim, packed + d * CHUNK + at, CHUNK);
+  for (; at < CHUNK; at++)
+    for (int d = 0; d < head_dim; d++) packed[d * CHUNK + at] = at < there ? keys[at * head_dim + d] : 0;
+}
+
+static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
+static int seen_by(const struct attention *a, int row) { return a->seen + row % a->length; }
+
+/* Scores to weights, relative to the largest, of the positions `from` to `to`; zeros before and behind, up to `most`. */
+static void soften(float *scores, int from, int to, int most, float *top, float *sum) {
+  lanes largest = all(LEAST), total_weight = {0};
+  for (int i = from / LANES * LANES; i < to; i += LANES) {
+    lanes *x = (lanes *)(scores + i);
+    for (int at = 0; at < LANES && (i < from || i + LANES > to); at++)
+      if (i + at < from || i + at >= to) scores[i + at] = LEAST;
+    largest = where(*x > largest, *x, largest);
+  }
+  *top = LEAST;
+  for (int i = 0; i < LANES; i++) *top = largest[i] > *top ? largest[i] : *top;
+  int i = from / LANES * LANES;
+  memset(scores, 0, i * sizeof(float));
+  for (; i < to; i += LANES) {
+    lanes *x = (lanes *)(scores + i);
+    *x = weight(*x - all(*top));
+    total_weight += *x;
+  }
+  if (i < most) memset(scores + i, 0, (most - i) * sizeof(float));
+  *sum = total(&total_weight);
+}
+
+/* Of `rows` queries from `row` on, in the span that begins at `at`: results, not divided by the sums yet, and after
+   them the largest score and the sum of each. */
+static void attend_span(const struct attention *a, int row, int rows, int at, float *part) {
+  float scores[BLOCK * SPAN] __attribute__((aligned(64))), packed[a->head_dim * CHUNK] __attribute__((aligned(64)));
+  int most = 0, there = clamp(a->seen + a->length - 1 - at, SPAN);
+  for (int i = 0; i < rows; i++) {
+    int to = clamp(seen_by(a, row + i) - at, SPAN);
+    most = to > most ? to : most;
+  }
+  for (int chunk = 0; chunk < most; chunk += CHUNK) {
+    pack(a->keys + (long)(at + chunk) * a->head_dim, clamp(there - chunk, CHUNK), a->head_dim, packed);
+    strips(&(struct product){rows, CHUNK, a->head_dim, 0, a->scale, 0, a->queries + (long)row * a->head_dim, packed,
+                             scores + chunk, a->head_dim, CHUNK, SPAN}, 0, CHUNK);
+  }
+  float *tops = part + rows * a->head_dim, *sums = tops + rows;
+  for (int i = 0; i < rows; i++) {
+    int seen = seen_by(a, row + i), to = clamp(seen - at, SPAN), from = clamp(seen - a->window - at, to);
+    soften(scores + i * SPAN, from, to, most, tops + i, sums + i);
+  }
+  strips(&(struct product){rows, a->head_dim, most, 0, 1, 0, scores, a->values + (long)at * a->head_dim, part, SPAN,
+                           a->head_dim, a->head_dim}, 0, a->head_dim);
+}
+
+/* Adds a span's part to what `rows` queries have of the spans before it; or it is the first. */
+static void join(int rows, int head_dim, float *to, const float *part, int first) {
+  float *tops = to + rows * head_dim, *sums = tops + rows;
+  const float *more_tops = part + rows * head_dim, *more_sums = more_tops + rows;
+  if (first) memcpy(to, part, rows * (head_dim + 2) * sizeof(float));
+  for (int i = 0; i < rows && !first; i++) {
+    if (more_sums[i] == 0) continue;
+    float top = tops[i] > more_tops[i] ? tops[i] : more_tops[i];
+    lanes old = weight(all(tops[i] - top)), new = weight(all(more_tops[i] - top));
+    float *x = to + i * head_dim;
+    const float *y = part + i * head_dim;
+    for (int d = 0; d < head_dim; d++) x[d] = x[d] * old[0] + y[d] * new[0];
+    sums[i] = sums[i] * old[0] + more_sums[i] * new[0];
+    tops[i] = top;
+  }
+}
+
+static void finish(const struct attention *a, int row, int rows, const float *part) {
+  const float *sums = part + rows * a->head_dim + rows;
+  for (int i = 0; i < rows; i++)
+    for (int d = 0; d < a->head_dim; d++)
+      a->queries[(long)(row + i) * a->head_dim + d] = part[i * a->head_dim + d] / sums[i];
+  memcpy(a->tops + row, sums - rows, rows * sizeof(float));
+  memcpy(a->sums + row, sums, rows * sizeof(float));
+}
+
+static int rows_of(const struct attention *a, int block) { return clamp(a->rows - block * BLOCK, BLOCK); }
+static int first_span(const struct attention *a) { return clamp(a->seen - a->window, a->seen) / SPAN; }
+static float *part_of(const struct attention *a, int block, int span) {
+  return a->parts + ((long)block * BLOCK * a->spans + (long)rows_of(a, block) * span) * (a->head_dim + 2);
+}
+
+static void attend_some(const void *what, int from, int to) {
+  const struct attention *a = what;
+  for (int i = from; i < to; i++) {
+    int block = a->apart ? i / a->spans : i, rows = rows_of(a, block), first = first_span(a);
+    if (a->apart) {
+      attend_span(a, block * BLOCK, rows, (first + i % a->spans) * SPAN, part_of(a, block, i % a->spans));
+      continue;
+    }
+    float sum[BLOCK * (a->head_dim + 2)], part[BLOCK * (a->head_dim + 2)];
+    for (int span = 0; span < a->spans; span++) {
+      attend_span(a, block * BLOCK, rows, (first + span) * SPAN, part);
+      join(rows, a->head_dim, sum, part, span == 0);
+    }
+    finish(a, block * BLOCK, rows, sum);
+  }
+}
+
+static int is_attention(float alpha) {
+#if defined(__FMA__) || defined(__aarch64__)
+  int32_t bits;
+  memcpy(&bits, &alpha, sizeof bits);
+  return bits == ATTENTION;
+#else /* without such instructions OpenBLAS, which has them, is faster: the result is none, and the caller knows */
+  (void)alpha;
+  return 0;
+#endif
+}
+
+static void attend(int side, float scale, const float *keys, const float *values, float *c) {
+  static _Thread_local float *parts;
+  static _Thread_local size_t room;
+  struct note note;
+  memcpy(&note, c + (long)side * side - NOTE, sizeof note);
+  struct attention a = {.head_dim = note.head_dim, .rows = note.rows, .length = note.length, .seen = note.seen,
+                        .window = note.window, .scale = scale, .keys = keys, .values = values};
+  a.spans = (a.seen + a.length - 1 + SPAN - 1) / SPAN - first_span(&a);
+  a.queries = c, a.tops = c + (long)a.rows * a.head_dim, a.sums = a.tops + a.rows;
+  int blocks = (a.rows + BLOCK - 1) / BLOCK;
+  a.apart = blocks < 8;
+  size_t needed = a.apart ? (size_t)a.rows * a.spans * (a.head_dim + 2) * sizeof(float) : 0;
+  if (needed > room) {
+    free(parts);
+    parts = malloc(room = needed);
+    if (!parts) room = 0, a.apart = 0;
+  }
+  a.parts = parts;
+  long multiplications = 2L * a.rows * a.head_dim * a.spans * SPAN;
+  share(attend_some, &a, a.apart ? blocks * a.spans : blocks, 1, multiplications);
+  for (int block = 0; block < blocks && a.apart; block++) {
+    float *sum = part_of(&a, block, 0);
+    for (int span = 1; span < a.spans; span++) join(rows_of(&a, block), a.head_dim, sum, part_of(&a, block, span), 0);
+    finish(&a, block * BLOCK, rows_of(&a, block), sum);
+  }
+}
