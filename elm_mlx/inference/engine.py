@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from mlx.utils import tree_flatten
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.continuous_batch import ContinuousBatch, ranked, top_tokens
 from elm_mlx.inference.generation import TextStream, checked, encode_prompt
-from elm_mlx.inference.prefix_tree import BLOCK, Layers, PrefixTree
+from elm_mlx.inference.prefix_tree import BLOCK, Layers, Node, PrefixTree
 from elm_mlx.inference.requests import (
     GREEDY,
     Busy,
@@ -37,7 +38,10 @@ from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
 from elm_mlx.store.loading import Loaded
 
-_PARTS = 4  # of a piece of a prompt, for one between two steps; the whole piece, where as many prompts wait
+_GATHERED = 16 * 128  # tokens of prompts that are read while answers wait for their first step
+_SHARE = 0.5, 4.0  # of a step's time, that prompts are read between two: at least and at most
+_FIRST_TOKENS = 32  # that are read between two steps before it is known what that takes
+_NEWEST = 0.3  # weight of the last measurement of it
 _HEAD_VALUES = 1 << 24  # logits of a prompt that are computed at once
 _STUCK_SECONDS = 180.0  # far more than a piece of a prompt takes the largest model on a slow machine
 
@@ -45,8 +49,10 @@ _STUCK_SECONDS = 180.0  # far more than a piece of a prompt takes the largest mo
 class Engine:
     """Computes requests in a thread of its own, which alone uses MLX, together where it can.
 
-    Prompts are read one after the other, in the order that they came, in pieces of `PREFILL_STEP` tokens, of which some
-    layers are computed between two steps of the answers; every model's answers share its steps.
+    Prompts are read one after the other, in the order that they came, in pieces of `PREFILL_STEP` tokens; every model's
+    answers share its steps. Prompts that come while no answer takes steps are read before the first one, so that their
+    answers take all steps together. Later ones are read between two steps, some layers at a time, for a share of the
+    time: the more of them wait for each answer that runs the more, within bounds. What is computed depends on no time.
 
     Greedy text, and sampled text with a seed, is that of `generate`, to the bit of the log-probabilities where `Rows`
     says so: a prompt is read in the same pieces, wherever it begins to be read, and each row draws by its own key. What
@@ -86,6 +92,9 @@ class Engine:
         self._changed = threading.Condition()
         self._queue: deque[OpenRequest] = deque()
         self._reading: OpenRequest | None = None
+        self._gathering_since: int | None = 0  # tokens read as the first answer began to wait; None as they take steps
+        self._work: tuple[str, int, float] | None = None  # read after a step: model, tokens times layers, since when
+        self._work_seconds: dict[str, float] = {}  # that a token takes in a layer, about, by model
         self._closing = self._stopping = False
         self._read = self._cached = self._generated = 0
         self._finished = self._cancelled = self._failed = self._refused = 0
@@ -242,12 +251,15 @@ class Engine:
         """Takes a step of every model's answers, reports the tokens while it runs, and reads on in a prompt."""
         self._forget_cancelled()
         self._admit()
-        running = [batch for batch in self._batches.values() if batch.answers]
-        for batch in running:
-            self._guarded(batch, partial(batch.launch, self._keep))
-        for batch in running:
-            self._guarded(batch, partial(self._deliver, batch))
-        self._read_on()
+        if self._gathers():
+            self._read_layers(sys.maxsize)
+        else:
+            running = [batch for batch in self._batches.values() if batch.answers]
+            for batch in running:
+                self._guarded(batch, partial(batch.launch, self._keep))
+            for batch in running:
+                self._guarded(batch, partial(self._deliver, batch))
+            self._read_on()
         if mx.get_active_memory() + mx.get_cache_memory() > self.max_memory:  # freed buffers that MLX keeps
             mx.clear_cache()
 
@@ -278,39 +290,81 @@ class Engine:
             self._queue.popleft()
             self._reading = task
 
-    def _read_on(self) -> None:
-        """Reads prompts: a piece where no answer waits for its next token, else a part of one between two steps.
-
-        That is counted in layers times tokens, and not timed: what a piece takes against a step depends on the machine
-        and hardly on the model, and a step's own time changes with each answer that joins.
-        """
-        alone, done = not self._rows(), 0
-        most = min(len(self._queue) + 1, _PARTS) * PREFILL_STEP // _PARTS
-        while self._reading is not None:
+    def _gathers(self) -> bool:
+        """Returns whether prompts are read before any answer takes a step."""
+        if not self._rows():
+            self._gathering_since = self._read
+            return self._reading is not None
+        if self._gathering_since is None:
+            return False
+        self._wait_for_logits()
+        self._admit()  # who came while they were computed
+        if self._reading is not None:
             task = self._reading
-            try:
-                batch = self._batches[task.request.model]
-                if task.unread is None:
-                    self._begin_piece(batch, task)
-                assert task.unread is not None and task.hidden is not None
-                tokens = task.hidden.shape[1]
-                fitting = max((most * len(task.caches) - done) // tokens, 0 if done else 1)
-                layers = len(task.unread) if alone else min(len(task.unread), fitting)
-                if layers <= 0:
-                    return
+            there = task.caches[0].offset if task.caches else len(self._found(task)) * BLOCK
+            if task.prompt_tokens - there <= _GATHERED - (self._read - self._gathering_since):
+                return True
+        self._gathering_since = None
+        return False
+
+    def _read_on(self) -> None:
+        """Reads some layers of prompts between two steps: for as long as their share of the time is.
+
+        Both are measured each time, a step by waiting for it. A number of tokens would not do: what one takes against a
+        step depends on the machine, the model, and the answers that share the step.
+        """
+        began = time.perf_counter()  # now the step, for the tokens that it is fed with have come
+        seconds = self._work_seconds
+        if self._work is not None:
+            model, work, since = self._work
+            taken = (began - since) / work
+            seconds[model] = seconds.get(model, taken) * (1 - _NEWEST) + taken * _NEWEST
+            self._work = None
+        task, rows = self._reading, self._rows()
+        if task is None or not rows:
+            return
+        self._wait_for_logits()
+        since, model, work = time.perf_counter(), task.request.model, 0
+        may_take = (since - began) * min(max((len(self._queue) + 1) / rows, _SHARE[0]), _SHARE[1])
+        layers = self._batches[model].model.config.num_layers
+        most = int(may_take / seconds[model]) if model in seconds else _FIRST_TOKENS * layers
+        most = max(most, PREFILL_STEP)  # a layer, or it would never be read
+        while self._reading is not None and self._reading.request.model == model:
+            read = self._read_layers(most - work)
+            if not read:
+                break
+            work += read
+            self._admit()
+        self._work = (model, work, since) if work else None
+
+    def _wait_for_logits(self) -> None:
+        for batch in self._batches.values():
+            if batch.logits is not None:
+                self._guarded(batch, partial(mx.eval, batch.logits))
+
+    def _read_layers(self, most: int) -> int:
+        """Begins to compute layers of a piece of a prompt: `most` tokens times layers. Returns what it is in these."""
+        task = self._reading
+        assert task is not None
+        try:
+            batch = self._batches[task.request.model]
+            if task.unread is None:
+                self._begin_piece(batch, task)
+            assert task.unread is not None and task.hidden is not None
+            tokens = task.hidden.shape[1]
+            layers = min(len(task.unread), most // tokens)
+            if layers:
                 mx.async_eval(task.unread[:layers])
                 del task.unread[:layers]
-                done += layers * tokens
-                if not task.unread:
-                    task.unread = None
-                    self._end_piece(batch, task)
-            except Exception as error:
-                self._reading = None
-                self._end(task, Failed(_as_error(error)))
-                mx.clear_cache()
-            if alone:
-                return
-            self._admit()
+            if not task.unread:
+                task.unread = None
+                self._end_piece(batch, task)
+            return layers * tokens
+        except Exception as error:
+            self._reading = None
+            self._end(task, Failed(_as_error(error)))
+            mx.clear_cache()
+            return 0
 
     def _begin_piece(self, batch: ContinuousBatch, task: OpenRequest) -> None:
         """Makes the graph of the next piece, of which nothing is computed yet."""
@@ -324,14 +378,19 @@ class Engine:
 
     def _restore(self, batch: ContinuousBatch, task: OpenRequest) -> None:
         """Makes the caches of a prompt, with what the prefix tree has of it."""
-        ids, caches = task.request.ids, make_prompt_cache(batch.model)
-        found = [] if task.request.prompt_logprobs or task.embedding else self._tree.find(batch.name(len(ids)), ids)
+        ids, caches, found = task.request.ids, make_prompt_cache(batch.model), self._found(task)
         task.cached = len(found) * BLOCK
         for number, cache in enumerate(caches):
             if found:
                 cache.restore([node.layers[number] for node in found], task.cached)
             cache.text_length = len(ids)
         task.caches = caches
+
+    def _found(self, task: OpenRequest) -> list[Node]:
+        """Returns the blocks of a prompt that the prefix tree has, and that may be taken from there."""
+        if task.request.prompt_logprobs or task.embedding:
+            return []
+        return self._tree.find(self._batches[task.request.model].name(task.prompt_tokens), task.request.ids)
 
     def _end_piece(self, batch: ContinuousBatch, task: OpenRequest) -> None:
         caches, ids, hidden = task.caches, task.request.ids, task.hidden
@@ -348,7 +407,7 @@ class Engine:
         if batch.keeps_states:
             task.keep_state(caches, 0, stop)
         if stop < len(ids):
-            if not self._rows():
+            if self._gathering_since is not None:
                 mx.eval([cache.state for cache in caches])
                 mx.clear_cache()  # a GPU would keep each piece's buffers for the next
             return

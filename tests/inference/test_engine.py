@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
 import threading
@@ -151,6 +152,66 @@ def test_the_second_turn_reads_what_is_new(engine: Engine, model: Model) -> None
 def test_two_at_once_with_one_beginning_read_it_once(engine: Engine) -> None:
     heard = [ask(engine, [*prompt(300), token], 5) for token in (5, 6, 7)]
     assert [each.all()[0].cached_tokens for each in heard] == [0, 256, 256]
+
+
+@pytest.fixture
+def happened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the engine computes: of a step its rows, of what is read of a prompt its layers times tokens."""
+    found: list[Any] = []
+    step, read = Rows.step, Engine._read_layers
+
+    def steps(rows: Rows, tokens: mx.array) -> mx.array:
+        found.append(("step", len(rows)))
+        return step(rows, tokens)
+
+    def reads(engine: Engine, most: int) -> int:
+        found.append(("read", read(engine, most)))
+        return int(found[-1][1])
+
+    monkeypatch.setattr(Rows, "step", steps)
+    monkeypatch.setattr(Engine, "_read_layers", reads)
+    return found
+
+
+def test_answers_to_prompts_that_come_together_take_all_steps_together(engine: Engine, happened: list[Any]) -> None:
+    with engine._changed:  # so that they do
+        heard = [ask(engine, prompt(length, length), 10) for length in (9, 300, 130, 20)]
+    assert [len(each.tokens()) for each in heard] == [10] * 4
+    assert [rows for what, rows in happened if what == "step"] == [4] * 9
+
+
+def test_a_prompt_that_is_too_long_to_be_waited_for_is_not(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, happened: list[Any]
+) -> None:
+    monkeypatch.setattr(engine_module, "_GATHERED", 256)
+    with engine._changed:
+        short, long = ask(engine, prompt(9), 50), ask(engine, prompt(400), 2)
+    assert len(short.tokens()) == 50 and len(long.tokens()) == 2
+    assert happened[1] == ("step", 1)
+
+
+@pytest.mark.parametrize(("running", "waiting", "layers"), [(6, 1, 1), (2, 1, 1), (1, 3, 3)])
+def test_reading_takes_its_share_of_the_time(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch, happened: list[Any], running: int, waiting: int,
+    layers: int,
+) -> None:  # fmt: skip
+    """Of a second, if a step takes one and whatever is read after it takes one too."""
+    seconds = itertools.count()
+    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: float(next(seconds)))
+    with engine._changed:
+        heard = [ask(engine, prompt(9, i), 100) for i in range(running)]
+    for each in heard:
+        assert isinstance(each.events.get(timeout=30), PromptRead)
+    each.events.get(timeout=30)
+    with engine._changed:
+        late = [ask(engine, prompt(256, i), 1) for i in range(waiting)]
+    assert all(len(each.tokens()) == 1 for each in late)
+    between = [
+        sum(work for what, work in part if what == "read")
+        for taken, part in itertools.groupby(happened, lambda each: each[0] == "step")
+        if not taken
+    ]
+    assert max(between[-3:]) == layers * 128 if layers == 1 else max(between) >= layers * 128
 
 
 def test_text_stop_and_length(engine: Engine, model: Model, tiny_tokenizer: Tokenizer) -> None:
