@@ -123,6 +123,15 @@ def tiny_model_dir(
 
 
 @pytest.fixture(scope="session")
+def wide_model_dir(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer, tiny_tokenizer_file: Path
+) -> Path:
+    """As `tiny_model_dir`, with heads of 64 values. Not to be written to."""
+    model = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size, head_dim=64))
+    return tiny.write_directory(tmp_path_factory.mktemp("wide") / "model", model, tiny_tokenizer_file.read_bytes())
+
+
+@pytest.fixture(scope="session")
 def classics_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small real model, converted: the project's own copy of it, or else the one beside the project."""
     from elm_mlx_convert import convert

@@ -163,6 +163,13 @@ def load(path: Path) -> Results:
         raise InputError(f"{path}: holds no results of elm-mlx bench: {error}") from None
 
 
+def _share(case: Case, about: About) -> float:
+    """Returns the bytes of keys and values as the case keeps them, of those that are computed: with a scale and a bias
+    for 64."""
+    size = 4 if about.dtype == "float32" else 2
+    return 1.0 if case.kv_bits is None else (case.kv_bits / 8 + 2 * size / 64) / size
+
+
 def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
     """The bounds of ours: `prompt`, of the time to the first token, and `decode`, of a step half way through.
 
@@ -176,7 +183,7 @@ def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
 
     def bound(tokens: int, seen: int, positions: int, seconds: float) -> Bound:
         flops = case.batch * (tokens * about.flops + seen * about.flops_seen + about.flops_head)
-        moved = about.weight_bytes + case.batch * positions * about.cache_bytes
+        moved = about.weight_bytes + round(case.batch * positions * about.cache_bytes * _share(case, about))
         computing, moving = flops / matmul, moved / speeds.bandwidth
         return Bound(flops, moved, "matmul" if computing > moving else "bandwidth", max(computing, moving) / seconds)
 

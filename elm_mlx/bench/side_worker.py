@@ -3,8 +3,8 @@
     python -m elm_mlx.bench.side_worker SIDE MODEL DTYPE
 
 SIDE is `ours`, `naive`, `prompt-lookup`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for the
-side's choice. Prints `About` as a line of JSON, and then for each line with a `prompt`, `new` and `batch` one
-with its `Figures` and the `text`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+side's choice. Prints `About` as a line of JSON, and then for each line with a `prompt`, `new`, `batch` and `kv_bits`
+one with its `Figures` and the `text`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from elm_mlx import device
 from elm_mlx.bench.suites import About, Figures, Measured, prompt_ids
 from elm_mlx.errors import ElmError
 from elm_mlx.model import roofline
+from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.config import Config
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import read_header, weight_files
@@ -49,31 +50,32 @@ class Ours:
             module.__class__ = NaiveRMSNorm
         self.about = describe(loaded.model, path, f"elm-mlx {__version__}", loaded.notes)
 
-    def measure(self, prompts: list[list[int]], new: int) -> Measured:
+    def measure(self, prompts: list[list[int]], new: int, kv_bits: int | None) -> Measured:
+        caches = make_prompt_cache(self.model, kv_bits)
         if len(prompts) > 1:
             if self._lookup:
                 raise ElmError("guesses for one text at a time")
-            return measure_steps(prompts, new, self._batch(prompts, new))
-        figures, text = measure_steps(prompts, new, self._one(prompts[0], new))
+            return measure_steps(prompts, new, self._batch(prompts, new, caches))
+        figures, text = measure_steps(prompts, new, self._one(prompts[0], new, caches))
         drafts = self._drafts
         return replace(figures, per_pass=None if drafts is None else 1 + drafts.accepted / drafts.passes), text
 
-    def _one(self, prompt: list[int], new: int) -> Iterator[list[int]]:
+    def _one(self, prompt: list[int], new: int, caches: list[KVCache]) -> Iterator[list[int]]:
         from elm_mlx.inference.generation import stream_generate
 
         for response in stream_generate(
-            self.model, None, prompt, max_tokens=new, stop_at_eos=False, prompt_lookup=self._lookup
+            self.model, None, prompt, max_tokens=new, stop_at_eos=False, prompt_lookup=self._lookup, prompt_cache=caches
         ):
             self._drafts = response.drafts
             yield [response.token]
 
-    def _batch(self, prompts: list[list[int]], new: int) -> Iterator[list[int]]:
+    def _batch(self, prompts: list[list[int]], new: int, caches: list[KVCache]) -> Iterator[list[int]]:
         from elm_mlx.inference.batch import prefill_each
         from elm_mlx.inference.rows import PREFILL_STEP
         from elm_mlx.inference.sampling import Sampler
 
         sampler = Sampler(0.0)
-        logits, rows = prefill_each(self.model, prompts, PREFILL_STEP)
+        logits, rows = prefill_each(self.model, prompts, PREFILL_STEP, caches)
         tokens, _, state = sampler(logits, sampler.start(prompts, 0))
         yield tokens.tolist()
         tokens, _, state = sampler(rows.step(tokens), state)
@@ -101,12 +103,14 @@ class MlxLm:
         self.model, self.vocab_size = model, int(values["vocab_size"])
         self.about = About(f"mlx-lm {metadata.version('mlx-lm')}", computed_in(model))
 
-    def measure(self, prompts: list[list[int]], new: int) -> Measured:
+    def measure(self, prompts: list[list[int]], new: int, kv_bits: int | None) -> Measured:
         from mlx_lm.generate import batch_generate, generate_step
 
         if len(prompts) == 1:
-            steps = generate_step(mx.array(prompts[0]), self.model, max_tokens=new)
+            steps = generate_step(mx.array(prompts[0]), self.model, max_tokens=new, kv_bits=kv_bits)
             return measure_steps(prompts, new, ([int(token)] for token, _ in steps))
+        if kv_bits is not None:
+            raise ElmError("mlx-lm quantizes the keys and values of one text alone")
         tokenizer = SimpleNamespace(eos_token_ids=(), decode=lambda ids: "")
         reset_peak()
         stats = batch_generate(self.model, tokenizer, prompts, max_tokens=new).stats
@@ -177,7 +181,7 @@ def main() -> None:
         asked = json.loads(line)
         prompts = [prompt_ids(asked["prompt"], worker.vocab_size, row) for row in range(asked["batch"])]
         try:
-            figures, text = worker.measure(prompts, asked["new"])
+            figures, text = worker.measure(prompts, asked["new"], asked["kv_bits"])
             answer = asdict(figures) | {"text": text}
         except ElmError as error:
             answer = {"error": str(error)}

@@ -33,6 +33,9 @@ class Side(Protocol):
     def close(self) -> None: ...
 
 
+_QUANTIZE_KEYS = ("ours", "naive", "prompt-lookup", "mlx-lm", "mlx-lm-stock")  # sides
+
+
 @dataclass(frozen=True)
 class Programs:
     """The places of the other programs.
@@ -109,7 +112,9 @@ class WorkerSide:
 
     def measure(self, case: Case) -> Measured:
         assert self._process.stdin is not None
-        asked = {"prompt": case.prompt, "new": case.new, "batch": case.batch}
+        if case.kv_bits is not None and self.name not in _QUANTIZE_KEYS:
+            raise Unavailable("keys and values in bits are not measured for it")
+        asked = {"prompt": case.prompt, "new": case.new, "batch": case.batch, "kv_bits": case.kv_bits}
         with suppress(OSError):  # it is dead, which is found next
             self._process.stdin.write(json.dumps(asked) + "\n")
             self._process.stdin.flush()

@@ -33,6 +33,7 @@ class Case:
         model: a preset's name, or a model directory.
         precision: how the weights are stored; "stored" for a directory's own.
         prompt, new: tokens of the prompt, and tokens that follow, of each of `batch` texts.
+        kv_bits: of quantized keys and values; None for those that are computed.
     """
 
     model: str
@@ -40,10 +41,16 @@ class Case:
     prompt: int
     new: int
     batch: int = 1
+    kv_bits: int | None = None
 
     def __str__(self) -> str:
+        return f"{self.model}, {self.precision}, {self.prompt} + {self.new} tokens{self.manner}"
+
+    @property
+    def manner(self) -> str:
+        """How many texts at once, and what their keys are kept in; empty for the usual."""
         batch = f", {self.batch} at once" if self.batch > 1 else ""
-        return f"{self.model}, {self.precision}, {self.prompt} + {self.new} tokens{batch}"
+        return batch + (f", keys in {self.kv_bits} bits" if self.kv_bits is not None else "")
 
 
 @dataclass(frozen=True)
@@ -118,12 +125,16 @@ class Suite:
 
 
 def cases(
-    models: Sequence[str], precisions: Sequence[str], lengths: Sequence[tuple[int, int]], batches: Sequence[int] = (1,)
+    models: Sequence[str],
+    precisions: Sequence[str],
+    lengths: Sequence[tuple[int, int]],
+    batches: Sequence[int] = (1,),
+    kv_bits: Sequence[int | None] = (None,),
 ) -> tuple[Case, ...]:
     """Every combination, model by model. A directory is measured as it is stored, once."""
     made = [
-        Case(model, precision if model in PRESETS else "stored", *length, batch)
-        for model, precision, batch, length in product(models, precisions, batches, lengths)
+        Case(model, precision if model in PRESETS else "stored", *length, batch, bits)
+        for model, precision, batch, length, bits in product(models, precisions, batches, lengths, kv_bits)
     ]
     return tuple(dict.fromkeys(made))
 
@@ -154,6 +165,7 @@ def change(
     prompts: Sequence[int] = (),
     new: Sequence[int] = (),
     batches: Sequence[int] = (),
+    kv_bits: Sequence[int | None] = (None,),
 ) -> Suite:
     """Returns the suite with other models, lengths and so on; those that are empty stay.
 
@@ -175,7 +187,9 @@ def change(
         if len(news) != len(prompts):
             raise InputError(f"--new-tokens: give one number, or as many as there are prompts ({len(prompts)})")
         lengths = list(zip(prompts, news, strict=True))
-    made = cases(models or known["model"], precisions or known["precision"], lengths, batches or known["batch"])
+    made = cases(
+        models or known["model"], precisions or known["precision"], lengths, batches or known["batch"], kv_bits
+    )
     return replace(suite, cases=made)
 
 
@@ -187,6 +201,8 @@ def check(suite: Suite) -> Suite:
     for case in suite.cases:
         if case.precision not in PRECISIONS:
             raise InputError(f"--precision {case.precision}: is not one of {', '.join(PRECISIONS[1:])}")
+        if case.kv_bits not in (None, 8, 4):
+            raise InputError(f"--kv-bits {case.kv_bits}: 8 or 4 are possible, and none")
         for name, value in (("prompt-tokens", case.prompt), ("new-tokens", case.new), ("batch-size", case.batch)):
             if value < 1:
                 raise InputError(f"--{name} {value}: must be 1 or more")

@@ -165,7 +165,7 @@ def _stored(row: Row, side: str) -> str:
 
 
 def tokens(case: Case) -> str:
-    return f"{case.prompt:,} + {case.new:,}" + (f", {case.batch} at once" if case.batch > 1 else "")
+    return f"{case.prompt:,} + {case.new:,}{case.manner}"
 
 
 def spread(values: Spread | None) -> str:
@@ -238,8 +238,7 @@ def _charts(results: Results) -> Iterator[str]:
             sides = [(side, each) for side in row.figures if (each := row.spread(side, figure))]
             if sides:
                 count = f"{case.prompt:,} tokens" if figure == "prompt" else f"{case.new:,} after {case.prompt:,}"
-                many = f", {case.batch} at once" if case.batch > 1 else ""
-                title = f"{short(case)}, {case.precision}: {what}, {count}{many}; tokens/s"
+                title = f"{short(case)}, {case.precision}: {what}, {count}{case.manner}; tokens/s"
                 bars = [(SIDES[side], each, colour) for colour, (side, each) in enumerate(sides)]
                 ours, limit = row.spread("ours", figure), bound[figure]
                 yield _chart(title, bars, ours.median / limit.share if ours and limit else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from elm_mlx.bench.suites import Suite
 
 PANELS = {
-    "Cases": ("suite", "precision", "prompt_tokens", "new_tokens", "batch_size", "repeats", "compute_dtype"),
+    "Cases": ("suite", "precision", "prompt_tokens", "new_tokens", "batch_size", "kv_bits", "repeats", "compute_dtype"),
     "Other programs": ("against", "python", "gguf"),
 }
 
@@ -51,6 +51,9 @@ def bench(
         typer.Option(help="Tokens to generate, with commas; one for all, or one each. (default: the suite's)"),
     ] = None,
     batch_size: Annotated[str | None, typer.Option(help="Prompts at once, with commas. (default: the suite's)")] = None,
+    kv_bits: Annotated[
+        str | None, typer.Option(help="Bits of keys and values, with commas: none, 8, 4. (default: none)")
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -73,6 +76,7 @@ def bench(
         suites.SUITES[suite], models=models or [], precisions=_words(precision),
         prompts=_numbers("--prompt-tokens", prompt_tokens), new=_numbers("--new-tokens", new_tokens),
         batches=_numbers("--batch-size", batch_size),
+        kv_bits=[number for word in _words(kv_bits or "none") for number in _bits(word)],
     )  # fmt: skip
     if against is not None:
         chosen = replace(chosen, against=tuple(side for side in _words(against) if side != "none"))
@@ -154,6 +158,10 @@ def _print(results: Results) -> None:
 
 def _words(text: str | None) -> list[str]:
     return [] if text is None else [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _bits(word: str) -> Sequence[int | None]:
+    return [None] if word == "none" else _numbers("--kv-bits", word)
 
 
 def _numbers(flag: str, text: str | None) -> list[int]:

@@ -12,8 +12,8 @@ from elm_mlx.cli.screen import note
 PANELS = {
     "Conversation": ("system", "template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
-    "KV cache": ("save_cache", "load_cache"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
+    "KV cache": ("kv_bits", "save_cache", "load_cache"),
     "Computation": ("compute_dtype",),
 }
 
@@ -31,6 +31,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    kv_bits: options.KvBits = None,
     save_cache: options.SaveCache = None,
     load_cache: options.LoadCache = None,
     prompt_lookup: options.PromptLookup = False,
@@ -45,6 +46,7 @@ def chat(
     from elm_mlx.inference import sampling
     from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
     from elm_mlx.inference.speculation import DraftOptions
+    from elm_mlx.model.cache import check_quantizable
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.chat_template import choose, prepare
@@ -52,6 +54,7 @@ def chat(
     reading.check_seed(seed)
     config = read_config(model, with_tokenizer=True)
     drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
+    check_quantizable(config, kv_bits)
     prepare(model, template, adapter)
     kept = None
     if save_cache or load_cache:
@@ -71,6 +74,7 @@ def chat(
     conversation = Chat(
         loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed,
         **drafts.load(loaded),
+        kv_bits=kv_bits,
     )  # fmt: skip
     cache = conversation.cache
     if kept is not None:

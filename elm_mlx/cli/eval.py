@@ -64,6 +64,7 @@ def eval(
         typer.Option(metavar="DIR", help="The directory of the results. (default: evals/MODEL or evals/MODEL+ADAPTER)"),
     ] = None,
     adapter: options.AdapterPath = None,
+    kv_bits: options.KvBits = None,
     compute_dtype: options.ComputeDtype = None,
     harness: Annotated[bool, typer.Option("--harness", help="Run tasks of lm_eval, which must be installed.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Compare the runs in these directories.")] = False,
@@ -83,7 +84,7 @@ def eval(
     )  # fmt: skip
     if not harness:
         wanted.chosen()  # or what is no task is said only when the model is loaded
-    opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype)
+    opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype, kv_bits=kv_bits)
     for remark in opened.notes:
         note(remark)
     if harness:

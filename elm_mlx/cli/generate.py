@@ -26,8 +26,8 @@ PANELS = {
     "Conversation": ("system", "template", "no_template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Output": ("as_json", "logprobs"),
-    "KV cache": ("save_cache", "load_cache"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
+    "KV cache": ("kv_bits", "save_cache", "load_cache"),
     "Computation": ("prefill_step", "compute_dtype"),
 }
 
@@ -57,6 +57,7 @@ def generate(
     stop: options.Stop = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
+    kv_bits: options.KvBits = None,
     save_cache: options.SaveCache = None,
     load_cache: options.LoadCache = None,
     prompt_lookup: options.PromptLookup = False,
@@ -87,7 +88,7 @@ def generate(
     from elm_mlx.inference.rows import PREFILL_STEP
     from elm_mlx.inference.sampling import merge_settings, sampler_from
     from elm_mlx.inference.speculation import DraftOptions
-    from elm_mlx.model.cache import make_prompt_cache
+    from elm_mlx.model.cache import check_quantizable, make_prompt_cache
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.tokenizer import has_chat_template
@@ -97,6 +98,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     config = read_config(model, with_tokenizer=True)
+    check_quantizable(config, kv_bits)
     chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
     prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
@@ -121,7 +123,7 @@ def generate(
         note(remark)
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
-    chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model)
+    chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model, kv_bits)
     if kept is not None:
         chosen["cached"] = kept.load(loaded.model, caches)
     inputs: Sequence[str | list[int]] = texts

@@ -40,6 +40,13 @@ Seed = Annotated[int | None, typer.Option(help="The same seed gives the same tex
 PrefillStep = Annotated[
     int | None, typer.Option(help="Prompt tokens read in one forward pass. (default: 512, or 128 on a CPU)")
 ]
+KvBits = Annotated[
+    int | None,
+    typer.Option(
+        metavar="8|4", help="Keep keys and values in 8 or 4 bits: long texts in less memory, not the same text. "
+        "(default: as computed)"
+    ),
+]  # fmt: skip
 SaveCache = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Keep the KV cache of what is read. (default: it is forgotten)")
 ]

@@ -13,7 +13,7 @@ from elm_mlx.errors import InputError
 
 PANELS = {
     "Who may ask": ("host", "port", "api_key", "allow_origin", "log_prompts"),
-    "Memory": ("max_memory", "kv_cache_bytes", "max_queue"),
+    "Memory": ("max_memory", "kv_cache_bytes", "kv_bits", "max_queue"),
     "Computation": ("compute_dtype",),
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -47,6 +47,7 @@ def serve(
         str | None,
         typer.Option(metavar="SIZE", help="Of it, for beginnings of texts that may come again. (default: a quarter)"),
     ] = None,
+    kv_bits: options.KvBits = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; others are refused.")] = 64,
     compute_dtype: options.ComputeDtype = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the web chat in a browser.")] = False,
@@ -80,6 +81,7 @@ def serve(
         max_memory=limit,
         max_queue=max_queue,
         prefix_bytes=limit // 4 if prefixes is None else prefixes,
+        kv_bits=kv_bits,
     )
     app = Guard(Service(engine, served, log_prompts).app(), host, api_key, allow_origin or (), note)
     url = url_of(bound, host)

@@ -28,6 +28,7 @@ from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextWindows
+from elm_mlx.model.cache import check_quantizable
 from elm_mlx.model.config import read_config
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
@@ -110,6 +111,7 @@ class Evaluation:
 
     Args:
         out: where results go; by default `evals/NAME`, the model directory's name, with an adapter's `NAME+ADAPTER`.
+        kv_bits: score with quantized keys and values, as of `make_prompt_cache`.
 
     Attributes:
         notes: remarks on the model for the user.
@@ -130,13 +132,17 @@ class Evaluation:
         *,
         adapter: Path | None = None,
         compute_dtype: str | None = None,
+        kv_bits: int | None = None,
     ):
         self._request = request
         path = reading.expanded(path)
         config = read_config(path, with_tokenizer=True)
+        check_quantizable(config, kv_bits)
+        self._kv_bits = kv_bits
         self._loaded = open_model(path, compute_dtype, adapter, config)
         self.notes = self._loaded.notes
         names = [each.name or each.resolve().name for each in (path, adapter) if each is not None]
+        names += [] if kv_bits is None else [f"kv{kv_bits}"]
         self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}
         self.rows: list[ScoreRow] = []
@@ -152,6 +158,7 @@ class Evaluation:
             "config.json": _digest(path / "config.json"),
             "adapter": None if adapter is None else _digest(adapters.weights_file(adapter), adapter / adapters.CONFIG),
             "computed in": f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}",
+            "kv_bits": kv_bits,
         }
         self._about = {"model": str(path), "adapter": None if adapter is None else str(adapter)}
 
@@ -184,7 +191,7 @@ class Evaluation:
             raise InputError(f"none of the tasks' data were found; {key}: {how}")
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
         with ScoreRecord(self.out, self._identity, about) as record:
-            self.pace = score(works, model, record, on_progress)
+            self.pace = score(works, model, record, on_progress, self._kv_bits)
             found = {work.key: work.measure(record) for work in works}
             self.rows = scores.rows(list(found.values()), self.published)
             suite = request.suite_name()
@@ -212,7 +219,7 @@ class Evaluation:
             raise InputError("--harness runs lm_eval's tasks: name them with --tasks, without --suite or --text")
         found, table = harness.run(
             self._loaded.model, self._loaded.tokenizer, names, shots=self._request.shots, limit=self._request.limit,
-            tasks_from=self._request.data, on_progress=on_progress,
+            tasks_from=self._request.data, on_progress=on_progress, kv_bits=self._kv_bits,
         )  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / HARNESS, json.dumps(found, indent=1, default=str) + "\n")
@@ -300,16 +307,23 @@ def prepare(
     return works, missing
 
 
-def score(works: Sequence[Work], model: Any, record: ScoreRecord, on_progress: OnProgress = no_progress) -> Pace:
+def score(
+    works: Sequence[Work],
+    model: Any,
+    record: ScoreRecord,
+    on_progress: OnProgress = no_progress,
+    kv_bits: int | None = None,
+) -> Pace:
     """Scores the items that are not in `record` yet, and appends them to it.
 
     Args:
         on_progress: called with a work's key, and the computed and total cost of all.
+        kv_bits: as of `Scorer`.
 
     Raises:
         ElmError: the record cannot be written, or the model's log-probabilities are NaN.
     """
-    scorer = Scorer(model)
+    scorer = Scorer(model, kv_bits=kv_bits)
     started = time.perf_counter()
     left = []
     for work in works:

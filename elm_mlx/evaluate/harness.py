@@ -28,6 +28,7 @@ def run(
     limit: int | None = None,
     tasks_from: Path | None = None,
     on_progress: OnProgress = no_progress,
+    kv_bits: int | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Returns the harness' own results, and its table as text.
 
@@ -35,6 +36,7 @@ def run(
         names: of the harness' tasks, groups and tags.
         tasks_from: a directory with tasks of the user's, in YAML.
         on_progress: called with the computed and total cost, of each kind of request apart.
+        kv_bits: of keys and values, as of `make_prompt_cache`.
 
     Raises:
         ElmError: `lm_eval` is not installed.
@@ -51,17 +53,19 @@ def run(
     if unknown:
         raise InputError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` shows what there is")
     found = simple_evaluate(
-        model=language_model(model, tokenizer, on_progress), tasks=list(names), num_fewshot=shots, limit=limit,
+        model=language_model(model, tokenizer, on_progress, kv_bits), tasks=list(names), num_fewshot=shots, limit=limit,
         task_manager=manager, log_samples=True,
     )  # fmt: skip
     return found, make_table(found)
 
 
-def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_progress) -> Any:
+def language_model(
+    model: Any, tokenizer: Any, on_progress: OnProgress = no_progress, kv_bits: int | None = None
+) -> Any:
     """Returns an `lm_eval` model. Its class can be made only where `lm_eval` is installed."""
     from lm_eval.api.model import LM
 
-    scorer, context = Scorer(model), model.config.max_context_length
+    scorer, context = Scorer(model, kv_bits=kv_bits), model.config.max_context_length
 
     class HarnessModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -83,6 +87,7 @@ def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_prog
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             from elm_mlx.inference.generation import generate
+            from elm_mlx.model.cache import make_prompt_cache
 
             found = []
             for text, options in (request.args[:2] for request in requests):
@@ -91,7 +96,11 @@ def language_model(model: Any, tokenizer: Any, on_progress: OnProgress = no_prog
                 ids = tokenizer.encode(text)[-max(1, context - most) :]
                 temp = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
                 stop = [each for each in ([until] if isinstance(until, str) else until) if each]
-                found.append(generate(model, tokenizer, ids, max_tokens=most, temp=temp, seed=0, stop=stop))
+                caches = make_prompt_cache(model, kv_bits)
+                text = generate(
+                    model, tokenizer, ids, max_tokens=most, temp=temp, seed=0, stop=stop, prompt_cache=caches
+                )
+                found.append(text)
             return found
 
     return HarnessModel()

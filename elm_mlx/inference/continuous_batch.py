@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 
@@ -23,16 +24,18 @@ class ContinuousBatch:
     Attributes:
         answers: in the order of `rows`.
         logits: `(rows, vocab_size)`, of each answer's next token.
+        new_caches: makes empty caches for a text.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, kv_bits: int | None = None) -> None:
         self.model: Model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.rows = Rows(loaded.model)
         self.answers: list[OpenRequest] = []
         self.logits: mx.array | None = None
         self._chosen: tuple[list[OpenRequest], mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]] | None = None
-        probe = make_prompt_cache(loaded.model)
+        self.new_caches = partial(make_prompt_cache, loaded.model, kv_bits)
+        probe = self.new_caches()
         mx.eval(loaded.model.transformer(mx.array([[0]]), probe), [cache.state for cache in probe])
         per_row = sum(cache.nbytes for cache in probe)
         self._position_bytes, self._state_bytes = (

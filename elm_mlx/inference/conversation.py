@@ -95,6 +95,7 @@ class Chat:
         stop: strings that end an answer, besides the template's.
         seed: the same one with the same messages gives the same answers; None draws one.
         prompt_lookup, draft_model, num_draft_tokens: as in `stream_generate`: the same answers, sooner.
+        kv_bits: as of `make_prompt_cache`.
 
     Attributes:
         exchanges: messages and their answers, oldest first.
@@ -117,6 +118,7 @@ class Chat:
         prompt_lookup: bool = False,
         draft_model: Model | None = None,
         num_draft_tokens: int = MOST_DRAFTED,
+        kv_bits: int | None = None,
     ) -> None:
         context = model.config.max_context_length
         self._window: Templated | Continued = (
@@ -130,8 +132,8 @@ class Chat:
         self.seed = seed
         self.exchanges: list[Exchange] = []
         self.last: Statistics | None = None
-        self.cache = PrefixCache(model)
         self._speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
+        self.cache = PrefixCache(model, kv_bits)
 
     @property
     def system(self) -> str | None:

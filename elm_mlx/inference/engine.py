@@ -33,7 +33,7 @@ from elm_mlx.inference.requests import (
 )
 from elm_mlx.inference.rows import PREFILL_STEP
 from elm_mlx.model import ops
-from elm_mlx.model.cache import KVCache, make_prompt_cache
+from elm_mlx.model.cache import KVCache
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
 from elm_mlx.store.loading import Loaded
@@ -66,9 +66,10 @@ class Engine:
         max_rows: answers that are decoded at once.
         max_queue: requests that may wait beside those that run.
         prefix_bytes: of the prefix tree at most.
+        kv_bits: of keys and values, as of `make_prompt_cache`.
 
     Raises:
-        InputError: the weights alone take more than `max_memory`.
+        InputError: the weights alone take more than `max_memory`; a model's keys cannot be quantized.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class Engine:
         max_rows: int = 16,
         max_queue: int = 64,
         prefix_bytes: int,
+        kv_bits: int | None = None,
     ) -> None:
         self.max_memory, self.max_rows, self.max_queue = max_memory, max_rows, max_queue
-        self._batches = {name: ContinuousBatch(loaded) for name, loaded in models.items()}
+        self._batches = {name: ContinuousBatch(loaded, kv_bits) for name, loaded in models.items()}
         weights = {id(array): array.nbytes for loaded in models.values() for _, array in _parameters(loaded)}
         self._weight_bytes = sum(weights.values())
         if self._weight_bytes > max_memory:
@@ -378,7 +380,7 @@ class Engine:
 
     def _restore(self, batch: ContinuousBatch, task: OpenRequest) -> None:
         """Makes the caches of a prompt, with what the prefix tree has of it."""
-        ids, caches, found = task.request.ids, make_prompt_cache(batch.model), self._found(task)
+        ids, caches, found = task.request.ids, batch.new_caches(), self._found(task)
         task.cached = len(found) * BLOCK
         for number, cache in enumerate(caches):
             if found:

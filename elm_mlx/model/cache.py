@@ -161,18 +161,18 @@ class QuantizedCache(KVCache):
 
     def __init__(self, bits: int, switch: int | None = None) -> None:
         super().__init__(switch)
-        self.bits = bits
+        self.kv_bits = bits
         self.kind = f"keys and values in {bits} bits"
 
     def empty(self) -> QuantizedCache:
-        return QuantizedCache(self.bits, self.switch)
+        return QuantizedCache(self.kv_bits, self.switch)
 
     def held(self, keys: mx.array, values: mx.array) -> Arrays:
-        return packed.pack(mx.concatenate([keys, values], axis=1), self.bits)
+        return packed.pack(mx.concatenate([keys, values], axis=1), self.kv_bits)
 
     def fetched(self, arrays: Arrays, queries: int) -> tuple[Fetched, Fetched]:
         codes, scales, biases = (mx.split(array, 2, axis=1) for array in arrays)
-        keys, values = (Packed(*half, self.bits) for half in zip(codes, scales, biases, strict=True))
+        keys, values = (Packed(*half, self.kv_bits) for half in zip(codes, scales, biases, strict=True))
         return (keys, values) if packed.is_worth_it(queries) else (keys.unpacked(), values.unpacked())
 
 
@@ -392,15 +392,17 @@ def make_prompt_cache(model: Any, kv_bits: int | None = None) -> list[KVCache]:
         InputError: the model's heads cannot be quantized so, or it has none.
     """
     config = model.config
+    check_quantizable(config, kv_bits)
     if kv_bits is not None:
-        check_quantizable(config, kv_bits)
         return [QuantizedCache(kv_bits, config.rope_switch) for _ in range(config.num_layers)]
     make: Callable[[], Any] = partial(KVCache, config.rope_switch) if config.positions else StateCache
     return [make() for _ in range(config.num_layers)]
 
 
-def check_quantizable(config: Any, bits: int) -> None:
+def check_quantizable(config: Any, bits: int | None) -> None:
     """Raises InputError where the keys and values of a model with this config cannot be quantized to `bits`."""
+    if bits is None:
+        return
     if bits not in packed.BITS:
         raise InputError(f"--kv-bits {bits}: {' or '.join(map(str, packed.BITS))} are possible")
     if not config.positions:

@@ -134,6 +134,22 @@ def test_ours_says_what_it_has_and_measures(start: Callable[..., Side], tiny_mod
     assert side.alive()
 
 
+def test_keys_in_few_bits_are_measured_or_the_reason_why_not(wide_model_dir: Path, start: Callable[..., Side]) -> None:
+    for name in ("ours", "mlx-lm"):
+        side = sides.start(name, wide_model_dir, "float32", Programs())
+        try:
+            sane(side.measure(Case("m", "stored", 8, 4, kv_bits=8)), 8)
+            if name == "ours":
+                sane(side.measure(Case("m", "stored", 8, 4, batch=3, kv_bits=4)), 8, 3)
+            else:
+                with pytest.raises(Unavailable, match="of one text alone"):
+                    side.measure(Case("m", "stored", 8, 4, batch=3, kv_bits=4))
+        finally:
+            side.close()
+    with pytest.raises(Unavailable, match="heads of 16 values"):
+        start("ours").measure(Case("m", "stored", 8, 4, kv_bits=8))
+
+
 def test_the_naive_one_is_ours_too(start: Callable[..., Side]) -> None:
     sane(start("naive", "bfloat16").measure(Case("m", "stored", 8, 4)), 8)
 

@@ -64,3 +64,11 @@ def test_prompts_begin_with_bos_stay_in_the_vocabulary_and_differ() -> None:
     first, second = prompt_ids(200, 96), prompt_ids(200, 96, row=1)
     assert first[0] == second[0] == 1 and first != second and len(first) == 200
     assert all(3 <= token < 96 for token in first[1:] + second[1:]) and prompt_ids(1, 96) == [1]
+
+
+def test_bits_of_keys_are_cases_of_their_own() -> None:
+    made = change(SUITES["quick"], models=["a"], batches=[1, 2], kv_bits=[None, 8, 4]).cases
+    assert [(case.batch, case.kv_bits) for case in made] == [(1, None), (1, 8), (1, 4), (2, None), (2, 8), (2, 4)]
+    assert str(made[4]) == "a, stored, 128 + 32 tokens, 2 at once, keys in 8 bits"
+    with pytest.raises(InputError, match="--kv-bits 3: 8 or 4 are possible, and none"):
+        check(change(SUITES["quick"], kv_bits=[3]))

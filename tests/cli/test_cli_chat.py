@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -472,3 +473,14 @@ def test_a_later_session_reads_only_what_is_new(
     Path(cache).write_bytes(b"x")
     done = piped(tiny_model_dir, line, "--save-cache", cache, environment=environment)
     assert done.returncode == 2 and b"exists, and is no saved cache" in done.stderr and not done.stdout
+
+
+def test_a_conversation_in_few_bits(wide_model_dir: Path, tiny_model_dir: Path, environment: dict[str, str]) -> None:
+    used = []
+    for flags in ((), ("--kv-bits", "4")):
+        done = piped(wide_model_dir, "the fox\n/stats\n", "--max-tokens", "5", *flags, environment=environment)
+        assert done.returncode == 0
+        used.append(float(re.search(rb"context .* ([\d.]+) MB", done.stderr)[1]))  # type: ignore[index]
+    assert used[1] <= used[0] / 4
+    done = piped(tiny_model_dir, "the fox\n", "--kv-bits", "8", environment=environment)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"heads of 16 values" in done.stderr

@@ -106,3 +106,19 @@ def test_killed_outright_it_goes_on(tiny_model_dir: Path, tmp_path: Path) -> Non
     shown = call(tiny_model_dir, "-t", path, "--out", out)
     assert re.search(rf"^{900 - kept} items in", shown, re.M)
     assert "900" in shown
+
+
+def test_scores_with_keys_in_few_bits_are_a_run_of_their_own(
+    wide_model_dir: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "tale.txt"
+    text.write_text("the quick brown fox. " * 30)
+    shown = [call(wide_model_dir, "-t", own, "--text", text, *flags) for flags in ((), ("--kv-bits", 4))]
+    assert shown[1].endswith("wrote evals/model+kv4\n")
+    bits = [float(re.search(r"bits_per_byte +([\d.]+)", each)[1]) for each in shown]  # type: ignore[index]
+    assert bits[0] != bits[1] and bits[1] == pytest.approx(bits[0], rel=0.2)
+    with pytest.raises(InputError, match=r"holds another run's results \(kv_bits 4, now 8\)"):
+        call(wide_model_dir, "-t", own, "--kv-bits", 8, "--out", "evals/model+kv4")
+    with pytest.raises(InputError, match=r"kv_bits None, now 8"):
+        call(wide_model_dir, "-t", own, "--kv-bits", 8, "--out", "evals/model")

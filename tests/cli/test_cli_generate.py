@@ -527,3 +527,23 @@ def test_a_cache_that_is_another_models_is_one_line(
     refused(run("generate", speaker, "the", "--save-cache", tmp_path / "mine"), "exists, and is no saved cache")
     cache.write_bytes(cache.read_bytes()[:-1])
     refused(run("generate", tiny_model_dir, "the", "--load-cache", cache), "fox.cache: its tensors take")
+
+
+# --- keys and values in few bits
+
+
+def test_keys_in_few_bits_are_asked_for(wide_model_dir: Path, tiny_model_dir: Path, tmp_path: Path, run: Run) -> None:
+    command, cache = ("generate", wide_model_dir, "the quick", "--max-tokens", 6, "--logprobs"), tmp_path / "c"
+    texts = [run(*command, *flags)[1] for flags in ((), ("--kv-bits", 8), ("--kv-bits", 4))]
+    assert len(set(texts)) == 3, "the log-probabilities differ"
+    assert run(*command, "--kv-bits", 8, "--save-cache", cache)[1] == texts[1]
+    refused(run(*command, "--load-cache", cache), "holds 'keys and values in 8 bits', and keys and values are wanted")
+    assert run(*command, "--kv-bits", 8, "--load-cache", cache)[1] == texts[1]
+    refused(run(*command, "--kv-bits", 5), "--kv-bits 5: 8 or 4 are possible")
+    refused(run("generate", tiny_model_dir, "the", "--kv-bits", 8), "--kv-bits: heads of 16 values cannot be quantized")
+    (tmp_path / "p.txt").write_text("the quick\nfox\n")
+    code, out, _ = run(
+        "generate", wide_model_dir, "--prompts", tmp_path / "p.txt", "--kv-bits", 4, "--json", "--logprobs"
+    )
+    shown = [float(line.split()[1]) for line in texts[2].splitlines()]
+    assert code == 0 and json.loads(out.splitlines()[0])["logprobs"][:6] == pytest.approx(shown, abs=1e-3)

@@ -470,3 +470,23 @@ def test_nobody_waits_for_an_engine_that_has_ended(engine: Engine, monkeypatch: 
     assert engine.trouble() == "the engine's thread has ended"
     with pytest.raises(Busy):
         ask(engine, [1, 5, 6], 3)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_answers_with_keys_in_few_bits_are_generates(tiny_tokenizer: Tokenizer, bits: int) -> None:
+    """Alone and together, from the prefix tree too; and they count for the bytes that they take."""
+    model = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size, head_dim=64, eos_token_id=(318,)), seed=2)
+    engine, whole = made(model, tiny_tokenizer, kv_bits=bits), made(model, tiny_tokenizer)
+    try:
+        for _ in range(2):
+            asked = [prompt(length, length) for length in (5, 129, 300, 7)]
+            heard = [ask(engine, ids) for ids in asked]
+            for ids, each in zip(asked, heard, strict=True):
+                expected = alone(model, ids, prompt_cache=make_prompt_cache(model, bits))
+                assert each.tokens() == expected
+        assert engine.statistics().cached_tokens == 128 + 256
+        ratio = engine._batches["tiny"].bytes_of([200]) / whole._batches["tiny"].bytes_of([200])
+        assert ratio == pytest.approx((64 * bits / 8 + 8) / 256, rel=0.01)
+    finally:
+        engine.close(10)
+        whole.close(10)

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import other_models
 import pytest
 import tiny
 
@@ -165,14 +166,22 @@ def test_scores_are_those_of_a_text_read_with_such_a_cache(model: Model, bits: i
         assert score == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo2", "phi3", "gemma", "llama"])
-def test_other_families_networks_take_such_caches(name: str, family_dirs: dict[str, Path]) -> None:
-    if name not in family_dirs:
-        pytest.skip(f"no {name} here")
-    model = load_model(family_dirs[name])
-    try:
-        caches = make_prompt_cache(model, 8)
-    except InputError:
-        pytest.skip("its small model's heads are too small")
-    found = run(model, ids_of(40), 6, prompt_cache=caches)
-    assert [token for token, _ in found] == [token for token, _ in eager(model, ids_of(40), 6, 8)]
+@pytest.mark.parametrize("name", ["llama", "mistral", "olmo2", "olmo3"])
+def test_other_families_networks_take_such_caches(name: str, tmp_path: Path) -> None:
+    """Sliding windows too."""
+    model = load_model(other_models.write_model(tmp_path / name, name, {"head_dim": 64}))
+    for bits in BITS:
+        found = run(model, ids_of(40), 6, prompt_cache=make_prompt_cache(model, bits))
+        assert [token for token, _ in found] == [token for token, _ in eager(model, ids_of(40), 6, bits)]
+
+
+def test_a_state_is_not_quantized(family_dirs: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="--kv-bits: Mamba keeps a state, which is not quantized, and no keys"):
+        make_prompt_cache(load_model(family_dirs["mamba"]), 8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_guesses_are_verified_with_the_bits_of_single_steps(model: Model, bits: int) -> None:
+    ids = ids_of(12) * 6
+    plain = run(model, ids, 40, prompt_cache=make_prompt_cache(model, bits))
+    assert run(model, ids, 40, prompt_cache=make_prompt_cache(model, bits), prompt_lookup=True) == plain

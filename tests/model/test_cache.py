@@ -303,7 +303,7 @@ def test_quantized_rows_come_and_go_and_are_blocks(bits: int) -> None:
     cache.drop(0, 3)
     for row, text in ((0, texts[2]), (1, texts[1])):
         single = cache.single(row, text.offset)
-        assert isinstance(single, QuantizedCache) and single.bits == bits
+        assert isinstance(single, QuantizedCache) and single.kv_bits == bits
         for array, expected in zip(single.block(0, 0, text.offset), text.block(0, 0, text.offset), strict=True):
             np.testing.assert_array_equal(array, expected)
     restored = QuantizedCache(bits)
