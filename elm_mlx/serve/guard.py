@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import hmac
 import ipaddress
+import itertools
 import re
 import secrets
 import socket
@@ -28,6 +29,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
+MAX_HEADERS = 16 << 10  # bytes of headers and address
 MAX_BODY = 4 << 20  # bytes
 MAX_BODIES = 256 << 20  # bytes, of all requests that are being answered
 BODY_SECONDS = 30.0  # for a body to come
@@ -136,6 +138,13 @@ class Guard:
     ) -> None:
         """Lets the application answer. Raises ErrorAnswer for a request that must not be answered."""
         self._check_host(headers)
+        if (
+            len(scope["query_string"]) + len(scope["path"]) + sum(map(len, itertools.chain(*scope["headers"])))
+            > MAX_HEADERS
+        ):
+            raise ErrorAnswer(431, f"the headers are longer than {MAX_HEADERS >> 10} KiB")
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            raise ErrorAnswer(400, "Content-Length does not go with Transfer-Encoding")  # a proxy may take the other
         if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
             await _send(answer, 204, b"", {})
             return

@@ -167,7 +167,10 @@ class _Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Is called for what is no HTTP."""
-        self._refuse(ErrorAnswer(400, "this is no HTTP request, or its headers are too long"))
+        what = (
+            "this is no HTTP request, or its headers are too long" if self._idle else "the body's chunks are malformed"
+        )
+        self._refuse(ErrorAnswer(400, what))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -202,10 +205,14 @@ class _Connection(H11Protocol):
         """
         if self._refused or self.transport.is_closing():
             return
-        if not self._idle or self.conn.our_state is not h11.IDLE:
+        cycle = self.cycle
+        if (self._idle and self.conn.our_state is not h11.IDLE) or (not self._idle and cycle.response_started):
             self.transport.close()
         else:
             self._refused = True
+            if not self._idle:  # its body has come to a bad end
+                cycle.disconnected = True
+                cycle.message_event.set()
             body = json.dumps(refusal.body).encode()
             told = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
             lines = "".join(f"{name}: {value}\r\n" for name, value in {**told, **refusal.headers}.items())

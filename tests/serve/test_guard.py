@@ -201,11 +201,34 @@ def test_what_is_not_http(hasty: Served, sent: bytes) -> None:
         assert 400 <= status < 500 and content["error"]["message"]
 
 
-def test_chunks_that_are_none(hasty: Served) -> None:
+@pytest.mark.parametrize(
+    "chunks", [b"zz\r\n", b"f" * 30 + b"\r\n", b"1;" + b"a" * (1 << 20), b"1\r\n{\r\n0\r\n" + b"X: y\r\n" * 100_000]
+)
+def test_chunks_that_are_none(hasty: Served, chunks: bytes) -> None:
     with hasty.connect() as connection:
-        connection.sendall(headers_of("").replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n") + b"zz\r\n")
-        while connection.recv(65536):
-            pass
+        connection.sendall(headers_of("").replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n") + chunks)
+        status, _, content = response(connection)
+    assert status == 400 and "chunks" in content["error"]["message"]
+    serving.until(lambda: hasty.guard.in_flight == 0)
+
+
+def test_headers_are_bounded_however_they_come(server: Served) -> None:
+    assert server.ask("/health", headers={"X-Long": "a" * 15_000})[0] == 200
+    for path, headers in (
+        ("/health", {"X-Long": "a" * 17_000}),
+        (f"/health?{'a' * 17_000}", {}),
+        (f"/{'a' * 17_000}", {}),
+    ):
+        status, _, content = server.ask(path, headers=headers)
+        assert (status, content["error"]["message"]) == (431, "the headers are longer than 16 KiB")
+
+
+def test_a_length_does_not_go_with_chunks(hasty: Served) -> None:
+    with hasty.connect() as connection:
+        sent = headers_of(2).replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(sent + b"2\r\n{}\r\n0\r\n\r\n")
+        status, headers, content = response(connection)
+    assert (status, headers["connection"]) == (400, "close") and "Transfer-Encoding" in content["error"]["message"]
 
 
 def test_connections_are_bounded(hasty: Served, monkeypatch: pytest.MonkeyPatch) -> None:
