@@ -361,6 +361,19 @@ def test_a_message_is_edited_and_answered_again(page: Page, server: ScriptedServ
     expect(page.locator("article.user")).to_have_count(3)
 
 
+def test_what_stands_on_the_accent_can_be_read_under_the_pointer_too(page: Page) -> None:
+    say(page, "One")
+    page.locator("article.user").hover()
+    page.locator("article.user").get_by_role("button", name="Edit").click()
+    colour = "button => getComputedStyle(button).color"
+    on_accent = page.locator("#send").evaluate(colour)
+    send = page.locator("article.user").get_by_role("button", name="Send")
+    page.mouse.move(0, 0)
+    assert send.evaluate(colour) == on_accent
+    send.hover()
+    assert send.evaluate(colour) == on_accent
+
+
 def test_an_answer_is_replaced_or_stays(page: Page, server: ScriptedServer) -> None:
     say(page, "Hello")
     server.script = [Writing("Another", piece=7), Writing("", hold=30)]
