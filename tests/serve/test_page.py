@@ -858,8 +858,11 @@ def test_code_and_answers_are_copied(context: BrowserContext, page: Page, server
         (".copy", "ls -l\ncd .."),
         (".assistant .tools button", "Run\n\n```sh\nls -l\ncd ..\n```"),
     ):
-        page.locator(button).first.click()
-        expect(page.locator(button).first).to_have_text("Copied")
+        found = page.locator(button).first  # which says so for a moment: shorter than a busy machine may look away
+        note = "b => new MutationObserver(() => (b.dataset.said ??= b.textContent)).observe(b, { childList: true })"
+        found.evaluate(note)
+        found.click()
+        expect(found).to_have_attribute("data-said", "Copied")
         assert page.evaluate("navigator.clipboard.readText()") == copied
 
 
