@@ -161,7 +161,7 @@ struct description {
   unsigned char mark[32];
   int kind;
 };
-enum { RETIRED, READ, WRITE, FEED };
+enum { RETIRED, READ, WRITE, FEED, CHOOSE };
 unsigned char elm_mlx_mark[32];
 
 __attribute__((constructor)) static void draw_mark(void) {
@@ -260,7 +260,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
   if (some && is_attention(alpha)) {
     attend(m, beta, a, b, c);
   } else if (some && is_described(b, n, k)) {
-    sublayer((const struct sublayer *)b, m, n, a, lda, c, ldc);
+    sublayer((const struct sublayer *)b, m, n, k, a, lda, c, ldc);
   } else if (some && m <= FEW && (ta == NO_TRANS || (m == 1 && lda == 1))) { /* MLX may call a row a column */
     few_rows(&(struct product){m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc});
   } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */

@@ -2,11 +2,13 @@
    by cblas.c; made by model/sublayers.py.
 
    An operation costs MLX more than most of these compute. Rows are computed by the same instructions whatever their
-   number, and whatever the number of threads. There are three:
+   number, and whatever the number of threads. There are
    READ   rows of the residual stream, each with the cosines and sines of its position behind it, to queries, keys and
           values;
    WRITE  what attention gives, added to the stream;
-   FEED   the stream and an FFN's output, added. */
+   FEED   the stream and an FFN's output, added;
+   and of rows of logits
+   CHOOSE the logarithm of the sum of their exponentials, the largest of them, and where it first is. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -199,7 +201,52 @@ static void feed_forward(const struct sublayer *s, int m, const float *a, long a
   write_stream(s, m, hidden, inner, c, c_step, normed);
 }
 
-static void sublayer(const struct sublayer *s, int m, int n, const float *a, long a_step, float *c, long c_step) {
+/* LANES numbers of `left`, or fewer and behind them none that is larger than any. */
+static inline lanes some(const float *x, long left) {
+  lanes values = (lanes){0} - INFINITY;
+  memcpy(&values, x, 4 * (left < LANES ? left : LANES));
+  return values;
+}
+
+static void choose(const float *logits, long n, float *c) {
+  lanes tops = (lanes){0} - INFINITY, sums[4] = {{0}};
+  integers places = {0}, place;
+  for (int i = 0; i < LANES; i++) place[i] = i;
+  for (long at = 0; at < n; at += LANES, place += LANES) {
+    lanes x = some(logits + at, n - at);
+    integers above = x > tops;
+    tops = (lanes)(((integers)x & above) | ((integers)tops & ~above));
+    places = (place & above) | (places & ~above);
+  }
+  int best = 0;
+  for (int i = 1; i < LANES; i++)
+    if (tops[i] > tops[best] || (tops[i] == tops[best] && places[i] < places[best])) best = i;
+  for (long at = 0; at < n; at += LANES) {
+    lanes x = exponential(at_least(some(logits + at, n - at) - tops[best], -87));
+    sums[at / LANES % 4] += x;
+  }
+  sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  c[0] = tops[best] + logf(total(sums));
+  c[1] = tops[best];
+  c[2] = places[best];
+}
+
+struct rows {
+  const float *a;
+  long a_step, n, c_step;
+  float *c;
+};
+
+static void choose_rows(const void *what, int from, int to) {
+  const struct rows *r = what;
+  for (int i = from; i < to; i++) choose(r->a + i * r->a_step, r->n, r->c + i * r->c_step);
+}
+
+static void sublayer(const struct sublayer *s, int m, int n, int k, const float *a, long a_step, float *c, long c_step) {
+  if (s->head.kind == CHOOSE) {
+    share(choose_rows, &(struct rows){a, a_step, k, c_step, c}, m, 1, m > 1 ? 16l * m * k : 0);
+    return;
+  }
   pthread_rwlock_rdlock(&living);
   for (int i = 0, rows; i < m; i += rows, a += rows * a_step, c += rows * c_step) {
     rows = m - i < FEW ? m - i : FEW;

@@ -160,15 +160,18 @@ class Sampler:
             adjusted = self._penalize(adjusted, recent)
         if counts is not None:
             adjusted = adjusted - self.frequency_penalty * counts - self.presence_penalty * (counts > 0)
-        if self.choose is not None:
-            tokens = self.choose(adjusted - mx.logsumexp(adjusted, axis=-1, keepdims=True)).reshape(-1)
-        elif key is None:
-            tokens = mx.argmax(adjusted, axis=-1)
+        if adjusted is logits and self.choose is None and key is None:
+            tokens, logprobs = ops.likeliest(logits)
         else:
-            key, draw = mx.random.split(key)
-            tokens = self._draw(adjusted, draw)
-        chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        logprobs = chosen - ops.logsumexp(logits)
+            if self.choose is not None:
+                tokens = self.choose(adjusted - ops.logsumexp(adjusted)[..., None]).reshape(-1)
+            elif key is None:
+                tokens = mx.argmax(adjusted, axis=-1)
+            else:
+                key, draw = mx.random.split(key)
+                tokens = self._draw(adjusted, draw)
+            chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+            logprobs = chosen - ops.logsumexp(logits)
         if recent is not None:
             recent = mx.concatenate([recent[:, 1:], tokens[:, None].astype(recent.dtype)], axis=-1)
         if so_far is not None:

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import blas, device
-from elm_mlx.model import packed
+from elm_mlx.model import described, packed
 from elm_mlx.model.packed import Packed
 from elm_mlx.model.rope_config import RopeConfig
 
@@ -275,10 +275,26 @@ def exp(x: mx.array) -> mx.array:
 
 def logsumexp(logits: mx.array) -> mx.array:
     """Returns the logarithm of the sum of the last axis' exponentials: `(..., vocab_size)` to `(...)`."""
+    if _chooses(logits):
+        rows = mx.contiguous(logits.reshape(-1, logits.shape[-1]))
+        return (rows @ described.chooser(logits.shape[-1]))[:, 0].reshape(logits.shape[:-1])
     if _mlx_is_best(logits, 2 * logits.shape[-1]):  # it depends on no other row
         return mx.logsumexp(logits, axis=-1)
     top = logits.max(axis=-1, keepdims=True)
     return (top + mx.log(_exp(mx.maximum(logits - top, -87.0)).sum(axis=-1, keepdims=True))).squeeze(-1)
+
+
+def likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """Returns of logits `(rows, vocab_size)` the likeliest tokens and the logarithms of their probabilities."""
+    if _chooses(logits):
+        log_sums, tops, places = mx.split(mx.contiguous(logits) @ described.chooser(logits.shape[-1]), 3, axis=-1)
+        return places[:, 0].astype(mx.uint32), (tops - log_sums)[:, 0]
+    tokens = mx.argmax(logits, axis=-1)
+    return tokens, mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - logsumexp(logits)
+
+
+def _chooses(logits: mx.array) -> bool:
+    return logits.dtype == mx.float32 and described.library() is not None
 
 
 def kl_divergences(before: mx.array, after: mx.array) -> mx.array:

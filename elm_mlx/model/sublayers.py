@@ -16,12 +16,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from elm_mlx import blas, device
-from elm_mlx.model import ops
+from elm_mlx import blas
+from elm_mlx.model import described, ops
+from elm_mlx.model.described import FEED, MARK, READ, WRITE
 from elm_mlx.model.ops import Rope
 
 MOST_ROWS = 16  # whose results have the same bits whatever their number
-_READ, _WRITE, _FEED = 1, 2, 3
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
 
 
@@ -39,7 +39,7 @@ class _Linear(ctypes.Structure):
 
 class _Sublayer(ctypes.Structure):
     _fields_ = (
-        ("mark", ctypes.c_ubyte * 32), ("kind", ctypes.c_int), ("width", ctypes.c_int), ("heads", ctypes.c_int),
+        ("head", ctypes.c_ubyte * (MARK + 4)), ("width", ctypes.c_int), ("heads", ctypes.c_int),
         ("key_heads", ctypes.c_int), ("head_dim", ctypes.c_int), ("rotated", ctypes.c_int), ("gated", ctypes.c_int),
         ("before", _Norm), ("queries", _Norm), ("keys", _Norm), ("after", _Norm),
         ("first", _Linear * 3), ("last", _Linear),
@@ -134,22 +134,23 @@ class _Layer:
         heads = parts.heads + 2 * parts.kv_heads
         width = self._linear(parts.ffn_last).outputs
         read = _Sublayer(
-            kind=_READ, width=width, heads=parts.heads, key_heads=parts.kv_heads, head_dim=parts.head_dim,
+            width=width, heads=parts.heads, key_heads=parts.kv_heads, head_dim=parts.head_dim,
             rotated=parts.rope.config.dims, before=self._norm(parts.before), queries=self._norm(parts.query_norm),
             keys=self._norm(parts.key_norm), first=self._linears(parts.projections),
         )  # fmt: skip
-        write = _Sublayer(kind=_WRITE, width=width, after=self._norm(parts.after), last=self._linear(parts.output))
+        write = _Sublayer(width=width, after=self._norm(parts.after), last=self._linear(parts.output))
         feed = _Sublayer(
-            kind=_FEED, width=width, gated=parts.gated, before=self._norm(parts.ffn_before),
+            width=width, gated=parts.gated, before=self._norm(parts.ffn_before),
             after=self._norm(parts.ffn_after), first=self._linears(parts.ffn_first), last=self._linear(parts.ffn_last),
         )  # fmt: skip
         made = zip(
+            (READ, WRITE, FEED),
             (read, write, feed),
             (width + 2 * parts.head_dim, parts.heads * parts.head_dim, width),
             (heads * parts.head_dim, width, width),
             strict=True,
         )
-        self._read, self._write, self._feed = (self._matrix(spec, inputs, outputs) for spec, inputs, outputs in made)
+        self._read, self._write, self._feed = (self._matrix(*each) for each in made)
 
     def __call__(self, x: mx.array, batch: int, length: int, mask: ops.Mask, turns: mx.array, cache: Any) -> mx.array:
         """Rows `(batch * length, model_dim)` to the same; `turns` are the cosines and sines of each."""
@@ -192,18 +193,12 @@ class _Layer:
         if not memoryview(weight).c_contiguous:
             raise _Other
         self._weights.append(weight)
-        return _address(weight)
+        return described.address(weight)
 
-    def _matrix(self, spec: _Sublayer, inputs: int, outputs: int) -> mx.array:
-        library = _library()
-        assert library is not None
-        spec.mark[:] = (ctypes.c_ubyte * 32).in_dll(library, "elm_mlx_mark")
-        words = mx.array(memoryview(bytes(spec)).cast("I"))
-        mx.eval(words)
-        matrix = mx.as_strided(words.view(mx.float32), (inputs, outputs), (1, inputs))
-        mx.eval(matrix)
+    def _matrix(self, kind: int, spec: _Sublayer, inputs: int, outputs: int) -> mx.array:
+        words = described.description(kind, bytes(spec)[len(spec.head) :])
         weakref.finalize(self, _retire, words, self._weights)
-        return matrix
+        return described.matrix(words, inputs, outputs)
 
 
 class _Other(Exception):
@@ -212,7 +207,7 @@ class _Other(Exception):
 
 def few_rows(model: nn.Module, layers: Callable[[], Sequence[LayerParts]]) -> FewRows | None:
     """Returns the layers of `model` for few rows, made once and kept with it; None where they cannot be made."""
-    if device.on_gpu() or _library() is None:
+    if described.library() is None:
         return None
     kept, parts = getattr(model, "_few_rows", None), layers()
     if kept is None or not kept.is_of(parts):
@@ -224,16 +219,8 @@ def few_rows(model: nn.Module, layers: Callable[[], Sequence[LayerParts]]) -> Fe
     return kept
 
 
-def _library() -> ctypes.CDLL | None:
-    return blas.own("elm_mlx_retire")
-
-
-def _address(array: mx.array) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memoryview(array)))
-
-
 def _retire(words: mx.array, weights: list[mx.array]) -> None:
     """Waits for products with the weights that are being computed; then they may be freed."""
-    library = _library()
+    library = blas.own("elm_mlx_retire")
     assert library is not None
-    library.elm_mlx_retire(ctypes.c_void_p(_address(words)))
+    library.elm_mlx_retire(ctypes.c_void_p(described.address(words)))

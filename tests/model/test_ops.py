@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -217,3 +218,27 @@ def test_logsumexp(vocab_size: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatc
     for row in range(9):
         assert mx.array_equal(ops.logsumexp(rows[row : row + 1]), found[row : row + 1])
     assert mx.isnan(ops.logsumexp(mx.full((1, vocab_size), mx.nan))).all().item()
+
+
+@pytest.mark.parametrize("vocab_size", [3, 16, 17, 1000, 49_152])
+def test_the_likeliest_token_and_its_log_probability(vocab_size: int) -> None:
+    logits = 4 * mx.random.normal((9, vocab_size), key=mx.random.key(vocab_size))
+    logits[0, 1] = logits[0, 2] = logits[0].max() + 1  # the first of several
+    logits[1, 0], logits[2, -1] = -math.inf, 60.0
+    exact = np.array(logits, np.float64)
+    exact = exact.max(-1) + np.log(np.exp(exact - exact.max(-1, keepdims=True)).sum(-1))
+    tokens, log_probabilities = ops.likeliest(logits)
+    assert np.array_equal(tokens, np.array(logits).argmax(-1))
+    assert np.abs(np.array(ops.logsumexp(logits)) - exact).max() < 1e-5 * math.log(vocab_size) + 2e-6
+    assert np.abs(np.array(log_probabilities) - (np.array(logits).max(-1) - exact)).max() < 1e-4
+    assert mx.array_equal(ops.likeliest(mx.contiguous(logits.T).T)[0], tokens)
+    alone = [ops.likeliest(logits[row : row + 1]) for row in range(9)]
+    assert mx.array_equal(mx.concatenate([one[0] for one in alone]), tokens)
+    assert mx.array_equal(mx.concatenate([one[1] for one in alone]), log_probabilities)
+
+
+def test_no_number_among_logits_is_no_log_probability() -> None:
+    logits = mx.zeros((2, 50))
+    logits[0, 7] = math.nan
+    assert mx.isnan(ops.likeliest(logits)[1]).tolist() == [True, False]
+    assert mx.isnan(ops.logsumexp(logits)).tolist() == [True, False]
