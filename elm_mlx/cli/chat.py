@@ -8,12 +8,13 @@ import typer
 
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import note
+from elm_mlx.errors import InputError
 
 PANELS = {
     "Conversation": ("system", "template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
-    "KV cache": ("kv_bits", "save_cache", "load_cache"),
+    "KV cache": ("kv_bits", "max_kv_size", "save_cache", "load_cache"),
     "Computation": ("compute_dtype",),
 }
 
@@ -32,6 +33,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     kv_bits: options.KvBits = None,
+    max_kv_size: options.MaxKvSize = None,
     save_cache: options.SaveCache = None,
     load_cache: options.LoadCache = None,
     prompt_lookup: options.PromptLookup = False,
@@ -46,7 +48,7 @@ def chat(
     from elm_mlx.inference import sampling
     from elm_mlx.inference.conversation import CONTINUING, DEFAULTS, Chat
     from elm_mlx.inference.speculation import DraftOptions
-    from elm_mlx.model.cache import check_quantizable
+    from elm_mlx.model.cache import check_caches
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.chat_template import choose, prepare
@@ -54,9 +56,11 @@ def chat(
     reading.check_seed(seed)
     config = read_config(model, with_tokenizer=True)
     drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
-    check_quantizable(config, kv_bits)
+    check_caches(config, kv_bits, max_kv_size)
     prepare(model, template, adapter)
     kept = None
+    if (save_cache or load_cache) and max_kv_size is not None:
+        raise InputError("a saved cache holds a whole text, and --max-kv-size keeps parts of one: choose one")
     if save_cache or load_cache:
         from elm_mlx.inference.saved_cache import CacheFiles
 
@@ -74,7 +78,7 @@ def chat(
     conversation = Chat(
         loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed,
         **drafts.load(loaded),
-        kv_bits=kv_bits,
+        kv_bits=kv_bits, max_kv_size=max_kv_size,
     )  # fmt: skip
     cache = conversation.cache
     if kept is not None:

@@ -27,7 +27,7 @@ PANELS = {
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Output": ("as_json", "logprobs"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
-    "KV cache": ("kv_bits", "save_cache", "load_cache"),
+    "KV cache": ("kv_bits", "max_kv_size", "save_cache", "load_cache"),
     "Computation": ("prefill_step", "compute_dtype"),
 }
 
@@ -58,6 +58,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each prompt.")] = False,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Print each token with its log-probability.")] = False,
     kv_bits: options.KvBits = None,
+    max_kv_size: options.MaxKvSize = None,
     save_cache: options.SaveCache = None,
     load_cache: options.LoadCache = None,
     prompt_lookup: options.PromptLookup = False,
@@ -80,6 +81,8 @@ def generate(
         raise InputError("--save-cache keeps one prompt, and --prompts has several: read what they share by itself")
     if prompts and (prompt_lookup or draft_model is not None):
         raise InputError("--prompts decodes its prompts together, without drafts: leave out --prompts, or the drafts")
+    if prompts and max_kv_size is not None:
+        raise InputError("--max-kv-size is for one text without end, and --prompts has several")
     if no_template:
         if template is not None:
             raise InputError("give --template or --no-template, not both")
@@ -88,7 +91,7 @@ def generate(
     from elm_mlx.inference.rows import PREFILL_STEP
     from elm_mlx.inference.sampling import merge_settings, sampler_from
     from elm_mlx.inference.speculation import DraftOptions
-    from elm_mlx.model.cache import check_quantizable, make_prompt_cache
+    from elm_mlx.model.cache import check_caches, make_prompt_cache
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
     from elm_mlx.text.tokenizer import has_chat_template
@@ -98,7 +101,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
     config = read_config(model, with_tokenizer=True)
-    check_quantizable(config, kv_bits)
+    check_caches(config, kv_bits, max_kv_size)
     chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
     prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
@@ -114,6 +117,8 @@ def generate(
         raise InputError("--system needs a chat template, which the model lacks: pass --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     kept = None
+    if (save_cache or load_cache) and max_kv_size is not None:
+        raise InputError("a saved cache holds a whole text, and --max-kv-size keeps parts of one: choose one")
     if save_cache or load_cache:
         from elm_mlx.inference.saved_cache import CacheFiles
 
@@ -123,7 +128,7 @@ def generate(
         note(remark)
     assert loaded.tokenizer is not None
     chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
-    chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model, kv_bits)
+    chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model, kv_bits, max_kv_size)
     if kept is not None:
         chosen["cached"] = kept.load(loaded.model, caches)
     inputs: Sequence[str | list[int]] = texts
@@ -141,7 +146,9 @@ def generate(
         return
     from elm_mlx.inference.generation import stream_generate
 
-    ids = encode_prompt(loaded.model, loaded.tokenizer, inputs[0])
+    ids = encode_prompt(loaded.model, loaded.tokenizer, inputs[0], endless=max_kv_size is not None)
+    if max_kv_size is not None and len(ids) > max_kv_size:
+        note(f"the prompt has {len(ids)} tokens: of them 4 and the last are in view, {max_kv_size} at most")
     responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen, **drafts.load(loaded))
     if kept is not None:
         responses = _kept_after_first(responses, partial(kept.save, ids, caches))

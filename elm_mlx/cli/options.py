@@ -47,6 +47,13 @@ KvBits = Annotated[
         "(default: as computed)"
     ),
 ]  # fmt: skip
+MaxKvSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Go on past the context with a text's first 4 and its last tokens in view, N at most; what "
+        "lies between is forgotten. (default: the context ends the text)"
+    ),
+]  # fmt: skip
 SaveCache = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Keep the KV cache of what is read. (default: it is forgotten)")
 ]

@@ -240,7 +240,8 @@ class Session:
 
     def _stats(self, rest: str) -> None:
         chat, last = self._chat, self._chat.last
-        used, context = len(chat.cache.ids), chat.model.config.max_context_length
+        cache = chat.cache.caches[0]
+        used, context = cache.offset, cache.limit or chat.model.config.max_context_length
         self._note(f"context       {used} of {context} tokens, {chat.cache.nbytes / 1e6:.1f} MB")
         if last is None:
             self._note("no answer yet")

@@ -28,7 +28,7 @@ from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.task_sources import Missing
 from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextWindows
-from elm_mlx.model.cache import check_quantizable
+from elm_mlx.model.cache import check_caches
 from elm_mlx.model.config import read_config
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
@@ -137,7 +137,7 @@ class Evaluation:
         self._request = request
         path = reading.expanded(path)
         config = read_config(path, with_tokenizer=True)
-        check_quantizable(config, kv_bits)
+        check_caches(config, kv_bits)
         self._kv_bits = kv_bits
         self._loaded = open_model(path, compute_dtype, adapter, config)
         self.notes = self._loaded.notes

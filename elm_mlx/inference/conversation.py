@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from elm_mlx import device, files, reading
 from elm_mlx.errors import InputError
 from elm_mlx.inference import sampling
-from elm_mlx.inference.generation import TextStream, check_steps, encode_prompt
+from elm_mlx.inference.generation import TextStream, check_drafts, check_steps, encode_prompt
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler, sampler_from
 from elm_mlx.inference.speculation import MOST_DRAFTED, DraftFigures, speculation_for
@@ -95,7 +96,8 @@ class Chat:
         stop: strings that end an answer, besides the template's.
         seed: the same one with the same messages gives the same answers; None draws one.
         prompt_lookup, draft_model, num_draft_tokens: as in `stream_generate`: the same answers, sooner.
-        kv_bits: as of `make_prompt_cache`.
+        kv_bits, max_kv_size: as of `make_prompt_cache`. With the latter nothing is forgotten as a whole: the model sees
+            the beginning and the end of all that was said.
 
     Attributes:
         exchanges: messages and their answers, oldest first.
@@ -119,8 +121,9 @@ class Chat:
         draft_model: Model | None = None,
         num_draft_tokens: int = MOST_DRAFTED,
         kv_bits: int | None = None,
+        max_kv_size: int | None = None,
     ) -> None:
-        context = model.config.max_context_length
+        context = model.config.max_context_length if max_kv_size is None else sys.maxsize
         self._window: Templated | Continued = (
             Continued(tokenizer, context, system) if template is None else Templated(template, context, system)
         )
@@ -133,7 +136,8 @@ class Chat:
         self.exchanges: list[Exchange] = []
         self.last: Statistics | None = None
         self._speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
-        self.cache = PrefixCache(model, kv_bits)
+        self.cache = PrefixCache(model, kv_bits, max_kv_size)
+        check_drafts(self.cache.caches, self._speculation)
 
     @property
     def system(self) -> str | None:
@@ -225,7 +229,7 @@ class Chat:
 
     def _reply(self, before: Sequence[Exchange], question: str) -> Reply:
         prompt = self._window.prompt(before, question, int(self.options["max_tokens"]))
-        encode_prompt(self.model, None, prompt.ids)
+        encode_prompt(self.model, None, prompt.ids, endless=self.cache.caches[0].limit is not None)
         return Reply(self, before, question, prompt)
 
     def _answer(self, reply: Reply, stopped: Callable[[], bool]) -> Generator[str, None, None]:
@@ -247,7 +251,7 @@ class Chat:
     def _pieces(self, reply: Reply, draft: Draft, stopped: Callable[[], bool]) -> Generator[str, None, None]:
         prompt, figures = reply.prompt.ids, reply.statistics
         sampler, seed = _sampler(self.options), self._random.getrandbits(32)
-        room, wanted = self.model.config.max_context_length - len(prompt), int(self.options["max_tokens"])
+        room, wanted = self._window.context - len(prompt), int(self.options["max_tokens"])
         figures.read_tokens = len(prompt) - self.cache.shared(prompt)
         start = time.perf_counter()
         logits = self.cache.read(prompt, stopped)

@@ -129,7 +129,8 @@ def stream_generate(
         stop_at_eos: False to go on past EOS, for measurements.
         prefill_step: prompt tokens computed in one pass.
         prompt_cache: from `make_prompt_cache`, empty or with what came before `prompt` in it. Between two tokens,
-            and after the last, it holds the first `offset` of what was before, `prompt` and the tokens so far.
+            and after the last, it holds the first `offset` of what was before, `prompt` and the tokens so far. One
+            with a limit holds some of them, and the context does not end the text.
         cached: the ids in `prompt_cache`, where `prompt` is a whole text that may begin with them: what it does is not
             read again, but for the last piece of `prefill_step`, so that the text is, to the bit, the one that it
             would be without, where those ids were read in such pieces.
@@ -150,13 +151,14 @@ def stream_generate(
     chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler, tuple(logits_processors))
     check_steps(max_tokens, prefill_step)
     caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
-    used = caches[0].offset if cached is None else 0
-    ids = encode_prompt(model, tokenizer, prompt, used)
-    room = model.config.max_context_length - used - len(ids)
+    used, endless = caches[0].length if cached is None else 0, caches[0].limit is not None
+    ids = encode_prompt(model, tokenizer, prompt, used, endless)
+    room = sys.maxsize if endless else model.config.max_context_length - used - len(ids)
     ends = (*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))
     text = TextStream(tokenizer, ids, stop, ends, max_tokens, room)
     state = chosen.start([ids], seed)
     speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
+    check_drafts(caches, speculation)
 
     def responses() -> Iterator[Response]:
         start, first, begun = time.perf_counter(), 0.0, 0.0
@@ -191,6 +193,12 @@ def stream_generate(
     return responses()
 
 
+def check_drafts(caches: Sequence[KVCache], speculation: Speculation | None) -> None:
+    """Raises InputError for guesses that these caches could not take back."""
+    if speculation is not None and caches[0].limit is not None:
+        raise InputError("guesses are not taken back from a cache that drops positions: choose --max-kv-size or drafts")
+
+
 def kept_length(cache: KVCache, cached: Sequence[int], ids: Sequence[int], step: int) -> int:
     """Returns how many of `ids` need not be read after `cached`, which `cache` holds: whole pieces of `step`.
 
@@ -208,8 +216,13 @@ def check_steps(max_tokens: int, prefill_step: int) -> None:
             raise InputError(f"{name} is {value}: it must be 1 or more")
 
 
-def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Sequence[int], used: int = 0) -> list[int]:
-    """Returns the prompt's ids, checked against the vocabulary and the context, of which `used` tokens are taken."""
+def encode_prompt(
+    model: Model, tokenizer: Tokenizer | None, prompt: str | Sequence[int], used: int = 0, endless: bool = False
+) -> list[int]:
+    """Returns the prompt's ids, checked against the vocabulary and the context, of which `used` tokens are taken.
+
+    An `endless` text has no context to fit.
+    """
     config = model.config
     if isinstance(prompt, str):
         if tokenizer is None:
@@ -224,7 +237,7 @@ def encode_prompt(model: Model, tokenizer: Tokenizer | None, prompt: str | Seque
     outside = next((token for token in ids if not 0 <= token < config.vocab_size), None)
     if outside is not None:
         raise InputError(f"token id {outside} is outside the vocabulary of {config.vocab_size}")
-    if used + len(ids) >= config.max_context_length:
+    if used + len(ids) >= config.max_context_length and not endless:
         before = f" after {used} already in the cache" if used else ""
         raise InputError(
             f"the prompt has {len(ids)} tokens{before}, and the model's context is {config.max_context_length}: "

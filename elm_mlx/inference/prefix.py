@@ -24,13 +24,13 @@ class PrefixCache:
 
     Attributes:
         ids: exactly those whose keys and values the caches hold, whatever happened: an exception amid a step,
-            of which nobody knows how much it has written, empties both.
+            of which nobody knows how much it has written, empties both. Caches with a limit may have dropped some.
     """
 
-    def __init__(self, model: Model, kv_bits: int | None = None) -> None:
+    def __init__(self, model: Model, kv_bits: int | None = None, max_kv_size: int | None = None) -> None:
         self.model = model
         self.ids: list[int] = []
-        self.caches = make_prompt_cache(model, kv_bits)
+        self.caches = make_prompt_cache(model, kv_bits, max_kv_size)
 
     def clear(self) -> None:
         """Empties the caches."""
@@ -55,7 +55,7 @@ class PrefixCache:
         with self._cleared_by_failure():
             start = self.shared(prompt)
             for cache in self.caches:
-                cache.trim(cache.offset - start)
+                cache.trim(len(self.ids) - start)
             del self.ids[start:]
             for at in range(start, len(prompt), READ_STEP):
                 if stopped():
@@ -86,7 +86,7 @@ class PrefixCache:
             drawn = decode(self.model, self.caches, sampler, logits, state, max_tokens, text, speculation, text)
             for token, _ in drawn:
                 chosen.append(token)
-                fed = self.caches[0].offset - len(self.ids)
+                fed = self.caches[0].length - len(self.ids)
                 self.ids += chosen[:fed]
                 del chosen[:fed]
                 yield token

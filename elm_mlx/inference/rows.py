@@ -45,12 +45,21 @@ def prefill(
     for cache in caches:
         cache.text_length = text_length
     rows = mx.array(ids)[None]
+    step = step if caches[0].limit is None else min(step, caches[0].limit // 2)
     while rows.shape[1] > step:
+        _make_room(caches, step)
         model.transformer(rows[:, :step], caches)
         mx.eval([cache.state for cache in caches])
         mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
         rows = rows[:, step:]
+    _make_room(caches, rows.shape[1])
     return model.head(model.transformer(rows, caches)[:, -1])
+
+
+def _make_room(caches: Sequence[KVCache], length: int) -> int:
+    """Drops positions of caches with a limit, until `length` more fit. Returns how many."""
+    (dropped,) = {cache.make_room(length) for cache in caches}
+    return dropped
 
 
 def _turned(cache: KVCache) -> InputError:
@@ -134,6 +143,8 @@ class Rows:
         switch = self.caches[0].switch
         if switch is not None:
             self._read_again(switch, tokens)
+        dropped = _make_room(self.caches, 1)
+        self.lengths = [length - dropped for length in self.lengths]
         longest = max(self.lengths)
         logits = self._compute(tokens[:, None], *place_step(self.lengths), longest + 1)
         for cache in self.caches:

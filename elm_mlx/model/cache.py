@@ -13,10 +13,11 @@ import mlx.core as mx
 
 from elm_mlx.errors import InputError
 from elm_mlx.model import packed
-from elm_mlx.model.ops import Causal, Segments
+from elm_mlx.model.ops import Causal, Rope, Segments
 from elm_mlx.model.packed import Packed
 
 Arrays = Sequence[mx.array]  # of one layer
+_LEAST = 32  # positions of a cache that drops some
 Fetched: TypeAlias = mx.array | Packed
 
 
@@ -27,9 +28,13 @@ class KVCache:
         switch: the length past which all keys of a text are rotated otherwise (LongRoPE); None if there is none.
         text_length: of the whole text that is being read, where more than `offset` tokens are known to come.
         kind: what it holds, for a person.
+        limit: positions at most, of a cache that drops the oldest; None for one that grows.
+        dropped: positions that it has dropped.
     """
 
     kind = "keys and values"
+    limit: int | None = None
+    dropped = 0
     step = 256  # capacity grows by this many positions, or by an eighth: a step's mask never reaches beyond
 
     def __init__(self, switch: int | None = None) -> None:
@@ -144,6 +149,19 @@ class KVCache:
     def is_trimmable(self) -> bool:
         return True
 
+    def can_trim(self, length: int) -> bool:
+        """Returns whether the last `length` tokens of the text can be removed, and what is left be as before them."""
+        return True
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text, those included whose positions were dropped."""
+        return self.offset + self.dropped
+
+    def make_room(self, length: int) -> int:
+        """Drops positions until `length` more fit under the limit. Returns how many; there is no limit here."""
+        return 0
+
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Causal | str | None:
         """Returns the mask of `length` new positions: each sees those before it, `window_size` with itself at most."""
         if window_size is None or self.offset + length <= window_size:
@@ -174,6 +192,66 @@ class QuantizedCache(KVCache):
         codes, scales, biases = (mx.split(array, 2, axis=1) for array in arrays)
         keys, values = (Packed(*half, self.kv_bits) for half in zip(codes, scales, biases, strict=True))
         return (keys, values) if packed.is_worth_it(queries) else (keys.unpacked(), values.unpacked())
+
+
+class StreamingCache(KVCache):
+    """One layer's keys and values of a text without end: its first positions, and the last ones (Xiao et al., 2023).
+
+    Where it is full, an eighth goes at once behind the first `SINKS`, and what follows moves up: its keys are rotated
+    back by as many positions. So positions count within the cache, none is one that the model was not trained on, and
+    a step writes and looks as in a cache that grows.
+
+    Args:
+        limit: positions at most.
+        rope: the layer's rotation, of texts of up to `limit` tokens.
+    """
+
+    SINKS = 4
+
+    def __init__(self, limit: int, rope: Rope) -> None:
+        super().__init__()
+        self.limit: int = limit
+        self.kind = f"the first {self.SINKS} and the last keys and values, {limit} at most"
+        self._rope = rope
+
+    def empty(self) -> StreamingCache:
+        return StreamingCache(self.limit, self._rope)
+
+    @property
+    def text_length(self) -> int:
+        """No text is longer than the limit to RoPE."""
+        return 0
+
+    @text_length.setter
+    def text_length(self, length: int) -> None:
+        pass
+
+    def make_room(self, length: int) -> int:
+        count = max(self.offset + length - self.limit, self.limit // 8)
+        if self.offset + length <= self.limit:
+            return 0
+        assert length <= self.limit - self.SINKS
+        kept = [array[:, :, self.SINKS + count : self.offset] for array in self._arrays]
+        kept[0] = self._rope.moved(kept[0], -count)
+        self.state = [
+            mx.concatenate([array[:, :, : self.SINKS], rest], axis=2)
+            for array, rest in zip(self._arrays, kept, strict=True)
+        ]
+        mx.eval(self.state)  # or what was dropped would stay in memory
+        self.offset -= count
+        self.dropped += count
+        return count
+
+    def trim(self, length: int) -> int:
+        removed = super().trim(length)
+        self.dropped = self.dropped if self.offset else 0
+        return removed
+
+    def is_trimmable(self) -> bool:
+        return not self.dropped
+
+    def can_trim(self, length: int) -> bool:
+        return not self.dropped or length <= self.offset - self.SINKS
 
 
 class StepCache:
@@ -218,6 +296,7 @@ class StateCache:
     """
 
     kind = "states"
+    limit: int | None = None
     switch = None
     text_length = 0
 
@@ -264,6 +343,16 @@ class StateCache:
 
     def is_trimmable(self) -> bool:
         return False
+
+    def can_trim(self, length: int) -> bool:
+        return length == 0
+
+    @property
+    def length(self) -> int:
+        return self.offset
+
+    def make_room(self, length: int) -> int:
+        return 0
 
     def suits(self, length: int) -> bool:
         return True
@@ -324,7 +413,7 @@ class SegmentedRow:
 def shared_length(cache: KVCache, held: Sequence[int], prompt: Sequence[int]) -> int:
     """Returns the number of ids of `prompt` that need not be read. Never all: the last one's logits are not kept.
 
-    Of a state that can't be cut back, all that was read or none; and none where RoPE rotates a text of this length
+    Of what can't be cut back that far, all that was read or none; and none where RoPE rotates a text of this length
     otherwise.
 
     Args:
@@ -334,7 +423,7 @@ def shared_length(cache: KVCache, held: Sequence[int], prompt: Sequence[int]) ->
         return 0
     most = min(len(held), len(prompt) - 1)
     same = next((i for i in range(most) if held[i] != prompt[i]), most)
-    return same if same == len(held) or cache.is_trimmable() else 0
+    return same if cache.can_trim(len(held) - same) else 0
 
 
 def place_step(lengths: Sequence[int]) -> tuple[mx.array, mx.array]:
@@ -382,25 +471,36 @@ def _rounded(length: int, step: int) -> int:
     return -(-length // step) * step
 
 
-def make_prompt_cache(model: Any, kv_bits: int | None = None) -> list[KVCache]:
+def make_prompt_cache(model: Any, kv_bits: int | None = None, max_kv_size: int | None = None) -> list[KVCache]:
     """Returns an empty cache for each layer of `model`; for a network that keeps a state, `StateCache`s.
 
     Args:
         kv_bits: 8 or 4 to quantize keys and values to; None keeps them in the type that is computed in.
+        max_kv_size: positions at most: a longer text's first ones and its last ones stay (`StreamingCache`).
 
     Raises:
-        InputError: the model's heads cannot be quantized so, or it has none.
+        InputError: the model's heads cannot be quantized so, or it has none; its positions can't be dropped.
     """
     config = model.config
-    check_quantizable(config, kv_bits)
+    check_caches(config, kv_bits, max_kv_size)
+    if max_kv_size is not None:
+        return [StreamingCache(max_kv_size, rope) for rope in model.layer_ropes()]
     if kv_bits is not None:
         return [QuantizedCache(kv_bits, config.rope_switch) for _ in range(config.num_layers)]
     make: Callable[[], Any] = partial(KVCache, config.rope_switch) if config.positions else StateCache
     return [make() for _ in range(config.num_layers)]
 
 
-def check_quantizable(config: Any, bits: int | None) -> None:
-    """Raises InputError where the keys and values of a model with this config cannot be quantized to `bits`."""
+def check_caches(config: Any, bits: int | None, max_kv_size: int | None = None) -> None:
+    """Raises InputError where a model with this config cannot have the caches that `make_prompt_cache` would make."""
+    if max_kv_size is not None:
+        if bits is not None:
+            raise InputError("--max-kv-size drops positions and moves others, which cannot be in --kv-bits: choose one")
+        if not config.positions:
+            raise InputError(f"--max-kv-size: {config.family.name} keeps a state, of the same size for any text")
+        most = min(config.max_context_length, config.rope_switch or config.max_context_length)
+        if not _LEAST <= max_kv_size <= most:
+            raise InputError(f"--max-kv-size {max_kv_size}: {_LEAST} to {most} are possible for this model")
     if bits is None:
         return
     if bits not in packed.BITS:

@@ -182,6 +182,10 @@ class Model(nn.Module):
             return self.transformer.token_embeddings.as_linear(hidden)
         return self.lm_head(hidden)
 
+    def layer_ropes(self) -> list[Rope]:
+        """Returns the rotation of each layer's queries and keys."""
+        return [self.transformer.rope] * len(self.layers)
+
     @property
     def layers(self) -> list[Block]:
         return self.transformer.layers

@@ -132,6 +132,15 @@ class Rope:
         turn = self._turn(length, offset, self._frequencies(length, offset, text_length))
         return lambda x: turn(x) if x.dtype == mx.float32 else self._fused(x, offset, text_length)
 
+    def moved(self, x: mx.array, positions: int) -> mx.array:
+        """Returns rotated `(..., head_dim)` as it would be `positions` farther, in a text of up to `switch` tokens."""
+        half, dims = self.config.dims // 2, self.config.dims
+        angles = positions * self._of_length(0)[0][:half]
+        cosines, sines = mx.cos(angles), mx.sin(angles)
+        first, second, rest = mx.split(x.astype(mx.float32), [half, dims], axis=-1)
+        parts = [first * cosines - second * sines, second * cosines + first * sines, rest]
+        return mx.concatenate(parts, axis=-1).astype(x.dtype)
+
     def turns(self, length: int, offset: int | mx.array, text_length: int = 0) -> mx.array:
         """Returns cosines and sines, side by side, for `(1 or batch, length, 2 * head_dim)`; arguments as of a call."""
         single = isinstance(offset, int)

@@ -73,6 +73,10 @@ class NetworkProtocol:
                 layer_cache.offset += ids.shape[1]
         return hidden
 
+    def layer_ropes(self) -> list[Rope]:
+        """Returns the rotation of each layer's queries and keys."""
+        return [layer.self_attn.rope.rope for layer in self.layers]  # type: ignore[attr-defined]
+
     def _parts(self) -> list[LayerParts]:
         """Returns the modules of each layer by what they are for."""
         values, after = self.config.values, self.config.family.normed_heads

@@ -484,3 +484,13 @@ def test_a_conversation_in_few_bits(wide_model_dir: Path, tiny_model_dir: Path, 
     assert used[1] <= used[0] / 4
     done = piped(tiny_model_dir, "the fox\n", "--kv-bits", "8", environment=environment)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"heads of 16 values" in done.stderr
+
+
+def test_a_conversation_without_end(tiny_model_dir: Path, environment: dict[str, str]) -> None:
+    lines = "the quick brown fox jumps over lazy dogs\n" * 12 + "/stats\n"
+    flags = ("--seed", "3", "--max-tokens", "60", "--temp", "1.5")
+    usual = piped(tiny_model_dir, lines, *flags, environment=environment)
+    assert usual.returncode == 0 and b"(context full: dropped the oldest" in usual.stderr
+    done = piped(tiny_model_dir, lines, *flags, "--max-kv-size", "128", environment=environment)
+    assert done.returncode == 0 and b"context full" not in done.stderr
+    assert re.search(rb"context +\d+ of 128 tokens", done.stderr)

@@ -547,3 +547,29 @@ def test_keys_in_few_bits_are_asked_for(wide_model_dir: Path, tiny_model_dir: Pa
     )
     shown = [float(line.split()[1]) for line in texts[2].splitlines()]
     assert code == 0 and json.loads(out.splitlines()[0])["logprobs"][:6] == pytest.approx(shown, abs=1e-3)
+
+
+# --- texts without end
+
+
+def test_a_text_goes_on_past_the_context(
+    tiny_model_dir: Path, tiny_tokenizer: Tokenizer, tmp_path: Path, run: Run
+) -> None:
+    model = tiny.spelling_model(tiny_tokenizer, "xyzx", context=128)
+    path = tiny.write_directory(tmp_path / "round", model, tiny_tokenizer.path.read_bytes())
+    command, flags = ("generate", path, "\n", "--max-tokens", 700, "--json"), ("--max-kv-size", 64)
+    ended, streamed = json.loads(run(*command)[1]), json.loads(run(*command, *flags)[1])
+    assert ended["finish_reason"] == "context" and ended["generation_tokens"] < 128
+    assert streamed["finish_reason"] == "length" and streamed["generation_tokens"] == 700
+    assert streamed["text"].startswith(ended["text"])
+    code, _, err = run("generate", tiny_model_dir, "the quick brown fox " * 200, "--max-tokens", 5, *flags)
+    assert code == 0 and re.search(r"the prompt has \d+ tokens: of them 4 and the last are in view, 64 at most", err)
+    (tmp_path / "p.txt").write_text("the\nfox\n")
+    for other, reason in (
+        (("--max-kv-size", 9), "--max-kv-size 9: 32 to 512 are possible for this model"),
+        ((*flags, "--kv-bits", 8), "cannot be in --kv-bits: choose one"),
+        ((*flags, "--save-cache", tmp_path / "c"), "a saved cache holds a whole text"),
+        ((*flags, "--prompt-lookup"), "choose --max-kv-size or drafts"),
+    ):
+        refused(run("generate", tiny_model_dir, "the", *other), reason)
+    refused(run("generate", tiny_model_dir, "--prompts", tmp_path / "p.txt", *flags), "is for one text without end")
