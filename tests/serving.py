@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -167,7 +167,7 @@ class ScriptedEngine:
         return self.submitted[-1]
 
     def statistics(self) -> EngineStatistics:
-        return EngineStatistics(*range(14))
+        return EngineStatistics(*range(len(fields(EngineStatistics))))
 
     def trouble(self) -> str | None:
         return self.fault

@@ -14,7 +14,7 @@ from elm_mlx.errors import InputError
 PANELS = {
     "Who may ask": ("host", "port", "api_key", "allow_origin", "log_prompts"),
     "Memory": ("max_memory", "kv_cache_bytes", "kv_bits", "max_queue"),
-    "Computation": ("compute_dtype",),
+    "Computation": ("prompt_lookup", "num_draft_tokens", "compute_dtype"),
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
@@ -49,6 +49,8 @@ def serve(
     ] = None,
     kv_bits: options.KvBits = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; others are refused.")] = 64,
+    prompt_lookup: options.PromptLookup = False,
+    num_draft_tokens: options.NumDraftTokens = None,
     compute_dtype: options.ComputeDtype = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the web chat in a browser.")] = False,
 ) -> None:
@@ -67,6 +69,9 @@ def serve(
             raise InputError(f"--allow-origin {origin}: a site without a path is needed, as https://example.org, or *")
     limit = None if max_memory is None else _bytes("--max-memory", max_memory)
     prefixes = None if kv_cache_bytes is None else _bytes("--kv-cache-bytes", kv_cache_bytes)
+    from elm_mlx.inference.speculation import MOST_DRAFTED, DraftOptions
+
+    drafts = DraftOptions(prompt_lookup, None, num_draft_tokens)
     bound = listen(host, port)
     from elm_mlx import device
     from elm_mlx.inference.engine import Engine
@@ -82,6 +87,7 @@ def serve(
         max_queue=max_queue,
         prefix_bytes=limit // 4 if prefixes is None else prefixes,
         kv_bits=kv_bits,
+        drafted=(drafts.most or MOST_DRAFTED) if drafts.prompt_lookup else 0,
     )
     app = Guard(Service(engine, served, log_prompts).app(), host, api_key, allow_origin or (), note)
     url = url_of(bound, host)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import mlx.core as mx
 
+from elm_mlx.inference.drafts import PromptLookup
 from elm_mlx.inference.generation import checked
 from elm_mlx.inference.prefix_tree import BLOCK
 from elm_mlx.inference.requests import GREEDY, Failed, Generated, OpenRequest, ScoredToken
 from elm_mlx.inference.rows import Rows
 from elm_mlx.inference.sampling import State
+from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model import ops
 from elm_mlx.model.cache import make_prompt_cache, row_capacity, row_slots
 from elm_mlx.model.network import Model
@@ -21,13 +24,20 @@ from elm_mlx.store.loading import Loaded
 class ContinuousBatch:
     """The answers of one model that are being decoded, and the step that they share.
 
+    An answer that is alone may have guesses verified in its step, as in `speculation`; when others join, the step's
+    rows are theirs.
+
+    Args:
+        drafted: tokens that prompt lookup guesses for a step at most; 0 for none.
+
     Attributes:
         answers: in the order of `rows`.
         logits: `(rows, vocab_size)`, of each answer's next token.
         new_caches: makes empty caches for a text.
+        drafts: guesses that were verified since the start, and those of them that were right.
     """
 
-    def __init__(self, loaded: Loaded, kv_bits: int | None = None) -> None:
+    def __init__(self, loaded: Loaded, kv_bits: int | None = None, drafted: int = 0) -> None:
         self.model: Model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.rows = Rows(loaded.model)
@@ -41,6 +51,11 @@ class ContinuousBatch:
         self._position_bytes, self._state_bytes = (
             (per_row // probe[0].capacity, 0) if probe[0].is_trimmable() else (0, per_row)
         )
+        self.drafts = (0, 0)
+        self._drafted = 0 if self.keeps_states else drafted
+        self._pace = DraftPace(drafted) if self._drafted else None
+        self._stepped = False  # the last launch was a step of one answer
+        self._reported: float | None = None  # when the token before such a step was
 
     def bytes_of(self, lengths: Sequence[int]) -> int:
         """Returns what the caches of rows take that grow to `lengths`."""
@@ -72,7 +87,9 @@ class ContinuousBatch:
     def join(self, task: OpenRequest, logits: mx.array) -> None:
         """Adds a row: the prompt of `task` is in its caches, and `logits` `(1, vocab_size)` follow it."""
         self.rows.join(task.caches, task.ids)
-        task.caches = []
+        task.caches, self._reported = [], None
+        if self._pace is not None and task.grammar is None:
+            task.lookup = PromptLookup()
         self.answers.append(task)
         self.logits = logits if self.logits is None else mx.concatenate([self.logits, logits])
 
@@ -84,10 +101,14 @@ class ContinuousBatch:
         tokens, logprobs, tops = self._choose()
         mx.async_eval(tokens, logprobs, tops)
         self._chosen = (list(self.answers), tokens, logprobs, tops)
+        self._stepped = False
+        if self._pace is not None and len(self.answers) == 1 and self._verify(self._pace, self.answers[0]):
+            return
         kept = self.remove([row for row, answer in enumerate(self.answers) if answer.left == 1], leaving)
         if self.answers:
             fed = tokens if len(kept) == tokens.size else tokens[mx.array(kept)]
             self.logits = self.rows.step(fed)
+            self._stepped = len(self.answers) == 1
             if self.keeps_states:
                 for row, (answer, length) in enumerate(zip(self.answers, self.rows.lengths, strict=True)):
                     answer.keep_state(self.rows.caches, row, length)
@@ -101,9 +122,11 @@ class ContinuousBatch:
         assert self._chosen is not None
         answers, tokens, logprobs, tops = self._chosen
         ended: list[OpenRequest] = []
+        count = 0
         for row, (answer, token, logprob) in enumerate(zip(answers, tokens.tolist(), logprobs.tolist(), strict=True)):
             if answer.over:
                 continue
+            count += 1
             try:
                 likeliest = ranked(*(array.tolist() for array in tops[row])) if row in tops else ()
                 finished = _deliver(answer, ScoredToken(token, checked(logprob), likeliest))
@@ -115,7 +138,58 @@ class ContinuousBatch:
                 answer.over = True
                 ended.append(answer)
         self._chosen = None
-        return len(answers), ended
+        if self._pace is not None:
+            self._time(self._pace)
+        return count, ended
+
+    def _verify(self, pace: DraftPace, answer: OpenRequest) -> bool:
+        """Verifies guesses behind the token of the only answer that was just chosen, if any are worth it.
+
+        Those that are right are chosen with it. Returns False where nothing was fed.
+        """
+        if answer.lookup is None:
+            return False
+        for token in answer.ids[len(answer.lookup) :]:
+            answer.lookup.add(token)
+        most = min(self._drafted, answer.left - 1, self.rows.together() - 1)
+        if not pace.choose(answer.lookup.offers(most + 1)[1:]):  # as far as it is known without waiting
+            return False
+        assert self._chosen is not None
+        parts = [self._chosen[1:3]]
+        fed, (answers, _, _, tops) = parts[0][0].tolist(), self._chosen
+        answer.lookup.add(fed[0])
+        count = pace.choose(answer.lookup.offers(most))
+        if not count:
+            return False
+        begun, length = time.perf_counter(), self.rows.lengths[0]
+        guesses = answer.lookup.guesses(count)
+        logits = self.rows.look_ahead(mx.array([*fed, *guesses]))
+        for place, guess in enumerate(guesses):
+            self.logits, before = logits[place : place + 1], answer.state
+            token, logprob, top = self._choose()
+            if int(token.item()) != guess:
+                answer.state = before  # it is chosen again, as the next token
+                break
+            if 0 in top:
+                tops[len(parts)] = top[0]
+            parts.append((token, logprob))
+        else:
+            self.logits = logits[count:]
+        self.rows.resize(length + len(parts))
+        tokens, logprobs = (mx.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        self._chosen = (answers * len(parts), tokens, logprobs, tops)
+        self.drafts = self.drafts[0] + count, self.drafts[1] + len(parts) - 1
+        if not self.rows.traced:
+            pace.took(1 + count, time.perf_counter() - begun)
+        self._reported = None
+        return True
+
+    def _time(self, pace: DraftPace) -> None:
+        """Takes the time since the token before, where the step of an only answer was all that it waited for."""
+        now = time.perf_counter()
+        if self._reported is not None and not self.rows.traced:
+            pace.took(1, now - self._reported)
+        self._reported = now if self._stepped else None
 
     def remove(self, rows: Sequence[int], leaving: Callable[[OpenRequest, int], None]) -> list[int]:
         """Removes rows. Returns the former places of those that are left, in their order now."""
@@ -137,6 +211,7 @@ class ContinuousBatch:
         chosen = [] if self._chosen is None else self._chosen[0]
         answers = [*self.answers, *(answer for answer in chosen if answer not in self.answers)]
         self.answers, self.rows, self.logits, self._chosen = [], Rows(self.model), None, None
+        self._reported = None
         return answers
 
     def _choose(self) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:

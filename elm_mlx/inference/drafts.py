@@ -71,6 +71,10 @@ class PromptLookup:
         self._shares = [Share(1 - 1 / max(1, agreeing)) for agreeing in range(LONGEST + 1)]
         self.begin(())
 
+    def __len__(self) -> int:
+        """The number of tokens of the text so far."""
+        return len(self._text)
+
     def begin(self, text: Sequence[int]) -> None:
         self._text: list[int] = []
         self._last: dict[tuple[int, int], int] = {}  # where the text went on after two tokens, the last time
@@ -90,8 +94,12 @@ class PromptLookup:
         return [self._shares[min(agreeing + at, LONGEST)].value for at in range(most)] if agreeing else []
 
     def draft(self, count: int, sampler: Sampler, state: State) -> mx.array:
+        return mx.array(self.guesses(count))
+
+    def guesses(self, count: int) -> list[int]:
+        """Returns the next tokens, as it guesses them."""
         period = len(self._text) - self._place  # a text that goes round in circles goes round again
-        return mx.array([self._text[self._place + at % period] for at in range(count)])
+        return [self._text[self._place + at % period] for at in range(count)]
 
     def _append(self, token: int) -> None:
         text, place = self._text, 0

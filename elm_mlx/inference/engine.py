@@ -67,6 +67,8 @@ class Engine:
         max_queue: requests that may wait beside those that run.
         prefix_bytes: of the prefix tree at most.
         kv_bits: of keys and values, as of `make_prompt_cache`.
+        drafted: tokens that are guessed for a step of an answer that is alone, at most, by what its text copies; 0 for
+            none. The text is the same.
 
     Raises:
         InputError: the weights alone take more than `max_memory`; a model's keys cannot be quantized.
@@ -81,9 +83,10 @@ class Engine:
         max_queue: int = 64,
         prefix_bytes: int,
         kv_bits: int | None = None,
+        drafted: int = 0,
     ) -> None:
         self.max_memory, self.max_rows, self.max_queue = max_memory, max_rows, max_queue
-        self._batches = {name: ContinuousBatch(loaded, kv_bits) for name, loaded in models.items()}
+        self._batches = {name: ContinuousBatch(loaded, kv_bits, drafted) for name, loaded in models.items()}
         weights = {id(array): array.nbytes for loaded in models.values() for _, array in _parameters(loaded)}
         self._weight_bytes = sum(weights.values())
         if self._weight_bytes > max_memory:
@@ -151,6 +154,8 @@ class Engine:
                 read_tokens=self._read,
                 cached_tokens=self._cached,
                 generated_tokens=self._generated,
+                drafted_tokens=sum(batch.drafts[0] for batch in self._batches.values()),
+                accepted_tokens=sum(batch.drafts[1] for batch in self._batches.values()),
                 finished=self._finished,
                 cancelled=self._cancelled,
                 failed=self._failed,

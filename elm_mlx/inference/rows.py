@@ -169,6 +169,8 @@ class Rows:
             self._read_again(switch, tokens)
             if length < switch and text is not None:
                 text[length:] = [(tokens, place) for place in range(tokens.size)]
+        for cache in self.caches:
+            cache.narrow()
         apart = not device.on_gpu()
         position, mask = place_pass(length, tokens.size, apart)
         return self._compute(tokens[:, None] if apart else tokens[None], position, mask, length + tokens.size)

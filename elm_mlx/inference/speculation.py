@@ -73,7 +73,7 @@ class Speculation:
 
     def __init__(self, source: DraftSource, most: int = MOST_DRAFTED) -> None:
         self._source, self._most = source, most
-        self._pace = DraftPace({size for size in _SIZES if size <= most + 1} | {most + 1})
+        self._pace = DraftPace(most)
         self._drafted = self._accepted = self._passes = 0
 
     @property
@@ -197,7 +197,9 @@ class DraftOptions:
 
     def __post_init__(self) -> None:
         if self.most is not None and not self.prompt_lookup and self.directory is None:
-            raise InputError("--num-draft-tokens needs --prompt-lookup or --draft-model DIR")
+            raise InputError(
+                "--num-draft-tokens is of guesses: --prompt-lookup, or in generate and chat --draft-model, makes them"
+            )
         _check(self.prompt_lookup, self.directory is not None, self.most or MOST_DRAFTED)
         if self.directory is not None:
             read_config(self.directory)
@@ -244,11 +246,11 @@ class DraftPace:
     such passes some go by over one token, for comparison.
 
     Args:
-        sizes: numbers of tokens in a pass.
+        most: tokens of a draft, at most.
     """
 
-    def __init__(self, sizes: set[int]) -> None:
-        self._sizes = sizes
+    def __init__(self, most: int = MOST_DRAFTED) -> None:
+        self._sizes = {size for size in _SIZES if size <= most + 1} | {most + 1}
         self._times: dict[int, deque[float]] = {1: deque(maxlen=_TIMES)}
         self._needed = _COMPARED  # passes over one token that are to be measured before any over more
         self._singles, self._patience = 0, _PATIENCE  # passes over one token in a row

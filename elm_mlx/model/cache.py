@@ -118,6 +118,11 @@ class KVCache:
         if slots < self._arrays[0].shape[0] // 2:
             self.state = [mx.contiguous(array[:slots]) for array in self._arrays]
 
+    def narrow(self) -> None:
+        """Gives up the room for rows behind the first."""
+        if self._arrays[0].shape[0] > 1:
+            self._arrays = [mx.contiguous(array[:1]) for array in self._arrays]
+
     def single(self, row: int, length: int) -> KVCache:
         """Returns a copy of the first `length` positions of a row."""
         cache = self.empty()

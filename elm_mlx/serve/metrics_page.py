@@ -19,6 +19,8 @@ _COUNTERS = {
     "read_tokens": "Tokens of prompts that were computed.",
     "cached_tokens": "Tokens of prompts that were found in the prefix cache.",
     "generated_tokens": "Tokens of answers.",
+    "drafted_tokens": "Tokens that were guessed and verified.",
+    "accepted_tokens": "Guessed tokens that were right.",
     "finished": "Requests that were answered.",
     "cancelled": "Requests whose client left.",
     "failed": "Requests that failed.",

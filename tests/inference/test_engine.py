@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import queue
+import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ import tiny
 
 from elm_mlx.errors import InputError
 from elm_mlx.inference import engine as engine_module
+from elm_mlx.inference.drafts import PromptLookup
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.generation import decode, stream_generate
 from elm_mlx.inference.grammar import GrammarCompiler
@@ -35,6 +37,7 @@ from elm_mlx.inference.requests import (
 )
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.inference.sampling import Sampler
+from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import Loaded, load_model
@@ -124,6 +127,77 @@ def test_a_seed_draws_what_generate_draws(engine: Engine, model: Model) -> None:
     heard = [ask(engine, prompt(9, i), 30, sampler=sampler, seed=i) for i, sampler in enumerate(samplers)]
     for i, (sampler, each) in enumerate(zip(samplers, heard, strict=True)):
         assert each.tokens() == alone(model, prompt(9, i), 30, sampler, seed=i if sampler.temp else None)
+
+
+@pytest.fixture
+def guessing(model: Model, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """Verifies every guess that there is."""
+    monkeypatch.setattr(DraftPace, "choose", lambda self, likely: len(likely))
+    engine = made(model, tiny_tokenizer, drafted=7)
+    yield engine
+    engine.close(10)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Sampler(), Sampler(0.6), Sampler(0.8, top_p=0.9, repetition_penalty=1.1), Sampler(frequency_penalty=0.2)],
+    ids=["greedy", "drawn", "filtered", "penalties"],
+)
+def test_guesses_change_no_answer(
+    guessing: Engine, engine: Engine, sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(1)
+    for length in (9, 130):
+        text = prompt(length, 3)
+        for count in (1, 2, 7, 60):
+            options = {"sampler": sampler, "seed": 4, "top_logprobs": 2}
+            expected = ask(engine, text, count, **options).tokens()
+            said = [*text, *(each.token for each in expected), *[5] * 8]
+
+            def half_right(lookup: PromptLookup, most: int, said: list[int] = said) -> list[int]:
+                right = said[len(lookup) : len(lookup) + most]
+                return [token if chance.random() < 0.7 else 5 for token in right]
+
+            with monkeypatch.context() as patch:
+                patch.setattr(PromptLookup, "offers", lambda self, most: [0.5] * most)
+                patch.setattr(PromptLookup, "guesses", half_right)
+                assert ask(guessing, text, count, **options).tokens() == expected
+    statistics = guessing.statistics()
+    assert statistics.drafted_tokens > statistics.accepted_tokens > 50
+    assert engine.statistics().drafted_tokens == 0
+
+
+def test_right_guesses_come_in_fewer_steps_and_end_where_the_text_does(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftPace, "choose", lambda self, likely: len(likely))
+    model = tiny.spelling_model(tiny_tokenizer, "xyzx", context=128)
+    ids, stops = tiny_tokenizer.encode("xyzxyz"), ((), ("zxyzx",), ("yy",))
+    engines = [made(model, tiny_tokenizer, drafted=drafted) for drafted in (0, 7)]
+    for stop in stops:
+        for count in (3, 8, 50, 500):
+            plain, guessed = (ask(engine, ids, count, stop=stop).all() for engine in engines)
+            assert guessed == plain
+    assert engines[1].statistics().accepted_tokens > 100
+    assert engines[1].statistics().generated_tokens == engines[0].statistics().generated_tokens
+    for engine in engines:
+        engine.close(10)
+
+
+def test_who_joins_an_answer_with_guesses_takes_its_steps_and_leaves_them_again(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftPace, "choose", lambda self, likely: len(likely))
+    model = tiny.spelling_model(tiny_tokenizer, "xyzx", context=512)
+    engine, ids = made(model, tiny_tokenizer, drafted=7), tiny_tokenizer.encode("xyzxyz")
+    for _ in range(3):
+        first = ask(engine, ids, 150)
+        others = [ask(engine, [*ids, *ids[1:]] * number, 7 * number) for number in range(1, 5)]
+        assert first.tokens() == alone(model, ids, 150)
+        for number, each in enumerate(others, start=1):
+            assert each.tokens() == alone(model, [*ids, *ids[1:]] * number, 7 * number)
+    assert engine.statistics().accepted_tokens > 100
+    engine.close(10)
 
 
 @pytest.mark.parametrize("keeps", [True, False])

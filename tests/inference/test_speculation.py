@@ -69,7 +69,7 @@ class Whim(DraftPace):
     """Verifies as many guesses as it feels like."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__({2})
+        super().__init__()
         self._random = random.Random(seed)
 
     def choose(self, likely: Sequence[float]) -> int:
@@ -386,8 +386,8 @@ def test_what_cannot_draft_is_refused(model: Model, tmp_path: Path) -> None:
 # --- the pace
 
 
-def paced(times: dict[int, float], sizes: set[int] | None = None) -> DraftPace:
-    pace = DraftPace({2, 4, 8} if sizes is None else sizes)
+def paced(times: dict[int, float]) -> DraftPace:
+    pace = DraftPace(7)
     for _ in range(3):
         pace.took(1, times[1])
     for tokens, seconds in times.items():
@@ -417,7 +417,7 @@ def test_as_many_guesses_are_verified_as_make_it_fastest(
 
 
 def test_nothing_is_guessed_before_it_is_known_what_a_token_costs() -> None:
-    pace = DraftPace({2, 4, 8})
+    pace = DraftPace(7)
     for _ in range(3):
         assert pace.choose([0.9] * 7) == 0
         pace.took(1, 1.0)
