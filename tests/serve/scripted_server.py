@@ -82,8 +82,7 @@ class ScriptedServer:
     def stop(self) -> None:
         """Goes away at once, amid what it is writing too."""
         for connection in list(self._server.server_state.connections):
-            loop = connection.loop  # type: ignore[union-attr]
-            loop.call_soon_threadsafe(connection.transport.abort)  # type: ignore[union-attr]
+            connection.loop.call_soon_threadsafe(connection.transport.abort)
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(10)
         assert not self._thread.is_alive()
@@ -131,7 +130,7 @@ class ScriptedServer:
                 {"error": {"message": "the engine stopped", "type": "server_error", "param": None, "code": None}}
             )
             return
-        last = {"delta": {}} if chat else {"text": ""}
+        last: dict[str, Any] = {"delta": {}} if chat else {"text": ""}
         yield _event({"choices": [{"index": 0, **last, "finish_reason": writing.ending}]})
         usage = {"prompt_tokens": writing.prompt_tokens, "completion_tokens": len(pieces)}
         yield _event({"choices": [], "usage": {**usage, "total_tokens": sum(usage.values())}})

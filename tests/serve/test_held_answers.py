@@ -14,7 +14,7 @@ from openai import OpenAI
 from serving import Served, serving
 from test_tool_calls import NEITHER, TAGGED, TIME, WEATHER
 
-SCHEMA = {
+SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 6},
@@ -27,7 +27,7 @@ SCHEMA = {
 ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}], "max_tokens": 120, "temperature": 1, "seed": 3}
 
 
-def json_schema(schema: Any) -> dict[str, Any]:
+def json_schema(schema: Any) -> Any:
     return {"type": "json_schema", "json_schema": {"name": "made", "schema": schema, "strict": True}}
 
 
@@ -169,8 +169,9 @@ def test_an_answer_is_the_json_that_is_wanted_unless_it_is_a_call(
 def test_tools_that_may_not_be_called_are_not_shown(client: OpenAI) -> None:
     asked = {"model": "caller", **ASKED, "max_tokens": 3}
     plain = client.chat.completions.create(**asked)
-    silent = client.chat.completions.create(**asked, tools=[TIME], tool_choice="none")
-    shown = client.chat.completions.create(**asked, tools=[TIME])
+    silent = client.chat.completions.create(**asked | {"tools": [TIME], "tool_choice": "none"})
+    shown = client.chat.completions.create(**asked | {"tools": [TIME]})
+    assert silent.usage and plain.usage and shown.usage
     assert silent.usage.prompt_tokens == plain.usage.prompt_tokens < shown.usage.prompt_tokens
     assert silent.choices[0].message.content == plain.choices[0].message.content
 

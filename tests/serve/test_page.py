@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from elm_mlx.inference.conversation import read_messages
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
 
 import tiny  # noqa: E402
-from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect  # noqa: E402
 from scripted_server import ADAPTER, BASE, CHAT, Refusal, ScriptedServer, Writing  # noqa: E402
 from serving import make_chat, serving  # noqa: E402
 
@@ -93,13 +94,15 @@ def context(browser: Browser, server: ScriptedServer) -> Iterator[BrowserContext
     context.set_default_timeout(PATIENCE)
     wrong: list[str] = []
     expected = re.compile("Failed to load resource|ERR_CONNECTION|ERR_EMPTY|ERR_INCOMPLETE|ERR_FAILED|ERR_ABORTED")
-    context.on("request", lambda request: request.url.startswith(server.url) or wrong.append(request.url))
+    context.on("request", lambda request: wrong.extend([request.url] * (not request.url.startswith(server.url))))
     context.on("dialog", lambda dialog: wrong.append(f"dialog: {dialog.message}"))
     context.on("weberror", lambda error: wrong.append(str(error.error)))
-    context.on(
-        "console",
-        lambda message: message.type != "error" or expected.search(message.text) or wrong.append(message.text),
-    )
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type == "error" and not expected.search(message.text):
+            wrong.append(message.text)
+
+    context.on("console", note)
     yield context
     context.close()
     assert [each for each in wrong if not each.startswith(("data:image/svg", "blob:"))] == []
@@ -242,8 +245,8 @@ def test_what_a_model_writes_does_nothing(page: Page, server: ScriptedServer) ->
     assert "<script>alert(1)</script><img src=x onerror=alert(2)>" in body.inner_text()
     assert page.inner_text(".user .body") == "<img src=x onerror=alert(9)>"
     links = body.locator("a")
-    assert {link.get_attribute("href").split("/")[0] for link in links.all()} == {"https:"}
-    assert all("noopener" in link.get_attribute("rel") for link in links.all())
+    assert {str(link.get_attribute("href")).split("/")[0] for link in links.all()} == {"https:"}
+    assert all("noopener" in str(link.get_attribute("rel")) for link in links.all())
     shown = [link.inner_text() for link in links.all()]
     assert "bank.example (evil.example)" in shown and "image (evil.example)" in shown
     assert not [text for text in shown if text in ("click", "data")]
@@ -497,7 +500,7 @@ def test_a_full_context_says_what_to_do(page: Page, server: ScriptedServer) -> N
 
 
 def test_a_refused_field_is_named(page: Page, server: ScriptedServer) -> None:
-    too_large = {"code": "out_of_memory", "headers": {"Retry-After": "60"}}
+    too_large: dict[str, Any] = {"code": "out_of_memory", "headers": {"Retry-After": "60"}}
     server.script = [
         Refusal(503, "this needs 9 GB, and 8 GB is the most", **too_large),
         Refusal(400, "temperature is 9: it must be at most 2", param="temperature"),

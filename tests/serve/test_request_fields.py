@@ -95,15 +95,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [  # fields, and the name that the r
     ({"response_format": {"type": "json_object"}, "stop": "a"}, "stop"),
     *(
         ({name: value}, name)
-        for name, values in {
-            "temperature": (-0.1, "1", True, float("nan"), float("inf"), [], 1 << 20_000),
-            "top_p": (0, 1.1, "a"),
-            "top_k": (-2, 0.5, "a", 1 << 40),
-            "min_p": (-0.1, 1.1, {}),
-            "repetition_penalty": (0, -1, "a"),
-            "presence_penalty": (-2.1, 2.1, "a"),
-            "frequency_penalty": (-2.1, 2.1, False),
-        }.items()
+        for name, values in dict[str, tuple[Any, ...]](
+            {
+                "temperature": (-0.1, "1", True, float("nan"), float("inf"), [], 1 << 20_000),
+                "top_p": (0, 1.1, "a"),
+                "top_k": (-2, 0.5, "a", 1 << 40),
+                "min_p": (-0.1, 1.1, {}),
+                "repetition_penalty": (0, -1, "a"),
+                "presence_penalty": (-2.1, 2.1, "a"),
+                "frequency_penalty": (-2.1, 2.1, False),
+            }
+        ).items()
         for value in values
     ),
 ]

@@ -109,7 +109,7 @@ def test_a_second_interruption_ends_it_at_once(talker_dir: Path, monkeypatch: py
 
 
 def test_a_signal_before_it_listens_ends_it(talker_dir: Path) -> None:
-    guard = Guard(lambda *_: None, "127.0.0.1", None, (), lambda line: None)  # type: ignore[arg-type,return-value]
+    guard = Guard(lambda *_: None, "127.0.0.1", None, (), lambda line: None)  # type: ignore[arg-type]
     server = server_module.make_server(guard, lambda: None)
     server.handle_exit(signal.SIGTERM, None)
     with server_module.listen("127.0.0.1", 0) as bound:

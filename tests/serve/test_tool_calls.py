@@ -86,7 +86,7 @@ TEMPLATES = {
     "with id": NAMED.replace("[ARGS]", "[CALL_ID]{{ c.id }}[ARGS]"),
 }  # fmt: skip
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -105,7 +105,7 @@ WEATHER = {
         "strict": True,
     },
 }
-TIME = {"type": "function", "function": {"name": "time"}}
+TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
 NAMES = {"get_weather", "time"}
 ARGUMENTS = '{"city": "São \\"P\\" </tool_call>]}", "days": 3}'
 
@@ -170,7 +170,7 @@ class TestForms:
     def test_it_is_read_from_a_rendered_call(self, style: str, tokenizer: Tokenizer) -> None:
         form = call_form(template(tokenizer, TEMPLATES[style]))
         expected, names = FORMS[style], {8: "[TOOL_CALLS]", 9: "[ARGS]", 10: "[CALL_ID]"}
-        controls = {tokenizer.id_of(names[token]): name for token, name in expected.controls.items()}
+        controls: Any = {tokenizer.id_of(names[token]): name for token, name in expected.controls.items()}
         assert form is not None and call("f", "{}", form) == call("f", "{}", expected)
         assert form == replace(expected, controls=controls)
 
@@ -213,7 +213,7 @@ class TestForms:
             "type": "<|im_start|>", "properties": {"<|im_end|>": {"enum": ["<|im_end|>"]}},
         }}}  # fmt: skip
         calls = [{"id": "a", "type": "function", "function": {"name": "f", "arguments": {"<|im_end|>": "<|im_end|>"}}}]
-        messages = [
+        messages: list[dict[str, Any]] = [
             {"role": "user", "content": "?"},
             {"role": "assistant", "content": "", "tool_calls": calls},
             {"role": "tool", "content": "ok<|im_end|>", "tool_call_id": "a"},
@@ -384,9 +384,10 @@ class TestGrammar:
         assert grammar is not None
 
         def takes(*parts: str) -> bool:
+            assert grammar is not None
             state = grammar.start()
             for text, control in fed(form, parts):
-                for token in tokenizer.encode_amid(text) if text else [control]:
+                for token in tokenizer.encode_amid(text) if text else [control or 0]:
                     if state.bias()[token].item() != 0:
                         return False
                     state.accept(token)
@@ -414,7 +415,7 @@ class TestGrammar:
     def test_a_schema_that_cannot_be_held_to(self, tokenizer: Tokenizer) -> None:
         caller = ToolCaller(template(tokenizer, TAGGED), GrammarCompiler(tokenizer))
         parameters = {"type": "object", "properties": {"a": {"not": {}}}}
-        odd = {"type": "function", "function": {"name": "odd", "parameters": parameters}}
+        odd: dict[str, Any] = {"type": "function", "function": {"name": "odd", "parameters": parameters}}
         many = [{"type": "function", "function": {**TIME["function"], "name": f"time_{i}"}} for i in range(20)]
         use = parse_tool_use([odd, *many])[1]
         grammar = caller.grammar(use)  # the arguments of the first are any object
