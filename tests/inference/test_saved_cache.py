@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import family_cases
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -120,6 +121,23 @@ def test_a_state_is_saved_and_goes_on(family_dirs: dict[str, Path], tmp_path: Pa
     changed = [*ids[:9], 5, 9]
     again = run(model, changed, prompt_cache=caches, cached=cached)
     assert again[0].cached_tokens == 0 and told(again) == told(run(model, changed))
+
+
+@pytest.mark.parametrize("beyond", [-4, 10], ids=["rotated as short", "rotated as long"])
+def test_longrope_takes_from_a_file_what_was_rotated_alike(tmp_path: Path, beyond: int) -> None:
+    model = load_model(family_cases.write(tmp_path / "phi3", "phi3, longrope, partial, tied"))
+    switch, vocab = model.config.rope_switch, model.config.vocab_size
+    assert switch is not None
+    document = drawn(switch + beyond, vocab=vocab)
+    prompt = [*document, *drawn(switch + 20 - len(document), seed=1, vocab=vocab)]
+    caches = make_prompt_cache(model)
+    save_cache(tmp_path / "c", HERE, document, read(model, document))
+    cached = load_cache(tmp_path / "c", HERE, model, caches)
+    found = list(stream_generate(model, None, prompt, max_tokens=3, prompt_cache=caches, cached=cached, prefill_step=4))
+    plain = list(stream_generate(model, None, prompt, max_tokens=3, prefill_step=4))
+    assert (found[0].cached_tokens > 0) == (len(document) > switch)
+    assert [each.token for each in found] == [each.token for each in plain]
+    assert [each.logprob for each in found] == pytest.approx([each.logprob for each in plain], abs=1e-4)
 
 
 # --- what is refused
