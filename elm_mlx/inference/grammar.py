@@ -21,7 +21,8 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from decimal import Decimal
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -177,20 +178,22 @@ class GrammarState:
         Raises:
             InputError: the grammar takes more than it may at this point of the text.
         """
-        mask = self._matcher.compute_logit_bias()  # a byte a token, 0 for those that may not follow
-        if self._failed():
-            mask = self._matcher.compute_logit_bias()
-            self._check()
+        with _panics_as_errors():
+            mask = self._matcher.compute_logit_bias()  # a byte a token, 0 for those that may not follow
+            if self._failed():
+                mask = self._matcher.compute_logit_bias()
+                self._check()
         rows = self._grammar.rows
         bias = mx.where(mx.array(memoryview(mask)[:rows]) > 0, 0.0, -mx.inf)
         return bias if len(mask) >= rows else mx.pad(bias, (0, rows - len(mask)), constant_values=-mx.inf)
 
     def accept(self, token: int) -> None:
         """Takes the next token. Raises InputError for one that the grammar does not allow, or as `bias`."""
-        self._matcher.consume_token(token)
-        if self._failed():
+        with _panics_as_errors():
             self._matcher.consume_token(token)
-            self._check()
+            if self._failed():
+                self._matcher.consume_token(token)
+                self._check()
         self._tokens.append(token)
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -214,6 +217,17 @@ class GrammarState:
             raise InputError(
                 f"cannot hold to the schema after {len(self._tokens)} tokens: {_reason(self._matcher.get_error())}"
             )
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Raises InputError for a panic of native code, which is no Exception: one text shall end, and no thread."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of pyo3, which does not export it
+            raise
+        raise InputError(f"cannot hold to the schema: {printable(error)}") from None
 
 
 class _Tokens(grammar_worker.Tokens):

@@ -464,6 +464,25 @@ def test_a_text_that_takes_too_much_ends_in_an_error(
         takes(grammar, tiny_tokenizer, json.dumps("".join(draw.choices("ab", k=2000))))
 
 
+class PanicException(BaseException):  # as pyo3 calls it
+    pass
+
+
+def test_a_panic_of_native_code_ends_one_text(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panicking:
+        def compute_logit_bias(self) -> bytes:
+            raise PanicException("index out of bounds")
+
+        def consume_token(self, token: int) -> None:
+            raise PanicException("index out of bounds")
+
+    state = GrammarCompiler(tiny_tokenizer).json_object().start()
+    monkeypatch.setattr(state, "_matcher", Panicking())
+    for act in (state.bias, lambda: state.accept(5)):
+        with pytest.raises(InputError, match="index out of bounds"):
+            act()
+
+
 def test_a_token_that_may_not_follow_is_an_error(tiny_tokenizer: Tokenizer) -> None:
     state = GrammarCompiler(tiny_tokenizer).json_object().start()
     wrong = next(token for token in range(10, 300) if token not in allowed(state))
