@@ -546,11 +546,12 @@ def test_nobody_waits_for_an_engine_that_has_ended(engine: Engine, monkeypatch: 
         ask(engine, [1, 5, 6], 3)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_answers_with_keys_in_few_bits_are_generates(tiny_tokenizer: Tokenizer, bits: int) -> None:
-    """Alone and together, from the prefix tree too; and they count for the bytes that they take."""
+@pytest.mark.parametrize(("bits", "drafted"), [(8, 0), (4, 0), (8, 7)])
+def test_answers_with_keys_in_few_bits_are_generates(tiny_tokenizer: Tokenizer, bits: int, drafted: int) -> None:
+    """Alone and together, from the prefix tree and with guesses too; and they count for the bytes that they take."""
     model = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size, head_dim=64, eos_token_id=(318,)), seed=2)
-    engine, whole = made(model, tiny_tokenizer, kv_bits=bits), made(model, tiny_tokenizer)
+    engine = made(model, tiny_tokenizer, kv_bits=bits, drafted=drafted)
+    whole = made(model, tiny_tokenizer)
     try:
         for _ in range(2):
             asked = [prompt(length, length) for length in (5, 129, 300, 7)]
@@ -559,6 +560,9 @@ def test_answers_with_keys_in_few_bits_are_generates(tiny_tokenizer: Tokenizer, 
                 expected = alone(model, ids, prompt_cache=make_prompt_cache(model, bits))
                 assert each.tokens() == expected
         assert engine.statistics().cached_tokens == 128 + 256
+        repeated = [1, 9, 30, 41, 7, 12] * 8
+        expected = alone(model, repeated, 60, prompt_cache=make_prompt_cache(model, bits))
+        assert ask(engine, repeated, 60).tokens() == expected
         ratio = engine._batches["tiny"].bytes_of([200]) / whole._batches["tiny"].bytes_of([200])
         assert ratio == pytest.approx((64 * bits / 8 + 8) / 256, rel=0.01)
     finally:
