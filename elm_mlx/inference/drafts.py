@@ -180,6 +180,7 @@ class ModelDrafts:
                 else:
                     guess, _, state = sampler(logits, state)
                     guesses.append(guess)
+                mx.async_eval(guesses[-1])
         except BaseException:
             self._forget()
             raise

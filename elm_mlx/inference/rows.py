@@ -182,9 +182,14 @@ class Rows:
             cache.offset = length
 
     def together(self) -> int:
-        """Returns how many tokens a pass over the only text may take: up to where RoPE changes for all of it."""
-        switch, (length,) = self.caches[0].switch, self.lengths
-        return sys.maxsize if switch is None or length >= switch else switch - length
+        """Returns how many tokens a pass over the only text may take.
+
+        It ends where RoPE changes for all of the text, and where a cache is full, for a step there begins otherwise.
+        """
+        cache, (length,) = self.caches[0], self.lengths
+        if cache.limit is not None:
+            return cache.limit - length if length < cache.limit else 1
+        return sys.maxsize if cache.switch is None or length >= cache.switch else cache.switch - length
 
     def _compute(self, ids: mx.array, position: mx.array, mask: mx.array, end: int) -> mx.array:
         """Runs the compiled step on `ids` `(rows, length)`, which write up to `end`. Returns the logits of each.

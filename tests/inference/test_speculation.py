@@ -88,9 +88,9 @@ def run(
     sampler: Sampler,
     count: int,
     made: Speculation | None = None,
-    kv_bits: int | None = None,
+    **kind: int | None,
 ) -> list[tuple[int, float]]:
-    caches = make_prompt_cache(model, kv_bits)
+    caches = make_prompt_cache(model, **kind)
     logits = prefill(model, prompt, caches)
     return [*decode(model, caches, sampler, logits, sampler.start([prompt], 5), count, prompt, made, prompt)]
 
@@ -184,6 +184,16 @@ def test_it_is_of_quantized_caches(bits: int) -> None:
         made = whimsical(Script([token for token, _ in expected], seed), seed)
         found = run(model, PROMPT, SAMPLERS["greedy"], 40, made, kv_bits=bits)
         assert_same(found, expected, bits=not device.on_gpu())
+
+
+@pytest.mark.usefixtures("branch")
+def test_it_is_of_a_text_without_end(model: Model) -> None:
+    for name in ("greedy", "drawn, penalties"):
+        expected = run(model, PROMPT, SAMPLERS[name], 120, max_kv_size=40)
+        for seed in range(3):
+            made = whimsical(Script([token for token, _ in expected], seed), seed)
+            found = run(model, PROMPT, SAMPLERS[name], 120, made, max_kv_size=40)
+            assert_same(found, expected, bits=not device.on_gpu())
 
 
 @pytest.mark.parametrize("length", [60, 61, 62, 63, 64, 250, 255, 256, 257])
