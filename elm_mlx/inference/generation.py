@@ -138,7 +138,7 @@ def stream_generate(
             the model. The text is the same; where it copies it comes faster (see `speculation`).
         draft_model: a smaller model of the same vocabulary that guesses, in place of that.
         num_draft_tokens: guesses in a pass, at most; fewer where that pays better, and none where they don't. By
-            more than 7 the text is that without them but for rounding.
+            more than 15 the text is that without them but for rounding.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,

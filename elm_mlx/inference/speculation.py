@@ -27,7 +27,7 @@ from elm_mlx.model.config import read_config
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import Loaded
 
-MOST_DRAFTED = 7  # with the token before them the eight rows whose bits a CPU keeps
+MOST_DRAFTED = 7  # with the token before them eight rows: sixteen, whose bits a CPU keeps too, gain hardly more
 _ALLOWED = 31
 _SIZES = (2, 4, 8, 16, 32)  # tokens in a pass: for each a step is compiled
 _WORTH = 1.03  # times as fast, at least, or no guess is verified

@@ -1,0 +1,101 @@
+"""What a draft model gains by how often it is right: decoding with it and without, in turns of some tokens.
+
+    python benchmarks/draft_model.py DRAFT_MODEL [--tokens N]
+
+The target is a larger model of the same vocabulary with seeded weights, which agrees with nobody. It is made to say, by
+a sampler that knows it, a text of which a given share of tokens is what the draft model would say there: so guesses are
+right as often, and both models' passes cost what they cost. Both sides' texts are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from elm_mlx import load, load_model, stream_generate  # isort: skip  (its BLAS must come before MLX)
+import mlx.core as mx
+from speed import machine
+
+from elm_mlx.bench.models import write_seeded
+from elm_mlx.inference.generation import Response
+from elm_mlx.model.config import ModelConfig
+
+TURN = 8  # tokens of one side, then of the other
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TARGET: dict[str, Any] = {"num_layers": 12, "model_dim": 512, "head_dim": 64, "num_gqa_groups": 2}
+
+
+class Said:
+    """A sampler that says a given text, whatever the model finds likely."""
+
+    def __init__(self, text: Sequence[int]) -> None:
+        self._text = iter([*text, 0])  # the choice after the last is made ahead
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        return mx.array([next(self._text)])
+
+
+def race(plain: Iterator[Response], drafted: Iterator[Response]) -> tuple[list[float], Response]:
+    """Lets two streams write in turns. Returns the seconds of each after its first token, and the last response."""
+    streams, seconds, last = [plain, drafted], [0.0, 0.0], [next(plain), next(drafted)]
+    tokens = [[response.token] for response in last]
+    running = {0, 1}
+    while running:
+        for side in sorted(running):
+            start = time.perf_counter()
+            for _ in range(TURN):
+                response = next(streams[side], None)
+                if response is None:
+                    running.discard(side)
+                    break
+                last[side] = response
+                tokens[side].append(response.token)
+            mx.synchronize()  # what was launched ahead is this side's
+            seconds[side] += time.perf_counter() - start
+    assert tokens[0] == tokens[1], "the texts differ"
+    return seconds, last[1]
+
+
+def text_of(draft: Any, prompt: list[int], count: int, share: float) -> list[int]:
+    """Returns what the draft model says after `prompt`, where it is not wrong, and goes on from there."""
+    said: list[int] = []
+    chance = random.Random(3)
+    while len(said) < count:
+        run = [each.token for each in stream_generate(draft, None, [*prompt, *said], max_tokens=8, stop_at_eos=False)]
+        right = next((at for at in range(8) if chance.random() > share), 8)
+        said += [*run[:right], *([chance.randrange(3, draft.config.vocab_size)] if right < 8 else [])]
+    return said[:count]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("draft_model", type=Path)
+    parser.add_argument("--tokens", type=int, default=200)
+    options = parser.parse_args()
+    draft, tokenizer = load(options.draft_model)
+    known = draft.config
+    config = ModelConfig.scaled(vocab_size=known.vocab_size, max_context_length=known.max_context_length, **TARGET)
+    prompt = tokenizer.encode("Once upon a time there was a king who had three daughters.")
+    print(f"{machine()}; {config.parameters:,} parameters, drafts by {known.parameters:,}")
+    print("| share that the draft model would say | plain, tokens/s | with drafts | ratio | drafts |")
+    print("| ---: | ---: | ---: | ---: | --- |")
+    with tempfile.TemporaryDirectory() as name:
+        target = load_model(write_seeded(config, Path(name, "target")))
+        settings: dict[str, Any] = {"max_tokens": options.tokens, "stop_at_eos": False}
+        for share in SHARES:
+            said = text_of(draft, prompt, options.tokens, share)
+            seconds, last = race(
+                stream_generate(target, None, prompt, sampler=Said(said), **settings),
+                stream_generate(target, None, prompt, sampler=Said(said), draft_model=draft, **settings),
+            )
+            speeds = " | ".join(f"{(options.tokens - 1) / each:.0f}" for each in seconds)
+            print(f"| {share:.0%} | {speeds} | {seconds[0] / seconds[1]:.2f} | {last.drafts} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
