@@ -284,6 +284,9 @@ class StepCache:
             if slots == 1:
                 new = new if batch == 1 else new.swapaxes(0, 2)
                 self.state[number] = mx.slice_update(self.state[number], new, self.offset[:1], axes=[2])
+            elif slots == batch:  # one operation, where the assignment below is six
+                at = mx.broadcast_to(self.offset[:, None, None, None], new.shape)
+                self.state[number] = mx.put_along_axis(self.state[number], at, new, axis=2)
             else:
                 self.state[number][mx.arange(batch), :, self.offset] = new[:, :, 0]
         found = self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
