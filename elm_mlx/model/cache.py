@@ -289,8 +289,7 @@ class StepCache:
                 self.state[number] = mx.put_along_axis(self.state[number], at, new, axis=2)
             else:
                 self.state[number][mx.arange(batch), :, self.offset] = new[:, :, 0]
-        found = self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
-        return found if slots > 1 or batch == 1 else (_repeated(found[0], batch), _repeated(found[1], batch))
+        return self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Causal:
         """Returns the mask of a step's new positions."""
@@ -464,12 +463,6 @@ def row_capacity(length: int) -> int:
 def _seen(length: int) -> int:
     """Returns how many positions a step looks at that writes the last of `length`."""
     return _rounded(length, 64)
-
-
-def _repeated(array: Fetched, rows: int) -> mx.array:
-    """Returns a text's keys or values for each of `rows` rows, without copying them."""
-    assert isinstance(array, mx.array)
-    return mx.broadcast_to(array, (rows, *array.shape[1:]))
 
 
 def _rounded(length: int, step: int) -> int:

@@ -320,7 +320,8 @@ def attention(
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 
     `mask` is None, "causal" (the last query sees all positions), `Causal`, `Segments` (as many queries as positions),
-    or boolean `(…, length, positions)`.
+    or boolean `(…, length, positions)`. Where keys and values are one row, rows of a query each may be of one text,
+    at positions that follow each other.
     """
     batch, heads, length, head_dim = queries.shape
     if isinstance(keys, Packed) or isinstance(values, Packed):
@@ -334,6 +335,12 @@ def attention(
     kv_heads, positions = keys.shape[1], keys.shape[2]
     plain = isinstance(mask, str) or (mask is None and length == 1)
     causal = Causal(positions - length + 1) if plain else mask
+    if isinstance(causal, Causal) and keys.shape[0] < batch:
+        assert isinstance(causal.seen, mx.array)
+        first = Causal(causal.seen[:1], causal.window)
+        if _fits_one_call(together := queries.swapaxes(0, 2), keys):  # keys and values are read once
+            return _attend_in_one_call(together, keys, values, scale, first).swapaxes(0, 2)
+        keys, values = (mx.broadcast_to(x, (batch, *x.shape[1:])) for x in (keys, values))
     if isinstance(causal, Causal) and _fits_one_call(queries, keys):
         return _attend_in_one_call(queries, keys, values, scale, causal)
     little = _mlx_is_best(queries, batch * heads * length * positions)

@@ -90,6 +90,16 @@ def test_rows_that_end_at_different_positions(
     np.testing.assert_allclose(found, attended(queries, keys, values, 0.125, ends, window), atol=2e-6)
 
 
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("with_c", [True, False])
+def test_rows_of_one_text(monkeypatch: pytest.MonkeyPatch, window: int | None, with_c: bool) -> None:
+    monkeypatch.setattr(blas, "attends", lambda: with_c and blas.OWN_FEW_ROWS in blas.status().name)
+    queries, keys, values = drawn(1, 5, 6, 1, 64), cached(2, 1, 2, 300, 64), cached(3, 1, 2, 300, 64)
+    found = ops.attention(queries, keys, values, 0.125, Causal(mx.arange(290, 295), window))
+    expected = attended(queries.swapaxes(0, 2), keys, values, 0.125, [290], window).swapaxes(0, 2)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 def test_keys_and_values_may_lie_in_any_order() -> None:
     """As a projection gives them, and a cache that they fill to its end."""
     queries = drawn(1, 1, 4, 256, 32)
@@ -123,6 +133,9 @@ def test_a_query_has_the_same_bits_alone_and_in_any_company(window: int | None) 
         found = ops.attention(batch, all_keys, all_values, 0.125, Causal(741 + at, window))
         for row, number in enumerate(at.tolist()):
             assert mx.array_equal(found[row, :, 0], together[0, :, number])
+    one_text = queries[:, :, 40:47].swapaxes(0, 2)
+    found = ops.attention(one_text, keys, values, 0.125, Causal(781 + mx.arange(7), window))
+    assert mx.array_equal(found.swapaxes(0, 2), together[:, :, 40:47])
     with blas.one_thread():
         assert mx.array_equal(ops.attention(queries, keys, values, 0.125, Causal(741, window)), together)
 
