@@ -61,7 +61,7 @@ def measure(
     from elm_mlx.train.settings import Schedule, Settings
     from elm_mlx.train.step import Step, global_norm
 
-    network = open_model(model, "float32").model
+    network = open_model(model, "float32", widen=True).model
     if full:
         network.unfreeze()
     else:

@@ -124,6 +124,11 @@ def one_thread() -> Iterator[None]:
         change(kept)
 
 
+def reads_stored() -> bool:
+    """Returns whether products read weights in 16 bits or quantized, as `model/stored_layers.py` has them."""
+    return own("elm_mlx_mark") is not None
+
+
 def own(name: str) -> ctypes.CDLL | None:
     """Returns the library made of cblas.c, if it serves, and has a function of that name."""
     return next((library for library in _opened if hasattr(library, name)), None)

@@ -40,7 +40,20 @@ struct product {
   const float *a, *b;
   float *c;
   long a_step, b_step, c_step;
+  const struct stored *stored; /* b, where that is not float32 */
 };
+
+/* A sum and the products that are left, fewer than LANES. One function for all tiles: a compiler could round them in one
+   as it does not in another. */
+static __attribute__((noinline)) float with_rest(float sum, const float *a, const float *b, int count) {
+  for (int q = 0; q < count; q++) sum += a[q] * b[q];
+  return sum;
+}
+
+static inline void put(const struct product *p, int i, int j, float sum) {
+  float *c = p->c + i * p->c_step + j;
+  *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;
+}
 
 /* Scalar products of I rows with J: as many running sums as registers hold. */
 #define TILE(I, J)                                                                                                  \
@@ -62,12 +75,9 @@ struct product {
       }                                                                                                             \
     }                                                                                                               \
     for (int i = 0; i < I; i++)                                                                                     \
-      for (int j = 0; j < J; j++) {                                                                                 \
-        float sum = total(&sums[i][j]);                                                                             \
-        for (int q = at; q < p->k; q++) sum += a[i * p->a_step + q] * b[j * p->b_step + q];                         \
-        float *c = p->c + (i0 + i) * p->c_step + j0 + j;                                                            \
-        *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;                                         \
-      }                                                                                                             \
+      for (int j = 0; j < J; j++)                                                                                   \
+        put(p, i0 + i, j0 + j,                                                                                      \
+            with_rest(total(&sums[i][j]), a + i * p->a_step + at, b + j * p->b_step + at, p->k - at));              \
   }
 TILE(8, 3)
 TILE(7, 3)
@@ -131,7 +141,13 @@ static void strips(const struct product *p, int from, int to) {
   }
 }
 
+static void stored_columns(const struct product *p, int from, int to);
+
 static void columns(const struct product *p, int from, int to) {
+  if (p->stored) {
+    stored_columns(p, from, to);
+    return;
+  }
   if (!p->transposed) {
     strips(p, from, to);
     return;
@@ -161,7 +177,7 @@ struct description {
   unsigned char mark[32];
   int kind;
 };
-enum { RETIRED, READ, WRITE, FEED, CHOOSE };
+enum { RETIRED, READ, WRITE, FEED, CHOOSE, STORED };
 unsigned char elm_mlx_mark[32];
 
 __attribute__((constructor)) static void draw_mark(void) {
@@ -170,6 +186,13 @@ __attribute__((constructor)) static void draw_mark(void) {
 
 static int is_described(const float *b, int n, int k) {
   return (long)n * k * 4 >= (long)sizeof(struct description) && !memcmp(b, elm_mlx_mark, sizeof elm_mlx_mark);
+}
+
+#include "stored.c"
+
+static const struct stored *stored_at(const float *b, int n, int k) {
+  const struct description *found = (const void *)b;
+  return is_described(b, n, k) && found->kind == STORED ? (const void *)b : 0;
 }
 
 /* One job at a time is shared out: n columns, of which a call computes some. Whoever takes a portion takes the highest
@@ -247,8 +270,8 @@ static void share(compute part, const void *what, int n, int together, long mult
 
 static void product_columns(const void *p, int from, int to) { columns(p, from, to); }
 
-static void few_rows(const struct product *p) {
-  share(product_columns, p, p->n, p->transposed ? 3 : 8 * LANES, (long)p->m * p->n * p->k);
+static void share_product(const struct product *p) {
+  share(product_columns, p, p->n, p->transposed ? TOGETHER : 8 * LANES, (long)p->m * p->n * p->k);
 }
 
 #include "attention.c"
@@ -257,12 +280,19 @@ static void few_rows(const struct product *p) {
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc) {
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
+  const struct stored *stored = some ? stored_at(b, n, k) : 0;
+  struct product p = {m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc, stored};
+  int rows = ta == NO_TRANS || (m == 1 && lda == 1); /* MLX may call a row a column */
   if (some && is_attention(alpha)) {
     attend(m, beta, a, b, c);
+  } else if (stored && rows && tb == TRANS) {
+    share_product(&p);
+  } else if (stored) {
+    stored_panels(&p, ta);
   } else if (some && is_described(b, n, k)) {
     sublayer((const struct sublayer *)b, m, n, k, a, lda, c, ldc);
-  } else if (some && m <= FEW && (ta == NO_TRANS || (m == 1 && lda == 1))) { /* MLX may call a row a column */
-    few_rows(&(struct product){m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc});
+  } else if (some && m <= FEW && rows) {
+    share_product(&p);
   } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */
     int step = ta == NO_TRANS ? 1 : lda;
     scipy_cblas_sgemv(order, tb == NO_TRANS ? TRANS : NO_TRANS, tb == NO_TRANS ? k : n, tb == NO_TRANS ? n : k, alpha,

@@ -40,36 +40,54 @@ def on_gpu() -> bool:
 
 @dataclass(frozen=True)
 class Computation:
-    """The type to compute in, with a note to the user, if any; `unpack`: quantized weights are expanded at load."""
+    """The type to compute in, with a note to the user, if any.
+
+    Attributes:
+        as_stored: float32 is multiplied by weights as they are stored, in 16 bits or quantized.
+        unpack: quantized weights are expanded at load.
+    """
 
     dtype: mx.Dtype
+    as_stored: bool = False
     unpack: bool = False
     note: str | None = None
 
 
-def computation(stored: mx.Dtype, parameters: int, packed: bool = False, requested: str | None = None) -> Computation:
+def computation(
+    stored: mx.Dtype,
+    parameters: int,
+    packed: bool = False,
+    requested: str | None = None,
+    readable_bytes: int | None = None,
+) -> Computation:
     """Returns the type to compute in for weights as they are stored.
 
-    A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than
-    a float32 product by BLAS, so there the weights are widened, where that leaves a fifth of the free memory.
+    A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than products of
+    float32. Those can read the weights as they are stored, with a library of `blas`. Where they can't, weights are
+    widened, if that leaves a fifth of the free memory.
 
     Args:
         stored: the weights' type; of quantized ones, that of their scales.
         parameters: how many there are.
         packed: whether they are quantized.
         requested: the user's choice, which goes before all.
+        readable_bytes: what the weights take, if products may read them as they are; None where they are to be widened.
 
     Raises:
         InputError: `requested` is no float type.
     """
+    if requested is not None and requested not in DTYPES:
+        raise InputError(f"compute dtype {requested!r} is not one of {', '.join(DTYPES)}")
+    kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
+    narrow = packed or stored != mx.float32
+    if narrow and requested is None and readable_bytes is not None and blas.reads_stored() and not on_gpu():
+        kept = f"{kind} weights computed in float32, read as they are stored ({readable_bytes / 1e9:.2f} GB)"
+        return Computation(mx.float32, as_stored=True, note=kept)
     if requested is not None:
-        if requested not in DTYPES:
-            raise InputError(f"compute dtype {requested!r} is not one of {', '.join(DTYPES)}")
         return Computation(DTYPES[requested], unpack=packed and requested == "float32" and not on_gpu())
-    if on_gpu() or (stored == mx.float32 and not packed):
+    if on_gpu() or not narrow:
         return Computation(stored)
     needed, available = 4 * parameters, available_memory()
-    kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
     if available is not None and needed > 0.8 * available:
         slow = (
             f"computing with {kind} weights, slowly on a CPU: float32 would take {needed / 1e9:.1f} GB "

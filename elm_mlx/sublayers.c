@@ -94,7 +94,8 @@ struct reading {
 };
 
 static struct product product_of(const struct linear *l, int m, const float *a, long a_step, float *c, long c_step) {
-  return (struct product){m, l->outputs, l->inputs, 1, 1, 0, a, l->weight, c, a_step, l->inputs, c_step};
+  const struct stored *stored = stored_at(l->weight, l->outputs, l->inputs);
+  return (struct product){m, l->outputs, l->inputs, 1, 1, 0, a, l->weight, c, a_step, l->inputs, c_step, stored};
 }
 
 static void add_bias(const struct linear *l, int m, float *c, long c_step, int from, int to) {
@@ -161,7 +162,7 @@ static void read_stream(const struct sublayer *s, int m, const float *a, long a_
   float *normed = scratch((size_t)m * s->width);
   for (int i = 0; i < m; i++) normalize(&s->before, a + i * a_step, normed + (long)i * s->width, s->width);
   struct reading r = reading_of(s, m, normed, c, c_step);
-  share(read_columns, &r, r.starts[3], 3, (long)m * s->width * r.starts[3]);
+  share(read_columns, &r, r.starts[3], TOGETHER, (long)m * s->width * r.starts[3]);
   for (int i = 0; i < m; i++) {
     float *head = c + i * c_step;
     const float *turn = a + i * a_step + s->width;
@@ -179,7 +180,7 @@ static void write_stream(const struct sublayer *s, int m, const float *a, long a
   int normed = s->after.kind != NO_NORM;
   struct product p = product_of(&s->last, m, a, a_step, normed ? room : c, normed ? s->width : c_step);
   p.beta = !normed;
-  few_rows(&p);
+  share_product(&p);
   add_bias(&s->last, m, p.c, p.c_step, 0, s->width);
   for (int i = 0; normed && i < m; i++) {
     float *row = room + (long)i * s->width;

@@ -10,13 +10,20 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from elm_mlx import device
+from elm_mlx import blas, device
 from elm_mlx.device import Computation
 from elm_mlx.errors import InputError
 from elm_mlx.store import loading
 
 GIGABYTE = 10**9
 STORED = [mx.float32, mx.bfloat16, mx.float16]
+
+
+@pytest.fixture(params=[False, True], ids=["no reader", "reader"])
+def reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Products that read weights as they are stored, or none, whatever this machine has."""
+    monkeypatch.setattr(blas, "reads_stored", lambda: request.param)
+    return bool(request.param)
 
 
 @pytest.fixture
@@ -50,8 +57,30 @@ def test_a_gpu_computes_in_what_is_stored(stored: mx.Dtype, packed: bool, monkey
 )  # fmt: skip
 def test_a_cpu_widens_and_says_so(stored: mx.Dtype, packed: bool, kind: str) -> None:
     how = device.computation(stored, 250_000_000, packed)
-    assert how.dtype == mx.float32 and how.unpack is packed
+    assert how.dtype == mx.float32 and how.unpack is packed and not how.as_stored
     assert how.note == f"{kind} weights computed in float32, faster on a CPU (1.00 GB)"
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_cpu_reads_weights_as_they_are_stored_where_it_can(reader: bool, packed: bool) -> None:
+    for parameters in (250_000_000, 10**12):  # however little memory there is
+        how = device.computation(mx.bfloat16, parameters, packed, None, 500_000_000)
+        assert how.as_stored is reader
+        if reader:
+            kind = "quantized" if packed else "bfloat16"
+            note = f"{kind} weights computed in float32, read as they are stored (0.50 GB)"
+            assert how == Computation(mx.float32, as_stored=True, note=note)
+    assert not device.computation(mx.bfloat16, 1, packed, "float32", 2).as_stored
+    assert not device.computation(mx.bfloat16, 1, packed, "bfloat16", 2).as_stored
+    assert not device.computation(mx.bfloat16, 1, packed).as_stored
+    assert device.computation(mx.float32, 1, False, None, 4) == Computation(mx.float32)
+
+
+@pytest.mark.usefixtures("gpu", "reader")
+def test_a_gpu_reads_nothing_in_another_way() -> None:
+    assert device.computation(mx.bfloat16, 10**6, True, None, 10**6) == Computation(mx.bfloat16)
+    assert not device.computation(mx.bfloat16, 10**6, True, "float32", 10**6).as_stored
 
 
 @pytest.mark.usefixtures("cpu")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from elm_mlx import device, files, reading
@@ -30,6 +31,7 @@ from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextWindows
 from elm_mlx.model.cache import check_caches
 from elm_mlx.model.config import read_config
+from elm_mlx.model.stored_layers import StoredLayer
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.loading import open_model
@@ -151,8 +153,8 @@ class Evaluation:
         self.results: dict[str, Any] = {}
         self.published = scores.published_model(self._loaded.model.config, path)
         self.source = scores.published()["source"]
-        weights = (weight for _, weight in tree_flatten(self._loaded.model.parameters()))
-        types = {str(weight.dtype).removeprefix("mlx.core.") for weight in weights}
+        leaves = tree_flatten(self._loaded.model.leaf_modules(), is_leaf=nn.Module.is_module)
+        types = {name for _, module in leaves for name in _computed_in(module)}
         self._identity = {
             "model": fingerprint(path, kept_identity(self.out).get("model")),
             "config.json": _digest(path / "config.json"),
@@ -348,6 +350,13 @@ def score(
             spent, items = spent + cost, items + len(results)
             on_progress(work.key, spent, total)
     return Pace(items, time.perf_counter() - started)
+
+
+def _computed_in(layer: nn.Module) -> set[str]:
+    """Returns the types of a layer's weights, as they are used."""
+    if isinstance(layer, StoredLayer):
+        return {"float32"}
+    return {str(weight.dtype).removeprefix("mlx.core.") for _, weight in tree_flatten(layer.parameters())}
 
 
 def _digest(*paths: Path) -> str:

@@ -20,6 +20,7 @@ from elm_mlx import blas
 from elm_mlx.model import described, ops
 from elm_mlx.model.described import FEED, MARK, READ, WRITE
 from elm_mlx.model.ops import Rope
+from elm_mlx.model.stored_layers import StoredLayer
 
 MOST_ROWS = 16  # whose results have the same bits whatever their number
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
@@ -176,11 +177,16 @@ class _Layer:
         return _Norm(self._address(norm, "weight"), norm.eps, _ROOT_MEAN_SQUARE, norm.weight.size)
 
     def _linear(self, linear: nn.Module) -> _Linear:
+        bias = self._address(linear, "bias") if "bias" in linear else None
+        if isinstance(linear, StoredLayer):
+            handle = linear.handle()
+            if handle is None:
+                raise _Other
+            self._weights.append(handle)
+            return _Linear(linear.address, bias, *handle.shape)
         if type(linear) is not nn.Linear:
             raise _Other
-        bias = self._address(linear, "bias") if "bias" in linear else None
-        outputs, inputs = linear.weight.shape
-        return _Linear(self._address(linear, "weight"), bias, outputs, inputs)
+        return _Linear(self._address(linear, "weight"), bias, *linear.weight.shape)
 
     def _linears(self, linears: Sequence[nn.Module]) -> Any:
         return (_Linear * 3)(*map(self._linear, linears))

@@ -20,6 +20,7 @@ from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import BITS
 from elm_mlx.model.ops import kl_divergences
+from elm_mlx.model.stored_layers import StoredLayer
 from elm_mlx.quantize.losses import Reference, TextRow, log_softmax
 from elm_mlx.quantize.recipe import Format
 from elm_mlx.reading import counted
@@ -225,14 +226,15 @@ def sensitivities(
     for name, lost in found.items():
         module = leaves[name]
         weight, error = module.weight, 0.0
+        wide = weight.astype(mx.float32) if isinstance(module, StoredLayer) else weight  # as it is computed with
         try:
             for bits in BITS:
                 how = Format(bits, group_size).fit(weight.shape[-1])
                 assert how is not None
-                packed = how.round_trip(weight, weights.dtype)
-                own = float(mx.square(packed - weight.astype(mx.float32)).sum().item())
+                packed = how.round_trip(wide, weights.dtype)
+                own = float(mx.square(packed - wide.astype(mx.float32)).sum().item())
                 if bits in MEASURED:
-                    module.weight = packed.astype(weight.dtype)
+                    module.weight = packed.astype(wide.dtype)
                     lost[bits], error = _divergence(model, before), own
                     done += 1
                     on_progress("sensitivity", done, total)

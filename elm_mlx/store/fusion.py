@@ -142,7 +142,7 @@ def fuse(
     kind = _dtype(source, config, dtype, dequantize)
     adapter = adapters.read(adapter_path, config, source)
     computed = None if dtype is None else "float32"  # both sides alike: else the difference would be of that, too
-    loaded = open_model(source, computed, config=config)
+    loaded = open_model(source, computed, config=config, widen=True)  # products alike, whatever is stored
     rows = (sample() if text is None else None) or _sample(loaded, text)
     base = _logits(loaded, rows)
     adapters.load(loaded.model, adapter)
@@ -154,7 +154,7 @@ def fuse(
         found: dict[str, Fusion] = {}
         for way in _ways(source, config, adapter, dequantize):
             untied, moved, trained_by = _write(source, adapter, directory, dequantize, kind, way)
-            fused = open_model(directory, computed)
+            fused = open_model(directory, computed, widen=True)
             after = _logits(fused, rows)
             stored = stored_type(fused.model.config, *read_weights(directory, fused.model.config))
             found[way] = Fusion(

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, reading
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.model import stored_layers
 from elm_mlx.model.config import AFFINE, Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
@@ -48,7 +49,8 @@ def load(
     """Loads the model and tokenizer of a model directory.
 
     `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
-    computes in the type that is stored, and a CPU in float32 where memory allows. `adapter_path` is a directory
+    computes in the type that is stored, and a CPU in float32, with weights as they are stored where there is a C
+    compiler, and else widened where memory allows. `adapter_path` is a directory
     with an adapter for the model, made here or by mlx-lm.
 
     Raises:
@@ -70,8 +72,14 @@ def open_model(
     compute_dtype: str | None = None,
     adapter_path: str | Path | None = None,
     config: Config | None = None,
+    widen: bool = False,
 ) -> Loaded:
-    """Loads a model directory, with notes for the user; `config` is the directory's, where that is read already."""
+    """Loads a model directory, with notes for the user.
+
+    Args:
+        config: the directory's, where that is read already.
+        widen: weights are held in the type that is computed in: for whoever trains them, or puts others in their place.
+    """
     path = reading.expanded(path)
     config = read_config(path) if config is None else config
     vocabulary = read_vocabulary(path, config)
@@ -86,7 +94,7 @@ def open_model(
         adapter = adapters.read(adapter_path, config, path)
     weights, packing = read_weights(path, config)
     stored = stored_type(config, weights, packing)
-    how = device.computation(stored, config.parameters, bool(packing), compute_dtype)
+    how = _computation(config, weights, packing, compute_dtype, widen)
     if isinstance(config, FamilyConfig):
         from elm_mlx.model import other_networks
 
@@ -97,14 +105,20 @@ def open_model(
         _unpack(weights, packing)
     elif packing:
         nn.quantize(model, class_predicate=lambda module, _: packing.get(f"{module}.weight", False))
+    layers = dict(stored_layers.candidates(model)) if how.as_stored else {}
+    kept = {f"{layer}.{part}" for layer in layers for part in ("weight", "scales", "biases")}
     for name in list(weights):  # one by one, so that both types of all weights are never in memory together
-        if mx.issubdtype(weights[name].dtype, mx.floating):
+        if mx.issubdtype(weights[name].dtype, mx.floating) and name not in kept:
             weights[name] = weights[name].astype(how.dtype)
         try:
             mx.eval(weights[name])
         except RuntimeError as error:  # a file that is cut meanwhile, memory that is not there
             raise ElmError(f"{path}: tensor {name} cannot be loaded: {error}") from None
     model.load_weights(list(weights.items()))
+    weights.clear()
+    for layer in layers.values():
+        if not stored_layers.read_as_stored(layer):
+            layer.set_dtype(how.dtype)
     model.eval()
     model.freeze()
     notes = [how.note]
@@ -122,9 +136,17 @@ def open_model(
 
 
 def computation(path: Path, config: Config, compute_dtype: str | None = None) -> device.Computation:
-    """Returns what `open_model` would compute in. Raises InputError as it does."""
-    weights, packing = read_weights(path, config)
-    return device.computation(stored_type(config, weights, packing), config.parameters, bool(packing), compute_dtype)
+    """Returns what `open_model` would compute in with widened weights. Raises InputError as it does."""
+    return _computation(config, *read_weights(path, config), compute_dtype, widen=True)
+
+
+def _computation(
+    config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing], requested: str | None, widen: bool
+) -> device.Computation:
+    stored = stored_type(config, weights, packing)
+    readable = not widen and all(stored_layers.is_readable(how["mode"], how["bits"]) for how in packing.values())
+    nbytes = sum(weight.nbytes for weight in weights.values()) if readable else None
+    return device.computation(stored, config.parameters, bool(packing), requested, nbytes)
 
 
 def stored_type(config: Config, weights: Mapping[str, mx.array], packing: Mapping[str, Packing]) -> mx.Dtype:

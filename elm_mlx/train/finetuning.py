@@ -166,7 +166,7 @@ class Finetuning(HeldRun):
         how = self.computation.dtype
         full = self.adapter.kind == "full"
         name = next(name for name, dtype in device.DTYPES.items() if dtype == (mx.float32 if full else how))
-        loaded = loading.open_model(self.path, name, config=self.config)
+        loaded = loading.open_model(self.path, name, config=self.config, widen=True)
         if full:
             loaded.model.unfreeze()
         else:

@@ -41,7 +41,7 @@ def variant(name: str) -> Model:
 
 
 def numpy_weights(model: Model) -> dict[str, np.ndarray]:
-    return {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+    return {name: np.array(weight.astype(mx.float32)) for name, weight in tree_flatten(model.parameters())}
 
 
 def ids_of(length: int, batch: int = 1, vocab: int = 96) -> mx.array:

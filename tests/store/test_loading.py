@@ -17,7 +17,7 @@ import tiny
 from mlx.utils import tree_flatten
 from safetensors.numpy import save_file
 
-from elm_mlx import device
+from elm_mlx import blas, device
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
@@ -33,6 +33,12 @@ def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Both branches of every decision, whatever this machine has."""
     monkeypatch.setattr(device, "on_gpu", lambda: request.param)
     return bool(request.param)
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products that read float32 alone."""
+    monkeypatch.setattr(blas, "reads_stored", lambda: False)
 
 
 @pytest.fixture
@@ -57,6 +63,7 @@ def change_config(directory: Path, **changes: Any) -> None:
 # --- what is loaded
 
 
+@pytest.mark.usefixtures("unread")
 def test_weights_are_widened_on_a_cpu_and_left_on_a_gpu(branch: bool, tiny_model_dir: Path) -> None:
     loaded = open_model(tiny_model_dir)
     assert loaded.stored == "bfloat16"
@@ -67,7 +74,7 @@ def test_weights_are_widened_on_a_cpu_and_left_on_a_gpu(branch: bool, tiny_model
         assert mx.array_equal(weight, stored[name].astype(weight.dtype)), name
 
 
-@pytest.mark.usefixtures("branch")
+@pytest.mark.usefixtures("branch", "unread")
 @pytest.mark.parametrize("name", device.DTYPES)
 def test_a_compute_dtype_is_obeyed(name: str, tiny_model_dir: Path) -> None:
     loaded = open_model(tiny_model_dir, name)
@@ -75,6 +82,7 @@ def test_a_compute_dtype_is_obeyed(name: str, tiny_model_dir: Path) -> None:
     assert loaded.notes == ()
 
 
+@pytest.mark.usefixtures("unread")
 def test_too_little_memory_leaves_16_bits(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> None:
     monkeypatch.setattr(device, "on_gpu", lambda: False)
     monkeypatch.setattr(device, "available_memory", lambda: 1000)
@@ -191,6 +199,7 @@ def dequantized(directory: Path) -> dict[str, mx.array]:
     return weights
 
 
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_weights_are_unpacked_on_a_cpu(
     kind: str, quantized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -206,6 +215,26 @@ def test_quantized_weights_are_unpacked_on_a_cpu(
     assert "-bit, group" in loaded.stored
 
 
+@pytest.mark.skipif(not blas.reads_stored(), reason="cblas.c is not compiled here")
+@pytest.mark.parametrize("kind", ["bfloat16", *(kind for kind in QUANTIZED if kind not in ("mxfp8", "nvfp4"))])
+def test_a_cpu_reads_weights_as_they_are_stored(
+    kind: str, quantized: Callable[[str], Path], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameters are those of the file but for norms, and the logits the bits of widened ones."""
+    monkeypatch.setattr(device, "on_gpu", lambda: False)
+    path = tiny_model_dir if kind == "bfloat16" else quantized(kind)
+    loaded, stored = open_model(path), tensors(path)
+    for name, weight in tree_flatten(loaded.model.parameters()):
+        assert mx.array_equal(weight, stored[name]), name
+        assert weight.dtype == (mx.float32 if "norm" in name else stored[name].dtype), name
+    assert "weights computed in float32, read as they are stored" in loaded.notes[0]
+    wide = open_model(path, widen=True)
+    assert types(wide.model) == {mx.float32}
+    assert mx.array_equal(loaded.model(IDS), wide.model(IDS))
+    assert types(open_model(path, "float32").model) == {mx.float32}
+
+
+@pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_weights_stay_packed_on_a_gpu_or_where_memory_is_short(
     kind: str, quantized: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
@@ -226,6 +255,7 @@ def test_quantized_weights_stay_packed_on_a_gpu_or_where_memory_is_short(
         assert np.abs(logits - truth).max() / truth.std() < 1e-3
 
 
+@pytest.mark.usefixtures("unread")
 def test_packed_float32_scales_stay_packed_where_memory_is_short(
     quantized: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

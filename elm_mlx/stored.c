@@ -1,0 +1,318 @@
+/* Products with weights as they are stored: in bfloat16, float16, or few bits with a scale and a bias for each group.
+   Included by cblas.c; described by model/stored_layers.py.
+
+   Such a matrix stands in memory once, as it is, in the buffer that its description begins. MLX is given an array that
+   begins there too and claims to be the matrix in float32, of which it never reads a number. The description lives and
+   dies with the bytes that it is of, so there is no table of addresses to keep, to lock, or to be wrong when an address
+   is used again.
+
+   Of few rows numbers are widened in registers, of more a few columns at a time are widened in a cache. Either way the
+   result is that of cblas.c's tiles with the widened matrix, to the bit. */
+
+#include <stdint.h>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+enum { WIDEST = 1 << 15, AS_IT_IS = 8 }; /* numbers of a row at most; rows that are multiplied without widening it first */
+enum type { FLOAT32, BFLOAT16, FLOAT16, AFFINE_2, AFFINE_3, AFFINE_4, AFFINE_5, AFFINE_6, AFFINE_8, MXFP4, TYPES };
+
+struct stored {
+  struct description head;
+  int columns, type, scale_type;
+  int group;                                        /* numbers with one scale, and one bias but in MXFP4 */
+  int64_t rows_at, row_bytes, scales_at, biases_at; /* the first and the last two in bytes from here on */
+};
+
+typedef unsigned words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+#define INLINE static inline __attribute__((always_inline)) /* so that a type is known where it is asked for */
+
+static inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+/* A number of a row of floats. */
+static inline float number(enum type type, const void *row, int64_t at) {
+  if (type == FLOAT32) return ((const float *)row)[at];
+  uint32_t x = ((const uint16_t *)row)[at], size = x & 0x7fff;
+  if (type == BFLOAT16) return float_of(x << 16);
+  float y = size < 0x400 ? size * 0x1p-24f : float_of((size << 13) + (size < 0x7c00 ? 112u << 23 : 224u << 23));
+  return x >> 15 ? -y : y;
+}
+
+/* LANES whole numbers of B bits, the lowest bits first, with others above them: of each what is in a word from a place
+   on, and what is in the next word. */
+#ifdef __AVX512F__
+#define EACH(F, B)                                                                                                  \
+  F(0, B), F(1, B), F(2, B), F(3, B), F(4, B), F(5, B), F(6, B), F(7, B), F(8, B), F(9, B), F(10, B), F(11, B),     \
+      F(12, B), F(13, B), F(14, B), F(15, B)
+#else
+#define EACH(F, B) F(0, B), F(1, B), F(2, B), F(3, B), F(4, B), F(5, B), F(6, B), F(7, B)
+#endif
+#define ITSELF(I, B) I
+#define WORD(I, B) I * B / 32
+#define NEXT(I, B) I * B / 32 + 1
+#define PLACE(I, B) I * B % 32
+#define REST(I, B) 31 - I * B % 32
+#if defined __clang__ || __GNUC__ >= 12
+#define PICK(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#else
+#define PICK(x, ...) __builtin_shuffle(x, (words){__VA_ARGS__})
+#endif
+#define UNPACK(B)                                                                                                   \
+  INLINE words unpack_##B(const unsigned char *from) {                                                              \
+    words x = *(const words *)from, y = PICK(x, EACH(WORD, B)) >> (words){EACH(PLACE, B)};                          \
+    if (32 % B) y |= PICK(x, EACH(NEXT, B)) << 1 << (words){EACH(REST, B)};                                         \
+    return y;                                                                                                       \
+  }
+UNPACK(2)
+UNPACK(3)
+UNPACK(4)
+UNPACK(5)
+UNPACK(6)
+UNPACK(8)
+
+INLINE words unpack(enum type type, const unsigned char *row, int at) {
+  switch (type) {
+    case AFFINE_2: return unpack_2(row + at / 4);
+    case AFFINE_3: return unpack_3(row + at / 8 * 3);
+    case AFFINE_5: return unpack_5(row + at / 8 * 5);
+    case AFFINE_6: return unpack_6(row + at / 8 * 6);
+    case AFFINE_8: return unpack_8(row + at);
+    default: return unpack_4(row + at / 2);
+  }
+}
+
+/* The values that such numbers stand for. Those of MXFP4 are floats: a sign, two bits of exponent and one more. */
+INLINE lanes values_of(enum type type, words x, float scale, float bias) {
+  static const unsigned masks[TYPES] = {[AFFINE_2] = 3,   [AFFINE_3] = 7,   [AFFINE_4] = 15,
+                                        [AFFINE_5] = 31,  [AFFINE_6] = 63,  [AFFINE_8] = 255};
+  if (type != MXFP4) return __builtin_convertvector((integers)(x & masks[type]), lanes) * scale + bias;
+  words size = x & 7, half = (words)(size == 1), whole = (words)(size > 1);
+  return (lanes)((whole & ((size << 22) + (126u << 23))) | (half & (126u << 23)) | (x & 8) << 28) * scale;
+}
+
+/* What is common to a group. AVX-512 looks up values of at most four bits: then a register holds them all. */
+struct group {
+  float scale, bias;
+  lanes values;
+};
+#ifdef __AVX512F__
+#define LOOKED_UP(TYPE) (TYPE == AFFINE_2 || TYPE == AFFINE_3 || TYPE == AFFINE_4 || TYPE == MXFP4)
+#else
+#define LOOKED_UP(TYPE) 0
+#endif
+
+INLINE struct group begin(enum type type, const float *scale, const float *bias) {
+  struct group own = {0};
+  if (type > FLOAT16) own.scale = *scale, own.bias = *bias;
+  if (LOOKED_UP(type)) own.values = values_of(type, (words){EACH(ITSELF, 0)}, own.scale, own.bias);
+  return own;
+}
+
+/* LANES numbers of a row from a place on. */
+INLINE lanes read(enum type type, const unsigned char *row, int64_t at, const struct group *own) {
+  if (type == FLOAT32) return *(const lanes *)((const float *)row + at);
+  const uint16_t *floats = (const uint16_t *)row + at;
+  if (type == BFLOAT16) return (lanes)(__builtin_convertvector(*(const halves *)floats, words) << 16);
+  if (type == FLOAT16) {
+#if defined __AVX512F__
+    return (lanes)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)floats));
+#elif defined __F16C__
+    return (lanes)_mm256_cvtph_ps(_mm_loadu_si128((const void *)floats));
+#else
+    lanes y;
+    for (int i = 0; i < LANES; i++) y[i] = number(FLOAT16, floats, i);
+    return y;
+#endif
+  }
+  words x = unpack(type, row, at);
+#ifdef __AVX512F__
+  if (LOOKED_UP(type)) return (lanes)_mm512_permutexvar_ps((__m512i)x, (__m512)own->values);
+#endif
+  return values_of(type, x, own->scale, own->bias);
+}
+
+INLINE void widen_floats(enum type type, const unsigned char *from, float *to, int64_t count) {
+  int64_t at = 0;
+  for (; at + LANES <= count; at += LANES) *(lanes *)(to + at) = read(type, from, at, 0);
+  for (; at < count; at++) to[at] = number(type, from, at);
+}
+
+/* Of each thread: columns that are widened, and the scales and biases of some. */
+enum { TOGETHER = 12, SCRATCH = 3 * (WIDEST + 16), PANEL = 1 << 16, SMALLEST_GROUP = 32 };
+static _Thread_local float widened[SCRATCH] __attribute__((aligned(64)));
+static _Thread_local float scales[TOGETHER * WIDEST / SMALLEST_GROUP], biases[TOGETHER * WIDEST / SMALLEST_GROUP];
+
+static void widen_scales(enum type type, const unsigned char *from, float *to, int64_t count) {
+  switch (type) {
+    case FLOAT32: widen_floats(FLOAT32, from, to, count); break;
+    case BFLOAT16: widen_floats(BFLOAT16, from, to, count); break;
+    case FLOAT16: widen_floats(FLOAT16, from, to, count); break;
+    default: /* powers of two */
+      for (int64_t i = 0; i < count; i++) to[i] = from[i] ? float_of((uint32_t)from[i] << 23) : 0x1p-127f;
+  }
+}
+
+static int groups_of(const struct stored *s) { return s->type > FLOAT16 ? s->columns / s->group : 0; }
+
+/* Widens the scales and biases of up to TOGETHER rows. */
+static void read_scales(const struct stored *s, int64_t row, int count) {
+  const unsigned char *start = (const unsigned char *)s;
+  int64_t groups = groups_of(s), size = s->type == MXFP4 ? 1 : s->scale_type == FLOAT32 ? 4 : 2;
+  if (!groups) return;
+  widen_scales(s->type == MXFP4 ? MXFP4 : s->scale_type, start + s->scales_at + size * groups * row, scales,
+               groups * count);
+  if (s->type != MXFP4)
+    widen_scales(s->scale_type, start + s->biases_at + size * groups * row, biases, groups * count);
+}
+
+static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
+  return (const unsigned char *)s + s->rows_at + row * s->row_bytes;
+}
+
+/* Scalar products of I rows with J columns, as TILE's; `line` is which of those whose scales were read the first is. */
+#define STORED_TILE(TYPE, I, J)                                                                                     \
+  static void TYPE##_##I##_##J(const struct product *p, int i0, int j0, int line) {                                 \
+    const struct stored *s = p->stored;                                                                             \
+    const float *a = p->a + i0 * p->a_step;                                                                         \
+    const unsigned char *row = row_of(s, j0);                                                                       \
+    int64_t step = s->row_bytes, first = (int64_t)line * groups_of(s), groups = groups_of(s);                       \
+    int at = 0, whole = p->k / LANES * LANES, group = TYPE > FLOAT16 ? s->group : whole;                            \
+    lanes sums[I][J] = {{{0}}};                                                                                     \
+    for (int64_t g = first; at < whole; g++) {                                                                      \
+      struct group own[J];                                                                                          \
+      for (int j = 0; j < J; j++) own[j] = begin(TYPE, scales + g + j * groups, biases + g + j * groups);           \
+      for (int end = at + group; at < end; at += LANES) {                                                           \
+        lanes right[J];                                                                                             \
+        for (int j = 0; j < J; j++) {                                                                               \
+          right[j] = read(TYPE, row + j * step, at, &own[j]);                                                       \
+          IN_REGISTER(right[j]);                                                                                    \
+        }                                                                                                           \
+        for (int i = 0; i < I; i++) {                                                                               \
+          lanes left = *(const lanes *)(a + i * p->a_step + at);                                                    \
+          IN_REGISTER(left);                                                                                        \
+          for (int j = 0; j < J; j++) sums[i][j] += left * right[j];                                                \
+        }                                                                                                           \
+      }                                                                                                             \
+    }                                                                                                               \
+    for (int j = 0; j < J; j++) {                                                                                   \
+      float rest[LANES];                                                                                            \
+      for (int q = at; q < p->k; q++) rest[q - at] = number(TYPE, row + j * step, q);                               \
+      for (int i = 0; i < I; i++)                                                                                   \
+        put(p, i0 + i, j0 + j, with_rest(total(&sums[i][j]), a + i * p->a_step + at, rest, p->k - at));             \
+    }                                                                                                               \
+  }
+
+static void widen_16(enum type type, const unsigned char *from, float *to, int64_t count) {
+  if (type == BFLOAT16)
+    widen_floats(BFLOAT16, from, to, count);
+  else
+    widen_floats(FLOAT16, from, to, count);
+}
+
+#define WIDEN(TYPE)                                                                                                 \
+  static void widen_##TYPE(const struct stored *s, const unsigned char *row, int line, float *to) {                 \
+    int64_t first = (int64_t)line * groups_of(s);                                                                   \
+    for (int g = 0, at = 0; at < s->columns; g++) {                                                                 \
+      struct group own = begin(TYPE, scales + first + g, biases + first + g);                                       \
+      for (int end = at + s->group; at < end; at += LANES) *(lanes *)(to + at) = read(TYPE, row, at, &own);         \
+    }                                                                                                               \
+  }
+
+/* Columns that a tile of as many rows takes, of those with sums in registers: each divides TOGETHER. */
+#ifdef __AVX512F__
+enum { WITH_1 = 6, WITH_2 = 6, WITH_3 = 4, WITH_4 = 4 };
+#define TILES(TYPE) STORED_TILE(TYPE, 1, 6) STORED_TILE(TYPE, 2, 6) STORED_TILE(TYPE, 3, 4) STORED_TILE(TYPE, 4, 4)
+#define NAMES(TYPE) {TYPE##_1_6, TYPE##_2_6, TYPE##_3_4, TYPE##_4_4}
+#else
+enum { WITH_1 = 4, WITH_2 = 4, WITH_3 = 3, WITH_4 = 3 };
+#define TILES(TYPE) STORED_TILE(TYPE, 1, 4) STORED_TILE(TYPE, 2, 4) STORED_TILE(TYPE, 3, 3) STORED_TILE(TYPE, 4, 3)
+#define NAMES(TYPE) {TYPE##_1_4, TYPE##_2_4, TYPE##_3_3, TYPE##_4_3}
+#endif
+#define STORED_TILES(TYPE) TILES(TYPE) STORED_TILE(TYPE, 1, 1)
+#define QUANTIZED(TYPE) WIDEN(TYPE) STORED_TILES(TYPE)
+STORED_TILES(BFLOAT16)
+STORED_TILES(FLOAT16)
+QUANTIZED(AFFINE_2)
+QUANTIZED(AFFINE_3)
+QUANTIZED(AFFINE_4)
+QUANTIZED(AFFINE_5)
+QUANTIZED(AFFINE_6)
+QUANTIZED(AFFINE_8)
+QUANTIZED(MXFP4)
+
+/* By type: tiles of one to four rows, of one row and one column; and what widens a row. */
+#define FLOATS(TYPE) [TYPE] = {NAMES(TYPE), TYPE##_1_1, 0}
+#define LISTED(TYPE) [TYPE] = {NAMES(TYPE), TYPE##_1_1, widen_##TYPE}
+static const struct {
+  void (*few[4])(const struct product *, int, int, int);
+  void (*one)(const struct product *, int, int, int);
+  void (*widen)(const struct stored *, const unsigned char *, int, float *);
+} kernels[TYPES] = {
+    FLOATS(BFLOAT16), FLOATS(FLOAT16),  LISTED(AFFINE_2), LISTED(AFFINE_3), LISTED(AFFINE_4),
+    LISTED(AFFINE_5), LISTED(AFFINE_6), LISTED(AFFINE_8), LISTED(MXFP4),
+};
+
+static void few_stored(const struct product *p, int from, int to) {
+  static const int with[] = {WITH_1, WITH_2, WITH_3, WITH_4};
+  for (int j = from, count; j < to; j += count) {
+    count = to - j < TOGETHER ? to - j : TOGETHER;
+    read_scales(p->stored, j, count);
+    for (int i = 0, rows; i < p->m; i += rows) {
+      rows = p->m - i < 4 ? p->m - i : 4;
+      int line = 0, step = with[rows - 1];
+      for (; line + step <= count; line += step) kernels[p->stored->type].few[rows - 1](p, i, j + line, line);
+      for (; line < count; line++)
+        for (int r = i; r < i + rows; r++) kernels[p->stored->type].one(p, r, j + line, line);
+    }
+  }
+}
+
+/* Widens rows of a stored matrix, `step` numbers apart. */
+static void widen(const struct stored *s, int row, int count, int step) {
+  for (int done = 0; done < count; done++) {
+    if (done % TOGETHER == 0) read_scales(s, row + done, count - done < TOGETHER ? count - done : TOGETHER);
+    float *to = widened + (long)done * step;
+    if (s->type > FLOAT16)
+      kernels[s->type].widen(s, row_of(s, row + done), done % TOGETHER, to);
+    else
+      widen_16(s->type, row_of(s, row + done), to, s->columns);
+  }
+}
+
+static void stored_columns(const struct product *p, int from, int to) {
+  if (p->m <= AS_IT_IS) {
+    few_stored(p, from, to);
+    return;
+  }
+  int step = (p->k + 15) / 16 * 16 + 16, most = PANEL / step / 3 * 3; /* rows that do not share lines of a cache */
+  struct product panel = *p;
+  panel.b = widened, panel.b_step = step, panel.stored = 0;
+  for (int j = from, count; j < to; j += count) {
+    count = most < 3 ? 3 : most;
+    if (count > to - j) count = to - j;
+    widen(p->stored, j, count, step);
+    panel.c = p->c + j;
+    columns(&panel, 0, count);
+  }
+}
+
+/* Products of other forms, such as a gradient's: with some of the matrix at a time, by OpenBLAS. */
+static void stored_panels(const struct product *p, int ta) {
+  int rows = p->transposed ? p->n : p->k, step = p->stored->columns, most = SCRATCH / step;
+  long along = ta == NO_TRANS ? 1 : p->a_step;
+  for (int j = 0, count; j < rows; j += count) {
+    count = rows - j < most ? rows - j : most;
+    widen(p->stored, j, count, step);
+    if (p->transposed)
+      scipy_cblas_sgemm(ROW_MAJOR, ta, TRANS, p->m, count, p->k, p->alpha, p->a, p->a_step, widened, step, p->beta,
+                        p->c + j, p->c_step);
+    else
+      scipy_cblas_sgemm(ROW_MAJOR, ta, NO_TRANS, p->m, p->n, count, p->alpha, p->a + j * along, p->a_step, widened,
+                        step, j ? 1 : p->beta, p->c, p->c_step);
+  }
+}
