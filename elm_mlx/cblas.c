@@ -277,6 +277,36 @@ static void share_product(const struct product *p) {
 #include "attention.c"
 #include "sublayers.c"
 
+/* Rows of a stored matrix from one on, to be widened into float32. */
+struct panel {
+  const struct stored *s;
+  float *to;
+  int row;
+};
+
+static void widen_panel(const void *what, int from, int to) {
+  const struct panel *p = what;
+  widen(p->s, p->row + from, to - from, p->to + (long)from * p->s->columns, p->s->columns);
+}
+
+/* Products of many rows with a stored matrix, and those of other forms, such as a gradient's: with some of the matrix at
+   a time, widened into memory that stays in the last cache, by OpenBLAS. */
+static void by_panels(const struct product *p, int ta) {
+  int rows = p->transposed ? p->n : p->k, step = p->stored->columns, most = PANEL / step < 64 ? 64 : PANEL / step;
+  long along = ta == NO_TRANS ? 1 : p->a_step;
+  float *wide = scratch((size_t)(most < rows ? most : rows) * step);
+  for (int j = 0, count; j < rows; j += count) {
+    count = rows - j < most ? rows - j : most;
+    share(widen_panel, &(struct panel){p->stored, wide, j}, count, TOGETHER, (long)count * step * 4);
+    if (p->transposed)
+      scipy_cblas_sgemm(ROW_MAJOR, ta, TRANS, p->m, count, p->k, p->alpha, p->a, p->a_step, wide, step, p->beta,
+                        p->c + j, p->c_step);
+    else
+      scipy_cblas_sgemm(ROW_MAJOR, ta, NO_TRANS, p->m, p->n, count, p->alpha, p->a + j * along, p->a_step, wide, step,
+                        j ? 1 : p->beta, p->c, p->c_step);
+  }
+}
+
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc) {
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
@@ -285,10 +315,10 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
   int rows = ta == NO_TRANS || (m == 1 && lda == 1); /* MLX may call a row a column */
   if (some && is_attention(alpha)) {
     attend(m, beta, a, b, c);
-  } else if (stored && rows && tb == TRANS) {
+  } else if (stored && rows && tb == TRANS && m <= FEW) {
     share_product(&p);
   } else if (stored) {
-    stored_panels(&p, ta);
+    by_panels(&p, ta);
   } else if (some && is_described(b, n, k)) {
     sublayer((const struct sublayer *)b, m, n, k, a, lda, c, ldc);
   } else if (some && m <= FEW && rows) {

@@ -6,8 +6,8 @@
    dies with the bytes that it is of, so there is no table of addresses to keep, to lock, or to be wrong when an address
    is used again.
 
-   Of few rows numbers are widened in registers, of more a few columns at a time are widened in a cache. Either way the
-   result is that of cblas.c's tiles with the widened matrix, to the bit. */
+   Of few rows numbers are widened in registers, of some more a few columns at a time are widened in a cache. Either way
+   the result is that of cblas.c's tiles with the widened matrix, to the bit. For prompts see by_panels in cblas.c. */
 
 #include <stdint.h>
 #ifdef __F16C__
@@ -143,7 +143,7 @@ INLINE void widen_floats(enum type type, const unsigned char *from, float *to, i
 }
 
 /* Of each thread: columns that are widened, and the scales and biases of some. */
-enum { TOGETHER = 12, SCRATCH = 3 * (WIDEST + 16), PANEL = 1 << 16, SMALLEST_GROUP = 32 };
+enum { TOGETHER = 12, SCRATCH = 3 * (WIDEST + 16), PANEL = 1 << 20, SMALLEST_GROUP = 32 };
 static _Thread_local float widened[SCRATCH] __attribute__((aligned(64)));
 static _Thread_local float scales[TOGETHER * WIDEST / SMALLEST_GROUP], biases[TOGETHER * WIDEST / SMALLEST_GROUP];
 
@@ -273,10 +273,10 @@ static void few_stored(const struct product *p, int from, int to) {
 }
 
 /* Widens rows of a stored matrix, `step` numbers apart. */
-static void widen(const struct stored *s, int row, int count, int step) {
+static void widen(const struct stored *s, int row, int count, float *into, int step) {
   for (int done = 0; done < count; done++) {
     if (done % TOGETHER == 0) read_scales(s, row + done, count - done < TOGETHER ? count - done : TOGETHER);
-    float *to = widened + (long)done * step;
+    float *to = into + (long)done * step;
     if (s->type > FLOAT16)
       kernels[s->type].widen(s, row_of(s, row + done), done % TOGETHER, to);
     else
@@ -289,30 +289,14 @@ static void stored_columns(const struct product *p, int from, int to) {
     few_stored(p, from, to);
     return;
   }
-  int step = (p->k + 15) / 16 * 16 + 16, most = PANEL / step / 3 * 3; /* rows that do not share lines of a cache */
+  int step = (p->k + 15) / 16 * 16 + 16, most = (1 << 16) / step / 3 * 3; /* rows that do not share lines of a cache */
   struct product panel = *p;
   panel.b = widened, panel.b_step = step, panel.stored = 0;
   for (int j = from, count; j < to; j += count) {
     count = most < 3 ? 3 : most;
     if (count > to - j) count = to - j;
-    widen(p->stored, j, count, step);
+    widen(p->stored, j, count, widened, step);
     panel.c = p->c + j;
     columns(&panel, 0, count);
-  }
-}
-
-/* Products of other forms, such as a gradient's: with some of the matrix at a time, by OpenBLAS. */
-static void stored_panels(const struct product *p, int ta) {
-  int rows = p->transposed ? p->n : p->k, step = p->stored->columns, most = SCRATCH / step;
-  long along = ta == NO_TRANS ? 1 : p->a_step;
-  for (int j = 0, count; j < rows; j += count) {
-    count = rows - j < most ? rows - j : most;
-    widen(p->stored, j, count, step);
-    if (p->transposed)
-      scipy_cblas_sgemm(ROW_MAJOR, ta, TRANS, p->m, count, p->k, p->alpha, p->a, p->a_step, widened, step, p->beta,
-                        p->c + j, p->c_step);
-    else
-      scipy_cblas_sgemm(ROW_MAJOR, ta, NO_TRANS, p->m, p->n, count, p->alpha, p->a + j * along, p->a_step, widened,
-                        step, j ? 1 : p->beta, p->c, p->c_step);
   }
 }

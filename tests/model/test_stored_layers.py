@@ -67,16 +67,15 @@ def close(found: mx.array, expected: mx.array) -> bool:
 @pytest.mark.parametrize("kind", [*FLOATS, *AFFINE, "mxfp4 4 32"])
 @pytest.mark.usefixtures("two_threads")
 def test_products_are_those_of_the_widened_weight(kind: str) -> None:
-    """To the bit for up to eight rows, however many; and a row's result is the same among more."""
+    """To the bit for up to eight rows; up to sixteen a row's result is the same whatever their number."""
     group = 1 if kind in FLOATS else int(kind.split()[2])
     for rows, columns in SHAPES:
         layer, wide = stored(kind, rows, max(columns // group, 1) * group)
         x = drawn(40, wide.shape[1])
-        whole = layer(x)
-        assert close(whole, x @ wide.T)
-        for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 23):
+        assert close(layer(x), x @ wide.T)
+        for count in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16):
             found = layer(x[:count])
-            assert mx.array_equal(found, whole[:count]), (rows, columns, count)
+            assert mx.array_equal(found, layer(x[:16])[:count]), (rows, columns, count)
             assert count > 8 or mx.array_equal(found, x[:count] @ wide.T), (rows, columns, count)
 
 
