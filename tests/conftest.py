@@ -25,7 +25,7 @@ import pytest
 import tiny
 from commands import Run
 
-from elm_mlx import blas
+from elm_mlx import blas, device
 from elm_mlx.cli import main
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text.tokenizer import Tokenizer
@@ -40,6 +40,13 @@ processes.reset_signals()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first, so that no processor ends by waiting for one of them alone."""
     items.sort(key=lambda item: "example" not in item.path.name)
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
+def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both branches of every decision, whatever this machine has."""
+    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
+    return bool(request.param)
 
 
 @pytest.fixture(autouse=True)

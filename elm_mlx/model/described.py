@@ -19,12 +19,16 @@ def library() -> ctypes.CDLL | None:
     return None if device.on_gpu() else blas.own("elm_mlx_retire")
 
 
-def description(kind: int, fields: bytes = b"") -> mx.array:
-    """Returns the mark, the kind and what else is said of it, as words. There must be a `library`."""
+def mark() -> ctypes.Array[ctypes.c_ubyte]:
+    """Returns the bytes that each description begins with. There must be a `library`."""
     found = library()
     assert found is not None
-    mark = bytes((ctypes.c_ubyte * MARK).in_dll(found, "elm_mlx_mark"))
-    words = mx.array(memoryview(mark + kind.to_bytes(4, "little") + fields).cast("I"))
+    return (ctypes.c_ubyte * MARK).in_dll(found, "elm_mlx_mark")
+
+
+def description(kind: int, fields: bytes = b"") -> mx.array:
+    """Returns the mark, the kind and what else is said of it, as words. There must be a `library`."""
+    words = mx.array(memoryview(bytes(mark()) + kind.to_bytes(4, "little") + fields).cast("I"))
     mx.eval(words)
     return words
 

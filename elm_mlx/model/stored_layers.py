@@ -112,17 +112,16 @@ def read_as_stored(layer: nn.Module) -> bool:
 
     The weight, its scales and its biases are copied into a buffer of their own.
     """
-    kind, library = _type(layer), described.library()
-    if kind is None or library is None:
+    kind = _type(layer)
+    if kind is None or described.library() is None:
         return False
     rows, columns = lora_layers.dense_shape(layer)
     if rows < 2 or not _NARROWEST <= columns <= _WIDEST:
         return False
     parts = {name: layer[name] for name in ("weight", "scales", "biases") if name in layer}
     buffer, start, places = _laid_out(list(parts.values()))
-    mark = (ctypes.c_ubyte * described.MARK).in_dll(library, "elm_mlx_mark")
     description = _Description(
-        mark, described.STORED, columns, _TYPES.index(kind), row_bytes=parts["weight"].nbytes // rows,
+        described.mark(), described.STORED, columns, _TYPES.index(kind), row_bytes=parts["weight"].nbytes // rows,
         rows_at=places[0], scales_at=places[min(1, len(places) - 1)], biases_at=places[-1],
     )  # fmt: skip
     if len(parts) > 1:

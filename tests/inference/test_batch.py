@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from elm_mlx import device, stream_generate
+from elm_mlx import stream_generate
 from elm_mlx.errors import InputError
 from elm_mlx.inference import batch
 from elm_mlx.inference.batch import BATCH_SIZE, Completion, generate_batch
@@ -23,13 +23,6 @@ TEXTS = ["the", "quick brown fox jumps over lazy dogs while", "", "an old king t
 @pytest.fixture(scope="module")
 def model(tiny_tokenizer: Tokenizer) -> Model:
     return tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size), seed=2)
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
 
 
 def alone(model: Model, tokenizer: Tokenizer, prompt: str | list[int], **options: Any) -> Completion:

@@ -15,7 +15,7 @@ import tiny
 from mlx.utils import tree_flatten
 
 import elm_mlx
-from elm_mlx import device, generate, stream_generate
+from elm_mlx import generate, stream_generate
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.generation import Decoder, Response
 from elm_mlx.inference.rows import prefill
@@ -34,13 +34,6 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def model() -> Model:
     return tiny.random_model(tiny.scaled_config(96, max_context_length=1024), seed=3)
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
 
 
 def small_context(context: int) -> Model:

@@ -12,7 +12,7 @@ import other_models
 import pytest
 import tiny
 
-from elm_mlx import device, stream_generate
+from elm_mlx import stream_generate
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.scoring import Scored, Scorer
 from elm_mlx.inference.batch import generate_batch
@@ -31,12 +31,6 @@ BITS = (8, 4)
 @pytest.fixture(scope="module")
 def model() -> Model:
     return tiny.random_model(tiny.scaled_config(96, head_dim=64, max_context_length=1024), seed=3)
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

@@ -112,13 +112,6 @@ def small() -> Model:
     return tiny.random_model(tiny.scaled_config(VOCAB, num_layers=1), seed=4)
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
-
-
 # --- the same text
 
 

@@ -13,7 +13,7 @@ import other_models
 import pytest
 import tiny
 
-from elm_mlx import device, stream_generate
+from elm_mlx import stream_generate
 from elm_mlx.errors import InputError
 from elm_mlx.inference.conversation import Chat
 from elm_mlx.inference.generation import Response
@@ -39,12 +39,6 @@ def model() -> Model:
 def flat() -> Model:
     """One layer, whose keys and values are those of a token and its position alone."""
     return tiny.random_model(tiny.scaled_config(96, num_layers=1, max_context_length=256), seed=3)
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
 
 
 def ids_of(length: int, seed: int = 0) -> list[int]:

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, generate, load, load_model, stream_generate
+from elm_mlx import generate, load, load_model, stream_generate
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert import tokenizers
@@ -26,13 +26,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "uniform": {"qkv_multipliers": 1.0, "ffn_multipliers": 2.0},
     "no GQA": {"num_gqa_groups": 1},
 }
-
-
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -60,13 +60,6 @@ def assert_close(result: mx.array, truth: np.ndarray, tolerance: float = 1e-4) -
     assert worst < tolerance
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
-
-
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_are_the_references(name: str) -> None:
     model, ids = variant(name), ids_of(24)

@@ -14,13 +14,6 @@ from elm_mlx.model.rope_config import RopeConfig
 BASES = (10_000.0, 500_000.0)
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
-
-
 def rotated(x: mx.array, offsets: list[int], base: float) -> np.ndarray:
     """Row by row, in float64."""
     values = np.array(x.astype(mx.float32), np.float64)

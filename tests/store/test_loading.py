@@ -28,13 +28,6 @@ from elm_mlx.store.loading import load, load_model, open_model
 IDS = mx.array([[1, 9, 40, 7, 120, 33]])
 
 
-@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
-def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both branches of every decision, whatever this machine has."""
-    monkeypatch.setattr(device, "on_gpu", lambda: request.param)
-    return bool(request.param)
-
-
 @pytest.fixture
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that read float32 alone."""
