@@ -32,42 +32,6 @@ struct attention {
 /* exp(x) for x up to 0, and nothing below -87. */
 static inline lanes weight(lanes x) { return where(x < -87.0f, all(0), exponential(at_least(x, -87))); }
 
-/* Columns of LANES rows become rows, `step` numbers from the next. Exchanges two quarters of each block, first of the
-   block of all, then of its four quarters, and so on. */
-static void transpose(const float *rows, long row_step, float *columns, long step) {
-#ifdef __clang__ /* which picks by constants alone */
-  for (int i = 0; i < LANES; i++)
-    for (int at = 0; at < LANES; at++) columns[i * step + at] = rows[at * row_step + i];
-#else
-#define EXCHANGE(FAR)                                                                                               \
-  for (int i = 0; i < LANES && FAR < LANES; i++)                                                                    \
-    if (!(i & FAR)) {                                                                                               \
-      integers left = (lane & ~FAR) + (lane & FAR) / FAR * LANES, right = left + FAR;                               \
-      lanes upper = x[i], lower = x[i + FAR];                                                                       \
-      x[i] = __builtin_shuffle(upper, lower, left), x[i + FAR] = __builtin_shuffle(upper, lower, right);            \
-    }
-  static const int numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const integers lane = *(const integers *)numbers;
-  lanes x[LANES];
-  for (int i = 0; i < LANES; i++) x[i] = *(const lanes *)(rows + i * row_step);
-  EXCHANGE(8)
-  EXCHANGE(4)
-  EXCHANGE(2)
-  EXCHANGE(1)
-  for (int i = 0; i < LANES; i++) *(lanes *)(columns + i * step) = x[i];
-#endif
-}
-
-/* `there` keys, CHUNK or fewer, so that the same value of all stands together; zeros in place of those that are not. */
-static void pack(const float *keys, int there, int head_dim, float *packed) {
-  int at = 0;
-  for (; at + LANES <= there; at += LANES)
-    for (int d = 0; d < head_dim; d += LANES)
-      transpose(keys + at * head_dim + d, head_dim, packed + d * CHUNK + at, CHUNK);
-  for (; at < CHUNK; at++)
-    for (int d = 0; d < head_dim; d++) packed[d * CHUNK + at] = at < there ? keys[at * head_dim + d] : 0;
-}
-
 static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 static int seen_by(const struct attention *a, int row) { return a->seen + row % a->length; }
 
@@ -103,7 +67,7 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
     most = to > most ? to : most;
   }
   for (int chunk = 0; chunk < most; chunk += CHUNK) {
-    pack(a->keys + (long)(at + chunk) * a->head_dim, clamp(there - chunk, CHUNK), a->head_dim, packed);
+    pack(a->keys + (long)(at + chunk) * a->head_dim, a->head_dim, clamp(there - chunk, CHUNK), CHUNK, a->head_dim, packed);
     strips(&(struct product){rows, CHUNK, a->head_dim, 0, a->scale, 0, a->queries + (long)row * a->head_dim, packed,
                              scores + chunk, a->head_dim, CHUNK, SPAN}, 0, CHUNK);
   }

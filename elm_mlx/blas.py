@@ -6,7 +6,8 @@ is found first by the dynamic linker. The OpenBLAS of the `scipy-openblas32` whe
 two ways to a library with plain names, both taken once and kept in the user's cache:
 
 - `cblas.c`, where there is a C compiler. It multiplies few rows by itself, 2 to 6 times as fast as OpenBLAS, which
-  packs the matrix even for these: decoding is made of such products. And it computes attention (`attention.c`);
+  packs the matrix even for these: decoding is made of such products. And it computes a prompt's (`many_rows.c`) and
+  attention (`attention.c`);
 - else a copy of OpenBLAS in which `patchelf` has taken the prefix off the three names. Many machines have no compiler
   (python:slim, a desktop's Ubuntu), and would multiply 60 times slower without it.
 
@@ -135,8 +136,8 @@ def own(name: str) -> ctypes.CDLL | None:
 
 
 def _openblas(name: str) -> Callable[..., int] | None:
-    """Returns a function of the OpenBLAS that serves, if one does."""
-    for library, full in itertools.product(_opened, (name, PREFIX + name)):
+    """Returns a function of the OpenBLAS that serves, if one does; cblas.c answers in its place."""
+    for library, full in itertools.product(reversed(_opened), (name, PREFIX + name)):
         if hasattr(library, full):
             return cast(Callable[..., int], getattr(library, full))
     return None

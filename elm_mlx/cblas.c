@@ -1,5 +1,5 @@
-/* CBLAS as MLX calls it: products of few rows here, the others by the OpenBLAS of scipy-openblas32, whose names carry
-   a prefix. Compiled by blas.py.
+/* CBLAS as MLX calls it: products of few rows here, a prompt's in many_rows.c, the others by the OpenBLAS of
+   scipy-openblas32, whose names carry a prefix. Compiled by blas.py.
 
    OpenBLAS packs the matrix for every product. For one row, or a few, that takes longer than reading the matrix
    once, which is all that has to be done: decoding is made of such products, a row for each text. Here they are
@@ -21,7 +21,12 @@
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MOST = LANES == 16 ? 8 : 4 }; /* rows whose sums with three columns all have registers */
-enum { FEW = 16, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
+#ifdef __FMA__
+enum { OWN_MANY = 1 };
+#else /* vectors narrower than those of OpenBLAS, which finds out what the processor has; or, with NEON, not measured */
+enum { OWN_MANY = 0 };
+#endif
+enum { FEW = 16, MANY = 512, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
 
 void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
                        int);
@@ -31,6 +36,7 @@ void scipy_cblas_cgemm(int, int, int, int, int, int, const void *, const void *,
                        void *, int);
 void scipy_cblas_sgemv(int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
 int scipy_openblas_get_num_threads(void);
+void scipy_openblas_set_num_threads(int);
 
 /* What is multiplied: c[i][j] = alpha * a[i] . b[j] + beta * c[i][j], of m rows a and n columns b, k long, which are
    the rows of a matrix that is transposed. */
@@ -42,6 +48,12 @@ struct product {
   long a_step, b_step, c_step;
   const struct stored *stored; /* b, where that is not float32 */
 };
+
+/* Processors that a product uses, under OpenBLAS's names for it. OpenBLAS itself has one of them: its threads wait for
+   work on processors that helpers here need. */
+static atomic_int processors;
+int openblas_get_num_threads(void) { return processors; }
+void openblas_set_num_threads(int count) { processors = count; }
 
 /* A sum and the products that are left, fewer than LANES. One function for all tiles: a compiler could round them in one
    as it does not in another. */
@@ -106,6 +118,8 @@ TILE(1, 1)
         *c = p->beta == 0 ? p->alpha * sums[i][j] : p->alpha * sums[i][j] + p->beta * *c;                           \
       }                                                                                                             \
   }
+STRIP(12, 2)
+STRIP(12, 1)
 STRIP(6, 4)
 STRIP(6, 2)
 STRIP(6, 1)
@@ -124,9 +138,11 @@ STRIP(1, 1)
 static void strips(const struct product *p, int from, int to) {
   for (int i = 0, rows; i < p->m; i += rows) {
     int j = from;
-    switch (rows = p->m - i >= 6 ? 6 : p->m - i == 4 ? 2 : p->m - i) {
+    int rest = p->m - i;
+    switch (rows = rest >= 12 && LANES == 16 ? 12 : rest >= 6 ? 6 : rest == 4 ? 2 : rest) {
       case 1: ROWS(1, 8)
       case 2: ROWS(2, 4)
+      case 12: ROWS(12, 2)
       case 6:
         if (LANES == 16) { ROWS(6, 4) }
         ROWS(6, 2)
@@ -142,8 +158,13 @@ static void strips(const struct product *p, int from, int to) {
 }
 
 static void stored_columns(const struct product *p, int from, int to);
+static void many_rows(const struct product *p, int from, int to);
 
 static void columns(const struct product *p, int from, int to) {
+  if (p->transposed && p->m > FEW) {
+    many_rows(p, from, to);
+    return;
+  }
   if (p->stored) {
     stored_columns(p, from, to);
     return;
@@ -189,6 +210,7 @@ static int is_described(const float *b, int n, int k) {
 }
 
 #include "stored.c"
+#include "many_rows.c"
 
 static const struct stored *stored_at(const float *b, int n, int k) {
   const struct description *found = (const void *)b;
@@ -246,11 +268,15 @@ static void find_helpers(int wanted) {
   pthread_sigmask(SIG_SETMASK, &kept, 0);
 }
 
-__attribute__((constructor)) static void prepare(void) { pthread_atfork(0, 0, after_fork); }
+__attribute__((constructor)) static void prepare(void) {
+  pthread_atfork(0, 0, after_fork);
+  processors = scipy_openblas_get_num_threads();
+  scipy_openblas_set_num_threads(1);
+}
 
 /* Computes n columns, with helpers where `multiplications` are worth it; no portion cuts `together` of them. */
 static void share(compute part, const void *what, int n, int together, long multiplications) {
-  int threads = scipy_openblas_get_num_threads();
+  int threads = processors;
   if (threads < 2 || multiplications < WORTH_SHARING || pthread_mutex_trylock(&sharing)) {
     part(what, 0, n);
     return;
@@ -271,11 +297,39 @@ static void share(compute part, const void *what, int n, int together, long mult
 static void product_columns(const void *p, int from, int to) { columns(p, from, to); }
 
 static void share_product(const struct product *p) {
-  share(product_columns, p, p->n, p->transposed ? TOGETHER : 8 * LANES, (long)p->m * p->n * p->k);
+  int together = !p->transposed ? 8 * LANES : p->m > FEW ? ACROSS : TOGETHER;
+  share(product_columns, p, p->n, together, (long)p->m * p->n * p->k);
 }
 
 #include "attention.c"
 #include "sublayers.c"
+
+/* A product by OpenBLAS, of which processors compute some rows, or columns, each. */
+struct call {
+  int ta, tb, m, n, k;
+  float alpha, beta;
+  const float *a, *b;
+  float *c;
+  long a_step, b_step, c_step;
+};
+
+static void call_rows(const void *what, int from, int to) {
+  const struct call *x = what;
+  scipy_cblas_sgemm(ROW_MAJOR, x->ta, x->tb, to - from, x->n, x->k, x->alpha,
+                    x->a + from * (x->ta == TRANS ? 1 : x->a_step), x->a_step, x->b, x->b_step, x->beta,
+                    x->c + from * x->c_step, x->c_step);
+}
+
+static void call_columns(const void *what, int from, int to) {
+  const struct call *x = what;
+  scipy_cblas_sgemm(ROW_MAJOR, x->ta, x->tb, x->m, to - from, x->k, x->alpha, x->a, x->a_step,
+                    x->b + from * (x->tb == TRANS ? x->b_step : 1), x->b_step, x->beta, x->c + from, x->c_step);
+}
+
+static void share_call(const struct call *x) {
+  int longer = x->m > x->n ? x->m : x->n, portion = (longer / (2 * processors) / LANES + 1) * LANES;
+  share(x->m > x->n ? call_rows : call_columns, x, longer, portion, (long)x->m * x->n * x->k);
+}
 
 /* Rows of a stored matrix from one on, to be widened into float32. */
 struct panel {
@@ -286,24 +340,24 @@ struct panel {
 
 static void widen_panel(const void *what, int from, int to) {
   const struct panel *p = what;
-  widen(p->s, p->row + from, to - from, p->to + (long)from * p->s->columns, p->s->columns);
+  widen(p->s, p->row + from, to - from, 0, p->s->columns, p->to + (long)from * p->s->columns, p->s->columns);
 }
 
-/* Products of many rows with a stored matrix, and those of other forms, such as a gradient's: with some of the matrix at
-   a time, widened into memory that stays in the last cache, by OpenBLAS. */
-static void by_panels(const struct product *p, int ta) {
-  int rows = p->transposed ? p->n : p->k, step = p->stored->columns, most = PANEL / step < 64 ? 64 : PANEL / step;
-  long along = ta == NO_TRANS ? 1 : p->a_step;
+/* Products of other forms with a stored matrix, such as a gradient's: with some of the matrix at a time, widened into
+   memory that stays in the last cache. */
+static void by_panels(struct call x, const struct stored *stored) {
+  int rows = x.tb == TRANS ? x.n : x.k, step = stored->columns, most = PANEL / step < 64 ? 64 : PANEL / step;
   float *wide = scratch((size_t)(most < rows ? most : rows) * step);
   for (int j = 0, count; j < rows; j += count) {
     count = rows - j < most ? rows - j : most;
-    share(widen_panel, &(struct panel){p->stored, wide, j}, count, TOGETHER, (long)count * step * 4);
-    if (p->transposed)
-      scipy_cblas_sgemm(ROW_MAJOR, ta, TRANS, p->m, count, p->k, p->alpha, p->a, p->a_step, wide, step, p->beta,
-                        p->c + j, p->c_step);
+    share(widen_panel, &(struct panel){stored, wide, j}, count, TOGETHER, (long)count * step * 4);
+    struct call some = x;
+    some.b = wide, some.b_step = step;
+    if (x.tb == TRANS)
+      some.n = count, some.c += j;
     else
-      scipy_cblas_sgemm(ROW_MAJOR, ta, NO_TRANS, p->m, p->n, count, p->alpha, p->a + j * along, p->a_step, wide, step,
-                        j ? 1 : p->beta, p->c, p->c_step);
+      some.k = count, some.a += j * (x.ta == TRANS ? x.a_step : 1), some.beta = j ? 1 : x.beta;
+    share_call(&some);
   }
 }
 
@@ -312,16 +366,17 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
   const struct stored *stored = some ? stored_at(b, n, k) : 0;
   struct product p = {m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc, stored};
+  struct call other = {ta, tb, m, n, k, alpha, beta, a, b, c, lda, ldb, ldc};
   int rows = ta == NO_TRANS || (m == 1 && lda == 1); /* MLX may call a row a column */
   if (some && is_attention(alpha)) {
     attend(m, beta, a, b, c);
-  } else if (stored && rows && tb == TRANS && m <= FEW) {
+  } else if (stored && rows && tb == TRANS && (m <= FEW || OWN_MANY)) {
     share_product(&p);
   } else if (stored) {
-    by_panels(&p, ta);
+    by_panels(other, stored);
   } else if (some && is_described(b, n, k)) {
     sublayer((const struct sublayer *)b, m, n, k, a, lda, c, ldc);
-  } else if (some && m <= FEW && rows) {
+  } else if (some && rows && (m <= FEW || (OWN_MANY && m < MANY && tb == TRANS))) {
     share_product(&p);
   } else if (some && m == 1) { /* a row times a matrix is the matrix, transposed, times a column */
     int step = ta == NO_TRANS ? 1 : lda;
@@ -330,15 +385,22 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
   } else if (some && n == 1) {
     int step = tb == NO_TRANS ? ldb : 1;
     scipy_cblas_sgemv(order, ta, ta == NO_TRANS ? m : k, ta == NO_TRANS ? k : m, alpha, a, lda, b, step, beta, c, ldc);
+  } else if (some) {
+    share_call(&other);
   } else {
     scipy_cblas_sgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
   }
 }
+
 void cblas_dgemm(int order, int ta, int tb, int m, int n, int k, double alpha, const double *a, int lda,
                  const double *b, int ldb, double beta, double *c, int ldc) {
+  scipy_openblas_set_num_threads(processors);
   scipy_cblas_dgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  scipy_openblas_set_num_threads(1);
 }
 void cblas_cgemm(int order, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int lda,
                  const void *b, int ldb, const void *beta, void *c, int ldc) {
+  scipy_openblas_set_num_threads(processors);
   scipy_cblas_cgemm(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  scipy_openblas_set_num_threads(1);
 }

@@ -7,7 +7,7 @@
    is used again.
 
    Of few rows numbers are widened in registers, of some more a few columns at a time are widened in a cache. Either way
-   the result is that of cblas.c's tiles with the widened matrix, to the bit. For prompts see by_panels in cblas.c. */
+   the result is that of cblas.c's tiles with the widened matrix, to the bit. For prompts see many_rows.c. */
 
 #include <stdint.h>
 #ifdef __F16C__
@@ -207,20 +207,18 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
     }                                                                                                               \
   }
 
-static void widen_16(enum type type, const unsigned char *from, float *to, int64_t count) {
-  if (type == BFLOAT16)
-    widen_floats(BFLOAT16, from, to, count);
-  else
-    widen_floats(FLOAT16, from, to, count);
-}
-
 #define WIDEN(TYPE)                                                                                                 \
-  static void widen_##TYPE(const struct stored *s, const unsigned char *row, int line, float *to) {                 \
-    int64_t first = (int64_t)line * groups_of(s);                                                                   \
-    for (int g = 0, at = 0; at < s->columns; g++) {                                                                 \
-      struct group own = begin(TYPE, scales + first + g, biases + first + g);                                       \
-      for (int end = at + s->group; at < end; at += LANES) *(lanes *)(to + at) = read(TYPE, row, at, &own);         \
+  static void widen_##TYPE(const struct stored *s, const unsigned char *row, int line, int from, int to, float *into) { \
+    for (int at = from; at < to;) {                                                                                 \
+      int64_t g = (int64_t)line * groups_of(s) + at / s->group;                                                     \
+      struct group own = begin(TYPE, scales + g, biases + g);                                                       \
+      for (int end = at + s->group; at < end; at += LANES) *(lanes *)(into + at - from) = read(TYPE, row, at, &own); \
     }                                                                                                               \
+  }
+#define WIDEN_FLOATS(TYPE)                                                                                          \
+  static void widen_##TYPE(const struct stored *s, const unsigned char *row, int line, int from, int to, float *into) { \
+    (void)s, (void)line;                                                                                            \
+    widen_floats(TYPE, row + 2 * from, into, to - from);                                                            \
   }
 
 /* Columns that a tile of as many rows takes, of those with sums in registers: each divides TOGETHER. */
@@ -235,6 +233,8 @@ enum { WITH_1 = 4, WITH_2 = 4, WITH_3 = 3, WITH_4 = 3 };
 #endif
 #define STORED_TILES(TYPE) TILES(TYPE) STORED_TILE(TYPE, 1, 1)
 #define QUANTIZED(TYPE) WIDEN(TYPE) STORED_TILES(TYPE)
+WIDEN_FLOATS(BFLOAT16)
+WIDEN_FLOATS(FLOAT16)
 STORED_TILES(BFLOAT16)
 STORED_TILES(FLOAT16)
 QUANTIZED(AFFINE_2)
@@ -245,15 +245,14 @@ QUANTIZED(AFFINE_6)
 QUANTIZED(AFFINE_8)
 QUANTIZED(MXFP4)
 
-/* By type: tiles of one to four rows, of one row and one column; and what widens a row. */
-#define FLOATS(TYPE) [TYPE] = {NAMES(TYPE), TYPE##_1_1, 0}
+/* By type: tiles of one to four rows, of one row and one column; and what widens some of a row. */
 #define LISTED(TYPE) [TYPE] = {NAMES(TYPE), TYPE##_1_1, widen_##TYPE}
 static const struct {
   void (*few[4])(const struct product *, int, int, int);
   void (*one)(const struct product *, int, int, int);
-  void (*widen)(const struct stored *, const unsigned char *, int, float *);
+  void (*widen)(const struct stored *, const unsigned char *, int, int, int, float *);
 } kernels[TYPES] = {
-    FLOATS(BFLOAT16), FLOATS(FLOAT16),  LISTED(AFFINE_2), LISTED(AFFINE_3), LISTED(AFFINE_4),
+    LISTED(BFLOAT16), LISTED(FLOAT16),  LISTED(AFFINE_2), LISTED(AFFINE_3), LISTED(AFFINE_4),
     LISTED(AFFINE_5), LISTED(AFFINE_6), LISTED(AFFINE_8), LISTED(MXFP4),
 };
 
@@ -272,15 +271,11 @@ static void few_stored(const struct product *p, int from, int to) {
   }
 }
 
-/* Widens rows of a stored matrix, `step` numbers apart. */
-static void widen(const struct stored *s, int row, int count, float *into, int step) {
+/* Widens of `count` rows of a stored matrix the numbers `from` to `to`, whole groups, into rows `step` numbers apart. */
+static void widen(const struct stored *s, int row, int count, int from, int to, float *into, int step) {
   for (int done = 0; done < count; done++) {
     if (done % TOGETHER == 0) read_scales(s, row + done, count - done < TOGETHER ? count - done : TOGETHER);
-    float *to = into + (long)done * step;
-    if (s->type > FLOAT16)
-      kernels[s->type].widen(s, row_of(s, row + done), done % TOGETHER, to);
-    else
-      widen_16(s->type, row_of(s, row + done), to, s->columns);
+    kernels[s->type].widen(s, row_of(s, row + done), done % TOGETHER, from, to, into + (long)done * step);
   }
 }
 
@@ -295,7 +290,7 @@ static void stored_columns(const struct product *p, int from, int to) {
   for (int j = from, count; j < to; j += count) {
     count = most < 3 ? 3 : most;
     if (count > to - j) count = to - j;
-    widen(p->stored, j, count, widened, step);
+    widen(p->stored, j, count, 0, p->k, widened, step);
     panel.c = p->c + j;
     columns(&panel, 0, count);
   }

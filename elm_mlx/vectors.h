@@ -54,3 +54,32 @@ static inline lanes exponential(lanes x) {
   power = power * part + 1.0f;
   return power * (lanes)(((integers)whole + 127) << 23);
 }
+
+/* Numbers of two vectors by turns: those of the lower halves, of the upper ones. */
+#ifdef __AVX512F__
+#define LOWER 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define UPPER 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#else
+#define LOWER 0, 8, 1, 9, 2, 10, 3, 11
+#define UPPER 4, 12, 5, 13, 6, 14, 7, 15
+#endif
+#if defined __clang__ || __GNUC__ >= 12
+#define BY_TURNS(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define BY_TURNS(x, y, ...) __builtin_shuffle(x, y, (integers){__VA_ARGS__})
+#endif
+
+/* Columns of LANES rows become rows, `step` numbers from the next: a row and the one half of all farther by turns, as
+   often as LANES can be halved. */
+static inline void transpose(const float *rows, long row_step, float *columns, long step) {
+  lanes x[LANES], y[LANES];
+  for (int i = 0; i < LANES; i++) x[i] = *(const lanes *)(rows + i * row_step);
+  for (int halved = 1; halved < LANES; halved *= 2) {
+    for (int i = 0; i < LANES / 2; i++) {
+      y[2 * i] = BY_TURNS(x[i], x[i + LANES / 2], LOWER);
+      y[2 * i + 1] = BY_TURNS(x[i], x[i + LANES / 2], UPPER);
+    }
+    for (int i = 0; i < LANES; i++) x[i] = y[i];
+  }
+  for (int i = 0; i < LANES; i++) *(lanes *)(columns + i * step) = x[i];
+}

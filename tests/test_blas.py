@@ -309,6 +309,8 @@ def test_rows_and_columns_of_every_layout_are_right() -> None:
         (3, 300, 5),
         (1, 150, 7),
         (9, 40, 30),
+        (17, 33, 530),
+        (38, 70, 35),
     ]
     for (m, n, k), ta, tb, beta in itertools.product(shapes, (111, 112), (111, 112), (0.0, 1.0, 0.5)):
         spare = 3  # rows are longer than they need to be, as a slice of a matrix has them
@@ -340,23 +342,38 @@ def test_mlx_takes_no_cblas_function_that_we_do_not_give() -> None:
     assert {name.decode() for name in wanted} <= set(blas.SYMBOLS)
 
 
+OWN_MANY = "fma" in blas._processor().split()
 needs_few_rows = pytest.mark.skipif(blas.OWN_FEW_ROWS not in blas.status().name, reason="no C compiler")
 
 
 @needs_few_rows
 @pytest.mark.usefixtures("two_threads")
 def test_a_rows_product_depends_on_no_other_row_and_on_no_number_of_processors() -> None:
-    """To the bit: whether alone or one of sixteen, shared out or not, before a matrix or one that is transposed."""
+    """To the bit, shared out or not: whether alone or one of sixteen, before a matrix or one that is transposed; and
+    where rows are a prompt's, from seventeen on."""
     drawn = mx.random.normal((3001, 203), key=mx.random.key(1))  # large enough to be shared out, in odd portions
-    rows = mx.random.normal((16, 203), key=mx.random.key(2))
-    for matrix in (drawn.T, mx.contiguous(drawn.T)):
+    few, many = mx.random.normal((16, 203), key=mx.random.key(2)), mx.random.normal((150, 203), key=mx.random.key(3))
+    prompts = [(many, drawn.T, (17, 18, 24, 25, 31, 100))] if OWN_MANY else []
+    for rows, matrix, counts in [(few, drawn.T, range(1, 17)), (few, mx.contiguous(drawn.T), range(1, 17)), *prompts]:
         together = rows @ matrix
         exact = np.array(rows, np.float64) @ np.array(matrix, np.float64)
         assert np.abs(np.array(together) - exact).max() < 1e-4
-        for count in range(1, 17):
+        for count in counts:
             assert mx.array_equal(rows[:count] @ matrix, together[:count])
         with blas.one_thread():
             assert mx.array_equal(rows @ matrix, together)
+
+
+@needs_few_rows
+@pytest.mark.usefixtures("two_threads")
+def test_openblas_has_no_thread_that_a_helper_would_wait_for() -> None:
+    openblas = next(library for library in blas._opened if hasattr(library, "scipy_openblas_get_num_threads"))
+    a, b = mx.random.normal((70, 300), key=mx.random.key(1)), mx.random.normal((300, 200), key=mx.random.key(2))
+    for x, y in ((a, b), (b.T, a.T), (mx.contiguous(a.T).T, b), (a[:, :1].T, a), (a.astype(mx.float64), b)):
+        with mx.stream(mx.cpu):
+            exact = np.array(x, np.float64) @ np.array(y, np.float64)
+            assert np.abs(np.array(x @ y) - exact).max() < 1e-4
+        assert (openblas.scipy_openblas_get_num_threads(), blas.threads()) == (1, 2)
 
 
 @needs_few_rows

@@ -6,7 +6,7 @@ steps, and no other row moves for it but the last.
 On a CPU in float32, with the BLAS that `elm_mlx.blas` compiles, a row's logits have the same bits whatever stands in up
 to fifteen others, and however far they are: products of up to 16 rows are summed in an order that does not depend on
 the number of rows, and attention in one that depends on no other query and no position that is not seen. From 17 rows
-on the products are OpenBLAS's own, and equal to rounding.
+on the products are summed in another order, and equal to rounding.
 """
 
 from __future__ import annotations
