@@ -28,7 +28,7 @@ from hostile_templates import TEMPLATES
 
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import data_files, records, text_sources
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import scores, tokens
 from elm_mlx.evaluate import task_sources as tasks
@@ -261,6 +261,7 @@ def write_records(path: Path) -> None:
     (path / "a.jsonl").write_bytes(lines)
     (path / "a.json").write_text(json.dumps(rows))
     (path / "a.jsonl.gz").write_bytes(gzip.compress(lines))
+    (path / "a.csv").write_text('text,"id"\n"the ""quick""\nfox",1\nGrüße,\n')
     (path / "a.txt").write_text("the quick\n---\nbrown fox\r\n---\n")
     with suppress(ImportError):
         import zstandard
@@ -514,7 +515,8 @@ KINDS = {
         Kind("run.json", write_run, {"run.json": json_values}, use_run),
         Kind("metrics", write_run, {"metrics.jsonl": json_lines, "run.json": json_values}, use_report),
         Kind("records", write_records, {"a.jsonl": json_lines, "a.json": json_values, "a.txt": raw_bytes,
-             "a.jsonl.gz": either(raw_bytes, _unpacked(json_lines)), "a.parquet": raw_bytes}, use_records),
+             "a.jsonl.gz": either(raw_bytes, _unpacked(json_lines)), "a.parquet": raw_bytes,
+             "a.csv": raw_bytes}, use_records),
         Kind("transcript", write_transcript, {"talk.json": json_values},
              lambda path: conversation.read_messages(path / "talk.json")),
         Kind("yaml", write_yaml, {"lora.yaml": either(raw_bytes, _text)}, use_yaml),

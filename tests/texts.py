@@ -14,8 +14,9 @@ import numpy as np
 import sentencepiece
 
 from elm_mlx.data import records as data_records
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.batches import Batch
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.columns import parsed
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.records import Record
 from elm_mlx.data.stream import Reading, TextBatches
@@ -77,14 +78,17 @@ class ReadSplit:
     bad: list[str]
     ignored: Counter[str]
     missing: str | None
+    columns: Counter[str]
 
 
-def records(path: Path, format: str | None = None, *, paired: bool = False) -> dict[str, ReadSplit]:
+def records(
+    path: Path, format: str | None = None, *, paired: bool = False, columns: Sequence[str] = ()
+) -> dict[str, ReadSplit]:
     """A file's or directory's splits, all of them read."""
     splits = {}
-    for name, split in data_records.read(path, format, paired=paired).items():
+    for name, split in data_records.read(path, format, paired=paired, columns=parsed(columns)).items():
         found = list(split.records)
         bad = [str(record) for record in found if isinstance(record, BadRecord)]
         whole = [record for record in found if not isinstance(record, BadRecord)]
-        splits[name] = ReadSplit(whole, bad, split.ignored, split.missing)
+        splits[name] = ReadSplit(whole, bad, split.ignored, split.missing, split.columns)
     return splits

@@ -30,7 +30,7 @@ _BATCH = 4  # rows, for the share of padding without packing
 
 _ABOUT = {name: about[:1].upper() + about[1:] for name, about in abouts(DataSettings).items()}
 
-PANELS = {"Records": ("format", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad")}
+PANELS = {"Records": ("format", "columns", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad")}
 
 
 def data(
@@ -42,6 +42,7 @@ def data(
         Path | None, typer.Option(metavar="FILE", help="In place of both, a recipe of `pretrain`: sample its mixture.")
     ] = None,
     format: Annotated[options.RecordFormat | None, typer.Option(help=_ABOUT["format"])] = None,
+    columns: Annotated[list[str] | None, typer.Option(help=_ABOUT["columns"])] = None,
     template: options.ChatTemplate = None,
     max_seq_length: Annotated[int | None, typer.Option(help=_ABOUT["max_seq_length"])] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help=_ABOUT["truncate"])] = False,
@@ -55,6 +56,7 @@ def data(
     if path is None or model is None:
         raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
     from elm_mlx.data import examples, records
+    from elm_mlx.data.columns import parsed
     from elm_mlx.model.config import read_config
     from elm_mlx.text.chat_template import choose
     from elm_mlx.text.tokenizer import read_vocabulary
@@ -65,13 +67,14 @@ def data(
     chosen = choose(model, tokenizer, template)
     length = examples.longest(shape) if max_seq_length is None else max_seq_length
     context = shape.max_context_length
-    paired = format == _PAIRS or (format is None and records.are_pairs(path))
+    taken = parsed(columns or ())
+    paired = format == _PAIRS or (format is None and records.are_pairs(path, taken))
     if paired and train_on_prompt:
         raise InputError(f"{path}: holds pairs, of which answers alone are trained: leave out --train-on-prompt")
     with bad_records_named(path):
         splits = examples.load(
             path, tokenizer, chosen, length, context=context, format=None if paired else format, paired=paired,
-            train_on_prompt=train_on_prompt, truncate=truncate, skip_bad=skip_bad,
+            columns=taken, train_on_prompt=train_on_prompt, truncate=truncate, skip_bad=skip_bad,
         )  # fmt: skip
     for name, prepared in splits.items():
         name_bad(prepared.bad)

@@ -26,14 +26,16 @@ _ELSEWHERE = {
     "trust_remote_code": "no code that comes with a model is run here",
     "config": "settings come from one file",
     "hf_dataset": "the hub's data sets are not fetched here: write data: DIR, with its files",
-    "prompt_feature": "give the field of your data the name prompt",
-    "completion_feature": "give the field of your data the name completion",
-    "text_feature": "give the field of your data the name text",
-    "chat_feature": "give the field of your data the name messages",
+}
+_COLUMNS = {
+    "prompt_feature": "prompt",
+    "completion_feature": "completion",
+    "text_feature": "text",
+    "chat_feature": "messages",
 }
 _ONLY_MLX_LM = {
-    "train", "fine_tune_type", "lora_parameters", "mask_prompt", "optimizer_config", *_RENAMED, *_OF_NO_MATTER,
-    *_ELSEWHERE,
+    "train", "fine_tune_type", "lora_parameters", "mask_prompt", "optimizer_config", *_COLUMNS, *_RENAMED,
+    *_OF_NO_MATTER, *_ELSEWHERE,
 }  # fmt: skip
 
 
@@ -49,6 +51,12 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     theirs = {key: value for key, value in values.items() if key in _ONLY_MLX_LM}
     found = {key: value for key, value in values.items() if key not in _ONLY_MLX_LM}
     _check(theirs, found)
+    columns = {_COLUMNS[key]: theirs.pop(key) for key in _COLUMNS if theirs.get(key) is not None}
+    if "prompt" in columns or "completion" in columns:
+        columns = {"prompt": "prompt", "completion": "completion"} | columns
+    if columns and found.get("columns") is not None:
+        raise ValueError("columns and mlx-lm's names of features say the same, and both are there: keep one")
+    found |= {"columns": columns} if columns else {}
     for key, value in theirs.items():
         for name, made in _meaning(key, value, found.get("optimizer")):
             if name in found or (name == SCALE and found.get("alpha") is not None):

@@ -101,8 +101,7 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
     """
     options = kind.options()
     values = {name: given[name] for name in options if _on_command_line(ctx, name)}
-    if isinstance(values.get("target"), (list, tuple)):
-        values["target"] = tuple(values["target"])
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     if "epochs" in values:
         values.setdefault("iters", None)  # of a file, it would overrule the epochs
 
@@ -193,6 +192,8 @@ def _read_as(setting: Setting, value: Any, where: str) -> Any:
         rows = value.items() if isinstance(value, Mapping) else (("", each) for each in value)
         numbers = [(name, sections.value_of(int, each, "rank", where)) for name, each in rows]
         return ",".join(f"{name}={number}" if isinstance(value, Mapping) else str(number) for name, number in numbers)
+    if setting.name == "columns" and isinstance(value, Mapping):
+        return tuple(f"{key}={column}" for key, column in value.items())
     if setting.kind in (str, Path) and type(value) in (int, float):
         value = str(int(value) if value == value // 1 else value)
     return sections.value_of(setting.kind, value, setting.name, where)

@@ -16,7 +16,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from elm_mlx.data import records
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
+from elm_mlx.data.columns import Columns
 from elm_mlx.data.records import Conversation, Instruction, PlainText, Preference, PromptAnswer, Record
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import Config
@@ -252,6 +253,7 @@ class Prepared:
         bad: place and reason of each record that gave no example because it cannot be used.
         ignored: keys of records without meaning here, each with how many records have it.
         missing: a line about shards that are not there.
+        columns: a line for each choice of columns, with the number of files.
         written: names of special tokens that stand in the records' texts, with how often.
         longest: the longest record's tokens, and its place.
         split: texts that were split, into `windows` examples.
@@ -269,6 +271,7 @@ class Prepared:
     bad: list[str] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
+    columns: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     split: int = 0
@@ -288,6 +291,8 @@ class Prepared:
         """Yields a line for each part of the data that is not used as it might seem, under a label."""
         if self.missing is not None:
             yield "files", self.missing
+        for chosen, files in self.columns.items():
+            yield "columns", chosen if files == 1 else f"{chosen}; {counted(files, 'file')}"
         if self.ignored:
             yield "ignored", f"keys without meaning here: {_listed(self.ignored)}"
         if self.written:
@@ -348,6 +353,7 @@ def load(
     context: int | None = None,
     format: str | None = None,
     paired: bool = False,
+    columns: Columns | None = None,
     train_on_prompt: bool = False,
     truncate: bool = False,
     skip_bad: bool = False,
@@ -357,6 +363,7 @@ def load(
     Args:
         context: tokens that the model reads, if it is known: `max_length` is no more.
         paired: the records are pairs of answers; those are trained alone.
+        columns: that are taken, as in `records.read`.
         skip_bad: leave bad records out; `Prepared.bad` names them.
 
     Raises:
@@ -373,7 +380,7 @@ def load(
         )
     splits = {
         name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate, context)
-        for name, split in records.read(path, format, paired=paired).items()
+        for name, split in records.read(path, format, paired=paired, columns=columns).items()
     }
     bad = [reason for split in splits.values() for reason in split.bad]
     if bad and not skip_bad:
@@ -410,7 +417,9 @@ def prepare(
         InputError: there are conversations, and no template.
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
-    prepared = Prepared(max_length, truncate, context, ignored=split.ignored, missing=split.missing)
+    prepared = Prepared(
+        max_length, truncate, context, ignored=split.ignored, missing=split.missing, columns=split.columns
+    )
     for record in split.records:
         if isinstance(record, BadRecord):
             prepared.bad.append(str(record))

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data import filters
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.text_sources import Broken, Position, Raw, TextSource
 from elm_mlx.data.workers import Encode, Outcome, Pool
 from elm_mlx.errors import ElmError, InputError

@@ -9,8 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord, key_of, keys_of, kind_of
+from elm_mlx.data import columns as choose
+from elm_mlx.data import data_files, split_files
+from elm_mlx.data.bad_record import BadRecord, key_of, keys_of, kind_of
+from elm_mlx.data.columns import Columns
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import ROLES, check_messages
 
@@ -130,19 +132,25 @@ class Split:
         records: in place of one that cannot be used, a BadRecord that says where and why.
         ignored: keys without meaning here, each with how many of the other records have it.
         missing: a line about shards that are not there.
+        columns: a line for each choice of columns of which keys have other names, with the number of files.
     """
 
     records: Iterable[Record | BadRecord] = ()
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
+    columns: Counter[str] = field(default_factory=Counter)
 
 
-def read(path: Path, format: str | None = None, *, paired: bool = False) -> dict[str, Split]:
-    """Reads the records of a file, as split `train`, or of a directory's splits, as `data_files.find` finds them.
+def read(
+    path: Path, format: str | None = None, *, paired: bool = False, columns: Columns | None = None
+) -> dict[str, Split]:
+    """Reads the records of a file, as split `train`, or of a directory's splits, as `split_files.find` finds them.
 
     Args:
         format: one of FORMATS, for every record; by default each one's own keys tell.
         paired: the records are pairs of answers.
+        columns: that are taken, by the keys of a record; by default those of its keys' names, and of a table those
+            that can be guessed.
 
     Raises:
         InputError: there is no such file. Later, while reading: a file holds nothing that can be read, such as Parquet
@@ -152,15 +160,21 @@ def read(path: Path, format: str | None = None, *, paired: bool = False) -> dict
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: is not one of {', '.join(FORMATS)}")
     splits = {}
-    for name, files in data_files.find(path).items():
+    for name, files in split_files.find(path).items():
         split = splits[name] = Split(missing=files.missing)
-        split.records = _in_blocks(_records(files.paths, split, "pairs" if paired else format))
+        split.records = _in_blocks(_records(files.paths, split, "pairs" if paired else format, columns))
     return splits
 
 
-def are_pairs(path: Path) -> bool:
+def are_pairs(path: Path, columns: Columns | None = None) -> bool:
     """Tells whether the first record to train on is a pair of answers. Raises InputError, ElmError as `read`."""
-    found = data_files.read_all(data_files.find(path)["train"].paths, _PAIR)
+    if columns is not None:
+        return columns.taken.keys() >= {*_PAIR}
+    paths = split_files.find(path)["train"].paths
+    table = data_files.columns_of(paths[0])
+    if table is not None:
+        return {*_PAIR} <= {*table[1]} or choose.guess(table[1], "pairs") is not None
+    found = data_files.read_all(paths, _PAIR)
     return _is_pair(next((value for _, value in found if isinstance(value, dict)), None))
 
 
@@ -175,7 +189,7 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     if not isinstance(value, dict):
         raise BadRecord(f"is {kind_of(value)}, not an object")
     _refuse(value, _NOT_USED, "")
-    if value.get("weight") not in (None, 1):
+    if value.get("weight") not in (None, 1, "", "1"):  # of CSV, a text
         raise BadRecord("has a `weight`, but all records count the same; a message may have one, 0 or 1")
     layout = _LAYOUTS[_format_of(value) if format is None else format]
     missing = next((key for key in layout.keys if key not in value), None)
@@ -191,24 +205,53 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     return record, ignored + [f"{key_of(key)} of messages" for key in inner]
 
 
-def _records(paths: Sequence[Path], split: Split, format: str | None) -> Iterator[Record | BadRecord]:
-    """Reads the records in files; keys without meaning are counted in `split`."""
+def _records(
+    paths: Sequence[Path], split: Split, format: str | None, asked: Columns | None
+) -> Iterator[Record | BadRecord]:
+    """Reads the records in files; keys without meaning, and columns, are counted in `split`."""
     count = of_lora = 0
-    for where, value in data_files.read_all(paths, _LAYOUTS["pairs"].known if format == "pairs" else _COLUMNS):
-        if not count and format is None and _is_pair(value):
-            raise InputError(f"{where}: {_FOR_DPO}, and `elm-mlx data` shows them")
-        count += 1
-        try:
-            record, ignored = record_of(where, value, format)
-        except BadRecord as error:
-            of_lora += str(error).endswith(_FOR_LORA)
-            yield BadRecord(f"{where}: {error}")
-            continue
-        split.ignored.update(ignored)
-        yield record
+    for path in paths:
+        columns = asked
+        if (table := data_files.columns_of(path)) is not None:
+            columns = choose.of_table(table[1], str(path), asked, format)
+            split.columns[table[0] if columns is None else f"{table[0]}; {columns}"] += 1
+        elif columns is not None:
+            split.columns[str(columns)] += 1
+        for _, where, value in data_files.read(path, _wanted(columns, format)):
+            if not count and format is None and _is_pair(value):
+                raise InputError(f"{where}: {_FOR_DPO}, and `elm-mlx data` shows them")
+            count += 1
+            try:
+                record, ignored = _taken(where, value, format, columns)
+            except BadRecord as error:
+                of_lora += str(error).endswith(_FOR_LORA)
+                yield BadRecord(f"{where}: {error}")
+                continue
+            split.ignored.update(ignored)
+            yield record
+    names = ", ".join(map(str, paths))
+    if not count:
+        raise InputError(f"{names}: holds no records")
     if of_lora == count:
-        names = ", ".join(map(str, paths))
         raise InputError(f"{names}: holds no pairs of answers, `chosen` and `rejected`; {_FOR_LORA}")
+
+
+def _wanted(columns: Columns | None, format: str | None) -> Collection[str]:
+    """The columns of Parquet that are read."""
+    if columns is not None:
+        return columns.taken.values()
+    return _LAYOUTS["pairs"].known if format == "pairs" else _COLUMNS
+
+
+def _taken(where: str, value: Any, format: str | None, columns: Columns | None) -> tuple[Record, list[str]]:
+    """The record in some columns of a value, as `record_of`. Raises BadRecord, in the words of the file."""
+    if columns is None or not isinstance(value, dict):
+        return record_of(where, value, format)
+    chosen, others = columns.renamed(value)
+    try:
+        return record_of(where, chosen, format)[0], others
+    except BadRecord as error:
+        raise BadRecord(columns.by_column(str(error))) from None
 
 
 def _in_blocks(found: Iterator[Record | BadRecord]) -> Iterator[Record | BadRecord]:
@@ -231,7 +274,8 @@ def _format_of(value: Mapping[str, Any]) -> str:
             "for human's and gpt's) and `content`"
         )
     wanted = "; ".join(", ".join(f"`{key}`" for key in _LAYOUTS[name].keys) for name in FORMATS)
-    raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}")
+    hint = choose.hint(value)
+    raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}{hint}")
 
 
 def _has_a_format(value: Mapping[str, Any]) -> bool:
@@ -287,7 +331,7 @@ def _plain_text(where: str, value: Mapping[str, Any]) -> Record:
 
 
 def _prompt_answer(where: str, value: Mapping[str, Any]) -> Record:
-    if value.get("label") is False:  # KTO's
+    if value.get("label") is False or str(value.get("label")).lower() == "false":  # KTO's
         raise BadRecord("`label` is false: `completion` is an answer that is not wanted")
     made = PromptAnswer(where, _text(value, "prompt"), _text(value, "completion"))
     return _with_system(value, made, made.prompt, made.completion)

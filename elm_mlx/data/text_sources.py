@@ -1,8 +1,8 @@
 """Raw text to pretrain on: files by path, directory or glob, or a data set on the Hugging Face Hub; read lazily.
 
-A document is a line of JSON, an element of a JSON array, a row of Parquet, or a text file: a whole one, or the text
-between lines that are the source's separator. Documents are numbered within their file: by line, element, row, and 0
-for a whole file. Importing this imports neither NumPy nor what unpacks Parquet and Zstandard.
+A document is a line of JSON, an element of a JSON array, a row of CSV or Parquet, or a text file: a whole one, or the
+text between lines that are the source's separator. Documents are numbered within their file: by line, element, row,
+and 0 for a whole file. Importing this imports neither NumPy nor what unpacks Parquet and Zstandard.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from elm_mlx import reading
-from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord, text_of
+from elm_mlx.data import data_files, packed_files, split_files
+from elm_mlx.data.bad_record import BadRecord, keys_of, text_of
 from elm_mlx.errors import ElmError, InputError
 
-SUFFIXES = (*data_files.JSON, *data_files.TEXT, data_files.PARQUET)
+_IN_FOLDERS = (*data_files.JSON, *data_files.TEXT, data_files.PARQUET)
+SUFFIXES = (*_IN_FOLDERS, *data_files.CSV)  # tables of all kinds lie about in folders: one is named to be read
 _MANY = 16  # files for each process, from which on a process is given whole files rather than a share of each
 
 
@@ -30,7 +31,7 @@ class TextSource:
 
     Args:
         path: a file; a directory: all data files below it but those that are held out by their or their folders'
-            names, as `data_files.name_of` knows them; or a glob, in which `**` crosses directories.
+            names, as `split_files.name_of` knows them; or a glob, in which `**` crosses directories.
         dataset: a data set's name on the Hub, to be streamed by the `datasets` package.
         subset, split: of `dataset`.
         weight: the share of this source's tokens, in relation to the others' weights.
@@ -177,17 +178,17 @@ def _content(value: Any, key: str) -> str | BadRecord:
 
 
 def _records(path: Path, key: str, start: int) -> Iterator[tuple[int, str, Any]]:
-    by_column = path.name.lower().endswith(data_files.PARQUET)
+    by_column = path.name.lower().endswith((*data_files.CSV, data_files.PARQUET))
     for number, where, value in data_files.read(path, (key,), start, parse=False):
         if by_column and isinstance(value, dict) and key not in value:
-            raise InputError(f"{path}: has no column `{key}`; it has {data_files.keys_of(value)}")
+            raise InputError(f"{path}: has no column `{key}`; it has {keys_of(value)}")
         yield number, where, value if isinstance(value, bytes) else _content(value, key)
 
 
 def _texts(path: Path, separator: str | None, start: int) -> Iterator[tuple[int, str, Any]]:
-    with data_files.open_file(path) as file:
+    with packed_files.open_file(path) as file:
         if separator is None:
-            parts = iter([(str(path), reading.unmarked(data_files.read_whole(path, file), str(path)))])
+            parts = iter([(str(path), reading.unmarked(packed_files.read_whole(path, file), str(path)))])
         else:
             parts = _separated(path, file, separator.encode())
         for number, (where, data) in enumerate(parts):
@@ -203,10 +204,10 @@ def _texts(path: Path, separator: str | None, start: int) -> Iterator[tuple[int,
 def _separated(path: Path, file: IO[bytes], separator: bytes) -> Iterator[tuple[str, bytes]]:
     """The texts between separators that are not blank, each with its place."""
     first, text = 1, bytearray()
-    for number, line in data_files.whole_lines(path, file):
+    for number, line in packed_files.whole_lines(path, file):
         if line.strip() != separator:
             text += line
-            if len(text) > data_files.LINE_BYTES:
+            if len(text) > packed_files.LINE_BYTES:
                 raise InputError(f"{path}, line {first}: no separator in {len(text) >> 20} MB")
             continue
         if text.strip():
@@ -222,10 +223,10 @@ def _found(pattern: str) -> list[Path]:
         data_files.suffix_of(path, SUFFIXES)
         return [path]
     if path.is_dir():
-        known = (each for each in path.rglob("*") if each.name.lower().endswith(SUFFIXES) and each.is_file())
+        known = (each for each in path.rglob("*") if each.name.lower().endswith(_IN_FOLDERS) and each.is_file())
         paths = sorted(each for each in known if _is_to_train_on(each.relative_to(path)))
         if not paths:
-            raise InputError(f"{path}: holds no data files, which are {', '.join(SUFFIXES)}")
+            raise InputError(f"{path}: holds no data files, which are {', '.join(_IN_FOLDERS)}")
         return paths
     matching = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path's takes no absolute pattern)
     paths = sorted(each for each in matching if each.is_file())
@@ -239,7 +240,7 @@ def _found(pattern: str) -> list[Path]:
 def _is_to_train_on(path: Path) -> bool:
     """Tells whether a file below a source's directory is neither hidden nor held out."""
     hidden = any(part.startswith(".") for part in path.parts)
-    return not hidden and not data_files.is_held_out(path, data_files.suffix_of(path, SUFFIXES))
+    return not hidden and not split_files.is_held_out(path, data_files.suffix_of(path, SUFFIXES))
 
 
 def _datasets(source: TextSource) -> Any:

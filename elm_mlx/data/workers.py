@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx.data import filters, text_sources
-from elm_mlx.data.data_files import BadRecord, parse_line, text_of
+from elm_mlx.data.bad_record import BadRecord, text_of
+from elm_mlx.data.data_files import parse_line
 from elm_mlx.data.filters import Filters
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.text.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
 
 SHAPES = "`query`/`choices`/`gold`, `context_options`/`continuation`/`gold` or `context`/`continuation`"
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from elm_mlx import reading
 from elm_mlx.data import data_files
+from elm_mlx.data.bad_record import BadRecord, keys_of, kind_of
 from elm_mlx.data.data_files import RECORDS as SUFFIXES
-from elm_mlx.data.data_files import BadRecord
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.questions import SHAPES, Question, has_shape, hellaswag_adopted, of_shape
 from elm_mlx.evaluate.tasks import Chosen, Task
@@ -132,13 +132,13 @@ def _questions(paths: Sequence[Path], read: Callable[[Mapping[str, Any]], Questi
             if isinstance(record, BadRecord):
                 raise record
             if not isinstance(record, dict):
-                raise BadRecord(f"is {data_files.kind_of(record)}, not an object")
+                raise BadRecord(f"is {kind_of(record)}, not an object")
             found.append(read(record))
         except BadRecord as error:
             raise InputError(f"{where}: {error}{hint}") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
             reason = f"`{error.args[0]}` is missing" if isinstance(error, KeyError) else str(error)
-            keys = data_files.keys_of(record)
+            keys = keys_of(record)
             raise InputError(f"{where}: is not a record of this task: {reason}; it has {keys}") from None
     return found
 

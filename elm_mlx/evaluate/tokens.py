@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elm_mlx import reading
-from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data import data_files, packed_files
+from elm_mlx.data.bad_record import BadRecord, text_of
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.scores import Score
 from elm_mlx.text.tokenizer import Tokenizer, check_unicode
@@ -168,14 +168,14 @@ def slide(ids: Sequence[int], window: int, stride: int) -> Iterator[Scored]:
 
 
 def _documents(path: Path) -> Iterator[str]:
-    suffix = data_files.suffix_of(path, (*data_files.TEXT, *data_files.JSON))
+    suffix = data_files.suffix_of(path, (*data_files.TEXT, *data_files.RECORDS))
     if suffix in data_files.TEXT:
-        with data_files.open_file(path) as file:
-            yield reading.decoded(data_files.read_whole(path, file), str(path))
+        with packed_files.open_file(path) as file:
+            yield reading.decoded(packed_files.read_whole(path, file), str(path))
         return
-    for where, value in data_files.read_all([path], ()):
+    for where, value in data_files.read_all([path], ("text",)):
         try:
-            text = data_files.text_of(value, "text")
+            text = text_of(value, "text")
             check_unicode(text)
         except (BadRecord, InputError) as error:
             raise InputError(f"{where}: {error}") from None

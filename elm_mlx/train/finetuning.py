@@ -20,7 +20,7 @@ import mlx.core as mx
 from elm_mlx import device
 from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import batches as batching
-from elm_mlx.data import examples
+from elm_mlx.data import columns, examples
 from elm_mlx.data.batches import Batches
 from elm_mlx.data.examples import Example, Prepared
 from elm_mlx.directories import RUN_RECORD
@@ -232,7 +232,8 @@ def read_data(
     longest = examples.longest(config) if settings.max_seq_length is None else settings.max_seq_length
     return examples.load(
         path, tokenizer, template, longest, context=config.max_context_length, format=settings.format, paired=paired,
-        train_on_prompt=settings.train_on_prompt, truncate=settings.truncate, skip_bad=settings.skip_bad,
+        columns=columns.parsed(settings.columns or ()), train_on_prompt=settings.train_on_prompt,
+        truncate=settings.truncate, skip_bad=settings.skip_bad,
     )  # fmt: skip
 
 
@@ -265,6 +266,7 @@ def _examples_of(adapter: Path, model: Path) -> list[Example]:
     asked = DataSettings(
         format=settings.get("format"), max_seq_length=settings.get("max_seq_length"), skip_bad=True,
         truncate=bool(settings.get("truncate")), train_on_prompt=bool(settings.get("train_on_prompt")),
+        columns=tuple(settings.get("columns") or ()),
     )  # fmt: skip
     path, paired = expanded(settings["data"]), about.get("command") == "dpo"
     return read_data(model, read_config(model), path, asked, paired=paired, adapter=adapter)["train"].examples

@@ -208,6 +208,7 @@ class DataSettings:
 
     Args:
         format: layout of the records. (default: by each record's keys)
+        columns: columns or fields to take, as prompt=question,completion=answer. (default: by name)
         template: chat template: openelm-instruct, none, or a file of Jinja text. (default: the model's own)
         max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
         truncate: truncate longer examples.
@@ -218,6 +219,7 @@ class DataSettings:
     """
 
     format: RecordFormat | None = None
+    columns: tuple[str, ...] | None = None
     template: str | None = None
     max_seq_length: int | None = None
     truncate: bool = False

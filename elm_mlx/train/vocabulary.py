@@ -15,8 +15,8 @@ from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
-from elm_mlx.data import data_files
-from elm_mlx.data.data_files import BadRecord, text_of
+from elm_mlx.data import data_files, packed_files
+from elm_mlx.data.bad_record import BadRecord, text_of
 from elm_mlx.data.text_sources import SUFFIXES
 from elm_mlx.directories import check_file
 from elm_mlx.errors import ElmError, InputError
@@ -197,8 +197,8 @@ class _Reservoir:
 def _texts(path: Path) -> Iterator[tuple[str, Any]]:
     """Yields each text in the file with its place, as `_utf8` takes them; of a text file, each line."""
     if data_files.suffix_of(path, SUFFIXES) in data_files.TEXT:
-        with data_files.open_file(path) as file:
-            yield from ((f"{path}, line {line}", data) for line, data in data_files.lines(path, file))
+        with packed_files.open_file(path) as file:
+            yield from ((f"{path}, line {line}", data) for line, data in packed_files.lines(path, file))
     else:
         yield from ((where, value) for _, where, value in data_files.read(path, ("text",)))
 

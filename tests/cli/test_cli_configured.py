@@ -202,7 +202,7 @@ def test_mlx_lms_keys_that_mean_the_same(line: str, name: str, value: Any, optio
         ("fine_tune_type: [lora]", "fine_tune_type is ['lora']"),
         ("resume_adapter_file: a.safetensors", "`elm-mlx fuse` it"),
         ("hf_dataset: {path: a/b}", "write data: DIR"),
-        ("prompt_feature: question", "give the field of your data the name prompt"),
+        ("prompt_feature: question\ncolumns: {text: a}", "columns and mlx-lm's names of features say the same"),
         ("trust_remote_code: true", "no code that comes with a model is run here"),
         ("report_to: wandb", "`elm-mlx report DIR`"),
         ("optimizer: adam", "write adamw, which without weight_decay is Adam"),

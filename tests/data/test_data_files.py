@@ -15,8 +15,9 @@ import pytest
 import texts
 
 from elm_mlx import reading
-from elm_mlx.data import data_files, text_sources
-from elm_mlx.data.data_files import BadRecord, Name, find, is_held_out, name_of
+from elm_mlx.data import data_files, packed_files, text_sources
+from elm_mlx.data.bad_record import BadRecord
+from elm_mlx.data.split_files import Name, find, is_held_out, name_of
 from elm_mlx.errors import ElmError, InputError
 
 LINES = b'{"text": "a"}\n' * 20_000  # more than is unpacked at once
@@ -35,7 +36,7 @@ def packed(*parts: bytes) -> bytes:
 @pytest.mark.parametrize("frames", [(LINES,), (LINES[:99], LINES[99:]), (b"", LINES), (LINES, b"")])
 def test_zstandard_frames(tmp_path: Path, frames: tuple[bytes, ...]) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(packed(*frames))
-    with data_files.open_file(tmp_path / "a.jsonl.zst") as file:
+    with packed_files.open_file(tmp_path / "a.jsonl.zst") as file:
         assert file.read() == LINES
     assert len(texts.records(tmp_path / "a.jsonl.zst")["train"].records) == 20_000
 
@@ -44,7 +45,7 @@ def test_a_zstandard_stream_without_its_size(tmp_path: Path) -> None:
     zstandard = pytest.importorskip("zstandard")
     stream = zstandard.ZstdCompressor(write_content_size=False).compressobj()
     (tmp_path / "a.json.zst").write_bytes(stream.compress(LINES) + stream.flush())
-    with data_files.open_file(tmp_path / "a.json.zst") as file:
+    with packed_files.open_file(tmp_path / "a.json.zst") as file:
         assert file.read() == LINES
 
 
@@ -98,7 +99,7 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
 def test_a_line_or_a_file_that_no_text_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, begin: bytes
 ) -> None:
-    monkeypatch.setattr(data_files, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(packed_files, "LINE_BYTES", 1 << 20)
     monkeypatch.setattr(reading, "CORPUS_BYTES", 2 << 20)
     data = begin + b"a" * (3 << 20) + b'"}'
     pack = {"a.jsonl": bytes, "a.jsonl.gz": gzip.compress, "a.jsonl.zst": packed}[name]
@@ -108,7 +109,7 @@ def test_a_line_or_a_file_that_no_text_is(
 
 
 def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_files, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(packed_files, "LINE_BYTES", 1 << 20)
     array = b"[\n" + b",\n".join([b'{"text": "a"}'] * 200_000) + b"]"
     (tmp_path / "a.json").write_bytes(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
@@ -123,7 +124,7 @@ def test_a_parquet_row_group_may_not_be_a_thousand_times_its_file(
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    monkeypatch.setattr(data_files, "LINE_BYTES", 1 << 20)
+    monkeypatch.setattr(packed_files, "LINE_BYTES", 1 << 20)
     table = pyarrow.table({"text": ["a" * (1 << 20)] * 4, "text.b": ["b"] * 4})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     with pytest.raises(InputError, match=r"a\.parquet: row group 0 unpacks to 4 MB, over 100 times its size"):
@@ -134,13 +135,13 @@ def test_a_parquet_row_group_may_not_be_a_thousand_times_its_file(
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
 def test_utf_16_is_refused_by_file(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"text": "a"}\n', encoding="utf-16")
-    with data_files.open_file(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
-        list(data_files.lines(tmp_path / name, file))
+    with packed_files.open_file(tmp_path / name) as file, pytest.raises(InputError, match="not UTF-8 but UTF-16"):
+        list(packed_files.lines(tmp_path / name, file))
 
 
 def test_a_pipe_is_no_data_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(InputError, match="is not a regular file"), data_files.open_file(tmp_path / "a.jsonl"):
+    with pytest.raises(InputError, match="is not a regular file"), packed_files.open_file(tmp_path / "a.jsonl"):
         pass
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_mlx.data import filters
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.mixture import Feed, Mixture, ahead
 from elm_mlx.data.text_sources import Broken, Position, Raw, TextSource
 from elm_mlx.data.workers import Encode

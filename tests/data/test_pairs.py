@@ -13,8 +13,8 @@ from chat_templates import CHATML
 from sentencepiece_models import EXACT, train
 
 from elm_mlx.data import examples
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.batches import Batches, Joined, PairBatch, PairBatches
-from elm_mlx.data.data_files import BadRecord
 from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared, prepare
 from elm_mlx.data.records import Conversation, Preference, PromptAnswer, Split, record_of
 from elm_mlx.errors import InputError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import os
@@ -50,6 +51,13 @@ def write_array_zipped(path: Path) -> None:
     path.write_bytes(gzip.compress(json.dumps(ROWS).encode()))
 
 
+def write_csv(path: Path) -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if path.suffix == ".TSV" else ";")
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
 def write_parquet(path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -67,6 +75,8 @@ KINDS: list[tuple[str, Callable[[Path], None]]] = [
     ("a.json.gz", write_array_zipped),
     ("a.jsonl.gz", write_lines_zipped),
     ("a.parquet", write_parquet),
+    ("a.csv", write_csv),
+    ("a.TSV", write_csv),
 ]
 
 
@@ -109,16 +119,25 @@ class TestFiles:
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
         assert bare(read(tmp_path / "a.parquet")["train"].records) == [((USER, ASSISTANT), frozenset())]
 
-    def test_other_columns_of_parquet_are_named(self, tmp_path: Path) -> None:
+    def test_other_columns_are_guessed_of_a_table_and_hinted_at_elsewhere(self, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")
         from pyarrow import parquet
 
-        rows = [{"question": "a", "answer": "b"}, {"question": "c", "answer": "d"}]
+        rows = [{"id": "1", "question": "a", "answer": "b"}, {"id": "2", "question": "c", "answer": "d"}]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        bad, same = ([line.partition(": ")[2] for line in read(tmp_path / name)["train"].bad] for name in
-                     ("a.parquet", "a.jsonl"))  # fmt: skip
-        assert bad == same and len(bad) == 2 and bad[0].endswith("`text`; it has `question`, `answer`")
+        (tmp_path / "a.csv").write_text("id,question,answer\n1,a,b\n2,c,d\n")
+        lines(tmp_path / "a.jsonl", *rows)
+        for name in ("a.parquet", "a.csv"):
+            split = read(tmp_path / name)["train"]
+            assert bare(split.records) == [("a", "b"), ("c", "d")] and split.ignored == {"`id`": 2}
+            (columns,) = split.columns
+            assert "prompt = `question`, completion = `answer` (guessed" in columns
+        hinted = read(tmp_path / "a.jsonl")["train"].bad
+        option = "--columns prompt=question,completion=answer"
+        assert len(hinted) == 2 and hinted[0].endswith(f"it has `id`, `question`, `answer`; {option} takes it")
+        for name in ("a.parquet", "a.csv", "a.jsonl"):
+            split = read(tmp_path / name, columns=[option.partition(" ")[2]])["train"]
+            assert bare(split.records) == [("a", "b"), ("c", "d")] and split.ignored == {"`id`": 2}
 
     def test_parquet_without_pyarrow(self, tmp_path: Path, without: Callable[[str], None]) -> None:
         (tmp_path / "a.parquet").write_bytes(b"PAR1")
@@ -174,9 +193,9 @@ class TestFiles:
             read(tmp_path / "a.json")
 
     def test_what_is_no_data_file(self, tmp_path: Path) -> None:
-        (tmp_path / "a.csv").write_text("text\na\n")
-        with pytest.raises(InputError, match=r"a\.csv: not a kind of data file .*\.jsonl, \.json"):
-            read(tmp_path / "a.csv")
+        (tmp_path / "a.xlsx").write_text("text\na\n")
+        with pytest.raises(InputError, match=r"a\.xlsx: not a kind of data file .*\.jsonl, \.json"):
+            read(tmp_path / "a.xlsx")
         with pytest.raises(InputError, match="no such file or directory"):
             read(tmp_path / "nowhere")
 

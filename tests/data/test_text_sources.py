@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_mlx.data import text_sources
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.text_sources import Broken, Position, Raw, TextFiles, TextSource, documents
 from elm_mlx.errors import ElmError, InputError
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elm_mlx.data.data_files import BadRecord
+from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.evaluate import questions
 from elm_mlx.evaluate.questions import Question, choices, continuation, has_shape, of_shape, partial
 
