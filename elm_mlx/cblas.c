@@ -7,13 +7,14 @@
    matrix that is not transposed, sums of its rows. Each is summed in the same order whatever the number of rows and
    threads, and whatever zeros follow, so a text's logits don't depend on its company.
 
-   Processors take a few columns at a time from what is left: on a machine that others use too, none waits for one that
-   is held up, but for the columns that it has in hand. */
+   Processors take a few columns at a time, each from a stretch of its own and then from the others': on a machine that
+   others use too, none waits for one that is held up, but for the columns that it has in hand. */
 
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <sys/random.h>
 
@@ -26,7 +27,7 @@ enum { OWN_MANY = 1 };
 #else /* vectors narrower than those of OpenBLAS, which finds out what the processor has; or, with NEON, not measured */
 enum { OWN_MANY = 0 };
 #endif
-enum { FEW = 16, MANY = 512, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, PORTIONS = 16 };
+enum { FEW = 16, MANY = 512, WORTH_SHARING = 1 << 18, SPINS = 1 << 13, SHORT = 1 << 10, PORTIONS = 16, MOST_THREADS = 64 };
 
 void scipy_cblas_sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *,
                        int);
@@ -217,42 +218,72 @@ static const struct stored *stored_at(const float *b, int n, int k) {
   return is_described(b, n, k) && found->kind == STORED ? (const void *)b : 0;
 }
 
-/* One job at a time is shared out: n columns, of which a call computes some. Whoever takes a portion takes the highest
-   that is left, and says when it is done; `left` is at most 0 when there is none, and then `shared` belongs to who holds
-   `sharing`. */
+/* One job at a time is shared out: n columns, of which a call computes some. Each thread has a stretch of portions, and
+   goes through it from the first on, so that what it fetches ahead is what it takes next; then it helps the others.
+   Who takes a portion says when it is done. `left` is what is left of a stretch: at most 0 when there is nothing, and
+   then `shared` belongs to who holds `sharing`. */
 typedef void (*compute)(const void *what, int from, int to);
 static struct {
   compute columns;
   const void *what;
   int n, portion;
 } shared;
-static atomic_int left, done;
+static struct stretch {
+  atomic_int left;
+  int end; /* of its portions, by their numbers */
+} __attribute__((aligned(64))) stretches[MOST_THREADS];
+static atomic_int threads_at_work, done, sleeping;
+static atomic_uint jobs; /* that have been shared out */
 static pthread_mutex_t sharing = PTHREAD_MUTEX_INITIALIZER, resting = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t called = PTHREAD_COND_INITIALIZER;
 static pthread_rwlock_t living = PTHREAD_RWLOCK_INITIALIZER; /* written by who frees what others may be reading */
 static int helpers;
 
-static void work(void) {
-  for (int number; (number = atomic_fetch_sub(&left, 1) - 1) >= 0;) {
-    int from = number * shared.portion, to = from + shared.portion;
-    shared.columns(shared.what, from, to < shared.n ? to : shared.n);
-    atomic_fetch_add(&done, 1);
+static void work(int thread) {
+  for (int i = 0, threads = atomic_load(&threads_at_work); i < threads; i++) {
+    struct stretch *own = &stretches[(thread + i) % threads];
+    for (int number; (number = atomic_fetch_sub(&own->left, 1) - 1) >= 0;) {
+      int from = (own->end - 1 - number) * shared.portion, to = from + shared.portion;
+      shared.columns(shared.what, from, to < shared.n ? to : shared.n);
+      atomic_fetch_add(&done, 1);
+    }
   }
 }
 
-static void *help(void *nothing) {
-  for (;;) {
-    for (int spins = 0; spins < SPINS && atomic_load(&left) <= 0; spins++) sched_yield();
-    pthread_mutex_lock(&resting);
-    while (atomic_load(&left) <= 0) pthread_cond_wait(&called, &resting);
-    pthread_mutex_unlock(&resting);
-    work();
+/* Waits a moment for another thread: at first without giving the processor away, for that takes longer than most. */
+static inline void pause_for(int spins) {
+  if (spins >= SHORT)
+    sched_yield();
+  else
+#if defined __x86_64__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    __asm__ volatile("isb");
+#else
+    atomic_signal_fence(memory_order_seq_cst);
+#endif
+}
+
+static void *help(void *which) {
+  for (unsigned seen = 0;;) {
+    for (int spins = 0; spins < SPINS && atomic_load(&jobs) == seen; spins++) pause_for(spins);
+    if (atomic_load(&jobs) == seen) {
+      pthread_mutex_lock(&resting);
+      atomic_fetch_add(&sleeping, 1);
+      while (atomic_load(&jobs) == seen) pthread_cond_wait(&called, &resting);
+      atomic_fetch_sub(&sleeping, 1);
+      pthread_mutex_unlock(&resting);
+    }
+    seen = atomic_load(&jobs);
+    work((intptr_t)which);
   }
-  return nothing;
+  return 0;
 }
 
 static void after_fork(void) { /* a forked process has no helpers, and nobody computes there */
   helpers = 0;
+  atomic_store(&sleeping, 0);
+  for (int i = 0; i < MOST_THREADS; i++) atomic_store(&stretches[i].left, 0);
   pthread_mutex_init(&sharing, 0);
   pthread_mutex_init(&resting, 0);
   pthread_cond_init(&called, 0);
@@ -264,7 +295,10 @@ static void find_helpers(int wanted) {
   sigset_t all, kept;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &kept); /* signals are the caller's */
-  for (pthread_t helper; helpers < wanted && !pthread_create(&helper, 0, help, 0); helpers++) pthread_detach(helper);
+  for (pthread_t helper; helpers < wanted; helpers++) {
+    if (pthread_create(&helper, 0, help, (void *)(intptr_t)(helpers + 1))) break;
+    pthread_detach(helper);
+  }
   pthread_sigmask(SIG_SETMASK, &kept, 0);
 }
 
@@ -276,7 +310,7 @@ __attribute__((constructor)) static void prepare(void) {
 
 /* Computes n columns, with helpers where `multiplications` are worth it; no portion cuts `together` of them. */
 static void share(compute part, const void *what, int n, int together, long multiplications) {
-  int threads = processors;
+  int threads = processors < MOST_THREADS ? processors : MOST_THREADS;
   if (threads < 2 || multiplications < WORTH_SHARING || pthread_mutex_trylock(&sharing)) {
     part(what, 0, n);
     return;
@@ -285,12 +319,19 @@ static void share(compute part, const void *what, int n, int together, long mult
   int portion = (n / (threads * PORTIONS) / together + 1) * together, portions = (n + portion - 1) / portion;
   shared.columns = part, shared.what = what, shared.n = n, shared.portion = portion;
   atomic_store(&done, 0);
-  pthread_mutex_lock(&resting);
-  atomic_store(&left, portions);
-  pthread_cond_broadcast(&called);
-  pthread_mutex_unlock(&resting);
-  work();
-  while (atomic_load(&done) < portions) sched_yield();
+  atomic_store(&threads_at_work, threads);
+  for (int i = 0, start = 0; i < threads; start = stretches[i++].end) {
+    stretches[i].end = (long)portions * (i + 1) / threads;
+    atomic_store(&stretches[i].left, stretches[i].end - start);
+  }
+  atomic_fetch_add(&jobs, 1);
+  if (atomic_load(&sleeping)) {
+    pthread_mutex_lock(&resting);
+    pthread_cond_broadcast(&called);
+    pthread_mutex_unlock(&resting);
+  }
+  work(0);
+  for (int spins = 0; atomic_load(&done) < portions; spins += spins < SHORT) pause_for(spins);
   pthread_mutex_unlock(&sharing);
 }
 

@@ -10,7 +10,7 @@
    the result is that of cblas.c's tiles with the widened matrix, to the bit. For prompts see many_rows.c. */
 
 #include <stdint.h>
-#ifdef __F16C__
+#if defined __AVX2__ || defined __F16C__
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,7 @@ struct stored {
 
 typedef unsigned words __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef unsigned char bytes __attribute__((vector_size(LANES), aligned(1)));
 #define INLINE static inline __attribute__((always_inline)) /* so that a type is known where it is asked for */
 
 static inline float float_of(uint32_t bits) {
@@ -53,6 +54,7 @@ static inline float number(enum type type, const void *row, int64_t at) {
 #define EACH(F, B) F(0, B), F(1, B), F(2, B), F(3, B), F(4, B), F(5, B), F(6, B), F(7, B)
 #endif
 #define ITSELF(I, B) I
+#define TIMES(I, B) I *B
 #define WORD(I, B) I * B / 32
 #define NEXT(I, B) I * B / 32 + 1
 #define PLACE(I, B) I * B % 32
@@ -68,14 +70,39 @@ static inline float number(enum type type, const void *row, int64_t at) {
     if (32 % B) y |= PICK(x, EACH(NEXT, B)) << 1 << (words){EACH(REST, B)};                                         \
     return y;                                                                                                       \
   }
-UNPACK(2)
-UNPACK(3)
-UNPACK(4)
+#if defined __AVX512VBMI__ /* which takes eight bits from any place of eight bytes */
+#define UNPACK_NEAR(B)                                                                                              \
+  INLINE words unpack_##B(const unsigned char *from) {                                                              \
+    int64_t x;                                                                                                      \
+    memcpy(&x, from, sizeof x);                                                                                     \
+    return (words)_mm512_multishift_epi64_epi8((__m512i)(words){EACH(TIMES, B)}, _mm512_set1_epi64(x));             \
+  }
+#elif defined __AVX512F__
+#define UNPACK_NEAR(B) UNPACK(B)
+#else /* LANES of them are in a word */
+#define UNPACK_NEAR(B)                                                                                              \
+  INLINE words unpack_##B(const unsigned char *from) {                                                              \
+    uint32_t x;                                                                                                     \
+    memcpy(&x, from, sizeof x);                                                                                     \
+    return ((words){0} + x) >> (words){EACH(TIMES, B)};                                                             \
+  }
+#endif
+UNPACK_NEAR(2)
+UNPACK_NEAR(3)
+UNPACK_NEAR(4)
 UNPACK(5)
 UNPACK(6)
-UNPACK(8)
+INLINE words unpack_8(const unsigned char *from) {
+#if defined __AVX512F__
+  return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from));
+#elif defined __AVX2__
+  return (words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)from));
+#else
+  return __builtin_convertvector(*(const bytes *)from, words);
+#endif
+}
 
-INLINE words unpack(enum type type, const unsigned char *row, int at) {
+INLINE words unpack(enum type type, const unsigned char *row, unsigned at) {
   switch (type) {
     case AFFINE_2: return unpack_2(row + at / 4);
     case AFFINE_3: return unpack_3(row + at / 8 * 3);
@@ -88,9 +115,10 @@ INLINE words unpack(enum type type, const unsigned char *row, int at) {
 
 /* The values that such numbers stand for. Those of MXFP4 are floats: a sign, two bits of exponent and one more. */
 INLINE lanes values_of(enum type type, words x, float scale, float bias) {
-  static const unsigned masks[TYPES] = {[AFFINE_2] = 3,   [AFFINE_3] = 7,   [AFFINE_4] = 15,
-                                        [AFFINE_5] = 31,  [AFFINE_6] = 63,  [AFFINE_8] = 255};
-  if (type != MXFP4) return __builtin_convertvector((integers)(x & masks[type]), lanes) * scale + bias;
+  static const unsigned masks[TYPES] = {[AFFINE_2] = 3,  [AFFINE_3] = 7,  [AFFINE_4] = 15,
+                                        [AFFINE_5] = 31, [AFFINE_6] = 63, [MXFP4] = 15};
+  if (type != AFFINE_8) x &= masks[type];
+  if (type != MXFP4) return __builtin_convertvector((integers)x, lanes) * scale + bias;
   words size = x & 7, half = (words)(size == 1), whole = (words)(size > 1);
   return (lanes)((whole & ((size << 22) + (126u << 23))) | (half & (126u << 23)) | (x & 8) << 28) * scale;
 }
@@ -114,6 +142,8 @@ INLINE struct group begin(enum type type, const float *scale, const float *bias)
 }
 
 /* LANES numbers of a row from a place on. */
+#define BITS(TYPE)                                                                                                  \
+  (TYPE == FLOAT32 ? 32 : TYPE <= FLOAT16 ? 16 : TYPE <= AFFINE_6 ? TYPE - AFFINE_2 + 2 : TYPE == AFFINE_8 ? 8 : 4)
 INLINE lanes read(enum type type, const unsigned char *row, int64_t at, const struct group *own) {
   if (type == FLOAT32) return *(const lanes *)((const float *)row + at);
   const uint16_t *floats = (const uint16_t *)row + at;
@@ -143,9 +173,12 @@ INLINE void widen_floats(enum type type, const unsigned char *from, float *to, i
 }
 
 /* Of each thread: columns that are widened, and the scales and biases of some. */
-enum { TOGETHER = 12, SCRATCH = 3 * (WIDEST + 16), PANEL = 1 << 20, SMALLEST_GROUP = 32 };
+enum { TOGETHER = 12, SCRATCH = 3 * (WIDEST + 16), PANEL = 1 << 20, SMALLEST_GROUP = 32, AHEAD = 2 << 10 };
 static _Thread_local float widened[SCRATCH] __attribute__((aligned(64)));
-static _Thread_local float scales[TOGETHER * WIDEST / SMALLEST_GROUP], biases[TOGETHER * WIDEST / SMALLEST_GROUP];
+struct scales {
+  float scales[TOGETHER * WIDEST / SMALLEST_GROUP], biases[TOGETHER * WIDEST / SMALLEST_GROUP];
+};
+static _Thread_local struct scales own_scales; /* finding them is a call, in a library: once for many rows */
 
 static void widen_scales(enum type type, const unsigned char *from, float *to, int64_t count) {
   switch (type) {
@@ -160,34 +193,37 @@ static void widen_scales(enum type type, const unsigned char *from, float *to, i
 static int groups_of(const struct stored *s) { return s->type > FLOAT16 ? s->columns / s->group : 0; }
 
 /* Widens the scales and biases of up to TOGETHER rows. */
-static void read_scales(const struct stored *s, int64_t row, int count) {
+static void read_scales(const struct stored *s, int64_t row, int count, struct scales *to) {
   const unsigned char *start = (const unsigned char *)s;
   int64_t groups = groups_of(s), size = s->type == MXFP4 ? 1 : s->scale_type == FLOAT32 ? 4 : 2;
   if (!groups) return;
-  widen_scales(s->type == MXFP4 ? MXFP4 : s->scale_type, start + s->scales_at + size * groups * row, scales,
+  widen_scales(s->type == MXFP4 ? MXFP4 : s->scale_type, start + s->scales_at + size * groups * row, to->scales,
                groups * count);
   if (s->type != MXFP4)
-    widen_scales(s->scale_type, start + s->biases_at + size * groups * row, biases, groups * count);
+    widen_scales(s->scale_type, start + s->biases_at + size * groups * row, to->biases, groups * count);
 }
 
 static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
   return (const unsigned char *)s + s->rows_at + row * s->row_bytes;
 }
 
-/* Scalar products of I rows with J columns, as TILE's; `line` is which of those whose scales were read the first is. */
+/* Scalar products of I rows with J columns, as TILE's, and the scales and biases of these. What the next columns have,
+   and more, is fetched meanwhile: rows are too short for a processor to see by itself what comes next. */
 #define STORED_TILE(TYPE, I, J)                                                                                     \
-  static void TYPE##_##I##_##J(const struct product *p, int i0, int j0, int line) {                                 \
+  static void TYPE##_##I##_##J(const struct product *p, int i0, int j0, const float *scale, const float *bias) {    \
+    enum { STEP = J * LANES * BITS(TYPE) / 8 };                                                                     \
     const struct stored *s = p->stored;                                                                             \
     const float *a = p->a + i0 * p->a_step;                                                                         \
-    const unsigned char *row = row_of(s, j0);                                                                       \
-    int64_t step = s->row_bytes, first = (int64_t)line * groups_of(s), groups = groups_of(s);                       \
-    int at = 0, whole = p->k / LANES * LANES, group = TYPE > FLOAT16 ? s->group : whole;                            \
+    const unsigned char *row = row_of(s, j0), *next = row + J * s->row_bytes + AHEAD;                               \
+    int64_t step = s->row_bytes, groups = groups_of(s);                                                             \
+    unsigned at = 0, k = p->k, whole = k / LANES * LANES, group = TYPE > FLOAT16 ? (unsigned)s->group : whole;      \
     lanes sums[I][J] = {{{0}}};                                                                                     \
-    for (int64_t g = first; at < whole; g++) {                                                                      \
+    for (; at < whole; scale++, bias++) {                                                                           \
       struct group own[J];                                                                                          \
-      for (int j = 0; j < J; j++) own[j] = begin(TYPE, scales + g + j * groups, biases + g + j * groups);           \
-      for (int end = at + group; at < end; at += LANES) {                                                           \
+      for (int j = 0; j < J; j++) own[j] = begin(TYPE, scale + j * groups, bias + j * groups);                      \
+      for (unsigned end = at + group; at < end; at += LANES, next += STEP) {                                        \
         lanes right[J];                                                                                             \
+        for (int q = 0; q < STEP; q += 64) __builtin_prefetch(next + q);                                            \
         for (int j = 0; j < J; j++) {                                                                               \
           right[j] = read(TYPE, row + j * step, at, &own[j]);                                                       \
           IN_REGISTER(right[j]);                                                                                    \
@@ -201,23 +237,27 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
     }                                                                                                               \
     for (int j = 0; j < J; j++) {                                                                                   \
       float rest[LANES];                                                                                            \
-      for (int q = at; q < p->k; q++) rest[q - at] = number(TYPE, row + j * step, q);                               \
-      for (int i = 0; i < I; i++)                                                                                   \
-        put(p, i0 + i, j0 + j, with_rest(total(&sums[i][j]), a + i * p->a_step + at, rest, p->k - at));             \
+      for (unsigned q = at; q < k; q++) rest[q - at] = number(TYPE, row + j * step, q);                             \
+      for (int i = 0; i < I; i++) {                                                                                 \
+        float sum = total(&sums[i][j]);                                                                             \
+        put(p, i0 + i, j0 + j, at < k ? with_rest(sum, a + i * p->a_step + at, rest, k - at) : sum);                \
+      }                                                                                                             \
     }                                                                                                               \
   }
 
 #define WIDEN(TYPE)                                                                                                 \
-  static void widen_##TYPE(const struct stored *s, const unsigned char *row, int line, int from, int to, float *into) { \
-    for (int at = from; at < to;) {                                                                                 \
-      int64_t g = (int64_t)line * groups_of(s) + at / s->group;                                                     \
-      struct group own = begin(TYPE, scales + g, biases + g);                                                       \
+  static void widen_##TYPE(const struct stored *s, const unsigned char *row, const float *scale, const float *bias, \
+                           int from, int to, float *into) {                                                         \
+    scale += from / s->group, bias += from / s->group;                                                              \
+    for (int at = from; at < to; scale++, bias++) {                                                                 \
+      struct group own = begin(TYPE, scale, bias);                                                                  \
       for (int end = at + s->group; at < end; at += LANES) *(lanes *)(into + at - from) = read(TYPE, row, at, &own); \
     }                                                                                                               \
   }
 #define WIDEN_FLOATS(TYPE)                                                                                          \
-  static void widen_##TYPE(const struct stored *s, const unsigned char *row, int line, int from, int to, float *into) { \
-    (void)s, (void)line;                                                                                            \
+  static void widen_##TYPE(const struct stored *s, const unsigned char *row, const float *scale, const float *bias, \
+                           int from, int to, float *into) {                                                         \
+    (void)s, (void)scale, (void)bias;                                                                               \
     widen_floats(TYPE, row + 2 * from, into, to - from);                                                            \
   }
 
@@ -248,9 +288,9 @@ QUANTIZED(MXFP4)
 /* By type: tiles of one to four rows, of one row and one column; and what widens some of a row. */
 #define LISTED(TYPE) [TYPE] = {NAMES(TYPE), TYPE##_1_1, widen_##TYPE}
 static const struct {
-  void (*few[4])(const struct product *, int, int, int);
-  void (*one)(const struct product *, int, int, int);
-  void (*widen)(const struct stored *, const unsigned char *, int, int, int, float *);
+  void (*few[4])(const struct product *, int, int, const float *, const float *);
+  void (*one)(const struct product *, int, int, const float *, const float *);
+  void (*widen)(const struct stored *, const unsigned char *, const float *, const float *, int, int, float *);
 } kernels[TYPES] = {
     LISTED(BFLOAT16), LISTED(FLOAT16),  LISTED(AFFINE_2), LISTED(AFFINE_3), LISTED(AFFINE_4),
     LISTED(AFFINE_5), LISTED(AFFINE_6), LISTED(AFFINE_8), LISTED(MXFP4),
@@ -258,24 +298,31 @@ static const struct {
 
 static void few_stored(const struct product *p, int from, int to) {
   static const int with[] = {WITH_1, WITH_2, WITH_3, WITH_4};
+  struct scales *own = &own_scales;
+  int type = p->stored->type, groups = groups_of(p->stored);
   for (int j = from, count; j < to; j += count) {
     count = to - j < TOGETHER ? to - j : TOGETHER;
-    read_scales(p->stored, j, count);
+    read_scales(p->stored, j, count, own);
     for (int i = 0, rows; i < p->m; i += rows) {
       rows = p->m - i < 4 ? p->m - i : 4;
       int line = 0, step = with[rows - 1];
-      for (; line + step <= count; line += step) kernels[p->stored->type].few[rows - 1](p, i, j + line, line);
+      for (; line + step <= count; line += step)
+        kernels[type].few[rows - 1](p, i, j + line, &own->scales[line * groups], &own->biases[line * groups]);
       for (; line < count; line++)
-        for (int r = i; r < i + rows; r++) kernels[p->stored->type].one(p, r, j + line, line);
+        for (int r = i; r < i + rows; r++)
+          kernels[type].one(p, r, j + line, &own->scales[line * groups], &own->biases[line * groups]);
     }
   }
 }
 
 /* Widens of `count` rows of a stored matrix the numbers `from` to `to`, whole groups, into rows `step` numbers apart. */
 static void widen(const struct stored *s, int row, int count, int from, int to, float *into, int step) {
+  struct scales *own = &own_scales;
   for (int done = 0; done < count; done++) {
-    if (done % TOGETHER == 0) read_scales(s, row + done, count - done < TOGETHER ? count - done : TOGETHER);
-    kernels[s->type].widen(s, row_of(s, row + done), done % TOGETHER, from, to, into + (long)done * step);
+    int line = done % TOGETHER, first = line * groups_of(s);
+    if (line == 0) read_scales(s, row + done, count - done < TOGETHER ? count - done : TOGETHER, own);
+    kernels[s->type].widen(s, row_of(s, row + done), &own->scales[first], &own->biases[first], from, to,
+                           into + (long)done * step);
   }
 }
 

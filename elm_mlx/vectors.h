@@ -22,14 +22,33 @@ typedef int integers __attribute__((vector_size(4 * LANES), aligned(4)));
 #define IN_REGISTER(x)
 #endif
 
+/* Some of a vector's numbers, by their places. */
+#if defined __clang__ || __GNUC__ >= 12
+#define PART(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16)));
+
+/* The sum of all: halves are added, and their halves again. */
+static inline float total(const lanes *numbers) {
+  lanes x = *numbers;
+#ifdef __AVX512F__
+  eight y = PART(x, 0, 1, 2, 3, 4, 5, 6, 7) + PART(x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+  lanes y = x;
+#endif
+  four z = PART(y, 0, 1, 2, 3) + PART(y, 4, 5, 6, 7);
+  z += PART(z, 2, 3, 2, 3);
+  return z[0] + z[1];
+}
+#else
 static inline float total(const lanes *numbers) {
   float x[LANES];
   *(lanes *)x = *numbers;
-  for (int i = 0; i < LANES / 2; i++) x[i] += x[i + LANES / 2];
-  for (int i = 0; i < LANES / 4; i++) x[i] += x[i + LANES / 4];
-  for (int i = 0; i < LANES / 8; i++) x[i] += x[i + LANES / 8];
-  return LANES == 16 ? x[0] + x[1] : x[0];
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) x[i] += x[i + width];
+  return x[0];
 }
+#endif
 
 static inline lanes all(float x) { return x - (lanes){0}; }
 

@@ -82,6 +82,19 @@ def test_products_are_those_of_the_widened_weight(kind: str) -> None:
             assert count > 8 or mx.array_equal(found, x[:count] @ wide.T), (rows, columns, count)
 
 
+@pytest.mark.usefixtures("two_threads")
+def test_any_number_of_threads_shares_the_columns() -> None:
+    """More than there are processors or portions too, and fewer again, whose threads still wait for work."""
+    change = blas._openblas("openblas_set_num_threads")
+    assert change is not None
+    for outputs in (131, 1000, 4099):
+        layer, wide = stored("affine 4 32", outputs, 2048)
+        x = drawn(2, 2048)
+        for threads in (1, 2, 7, 3, 2):
+            change(threads)
+            assert mx.array_equal(layer(x), x @ wide.T), (outputs, threads)
+
+
 @pytest.mark.parametrize("scales", [mx.float32, mx.float16])
 @pytest.mark.parametrize("kind", AFFINE[::3])
 def test_scales_of_each_type(kind: str, scales: mx.Dtype) -> None:
