@@ -9,7 +9,7 @@ import typer
 
 DType = Literal["float32", "float16", "bfloat16"]
 Preset = Literal["OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B"]
-RecordFormat = Literal["completion", "messages", "alpaca", "text", "pairs"]
+RecordFormat = Literal["completion", "messages", "sharegpt", "chatgpt", "alpaca", "text", "pairs"]
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
 MaxTokens = Annotated[

@@ -16,10 +16,11 @@ KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "completion": (("prompt", "completion"), ("system",)),
     "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
+    "chatgpt": (("mapping",), ("current_node",)),
     "alpaca": (("instruction", "output"), ("input", "system")),
     "text": (("text",), ()),
 }
-_ALL = tuple(dict.fromkeys(key for must, may in KEYS.values() for key in (*must, *may)))
+_ALL = tuple(dict.fromkeys(key for name, (must, may) in KEYS.items() if name != "chatgpt" for key in (*must, *may)))
 _APART = re.compile(rf",(?=\s*(?:{'|'.join(_ALL)})\s*=)")
 _EXAMPLE = "--columns prompt=NAME,completion=NAME (or text=NAME) says which"
 
@@ -36,7 +37,7 @@ _CALLED = {
     "text": {"text", "content", "document", "body", "article"},
     "system": {"system", "systemprompt", "systemmessage"},
     "messages": {"messages"},
-    "conversations": {"conversations", "conversation"},
+    "conversations": {"conversations", "conversation", "dialog", "dialogue", "chat"},
     "tools": {"tools"},
     "instruction": {"instruction"},
     "input": {"input", "context"},
@@ -44,6 +45,7 @@ _CALLED = {
     "chosen": {"chosen", "preferred", "accepted"},
     "rejected": {"rejected", "dispreferred"},
 }  # fmt: skip
+_GUESSED = ("completion", "messages", "sharegpt", "alpaca")  # text comes last, and pairs where they are wanted
 _BY_KEY = {key: {key} for key in _CALLED}
 
 
@@ -106,9 +108,9 @@ def guess(names: Sequence[str], format: str | None = None) -> Columns | None:
     """
     words = {re.sub(r"[\W_]+", "", name).casefold(): name for name in reversed(names)}
     with_input = "context" in words or {"instruction", "input"} <= words.keys()
-    tried = [(name, called) for called in (_BY_KEY, _CALLED) for name in KEYS if name not in ("text", "pairs")]
+    tried = [(name, called) for called in (_BY_KEY, _CALLED) for name in KEYS if name in _GUESSED]
     tried += [("text", _BY_KEY), ("text", _CALLED)]
-    if format is not None:
+    if format is not None and format != "chatgpt":
         tried = [(format, _BY_KEY), (format, _CALLED)]
     for name, called in tried:
         must, may = KEYS[name]

@@ -25,7 +25,7 @@ RECORDS = (*JSON, *CSV, PARQUET)
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 # An object with one of these keys is a record itself, and no list in it is a list of records.
-_OF_RECORDS = ("text", "messages", "conversations", "prompt", "chosen", "instruction")
+_OF_RECORDS = ("text", "messages", "conversations", "mapping", "prompt", "chosen", "instruction")
 
 
 def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
@@ -125,8 +125,10 @@ def _is_lines(path: Path) -> bool:
     with open_file(path) as file:
         found = lines(path, file)
         first = next(found, (1, b""))[1].lstrip()
+        if first.startswith(b"["):  # all of the file, or a list of messages on each line
+            return first.endswith(b"]") and next(found, None) is not None and _is_conversation(first)
         if not first.startswith(b"{"):
-            return not first.startswith(b"[")
+            return True
         try:
             return not _wrapping(parse_line(first)) or next(found, None) is not None
         except BadRecord:
@@ -141,6 +143,16 @@ def _is_lines(path: Path) -> bool:
     except (InputError, ValueError, RecursionError):
         return True
     return end <= len(first.decode(errors="replace")) and not text[end:].lstrip().startswith("{")
+
+
+def _is_conversation(line: bytes) -> bool:
+    """Tells whether a line is a list of messages."""
+    try:
+        value = parse_line(line)
+    except BadRecord:
+        return False
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def _elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:

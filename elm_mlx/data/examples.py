@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from elm_mlx.data import records
 from elm_mlx.data.bad_record import BadRecord
@@ -23,7 +24,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.config import Config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.reading import counted
-from elm_mlx.text.chat_template import Messages, Part, Template
+from elm_mlx.text.chat_template import Messages, Part, Template, Tools
 from elm_mlx.text.tokenizer import Tokenizer
 
 # Stanford Alpaca's prompts, in the wording and with the line's end that models fine-tuned on them have seen.
@@ -105,7 +106,7 @@ class Encoder:
             InputError: the template doesn't take it, or the tokenizer doesn't. The text is the reason alone.
         """
         if isinstance(record, Conversation):
-            example = self._conversation(record.messages, record.untrained)
+            example = self._conversation(record.messages, record.untrained, record.tools)
         elif isinstance(record, PlainText):
             example = self._marked([*self._bos, record.text, *self._eos], [((0, 0), (3, 0))])
         elif isinstance(record, PromptAnswer):
@@ -142,24 +143,36 @@ class Encoder:
         parts = [*self._bos, question + answer, *self._eos]
         return self._marked(parts, [((len(self._bos), len(question)), (len(parts), 0))])
 
-    def _conversation(self, messages: Messages, untrained: Collection[int] = ()) -> Example:
+    def _conversation(self, messages: Messages, untrained: Collection[int] = (), tools: Tools = ()) -> Example:
         """Encodes messages; every answer is trained but those of the messages that `untrained` numbers from 0."""
         assert self._template is not None
+        self._check_tools(messages, tools)
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         wanted = [i for i in answers if self._all or i not in untrained]
         asked = [(messages[:i], True) for i in wanted]
         answered = [(messages[: i + 1], False) for i in wanted if i + 1 < len(messages)]
-        parts, *begun = self._template.parts_of([(messages, False), *asked, *answered])
+        parts, *begun = self._template.parts_of([(messages, False), *asked, *answered], tools or None)
         begun.append(parts)  # up to and with the last answer, if that is the end
         spans: dict[int, Span] = {}
         for i, before, after in zip(wanted, begun, begun[len(wanted) :], strict=False):
-            spans[i] = _span(parts, before, after, i + 1)
+            ends = self._template.stop_ids if "tool_calls" in messages[i] else None
+            spans[i] = _span(parts, before, after, i + 1, ends)
+            _check_calls(messages[i], parts, spans[i], i + 1)
         last = max(spans)
         if last + 1 == len(messages) and spans[last][1] == _end(parts) and isinstance(parts[-1], str):
             parts = [*parts, *self._eos]  # the template ends an answer by nothing of its own
             spans[last] = (spans[last][0], _end(parts))
         trained, others = ([span for i, span in spans.items() if (i in untrained) is left] for left in (False, True))
         return self._marked(parts, trained, others)
+
+    def _check_tools(self, messages: Messages, tools: Tools) -> None:
+        """Raises InputError where the template would leave out what messages are about."""
+        assert self._template is not None
+        if tools and not self._template.takes_tools:
+            raise InputError("has `tools`, and the chat template shows none to the model: give another by --template")
+        for number, message in enumerate(messages, 1):
+            if message["role"] not in self._template.roles:
+                raise InputError(f"message {number} is a {message['role']}'s, and the chat template takes none")
 
     def _marked(self, parts: Sequence[Part], spans: Sequence[Span], others: Sequence[Span] = ()) -> Example:
         """Encodes parts up to the last span; the loss counts those within `spans`, or all but those within `others`."""
@@ -205,17 +218,27 @@ def _last_answer(example: Example) -> tuple[Example, tuple[int, ...]]:
     return Example(example.ids, (False,) * before + (True,) * length), example.ids[:before]
 
 
-def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: int) -> Span:
+def _span(
+    parts: list[Part], asked: list[Part], answered: list[Part], number: int, ends: Collection[int] | None = None
+) -> Span:
     """The span from the model's first token of an answer to the end of its last.
 
     Args:
         parts: the whole conversation.
         asked: it, up to the answer, and what makes the model answer.
         answered: it, up to and with the answer, which is message `number`.
+        ends: the control tokens that may end it, for calls have others in them; None for any.
     """
     start = _end(asked)
     first = start[0] + (start[1] > 0)
-    closing = next((i for i in range(first, len(answered)) if isinstance(answered[i], int)), None)
+    closing = next(
+        (
+            i
+            for i in range(first, len(answered))
+            if isinstance(answered[i], int) and (ends is None or answered[i] in ends)
+        ),
+        None,
+    )
     end = _end(answered) if closing is None else (closing + 1, 0)
     if _begins(parts, asked) and _begins(parts, answered if closing is None else answered[: closing + 1]):
         return start, end
@@ -223,6 +246,19 @@ def _span(parts: list[Part], asked: list[Part], answered: list[Part], number: in
         f"message {number}: the chat template renders a past answer differently from one to be given, "
         "so its tokens cannot be told from the rest"
     )
+
+
+def _check_calls(message: Mapping[str, Any], parts: Sequence[Part], span: Span, number: int) -> None:
+    """Raises InputError where a call of a function is not in what the template makes of its message."""
+    (first, start), (last, end) = span
+    for call in message.get("tool_calls", ()):
+        texts = (
+            part[start if i == first else 0 : end if i == last else None]
+            for i, part in enumerate(parts)
+            if isinstance(part, str) and first <= i <= last
+        )
+        if not any(call["function"]["name"] in text for text in texts):
+            raise InputError(f"message {number}: the chat template leaves out its calls of functions")
 
 
 def _end(parts: Sequence[Part]) -> Place:

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from elm_mlx.data import columns as choose
-from elm_mlx.data import data_files, split_files
+from elm_mlx.data import data_files, messages, split_files
 from elm_mlx.data.bad_record import BadRecord, key_of, keys_of, kind_of
-from elm_mlx.data.columns import Columns
+from elm_mlx.data.columns import KEYS, Columns
+from elm_mlx.data.messages import Turns
 from elm_mlx.errors import InputError
-from elm_mlx.text.chat_template import ROLES, check_messages
 
 _BLOCK = 1024  # records
 _PAIR = ("chosen", "rejected")
@@ -22,24 +23,13 @@ _FOR_DPO = "is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains 
 _FOR_LORA = "`elm-mlx lora` trains on such records"
 _SYSTEM = ("system", "system_prompt")  # of a record, beside whatever else it has
 
-_NOTHING: tuple[Any, ...] = (None, "", "[]", [], {})
-_NO_TEMPLATE = "which no template here can show"
-# Of a record, and of a message, keys that say something which nothing here does.
+# Of a record, keys that say something which nothing here does.
 _NOT_USED = dict.fromkeys(
-    ("tools", "functions", "documents", "chat_template_kwargs", "images", "audios", "videos"), _NO_TEMPLATE
+    ("documents", "chat_template_kwargs", "images", "audios", "videos"), messages.NO_TEMPLATE
 ) | {
     "history": "earlier turns: write all of them as `messages`",
     "loss_mask": "and what is trained on is decided here: a message may have a `weight` of 0",
-}
-_NOT_SHOWN = dict.fromkeys(
-    ("name", "tool_calls", "tool_call_id", "function_call", "tools", "reasoning_content", "thinking", "refusal",
-     "images", "audio"), _NO_TEMPLATE,
-) | {"train_detail": "a part of an answer to train on, and answers are trained on whole"}  # fmt: skip
-_MARKS = ("weight", "train", "training", "loss")  # of a message: OpenAI's and Mistral's, Axolotl's two, ms-swift's
-_MESSAGE = {"role", "content", *_NOT_SHOWN, *_MARKS}  # the known keys of one
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system"}
-
-Turns = tuple[Mapping[str, Any], ...]
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,16 +53,18 @@ class PromptAnswer:
 
 @dataclass(frozen=True)
 class Conversation:
-    """`messages`: each with its `role` and `content`; at least one is the assistant's and not in `untrained`.
+    """`messages`, as `messages.turns` makes them; at least one is the assistant's and not in `untrained`.
 
     Attributes:
         untrained: which messages, from 0, the loss does not count although they may be the assistant's.
+        tools: functions that the assistant may call.
     """
 
     kind: ClassVar = "conversation"
     where: str
     messages: Turns
     untrained: frozenset[int] = frozenset()
+    tools: Turns = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,7 @@ class Preference:
 
     Attributes:
         prompt: a text, or the messages that stand before the answer.
+        tools: functions that the assistant may call.
     """
 
     kind: ClassVar = "pair"
@@ -104,12 +97,14 @@ class Preference:
     prompt: str | Turns
     chosen: str
     rejected: str
+    tools: Turns = ()
 
     def answered(self, answer: str) -> PromptAnswer | Conversation:
         """Returns the prompt with one answer as a record of its own. Raises BadRecord."""
         if isinstance(self.prompt, str):
             return PromptAnswer(self.where, self.prompt, answer)
-        return _conversation(self.where, {"messages": [*self.prompt, {"role": "assistant", "content": answer}]})
+        whole = [*self.prompt, {"role": "assistant", "content": answer}]
+        return _conversation(self.where, {"messages": whole, "tools": list(self.tools)})
 
 
 Record = PlainText | PromptAnswer | Conversation | Instruction | Preference
@@ -121,7 +116,7 @@ def texts(record: Record) -> Iterator[str]:
         if isinstance(value, str):
             yield value
         elif isinstance(value, tuple):
-            yield from (message["content"] for message in value)
+            yield from (message["content"] for message in value if "content" in message)
 
 
 @dataclass
@@ -186,9 +181,11 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     """
     if isinstance(value, BadRecord):
         raise value
+    if messages.is_list(value):
+        value = {"messages": value}
     if not isinstance(value, dict):
         raise BadRecord(f"is {kind_of(value)}, not an object")
-    _refuse(value, _NOT_USED, "")
+    messages.refuse(value, _NOT_USED, "")
     if value.get("weight") not in (None, 1, "", "1"):  # of CSV, a text
         raise BadRecord("has a `weight`, but all records count the same; a message may have one, 0 or 1")
     layout = _LAYOUTS[_format_of(value) if format is None else format]
@@ -199,8 +196,10 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     if missing:
         raise BadRecord(f"`{missing}` is missing; it has {keys_of(value)}")
     record = layout.make(where, value)
-    messages = value["messages"] if "messages" in layout.keys else ()
-    inner = dict.fromkeys(key for message in messages for key in message if key not in _MESSAGE)
+    if "mapping" in layout.keys:  # of a program that writes many more, about each conversation
+        return record, []
+    said = next((messages.unpacked(value[key]) for key in layout.keys if key in ("messages", "conversations")), ())
+    inner = dict.fromkeys(key for message in said for key in message if key not in messages.KNOWN)
     ignored = [key_of(key) for key in value if key not in layout.known]
     return record, ignored + [f"{key_of(key)} of messages" for key in inner]
 
@@ -268,11 +267,6 @@ def _format_of(value: Mapping[str, Any]) -> str:
         found = next((name for name in FORMATS if all(map(has, _LAYOUTS[name].keys))), None)
         if found is not None:
             return found
-    if "conversations" in value:
-        raise BadRecord(
-            "has `conversations`, ShareGPT's layout: write `messages`, each with `role` (system, user or assistant "
-            "for human's and gpt's) and `content`"
-        )
     wanted = "; ".join(", ".join(f"`{key}`" for key in _LAYOUTS[name].keys) for name in FORMATS)
     hint = choose.hint(value)
     raise BadRecord(f"has none of these sets of keys: {wanted}; it has {keys_of(value)}{hint}")
@@ -286,12 +280,6 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, dict) and all(value.get(key) is not None for key in _PAIR)
 
 
-def _refuse(value: Mapping[str, Any], not_used: Mapping[str, str], whose: str) -> None:
-    for key, why in not_used.items():
-        if key in value and value[key] not in _NOTHING:
-            raise BadRecord(f"{whose}has `{key}`, {why}")
-
-
 def _system_of(value: Mapping[str, Any]) -> str:
     """The record's system prompt beside its other keys, or nothing. Raises BadRecord."""
     found = {text for key in _SYSTEM if (text := _optional(value, key))}
@@ -300,14 +288,14 @@ def _system_of(value: Mapping[str, Any]) -> str:
     return found.pop() if found else ""
 
 
-def _after_system(value: Mapping[str, Any], messages: Turns) -> Turns:
+def _after_system(value: Mapping[str, Any], turns: Turns) -> Turns:
     """The messages after the record's system prompt, if it has one beside them. Raises BadRecord."""
     system = _system_of(value)
-    if not system or messages[0] == {"role": "system", "content": system}:
-        return messages
-    if messages[0]["role"] == "system":
+    if not system or turns[0] == {"role": "system", "content": system}:
+        return turns
+    if turns[0]["role"] == "system":
         raise BadRecord("has a system prompt beside its messages, and another one in them: keep one")
-    return ({"role": "system", "content": system}, *messages)
+    return ({"role": "system", "content": system}, *turns)
 
 
 def _optional(value: Mapping[str, Any], key: str) -> str:
@@ -325,8 +313,9 @@ def _text(value: Mapping[str, Any], key: str) -> str:
 
 
 def _plain_text(where: str, value: Mapping[str, Any]) -> Record:
-    if _system_of(value):
-        raise BadRecord("has a system prompt beside `text`, which is trained on as it stands: write it into the text")
+    if _system_of(value) or messages.tools_of(value):
+        what = "a system prompt" if _system_of(value) else "tools"
+        raise BadRecord(f"has {what} beside `text`, which is trained on as it stands: write what the model sees")
     return PlainText(where, _text(value, "text"))
 
 
@@ -343,25 +332,25 @@ def _instruction(where: str, value: Mapping[str, Any]) -> Record:
 
 
 def _with_system(value: Mapping[str, Any], made: Record, question: str, answer: str) -> Record:
-    """The record; or, where a system prompt stands before it, which needs a template, the conversation that it is."""
+    """The record; or, where it has a system prompt or tools, which need a template, the conversation that it is."""
     turns = ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    messages = _after_system(value, turns)
-    return made if messages is turns else Conversation(made.where, messages)
+    every, tools = _after_system(value, turns), messages.tools_of(value)
+    return made if every is turns and not tools else Conversation(made.where, every, tools=tools)
 
 
-def _conversation(where: str, value: Mapping[str, Any]) -> Conversation:
-    messages = value["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise BadRecord("`messages` is not a list of objects")
-    turns = _turns(messages, "")
-    try:
-        check_messages(messages)
-    except InputError as error:
-        raise BadRecord(str(error)) from None
-    untrained = frozenset(i for i, message in enumerate(messages) if not _is_trained(message, f"message {i + 1} "))
-    answers = [i for i, message in enumerate(turns) if message["role"] == "assistant"]
+def _conversation(where: str, value: Mapping[str, Any], key: str = "messages") -> Conversation:
+    said = messages.unpacked(value[key])
+    if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+        raise BadRecord(f"`{key}` is not a list of objects")
+    if not said:
+        raise BadRecord("a conversation needs a message")
+    turns = messages.turns(said)
+    untrained = frozenset(
+        i for i, turn in enumerate(turns) if not _is_trained(said[i], turn["role"], f"message {i + 1} ")
+    )
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     for i in answers:
-        if not turns[i]["content"].strip():
+        if not turns[i]["content"].strip() and "tool_calls" not in turns[i]:
             raise BadRecord(f"message {i + 1}: the assistant says nothing")
     if turns[0]["role"] == "assistant":
         raise BadRecord("message 1 is the assistant's: it answers nothing")
@@ -370,36 +359,21 @@ def _conversation(where: str, value: Mapping[str, Any]) -> Conversation:
     if untrained.issuperset(answers):
         raise BadRecord("no answer of the assistant's is to be trained on: each has the weight 0")
     every = _after_system(value, turns)
-    return Conversation(where, every, frozenset(i + len(every) - len(turns) for i in untrained))
+    untrained = frozenset(i + len(every) - len(turns) for i in untrained)
+    return Conversation(where, every, untrained, messages.tools_of(value))
 
 
-def _turns(messages: Sequence[Mapping[str, Any]], whose: str) -> Turns:
-    """Reduces messages to `role` and `content`, which may still be anything.
-
-    Raises:
-        BadRecord: one is in another tool's words, or has something that no template here can show.
-    """
-    for number, message in enumerate(messages, 1):
-        of = f"{whose}message {number}"
-        if "role" not in message and "from" in message:
-            raise BadRecord(f"{of} has `from`, ShareGPT's layout: write `role` (user, assistant) and `content`")
-        role = message.get("role")
-        known = _ROLES.get(role.lower(), role.lower()) if isinstance(role, str) else None
-        if role not in ROLES and known in ROLES:
-            raise BadRecord(f"{of}: role is {role!r}, not one of {', '.join(ROLES)}; write {known} for it")
-        _refuse(message, _NOT_SHOWN, f"{of} ")
-        if isinstance(message.get("content"), list):
-            raise BadRecord(f"{of}: content is a list of parts, not a string: write their text as one")
-    return tuple({key: message.get(key) for key in ("role", "content")} for message in messages)
+def _exported(where: str, value: Mapping[str, Any]) -> Conversation:
+    return _conversation(where, {"messages": messages.of_chatgpt(value)})
 
 
-def _is_trained(message: Mapping[str, Any], whose: str) -> bool:
+def _is_trained(message: Mapping[str, Any], role: str, whose: str) -> bool:
     """Tells whether the loss counts a message if it is the assistant's, as OpenAI's, Mistral's and others' keys say."""
-    marks = {key: message[key] for key in _MARKS if message.get(key) is not None}
+    marks = {key: message[key] for key in messages.MARKS if message.get(key) is not None}
     for key, mark in marks.items():
         if not isinstance(mark, (int, float)) or mark not in (0, 1):
             raise BadRecord(f"{whose}has the `{key}` {repr(mark)[:40]}: 0 (not to be trained on) or 1 is needed")
-        if mark and message["role"] != "assistant":
+        if mark and role != "assistant":
             raise BadRecord(f"{whose}has the `{key}` {mark!r}, and the assistant's messages alone are trained on")
     if len({bool(mark) for mark in marks.values()}) > 1:
         raise BadRecord(f"{whose}has {' and '.join(f'`{key}`' for key in marks)}, which contradict each other")
@@ -415,10 +389,12 @@ def _preference(where: str, value: Mapping[str, Any]) -> Preference:
         raise BadRecord("`chosen` and `rejected` differ in more than their last answer")
     if chosen == rejected:
         raise BadRecord("`chosen` and `rejected` are the same")
-    prompt = _prompt(value.get("prompt"), before, isinstance(value["chosen"], str))
-    if _system_of(value):
+    asked = next((value[key] for key in ("prompt", "messages", "conversations") if value.get(key) is not None), None)
+    prompt = _prompt(messages.unpacked(asked), before, isinstance(value["chosen"], str))
+    tools = messages.tools_of(value)
+    if _system_of(value) or tools:
         prompt = _after_system(value, ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt)
-    made = Preference(where, prompt, chosen, rejected)
+    made = Preference(where, prompt, chosen, rejected, tools)
     for key, answer in (("chosen", chosen), ("rejected", rejected)):
         try:
             made.answered(answer)
@@ -430,11 +406,14 @@ def _preference(where: str, value: Mapping[str, Any]) -> Preference:
 def _answer(value: Any, key: str) -> tuple[Turns, str]:
     """The messages before an answer, and the answer."""
     before: Turns = ()
-    if _is_messages(value):
-        *before, last = _turns(value, f"`{key}`, ")  # type: ignore[assignment]
-        if last["role"] != "assistant" or not isinstance(last["content"], str):
+    value = [value] if isinstance(value, dict) else messages.unpacked(value)
+    if messages.is_list(value):
+        *before, last = messages.turns(value, f"`{key}`, ")  # type: ignore[assignment]
+        if last["role"] != "assistant":
             raise BadRecord(f"`{key}` doesn't end with a message of the assistant's")
-        if not _is_trained(value[-1], f"`{key}` "):
+        if "tool_calls" in last:
+            raise BadRecord(f"`{key}` ends with a call of a function, and answers alone are compared")
+        if not _is_trained(value[-1], "assistant", f"`{key}` "):
             raise BadRecord(f"`{key}` ends with an answer that is not to be trained on")
         value = last["content"]
     if not isinstance(value, str):
@@ -455,8 +434,8 @@ def _prompt(prompt: Any, before: Turns, plain: bool) -> str | Turns:
         if before and all(str(message.get("content")).strip() != prompt.strip() for message in before):
             raise BadRecord("`prompt` is not what `chosen` and `rejected` answer")
         return before or (prompt if plain else ({"role": "user", "content": prompt},))
-    if _is_messages(prompt):
-        asked = _turns(prompt, "`prompt`, ")
+    if messages.is_list(prompt):
+        asked = messages.turns(prompt, "`prompt`, ")
         if before and before != asked:
             raise BadRecord("`prompt` is not what `chosen` and `rejected` answer")
         return asked
@@ -465,27 +444,25 @@ def _prompt(prompt: Any, before: Turns, plain: bool) -> str | Turns:
     raise BadRecord("`prompt` is " + ("missing" if prompt is None else "neither a string nor a list of messages"))
 
 
-def _is_messages(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(message, dict) for message in value)
-
-
 class _Layout:
     """A format: how its record is made, the keys that it must have, and all that are known."""
 
     def __init__(
-        self, make: Callable[[str, Mapping[str, Any]], Record], keys: tuple[str, ...], others: Collection[str] = ()
+        self, name: str, make: Callable[[str, Mapping[str, Any]], Record], others: Collection[str] = ()
     ) -> None:
-        self.make, self.keys = make, keys
-        self.known = {*keys, *others, *_SYSTEM, *_NOT_USED, "weight"}
+        self.make, (self.keys, may) = make, KEYS[name]
+        self.known = {*self.keys, *may, *others, *_SYSTEM, *_NOT_USED, "tools", "functions", "weight"}
 
 
 # In the order in which a record's keys are tried: Alpaca's own files have a `text` too.
 _LAYOUTS = {
-    "completion": _Layout(_prompt_answer, ("prompt", "completion"), ["label"]),
-    "messages": _Layout(_conversation, ("messages",)),
-    "alpaca": _Layout(_instruction, ("instruction", "output"), ["input"]),
-    "text": _Layout(_plain_text, ("text",)),
-    "pairs": _Layout(_preference, _PAIR, ["prompt"]),
+    "completion": _Layout("completion", _prompt_answer, ["label"]),
+    "messages": _Layout("messages", _conversation),
+    "sharegpt": _Layout("sharegpt", partial(_conversation, key="conversations")),
+    "chatgpt": _Layout("chatgpt", _exported),
+    "alpaca": _Layout("alpaca", _instruction),
+    "text": _Layout("text", _plain_text),
+    "pairs": _Layout("pairs", _preference, ["messages", "conversations"]),
 }
 FORMATS = tuple(name for name in _LAYOUTS if name != "pairs")
 _COLUMNS = {key for layout in _LAYOUTS.values() for key in layout.known}

@@ -24,7 +24,7 @@ OptimizerName = Literal["adamw", "adafactor"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
 OnNan = Literal["stop", "skip"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
-RecordFormat = Literal["completion", "messages", "alpaca", "text"]
+RecordFormat = Literal["completion", "messages", "sharegpt", "chatgpt", "alpaca", "text"]
 PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "orpo"]
 
 T = TypeVar("T")

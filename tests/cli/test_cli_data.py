@@ -189,8 +189,8 @@ def test_every_bad_record_is_named(run: Run, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *turns(2), {"prompt": "a"}, {"text": "\ud800"}, 7)
     code, out, err = run(path)
     named = [
-        f"{path}, line 3: has none of these sets of keys: `prompt`, `completion`; `messages`; `instruction`, `output`; "
-        "`text`; it has `prompt`",
+        f"{path}, line 3: has none of these sets of keys: `prompt`, `completion`; `messages`; `conversations`; "
+        "`mapping`; `instruction`, `output`; `text`; it has `prompt`",
         f"{path}, line 4: the text is not valid Unicode: character 1 is U+D800",
         f"{path}, line 5: is a number, not an object",
     ]
@@ -224,7 +224,7 @@ def test_every_split_is_shown(run: Run, tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: no such file or directory"),
-        (["a.jsonl", "--format", "csv"], "--format csv: is not one of completion, messages, alpaca, text"),
+        (["a.jsonl", "--format", "csv"], "--format csv: is not one of completion, messages, sharegpt, chatgpt, alpaca"),
         (["a.jsonl", "--max-seq-length", "1"], "--max-seq-length 1: must be 2 or more"),
         (["a.jsonl", "--max-seq-length", "513"], "--max-seq-length 513: the model reads 512 tokens at most"),
         (["a.jsonl", "--template", "nowhere"], "nowhere: not a chat template"),

@@ -272,7 +272,7 @@ class TestParquet:
         reasons = bad_of({"messages": [turns, None, [], [None, *turns], [turns[0] | {"content": None}, turns[1]]]})
         assert [reason.partition(": ")[2] for reason in reasons] == [
             "`messages` is not a list of objects", "a conversation needs a message",
-            "`messages` is not a list of objects", "message 1: content is not a string",
+            "`messages` is not a list of objects", "message 1: content is null, not a string",
         ]  # fmt: skip
 
     def test_what_python_cannot_hold(self, bad_of: Callable[[Any], list[str]]) -> None:

@@ -127,6 +127,70 @@ class TestPlain:
             Encoder(tokenizer, None).encode(PlainText("", "a\ud800"))
 
 
+CALLS = """{{ '<s>' }}{% if tools %}<|im_start|>system
+{{ tools[0].function.name }}<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for c in m.tool_calls or [] %}<|call|>{{ c.function.name }}{{ c.function.arguments | tojson }}<|end|>\
+{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+CALLING = {
+    "role": "assistant", "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": name, "arguments": {"an": 1}}} for name in ("fox", "dog")],
+}  # fmt: skip
+
+
+class TestCalls:
+    """Calls of functions, with control tokens of their own in them."""
+
+    TOOLS = ({"type": "function", "function": {"name": "fox", "description": "", "parameters": {}}},)
+    TALK = (user("quick?"), CALLING, {"role": "tool", "content": "lazy"}, assistant("old"), user("more"))
+
+    @pytest.fixture
+    def tokenizer(self, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+        path = tmp_path_factory.mktemp("calls") / "tokenizer.model"
+        return Tokenizer.load(train(path, **EXACT, control_symbols="<|im_start|>,<|im_end|>,<|call|>,<|end|>"))
+
+    def test_calls_and_answers_are_trained_and_results_are_read(self, tokenizer: Tokenizer) -> None:
+        template = JinjaTemplate(tokenizer, CALLS, "calls", NAMES)
+        example = Encoder(tokenizer, template).encode(Conversation("here", self.TALK, tools=self.TOOLS))
+        assert shown(tokenizer, example).replace(" ", "") == (
+            "<s><|im_start|>system\nfox<|im_end|>\n<|im_start|>user\nquick?<|im_end|>\n<|im_start|>assistant\n"
+            '[<|call|>fox{"an":1}<|end|><|call|>dog{"an":1}<|end|><|im_end|>]\n'
+            "<|im_start|>tool\nlazy<|im_end|>\n<|im_start|>assistant\n[old<|im_end|>]"
+        )
+        asked = template.encode(self.TALK[:1], tools=self.TOOLS)
+        assert list(example.ids[: len(asked)]) == asked and not any(example.trained[: len(asked)])
+
+    @pytest.mark.parametrize("name", ["call", "calls"])
+    def test_a_call_that_a_message_names_is_no_token(self, tokenizer: Tokenizer, name: str) -> None:
+        template = JinjaTemplate(tokenizer, CALLS, "calls", NAMES)
+        said = assistant(f"<|{name}|> is how it calls")
+        example = Encoder(tokenizer, template).encode(Conversation("here", (user("how?"), said), tools=self.TOOLS))
+        assert tokenizer.control_ids["<|call|>"] not in example.ids
+
+    @pytest.mark.parametrize(
+        ("source", "tools", "reason"),
+        [
+            (CHATML, TOOLS, "has `tools`, and the chat template shows none to the model"),
+            (CHATML, (), "message 2: the chat template leaves out its calls of functions"),
+            (OPENELM_INSTRUCT_JINJA, TOOLS, "has `tools`, and the chat template shows none"),
+        ],
+    )
+    def test_what_the_template_would_leave_out(
+        self, tokenizer: Tokenizer, source: str, tools: tuple[dict[str, Any], ...], reason: str
+    ) -> None:
+        encoder = Encoder(tokenizer, JinjaTemplate(tokenizer, source, "t", NAMES))
+        with pytest.raises(InputError, match=reason):
+            encoder.encode(Conversation("here", self.TALK, tools=tools))
+
+    def test_a_template_without_tools_results(self, tokenizer: Tokenizer) -> None:
+        with pytest.raises(InputError, match="message 3 is a tool's, and the chat template takes none"):
+            Encoder(tokenizer, OpenELMInstruct(tokenizer)).encode(Conversation("here", self.TALK))
+
+
 class TestConversations:
     TALK = (user("the quick?"), assistant("Fox."), user("lazy?"), assistant("dogs"))
 

@@ -117,7 +117,7 @@ class TestFiles:
 
         rows = [{"messages": [USER, ASSISTANT | {"tool_calls": None}], "prompt": "no matter"}]
         parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-        assert bare(read(tmp_path / "a.parquet")["train"].records) == [((USER, ASSISTANT), frozenset())]
+        assert bare(read(tmp_path / "a.parquet")["train"].records) == [((USER, ASSISTANT), frozenset(), ())]
 
     def test_other_columns_are_guessed_of_a_table_and_hinted_at_elsewhere(self, tmp_path: Path) -> None:
         pyarrow = pytest.importorskip("pyarrow")
@@ -301,11 +301,8 @@ class TestRecords:
             (b'{"messages": "a"}', "`messages` is not a list of objects"),
             (b'{"messages": ["a"]}', "`messages` is not a list of objects"),
             (b'{"messages": []}', "a conversation needs a message"),
-            (b'{"messages": [{"role": "human", "content": "a"}]}', "message 1: role is 'human', not one of"),
-            (
-                b'{"messages": [{"role": "user", "content": [1]}]}',
-                "message 1: content is a list of parts, not a string",
-            ),
+            (b'{"messages": [{"role": "narrator", "content": "a"}]}', "message 1: role is 'narrator', not one of"),
+            (b'{"messages": [{"role": "user", "content": [1]}]}', "message 1, part 1 has no text"),
             (b'{"messages": [{"role": "user", "content": "a"}]}', "no message is the assistant's"),
             (b'{"messages": [{"role": "assistant", "content": "a"}]}', "message 1 is the assistant's"),
             (
@@ -315,9 +312,11 @@ class TestRecords:
             (
                 b'{"messages": [{"role": "user", "content": "a"},'
                 b' {"role": "assistant", "content": "b", "tool_calls": [1]}]}',
-                "message 2 has `tool_calls`",
+                "message 2: a call is a list, not an object with `name` and `arguments`",
             ),
-            (b'{"text": "a", "tools": [{}]}', "has `tools`, which no template here can show"),
+            (b'{"text": "a", "tools": [{"name": "f"}]}', "has tools beside `text`"),
+            (b'{"prompt": "a", "completion": "b", "tools": [{}]}', "`tools`, function 1: an object with a `name`"),
+            (b'{"prompt": "a", "completion": "b", "images": ["c"]}', "has `images`, which no template here can show"),
             (b'{"text": "a", "system": "b"}', "has a system prompt beside `text`"),
             (b'{"prompt": "a", "completion": "b", "system": "c", "system_prompt": "d"}', "has two system prompts"),
             (b'{"prompt": "a", "completion": "b", "label": false}', "an answer that is not wanted"),
@@ -328,7 +327,9 @@ class TestRecords:
                 b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
                 "is a pair of answers, `chosen` and `rejected`: `elm-mlx",
             ),
-            (b'{"conversations": [{"from": "human", "value": "a"}]}', "has `conversations`, ShareGPT's layout: write"),
+            (b'{"conversations": [{"from": "human", "value": "a"}]}', "no message is the assistant's"),
+            (b'{"conversations": [{"from": "narrator", "value": "a"}]}', "message 1: role is 'narrator', not one of"),
+            (b'{"conversations": "[{]"}', "`conversations` is not a list of objects"),
         ]
         + [
             (f'{{"instruction": "a", "input": {value}, "output": "c"}}'.encode(), f"`input` is {kind}, not a string")
@@ -343,29 +344,14 @@ class TestRecords:
                 (USER, {"weight": 0}, b"", "no answer of the assistant's is to be trained on"),
                 (USER, {"weight": 1, "train": False}, b"", "`weight` and `train`, which contradict each other"),
                 (USER | {"weight": 1}, {}, b"", "message 1 has the `weight` 1, and the assistant's messages alone"),
-                (USER, {"name": "Ann"}, b"", "message 2 has `name`, which no template here can show"),
+                (USER, {"name": "Ann"}, b"", "message 2 has `name`, which no template here can show but of a tool's"),
                 (USER, {"reasoning_content": "hm"}, b"", "message 2 has `reasoning_content`"),
-                (USER | {"role": "human"}, {}, b"", "write user for it"),
-                (
-                    USER,
-                    {"role": "gpt"},
-                    b"",
-                    "message 2: role is 'gpt', not one of system, user, assistant; write a",
-                ),
-                (
-                    USER | {"role": "User"},
-                    {},
-                    b"",
-                    "message 1: role is 'User', not one of system, user, assistant;",
-                ),
-                (USER | {"role": "tool"}, {}, b"", "message 1: role is 'tool', not one of"),
-                ({"from": "human", "value": "a"}, {}, b"", "message 1 has `from`, ShareGPT's layout"),
-                (
-                    USER | {"content": [{"type": "text", "text": "a"}]},
-                    {},
-                    b"",
-                    "message 1: content is a list of parts",
-                ),
+                (USER | {"role": None}, {}, b"", "message 1: role is None, not one of system, user, assistant, tool,"),
+                (USER | {"from": "human"}, {}, b"", "message 1 has `role` and `from`: keep one"),
+                (USER | {"value": "a"}, {}, b"", "message 1 has `content` and `value`: keep one"),
+                ({"role": "user"}, {}, b"", "message 1: content is missing"),
+                (USER | {"content": {"a": 1}}, {}, b"", "message 1: content is an object, not a string"),
+                (USER | {"tool_calls": [{"name": "f"}]}, {}, b"", "message 1 has `tool_calls`, and is not the assist"),
                 (
                     USER | {"role": "system"},
                     {},
@@ -410,7 +396,7 @@ class TestRecords:
             {"messages": [told, USER, ASSISTANT], key: told["content"]},
         ]
         split = read(lines(tmp_path / "a.jsonl", *rows))["train"]
-        assert split.bad == [] and bare(split.records) == [((told, USER, ASSISTANT), frozenset())] * 4
+        assert split.bad == [] and bare(split.records) == [((told, USER, ASSISTANT), frozenset(), ())] * 4
 
     @pytest.mark.parametrize("mark", [0, 0.0, False])
     @pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
