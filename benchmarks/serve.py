@@ -23,6 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,7 +35,7 @@ from elm_mlx.model.config import ModelConfig
 sys.path.insert(0, str(Path(__file__).parent))
 from speed import BIN, ENVIRONMENT, embedded_model, machine
 
-PROMPT, NEW = 40, 48  # words, of three tokens each or so, and tokens
+PROMPT, NEW, LONG = 40, 48, 160  # words, of three tokens each or so, and tokens; of one stream against `generate`
 SMALL: dict[str, Any] = {"num_layers": 12, "model_dim": 384, "head_dim": 64, "max_context_length": 2048}
 HEADER = (
     "| clients | seeds | tokens/s | mlx-lm | ratio | spread | first token p95, s | mlx-lm | gap p95, ms | mlx-lm |\n"
@@ -44,12 +45,12 @@ OURS = [BIN / "elm-mlx", "serve"]
 THEIRS = [sys.executable, "-c", "import elm_mlx; from mlx_lm.server import main; main()", "--model"]  # with our BLAS
 LOAD = "import sys, elm_mlx; elm_mlx.load(sys.argv[1])"
 GENERATE = (
-    "import json, sys, elm_mlx\n"
+    "import json, sys, time, elm_mlx\n"
     "model, tokenizer = elm_mlx.load(sys.argv[1])\n"
     "for line in sys.stdin:\n"
     "    prompt, new = json.loads(line)\n"
-    "    for response in elm_mlx.stream_generate(model, tokenizer, prompt, max_tokens=new): pass\n"
-    "    print(response.generation_tps, flush=True)\n"
+    "    stream = elm_mlx.stream_generate(model, tokenizer, prompt, max_tokens=new)\n"
+    "    print([time.perf_counter() for response in stream if response.text], flush=True)\n"
 )
 
 
@@ -114,9 +115,11 @@ class Server:
 class Load:
     """What clients ask of a server in one round, and the figures of its answers."""
 
-    def __init__(self, clients: int, round_number: int, seeded: bool, words: Sequence[str]) -> None:
+    def __init__(
+        self, clients: int, round_number: int, seeded: bool, words: Sequence[str], max_tokens: int = NEW
+    ) -> None:
         draw = random.Random(f"{clients} {round_number} {seeded}")
-        options = {"max_tokens": NEW, "stream": True, "stream_options": {"include_usage": True}}
+        options = {"max_tokens": max_tokens, "stream": True, "stream_options": {"include_usage": True}}
         self.bodies = [
             options
             | {"prompt": " ".join(draw.choices(words, k=PROMPT))}
@@ -129,7 +132,7 @@ class Load:
         answers = clients.ask({"url": url, "bodies": [body | {"model": name} for body in self.bodies]})
         seconds = max(answer["came"][-1] for answer in answers) - min(answer["sent"] for answer in answers)
         firsts = [answer["came"][0] - answer["sent"] for answer in answers]
-        gaps = [b - a for answer in answers for a, b in zip(answer["came"], answer["came"][1:], strict=False)]
+        gaps = [b - a for answer in answers for a, b in pairwise(answer["came"])]
         return sum(answer["tokens"] for answer in answers) / seconds, firsts, gaps
 
 
@@ -170,16 +173,16 @@ def row(count: int, seeded: bool, results: Sequence[Sequence[tuple[float, list[f
 
 
 def alone(model: Path, rounds: int) -> None:
-    """One stream against the loop of `generate`, and the start against loading."""
+    """One stream against the loop of `generate`, by the median time a token, and the start against loading."""
     words = [word for word in models_words() if word.isalpha()]
     ratios, starts = [], []
     clients = Process([sys.executable, Path(__file__).with_name("serve_clients.py")])
     with clients, Process([sys.executable, "-c", GENERATE, model]) as loop, Server(OURS, model) as server:
         name = served_name(server.url)
         for number in range(-1, 2 * rounds):
-            load = Load(1, number, False, words)
+            load = Load(1, number, False, words, LONG)
             _, _, gaps = load.measure(clients, server.url, name)
-            ratios.append(loop.ask([load.bodies[0]["prompt"], NEW]) * sum(gaps) / len(gaps))
+            ratios.append(statistics.median(gaps) / pace(loop.ask([load.bodies[0]["prompt"], LONG])))
     for _ in range(rounds):
         with Server(OURS, model) as server:
             starting = server.seconds
@@ -189,6 +192,11 @@ def alone(model: Path, rounds: int) -> None:
     print(f"\nOne stream takes {statistics.median(ratios[1:]):.3f} of the time a token of generate's loop takes "
           f"({min(ratios[1:]):.3f} to {max(ratios[1:]):.3f});")  # fmt: skip
     print(f"it listens {statistics.median(starts):.2f} s later than a process that loads the model is done.")
+
+
+def pace(came: Sequence[float]) -> float:
+    """Returns the median time between two tokens."""
+    return statistics.median(b - a for a, b in pairwise(came))
 
 
 def served_name(url: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -99,11 +100,11 @@ class ContinuousBatch:
         `leaving` is called for the rows whose last token this is, before they are removed.
         """
         tokens, logprobs, tops = self._choose()
-        mx.async_eval(tokens, logprobs, tops)
         self._chosen = (list(self.answers), tokens, logprobs, tops)
         self._stepped = False
         if self._pace is not None and len(self.answers) == 1 and self._verify(self._pace, self.answers[0]):
             return
+        launched: list[Any] = [tokens, logprobs, tops]
         kept = self.remove([row for row, answer in enumerate(self.answers) if answer.left == 1], leaving)
         if self.answers:
             fed = tokens if len(kept) == tokens.size else tokens[mx.array(kept)]
@@ -112,9 +113,10 @@ class ContinuousBatch:
             if self.keeps_states:
                 for row, (answer, length) in enumerate(zip(self.answers, self.rows.lengths, strict=True)):
                     answer.keep_state(self.rows.caches, row, length)
-            # Snapshots too, or they would hold on to what they are cut from.
-            snapshots = [answer.snapshots for answer in self.answers]
-            mx.async_eval(self.logits, [cache.state for cache in self.rows.caches], snapshots)
+                # Snapshots too, or they would hold on to what they are cut from.
+                launched += [cache.state for cache in self.rows.caches], [answer.snapshots for answer in self.answers]
+            launched.append(self.logits)
+        mx.async_eval(launched)
 
     def deliver(self) -> tuple[int, list[OpenRequest]]:
         """Reports the tokens that `launch` chose, while what it launched is running. Returns their number, and

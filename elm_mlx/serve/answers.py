@@ -21,6 +21,7 @@ from elm_mlx.version import __version__
 FINGERPRINT = f"elm-mlx-{__version__}"  # while it is the same, so is what a seed gives
 DONE = "data: [DONE]\n\n"
 KEEP_ALIVE = ": keep-alive\n\n"
+_compact = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` would make one for each token
 LEFT = 499  # the status, in the log and the figures, of a request whose client left
 
 
@@ -65,7 +66,7 @@ def busy(message: str, retry_after: int) -> ErrorAnswer:
 
 def event(values: Mapping[str, Any]) -> str:
     """Returns a server-sent event. It is ASCII: some clients take U+2028 and its like for the end of a line."""
-    return f"data: {json.dumps(values, separators=(',', ':'))}\n\n"
+    return f"data: {_compact(values)}\n\n"
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,14 +39,34 @@ class Plan:
     reader: CallReader | None = None
 
 
+class _Post:
+    """What other threads put into queues of a loop. What comes before it looks wakes it once: a step's tokens do."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._items: deque[tuple[asyncio.Queue[Any], Any]] = deque()
+        self._woken = False
+
+    def put(self, queue: asyncio.Queue[Item], item: Item) -> None:
+        self._items.append((queue, item))
+        if not self._woken and (loop := self._loop()) is not None:
+            self._woken = True
+            loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # first: what is put from now on may not be seen below
+        while self._items:
+            queue, item = self._items.popleft()
+            queue.put_nowait(item)
+
+
+_posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Post] = weakref.WeakKeyDictionary()
+
+
 def putting_into(queue: asyncio.Queue[Item]) -> Callable[[Item], None]:
     """Returns what puts an item into a queue of this loop, from any thread."""
     loop = asyncio.get_running_loop()
-
-    def put(item: Item) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, item)
-
-    return put
+    return partial(_posts.setdefault(loop, _Post(loop)).put, queue)
 
 
 class OpenCompletion:
@@ -55,7 +77,8 @@ class OpenCompletion:
         self._answers = [Answer(index) for index in range(len(plans))]
         self._tickets: dict[int, Ticket] = {}
         self._next = 0  # of the plans: those before it are the engine's
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()  # bounded by the answers' max_tokens
+        # Bounded by the answers' max_tokens; None where nothing has come for a while.
+        self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._decoders: dict[int, tuple[Any, int]] = {}  # of scored texts, and how long these are
         self._read: dict[int, tuple[int, int]] = {}  # tokens of each prompt, and how many of them were cached
 
@@ -136,13 +159,15 @@ class OpenCompletion:
     async def _some(self) -> tuple[list[tuple[int, Event]], Exception | None]:
         """Waits for the next events. Returns them up to the first failure, and that."""
         happenings: list[tuple[int, Event]] = []
+        # Not `asyncio.wait_for`, which makes a task of each token, two more rounds of the loop.
+        quiet = asyncio.get_running_loop().call_later(KEEP_ALIVE_SECONDS, self._events.put_nowait, None)
         try:
-            waiting = [await asyncio.wait_for(self._events.get(), KEEP_ALIVE_SECONDS)]
-        except asyncio.TimeoutError:
-            return [], None
+            waiting = [await self._events.get()]
+        finally:
+            quiet.cancel()
         while not self._events.empty():
             waiting.append(self._events.get_nowait())
-        for index, happened in waiting:
+        for index, happened in filter(None, waiting):
             if isinstance(happened, Failed):
                 return happenings, happened.error
             happenings.append((index, happened))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,39 @@ SAMPLED: Any = {"temperature": 0.9, "top_p": 0.95, "seed": 7, "max_tokens": 12}
 def client(server: Served) -> Iterator[OpenAI]:
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
         yield client
+
+
+def test_what_threads_put_comes_in_order_and_wakes_the_loop_once() -> None:
+    async def collected(threads: int, each: int) -> tuple[list[list[int]], int]:
+        queues: list[asyncio.Queue[int]] = [asyncio.Queue() for _ in range(threads)]
+        puts = [completions.putting_into(queue) for queue in queues]
+        loop, woken = asyncio.get_running_loop(), 0
+        call = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal woken
+            woken += 1
+            return call(*arguments, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+
+        def run(put: Callable[[int], None]) -> None:
+            for number in range(each):
+                put(number)
+
+        workers = [threading.Thread(target=run, args=(put,)) for put in puts]
+        for worker in workers:  # while the loop looks at nothing
+            worker.start()
+        for worker in workers:
+            worker.join()
+        once = woken
+        found = [[await queue.get() for _ in range(each)] for queue in queues]
+        puts[0](7)
+        return [*found, [await queues[0].get()]], once
+
+    found, woken = asyncio.run(asyncio.wait_for(collected(5, 200), 30))
+    assert found == [*[[*range(200)]] * 5, [7]]
+    assert woken <= 5  # threads that find it asleep at the same moment
 
 
 @pytest.fixture(scope="module")
