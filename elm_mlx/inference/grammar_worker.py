@@ -27,6 +27,9 @@ SECONDS = 2.0  # of computing
 TOKEN_SECONDS = 0.5  # of computing, for one token
 WAITING = 10  # times as long by the clock, on a busy machine
 STACK = 256 << 20  # bytes, of which only those are taken that are touched: 10 KB for each of up to 5,000 references
+# What follows in a text is computed by threads that have 8 MB. How deep a text is nested makes no difference to
+# llguidance; what a schema makes of it is tried with a thirty-second of that.
+TEXT_STACK = 256 << 10
 MEMORY = (512 << 20) + STACK  # of the fork, this process' own included; macOS does not limit it
 # llguidance's own limits leave a hostile schema seconds, of one token even, and hundreds of megabytes.
 MAX_LEXER_STATES, MAX_GRAMMAR_SIZE = 50_000, 50_000
@@ -96,10 +99,11 @@ def compiled(vocabulary: LLTokenizer, grammar: str) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     limits = LLParserLimits(max_lexer_states=MAX_LEXER_STATES, max_grammar_size=MAX_GRAMMAR_SIZE, verbose_errors=False)
-    return _deep(lambda: LLMatcher(vocabulary, grammar, limits=limits, log_level=0))
+    return _on_stack(STACK, lambda: LLMatcher(vocabulary, grammar, limits=limits, log_level=0))
 
 
-def _deep(work: Callable[[], Any]) -> Any:
+def _on_stack(size: int, work: Callable[[], Any]) -> Any:
+    """Returns the result of `work` in a thread with a stack of `size` bytes. Raises what it raises."""
     results: list[Any] = []
 
     def run() -> None:
@@ -109,7 +113,7 @@ def _deep(work: Callable[[], Any]) -> Any:
             results.append(error)
 
     with _stack_lock:
-        before = threading.stack_size(STACK)
+        before = threading.stack_size(size)
         try:
             thread = threading.Thread(target=run)
             thread.start()
@@ -123,25 +127,31 @@ def _deep(work: Callable[[], Any]) -> Any:
 
 def _fault(vocabulary: LLTokenizer, grammar: str) -> str | None:
     """Returns what is wrong with a grammar; None where texts can be written by it. Some show it at a token only."""
-    draw = random.Random(0)
     try:
         matcher = compiled(vocabulary, grammar)
-        for _ in range(_TEXTS):
-            text = matcher.deep_copy()
-            for _ in range(_TOKENS):
-                if text.is_error():
-                    return str(text.get_error())
-                if text.is_stopped():
-                    break
-                began = time.process_time()
-                mask = text.compute_logit_bias()
-                start = draw.randrange(len(mask))
-                turned = mask[start:] + mask[:start]
-                text.consume_token((start + len(turned) - len(turned.lstrip(b"\0"))) % len(mask))
-                if time.process_time() - began > TOKEN_SECONDS:
-                    return "it takes too much time at a token"
+        fault: str | None = _on_stack(TEXT_STACK, lambda: _fault_in_texts(matcher))
     except BaseException as error:  # a panic
         return str(error) or type(error).__name__
+    return fault
+
+
+def _fault_in_texts(matcher: LLMatcher) -> str | None:
+    """Writes a few texts at random. Returns what is wrong with one; None for nothing."""
+    draw = random.Random(0)
+    for _ in range(_TEXTS):
+        text = matcher.deep_copy()
+        for _ in range(_TOKENS):
+            if text.is_error():
+                return str(text.get_error())
+            if text.is_stopped():
+                break
+            began = time.process_time()
+            mask = text.compute_logit_bias()
+            start = draw.randrange(len(mask))
+            turned = mask[start:] + mask[:start]
+            text.consume_token((start + len(turned) - len(turned.lstrip(b"\0"))) % len(mask))
+            if time.process_time() - began > TOKEN_SECONDS:
+                return "it takes too much time at a token"
     return None
 
 

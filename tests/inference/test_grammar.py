@@ -398,6 +398,26 @@ def test_references_lead_as_deep_as_they_may(keyword: str, tiny_tokenizer: Token
     assert takes(grammar, tiny_tokenizer, "[]" if keyword == "items" else "1")
 
 
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
+def test_a_text_may_be_nested_as_deep_as_it_is_long(opening: str, closing: str, tiny_tokenizer: Tokenizer) -> None:
+    """With the stack that a schema is tried with, a thirty-second of what a server's threads have."""
+    nested = {"type": "array", "items": {"$ref": "#"}}
+    within: Schema = {"type": "object", "properties": {"a": {"$ref": "#"}}, "additionalProperties": False}
+    grammar = GrammarCompiler(tiny_tokenizer).json_schema({"anyOf": [nested, within, {"type": "null"}]})
+    text = opening * 10_000 + "null" + closing * 10_000
+    tokens = tiny_tokenizer.encode_amid(text)
+
+    def write() -> bool:
+        state = grammar.start()
+        for number, token in enumerate(tokens):
+            if number % 500 == 0:
+                assert state.bias()[token].item() == 0
+            state.accept(token)
+        return state.finished
+
+    assert grammar_worker._on_stack(grammar_worker.TEXT_STACK, write)
+
+
 def test_what_crashes_or_never_ends_is_an_error_and_the_next_grammar_is_compiled(
     tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
