@@ -14,12 +14,12 @@ from elm_mlx.train.sections import scalar
 
 SCALE = "lora_parameters.scale"  # what an adapter's product is multiplied by; alpha is that times the rank
 _RENAMED = {"adapter_path": "out", "lora_layers": "num_layers", "use_dora": "dora"}
-# Keys that change no weight: how often to print, and how a test is run.
-_OF_NO_MATTER = ("steps_per_report", "test_batches", "clear_cache_threshold")
+# Keys that change no weight: how a test is run, and when memory is returned.
+_OF_NO_MATTER = ("test_batches", "clear_cache_threshold")
 # Keys that may stand there with nothing in them, and what to do where there is something.
 _ELSEWHERE = {
     "test": "to measure a model on a text, `elm-mlx eval MODEL --adapter DIR --text FILE`",
-    "resume_adapter_file": "to train on from an adapter, `elm-mlx fuse` it and begin with the result",
+    "resume_adapter_file": "to begin with an adapter, write from_adapter: DIR, its directory",
     "report_to": "`elm-mlx report DIR` draws the losses",
     "wandb": "`elm-mlx report DIR` draws the losses",
     "project_name": "`elm-mlx report DIR` draws the losses",

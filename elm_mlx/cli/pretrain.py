@@ -71,7 +71,8 @@ def pretrain(
     from elm_mlx.train.pretraining_recipe import Recipe
 
     recipe = sections.read(config, Recipe, set_ or [])
-    shown = screen.TrainingDisplay(recipe.optimizer.steps, validates=recipe.data.validation is not None)
+    steps, every = recipe.loop().schedule.total, recipe.run.steps_per_report
+    shown = screen.TrainingDisplay(steps, recipe.data.validation is not None, every=every)
     with Pretraining(recipe, out, resume=resume, on_wrong=shown.say) as run:
         result = training.train(run, shown, _plan(run, recipe), _KEYS, force, memory.RECIPE)
         shown.lines(_outcome(run, result, shown.validates))
@@ -96,7 +97,7 @@ def _init(path: Path, preset: str, data: str | None) -> None:
 
 
 def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
-    config, steps, tokens = run.config, recipe.optimizer.steps, run.tokens_per_update
+    config, steps, tokens = run.config, run.settings.schedule.total, run.tokens_per_update
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     sources = ", ".join(source.name for source in recipe.data.sources)
     asked, rising = recipe.optimizer.warmup, recipe.optimizer.warmup_steps()

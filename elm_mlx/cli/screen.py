@@ -299,10 +299,13 @@ class TrainingDisplay(TrainingCallback):
     Attributes:
         validates: whether the run does.
         quiet: to show nothing.
+
+    Args:
+        every: updates between lines; None for a bar, or a line every few seconds.
     """
 
-    def __init__(self, steps: int, validates: bool = True, quiet: bool = False):
-        self._steps, self.validates, self.quiet = steps, validates, quiet
+    def __init__(self, steps: int, validates: bool = True, quiet: bool = False, every: int | None = None):
+        self._steps, self.validates, self.quiet, self._every = steps, validates, quiet, every
         self._loss: float | None = None
         self._base: float | None = None  # the validation's loss before training
         self._rate = self._seconds = self._matmul = 0.0
@@ -391,7 +394,11 @@ class TrainingDisplay(TrainingCallback):
         if report.matmul_share:
             self._shown.append(f"{self._matmul:.0%} of matmul speed")
         self._shown.append(byte_size(report.memory))
-        if self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps):
+        if self._every is None:
+            due = self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps)
+        else:
+            due = report.step % self._every == 0 or report.step == self._steps
+        if due:
             self._last = time.monotonic()
             left = duration((self._steps - report.step) * self._seconds)
             self.say(f"step {report.step:,} of {self._steps:,}: {', '.join(self._shown)}, {left} left")

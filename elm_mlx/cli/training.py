@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
@@ -83,13 +83,15 @@ def _option(kind: type[LoraSettings], setting: Setting) -> inspect.Parameter:
         names.append("--lr")
         adapter, full = (f"{rate:.0e}".replace("e-0", "e-") for rate in kind.rates)
         help_ += f" (default: {adapter}; with --full {full})"
+    if setting.name == "from_adapter":
+        names.append("--from")
     if setting.kind is bool and setting.default:
         names = []  # typer's own, which has a --no- too
     default = None if setting.default is MISSING else setting.default
-    value = list[str] if get_origin(setting.kind) is tuple else setting.kind
-    option = typer.Option(
-        *names, help=help_, metavar="DIR" if setting.name == "out" else None, rich_help_panel=setting.section
-    )
+    default = None if default == () else default
+    value = list[get_args(setting.kind)[0]] if get_origin(setting.kind) is tuple else setting.kind  # type: ignore[misc]
+    metavar = "DIR" if setting.name in ("out", "from_adapter") else None
+    option = typer.Option(*names, help=help_, metavar=metavar, rich_help_panel=setting.section)
     return _parameter(setting.name, Annotated[value | None if default is None else value, option], default)
 
 
@@ -128,7 +130,9 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
             raise InputError(f"{path.parent}: holds a run of `elm-mlx {made_by}`; resume it by that command")
         if not isinstance(before, dict):
             raise InputError(f"{path}: holds no settings of the run")
+        added = values.pop("extend", ())  # to the updates that were added before
         fill(before, str(path))
+        values["extend"] = (*values.get("extend", ()), *added)
     if given["recipe"] is not None:
         fill(recipes[given["recipe"]], f"recipe {given['recipe']}")
     if scale is not None:
@@ -212,12 +216,13 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
         else:
             run = Finetuning(asked, resume=resume)
     with run:
-        shown = TrainingDisplay(run.settings.schedule.steps, validates="valid" in run.splits)
+        schedule = run.settings.schedule
+        shown = TrainingDisplay(schedule.total, "valid" in run.splits, every=asked.reports.steps_per_report)
         name_bad([reason for split in run.splits.values() for reason in split.bad])
         options = {name: f"--{name.replace('_', '-')}" for name in asked.options()}
         names = {name.replace("_", " "): option for name, option in options.items()} | options | _DECIDED_BY
         names[_STEPS] = "updates (--epochs)" if asked.optimizer.iters is None else "--iters"
-        onwards = f"; to train on, begin a run on what `elm-mlx fuse {run.path} {run.out} DIR` makes"
+        onwards = "; to train on when it has ended, --extend N adds N updates"
         result = train(run, shown, _plan(run), names, force, memory.OPTIONS, onwards)
         shown.lines(ended(result, shown.validates))
         if result.harm is None:
@@ -277,7 +282,7 @@ def _trial(model: Path, adapter: Path, template: str | None) -> str:
 def _plan(run: Finetuning) -> list[tuple[str, str]]:
     """Returns what is about to happen, as labels and texts."""
     config, batches, settings = run.config, run.batches, run.settings
-    steps = settings.schedule.steps
+    steps = settings.schedule.total
     dtype = str(run.computation.dtype).removeprefix("mlx.core.")
     train = run.splits["train"]
     lines = [("bad", f"{counted(len(split.bad), 'record')} left out") for split in run.splits.values() if split.bad]
@@ -332,6 +337,9 @@ def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
     lines = [("done", f"{counted(done.step, 'update')}, {counted(done.tokens, 'token')}, {took}")]
     if result.interrupted:
         lines = [("stopped", f"after {counted(done.step, 'update')}; --resume goes on from {result.last}")]
+    if result.early:
+        reason = f"{counted(done.worse, 'validation')} in a row without a lower loss"
+        lines = [("ended", f"early, after {counted(done.step, 'update')}: {reason}; more --patience goes on")]
     if done.skipped:
         lines.append(("skipped", counted(done.skipped, "update")))
     if done.best_step:

@@ -1,7 +1,8 @@
 """Preference tuning: from a model directory and pairs to a run's directory with an adapter in it.
 
 The reference is what the model said before it was trained: log-probabilities of all pairs' answers, computed once and
-kept. Under an adapter that has learnt nothing yet the model is its base, so no second model is ever in memory.
+kept. Under an adapter that has learnt nothing yet the model is its base, so no second model is ever in memory; with an
+adapter to begin with, the reference is the model with that.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ class Alignment(Finetuning):
         path, group = self.out / FILE, mx.distributed.init()
         identity = super()._identity()
         whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
+        if self._begun_with is not None:
+            whose["adapter"] = self._begun_with
         found = read(path, whose) if self.leads else None
         if found is None and self.leads and path.exists() and self.resumed is not None:
             raise InputError(
@@ -98,6 +101,9 @@ class Alignment(Finetuning):
         known = bool(mx.distributed.all_sum(mx.array(int(found is not None)), group=group).item())
         if found is None:
             found = {name: np.zeros_like(batches.reference) for name, batches in sources.items()}
+        begun = self.asked.method.from_adapter
+        if not known and begun is not None and not begun.is_dir():
+            raise InputError(f"{path}: is missing, and made from {begun}, which is gone; start anew")
         if not known:
             with stop_requests(callback.stopping) as stop:
                 found = self._computed(model, dtype, sources, callback.progress, stop)

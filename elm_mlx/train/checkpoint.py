@@ -65,6 +65,8 @@ class RunProgress:
         valid_loss: the last validation's; None before the first one that follows an update.
         best_step, best_loss: the least validation loss, and the checkpoint that it was found at. Step 0 has none: it is
             the model before training.
+        worse: validations since the best.
+        extend: as the schedule's.
     """
 
     step: int = 0
@@ -80,6 +82,8 @@ class RunProgress:
     valid_loss: float | None = None
     best_step: int | None = None
     best_loss: float | None = None
+    worse: int = 0
+    extend: list[int] = field(default_factory=list)
 
     @property
     def made(self) -> int:
@@ -151,10 +155,15 @@ def save(
     return path
 
 
-def trained_model(path: Path) -> str | None:
-    """Returns the hash of the model that a checkpoint was trained from. Raises InputError where it is damaged."""
+def trained_from(path: Path, name: str | None = None) -> str | None:
+    """Returns the hash of the model that a checkpoint was trained from, or of `Identity.config`'s `name`.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
     identity = reading.json_object(path / STATE, reading.TEXT_BYTES).get("identity")
-    return identity.get("model") if isinstance(identity, dict) else None
+    found = identity if name is None or not isinstance(identity, dict) else identity.get("config")
+    return found.get(name or "model") if isinstance(found, dict) else None
 
 
 def to_resume(out: Path, resume: bool) -> Path | None:
@@ -225,7 +234,14 @@ def _filled(tree: Any, path: Path) -> Any:
 
 def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:
     """Returns the first field that holds no value that `save` could have written."""
-    counts = ("step", "tokens", "trained_tokens", "skipped", *(["best_step"] if progress.best_step is not None else []))
+    counts = (
+        "step",
+        "tokens",
+        "trained_tokens",
+        "skipped",
+        "worse",
+        *(["best_step"] if progress.best_step is not None else []),
+    )
     numbers = ("seconds", "loss_mean", *(["best_loss"] if progress.best_loss is not None else []))
     values = vars(progress)
     right = {
@@ -235,6 +251,7 @@ def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:
         **{name: values[name] is None or type(values[name]) in (int, float) for name in ("first_loss", "valid_loss")},
         "parts": progress.parts is None or (type(progress.parts) is int and 0 < progress.parts < 1 << 10),
         "data": isinstance(progress.data, dict),
+        "extend": isinstance(progress.extend, list) and all(type(n) is int and n > 0 for n in progress.extend),
         "random": isinstance(progress.random, list) and all(map(_is_key, progress.random)),
         "config": isinstance(saved.config, dict),
     }

@@ -30,7 +30,7 @@ from elm_mlx.model.config import Config, read_config
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.reading import expanded, json_object
-from elm_mlx.safetensors_file import fingerprint
+from elm_mlx.safetensors_file import fingerprint, hash_of_pieces
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.fusion import LogitSample
@@ -40,10 +40,11 @@ from elm_mlx.train import checkpoint, memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.run import HeldRun, Result, Run, Validation
-from elm_mlx.train.settings import DataSettings, LoraSettings, MethodSettings
+from elm_mlx.train.settings import DataSettings, LoraSettings
 from elm_mlx.train.throughput import Meter
 
 _GRAIN = 32  # rows are as long as a multiple of this
+_BEGUN_WITH = "adapter to begin with"  # in a run's identity: the hash of its file
 _SAMPLE_POSITIONS, _SAMPLE_EXAMPLES = 256, 32  # of what a run was trained on, read back
 
 
@@ -80,8 +81,9 @@ class Finetuning(HeldRun):
             self.path = expanded(asked.model)
             self.config = read_config(self.path, with_tokenizer=True)
             self._packed = asked.examples.pack and self._keeps_apart()
-            weights = fingerprint(self.path, checkpoint.trained_model(self.resumed) if self.resumed else None)
-            self.adapter = replace(_adapter(asked.method, self.config), model_sha256=weights)
+            weights = fingerprint(self.path, checkpoint.trained_from(self.resumed) if self.resumed else None)
+            self._begun_with = self._started_from()
+            self.adapter = replace(self._adapter(), model_sha256=weights)
             self.computation = loading.computation(self.path, self.config, asked.computation.compute_dtype)
             shapes = self.config.shapes() if self.adapter.kind == "full" else self.adapter.shapes(self.config)
             self.trainable = sum(map(math.prod, shapes.values()))
@@ -89,6 +91,8 @@ class Finetuning(HeldRun):
             if asked.checkpoints.val_batches == 0:
                 self.splits.pop("valid", None)
             self.row_length = self._row_length(self.splits["train"])
+            if asked.checkpoints.patience is not None and "valid" not in self.splits:
+                raise InputError("--patience: counts validations, and this run has none: give the data a valid split")
             self.batches = self._batches("train", asked.computation.seed)
             self._validation = self._batches("valid") if "valid" in self.splits else None
             self.settings = asked.loop(self._steps())
@@ -161,17 +165,54 @@ class Finetuning(HeldRun):
         layers = [layer for layer in trained if layer is not None]
         return None if len(layers) < len(trained) or not layers else self.config.num_layers - min(layers)
 
+    def _started_from(self) -> str | None:
+        """Returns the hash of the adapter to begin with; of a resumed run's, which may be gone, as it was."""
+        path = self.asked.method.from_adapter
+        if path is None:
+            return None
+        if self.resumed is not None and not path.is_dir():
+            return checkpoint.trained_from(self.resumed, _BEGUN_WITH)
+        adapters.read(path, self.config, self.path)  # says what is wrong with it
+        file = adapters.weights_file(path)
+        pieces = file.suffix == ".safetensors"
+        return hash_of_pieces([file]) if pieces else hashlib.sha256(file.read_bytes()).hexdigest()
+
+    def _adapter(self) -> Adapter:
+        """Plans what is trained: an adapter, or all weights. Raises InputError where a setting makes none."""
+        method, config = self.asked.method, self.config
+        if method.full and config.quantization is not None:
+            raise InputError(
+                "--full trains weights, and a quantized model's cannot be: give the model that it was quantized from"
+            )
+        if method.from_adapter is not None and not (method.full and self.resumed):
+            found = adapters.read(self.resumed or method.from_adapter, config)
+            if method.full != (found.kind == "full"):
+                what = "does not go with" if method.full else "needs"
+                raise InputError(f"{method.from_adapter}: {found.describe()}, which {what} --full")
+            return replace(found, dropout=method.dropout or found.dropout)
+        if method.full:
+            return Adapter("full")
+        return adapters.plan(
+            config, rank=method.ranks(), alpha=method.alpha, targets=method.target or None,
+            num_layers=method.num_layers, dropout=method.dropout, dora=method.dora, rslora=method.rslora,
+        )  # fmt: skip
+
     def _open(self) -> tuple[Model, mx.Dtype | None]:
         """Loads the model, what is trained of it in float32; and returns what that is rounded to where it is used."""
-        how = self.computation.dtype
+        how, begun = self.computation.dtype, self.asked.method.from_adapter
         full = self.adapter.kind == "full"
         name = next(name for name, dtype in device.DTYPES.items() if dtype == (mx.float32 if full else how))
-        loaded = loading.open_model(self.path, name, config=self.config, widen=True)
+        model = loading.open_model(self.path, name, config=self.config, widen=True).model
+        if begun is not None and begun.is_dir():  # or the run is resumed, and its checkpoint has all
+            adapters.load(model, replace(self.adapter, directory=begun))
+        elif not full:
+            adapters.attach(model, self.adapter, self.settings.seed)
         if full:
-            loaded.model.unfreeze()
+            model.unfreeze()
         else:
-            adapters.attach(loaded.model, self.adapter, self.settings.seed)
-        return loaded.model, None if how == mx.float32 else how
+            adapters.train_adapter(model)
+        model.train()
+        return model, None if how == mx.float32 else how
 
     def _read(self) -> dict[str, Prepared]:
         return read_data(self.path, self.config, self.asked.data, self.asked.examples)
@@ -204,6 +245,8 @@ class Finetuning(HeldRun):
             "batch size": self.batch_size * self.world, "row length": self.row_length,
             "packing": self._packed, "compute dtype": str(self.computation.dtype).removeprefix("mlx.core."),
         }  # fmt: skip
+        if self._begun_with is not None:
+            config[_BEGUN_WITH] = self._begun_with
         data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
         return Identity(str(adapter.model_sha256), " ".join(data), config)
 
@@ -270,20 +313,6 @@ def _examples_of(adapter: Path, model: Path) -> list[Example]:
     )  # fmt: skip
     path, paired = expanded(settings["data"]), about.get("command") == "dpo"
     return read_data(model, read_config(model), path, asked, paired=paired, adapter=adapter)["train"].examples
-
-
-def _adapter(method: MethodSettings, config: Config) -> Adapter:
-    """Plans what is trained: an adapter, or all weights. Raises InputError where a setting makes none."""
-    if method.full and config.quantization is not None:
-        raise InputError(
-            "--full trains weights, and a quantized model's cannot be: give the model that it was quantized from"
-        )
-    if method.full:
-        return Adapter("full")
-    return adapters.plan(
-        config, rank=method.ranks(), alpha=method.alpha, targets=method.target or None, num_layers=method.num_layers,
-        dropout=method.dropout, dora=method.dora, rslora=method.rslora,
-    )  # fmt: skip
 
 
 def _check_place(out: Path) -> None:

@@ -62,6 +62,8 @@ class Pretraining(HeldRun):
                 raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
             self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
             self.settings = recipe.loop()
+            if self.settings.patience is not None and recipe.data.validation is None:
+                raise InputError("run.patience counts validations, and data.validation names no text")
             if recipe.data.sequence_length > recipe.model.context:
                 raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
             self._dtype = _compute_dtype(recipe.run.compute_dtype)

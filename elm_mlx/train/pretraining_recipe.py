@@ -72,6 +72,7 @@ class Optimizer:
     Args:
         lr: the highest learning rate.
         steps: updates.
+        extend: updates to add to a run that has ended, on resuming it; the learning rate begins anew with each of them.
         warmup: updates in which the learning rate rises (default: a tenth of steps, at most 5000).
         warmup_from: where it begins.
         shape: cosine, linear or constant after that.
@@ -86,6 +87,7 @@ class Optimizer:
 
     lr: float
     steps: int = 350_000
+    extend: tuple[int, ...] = ()
     warmup: int | None = None
     warmup_from: float = 1e-6
     shape: ScheduleShape = "cosine"
@@ -121,6 +123,8 @@ class RunSettings:
         save_every: updates between checkpoints.
         keep: checkpoints that are kept: what `average` averages.
         on_nan: at a NaN loss or a spike: stop, or skip the update.
+        patience: validations in a row without a lower loss that end the run (default: it goes to its end).
+        steps_per_report: updates between lines in the terminal (default: a bar, or a line every few seconds).
     """
 
     batch_size: int = 16
@@ -132,6 +136,11 @@ class RunSettings:
     save_every: int = 5_000
     keep: int = 5
     on_nan: OnNan = "stop"
+    patience: int | None = None
+    steps_per_report: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, "patience", "steps_per_report")
 
 
 @dataclass(frozen=True)
@@ -183,11 +192,13 @@ class Recipe:
         """Returns the settings of the training loop. Raises InputError where a value is out of its range."""
         asked, run = self.optimizer, self.run
         return Settings(
-            Schedule(asked.lr, asked.steps, asked.warmup_steps(), asked.shape, asked.end, asked.warmup_from),
+            Schedule(
+                asked.lr, asked.steps, asked.warmup_steps(), asked.shape, asked.end, asked.warmup_from, asked.extend
+            ),
             optimizer=asked.name, betas=(asked.betas[0], asked.betas[1]), eps=asked.eps,
             weight_decay=asked.weight_decay, z_loss=asked.z_loss, clip=asked.clip or None,
             accumulate=run.accumulate, seed=run.seed, grad_checkpoint=run.grad_checkpoint, on_nan=run.on_nan,
-            eval_every=run.eval_every, save_every=run.save_every, keep=run.keep,
+            eval_every=run.eval_every, save_every=run.save_every, keep=run.keep, patience=run.patience,
         )  # fmt: skip
 
     def tokens_per_update(self, world: int = 1) -> int:

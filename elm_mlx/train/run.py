@@ -103,11 +103,13 @@ class Result:
 
     Attributes:
         interrupted: whether someone stopped it before its last update; it can be resumed.
+        early: whether it ended before that because validations brought no better loss.
         last, best: checkpoints; the best by validation is None where there was none, or none was below the base's.
     """
 
     progress: RunProgress
     interrupted: bool
+    early: bool
     last: Path
     best: Path | None
 
@@ -160,7 +162,8 @@ class Run:
     def __post_init__(self) -> None:
         settings, identity = self.settings, self.identity
         self.identity = replace(identity, config={**identity.config, **settings.identity()})
-        self.progress, self._saved = RunProgress(), -1  # the step of the last checkpoint
+        self.progress = RunProgress(extend=list(settings.schedule.extend))
+        self._saved = -1  # the step of the last checkpoint
         self._saved_at = time.monotonic()
         self._passing: int | None = None  # its step, where it is to last until the next one only
         self._group = mx.distributed.init()
@@ -180,7 +183,7 @@ class Run:
             self._begin()
         else:
             self._resume(self.resumed)
-        progress, settings, steps = self.progress, self.settings, self.settings.schedule.steps
+        progress, settings, steps = self.progress, self.settings, self.settings.schedule.total
         if self.about is not None and self._leads:
             metrics.describe(self.out, self.about)
         with stop_requests(self.callback.stopping) as stop:
@@ -192,7 +195,7 @@ class Run:
             if self.resumed is None and self.validation is not None:
                 self._validate(self.validation, stop)
             self.callback.progress("starting")
-            while progress.step < steps and not self._agreed(stop.is_set()):
+            while progress.step < steps and not self._hopeless() and not self._agreed(stop.is_set()):
                 self._update()
                 last, better = progress.step == steps, False
                 if self.validation is not None and (last or progress.step % settings.eval_every == 0):
@@ -206,7 +209,13 @@ class Run:
             if self._saved != progress.step:
                 self._save()
         best = checkpoint.directory(self.out, progress.best_step) if progress.best_step else None
-        return Result(progress, progress.step < steps, checkpoint.directory(self.out, self._saved), best)
+        early = progress.step < steps and self._hopeless()
+        interrupted = progress.step < steps and not early
+        return Result(progress, interrupted, early, checkpoint.directory(self.out, self._saved), best)
+
+    def _hopeless(self) -> bool:
+        """Says whether as many validations as the run has patience for have brought no better loss."""
+        return self.settings.patience is not None and self.progress.worse >= self.settings.patience
 
     def _begin(self) -> None:
         mx.random.seed((self.settings.seed + self._group.rank()) % 2**64)
@@ -222,6 +231,7 @@ class Run:
         before, now = len(saved.random), self._group.size()
         if before != now:
             raise InputError(f"{path}: was trained by {counted(before, 'process')}, and cannot go on with {now}")
+        self._lengthen(path, saved)
         self.batches.resume(saved.data)
         step.model.update(trained)
         step.optimizer.state = optimizer
@@ -232,6 +242,25 @@ class Run:
         if self._leads:
             metrics.cut(self.out, saved.step)
         self.callback.resumed(saved.step)
+
+    def _lengthen(self, path: Path, saved: RunProgress) -> None:
+        """Lets a run that has ended go on with what its schedule has been extended by.
+
+        Raises:
+            InputError: it has not ended, or was extended otherwise.
+        """
+        schedule = self.settings.schedule
+        before, now = saved.extend, list(schedule.extend)
+        total = replace(schedule, extend=tuple(before)).total
+        if now[: len(before)] != before:
+            raise InputError(f"{path}: was extended by {before} updates, not by {now}; resume with the same, or more")
+        if now != before and saved.step < total:
+            raise InputError(
+                f"{path}: the run has {total:,} updates, and can be extended when it has ended; resume it as it is"
+            )
+        if now != before:
+            saved.worse = 0
+        saved.extend = now
 
     def _rehearse(self, batch: Batch, stop: Event) -> None:
         """Measures the time of an update on this batch, and undoes it; the first one compiles the step."""
@@ -245,7 +274,7 @@ class Run:
                 break
         _set_random_key(kept)
         if not stop.is_set():
-            left = self.settings.schedule.steps - self.progress.step
+            left = self.settings.schedule.total - self.progress.step
             self.callback.ready(seconds * self.settings.accumulate, left)
 
     def _update(self) -> None:
@@ -298,6 +327,7 @@ class Run:
         if progress.step > 0:
             progress.valid_loss = mean
         best = mean < (math.inf if progress.best_loss is None else progress.best_loss)
+        progress.worse = 0 if best else progress.worse + 1
         if best:
             progress.best_step, progress.best_loss = progress.step, mean
         seconds, measures = time.perf_counter() - started, self._named(measured)

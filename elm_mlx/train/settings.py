@@ -12,7 +12,7 @@ import math
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -105,11 +105,13 @@ class Schedule:
 
     Args:
         peak: the highest.
-        steps: how many there are in all, `warmup` included.
+        steps: how many there are at first, `warmup` included.
         warmup: steps from `start` to `peak`.
         shape: "cosine", "linear" or "constant" after that.
         end: what share of `peak` is left at the last step; of no effect on "constant".
         start: where warm-up begins.
+        extend: steps that were added at the end, once or more: the rate begins anew with each, as in warm restarts
+            (SGDR, arXiv 1608.03983), and a warm-up that is longer than they are is as long.
 
     Raises:
         InputError: a value makes no schedule.
@@ -121,6 +123,7 @@ class Schedule:
     shape: str = "cosine"
     end: float = 0.1
     start: float = 0.0
+    extend: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check_choice("learning rate schedule", self.shape, ScheduleShape)
@@ -128,18 +131,30 @@ class Schedule:
             raise InputError(f"the learning rate must be above 0, not {self.peak}")
         if not all(0 <= rate < math.inf for rate in (self.start, self.end)):
             raise InputError(f"a learning rate starts and ends at 0 or more, not at {self.start} and {self.end}")
-        if self.steps < 1:
-            raise InputError(f"the updates must be at least 1, not {self.steps}")
+        for steps in (self.steps, *self.extend):
+            if steps < 1:
+                raise InputError(f"the updates must be at least 1, not {steps}")
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"warm-up of {counted(self.warmup, 'update')} does not fit in {self.steps}")
 
+    @property
+    def total(self) -> int:
+        """The steps in all."""
+        return self.steps + sum(self.extend)
+
     def __call__(self, step: int) -> float:
         """The rate of update number `step`, counted from 0."""
-        if step < self.warmup:
-            return self.start + (self.peak - self.start) * (step + 1) / self.warmup
+        steps = self.steps
+        for added in self.extend:
+            if step < steps:
+                break
+            step, steps = step - steps, added
+        warmup = min(self.warmup, steps)
+        if step < warmup:
+            return self.start + (self.peak - self.start) * (step + 1) / warmup
         if self.shape == "constant":
             return self.peak
-        done = min(1.0, (step - self.warmup) / max(1, self.steps - 1 - self.warmup))
+        done = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))
         left = 1 - done if self.shape == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.peak * (self.end + (1 - self.end) * left)
 
@@ -149,7 +164,7 @@ class Settings:
     """The settings of a training loop. All but the last group bear on the losses.
 
     Args:
-        schedule: the learning rate; its `steps` are the run's.
+        schedule: the learning rate; its `total` are the run's updates.
         optimizer: "adamw" or "adafactor".
         betas, eps: of AdamW.
         z_loss: weight of the squared log-partition in the objective (PaLM, section 5); reported losses are without it.
@@ -162,6 +177,7 @@ class Settings:
         on_nan: "stop", or "skip" the update.
         eval_every: updates between validations; the last is followed by one too. The same for `save_every`.
         keep: checkpoints to keep, beside the best.
+        patience: validations in a row, none the best so far, that end the run; None for no such end.
     """
 
     schedule: Schedule
@@ -180,12 +196,13 @@ class Settings:
     eval_every: int = 200
     save_every: int = 100
     keep: int = 2
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
         _check_choice("optimizer", self.optimizer, OptimizerName)
         _check_choice("on_nan", self.on_nan, OnNan)
-        check_counts(self, "accumulate", "eval_every", "save_every", "keep")
+        check_counts(self, "accumulate", "eval_every", "save_every", "keep", "patience")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are from 0 to below 1, not {self.betas}")
         if not (0 < self.eps < math.inf and 0 <= self.z_loss < math.inf):
@@ -196,10 +213,12 @@ class Settings:
             raise InputError(f"weight decay must be at least 0, not {self.weight_decay}")
 
     def identity(self) -> dict[str, Any]:
-        """Returns what must not change when a run is resumed, as checkpoints have it. When to save may."""
-        free = ("eval_every", "save_every", "keep", "schedule")
+        """Returns what must not change when a run is resumed, as checkpoints have it. When to save or end may."""
+        free = ("eval_every", "save_every", "keep", "patience", "schedule")
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in free}
-        return own | {f"learning rate's {name}": value for name, value in asdict(self.schedule).items()}
+        rate = asdict(replace(self.schedule, extend=()))
+        del rate["extend"]  # `Run` compares it, for it may become longer
+        return own | {f"learning rate's {name}": value for name, value in rate.items()}
 
 
 @dataclass(frozen=True)
@@ -242,6 +261,7 @@ class MethodSettings:
         dora: DoRA: train the norms of the weights' rows too.
         rslora: scale by alpha / sqrt(rank).
         full: train all the model's weights, without an adapter.
+        from_adapter: begin with the adapter in this directory, and its ranks and scale. (default: with a new one)
     """
 
     rank: str = "8"
@@ -252,6 +272,16 @@ class MethodSettings:
     dora: bool = False
     rslora: bool = False
     full: bool = False
+    from_adapter: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.from_adapter is None:
+            return
+        new = replace(MethodSettings(), dropout=self.dropout, full=self.full, from_adapter=None)
+        other = next((item.name for item in fields(self) if item.name != "from_adapter"
+                      and getattr(self, item.name) != getattr(new, item.name)), None)  # fmt: skip
+        if other is not None:
+            raise InputError(f"--{other.replace('_', '-')}: --from begins with an adapter, which has its own")
 
     def ranks(self) -> int | list[int] | dict[str, int]:
         """Returns `rank` as `adapters.plan` takes it. Raises InputError."""
@@ -286,6 +316,7 @@ class OptimizerSettings:
     Args:
         iters: updates. (default: as many as --epochs take)
         epochs: passes over the training data.
+        extend: updates to add to a run that has ended, with --resume; the rate begins anew with them. (default: none)
         grad_accumulation_steps: batches to an update.
         learning_rate: the peak learning rate.
         lr_schedule: learning rate after warm-up; cosine and linear fall to a tenth.
@@ -298,6 +329,7 @@ class OptimizerSettings:
 
     iters: int | None = None
     epochs: float = 3.0
+    extend: tuple[int, ...] = ()
     grad_accumulation_steps: int = 1
     learning_rate: float | None = None
     lr_schedule: ScheduleShape = "cosine"
@@ -348,15 +380,31 @@ class CheckpointsSettings:
         steps_per_eval: updates between validations.
         save_every: updates between checkpoints.
         keep: checkpoints that are kept, beside the best.
+        patience: validations in a row without a lower loss that end the run. (default: it goes to its end)
     """
 
     val_batches: int = -1
     steps_per_eval: int = 200
     save_every: int = 100
     keep: int = 2
+    patience: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, "steps_per_eval", "save_every", "keep")
+        check_counts(self, "steps_per_eval", "save_every", "keep", "patience")
+
+
+@dataclass(frozen=True)
+class ReportsSettings:
+    """Settings of how a run is watched.
+
+    Args:
+        steps_per_report: updates between lines in the terminal. (default: a bar, or a line every few seconds)
+    """
+
+    steps_per_report: int | None = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, "steps_per_report")
 
 
 @dataclass(frozen=True)
@@ -377,6 +425,7 @@ class LoraSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     computation: ComputationSettings = field(default_factory=ComputationSettings)
     checkpoints: CheckpointsSettings = field(default_factory=CheckpointsSettings)
+    reports: ReportsSettings = field(default_factory=ReportsSettings)
 
     rates: ClassVar[tuple[float, float]] = (2e-4, 2e-5)  # of an adapter, and of all weights
     spike: ClassVar[float | None] = 3.0
@@ -390,7 +439,8 @@ class LoraSettings:
     def record(self) -> dict[str, Any]:
         """Returns the settings as JSON has them; a file for `--config` may hold them."""
         chosen = {name: value for name, value in flat(self).items() if value is not None}
-        chosen |= {name: str(chosen[name].resolve()) for name in ("model", "data")} | {"out": str(self.out)}
+        paths = {name: str(chosen[name].resolve()) for name in ("model", "data", "from_adapter") if name in chosen}
+        chosen |= paths | {"out": str(self.out)}
         return {name: value for name, value in chosen.items() if name not in self.unused}
 
     def loop(self, steps: int) -> Settings:
@@ -398,11 +448,12 @@ class LoraSettings:
         asked, computation, checkpoints = self.optimizer, self.computation, self.checkpoints
         rate = self.rates[self.method.full] if asked.learning_rate is None else asked.learning_rate
         return Settings(
-            Schedule(rate, steps, asked.warmup_steps(steps), asked.lr_schedule),
+            Schedule(rate, steps, asked.warmup_steps(steps), asked.lr_schedule, extend=asked.extend),
             optimizer=asked.optimizer, weight_decay=asked.weight_decay, clip=asked.clip or None,
             accumulate=asked.grad_accumulation_steps, seed=computation.seed,
             grad_checkpoint=computation.grad_checkpoint, spike=self.spike, on_nan=asked.on_nan,
             eval_every=checkpoints.steps_per_eval, save_every=checkpoints.save_every, keep=checkpoints.keep,
+            patience=checkpoints.patience,
         )  # fmt: skip
 
 
@@ -418,10 +469,11 @@ class DpoSettings(LoraSettings):
 
 
 def check_counts(settings: Any, *names: str) -> None:
-    """Raises InputError where a field of these is below 1."""
+    """Raises InputError where a field of these is below 1; None is not."""
     for name in names:
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} must be at least 1, not {getattr(settings, name)}")
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, not {value}")
 
 
 def _check_choice(what: str, name: str, choices: Any) -> None:

@@ -200,7 +200,7 @@ def test_mlx_lms_keys_that_mean_the_same(line: str, name: str, value: Any, optio
         ("test: true", "test: to measure a model on a text, `elm-mlx eval"),
         ("fine_tune_type: qlora", "fine_tune_type is 'qlora': one of lora, dora, full is needed"),
         ("fine_tune_type: [lora]", "fine_tune_type is ['lora']"),
-        ("resume_adapter_file: a.safetensors", "`elm-mlx fuse` it"),
+        ("resume_adapter_file: a.safetensors", "write from_adapter: DIR"),
         ("hf_dataset: {path: a/b}", "write data: DIR"),
         ("prompt_feature: question\ncolumns: {text: a}", "columns and mlx-lm's names of features say the same"),
         ("trust_remote_code: true", "no code that comes with a model is run here"),

@@ -156,6 +156,18 @@ def test_a_reference_of_something_else_is_not_taken(run: Run, tiny_model_dir: Pa
     assert code == 2 and f"{path}: damaged" in err
 
 
+def test_the_reference_is_what_the_run_began_with(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """Its log-probabilities are those that an adapter gives, and the first margin is none."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    assert run(tiny_model_dir, "--data", data, "--out", first, *QUICK)[0] == 0
+    code, _, err = run(tiny_model_dir, "--data", data, "--out", out, *QUICK, "--from", first)
+    assert code == 0, err
+    before, now = (load_file(path / alignment.FILE)["valid"] for path in (first, out))
+    assert (now[:, 0] - now[:, 1]).mean() > (before[:, 0] - before[:, 1]).mean() + 0.1, "chosen answers are likelier"
+    start = next(line for line in metrics(out) if line["step"] == 0)
+    assert start["valid_margin"] == pytest.approx(0, abs=1e-5) and start["valid_loss"] == pytest.approx(np.log(2))
+
+
 def test_another_loss_is_refused_by_name(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert run(tiny_model_dir, "--data", data, "--out", out, *QUICK)[0] == 0

@@ -145,9 +145,9 @@ def test_an_adapter_that_is_worse_than_none_is_not_recommended(
 
 def test_a_training_loss_that_rose_is_told_where_nothing_is_validated() -> None:
     progress = RunProgress(step=9, loss_mean=7.5, first_loss=3.0)
-    result = Result(progress, False, Path("last"), None)
+    result = Result(progress, False, False, Path("last"), None)
     assert "the training loss rose from 3.0000, of the first update, to 7.5000: do not use it" in harmed(result, "--lr")
-    assert Result(replace(progress, loss_mean=4.4), False, Path("last"), None).harm is None
+    assert Result(replace(progress, loss_mean=4.4), False, False, Path("last"), None).harm is None
 
 
 def test_one_is_no_plural_and_no_validations_are_none(
@@ -264,9 +264,73 @@ def test_what_a_finished_run_was_not_asked_for_is_called_by_its_option(
     before = (out / "run.json").read_text(), updates(out)
     code, _, err = run("lora", "--out", out, "--resume", *typed)
     assert code == 2 and f"was trained with {complaint}; leave it as it was" in err and err.count("\n") == 1
-    fuse = f"begin a run on what `elm-mlx fuse {tiny_model_dir} {out} DIR` makes"
-    assert (fuse in err and "spread" in err) == (typed[0] != "--alpha")
+    assert ("--extend N adds N updates" in err and "spread" in err) == (typed[0] != "--alpha")
     assert before == ((out / "run.json").read_text(), updates(out))
+
+
+def test_a_finished_run_is_extended(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = ("lora", tiny_model_dir, "--data", data, *QUICK, "--iters", 3, "--val-batches", 0)
+    assert run(*options, "--out", whole, "--extend", 2, "--extend", 4)[0] == 0
+    assert run(*options, "--out", out)[0] == 0
+    for added, total in ((2, 5), (4, 9)):
+        code, text, err = run("lora", "--out", out, "--resume", "--extend", added, "--steps-per-report", 1)
+        assert code == 0 and f"resumed   after {total - added} updates" in text, err
+        assert text.count(f" of {total}: loss ") == added
+    assert updates(out) == updates(whole) and len(updates(out)) == 9
+    assert json.loads((out / "run.json").read_text())["settings"]["extend"] == [2, 4]
+    assert run("lora", "--out", out, "--resume")[0] == 0 and len(updates(out)) == 9, "nothing is added twice"
+
+
+def test_patience(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    out, ruinous = tmp_path / "out", ("--learning-rate", 0.3, "--lr-schedule", "constant", "--iters", 20)
+    options = (tiny_model_dir, "--data", data, *ruinous, "--steps-per-eval", 1, "--patience", 3)
+    code, text, err = run("lora", *options, "--out", out)
+    found = re.search(r"ended     early, after (\d+) updates: 3 validations in a row without a lower loss", text)
+    assert code == 0 and found and updates(out)[-1][0] == int(found[1]) < 20, err
+    (data / "valid.jsonl").unlink()
+    code, _, err = run("lora", *options, "--out", tmp_path / "other")
+    assert code == 2 and "--patience: counts validations, and this run has none" in err
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_an_adapter_to_begin_with(kind: str, run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    """The first validation is the adapter's last; a resumed run does without it."""
+    first, out, whole = tmp_path / "first", tmp_path / "out", tmp_path / "whole"
+    full = ("--full",) if kind == "full" else ()
+    options = ("lora", tiny_model_dir, "--data", data, *QUICK, *full)
+    new = full or ("--rank", 3, "--alpha", 5, *(["--dora"] if kind == "dora" else []))
+    assert run("lora", tiny_model_dir, "--data", data, *QUICK, *new, "--out", first)[0] == 0
+    for path, name in ((whole, "--from"), (out, "--from-adapter")):
+        code, _, err = run(*options, "--save-every", 2, "--out", path, name, first)
+        assert code == 0, err
+    assert updates(out) == updates(whole)
+    assert updates(out)[0][1] == pytest.approx(updates(first)[-1][1], rel=1e-6)
+    assert (first / "adapter_config.json").read_text() == (out / "adapter_config.json").read_text()
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    shutil.move(first, tmp_path / "gone")
+    code, _, err = run("lora", "--out", out, "--resume")
+    assert code == 0 and updates(out) == updates(whole), err
+
+
+def test_adapters_that_no_run_can_begin_with(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
+    first, out = tmp_path / "first", tmp_path / "out"
+    options = ("lora", tiny_model_dir, "--data", data, *QUICK)
+    assert run(*options, "--out", first)[0] == 0
+    for given, complaint in (
+        (("--from", tmp_path / "nothing"), "nothing: no such directory; an adapter is one with"),
+        (("--from", first, "--rank", 4), "--rank: --from begins with an adapter, which has its own"),
+        (("--from", first, "--dora"), "--dora: --from begins with an adapter, which has its own"),
+        (("--from", first, "--full"), "first: LoRA of rank 8, scale 2, on 12 modules, which does not go with --full"),
+    ):
+        code, _, err = run(*options, "--out", out, *given)
+        assert code == 2 and complaint in err and err.count("\n") == 1
+    assert not (out / "run.json").exists()
+    assert run(*options, "--out", out, "--from", first)[0] == 0
+    other = tmp_path / "other"
+    assert run(*options, "--seed", 1, "--out", other)[0] == 0
+    code, _, err = run("lora", "--out", out, "--resume", "--from", other)
+    assert code == 2 and "was trained with adapter to begin with" in err
 
 
 def test_every_bad_record_is_named_before_anything_is_done(

@@ -161,6 +161,42 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path: Path) -> No
     assert all(mx.array_equal(halves[name], value) for name, value in whole.items())
 
 
+def test_a_run_that_is_extended_has_the_losses_of_one_that_was_longer_at_first(tmp_path: Path) -> None:
+    longer = runs.settings(schedule=Schedule(3e-3, 6, 2, extend=(5,)))
+    runs.run(tmp_path / "whole", longer, trained=runs.model_with_dropout())
+    first, out = runs.settings(schedule=Schedule(3e-3, 6, 2)), tmp_path / "parts"
+    runs.run(out, first, trained=runs.model_with_dropout())
+
+    def stop(report: Report) -> None:
+        if report.step == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert runs.run(out, longer, runs.model_with_dropout(), stop, resume=True).interrupted
+    again = runs.settings(schedule=Schedule(3e-3, 6, 2, extend=(5, 5)))
+    for options, complaint in ((again, "the run has 11 updates, and can be extended when it has ended"),
+                               (first, r"was extended by \[5\] updates, not by \[\]")):  # fmt: skip
+        with pytest.raises(InputError, match=complaint):
+            runs.run(out, options, runs.model_with_dropout(), resume=True)
+    result = runs.run(out, longer, runs.model_with_dropout(), resume=True)
+    assert result.progress.step == 11 and not result.interrupted
+    losses, whole = ([each for each in runs.losses(path) if each[2]] for path in (out, tmp_path / "whole"))
+    assert losses == whole and len(losses) == 11  # of updates, which alone have gradients
+
+
+@pytest.mark.parametrize("rate", [3e-3, 3.0])
+def test_a_run_ends_early_where_validations_bring_nothing(rate: float, tmp_path: Path) -> None:
+    """A ruinous rate is worse at each of them; a good one goes to its end."""
+    options = runs.settings(rate=rate, eval_every=2, patience=2, spike=None)
+    result = runs.run(tmp_path, options)
+    steps = 12 if rate < 1 else 4
+    assert result.progress.step == steps and not result.interrupted and result.early == (rate > 1)
+    again = runs.run(tmp_path, options, resume=True)
+    assert again.progress.step == steps and again.early == result.early
+    if result.early:  # who has more patience goes on
+        more = runs.run(tmp_path, runs.settings(rate=rate, eval_every=2, patience=3, spike=None), resume=True)
+        assert more.early and more.progress.step == 6
+
+
 def test_slow_updates_are_saved_by_the_clock_and_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

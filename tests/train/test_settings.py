@@ -29,11 +29,20 @@ def test_linear_constant_and_no_warmup() -> None:
     assert Schedule(1.0, 1)(0) == Schedule(1.0, 5, 5)(4) == 1.0
 
 
+def test_what_a_schedule_is_extended_by_begins_anew() -> None:
+    first, short = Schedule(1.0, 10, 4), Schedule(1.0, 3, 3)
+    rate = Schedule(1.0, 10, 4, extend=(10, 3))
+    assert rate.total == 23
+    assert [rate(step) for step in range(23)] == [*map(first, range(10)), *map(first, range(10)), *map(short, range(3))]
+    assert rate(30) == short(10)
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
         ({"shape": "step"}, "learning rate schedule 'step' is not one of"), ({"peak": 0.0}, "above 0"),
         ({"peak": math.nan}, "above 0"), ({"warmup": 11}, "warm-up of 11"), ({"steps": 0}, "must be at least 1, not 0"),
+        ({"extend": (3, 0)}, "must be at least 1, not 0"),
     ],
 )  # fmt: skip
 def test_what_is_no_schedule_is_refused(options: dict[str, float], complaint: str) -> None:
