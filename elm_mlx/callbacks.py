@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -66,8 +66,42 @@ class TrainingCallback:
     def report(self, report: Report) -> None:
         """Is called after each update and each validation."""
 
+    def warn(self, text: str) -> None:
+        """Is called with what a person should know of."""
+
     def stopping(self) -> None:
         """Is called when Ctrl-C or a signal asks the run to end; from another thread, at any time."""
 
 
 SILENT = TrainingCallback()
+
+
+@dataclass(frozen=True)
+class Callbacks(TrainingCallback):
+    """Several callbacks as one, each called in turn."""
+
+    each: Sequence[TrainingCallback]
+
+    def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
+        for callback in self.each:
+            callback.progress(what, done, total)
+
+    def resumed(self, step: int) -> None:
+        for callback in self.each:
+            callback.resumed(step)
+
+    def ready(self, seconds: float, left: int) -> None:
+        for callback in self.each:
+            callback.ready(seconds, left)
+
+    def report(self, report: Report) -> None:
+        for callback in self.each:
+            callback.report(report)
+
+    def warn(self, text: str) -> None:
+        for callback in self.each:
+            callback.warn(text)
+
+    def stopping(self) -> None:
+        for callback in self.each:
+            callback.stopping()

@@ -20,9 +20,8 @@ _OF_NO_MATTER = ("test_batches", "clear_cache_threshold")
 _ELSEWHERE = {
     "test": "to measure a model on a text, `elm-mlx eval MODEL --adapter DIR --text FILE`",
     "resume_adapter_file": "to begin with an adapter, write from_adapter: DIR, its directory",
-    "report_to": "`elm-mlx report DIR` draws the losses",
-    "wandb": "`elm-mlx report DIR` draws the losses",
-    "project_name": "`elm-mlx report DIR` draws the losses",
+    "wandb": "write report_to: wandb, and the project into the environment as WANDB_PROJECT",
+    "project_name": "write the project into the environment, as WANDB_PROJECT",
     "trust_remote_code": "no code that comes with a model is run here",
     "config": "settings come from one file",
     "hf_dataset": "the hub's data sets are not fetched here: write data: DIR, with its files",

@@ -87,10 +87,12 @@ def _option(kind: type[LoraSettings], setting: Setting) -> inspect.Parameter:
         names.append("--from")
     if setting.kind is bool and setting.default:
         names = []  # typer's own, which has a --no- too
-    default = None if setting.default is MISSING else setting.default
-    default = None if default == () else default
-    value = list[get_args(setting.kind)[0]] if get_origin(setting.kind) is tuple else setting.kind  # type: ignore[misc]
-    metavar = "DIR" if setting.name in ("out", "from_adapter") else None
+    default = None if setting.default in (MISSING, ()) else setting.default
+    value, metavar = setting.kind, "DIR" if setting.name in ("out", "from_adapter") else None
+    if get_origin(value) is tuple:  # typer takes lists, and none of a Literal, which the settings check
+        item = get_args(value)[0]
+        metavar = f"<{'|'.join(get_args(item))}>" if get_args(item) else None
+        value = list[str if metavar else item]  # type: ignore[misc]
     option = typer.Option(*names, help=help_, metavar=metavar, rich_help_panel=setting.section)
     return _parameter(setting.name, Annotated[value | None if default is None else value, option], default)
 

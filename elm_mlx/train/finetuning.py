@@ -36,7 +36,7 @@ from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.fusion import LogitSample
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary
-from elm_mlx.train import checkpoint, memory
+from elm_mlx.train import checkpoint, memory, trackers
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.run import HeldRun, Result, Run, Validation
@@ -77,6 +77,7 @@ class Finetuning(HeldRun):
             on_error.push(self)
             if self.resumed is None and (asked.out / adapters.WEIGHTS).exists():
                 raise InputError(f"{asked.out}: holds an adapter already; choose another directory")
+            trackers.check(asked.reports.report_to)
             self.asked, self.batch_size = asked, asked.examples.batch_size
             self.path = expanded(asked.model)
             self.config = read_config(self.path, with_tokenizer=True)
@@ -136,12 +137,13 @@ class Finetuning(HeldRun):
             "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
             "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
         }  # fmt: skip
-        result = Run(
-            model, self.batches, validation, self.settings, self.out, self._identity(), self.resumed, dtype, objective,
-            rehearsal=next(self.batches.once()), callback=callback, about=about,
-            meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
-            export=None if self.adapter.kind == "full" else save,
-        ).train()  # fmt: skip
+        with trackers.tracking(self.asked.reports.report_to if self.leads else (), self.out, about, callback) as told:
+            result = Run(
+                model, self.batches, validation, self.settings, self.out, self._identity(), self.resumed, dtype,
+                objective, rehearsal=next(self.batches.once()), callback=told, about=about,
+                meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
+                export=None if self.adapter.kind == "full" else save,
+            ).train()  # fmt: skip
         if self.leads:
             if result.best is not None and result.best != result.last:
                 model.update(checkpoint.restore_parameters(result.best, model.trainable_parameters()))

@@ -90,13 +90,17 @@ def describe(out: Path, about: Mapping[str, Any]) -> None:
     files.write_json(out / RUN_RECORD, values)
 
 
-def append(out: Path, report: Report) -> None:
-    """Appends a line to the run's metrics; values of None are left out."""
+def line_of(report: Report) -> dict[str, Any]:
+    """Returns a report's values by their names in the metrics; those of None are left out."""
     values = {name: value for name, value in asdict(report).items() if value is not None}
     prefix = "" if report.valid_loss is None else "valid_"
-    values |= {prefix + name: value for name, value in values.pop("measures").items()}
+    return values | {prefix + name: value for name, value in values.pop("measures").items()}
+
+
+def append(out: Path, report: Report) -> None:
+    """Appends a line to the run's metrics."""
     with (out / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        file.write(json.dumps(line_of(report)) + "\n")
 
 
 def cut(out: Path, step: int) -> None:

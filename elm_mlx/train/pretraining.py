@@ -25,7 +25,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model, initialize
 from elm_mlx.safetensors_file import write_arrays
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, memory
+from elm_mlx.train import checkpoint, memory, trackers
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.pretraining_recipe import Recipe
 from elm_mlx.train.run import HeldRun, Result, Run
@@ -61,6 +61,7 @@ class Pretraining(HeldRun):
             if bos is None or eos is None:
                 raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
             self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
+            trackers.check(recipe.run.report_to)
             self.settings = recipe.loop()
             if self.settings.patience is not None and recipe.data.validation is None:
                 raise InputError("run.patience counts validations, and data.validation names no text")
@@ -105,11 +106,12 @@ class Pretraining(HeldRun):
             "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
             "trainable": self.config.parameters, "processes": self.world,
         }  # fmt: skip
-        result = Run(
-            model, self.batches, validation or None, self.settings, self.out, self._identity(), self.resumed,
-            self._dtype, rehearsal=self._rehearsal(), callback=callback, about=about,
-            meter=Meter(self.config, None, self.settings.grad_checkpoint),
-        ).train()  # fmt: skip
+        with trackers.tracking(self._recipe.run.report_to if self.leads else (), self.out, about, callback) as told:
+            result = Run(
+                model, self.batches, validation or None, self.settings, self.out, self._identity(), self.resumed,
+                self._dtype, rehearsal=self._rehearsal(), callback=told, about=about,
+                meter=Meter(self.config, None, self.settings.grad_checkpoint),
+            ).train()  # fmt: skip
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:
                 write_arrays(file, dict(tree_flatten(model.parameters())))

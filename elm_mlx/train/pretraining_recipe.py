@@ -10,7 +10,16 @@ from elm_mlx.data.stream import Reading
 from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.train.settings import DTypeName, OnNan, OptimizerName, Schedule, ScheduleShape, Settings, check_counts
+from elm_mlx.train.settings import (
+    DTypeName,
+    OnNan,
+    OptimizerName,
+    Schedule,
+    ScheduleShape,
+    Settings,
+    TrackerName,
+    check_counts,
+)  # fmt: skip
 
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}
@@ -125,6 +134,7 @@ class RunSettings:
         on_nan: at a NaN loss or a spike: stop, or skip the update.
         patience: validations in a row without a lower loss that end the run (default: it goes to its end).
         steps_per_report: updates between lines in the terminal (default: a bar, or a line every few seconds).
+        report_to: programs that get the metrics too: tensorboard, wandb.
     """
 
     batch_size: int = 16
@@ -138,6 +148,7 @@ class RunSettings:
     on_nan: OnNan = "stop"
     patience: int | None = None
     steps_per_report: int | None = None
+    report_to: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         check_counts(self, "patience", "steps_per_report")

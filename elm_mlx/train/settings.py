@@ -26,6 +26,7 @@ OnNan = Literal["stop", "skip"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 RecordFormat = Literal["completion", "messages", "sharegpt", "chatgpt", "alpaca", "text"]
 PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "orpo"]
+TrackerName = Literal["tensorboard", "wandb"]
 
 T = TypeVar("T")
 _MOST_WARMUP = 100  # updates
@@ -399,12 +400,16 @@ class ReportsSettings:
 
     Args:
         steps_per_report: updates between lines in the terminal. (default: a bar, or a line every few seconds)
+        report_to: a program that gets the metrics too; can be repeated. (default: none)
     """
 
     steps_per_report: int | None = None
+    report_to: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         check_counts(self, "steps_per_report")
+        for name in self.report_to:
+            _check_choice("--report-to", name, TrackerName)
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,9 @@ def test_options_stand_in_panels(name: str, run: Run) -> None:
     titles = [title for title, _ in sections]
     assert len({*titles}) == len(titles) and titles[-len(panels) :] == [*panels] if panels else "Options" in titles
     if name in ("lora", "dpo"):
-        assert titles == ["Arguments", "Options", "Data", "Method", "Optimizer", "Computation", "Checkpoints"] + (
-            ["Loss"] if name == "dpo" else []
-        )
-        assert dict(sections)["Optimizer"].count("\n  --") == 9  # and the first
+        of_training = ["Data", "Method", "Optimizer", "Computation", "Checkpoints", "Reports"]
+        assert titles == ["Arguments", "Options", *of_training] + (["Loss"] if name == "dpo" else [])
+        assert dict(sections)["Optimizer"].count("\n  --") == 10  # and the first
     assert sum(text.count("\n  -") + text.startswith("  -") for _, text in sections) == 1 + sum(
         each.param_type_name == "option" for each in command.params
     )
