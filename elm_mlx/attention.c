@@ -32,7 +32,6 @@ struct attention {
 /* exp(x) for x up to 0, and nothing below -87. */
 static inline lanes weight(lanes x) { return where(x < -87.0f, all(0), exponential(at_least(x, -87))); }
 
-static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 static int seen_by(const struct attention *a, int row) { return a->seen + row % a->length; }
 
 /* Scores to weights, relative to the largest, of the positions `from` to `to`; zeros before and behind, up to `most`. */
@@ -67,7 +66,9 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
     most = to > most ? to : most;
   }
   for (int chunk = 0; chunk < most; chunk += CHUNK) {
-    pack(a->keys + (long)(at + chunk) * a->head_dim, a->head_dim, clamp(there - chunk, CHUNK), CHUNK, a->head_dim, packed);
+    for (int i = 0; i < CHUNK; i += LANES)
+      pack(a->keys + (long)(at + chunk + i) * a->head_dim, a->head_dim, clamp(there - chunk - i, LANES), CHUNK, a->head_dim,
+           packed + i);
     strips(&(struct product){rows, CHUNK, a->head_dim, 0, a->scale, 0, a->queries + (long)row * a->head_dim, packed,
                              scores + chunk, a->head_dim, CHUNK, SPAN}, 0, CHUNK);
   }

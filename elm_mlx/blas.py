@@ -130,6 +130,11 @@ def reads_stored() -> bool:
     return own("elm_mlx_mark") is not None
 
 
+def rounds_rows() -> bool:
+    """Returns whether products of many rows with weights in bfloat16 may round the rows to it, at twice the speed."""
+    return own("elm_mlx_rounding") is not None
+
+
 def own(name: str) -> ctypes.CDLL | None:
     """Returns the library made of cblas.c, if it serves, and has a function of that name."""
     return next((library for library in _opened if hasattr(library, name)), None)

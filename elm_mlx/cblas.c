@@ -24,6 +24,7 @@ enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MOST = LANES == 16 ? 8 : 4 }; /* rows whose sums with three columns all have registers */
 #ifdef __FMA__
 enum { OWN_MANY = 1 };
+const int elm_mlx_many_rows = 1; /* for who asks whether they are computed here */
 #else /* vectors narrower than those of OpenBLAS, which finds out what the processor has; or, with NEON, not measured */
 enum { OWN_MANY = 0 };
 #endif
@@ -48,6 +49,7 @@ struct product {
   float *c;
   long a_step, b_step, c_step;
   const struct stored *stored; /* b, where that is not float32 */
+  int paired;                  /* numbers are pairs of bfloat16, in many_rows.c */
 };
 
 /* Processors that a product uses, under OpenBLAS's names for it. OpenBLAS itself has one of them: its threads wait for
@@ -62,6 +64,8 @@ static __attribute__((noinline)) float with_rest(float sum, const float *a, cons
   for (int q = 0; q < count; q++) sum += a[q] * b[q];
   return sum;
 }
+
+static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
 static inline void put(const struct product *p, int i, int j, float sum) {
   float *c = p->c + i * p->c_step + j;
@@ -103,14 +107,15 @@ TILE(1, 3)
 TILE(1, 1)
 
 /* Sums of I rows for J * LANES columns of a matrix that is not transposed: they run along its rows, in their order. */
-#define STRIP(I, J)                                                                                                 \
-  static void strip_##I##_##J(const struct product *p, int i0, int j0) {                                            \
+#define strip(sum, left, right) ((sum) + (left) * (right))
+#define STRIP(ADD, I, J)                                                                                            \
+  static void ADD##_##I##_##J(const struct product *p, int i0, int j0) {                                            \
     lanes sums[I][J] = {{{0}}};                                                                                     \
     for (int q = 0; q < p->k; q++) {                                                                                \
       const float *b = p->b + q * p->b_step + j0;                                                                   \
       for (int i = 0; i < I; i++) {                                                                                 \
         float left = p->a[(i0 + i) * p->a_step + q];                                                                \
-        for (int j = 0; j < J; j++) sums[i][j] += left * *(const lanes *)(b + j * LANES);                           \
+        for (int j = 0; j < J; j++) sums[i][j] = ADD(sums[i][j], left, *(const lanes *)(b + j * LANES));            \
       }                                                                                                             \
     }                                                                                                               \
     for (int i = 0; i < I; i++)                                                                                     \
@@ -119,17 +124,15 @@ TILE(1, 1)
         *c = p->beta == 0 ? p->alpha * sums[i][j] : p->alpha * sums[i][j] + p->beta * *c;                           \
       }                                                                                                             \
   }
-STRIP(12, 2)
-STRIP(12, 1)
-STRIP(6, 4)
-STRIP(6, 2)
-STRIP(6, 1)
-STRIP(3, 4)
-STRIP(3, 1)
-STRIP(2, 4)
-STRIP(2, 1)
-STRIP(1, 8)
-STRIP(1, 1)
+STRIP(strip, 6, 4)
+STRIP(strip, 6, 2)
+STRIP(strip, 6, 1)
+STRIP(strip, 3, 4)
+STRIP(strip, 3, 1)
+STRIP(strip, 2, 4)
+STRIP(strip, 2, 1)
+STRIP(strip, 1, 8)
+STRIP(strip, 1, 1)
 
 #define ROWS(I, J)                                                                                                  \
   for (; j + J * LANES <= to; j += J * LANES) strip_##I##_##J(p, i, j);                                             \
@@ -139,11 +142,9 @@ STRIP(1, 1)
 static void strips(const struct product *p, int from, int to) {
   for (int i = 0, rows; i < p->m; i += rows) {
     int j = from;
-    int rest = p->m - i;
-    switch (rows = rest >= 12 && LANES == 16 ? 12 : rest >= 6 ? 6 : rest == 4 ? 2 : rest) {
+    switch (rows = p->m - i >= 6 ? 6 : p->m - i == 4 ? 2 : p->m - i) {
       case 1: ROWS(1, 8)
       case 2: ROWS(2, 4)
-      case 12: ROWS(12, 2)
       case 6:
         if (LANES == 16) { ROWS(6, 4) }
         ROWS(6, 2)
@@ -211,7 +212,6 @@ static int is_described(const float *b, int n, int k) {
 }
 
 #include "stored.c"
-#include "many_rows.c"
 
 static const struct stored *stored_at(const float *b, int n, int k) {
   const struct description *found = (const void *)b;
@@ -335,11 +335,17 @@ static void share(compute part, const void *what, int n, int together, long mult
   pthread_mutex_unlock(&sharing);
 }
 
+#include "many_rows.c"
+
 static void product_columns(const void *p, int from, int to) { columns(p, from, to); }
 
+/* Columns of so many rows that are computed together, of a matrix that is transposed. */
+static int together(int m) { return m > FEW ? ACROSS : TOGETHER; }
+
 static void share_product(const struct product *p) {
-  int together = !p->transposed ? 8 * LANES : p->m > FEW ? ACROSS : TOGETHER;
-  share(product_columns, p, p->n, together, (long)p->m * p->n * p->k);
+  struct product q = *p;
+  if (is_paired(p)) q = paired(p);
+  share(product_columns, &q, p->n, p->transposed ? together(p->m) : 8 * LANES, (long)p->m * p->n * p->k);
 }
 
 #include "attention.c"

@@ -44,11 +44,13 @@ class Computation:
 
     Attributes:
         as_stored: float32 is multiplied by weights as they are stored, in 16 bits or quantized.
+        rounds: many rows, as a prompt has, are rounded to the weights' bfloat16 for that.
         unpack: quantized weights are expanded at load.
     """
 
     dtype: mx.Dtype
     as_stored: bool = False
+    rounds: bool = False
     unpack: bool = False
     note: str | None = None
 
@@ -64,7 +66,8 @@ def computation(
 
     A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than products of
     float32. Those can read the weights as they are stored, with a library of `blas`. Where they can't, weights are
-    widened, if that leaves a fifth of the free memory.
+    widened, if that leaves a fifth of the free memory. On request a processor that multiplies bfloat16 does so for
+    prompts, if weights are stored in it.
 
     Args:
         stored: the weights' type; of quantized ones, that of their scales.
@@ -80,9 +83,11 @@ def computation(
         raise InputError(f"compute dtype {requested!r} is not one of {', '.join(DTYPES)}")
     kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
     narrow = packed or stored != mx.float32
-    if narrow and requested is None and readable_bytes is not None and blas.reads_stored() and not on_gpu():
-        kept = f"{kind} weights computed in float32, read as they are stored ({readable_bytes / 1e9:.2f} GB)"
-        return Computation(mx.float32, as_stored=True, note=kept)
+    rounds = requested == kind == "bfloat16" and blas.rounds_rows()
+    if narrow and (requested is None or rounds) and readable_bytes is not None and blas.reads_stored() and not on_gpu():
+        types = "float32, prompts in bfloat16" if rounds else "float32"
+        kept = f"{kind} weights computed in {types}, read as they are stored ({readable_bytes / 1e9:.2f} GB)"
+        return Computation(mx.float32, as_stored=True, rounds=rounds, note=kept)
     if requested is not None:
         return Computation(DTYPES[requested], unpack=packed and requested == "float32" and not on_gpu())
     if on_gpu() or not narrow:

@@ -2,32 +2,128 @@
    cblas.c.
 
    Some columns at a time, as deep as a cache holds them, are widened and laid out so that the same number of all stands
-   together; then the sums of `strips` run along them. A row's result has the same bits whatever the number of
-   processors, and of rows between FEW and MANY. OpenBLAS does as well from some hundred rows on. */
+   together; then sums run along them. A row's result has the same bits whatever the number of processors, and of rows
+   between FEW and MANY. OpenBLAS does as well from some hundred rows on.
 
-enum { ACROSS = 2 * LANES, DEPTH = 512 };
+   Where the processor multiplies bfloat16, two numbers of a row and of a column are one word, and words take the place
+   of numbers. */
 
-/* `there` rows, `across` or fewer, as columns `across` numbers apart; zeros in place of those that are not. */
+enum { ACROSS = 2 * LANES, DEPTH = 256, TALL = LANES == 16 ? 12 : 6 };
+
+#ifdef __AVX512BF16__
+#define pairs(sum, left, right) \
+  (lanes)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)_mm512_set1_ps(left), (__m512bh)(right))
+enum { HAS_PAIRS = 1 };
+const int elm_mlx_rounding = 1; /* for who asks whether rows may be rounded */
+#else
+#define pairs strip
+enum { HAS_PAIRS = 0 };
+#endif
+
+#define EACH_HEIGHT(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12)
+#define BOTH(I) STRIP(tile, I, 2) STRIP(pairs, I, 2)
+#define tile strip
+EACH_HEIGHT(BOTH)
+#define TILE_OF(I) [I] = {tile_##I##_2, pairs_##I##_2},
+static void (*const tiles[][2])(const struct product *, int, int) = {EACH_HEIGHT(TILE_OF)};
+
+/* `there` rows, LANES or fewer, as columns `across` numbers apart; zeros in place of those that are not. */
 static void pack(const float *rows, long step, int there, int across, int deep, float *packed) {
-  int at = 0, whole = deep / LANES * LANES;
-  for (; at + LANES <= there; at += LANES) {
-    for (int d = 0; d < whole; d += LANES) transpose(rows + at * step + d, step, packed + d * across + at, across);
-    for (int d = whole; d < deep; d++)
-      for (int i = at; i < at + LANES; i++) packed[d * across + i] = rows[i * step + d];
-  }
-  for (; at < across; at++)
-    for (int d = 0; d < deep; d++) packed[d * across + at] = at < there ? rows[at * step + d] : 0;
+  int at = 0;
+  for (; there == LANES && at + LANES <= deep; at += LANES) transpose(rows + at, step, packed + at * across, across);
+  for (; at < deep; at++)
+    for (int i = 0; i < LANES; i++) packed[at * across + i] = i < there ? rows[i * step + at] : 0;
+}
+
+/* Where the numbers of a column begin, from one on, and how many bytes so many take. */
+static inline const unsigned char *column_at(const struct product *p, int j, int q) {
+  const struct stored *s = p->stored;
+  return s ? row_of(s, j) + s->row_bytes * q / s->columns : (const unsigned char *)(p->b + j * p->b_step + q);
+}
+
+static inline long bytes_of(const struct product *p, int count) {
+  return p->stored ? p->stored->row_bytes * count / p->stored->columns : 4l * count;
 }
 
 static void many_rows(const struct product *p, int from, int to) {
-  static _Thread_local float wide[ACROSS * DEPTH] __attribute__((aligned(64)));
+  static _Thread_local float wide[LANES * DEPTH] __attribute__((aligned(64)));
   static _Thread_local float packed[ACROSS * DEPTH] __attribute__((aligned(64)));
+  float edge[TALL * ACROSS];
+  int heights = (p->m + TALL - 1) / TALL;
   for (int j = from; j < to; j += ACROSS)
-    for (int q = 0; q < p->k; q += DEPTH) {
-      int count = to - j < ACROSS ? to - j : ACROSS, deep = p->k - q < DEPTH ? p->k - q : DEPTH;
-      if (p->stored) widen(p->stored, j, count, q, q + deep, wide, DEPTH);
-      pack(p->stored ? wide : p->b + j * p->b_step + q, p->stored ? DEPTH : p->b_step, count, ACROSS, deep, packed);
-      strips(&(struct product){p->m, count, deep, 0, p->alpha, q ? 1 : p->beta, p->a + q, packed, p->c + j, p->a_step,
-                               ACROSS, p->c_step}, 0, count);
+    for (int q = 0, deep; q < p->k; q += deep) {
+      int count = clamp(to - j, ACROSS);
+      deep = clamp(p->k - q, DEPTH);
+      for (int line = 0; line < ACROSS; line += LANES) {
+        int there = clamp(count - line, LANES);
+        if (p->stored) widen(p->stored, j + line, there, q, q + deep, wide, DEPTH);
+        pack(p->stored ? wide : p->b + (j + line) * p->b_step + q, p->stored ? DEPTH : p->b_step, there, ACROSS, deep,
+             packed + line);
+      }
+      int last = q + deep == p->k, next = last ? j + ACROSS : j, at = last ? 0 : q + deep;
+      long bytes = bytes_of(p, clamp(p->k - at, DEPTH));
+      for (int height = 0, i = 0, end; height < heights; height++, i = end) {
+        end = (long)p->m * (height + 1) / heights;
+        float *c = p->c + i * p->c_step + j;
+        int whole = count == ACROSS, rows = end - i;
+        struct product part = {rows, ACROSS, deep, 0, p->alpha, q ? 1 : p->beta, p->a + i * p->a_step + q, packed,
+                               whole ? c : edge, p->a_step, ACROSS, whole ? p->c_step : ACROSS};
+        for (int r = 0; !whole && part.beta != 0 && r < rows; r++) memcpy(edge + r * ACROSS, c + r * p->c_step, 4 * count);
+        tiles[rows][p->paired](&part, 0, 0);
+        for (int r = 0; !whole && r < rows; r++) memcpy(c + r * p->c_step, edge + r * ACROSS, 4 * count);
+        for (int line = i * ACROSS / p->m; line < end * ACROSS / p->m; line++) /* of what is read next */
+          for (long byte = 0; byte < bytes; byte += 64)
+            __builtin_prefetch(column_at(p, next + line, at) + byte, 0, 2);
+      }
     }
+}
+
+/* Memory of a thread, for rows in bfloat16 while they are multiplied. */
+static float *room_for_pairs(size_t words) {
+  static _Thread_local float *kept;
+  static _Thread_local size_t size;
+  if (words > size) {
+    free(kept);
+    kept = aligned_alloc(64, (4 * words + 63) / 64 * 64);
+    if (!kept) abort();
+    size = words;
+  }
+  return kept;
+}
+
+static int is_paired(const struct product *p) {
+  return HAS_PAIRS && p->m > FEW && p->stored && p->stored->rounding && p->k % 2 == 0;
+}
+
+#ifdef __AVX512BF16__
+static void pair_rows(const void *what, int from, int to) {
+  const struct product *p = what;
+  float *pairs = (float *)p->b;
+  for (int i = from; i < to; i++) {
+    const float *row = p->a + i * p->a_step;
+    int at = 0;
+    for (; at + 2 * LANES <= p->k; at += 2 * LANES)
+      *(lanes *)(pairs + i * p->b_step + at / 2) =
+          (lanes)_mm512_cvtne2ps_pbh(*(const __m512_u *)(row + at + LANES), *(const __m512_u *)(row + at));
+    if (at < p->k) {
+      float rest[2 * LANES] = {0};
+      memcpy(rest, row + at, 4 * (p->k - at));
+      *(lanes *)(pairs + i * p->b_step + at / 2) =
+          (lanes)_mm512_cvtne2ps_pbh(*(const __m512_u *)(rest + LANES), *(const __m512_u *)rest);
+    }
+  }
+}
+#endif
+
+/* A product with a matrix in bfloat16 and rows rounded to it. */
+static struct product paired(const struct product *p) {
+  struct product q = *p;
+#ifdef __AVX512BF16__
+  long step = (p->k + 31) / 32 * 16;
+  q.b = room_for_pairs(step * p->m), q.b_step = step;
+  share(pair_rows, &q, p->m, 1, (long)p->m * p->k * 4);
+  q.a = q.b, q.a_step = step, q.k = p->k / 2, q.paired = 1, q.stored = 0;
+  q.b = (const float *)row_of(p->stored, 0), q.b_step = p->stored->row_bytes / 4;
+#endif
+  return q;
 }

@@ -21,6 +21,7 @@ struct stored {
   struct description head;
   int columns, type, scale_type;
   int group;                                        /* numbers with one scale, and one bias but in MXFP4 */
+  int rounding;                                     /* in many_rows.c: BFLOAT16 is multiplied by rows rounded to it */
   int64_t rows_at, row_bytes, scales_at, biases_at; /* the first and the last two in bytes from here on */
 };
 

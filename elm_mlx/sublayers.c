@@ -1,5 +1,5 @@
-/* A network's sublayers for few rows: norm, products and what lies between them, as one product in MLX's eyes. Included
-   by cblas.c; made by model/sublayers.py.
+/* A network's sublayers: norm, products and what lies between them, as one product in MLX's eyes. Included by cblas.c;
+   made by model/sublayers.py.
 
    An operation costs MLX more than most of these compute. Rows are computed by the same instructions whatever their
    number, and whatever the number of threads. There are
@@ -84,6 +84,28 @@ static void normalize(const struct norm *norm, const float *x, float *y, int n) 
     for (int i = 0; i < n; i++) y[i] = (x[i] - centre) * scale;
 }
 
+/* What is done row by row, and of many rows by all processors. */
+struct row_work {
+  const struct sublayer *s;
+  const struct norm *norm;
+  const float *a;
+  float *c, *copy;
+  long a_step, c_step, copy_step;
+};
+
+static void share_rows(compute part, const struct row_work *w, int m) {
+  share(part, w, m, 1, m > FEW ? (long)m * w->s->width * 8 : 0);
+}
+
+/* c = the norm of the rows a, of which there may be a copy too. */
+static void norm_rows(const void *what, int from, int to) {
+  const struct row_work *w = what;
+  for (int i = from; i < to; i++) {
+    normalize(w->norm, w->a + i * w->a_step, w->c + i * w->c_step, w->s->width);
+    if (w->copy) memcpy(w->copy + i * w->copy_step, w->a + i * w->a_step, 4 * w->s->width);
+  }
+}
+
 /* A sublayer at work on m rows: the products of `first` into c, side by side. */
 struct reading {
   const struct sublayer *s;
@@ -130,6 +152,7 @@ static struct reading reading_of(const struct sublayer *s, int m, const float *a
   struct reading r = {.s = s, .m = m, .c = c, .c_step = c_step};
   for (int part = 0, start = 0; part < 3; part++) {
     r.products[part] = product_of(&s->first[part], m, a, s->width, c + start, c_step);
+    if (is_paired(&r.products[part])) r.products[part] = paired(&r.products[part]);
     r.starts[part + 1] = start += s->first[part].outputs;
   }
   return r;
@@ -158,20 +181,27 @@ static void rotate(float *x, const float *turn, int head_dim, int rotated) {
   }
 }
 
-static void read_stream(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step) {
-  float *normed = scratch((size_t)m * s->width);
-  for (int i = 0; i < m; i++) normalize(&s->before, a + i * a_step, normed + (long)i * s->width, s->width);
-  struct reading r = reading_of(s, m, normed, c, c_step);
-  share(read_columns, &r, r.starts[3], TOGETHER, (long)m * s->width * r.starts[3]);
-  for (int i = 0; i < m; i++) {
-    float *head = c + i * c_step;
-    const float *turn = a + i * a_step + s->width;
+/* Norms and RoPE of the queries and keys c, by the cosines and sines behind the rows a. */
+static void turn_rows(const void *what, int from, int to) {
+  const struct row_work *w = what;
+  const struct sublayer *s = w->s;
+  for (int i = from; i < to; i++) {
+    float *head = w->c + i * w->c_step;
+    const float *turn = w->a + i * w->a_step + s->width;
     for (int h = 0; h < s->heads + s->key_heads; h++, head += s->head_dim) {
       const struct norm *norm = h < s->heads ? &s->queries : &s->keys;
       if (norm->n == s->head_dim || h == 0 || h == s->heads) normalize(norm, head, head, norm->n);
       rotate(head, turn, s->head_dim, s->rotated);
     }
   }
+}
+
+static void read_stream(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step) {
+  float *normed = scratch((size_t)m * s->width);
+  share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, 0, a_step, s->width, 0}, m);
+  struct reading r = reading_of(s, m, normed, c, c_step);
+  share(read_columns, &r, r.starts[3], together(m), (long)m * s->width * r.starts[3]);
+  share_rows(turn_rows, &(struct row_work){.s = s, .a = a, .c = c, .a_step = a_step, .c_step = c_step}, m);
 }
 
 /* c += the norm of `last` of the rows a. */
@@ -193,12 +223,9 @@ static void feed_forward(const struct sublayer *s, int m, const float *a, long a
   long inner = 0;
   for (int part = 0; part < 3; part++) inner += s->first[part].outputs;
   float *normed = scratch((size_t)m * (s->width + inner)), *hidden = normed + (long)m * s->width;
-  for (int i = 0; i < m; i++) {
-    normalize(&s->before, a + i * a_step, normed + (long)i * s->width, s->width);
-    memcpy(c + i * c_step, a + i * a_step, 4 * s->width);
-  }
+  share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, c, a_step, s->width, c_step}, m);
   struct reading r = reading_of(s, m, normed, hidden, inner);
-  share(feed_columns, &r, s->gated ? inner / 2 : inner, 3 * LANES, (long)m * s->width * inner);
+  share(feed_columns, &r, s->gated ? inner / 2 : inner, m > FEW ? ACROSS : 3 * LANES, (long)m * s->width * inner);
   write_stream(s, m, hidden, inner, c, c_step, normed);
 }
 
@@ -249,8 +276,9 @@ static void sublayer(const struct sublayer *s, int m, int n, int k, const float 
     return;
   }
   pthread_rwlock_rdlock(&living);
+  int most = OWN_MANY && m > FEW ? MANY - 1 : FEW;
   for (int i = 0, rows; i < m; i += rows, a += rows * a_step, c += rows * c_step) {
-    rows = m - i < FEW ? m - i : FEW;
+    rows = m - i < most ? m - i : most;
     if (s->head.kind == READ)
       read_stream(s, rows, a, a_step, c, c_step);
     else if (s->head.kind == WRITE)

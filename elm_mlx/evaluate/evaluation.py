@@ -355,7 +355,7 @@ def score(
 def _computed_in(layer: nn.Module) -> set[str]:
     """Returns the types of a layer's weights, as they are used."""
     if isinstance(layer, StoredLayer):
-        return {"float32"}
+        return {"bfloat16" if layer.rounds else "float32"}
     return {str(weight.dtype).removeprefix("mlx.core.") for _, weight in tree_flatten(layer.parameters())}
 
 

@@ -17,7 +17,7 @@ from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, StepCache
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
 from elm_mlx.model.ops import Mask, Rope, Rotate
-from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, few_rows
+from elm_mlx.model.sublayers import LayerParts, layers_in_c
 
 Cache: TypeAlias = KVCache | StepCache
 
@@ -136,10 +136,10 @@ class Transformer(nn.Module):
 
     def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: ops.Segments | None = None) -> mx.array:
         x = self.token_embeddings(ids)
-        if cache is not None and ids.size <= MOST_ROWS:
-            few = few_rows(self, lambda: [layer.parts(self.rope) for layer in self.layers])
-            if few is not None:
-                return self.norm(few(x, cache))
+        if cache is not None:
+            in_c = layers_in_c(self, ids.size, lambda: [layer.parts(self.rope) for layer in self.layers])
+            if in_c is not None:
+                return self.norm(in_c(x, cache))
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
         offset = 0 if caches[0] is None else caches[0].offset

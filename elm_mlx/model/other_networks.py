@@ -26,7 +26,7 @@ from elm_mlx.model.cache import SegmentedRow, StateCache
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.ops import Rope, Rotate, Segments
 from elm_mlx.model.rope_config import RopeConfig
-from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, few_rows
+from elm_mlx.model.sublayers import LayerParts, layers_in_c
 
 _PACKAGE = "elm_mlx_networks"
 
@@ -61,11 +61,11 @@ class NetworkProtocol:
             if not self.config.positions:
                 raise InputError(f"several texts in a row: {self.config.family.name} cannot tell them apart")
             cache = [SegmentedRow(segments) for _ in layers]
-        elif cache is not None and self.ropes and ids.size <= MOST_ROWS:
-            few = few_rows(self, self._parts)
-            if few is not None:
+        elif cache is not None and self.ropes:
+            in_c = layers_in_c(self, ids.size, self._parts)
+            if in_c is not None:
                 body = getattr(self, self.body_name)
-                return body.norm(few(getattr(body, self.embedding_name)(ids), cache))
+                return body.norm(in_c(getattr(body, self.embedding_name)(ids), cache))
         with _rotating(self.ropes, ids.shape[1], cache):
             hidden = getattr(self, self.body_name)(ids, cache)
         for layer_cache in cache or ():

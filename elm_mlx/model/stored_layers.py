@@ -28,14 +28,20 @@ _LINE = 64  # bytes: what the description and the parts behind it are aligned to
 class _Description(ctypes.Structure):
     _fields_ = (
         ("mark", ctypes.c_ubyte * described.MARK), ("kind", ctypes.c_int), ("columns", ctypes.c_int),
-        ("type", ctypes.c_int), ("scale_type", ctypes.c_int), ("group", ctypes.c_int), ("rows_at", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64), ("scales_at", ctypes.c_int64), ("biases_at", ctypes.c_int64),
+        ("type", ctypes.c_int), ("scale_type", ctypes.c_int), ("group", ctypes.c_int), ("rounding", ctypes.c_int),
+        ("rows_at", ctypes.c_int64), ("row_bytes", ctypes.c_int64), ("scales_at", ctypes.c_int64),
+        ("biases_at", ctypes.c_int64),
     )  # fmt: skip
 
 
 class StoredLayer(nn.Module):
-    """Mixed into MLX's layers. Where its weight has been replaced, a layer computes what MLX's does."""
+    """Mixed into MLX's layers. Where its weight has been replaced, a layer computes what MLX's does.
 
+    Attributes:
+        rounds: many rows are rounded to the weight's bfloat16 where they are multiplied.
+    """
+
+    rounds: bool
     _handle: tuple[mx.array, mx.array, int]  # the weight that it is of, the handle, and its address
 
     def handle(self) -> mx.array | None:
@@ -107,10 +113,11 @@ def is_readable(mode: str, bits: int) -> bool:
     return f"{mode} {bits}" in _TYPES
 
 
-def read_as_stored(layer: nn.Module) -> bool:
+def read_as_stored(layer: nn.Module, rounds: bool = False) -> bool:
     """Turns one of MLX's layers into one whose products read its weight as it is; returns False where that cannot be.
 
-    The weight, its scales and its biases are copied into a buffer of their own.
+    The weight, its scales and its biases are copied into a buffer of their own. `rounds` is for weights in bfloat16:
+    many rows are rounded to it, where the processor multiplies it.
     """
     kind = _type(layer)
     if kind is None or described.library() is None:
@@ -121,8 +128,9 @@ def read_as_stored(layer: nn.Module) -> bool:
     parts = {name: layer[name] for name in ("weight", "scales", "biases") if name in layer}
     buffer, start, places = _laid_out(list(parts.values()))
     description = _Description(
-        described.mark(), described.STORED, columns, _TYPES.index(kind), row_bytes=parts["weight"].nbytes // rows,
-        rows_at=places[0], scales_at=places[min(1, len(places) - 1)], biases_at=places[-1],
+        described.mark(), described.STORED, columns, _TYPES.index(kind), rounding=rounds,
+        row_bytes=parts["weight"].nbytes // rows, rows_at=places[0],
+        scales_at=places[min(1, len(places) - 1)], biases_at=places[-1],
     )  # fmt: skip
     if len(parts) > 1:
         description.group = layer.group_size
@@ -140,6 +148,7 @@ def read_as_stored(layer: nn.Module) -> bool:
         layer[name] = view
     layer._handle = (layer.weight, handle, described.address(buffer) + start)
     layer.__class__ = _LAYERS[type(layer)]
+    layer.rounds = rounds
     return True
 
 

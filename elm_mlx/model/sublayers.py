@@ -1,4 +1,4 @@
-"""Layers for few rows on a CPU, as decoding has them: each is three products by `sublayers.c`, and attention.
+"""Layers with a cache on a CPU, of prompts and decoding: each is three products by `sublayers.c`, and attention.
 
 MLX takes some 3 µs for an operation however small, and a layer has sixty. A `Sublayer` is one: in MLX's eyes a product
 with a matrix, of which there is just the beginning, and in it the addresses of the weights.
@@ -22,7 +22,7 @@ from elm_mlx.model.described import FEED, MARK, READ, WRITE
 from elm_mlx.model.ops import Rope
 from elm_mlx.model.stored_layers import StoredLayer
 
-MOST_ROWS = 16  # whose results have the same bits whatever their number
+MOST_ROWS = 16  # whose results have the same bits whatever their number; more want elm_mlx_many_rows
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
 
 
@@ -82,8 +82,8 @@ class LayerParts:
         return [*linears, *(norm for norm in norms if norm is not None)]
 
 
-class FewRows:
-    """The layers of a transformer for up to `MOST_ROWS` rows.
+class LayersInC:
+    """The layers of a transformer.
 
     Raises:
         _Other: a part is none that `sublayers.c` knows, or not in float32.
@@ -211,17 +211,17 @@ class _Other(Exception):
     """A layer is not of the parts that `sublayers.c` knows."""
 
 
-def few_rows(model: nn.Module, layers: Callable[[], Sequence[LayerParts]]) -> FewRows | None:
-    """Returns the layers of `model` for few rows, made once and kept with it; None where they cannot be made."""
-    if described.library() is None:
+def layers_in_c(model: nn.Module, rows: int, layers: Callable[[], Sequence[LayerParts]]) -> LayersInC | None:
+    """Returns the layers of `model` for so many rows, made once and kept with it; None where they cannot be made."""
+    if described.library() is None or (rows > MOST_ROWS and blas.own("elm_mlx_many_rows") is None):
         return None
-    kept, parts = getattr(model, "_few_rows", None), layers()
+    kept, parts = getattr(model, "_layers_in_c", None), layers()
     if kept is None or not kept.is_of(parts):
         try:
-            kept = FewRows(parts)
+            kept = LayersInC(parts)
         except _Other:
             kept = None
-        object.__setattr__(model, "_few_rows", kept)  # beside the model's parts, not one of them
+        object.__setattr__(model, "_layers_in_c", kept)  # beside the model's parts, not one of them
     return kept
 
 

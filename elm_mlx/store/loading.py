@@ -117,7 +117,7 @@ def open_model(
     model.load_weights(list(weights.items()))
     weights.clear()
     for layer in layers.values():
-        if not stored_layers.read_as_stored(layer):
+        if not stored_layers.read_as_stored(layer, how.rounds):
             layer.set_dtype(how.dtype)
     model.eval()
     model.freeze()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not blas.reads_stored(), reason="cblas.c is not 
 FLOATS = ["bfloat16", "float16"]
 AFFINE = [f"affine {bits} {group}" for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))]
 SHAPES = [(2, 8), (3, 9), (13, 33), (29, 100), (131, 640), (12, 1152), (33, 523)]  # (outputs, inputs)
-PROMPTS = "fma" in blas._processor().split()  # else OpenBLAS multiplies many rows
+PROMPTS = blas.own("elm_mlx_many_rows") is not None  # else OpenBLAS multiplies many rows
 SMOLLM2 = Path(__file__).parents[3] / "shared" / "data" / "smollm2-135m-instruct"
 
 
@@ -93,6 +93,26 @@ def test_any_number_of_threads_shares_the_columns() -> None:
         for threads in (1, 2, 7, 3, 2):
             change(threads)
             assert mx.array_equal(layer(x), x @ wide.T), (outputs, threads)
+
+
+@pytest.mark.skipif(not blas.rounds_rows(), reason="this processor does not multiply bfloat16")
+@pytest.mark.usefixtures("two_threads")
+def test_many_rows_are_rounded_to_bfloat16_on_request() -> None:
+    """Few are not, and a row's result depends on no other row."""
+    for rows, columns in [*SHAPES, (70, 2000)]:
+        layer, exact = linear("bfloat16", rows, columns), lora_layers.dense_weight(linear("bfloat16", rows, columns))
+        x = drawn(600, columns)
+        assert read_as_stored(layer, rounds=True) and isinstance(layer, StoredLayer) and layer.rounds
+        rounded = x.astype(mx.bfloat16).astype(mx.float32) if columns % 2 == 0 else x
+        found = layer(x)
+        assert close(found, rounded @ exact.T), (rows, columns)
+        for count in (17, 23, 24, 25, 128):
+            assert mx.array_equal(layer(x[:count]), found[:count])
+        for count in (1, 16):
+            assert close(layer(x[:count]), x[:count] @ exact.T)
+        biased = linear("bfloat16", rows, columns, bias=True)
+        assert read_as_stored(biased, rounds=True)
+        assert close(biased(x[:30]), rounded[:30] @ exact.T + biased.bias)
 
 
 @pytest.mark.parametrize("scales", [mx.float32, mx.float16])

@@ -1,4 +1,4 @@
-"""Layers for few rows by `sublayers.c`, against the same network layer by layer in MLX."""
+"""Layers by `sublayers.c`, against the same network layer by layer in MLX."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from elm_mlx import blas, device
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.model import network, other_networks, sublayers
 from elm_mlx.model.cache import make_prompt_cache
-from elm_mlx.model.sublayers import MOST_ROWS, few_rows
+from elm_mlx.model.sublayers import MOST_ROWS, layers_in_c
 from elm_mlx.store import loading
 
 pytestmark = pytest.mark.skipif(
     blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so every layer is MLX's"
 )
+PROMPTS = blas.own("elm_mlx_many_rows") is not None  # else more than MOST_ROWS are as many times few
 CLOSE = 1e-5  # of the logits' spread
 FAMILIES = [
     "llama, biases", "llama, head_dim", "llama, longrope", "mistral, window", "phi3, partial", "olmo", "olmo2", "olmo3",
@@ -45,18 +46,18 @@ def model() -> network.Model:
     return openelm()
 
 
-def layers_of(model: network.Model) -> sublayers.FewRows | None:
+def layers_of(model: network.Model, rows: int = 1) -> sublayers.LayersInC | None:
     body = model.transformer
-    return few_rows(body, lambda: [layer.parts(body.rope) for layer in body.layers])
+    return layers_in_c(body, rows, lambda: [layer.parts(body.rope) for layer in body.layers])
 
 
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (network, other_networks):
-        monkeypatch.setattr(module, "few_rows", lambda *_: None)
+        monkeypatch.setattr(module, "layers_in_c", lambda *_: None)
 
 
 def logits(model: Any, rows: int) -> mx.array:
-    """Of short prompts, which are few rows too, and of steps of as many texts."""
+    """Of short prompts, which are few rows too, of steps of as many texts, and of a longer prompt in two pieces."""
     found, together = [], Rows(model)
     for row in range(rows):
         ids = [(3 + row + 5 * at) % 60 for at in range(2 + row)]
@@ -64,6 +65,7 @@ def logits(model: Any, rows: int) -> mx.array:
         found.append(prefill(model, ids, caches))
         together.join(caches, ids)
     found += [together.step(mx.array([(7 * row + step) % 60 for row in range(rows)])) for step in range(12)]
+    found.append(prefill(model, [(5 * at) % 60 for at in range(57)], make_prompt_cache(model), 33))
     return mx.concatenate(found)
 
 
@@ -73,7 +75,7 @@ def test_logits_are_those_of_mlx(name: str, tmp_path: Path, monkeypatch: pytest.
     model = openelm(**OPENELMS[name]) if own else loading.load_model(family_cases.write(tmp_path / "m", name))
     found = {rows: logits(model, rows) for rows in (1, 3)}
     mx.eval(found)
-    assert isinstance(getattr(model.transformer if own else model, "_few_rows", None), sublayers.FewRows)
+    assert isinstance(getattr(model.transformer if own else model, "_layers_in_c", None), sublayers.LayersInC)
     without(monkeypatch)
     for rows, ours in found.items():
         expected = logits(model, rows)
@@ -101,13 +103,16 @@ def products(model: network.Model) -> list[tuple[Callable[[mx.array], mx.array],
 def test_a_row_has_the_same_bits_in_any_company_and_by_any_number_of_threads() -> None:
     model = openelm(model_dim=512, head_dim=64, num_gqa_groups=1)
     for compute, length in products(model):
-        x = mx.random.normal((2 * MOST_ROWS + 1, length), key=mx.random.key(length))
+        x = mx.random.normal((600, length), key=mx.random.key(length))  # as many are computed some at a time
         with blas.one_thread():
-            alone = [compute(row[None]) for row in x]
-            mx.eval(alone)
-            assert mx.array_equal(compute(x), mx.concatenate(alone))
-        for rows in range(1, len(x) + 1):  # more than MOST_ROWS are computed some at a time
+            alone = [compute(row[None]) for row in x[:MOST_ROWS]]
+            prompt = compute(x) if PROMPTS else mx.concatenate([compute(row[None]) for row in x])
+            mx.eval(alone, prompt)
+        for rows in range(1, MOST_ROWS + 1):
             assert mx.array_equal(compute(x[:rows]), mx.concatenate(alone[:rows])), rows
+        for rows in (17, 18, 31, 100, 511, 600):
+            assert mx.array_equal(compute(x[:rows]), prompt[:rows]), rows
+        assert mx.allclose(prompt[:MOST_ROWS], mx.concatenate(alone), rtol=1e-5, atol=1e-5).item()
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -180,7 +185,7 @@ def test_what_it_does_not_know_is_mlxs(model: network.Model, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(blas, "_opened", [])
         assert layers_of(model) is None
-    assert layers_of(model) is not None
+    assert layers_of(model) is not None and (layers_of(model, MOST_ROWS + 1) is not None) == PROMPTS
     layer = model.transformer.layers[0].ffn
     kept, layer.proj_1 = layer.proj_1, nn.QuantizedLinear.from_linear(layer.proj_1)
     assert layers_of(model) is None

@@ -227,6 +227,18 @@ def test_a_cpu_reads_weights_as_they_are_stored(
     assert types(open_model(path, "float32").model) == {mx.float32}
 
 
+@pytest.mark.skipif(not blas.rounds_rows(), reason="this processor does not multiply bfloat16")
+def test_a_prompts_products_are_bfloat16s_on_request(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "on_gpu", lambda: False)
+    exact, loaded = open_model(tiny_model_dir).model, open_model(tiny_model_dir, "bfloat16")
+    assert "computed in float32, prompts in bfloat16, read as they are stored" in loaded.notes[0]
+    ids = mx.arange(3, 60)[None]
+    found, expected = loaded.model(ids), exact(ids)
+    assert found.dtype == mx.float32 and not mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert mx.abs(found - expected).max() < 0.03 * mx.abs(expected).max()
+    assert mx.array_equal(loaded.model(ids[:, :9]), exact(ids[:, :9]))
+
+
 @pytest.mark.usefixtures("unread")
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_weights_stay_packed_on_a_gpu_or_where_memory_is_short(
