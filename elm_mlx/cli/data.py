@@ -14,6 +14,7 @@ import typer
 
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say_all, terminal_width, visible
+from elm_mlx.cli.training import mixed
 from elm_mlx.errors import InputError
 from elm_mlx.train.settings import DataSettings, abouts
 
@@ -30,18 +31,21 @@ _BATCH = 4  # rows, for the share of padding without packing
 
 _ABOUT = {name: about[:1].upper() + about[1:] for name, about in abouts(DataSettings).items()}
 
-PANELS = {"Records": ("format", "columns", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad")}
+_ABOUT_PATHS = "Data files, directories with train, valid and test, or hub:OWNER/NAME; all of them together."
+
+PANELS = {
+    "Records": ("format", "weight", "columns", "template", "max_seq_length", "truncate", "train_on_prompt", "skip_bad")
+}
 
 
 def data(
-    path: Annotated[
-        Path | None, typer.Argument(metavar="[PATH]", help="A data file, or a directory with train, valid, test.")
-    ] = None,
+    paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH...]", help=_ABOUT_PATHS)] = None,
     model: Annotated[Path | None, typer.Option(help="The model directory to train. (no default)")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="In place of both, a recipe of `pretrain`: sample its mixture.")
     ] = None,
     format: Annotated[options.RecordFormat | None, typer.Option(help=_ABOUT["format"])] = None,
+    weight: Annotated[list[float] | None, typer.Option(help=_ABOUT["weight"].replace("--data", "PATH"))] = None,
     columns: Annotated[list[str] | None, typer.Option(help=_ABOUT["columns"])] = None,
     template: options.ChatTemplate = None,
     max_seq_length: Annotated[int | None, typer.Option(help=_ABOUT["max_seq_length"])] = None,
@@ -53,8 +57,8 @@ def data(
     if config is not None:
         _print_mixture(config)
         return
-    if path is None or model is None:
-        raise InputError(f"{'PATH' if path is None else '--model'} is missing; or a recipe, by --config")
+    if not paths or model is None:
+        raise InputError(f"{'--model' if paths else 'PATH'} is missing; or a recipe, by --config")
     from elm_mlx.data import examples, records
     from elm_mlx.data.columns import parsed
     from elm_mlx.model.config import read_config
@@ -68,17 +72,17 @@ def data(
     length = examples.longest(shape) if max_seq_length is None else max_seq_length
     context = shape.max_context_length
     taken = parsed(columns or ())
-    paired = format == _PAIRS or (format is None and records.are_pairs(path, taken))
+    paired = format == _PAIRS or (format is None and records.are_pairs(paths[0], taken))
     if paired and train_on_prompt:
-        raise InputError(f"{path}: holds pairs, of which answers alone are trained: leave out --train-on-prompt")
-    with bad_records_named(path):
+        raise InputError(f"{paths[0]}: holds pairs, of which answers alone are trained: leave out --train-on-prompt")
+    with bad_records_named(", ".join(paths)):
         splits = examples.load(
-            path, tokenizer, chosen, length, context=context, format=None if paired else format, paired=paired,
+            paths, tokenizer, chosen, length, context=context, format=None if paired else format, paired=paired,
             columns=taken, train_on_prompt=train_on_prompt, truncate=truncate, skip_bad=skip_bad,
         )  # fmt: skip
     for name, prepared in splits.items():
         name_bad(prepared.bad)
-        _print_split(name, prepared, paired)
+        _print_split(name, prepared, paired, (weight or ()) if name == "train" else ())
     _print_examples(splits["train"], tokenizer, paired)
 
 
@@ -109,7 +113,7 @@ def _warn(text: str) -> None:
     line(text, err=True)
 
 
-def _print_split(name: str, prepared: Prepared, paired: bool) -> None:
+def _print_split(name: str, prepared: Prepared, paired: bool, weights: Sequence[float]) -> None:
     from elm_mlx.data.batches import Batches, PairBatches
 
     examples, length, total = prepared.examples, prepared.max_length, len(prepared.examples)
@@ -120,11 +124,14 @@ def _print_split(name: str, prepared: Prepared, paired: bool) -> None:
         heading, measured = f"{counted(total // 2, 'pair')} of answers, for `elm-mlx dpo`", "of the longer answer: "
         medians = (statistics.median_low(sum(each.trained) for each in examples[half::2]) for half in (0, 1))
         answers = "median {} chosen, {} rejected".format(*(counted(median, "token") for median in medians))
-    rows, grouped = kind(examples, 1, length), kind(examples, _BATCH, length, packed=False)
+    counts = [count // (2 if paired else 1) for _, count in prepared.parts]
+    rows = kind(examples, 1, length, counts=counts, weights=weights)
+    grouped = kind(examples, _BATCH, length, packed=False, counts=counts, weights=weights)
     print(f"{name}: {heading}")
     share = prepared.trained_tokens / prepared.tokens
     lines = [
         *_remarks(prepared),
+        *mixed(prepared, rows.draws),
         ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),
         ("answers", answers),
         ("packed", f"{counted(rows.steps(), 'row')} of {length:,} tokens, {rows.fill():.1%} full"),

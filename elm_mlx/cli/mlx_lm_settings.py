@@ -24,7 +24,7 @@ _ELSEWHERE = {
     "project_name": "write the project into the environment, as WANDB_PROJECT",
     "trust_remote_code": "no code that comes with a model is run here",
     "config": "settings come from one file",
-    "hf_dataset": "the hub's data sets are not fetched here: write data: DIR, with its files",
+    "hf_dataset": "write data: hub:OWNER/NAME, or hub:OWNER/NAME:SPLIT, and columns for its features",
 }
 _COLUMNS = {
     "prompt_feature": "prompt",

@@ -14,7 +14,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TextIO
 
@@ -223,7 +222,7 @@ def name_bad(reasons: Iterable[str]) -> None:
 
 
 @contextmanager
-def bad_records_named(path: Path) -> Iterator[None]:
+def bad_records_named(path: str) -> Iterator[None]:
     """Prints all bad records, and not the first alone, before the InputError that ends the command."""
     from elm_mlx.data.examples import BadRecords
 

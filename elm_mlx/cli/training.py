@@ -23,6 +23,8 @@ from elm_mlx.train import sections
 from elm_mlx.train.settings import DpoSettings, LoraSettings, Setting, made
 
 if TYPE_CHECKING:
+    from elm_mlx.data.draws import Draws
+    from elm_mlx.data.examples import Prepared
     from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.memory import Load
     from elm_mlx.train.pretraining import Pretraining
@@ -37,7 +39,7 @@ _DECIDED_BY = {
     "row length": "row length (--max-seq-length)", "accumulate": "--grad-accumulation-steps",
     "number of adapted modules": "adapted modules (--target, --num-layers)",
     "adapted modules": "adapted modules (--target, --num-layers)",
-    "learning rate's peak": "--learning-rate", "learning rate's warmup": "--warmup",
+    "weights of the data": "--weight", "learning rate's peak": "--learning-rate", "learning rate's warmup": "--warmup",
     "learning rate's shape": "--lr-schedule",
 }  # fmt: skip
 
@@ -166,6 +168,7 @@ def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
             raise InputError(f"{path}: {key} is given twice, in two spellings")
         values[name] = value
     try:
+        values |= _tables(values)
         found = mlx_lm_settings.translated(values)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
@@ -177,6 +180,25 @@ def _read(path: Path, options: Mapping[str, Setting]) -> dict[str, Any]:
             hint = f"; the nearest is {near[0]}" if near else f"; there are {', '.join(sorted(options))}"
             raise InputError(f"{path}: {name} is not an option{hint}")
     return found
+
+
+def _tables(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `data` and `weight` of a list of sources as a recipe of `pretrain` has them. Raises ValueError."""
+    data = values.get("data")
+    sources = data if isinstance(data, list) else [data]
+    if not any(isinstance(each, Mapping) for each in sources):
+        return {}
+    if values.get("weight") is not None:
+        raise ValueError("weight stands beside data, and sources in it have their own: keep one")
+    found = [each if isinstance(each, Mapping) else {"path": each} for each in sources]
+    for each in found:
+        if "path" not in each or not {*each} <= {"path", "weight"}:
+            raise ValueError(
+                f"a source of data has {', '.join(map(str, each)) or 'nothing'}: path and weight are its keys"
+            )
+    weights = [each.get("weight") for each in found]
+    named = {"data": [each["path"] for each in found]}
+    return named if not any(weights) else named | {"weight": [1 if weight is None else weight for weight in weights]}
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
@@ -210,7 +232,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
     from elm_mlx.train import memory
     from elm_mlx.train.finetuning import Finetuning
 
-    with bad_records_named(asked.data):
+    with bad_records_named(", ".join(asked.data)):
         if isinstance(asked, DpoSettings):
             from elm_mlx.train.alignment import Alignment
 
@@ -294,9 +316,10 @@ def _plan(run: Finetuning) -> list[tuple[str, str]]:
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     updates = batches.steps() / settings.accumulate
     epochs = f"{steps / updates:.3g}"
-    tokens = round((train.tokens - len(train.examples)) * steps / updates)
+    tokens = round(batches.tokens() * steps / updates)
     return [
         *lines,
+        *mixed(train, batches.draws),
         ("model", f"{run.path}: {config.parameters:,} parameters, computed in {dtype}"),
         ("trained", f"{run.adapter.describe()}: {run.trainable:,} parameters, {run.trainable / config.parameters:.2%}"),
         ("data", f"{counted(run.count(), run.unit)}, {train.tokens:,} tokens, {train.trained_tokens:,} of them "
@@ -306,6 +329,18 @@ def _plan(run: Finetuning) -> list[tuple[str, str]]:
         *(("rows", note) for note in run.notes),
         ("memory", needed(run.load())),
         ("updates", f"{steps:,}, {epochs} {'epoch' if epochs == '1' else 'epochs'}, {tokens:,} tokens"),
+    ]  # fmt: skip
+
+
+def mixed(split: Prepared, draws: Draws | None) -> list[tuple[str, str]]:
+    """Returns what an epoch has of each source, as labels and texts, where weights say it."""
+    if draws is None:
+        return []
+    sums = zip(split.parts, draws.totals, draws.wanted, strict=True)
+    return [
+        ("mixture", f"{name}: {total:,} tokens, {wanted / sum(draws.wanted):.1%} of an epoch, "
+                    f"which has them {wanted / total:.3g} times")
+        for (name, _), total, wanted in sums
     ]  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Batches of examples, or of pairs of them: packed into rows, or grouped by length; in an order by seed; resumable.
 
-Arrays are NumPy's. The order is a function of the seed, the epoch and the examples: random bits come from Philox,
-whose stream is fixed for all versions of NumPy, and sorting by them shuffles.
+Arrays are NumPy's. The order is a function of the seed, the epoch and the examples.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from elm_mlx.data.draws import Draws, random_bits, shuffled
 from elm_mlx.data.examples import Example
 from elm_mlx.errors import InputError
 
@@ -73,13 +73,15 @@ class Batch:
 
 
 class Batches:
-    """An endless iterator over the batches of epochs, every example once in each.
+    """An endless iterator over the batches of epochs, every example once in each, or as often as weights ask for.
 
     Args:
         batch_size: rows of one process's batch. The last batch of an epoch is filled up with rows of padding.
         row_length: positions of a packed row, and the most of one that isn't. No example may need more.
         packed: put several examples in a row; otherwise one, and similar lengths together.
         seed: of the order; an epoch's differs from the last one's.
+        counts, weights: of several sources, whose units follow one another: how many each has, and the share of its
+            tokens, as `Draws` keeps to it. Without weights every unit is in an epoch once.
         rank, world: this process's number, and how many there are. Each takes every `world`th row of batches of
             `world * batch_size`, so that together they see what one process with that `batch_size` would.
 
@@ -95,6 +97,8 @@ class Batches:
         *,
         packed: bool = True,
         seed: int = 0,
+        counts: Sequence[int] = (),
+        weights: Sequence[float] = (),
         rank: int = 0,
         world: int = 1,
     ) -> None:
@@ -110,6 +114,8 @@ class Batches:
             raise InputError(f"an example of {self._needs.max() + 1:,} tokens doesn't fit rows of {row_length:,}")
         self._rows, self._length, self._packed, self._seed = batch_size * world, row_length, packed, seed
         self._rank, self._world = rank, world
+        self._weights = list(weights)
+        self.draws = Draws(counts, weights, self._needs + 1, seed) if weights else None
         self._epoch = self._position = 0
         self._plan = self._planned(0)
         self._fingerprint: str | None = None
@@ -144,10 +150,13 @@ class Batches:
         """Returns the batches of the last batch's epoch; with packing, other epochs may differ by a few."""
         return len(self._plan)
 
+    def tokens(self) -> int:
+        """Returns the positions of the last batch's epoch that are no padding."""
+        return int(sum(self._needs[row].sum() for rows in self._plan for row in rows))
+
     def fill(self) -> float:
         """Returns the share of an epoch's positions that are no padding, from 0 to 1."""
-        size = sum(self._rows * self._batch_length(rows) for rows in self._plan)
-        return float(self._needs.sum()) / size
+        return self.tokens() / sum(self._rows * self._batch_length(rows) for rows in self._plan)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -173,13 +182,14 @@ class Batches:
             self._fingerprint = fingerprint(self._examples)
         return {
             "seed": self._seed, "rows_of_a_batch": self._rows, "row_length": self._length, "packed": self._packed,
-            "data": self._fingerprint,
+            "data": self._fingerprint, "weights": [*map(float, self._weights)] or None,
         }  # fmt: skip
 
     def _planned(self, epoch: int) -> list[list[Row]]:
         """The epoch's batches, of all processes together."""
         bits = random_bits(self._seed, epoch)
-        order = shuffled(bits, len(self._needs))
+        drawn = np.arange(len(self._needs)) if self.draws is None else self.draws(epoch)
+        order = drawn[shuffled(bits, len(drawn))]
         rows: list[Row] = []
         for start in range(0, len(order), _WINDOW):
             window = order[start : start + _WINDOW]
@@ -238,16 +248,6 @@ def check_identity(state: Any, identity: Mapping[str, Any]) -> None:
         if before.get(name) != value:
             was = f": {before.get(name)} before, {value} now" if before and isinstance(value, int | float) else ""
             raise InputError(f"cannot resume: the {name.replace('_', ' ')} changed{was}")
-
-
-def random_bits(seed: int, stream: int) -> np.random.Philox:
-    """Returns a generator of bits that are the same for all versions of NumPy."""
-    return np.random.Philox(key=np.array([seed & (2**64 - 1), stream], np.uint64))
-
-
-def shuffled(bits: np.random.Philox, count: int) -> npt.NDArray[np.intp]:
-    """Returns the numbers below `count` in random order."""
-    return np.argsort(bits.random_raw(count), kind="stable")
 
 
 def fingerprint(examples: Sequence[Example]) -> str:

@@ -19,6 +19,7 @@ from elm_mlx.errors import InputError
 
 JSON = tuple(kind + packing for packing in PACKINGS for kind in (".jsonl", ".json", ".ndjson"))
 TEXT = tuple(".txt" + packing for packing in PACKINGS)
+DOCUMENTS = (*TEXT, ".md")  # of which each is a record
 CSV = tuple(kind + packing for packing in PACKINGS for kind in (".csv", ".tsv"))
 PARQUET = ".parquet"
 RECORDS = (*JSON, *CSV, PARQUET)
@@ -37,7 +38,9 @@ def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
 
 
 def read(path: Path, columns: Collection[str], start: int = 0, *, parse: bool = True) -> Iterator[tuple[int, str, Any]]:
-    """Reads the records of a file of JSON, CSV or Parquet lazily: each one's number, its place for people, its value.
+    """Reads the records of a file lazily: each one's number, its place for people, its value.
+
+    A text file is one record, with its `text`.
 
     Numbers are those of lines, array elements or rows, from 0. A value is BadRecord where its line is no JSON, or its
     row is not as the columns are or holds what Python cannot; a column that is not read is None in it.
@@ -51,7 +54,10 @@ def read(path: Path, columns: Collection[str], start: int = 0, *, parse: bool = 
         InputError: the file cannot be read, or nobody knows where in it the next record begins.
         ElmError: a package that unpacks it is not installed.
     """
-    suffix = suffix_of(path, RECORDS)
+    suffix = suffix_of(path, (*RECORDS, *DOCUMENTS))
+    if suffix in DOCUMENTS:
+        yield from _whole_text(path, start)
+        return
     if suffix == PARQUET:
         yield from parquet_rows.read_rows(path, columns, start)
         return
@@ -77,13 +83,24 @@ def read(path: Path, columns: Collection[str], start: int = 0, *, parse: bool = 
             yield line - 1, f"{path}, line {line}", value
 
 
+def _whole_text(path: Path, start: int) -> Iterator[tuple[int, str, Any]]:
+    """A text file as the only record in it."""
+    with open_file(path) as file:
+        data = reading.unmarked(read_whole(path, file), str(path))
+    if start == 0:
+        try:
+            yield 0, str(path), {"text": data.decode("utf-8").replace("\r\n", "\n")}
+        except UnicodeDecodeError as error:
+            yield 0, str(path), BadRecord(f"not UTF-8 at byte {error.start + 1}")
+
+
 def columns_of(path: Path) -> tuple[str, list[str]] | None:
     """Returns the kind of a table, for people, and its columns' names; None for a file of another kind.
 
     Raises:
         InputError, ElmError: as `read`.
     """
-    suffix = suffix_of(path, RECORDS)
+    suffix = suffix_of(path, (*RECORDS, *DOCUMENTS))
     if suffix == PARQUET:
         return "Parquet", parquet_rows.names_of(path)
     if suffix not in CSV:

@@ -283,6 +283,7 @@ class Prepared:
         max_length, truncate, context: as they were prepared.
         examples: each at most `max_length` tokens. Of a pair there are two, the preferred answer's first; all else
             counts pairs, of which a length is that of the longer answer.
+        parts: the sources, and how many of the examples each gave.
         sources: file and line of each example.
         lengths: tokens of each whole record, before anything was cut.
         counts: records of each kind.
@@ -301,6 +302,7 @@ class Prepared:
     truncate: bool = False
     context: int | None = None
     examples: list[Example] = field(default_factory=list)
+    parts: list[tuple[str, int]] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -381,7 +383,7 @@ class BadRecords(InputError):
 
 
 def load(
-    path: Path,
+    path: str | Path | Sequence[str | Path],
     tokenizer: Tokenizer,
     template: Template | None,
     max_length: int,
@@ -394,9 +396,10 @@ def load(
     truncate: bool = False,
     skip_bad: bool = False,
 ) -> dict[str, Prepared]:
-    """Loads the examples of a file or directory by split, `train` first; see `records.read` and `prepare`.
+    """Loads the examples of a file, directory or data set by split, `train` first; see `records.read` and `prepare`.
 
     Args:
+        path: one, or several, whose examples follow one another; `Prepared.parts` has how many each gave.
         context: tokens that the model reads, if it is known: `max_length` is no more.
         paired: the records are pairs of answers; those are trained alone.
         columns: that are taken, as in `records.read`.
@@ -414,19 +417,40 @@ def load(
         raise InputError(
             f"--max-seq-length {max_length}: the model reads {context} tokens at most, its context; give no more"
         )
-    splits = {
-        name: prepare(split, tokenizer, template, max_length, train_on_prompt, truncate, context)
-        for name, split in records.read(path, format, paired=paired, columns=columns).items()
-    }
-    bad = [reason for split in splits.values() for reason in split.bad]
+    found: dict[str, list[Prepared]] = {}
+    for source in [path] if isinstance(path, (str, Path)) else path:
+        for name, split in records.read(source, format, paired=paired, columns=columns).items():
+            made = prepare(split, tokenizer, template, max_length, train_on_prompt, truncate, context)
+            made.parts = [(str(source), len(made.examples))]
+            found.setdefault(name, []).append(made)
+    bad = [reason for splits in found.values() for each in splits for reason in each.bad]
     if bad and not skip_bad:
         raise BadRecords(bad)
-    for name, split in splits.items():
-        if not split.examples:
-            lost = "; ".join(split.warnings()) or split.bad[0]
+    for name, prepared in ((name, each) for name, splits in found.items() for each in splits):
+        if not prepared.examples:
+            lost = "; ".join(prepared.warnings()) or prepared.bad[0]
             purpose = "validate" if name == "valid" else name
-            raise InputError(f"{path}: no example is left to {purpose} on: {lost}")
-    return splits
+            raise InputError(f"{prepared.parts[0][0]}: no example is left to {purpose} on: {lost}")
+    return {name: _joined(found[name]) for name in ("train", "valid", "test") if name in found}
+
+
+def _joined(splits: Sequence[Prepared]) -> Prepared:
+    """The same split of several sources as one."""
+    whole = splits[0]
+    for other in splits[1:]:
+        whole.examples += other.examples
+        whole.sources += other.sources
+        whole.lengths += other.lengths
+        whole.parts += other.parts
+        whole.bad += other.bad
+        for counts, more in ((whole.counts, other.counts), (whole.ignored, other.ignored),
+                             (whole.columns, other.columns), (whole.written, other.written)):  # fmt: skip
+            counts.update(more)
+        whole.missing = "; ".join(filter(None, (whole.missing, other.missing))) or None
+        whole.longest = max(whole.longest, other.longest, key=lambda longest: longest[0])
+        whole.split, whole.windows = whole.split + other.split, whole.windows + other.windows
+        whole.cut, whole.left_out = whole.cut + other.cut, whole.left_out + other.left_out
+    return whole
 
 
 def prepare(

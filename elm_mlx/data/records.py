@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from elm_mlx.data import columns as choose
-from elm_mlx.data import data_files, messages, split_files
+from elm_mlx.data import data_files, hub_data, messages, split_files
 from elm_mlx.data.bad_record import BadRecord, key_of, keys_of, kind_of
 from elm_mlx.data.columns import KEYS, Columns
+from elm_mlx.data.hub_data import HubData
 from elm_mlx.data.messages import Turns
+from elm_mlx.data.split_files import SplitFiles
 from elm_mlx.errors import InputError
 
 _BLOCK = 1024  # records
@@ -137,9 +139,10 @@ class Split:
 
 
 def read(
-    path: Path, format: str | None = None, *, paired: bool = False, columns: Columns | None = None
+    path: str | Path, format: str | None = None, *, paired: bool = False, columns: Columns | None = None
 ) -> dict[str, Split]:
-    """Reads the records of a file, as split `train`, or of a directory's splits, as `split_files.find` finds them.
+    """Reads the records of a file, as split `train`, or of a directory's splits, as `split_files.find` finds them; or
+    those of a data set on the hub, as `HubData` does.
 
     Args:
         format: one of FORMATS, for every record; by default each one's own keys tell.
@@ -148,24 +151,31 @@ def read(
             that can be guessed.
 
     Raises:
-        InputError: there is no such file. Later, while reading: a file holds nothing that can be read, such as Parquet
-            that is damaged, or its first record is for the other way of training, and no format is asked for.
+        InputError: there is no such file or data set. Later, while reading: a file holds nothing that can be read, such
+            as Parquet that is damaged, or its first record is for the other way of training, and no format is asked
+            for.
         ElmError: later: Parquet, and pyarrow is not installed.
     """
     if format is not None and format not in FORMATS:
         raise InputError(f"--format {format}: is not one of {', '.join(FORMATS)}")
     splits = {}
-    for name, files in split_files.find(path).items():
+    for name, files in _files(path).items():
         split = splits[name] = Split(missing=files.missing)
         split.records = _in_blocks(_records(files.paths, split, "pairs" if paired else format, columns))
     return splits
 
 
-def are_pairs(path: Path, columns: Columns | None = None) -> bool:
+def _files(path: str | Path) -> dict[str, SplitFiles]:
+    """The files that a path, or the name of a data set, means."""
+    name = str(path)
+    return HubData.parse(name).files() if name.startswith(hub_data.PREFIX) else split_files.find(path)
+
+
+def are_pairs(path: str | Path, columns: Columns | None = None) -> bool:
     """Tells whether the first record to train on is a pair of answers. Raises InputError, ElmError as `read`."""
     if columns is not None:
         return columns.taken.keys() >= {*_PAIR}
-    paths = split_files.find(path)["train"].paths
+    paths = _files(path)["train"].paths
     table = data_files.columns_of(paths[0])
     if table is not None:
         return {*_PAIR} <= {*table[1]} or choose.guess(table[1], "pairs") is not None

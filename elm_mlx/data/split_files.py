@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from elm_mlx.data.bad_record import few
-from elm_mlx.data.data_files import RECORDS, TEXT, suffix_of
+from elm_mlx.data.data_files import DOCUMENTS, RECORDS, TEXT, suffix_of
 from elm_mlx.errors import InputError
 from elm_mlx.reading import expanded
 
@@ -21,7 +21,8 @@ _NUMBER = r"(?P<number>\d+)(?:[-_.]of[-_.](?P<count>\d+))?(?:-[0-9a-f]{16})?"
 # A split, perhaps with more to it (`train_sft`); and the name of a file in a split's folder.
 _STEM = re.compile(rf"(?P<split>{'|'.join(_NAMES)})(?P<variant>(?:[-_.].*?)??)(?:[-_.]{_NUMBER})?", re.IGNORECASE)
 _SHARD = re.compile(rf"(?:(?P<variant>.*?)[-_.])?{_NUMBER}", re.IGNORECASE)
-_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # written beside data
+# What is written beside data, about them.
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "README.md")
 _DEPTH = 3  # folders below the directory: data/default/train
 
 
@@ -68,36 +69,70 @@ def is_held_out(path: Path, suffix: str) -> bool:
     return name is not None and name.split != "train" and not (suffix in TEXT and name.variant[:1] == "_")
 
 
-def find(path: str | Path, suffixes: Sequence[str] = RECORDS) -> dict[str, SplitFiles]:
+def find(path: str | Path, suffixes: Sequence[str] = RECORDS, split: str | None = None) -> dict[str, SplitFiles]:
     """Finds the files that a path means, by split, `train` first. A file is `train`.
 
     Of a directory they are its own files and those in folders `train`, `validation` and so on; or, where it has none to
-    train on, those of the one folder below it that does, such as the hub's `data`.
+    train on, those of the one folder below it that does, such as the hub's `data`. Where no data file is in it, its
+    text files and those below are, each a record, by the folders of splits that they lie in.
+
+    Args:
+        split: its files alone, as `train`: by the name that they have, `test` or `train_sft`.
 
     Raises:
         InputError: there are none to train on, or two that could both be; it names them.
     """
     path = expanded(path)
     if path.is_file():
-        suffix_of(path, suffixes)
+        suffix_of(path, (*suffixes, *DOCUMENTS))
         return {"train": SplitFiles([path])}
     if not path.is_dir():
         raise InputError(f"{path}: no such file or directory")
     below = [path]
     for _ in range(_DEPTH):
-        having = [(folder, found) for folder in below if "train" in (found := _by_split(folder, suffixes))]
+        having = [(folder, found) for folder in below if (found := _to_train_on(folder, suffixes, split))]
         if len(having) > 1:
             both = " and ".join(str(folder.relative_to(path)) for folder, _ in having[:2])
             raise InputError(f"{path}: {both} both hold data to train on; pass one of them")
         if having:
             folder, found = having[0]
-            return {split: _together(folder, split, found[split]) for split in SPLITS if split in found}
+            return {name: _together(folder, name, found[name]) for name in SPLITS if name in found}
         below = [each for folder in below for each in _entries(folder) if each.is_dir() and os.access(each, os.R_OK)]
-    there = few(each.name for each in _entries(path))
+    texts = {} if split is not None or any(_below(path, suffixes)) else _texts(path)
+    if "train" in texts:
+        return texts
+    there, wanted = few(each.name for each in _entries(path)), split or "train"
     raise InputError(
-        f"{path}: holds no train{', train'.join(suffixes)}; to train on one file alone, pass it"
+        f"{path}: holds no {wanted}{f', {wanted}'.join(suffixes)}; to train on one file alone, pass it"
         + (f" (it holds {there})" if there else "")
     )
+
+
+def _to_train_on(folder: Path, suffixes: Sequence[str], split: str | None) -> dict[str, list[_Found]]:
+    """The files of a folder's splits, where there are any to train on: of `split` alone, as `train`."""
+    asked = None if split is None else _STEM.fullmatch(split)
+    if split is not None and asked is None:  # a name of no split that is known here
+        of_it = re.compile(rf"{re.escape(split)}(?:[-_.]{_NUMBER})?", re.IGNORECASE)
+        named = ((file, of_it.fullmatch(file.name[: -len(suffix)])) for file, suffix in _data(folder, suffixes))
+        files = [_Found(file, _named("train", "", found), folder) for file, found in named if found is not None]
+        return {"train": files} if files else {}
+    by_split = _by_split(folder, suffixes)
+    if asked is not None:
+        files = by_split.get(_NAMES[asked["split"].lower()], [])
+        by_split = {"train": [each for each in files if each.name.variant == asked["variant"].lower()]}
+    return by_split if by_split.get("train") else {}
+
+
+def _texts(root: Path) -> dict[str, SplitFiles]:
+    """The text files below a folder, by split: that of the uppermost folder called like one, or of their own name."""
+    found: dict[str, list[Path]] = {}
+    for file in _below(root, DOCUMENTS):
+        suffix = suffix_of(file, DOCUMENTS)
+        folders = (_NAMES.get(folder.lower()) for folder in file.relative_to(root).parts[:-1])
+        name = name_of(file, suffix)
+        own = name.split if name is not None and not name.variant else "train"
+        found.setdefault(next(filter(None, folders), own), []).append(file)
+    return {split: SplitFiles(found[split]) for split in SPLITS if split in found}
 
 
 @dataclass(frozen=True)
@@ -169,6 +204,14 @@ def _data(folder: Path, suffixes: Sequence[str], deep: bool = False) -> Iterator
             yield from _data(entry, suffixes)
         elif entry.name.lower().endswith(tuple(suffixes)) and entry.name not in _ABOUT and entry.is_file():
             yield entry, suffix_of(entry, suffixes)
+
+
+def _below(root: Path, suffixes: Sequence[str]) -> Iterator[Path]:
+    """The files below a folder, however deep, in order; nothing hidden."""
+    for file in sorted(root.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        if file.name.lower().endswith(tuple(suffixes)) and file.name not in _ABOUT and not hidden and file.is_file():
+            yield file
 
 
 def _entries(folder: Path) -> list[Path]:

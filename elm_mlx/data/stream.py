@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data import duplicates
-from elm_mlx.data.batches import Batch, check_identity, random_bits, shuffled
+from elm_mlx.data.batches import Batch, check_identity
+from elm_mlx.data.draws import random_bits, shuffled
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead
 from elm_mlx.data.text_sources import TextFiles, TextSource

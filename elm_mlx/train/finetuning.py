@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -223,8 +223,16 @@ class Finetuning(HeldRun):
         prepared = self.splits[split]
         return self._batching(
             prepared.examples, self.batch_size, self._row_length(prepared), packed=self._packed, seed=seed,
-            rank=self.rank, world=self.world,
+            rank=self.rank, world=self.world, **self._mixture(split),
         )  # fmt: skip
+
+    def _mixture(self, split: str) -> dict[str, Any]:
+        """How many examples, or pairs, each source gave, and the weights; of what is trained on alone."""
+        if split != "train" or self.asked.examples.weight is None:
+            return {}
+        of_each = len(self.splits[split].examples) // self.count(split)
+        counts = [examples // of_each for _, examples in self.splits[split].parts]
+        return {"counts": counts, "weights": self.asked.examples.weight}
 
     def _row_length(self, prepared: Prepared) -> int:
         return self._fitting([len(example.ids) - 1 for example in prepared.examples], prepared.max_length)
@@ -249,6 +257,8 @@ class Finetuning(HeldRun):
         }  # fmt: skip
         if self._begun_with is not None:
             config[_BEGUN_WITH] = self._begun_with
+        if self.asked.examples.weight is not None:
+            config["weights of the data"] = list(self.asked.examples.weight)
         data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
         return Identity(str(adapter.model_sha256), " ".join(data), config)
 
@@ -256,7 +266,7 @@ class Finetuning(HeldRun):
 def read_data(
     model: Path,
     config: Config,
-    path: Path,
+    paths: Sequence[str],
     settings: DataSettings,
     *,
     paired: bool = False,
@@ -276,7 +286,7 @@ def read_data(
     template = chat_template.choose(model, tokenizer, settings.template, adapter)
     longest = examples.longest(config) if settings.max_seq_length is None else settings.max_seq_length
     return examples.load(
-        path, tokenizer, template, longest, context=config.max_context_length, format=settings.format, paired=paired,
+        paths, tokenizer, template, longest, context=config.max_context_length, format=settings.format, paired=paired,
         columns=columns.parsed(settings.columns or ()), train_on_prompt=settings.train_on_prompt,
         truncate=settings.truncate, skip_bad=settings.skip_bad,
     )  # fmt: skip
@@ -313,8 +323,9 @@ def _examples_of(adapter: Path, model: Path) -> list[Example]:
         truncate=bool(settings.get("truncate")), train_on_prompt=bool(settings.get("train_on_prompt")),
         columns=tuple(settings.get("columns") or ()),
     )  # fmt: skip
-    path, paired = expanded(settings["data"]), about.get("command") == "dpo"
-    return read_data(model, read_config(model), path, asked, paired=paired, adapter=adapter)["train"].examples
+    data, paired = settings["data"], about.get("command") == "dpo"
+    paths = [data] if isinstance(data, str) else [str(each) for each in data]
+    return read_data(model, read_config(model), paths, asked, paired=paired, adapter=adapter)["train"].examples
 
 
 def _check_place(out: Path) -> None:

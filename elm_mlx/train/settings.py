@@ -18,7 +18,7 @@ from types import UnionType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from elm_mlx.errors import InputError
-from elm_mlx.reading import check_seed, counted
+from elm_mlx.reading import check_seed, counted, expanded
 
 OptimizerName = Literal["adamw", "adafactor"]
 ScheduleShape = Literal["cosine", "linear", "constant"]
@@ -228,6 +228,8 @@ class DataSettings:
 
     Args:
         format: layout of the records. (default: by each record's keys)
+        weight: share of the tokens of each --data, in relation to the others' weights; can be repeated. (default: each
+            example once)
         columns: columns or fields to take, as prompt=question,completion=answer. (default: by name)
         template: chat template: openelm-instruct, none, or a file of Jinja text. (default: the model's own)
         max_seq_length: tokens of an example, at most. (default: the model's context, of other families at most 2048)
@@ -239,6 +241,7 @@ class DataSettings:
     """
 
     format: RecordFormat | None = None
+    weight: tuple[float, ...] | None = None
     columns: tuple[str, ...] | None = None
     template: str | None = None
     max_seq_length: int | None = None
@@ -418,12 +421,12 @@ class LoraSettings:
 
     Args:
         model: a model directory.
-        data: a data file, or a directory with train and valid. (no default)
+        data: a data file, a directory with train, valid and test, or hub:OWNER/NAME; can be repeated. (no default)
         out: the directory of the run and its adapter. (no default)
     """
 
     model: Path
-    data: Path
+    data: tuple[str, ...]
     out: Path
     examples: DataSettings = field(default_factory=DataSettings)
     method: MethodSettings = field(default_factory=MethodSettings)
@@ -443,9 +446,12 @@ class LoraSettings:
 
     def record(self) -> dict[str, Any]:
         """Returns the settings as JSON has them; a file for `--config` may hold them."""
+        from elm_mlx.data.hub_data import PREFIX
+
         chosen = {name: value for name, value in flat(self).items() if value is not None}
-        paths = {name: str(chosen[name].resolve()) for name in ("model", "data", "from_adapter") if name in chosen}
-        chosen |= paths | {"out": str(self.out)}
+        paths = {name: str(chosen[name].resolve()) for name in ("model", "from_adapter") if name in chosen}
+        data = [name if name.startswith(PREFIX) else str(expanded(name).resolve()) for name in self.data]
+        chosen |= paths | {"out": str(self.out), "data": data[0] if len(data) == 1 else data}
         return {name: value for name, value in chosen.items() if name not in self.unused}
 
     def loop(self, steps: int) -> Settings:

@@ -51,7 +51,7 @@ def chosen(*arguments: str) -> dict[str, Any]:
         ("rank: {'*': 4, qkv_proj: '2'}", "rank", "*=4,qkv_proj=2"),
         ("target: qkv_proj", "target", ("qkv_proj",)),
         ("target: [qkv_proj, ffn.*]", "target", ("qkv_proj", "ffn.*")),
-        ("data: [x.jsonl]", "data", Path("x.jsonl")),
+        ("data: [x.jsonl]", "data", ("x.jsonl",)),
         ("out: 2026", "out", Path("2026")),
         ("pack: false", "pack", False),
         ("pack: 'off'", "pack", False),
@@ -82,7 +82,7 @@ def test_values_as_people_write_them(line: str, name: str, value: Any, options: 
         ("rank: {a: 1.5}", "rank is 1.5; it needs a whole number"),
         ("target: []", "target is an empty list"),
         ("target: [qkv_proj, 3]", "target is 3; it needs a text"),
-        ("data: [a, b]", "data is ['a', 'b']; it needs a text"),
+        ("data: {a: b}", "a source of data has a: path"),
         ("data: true", "data is True; it needs a text"),
         ("template: {a: b}", "template is an object of 1; it needs a text"),
         ("pack: nein", "pack is 'nein'; it needs true or false"),
@@ -151,7 +151,7 @@ mask_prompt: false
 def test_mlx_lms_own_file(options: Options) -> None:
     found = options(MLX_LM)
     wanted = {
-        "model": Path("mlx_model"), "optimizer": "adamw", "weight_decay": 0.1, "data": Path("some/data"), "seed": 7,
+        "model": Path("mlx_model"), "optimizer": "adamw", "weight_decay": 0.1, "data": ("some/data",), "seed": 7,
         "num_layers": 4, "batch_size": 1, "iters": 600, "val_batches": 25, "learning_rate": 1e-5, "steps_per_eval": 150,
         "out": Path("adapters"), "save_every": 50, "max_seq_length": 512, "target": ("self_attn.q_proj",), "rank": "4",
         "alpha": 80.0, "dropout": 0.05, "train_on_prompt": True, "full": False, "dora": False, "grad_checkpoint": False,
@@ -178,6 +178,14 @@ def test_a_scale_is_that_of_the_rank(text: str, arguments: list[str], alpha: flo
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [
+        ("data: {path: a, weight: 2}", "data", ("a",)),
+        ("data: [{path: a, weight: 2}, hub:b/c]", "data", ("a", "hub:b/c")),
+        ("data: [{path: a, weight: 2}, hub:b/c]", "weight", (2.0, 1.0)),
+        ("data: [a, b]\nweight: ['1e-1', 3]", "weight", (0.1, 3.0)),
+        ("columns: {prompt: Frage, completion: Antwort}", "columns", ("prompt=Frage", "completion=Antwort")),
+        ("columns: prompt=Frage,completion=Antwort", "columns", ("prompt=Frage,completion=Antwort",)),
+        ("prompt_feature: Frage", "columns", ("prompt=Frage", "completion=completion")),
+        ("text_feature: body", "columns", ("text=body",)),
         ("fine_tune_type: dora", "dora", True),
         ("fine_tune_type: full", "full", True),
         ("use_dora: true", "dora", True),
@@ -201,7 +209,9 @@ def test_mlx_lms_keys_that_mean_the_same(line: str, name: str, value: Any, optio
         ("fine_tune_type: qlora", "fine_tune_type is 'qlora': one of lora, dora, full is needed"),
         ("fine_tune_type: [lora]", "fine_tune_type is ['lora']"),
         ("resume_adapter_file: a.safetensors", "write from_adapter: DIR"),
-        ("hf_dataset: {path: a/b}", "write data: DIR"),
+        ("hf_dataset: {path: a/b}", "write data: hub:OWNER/NAME"),
+        ("data: {path: a, name: b}", "a source of data has path, name: path and weight are its keys"),
+        ("data: [{path: a}]\nweight: 2", "weight stands beside data, and sources in it have their own"),
         ("prompt_feature: question\ncolumns: {text: a}", "columns and mlx-lm's names of features say the same"),
         ("trust_remote_code: true", "no code that comes with a model is run here"),
         ("report_to: swanlab", "report_to is 'swanlab'; choose from tensorboard, wandb"),

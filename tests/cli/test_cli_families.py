@@ -183,7 +183,7 @@ def test_a_quantized_model_is_tuned_and_fused(run: Run, data: Path, tmp_path: Pa
     fusion.fuse(path, tmp_path / "out", tmp_path / "wide", dequantize=True)
     assert mx.allclose(_by_mlx_lm(tmp_path / "wide"), adapted, atol=1e-3)
     with pytest.raises(InputError, match="give the model that it was quantized from"):
-        Finetuning(LoraSettings(path, data, tmp_path / "full", method=MethodSettings(full=True)))
+        Finetuning(LoraSettings(path, (str(data),), tmp_path / "full", method=MethodSettings(full=True)))
 
 
 @pytest.mark.skipif(not SMOL.exists(), reason=f"no {SMOL}")

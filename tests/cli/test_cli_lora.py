@@ -246,6 +246,32 @@ def test_resuming_needs_no_options_and_gives_the_same_losses(
     assert code == 2 and "holds a run already" in err
 
 
+def test_several_sources_by_their_weights_are_resumed(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
+) -> None:
+    table, whole, cut = tmp_path / "more.csv", tmp_path / "whole", tmp_path / "cut"
+    table.write_text("Question;Answer\n" + "".join(f"the lazy {i};dogs\n" for i in range(5)))
+    options = ("--data", data, "--data", table, "--weight", 1, "--weight", 1, *QUICK[2:], "--save-every", 3)
+    code, text, err = run("lora", tiny_model_dir, *options, "--out", whole, "--iters", 9)
+    assert code == 0, err
+    assert "columns   train: fields between semicolons; prompt = `Question`, completion = `Answer` (guessed" in text
+    assert re.search(rf"mixture   {data}: [\d,]+ tokens, 50.0% of an epoch, which has them 1 times", text)
+    assert re.search(rf"mixture   {table}: [\d,]+ tokens, 50.0% of an epoch, which has them [\d.]+ times", text)
+    assert "data      29 examples" in text
+    shutil.copytree(whole, cut)
+    for step in (6, 9):
+        shutil.rmtree(cut / "checkpoints" / f"step-{step:08}", ignore_errors=True)
+    shutil.copytree(whole / "checkpoints" / "step-00000006", cut / "checkpoints" / "step-00000006")
+    code, text, err = run("lora", "--out", cut, "--resume")
+    assert code == 0 and "resumed   after 6 updates" in text, err
+    assert updates(cut) == updates(whole)
+    shutil.rmtree(cut / "checkpoints" / "step-00000009")
+    code, _, err = run("lora", "--out", cut, "--resume", "--weight", 1, "--weight", 2)
+    assert code == 2 and "was trained with --weight = [1.0, 1.0], not [1.0, 2.0]; leave it as it was" in err
+    code, _, err = run("lora", tiny_model_dir, *options[:-2], "--weight", 3, "--out", tmp_path / "third")
+    assert code == 2 and "--weight: 3 for 2 of --data" in err
+
+
 @pytest.mark.parametrize(
     ("started", "typed", "complaint"),
     [

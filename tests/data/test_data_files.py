@@ -431,3 +431,28 @@ def test_nothing_to_train_on(tmp_path: Path, names: list[str]) -> None:
 def test_what_raw_text_is_held_out(path: str, held_out: bool) -> None:
     suffix = ".txt" if path.endswith(".txt") else next(each for each in SUFFIXES if path.endswith(each))
     assert is_held_out(Path(path), suffix) is held_out
+
+
+def test_a_folder_of_texts(tmp_path: Path) -> None:
+    """Each is a record, by the folders of splits that they lie in."""
+    files = {
+        "b.txt": "B", "a.md": "A", "deep/er/c.TXT": "C\r\n", "valid/x/d.txt": "D", "test.txt": "E",
+        "README.md": "about", ".hidden/f.txt": "F", "test_of_time.txt": "G", "e.png": "no text",
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content.encode())
+    (tmp_path / "z.txt.gz").write_bytes(gzip.compress(b"Z"))
+    found = texts.records(tmp_path)
+    assert {name: [record.text for record in split.records] for name, split in found.items()} == {  # type: ignore[union-attr]
+        "train": ["A", "B", "C\n", "G", "Z"], "valid": ["D"], "test": ["E"],
+    }  # fmt: skip
+    assert found["train"].records[0].where == str(tmp_path / "a.md")
+    (tmp_path / "a.md").write_bytes(b"\xff")
+    (tmp_path / "b.txt").write_text(" \n")
+    bad = texts.records(tmp_path)["train"].bad
+    assert bad == [f"{tmp_path}/a.md: not UTF-8 at byte 1", f"{tmp_path}/b.txt: `text` is white space alone"]
+    assert [record.text for record in texts.records(tmp_path / "test.txt")["train"].records] == ["E"]  # type: ignore[union-attr]
+    (tmp_path / "deep" / "some.jsonl").write_text('{"text": "not meant"}\n')
+    with pytest.raises(InputError, match=r"holds no train\.jsonl"):
+        texts.records(tmp_path)
