@@ -220,7 +220,7 @@ class Parts:
 
         self.most = most
         if not on_gpu():
-            _keep_freed_memory()
+            keep_freed_memory(1 << 30, (1 << 31) - 1)
         # The first part is the calling thread's. The others' graphs are made there too, but evaluated elsewhere.
         self._streams = [mx.new_thread_unsafe_stream(mx.cpu) for _ in range(1, most)]
         self._pool = ThreadPoolExecutor(max(1, most - 1))
@@ -252,16 +252,20 @@ class Parts:
 
 
 @functools.cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory(largest: int, most: int) -> None:
     """Have glibc use freed memory again rather than give it back and be given cleared pages, in each thread apart.
 
-    A step allocates and frees the same few hundred megabytes each time.
+    A step allocates and frees the same arrays each time. Threads that there are already keep heaps of their own.
+
+    Args:
+        largest: bytes of an array from which on its pages are given back as it is freed.
+        most: bytes that are kept at the heap's end.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
     if mallopt is not None:
         mallopt(_ARENAS, 1)
-        mallopt(_MMAP_FROM, 1 << 30)
-        mallopt(_TRIM_FROM, (1 << 31) - 1)
+        mallopt(_MMAP_FROM, largest)
+        mallopt(_TRIM_FROM, most)
 
 
 def _metal(key: str) -> int | None:

@@ -16,6 +16,8 @@ PANELS = {
     "Memory": ("max_memory", "kv_cache_bytes", "kv_bits", "max_queue"),
     "Computation": ("prompt_lookup", "num_draft_tokens", "compute_dtype"),
 }
+# Of freed memory: what draws for 16 rows of logits take each step; caches and weights are larger, and are given back.
+_KEPT_ARRAY, _KEPT_BYTES = 1 << 24, 1 << 28
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -78,6 +80,7 @@ def serve(
     from elm_mlx.serve.app import Service
     from elm_mlx.serve.served_models import load_models
 
+    device.keep_freed_memory(_KEPT_ARRAY, _KEPT_BYTES)
     free = device.available_memory()
     limit = int(0.8 * free) if limit is None and free is not None else limit or 8 << 30
     served = load_models(models, adapter or (), compute_dtype, note)

@@ -12,9 +12,9 @@ import mlx.core as mx
 from elm_mlx.inference.drafts import PromptLookup
 from elm_mlx.inference.generation import checked
 from elm_mlx.inference.prefix_tree import BLOCK
-from elm_mlx.inference.requests import GREEDY, Failed, Generated, OpenRequest, ScoredToken
+from elm_mlx.inference.requests import Failed, Generated, OpenRequest, ScoredToken
 from elm_mlx.inference.rows import Rows
-from elm_mlx.inference.sampling import State
+from elm_mlx.inference.sampling import joined
 from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model import ops
 from elm_mlx.model.cache import make_prompt_cache, row_capacity, row_slots
@@ -225,20 +225,35 @@ class ContinuousBatch:
             for row, answer in enumerate(self.answers)
             if answer.request.top_logprobs
         }
-        plain = [row for row, answer in enumerate(self.answers) if answer.plain()]
-        if len(plain) == len(self.answers):
-            return *GREEDY(logits, State())[:2], tops
-        order, parts = list(plain), []
-        if plain:
-            parts.append(GREEDY(logits[mx.array(plain)], State())[:2])
-        for row, answer in enumerate(self.answers):
-            if not answer.plain():
-                token, logprob, answer.state = answer.request.sampler(logits[row : row + 1], answer.state, answer.bias)
-                order.append(row)
-                parts.append((token, logprob))
+        order: list[int] = []
+        parts = []
+        for rows in self._alike():
+            answers = [self.answers[row] for row in rows]
+            picked = logits if len(rows) == len(self.answers) else logits[mx.array(rows)]
+            biases = [answer.bias for answer in answers if answer.bias is not None]
+            token, logprob, state = answers[0].request.sampler(
+                picked, joined([answer.state for answer in answers]), mx.stack(biases) if biases else None
+            )
+            for place, answer in enumerate(answers):
+                answer.state = state.row(place)
+            order += rows
+            parts.append((token, logprob))
+        if len(parts) == 1:
+            return *parts[0], tops
         tokens, logprobs = (mx.concatenate(arrays) for arrays in zip(*parts, strict=True))
         back = mx.array(sorted(range(len(order)), key=order.__getitem__))
         return tokens[back], logprobs[back], tops
+
+    def _alike(self) -> list[list[int]]:
+        """Returns the rows in groups, in each of which one call of a sampler chooses for all."""
+        groups: list[list[int]] = []
+        for row, answer in enumerate(self.answers):
+            group = next((group for group in groups if self.answers[group[0]].chooses_as(answer)), None)
+            if group is None:
+                groups.append([row])
+            else:
+                group.append(row)
+        return groups
 
 
 def _deliver(answer: OpenRequest, scored: ScoredToken) -> bool:

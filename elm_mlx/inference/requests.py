@@ -236,6 +236,10 @@ class OpenRequest:
         if length and length % BLOCK == 0:
             self.snapshots[length - BLOCK] = [cache.block(row, length - BLOCK, length) for cache in caches]
 
-    def plain(self) -> bool:
-        """Returns whether the likeliest token is always the next."""
-        return self.request.sampler == GREEDY and self.grammar is None
+    def chooses_as(self, other: OpenRequest) -> bool:
+        """Returns whether one call of a sampler can choose the next token of both."""
+        return (
+            self.request.sampler == other.request.sampler
+            and (self.bias is None) == (other.bias is None)
+            and (self.state.counts is None) == (other.state.counts is None)
+        )

@@ -41,6 +41,7 @@ class _Setting(NamedTuple):
         return self.low <= value <= self.high and value < math.inf
 
 
+_BELOW_1 = 1 - 2**-23  # a float32 times this is less than itself, however it is rounded
 _ABOVE_0 = math.nextafter(0, 1)
 _SETTINGS = {
     "temp": _Setting("temperature", 0.0, 0, math.inf, "0 or more"),
@@ -57,7 +58,7 @@ class State(NamedTuple):
     """A sampler's state; None for what it does not need.
 
     Attributes:
-        key: of `mx.random`.
+        key: of `mx.random`: `(2,)`, one for all rows, or `(batch, 2)`, one for each.
         recent: the tokens that a repetition penalty looks at, `(batch, 64)`.
         tokens: all tokens so far, `(n,)`, of a single row; for logits processors.
         counts: how often each token has been chosen, `(batch, vocab)`; None before the first.
@@ -67,6 +68,25 @@ class State(NamedTuple):
     recent: mx.array | None = None
     tokens: mx.array | None = None
     counts: mx.array | None = None
+
+    def row(self, number: int) -> State:
+        """Returns the state of one row of those that were `joined`."""
+        key, recent, _, counts = (None if array is None else array[number : number + 1] for array in self)
+        return State(key, recent, None, counts)
+
+
+def joined(states: Sequence[State]) -> State:
+    """Returns the state for logits of the rows of several states, which draw what each would alone.
+
+    They are of equal samplers without processors, and in each the same is None.
+    """
+    keys, recent, _, counts = zip(*states, strict=True)
+    return State(
+        None if keys[0] is None else mx.concatenate([key.reshape(1, 2) for key in keys]),
+        None if recent[0] is None else mx.concatenate(recent),
+        None,
+        None if counts[0] is None else mx.concatenate(counts),
+    )
 
 
 @dataclass(frozen=True)
@@ -146,7 +166,8 @@ class Sampler:
     ) -> tuple[mx.array, mx.array, State]:
         """Chooses from logits `(batch, vocab)`: tokens `(batch,)`, their log-probabilities `(batch,)`, the next state.
 
-        The log-probability is the model's own, before `bias` `(vocab,)`, penalties, filters and temperature.
+        The log-probability is the model's own, before `bias` `(vocab,)` or `(batch, vocab)`, penalties, filters and
+        temperature. With a key for each row, a row's draw depends on no other.
         """
         logits = logits.astype(mx.float32)
         key, recent, so_far, counts = state
@@ -168,8 +189,8 @@ class Sampler:
             elif key is None:
                 tokens = mx.argmax(adjusted, axis=-1)
             else:
-                key, draw = mx.random.split(key)
-                tokens = self._draw(adjusted, draw)
+                key, chances = _chances(key, logits.shape[0])
+                tokens = self._draw(adjusted, chances)
             chosen = mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
             logprobs = chosen - ops.logsumexp(logits)
         if recent is not None:
@@ -191,7 +212,7 @@ class Sampler:
         seen = mx.where(seen > 0, seen / self.repetition_penalty, seen * self.repetition_penalty)
         return mx.put_along_axis(logits, recent, seen, axis=-1)
 
-    def _draw(self, logits: mx.array, key: mx.array) -> mx.array:
+    def _draw(self, logits: mx.array, chances: mx.array) -> mx.array:
         candidates = None  # ids of the columns, where they are no longer the whole vocabulary in order
         if 0 < self.top_k < logits.shape[-1]:
             candidates = mx.argpartition(-logits, self.top_k - 1, axis=-1)[:, : self.top_k]
@@ -209,8 +230,19 @@ class Sampler:
         if self.min_p > 0:
             logits = mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(self.min_p), logits, -mx.inf)
         temp = min(max(self.temp, 1e-6), 1e6)  # as good as none, and as good as infinite: float32 takes no more
-        drawn = mx.random.categorical(logits / temp, key=key)
+        reached = mx.cumsum(ops.weights(logits / temp), axis=-1)
+        # The first that goes beyond the chance's share of all: it has a weight, since the share is less than all.
+        drawn = (reached <= mx.minimum(chances, _BELOW_1) * reached[:, -1:]).sum(axis=-1).astype(mx.uint32)
         return drawn if candidates is None else mx.take_along_axis(candidates, drawn[:, None], axis=-1)[:, 0]
+
+
+def _chances(key: mx.array, rows: int) -> tuple[mx.array, mx.array]:
+    """Returns the next key, or keys, and a random number `(rows, 1)` from 0 to 1, as the keys were one or many."""
+    if key.ndim == 1:
+        key, draw = mx.random.split(key)
+        return key, mx.random.uniform(shape=(rows, 1), key=draw)
+    pairs = mx.vmap(mx.random.split)(key)
+    return pairs[:, 0], mx.vmap(lambda draw: mx.random.uniform(shape=(1,), key=draw))(pairs[:, 1])
 
 
 def sampler_from(settings: Mapping[str, float]) -> Sampler:

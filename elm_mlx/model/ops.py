@@ -302,6 +302,14 @@ def likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
     return tokens, mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - logsumexp(logits)
 
 
+def weights(logits: mx.array) -> mx.array:
+    """Returns probabilities but for a factor, of which the largest of logits `(rows, vocab_size)` has 1."""
+    below = logits - logits.max(axis=-1, keepdims=True)
+    if _mlx_is_best(logits, logits.shape[-1]):  # it depends on no other row
+        return mx.exp(below)
+    return mx.where(below < -87.0, 0.0, _exp(mx.maximum(below, -87.0)))
+
+
 def _chooses(logits: mx.array) -> bool:
     return logits.dtype == mx.float32 and described.library() is not None
 

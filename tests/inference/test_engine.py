@@ -129,6 +129,25 @@ def test_a_seed_draws_what_generate_draws(engine: Engine, model: Model) -> None:
         assert each.tokens() == alone(model, prompt(9, i), 30, sampler, seed=i if sampler.temp else None)
 
 
+def test_answers_with_the_same_settings_are_drawn_in_one_call(
+    engine: Engine, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samplers = [Sampler(0.8, top_p=0.9), Sampler(), Sampler(0.8, top_p=0.9), Sampler(0.9), Sampler(0.8, top_p=0.9)]
+    calls, choose = [], Sampler.__call__
+
+    def counted(self: Sampler, logits: mx.array, *rest: Any) -> Any:
+        calls.append((self, logits.shape[0]))
+        return choose(self, logits, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", counted)
+        heard = [ask(engine, prompt(9, i), 30, sampler=sampler, seed=i) for i, sampler in enumerate(samplers)]
+        answers = [each.tokens() for each in heard]
+    for i, (sampler, answer) in enumerate(zip(samplers, answers, strict=True)):
+        assert answer == alone(model, prompt(9, i), 30, sampler, seed=i if sampler.temp else None)
+    assert calls.count((samplers[0], 3)) > 20
+
+
 @pytest.fixture
 def guessing(model: Model, tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     """Verifies every guess that there is."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from elm_mlx.errors import InputError
 from elm_mlx.inference import sampling
-from elm_mlx.inference.sampling import PENALTY_WINDOW, Sampler
+from elm_mlx.inference.sampling import PENALTY_WINDOW, Sampler, joined
 
 VOCAB = 24
 
@@ -340,6 +340,48 @@ def test_rows_can_be_dropped_between_steps() -> None:
     assert mx.array_equal(state.recent, sampler.start([prompts[2], prompts[0]], 0).recent)
     tokens, logprobs, _ = sampler(mx.zeros((2, 50)), state)
     assert tokens.shape == logprobs.shape == (2,)
+
+
+@pytest.mark.parametrize("size", [VOCAB, 20_001], ids=str)  # exponentials are MLX's, and the polynomial
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *SETTINGS,
+        {"repetition_penalty": 1.4},
+        {"temp": 0.9, "repetition_penalty": 1.4, "presence_penalty": 0.5, "top_p": 0.9},
+        {"temp": 1.1, "frequency_penalty": 0.3, "logit_bias": {3: 2.0}},
+    ],
+    ids=str,
+)
+def test_rows_with_a_key_each_draw_to_the_bit_what_they_draw_alone(options: dict[str, Any], size: int) -> None:
+    sampler, rows = Sampler(**options), 5
+    prompts = [[1, 3 + row, 4] for row in range(rows)]
+    alone = [sampler.start([prompt], 100 + row) for row, prompt in enumerate(prompts)]
+    together = joined(alone)
+    for step in range(6):
+        logits = mx.random.normal((rows, size), key=mx.random.key(step)) * 3
+        biases = mx.random.normal((rows, size), key=mx.random.key(50 + step))
+        if step == 3:  # one has left, and another stands in its place
+            together, alone, logits, biases = joined([together.row(4), together.row(1)]), [alone[4], alone[1]], *(
+                mx.stack([array[4], array[1]]) for array in (logits, biases)
+            )  # fmt: skip
+            rows = 2
+        logits, biases = logits[:rows], biases[:rows]
+        tokens, logprobs, together = sampler(logits, together, biases)
+        for row in range(rows):
+            token, logprob, alone[row] = sampler(logits[row : row + 1], alone[row], biases[row])
+            assert mx.array_equal(token, tokens[row : row + 1]) and mx.array_equal(logprob, logprobs[row : row + 1])
+
+
+@pytest.mark.parametrize("size", [3, 20_001], ids=str)
+def test_no_chance_draws_what_has_no_probability(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = mx.full((1, size), -math.inf)
+    logits[0, 1] = 1.0
+    sampler = Sampler(0.7)
+    for chance in (0.0, 2**-32, 0.5, 1 - 2**-24, 1.0):
+        monkeypatch.setattr(sampling, "_chances", lambda key, rows, chance=chance: (key, mx.array([[chance]])))
+        assert sampler(logits, sampler.start([[1]], 0))[0].item() == 1
 
 
 BAD = {
