@@ -42,25 +42,41 @@ def write_page(runs: Sequence[RunMetrics], out: Path) -> None:
     files.write_text(out, page(runs))
 
 
-def page(runs: Sequence[RunMetrics]) -> str:
-    """Returns the page: `report.html` with the runs in it as JSON, which cannot end the element that it is in."""
+def page(runs: Sequence[RunMetrics], watched: bool = False) -> str:
+    """Returns the page: `report.html` with the runs in it as JSON, which cannot end the element that it is in.
+
+    Args:
+        watched: the page asks where it comes from for `content` again and again.
+    """
+    template = resources.files("elm_mlx.train").joinpath("report.html").read_text("utf-8")
+    style = resources.files("elm_mlx").joinpath("page.css").read_text("utf-8")
+    head, _, tail = template.partition("{{content}}")
+    for name, text in (
+        ("style", style), ("title", html.escape(_title(runs))), ("watched", " data-watched" if watched else ""),
+        ("connect", "; connect-src 'self'" if watched else ""),
+    ):  # fmt: skip
+        head = head.replace(f"{{{{{name}}}}}", text)
+    return head + content(runs) + tail
+
+
+def content(runs: Sequence[RunMetrics]) -> str:
+    """Returns all that the page shows, as JSON without `<`."""
     charted = [chart for chart in charts(runs) if chart]
     count = sum(key in run.columns for run in runs for chart in charted for key in chart) + len(runs)
     buckets = min(_MOST, max(_LEAST, _BUCKETS // count))
-    title = ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
-    content = {
-        "title": title,
+    found = {
+        "title": _title(runs),
         "charts": charted,
         "smoothed": [key for key, *_ in charted if key not in _AS_IT_IS],
         "runs": [_embedded(run, charted, buckets) for run in runs],
         "summary": summary(runs),
         "about": about(runs),
     }
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    template = resources.files("elm_mlx.train").joinpath("report.html").read_text("utf-8")
-    style = resources.files("elm_mlx").joinpath("page.css").read_text("utf-8")
-    head, _, tail = template.partition("{{content}}")
-    return head.replace("{{style}}", style).replace("{{title}}", html.escape(title)) + text + tail
+    return json.dumps(found, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _title(runs: Sequence[RunMetrics]) -> str:
+    return ", ".join(run.name for run in runs[:4]) + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
 
 
 def charts(runs: Sequence[RunMetrics]) -> list[list[str]]:

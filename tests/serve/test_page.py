@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +14,14 @@ import pytest
 
 from elm_mlx.inference.conversation import read_messages
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
+pytest.importorskip("playwright.sync_api", reason="needs playwright (pip install playwright)")
 
-import tiny  # noqa: E402
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect  # noqa: E402
-from scripted_server import ADAPTER, BASE, CHAT, Refusal, ScriptedServer, Writing  # noqa: E402
-from serving import make_chat, serving  # noqa: E402
+import tiny
+from browsers import PATIENCE, chromium
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, expect
+from scripted_server import ADAPTER, BASE, CHAT, Refusal, ScriptedServer, Writing
+from serving import make_chat, serving
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
-PATIENCE = 20_000  # milliseconds, on a machine that is busy
 OTHER_MACHINE = "other.example"  # a name at which the browser sees no safe origin, as at http://192.168.0.2
 ANSWERED = "article.assistant[aria-busy=false]:nth-last-child(2)"
 MARKDOWN = """# Fable of the *fox*
@@ -66,17 +63,8 @@ Ends with ``a ` b`` and **half
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=PATIENCE)
-    with playwright.sync_playwright() as driver:
-        own = driver.chromium.executable_path
-        found = [path for name in BROWSERS if (path := shutil.which(name))] + [own] * Path(own).exists()
-        if not found:
-            pytest.skip("needs a browser: Chromium, as a system package or by `playwright install chromium`")
-        arguments = [f"--host-resolver-rules=MAP {OTHER_MACHINE} 127.0.0.1"]
-        arguments += ["--no-sandbox"] * (os.geteuid() == 0)  # Chromium's own cannot be root's
-        browser = driver.chromium.launch(executable_path=found[0], args=arguments)
+    with chromium(f"--host-resolver-rules=MAP {OTHER_MACHINE} 127.0.0.1") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

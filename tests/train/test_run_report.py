@@ -286,10 +286,15 @@ def test_a_name_that_is_no_text(tmp_path: Path) -> None:
     assert found["runs"][0]["name"] == "caf?" and ["?"] in found["charts"]
 
 
-def test_nothing_comes_from_elsewhere() -> None:
-    elsewhere = r"https?://(?!www\.w3\.org/2000/svg)|<link|@import|url\((?!#)|\ssrc=|fetch\(|import\("
+def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
+    """But for a page that follows its run, from where it came itself; a browser lets no other ask."""
+    elsewhere = r"https?://(?!www\.w3\.org/2000/svg)|<link|@import|url\((?!#)|\ssrc=|fetch\((?!.content.,)|import\("
     assert not re.findall(elsewhere, TEMPLATE)
-    assert "default-src 'none'" in TEMPLATE
+    (run,) = metrics.read([write(tmp_path, update(1))])
+    for watched, policy in ((False, ""), (True, "; connect-src 'self'")):
+        page = run_report.page([run], watched)
+        assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'{policy}\">" in page
+        assert (" data-watched" in page) == watched
 
 
 def test_a_number_that_is_none_is_a_gap(tmp_path: Path) -> None:
