@@ -19,12 +19,12 @@ def no_progress(what: str, done: int = 0, total: int = 0, /) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """An update of a training run, or a validation after it; one line of its `metrics.jsonl`.
+    """An update of a training run, a validation after it, or the test at the end; one line of its `metrics.jsonl`.
 
     Attributes:
         step: updates made, this one included.
         loss: mean over its trained tokens, in nats, or over its pairs; None for a validation.
-        valid_loss: the validation's; None for an update.
+        valid_loss, test_loss: the validation's, and the test's; None for an update.
         grad_norm: before clipping.
         tokens_per_second: of this update, trained or not, padding excepted.
         matmul_share: the throughput as a share of this machine's own matmul speed: see `train.throughput`.
@@ -32,12 +32,13 @@ class Report:
         skipped: whether the update was left out.
         best: True where the validation's loss is the least so far; of step 0, the model's before training.
         measures: means of what the objective measures, an update's or a validation's, by name. In the file each of
-            them is a value of its own, a validation's as `valid_NAME`.
+            them is a value of its own, a validation's as `valid_NAME` and a test's as `test_NAME`.
     """
 
     step: int
     loss: float | None = None
     valid_loss: float | None = None
+    test_loss: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens: int | None = None

@@ -14,11 +14,10 @@ from elm_mlx.train.sections import scalar
 
 SCALE = "lora_parameters.scale"  # what an adapter's product is multiplied by; alpha is that times the rank
 _RENAMED = {"adapter_path": "out", "lora_layers": "num_layers", "use_dora": "dora"}
-# Keys that change no weight: how a test is run, and when memory is returned.
-_OF_NO_MATTER = ("test_batches", "clear_cache_threshold")
+# A key that changes no weight: when memory is returned.
+_OF_NO_MATTER = "clear_cache_threshold"
 # Keys that may stand there with nothing in them, and what to do where there is something.
 _ELSEWHERE = {
-    "test": "to measure a model on a text, `elm-mlx eval MODEL --adapter DIR --text FILE`",
     "resume_adapter_file": "to begin with an adapter, write from_adapter: DIR, its directory",
     "wandb": "write report_to: wandb, and the project into the environment as WANDB_PROJECT",
     "project_name": "write the project into the environment, as WANDB_PROJECT",
@@ -33,8 +32,8 @@ _COLUMNS = {
     "chat_feature": "messages",
 }
 _ONLY_MLX_LM = {
-    "train", "fine_tune_type", "lora_parameters", "mask_prompt", "optimizer_config", *_COLUMNS, *_RENAMED,
-    *_OF_NO_MATTER, *_ELSEWHERE,
+    "train", "fine_tune_type", "lora_parameters", "mask_prompt", "optimizer_config", "test", *_COLUMNS, *_RENAMED,
+    _OF_NO_MATTER, *_ELSEWHERE,
 }  # fmt: skip
 
 
@@ -56,6 +55,9 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     if columns and found.get("columns") is not None:
         raise ValueError("columns and mlx-lm's names of features say the same, and both are there: keep one")
     found |= {"columns": columns} if columns else {}
+    said = theirs.pop("test", None)
+    if said is not None and not _truth("test", said):
+        found["test_batches"] = 0  # whatever stands there: it is of a test
     for key, value in theirs.items():
         for name, made in _meaning(key, value, found.get("optimizer")):
             if name in found or (name == SCALE and found.get("alpha") is not None):
@@ -90,7 +92,7 @@ def _check(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
 
 def _meaning(key: str, value: Any, optimizer: Any) -> list[tuple[str, Any]]:
     """Returns the options that one of mlx-lm's keys stands for. Raises ValueError."""
-    if value is None or key in _OF_NO_MATTER:
+    if value is None or key == _OF_NO_MATTER:
         return []
     if key in _RENAMED:
         return [(_RENAMED[key], value)]

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ProgressBar", "Speech", "TrainingDisplay", "bad_records_named", "bar", "byte_size", "counted", "duration",
-    "folded", "line", "name_bad", "note", "printable", "say", "say_all", "silence", "table", "terminal_width",
-    "visible",
+    "folded", "line", "name_bad", "note", "printable", "say", "say_all", "shown_measures", "silence", "table",
+    "terminal_width", "visible",
 ]  # fmt: skip
 
 reader_left = False  # that of stdout has: the command ends with the exit code of SIGPIPE
@@ -370,7 +370,7 @@ class TrainingDisplay(TrainingCallback):
         self._doing = ""
         if report.valid_loss is not None:
             self._validated(report.step, report.valid_loss, bool(report.best), report.measures)
-        else:
+        elif report.loss is not None:
             self._updated(report)
 
     def _updated(self, report: Report) -> None:
@@ -389,7 +389,7 @@ class TrainingDisplay(TrainingCallback):
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
             self._measures[name] = before + _SMOOTH * (value - before)
-        self._shown = [f"loss {self._loss:.3f}", *_named(self._measures), f"{self._rate:,.0f} tokens/s"]
+        self._shown = [f"loss {self._loss:.3f}", *shown_measures(self._measures), f"{self._rate:,.0f} tokens/s"]
         if report.matmul_share:
             self._shown.append(f"{self._matmul:.0%} of matmul speed")
         self._shown.append(byte_size(report.memory))
@@ -418,7 +418,7 @@ class TrainingDisplay(TrainingCallback):
         )
 
     def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
-        texts = [f"validation loss {loss:.4f}", *_named(measures)]
+        texts = [f"validation loss {loss:.4f}", *shown_measures(measures)]
         if step == 0:
             self._base = loss
         elif best:
@@ -446,7 +446,7 @@ def _if_anyone_looks() -> Iterator[None]:
         silence(sys.stdout)
 
 
-def _named(measures: Mapping[str, float]) -> list[str]:
+def shown_measures(measures: Mapping[str, float]) -> list[str]:
     """Returns the measures of pairs that are shown; their rewards are in the metrics."""
     return [f"{name} {measures[name]:.3g}" for name in ("margin", "accuracy") if name in measures]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
@@ -17,7 +18,15 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
-from elm_mlx.cli.screen import TrainingDisplay, bad_records_named, byte_size, counted, duration, name_bad
+from elm_mlx.cli.screen import (
+    TrainingDisplay,
+    bad_records_named,
+    byte_size,
+    counted,
+    duration,
+    name_bad,
+    shown_measures,
+)
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
 from elm_mlx.train.settings import DpoSettings, LoraSettings, Setting, made
@@ -382,4 +391,9 @@ def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
     if done.best_step:
         best = f"validation loss {done.best_loss:.4f}, after {counted(done.best_step, 'update')}"
         lines.append(("best", best))
+    if result.test is not None:
+        loss, measures = result.test.test_loss, result.test.measures
+        assert loss is not None
+        more = shown_measures(measures) if measures else [f"perplexity {math.exp(min(loss, 700)):.4g}"]
+        lines.append(("test", ", ".join([f"loss {loss:.4f}", *more])))
     return lines

@@ -20,6 +20,7 @@ from mlx.utils import tree_map
 
 from elm_mlx import device, files
 from elm_mlx.callbacks import OnProgress, TrainingCallback
+from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
 from elm_mlx.errors import InputError
@@ -33,7 +34,7 @@ from elm_mlx.train.preference import Preferring, log_probabilities, positions
 from elm_mlx.train.run import stop_requests
 from elm_mlx.train.settings import DpoSettings
 
-FILE = "reference.safetensors"  # in a run's directory
+FILE, TEST_FILE = "reference.safetensors", "reference_test.safetensors"  # in a run's directory
 Table = npt.NDArray[np.float32]  # (pairs, 2): of chosen and rejected answers
 
 
@@ -48,6 +49,7 @@ class Alignment(Finetuning):
     _batching = PairBatches
     batches: PairBatches
     _validation: PairBatches | None
+    _test: PairBatches | None
     asked: DpoSettings
 
     def __init__(self, asked: DpoSettings, *, resume: bool = False) -> None:
@@ -79,26 +81,44 @@ class Alignment(Finetuning):
         """
         if self._preferring.needs_reference:
             sources = {"train": self.batches} | ({"valid": self._validation} if self._validation else {})
-            for name, table in self._reference(model, dtype, sources, callback).items():
+            for name, table in self._reference(model, dtype, sources, callback, FILE).items():
                 sources[name].reference = table
+            if self._test is not None:
+                # Apart from the others: a run that began without it goes on without.
+                tables = self._reference(model, dtype, {"test": self._test}, callback, TEST_FILE)
+                self._test = self._test if tables else None
+                if self._test is not None:
+                    self._test.reference = tables["test"]
         return self._preferring
 
     def _reference(
-        self, model: Model, dtype: mx.Dtype | None, sources: Mapping[str, PairBatches], callback: TrainingCallback
+        self,
+        model: Model,
+        dtype: mx.Dtype | None,
+        sources: Mapping[str, PairBatches],
+        callback: TrainingCallback,
+        file: str,
     ) -> dict[str, Table]:
-        """Returns the log-probabilities of each split's pairs; the first process alone reads and writes them."""
-        path, group = self.out / FILE, mx.distributed.init()
+        """Returns the log-probabilities of each split's pairs; the first process alone reads and writes them.
+
+        None of a test's where a resumed run has none.
+        """
+        path, group = self.out / file, mx.distributed.init()
         identity = super()._identity()
         whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
         if self._begun_with is not None:
             whose["adapter"] = self._begun_with
+        if "test" in sources:
+            whose["data"] = batching.fingerprint(self.splits["test"].examples)
         found = read(path, whose) if self.leads else None
-        if found is None and self.leads and path.exists() and self.resumed is not None:
+        if found is None and "test" not in sources and self.leads and path.exists() and self.resumed is not None:
             raise InputError(
                 f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
                 "or choose another directory"
             )
         known = bool(mx.distributed.all_sum(mx.array(int(found is not None)), group=group).item())
+        if not known and "test" in sources and self.resumed is not None:
+            return {}
         if found is None:
             found = {name: np.zeros_like(batches.reference) for name, batches in sources.items()}
         begun = self.asked.method.from_adapter

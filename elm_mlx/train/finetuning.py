@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from elm_mlx import device
 from elm_mlx.callbacks import SILENT, TrainingCallback
@@ -89,13 +90,15 @@ class Finetuning(HeldRun):
             shapes = self.config.shapes() if self.adapter.kind == "full" else self.adapter.shapes(self.config)
             self.trainable = sum(map(math.prod, shapes.values()))
             self.splits = self._read()
-            if asked.checkpoints.val_batches == 0:
-                self.splits.pop("valid", None)
+            for split, batches in (("valid", asked.checkpoints.val_batches), ("test", asked.checkpoints.test_batches)):
+                if batches == 0:
+                    self.splits.pop(split, None)
             self.row_length = self._row_length(self.splits["train"])
             if asked.checkpoints.patience is not None and "valid" not in self.splits:
                 raise InputError("--patience: counts validations, and this run has none: give the data a valid split")
             self.batches = self._batches("train", asked.computation.seed)
             self._validation = self._batches("valid") if "valid" in self.splits else None
+            self._test = self._batches("test") if "test" in self.splits else None
             self.settings = asked.loop(self._steps())
             on_error.pop_all()
 
@@ -138,17 +141,27 @@ class Finetuning(HeldRun):
             "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
         }  # fmt: skip
         with trackers.tracking(self.asked.reports.report_to if self.leads else (), self.out, about, callback) as told:
-            result = Run(
+            run = Run(
                 model, self.batches, validation, self.settings, self.out, self._identity(), self.resumed, dtype,
                 objective, rehearsal=next(self.batches.once()), callback=told, about=about,
                 meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
                 export=None if self.adapter.kind == "full" else save,
-            ).train()  # fmt: skip
-        if self.leads:
+            )  # fmt: skip
+            result = run.train()
             if result.best is not None and result.best != result.last:
-                model.update(checkpoint.restore_parameters(result.best, model.trainable_parameters()))
-            save(self.out)
-        return result
+                model.update(self._of_leader(model.trainable_parameters(), result.best))
+            if self.leads:
+                save(self.out)
+            if self._test is None or result.interrupted:
+                return result
+            return replace(result, test=run.test(Validation(self._test, self.asked.checkpoints.test_batches)))
+
+    def _of_leader(self, trained: Any, saved: Path) -> Any:
+        """The parameters of a checkpoint, which the first process alone may have."""
+        if self.world == 1:
+            return checkpoint.restore_parameters(saved, trained)
+        found = checkpoint.restore_parameters(saved, trained) if self.leads else tree_map(mx.zeros_like, trained)
+        return tree_map(mx.distributed.all_sum, found)
 
     def _steps(self) -> int:
         """Counts the updates: those asked for, or those that the epochs take."""

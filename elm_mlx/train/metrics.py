@@ -93,7 +93,7 @@ def describe(out: Path, about: Mapping[str, Any]) -> None:
 def line_of(report: Report) -> dict[str, Any]:
     """Returns a report's values by their names in the metrics; those of None are left out."""
     values = {name: value for name, value in asdict(report).items() if value is not None}
-    prefix = "" if report.valid_loss is None else "valid_"
+    prefix = next((split for split in ("valid_", "test_") if f"{split}loss" in values), "")
     return values | {prefix + name: value for name, value in values.pop("measures").items()}
 
 

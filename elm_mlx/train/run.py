@@ -105,6 +105,7 @@ class Result:
         interrupted: whether someone stopped it before its last update; it can be resumed.
         early: whether it ended before that because validations brought no better loss.
         last, best: checkpoints; the best by validation is None where there was none, or none was below the base's.
+        test: the report of the test split, by what the run leaves; None where it has none, or was interrupted.
     """
 
     progress: RunProgress
@@ -112,6 +113,7 @@ class Result:
     early: bool
     last: Path
     best: Path | None
+    test: Report | None = None
 
     @property
     def harm(self) -> tuple[float, float] | None:
@@ -312,16 +314,7 @@ class Run:
         """Says whether the loss is the least so far, the base's included. One that `stop` breaks off has no effect."""
         self.callback.progress("validating")
         started, progress = time.perf_counter(), self.progress
-        total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
-        for batch in batches:
-            if stop is not None and stop.is_set():
-                break
-            sums, units = self._step.loss(batch)
-            total, count = total + sums, count + units
-            mx.eval(total)
-            device.trim_cache()
-        count = int(self._summed(mx.array(count)).item())
-        mean, *measured = _means(self._summed(total), max(1, count))
+        mean, *measured = self._mean_over(batches, stop)
         if stop is not None and self._agreed(stop.is_set()):
             return False
         if progress.step > 0:
@@ -333,6 +326,29 @@ class Run:
         seconds, measures = time.perf_counter() - started, self._named(measured)
         self._report(Report(progress.step, valid_loss=mean, seconds=seconds, best=best or None, measures=measures))
         return best
+
+    def test(self, batches: Iterable[Batch]) -> Report:
+        """Computes the loss of batches that no choice was made by, with the parameters as they are; and reports it."""
+        self.callback.progress("testing")
+        started = time.perf_counter()
+        mean, *measured = self._mean_over(batches)
+        seconds = time.perf_counter() - started
+        report = Report(self.progress.step, test_loss=mean, seconds=seconds, measures=self._named(measured))
+        self._report(report)
+        return report
+
+    def _mean_over(self, batches: Iterable[Batch], stop: Event | None = None) -> list[float]:
+        """The mean loss, and means of what the objective measures, over all processes' batches, as far as `stop`."""
+        total, count = mx.zeros(1 + len(self._step.objective.measures)), 0
+        for batch in batches:
+            if stop is not None and stop.is_set():
+                break
+            sums, units = self._step.loss(batch)
+            total, count = total + sums, count + units
+            mx.eval(total)
+            device.trim_cache()
+        count = int(self._summed(mx.array(count)).item())
+        return _means(self._summed(total), max(1, count))
 
     def _save(self, passing: bool = False) -> None:
         """Writes a checkpoint; superfluous ones go, and a `passing` one with the next."""

@@ -80,8 +80,9 @@ def _title(runs: Sequence[RunMetrics]) -> str:
 
 
 def charts(runs: Sequence[RunMetrics]) -> list[list[str]]:
-    """Returns the keys of each chart: a key, and its `valid_` counterpart if there is one."""
-    keys = dict.fromkeys(key for run in runs for key in run.columns if key != "skipped")
+    """Returns the keys of each chart: a key, and its `valid_` counterpart if there is one. A test is in the summary."""
+    found = (key for run in runs for key in run.columns)
+    keys = dict.fromkeys(key for key in found if key != "skipped" and not key.startswith("test_"))
     bases = dict.fromkeys(key.removeprefix("valid_") for key in keys)
     order = [key for key in _FIRST if key in bases] + [key for key in bases if key not in _FIRST]
     return [[key for key in (base, f"valid_{base}") if key in keys] for base in order]
@@ -120,6 +121,7 @@ def _summed_up(run: RunMetrics) -> dict[str, str]:
         "validation, last": _loss(numbers[-1]) if numbers else "",
         "validation, best": _loss(best) if numbers else "",
         "best at step": (f"{at:,}" if at else "0, before training") if numbers else "",
+        "test": _loss(tests[-1]) if (tests := run.column("test_loss").finite()) else "",
         "tokens/s, median": f"{statistics.median(rates):,.0f}" if rates else "",
         "share of matmul speed, median": f"{statistics.median(shares):.1%}" if shares else "",
         "peak memory": f"{max(memory) / 1e9:.2f} GB" if memory else "",

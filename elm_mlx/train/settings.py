@@ -381,6 +381,7 @@ class CheckpointsSettings:
 
     Args:
         val_batches: batches of a validation; -1 for all, 0 for none.
+        test_batches: batches of the test at the end, where the data have that split; -1 for all, 0 for none.
         steps_per_eval: updates between validations.
         save_every: updates between checkpoints.
         keep: checkpoints that are kept, beside the best.
@@ -388,6 +389,7 @@ class CheckpointsSettings:
     """
 
     val_batches: int = -1
+    test_batches: int = -1
     steps_per_eval: int = 200
     save_every: int = 100
     keep: int = 2

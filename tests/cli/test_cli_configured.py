@@ -178,6 +178,8 @@ def test_a_scale_is_that_of_the_rank(text: str, arguments: list[str], alpha: flo
 @pytest.mark.parametrize(
     ("line", "name", "value"),
     [
+        ("test: false", "test_batches", 0),
+        ("test: true\ntest_batches: 5", "test_batches", 5),
         ("data: {path: a, weight: 2}", "data", ("a",)),
         ("data: [{path: a, weight: 2}, hub:b/c]", "data", ("a", "hub:b/c")),
         ("data: [{path: a, weight: 2}, hub:b/c]", "weight", (2.0, 1.0)),
@@ -205,7 +207,7 @@ def test_mlx_lms_keys_that_mean_the_same(line: str, name: str, value: Any, optio
     [
         ("train: false", "train is false, and this command trains"),
         ("train: 3", "train is 3; it needs true or false"),
-        ("test: true", "test: to measure a model on a text, `elm-mlx eval"),
+        ("test: maybe", "test is 'maybe'; it needs true or false"),
         ("fine_tune_type: qlora", "fine_tune_type is 'qlora': one of lora, dora, full is needed"),
         ("fine_tune_type: [lora]", "fine_tune_type is ['lora']"),
         ("resume_adapter_file: a.safetensors", "write from_adapter: DIR"),

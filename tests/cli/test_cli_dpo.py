@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +119,24 @@ def test_resuming_has_the_same_losses_and_computes_no_reference(
     keys = ("step", "loss", "valid_loss", "margin", "valid_margin", "accuracy", "grad_norm")
     bare = [[{key: line.get(key) for key in keys} for line in metrics(path)] for path in (whole, out)]
     assert bare[0] == bare[1]
+
+
+def test_a_test_of_pairs_is_by_the_same_reference(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(data / "valid.jsonl", data / "test.jsonl")
+    out = tmp_path / "out"
+    code, text, err = run(tiny_model_dir, "--data", data, "--out", out, *QUICK)
+    assert code == 0, err
+    *lines, tested = metrics(out)
+    best = min((line for line in lines if "valid_loss" in line), key=lambda line: line["valid_loss"])
+    for name in ("loss", "margin", "accuracy"):
+        assert tested[f"test_{name}"] == pytest.approx(best[f"valid_{name}"], abs=1e-6)
+    assert re.search(rf"test      loss {tested['test_loss']:.4f}, .*accuracy", text)
+    shutil.rmtree(out / "checkpoints" / "step-00000008")
+    (out / alignment.TEST_FILE).unlink()  # of a run that began without
+    code, text, err = run("--out", out, "--resume")
+    assert code == 0 and "\ntest " not in text, err
 
 
 def test_ctrl_c_while_the_reference_is_computed_ends_as_elsewhere(

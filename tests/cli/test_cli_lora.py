@@ -246,6 +246,28 @@ def test_resuming_needs_no_options_and_gives_the_same_losses(
     assert code == 2 and "holds a run already" in err
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_a_test_is_by_what_the_run_leaves(
+    run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path, full: bool
+) -> None:
+    """With the best of its checkpoints, whose validation was on the same examples; no part of the run depends on it."""
+    shutil.copyfile(data / "valid.jsonl", data / "test.jsonl")
+    out, other = tmp_path / "out", tmp_path / "other"
+    rising = (*QUICK[:-1], 0.5, "--iters", 9) if not full else (*QUICK, "--full")  # so that the last is not the best
+    code, text, err = run("lora", tiny_model_dir, "--data", data, "--out", out, *rising)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
+    (tested,) = [line["test_loss"] for line in lines if "test_loss" in line]
+    kept = min(valid) if valid[0] > min(valid) else valid[-1]
+    assert tested == pytest.approx(kept, abs=1e-6)
+    assert f"test      loss {tested:.4f}, perplexity {2.718281828459045**tested:.4g}\n" in text
+    code, text, _ = run("lora", tiny_model_dir, "--data", data, "--out", other, *rising, "--test-batches", 0)
+    assert code == 0 and "\ntest " not in text and updates(other) == updates(out)[:-1]
+    page = tmp_path / "page.html"
+    assert run("report", out, "--out", page)[0] == 0 and f"{tested:.4f}" in page.read_text()
+
+
 def test_several_sources_by_their_weights_are_resumed(
     run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path
 ) -> None:
