@@ -103,6 +103,7 @@ static void finish(const struct attention *a, int row, int rows, const float *pa
   for (int i = 0; i < rows; i++)
     for (int d = 0; d < a->head_dim; d++)
       a->queries[(long)(row + i) * a->head_dim + d] = part[i * a->head_dim + d] / sums[i];
+  if (!a->tops) return;
   memcpy(a->tops + row, sums - rows, rows * sizeof(float));
   memcpy(a->sums + row, sums, rows * sizeof(float));
 }
@@ -130,6 +131,32 @@ static void attend_some(const void *what, int from, int to) {
   }
 }
 
+static int blocks_of(const struct attention *a) { return (a->rows + BLOCK - 1) / BLOCK; }
+static int tasks_of(const struct attention *a) { return a->apart ? blocks_of(a) * a->spans : blocks_of(a); }
+
+/* Of what was computed apart. */
+static void join_spans(const struct attention *a) {
+  for (int block = 0; block < blocks_of(a); block++) {
+    float *sum = part_of(a, block, 0);
+    for (int span = 1; span < a->spans; span++) join(rows_of(a, block), a->head_dim, sum, part_of(a, block, span), 0);
+    finish(a, block * BLOCK, rows_of(a, block), sum);
+  }
+}
+
+/* Of several heads, the tasks of each one after the other, as many as the one with most has. */
+struct several {
+  const struct attention *each;
+  int tasks;
+};
+
+static void attend_several(const void *what, int from, int to) {
+  const struct several *s = what;
+  for (int i = from; i < to; i++) {
+    const struct attention *a = &s->each[i / s->tasks];
+    if (i % s->tasks < tasks_of(a)) attend_some(a, i % s->tasks, i % s->tasks + 1);
+  }
+}
+
 static int is_attention(float alpha) {
 #if defined(__FMA__) || defined(__aarch64__)
   int32_t bits;
@@ -150,8 +177,7 @@ static void attend(int side, float scale, const float *keys, const float *values
                         .window = note.window, .scale = scale, .keys = keys, .values = values};
   a.spans = (a.seen + a.length - 1 + SPAN - 1) / SPAN - first_span(&a);
   a.queries = c, a.tops = c + (long)a.rows * a.head_dim, a.sums = a.tops + a.rows;
-  int blocks = (a.rows + BLOCK - 1) / BLOCK;
-  a.apart = blocks < 8;
+  a.apart = blocks_of(&a) < 8;
   size_t needed = a.apart ? (size_t)a.rows * a.spans * (a.head_dim + 2) * sizeof(float) : 0;
   if (needed > room) {
     free(parts);
@@ -160,10 +186,6 @@ static void attend(int side, float scale, const float *keys, const float *values
   }
   a.parts = parts;
   long multiplications = 2L * a.rows * a.head_dim * a.spans * SPAN;
-  share(attend_some, &a, a.apart ? blocks * a.spans : blocks, 1, multiplications);
-  for (int block = 0; block < blocks && a.apart; block++) {
-    float *sum = part_of(&a, block, 0);
-    for (int span = 1; span < a.spans; span++) join(rows_of(&a, block), a.head_dim, sum, part_of(&a, block, span), 0);
-    finish(&a, block * BLOCK, rows_of(&a, block), sum);
-  }
+  share(attend_some, &a, tasks_of(&a), 1, multiplications);
+  if (a.apart) join_spans(&a);
 }

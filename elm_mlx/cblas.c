@@ -200,7 +200,7 @@ struct description {
   unsigned char mark[32];
   int kind;
 };
-enum { RETIRED, READ, WRITE, FEED, CHOOSE, STORED };
+enum { RETIRED, READ, WRITE, FEED, CHOOSE, STORED, STEP };
 unsigned char elm_mlx_mark[32];
 
 __attribute__((constructor)) static void draw_mark(void) {

@@ -158,17 +158,25 @@ static struct reading reading_of(const struct sublayer *s, int m, const float *a
   return r;
 }
 
-/* Memory of a thread, kept for its next sublayer. */
-static float *scratch(size_t floats) {
-  static _Thread_local float *kept;
-  static _Thread_local size_t size;
-  if (floats > size) {
-    free(kept);
-    kept = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
-    if (!kept) abort();
-    size = floats;
+/* Memory that is kept for the next time. */
+struct memory {
+  float *kept;
+  size_t size;
+};
+static float *at_least_floats(struct memory *m, size_t floats) {
+  if (floats > m->size) {
+    free(m->kept);
+    m->kept = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
+    if (!m->kept) abort();
+    m->size = floats;
   }
-  return kept;
+  return m->kept;
+}
+
+/* A thread's, for its next sublayer. */
+static float *scratch(size_t floats) {
+  static _Thread_local struct memory kept;
+  return at_least_floats(&kept, floats);
 }
 
 static void rotate(float *x, const float *turn, int head_dim, int rotated) {
@@ -181,13 +189,13 @@ static void rotate(float *x, const float *turn, int head_dim, int rotated) {
   }
 }
 
-/* Norms and RoPE of the queries and keys c, by the cosines and sines behind the rows a. */
+/* Norms and RoPE of the queries and keys c, by the cosines and sines a. */
 static void turn_rows(const void *what, int from, int to) {
   const struct row_work *w = what;
   const struct sublayer *s = w->s;
   for (int i = from; i < to; i++) {
     float *head = w->c + i * w->c_step;
-    const float *turn = w->a + i * w->a_step + s->width;
+    const float *turn = w->a + i * w->a_step;
     for (int h = 0; h < s->heads + s->key_heads; h++, head += s->head_dim) {
       const struct norm *norm = h < s->heads ? &s->queries : &s->keys;
       if (norm->n == s->head_dim || h == 0 || h == s->heads) normalize(norm, head, head, norm->n);
@@ -196,12 +204,13 @@ static void turn_rows(const void *what, int from, int to) {
   }
 }
 
-static void read_stream(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step) {
+static void read_stream(const struct sublayer *s, int m, const float *a, long a_step, const float *turns, long turns_step,
+                        float *c, long c_step) {
   float *normed = scratch((size_t)m * s->width);
   share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, 0, a_step, s->width, 0}, m);
   struct reading r = reading_of(s, m, normed, c, c_step);
   share(read_columns, &r, r.starts[3], together(m), (long)m * s->width * r.starts[3]);
-  share_rows(turn_rows, &(struct row_work){.s = s, .a = a, .c = c, .a_step = a_step, .c_step = c_step}, m);
+  share_rows(turn_rows, &(struct row_work){.s = s, .a = turns, .c = c, .a_step = turns_step, .c_step = c_step}, m);
 }
 
 /* c += the norm of `last` of the rows a. */
@@ -223,7 +232,7 @@ static void feed_forward(const struct sublayer *s, int m, const float *a, long a
   long inner = 0;
   for (int part = 0; part < 3; part++) inner += s->first[part].outputs;
   float *normed = scratch((size_t)m * (s->width + inner)), *hidden = normed + (long)m * s->width;
-  share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, c, a_step, s->width, c_step}, m);
+  share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, a == c ? 0 : c, a_step, s->width, c_step}, m);
   struct reading r = reading_of(s, m, normed, hidden, inner);
   share(feed_columns, &r, s->gated ? inner / 2 : inner, m > FEW ? ACROSS : 3 * LANES, (long)m * s->width * inner);
   write_stream(s, m, hidden, inner, c, c_step, normed);
@@ -270,6 +279,8 @@ static void choose_rows(const void *what, int from, int to) {
   for (int i = from; i < to; i++) choose(r->a + i * r->a_step, r->n, r->c + i * r->c_step);
 }
 
+#include "whole_step.c"
+
 static void sublayer(const struct sublayer *s, int m, int n, int k, const float *a, long a_step, float *c, long c_step) {
   if (s->head.kind == CHOOSE) {
     share(choose_rows, &(struct rows){a, a_step, k, c_step, c}, m, 1, m > 1 ? 16l * m * k : 0);
@@ -280,12 +291,12 @@ static void sublayer(const struct sublayer *s, int m, int n, int k, const float 
   for (int i = 0, rows; i < m; i += rows, a += rows * a_step, c += rows * c_step) {
     rows = m - i < most ? m - i : most;
     if (s->head.kind == READ)
-      read_stream(s, rows, a, a_step, c, c_step);
+      read_stream(s, rows, a, a_step, a + s->width, a_step, c, c_step);
     else if (s->head.kind == WRITE)
       write_stream(s, rows, a, a_step, c, c_step, scratch((size_t)rows * s->width));
     else if (s->head.kind == FEED)
       feed_forward(s, rows, a, a_step, c, c_step);
-    else
+    else if (s->head.kind != STEP || !whole_step((const void *)s, rows, a, a_step, c, c_step))
       for (int r = 0; r < rows; r++)
         for (int j = 0; j < n; j++) c[r * c_step + j] = NAN;
   }

@@ -23,6 +23,8 @@ from elm_mlx.device import compile_hindrance, on_gpu, trim_cache
 from elm_mlx.errors import InputError
 from elm_mlx.model.cache import Arrays, KVCache, place_pass, place_step, row_capacity
 from elm_mlx.model.network import Model
+from elm_mlx.model.sublayers import LayersInC
+from elm_mlx.model.whole_step import whole_step
 
 # Prompt tokens in one pass: bounds memory. A CPU is as fast by 128 as by 512, and pieces end where kept blocks do.
 PREFILL_STEP = 512 if on_gpu() else 128
@@ -87,6 +89,7 @@ class Rows:
         self._model = model
         self._texts: list[list[Any] | None] = []  # the ids in each row: numbers, or an array and a place in it
         self._steps = 0
+        self._in_c: LayersInC | None = None
         self._compiled: Any = None
         self._shapes: set[tuple[int, ...]] = set()
         self.traced = False
@@ -200,9 +203,17 @@ class Rows:
             cache.offset = max(self.lengths)
             if end > cache.capacity:
                 cache.reserve(row_capacity(end))
+        if self._steps == 0:
+            self._in_c = self._model.in_c(1)
         self._steps += 1
         if self._steps % _TRIM_EVERY == 0:
             trim_cache()
+        if self._in_c is not None and ids.shape[1] == 1:
+            before = self.caches[0].writer
+            whole = whole_step(self._in_c, self.caches, len(ids), max(self.lengths))
+            self.traced = whole is not before
+            if whole is not None:
+                return self._model.head(whole(self._model.embed(ids[:, 0]), position))
         arrays: list[Any] = [cache.state for cache in self.caches]
         shapes = (*ids.shape, mask.shape[-1], self.caches[0].capacity)
         self.traced = shapes not in self._shapes

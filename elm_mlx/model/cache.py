@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import mlx.core as mx
 
@@ -21,6 +21,13 @@ _LEAST = 32  # positions of a cache that drops some
 Fetched: TypeAlias = mx.array | Packed
 
 
+class Writer(Protocol):
+    """Somebody who writes into a cache's arrays in place, and says so there."""
+
+    def end(self) -> Any:
+        """Ends that, when what was to be written is."""
+
+
 class KVCache:
     """One layer's keys and values: `(batch, num_kv_heads, capacity, head_dim)`, of which `offset` positions are used.
 
@@ -30,6 +37,7 @@ class KVCache:
         kind: what it holds, for a person.
         limit: positions at most, of a cache that drops the oldest; None for one that grows.
         dropped: positions that it has dropped.
+        writer: writes into the arrays' memory beside it; None where nobody does.
     """
 
     kind = "keys and values"
@@ -38,10 +46,44 @@ class KVCache:
     step = 256  # capacity grows by this many positions, or by an eighth: a step's mask never reaches beyond
 
     def __init__(self, switch: int | None = None) -> None:
-        self._arrays: list[mx.array] = []  # keys and values, or what stands for them; positions are the third axis
+        self._held: list[mx.array] = []  # keys and values, or what stands for them; positions are the third axis
+        self.writer: Writer | None = None
         self.offset = 0
         self.switch = switch
         self.text_length = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the arrays too, so nobody may write into them in place."""
+        return {**vars(self), "_held": self._arrays, "writer": None}
+
+    @property
+    def _arrays(self) -> list[mx.array]:
+        """The arrays, to be used in any way: nobody writes into them from now on."""
+        if self.writer is not None:
+            self.writer.end()
+            self.writer = None
+        return self._held
+
+    @_arrays.setter
+    def _arrays(self, arrays: list[mx.array]) -> None:
+        if self.writer is not None:
+            self.writer.end()
+            self.writer = None
+        self._held = arrays
+
+    def lend(self, writer: Writer, at: int) -> list[mx.array]:
+        """Returns the arrays to somebody who writes into their memory, from position `at` on, until the cache is used.
+
+        They are copied where others have them too, and else stay where they are, as with all that MLX writes.
+        """
+        given, self._arrays = self._arrays, []
+        while given:
+            array = mx.contiguous(given.pop(0))
+            array[:, :, at : at + 1] = 0
+            self._held.append(array)
+        mx.eval(self._held)
+        self.writer = writer
+        return [*self._held]
 
     def empty(self) -> KVCache:
         """Returns an empty cache of this kind."""
@@ -77,7 +119,7 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        return self._arrays[0].shape[2] if self._arrays else 0
+        return self._held[0].shape[2] if self._held else 0
 
     @property
     def state(self) -> list[mx.array | None]:
@@ -91,7 +133,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self._arrays)
+        return sum(array.nbytes for array in self._held)
 
     def put(self, row: int, other: KVCache) -> None:
         """Makes `other`, of one text, a row of this batch in which every text begins at position 0.
@@ -120,7 +162,7 @@ class KVCache:
 
     def narrow(self) -> None:
         """Gives up the room for rows behind the first."""
-        if self._arrays[0].shape[0] > 1:
+        if self._held[0].shape[0] > 1:
             self._arrays = [mx.contiguous(array[:1]) for array in self._arrays]
 
     def single(self, row: int, length: int) -> KVCache:
@@ -304,7 +346,7 @@ class StateCache:
 
     kind = "states"
     limit: int | None = None
-    switch = None
+    switch = writer = None
     text_length = 0
 
     def __init__(self, size: int = 2) -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from elm_mlx import blas, device
 
 MARK = 32  # bytes in front, which each process draws
-READ, WRITE, FEED, CHOOSE, STORED = range(1, 6)  # kinds, as in cblas.c
+READ, WRITE, FEED, CHOOSE, STORED, STEP = range(1, 7)  # kinds, as in cblas.c
 
 
 def library() -> ctypes.CDLL | None:

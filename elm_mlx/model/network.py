@@ -17,7 +17,7 @@ from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, StepCache
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
 from elm_mlx.model.ops import Mask, Rope, Rotate
-from elm_mlx.model.sublayers import LayerParts, layers_in_c
+from elm_mlx.model.sublayers import LayerParts, LayersInC, layers_in_c
 
 Cache: TypeAlias = KVCache | StepCache
 
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
     def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: ops.Segments | None = None) -> mx.array:
         x = self.token_embeddings(ids)
         if cache is not None:
-            in_c = layers_in_c(self, ids.size, lambda: [layer.parts(self.rope) for layer in self.layers])
+            in_c = self.in_c(ids.size)
             if in_c is not None:
                 return self.norm(in_c(x, cache))
         caches = [None] * len(self.layers) if cache is None else cache
@@ -149,6 +149,10 @@ class Transformer(nn.Module):
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, rotate, layer_cache)
         return self.norm(x)
+
+    def in_c(self, rows: int) -> LayersInC | None:
+        """Returns the layers for so many rows, where C computes them."""
+        return layers_in_c(self, rows, lambda: [layer.parts(self.rope) for layer in self.layers], self.norm)
 
 
 class Model(nn.Module):
@@ -171,6 +175,14 @@ class Model(nn.Module):
         `segments` separates texts that share a row. Not together with a cache.
         """
         return self.head(self.transformer(ids, cache, segments))
+
+    def in_c(self, rows: int) -> LayersInC | None:
+        """Returns the layers for so many rows, where C computes them."""
+        return self.transformer.in_c(rows)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Ids `(...)` to what the first layer reads, `(..., model_dim)`."""
+        return self.transformer.token_embeddings(ids)
 
     def head_module(self) -> nn.Module:
         """Returns the module whose parameters turn hidden states into logits."""

@@ -82,7 +82,7 @@ _MATRIX = 512
 _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's cache
 # Of attention.c: the product's alpha, what the head's size is a multiple of, numbers of its note, and those of a query.
 _ATTENTION = struct.unpack("f", struct.pack("I", 0x7FC0A77E))[0]
-_HEAD_MULTIPLE, _NOTE, _STATISTICS = 16, 16, 2
+HEAD_MULTIPLE, _NOTE, _STATISTICS = 16, 16, 2
 _DEPTH = 4  # of the product
 
 
@@ -104,6 +104,7 @@ class Rope:
         self._scales = mx.where(mx.arange(head_dim) < dims, self.config.scale, 1.0)
         self._short, self._long = self._computed(0), self._computed(self.config.original + 1)
         mx.eval(self._scales, self._short, self._long)  # or each trace would compute them
+        self._table = mx.zeros((0, 2 * head_dim))
         if head_dim <= _MATRIX:
             rotated = (mx.arange(head_dim) < dims)[:, None]
             self._along = mx.eye(head_dim)
@@ -149,6 +150,18 @@ class Rope:
         frequencies = self._frequencies(length, offset if single else first[:, None], text_length)
         angles = positions * (frequencies if frequencies.ndim == 1 else frequencies[:, None])
         return mx.concatenate([self._scaled(mx.cos(angles)), self._scaled(mx.sin(angles))], axis=-1)
+
+    def table(self, positions: int) -> mx.array | None:
+        """Returns `turns` of the first `positions` positions or more, `(n, 2 * head_dim)`, kept for the next time.
+
+        None where they depend on the text's length.
+        """
+        if self._switch is not None:
+            return None
+        if positions > self._table.shape[0]:
+            self._table = self.turns(positions, 0)[0]
+            mx.eval(self._table)
+        return self._table
 
     def _frequencies(self, length: int, offset: int | mx.array, text_length: int) -> mx.array:
         """Returns `(head_dim,)`, or `(batch, head_dim)`: radians a position of each value, 0 for those not rotated."""
@@ -428,7 +441,7 @@ def _fits_one_call(queries: mx.array, keys: mx.array) -> bool:
     """Returns whether `attention.c` is there and takes these."""
     return (
         queries.dtype == keys.dtype == mx.float32
-        and queries.shape[3] % _HEAD_MULTIPLE == 0
+        and queries.shape[3] % HEAD_MULTIPLE == 0
         and keys.shape[2] >= _positions_handed_over(queries, keys)
         and not device.on_gpu()
         and blas.attends()

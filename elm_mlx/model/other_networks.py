@@ -26,7 +26,7 @@ from elm_mlx.model.cache import SegmentedRow, StateCache
 from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.ops import Rope, Rotate, Segments
 from elm_mlx.model.rope_config import RopeConfig
-from elm_mlx.model.sublayers import LayerParts, layers_in_c
+from elm_mlx.model.sublayers import LayerParts, LayersInC, layers_in_c
 
 _PACKAGE = "elm_mlx_networks"
 
@@ -61,17 +61,24 @@ class NetworkProtocol:
             if not self.config.positions:
                 raise InputError(f"several texts in a row: {self.config.family.name} cannot tell them apart")
             cache = [SegmentedRow(segments) for _ in layers]
-        elif cache is not None and self.ropes:
-            in_c = layers_in_c(self, ids.size, self._parts)
+        elif cache is not None:
+            in_c = self.in_c(ids.size)
             if in_c is not None:
-                body = getattr(self, self.body_name)
-                return body.norm(in_c(getattr(body, self.embedding_name)(ids), cache))
+                return getattr(self, self.body_name).norm(in_c(self.embed(ids), cache))
         with _rotating(self.ropes, ids.shape[1], cache):
             hidden = getattr(self, self.body_name)(ids, cache)
         for layer_cache in cache or ():
             if isinstance(layer_cache, StateCache):
                 layer_cache.offset += ids.shape[1]
         return hidden
+
+    def in_c(self, rows: int) -> LayersInC | None:
+        """Returns the layers for so many rows, where C computes them."""
+        return layers_in_c(self, rows, self._parts, getattr(self, self.body_name).norm) if self.ropes else None
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Ids `(...)` to what the first layer reads, `(..., model_dim)`."""
+        return getattr(getattr(self, self.body_name), self.embedding_name)(ids)
 
     def layer_ropes(self) -> list[Rope]:
         """Returns the rotation of each layer's queries and keys."""

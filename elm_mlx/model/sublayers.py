@@ -26,7 +26,9 @@ MOST_ROWS = 16  # whose results have the same bits whatever their number; more w
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
 
 
-class _Norm(ctypes.Structure):
+class Norm(ctypes.Structure):
+    """A norm, as `sublayers.c` has it."""
+
     _fields_ = (
         ("weight", ctypes.c_void_p), ("eps", ctypes.c_float), ("kind", ctypes.c_int), ("n", ctypes.c_int),
     )  # fmt: skip
@@ -42,7 +44,7 @@ class _Sublayer(ctypes.Structure):
     _fields_ = (
         ("head", ctypes.c_ubyte * (MARK + 4)), ("width", ctypes.c_int), ("heads", ctypes.c_int),
         ("key_heads", ctypes.c_int), ("head_dim", ctypes.c_int), ("rotated", ctypes.c_int), ("gated", ctypes.c_int),
-        ("before", _Norm), ("queries", _Norm), ("keys", _Norm), ("after", _Norm),
+        ("before", Norm), ("queries", Norm), ("keys", Norm), ("after", Norm),
         ("first", _Linear * 3), ("last", _Linear),
     )  # fmt: skip
 
@@ -85,20 +87,30 @@ class LayerParts:
 class LayersInC:
     """The layers of a transformer.
 
+    Attributes:
+        last: the norm behind them, where `sublayers.c` knows it.
+        width: of the residual stream.
+
     Raises:
         _Other: a part is none that `sublayers.c` knows, or not in float32.
     """
 
-    def __init__(self, layers: Sequence[LayerParts]) -> None:
+    def __init__(self, layers: Sequence[LayerParts], last: nn.Module) -> None:
         self.layers = [_Layer(parts) for parts in layers]
-        self._made_of = _made_of(layers)
+        self.width = self.layers[0].width
+        self._weights: list[mx.array] = []
+        try:
+            self.last: Norm | None = _norm(last, self._weights, self.width)
+        except _Other:
+            self.last = None
+        self._made_of = _made_of(layers, last)
 
     def __deepcopy__(self, memo: Any) -> None:
         """A copy of a model makes its own, by the addresses of its own weights."""
 
-    def is_of(self, layers: Sequence[LayerParts]) -> bool:
+    def is_of(self, layers: Sequence[LayerParts], last: nn.Module) -> bool:
         """Returns whether these are the same modules, with the weights that they had."""
-        now = _made_of(layers)
+        now = _made_of(layers, last)
         return len(now) == len(self._made_of) and all(map(operator.is_, now, self._made_of))
 
     def __call__(self, x: mx.array, caches: Sequence[Any]) -> mx.array:
@@ -123,8 +135,8 @@ class LayersInC:
         return x.reshape(batch, length, width)
 
 
-def _made_of(layers: Sequence[LayerParts]) -> list[Any]:
-    modules = [module for parts in layers for module in parts.modules()]
+def _made_of(layers: Sequence[LayerParts], last: nn.Module) -> list[Any]:
+    modules = [last, *(module for parts in layers for module in parts.modules())]
     return [part for module in modules for part in (module, module.get("weight"), module.get("bias"))]
 
 
@@ -133,7 +145,8 @@ class _Layer:
         self.parts = parts
         self._weights: list[mx.array] = []
         heads = parts.heads + 2 * parts.kv_heads
-        width = self._linear(parts.ffn_last).outputs
+        self.width = width = self._linear(parts.ffn_last).outputs
+        self._words: list[mx.array] = []
         read = _Sublayer(
             width=width, heads=parts.heads, key_heads=parts.kv_heads, head_dim=parts.head_dim,
             rotated=parts.rope.config.dims, before=self._norm(parts.before), queries=self._norm(parts.query_norm),
@@ -165,19 +178,16 @@ class _Layer:
             out = out.swapaxes(1, 2)
         return mx.addmm(x, out.reshape(batch * length, -1), self._write) @ self._feed
 
-    def _norm(self, norm: nn.Module | None) -> _Norm:
-        if norm is None:
-            return _Norm(kind=_NO_NORM)
-        if isinstance(norm, nn.LayerNorm) and not norm.parameters():
-            return _Norm(kind=_CENTRED, eps=norm.eps)
-        if not isinstance(norm, nn.Module) or set(norm.parameters()) != {"weight"} or not hasattr(norm, "eps"):
-            raise _Other
-        if getattr(norm, "written_out", False):  # to be measured as it is
-            raise _Other
-        return _Norm(self._address(norm, "weight"), norm.eps, _ROOT_MEAN_SQUARE, norm.weight.size)
+    @property
+    def addresses(self) -> list[int]:
+        """Where the three are described."""
+        return [described.address(words) for words in self._words]
+
+    def _norm(self, norm: nn.Module | None) -> Norm:
+        return Norm(kind=_NO_NORM) if norm is None else _norm(norm, self._weights)
 
     def _linear(self, linear: nn.Module) -> _Linear:
-        bias = self._address(linear, "bias") if "bias" in linear else None
+        bias = _address(linear, "bias", self._weights) if "bias" in linear else None
         if isinstance(linear, StoredLayer):
             handle = linear.handle()
             if handle is None:
@@ -186,47 +196,66 @@ class _Layer:
             return _Linear(linear.address, bias, *handle.shape)
         if type(linear) is not nn.Linear:
             raise _Other
-        return _Linear(self._address(linear, "weight"), bias, *linear.weight.shape)
+        return _Linear(_address(linear, "weight", self._weights), bias, *linear.weight.shape)
 
     def _linears(self, linears: Sequence[nn.Module]) -> Any:
         return (_Linear * 3)(*map(self._linear, linears))
 
-    def _address(self, module: nn.Module, name: str) -> int:
-        weight = module[name]
-        if weight.dtype != mx.float32:
-            raise _Other
-        mx.eval(weight)
-        if not memoryview(weight).c_contiguous:
-            raise _Other
-        self._weights.append(weight)
-        return described.address(weight)
-
     def _matrix(self, kind: int, spec: _Sublayer, inputs: int, outputs: int) -> mx.array:
         words = described.description(kind, bytes(spec)[len(spec.head) :])
-        weakref.finalize(self, _retire, words, self._weights)
+        weakref.finalize(self, retire, words, self._weights)
+        self._words.append(words)
         return described.matrix(words, inputs, outputs)
+
+
+def _norm(norm: nn.Module, weights: list[mx.array], width: int = 0) -> Norm:
+    """Describes a norm, whose weight joins `weights`; `width` is that of what has none. Raises _Other."""
+    if isinstance(norm, nn.LayerNorm) and not norm.parameters():
+        return Norm(kind=_CENTRED, eps=norm.eps, n=width)
+    if not isinstance(norm, nn.Module) or set(norm.parameters()) != {"weight"} or not hasattr(norm, "eps"):
+        raise _Other
+    if getattr(norm, "written_out", False):  # to be measured as it is
+        raise _Other
+    return Norm(_address(norm, "weight", weights), norm.eps, _ROOT_MEAN_SQUARE, norm.weight.size)
+
+
+def _address(module: nn.Module, name: str, weights: list[mx.array]) -> int:
+    """Returns where a weight's numbers are; it joins `weights`. Raises _Other."""
+    weight = module[name]
+    if weight.dtype != mx.float32:
+        raise _Other
+    mx.eval(weight)
+    if not memoryview(weight).c_contiguous:
+        raise _Other
+    weights.append(weight)
+    return described.address(weight)
 
 
 class _Other(Exception):
     """A layer is not of the parts that `sublayers.c` knows."""
 
 
-def layers_in_c(model: nn.Module, rows: int, layers: Callable[[], Sequence[LayerParts]]) -> LayersInC | None:
-    """Returns the layers of `model` for so many rows, made once and kept with it; None where they cannot be made."""
+def layers_in_c(
+    model: nn.Module, rows: int, layers: Callable[[], Sequence[LayerParts]], last: nn.Module
+) -> LayersInC | None:
+    """Returns the layers of `model` for so many rows, made once and kept with it; None where they cannot be made.
+
+    `last` is the norm behind them.
+    """
     if described.library() is None or (rows > MOST_ROWS and blas.own("elm_mlx_many_rows") is None):
         return None
     kept, parts = getattr(model, "_layers_in_c", None), layers()
-    if kept is None or not kept.is_of(parts):
+    if kept is None or not kept.is_of(parts, last):
         try:
-            kept = LayersInC(parts)
+            kept = LayersInC(parts, last)
         except _Other:
             kept = None
         object.__setattr__(model, "_layers_in_c", kept)  # beside the model's parts, not one of them
     return kept
 
 
-def _retire(words: mx.array, weights: list[mx.array]) -> None:
-    """Waits for products with the weights that are being computed; then they may be freed."""
+def retire(words: mx.array, _: Sequence[mx.array] = ()) -> None:
+    """Makes a description invalid when products by it that run are done; then what it tells of may be freed."""
     library = blas.own("elm_mlx_retire")
     assert library is not None
     library.elm_mlx_retire(ctypes.c_void_p(described.address(words)))

@@ -462,22 +462,22 @@ def test_a_model_of_damaged_weights_ends_in_an_error_and_not_in_nonsense() -> No
         list(stream_generate(model, None, [1, 2, 3], max_tokens=5))
 
 
-def test_ctrl_c_amid_a_step_leaves_the_caches_whole(model: Model) -> None:
+def test_ctrl_c_amid_a_step_leaves_the_caches_whole(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = make_prompt_cache(model)
     sampler = Sampler()
     tokens, _, state = sampler(prefill(model, ids_of(5), caches), State())
     decoder = Decoder(model, sampler, caches, tokens, state)
     decoder.advance()
-    whole = decoder.rows._compiled
 
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    decoder.rows._compiled = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        decoder.advance()
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.rows, "_compiled", interrupted)
+        patch.setattr(Model, "head", interrupted)  # of a step that is one call
+        with pytest.raises(KeyboardInterrupt):
+            decoder.advance()
     assert [cache.offset for cache in caches] == [6] * len(caches)
-    decoder.rows._compiled = whole
     expected, _ = eager(model, ids_of(5), 3)
     assert decoder.advance()[0].item() == expected[2]
 

@@ -20,7 +20,7 @@ from elm_mlx import blas, device
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.model import network, other_networks, sublayers
 from elm_mlx.model.cache import make_prompt_cache
-from elm_mlx.model.sublayers import MOST_ROWS, layers_in_c
+from elm_mlx.model.sublayers import MOST_ROWS
 from elm_mlx.store import loading
 
 pytestmark = pytest.mark.skipif(
@@ -48,7 +48,7 @@ def model() -> network.Model:
 
 def layers_of(model: network.Model, rows: int = 1) -> sublayers.LayersInC | None:
     body = model.transformer
-    return layers_in_c(body, rows, lambda: [layer.parts(body.rope) for layer in body.layers])
+    return body.in_c(rows)
 
 
 def without(monkeypatch: pytest.MonkeyPatch) -> None:

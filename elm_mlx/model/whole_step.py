@@ -1,0 +1,111 @@
+"""A step of few rows through all layers of a transformer, as one call of C (`whole_step.c`).
+
+A layer is three products and attention (`sublayers`). For so little work MLX takes as long to dispatch as it takes to
+compute, so a step of texts whose caches grow by a token each is one product. It writes keys and values where the caches
+have them, behind MLX's back: it has that memory for itself, and a cache that is used otherwise ends that first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from elm_mlx.model import described, sublayers
+from elm_mlx.model.cache import KVCache, StreamingCache
+from elm_mlx.model.described import MARK, STEP
+from elm_mlx.model.ops import HEAD_MULTIPLE, Rope
+from elm_mlx.model.sublayers import MOST_ROWS, LayersInC, Norm
+
+_ALL = 1 << 24  # positions that a window shows at most
+
+
+class _PlacedLayer(ctypes.Structure):
+    _fields_ = (
+        ("read", ctypes.c_void_p), ("write", ctypes.c_void_p), ("feed", ctypes.c_void_p), ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p), ("scale", ctypes.c_float), ("window", ctypes.c_int), ("turns", ctypes.c_int),
+    )  # fmt: skip
+
+
+class _StepDescription(ctypes.Structure):
+    _fields_ = (
+        ("head", ctypes.c_ubyte * (MARK + 4)), ("layers", ctypes.c_int), ("slots", ctypes.c_int),
+        ("capacity", ctypes.c_int), ("last", Norm),
+    )  # fmt: skip
+
+
+class WholeStep:
+    """The step of a model's layers over caches whose memory it has for itself, until `end`.
+
+    Args:
+        in_c: the layers.
+        caches: one for each; they have room for what is to come, from position `at` on in each row.
+    """
+
+    def __init__(self, in_c: LayersInC, caches: Sequence[KVCache], at: int) -> None:
+        self._in_c = in_c
+        self.capacity = caches[0].capacity
+        self._ropes: list[Rope] = []
+        arrays = [cache.lend(self, at) for cache in caches]
+        layers = (_PlacedLayer * len(arrays))()
+        for made, layer, (keys, values) in zip(layers, in_c.layers, arrays, strict=True):
+            parts = layer.parts
+            if parts.rope not in self._ropes:
+                self._ropes.append(parts.rope)
+            made.read, made.write, made.feed = layer.addresses
+            made.keys, made.values = described.address(keys), described.address(values)
+            made.scale, made.window = parts.head_dim**-0.5, parts.window or _ALL
+            made.turns = self._ropes.index(parts.rope)
+        assert in_c.last is not None
+        step = _StepDescription(layers=len(arrays), slots=arrays[0][0].shape[0], capacity=self.capacity, last=in_c.last)
+        words = described.description(STEP, bytes(step)[MARK + 4 :] + bytes(layers))
+        rope_numbers = sum(2 * rope.head_dim for rope in self._ropes)
+        self._matrix = described.matrix(words, in_c.width + 1 + rope_numbers, in_c.width)
+        self._running: list[mx.array] = []
+        self.end = weakref.finalize(self, _end, words, arrays, self._running)
+
+    def is_of(self, in_c: LayersInC, caches: Sequence[KVCache]) -> bool:
+        """Returns whether this is the step of these layers and caches, as they are now."""
+        return self._in_c is in_c and self.end.alive and all(cache.writer is self for cache in caches)
+
+    def __call__(self, x: mx.array, position: mx.array) -> mx.array:
+        """Launches the step of rows `(rows, model_dim)`, each at its position of `(rows,)`, which there is room for.
+
+        Returns the hidden states `(rows, model_dim)`, normed. The keys and values will be in the caches with them.
+        """
+        turns = [self._turns(rope, position) for rope in self._ropes]
+        hidden = mx.concatenate([x, position.view(mx.float32)[:, None], *turns], axis=1) @ self._matrix
+        mx.async_eval(hidden)
+        self._running[:] = [hidden]
+        return hidden
+
+    def _turns(self, rope: Rope, position: mx.array) -> mx.array:
+        table = rope.table(self.capacity)
+        return rope.turns(1, position)[:, 0] if table is None else table[position]
+
+
+def whole_step(in_c: LayersInC, caches: Sequence[Any], rows: int, at: int) -> WholeStep | None:
+    """Returns the step of `rows` rows over these caches, whose memory it has from now on; None where there is none.
+
+    Args:
+        at: a position that no row has written, and there is room for.
+    """
+    first = caches[0]
+    if rows > MOST_ROWS or in_c.last is None or type(first) not in (KVCache, StreamingCache):
+        return None
+    if isinstance(first.writer, WholeStep) and first.writer.is_of(in_c, caches):
+        return first.writer
+    known = all(layer.parts.head_dim % HEAD_MULTIPLE == 0 for layer in in_c.layers)
+    if not known or any(array is None or array.dtype != mx.float32 for cache in caches for array in cache.state):
+        return None
+    return WholeStep(in_c, caches, at)
+
+
+def _end(words: mx.array, arrays: list[list[mx.array]], running: list[mx.array]) -> None:
+    """Waits for the last step; from now on a step would give no numbers, and touch no memory."""
+    mx.eval(running)
+    sublayers.retire(words)
+    arrays.clear()

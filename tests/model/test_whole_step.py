@@ -1,0 +1,207 @@
+"""Steps that are one call of C, against the same steps layer by layer; and the memory that they write into."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import other_models
+import pytest
+import tiny
+
+from elm_mlx import blas
+from elm_mlx.inference import rows as rows_module
+from elm_mlx.inference.rows import Rows, prefill
+from elm_mlx.model import described
+from elm_mlx.model.cache import KVCache, make_prompt_cache
+from elm_mlx.model.network import Model
+from elm_mlx.model.whole_step import WholeStep, whole_step
+from elm_mlx.store import loading
+
+pytestmark = pytest.mark.skipif(
+    blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so a step is MLX's"
+)
+LONGROPE = {"rope_scaling": {"type": "longrope", "long_factor": [3.0] * 8, "short_factor": [1.5] * 8}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True}, "mistral": {"sliding_window": 12}, "phi3": LONGROPE, "olmo": {}, "olmo2": {},
+    "olmo3": {},
+}  # fmt: skip
+
+
+@pytest.fixture
+def model() -> Model:
+    return tiny.random_model(tiny.scaled_config(320))
+
+
+def ids_of(length: int, first: int = 3) -> list[int]:
+    return [(first + 5 * at) % 60 for at in range(length)]
+
+
+def started(model: Any, lengths: list[int]) -> Rows:
+    rows = Rows(model)
+    for row, length in enumerate(lengths):
+        caches = make_prompt_cache(model)
+        mx.eval(prefill(model, ids_of(length, row), caches))
+        rows.join(caches, ids_of(length, row))
+    return rows
+
+
+def steps(rows: Rows, count: int, first: int = 7) -> mx.array:
+    """Returns the logits `(count, rows, vocab_size)` of steps that follow each other."""
+    tokens = [mx.array([(first * row + at + 1) % 60 for row in range(len(rows))]) for at in range(count)]
+    return mx.stack([rows.step(token) for token in tokens])
+
+
+def writes_in_place(rows: Rows) -> bool:
+    return all(isinstance(cache.writer, WholeStep) for cache in rows.caches)
+
+
+def close(found: mx.array, expected: mx.array) -> bool:
+    return bool((mx.abs(found - expected).max() < 1e-5 * (expected.max() - expected.min())).item())
+
+
+@pytest.fixture
+def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    return lambda: monkeypatch.setattr(rows_module, "whole_step", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["openelm", *FAMILIES])
+@pytest.mark.usefixtures("two_threads")
+def test_logits_are_those_of_layers_one_by_one(name: str, tmp_path: Path, layer_by_layer: Callable[[], None]) -> None:
+    """Of one text and several, across spans of attention and a cache that grows, and of guesses that follow a text."""
+    if name == "openelm":
+        model: Any = tiny.random_model(tiny.scaled_config(320))
+    else:
+        changes = {"hidden_size": 96, "head_dim": 16, **FAMILIES[name]}
+        model = loading.load_model(other_models.write_model(tmp_path / "m", name, changes))
+    found = []
+    for whole in (True, False):
+        if not whole:
+            layer_by_layer()
+        rows = started(model, [250])
+        found.append([steps(rows, 12), rows.look_ahead(mx.array(ids_of(9)))])
+        assert writes_in_place(rows) is whole
+        together = started(model, [3, 17, 254, 40, 5])
+        found[-1] += [steps(together, 8)]
+        mx.eval(found)
+        assert writes_in_place(together) is whole
+    for ours, expected in zip(*found, strict=True):
+        assert close(ours, expected)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_row_has_the_same_bits_in_any_company(model: Model) -> None:
+    """Alone, with texts of other lengths, and as a guess behind a text."""
+    lengths = [3, 300, 40, *range(5, 18)]
+    alone = [steps(started(model, [length]), 2)[:, 0] for length in lengths[:1]]
+    together = steps(started(model, lengths), 2)
+    assert mx.array_equal(together[:, 0], alone[0])
+    for count in (2, 7, 16):
+        assert mx.array_equal(steps(started(model, lengths[:count]), 2), together[:, :count]), count
+    guesses = ids_of(16, 9)
+    ahead = started(model, [300]).look_ahead(mx.array(guesses))
+    rows = started(model, [300])
+    assert mx.array_equal(mx.concatenate([rows.step(mx.array([token])) for token in guesses]), ahead)
+
+
+def test_steps_write_where_the_arrays_are(model: Model) -> None:
+    rows = started(model, [5])
+    mx.eval(steps(rows, 1))
+    writer = rows.caches[0].writer
+    mx.eval(steps(rows, 3), rows.look_ahead(mx.array(ids_of(3))))
+    rows.resize(rows.lengths[0] + 1)
+    mx.eval(steps(rows, 3))
+    assert rows.caches[0].writer is writer and not rows.traced
+    before = [described.address(array) for array in rows.caches[0].state if array is not None]  # ends it
+    assert rows.caches[0].writer is None and not writes_in_place(rows)
+    mx.eval(steps(rows, 1))
+    assert writes_in_place(rows) and rows.caches[0].writer is not writer
+    assert [described.address(array) for array in rows.caches[0].state if array is not None] == before, "was copied"
+
+
+def test_what_others_have_of_a_cache_stays_what_it_is(model: Model) -> None:
+    """Arrays that were handed out, copies of all kinds, and those of two texts that part."""
+    rows = started(model, [40])
+    mx.eval(steps(rows, 4))
+    cache = rows.caches[0]
+    length = rows.lengths[0]
+    taken = {
+        "state": lambda: cache.state,
+        "deep copy": lambda: copy.deepcopy(cache).state,
+        "copy": lambda: copy.copy(cache).state,
+        "single": lambda: cache.single(0, length).state,
+        "block": lambda: cache.block(0, 0, length),
+    }
+    for name, take in taken.items():
+        arrays = take()
+        expected = [mx.array(memoryview(array)) for array in mx.contiguous(mx.stack(arrays)[:, 0])]
+        rows.resize(length - 4)
+        mx.eval(steps(rows, 4, first=1))  # over what is in them
+        assert writes_in_place(rows)
+        for array, values in zip(arrays, expected, strict=True):
+            assert mx.array_equal(array[0], values), name
+
+
+def test_texts_that_part_go_on_apart(model: Model, layer_by_layer: Callable[[], None]) -> None:
+    found = []
+    for whole in (True, False):
+        if not whole:
+            layer_by_layer()
+        rows = started(model, [40])
+        mx.eval(steps(rows, 2))
+        other = Rows(model)
+        other.join(copy.deepcopy(rows.caches), None)
+        pairs = [(steps(rows, 1, at), steps(other, 1, at + 3)) for at in range(4)]
+        joined = Rows(model)
+        joined.join(rows.copy(0), None)
+        joined.join(other.copy(0), None)
+        found.append([*(part for pair in pairs for part in pair), steps(joined, 2), steps(rows, 1)])
+        joined.leave(0)
+        found[-1].append(steps(joined, 2))
+        mx.eval(found)
+    for ours, expected in zip(*found, strict=True):
+        assert close(ours, expected)
+
+
+def test_what_is_running_outlives_model_and_caches() -> None:
+    model = tiny.random_model(tiny.scaled_config(320))
+    expected = steps(started(model, [20]), 6)
+    mx.eval(expected)
+    pending = steps(started(model, [20]), 6)  # whose caches nobody has any more
+    del model
+    gc.collect()
+    junk = [mx.random.normal((1 << 14,)) for _ in range(50)]  # where they were
+    mx.eval(junk)
+    assert mx.array_equal(pending, expected)
+
+
+def test_places_outside_the_caches_give_no_numbers(model: Model) -> None:
+    rows = started(model, [5])
+    mx.eval(steps(rows, 1))
+    writer = rows.caches[0].writer
+    assert isinstance(writer, WholeStep)
+    x = mx.ones((2, model.config.model_dim))
+    for places in ([0, rows.caches[0].capacity], [-1, 0], [3, 5]):  # of the only slot, one after the other
+        assert mx.isnan(writer(x, mx.array(places))).all().item(), places
+    assert mx.isfinite(writer(x, mx.array([5, 6]))).all().item()
+    rows.caches[0].state  # noqa: B018 - which ends it
+    assert mx.isnan(writer(x, mx.array([5, 6]))).all().item()
+
+
+def test_other_caches_and_more_rows_are_stepped_by_mlx(model: Model) -> None:
+    few = model.in_c(1)
+    assert few is not None
+    rows = started(model, [5])
+    assert whole_step(few, rows.caches, 17, 5) is None
+    quantized = make_prompt_cache(tiny.random_model(tiny.scaled_config(320, head_dim=64)), kv_bits=8)
+    assert whole_step(few, quantized, 1, 5) is None
+    half = KVCache()
+    half.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.float16)] * 2)
+    assert whole_step(few, [half], 1, 5) is None
+    many = started(model, [3] * 17)
+    mx.eval(steps(many, 2))
+    assert not writes_in_place(many)
