@@ -14,7 +14,7 @@ from elm_mlx.errors import InputError
 PANELS = {
     "Who may ask": ("host", "port", "api_key", "allow_origin", "log_prompts"),
     "Memory": ("max_memory", "kv_cache_bytes", "kv_bits", "max_queue"),
-    "Computation": ("prompt_lookup", "num_draft_tokens", "compute_dtype"),
+    "Computation": ("prompt_lookup", "draft_model", "num_draft_tokens", "compute_dtype"),
 }
 # Of freed memory: what draws for 16 rows of logits take each step; caches and weights are larger, and are given back.
 _KEPT_ARRAY, _KEPT_BYTES = 1 << 24, 1 << 28
@@ -52,6 +52,7 @@ def serve(
     kv_bits: options.KvBits = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; others are refused.")] = 64,
     prompt_lookup: options.PromptLookup = False,
+    draft_model: options.DraftModel = None,
     num_draft_tokens: options.NumDraftTokens = None,
     compute_dtype: options.ComputeDtype = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the web chat in a browser.")] = False,
@@ -71,11 +72,12 @@ def serve(
             raise InputError(f"--allow-origin {origin}: a site without a path is needed, as https://example.org, or *")
     limit = None if max_memory is None else _bytes("--max-memory", max_memory)
     prefixes = None if kv_cache_bytes is None else _bytes("--kv-cache-bytes", kv_cache_bytes)
-    from elm_mlx.inference.speculation import MOST_DRAFTED, DraftOptions
+    from elm_mlx.inference.speculation import DraftOptions
 
-    drafts = DraftOptions(prompt_lookup, None, num_draft_tokens)
+    drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
     bound = listen(host, port)
     from elm_mlx import device
+    from elm_mlx.inference.drafts import load_draft_model
     from elm_mlx.inference.engine import Engine
     from elm_mlx.serve.app import Service
     from elm_mlx.serve.served_models import load_models
@@ -84,13 +86,15 @@ def serve(
     free = device.available_memory()
     limit = int(0.8 * free) if limit is None and free is not None else limit or 8 << 30
     served = load_models(models, adapter or (), compute_dtype, note)
+    targets = [model.loaded for model in served.values()]
     engine = Engine(
         {name: model.loaded for name, model in served.items()},
         max_memory=limit,
         max_queue=max_queue,
         prefix_bytes=limit // 4 if prefixes is None else prefixes,
         kv_bits=kv_bits,
-        drafted=(drafts.most or MOST_DRAFTED) if drafts.prompt_lookup else 0,
+        drafted=drafts.drafted,
+        draft_model=None if drafts.directory is None else load_draft_model(drafts.directory, *targets),
     )
     app = Guard(Service(engine, served, log_prompts).app(), host, api_key, allow_origin or (), note)
     url = url_of(bound, host)

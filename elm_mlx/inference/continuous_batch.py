@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx.inference.drafts import PromptLookup
+from elm_mlx.inference.drafts import DraftSource, ModelDrafts, PromptLookup
 from elm_mlx.inference.generation import checked
 from elm_mlx.inference.prefix_tree import BLOCK
 from elm_mlx.inference.requests import Failed, Generated, OpenRequest, ScoredToken
@@ -17,7 +17,7 @@ from elm_mlx.inference.rows import Rows
 from elm_mlx.inference.sampling import joined
 from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model import ops
-from elm_mlx.model.cache import make_prompt_cache, row_capacity, row_slots
+from elm_mlx.model.cache import KVCache, make_prompt_cache, row_capacity, row_slots
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import Loaded
 
@@ -29,7 +29,8 @@ class ContinuousBatch:
     rows are theirs.
 
     Args:
-        drafted: tokens that prompt lookup guesses for a step at most; 0 for none.
+        drafted: tokens that are guessed for a step at most; 0 for none.
+        draft_model: guesses them; None for prompt lookup.
 
     Attributes:
         answers: in the order of `rows`.
@@ -38,7 +39,9 @@ class ContinuousBatch:
         drafts: guesses that were verified since the start, and those of them that were right.
     """
 
-    def __init__(self, loaded: Loaded, kv_bits: int | None = None, drafted: int = 0) -> None:
+    def __init__(
+        self, loaded: Loaded, kv_bits: int | None = None, drafted: int = 0, draft_model: Model | None = None
+    ) -> None:
         self.model: Model = loaded.model
         self.tokenizer = loaded.tokenizer
         self.rows = Rows(loaded.model)
@@ -46,25 +49,31 @@ class ContinuousBatch:
         self.logits: mx.array | None = None
         self._chosen: tuple[list[OpenRequest], mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]] | None = None
         self.new_caches = partial(make_prompt_cache, loaded.model, kv_bits)
-        probe = self.new_caches()
-        mx.eval(loaded.model.transformer(mx.array([[0]]), probe), [cache.state for cache in probe])
-        per_row = sum(cache.nbytes for cache in probe)
-        self._position_bytes, self._state_bytes = (
-            (per_row // probe[0].capacity, 0) if probe[0].is_trimmable() else (0, per_row)
-        )
+        self._position_bytes, self._state_bytes = _cache_bytes(self.model, self.new_caches())
         self.drafts = (0, 0)
         self._drafted = 0 if self.keeps_states else drafted
         self._pace = DraftPace(drafted) if self._drafted else None
+        self._model_drafts = (
+            ModelDrafts(draft_model, self.model.config.vocab_size)
+            if draft_model is not None and self._drafted
+            else None
+        )
+        self._draft_position_bytes, self._draft_context = 0, 0
+        if draft_model is not None and self._drafted:
+            self._draft_position_bytes, _ = _cache_bytes(draft_model, make_prompt_cache(draft_model))
+            self._draft_context = draft_model.config.max_context_length
+        self._drafted_for: OpenRequest | None = None  # whose text the draft model has
         self._stepped = False  # the last launch was a step of one answer
         self._reported: float | None = None  # when the token before such a step was
 
     def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Returns what the caches of rows take that grow to `lengths`."""
+        """Returns what the caches of rows take that grow to `lengths`, and the draft model's for one of them."""
         if not lengths:
             return 0
         slots, capacity = row_slots(len(lengths)), row_capacity(max(lengths))
         states = sum(1 + length // BLOCK for length in lengths)  # those after each block are kept for the prefix tree
-        return slots * capacity * self._position_bytes + states * self._state_bytes
+        drafts = row_capacity(min(max(lengths), self._draft_context)) * self._draft_position_bytes
+        return slots * capacity * self._position_bytes + states * self._state_bytes + drafts
 
     @property
     def block_bytes(self) -> int:
@@ -90,7 +99,7 @@ class ContinuousBatch:
         self.rows.join(task.caches, task.ids)
         task.caches, self._reported = [], None
         if self._pace is not None and task.grammar is None:
-            task.lookup = PromptLookup()
+            task.drafts = PromptLookup() if self._model_drafts is None else self._model_drafts
         self.answers.append(task)
         self.logits = logits if self.logits is None else mx.concatenate([self.logits, logits])
 
@@ -149,22 +158,21 @@ class ContinuousBatch:
 
         Those that are right are chosen with it. Returns False where nothing was fed.
         """
-        if answer.lookup is None:
+        if answer.drafts is None:
             return False
-        for token in answer.ids[len(answer.lookup) :]:
-            answer.lookup.add(token)
+        source = self._read_on(answer, answer.drafts)
         most = min(self._drafted, answer.left - 1, self.rows.together() - 1)
-        if not pace.choose(answer.lookup.offers(most + 1)[1:]):  # as far as it is known without waiting
+        if not pace.choose(source.offers(most + 1)[1:]):  # as far as it is known without waiting
             return False
         assert self._chosen is not None
         parts = [self._chosen[1:3]]
         fed, (answers, _, _, tops) = parts[0][0].tolist(), self._chosen
-        answer.lookup.add(fed[0])
-        count = pace.choose(answer.lookup.offers(most))
+        source.add(fed[0])
+        count = pace.choose(source.offers(most))
         if not count:
             return False
         begun, length = time.perf_counter(), self.rows.lengths[0]
-        guesses = answer.lookup.guesses(count)
+        guesses = source.draft(count, answer.request.sampler, answer.state).tolist()
         logits = self.rows.look_ahead(mx.array([*fed, *guesses]))
         for place, guess in enumerate(guesses):
             self.logits, before = logits[place : place + 1], answer.state
@@ -185,6 +193,15 @@ class ContinuousBatch:
             pace.took(1 + count, time.perf_counter() - begun)
         self._reported = None
         return True
+
+    def _read_on(self, answer: OpenRequest, source: DraftSource) -> DraftSource:
+        """Has the source of an answer's guesses read all of its text."""
+        if source is self._model_drafts and answer is not self._drafted_for:
+            source.begin(answer.ids)
+            self._drafted_for = answer
+        for token in answer.ids[len(source) :]:
+            source.add(token)
+        return source
 
     def _time(self, pace: DraftPace) -> None:
         """Takes the time since the token before, where the step of an only answer was all that it waited for."""
@@ -213,7 +230,7 @@ class ContinuousBatch:
         chosen = [] if self._chosen is None else self._chosen[0]
         answers = [*self.answers, *(answer for answer in chosen if answer not in self.answers)]
         self.answers, self.rows, self.logits, self._chosen = [], Rows(self.model), None, None
-        self._reported = None
+        self._reported = self._drafted_for = None
         return answers
 
     def _choose(self) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:
@@ -254,6 +271,13 @@ class ContinuousBatch:
             else:
                 group.append(row)
         return groups
+
+
+def _cache_bytes(model: Model, caches: list[KVCache]) -> tuple[int, int]:
+    """Returns the bytes of a position in empty caches of a text, and of a text's state."""
+    mx.eval(model.transformer(mx.array([[0]]), caches), [cache.state for cache in caches])
+    per_row = sum(cache.nbytes for cache in caches)
+    return (per_row // caches[0].capacity, 0) if caches[0].is_trimmable() else (0, per_row)
 
 
 def _deliver(answer: OpenRequest, scored: ScoredToken) -> bool:

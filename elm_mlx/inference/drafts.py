@@ -28,6 +28,9 @@ _FEW = 8  # tokens that a step takes; more are read as a prompt is
 class DraftSource(Protocol):
     """Guesses how a text goes on."""
 
+    def __len__(self) -> int:
+        """The number of tokens of the text so far."""
+
     def begin(self, text: Sequence[int]) -> None:
         """Takes another text, or the same one grown or cut."""
 
@@ -72,7 +75,6 @@ class PromptLookup:
         self.begin(())
 
     def __len__(self) -> int:
-        """The number of tokens of the text so far."""
         return len(self._text)
 
     def begin(self, text: Sequence[int]) -> None:
@@ -154,6 +156,9 @@ class ModelDrafts:
         self._made: mx.array | None = None  # the last guesses
         self._unjudged: list[int] = []  # those of them whose tokens have not come
 
+    def __len__(self) -> int:
+        return len(self._text)
+
     def begin(self, text: Sequence[int]) -> None:
         self._settle()
         self._text, self._agreeing, self._unjudged = list(text), 0, []
@@ -232,14 +237,20 @@ def check_retractable(model: Model) -> None:
         )
 
 
-def load_draft_model(directory: Path, loaded: Loaded) -> Model:
-    """Loads the model that drafts for `loaded`.
+def load_draft_model(directory: Path, *targets: Loaded) -> Model:
+    """Loads the model that drafts for `targets`.
 
     Raises:
-        InputError: it can't be read, or its vocabulary is another.
+        InputError: it can't be read, or its vocabulary is another than that of one of them.
     """
     path = reading.expanded(directory)
     draft = open_model(path)
+    for target in targets:
+        _check_vocabulary(path, draft, target)
+    return draft.model
+
+
+def _check_vocabulary(path: Path, draft: Loaded, loaded: Loaded) -> None:
     own, its = loaded.model.config.vocab_size, draft.model.config.vocab_size
     if its != own:
         raise InputError(f"{path}: has {its:,} tokens and the model {own:,}: a draft needs the same vocabulary")
@@ -251,4 +262,3 @@ def load_draft_model(directory: Path, loaded: Loaded) -> Model:
                     f"{path}: token {number} is {piece!r} and the model's {expected!r}: "
                     "a draft needs the same vocabulary"
                 )
-    return draft.model

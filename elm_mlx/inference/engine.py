@@ -69,9 +69,11 @@ class Engine:
         kv_bits: of keys and values, as of `make_prompt_cache`.
         drafted: tokens that are guessed for a step of an answer that is alone, at most, by what its text copies; 0 for
             none. The text is the same.
+        draft_model: guesses in place of that, for every model: one of their vocabulary.
 
     Raises:
-        InputError: the weights alone take more than `max_memory`; a model's keys cannot be quantized.
+        InputError: the weights alone take more than `max_memory`; a model's keys cannot be quantized; the draft model
+            has another vocabulary, or keeps a state that can't be taken back.
     """
 
     def __init__(
@@ -84,10 +86,14 @@ class Engine:
         prefix_bytes: int,
         kv_bits: int | None = None,
         drafted: int = 0,
+        draft_model: Model | None = None,
     ) -> None:
         self.max_memory, self.max_rows, self.max_queue = max_memory, max_rows, max_queue
-        self._batches = {name: ContinuousBatch(loaded, kv_bits, drafted) for name, loaded in models.items()}
-        weights = {id(array): array.nbytes for loaded in models.values() for _, array in _parameters(loaded)}
+        self._batches = {
+            name: ContinuousBatch(loaded, kv_bits, drafted, draft_model) for name, loaded in models.items()
+        }
+        held = [loaded.model for loaded in models.values()] + ([] if draft_model is None else [draft_model])
+        weights = {id(array): array.nbytes for model in held for _, array in tree_flatten(model.parameters())}
         self._weight_bytes = sum(weights.values())
         if self._weight_bytes > max_memory:
             raise InputError(
@@ -515,10 +521,6 @@ def _score(model: Model, hidden: mx.array, task: OpenRequest, start: int) -> Non
         )
         for token, logprob, top in zip(part, logprobs.tolist(), likeliest, strict=True):
             task.scored.append(ScoredToken(token, checked(logprob), top))
-
-
-def _parameters(loaded: Loaded) -> list[tuple[str, mx.array]]:
-    return tree_flatten(loaded.model.parameters())
 
 
 def _as_error(error: Exception) -> ElmError:

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from elm_mlx.errors import ElmError
-from elm_mlx.inference.drafts import PromptLookup
+from elm_mlx.inference.drafts import DraftSource
 from elm_mlx.inference.generation import TextStream
 from elm_mlx.inference.grammar import Grammar, GrammarState
 from elm_mlx.inference.prefix_tree import BLOCK, Layers
@@ -134,8 +134,8 @@ class EngineStatistics:
             their longest, of the prefix tree, and what all of them may take together.
         read_tokens, cached_tokens, generated_tokens: of prompts, those that were computed and those that were found
             in the prefix tree, and of answers, since the start.
-        drafted_tokens, accepted_tokens: those that prompt lookup guessed and that were verified, and those of them that
-            were right, since the start.
+        drafted_tokens, accepted_tokens: those that were guessed and verified, and those of them that were right, since
+            the start.
         finished, cancelled, failed, refused: requests since the start; those `refused` had no place in the queue.
     """
 
@@ -177,7 +177,7 @@ class OpenRequest:
         ids: the prompt, and what has been generated so far.
         most: tokens that may be generated.
         snapshots: the states of a network without keys after each block of the prompt.
-        lookup: guesses what `ids` copy, up to where it has read them; None where nothing is guessed.
+        drafts: guesses how `ids` go on; None where nothing is guessed.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class OpenRequest:
         self.state = State()
         self.grammar: GrammarState | None = None
         self.bias: mx.array | None = None
-        self.lookup: PromptLookup | None = None
+        self.drafts: DraftSource | None = None
         self.over = False
         self._on_event = on_event
         self._lock = threading.RLock()

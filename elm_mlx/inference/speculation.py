@@ -197,12 +197,15 @@ class DraftOptions:
 
     def __post_init__(self) -> None:
         if self.most is not None and not self.prompt_lookup and self.directory is None:
-            raise InputError(
-                "--num-draft-tokens is of guesses: --prompt-lookup, or in generate and chat --draft-model, makes them"
-            )
+            raise InputError("--num-draft-tokens is of guesses: --prompt-lookup or --draft-model makes them")
         _check(self.prompt_lookup, self.directory is not None, self.most or MOST_DRAFTED)
         if self.directory is not None:
             read_config(self.directory)
+
+    @property
+    def drafted(self) -> int:
+        """Tokens of a draft, at most; 0 where nothing is guessed."""
+        return (self.most or MOST_DRAFTED) if self.prompt_lookup or self.directory is not None else 0
 
     def load(self, loaded: Loaded) -> dict[str, Any]:
         """Returns the options of `stream_generate` and `Chat`. Raises InputError for a model of another vocabulary."""

@@ -112,7 +112,7 @@ def test_drafts_that_cannot_be_are_refused(run: Run, endless: Path, tmp_path: Pa
         (("--draft-model", tmp_path / "none"), "none"),
         (("--draft-model", tokenizer), r"token \d+ is '.*' and the model's '.*': a draft needs the same vocabulary"),
         (("--draft-model", endless, "--prompt-lookup"), "give one of the two"),
-        (("--num-draft-tokens", 3), "--prompt-lookup, or in generate"),
+        (("--num-draft-tokens", 3), "--prompt-lookup or --draft-model"),
         (("--prompt-lookup", "--num-draft-tokens", 99), "from 1 to 31"),
     ):
         refused(run("generate", endless, "-p", "x", *flags), message)

@@ -38,7 +38,7 @@ from elm_mlx.inference.requests import (
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.inference.speculation import DraftPace
-from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.cache import make_prompt_cache, row_capacity
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import Loaded, load_model
 from elm_mlx.text.tokenizer import Tokenizer
@@ -184,6 +184,44 @@ def test_guesses_change_no_answer(
     statistics = guessing.statistics()
     assert statistics.drafted_tokens > statistics.accepted_tokens > 50
     assert engine.statistics().drafted_tokens == 0
+
+
+@pytest.mark.parametrize("seed", [2, 9], ids=["its-own", "another"])
+def test_a_draft_model_changes_no_answer_whoever_comes_between(
+    model: Model, tiny_tokenizer: Tokenizer, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DraftPace, "choose", lambda self, likely: len(likely))
+    draft = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size, max_context_length=200), seed=seed)
+    engine, plain = made(model, tiny_tokenizer, drafted=5, draft_model=draft), made(model, tiny_tokenizer)
+    batch, usual = engine._batches["tiny"], plain._batches["tiny"]
+    assert batch.bytes_of([600]) - usual.bytes_of([600]) == sum(
+        cache.nbytes for cache in full_caches(draft)
+    )  # whose context is all that it reads
+    assert engine.statistics().weight_bytes == 2 * plain.statistics().weight_bytes
+    sampler = Sampler(0.7, top_p=0.95)
+    for length in (5, 150, 30):  # in the second the draft's context ends, in the third another text stands in it
+        asked = [(prompt(length, number), 20 * number) for number in (5, 1, 2)]
+        heard = [ask(engine, ids, count, sampler=sampler, seed=number) for number, (ids, count) in enumerate(asked)]
+        for number, ((ids, count), each) in enumerate(zip(asked, heard, strict=True)):
+            assert each.tokens() == alone(model, ids, count, sampler, seed=number)
+    statistics = engine.statistics()
+    assert statistics.accepted_tokens > 50 if seed == 2 else statistics.drafted_tokens > 50
+    engine.close(10)
+    plain.close(10)
+
+
+def full_caches(model: Model) -> Any:
+    """Returns caches of a text as long as the model's context, with the room that rows' have."""
+    caches = make_prompt_cache(model)
+    mx.eval(prefill(model, [5] * model.config.max_context_length, caches))
+    for cache in caches:
+        cache.reserve(row_capacity(cache.offset))
+    return caches
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(model: Model, tiny_tokenizer: Tokenizer) -> None:
+    with pytest.raises(InputError, match="a draft needs a model of the same vocabulary"):
+        made(model, tiny_tokenizer, drafted=5, draft_model=tiny.random_model(tiny.scaled_config(96)))
 
 
 def test_right_guesses_come_in_fewer_steps_and_end_where_the_text_does(

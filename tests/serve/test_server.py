@@ -71,6 +71,19 @@ def test_it_answers_and_ends_when_it_is_told_to(talker_dir: Path, tiny_model_dir
     assert " POST /v1/chat/completions 200 " in err and "Traceback" not in err
 
 
+def test_a_draft_model_guesses(tiny_model_dir: Path) -> None:
+    asked = {"model": "model", "prompt": "hello", "max_tokens": 100, "temperature": 0}
+    texts = []
+    for drafts in ((), ("--draft-model", tiny_model_dir, "--num-draft-tokens", 4)):
+        with started(tiny_model_dir, *drafts) as (_, url):
+            texts.append(ask(f"{url}v1/completions", asked)["choices"][0]["text"])
+            with urllib.request.urlopen(f"{url}metrics") as response:
+                figures = response.read().decode()
+    assert texts[0] == texts[1]
+    found = re.search(r"^elm_mlx_drafted_tokens\S* (\d+)", figures, re.MULTILINE)
+    assert found is not None and int(found[1]) > 0
+
+
 def test_answers_in_flight_come_to_their_end_and_others_are_refused(talker_dir: Path) -> None:
     with serving.serving([talker_dir], engine=ScriptedEngine()) as server:
         heard: queue.Queue[Any] = queue.Queue()
@@ -144,6 +157,9 @@ def test_what_cannot_be_started_is_one_line(run: Run, tiny_model_dir: Path, monk
             (["--max-memory", "lots"], "8GB"),
             (["--max-memory", "1KB", "--port", "0"], "allow more"),
             (["--adapter", "x=nowhere", "--port", "0"], "nowhere"),
+            (["--draft-model", "nowhere", "--port", "0"], "nowhere"),
+            (["--draft-model", tiny_model_dir, "--prompt-lookup", "--port", "0"], "give one of the two"),
+            (["--num-draft-tokens", "3", "--port", "0"], "--draft-model"),
             (["--port", "99999"], "port"),
         ):
             found, out, err = run("serve", tiny_model_dir, *arguments)
