@@ -251,11 +251,21 @@ def use_toml(path: Path) -> None:
     made.model.config(320, 1, 2).parameters  # noqa: B018
 
 
+def _said(role: str) -> dict[str, Any]:
+    return {"author": {"role": role}, "content": {"content_type": "text", "parts": ["the fox"]}, "weight": 1.0}
+
+
 def write_records(path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"text": "the quick fox"}, {"prompt": "the", "completion": "fox"}, {"messages": CONVERSATION[:3]},
         {"instruction": "jump", "input": "", "output": "over"}, {"text": "Grüße 日本", "weight": 2},
         {"prompt": "a", "chosen": "b", "rejected": "c", "system": "s"},
+        {"conversations": [
+            {"from": "human", "value": "the"}, {"from": "function_call", "value": '{"name": "f", "arguments": {}}'},
+            {"from": "observation", "value": "fox"}, {"from": "gpt", "value": [{"type": "text", "text": "dog"}]},
+        ], "tools": '[{"name": "f"}]'},
+        {"mapping": {"a": {"parent": None, "children": ["b"], "message": _said("user")},
+                     "b": {"parent": "a", "children": [], "message": _said("assistant")}}, "current_node": "b"},
     ]  # fmt: skip
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     (path / "a.jsonl").write_bytes(lines)

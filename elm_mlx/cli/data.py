@@ -130,6 +130,13 @@ def _print_split(name: str, prepared: Prepared, paired: bool, weights: Sequence[
     print(f"{name}: {heading}")
     share = prepared.trained_tokens / prepared.tokens
     lines = [
+        # Elsewhere what kinds of examples there are says it.
+        (
+            "format",
+            ", ".join(f"{name} ({count:,})" for name, count in prepared.formats.items())
+            if "conversation" in prepared.counts
+            else "",
+        ),
         *_remarks(prepared),
         *mixed(prepared, rows.draws),
         ("tokens", f"{prepared.tokens:,}, {prepared.trained_tokens:,} of them trained ({share:.1%})"),

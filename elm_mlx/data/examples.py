@@ -290,7 +290,7 @@ class Prepared:
         bad: place and reason of each record that gave no example because it cannot be used.
         ignored: keys of records without meaning here, each with how many records have it.
         missing: a line about shards that are not there.
-        columns: a line for each choice of columns, with the number of files.
+        columns, formats: as `records.Split` has them.
         written: names of special tokens that stand in the records' texts, with how often.
         longest: the longest record's tokens, and its place.
         split: texts that were split, into `windows` examples.
@@ -310,6 +310,7 @@ class Prepared:
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
     columns: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
     written: Counter[str] = field(default_factory=Counter)
     longest: tuple[int, str] = (0, "")
     split: int = 0
@@ -443,9 +444,8 @@ def _joined(splits: Sequence[Prepared]) -> Prepared:
         whole.lengths += other.lengths
         whole.parts += other.parts
         whole.bad += other.bad
-        for counts, more in ((whole.counts, other.counts), (whole.ignored, other.ignored),
-                             (whole.columns, other.columns), (whole.written, other.written)):  # fmt: skip
-            counts.update(more)
+        for name in ("counts", "ignored", "columns", "formats", "written"):
+            getattr(whole, name).update(getattr(other, name))
         whole.missing = "; ".join(filter(None, (whole.missing, other.missing))) or None
         whole.longest = max(whole.longest, other.longest, key=lambda longest: longest[0])
         whole.split, whole.windows = whole.split + other.split, whole.windows + other.windows
@@ -478,8 +478,9 @@ def prepare(
     """
     encoder = Encoder(tokenizer, template, train_on_prompt)
     prepared = Prepared(
-        max_length, truncate, context, ignored=split.ignored, missing=split.missing, columns=split.columns
-    )
+        max_length, truncate, context, ignored=split.ignored, missing=split.missing, columns=split.columns,
+        formats=split.formats,
+    )  # fmt: skip
     for record in split.records:
         if isinstance(record, BadRecord):
             prepared.bad.append(str(record))

@@ -130,12 +130,14 @@ class Split:
         ignored: keys without meaning here, each with how many of the other records have it.
         missing: a line about shards that are not there.
         columns: a line for each choice of columns of which keys have other names, with the number of files.
+        formats: how many records were taken for each format.
     """
 
     records: Iterable[Record | BadRecord] = ()
     ignored: Counter[str] = field(default_factory=Counter)
     missing: str | None = None
     columns: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
 
 
 def read(
@@ -183,8 +185,8 @@ def are_pairs(path: str | Path, columns: Columns | None = None) -> bool:
     return _is_pair(next((value for _, value in found if isinstance(value, dict)), None))
 
 
-def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record, list[str]]:
-    """Returns the record that a JSON value is, and its keys without meaning. Raises BadRecord.
+def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record, str, list[str]]:
+    """Returns the record that a JSON value is, its format, and its keys without meaning. Raises BadRecord.
 
     Args:
         format: one of FORMATS, or `pairs`; by default the value's keys tell.
@@ -198,7 +200,8 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
     messages.refuse(value, _NOT_USED, "")
     if value.get("weight") not in (None, 1, "", "1"):  # of CSV, a text
         raise BadRecord("has a `weight`, but all records count the same; a message may have one, 0 or 1")
-    layout = _LAYOUTS[_format_of(value) if format is None else format]
+    format = _format_of(value) if format is None else format
+    layout = _LAYOUTS[format]
     missing = next((key for key in layout.keys if key not in value), None)
     if missing and layout.keys == _PAIR:
         hint = f"; {_FOR_LORA}" if _has_a_format(value) else ""
@@ -207,11 +210,11 @@ def record_of(where: str, value: Any, format: str | None = None) -> tuple[Record
         raise BadRecord(f"`{missing}` is missing; it has {keys_of(value)}")
     record = layout.make(where, value)
     if "mapping" in layout.keys:  # of a program that writes many more, about each conversation
-        return record, []
+        return record, format, []
     said = next((messages.unpacked(value[key]) for key in layout.keys if key in ("messages", "conversations")), ())
     inner = dict.fromkeys(key for message in said for key in message if key not in messages.KNOWN)
     ignored = [key_of(key) for key in value if key not in layout.known]
-    return record, ignored + [f"{key_of(key)} of messages" for key in inner]
+    return record, format, ignored + [f"{key_of(key)} of messages" for key in inner]
 
 
 def _records(
@@ -231,12 +234,13 @@ def _records(
                 raise InputError(f"{where}: {_FOR_DPO}, and `elm-mlx data` shows them")
             count += 1
             try:
-                record, ignored = _taken(where, value, format, columns)
+                record, found, ignored = _taken(where, value, format, columns)
             except BadRecord as error:
                 of_lora += str(error).endswith(_FOR_LORA)
                 yield BadRecord(f"{where}: {error}")
                 continue
             split.ignored.update(ignored)
+            split.formats[found] += 1
             yield record
     names = ", ".join(map(str, paths))
     if not count:
@@ -252,13 +256,13 @@ def _wanted(columns: Columns | None, format: str | None) -> Collection[str]:
     return _LAYOUTS["pairs"].known if format == "pairs" else _COLUMNS
 
 
-def _taken(where: str, value: Any, format: str | None, columns: Columns | None) -> tuple[Record, list[str]]:
+def _taken(where: str, value: Any, format: str | None, columns: Columns | None) -> tuple[Record, str, list[str]]:
     """The record in some columns of a value, as `record_of`. Raises BadRecord, in the words of the file."""
     if columns is None or not isinstance(value, dict):
         return record_of(where, value, format)
     chosen, others = columns.renamed(value)
     try:
-        return record_of(where, chosen, format)[0], others
+        return *record_of(where, chosen, format)[:2], others
     except BadRecord as error:
         raise BadRecord(columns.by_column(str(error))) from None
 

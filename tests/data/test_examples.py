@@ -21,6 +21,7 @@ from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert import tokenizers
 
 LLAMA = Path(__file__).parents[2] / ".." / "shared" / "data" / "tokenizer" / "llama2.model"
+TRL = Path(__file__).parents[1] / "fixtures" / "chat_templates.json"
 NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
 SOURCES = {"openelm": OPENELM_INSTRUCT_JINJA, "chatml": CHATML, "llama": LLAMA_CHAT, "plain": PLAIN}
 
@@ -163,6 +164,20 @@ class TestCalls:
         )
         asked = template.encode(self.TALK[:1], tools=self.TOOLS)
         assert list(example.ids[: len(asked)]) == asked and not any(example.trained[: len(asked)])
+
+    @pytest.mark.parametrize("name", ["qwen2_5", "qwen2_5_training", "qwen3_training", "glm4moe"])
+    def test_templates_of_real_models(self, tmp_path: Path, name: str) -> None:
+        """What is trained are the call with all of its markup and the answer, each with what ends it."""
+        controls = "<|im_start|>,<|im_end|>,<tool_call>,</tool_call>,<tool_response>,</tool_response>"
+        tokenizer = Tokenizer.load(train(tmp_path / "tokenizer.model", **EXACT, control_symbols=controls))
+        source = json.loads(TRL.read_text("utf-8"))["templates"][f"trl/{name}"]["template"]
+        template = JinjaTemplate(tokenizer, source, name, {"bos_token": "<s>", "eos_token": "<|im_end|>"})
+        text = shown(tokenizer, Encoder(tokenizer, template).encode(Conversation("here", self.TALK, tools=self.TOOLS)))
+        calls, answer = (part.partition("]")[0] for part in text.rpartition("quick?")[2].split("[")[1:])
+        assert calls.count("<tool_call>") == calls.count("</tool_call>") == 2 and "fox" in calls and "dog" in calls
+        assert "lazy" not in calls + answer and "old" in answer
+        ends = "<|im_end|>" if name != "glm4moe" else ""
+        assert calls.endswith("</tool_call>" if ends == "" else ends) and answer.endswith(ends)
 
     @pytest.mark.parametrize("name", ["call", "calls"])
     def test_a_call_that_a_message_names_is_no_token(self, tokenizer: Tokenizer, name: str) -> None:

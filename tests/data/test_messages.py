@@ -27,7 +27,7 @@ RESULT = {"role": "tool", "content": "23 °C"}
 
 
 def made(value: Any) -> Conversation:
-    record, _ = records.record_of("here", value)
+    record, _, _ = records.record_of("here", value)
     assert isinstance(record, Conversation)
     return record
 
@@ -129,8 +129,8 @@ def test_pairs_of_sharegpt() -> None:
         "conversations": [{"from": "human", "value": "Weather?"}], "chosen": {"from": "gpt", "value": "Fine."},
         "rejected": {"from": "gpt", "value": "No."}, "tools": [FUNCTION],
     }  # fmt: skip
-    record, ignored = records.record_of("here", value, "pairs")
-    assert isinstance(record, Preference) and ignored == []
+    record, format, ignored = records.record_of("here", value, "pairs")
+    assert isinstance(record, Preference) and (format, ignored) == ("pairs", [])
     assert (record.prompt, record.chosen, record.rejected, record.tools) == ((ASKED,), "Fine.", "No.", TOOLS)
     answered = record.answered(record.chosen)
     assert isinstance(answered, Conversation) and answered.tools == TOOLS and answered.messages == (ASKED, SAID)

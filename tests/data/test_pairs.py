@@ -60,7 +60,7 @@ LONG = [user("an old king"), assistant("told stories"), user("the fox")]
 
 
 def preference(where: str, value: Any) -> Preference:
-    record, _ = record_of(where, value, "pairs")
+    record, _, _ = record_of(where, value, "pairs")
     assert isinstance(record, Preference)
     return record
 
