@@ -15,7 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from elm_mlx import device, reading, safetensors_file
+from elm_mlx import blas, device, reading, safetensors_file
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
@@ -26,6 +26,7 @@ from elm_mlx.store.loading import pending, pending_packed
 GROUP_SIZE = 64  # of quantized weights, as mlx-lm's default
 _BLOCK = 1 << 20  # values that are drawn
 _ROOM = 1.15  # of a model's bytes, while it is loaded
+OURS = ("ours", "naive", "prompt-lookup")  # sides that are this package
 _KEPT = 0.9  # of the free memory, or disk, may be taken
 _PROCESS = 300_000_000  # Python, MLX and buffers
 
@@ -107,17 +108,20 @@ def config_of(path: Path) -> ModelConfig | None:
         return None
 
 
-def memory_needed(config: ModelConfig | None, stored: int, dtype: str | None, cases: Sequence[Case]) -> int:
+def memory_needed(
+    config: ModelConfig | None, stored: int, dtype: str | None, cases: Sequence[Case], side: str = "ours"
+) -> int:
     """Estimates the bytes that one side takes at its worst moment, with a model of `stored` bytes.
 
-    Weights are counted in the type that is computed in, on a CPU by default float32; the cache twice, as it grows by
-    copying.
+    Weights are counted as they are stored where the side reads them so, else in the type that is computed in, on a CPU
+    by default float32; the cache twice, as it grows by copying.
     """
     if config is None:
         return round(_ROOM * stored) + _PROCESS
     wide = dtype or (None if device.on_gpu() else "float32")
     size = 2 if wide is None else int(device.DTYPES[wide].size)
-    weights = stored if wide is None else config.parameters * size
+    as_stored = wide is None or side == "llama.cpp" or (side in OURS and blas.reads_stored() and dtype != "float32")
+    weights = stored if as_stored else config.parameters * size
     positions = max(case.prompt + case.new for case in cases)
     batch, read = max(case.batch for case in cases), min(PREFILL_STEP, max(case.prompt for case in cases))
     cache = batch * config.kv_bytes_per_token(size) * positions

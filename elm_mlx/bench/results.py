@@ -173,7 +173,8 @@ def _share(case: Case, about: About) -> float:
 def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
     """The bounds of ours: `prompt`, of the time to the first token, and `decode`, of a step half way through.
 
-    Every weight is read at least once, in a step every position's keys and values too. None where it is not known.
+    Every weight is read at least once, in a step every position's keys and values too. None where it is not known, as
+    of prompts in bfloat16 on a CPU.
     """
     case, about = row.case, row.about.get("ours")
     first, rate = row.spread("ours", "first"), row.spread("ours", "decode")
@@ -189,6 +190,8 @@ def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
 
     half = case.prompt + case.new // 2
     return {
-        "prompt": bound(case.prompt, causal(case.prompt), case.prompt, first.median) if first else None,
+        "prompt": bound(case.prompt, causal(case.prompt), case.prompt, first.median)
+        if first and not about.rounds
+        else None,
         "decode": bound(1, half, half, case.batch / rate.median) if rate else None,
     }

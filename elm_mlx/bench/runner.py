@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
 
-_PAUSE = 0.25  # seconds before each measurement: a BLAS's threads spin on after the other side's last product
+_PAUSE = 0.25  # seconds before each measurement: a BLAS's threads spin on after another side's last product
 _WARM_TOKENS = 8  # that follow the prompt in the measurement that doesn't count
 
 
@@ -114,7 +115,7 @@ class _SameModel:
                 path = models.prepare(model, precision, Path(own))
                 config = models.config_of(path)
                 stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
-                self._start(path, models.memory_needed(config, stored, dtype, cases))
+                self._start(path, partial(models.memory_needed, config, stored, dtype, cases))
                 self._measure_machine(config)
             except Unavailable as error:
                 yield from (Row(case, skipped={"ours": str(error)}) for case in cases)
@@ -124,13 +125,16 @@ class _SameModel:
                 for side in self.open:
                     side.close()
 
-    def _start(self, path: Path, needed: int) -> None:
-        """Starts the sides, ours first: the others compute in the same type. Raises Unavailable of ours."""
+    def _start(self, path: Path, needed: Callable[[str], int]) -> None:
+        """Starts the sides, ours first: the others compute in the same type. Raises Unavailable of ours.
+
+        `needed` tells the bytes that a side takes.
+        """
         dtype = self.suite.compute_dtype
         for name in ("ours", *self.suite.against):
             self.on_progress(f"{path.name}: loading, {name}")
             try:
-                models.check_memory(needed)
+                models.check_memory(needed(name))
                 side = sides.start(name, path, dtype, self.programs)
             except Unavailable as error:
                 if name == "ours":
@@ -146,6 +150,7 @@ class _SameModel:
         dtype, speeds, norms = self.open[0].about.dtype, self.results.speeds, self.results.norms
         if dtype not in speeds.matmul:
             self.on_progress(f"measuring the machine in {dtype}")
+            time.sleep(_PAUSE)
             found = machine.measure(dtype)
             self.results.speeds = replace(
                 found, matmul=speeds.matmul | found.matmul, bandwidth=max(speeds.bandwidth, found.bandwidth)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 import tiny
 
-from elm_mlx import device
+from elm_mlx import blas, device
 from elm_mlx.bench import models
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
@@ -69,13 +69,19 @@ def test_what_is_no_model_is_named(tmp_path: Path) -> None:
         models.check(str(tmp_path))
 
 
-def test_memory_is_weights_in_what_is_computed_in_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_weights_as_they_are_held_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     cases = [Case("OpenELM-1_1B", "bfloat16", 128, 128)]
     config = ModelConfig.preset("OpenELM-1_1B")
 
-    def needed(precision: str, dtype: str | None, cases: list[Case]) -> int:
-        return models.memory_needed(config, models.stored_bytes(config, precision), dtype, cases)
+    def needed(precision: str, dtype: str | None, cases: list[Case], side: str = "ours") -> int:
+        return models.memory_needed(config, models.stored_bytes(config, precision), dtype, cases, side)
 
+    monkeypatch.setattr(blas, "reads_stored", lambda: True)
+    for side in ("ours", "naive", "llama.cpp"):
+        assert 0.5 * config.parameters < needed("4bit", None, cases, side) < 1.4 * config.parameters
+    for side, dtype in (("mlx-lm", None), ("pytorch", None), ("ours", "float32")):
+        assert 4 * config.parameters < needed("4bit", dtype, cases, side) < 5.5 * config.parameters
+    monkeypatch.setattr(blas, "reads_stored", lambda: False)
     wide = needed("bfloat16", None, cases)
     assert 4 * config.parameters < wide < 5.5 * config.parameters
     assert 2 * config.parameters < needed("bfloat16", "bfloat16", cases) < 0.6 * wide

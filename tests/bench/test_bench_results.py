@@ -32,6 +32,9 @@ def test_what_bounds_a_prompt_and_a_step_by_hand() -> None:
     step = found["decode"]
     assert step is not None and (step.flops, step.bytes, step.by) == (200 + 48 + 60, 4000 + 96, "bandwidth")
     assert step.share == pytest.approx(4096 / 2e6 * 95)
+    rounding = row()
+    rounding.about["ours"] = replace(rounding.about["ours"], rounds=True)
+    assert bounds(rounding, SPEEDS) == {"prompt": None, "decode": step}
 
 
 def test_several_texts_share_the_weights() -> None:
