@@ -35,6 +35,34 @@ static void pack(const float *rows, long step, int there, int across, int deep, 
     for (int i = 0; i < LANES; i++) packed[at * across + i] = i < there ? rows[i * step + at] : 0;
 }
 
+/* The same of rows in bfloat16, an even number of numbers, of which a word holds two. */
+static void pack_halves(const unsigned char *rows, long step, int there, int across, int deep, float *packed) {
+  float turned[LANES * LANES] __attribute__((aligned(64)));
+  for (int at = 0; at < deep; at += 2 * LANES) {
+    int count = clamp(deep - at, 2 * LANES) / 2;
+    pack((const float *)rows + at / 2, step / 4, there, LANES, count, turned);
+    for (int i = 0; i < count; i++) {
+      words both = *(const words *)(turned + i * LANES);
+      *(words *)(packed + (at + 2 * i) * across) = both << 16;
+      *(words *)(packed + (at + 2 * i + 1) * across) = both & 0xffff0000;
+    }
+  }
+}
+
+/* Some columns, LANES or fewer, from a number on, so many numbers deep, as `pack` lays them out. */
+static void lay_out(const struct product *p, int j, int there, int q, int deep, float *packed) {
+  static _Thread_local float wide[LANES * DEPTH] __attribute__((aligned(64)));
+  const struct stored *s = p->stored;
+  if (!s) {
+    pack(p->b + j * p->b_step + q, p->b_step, there, ACROSS, deep, packed);
+  } else if (s->type == BFLOAT16 && p->k % 2 == 0) {
+    pack_halves(row_of(s, j) + 2 * q, s->row_bytes, there, ACROSS, deep, packed);
+  } else {
+    widen(s, j, there, q, q + deep, wide, DEPTH);
+    pack(wide, DEPTH, there, ACROSS, deep, packed);
+  }
+}
+
 /* Where the numbers of a column begin, from one on, and how many bytes so many take. */
 static inline const unsigned char *column_at(const struct product *p, int j, int q) {
   const struct stored *s = p->stored;
@@ -46,7 +74,6 @@ static inline long bytes_of(const struct product *p, int count) {
 }
 
 static void many_rows(const struct product *p, int from, int to) {
-  static _Thread_local float wide[LANES * DEPTH] __attribute__((aligned(64)));
   static _Thread_local float packed[ACROSS * DEPTH] __attribute__((aligned(64)));
   float edge[TALL * ACROSS];
   int heights = (p->m + TALL - 1) / TALL;
@@ -54,12 +81,8 @@ static void many_rows(const struct product *p, int from, int to) {
     for (int q = 0, deep; q < p->k; q += deep) {
       int count = clamp(to - j, ACROSS);
       deep = clamp(p->k - q, DEPTH);
-      for (int line = 0; line < ACROSS; line += LANES) {
-        int there = clamp(count - line, LANES);
-        if (p->stored) widen(p->stored, j + line, there, q, q + deep, wide, DEPTH);
-        pack(p->stored ? wide : p->b + (j + line) * p->b_step + q, p->stored ? DEPTH : p->b_step, there, ACROSS, deep,
-             packed + line);
-      }
+      for (int line = 0; line < ACROSS; line += LANES)
+        lay_out(p, j + line, clamp(count - line, LANES), q, deep, packed + line);
       int last = q + deep == p->k, next = last ? j + ACROSS : j, at = last ? 0 : q + deep;
       long bytes = bytes_of(p, clamp(p->k - at, DEPTH));
       for (int height = 0, i = 0, end; height < heights; height++, i = end) {
@@ -68,7 +91,8 @@ static void many_rows(const struct product *p, int from, int to) {
         int whole = count == ACROSS, rows = end - i;
         struct product part = {rows, ACROSS, deep, 0, p->alpha, q ? 1 : p->beta, p->a + i * p->a_step + q, packed,
                                whole ? c : edge, p->a_step, ACROSS, whole ? p->c_step : ACROSS};
-        for (int r = 0; !whole && part.beta != 0 && r < rows; r++) memcpy(edge + r * ACROSS, c + r * p->c_step, 4 * count);
+        for (int r = 0; !whole && part.beta != 0 && r < rows; r++)
+          memcpy(edge + r * ACROSS, c + r * p->c_step, 4 * count);
         tiles[rows][p->paired](&part, 0, 0);
         for (int r = 0; !whole && r < rows; r++) memcpy(c + r * p->c_step, edge + r * ACROSS, 4 * count);
         for (int line = i * ACROSS / p->m; line < end * ACROSS / p->m; line++) /* of what is read next */
