@@ -132,8 +132,6 @@ class LayersInC:
             if window not in masks:
                 masks[window] = cache.make_mask(length, return_array=False, window_size=window)
             x = layer(x, batch, length, masks[window], turns[id(rope)], cache)
-            if length > 1 and len(x) > MOST_ROWS:  # no step that is compiled: it is computed while the next is traced
-                mx.async_eval(x)
         return x.reshape(batch, length, width)
 
 
