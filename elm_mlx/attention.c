@@ -66,9 +66,11 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
     most = to > most ? to : most;
   }
   for (int chunk = 0; chunk < most; chunk += CHUNK) {
-    for (int i = 0; i < CHUNK; i += LANES)
-      pack(a->keys + (long)(at + chunk + i) * a->head_dim, a->head_dim, clamp(there - chunk - i, LANES), CHUNK, a->head_dim,
-           packed + i);
+    for (int i = 0; i < CHUNK; i += LANES) {
+      const float *keys = a->keys + (long)(at + chunk + i) * a->head_dim, *next = keys + LANES * a->head_dim;
+      for (int d = 0; d < LANES * a->head_dim; d += 16) __builtin_prefetch(next + d); /* they are not read in order */
+      pack(keys, a->head_dim, clamp(there - chunk - i, LANES), CHUNK, a->head_dim, packed + i);
+    }
     strips(&(struct product){rows, CHUNK, a->head_dim, 0, a->scale, 0, a->queries + (long)row * a->head_dim, packed,
                              scores + chunk, a->head_dim, CHUNK, SPAN}, 0, CHUNK);
   }
