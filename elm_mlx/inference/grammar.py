@@ -90,10 +90,10 @@ class GrammarCompiler:
             self._grammars.move_to_end(text)
         return grammar
 
-    def check_schema(self, schema: Mapping[str, Any]) -> None:
-        """Raises what `json_schema` does, without keeping a grammar."""
+    def check(self, text: str) -> None:
+        """Raises what `lark` does, without keeping a grammar."""
         with self._lock:
-            self._try(f"start: %json {schema_text(schema)}")
+            self._try(text)
 
     def _try(self, text: str) -> None:
         """Raises InputError for a text that another process could not compile, or not in bounds."""

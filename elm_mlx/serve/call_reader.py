@@ -5,22 +5,31 @@ What is no call, or a malformed one, is content: nothing that a model says is lo
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import string
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from elm_mlx.inference.generation import overlap
 from elm_mlx.reading import load_json
+from elm_mlx.serve.call_arguments import (
+    DECODER,
+    ArgumentReader,
+    Brackets,
+    JSONObject,
+    JSONReader,
+    Keywords,
+    Schema,
+    TaggedParameters,
+    json_text,
+)
 from elm_mlx.serve.call_form import CALL_ID, CallForm
 
 Delta = dict[str, Any]  # of a choice in a chunk: {"content": …} or {"tool_calls": [{"index": …, …}]}
 
-_CALL = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
-
-_NAMED, _ID = r"([\w-]{{1,64}}){}(?=\{{)", "[a-zA-Z0-9]{9}"  # where the name stands by itself
+_OBJECT = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_NAME, _ID = r"([\w-]{1,64})", "[a-zA-Z0-9]{9}"
 _LONGEST_OPENING = 100
 
 
@@ -28,7 +37,7 @@ class CallReader:
     """Reads an answer as it comes: text in, deltas out. How the text is cut into pieces makes no difference.
 
     Args:
-        names: the functions that may be called; a call of another is content.
+        functions: those that may be called, with the schemas of their arguments; a call of another is content.
         held: a grammar holds the answer to the form, so that what begins as a call is one, and arguments are given
             on in pieces. Else a call is given on when it is whole.
         new_id: makes a call's id.
@@ -38,20 +47,25 @@ class CallReader:
     """
 
     def __init__(
-        self, form: CallForm, names: Collection[str], held: bool = False, new_id: Callable[[], str] | None = None
+        self,
+        form: CallForm,
+        functions: Mapping[str, Schema],
+        held: bool = False,
+        new_id: Callable[[], str] | None = None,
     ) -> None:
-        self._form, self._names, self._held, self._new_id = form, names, held, new_id or _new_id
+        self._form, self._functions, self._held, self._new_id = form, functions, held, new_id or _new_id
         self.calls = 0
         self._text = ""  # not read yet
         self._space = ""  # at the end of the content so far: no part of it where a call follows
         self._spoken = False
         self._state: Callable[[], Iterator[Delta]] = self._outside
         self._listed = False  # amid a list of calls
-        self._opening = _CALL if form.head else re.compile(_NAMED.format(re.escape(form.middle).replace(CALL_ID, _ID)))
+        self._opening = _OBJECT if form.in_object else _opening(form)
         self._no_controls = dict.fromkeys(map(ord, form.controls.values()))
-        self._named = ""  # of the call whose arguments are awaited
         self._raw = ""  # of the call that is being read: content, should it be none
-        self._restart()
+        self._brackets, self._scanned = Brackets(), 0  # of a call that is an object, and is read whole
+        self._named, self._arguments = "", ""  # of a call that is given on when it is whole
+        self._reader: ArgumentReader = JSONReader()
 
     def add(self, text: str, token: int | None = None) -> list[Delta]:
         """Returns what is final after `text`, which came with `token`."""
@@ -63,9 +77,10 @@ class CallReader:
     def finish(self) -> list[Delta]:
         """Returns the rest, at the end of the answer."""
         rest = self._text
-        if self._state in (self._object, self._whole_arguments):
+        within = self._state in (self._in_arguments, self._closing)
+        if self._state == self._call or (within and not self._held):
             rest = self._raw + rest
-        elif self._state == self._arguments or (self._state == self._after and self._form.end.startswith(rest.strip())):
+        elif within or (self._state == self._after and self._form.end.startswith(rest.strip())):
             rest = ""
         self._text = ""
         deltas = [*self._content(rest)]
@@ -87,87 +102,105 @@ class CallReader:
 
     def _outside(self) -> Iterator[Delta]:
         form, text = self._form, self._text
-        if not form.begin and (self._spoken or self.calls):
-            self._text = ""
-            yield from self._content(text)
-        elif not form.begin:
-            start = len(text) - len(text.lstrip())
-            if text[start:].startswith("{"):
-                self._text = text[start:]
-                self._begin(text[:start])
-            elif text[start:]:
-                self._text = ""
-                yield from self._content(text)
-        else:
+        if form.begin:
             at = text.find(form.begin)
             end = len(text) - overlap(text, form.begin) if at < 0 else at
             self._text = text[end:] if at < 0 else text[end + len(form.begin) :]
             yield from self._content(text[:end])
             if at >= 0:
                 self._begin(form.begin)
+            return
+        start = len(text) - len(text.lstrip())
+        if not (self._spoken or self.calls) and text[start : start + 1] == (form.lead + form.head)[0]:
+            self._text = text[start:]
+            self._begin(text[:start])
+        elif self._spoken or self.calls or text[start:]:
+            self._text = ""
+            yield from self._content(text)
 
-    def _object(self) -> Iterator[Delta]:
-        """Before or amid a call's object, or the list of them."""
+    def _call(self) -> Iterator[Delta]:
+        """Before or amid the opening of a call, or of the list of them; or amid an object that is read whole."""
         if not self._skipped():
             return
-        if self._text[0] == "[" and not self._listed and self._raw.strip() == self._form.begin:
+        form, text = self._form, self._text
+        if text[0] == "[" and not self._listed and self._raw.strip() == form.begin:
             self._listed = True
-            self._raw, self._text = self._raw + "[", self._text[1:]
-        elif not self._form.head and not (found := self._opening.match(self._text)):
-            if len(self._text) > _LONGEST_OPENING:
-                yield from self._malformed()
-        elif not self._form.head and not self._held:
-            assert found
-            self._named, self._raw, self._text = found[1], self._raw + found[0], self._text[found.end() :]
-            self._state = self._whole_arguments
-        elif self._form.head and self._text[0] != "{":
+            self._raw, self._text = self._raw + "[", text[1:]
+        elif (
+            (self._held or not form.in_object) and (found := self._opening.match(text)) and found[1] in self._functions
+        ):
+            self._named, self._arguments = found[1], ""
+            self._reader = form.arguments.reader(self._functions[found[1]], self._held)
+            self._raw, self._text = self._raw + found[0], text[found.end() :]
+            if self._held:
+                yield self._opened(self._named, "")
+            self._state = self._in_arguments
+        elif form.in_object and text[0] == "{":
+            yield from self._whole_object()
+        elif form.in_object or not self._may_open(text):
             yield from self._malformed()
-        elif self._held and (found := self._opening.match(self._text)) and found[1] in self._names:
-            yield self._opened(found[1], "")
-            self._text = self._text[found.end() :]
+
+    def _may_open(self, text: str) -> bool:
+        """Returns whether more of a text could make it the opening of a call."""
+        head, middle = self._form.head, self._form.middle.strip()
+        if len(text) <= len(head):
+            return head.startswith(text)
+        if not text.startswith(head) or len(text) > _LONGEST_OPENING or self._opening.match(text):
+            return False
+        name, behind = re.findall(r"^([\w-]*)\s*(.?)", text[len(head) :])[0]
+        return not behind or (name != "" and behind == (middle or "<")[0])
+
+    def _whole_object(self) -> Iterator[Delta]:
+        """Amid the object of a call that is given on when it is whole."""
+        end = self._brackets.find(self._text, self._scanned)
+        self._scanned = len(self._text)
+        if end is None:
+            return
+        whole, self._text = self._text[: end + 1], self._text[end + 1 :]
+        self._raw += whole
+        call = json_object_in(whole) or {}
+        name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
+        arguments = {} if arguments is None else json_object_in(arguments)
+        if isinstance(name, str) and name in self._functions and arguments is not None:
+            yield self._opened(name, json_text(arguments))
             self._restart()
-            self._state = self._arguments
-        elif (end := self._end()) is not None:
-            whole, self._text = self._text[:end], self._text[end:]
-            call = json_object_in(whole) or {}
-            name, arguments = call.get("name"), call.get("arguments", call.get("parameters"))
-            arguments = {} if arguments is None else json_object_in(arguments)
-            if isinstance(name, str) and name in self._names and arguments is not None:
-                yield self._opened(name, json.dumps(arguments, ensure_ascii=False))
-                self._restart()
-                self._state = self._after
-            else:
-                self._raw += whole
-                yield from self._malformed()
+            self._state = self._after
+        else:
+            yield from self._malformed()
 
-    def _whole_arguments(self) -> Iterator[Delta]:
-        """After the name of a call that is given on when it is whole."""
-        if (end := self._end()) is not None:
-            whole, self._text = self._text[:end], self._text[end:]
-            if self._named in self._names and json_object_in(whole) is not None:
-                yield self._opened(self._named, whole)
-                self._restart()
-                self._state = self._after
-            else:
-                self._raw += whole
+    def _in_arguments(self) -> Iterator[Delta]:
+        raw, self._text = self._raw + self._text, ""
+        try:
+            piece, rest = self._reader.add(raw[len(self._raw) :])
+        except ValueError:
+            if not self._held:
+                self._raw = raw
                 yield from self._malformed()
-
-    def _arguments(self) -> Iterator[Delta]:
-        end = self._end()
-        piece, self._text = self._text[:end], self._text[end:] if end is not None else ""
-        self._scanned = 0
-        if piece:
+            return
+        self._raw = raw if rest is None else raw[: len(raw) - len(rest)]
+        self._arguments += "" if self._held else piece
+        if self._held and piece:
             yield {"tool_calls": [{"index": self.calls - 1, "function": {"arguments": piece}}]}
-        if end is not None:
-            self._restart()
-            self._state = self._closing if self._form.tail else self._after
+        if rest is not None:
+            self._text, self._state = rest, self._closing
 
     def _closing(self) -> Iterator[Delta]:
-        """After a call's arguments: its object ends."""
-        if self._skipped():
-            self._text = self._text.removeprefix("}")
+        """After a call's arguments: the rest of it, or behind tags that have none the end of all calls."""
+        tail = self._form.tail.strip()
+        mark = tail or (self._form.end if isinstance(self._form.arguments, TaggedParameters) else "")
+        if mark and not self._skipped():
+            return
+        if self._text.startswith(mark):
+            self._raw, self._text = self._raw + tail, self._text[len(tail) :]
+            if not self._held and json_object_in(self._arguments) is None:
+                yield from self._malformed()
+                return
+            if not self._held:
+                yield self._opened(self._named, self._arguments)
+            self._restart()
             self._state = self._after
-        yield from ()
+        elif not mark.startswith(self._text):
+            yield from self._malformed()
 
     def _after(self) -> Iterator[Delta]:
         """After a call: the next one, or the end of the calls."""
@@ -177,24 +210,26 @@ class CallReader:
         if self._listed and text[0] in ",]":
             self._listed = text[0] == ","
             self._raw, self._text = self._raw + text[0], text[1:]
-            self._state = self._object if self._listed else self._after
-        elif text[0] == "{":
-            self._state = self._object
-        elif not form.end or not form.end.startswith(text[: len(form.end)]):
-            self._state = self._outside
-        elif text.startswith(form.end):
+            self._state = self._call if self._listed else self._after
+        elif form.end and text.startswith(form.end):
             self._text = text[len(form.end) :]
+            self._state = self._outside
+        elif form.end and form.end.startswith(text):
+            return
+        elif text[0] == form.head[:1] or (isinstance(form.arguments, Keywords) and "[" not in form.lead):
+            self._state = self._call
+        else:
             self._state = self._outside
         yield from ()
 
     def _begin(self, mark: str) -> None:
         """Begins the calls, after `mark`."""
-        self._listed, self._state = False, self._object
+        self._listed, self._state = False, self._call
         self._restart(mark)
 
     def _restart(self, raw: str = "") -> None:
-        """Begins another object; `raw` is content, should it be no call."""
-        self._raw, self._scanned, self._depth, self._quoted, self._escaped = raw, 0, 0, False, False
+        """Begins another call; `raw` is content, should it be none."""
+        self._raw, self._brackets, self._scanned = raw, Brackets(), 0
 
     def _skipped(self) -> bool:
         """Passes white space over; False where nothing else is there yet."""
@@ -202,23 +237,6 @@ class CallReader:
         if not self._scanned:
             self._raw, self._text = self._raw + self._text[:start], self._text[start:]
         return bool(self._text)
-
-    def _end(self) -> int | None:
-        """Returns where the JSON object ends that the text begins with; None where it has not come yet."""
-        for at in range(self._scanned, len(self._text)):
-            character = self._text[at]
-            if self._escaped:
-                self._escaped = False
-            elif self._quoted:
-                self._escaped, self._quoted = character == "\\", character != '"'
-            elif character == '"':
-                self._quoted = True
-            elif character in "{}[]":
-                self._depth += 1 if character in "{[" else -1
-                if self._depth == 0:
-                    return at + 1
-        self._scanned = len(self._text)
-        return None
 
     def _opened(self, name: str, arguments: str) -> Delta:
         self._space = ""
@@ -242,6 +260,19 @@ class CallReader:
             yield {"content": said}
 
 
+def _opening(form: CallForm) -> re.Pattern[str]:
+    """Returns what a call begins with up to its arguments, where its name stands in no JSON."""
+    middle = re.escape(form.middle.rstrip()).replace(CALL_ID, _ID)
+    match form.arguments:
+        case JSONObject():
+            middle += r"(?=\{)"
+        case Keywords():
+            middle = r"\s*" + middle
+        case TaggedParameters():
+            middle += r"\s*(?=<)"
+    return re.compile(re.escape(form.head) + _NAME + middle)
+
+
 def _new_id() -> str:
     """Nine letters and digits: Mistral's templates take no other ids back, and others' any."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
@@ -263,7 +294,7 @@ def whole_message(deltas: Sequence[Delta]) -> dict[str, Any]:
 def json_object_in(value: Any) -> dict[str, Any] | None:
     """Returns the JSON object that `value` is, or that its text holds; None of anything else."""
     try:
-        value = load_json(value) if isinstance(value, str) else value
+        value = load_json(value, DECODER) if isinstance(value, str) else value
     except ValueError:
         return None
     return value if isinstance(value, dict) else None

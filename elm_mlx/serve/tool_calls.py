@@ -189,15 +189,18 @@ class ToolCaller:
             return None
 
     def _compiled(self, form: CallForm, use: ToolUse, answer: Mapping[str, Any] | None) -> Grammar:
+        schemas = [function.parameters for function in use.functions]
         try:
-            return self._compiler.lark(_grammar(form, use, [function.parameters for function in use.functions], answer))
+            return self._compiler.lark(_grammar(form, use, schemas, answer))
         except InputError:  # of which function?
-            schemas = [self._schema(function, use.choice == "required") for function in use.functions]
+            schemas = [self._schema(form, function, use.choice == "required") for function in use.functions]
             return self._compiler.lark(_grammar(form, use, schemas, answer))
 
-    def _schema(self, function: Function, required: bool) -> Mapping[str, Any]:
+    def _schema(self, form: CallForm, function: Function, required: bool) -> Mapping[str, Any]:
         try:
-            self._compiler.check_schema(function.parameters)
+            self._compiler.check(
+                "\n".join(["start: arguments", *form.arguments.rules("arguments", function.parameters)])
+            )
         except InputError as error:
             if required or function.strict:
                 raise ToolsError("tools", f"{function.name}'s parameters: {error}") from None
@@ -207,7 +210,7 @@ class ToolCaller:
     def reader(self, use: ToolUse, held: bool) -> CallReader:
         """Returns what reads an answer; `held` says that a grammar holds it."""
         assert self.form is not None
-        return CallReader(self.form, {function.name for function in use.callable}, held)
+        return CallReader(self.form, {function.name: function.parameters for function in use.callable}, held)
 
 
 def _grammar(
@@ -220,20 +223,23 @@ def _grammar(
         pieces = re.split(f"([{''.join(special)}])", text)
         return " ".join(special.get(piece) or json.dumps(piece) for piece in pieces if piece)  # Lark quotes as JSON
 
-    rules = [
-        f"call{i}: {literal(form.head + function.name + form.middle)} %json {schema_text(schema)} {literal(form.tail)}"
-        for i, (function, schema) in enumerate(zip(use.functions, schemas, strict=True))
-    ]
-    rules.append("ID: /[a-zA-Z0-9]{9}/")
-    rules.append("call: " + " | ".join(f"call{i}" for i in range(len(schemas))))
-    more = f"({literal(form.between)} call)*" if form.between and use.parallel else ""
-    rules.append(f"calls: {literal(form.lead)} call {more} {literal(form.trail)}")
+    # What may follow in one place is one literal each: one that begins another would hide it.
+    several = form.between if use.parallel else None
+    rules = ["ID: /[a-zA-Z0-9]{9}/"]
+    for i, (function, schema) in enumerate(zip(use.functions, schemas, strict=True)):
+        opening = form.head + function.name + form.middle
+        rules.append(f"first{i}: {literal(form.lead + opening)} rest{i}")
+        rules.append(f"next{i}: {literal((several or '') + opening)} rest{i}")
+        rules.append(f"rest{i}: arguments{i} {literal(form.tail)}")
+        rules += form.arguments.rules(f"arguments{i}", schema)
+    first, more = (" | ".join(f"{each}{i}" for i in range(len(schemas))) for each in ("first", "next"))
+    rules.append(f"calls: ({first}) {f'({more})*' if several else ''} {literal(form.trail)}")
     rules.append(r"TEXT: /(.|\n)+/")
     begin = literal(form.begin)
     if use.choice == "required":
         rules.append(f"start: {begin} calls")
     elif answer is not None:
-        if not form.begin:  # JSON as the answer is: literals in it would hide what else may follow them
+        if not form.begin and form.in_object:  # JSON as the answer is: literals would hide what else may follow
             rules = [
                 f"call{i}: %json {schema_text(_call_schema(form, function.name, schema))}"
                 for i, (function, schema) in enumerate(zip(use.functions, schemas, strict=True))
@@ -245,7 +251,8 @@ def _grammar(
     elif form.begin:
         rules += [rf"begun[lazy]: /(.|\n)*/ {begin}", "start: TEXT? | begun calls"]
     else:
-        rules += [r"OTHER: /\s*[^{\s](.|\n)*/", "start: OTHER? | calls"]
+        first = re.escape((form.lead + form.head)[0])
+        rules += [rf"OTHER: /\s*[^{first}\s](.|\n)*/", "start: OTHER? | calls"]
     return "\n".join(rules)
 
 

@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from openai import OpenAI
 from serving import Served, serving
-from test_tool_calls import NEITHER, TAGGED, TIME, WEATHER
+from test_tool_calls import LINES, NEITHER, TAGGED, TIME, WEATHER, XML
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -34,10 +34,11 @@ def json_schema(schema: Any) -> Any:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     root = tmp_path_factory.mktemp("held")
-    for name, template in (("caller", TAGGED), ("talker", NEITHER)):
+    templates = {"caller": TAGGED, "talker": NEITHER, "by tags": XML, "in Python": LINES}
+    for name, template in templates.items():
         other_models.write_model(root / name, "mistral", {"max_position_embeddings": 4096})
         (root / name / "chat_template.jinja").write_text(template)
-    with serving([root / "caller", root / "talker"]) as running:
+    with serving([root / name for name in templates]) as running:
         yield running
 
 
@@ -115,9 +116,10 @@ def test_what_cannot_be_held_is_refused_by_its_field(
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize("model", ["caller", "by tags", "in Python"])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_a_required_call_comes_and_its_result_goes_back(client: OpenAI, choice: Any) -> None:
-    asked = {"model": "caller", **ASKED, "tools": [WEATHER, TIME], "tool_choice": choice, "max_tokens": 300}
+def test_a_required_call_comes_and_its_result_goes_back(client: OpenAI, model: str, choice: Any) -> None:
+    asked = {"model": model, **ASKED, "tools": [WEATHER, TIME], "tool_choice": choice, "max_tokens": 300}
     asked["parallel_tool_calls"] = False  # a random model makes calls without end
     for seed in range(3, 30):
         answer = client.chat.completions.create(**asked | {"seed": seed}).choices[0]
@@ -177,4 +179,4 @@ def test_tools_that_may_not_be_called_are_not_shown(client: OpenAI) -> None:
 
 
 def test_models_say_whether_they_take_tools(served: Served) -> None:
-    assert [model["tools"] for model in served.get("/v1/models").json()["data"]] == [True, False]
+    assert [model["tools"] for model in served.get("/v1/models").json()["data"]] == [True, False, True, True]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count, pairwise
@@ -16,6 +17,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from elm_mlx.inference.grammar import GrammarCompiler
+from elm_mlx.serve.call_arguments import Keywords, TaggedParameters
 from elm_mlx.serve.call_form import CALL_ID, CallForm, call_form
 from elm_mlx.serve.call_reader import CallReader, Delta, _new_id, whole_message
 from elm_mlx.serve.tool_calls import ToolCaller, ToolsError, ToolUse, parse_tool_calls, parse_tool_use
@@ -61,6 +63,42 @@ NAMED = (
     "[TOOL_CALLS]{{ c.function.name }}[ARGS]{{ c.function.arguments | tojson }}{% endfor %}</s>"
     "{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
 )
+XML = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "<|im_start|>assistant{% if m.content %}\n{{ m.content }}\n{% endif %}{% for c in m.tool_calls %}"
+    "{{ '\n<tool_call>\n<function=' + c.function.name + '>\n' }}{% for k, v in c.function.arguments | items %}"
+    "{{ '<parameter=' + k + '>\n' }}{{ v if v is string else v | tojson }}{{ '\n</parameter>\n' }}{% endfor %}"
+    "{{ '</function>\n</tool_call>' }}{% endfor %}<|im_end|>\n",
+)
+PAIRS = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "<|im_start|>assistant{% for c in m.tool_calls %}{{ '\n<tool_call>' + c.function.name + '\n' }}"
+    "{% for k, v in c.function.arguments | items %}{{ '<arg_key>' + k + '</arg_key>\n<arg_value>' }}"
+    "{{ v if v is string else v | tojson }}{{ '</arg_value>\n' }}{% endfor %}</tool_call>{% endfor %}<|im_end|>\n",
+)
+INVOKED = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "<|im_start|>assistant\n{{ m.content }}<calls>{% for c in m.tool_calls %}"
+    "{{ '\n<invoke name=\"' + c.function.name + '\">' }}{% for k, v in c.function.arguments | items %}"
+    "{{ '\n<parameter name=\"' + k + '\">' }}{{ v if v is string else v | tojson }}</parameter>{% endfor %}"
+    "{{ '\n</invoke>' }}{% endfor %}{{ '\n</calls>' }}<|im_end|>\n",
+)
+KEYWORDS = (
+    "{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments | items %}{{ k }}="
+    "<VALUE>{{ ', ' if not loop.last }}{% endfor %}){{ SEP if not loop.last }}{% endfor %}"
+)
+LINES = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    "<|im_start|>assistant\n{{ m.content }}<function_calls>"
+    + KEYWORDS.replace("<VALUE>", "{{ v | tojson }}").replace("SEP", "'\n'")
+    + "</function_calls><|im_end|>\n",
+)
+LIST = KEYWORDS.replace("<VALUE>", '{{ "\'" + v + "\'" if v is string else v }}').replace("SEP", "', '")
+MARKED_LIST = TOOLS_FIRST + TURNS.replace(
+    "<CALLS>",
+    f"<|im_start|>assistant\n{{{{ m.content }}}}<|tool_call_start|>[{LIST}]<|tool_call_end|><|im_end|>\n",
+)
+BARE_LIST = TOOLS_FIRST + TURNS.replace("<CALLS>", f"<|im_start|>assistant\n[{LIST}]<|im_end|>\n")
 IN_WORDS = TOOLS_FIRST.replace("<|im_end|>", "Answer by <tool_call>[…]</tool_call><|im_end|>") + TURNS.replace(
     "<CALLS>", ""
 )
@@ -80,10 +118,28 @@ FORMS = {
     "with id": CallForm(
         "\ue000", "", "", "\ue000", "", f"\ue001{CALL_ID}\ue002", "", {8: "\ue000", 10: "\ue001", 9: "\ue002"}
     ),
-}
+    "xml": CallForm(
+        "<tool_call>", "\n", "\n</tool_call>", "\n</tool_call>\n<tool_call>\n", "<function=", ">\n", "</function>",
+        arguments=TaggedParameters("<parameter=", ">\n", "\n</parameter>\n"),
+    ),
+    "pairs": CallForm(
+        "<tool_call>", "", "</tool_call>", "</tool_call>\n<tool_call>", "", "\n", "",
+        arguments=TaggedParameters("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+    ),
+    "invoked": CallForm(
+        "<calls>", "\n", "\n</calls>", "\n", '<invoke name="', '">\n', "</invoke>",
+        arguments=TaggedParameters('<parameter name="', '">', "</parameter>\n"),
+    ),
+    "lines": CallForm("<function_calls>", "", "</function_calls>", "\n", "", "(", ")", arguments=Keywords()),
+    "marked list": CallForm(
+        "\ue000", "[", "]\ue001", ", ", "", "(", ")", {11: "\ue000", 12: "\ue001"}, arguments=Keywords()
+    ),
+    "bare list": CallForm("", "[", "]", ", ", "", "(", ")", arguments=Keywords()),
+}  # fmt: skip
 TEMPLATES = {
     "tagged": TAGGED, "listed": LISTED, "bare": BARE, "marked": MARKED, "named": NAMED,
-    "with id": NAMED.replace("[ARGS]", "[CALL_ID]{{ c.id }}[ARGS]"),
+    "with id": NAMED.replace("[ARGS]", "[CALL_ID]{{ c.id }}[ARGS]"), "xml": XML, "pairs": PAIRS, "invoked": INVOKED,
+    "lines": LINES, "marked list": MARKED_LIST, "bare list": BARE_LIST,
 }  # fmt: skip
 
 WEATHER: dict[str, Any] = {
@@ -105,8 +161,26 @@ WEATHER: dict[str, Any] = {
         "strict": True,
     },
 }
+EVERY_KIND: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "first": {"type": "boolean"},
+        "note": {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+        "word": {"enum": ["it's", 'so "so"', "a\\b", ""]},
+        "mixed": {"enum": ["a", 1, None]},
+        "either": {"anyOf": [{"enum": ["a", "b"]}, {"type": "integer", "minimum": 3, "maximum": 9}]},
+        "size": {"type": "number", "minimum": 0, "maximum": 5},
+        "parts": {"type": "array", "items": {"$ref": "#/$defs/part"}, "maxItems": 2},
+        "one": {"$ref": "#/$defs/part"},
+        "code": {"type": "string", "minLength": 2, "maxLength": 5},
+        "any": {},
+    },
+    "required": ["word", "code", "parts"],
+    "$defs": {"part": {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}},
+                       "required": ["a"], "additionalProperties": False}},
+}  # fmt: skip
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "time"}}
-NAMES = {"get_weather", "time"}
+FUNCTIONS = {"get_weather": WEATHER["function"]["parameters"], "time": {}}
 ARGUMENTS = '{"city": "São \\"P\\" </tool_call>]}", "days": 3}'
 
 
@@ -114,7 +188,17 @@ ARGUMENTS = '{"city": "São \\"P\\" </tool_call>]}", "days": 3}'
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tools")
     encoder = other_models.write_tokenizer(folder, "chatml")
-    encoder.add_special_tokens(["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "[INST]", "[/INST]", "</s>"])
+    marks = [
+        "[TOOL_CALLS]",
+        "[ARGS]",
+        "[CALL_ID]",
+        "[INST]",
+        "[/INST]",
+        "</s>",
+        "<|tool_call_start|>",
+        "<|tool_call_end|>",
+    ]
+    encoder.add_special_tokens(marks)
     encoder.save(str(folder / "tokenizer.json"))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return Tokenizer.load(folder)
@@ -125,6 +209,14 @@ def template(tokenizer: Tokenizer, source: str) -> JinjaTemplate:
 
 
 def call(name: str, arguments: str, form: CallForm) -> str:
+    match form.arguments:
+        case Keywords():
+            arguments = ", ".join(f"{key}={value!r}" for key, value in json.loads(arguments).items())
+        case TaggedParameters(opening, middle, closing):
+            arguments = "".join(
+                opening + key + middle + (value if isinstance(value, str) else json.dumps(value)) + closing
+                for key, value in json.loads(arguments).items()
+            )
     return form.head + name + form.middle + arguments + form.tail
 
 
@@ -146,7 +238,7 @@ def plain(text: str) -> str:
 
 def read(form: CallForm, pieces: list[tuple[str, int | None]], held: bool = False) -> tuple[list[Delta], CallReader]:
     ids = count()
-    reader = CallReader(form, NAMES, held, lambda: f"id{next(ids)}")
+    reader = CallReader(form, FUNCTIONS, held, lambda: f"id{next(ids)}")
     deltas = [delta for text, token in pieces for delta in reader.add(text, token)]
     return deltas + reader.finish(), reader
 
@@ -169,7 +261,8 @@ class TestForms:
     @pytest.mark.parametrize("style", FORMS)
     def test_it_is_read_from_a_rendered_call(self, style: str, tokenizer: Tokenizer) -> None:
         form = call_form(template(tokenizer, TEMPLATES[style]))
-        expected, names = FORMS[style], {8: "[TOOL_CALLS]", 9: "[ARGS]", 10: "[CALL_ID]"}
+        expected = FORMS[style]
+        names = {8: "[TOOL_CALLS]", 9: "[ARGS]", 10: "[CALL_ID]", 11: "<|tool_call_start|>", 12: "<|tool_call_end|>"}
         controls: Any = {tokenizer.id_of(names[token]): name for token, name in expected.controls.items()}
         assert form is not None and call("f", "{}", form) == call("f", "{}", expected)
         assert form == replace(expected, controls=controls)
@@ -235,7 +328,7 @@ class TestReader:
         for _ in range(40):
             deltas, reader = read(form, pieces_of(form, before, text, draw.choice(["", "\n", " "]), draw), held)
             content, found = message(deltas)
-            if style == "bare" and before.strip():
+            if not form.begin and before.strip():
                 assert (content, found) == (before + text, []) or not found
                 assert reader.finish_reason("stop") == "stop"
                 continue
@@ -262,6 +355,7 @@ class TestReader:
         "not JSON",
         '{"name": "get_weather", "arguments": {"city": }}',
         '{"name": "get_weather", "arguments": [1]}',
+        '{"name": "get_weather", "arguments": {"days": NaN}}',
         '{"name": "get_weather", "arguments": "no object"}',
         '{"name": "unknown", "arguments": {}}',
         '{"name": ["time"], "arguments": {}}',
@@ -309,10 +403,123 @@ class TestReader:
         deltas, reader = read(form, [('<tool_call>\n{"name": "time", "arguments": {"a": "b', None)], held=True)
         assert message(deltas) == (None, [("time", '{"a": "b')]) and reader.finish_reason("length") == "length"
 
+    @pytest.mark.parametrize("style", ["xml", "pairs", "invoked", "lines", "marked list", "bare list"])
+    @pytest.mark.parametrize("text", ["", "nothing", "time", "time<", "3", "unknown()", "<function=unknown>\n"])
+    @pytest.mark.parametrize("after", ["", " and so on, for as long as it takes. " * 5])
+    def test_what_opens_no_call_is_content(self, style: str, text: str, after: str) -> None:
+        form = FORMS[style]
+        said = form.begin + form.lead + text + after
+        assert message(read(form, fed(form, [*said]))[0]) == (plain(said), [])
+
+    @pytest.mark.parametrize(
+        "text",
+        ["time(1)", "time(a=1", "time(a=b)", "time(a=f())", "time(a='b)", "time(=1)", "time(a=[1)",
+         "time(a=" + "[" * 500 + ")", "time(a={1: 2})", "time(a=1]", "time(a=__import__('os'))", "time(a=1)(b=2) "],
+    )  # fmt: skip
+    def test_what_is_no_python_is_content(self, text: str) -> None:
+        for style in ("lines", "marked list", "bare list"):
+            form = FORMS[style]
+            said = form.begin + form.lead + text + form.trail
+            deltas, _ = read(form, fed(form, [*said]))
+            assert text.endswith(" ") or message(deltas) == (plain(said), [])
+
+    @pytest.mark.parametrize(
+        ("written", "value"),
+        [
+            ("'Rome'", "Rome"), ('"Rome"', "Rome"), ("''", ""),
+            (r"'it\'s \"so\"'", 'it\'s "so"'), (r"'a\nb\\ \x41\u00e9\q'", "a\nb\\ Aé\\q"),
+            (r'"\ud83d\ude00 \/"', "😀 /"), ("'True, (None)'", "True, (None)"), ("'a\nb'", "a\nb"),
+            ("1", 1), ("-2.5e3", -2500.0), ("True", True), ("false", False), ("None", None), ("null", None),
+            ("[1, 'a', [True, ], ]", [1, "a", [True]]), ("{'a': {\"b\": None}, }", {"a": {"b": None}}),
+            ("(1, 2)", [1, 2]),
+            ("1e999", 1.7976931348623157e308),
+            ("-" + "9" * 400, -1.7976931348623157e308),
+            ("[]", []), ("{}", {}),
+        ],
+    )  # fmt: skip
+    def test_python_literals_become_json(self, written: str, value: Any) -> None:
+        for style in ("lines", "marked list", "bare list"):
+            form = FORMS[style]
+            text = f"{form.begin}{form.lead}time(a={written}, b = 1){form.trail}"
+            for held in (False, True):
+                deltas, _ = read(form, fed(form, [*text]), held)
+                content, [(name, arguments)] = message(deltas)
+                assert (content, name, json.loads(arguments)) == (None, "time", {"a": value, "b": 1})
+
+    @pytest.mark.parametrize(
+        ("schema", "written", "value"),
+        [
+            ({"type": "string"}, "3", "3"), ({"type": "string"}, "true", "true"),
+            ({"type": "string"}, " a\n\n", " a\n\n"),
+            ({"type": "integer"}, "3", 3), ({"type": "number"}, "3", 3), ({"type": "boolean"}, "True", True),
+            ({"type": "integer"}, "three", "three"), ({"type": "array"}, "[1, 'a']", [1, "a"]),
+            ({}, "3", 3), ({}, "three", "three"),
+            ({"type": ["string", "null"]}, "null", None), ({"type": ["string", "null"]}, "3", "3"),
+            ({"anyOf": [{"type": "integer"}, {"type": "string"}]}, "3", 3), ({"enum": ["1", "2"]}, "1", "1"),
+            ({"$ref": "#/$defs/text"}, "3", "3"), ({"$ref": "#/$defs/none"}, "3", 3), ({"const": 1}, "1", 1),
+            ({"type": "object"}, '{"a": NaN}', '{"a": NaN}'),
+        ],
+    )  # fmt: skip
+    def test_values_have_the_types_of_the_schema(self, schema: Any, written: str, value: Any) -> None:
+        properties = {"type": "object", "properties": {"a": schema}, "$defs": {"text": {"type": "string"}}}
+        for style in ("xml", "pairs", "invoked"):
+            form = FORMS[style]
+            assert isinstance(form.arguments, TaggedParameters)
+            parameter = form.arguments.opening + "a" + form.arguments.middle + written + form.arguments.closing
+            text = form.begin + form.lead + form.head + "time" + form.middle + parameter + form.tail + form.trail
+            for held in (False, True):
+                reader = CallReader(form, {"time": properties}, held)
+                whole = whole_message([*(delta for piece in text for delta in reader.add(piece)), *reader.finish()])
+                assert json.loads(whole["tool_calls"][0]["function"]["arguments"]) == {"a": value}
+        kind, quoted = schema.get("type"), f"[time(a='{written}')]"
+        if kind in ("integer", "number", "boolean") and written != "three":  # as Llama 4's template writes all values
+            reader = CallReader(FORMS["bare list"], {"time": properties})
+            whole = whole_message([*reader.add(quoted), *reader.finish()])
+            assert json.loads(whole["tool_calls"][0]["function"]["arguments"]) == {"a": value}
+
+    def test_hostile_values_and_schemas_take_no_time(self) -> None:
+        endless = {"$ref": "#/$defs/a"}
+        wide: dict[str, Any] = {"anyOf": [endless] * 50}
+        schema = {"type": "object", "properties": {"a": endless, "b": {}}, "$defs": {"a": wide}}
+        start = time.process_time()
+        for written in ('"' + r"\"" * 50_000, "[" * 100_000, "'" * 99_999, "(" * 50_000 + ")" * 50_000, "\\" * 99_999):
+            for style in ("xml", "lines"):
+                form, text = FORMS[style], f"time(a={written},b={written})"
+                if style == "xml":
+                    text = f"\n<function=time>\n<parameter=a>\n{written}\n</parameter>\n</function>"
+                reader = CallReader(form, {"time": schema})
+                said = whole_message([*reader.add(form.begin + text + form.trail), *reader.finish()])
+                assert style == "xml" or said["content"] == form.begin + text + form.trail
+        assert time.process_time() - start < 2
+
+    def test_a_name_that_comes_twice_counts_once(self) -> None:
+        for style, text in (("lines", "time(a=1, a=2)"), ("xml", "<parameter=a>\n1\n</parameter>\n" * 2)):
+            form = FORMS[style]
+            said = form.begin + (text if style == "lines" else f"\n<function=time>\n{text}</function>") + form.trail
+            assert message(read(form, fed(form, [said]))[0]) == (None, [("time", '{"a": 1}')])
+
+    def test_texts_between_tags_come_in_pieces(self) -> None:
+        form, value = FORMS["xml"], 'def f():\n\treturn "</parameter> é"\n\n'
+        text = written(form, ("get_weather", json.dumps({"city": value, "days": 3})))
+        deltas, _ = read(form, fed(form, [*(form.begin + text)]), held=True)
+        assert message(deltas) == (None, [("get_weather", json.dumps({"city": value, "days": 3}, ensure_ascii=False))])
+        assert len(deltas) > len(value)
+
+    def test_what_models_leave_out_between_tags_is_read(self) -> None:
+        for text in (
+            "<function=time><parameter=a>x</parameter><parameter=b>1</parameter></function></tool_call>",
+            "\n\n<function=time>\n<parameter=a>\nx\n</parameter>\n\n<parameter=b>\n1\n</parameter>\n</function>",
+        ):
+            deltas, _ = read(FORMS["xml"], [(f"<tool_call>{text}", None)])
+            assert message(deltas) == (None, [("time", '{"a": "x", "b": 1}')])
+
     FRAGMENTS: ClassVar = [
         "<tool_call>", "</tool_call>", "<tool", "_call>", "[", "]", "{", "}", '"name"', ': "time"', ', "arguments": ',
         '{"a": 1}', '"', "\\", "\n", " ", ",", '{"name": "time", "arguments": {}}', "text",
         '{"name": "get_weather", "arguments": {"city": "}</tool_call>"}}',
+        "<function_calls>", "time(", "a='", "b=[1, ", ")", "<function=", "time", ">\n", "<parameter=", "</parameter>",
+        "\n</parameter>\n", "</function>", "time(a=1, b='x')", "</function_calls>", "get_weather",
+        "<function=time>\n<parameter=a>\nx\n</parameter>\n</function>",
     ]  # fmt: skip
 
     @pytest.mark.parametrize("style", FORMS)
@@ -375,6 +582,66 @@ class TestGrammar:
         assert found == ({"get_weather", "time"} if choice == "required" else {"get_weather"})
 
     @pytest.mark.parametrize("style", TEMPLATES)
+    def test_arguments_of_every_kind_satisfy_their_schema(self, style: str, tokenizer: Tokenizer) -> None:
+        caller = ToolCaller(template(tokenizer, TEMPLATES[style]), GrammarCompiler(tokenizer))
+        tool = {"type": "function", "function": {"name": "odd", "parameters": EVERY_KIND, "strict": True}}
+        free: dict[str, Any] = {"type": "function", "function": {"name": "free", "parameters": {"type": "object"}}}
+        _, use = parse_tool_use([tool, free], "required", False)
+        grammar, draw, found = caller.grammar(use), random.Random(style), list[dict[str, Any]]()
+        assert grammar is not None
+        for _ in range(25):
+            tokens = allowed_text(grammar.start(), tokenizer, draw, 300, {*tokenizer.eos_ids})
+            if tokens is None:
+                continue
+            for held in (True, False):
+                reader, decoder = caller.reader(use, held=held), tokenizer.detokenizer([5])
+                deltas = [delta for token in tokens for delta in reader.add(decoder.add(token), token)]
+                (call,) = whole_message([*deltas, *reader.finish()])["tool_calls"]
+                arguments = json.loads(call["function"]["arguments"])
+                if call["function"]["name"] == "odd":
+                    Draft202012Validator(EVERY_KIND).validate(arguments)
+                    found.append(arguments)
+                assert isinstance(arguments, dict)
+        assert {*EVERY_KIND["required"]} < {key for arguments in found for key in arguments}
+
+    @pytest.mark.parametrize("style", ["xml", "lines"])
+    @pytest.mark.parametrize(
+        ("parameters", "why"),
+        [
+            ({"minProperties": 1}, "minProperties"),
+            ({"anyOf": [{"required": ["a"]}]}, "anyOf"),
+            ({"properties": {"a": {"not": {}}}}, "not"),
+            ({"properties": {"a": {"$ref": "#"}}}, "\\$ref"),
+            ({"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"items": {"$ref": "#"}}}}, r"\$ref"),
+            ({"properties": {"a": 3}}, "is 3"),
+            ({"properties": {"a = b <": {}}}, "cannot be written"),
+            ({"required": "a"}, "required"),
+        ],
+    )
+    def test_what_its_notation_cannot_hold_to(
+        self, style: str, parameters: Any, why: str, tokenizer: Tokenizer
+    ) -> None:
+        caller = ToolCaller(template(tokenizer, TEMPLATES[style]), GrammarCompiler(tokenizer))
+        odd = {"type": "function", "function": {"name": "odd", "parameters": {"type": "object", **parameters}}}
+        assert caller.grammar(parse_tool_use([odd])[1]) is not None
+        with pytest.raises(ToolsError, match=f"odd.s parameters: .*{why}"):
+            caller.grammar(parse_tool_use([odd], "required")[1])
+
+    @pytest.mark.parametrize(
+        "schema", [{"pattern": "^a+$"}, {"format": "date"}, {"anyOf": [{"type": "string", "maxLength": 3}, {}]}]
+    )
+    def test_what_tags_cannot_hold_a_text_to(self, schema: Any, tokenizer: Tokenizer) -> None:
+        parameters = {
+            "type": "object",
+            "properties": {"a": schema if "anyOf" in schema else {"type": "string", **schema}},
+        }
+        odd = {"type": "function", "function": {"name": "odd", "parameters": parameters}}
+        use = parse_tool_use([odd], "required")[1]
+        assert ToolCaller(template(tokenizer, LINES), GrammarCompiler(tokenizer)).grammar(use) is not None
+        with pytest.raises(ToolsError, match=r"odd.s parameters: .* of a text: not supported"):
+            ToolCaller(template(tokenizer, XML), GrammarCompiler(tokenizer)).grammar(use)
+
+    @pytest.mark.parametrize("style", TEMPLATES)
     def test_a_call_that_begins_is_held_and_text_is_free(self, style: str, tokenizer: Tokenizer) -> None:
         caller = ToolCaller(template(tokenizer, TEMPLATES[style]), GrammarCompiler(tokenizer))
         form = caller.form
@@ -397,12 +664,12 @@ class TestGrammar:
         good = written(form, ("get_weather", '{"city": "Rome", "days": 3}'))
         two = written(form, ("time", "{}"), ("time", "{}"))
         assert takes("Hello, <world> [1] a < b") and takes(begin, good)
-        assert takes("Let me see. ", begin, good) or style == "bare"
+        assert takes("Let me see. ", begin, good)
         assert takes(begin, two) == (form.between is not None)
         for wrong in (
             written(form, ("get_weather", '{"city": "Rome", "days": 30}')),
             written(form, ("nothing", "{}")),
-            "{}",
+            (form.lead + form.head)[:1],
             good[:-3],
         ):
             assert not takes(begin, wrong), wrong
