@@ -10,13 +10,14 @@ from typing import Any
 
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import EXPORT, MODEL, carry_templates, check_destination
+from elm_mlx.errors import InputError
 from elm_mlx.files import write_json, write_text
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.reading import expanded, listed
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 from elm_mlx.version import __version__
-from elm_mlx_convert import tokenizers
+from elm_mlx_convert import gguf_model, tokenizers
 from elm_mlx_convert.destination import (
     Difference,
     compare,
@@ -26,6 +27,7 @@ from elm_mlx_convert.destination import (
     sha256,
     write_weights,
 )
+from elm_mlx_convert.gguf_model import GgufPlan
 from elm_mlx_convert.plan import ConversionPlan, make_plan
 from elm_mlx_convert.source_config import preset_name
 from elm_mlx_convert.tensors import FLOATS
@@ -45,7 +47,7 @@ class Conversion:
         seconds: from the start to the finished directory.
     """
 
-    plan: ConversionPlan
+    plan: ConversionPlan | GgufPlan
     destination: Path | None
     differences: tuple[Difference, ...]
     warnings: tuple[str, ...]
@@ -68,20 +70,23 @@ def convert(
     verify: bool = False,
     dry_run: bool = False,
     overwrite: bool = False,
-    on_plan: Callable[[ConversionPlan], None] = lambda plan: None,
+    on_plan: Callable[[ConversionPlan | GgufPlan], None] = lambda plan: None,
     on_progress: OnProgress = no_progress,
 ) -> Conversion:
-    """Turns a checkpoint of an OpenELM into a directory that this package and mlx-lm open.
+    """Turns a checkpoint of an OpenELM, or a GGUF file, into a directory that this package and mlx-lm open.
 
     Args:
-        source: a PyTorch or safetensors file, a directory of the hub's or of MLX, or a hub repository's name.
+        source: a PyTorch or safetensors file, a directory of the hub's or of MLX, or a hub repository's name; or a GGUF
+            file, which says itself what its model and tokenizer are.
         destination: the directory to make. It appears complete or not at all.
-        tokenizer: a SentencePiece model, a directory or repository that has one; by default the source's own.
+        tokenizer: a SentencePiece model, a directory or repository that has one; by default the source's own. For a
+            GGUF file a directory or repository with a `tokenizer.json`.
         config: a `config.json` or CoreNet YAML; by default the one that lies beside the source.
         preset: one of the paper's models, as in `elm_mlx.model.config.PRESETS`.
         head_dim: the size of a head, where no QK norm and no config tells it.
         lora_alpha: of an adapter in the source, which is merged.
-        dtype: float32, float16 or bfloat16; by default the source's if that has 16 bits, else bfloat16.
+        dtype: float32, float16 or bfloat16; by default the source's if that has 16 bits, else bfloat16. Of a
+            quantized GGUF file float16, which its scales have.
         revision: of a repository.
         ema: take the moving average of a training checkpoint.
         chat_template: `openelm-instruct`, `none`, or a file of Jinja text; by default the source's own, or what
@@ -101,26 +106,41 @@ def convert(
     path = expanded(destination)
     with failures_named(path):
         check_destination(path, MODEL, overwrite)
-        plan = make_plan(
-            source,
-            tokenizer=tokenizer,
-            config=config,
-            preset=preset,
-            head_dim=head_dim,
-            lora_alpha=lora_alpha,
-            dtype=dtype,
-            revision=revision,
-            ema=ema,
-            chat_template=chat_template,
-        )
+        file = expanded(source)
+        plan: ConversionPlan | GgufPlan
+        if gguf_model.is_gguf(file):
+            unfit = {
+                "--config": config, "--preset": preset, "--head-dim": head_dim, "--lora-alpha": lora_alpha,
+                "--revision": revision, "--ema": ema or None,
+            }  # fmt: skip
+            if asked := [option for option, value in unfit.items() if value is not None]:
+                raise InputError(f"{file}: {asked[0]} is not for a GGUF file, which says itself what its model is")
+            plan = gguf_model.make_plan(file, dtype=dtype, tokenizer=tokenizer, template=chat_template)
+        else:
+            plan = make_plan(
+                source,
+                tokenizer=tokenizer,
+                config=config,
+                preset=preset,
+                head_dim=head_dim,
+                lora_alpha=lora_alpha,
+                dtype=dtype,
+                revision=revision,
+                ema=ema,
+                chat_template=chat_template,
+            )
         check_destination(path, MODEL, overwrite, plan.source.files)
         on_plan(plan)
         if dry_run:
             return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
         sources = plan.source.files
         with new_hashed_directory(path, sources, plan.nbytes, overwrite=overwrite) as (directory, hashes):
-            warnings = write_model(directory, plan, on_progress)
-            differences = compare(plan.tensors, directory, plan.dtype, on_progress) if verify else []
+            if isinstance(plan, GgufPlan):
+                warnings = gguf_model.write_model(directory, plan, on_progress)
+                differences = gguf_model.compare(plan, directory, on_progress) if verify else []
+            else:
+                warnings = write_model(directory, plan, on_progress)
+                differences = compare(plan.tensors, directory, plan.dtype, on_progress) if verify else []
             write_json(directory / "conversion.json", _record(plan, hashes()))
     seconds = time.perf_counter() - start
     return Conversion(plan, path, tuple(differences), (*plan.warnings, *warnings), seconds)
@@ -150,9 +170,9 @@ def _write_tokenizer(directory: Path, plan: ConversionPlan) -> str | None:
     return tokenizers.write(plan.tokenizer, directory, max_length=plan.config.max_context_length, chat_template=own)
 
 
-def _record(plan: ConversionPlan, hashes: dict[Path, str]) -> dict[str, Any]:
+def _record(plan: ConversionPlan | GgufPlan, hashes: dict[Path, str]) -> dict[str, Any]:
     """Returns the content of `conversion.json`, without when and by whom: equal input gives equal bytes."""
-    return {
+    record = {
         "tool": f"elm-mlx {__version__}",
         "source": {
             "name": plan.source.label,
@@ -160,8 +180,12 @@ def _record(plan: ConversionPlan, hashes: dict[Path, str]) -> dict[str, Any]:
             "revision": plan.source.revision,
             "files": file_record(plan.source.files, hashes),
         },
-        "config": plan.config_origin,
+        "config": "its metadata" if isinstance(plan, GgufPlan) else plan.config_origin,
         "dtype": {"source": plan.source_dtype, "written": plan.dtype},
+    }
+    if isinstance(plan, GgufPlan):
+        return record
+    return record | {
         "dropped_vocabulary_rows": plan.dropped_rows,
         "merged_adapter": {"alpha": plan.scaling.alpha, "rank_stabilised": plan.scaling.by_root}
         if plan.scaling

@@ -121,7 +121,7 @@ def write_weights(
 GROUPS = ("embedding", "attention", "ffn", "norms", "head")
 
 # Half the distance between neighbours, as a share of the value, and of the smallest ones, absolute.
-_ROUNDING = {"float32": (0.0, 0.0), "bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25)}
+ROUNDING = {"float32": (0.0, 0.0), "bfloat16": (2.0**-8, 2.0**-134), "float16": (2.0**-11, 2.0**-25)}
 
 
 @dataclass
@@ -142,12 +142,12 @@ class Difference:
 
 
 def group_of(name: str) -> str:
-    """Returns the one of GROUPS that the canonically named weight belongs to."""
+    """Returns the one of GROUPS that a weight belongs to, by its canonical name or that of another family's."""
     if name.endswith("norm.weight"):
         return "norms"
     if name.startswith("lm_head."):
         return "head"
-    return "attention" if ".attn." in name else "ffn" if ".ffn." in name else "embedding"
+    return "attention" if "attn." in name else "ffn" if ".ffn." in name or ".mlp." in name else "embedding"
 
 
 def compare(
@@ -185,14 +185,19 @@ def compare(
             row += len(block)
             _compare_block(tensor, block, values, dtype, difference)
             progress(values.nbytes)
-    return [difference for difference in found.values() if difference.tensors]
+    return differences(found)
+
+
+def differences(found: Mapping[str, Difference]) -> list[Difference]:
+    """Returns the differences that there are, in the order of GROUPS."""
+    return [found[group] for group in GROUPS if group in found and found[group].tensors]
 
 
 def _compare_block(tensor: LazyTensor, block: np.ndarray, copy: np.ndarray, dtype: str, found: Difference) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         before, after = to_float32(block, tensor.dtype), to_float32(copy, dtype)
         difference = np.abs(before - after)
-        relative, absolute = _ROUNDING[dtype]
+        relative, absolute = ROUNDING[dtype]
         magnitude = np.abs(before)
         wrong = difference > magnitude * np.float32(relative) + np.float32(absolute)
         if not np.isfinite(difference).all():  # not numbers on one side: then the same on the other

@@ -76,6 +76,7 @@ NUMBER_TYPES: dict[int, np.dtype[Any]] = {
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 10: np.dtype("<u8"), 11: np.dtype("<i8"), 12: np.dtype("<f8"),
 }  # fmt: skip
 BOOL, STRING, ARRAY = 7, 8, 9
+_FLOAT32 = 6
 
 _LENGTH = struct.Struct("<Q")
 
@@ -268,7 +269,8 @@ class _Cursor:
         if kind == ARRAY:
             return self._array(what)
         found = self._numbers(kind, 1, what)[0]
-        return found.item()
+        # Of float32 the shortest number that is it: 1e-05, and not 9.999999747378752e-06.
+        return float(str(found)) if kind == _FLOAT32 else found.item()
 
     def _array(self, what: str) -> Value:
         kind, count = self.number("<I"), self.number("<Q")

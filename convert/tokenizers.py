@@ -54,7 +54,14 @@ def _inside(directory: Path, label: str) -> Path:
     raise InputError(f"{label}: no {FILE_NAME}: {found}; name the file")
 
 
-def write(model_file: Path, directory: Path, *, max_length: int, chat_template: str | None = None) -> str | None:
+def write(
+    model_file: Path,
+    directory: Path,
+    *,
+    max_length: int,
+    chat_template: str | None = None,
+    swallowing: frozenset[str] = frozenset(),
+) -> str | None:
     """Writes the tokenizer into `directory`: `tokenizer.model` unchanged, `tokenizer.json`, `tokenizer_config.json`.
 
     With the last two, transformers and mlx-lm make the ids and texts that SentencePiece makes, with one exception
@@ -65,6 +72,7 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
     Args:
         max_length: the model's context in tokens.
         chat_template: Jinja text.
+        swallowing: control pieces that take the white space behind them, which SentencePiece's format cannot say.
 
     Returns:
         None when that holds. A sentence to show when `tokenizer.json` cannot express the model (it is then not
@@ -82,7 +90,7 @@ def write(model_file: Path, directory: Path, *, max_length: int, chat_template: 
     write_json(directory / "tokenizer_config.json", _config(tokenizer, max_length, chat_template))
     if inexpressible:
         return f"mlx-lm and transformers cannot read this tokenizer: {inexpressible}"
-    write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer))
+    write_json(directory / "tokenizer.json", _tokenizer(model, pieces, tokenizer, swallowing))
     return inexact and f"mlx-lm and transformers read some rare texts differently from this tokenizer: {inexact}"
 
 
@@ -102,7 +110,7 @@ def _config(tokenizer: Tokenizer, max_length: int, chat_template: str | None) ->
     return config if chat_template is None else {**config, "chat_template": chat_template}
 
 
-def _tokenizer(model: ModelFile, pieces: list[Piece], tokenizer: Tokenizer) -> Json:
+def _tokenizer(model: ModelFile, pieces: list[Piece], tokenizer: Tokenizer, swallowing: frozenset[str]) -> Json:
     """Returns the content of `tokenizer.json`: SentencePiece's steps in the words of the tokenizers library."""
     return {
         "version": "1.0",
@@ -111,6 +119,7 @@ def _tokenizer(model: ModelFile, pieces: list[Piece], tokenizer: Tokenizer) -> J
         "added_tokens": [
             {"id": token, "content": piece.text, "special": True}
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            | {"rstrip": piece.text in swallowing}
             for token, piece in enumerate(pieces)
             if piece.type in (CONTROL, UNKNOWN)
         ],
@@ -166,10 +175,11 @@ def _pre_tokenizer(pieces: list[Piece]) -> Json | None:
 
 
 def _post_processor(tokenizer: Tokenizer) -> Json | None:
-    """Puts BOS in front."""
-    if tokenizer.bos_id is None:
-        return None
-    bos = tokenizer.pieces[tokenizer.bos_id]
+    return None if tokenizer.bos_id is None else bos_in_front(tokenizer.pieces[tokenizer.bos_id], tokenizer.bos_id)
+
+
+def bos_in_front(bos: str, token: int) -> Json:
+    """Returns the post-processor of a `tokenizer.json` that puts BOS before a text."""
     first, second = (
         [{"SpecialToken": {"id": bos, "type_id": i}}, {"Sequence": {"id": name, "type_id": i}}]
         for i, name in enumerate("AB")
@@ -178,7 +188,7 @@ def _post_processor(tokenizer: Tokenizer) -> Json | None:
         "type": "TemplateProcessing",
         "single": first,
         "pair": first + second,
-        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+        "special_tokens": {bos: {"id": bos, "ids": [token], "tokens": [bos]}},
     }
 
 

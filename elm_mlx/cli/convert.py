@@ -13,7 +13,7 @@ from elm_mlx.cli import options
 from elm_mlx.cli.screen import ProgressBar, byte_size, counted, say, say_all
 
 if TYPE_CHECKING:
-    from elm_mlx_convert import Conversion, ConversionPlan
+    from elm_mlx_convert import Conversion, ConversionPlan, GgufPlan
 
 PANELS = {
     "Model": ("config", "preset", "head_dim", "lora_alpha", "ema", "revision"),
@@ -27,8 +27,8 @@ def convert(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A CoreNet .pt (LoRA and DoRA are merged), a safetensors file, a Hugging Face or MLX directory, or a "
-            "repository such as apple/OpenELM-270M.",
+            help="A CoreNet .pt (LoRA and DoRA are merged), a safetensors file, a Hugging Face or MLX directory, a "
+            "repository such as apple/OpenELM-270M, or a GGUF file of any family.",
         ),
     ],
     dst: options.Destination,
@@ -37,7 +37,9 @@ def convert(
     ] = None,
     dtype: Annotated[
         options.DType | None,
-        typer.Option(help="Type of the weights. (default: SRC's if that has 16 bits, else bfloat16)"),
+        typer.Option(
+            help="Type of the weights. (default: SRC's if that has 16 bits, else bfloat16; float16 for quantized GGUF)"
+        ),
     ] = None,
     config: Annotated[
         Path | None,
@@ -73,7 +75,7 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     overwrite: options.Overwrite = False,
 ) -> None:
-    """Convert a PyTorch, Hugging Face or MLX checkpoint into a directory that elm-mlx and mlx-lm open."""
+    """Convert a PyTorch, Hugging Face, MLX or GGUF checkpoint into a directory that elm-mlx and mlx-lm open."""
     import elm_mlx_convert
 
     with _converted(src, dst, quantize, overwrite, dry_run) as target, ProgressBar("bytes") as progress:
@@ -111,7 +113,12 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
         say("wrote", str(dst))
 
 
-def _print_plan(plan: ConversionPlan) -> None:
+def _print_plan(plan: ConversionPlan | GgufPlan) -> None:
+    from elm_mlx_convert import ConversionPlan
+
+    if not isinstance(plan, ConversionPlan):
+        _print_gguf_plan(plan)
+        return
     config, source = plan.config, plan.source
     heads, kv, ffn = config.num_query_heads, config.num_kv_heads, config.ffn_dims
     rows = [
@@ -124,6 +131,22 @@ def _print_plan(plan: ConversionPlan) -> None:
         ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),
         ("tokenizer", str(plan.tokenizer or "none")),
         ("write", f"{plan.dtype}, {byte_size(plan.nbytes)}"),
+        *(("note", note) for note in plan.notes),
+        *(("warning", warning) for warning in plan.warnings),
+    ]
+    say_all(rows)
+
+
+def _print_gguf_plan(plan: GgufPlan) -> None:
+    config, vocabulary = plan.config, plan.vocabulary
+    tokenizer = vocabulary.describe() if vocabulary else plan.tokenizer or "none"
+    template = ", chat template" if vocabulary and vocabulary.templates else ""
+    rows = [
+        ("source", f"{plan.source.label}: {plan.source.kind}, {plan.source_dtype}"),
+        ("model", f"{plan.parameters:,} parameters, {counted(config.num_layers, 'layer')} of {config.model_dim}"),
+        ("vocabulary", f"{config.vocab_size:,} tokens, context {config.max_context_length:,}"),
+        ("tokenizer", f"{tokenizer}{template}"),
+        ("write", f"{plan.stored}, {byte_size(plan.nbytes)}"),
         *(("note", note) for note in plan.notes),
         *(("warning", warning) for warning in plan.warnings),
     ]

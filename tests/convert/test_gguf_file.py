@@ -37,7 +37,7 @@ def test_what_gguf_writes(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     values: dict[str, Any] = {
         "uint8": 200, "int8": -100, "uint16": 60_000, "int16": -30_000, "uint32": 2**32 - 1, "int32": -(2**31),
-        "uint64": 2**64 - 1, "int64": -(2**63), "float32": 0.5, "float64": 0.1, "bool": True, "string": "Grüße 🌻",
+        "uint64": 2**64 - 1, "int64": -(2**63), "float32": 1e-5, "float64": 0.1, "bool": True, "string": "Grüße 🌻",
     }  # fmt: skip
     for kind, value in values.items():
         getattr(writer, f"add_{kind}")(f"test.{kind}", value)
