@@ -234,9 +234,9 @@ def make_plan(
         values["quantization"] = values["quantization_config"] = quantization
         config = replace(config, quantization=quantization)
     values["torch_dtype"] = written
-    values |= gguf_vocabulary.special_ids(header)
     beside = _tokenizer_directory(tokenizer) if tokenizer is not None else None
     vocabulary = gguf_vocabulary.read(header) if beside is None else None
+    values |= gguf_vocabulary.special_ids(header)
     warnings = list(vocabulary.warnings) if vocabulary else [] if beside else [_NO_TOKENIZER]
     if vocabulary is not None:
         vocabulary = _with_template(vocabulary, template)
