@@ -136,17 +136,17 @@ def of_table(names: Sequence[str], where: str, asked: Columns | None, format: st
         if missing is not None:
             raise InputError(f"{where}: has no column {key_of(missing)}; it has {few(map(key_of, names), 12)}")
         return asked
-    if any(set(must) <= set(names) for must, _ in KEYS.values()) or not names:
+    if any(set(must) <= set(names) for name, (must, _) in KEYS.items() if name != "text") or not names:
         return None
     guessed = guess(names, format)
     if guessed is None:
         raise InputError(f"{where}: which of the columns {few(map(key_of, names), 12)} to train on? {_EXAMPLE}")
-    return guessed
+    return None if guessed.taken == {"text": "text"} else guessed
 
 
 def hint(names: Iterable[str]) -> str:
     """Returns the option that would take a record of other keys, or nothing."""
-    guessed = guess(list(names))
+    guessed = guess([name for name in names if name.isprintable()])
     if guessed is None:
         return ""
     return "; --columns " + ",".join(f"{key}={column}" for key, column in guessed.taken.items()) + " takes it"

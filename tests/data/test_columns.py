@@ -80,6 +80,25 @@ def test_what_says_no_columns(text: str, reason: str) -> None:
     assert reason in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        ("text,label", "fields between commas"),
+        ("question,answer,text", "fields between commas; prompt = `question`, completion = `answer` (guessed; "
+         "--columns says it otherwise)"),
+        ("prompt,completion,question", "fields between commas"),
+    ],
+)  # fmt: skip
+def test_what_is_called_like_keys_is_taken_as_it_is(tmp_path: Path, names: str, taken: str) -> None:
+    (tmp_path / "a.csv").write_text(f"{names}\n{','.join('abc'[: names.count(',') + 1])}\n")
+    assert list(read(tmp_path / "a.csv")["train"].columns) == [taken]
+
+
+def test_a_hint_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"question\\n": "a", "answer": "b"}\n')
+    assert read(tmp_path / "a.jsonl")["train"].bad[0].endswith("it has `question\\n`, `answer`")
+
+
 def test_faults_are_named_by_the_files_own_columns(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("Frage;Antwort;prompt\nWas?;;x\nWer?;Ich;y\n")
     columns = ["prompt=Frage,completion=Antwort"]
