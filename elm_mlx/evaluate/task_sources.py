@@ -17,6 +17,7 @@ from elm_mlx import reading
 from elm_mlx.data import data_files
 from elm_mlx.data.bad_record import BadRecord, keys_of, kind_of
 from elm_mlx.data.data_files import RECORDS as SUFFIXES
+from elm_mlx.data.messages import unpacked
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.questions import SHAPES, Question, has_shape, hellaswag_adopted, of_shape
 from elm_mlx.evaluate.tasks import Chosen, Task
@@ -126,14 +127,14 @@ def _of_file(path: Path, task: Task) -> list[Question]:
 
 
 def _questions(paths: Sequence[Path], read: Callable[[Mapping[str, Any]], Question], hint: str = "") -> list[Question]:
-    found = []
+    found, tables = [], all(path.name.lower().endswith(data_files.CSV) for path in paths)
     for where, record in data_files.read_all(paths, _COLUMNS):
         try:
             if isinstance(record, BadRecord):
                 raise record
             if not isinstance(record, dict):
                 raise BadRecord(f"is {kind_of(record)}, not an object")
-            found.append(read(record))
+            found.append(read(_of_texts(record) if tables else record))
         except BadRecord as error:
             raise InputError(f"{where}: {error}{hint}") from None
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, SyntaxError) as error:
@@ -141,6 +142,13 @@ def _questions(paths: Sequence[Path], read: Callable[[Mapping[str, Any]], Questi
             keys = keys_of(record)
             raise InputError(f"{where}: is not a record of this task: {reason}; it has {keys}") from None
     return found
+
+
+def _of_texts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record whose values are texts, as a table has them: of choices the JSON of a list, and the number of one."""
+    made = {key: unpacked(value) if key in ("choices", "context_options") else value for key, value in record.items()}
+    gold = made.get("gold")
+    return made | ({"gold": int(gold)} if isinstance(gold, str) and re.fullmatch("[0-9]{1,9}", gold) else {})
 
 
 def _of_text(path: Path) -> Iterator[Question]:

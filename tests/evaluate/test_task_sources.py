@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,25 @@ def cached(hub: Path, dataset: str, files: dict[str, list[Any]]) -> None:
             write(path, *records)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40)
+
+
+def test_a_table_is_a_task(tmp_path: Path) -> None:
+    made = [{"query": f"{n}+1=", "choices": ["x", 'a "y"'], "gold": n % 2} for n in range(4)]
+    with (tmp_path / "sums.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["query", "choices", "gold"])
+        writer.writeheader()
+        writer.writerows(row | {"choices": json.dumps(row["choices"])} for row in made)
+    (tmp_path / "next.tsv").write_text("context\tcontinuation\nthe\t fox\n")
+    same = write(tmp_path / "sums.jsonl", *made)
+    table, lines = (
+        task_sources.load(Chosen(task_sources.task_of_file(path)), None).questions
+        for path in (tmp_path / "sums.csv", same)
+    )
+    assert table == lines
+    assert len(task_sources.load(Chosen(task_sources.task_of_file(tmp_path / "next.tsv")), None).questions) == 1
+    (tmp_path / "bad.csv").write_text("query,choices,gold\na,x;y,0\n")
+    with pytest.raises(InputError, match=r"bad\.csv, line 2: `choices` is not a list of strings"):
+        task_sources.load(Chosen(task_sources.task_of_file(tmp_path / "bad.csv")), None)
 
 
 def test_a_file_is_a_task_and_its_own_examples(tmp_path: Path) -> None:
