@@ -47,7 +47,8 @@ def brief(row: Row, speeds: Speeds) -> Table:
     for side in row.figures:
         cells = []
         for figure in ("prompt", "decode"):
-            found, ratio, bound = row.spread(side, figure), row.ratio(side, figure), bounds(row, speeds)[figure]
+            found, bound = row.spread(side, figure), bounds(row, speeds)[figure]
+            ratio = None if side == "ours" else row.ratio(side, figure)
             beside = f" {bound.share:.0%}" if side == "ours" and bound else f" ×{ratio.median:.2f}" if ratio else ""
             beside += _per_pass(row, side, figure)
             cells.append(number(found.median) + (beside if side == "ours" or ratio else "") if found else "")

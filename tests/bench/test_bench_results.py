@@ -35,6 +35,7 @@ def test_what_bounds_a_prompt_and_a_step_by_hand() -> None:
     rounding = row()
     rounding.about["ours"] = replace(rounding.about["ours"], rounds=True)
     assert bounds(rounding, SPEEDS) == {"prompt": None, "decode": step}
+    assert tables.brief(rounding, SPEEDS)[1][0][1] == "667"
 
 
 def test_several_texts_share_the_weights() -> None:
