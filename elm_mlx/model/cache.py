@@ -307,8 +307,8 @@ class StepCache:
     Args:
         kind: a cache whose arrays these are.
         arrays: `(slots, num_kv_heads, capacity, …)`, of which the first ones are used, a slot a text.
-        position: where the step writes, and RoPE's offset: `(batch,)`, a row for each text, or `(texts, n)`, n rows of a
-            token each, whose positions follow each other, of each.
+        position: where the step writes, and RoPE's offset: `(batch,)`, of a row a text, or `(texts, n)`, of n rows
+            for each, whose positions follow each other.
         mask: boolean, `(batch, 1, length, seen)`: the positions written so far, with each row's and query's own. None
             sees more.
     """

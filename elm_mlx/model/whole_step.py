@@ -75,7 +75,7 @@ class WholeStep:
     def __call__(self, x: mx.array, position: mx.array) -> mx.array:
         """Launches the step of rows `(rows, model_dim)`, which there is room for.
 
-        `position` is that of each, `(rows,)` of a text each, or `(texts, n)` of n tokens that follow each other of each.
+        `position` is `(rows,)`, of a row for each text, or `(texts, n)`, of n rows for each that follow each other.
         Returns the hidden states `(rows, model_dim)`, normed. The keys and values will be in the caches with them.
         """
         texts, flat = position.shape[0], position.reshape(-1)
