@@ -18,6 +18,7 @@ from typing import Any
 
 import checkpoints
 import family_cases
+import gguf_models
 import mlx.core as mx
 import other_models
 import runs
@@ -185,6 +186,30 @@ def use_torch(path: Path) -> None:
 
 def use_hub(path: Path) -> None:
     convert(path / "hub", path / "out")
+
+
+def write_gguf(path: Path, name: str) -> None:
+    """A file of a family's model, or of an OpenELM, some of its matrices in blocks."""
+    made = path / "made"
+    if name == "openelm":
+        tiny.write_directory(made, tiny.random_model(tiny.scaled_config(320)), tiny.train_tokenizer())
+    else:
+        rope = other_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
+        wide = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "rope_scaling": rope}
+        other_models.write_model(made, name, {**wide, "max_position_embeddings": 16384, "num_hidden_layers": 1})
+    gguf_models.write(made, path / "model.gguf", "F32" if name == "openelm" else ["Q8_0", "F16"])
+    shutil.rmtree(made)
+
+
+def use_gguf(path: Path) -> None:
+    convert(path / "model.gguf", path / "out", verify=True)
+
+
+def gguf_header(data: bytes, draw: random.Random) -> bytes:
+    """Damages what stands before the tensors, and most of it is a vocabulary: the beginning and the end more often."""
+    tensors = data.index(b"token_embd.weight")
+    start, stop = draw.choice(((0, 2000), (0, tensors), (max(0, tensors - 3000), tensors + 3000)))
+    return data[:start] + raw_bytes(data[start:stop], draw) + data[stop:]
 
 
 def write_run(path: Path) -> None:
@@ -520,6 +545,8 @@ KINDS = {
         Kind("saved cache", write_cache, {"text.cache": _TENSORS}, use_cache),
         Kind("torch", write_torch, {"model.pt": raw_bytes, "config.json": json_values}, use_torch),
         Kind("hub", write_torch, {"hub/config.json": json_values, "hub/model.safetensors": _TENSORS}, use_hub),
+        Kind("gguf", lambda path: write_gguf(path, "llama"), {"model.gguf": either(gguf_header, raw_bytes)}, use_gguf),
+        Kind("gguf openelm", lambda path: write_gguf(path, "openelm"), {"model.gguf": gguf_header}, use_gguf),
         Kind("conversion.json", write_conversion, {"conversion.json": json_values}, use_conversion),
         Kind("state.json", write_run, {"checkpoints/step-00000003/state.json": json_values}, use_state),
         Kind("run.json", write_run, {"run.json": json_values}, use_run),

@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import gguf_models
 import numpy as np
 import pytest
+import tiny as models
 from checkpoints import read, save_pt, save_tokenizer, snapshot, tiny, weights
 
 from elm_mlx import files
@@ -48,16 +50,30 @@ while True:
 
 
 @pytest.fixture
-def sources(tmp_path: Path) -> list[Path]:
-    """Two checkpoints of one shape."""
+def sources(tmp_path: Path, request: pytest.FixtureRequest) -> list[Path]:
+    """Two checkpoints of one shape, as PyTorch's files or as GGUF."""
+    if getattr(request, "param", "pt") == "gguf":
+        return [_gguf(tmp_path / "in", seed) for seed in (1, 2)]
     save_tokenizer(tmp_path / "in")
     return [save_pt(tmp_path / "in" / f"{seed}.pt", weights(CONFIG, seed)) for seed in (1, 2)]
+
+
+def _gguf(directory: Path, seed: int) -> Path:
+    model = models.random_model(models.scaled_config(320), seed)
+    models.write_directory(directory / "made", model, models.train_tokenizer())
+    gguf_models.write(directory / "made", directory / f"{seed}.gguf", ["F16", "F32"])
+    shutil.rmtree(directory / "made")
+    return directory / f"{seed}.gguf"
+
+
+BOTH_KINDS = pytest.mark.parametrize("sources", ["pt", "gguf"], indirect=True)
 
 
 def entries(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
 
 
+@BOTH_KINDS
 def test_killed_at_any_moment(tmp_path: Path, sources: list[Path]) -> None:
     """SIGKILL at 20 random moments of a process that replaces one model by another without a pause."""
     complete = []
@@ -119,6 +135,7 @@ def test_two_at_once(tmp_path: Path, sources: list[Path]) -> None:
     assert read(out).keys() == CONFIG.shapes().keys()
 
 
+@BOTH_KINDS
 def test_a_limit_on_the_size_of_files(tmp_path: Path, sources: list[Path]) -> None:
     """A real process whose writes fail halfway."""
     out = tmp_path / "out"
