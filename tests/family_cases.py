@@ -31,6 +31,11 @@ _LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL,
 }  # fmt: skip
+_GEMMA = {
+    "hidden_size": 64,  # whose root bfloat16 has: mlx-lm rounds it so, as in training, and transformers in float32 not
+    "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "rope_theta": 1_000_000.0,
+    "rope_local_base_freq": 10_000.0, "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
+}  # fmt: skip
 _PARTIAL = {"short_factor": [1.0, 1.3], "long_factor": [1.5, 4.0]}
 
 
@@ -100,6 +105,24 @@ CASES: dict[str, dict[str, Any]] = {
             "full_attention": {**_YARN, "rope_theta": 500_000.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
         }
+    ),
+    "qwen2": _other("qwen2", "Qwen2ForCausalLM", tie_word_embeddings=True, use_sliding_window=False),
+    "qwen2, yarn, own head": _other("qwen2", "Qwen2ForCausalLM", rope_scaling=_YARN, rope_theta=1_000_000.0),
+    "qwen3": _other("qwen3", "Qwen3ForCausalLM", head_dim=16, rope_theta=1_000_000.0, tie_word_embeddings=True),
+    "qwen3, yarn, own head": _other("qwen3", "Qwen3ForCausalLM", head_dim=8, rope_scaling=_YARN),
+    "smollm3": _other("smollm3", "SmolLM3ForCausalLM", num_hidden_layers=4, rope_theta=5_000_000.0),
+    "smollm3, its layers": _other(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        num_hidden_layers=3,
+        no_rope_layers=[0, 1, 1],
+        attention_bias=True,
+        rope_scaling=_YARN,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": _other("gemma3_text", "Gemma3ForCausalLM", **_GEMMA),
+    "gemma3, linear": _other(
+        "gemma3_text", "Gemma3ForCausalLM", **_GEMMA, rope_scaling={"rope_type": "linear", "factor": 8.0}
     ),
     "mamba": _other("mamba", "MambaForCausalLM"),
     "mamba, biases, own head": _other(

@@ -72,6 +72,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHAPE, "model_type": "olmo3", "num_hidden_layers": 4, "sliding_window": 16, "rope_theta": 1e4,
         "tie_word_embeddings": False,
     },
+    "qwen2": {**_SHAPE, "model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": True},
+    "qwen3": {**_SHAPE, "model_type": "qwen3", "head_dim": 16, "rope_theta": 1e6, "tie_word_embeddings": True},
+    "smollm3": {
+        **_SHAPE, "model_type": "smollm3", "num_hidden_layers": 4, "rope_theta": 5e6, "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        **_SHAPE, "model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 16,
+        "sliding_window_pattern": 3, "query_pre_attn_scalar": 24, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+    },
     "mamba": {
         "model_type": "mamba", "hidden_size": 48, "intermediate_size": 96, "state_size": 8, "num_hidden_layers": 2,
         "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,

@@ -1,7 +1,7 @@
 """Models of other families: one normal form of their `config.json`, every value checked, and the shapes that follow.
 
-Reads those of Llama, Mistral, Phi-3, OLMo and Mamba as transformers 4 and 5 write them; the networks are
-`other_networks`'. Importing this imports no MLX.
+Reads those of Llama, Mistral, Qwen, SmolLM3, Gemma 3, Phi-3, OLMo and Mamba as transformers 4 and 5 write them; the
+networks are `other_networks`'. Importing this imports no MLX.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from elm_mlx.errors import InputError
 from elm_mlx.model.rope_config import LAYER_TYPES, RopeConfig, RopeRules, read_ropes
@@ -38,11 +38,16 @@ class Family:
         positions: it attends to keys and values. Else it keeps a state, from which nothing can be removed, and texts
             in one row would run into each other.
         bare_norms: its norms are LayerNorms without weights, not RMSNorms.
+        norms: they come before attention and FFN, after them, or both.
+        normed_heads: whether queries and keys are normed: all heads together, or each by itself.
+        biased_heads: queries, keys and values have biases, and nothing else has.
+        offset_norms: a norm multiplies by 1 + its weight, and the embedding by the root of its width; the FFN's gate is
+            a GELU.
         windowed: all of its layers have a `sliding_window`. mlx-lm's network has none, so no more than a window is
             read at once, where both are the same.
-        normed_heads: queries and keys are normed, and norms come after attention and FFN.
-        eps, window, tied, rope: the defaults of `rms_norm_eps`, `sliding_window`, `tie_word_embeddings` and RoPE, as in
-            transformers.
+        switched_windows: its config has `use_sliding_window`, and mlx-lm's network no windows.
+        eps, window, tied, rope, head_dim: the defaults of `rms_norm_eps`, `sliding_window`, `tie_word_embeddings`, RoPE
+            and `head_dim`, as in transformers.
     """
 
     name: str
@@ -52,11 +57,16 @@ class Family:
     positions: bool = True
     bare_norms: bool = False
     windowed: bool = False
-    normed_heads: bool = False
+    switched_windows: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    normed_heads: Literal["all", "each"] | None = None
+    biased_heads: bool = False
+    offset_norms: bool = False
     eps: float = 1e-5
     rope: RopeRules = field(default_factory=RopeRules)
     window: int | None = None
     tied: bool = False
+    head_dim: int | None = None
 
 
 FAMILIES = {
@@ -65,10 +75,28 @@ FAMILIES = {
     "phi3": Family("Phi-3", "phi3", windowed=True, rope=RopeRules(original=4096, phi3=True)),
     # mlx-lm's own file for it wants another package, and fails on any prompt; it is a Llama but for its norms.
     "olmo": Family("OLMo", "llama", bare_norms=True),
-    "olmo2": Family("OLMo 2", "olmo2", normed_heads=True),
-    "olmo3": Family("OLMo 3", "olmo3", normed_heads=True, rope=RopeRules(500_000.0, windows_scaled=False), window=4096),
+    "olmo2": Family("OLMo 2", "olmo2", norms="after", normed_heads="all"),
+    "olmo3": Family(
+        "OLMo 3", "olmo3", norms="after", normed_heads="all", rope=RopeRules(500_000.0, windows_scaled=False),
+        window=4096,
+    ),
+    "qwen2": Family("Qwen 2", "qwen2", biased_heads=True, switched_windows=True, eps=1e-6),
+    "qwen3": Family("Qwen 3", "qwen3", normed_heads="each", switched_windows=True, eps=1e-6, head_dim=128),
+    "smollm3": Family("SmolLM3", "smollm3", switched_windows=True, eps=1e-6, rope=RopeRules(2_000_000.0), tied=True),
+    "gemma3_text": Family(
+        "Gemma 3", "gemma3_text", norms="both", normed_heads="each", offset_norms=True, eps=1e-6, tied=True,
+        rope=RopeRules(1_000_000.0, local=10_000.0, windows_scaled=False), window=4096, head_dim=256,
+    ),
     "mamba": Family("Mamba", "mamba", "backbone", "embeddings", positions=False, tied=True),
-}
+}  # fmt: skip
+# Why others of these makers cannot be taken.
+_NOT_TAKEN = {
+    "gemma": "mlx-lm's network scales its embedding otherwise than the published weights want in float32",
+    "gemma2": "it caps attention's scores, which the attention here does not",
+    "gemma3": "a model of pictures too; the text models of Gemma 3, 270M and 1B, are gemma3_text",
+    "qwen2_moe": "a mixture of experts", "qwen3_moe": "a mixture of experts", "mixtral": "a mixture of experts",
+    "qwen3_next": "a mixture of experts, with layers that keep a state",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,8 +188,9 @@ class FamilyConfig:
 
     def layer_rope(self, layer: int) -> RopeConfig:
         """Returns the RoPE of one layer, counted from 0."""
-        types = self.values["layer_types"]
-        return self.ropes["full_attention" if types is None else types[layer]]
+        types, rotated = self.values["layer_types"], self.values.get("no_rope_layers")
+        rope = self.ropes["full_attention" if types is None else types[layer]]
+        return rope if rotated is None or rotated[layer] else rope.none()
 
     @property
     def rope_switch(self) -> int | None:
@@ -213,15 +242,25 @@ def _attention_layer(config: FamilyConfig) -> Shapes:
         }  # fmt: skip
     for name, shape in linears.items():
         yield f"{name}.weight", shape
-        if values["attention_bias" if name.startswith("self_attn") else "mlp_bias"]:
+        own = family.biased_heads and name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        if own or values["attention_bias" if name.startswith("self_attn") else "mlp_bias"]:
             yield f"{name}.bias", shape[:1]
-    if family.normed_heads:
-        yield "self_attn.q_norm.weight", (queries,)
-        yield "self_attn.k_norm.weight", (keys,)
+    if family.normed_heads is not None:
+        for name, size in (("q_norm", queries), ("k_norm", keys)):
+            yield f"self_attn.{name}.weight", (size if family.normed_heads == "all" else values["head_dim"],)
     if not family.bare_norms:
-        before = "post_feedforward_layernorm" if family.normed_heads else "input_layernorm"
-        yield f"{before}.weight", (width,)
-        yield "post_attention_layernorm.weight", (width,)
+        for name in _NORMS[family.norms]:
+            yield f"{name}.weight", (width,)
+
+
+# A layer's norms as mlx-lm names them; where they come before alone, that of the FFN has an odd name.
+_NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_feedforward_layernorm", "post_attention_layernorm"),
+    "both": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
 
 
 def _state_layer(values: Mapping[str, Any]) -> Shapes:
@@ -261,7 +300,9 @@ def read(keys: Keys, directory: Path) -> FamilyConfig:
     model_type = keys.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(("openelm", *FAMILIES))
-        raise InputError(f"{keys.where}: model_type is {short(model_type)}; supported are {known}")
+        why = _NOT_TAKEN.get(str(model_type))
+        reason = f" ({why})" if why else ""
+        raise InputError(f"{keys.where}: model_type is {short(model_type)}{reason}; supported are {known}")
     family = FAMILIES[model_type]
     values: dict[str, Any] = {
         "model_type": model_type,
@@ -270,7 +311,10 @@ def read(keys: Keys, directory: Path) -> FamilyConfig:
         "hidden_size": _width(keys, family),
         "tie_word_embeddings": keys.flag("tie_word_embeddings", family.tied),
     }
-    keys.word("hidden_act", ("silu", "swish"), "silu")
+    if family.offset_norms:
+        keys.word("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh")
+    else:
+        keys.word("hidden_act", ("silu", "swish"), "silu")
     values |= _attention_values(keys, family, values) if family.positions else _state_values(keys, values)
     ropes = read_ropes(keys, values["head_dim"], family.rope) if family.positions else {}
     config = FamilyConfig(
@@ -306,11 +350,13 @@ def _attention_values(keys: Keys, family: Family, values: Mapping[str, Any]) -> 
     if heads % kv_heads:
         raise InputError(f"{keys.where}: {heads} heads (num_attention_heads) cannot share {kv_heads} of keys")
     even = values["hidden_size"] // heads
-    if not keys.says("head_dim") and not 0 < even <= _MAX_HEAD_DIM:
+    if not keys.says("head_dim") and family.head_dim is None and not 0 < even <= _MAX_HEAD_DIM:
         raise InputError(f"{keys.where}: {heads} heads of a hidden_size of {values['hidden_size']}: no model has such")
-    head_dim = keys.size("head_dim", even, _MAX_HEAD_DIM)
-    if family.file == "phi3" and head_dim != even:
-        raise InputError(f"{keys.where}: head_dim is {head_dim}, and mlx-lm's Phi-3 has hidden_size / heads, {even}")
+    head_dim = keys.size("head_dim", family.head_dim or even, _MAX_HEAD_DIM)
+    if family.file in ("phi3", "qwen2") and head_dim != even:
+        raise InputError(
+            f"{keys.where}: head_dim is {head_dim}, and mlx-lm's {family.name} has hidden_size / heads, {even}"
+        )
     if keys.says("clip_qkv"):
         raise InputError(f"{keys.where}: clip_qkv is {short(keys.get('clip_qkv'))}, and mlx-lm's network does not clip")
     if keys.flag("rope_traditional", False):
@@ -322,11 +368,58 @@ def _attention_values(keys: Keys, family: Family, values: Mapping[str, Any]) -> 
         "head_dim": head_dim,
         "rms_norm_eps": 1e-5 if family.bare_norms else keys.number("rms_norm_eps", family.eps, high=1.0),
         "max_position_embeddings": keys.size("max_position_embeddings"),
-        "attention_bias": family.file != "phi3" and keys.flag("attention_bias", False),
-        "mlp_bias": family.file == "llama" and keys.flag("mlp_bias", False),
+        "attention_bias": _has_biases(keys, family),
+        "mlp_bias": family.file in ("llama", "smollm3") and keys.flag("mlp_bias", False),
         "rope_theta": family.rope.theta,  # mlx-lm's own RoPE, of which no use is made
         **_windows(keys, family, values["num_hidden_layers"]),
+        **(_gemma_values(keys, values["num_hidden_layers"], head_dim) if family.offset_norms else {}),
+        **(_rotated_layers(keys, values["num_hidden_layers"]) if family.file == "smollm3" else {}),
     }
+
+
+def _has_biases(keys: Keys, family: Family) -> bool:
+    """Reads whether attention's linears have biases. What a Phi-3 or Qwen 2 says of it transformers does not read.
+
+    Raises:
+        InputError: they have some, and mlx-lm's network has none.
+    """
+    said = family.file not in ("phi3", "qwen2") and keys.flag("attention_bias", False)
+    if said and family.file in ("qwen3", "gemma3_text"):
+        raise InputError(f"{keys.where}: attention_bias is true, and mlx-lm's {family.name} has no such biases")
+    return said
+
+
+def _rotated_layers(keys: Keys, layers: int) -> dict[str, Any]:
+    """SmolLM3's layers with RoPE, by 1 in `no_rope_layers`, and without, by 0: by default every fourth."""
+    interval = keys.size("no_rope_layer_interval", 4)
+    if not keys.says("no_rope_layers"):
+        return {"no_rope_layers": [int((layer + 1) % interval != 0) for layer in range(layers)]}
+    given = keys.get("no_rope_layers")
+    if not isinstance(given, list) or len(given) != layers or not all(each in (0, 1) for each in given):
+        raise InputError(f"{keys.where}: no_rope_layers is {short(given)}: a list of {layers} times 0 or 1 is needed")
+    return {"no_rope_layers": [int(each) for each in given]}
+
+
+def _gemma_values(keys: Keys, layers: int, head_dim: int) -> dict[str, Any]:
+    """Gemma 3's own values. Of so many layers, the last has no window, and so on, as mlx-lm's network has it."""
+    if keys.says("use_bidirectional_attention") and keys.flag("use_bidirectional_attention", False):
+        raise InputError(f"{keys.where}: use_bidirectional_attention is true: an encoder, which generates no text")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if keys.says(name):
+            raise InputError(f"{keys.where}: {name} is {short(keys.get(name))}, and mlx-lm's network caps nothing")
+    types = keys.words("layer_types", LAYER_TYPES, layers)
+    if types is None:
+        name = "sliding_window_pattern" if keys.says("sliding_window_pattern") else "_sliding_window_pattern"
+        every = keys.size(name, 6)
+    else:  # which transformers believes, whatever the pattern beside it says
+        every = (*types, "full_attention").index("full_attention") + 1
+    each = tuple(LAYER_TYPES[bool((layer + 1) % every)] for layer in range(layers))
+    if every > layers or types not in (None, each):
+        raise InputError(f"{keys.where}: the layers with and without a window do not take turns as mlx-lm's do")
+    return {
+        "query_pre_attn_scalar": keys.number("query_pre_attn_scalar", float(head_dim), low=1e-6),
+        "sliding_window_pattern": every, "layer_types": each,
+    }  # fmt: skip
 
 
 def _windows(keys: Keys, family: Family, layers: int) -> dict[str, Any]:
@@ -336,6 +429,12 @@ def _windows(keys: Keys, family: Family, layers: int) -> dict[str, Any]:
         window = keys.size("sliding_window") if keys.says("sliding_window") else None
     if family.windowed:
         return {"sliding_window": window, "layer_types": None}
+    if family.offset_norms:
+        return {"sliding_window": window or family.window}
+    if family.switched_windows:
+        if keys.flag("use_sliding_window", False):
+            raise InputError(f"{keys.where}: use_sliding_window is true, and mlx-lm's {family.name} has no windows")
+        return {"sliding_window": None, "layer_types": None}
     each = LAYER_TYPES
     types = keys.words("layer_types", each, layers)
     if types is None and family.file == "olmo3":  # every fourth sees everything

@@ -201,7 +201,7 @@ class Rope:
     def _computed(self, text_length: int) -> tuple[mx.array, mx.array]:
         found = frequencies(self.config, text_length)
         every = mx.array([*found, *found, *[0.0] * (self.head_dim - self.config.dims)], mx.float32)
-        return every, mx.array([1 / frequency for frequency in found], mx.float32)
+        return every, mx.array([1 / frequency if frequency else math.inf for frequency in found], mx.float32)
 
     def _turn(self, length: int, offset: int | mx.array, frequencies: mx.array) -> Rotate:
         """Returns the rotation of float32 by several positions on a CPU, sines and cosines taken once.

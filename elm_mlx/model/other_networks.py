@@ -74,10 +74,12 @@ class NetworkProtocol:
 
     def in_c(self, rows: int) -> LayersInC | None:
         """Returns the layers for so many rows, where C computes them."""
-        return layers_in_c(self, rows, self._parts, getattr(self, self.body_name).norm) if self.ropes else None
+        if not self.ropes or self.config.family.offset_norms:  # whose norms, gates and embedding C does not know
+            return None
+        return layers_in_c(self, rows, self._parts, getattr(self, self.body_name).norm)
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Ids `(...)` to what the first layer reads, `(..., model_dim)`."""
+        """Ids `(...)` to what the first layer reads, `(..., model_dim)`, of a network whose layers C computes."""
         return getattr(getattr(self, self.body_name), self.embedding_name)(ids)
 
     def layer_ropes(self) -> list[Rope]:
@@ -86,17 +88,18 @@ class NetworkProtocol:
 
     def _parts(self) -> list[LayerParts]:
         """Returns the modules of each layer by what they are for."""
-        values, after = self.config.values, self.config.family.normed_heads
+        values, family = self.config.values, self.config.family
         types = values["layer_types"] or ["full_attention"] * self.config.num_layers
         found = []
         for layer, kind in zip(self.layers, types, strict=True):  # type: ignore[attr-defined]
             own, mlp = layer.self_attn, layer.mlp
             norms = (
-                {"query_norm": own.q_norm, "key_norm": own.k_norm, "after": layer.post_attention_layernorm,
-                 "ffn_after": layer.post_feedforward_layernorm}
-                if after
+                {"after": layer.post_attention_layernorm, "ffn_after": layer.post_feedforward_layernorm}
+                if family.norms == "after"
                 else {"before": layer.input_layernorm, "ffn_before": layer.post_attention_layernorm}
-            )  # fmt: skip
+            )
+            if family.normed_heads:
+                norms |= {"query_norm": own.q_norm, "key_norm": own.k_norm}
             found.append(LayerParts(
                 [own.qkv_proj] if "qkv_proj" in own else [own.q_proj, own.k_proj, own.v_proj], own.o_proj,
                 [mlp.gate_up_proj] if "gate_up_proj" in mlp else [mlp.gate_proj, mlp.up_proj], mlp.down_proj,
@@ -132,6 +135,9 @@ def network(config: FamilyConfig) -> Any:
         raise ElmError(f"this mlx-lm makes no {family.name} network from such a config.json: {reason}") from None
     if family.bare_norms:
         _bare_norms(made)
+    if config.share_input_output_layers and "lm_head" in made:  # of Gemma 3, which learns it from the weights
+        made.pop("lm_head")
+        made.tie_word_embeddings = True
     for part in made.modules() if "layer_norm_epsilon" in values else ():  # which mlx-lm's Mamba does not read
         if isinstance(part, nn.RMSNorm):
             part.eps = values["layer_norm_epsilon"]

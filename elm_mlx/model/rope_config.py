@@ -49,6 +49,10 @@ class RopeConfig:
         differs = (self.kind == "dynamic" and self.factor != 1) or self.short != self.long
         return self.original if differs else None
 
+    def none(self) -> RopeConfig:
+        """Returns the RoPE that rotates nothing, of a layer without positions (NoPE): its frequencies are 0."""
+        return RopeConfig("linear", self.dims, self.theta, self.original, factor=math.inf)
+
 
 @dataclass(frozen=True)
 class RopeRules:
@@ -56,12 +60,14 @@ class RopeRules:
 
     Attributes:
         theta: `rope_theta`.
+        local: `rope_local_base_freq`, of layers with a sliding window, in families that have such a key.
         original: `original_max_position_embeddings`; None for `max_position_embeddings`.
         phi3: a part of each head may be rotated, and "yarn" is an old name of "longrope".
         windows_scaled: a scaling that is given once also holds for layers with a sliding window.
     """
 
     theta: float = 10_000.0
+    local: float | None = None
     original: int | None = None
     phi3: bool = False
     windows_scaled: bool = True
@@ -79,11 +85,17 @@ def read_ropes(keys: Keys, head_dim: int, rules: RopeRules) -> dict[str, RopeCon
         each = [said.within(kind) if said.says(kind) else nothing for kind in LAYER_TYPES]
     else:
         each = [said, said if rules.windows_scaled else nothing]
-    return {kind: _normal_rope(keys, own, head_dim, rules) for kind, own in zip(LAYER_TYPES, each, strict=True)}
+    outside = [keys.number("rope_theta", rules.theta, low=1.0)] * 2
+    if rules.local is not None:
+        outside[1] = keys.number("rope_local_base_freq", rules.local, low=1.0)
+    return {
+        kind: _normal_rope(keys, own, theta, head_dim, rules)
+        for kind, own, theta in zip(LAYER_TYPES, each, outside, strict=True)
+    }
 
 
-def _normal_rope(keys: Keys, said: Keys, head_dim: int, rules: RopeRules) -> RopeConfig:
-    """Reads one object; keys that `said` lacks may stand beside it, in `keys`."""
+def _normal_rope(keys: Keys, said: Keys, theta: float, head_dim: int, rules: RopeRules) -> RopeConfig:
+    """Reads one object; keys that `said` lacks may stand beside it, in `keys`, which has `theta`."""
     longest = keys.size("max_position_embeddings")
     trained = said.size("original_max_position_embeddings", rules.original or longest)
     trained = keys.size("original_max_position_embeddings", trained)  # outside, it goes before the one within
@@ -95,7 +107,7 @@ def _normal_rope(keys: Keys, said: Keys, head_dim: int, rules: RopeRules) -> Rop
     rope = RopeConfig(
         kind=_kind(said, rules.phi3),
         dims=int(head_dim * share),
-        theta=said.number("rope_theta", keys.number("rope_theta", rules.theta, low=1.0), low=1.0),
+        theta=said.number("rope_theta", theta, low=1.0),
         original=longest,
     )
     if rope.dims < 2 or rope.dims % 2:

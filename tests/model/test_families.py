@@ -178,6 +178,20 @@ def test_configs_that_are_refused(tmp_path: Path, family_dirs: dict[str, Path]) 
         assert "\n" not in str(error.value)
 
     refused({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are openelm, llama")
+    for name, reason in (("gemma2", "caps attention's scores"), ("qwen3_moe", "a mixture of experts")):
+        refused({"model_type": name}, rf"model_type is '{name}' \(.*{reason}.*\); supported are openelm, llama")
+    for name in ("qwen2", "qwen3", "smollm3"):
+        refused({"model_type": name, "use_sliding_window": True}, "use_sliding_window is true, and mlx-lm's .* has no")
+    refused({"model_type": "qwen2", "head_dim": 16}, "head_dim is 16, and mlx-lm's Qwen 2 has hidden_size / heads, 8")
+    refused({"model_type": "qwen3", "attention_bias": True}, "attention_bias is true, and mlx-lm's Qwen 3 has no such")
+    for layers in ([1], [1, 2], "11", [1, None]):
+        refused({"model_type": "smollm3", "no_rope_layers": layers}, "no_rope_layers is .*: a list of 2 times 0 or 1")
+    gemma = {"model_type": "gemma3_text", "head_dim": 16, "sliding_window_pattern": 2}
+    refused(gemma | {"final_logit_softcapping": 30.0}, r"final_logit_softcapping is 30\.0, and mlx-lm's network caps")
+    refused(gemma | {"use_bidirectional_attention": True}, "an encoder, which generates no text")
+    refused(gemma | {"sliding_window_pattern": 3}, "do not take turns as mlx-lm's do")
+    refused(gemma | {"layer_types": ["full_attention", "sliding_attention"]}, "do not take turns as mlx-lm's do")
+    refused(gemma | {"hidden_activation": "relu"}, "hidden_activation is 'relu': one of gelu_pytorch_tanh")
     refused({"model_type": "olmo", "clip_qkv": 8.0}, "clip_qkv is 8.0")
     refused({"model_type": ["llama"]}, r"model_type is .*; supported are openelm, llama")
     refused({"model_type": "olmo", "hidden_size": None, "d_model": 48}, "an OLMo in its first layout")
@@ -244,6 +258,8 @@ def test_shapes_are_the_networks(name: str, tmp_path: Path) -> None:
         {}, {"attention_bias": True, "mlp_bias": True}, {"use_bias": True, "use_conv_bias": False},
         {"tie_word_embeddings": True}, {"tie_word_embeddings": False},
     ]  # fmt: skip
+    if name in ("qwen3", "gemma3_text"):  # whose networks have no biases
+        del switches[1]
     for changes in switches:
         values = {**other_models.CONFIGS[name], "vocab_size": 400, **changes}
         (tmp_path / "config.json").write_text(json.dumps(values))
@@ -389,7 +405,7 @@ def test_mlx_lm_stays_as_it_is(family_dirs: dict[str, Path], theirs: dict[str, A
 
 def test_layers_share_their_rotation(family_dirs: dict[str, Path]) -> None:
     counts = {name: len(getattr(loading.load_model(path), "ropes", ())) for name, path in family_dirs.items()}
-    assert counts == {"llama": 1, "mistral": 1, "phi3": 1, "olmo": 1, "olmo2": 1, "olmo3": 1, "mamba": 0}
+    assert counts == {**dict.fromkeys(NAMES, 1), "smollm3": 2, "gemma3_text": 2, "mamba": 0}
     model = loading.load_model(family_dirs["phi3"])
     assert [name for name, _ in model.named_modules() if "rope" in name.split(".")[0] or "_rope" in name] == []
     assert all(rope.rotate is None for rope in model.ropes)

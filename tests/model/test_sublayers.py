@@ -30,6 +30,7 @@ PROMPTS = blas.own("elm_mlx_many_rows") is not None  # else more than MOST_ROWS 
 CLOSE = 1e-5  # of the logits' spread
 FAMILIES = [
     "llama, biases", "llama, head_dim", "llama, longrope", "mistral, window", "phi3, partial", "olmo", "olmo2", "olmo3",
+    "qwen2", "qwen3", "smollm3, its layers",
 ]  # fmt: skip
 OPENELMS: dict[str, dict[str, Any]] = {
     "openelm": {}, "openelm, no gate": {"ffn_with_glu": False},
