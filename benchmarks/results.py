@@ -2,7 +2,7 @@
 
     python benchmarks/results.py [--python PYTHON] [--chat MODEL] [--only PART…] [--page] [--note TEXT]
 
-PYTHON has PyTorch, llama-cpp-python and gguf, as docs/bench.md says; MODEL is SmolLM2-135M-Instruct in 4 bits. What is
+PYTHON has PyTorch and llama-cpp-python, as docs/bench.md says; MODEL is SmolLM2-135M-Instruct in 4 bits. What is
 missing is left out, and said.
 
 What is measured is kept in `build/results/`, a file for each part, and page and table are written from what lies there:
@@ -218,7 +218,7 @@ seeded weights, and where `--chat` names it SmolLM2-135M-Instruct in 4 bits (gro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", help="a Python that has PyTorch, llama-cpp-python and gguf")
+    parser.add_argument("--python", help="a Python that has PyTorch and llama-cpp-python")
     parser.add_argument("--chat", type=Path, help=f"the directory of {CHAT.name} in 4 bits")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="measure these parts alone")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")

@@ -6,18 +6,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __all__ = [
-    "Conversion", "ConversionPlan", "GgufPlan", "LoraWeights", "convert", "export", "read_corenet", "read_peft",
-    "write_peft",
+    "Conversion", "ConversionPlan", "GgufExport", "GgufPlan", "LoraWeights", "convert", "export", "export_gguf",
+    "read_corenet", "read_peft", "write_gguf_adapter", "write_peft",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from elm_mlx_convert.conversion import Conversion, convert, export
+    from elm_mlx_convert.gguf_export import GgufExport, export_gguf, write_gguf_adapter
     from elm_mlx_convert.gguf_model import GgufPlan
     from elm_mlx_convert.lora_files import LoraWeights, read_corenet, read_peft, write_peft
     from elm_mlx_convert.plan import ConversionPlan
 
 _PLACES = {
     "conversion": ("Conversion", "convert", "export"),
+    "gguf_export": ("GgufExport", "export_gguf", "write_gguf_adapter"),
     "gguf_model": ("GgufPlan",),
     "lora_files": ("LoraWeights", "read_corenet", "read_peft", "write_peft"),
     "plan": ("ConversionPlan",),

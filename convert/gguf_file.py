@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
@@ -116,6 +116,7 @@ class Strings(Sequence[str]):
 
 
 Value = int | float | bool | str | np.ndarray | Strings
+Metadatum = int | float | bool | str | np.ndarray | list[str]  # what is written
 
 
 @dataclass(frozen=True)
@@ -339,3 +340,87 @@ def _text(data: bytes, where: str) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is not UTF-8 at byte {error.start:,}") from None
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor that is made when it is written.
+
+    Args:
+        type: a key of TYPES.
+        shape: in row-major order.
+        blocks: gives its bytes in row-major order, a piece at a time.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    blocks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) // TYPES[self.type].block * TYPES[self.type].nbytes
+
+
+def write(
+    file: BinaryIO,
+    metadata: Mapping[str, Metadatum],
+    tensors: Sequence[GgufTensor],
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes a whole file, each tensor made when it is written.
+
+    Args:
+        metadata: whole numbers are written in 32 bits without sign, others in float32; arrays as they are, lists as
+            strings.
+        progress: called with the number of bytes of tensors written since the last call.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    head = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        head += [_string(key), _typed(value)]
+    offset = 0
+    for tensor in tensors:
+        assert tensor.shape[-1] % TYPES[tensor.type].block == 0, tensor.name
+        head.append(_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
+        head.append(struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape)))
+        head.append(struct.pack("<IQ", TYPE_NUMBERS[tensor.type], offset))
+        offset += tensor.nbytes + -tensor.nbytes % ALIGNMENT
+    data = b"".join(head)
+    file.write(data + bytes(-len(data) % ALIGNMENT))
+    for tensor in tensors:
+        written = 0
+        for block in tensor.blocks():
+            file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+            written += block.nbytes
+            progress(block.nbytes)
+        assert written == tensor.nbytes, tensor.name
+        file.write(bytes(-written % ALIGNMENT))
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return _LENGTH.pack(len(data)) + data
+
+
+def _typed(value: Metadatum) -> bytes:
+    """Returns a value of metadata behind its type's number."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", BOOL, value)
+    if isinstance(value, int):
+        return struct.pack("<II", _number_of("<u4"), value)
+    if isinstance(value, float):
+        return struct.pack("<If", _number_of("<f4"), value)
+    if isinstance(value, str):
+        return struct.pack("<I", STRING) + _string(value)
+    if isinstance(value, np.ndarray):
+        kind = BOOL if value.dtype == bool else _number_of(value.dtype.newbyteorder("<").str)
+        return struct.pack("<IIQ", ARRAY, kind, len(value)) + np.ascontiguousarray(value).tobytes()
+    return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_string, value))
+
+
+def _number_of(dtype: str) -> int:
+    """Returns the number of a type of metadata."""
+    return next(number for number, each in NUMBER_TYPES.items() if each == np.dtype(dtype))

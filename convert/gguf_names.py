@@ -157,7 +157,9 @@ def separated(rows: Array, heads: int) -> Array:
 
 def check_expressible(config: Config, where: str) -> None:
     """Raises InputError for a model whose network llama.cpp does not have: says what it lacks."""
-    missing = [*_missing(config)]
+    if config.model_type not in ARCHITECTURES:
+        raise InputError(f"{where}: of the family {FAMILIES[config.model_type].name}, which is not written as GGUF")
+    missing = _missing(config)
     if missing:
         name = "OpenELM" if isinstance(config, ModelConfig) else config.family.name
         raise InputError(f"{where}: llama.cpp's {name} has no place for {' and '.join(missing)}")
@@ -171,8 +173,6 @@ def _missing(config: Config) -> list[str]:
             "a head of its own beside the embedding": not config.share_input_output_layers,
         }
         return [what for what, holds in lacks.items() if holds]
-    if config.model_type not in ARCHITECTURES:
-        return ["what this program keeps of such a model (it is not exported)"]
     architecture, values = ARCHITECTURES[config.model_type], config.values
     windows = set(values["layer_types"] or ()) - {"full_attention"}
     ropes = {kind: rope for kind, rope in config.ropes.items() if kind == "full_attention" or windows}
@@ -187,7 +187,9 @@ def _missing(config: Config) -> list[str]:
         "YaRN with a ramp of its own": any(rope.kind == "yarn" and not _usual_ramp(rope) for rope in ropes.values()),
         "divisors of RoPE's frequencies": architecture.name not in ("llama", "phi3")
         and any(rope.kind in ("llama3", "longrope") for rope in ropes.values()),
-        "scaled RoPE in layers with a sliding window": bool(windows) and ropes["sliding_attention"].kind != "default",
+        "RoPE that is scaled, or has another base, in layers with a sliding window": bool(windows)
+        and (ropes["sliding_attention"].kind, ropes["sliding_attention"].theta)
+        != ("default", ropes["full_attention"].theta),
     }
     return [what for what, holds in lacks.items() if holds]
 
@@ -235,8 +237,6 @@ def metadata(config: Config) -> dict[str, Value]:
 def _rope(config: FamilyConfig) -> dict[str, Value]:
     rope = config.ropes["full_attention"]
     values: dict[str, Value] = {"rope.dimension_count": rope.dims, "rope.freq_base": float(rope.theta)}
-    if config.ropes["sliding_attention"].theta != rope.theta:
-        values["rope.freq_base_swa"] = float(config.ropes["sliding_attention"].theta)
     if config.model_type == "phi3" or rope.kind in ("longrope", "yarn"):
         values["rope.scaling.original_context_length"] = rope.original
     if rope.kind in ("linear", "yarn"):
@@ -317,12 +317,7 @@ def config_values(
         values["partial_rotary_factor"] = dims / head_dim
     values["rope_theta"] = keys.number(f"{prefix}.rope.freq_base", 10_000.0, low=1.0)
     scaling = _scaling(keys, prefix, values, divisors, dims)
-    apart = keys.number(f"{prefix}.rope.freq_base_swa", values["rope_theta"], low=1.0)
-    if apart != values["rope_theta"]:
-        each = {**(scaling or {"rope_type": "default"}), "rope_theta": values.pop("rope_theta")}
-        plain = {"rope_type": "default", "rope_theta": apart}
-        values["rope_parameters"] = {"full_attention": each, "sliding_attention": plain}
-    elif scaling is not None:
+    if scaling is not None:
         values["rope_scaling"] = scaling
     window = metadata.get(f"{prefix}.attention.sliding_window")
     if model_type in ("phi3", "olmo3"):

@@ -67,7 +67,7 @@ _CJK = "[一-龥ࠀ-一가-퟿]+"
 
 
 @dataclass(frozen=True)
-class _Rules:
+class Rules:
     """What a byte-level BPE does before its merges.
 
     Attributes:
@@ -82,27 +82,27 @@ class _Rules:
     composed: bool = False
 
 
-_WORDS = _Rules((_bytes(True),))
-_WORDS_AND_DIGITS = _Rules((_DIGITS, _bytes(True)))
-_LLAMA3 = _Rules((_split(_CL100K), _bytes(False)), whole=True, bos=True)
-_BY_CL100K = _Rules((_split(_CL100K), _bytes(False)))
-_BY_O200K = _Rules((_split(_O200K), _bytes(False)))
-_DEFAULT = _Rules((*(_split(p) for p in (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")), _bytes(False)))
-_RULES = {
+_WORDS = Rules((_bytes(True),))
+_WORDS_AND_DIGITS = Rules((_DIGITS, _bytes(True)))
+_LLAMA3 = Rules((_split(_CL100K), _bytes(False)), whole=True, bos=True)
+_BY_CL100K = Rules((_split(_CL100K), _bytes(False)))
+_BY_O200K = Rules((_split(_O200K), _bytes(False)))
+_DEFAULT = Rules((*(_split(p) for p in (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")), _bytes(False)))
+RULES = {
     "gpt-2": _WORDS, "phi-2": _WORDS, "olmo": _WORDS, "jais": _WORDS, "mpt": _WORDS, "trillion": _WORDS,
     "exaone4": _WORDS, "granite-docling": _WORDS,
     "smollm": _WORDS_AND_DIGITS, "starcoder": _WORDS_AND_DIGITS, "refact": _WORDS_AND_DIGITS,
     "codeshell": _WORDS_AND_DIGITS, "exaone": _WORDS_AND_DIGITS, "minerva-7b": _WORDS_AND_DIGITS,
-    "command-r": _Rules(_WORDS_AND_DIGITS.steps, composed=True),
+    "command-r": Rules(_WORDS_AND_DIGITS.steps, composed=True),
     "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3, "pixtral": _LLAMA3,
     "lfm2": _LLAMA3,
     "dbrx": _BY_CL100K, "smaug-bpe": _BY_CL100K,
-    "qwen2": _Rules((_split(_QWEN), _bytes(False)), composed=True),
-    "deepseek-r1-qwen": _Rules((_split(_QWEN), _bytes(False))), "megrez": _Rules((_split(_QWEN), _bytes(False))),
+    "qwen2": Rules((_split(_QWEN), _bytes(False)), composed=True),
+    "deepseek-r1-qwen": Rules((_split(_QWEN), _bytes(False))), "megrez": Rules((_split(_QWEN), _bytes(False))),
     "gpt-4o": _BY_O200K, "llama4": _BY_O200K, "kanana2": _BY_O200K,
-    "tekken": _Rules((_split(_TEKKEN), _bytes(False)), whole=True, bos=True),
-    "seed-coder": _Rules((_split(_SEED), _bytes(False))),
-    "deepseek-coder": _Rules(
+    "tekken": Rules((_split(_TEKKEN), _bytes(False)), whole=True, bos=True),
+    "seed-coder": Rules((_split(_SEED), _bytes(False))),
+    "deepseek-coder": Rules(
         (_split(r"[\r\n]"), _split(r"\s?\p{L}+"), _split(r"\s?\p{P}+"), _split(_CJK), _DIGITS, _bytes(False))
     ),
     "default": _DEFAULT,
@@ -173,7 +173,7 @@ def read(header: GgufHeader) -> GgufVocabulary | None:
                 "it does not say what its tokenizer does before the merges (tokenizer.ggml.pre), as files of early "
                 "2024 do not: read by llama.cpp's default, which may differ from the model's own"
             )
-        if pre not in _RULES:
+        if pre not in RULES:
             raise InputError(
                 f"{where}: its tokenizer is a BPE by the rules {short(pre)} (tokenizer.ggml.pre), which are not known "
                 "here: pass --tokenizer with the directory or repository of the original"
@@ -189,7 +189,7 @@ def read(header: GgufHeader) -> GgufVocabulary | None:
         merges=list(_strings(header, "tokenizer.ggml.merges", _MAX_MERGES)) if kind == "gpt2" else (),
         special=special,
         end_ids=_end_ids(keys, kept),
-        add_bos=keys.flag("tokenizer.ggml.add_bos_token", kind == "llama" or _RULES[pre].bos),
+        add_bos=keys.flag("tokenizer.ggml.add_bos_token", kind == "llama" or RULES[pre].bos),
         pre=pre,
         dummy_prefix=keys.flag("tokenizer.ggml.add_space_prefix", True),
         remove_spaces=keys.flag("tokenizer.ggml.remove_extra_whitespaces", False),
@@ -338,7 +338,7 @@ def _swallowing(vocabulary: GgufVocabulary) -> frozenset[str]:
 
 def _bpe(vocabulary: GgufVocabulary) -> Json:
     """Returns the content of `tokenizer.json` of a byte-level BPE."""
-    rules, tokens, types = _RULES[vocabulary.pre], vocabulary.tokens, vocabulary.types
+    rules, tokens, types = RULES[vocabulary.pre], vocabulary.tokens, vocabulary.types
     added = {token for token, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED, UNKNOWN, UNUSED)}
     pieces: dict[str, int] = {}
     for token, text in enumerate(tokens):

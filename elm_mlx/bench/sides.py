@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from elm_mlx import reading
 from elm_mlx.bench.suites import About, Case, Figures, Measured
+from elm_mlx.errors import InputError
 
 
 class Unavailable(Exception):
@@ -41,7 +42,7 @@ class Programs:
     """The places of the other programs.
 
     Attributes:
-        python: a Python that has PyTorch, or llama-cpp-python and gguf; None for the one that runs.
+        python: a Python that has PyTorch, or llama-cpp-python; None for the one that runs.
         gguf: the model as llama.cpp reads it; None to write it from the directory.
     """
 
@@ -59,16 +60,24 @@ def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
         _require(python, "llama-cpp-python", "llama_cpp")
         if programs.gguf is not None:
             return WorkerSide(name, [*_script(python, "llama_worker.py"), str(programs.gguf)])
-        _require(python, "gguf, which writes the model as llama.cpp reads it,", "gguf")
         with tempfile.TemporaryDirectory(prefix="elm-mlx-gguf-") as scratch:  # what is loaded needs no name
             copy = str(Path(scratch, f"{path.name}.gguf"))
-            done = subprocess.run(
-                [*_script(python, "gguf_copy.py"), str(path), copy], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                raise Unavailable(f"{done.stderr.strip().splitlines()[-1]}; --gguf names a file of it")
+            _write_gguf(path, copy)
             return WorkerSide(name, [*_script(python, "llama_worker.py"), copy])
     return WorkerSide(name, [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"])
+
+
+def _write_gguf(path: Path, to: str) -> None:
+    """Writes a model with the same weights for llama.cpp. Raises Unavailable where it has no types for them."""
+    from elm_mlx_convert import export_gguf
+
+    try:
+        done = export_gguf(path, to)
+    except InputError as error:
+        raise Unavailable(f"{error}; --gguf names a file of it") from None
+    if done.roundings:
+        each = done.roundings[0]
+        raise Unavailable(f"llama.cpp has no type for the same weights of {each.before}; --gguf names a file of it")
 
 
 def _script(python: str, name: str) -> list[str]:

@@ -65,10 +65,10 @@ def bench(
     ] = None,
     compute_dtype: options.ComputeDtype = None,
     python: Annotated[
-        str | None, typer.Option(help="A Python that has PyTorch, llama-cpp-python and gguf. (default: this one)")
+        str | None, typer.Option(help="A Python that has PyTorch and llama-cpp-python. (default: this one)")
     ] = None,
     gguf: Annotated[
-        Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: written by gguf)")
+        Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: written, as `export` does)")
     ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""

@@ -1,4 +1,4 @@
-"""An adapter from one tool's directory to another's: of mlx-lm's layout, of PEFT's, or a CoreNet checkpoint.
+"""An adapter from one tool's files to another's: of mlx-lm's layout, of PEFT's, a CoreNet checkpoint, or to GGUF.
 
 `elm_mlx_convert` reads and writes the files of the others.
 """
@@ -59,6 +59,20 @@ def convert_adapter(
         trained_by, _ = chat_template.own_source(src)
         if trained_by is not None:
             chat_template.record(directory, trained_by)
+    return found
+
+
+def export_adapter(model: Path, src: Path, dst: Path, *, overwrite: bool = False) -> Adapter:
+    """Writes the LoRA adapter `src` as a GGUF file, for the file of the model in `model`; whole, or not at all.
+
+    Raises:
+        InputError: `src` cannot be read or does not fit, `dst` is taken, or llama.cpp has no such adapter.
+        ElmError: it cannot be written.
+    """
+    config = read_config(model)
+    found, values = _read(model, src, config, None, None)
+    plain = LoraWeights(found.kind == "dora", found.scale, found.dropout, values)
+    elm_mlx_convert.write_gguf_adapter(dst, plain, config, src.resolve().name, overwrite=overwrite)
     return found
 
 

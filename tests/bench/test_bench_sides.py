@@ -262,6 +262,6 @@ def test_llama_cpp_that_cannot_be_had_says_why(peers: str, tiny_model_dir: Path,
         sides.start("llama.cpp", tiny_model_dir, None, Programs("/bin/false"))
     with pytest.raises(Unavailable, match=r"llama\.cpp cannot read .*bad\.gguf"):
         sides.start("llama.cpp", tiny_model_dir, None, Programs(peers, tmp_path / "bad.gguf"))
-    (tmp_path / "config.json").write_text('{"model_type": "phi3"}')
-    with pytest.raises(Unavailable, match=r"GGUF is written of OpenELMs, .*; --gguf names a file"):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "vocab_size": 8}')
+    with pytest.raises(Unavailable, match=r"is missing.*; --gguf names a file"):
         sides.start("llama.cpp", tmp_path, None, Programs(peers))

@@ -20,7 +20,7 @@ from checkpoints import read, save_pt, save_tokenizer, snapshot, tiny, weights
 
 from elm_mlx import files
 from elm_mlx.errors import ElmError
-from elm_mlx_convert import convert
+from elm_mlx_convert import convert, export_gguf
 
 CONFIG = tiny()
 
@@ -38,10 +38,20 @@ from elm_mlx.cli import main
 main()
 """
 
+# Writes one source as GGUF, then the other, until it is killed.
+GGUF_FOREVER = """
+import sys
+from elm_mlx_convert import export_gguf
+print("ready", flush=True)
+while True:
+    for source in sys.argv[2:]:
+        export_gguf(source, sys.argv[1], overwrite=True)
+"""
+
 # Converts one source, then the other, to one place, until it is killed.
 FOREVER = """
 import sys
-from elm_mlx_convert import convert
+from elm_mlx_convert import convert, export_gguf
 print("ready", flush=True)
 while True:
     for source in sys.argv[2:]:
@@ -180,3 +190,43 @@ def test_a_full_disk(small_disk: Path, sources: list[Path], monkeypatch: pytest.
         convert(sources[1], out, overwrite=True, dtype="float32")
     assert snapshot(out) == before
     assert entries(small_disk) == ["out"]
+
+
+def test_a_gguf_file_is_whole_when_its_writer_is_killed(tmp_path: Path, sources: list[Path]) -> None:
+    out, complete = tmp_path / "out.gguf", []
+    for source in sources:
+        export_gguf(source, out, overwrite=True)
+        complete.append(out.read_bytes())
+    choose = random.Random(11)
+    for _ in range(6):
+        command = [sys.executable, "-c", GGUF_FOREVER, str(out), *map(str, sources)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(choose.uniform(0.05, 0.3))
+            process.send_signal(signal.SIGKILL)
+        assert out.read_bytes() in complete
+    export_gguf(sources[0], out, overwrite=True)
+    assert entries(tmp_path) == ["in", "out.gguf"]
+
+
+def test_a_limit_on_the_size_of_files_leaves_the_gguf_file_that_was_there(tmp_path: Path, sources: list[Path]) -> None:
+    out = tmp_path / "out.gguf"
+    export_gguf(sources[0], out)
+    before = out.read_bytes()
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, "-m", "elm_mlx", "export", str(sources[1]), str(out), "--overwrite"]
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"elm-mlx: {out}: cannot be written: File too large; nothing was changed\n"
+    assert out.read_bytes() == before
+    assert entries(tmp_path) == ["in", "out.gguf"]
+
+
+def test_a_full_disk_has_no_gguf_file(small_disk: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ElmError, match=r"out\.gguf: needs \d+(\.\d)? MB, and \d+(\.\d)? MB are free"):
+        export_gguf(sources[0], small_disk / "out.gguf")
+    assert not (small_disk / "out.gguf").exists()
