@@ -16,7 +16,7 @@ from pathlib import Path
 from elm_mlx import device, files, reading
 from elm_mlx.errors import InputError
 from elm_mlx.inference import sampling
-from elm_mlx.inference.generation import TextStream, check_drafts, check_steps, encode_prompt
+from elm_mlx.inference.generation import TextStream, check_steps, encode_prompt
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler, sampler_from
 from elm_mlx.inference.speculation import MOST_DRAFTED, DraftFigures, speculation_for
@@ -137,7 +137,12 @@ class Chat:
         self.last: Statistics | None = None
         self._speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
         self.cache = PrefixCache(model, kv_bits, max_kv_size)
-        check_drafts(self.cache.caches, self._speculation)
+        if max_kv_size is not None and self._speculation is not None:
+            # An answer's last token is in the cache or not by how it was guessed, and so is read with the next message
+            # or was before: other positions are dropped.
+            raise InputError(
+                "a conversation without end would forget other tokens by drafts: choose --max-kv-size or drafts"
+            )
 
     @property
     def system(self) -> str | None:

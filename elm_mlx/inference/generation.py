@@ -158,7 +158,6 @@ def stream_generate(
     text = TextStream(tokenizer, ids, stop, ends, max_tokens, room)
     state = chosen.start([ids], seed)
     speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
-    check_drafts(caches, speculation)
 
     def responses() -> Iterator[Response]:
         start, first, begun = time.perf_counter(), 0.0, 0.0
@@ -191,12 +190,6 @@ def stream_generate(
             begun = begun or time.perf_counter()
 
     return responses()
-
-
-def check_drafts(caches: Sequence[KVCache], speculation: Speculation | None) -> None:
-    """Raises InputError for guesses that these caches could not take back."""
-    if speculation is not None and caches[0].limit is not None:
-        raise InputError("guesses are not taken back from a cache that drops positions: choose --max-kv-size or drafts")
 
 
 def kept_length(cache: KVCache, cached: Sequence[int], ids: Sequence[int], step: int) -> int:

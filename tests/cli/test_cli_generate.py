@@ -562,6 +562,8 @@ def test_a_text_goes_on_past_the_context(
     assert ended["finish_reason"] == "context" and ended["generation_tokens"] < 128
     assert streamed["finish_reason"] == "length" and streamed["generation_tokens"] == 700
     assert streamed["text"].startswith(ended["text"])
+    guessed = json.loads(run(*command, *flags, "--prompt-lookup")[1])
+    assert guessed["text"] == streamed["text"] and guessed["drafts"]["accepted"] > 0
     code, _, err = run("generate", tiny_model_dir, "the quick brown fox " * 200, "--max-tokens", 5, *flags)
     assert code == 0 and re.search(r"the prompt has \d+ tokens: of them 4 and the last are in view, 64 at most", err)
     (tmp_path / "p.txt").write_text("the\nfox\n")
@@ -569,7 +571,6 @@ def test_a_text_goes_on_past_the_context(
         (("--max-kv-size", 9), "--max-kv-size 9: 32 to 512 are possible for this model"),
         ((*flags, "--kv-bits", 8), "cannot be in --kv-bits: choose one"),
         ((*flags, "--save-cache", tmp_path / "c"), "a saved cache holds a whole text"),
-        ((*flags, "--prompt-lookup"), "choose --max-kv-size or drafts"),
     ):
         refused(run("generate", tiny_model_dir, "the", *other), reason)
     refused(run("generate", tiny_model_dir, "--prompts", tmp_path / "p.txt", *flags), "is for one text without end")

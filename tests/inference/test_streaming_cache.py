@@ -20,6 +20,7 @@ from elm_mlx.inference.generation import Response
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.inference.sampling import Sampler
+from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model.cache import StreamingCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Rope
@@ -146,7 +147,9 @@ def test_other_families_go_on(name: str, tmp_path: Path) -> None:
     assert len(responses) == 150 and all(np.isfinite(each.logprob) for each in responses)
 
 
-def test_what_cannot_be_streamed_is_refused(model: Model, family_dirs: dict[str, Path]) -> None:
+def test_what_cannot_be_streamed_is_refused(
+    model: Model, tiny_tokenizer: Tokenizer, family_dirs: dict[str, Path]
+) -> None:
     for size in (31, 0, -1, 257, sys.maxsize):
         with pytest.raises(InputError, match=f"--max-kv-size {size}: 32 to 256 are possible for this model"):
             make_prompt_cache(model, max_kv_size=size)
@@ -154,6 +157,23 @@ def test_what_cannot_be_streamed_is_refused(model: Model, family_dirs: dict[str,
         make_prompt_cache(model, 8, 64)
     with pytest.raises(InputError, match="--max-kv-size: Mamba keeps a state"):
         make_prompt_cache(load_model(family_dirs["mamba"]), max_kv_size=64)
-    caches = make_prompt_cache(model, max_kv_size=64)
     with pytest.raises(InputError, match="choose --max-kv-size or drafts"):
-        stream_generate(model, None, ids_of(5), prompt_cache=caches, prompt_lookup=True)
+        Chat(model, tiny_tokenizer, max_kv_size=64, prompt_lookup=True)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup": True}, {"draft_model": True, "num_draft_tokens": 4}], ids=str)
+@pytest.mark.parametrize("sampling", [{}, {"temp": 0.8, "seed": 3, "repetition_penalty": 1.2}], ids=str)
+def test_guesses_change_no_text_without_end(
+    model: Model, options: dict[str, Any], sampling: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the guesses end, and however long the prompt was: the same positions are dropped at the same time."""
+    monkeypatch.setattr(DraftPace, "choose", lambda self, likely: len(likely))
+    drafts = {**options, **({"draft_model": model} if "draft_model" in options else {})}
+    for length in (20, 47, 48, 150):
+        plain, guessed = (
+            run(model, ids_of(length), 150, prompt_cache=make_prompt_cache(model, max_kv_size=48), **sampling, **extra)
+            for extra in ({}, drafts)
+        )
+        assert [(each.token, each.logprob) for each in guessed] == [(each.token, each.logprob) for each in plain]
+        figures = guessed[-1].drafts
+        assert figures is not None and (figures.drafted > 5 or (sampling and "prompt_lookup" in options))
