@@ -211,6 +211,21 @@ static int is_described(const float *b, int n, int k) {
   return (long)n * k * 4 >= (long)sizeof(struct description) && !memcmp(b, elm_mlx_mark, sizeof elm_mlx_mark);
 }
 
+/* Memory that is kept for the next time. */
+struct memory {
+  float *kept;
+  size_t size;
+};
+static float *at_least_floats(struct memory *m, size_t floats) {
+  if (floats > m->size) {
+    free(m->kept);
+    m->kept = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
+    if (!m->kept) abort();
+    m->size = floats;
+  }
+  return m->kept;
+}
+
 #include "stored.c"
 
 static const struct stored *stored_at(const float *b, int n, int k) {

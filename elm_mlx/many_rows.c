@@ -10,21 +10,25 @@
 
 enum { ACROSS = 2 * LANES, DEPTH = 256, TALL = LANES == 16 ? 12 : 6 };
 
+#ifdef __AVX512F__
+#define EACH_HEIGHT(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12)
+#else
+#define EACH_HEIGHT(F) F(1) F(2) F(3) F(4) F(5) F(6)
+#endif
+#define tile strip
 #ifdef __AVX512BF16__
-#define pairs(sum, left, right) \
-  (lanes)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)_mm512_set1_ps(left), (__m512bh)(right))
 enum { HAS_PAIRS = 1 };
 const int elm_mlx_rounding = 1; /* for who asks whether rows may be rounded */
-#else
-#define pairs strip
-enum { HAS_PAIRS = 0 };
-#endif
-
-#define EACH_HEIGHT(F) F(1) F(2) F(3) F(4) F(5) F(6) F(7) F(8) F(9) F(10) F(11) F(12)
-#define BOTH(I) STRIP(tile, I, 2) STRIP(pairs, I, 2)
-#define tile strip
-EACH_HEIGHT(BOTH)
+#define pairs(sum, left, right) \
+  (lanes)_mm512_dpbf16_ps((__m512)(sum), (__m512bh)_mm512_set1_ps(left), (__m512bh)(right))
+#define TILES_OF(I) STRIP(tile, I, 2) STRIP(pairs, I, 2)
 #define TILE_OF(I) [I] = {tile_##I##_2, pairs_##I##_2},
+#else
+enum { HAS_PAIRS = 0 };
+#define TILES_OF(I) STRIP(tile, I, 2)
+#define TILE_OF(I) [I] = {tile_##I##_2},
+#endif
+EACH_HEIGHT(TILES_OF)
 static void (*const tiles[][2])(const struct product *, int, int) = {EACH_HEIGHT(TILE_OF)};
 
 /* `there` rows, LANES or fewer, as columns `across` numbers apart; zeros in place of those that are not. */
@@ -102,19 +106,6 @@ static void many_rows(const struct product *p, int from, int to) {
     }
 }
 
-/* Memory of a thread, for rows in bfloat16 while they are multiplied. */
-static float *room_for_pairs(size_t words) {
-  static _Thread_local float *kept;
-  static _Thread_local size_t size;
-  if (words > size) {
-    free(kept);
-    kept = aligned_alloc(64, (4 * words + 63) / 64 * 64);
-    if (!kept) abort();
-    size = words;
-  }
-  return kept;
-}
-
 static int is_paired(const struct product *p) {
   return HAS_PAIRS && p->m > FEW && p->stored && p->stored->rounding && p->k % 2 == 0;
 }
@@ -144,7 +135,8 @@ static struct product paired(const struct product *p) {
   struct product q = *p;
 #ifdef __AVX512BF16__
   long step = (p->k + 31) / 32 * 16;
-  q.b = room_for_pairs(step * p->m), q.b_step = step;
+  static _Thread_local struct memory kept;
+  q.b = at_least_floats(&kept, step * p->m), q.b_step = step;
   share(pair_rows, &q, p->m, 1, (long)p->m * p->k * 4);
   q.a = q.b, q.a_step = step, q.k = p->k / 2, q.paired = 1, q.stored = 0;
   q.b = (const float *)row_of(p->stored, 0), q.b_step = p->stored->row_bytes / 4;

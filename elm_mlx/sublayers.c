@@ -158,21 +158,6 @@ static struct reading reading_of(const struct sublayer *s, int m, const float *a
   return r;
 }
 
-/* Memory that is kept for the next time. */
-struct memory {
-  float *kept;
-  size_t size;
-};
-static float *at_least_floats(struct memory *m, size_t floats) {
-  if (floats > m->size) {
-    free(m->kept);
-    m->kept = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
-    if (!m->kept) abort();
-    m->size = floats;
-  }
-  return m->kept;
-}
-
 /* A thread's, for its next sublayer. */
 static float *scratch(size_t floats) {
   static _Thread_local struct memory kept;
