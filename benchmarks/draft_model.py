@@ -1,16 +1,21 @@
 """What a draft model gains by how often it is right: decoding with it and without, in turns of some tokens.
 
-    python benchmarks/draft_model.py DRAFT_MODEL [--tokens N]
+    python benchmarks/draft_model.py DRAFT_MODEL [--target MODEL] [--tokens N]
 
-The target is a larger model of the same vocabulary with seeded weights, which agrees with nobody. It is made to say, by
-a sampler that knows it, a text of which a given share of tokens is what the draft model would say there: so guesses are
-right as often, and both models' passes cost what they cost. Both sides' texts are compared.
+With `--target`, a trained model of the same vocabulary goes on from beginnings of held-out texts, greedy and drawn by
+seeds: guesses are right as often as the two agree. Else the target is a larger model with seeded weights, which agrees
+with nobody. It is made to say, by a sampler that knows it, a text of which a given share of tokens is what the draft
+model would say there: so guesses are right as often, and both models' passes cost what they cost. Both sides' texts are
+compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +32,7 @@ from elm_mlx.model.config import ModelConfig
 
 TURN = 8  # tokens of one side, then of the other
 SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+HELD_OUT, PROMPT, TEXTS = Path(__file__).parents[1] / "examples/classics/held-out.jsonl.gz", 48, 6
 TARGET: dict[str, Any] = {"num_layers": 12, "model_dim": 512, "head_dim": 64, "num_gqa_groups": 2}
 
 
@@ -72,12 +78,54 @@ def text_of(draft: Any, prompt: list[int], count: int, share: float) -> list[int
     return said[:count]
 
 
+def beginnings(tokenizer: Any, count: int) -> list[list[int]]:
+    """Returns the first tokens of lines here and there in held-out texts."""
+    with gzip.open(HELD_OUT, "rt", encoding="utf-8") as lines:
+        parts = "\n".join(json.loads(line)["text"] for line in lines).split("\n")
+    step = len(parts) // (count + 1)
+    return [tokenizer.encode("\n".join(parts[step * number :][:PROMPT]))[:PROMPT] for number in range(1, count + 1)]
+
+
+def trained(target: Path, draft: Any, tokenizer: Any, tokens: int) -> None:
+    """Prints what the draft model gains where `target` says what it says."""
+    model = load_model(target)
+    print(f"{machine()}; {model.config.parameters:,} parameters, drafts by {draft.config.parameters:,}")
+    print("| text | plain, tokens/s | with drafts | ratio | spread | guesses right | tokens a pass |")
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: |")
+    prompts = beginnings(tokenizer, TEXTS)
+    for name, sampling in (("greedy", {}), ("temperature 0.8", {"temp": 0.8}), ("temperature 1", {"temp": 1.0})):
+        pairs, figures = [], []
+        for seed, prompt in enumerate([prompts[0], *prompts]):  # the first one twice: steps are traced
+            settings = {"max_tokens": tokens, "stop_at_eos": False, **sampling, **({"seed": seed} if sampling else {})}
+            seconds, last = race(
+                stream_generate(model, None, prompt, **settings),
+                stream_generate(model, None, prompt, draft_model=draft, **settings),
+            )
+            pairs.append(seconds)
+            figures.append(last.drafts)
+        ratios = [plain / drafted for plain, drafted in pairs[1:]]
+        speeds = [TEXTS * (tokens - 1) / sum(each) for each in zip(*pairs[1:], strict=True)]
+        drafted, accepted, passes = (
+            sum(getattr(each, what) for each in figures[1:]) for what in ("drafted", "accepted", "passes")
+        )
+        print(
+            f"| {name} | {speeds[0]:.0f} | {speeds[1]:.0f} | {statistics.median(ratios):.2f} "
+            f"| {min(ratios):.2f} to {max(ratios):.2f} | {accepted / max(1, drafted):.0%} of {drafted} "
+            f"| {1 + accepted / passes:.2f} |",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("draft_model", type=Path)
+    parser.add_argument("--target", type=Path, help="a trained model of the same vocabulary")
     parser.add_argument("--tokens", type=int, default=200)
     options = parser.parse_args()
     draft, tokenizer = load(options.draft_model)
+    if options.target is not None:
+        trained(options.target, draft, tokenizer, options.tokens)
+        return
     known = draft.config
     config = ModelConfig.scaled(vocab_size=known.vocab_size, max_context_length=known.max_context_length, **TARGET)
     prompt = tokenizer.encode("Once upon a time there was a king who had three daughters.")

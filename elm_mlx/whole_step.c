@@ -12,8 +12,9 @@ struct layer {
   int window, turns; /* which of the rows' cosines and sines are its */
 };
 
-/* A row comes as its residual stream, its position, and cosines and sines. Rows have a slot each, or all of them the
-   only one: then they are of one text, at positions that follow each other. */
+/* A row comes as its residual stream, its place, which is the number of its slot times `capacity` and its position, and
+   cosines and sines. As many rows have each slot, the first ones in their order: they are of one text, at positions that
+   follow each other. */
 struct step {
   struct description head;
   int layers, slots, capacity;
@@ -23,6 +24,7 @@ struct step {
 
 /* Memory of a step: of each row its stream, its heads, the same in another order, and a sublayer's output. */
 struct step_memory {
+  int of_text; /* rows of each */
   float *stream, *heads, *queries, *room, *parts;
   struct attention *each;
 };
@@ -43,12 +45,13 @@ static struct step_memory memory_of(const struct step *s, int m, long widest, in
   return x;
 }
 
-static void keep(const struct step *s, const struct layer *l, int m, const int *positions, const float *heads, long step) {
+static void keep(const struct step *s, const struct layer *l, int m, int each, const int *positions, const float *heads,
+                 long step) {
   int count = l->read->key_heads, head_dim = l->read->head_dim;
   for (int i = 0; i < m; i++)
     for (int h = 0; h < count; h++) {
       const float *key = heads + i * step + (l->read->heads + h) * head_dim;
-      long slot = s->slots == 1 ? 0 : i, at = ((slot * count + h) * s->capacity + positions[i]) * head_dim;
+      long at = ((long)(i / each * count + h) * s->capacity + positions[i]) * head_dim;
       memcpy(l->keys + at, key, 4 * head_dim);
       memcpy(l->values + at, key + count * head_dim, 4 * head_dim);
     }
@@ -67,17 +70,18 @@ static void exchange(int m, int heads, int head_dim, float *rows, long step, flo
 static void attend_rows(const struct step *s, const struct layer *l, int m, const int *positions, struct step_memory *x,
                         long step) {
   int count = l->read->key_heads, head_dim = l->read->head_dim, group = l->read->heads / count;
-  int one_text = s->slots == 1 && m > 1, texts = one_text ? 1 : m;
+  int each = x->of_text, texts = m / each, all_heads = l->read->heads * head_dim;
   long slot = (long)s->capacity * head_dim, multiplications = 0;
   float *parts = x->parts;
   struct several all = {x->each, 0};
-  if (one_text) exchange(m, l->read->heads, head_dim, x->heads, step, x->queries, 0);
+  for (int text = 0; text < texts && each > 1; text++)
+    exchange(each, l->read->heads, head_dim, x->heads + text * each * step, step, x->queries + (long)text * each * all_heads, 0);
   for (int h = 0; h < texts * count; h++) {
-    int text = h / count, rows = one_text ? group * m : group;
-    struct attention a = {.head_dim = head_dim, .rows = rows, .length = one_text ? m : 1, .seen = positions[text] + 1,
+    int text = h / count, rows = group * each;
+    struct attention a = {.head_dim = head_dim, .rows = rows, .length = each, .seen = positions[text * each] + 1,
                           .window = l->window, .apart = 1, .scale = l->scale, .keys = l->keys + h * slot,
                           .values = l->values + h * slot, .parts = parts,
-                          .queries = one_text ? x->queries + (long)h * rows * head_dim
+                          .queries = each > 1 ? x->queries + (long)h * rows * head_dim
                                               : x->heads + text * step + (h % count) * group * head_dim};
     a.spans = spans_up_to(a.seen + a.length - 1) - first_span(&a);
     parts += (long)rows * a.spans * (head_dim + 2);
@@ -87,17 +91,24 @@ static void attend_rows(const struct step *s, const struct layer *l, int m, cons
   }
   share(attend_several, &all, texts * count * all.tasks, 1, multiplications);
   for (int h = 0; h < texts * count; h++) join_spans(&x->each[h]);
-  if (one_text) exchange(m, l->read->heads, head_dim, x->heads, step, x->queries, 1);
+  for (int text = 0; text < texts && each > 1; text++)
+    exchange(each, l->read->heads, head_dim, x->heads + text * each * step, step, x->queries + (long)text * each * all_heads, 1);
 }
 
 /* Returns 0 where a row has no place in the caches. */
 static int whole_step(const struct step *s, int m, const float *a, long a_step, float *c, long c_step) {
-  int width = s->layer[0].read->width, positions[FEW], last = 0, most_heads = 0;
+  int width = s->layer[0].read->width, positions[FEW], last = 0, most_heads = 0, each = 1;
   long widest = 0, parts = 0;
-  if (m > FEW || (s->slots > 1 && m > s->slots)) return 0;
+  if (m > FEW) return 0;
   for (int i = 0; i < m; i++) {
     memcpy(&positions[i], a + i * a_step + width, 4);
-    if (positions[i] < 0 || positions[i] >= s->capacity || (s->slots == 1 && positions[i] != positions[0] + i)) return 0;
+    if (positions[i] < 0 || positions[i] / s->capacity >= s->slots) return 0;
+    if (positions[i] < s->capacity) each = i + 1;
+  }
+  for (int i = 0; i < m; i++) {
+    positions[i] -= i / each * s->capacity;
+    if (positions[i] < 0 || positions[i] >= s->capacity || m % each) return 0;
+    if (positions[i] != positions[i / each * each] + i % each) return 0;
     last = positions[i] > last ? positions[i] : last;
   }
   for (int n = 0; n < s->layers; n++) {
@@ -108,12 +119,13 @@ static int whole_step(const struct step *s, int m, const float *a, long a_step, 
     most_heads = read->key_heads > most_heads ? read->key_heads : most_heads;
   }
   struct step_memory x = memory_of(s, m, widest, most_heads, parts);
+  x.of_text = each;
   for (int i = 0; i < m; i++) memcpy(x.stream + (long)i * width, a + i * a_step, 4 * width);
   for (int n = 0; n < s->layers; n++) {
     const struct layer *l = &s->layer[n];
     const float *turns = a + width + 1 + l->turns * 2 * l->read->head_dim;
     read_stream(l->read, m, x.stream, width, turns, a_step, x.heads, widest);
-    keep(s, l, m, positions, x.heads, widest);
+    keep(s, l, m, each, positions, x.heads, widest);
     attend_rows(s, l, m, positions, &x, widest);
     write_stream(l->write, m, x.heads, widest, x.stream, width, x.room);
     feed_forward(l->feed, m, x.stream, width, x.stream, width);

@@ -126,7 +126,8 @@ class HubData:
                 names = [path.as_posix() for path in found]
             else:
                 try:
-                    names = HfApi().list_repo_files(self.repository, revision=revision, repo_type="dataset")
+                    about = HfApi().dataset_info(self.repository, revision=revision, timeout=30)
+                    names = [each.rfilename for each in about.siblings or ()]
                 except RevisionNotFoundError:
                     if revision == _MADE:
                         return []
@@ -142,9 +143,20 @@ class HubData:
             yield
         except (InputError, ElmError):
             raise
-        except ImportError as error:
-            raise ElmError(f"{PREFIX}{self}: needs huggingface-hub: {error}") from None
         except Exception as error:  # its own kinds, the network's, the server's
-            reason = next(filter(None, (line.strip() for line in str(error).splitlines())), type(error).__name__)
-            kind = InputError if type(error).__name__.endswith(("NotFoundError", "ValidationError")) else ElmError
-            raise kind(f"{PREFIX}{self}: cannot be had from the hub: {reason[:200]}") from None
+            raise self._explained(error) from None
+
+    def _explained(self, error: Exception) -> ElmError:
+        from huggingface_hub import errors
+
+        name = f"{PREFIX}{self}"
+        if isinstance(error, errors.GatedRepoError):
+            return InputError(f"{name}: is gated: accept its terms on the hub, and log in by `hf auth login`")
+        if isinstance(error, errors.RevisionNotFoundError):
+            return InputError(f"{name}: the hub has no revision {self.revision} of it")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return InputError(f"{name}: the hub has no such data set (or it is private: `hf auth login`)")
+        if isinstance(error, FileNotFoundError):
+            return ElmError(f"{name}: is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being fetched")
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return ElmError(f"{name}: cannot be had from the hub: {reason}")

@@ -9,11 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from elm_mlx import device
 from elm_mlx.inference.drafts import DraftSource, ModelDrafts, PromptLookup
 from elm_mlx.inference.generation import checked
 from elm_mlx.inference.prefix_tree import BLOCK
 from elm_mlx.inference.requests import Failed, Generated, OpenRequest, ScoredToken
-from elm_mlx.inference.rows import Rows
+from elm_mlx.inference.rows import TOGETHER, Rows
 from elm_mlx.inference.sampling import joined
 from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model import ops
@@ -25,8 +26,8 @@ from elm_mlx.store.loading import Loaded
 class ContinuousBatch:
     """The answers of one model that are being decoded, and the step that they share.
 
-    An answer that is alone may have guesses verified in its step, as in `speculation`; when others join, the step's
-    rows are theirs.
+    Answers may have guesses verified in a step, as in `speculation`: a draft model's where one is alone, and of copies
+    as many as make `TOGETHER` rows with the answers' own. The more join, the fewer are left.
 
     Args:
         drafted: tokens that are guessed for a step at most; 0 for none.
@@ -52,7 +53,7 @@ class ContinuousBatch:
         self._position_bytes, self._state_bytes = _cache_bytes(self.model, self.new_caches())
         self.drafts = (0, 0)
         self._drafted = 0 if self.keeps_states else drafted
-        self._pace = DraftPace(drafted) if self._drafted else None
+        self._paces: dict[int, DraftPace] = {}  # by the number of answers
         self._model_drafts = (
             ModelDrafts(draft_model, self.model.config.vocab_size)
             if draft_model is not None and self._drafted
@@ -63,8 +64,8 @@ class ContinuousBatch:
             self._draft_position_bytes, _ = _cache_bytes(draft_model, make_prompt_cache(draft_model))
             self._draft_context = draft_model.config.max_context_length
         self._drafted_for: OpenRequest | None = None  # whose text the draft model has
-        self._stepped = False  # the last launch was a step of one answer
-        self._reported: float | None = None  # when the token before such a step was
+        self._stepped = False  # the last launch was a step of one token each
+        self._reported: float | None = None  # when the tokens before such a step of the same answers were
 
     def bytes_of(self, lengths: Sequence[int]) -> int:
         """Returns what the caches of rows take that grow to `lengths`, and the draft model's for one of them."""
@@ -98,7 +99,7 @@ class ContinuousBatch:
         """Adds a row: the prompt of `task` is in its caches, and `logits` `(1, vocab_size)` follow it."""
         self.rows.join(task.caches, task.ids)
         task.caches, self._reported = [], None
-        if self._pace is not None and task.grammar is None:
+        if self._drafted and task.grammar is None:
             task.drafts = PromptLookup() if self._model_drafts is None else self._model_drafts
         self.answers.append(task)
         self.logits = logits if self.logits is None else mx.concatenate([self.logits, logits])
@@ -108,17 +109,18 @@ class ContinuousBatch:
 
         `leaving` is called for the rows whose last token this is, before they are removed.
         """
-        tokens, logprobs, tops = self._choose()
+        assert self.logits is not None
+        tokens, logprobs, tops = self._choose(self.answers, self.logits)
         self._chosen = (list(self.answers), tokens, logprobs, tops)
         self._stepped = False
-        if self._pace is not None and len(self.answers) == 1 and self._verify(self._pace, self.answers[0]):
+        if self._drafted and self._verify():
             return
         launched: list[Any] = [tokens, logprobs, tops]
         kept = self.remove([row for row, answer in enumerate(self.answers) if answer.left == 1], leaving)
         if self.answers:
             fed = tokens if len(kept) == tokens.size else tokens[mx.array(kept)]
             self.logits = self.rows.step(fed)
-            self._stepped = len(self.answers) == 1
+            self._stepped = True
             if self.keeps_states:
                 for row, (answer, length) in enumerate(zip(self.answers, self.rows.lengths, strict=True)):
                     answer.keep_state(self.rows.caches, row, length)
@@ -149,70 +151,122 @@ class ContinuousBatch:
                 answer.over = True
                 ended.append(answer)
         self._chosen = None
-        if self._pace is not None:
-            self._time(self._pace)
+        if self._drafted:
+            self._time()
         return count, ended
 
-    def _verify(self, pace: DraftPace, answer: OpenRequest) -> bool:
-        """Verifies guesses behind the token of the only answer that was just chosen, if any are worth it.
+    def _verify(self) -> bool:
+        """Verifies guesses behind the tokens that were just chosen, of each answer as many, if any are worth it.
 
-        Those that are right are chosen with it. Returns False where nothing was fed.
+        Those that are right are chosen with them. Returns False where nothing was fed.
         """
-        if answer.drafts is None:
-            return False
-        source = self._read_on(answer, answer.drafts)
-        most = min(self._drafted, answer.left - 1, self.rows.together() - 1)
-        if not pace.choose(source.offers(most + 1)[1:]):  # as far as it is known without waiting
-            return False
         assert self._chosen is not None
-        parts = [self._chosen[1:3]]
-        fed, (answers, _, _, tops) = parts[0][0].tolist(), self._chosen
-        source.add(fed[0])
-        count = pace.choose(source.offers(most))
+        texts, lengths = len(self.answers), self.rows.lengths
+        room = min(answer.left for answer in self.answers) - 1
+        pace, most = self._pace(), min(self._most(), room, self.rows.together() - 1)
+        if pace is None or most < 1:
+            return False
+        sources = [self._read_on(answer) for answer in self.answers]
+        known = [source.offers(most + 1)[1:] if source is not None else () for source in sources]  # without waiting
+        if not pace.choose(_likely(known)):
+            return False
+        _, tokens, logprobs, tops = self._chosen
+        fed = tokens.tolist()
+        offers: list[Sequence[float]] = []
+        for source, token in zip(sources, fed, strict=True):
+            if source is not None:
+                source.add(token)
+            offers.append(source.offers(most) if source is not None else ())
+        count = pace.choose(_likely(offers))
         if not count:
             return False
-        begun, length = time.perf_counter(), self.rows.lengths[0]
-        guesses = source.draft(count, answer.request.sampler, answer.state).tolist()
-        logits = self.rows.look_ahead(mx.array([*fed, *guesses]))
-        for place, guess in enumerate(guesses):
-            self.logits, before = logits[place : place + 1], answer.state
-            token, logprob, top = self._choose()
-            if int(token.item()) != guess:
-                answer.state = before  # it is chosen again, as the next token
+        begun = time.perf_counter()
+        guesses = []
+        for answer, source, offered in zip(self.answers, sources, offers, strict=True):
+            drafted = min(count, len(offered))
+            made = (
+                source.draft(drafted, answer.request.sampler, answer.state).tolist()
+                if source is not None and drafted
+                else []
+            )
+            guesses.append([*made, *[0] * (count - drafted)])  # which are not looked at
+        logits = self.rows.look_ahead(mx.array([[token, *made] for token, made in zip(fed, guesses, strict=True)]))
+        answers, parts, right = list(self.answers), [(tokens, logprobs)], [0] * texts
+        going = [row for row in range(texts) if offers[row]]
+        for place in range(count):
+            going = [row for row in going if place < len(offers[row])]
+            if not going:
                 break
-            if 0 in top:
-                tops[len(parts)] = top[0]
-            parts.append((token, logprob))
-        else:
-            self.logits = logits[count:]
-        self.rows.resize(length + len(parts))
-        tokens, logprobs = (mx.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        self._chosen = (answers * len(parts), tokens, logprobs, tops)
-        self.drafts = self.drafts[0] + count, self.drafts[1] + len(parts) - 1
+            before = [self.answers[row].state for row in going]
+            at = mx.array([row * (1 + count) + place for row in going])
+            token, logprob, top = self._choose([self.answers[row] for row in going], logits[at])
+            found, still = token.tolist(), []
+            for index, row in enumerate(going):
+                if found[index] != guesses[row][place]:
+                    self.answers[row].state = before[index]  # it is chosen again, as the next token
+                    continue
+                right[row] += 1
+                still.append(index)
+                if index in top:
+                    tops[len(answers) + len(still) - 1] = top[index]
+            answers += [self.answers[going[index]] for index in still]
+            if still:
+                parts.append((token[mx.array(still)], logprob[mx.array(still)]))
+            going = [going[index] for index in still]
+        self.logits = logits[mx.array([row * (1 + count) + right[row] for row in range(texts)])]
+        self.rows.resize([length + 1 + more for length, more in zip(lengths, right, strict=True)])
+        self._chosen = (answers, *(mx.concatenate(arrays) for arrays in zip(*parts, strict=True)), tops)
+        self.drafts = self.drafts[0] + sum(min(count, len(each)) for each in offers), self.drafts[1] + sum(right)
         if not self.rows.traced:
             pace.took(1 + count, time.perf_counter() - begun)
         self._reported = None
         return True
 
-    def _read_on(self, answer: OpenRequest, source: DraftSource) -> DraftSource:
-        """Has the source of an answer's guesses read all of its text."""
-        if source is self._model_drafts and answer is not self._drafted_for:
+    def _most(self) -> int:
+        """Returns how many guesses each answer may have in a step."""
+        texts = len(self.answers)
+        if texts == 1:
+            return self._drafted
+        if device.on_gpu() or self._model_drafts is not None:
+            return 0
+        return min(self._drafted, TOGETHER // texts - 1) if texts else 0
+
+    def _pace(self) -> DraftPace | None:
+        """Returns the pace of steps of so many answers; None where nothing is guessed."""
+        texts, most = len(self.answers), self._most()
+        if most < 1 or not any(answer.drafts is not None for answer in self.answers):
+            return None
+        if texts not in self._paces:
+            self._paces[texts] = DraftPace(most)
+        return self._paces[texts]
+
+    def _read_on(self, answer: OpenRequest) -> DraftSource | None:
+        """Returns the source of an answer's guesses, which has read all of its text; None where nothing is guessed."""
+        source = answer.drafts
+        if source is None:
+            return None
+        if self._model_drafts is not None and answer is not self._drafted_for:
             source.begin(answer.ids)
             self._drafted_for = answer
         for token in answer.ids[len(source) :]:
             source.add(token)
         return source
 
-    def _time(self, pace: DraftPace) -> None:
-        """Takes the time since the token before, where the step of an only answer was all that it waited for."""
-        now = time.perf_counter()
-        if self._reported is not None and not self.rows.traced:
+    def _time(self) -> None:
+        """Takes the time since the tokens before, where the step of the same answers was all that they waited for."""
+        now, pace = time.perf_counter(), self._pace() if self._stepped else None
+        if pace is not None and self._reported is not None and not self.rows.traced:
             pace.took(1, now - self._reported)
         self._reported = now if self._stepped else None
+
+    def interrupt(self) -> None:
+        """Has the time until the next tokens not be taken for a step's: something else is computed meanwhile."""
+        self._reported = None
 
     def remove(self, rows: Sequence[int], leaving: Callable[[OpenRequest, int], None]) -> list[int]:
         """Removes rows. Returns the former places of those that are left, in their order now."""
         order = list(range(len(self.answers)))
+        self._reported = None if rows else self._reported
         for row in sorted(rows, reverse=True):
             leaving(self.answers[row], row)
             self.rows.leave(row)
@@ -233,25 +287,26 @@ class ContinuousBatch:
         self._reported = self._drafted_for = None
         return answers
 
-    def _choose(self) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:
+    def _choose(
+        self, answers: Sequence[OpenRequest], logits: mx.array
+    ) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:
         """Returns tokens and log-probabilities `(rows,)`, and by row the likeliest tokens and theirs, where wanted."""
-        assert self.logits is not None
-        logits = self.logits.astype(mx.float32)
+        logits = logits.astype(mx.float32)
         tops = {
             row: top_tokens(logits[row], answer.request.top_logprobs)
-            for row, answer in enumerate(self.answers)
+            for row, answer in enumerate(answers)
             if answer.request.top_logprobs
         }
         order: list[int] = []
         parts = []
-        for rows in self._alike():
-            answers = [self.answers[row] for row in rows]
-            picked = logits if len(rows) == len(self.answers) else logits[mx.array(rows)]
-            biases = [answer.bias for answer in answers if answer.bias is not None]
-            token, logprob, state = answers[0].request.sampler(
-                picked, joined([answer.state for answer in answers]), mx.stack(biases) if biases else None
+        for rows in _alike(answers):
+            group = [answers[row] for row in rows]
+            picked = logits if len(rows) == len(answers) else logits[mx.array(rows)]
+            biases = [answer.bias for answer in group if answer.bias is not None]
+            token, logprob, state = group[0].request.sampler(
+                picked, joined([answer.state for answer in group]), mx.stack(biases) if biases else None
             )
-            for place, answer in enumerate(answers):
+            for place, answer in enumerate(group):
                 answer.state = state.row(place)
             order += rows
             parts.append((token, logprob))
@@ -261,16 +316,33 @@ class ContinuousBatch:
         back = mx.array(sorted(range(len(order)), key=order.__getitem__))
         return tokens[back], logprobs[back], tops
 
-    def _alike(self) -> list[list[int]]:
-        """Returns the rows in groups, in each of which one call of a sampler chooses for all."""
-        groups: list[list[int]] = []
-        for row, answer in enumerate(self.answers):
-            group = next((group for group in groups if self.answers[group[0]].chooses_as(answer)), None)
-            if group is None:
-                groups.append([row])
-            else:
-                group.append(row)
-        return groups
+
+def _alike(answers: Sequence[OpenRequest]) -> list[list[int]]:
+    """Returns the rows in groups, in each of which one call of a sampler chooses for all."""
+    groups: list[list[int]] = []
+    for row, answer in enumerate(answers):
+        group = next((group for group in groups if answers[group[0]].chooses_as(answer)), None)
+        if group is None:
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
+
+
+def _likely(offers: Sequence[Sequence[float]]) -> list[float]:
+    """Returns how likely each of several guesses is right where those before it are, of several texts together."""
+    likely, before = [], float(len(offers))
+    chances = [1.0] * len(offers)
+    for place in range(max(map(len, offers), default=0)):
+        if not before:
+            break
+        chances = [
+            chance * offered[place] if place < len(offered) else 0.0
+            for chance, offered in zip(chances, offers, strict=True)
+        ]
+        likely.append(sum(chances) / before)
+        before = sum(chances)
+    return likely
 
 
 def _cache_bytes(model: Model, caches: list[KVCache]) -> tuple[int, int]:

@@ -215,12 +215,12 @@ class ModelDrafts:
             logits = prefill(self._model, new, caches, PREFILL_STEP, length)
             rows.join(caches, None)
             return logits
-        rows.resize(kept)
+        rows.resize([kept])
         if len(new) <= _FEW:
-            logits = rows.look_ahead(mx.array(new))[-1:]
+            logits = rows.look_ahead(mx.array([new]))[-1:]
         else:
             logits = prefill(self._model, new, rows.caches, PREFILL_STEP, length)
-        rows.resize(len(text))
+        rows.resize([len(text)])
         return logits
 
     def _forget(self) -> None:

@@ -67,9 +67,9 @@ class Engine:
         max_queue: requests that may wait beside those that run.
         prefix_bytes: of the prefix tree at most.
         kv_bits: of keys and values, as of `make_prompt_cache`.
-        drafted: tokens that are guessed for a step of an answer that is alone, at most, by what its text copies; 0 for
-            none. The text is the same.
-        draft_model: guesses in place of that, for every model: one of their vocabulary.
+        drafted: tokens that are guessed for an answer's step at most, by what its text copies; 0 for none. The more
+            answers share the step the fewer. The text is the same.
+        draft_model: guesses in place of that for an answer that is alone, of every model: one of their vocabulary.
 
     Raises:
         InputError: the weights alone take more than `max_memory`; a model's keys cannot be quantized; the draft model
@@ -269,6 +269,8 @@ class Engine:
         else:
             running = [batch for batch in self._batches.values() if batch.answers]
             for batch in running:
+                if len(running) > 1 or self._work is not None:
+                    batch.interrupt()
                 self._guarded(batch, partial(batch.launch, self._keep))
             for batch in running:
                 self._guarded(batch, partial(self._deliver, batch))

@@ -28,6 +28,7 @@ from elm_mlx.model.whole_step import whole_step
 
 # Prompt tokens in one pass: bounds memory. A CPU is as fast by 128 as by 512, and pieces end where kept blocks do.
 PREFILL_STEP = 512 if on_gpu() else 128
+TOGETHER = 16  # rows of a step, at most, whose bits are those of each alone
 _TRIM_EVERY = 256  # steps: caches grow on the way, and what they leave may be kept
 
 
@@ -156,43 +157,48 @@ class Rows:
         return logits
 
     def look_ahead(self, tokens: mx.array) -> mx.array:
-        """Computes the logits `(n, vocab_size)` after each of tokens `(n,)` that may follow the only text.
+        """Computes the logits `(texts * n, vocab_size)` after each of tokens `(texts, n)` that may follow the texts.
 
-        It is longer by none of them until `resize` says so. On a CPU each is a row of the step, so that its logits have
-        the bits of a step of its own, as far as rows' have. A GPU reads keys once for queries of one row.
+        These are longer by none of them until `resize` says so. On a CPU each is a row of the step, so that its logits
+        have the bits of a step of its own, as far as rows' have. A GPU reads keys once for queries of one row, and
+        takes one text.
 
         Args:
-            tokens: `together` at most.
+            tokens: of each text `together` at most.
 
         Raises:
             InputError: as of `step`.
         """
-        switch, (length,), (text,) = self.caches[0].switch, self.lengths, self._texts
+        switch, (texts, count), flat = self.caches[0].switch, tokens.shape, tokens.reshape(-1)
         if switch is not None:
-            self._read_again(switch, tokens)
-            if length < switch and text is not None:
-                text[length:] = [(tokens, place) for place in range(tokens.size)]
-        for cache in self.caches:
-            cache.narrow()
+            self._read_again(switch, flat)
+            for row, (text, length) in enumerate(zip(self._texts, self.lengths, strict=True)):
+                if length < switch and text is not None:
+                    text[length:] = [(flat, row * count + place) for place in range(count)]
+        if texts == 1:
+            for cache in self.caches:
+                cache.narrow()
         apart = not device.on_gpu()
-        position, mask = place_pass(length, tokens.size, apart)
-        return self._compute(tokens[:, None] if apart else tokens[None], position, mask, length + tokens.size)
+        position, mask = place_pass(self.lengths, count, apart)
+        return self._compute(flat[:, None] if apart else tokens, position, mask, max(self.lengths) + count)
 
-    def resize(self, length: int) -> None:
-        """Makes the only text end with the `length`th of its tokens and of those that `look_ahead` took."""
-        self.lengths[0] = length
+    def resize(self, lengths: Sequence[int]) -> None:
+        """Makes each text end with so many of its tokens and of those that `look_ahead` took."""
+        self.lengths = list(lengths)
         for cache in self.caches:
-            cache.offset = length
+            cache.offset = max(lengths)
 
     def together(self) -> int:
-        """Returns how many tokens a pass over the only text may take.
+        """Returns how many tokens of each text a pass may take.
 
-        It ends where RoPE changes for all of the text, and where a cache is full, for a step there begins otherwise.
+        It ends where RoPE changes for all of a text, and where a cache is full, for a step there begins otherwise.
         """
-        cache, (length,) = self.caches[0], self.lengths
+        cache = self.caches[0]
         if cache.limit is not None:
-            return cache.limit - length if length < cache.limit else 1
-        return sys.maxsize if cache.switch is None or length >= cache.switch else cache.switch - length
+            return max(1, cache.limit - max(self.lengths))
+        if cache.switch is None:
+            return sys.maxsize
+        return min((cache.switch - length for length in self.lengths if length < cache.switch), default=sys.maxsize)
 
     def _compute(self, ids: mx.array, position: mx.array, mask: mx.array, end: int) -> mx.array:
         """Runs the compiled step on `ids` `(rows, length)`, which write up to `end`. Returns the logits of each.
@@ -215,7 +221,7 @@ class Rows:
             if whole is not None:
                 return self._model.head(whole(self._model.embed(ids[:, 0]), position))
         arrays: list[Any] = [cache.state for cache in self.caches]
-        shapes = (*ids.shape, mask.shape[-1], self.caches[0].capacity)
+        shapes = (*ids.shape, *position.shape, mask.shape[-1], self.caches[0].capacity)
         self.traced = shapes not in self._shapes
         self._shapes.add(shapes)
         if self._compiled is None:

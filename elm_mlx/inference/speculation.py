@@ -141,17 +141,17 @@ class Speculation:
         """
         begun, length = time.perf_counter(), rows.lengths[0]
         draft = self._source.draft(count, sampler, last.state)
-        logits = rows.look_ahead(mx.concatenate([last.token.astype(draft.dtype), draft]))
+        logits = rows.look_ahead(mx.concatenate([last.token.astype(draft.dtype), draft])[None])
         self._passes += 1
         self._drafted += count
         choices, guesses = self._choices(sampler, logits, last.state), draft.tolist()
         for place, choice in enumerate(choices):
             token, logprob = int(choice.token.item()), float(choice.logprob.item())
-            rows.resize(length + 1 + place)
+            rows.resize([length + 1 + place])
             if place == count or token != guesses[place]:
                 break
             self._accepted += 1
-            rows.resize(length + 2 + place)
+            rows.resize([length + 2 + place])
             self._source.add(token)
             paused = time.perf_counter()
             yield token, logprob

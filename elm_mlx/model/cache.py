@@ -306,32 +306,34 @@ class StepCache:
 
     Args:
         kind: a cache whose arrays these are.
-        arrays: `(slots, num_kv_heads, capacity, …)`, of which the first `batch` slots are used. A single slot may
-            serve several rows: those of one text, whose positions follow each other.
-        position: `(batch,)`, where the step writes in each row; RoPE's offset too.
+        arrays: `(slots, num_kv_heads, capacity, …)`, of which the first ones are used, a slot a text.
+        position: where the step writes, and RoPE's offset: `(batch,)`, of a row a text, or `(texts, n)`, of n rows
+            for each, whose positions follow each other.
         mask: boolean, `(batch, 1, length, seen)`: the positions written so far, with each row's and query's own. None
             sees more.
     """
 
     def __init__(self, kind: KVCache, arrays: Arrays, position: mx.array, mask: mx.array):
         self.state = list(arrays)
-        self.offset = position
+        self.offset = position.reshape(-1)
+        self._places = position if position.ndim == 2 else position[:, None]
         self._kind = kind
         self._mask = mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Fetched, Fetched]:
-        batch, seen = keys.shape[0], self._mask.shape[-1]
-        slots = self.state[0].shape[0]
+        texts, each = self._places.shape
+        slots, seen = self.state[0].shape[0], self._mask.shape[-1]
         for number, new in enumerate(self._kind.held(keys, values)):
+            if each > 1:
+                new = new.reshape(texts, each, *new.shape[1:]).swapaxes(1, 3).squeeze(1)
             if slots == 1:
-                new = new if batch == 1 else new.swapaxes(0, 2)
                 self.state[number] = mx.slice_update(self.state[number], new, self.offset[:1], axes=[2])
-            elif slots == batch:  # one operation, where the assignment below is six
-                at = mx.broadcast_to(self.offset[:, None, None, None], new.shape)
+            elif slots == texts:  # one operation, where the assignment below is six
+                at = mx.broadcast_to(self._places[:, None, :, None], new.shape)
                 self.state[number] = mx.put_along_axis(self.state[number], at, new, axis=2)
             else:
-                self.state[number][mx.arange(batch), :, self.offset] = new[:, :, 0]
-        return self._kind.fetched([array[:batch, :, :seen] for array in self.state], keys.shape[2])
+                self.state[number][mx.arange(texts)[:, None], :, self._places] = new.swapaxes(1, 2)
+        return self._kind.fetched([array[:texts, :, :seen] for array in self.state], keys.shape[2])
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Causal:
         """Returns the mask of a step's new positions."""
@@ -481,13 +483,16 @@ def place_step(lengths: Sequence[int]) -> tuple[mx.array, mx.array]:
     return position, mx.arange(_seen(max(lengths) + 1)) <= position[:, None, None, None]
 
 
-def place_pass(length: int, count: int, apart: bool) -> tuple[mx.array, mx.array]:
-    """Returns `position` and `mask` of the StepCaches of a pass that writes `count` tokens behind a text of `length`.
+def place_pass(lengths: Sequence[int], count: int, apart: bool) -> tuple[mx.array, mx.array]:
+    """Returns `position` and `mask` of the StepCaches of a pass that writes `count` tokens behind each text.
 
-    `apart` makes a row of each token, as if it had a step of its own; else they are the queries of one row.
+    `apart` makes a row of each token, as if it had a step of its own; else they are the queries of one row, for one
+    text.
     """
     if apart:
-        return place_step([*range(length, length + count)])
+        position, mask = place_step([length + at for length in lengths for at in range(count)])
+        return position.reshape(len(lengths), count), mask
+    (length,) = lengths
     position = mx.arange(length, length + count)
     return mx.array([length]), (mx.arange(_seen(length + count)) <= position[:, None])[None, None]
 

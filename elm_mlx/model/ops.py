@@ -341,8 +341,8 @@ def attention(
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 
     `mask` is None, "causal" (the last query sees all positions), `Causal`, `Segments` (as many queries as positions),
-    or boolean `(…, length, positions)`. Where keys and values are one row, rows of a query each may be of one text,
-    at positions that follow each other.
+    or boolean `(…, length, positions)`. Where keys and values have fewer rows, as many rows of a query each are of the
+    same text, at positions that follow each other.
     """
     batch, heads, length, head_dim = queries.shape
     if isinstance(keys, Packed) or isinstance(values, Packed):
@@ -358,10 +358,13 @@ def attention(
     causal = Causal(positions - length + 1) if plain else mask
     if isinstance(causal, Causal) and keys.shape[0] < batch:
         assert isinstance(causal.seen, mx.array)
-        first = Causal(causal.seen[:1], causal.window)
-        if _fits_one_call(together := queries.swapaxes(0, 2), keys):  # keys and values are read once
-            return _attend_in_one_call(together, keys, values, scale, first).swapaxes(0, 2)
-        keys, values = (mx.broadcast_to(x, (batch, *x.shape[1:])) for x in (keys, values))
+        each = batch // keys.shape[0]
+        first = Causal(causal.seen[::each], causal.window)
+        together = queries.reshape(-1, each, heads, head_dim).swapaxes(1, 2)
+        if _fits_one_call(together, keys):  # keys and values are read once
+            out = _attend_in_one_call(together, keys, values, scale, first)
+            return out.swapaxes(1, 2).reshape(queries.shape)
+        keys, values = (mx.repeat(x, each, axis=0) for x in (keys, values))
     if isinstance(causal, Causal) and _fits_one_call(queries, keys):
         return _attend_in_one_call(queries, keys, values, scale, causal)
     little = _mlx_is_best(queries, batch * heads * length * positions)

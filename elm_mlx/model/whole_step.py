@@ -65,6 +65,7 @@ class WholeStep:
         rope_numbers = sum(2 * rope.head_dim for rope in self._ropes)
         self._matrix = described.matrix(words, in_c.width + 1 + rope_numbers, in_c.width)
         self._running: list[mx.array] = []
+        self._slots: dict[int, mx.array] = {}  # where each text's begins, by their number
         self.end = weakref.finalize(self, _end, words, arrays, self._running)
 
     def is_of(self, in_c: LayersInC, caches: Sequence[KVCache]) -> bool:
@@ -72,12 +73,17 @@ class WholeStep:
         return self._in_c is in_c and self.end.alive and all(cache.writer is self for cache in caches)
 
     def __call__(self, x: mx.array, position: mx.array) -> mx.array:
-        """Launches the step of rows `(rows, model_dim)`, each at its position of `(rows,)`, which there is room for.
+        """Launches the step of rows `(rows, model_dim)`, which there is room for.
 
+        `position` is `(rows,)`, of a row for each text, or `(texts, n)`, of n rows for each that follow each other.
         Returns the hidden states `(rows, model_dim)`, normed. The keys and values will be in the caches with them.
         """
-        turns = [self._turns(rope, position) for rope in self._ropes]
-        hidden = mx.concatenate([x, position.view(mx.float32)[:, None], *turns], axis=1) @ self._matrix
+        texts, flat = position.shape[0], position.reshape(-1)
+        if texts not in self._slots:
+            self._slots[texts] = mx.arange(0, texts * self.capacity, self.capacity)[:, None]
+        places = flat if texts == 1 else (position.reshape(texts, -1) + self._slots[texts]).reshape(-1)
+        turns = [self._turns(rope, flat) for rope in self._ropes]
+        hidden = mx.concatenate([x, places.view(mx.float32)[:, None], *turns], axis=1) @ self._matrix
         mx.async_eval(hidden)
         self._running[:] = [hidden]
         return hidden

@@ -186,6 +186,43 @@ def test_guesses_change_no_answer(
     assert engine.statistics().drafted_tokens == 0
 
 
+@pytest.mark.parametrize("answers", [2, 3, 5, 8, 9, 16])
+def test_guesses_at_several_answers_change_none_of_them(
+    guessing: Engine, model: Model, answers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all lengths and settings, with guesses that are right for some, wrong for others and none for a few."""
+    samplers = [
+        Sampler(),
+        Sampler(0.6),
+        Sampler(0.8, top_p=0.9, repetition_penalty=1.1),
+        Sampler(frequency_penalty=0.2),
+    ]
+    chance, engine = random.Random(answers), made(model)
+    asked = [(prompt(3 + 40 * (i % 5), i), 20 + 9 * (i % 4), samplers[i % 4]) for i in range(answers)]
+    options = [{"sampler": sampler, "seed": 4 + i, "top_logprobs": i % 3} for i, (_, _, sampler) in enumerate(asked)]
+    expected = [ask(engine, ids, count, **each).tokens() for (ids, count, _), each in zip(asked, options, strict=True)]
+    said = [
+        [*ids, *(each.token for each in answer), *[5] * 8] for (ids, *_), answer in zip(asked, expected, strict=True)
+    ]
+
+    def offered(lookup: PromptLookup, most: int) -> list[float]:
+        return [0.5] * chance.randrange(most + 1)
+
+    def half_right(lookup: PromptLookup, count: int) -> list[int]:
+        begun = lookup._text[:3]
+        right = next(text for text in said if text[:3] == begun)[len(lookup) : len(lookup) + count]
+        return [token if chance.random() < 0.7 else 5 for token in right]
+
+    monkeypatch.setattr(PromptLookup, "offers", offered)
+    monkeypatch.setattr(PromptLookup, "guesses", half_right)
+    heard = [ask(guessing, ids, count, **each) for (ids, count, _), each in zip(asked, options, strict=True)]
+    assert [each.tokens() for each in heard] == expected
+    statistics = guessing.statistics()
+    assert statistics.drafted_tokens > statistics.accepted_tokens > 10
+    assert statistics.generated_tokens == engine.statistics().generated_tokens
+    engine.close(10)
+
+
 @pytest.mark.parametrize("seed", [2, 9], ids=["its-own", "another"])
 def test_a_draft_model_changes_no_answer_whoever_comes_between(
     model: Model, tiny_tokenizer: Tokenizer, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -83,7 +83,7 @@ def test_logits_are_those_of_layers_one_by_one(name: str, tmp_path: Path, layer_
         if not whole:
             layer_by_layer()
         rows = started(model, [250])
-        found.append([steps(rows, 12), rows.look_ahead(mx.array(ids_of(9)))])
+        found.append([steps(rows, 12), rows.look_ahead(mx.array([ids_of(9)]))])
         assert writes_in_place(rows) is whole
         together = started(model, [3, 17, 254, 40, 5])
         found[-1] += [steps(together, 8)]
@@ -103,17 +103,47 @@ def test_a_row_has_the_same_bits_in_any_company(model: Model) -> None:
     for count in (2, 7, 16):
         assert mx.array_equal(steps(started(model, lengths[:count]), 2), together[:, :count]), count
     guesses = ids_of(16, 9)
-    ahead = started(model, [300]).look_ahead(mx.array(guesses))
+    ahead = started(model, [300]).look_ahead(mx.array([guesses]))
     rows = started(model, [300])
     assert mx.array_equal(mx.concatenate([rows.step(mx.array([token])) for token in guesses]), ahead)
+
+
+@pytest.mark.parametrize("name", ["openelm", "llama"])
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "layers"])
+def test_guesses_behind_several_texts_have_the_bits_of_steps(
+    name: str, whole: bool, tmp_path: Path, layer_by_layer: Callable[[], None]
+) -> None:
+    """In as many slots as there are texts, and in more; and those that are right need not be computed again."""
+    if not whole:
+        layer_by_layer()
+    model: Any = tiny.random_model(tiny.scaled_config(320))
+    if name == "llama":
+        changes = {"hidden_size": 96, "head_dim": 16, **FAMILIES[name]}
+        model = loading.load_model(other_models.write_model(tmp_path / "m", name, changes))
+    for lengths, count in (([300, 3], 8), ([3, 255, 40], 5), ([5, 254, 17, 63], 4), ([9, 8, 70, 6, 5, 4, 3, 2], 2)):
+        guesses = mx.array([ids_of(count, 11 * row) for row in range(len(lengths))])
+        kept = [1 + row % count for row in range(len(lengths))]
+        rows = started(model, lengths)
+        mx.eval(steps(rows, 2))
+        ahead = rows.look_ahead(guesses).reshape(len(lengths), count, -1)
+        assert rows.lengths == [length + 2 for length in lengths]
+        rows.resize([length + more for length, more in zip(rows.lengths, kept, strict=True)])
+        after = steps(rows, 3)
+        one_by_one = started(model, lengths)
+        mx.eval(steps(one_by_one, 2))
+        for place in range(count):
+            expected = one_by_one.step(guesses[:, place])
+            assert mx.array_equal(expected, ahead[:, place]), (lengths, place)
+        one_by_one.resize([length + 2 + more for length, more in zip(lengths, kept, strict=True)])
+        assert mx.array_equal(steps(one_by_one, 3), after), lengths
 
 
 def test_steps_write_where_the_arrays_are(model: Model) -> None:
     rows = started(model, [5])
     mx.eval(steps(rows, 1))
     writer = rows.caches[0].writer
-    mx.eval(steps(rows, 3), rows.look_ahead(mx.array(ids_of(3))))
-    rows.resize(rows.lengths[0] + 1)
+    mx.eval(steps(rows, 3), rows.look_ahead(mx.array([ids_of(3)])))
+    rows.resize([rows.lengths[0] + 1])
     mx.eval(steps(rows, 3))
     assert rows.caches[0].writer is writer and not rows.traced
     before = [described.address(array) for array in rows.caches[0].state if array is not None]  # ends it
@@ -139,7 +169,7 @@ def test_what_others_have_of_a_cache_stays_what_it_is(model: Model) -> None:
     for name, take in taken.items():
         arrays = take()
         expected = [mx.array(memoryview(array)) for array in mx.contiguous(mx.stack(arrays)[:, 0])]
-        rows.resize(length - 4)
+        rows.resize([length - 4])
         mx.eval(steps(rows, 4, first=1))  # over what is in them
         assert writes_in_place(rows)
         for array, values in zip(arrays, expected, strict=True):
@@ -186,10 +216,10 @@ def test_places_outside_the_caches_give_no_numbers(model: Model) -> None:
     assert isinstance(writer, WholeStep)
     x = mx.ones((2, model.config.model_dim))
     for places in ([0, rows.caches[0].capacity], [-1, 0], [3, 5]):  # of the only slot, one after the other
-        assert mx.isnan(writer(x, mx.array(places))).all().item(), places
-    assert mx.isfinite(writer(x, mx.array([5, 6]))).all().item()
+        assert mx.isnan(writer(x, mx.array([places]))).all().item(), places
+    assert mx.isfinite(writer(x, mx.array([[5, 6]]))).all().item()
     rows.caches[0].state  # noqa: B018 - which ends it
-    assert mx.isnan(writer(x, mx.array([5, 6]))).all().item()
+    assert mx.isnan(writer(x, mx.array([[5, 6]]))).all().item()
 
 
 def test_other_caches_and_more_rows_are_stepped_by_mlx(model: Model) -> None:
