@@ -106,9 +106,8 @@ def convert(
     path = expanded(destination)
     with failures_named(path):
         check_destination(path, MODEL, overwrite)
-        file = expanded(source)
         plan: ConversionPlan | GgufPlan
-        if gguf_model.is_gguf(file):
+        if (file := gguf_model.find(expanded(source))) is not None:
             unfit = {
                 "--config": config, "--preset": preset, "--head-dim": head_dim, "--lora-alpha": lora_alpha,
                 "--revision": revision, "--ema": ema or None,

@@ -193,14 +193,20 @@ class GgufPlan:
         return sum(_pending(tensor, dtype, []).nbytes for tensor, dtype in self.tensors)
 
 
-def is_gguf(path: Path) -> bool:
-    """Returns whether a file begins as GGUF does, or is called so."""
-    if not path.is_file():
-        return False
-    if path.suffix == ".gguf":
-        return True
-    with path.open("rb") as file:
-        return file.read(4) == b"GGUF"
+def find(path: Path) -> Path | None:
+    """Returns the GGUF file that a path means: itself, or the one in a directory without other weights; else None.
+
+    Raises:
+        InputError: the directory holds several.
+    """
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        if not found or any(file.suffix in (".safetensors", ".bin", ".pt") for file in path.iterdir()):
+            return None
+        if len(found) > 1:
+            raise InputError(f"{path}: holds {listed([file.name for file in found])}: name the one to convert")
+        return found[0]
+    return path if path.is_file() and sources.is_gguf(path) else None
 
 
 def make_plan(

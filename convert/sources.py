@@ -92,8 +92,21 @@ def _open_file(path: Path, ema: bool) -> CheckpointSource:
         if not tensors:
             raise InputError(f"{path}: holds no tensors")
         return CheckpointSource(path.name, "safetensors file", path.parent, (path,), tensors)
+    if is_gguf(path):
+        raise InputError(f"{path}: is a GGUF file: `elm-mlx convert {path} DIR` makes a model directory of it first")
     kind, tensors = _state_dict(path, ema)
     return CheckpointSource(path.name, kind, path.parent, (path,), tensors)
+
+
+def is_gguf(path: Path) -> bool:
+    """Returns whether a file begins as GGUF does, or is called so."""
+    if path.suffix == ".gguf" or not path.is_file():  # of a pipe nothing would come
+        return path.suffix == ".gguf"
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:  # which whoever reads it says
+        return False
 
 
 def _open_directory(directory: Path, ema: bool) -> CheckpointSource:

@@ -170,7 +170,8 @@ def not_a_model(path: Path) -> InputError:
     if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
         return InputError(f"{path}: a file of the model directory {path.parent}: give that one")
     return InputError(
-        f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of an OpenELM's checkpoint"
+        f"{path}: a file, not a model directory; `elm-mlx convert {path} DST` makes one of an OpenELM's checkpoint or "
+        "of a GGUF file"
     )
 
 

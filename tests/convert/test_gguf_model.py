@@ -18,7 +18,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import read_config
 from elm_mlx.store.loading import load, load_model, read_weights
 from elm_mlx.text.tokenizer import Tokenizer
-from elm_mlx_convert import convert, gguf_blocks, gguf_model
+from elm_mlx_convert import convert, export, gguf_blocks, gguf_model
 from elm_mlx_convert.gguf_file import TYPES
 
 FAMILIES = ["llama", "mistral", "olmo", "olmo2", "olmo3"]
@@ -181,6 +181,18 @@ def test_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
         convert(path, tmp_path / "back")
     assert str(caught.value).startswith(f"{path}: ") and words in str(caught.value) and str(caught.value).isprintable()
     assert sorted(each.name for each in tmp_path.iterdir()) == ["model.gguf", "source"]
+
+
+def test_a_directory_with_one_file_in_it(tmp_path: Path) -> None:
+    source = other_models.write_model(tmp_path / "source", "olmo")
+    (tmp_path / "hub").mkdir()
+    gguf_models.write(source, tmp_path / "hub" / "a.gguf")
+    assert convert(tmp_path / "hub", tmp_path / "back").plan.source.label == "a.gguf"
+    (tmp_path / "hub" / "b.gguf").touch()
+    with pytest.raises(InputError, match=r"hub: holds 'a\.gguf', 'b\.gguf': name the one to convert"):
+        convert(tmp_path / "hub", tmp_path / "back", overwrite=True)
+    with pytest.raises(InputError, match=r"a\.gguf: is a GGUF file: `elm-mlx convert .* DIR` makes a model directory"):
+        export(tmp_path / "hub" / "a.gguf", tmp_path / "pt")
 
 
 def test_options_that_a_file_has_no_use_for(tmp_path: Path) -> None:
