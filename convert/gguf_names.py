@@ -44,10 +44,13 @@ _PHI3 = {
     "model.layers.{}.self_attn.qkv_proj": ("blk.{}.attn_qkv",),
     "model.layers.{}.mlp.gate_up_proj": ("blk.{}.ffn_up",),  # gate and up projection in one, as they are there too
 }
-_OLMO2 = {
+_QWEN3 = {
     **_LLAMA,
     "model.layers.{}.self_attn.q_norm": ("blk.{}.attn_q_norm",),
     "model.layers.{}.self_attn.k_norm": ("blk.{}.attn_k_norm",),
+}
+_OLMO2 = {
+    **_QWEN3,
     "model.layers.{}.post_attention_layernorm": ("blk.{}.post_attention_norm",),
     "model.layers.{}.post_feedforward_layernorm": ("blk.{}.post_ffw_norm",),
 }
@@ -90,6 +93,8 @@ ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA, neighbours=True, free_heads=True),
     "mistral": Architecture("llama", _LLAMA, neighbours=True, free_heads=True),
     "phi3": Architecture("phi3", _PHI3),
+    "qwen2": Architecture("qwen2", _LLAMA),
+    "qwen3": Architecture("qwen3", _QWEN3, free_heads=True),
     "olmo": Architecture("olmo", _LLAMA, neighbours=True),
     "olmo2": Architecture("olmo2", _OLMO2, tied=False),
     "olmo3": Architecture("olmo2", _OLMO2, tied=False),

@@ -18,7 +18,10 @@ from elm_mlx.store.loading import load_model
 from elm_mlx_convert import export_gguf
 
 # llama.cpp has no place for these.
-REFUSED = {"llama, dynamic", "olmo2", "olmo3, layers apart", "mamba", "mamba, biases, own head"}
+REFUSED = {
+    "llama, dynamic", "olmo2", "olmo3, layers apart", "mamba", "mamba, biases, own head", "smollm3",
+    "smollm3, its layers", "gemma3", "gemma3, linear",
+}  # fmt: skip
 _ADAPTED = {
     "OpenELM, adapter": 4,
     "OpenELM, adapter of several ranks": {"*qkv_proj": 2, "*proj_1": 5, "*proj_2": 3},

@@ -29,7 +29,8 @@ from elm_mlx_convert.gguf_names import (
 # What llama.cpp has no place for, or scales RoPE by that a file's tensors do not tell.
 INEXPRESSIBLE = {
     "llama, dynamic": "dynamic", "olmo2": "biases", "olmo3, layers apart": "another base", "mamba": "not written",
-    "mamba, biases, own head": "not written",
+    "mamba, biases, own head": "not written", "smollm3": "not written", "smollm3, its layers": "not written",
+    "gemma3": "not written", "gemma3, linear": "not written",
 }  # fmt: skip
 UNTOLD = {"llama, llama3", "llama, `rope_parameters`"}  # divisors of another context than Llama 3's
 CASES = sorted(set(family_cases.CASES) - set(INEXPRESSIBLE))
