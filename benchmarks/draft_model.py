@@ -26,7 +26,7 @@ from elm_mlx import load, load_model, stream_generate  # isort: skip  (its BLAS 
 import mlx.core as mx
 from speed import machine
 
-from elm_mlx.bench.models import write_seeded
+from elm_mlx.bench.measured_models import write_seeded
 from elm_mlx.inference.generation import Response
 from elm_mlx.model.config import ModelConfig
 

@@ -29,7 +29,7 @@ from types import TracebackType
 from typing import Any
 
 import elm_mlx  # noqa: F401  (before MLX, for its BLAS)
-from elm_mlx.bench import models
+from elm_mlx.bench import measured_models
 from elm_mlx.model.config import ModelConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -211,7 +211,7 @@ def models_words() -> list[str]:
 
 def write_model(config: ModelConfig, tokenizer: Path, directory: Path) -> Path:
     """Writes a model of seeded float32 weights, with the tokenizer in `tokenizer` and a piece for every other token."""
-    models.write_seeded(config, directory, "float32")
+    measured_models.write_seeded(config, directory, "float32")
     pieces = json.loads((tokenizer / "tokenizer.json").read_text("utf-8"))
     vocabulary = pieces["model"]["vocab"]
     more = {f"\u2581w{number}": number for number in range(len(vocabulary), config.vocab_size)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import elm_mlx  # noqa: F401  (before MLX, for its BLAS)
 from elm_mlx.bench import machine as machines
-from elm_mlx.bench import models, sides
+from elm_mlx.bench import measured_models, sides
 from elm_mlx.model.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ HEADER = "| what | elm-mlx | mlx-lm | ratio, median of pairs | spread |\n| --- |
 
 def seeded_model(config: ModelConfig, directory: Path) -> Path:
     """A model directory with random bfloat16 weights, the same ones each time."""
-    return models.write_seeded(config, directory)
+    return measured_models.write_seeded(config, directory)
 
 
 def embedded_model(directory: Path) -> Path:

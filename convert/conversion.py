@@ -30,6 +30,7 @@ from elm_mlx_convert.destination import (
 from elm_mlx_convert.gguf_model import GgufPlan
 from elm_mlx_convert.plan import ConversionPlan, make_plan
 from elm_mlx_convert.source_config import preset_name
+from elm_mlx_convert.sources import CheckpointSource
 from elm_mlx_convert.tensors import FLOATS
 from elm_mlx_convert.torch_files import write_state_dict
 
@@ -55,7 +56,7 @@ class Conversion:
 
 
 def convert(
-    source: str | Path,
+    source: str | Path | CheckpointSource,
     destination: str | Path,
     *,
     tokenizer: str | Path | None = None,
@@ -77,7 +78,7 @@ def convert(
 
     Args:
         source: a PyTorch or safetensors file, a directory of the hub's or of MLX, or a hub repository's name; or a GGUF
-            file, which says itself what its model and tokenizer are.
+            file, which says itself what its model and tokenizer are; or what `open_source` has opened.
         destination: the directory to make. It appears complete or not at all.
         tokenizer: a SentencePiece model, a directory or repository that has one; by default the source's own. For a
             GGUF file a directory or repository with a `tokenizer.json`.
@@ -107,7 +108,8 @@ def convert(
     with failures_named(path):
         check_destination(path, MODEL, overwrite)
         plan: ConversionPlan | GgufPlan
-        if (file := gguf_model.find(expanded(source))) is not None:
+        file = None if isinstance(source, CheckpointSource) else gguf_model.find(expanded(source))
+        if file is not None:
             unfit = {
                 "--config": config, "--preset": preset, "--head-dim": head_dim, "--lora-alpha": lora_alpha,
                 "--revision": revision, "--ema": ema or None,

@@ -23,6 +23,9 @@ CARRIED = (
 )  # fmt: skip
 # Folders of further chat templates, `NAME.jinja`, as transformers writes them beside the default one.
 TEMPLATES = ("additional_chat_templates", "chat_templates")
+_WHERE_FROM = (
+    "`elm-mlx convert SRC DST` makes one of a checkpoint, and OWNER/NAME is a repository on the Hugging Face hub"
+)
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # of an adapter, the first that is there
 
 
@@ -163,8 +166,8 @@ def own_file(path: Path) -> Path:
 def not_a_model(path: Path) -> InputError:
     """Returns the error for a path without `config.json`: what it is, and what to do."""
     if not path.exists():
-        near = _nearest(path)
-        return InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _where_from(path)))
+        near = nearest(path)
+        return InputError(f"{path}: no such directory; " + (f"did you mean {near}?" if near else _WHERE_FROM))
     if path.is_dir():
         return InputError(f"{path}: {_no_model(path)}")
     if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
@@ -186,7 +189,7 @@ def no_tokenizer(path: Path, openelm: bool) -> InputError:
     )
 
 
-def _nearest(path: Path) -> Path | None:
+def nearest(path: Path) -> Path | None:
     """The model directory beside `path` whose name is most like its."""
     import difflib
 
@@ -196,19 +199,6 @@ def _nearest(path: Path) -> Path | None:
         return None
     found = difflib.get_close_matches(path.name, names, 1, 0.75)
     return path.with_name(found[0]) if found else None
-
-
-def _where_from(path: Path) -> str:
-    """Returns a hint how to get a model directory; `path` may be the name of a repository."""
-    if len(path.parts) == 2 and not path.parent.exists() and not path.is_absolute():
-        return (
-            f"if it is a repository on the hub, `elm-mlx convert {path} DST` makes one of an OpenELM, and "
-            f"`hf download {path} --local-dir DST` fetches one of another family, which is used as it is"
-        )
-    return (
-        "`elm-mlx convert SRC DST` makes one of an OpenELM's checkpoint or repository; one of another family, such as "
-        "a Llama, is used as it is"
-    )
 
 
 def _no_model(path: Path) -> str:

@@ -24,6 +24,7 @@ import processes
 import pytest
 import tiny
 from commands import Run
+from hub_server import HubServer
 
 from elm_mlx import blas, device
 from elm_mlx.cli import main
@@ -157,3 +158,21 @@ def family_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A small model directory of each other family. Not to be written to."""
     root = tmp_path_factory.mktemp("families")
     return {name: other_models.write_model(root / name, name) for name in other_models.CONFIGS}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A hub of this test's own, with caches of its own: what huggingface_hub and conversions are kept in."""
+    from huggingface_hub import constants
+
+    server = HubServer()
+    with server.running() as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
+        yield server

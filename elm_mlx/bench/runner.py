@@ -19,7 +19,7 @@ from itertools import groupby
 from pathlib import Path
 
 from elm_mlx import device, files
-from elm_mlx.bench import machine, models, sides, suites
+from elm_mlx.bench import machine, measured_models, sides, suites
 from elm_mlx.bench.results import Results, Row
 from elm_mlx.bench.sides import Programs, Side, Unavailable
 from elm_mlx.bench.suites import Case, Suite
@@ -53,7 +53,7 @@ def run(
     if suite.compute_dtype is not None and suite.compute_dtype not in device.DTYPES:
         raise InputError(f"compute dtype {suite.compute_dtype!r} is not one of {', '.join(device.DTYPES)}")
     for name in dict.fromkeys(case.model for case in suite.cases):
-        models.check(name)
+        measured_models.check(name)
     if programs.gguf is not None and len({(case.model, case.precision) for case in suite.cases}) > 1:
         raise InputError(f"--gguf {programs.gguf}: is one model: measure one at a time")
     results = Results(suite.name, datetime.now(timezone.utc).isoformat(timespec="seconds"), machine.describe())
@@ -109,13 +109,13 @@ class _SameModel:
             try:
                 if model in PRESETS:  # before weights are made for it
                     preset = ModelConfig.preset(model)
-                    stored = models.stored_bytes(preset, precision)
-                    models.check_memory(models.memory_needed(preset, stored, dtype, cases))
+                    stored = measured_models.stored_bytes(preset, precision)
+                    measured_models.check_memory(measured_models.memory_needed(preset, stored, dtype, cases))
                     self.on_progress(f"{model}, {precision}: making weights")
-                path = models.prepare(model, precision, Path(own))
-                config = models.config_of(path)
+                path = measured_models.prepare(model, precision, Path(own))
+                config = measured_models.config_of(path)
                 stored = sum(file.stat().st_size for file in path.glob("model*.safetensors"))
-                self._start(path, partial(models.memory_needed, config, stored, dtype, cases))
+                self._start(path, partial(measured_models.memory_needed, config, stored, dtype, cases))
                 self._measure_machine(config)
             except Unavailable as error:
                 yield from (Row(case, skipped={"ours": str(error)}) for case in cases)
@@ -134,7 +134,7 @@ class _SameModel:
         for name in ("ours", *self.suite.against):
             self.on_progress(f"{path.name}: loading, {name}")
             try:
-                models.check_memory(needed(name))
+                measured_models.check_memory(needed(name))
                 side = sides.start(name, path, dtype, self.programs)
             except Unavailable as error:
                 if name == "ours":

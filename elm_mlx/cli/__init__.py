@@ -35,13 +35,14 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 # In each command's file is a function of that name, and where it has many options `PANELS`: names under headings.
 _GROUPS = {
-    "Models": ("convert", "export", "info", "quantize", "fuse", "adapter"),
+    "Models": ("convert", "export", "info", "quantize", "fuse", "adapter", "models"),
     "Talk": ("generate", "chat", "serve"),
     "Train": ("data", "lora", "dpo", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
     "Measure": ("eval", "bench"),
 }
 # Arguments that an option gives too, for it does so in other commands.
 _BY_NAME = {"MODEL": "--model", "ADAPTER": "--adapter", "CONFIG": "--config"}
+_REVISION = "--revision"  # of MODEL, where it is a repository's name: as MODEL@REVISION
 _COMMANDS = tuple(name for names in _GROUPS.values() for name in names)
 
 
@@ -61,6 +62,13 @@ class Command(typer.core.TyperCommand):
                 help=f"{words[place]}, by name. (default: the {('first', 'second')[place]} argument)",
             )  # fmt: skip
             self.params.append(named)
+        if "--model" in self._by_name and not self._several:
+            self.params.append(
+                typer.core.TyperOption(
+                    param_decls=[_REVISION, "revision_of_model"], type=str, expose_value=False,
+                    help="Branch, tag or commit of a MODEL on the hub. (default: main)",
+                )
+            )  # fmt: skip
         for parameter in self.params:
             each: Any = parameter
             if each.type.name == "path":
@@ -97,17 +105,19 @@ class Command(typer.core.TyperCommand):
     def _in_place(self, args: list[str]) -> list[str]:
         """Returns the words of a command line with what options of `_BY_NAME` say where the arguments stand."""
         valued = {name for each in self.params if not getattr(each, "is_flag", True) for name in each.opts}
+        by_name = {*self._by_name, *(_REVISION for each in self.params if each.name == "revision_of_model")}
         named: dict[str, list[str]] = {}
         options: list[str] = []
         placed: list[str] = []
         words = iter(args)
         for word in words:
             name, equals, value = word.partition("=")
-            if name in self._by_name:
+            if name in by_name:
                 value = value if equals else next(words, "")
                 twice = name in named and name not in self._several
                 if twice or not value:
-                    raise InputError(f"{name} is given twice" if twice else f"{name} needs a path")
+                    needs = "a revision" if name == _REVISION else "a path"
+                    raise InputError(f"{name} is given twice" if twice else f"{name} needs {needs}")
                 named.setdefault(name, []).append(value)
             elif word == "--":
                 placed += words
@@ -118,7 +128,18 @@ class Command(typer.core.TyperCommand):
         for name, place in self._by_name.items():
             if name in named and place <= len(placed):  # else one before it is missing, which is said
                 placed[place:place] = named[name]
+        for revision in named.get(_REVISION, ()):
+            self._revise(placed, revision)
         return [*options, "--", *placed] if "--" in args else [*placed, *options]
+
+    def _revise(self, placed: list[str], revision: str) -> None:
+        """Puts the revision behind the MODEL among the arguments."""
+        place = self._by_name["--model"]
+        if len(placed) <= place:
+            raise InputError(f"{_REVISION} {revision}: MODEL is missing; in a file, it is OWNER/NAME@REVISION")
+        if expanded(placed[place]).exists():
+            raise InputError(f"{_REVISION} {revision} is for a repository on the hub, but {placed[place]} is a path")
+        placed[place] += f"@{revision}"
 
 
 def _legible(formatter: Any) -> Any:

@@ -29,5 +29,7 @@ def adapter(
     """Bring an adapter into the layout of mlx-lm or of PEFT, checked against the model that it is for."""
     from elm_mlx.store.adapter_conversion import convert_adapter
 
-    made = convert_adapter(model, src, dst, to=to, alpha=alpha, settings=config, overwrite=overwrite)
+    made = convert_adapter(
+        options.directory_of(model), src, dst, to=to, alpha=alpha, settings=config, overwrite=overwrite
+    )
     say("wrote", f"{dst}: {made.describe()}")

@@ -17,6 +17,7 @@ from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import folded, line, printable, say, table
 from elm_mlx.errors import InputError
+from elm_mlx.model.config import PRESETS
 
 if TYPE_CHECKING:
     from elm_mlx.bench.results import Results, Row
@@ -31,7 +32,10 @@ PANELS = {
 
 def bench(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL…]", help="Presets (OpenELM-270M, …) or model directories.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL…]", help="Presets (OpenELM-270M, …), model directories, or OWNER/NAME on the hub."
+        ),
     ] = None,
     suite: Annotated[Literal["quick", "m2max", "full"], typer.Option(help="The cases to measure.")] = "quick",
     out: Annotated[Path, typer.Option(metavar="DIR", help="The directory of SUITE.json, .md and .html.")] = Path(
@@ -72,8 +76,9 @@ def bench(
     ] = None,
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
+    named = [each if each in PRESETS else str(options.directory_of(Path(each))) for each in models or []]
     chosen = suites.change(
-        suites.SUITES[suite], models=models or [], precisions=_words(precision),
+        suites.SUITES[suite], models=named, precisions=_words(precision),
         prompts=_numbers("--prompt-tokens", prompt_tokens), new=_numbers("--new-tokens", new_tokens),
         batches=_numbers("--batch-size", batch_size),
         kv_bits=[number for word in _words(kv_bits or "none") for number in _bits(word)],

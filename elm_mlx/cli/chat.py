@@ -54,8 +54,9 @@ def chat(
     from elm_mlx.text.chat_template import choose, prepare
 
     reading.check_seed(seed)
+    model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
-    drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
+    drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
     check_caches(config, kv_bits, max_kv_size)
     prepare(model, template, adapter)
     kept = None

@@ -40,7 +40,10 @@ PANELS = {
 
 def data(
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH...]", help=_ABOUT_PATHS)] = None,
-    model: Annotated[Path | None, typer.Option(help="The model directory to train. (no default)")] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL", help="The model to train, a directory or OWNER/NAME on the hub. (no default)"),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="In place of both, a recipe of `pretrain`: sample its mixture.")
     ] = None,
@@ -65,6 +68,7 @@ def data(
     from elm_mlx.text.chat_template import choose
     from elm_mlx.text.tokenizer import read_vocabulary
 
+    model = options.directory_of(model)
     shape = read_config(model, with_tokenizer=True)
     tokenizer = read_vocabulary(model, shape).tokenizer
     assert tokenizer is not None

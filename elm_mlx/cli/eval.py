@@ -25,7 +25,10 @@ PANELS = {
 
 def eval(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="MODEL", help="A model directory; with --compare, directories of runs.")
+        list[Path],
+        typer.Argument(
+            metavar="MODEL", help="A model directory, or OWNER/NAME on the hub; with --compare, directories of runs."
+        ),
     ],
     tasks: Annotated[
         list[str] | None,
@@ -84,7 +87,9 @@ def eval(
     )  # fmt: skip
     if not harness:
         wanted.chosen()  # or what is no task is said only when the model is loaded
-    opened = evaluation.Evaluation(paths[0], wanted, out, adapter=adapter, compute_dtype=compute_dtype, kv_bits=kv_bits)
+    opened = evaluation.Evaluation(
+        options.directory_of(paths[0]), wanted, out, adapter=adapter, compute_dtype=compute_dtype, kv_bits=kv_bits
+    )
     for remark in opened.notes:
         note(remark)
     if harness:

@@ -50,13 +50,14 @@ def export(
         odd = next((name for name in ("--type", "--modelfile", "--verify") if gguf[name]), None)
         if odd is not None:
             raise InputError(f"{odd} is for a model, and --adapter writes an adapter alone, in float32")
-        _write_adapter(Path(model), adapter, dst, overwrite)
+        _write_adapter(options.directory_of(Path(model)), adapter, dst, overwrite)
         return
     import elm_mlx_convert
 
+    source = options.directory_of(Path(model))
     with ProgressBar("bytes") as progress:
         done = elm_mlx_convert.export_gguf(
-            model, dst, kind=type_ or "as-stored", modelfile=modelfile, verify=verify, overwrite=overwrite,
+            source, dst, kind=type_ or "as-stored", modelfile=modelfile, verify=verify, overwrite=overwrite,
             on_progress=progress,
         )  # fmt: skip
     _print_gguf(done)

@@ -37,6 +37,7 @@ def fuse(
     from elm_mlx.train.finetuning import trained_on
 
     shown = None if text is None else reading.text(text, reading.CORPUS_BYTES)
+    model = options.directory_of(model)
     done = fuse(
         model, adapter, dst, text=shown, sample=partial(trained_on, adapter, model), dequantize=dequantize, dtype=dtype,
         overwrite=overwrite,

@@ -100,13 +100,14 @@ def generate(
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
+    model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
     check_caches(config, kv_bits, max_kv_size)
     chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
     prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
     check_steps(chosen["max_tokens"], prefill_step)
-    drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
+    drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
     reading.check_seed(seed)
     templated = template is not None or adapter is not None or has_chat_template(model)
     if templated:  # only then is any of it imported

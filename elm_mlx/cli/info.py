@@ -32,9 +32,10 @@ def info(
 ) -> None:
     """Show a model's size, its memory and its layers, and what an adapter changes in it."""
     if model is None and not system:
-        raise InputError("give a model directory, or --system")
+        raise InputError("give MODEL, or --system")
     if adapter is not None and model is None:
         raise InputError("--adapter needs MODEL, which it is for")
+    model = model and options.directory_of(model)
     result: dict[str, object] = {}
     if system:
         result |= {"system": _system()}

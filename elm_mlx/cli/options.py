@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments that several commands share, and the directory that a MODEL means."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from elm_mlx.reading import expanded
+
 DType = Literal["float32", "float16", "bfloat16"]
 Preset = Literal["OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B"]
 RecordFormat = Literal["completion", "messages", "sharegpt", "chatgpt", "alpaca", "text", "pairs"]
 
-ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="A model directory, as `convert` makes it.")]
+_MODEL = "A model directory, or OWNER/NAME[@REVISION] on the Hugging Face hub."
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help=_MODEL)]
 MaxTokens = Annotated[
     int | None,
     typer.Option(help="Tokens to generate, at most. (default: the model's, or 256; in `chat` with a template 512)"),
@@ -64,7 +67,7 @@ LoadCache = Annotated[
 ComputeDtype = Annotated[
     DType | None, typer.Option(help="Type to compute in. (default: as stored on a GPU, float32 on a CPU)")
 ]
-OptionalModelPath = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help="A model directory.")]
+OptionalModelPath = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL)]
 AdapterPath = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
 ]
@@ -82,7 +85,7 @@ PromptLookup = Annotated[
 DraftModel = Annotated[
     Path | None,
     typer.Option(
-        metavar="DIR",
+        metavar="MODEL",
         help="A smaller model of the same vocabulary that guesses: the same text, faster. (default: none)",
     ),
 ]
@@ -95,3 +98,22 @@ WeightDType = Annotated[DType | None, typer.Option("--dtype", help="Type of the 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
 ]
+
+
+def directory_of(model: Path) -> Path:
+    """Returns the directory that MODEL means; a repository is downloaded and converted where need be, with a bar.
+
+    Raises:
+        InputError, ElmError: as `model_names.directory_of`.
+    """
+    if expanded(model).exists():  # and nothing of the hub is imported
+        return expanded(model)
+    from elm_mlx.cli.screen import ProgressBar, note
+    from elm_mlx.store import model_names
+
+    try:
+        with ProgressBar("bytes") as progress:
+            return model_names.directory_of(model, progress, note)
+    except KeyboardInterrupt:
+        note(f"{model}: stopped; what has come is kept, and the same command goes on from there")
+        raise

@@ -61,6 +61,7 @@ def quantize(
     from elm_mlx.quantize.recipe import choose
 
     recipe = choose(bits, group_size, mode, bpw=bpw, method=method, rate=learning_rate, dtype=dtype)
+    model = options.directory_of(model)
     with QuantizationDisplay() as report:
         quantize(
             model, dst, recipe,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,7 +24,11 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 2
 
 def serve(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL…", help="Model directories, DIR or NAME=DIR; requests use the names.")
+        list[str],
+        typer.Argument(
+            metavar="MODEL…",
+            help="Directories, or OWNER/NAME on the hub; requests use the names, or NAME of NAME=MODEL.",
+        ),
     ],
     adapter: Annotated[
         list[str] | None,
@@ -85,7 +90,7 @@ def serve(
     device.keep_freed_memory(_KEPT_ARRAY, _KEPT_BYTES)
     free = device.available_memory()
     limit = int(0.8 * free) if limit is None and free is not None else limit or 8 << 30
-    served = load_models(models, adapter or (), compute_dtype, note)
+    served = load_models([_named(each) for each in models], adapter or (), compute_dtype, note)
     targets = [model.loaded for model in served.values()]
     engine = Engine(
         {name: model.loaded for name, model in served.items()},
@@ -110,6 +115,18 @@ def serve(
         run(make_server(app, started), bound)
     finally:
         engine.close(0)
+
+
+def _named(model: str) -> str:
+    """Returns `NAME=DIR` for a repository on the hub, `NAME=` in front of it or not; anything else as it is."""
+    from elm_mlx.hub import repository
+    from elm_mlx.reading import expanded
+
+    name, equals, place = model.partition("=") if "=" in model and not expanded(model).exists() else ("", "", model)
+    found = repository(place)
+    if found is None or expanded(place).exists():
+        return model
+    return f"{name if equals else found.name}={options.directory_of(Path(place))}"
 
 
 def _bytes(option: str, text: str) -> int:

@@ -22,6 +22,7 @@ from elm_mlx.cli.screen import Speech, counted, folded, note, visible
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.conversation import DEFAULTS, Chat, Reply
 from elm_mlx.inference.sampling import save_settings
+from elm_mlx.store.model_names import name_of
 
 BLOCK = '"""'
 _KEPT = 1000  # lines of history
@@ -102,7 +103,7 @@ class Session:
         return self._exit_code
 
     def _greet(self) -> None:
-        name = self._directory.resolve().name
+        name = name_of(self._directory)
         if self._chat.continues:
             what = f"{name} is a base model: it continues what you write."
         else:

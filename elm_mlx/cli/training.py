@@ -18,6 +18,7 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
+from elm_mlx.cli.options import directory_of
 from elm_mlx.cli.screen import (
     TrainingDisplay,
     bad_records_named,
@@ -241,6 +242,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
     from elm_mlx.train import memory
     from elm_mlx.train.finetuning import Finetuning
 
+    directory_of(asked.model)  # with a bar: the run finds it there
     with bad_records_named(", ".join(asked.data)):
         if isinstance(asked, DpoSettings):
             from elm_mlx.train.alignment import Alignment
@@ -259,7 +261,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
         result = train(run, shown, _plan(run), names, force, memory.OPTIONS, onwards)
         shown.lines(ended(result, shown.validates))
         if result.harm is None:
-            trial = _trial(run.path, run.out, asked.examples.template)
+            trial = _trial(asked.model, run.path, run.out, asked.examples.template)
             shown.lines([("wrote", f"{run.out}; try: {trial}")])
         else:
             shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
@@ -303,11 +305,11 @@ def train(
         ) from None
 
 
-def _trial(model: Path, adapter: Path, template: str | None) -> str:
+def _trial(model: Path, directory: Path, adapter: Path, template: str | None) -> str:
     """Returns the command that shows what was learnt; the template that it was learnt by is with the adapter."""
     from elm_mlx.text.chat_template import source_of
 
-    converses = source_of(model, template)[0] is not None
+    converses = source_of(directory, template)[0] is not None
     command, ending = ("chat", "") if converses else ("generate", " --prompt …")
     return f"elm-mlx {command} {model} --adapter {adapter}{ending}"
 

@@ -35,6 +35,7 @@ from elm_mlx.model.stored_layers import StoredLayer
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.loading import open_model
+from elm_mlx.store.model_names import name_of
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.version import __version__
 
@@ -143,7 +144,7 @@ class Evaluation:
         self._kv_bits = kv_bits
         self._loaded = open_model(path, compute_dtype, adapter, config)
         self.notes = self._loaded.notes
-        names = [each.name or each.resolve().name for each in (path, adapter) if each is not None]
+        names = [name_of(each).rpartition("/")[2] for each in (path, adapter) if each is not None]
         names += [] if kv_bits is None else [f"kv{kv_bits}"]
         self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from elm_mlx import reading
+from elm_mlx import hub, reading
 from elm_mlx.errors import InputError
 from elm_mlx.files import write_json
 from elm_mlx.model import ops
@@ -287,9 +287,13 @@ def save_settings(directory: Path, settings: Mapping[str, float]) -> Path:
     """Writes `settings` to the directory's file, whose path is returned; what else is in it stays.
 
     Raises:
-        InputError: the file that is there cannot be read.
+        InputError: the file that is there cannot be read, or the directory is of the hub's cache.
         ElmError: it cannot be written.
     """
+    if hub.owner_of(reading.expanded(directory)) is not None:
+        raise InputError(
+            f"{directory}: lies in the hub's cache, where files stay as they came: give settings as options"
+        )
     saved_settings(directory)  # what could not be read again is not written over
     path = reading.expanded(directory) / FILE_NAME
     values = reading.json_object_if_there(path)

@@ -478,7 +478,7 @@ def check_is_openelm(directory: Path, repository: str | None = None) -> None:
     if family is None:
         return
     if repository is not None:
-        how = f"`hf download {repository} --local-dir DIR`, then `elm-mlx generate DIR`"
+        how = f"`elm-mlx generate {repository}`"
     elif any(directory.glob("model*.safetensors")):
         how = f"`elm-mlx generate {directory}`"
     else:

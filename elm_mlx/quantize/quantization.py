@@ -28,6 +28,7 @@ from elm_mlx.quantize.recipe import Format, QuantizationRecipe
 from elm_mlx.safetensors_file import Pending, fingerprint, weight_files
 from elm_mlx.store.describe import config_values
 from elm_mlx.store.loading import Loaded, open_model, pending, pending_packed, read_weights
+from elm_mlx.store.model_names import name_of
 from elm_mlx.text import excerpts
 from elm_mlx.text.excerpts import Excerpt
 from elm_mlx.version import __version__
@@ -212,7 +213,7 @@ def _record(result: Quantization, recipe: QuantizationRecipe, source: Path, lear
     return {
         "tool": f"elm-mlx {__version__}",
         "machine": device.machine(),
-        "source": {"name": source.resolve().name, "sha256": fingerprint(source)},
+        "source": {"name": name_of(source), "sha256": fingerprint(source)},
         "recipe": {
             "method": recipe.method or "rounding to the nearest",
             **({"rate": recipe.rate} if recipe.method == "dwq" else {}),

@@ -20,6 +20,7 @@ from elm_mlx.model.families import FamilyConfig
 from elm_mlx.model.network import Model
 from elm_mlx.safetensors_file import Pending, read_header, weight_files
 from elm_mlx.store.describe import missing, packing_name
+from elm_mlx.store.model_names import directory_of
 from elm_mlx.text.tokenizer import Tokenizer, read_vocabulary
 
 # group_size, bits and mode of a quantized weight, as mx.dequantize takes them
@@ -46,7 +47,7 @@ class Loaded:
 def load(
     path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None
 ) -> tuple[Model, Tokenizer]:
-    """Loads the model and tokenizer of a model directory.
+    """Loads the model and tokenizer of a model directory, or of a repository on the hub, `OWNER/NAME[@REVISION]`.
 
     `compute_dtype` ("float32", "float16" or "bfloat16") decides what is computed in; by default a GPU
     computes in the type that is stored, and a CPU in float32, with weights as they are stored where there is a C
@@ -56,7 +57,9 @@ def load(
     Raises:
         InputError: names the file, and the tensor, that is missing or does not fit. Where the tokenizer is,
             `load_model` loads the model alone.
+        ElmError: the hub cannot be reached, or the disk is full.
     """
+    path = directory_of(path)
     loaded = open_model(path, compute_dtype, adapter_path, read_config(path, with_tokenizer=True))
     assert loaded.tokenizer is not None
     return loaded.model, loaded.tokenizer
@@ -64,7 +67,7 @@ def load(
 
 def load_model(path: str | Path, compute_dtype: str | None = None, adapter_path: str | Path | None = None) -> Model:
     """Loads the model of a directory, which needs no tokenizer. As `load` otherwise."""
-    return open_model(path, compute_dtype, adapter_path).model
+    return open_model(directory_of(path), compute_dtype, adapter_path).model
 
 
 def open_model(

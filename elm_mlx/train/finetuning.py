@@ -35,6 +35,7 @@ from elm_mlx.safetensors_file import fingerprint, hash_of_pieces
 from elm_mlx.store import adapters, loading
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.store.fusion import LogitSample
+from elm_mlx.store.model_names import directory_of
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary
 from elm_mlx.train import checkpoint, memory, trackers
@@ -80,7 +81,7 @@ class Finetuning(HeldRun):
                 raise InputError(f"{asked.out}: holds an adapter already; choose another directory")
             trackers.check(asked.reports.report_to)
             self.asked, self.batch_size = asked, asked.examples.batch_size
-            self.path = expanded(asked.model)
+            self.path = directory_of(asked.model)
             self.config = read_config(self.path, with_tokenizer=True)
             self._packed = asked.examples.pack and self._keeps_apart()
             weights = fingerprint(self.path, checkpoint.trained_from(self.resumed) if self.resumed else None)

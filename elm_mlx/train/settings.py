@@ -452,6 +452,8 @@ class LoraSettings:
 
         chosen = {name: value for name, value in flat(self).items() if value is not None}
         paths = {name: str(chosen[name].resolve()) for name in ("model", "from_adapter") if name in chosen}
+        if not self.model.exists():
+            paths["model"] = str(self.model)  # a name on the hub
         data = [name if name.startswith(PREFIX) else str(expanded(name).resolve()) for name in self.data]
         chosen |= paths | {"out": str(self.out), "data": data[0] if len(data) == 1 else data}
         return {name: value for name, value in chosen.items() if name not in self.unused}

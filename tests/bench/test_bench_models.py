@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from elm_mlx import blas, device
-from elm_mlx.bench import models
+from elm_mlx.bench import measured_models
 from elm_mlx.bench.sides import Unavailable
 from elm_mlx.bench.suites import Case
 from elm_mlx.errors import InputError
@@ -24,21 +24,21 @@ CONFIG = tiny.scaled_config(320, head_dim=32, ffn_dim_divisor=64)  # widths that
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32", "8bit", "4bit"])
 def test_a_seeded_model_is_a_model_directory_as_large_as_was_said(tmp_path: Path, precision: str) -> None:
-    path = models.write_seeded(CONFIG, tmp_path / "a", precision)
+    path = measured_models.write_seeded(CONFIG, tmp_path / "a", precision)
     loaded = open_model(path, "float32")
     assert loaded.stored == ({"8bit": "8-bit, group 64", "4bit": "4-bit, group 64"}.get(precision, precision))
     logits = loaded.model(mx.array([[1, 5, 9]]))
     assert mx.isfinite(logits).all() and float(logits.std()) > 0.1
     size = (path / "model.safetensors").stat().st_size
-    assert size == pytest.approx(models.stored_bytes(CONFIG, precision), rel=0.1)
-    models.write_seeded(CONFIG, tmp_path / "b", precision)
+    assert size == pytest.approx(measured_models.stored_bytes(CONFIG, precision), rel=0.1)
+    measured_models.write_seeded(CONFIG, tmp_path / "b", precision)
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
 
 
 def test_mlx_lm_opens_it_and_computes_the_same(tmp_path: Path) -> None:
     from mlx_lm.utils import load_model
 
-    path = models.write_seeded(CONFIG, tmp_path, "4bit")
+    path = measured_models.write_seeded(CONFIG, tmp_path, "4bit")
     theirs, _ = load_model(path)
     ids = mx.array([[1, 5, 9]])
     ours = open_model(path, "float32").model(ids)
@@ -47,9 +47,9 @@ def test_mlx_lm_opens_it_and_computes_the_same(tmp_path: Path) -> None:
 
 
 def test_presets_are_made_and_directories_taken_as_they_are(tiny_model_dir: Path, tmp_path: Path) -> None:
-    assert models.prepare(str(tiny_model_dir), "stored", tmp_path) == tiny_model_dir
+    assert measured_models.prepare(str(tiny_model_dir), "stored", tmp_path) == tiny_model_dir
     with pytest.raises(InputError, match="measured as it is stored"):
-        models.prepare(str(tiny_model_dir), "4bit", tmp_path)
+        measured_models.prepare(str(tiny_model_dir), "4bit", tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -57,16 +57,16 @@ def test_a_disk_without_room_is_not_filled(tmp_path: Path, monkeypatch: pytest.M
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 10**8))
     with pytest.raises(Unavailable, match=r"take 0\.5 GB of disk, but 0\.1 GB are free"):
-        models.prepare("OpenELM-270M", "bfloat16", tmp_path)
+        measured_models.prepare("OpenELM-270M", "bfloat16", tmp_path)
     assert not any(tmp_path.iterdir())
 
 
 def test_what_is_no_model_is_named(tmp_path: Path) -> None:
-    models.check("OpenELM-3B")
+    measured_models.check("OpenELM-3B")
     with pytest.raises(InputError, match="neither a model directory nor one of OpenELM-270M"):
-        models.check("OpenELM-4B")
+        measured_models.check("OpenELM-4B")
     with pytest.raises(InputError, match=r"holds no config\.json"):
-        models.check(str(tmp_path))
+        measured_models.check(str(tmp_path))
 
 
 def test_memory_is_weights_as_they_are_held_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,9 @@ def test_memory_is_weights_as_they_are_held_and_the_cache(monkeypatch: pytest.Mo
     config = ModelConfig.preset("OpenELM-1_1B")
 
     def needed(precision: str, dtype: str | None, cases: list[Case], side: str = "ours") -> int:
-        return models.memory_needed(config, models.stored_bytes(config, precision), dtype, cases, side)
+        return measured_models.memory_needed(
+            config, measured_models.stored_bytes(config, precision), dtype, cases, side
+        )
 
     monkeypatch.setattr(blas, "reads_stored", lambda: True)
     for side in ("ours", "naive", "llama.cpp"):
@@ -93,15 +95,15 @@ def test_memory_is_weights_as_they_are_held_and_the_cache(monkeypatch: pytest.Mo
 
 def test_what_does_not_fit_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "available_memory", lambda: 10**9)
-    models.check_memory(8 * 10**8)
+    measured_models.check_memory(8 * 10**8)
     with pytest.raises(Unavailable, match=r"would take about 2\.0 GB, but 1\.0 GB are free"):
-        models.check_memory(2 * 10**9)
+        measured_models.check_memory(2 * 10**9)
     monkeypatch.setattr(device, "available_memory", lambda: None)
-    models.check_memory(10**12)  # a system that doesn't say
+    measured_models.check_memory(10**12)  # a system that doesn't say
 
 
 def test_another_familys_directory_is_as_large_as_its_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").write_bytes(bytes(10**6))
-    assert models.config_of(tmp_path) is None
-    assert 10**6 < models.memory_needed(None, 10**6, None, [Case("x", "stored", 1, 1)]) < 10**9
+    assert measured_models.config_of(tmp_path) is None
+    assert 10**6 < measured_models.memory_needed(None, 10**6, None, [Case("x", "stored", 1, 1)]) < 10**9

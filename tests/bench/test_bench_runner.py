@@ -168,7 +168,7 @@ def test_nothing_is_started_for_a_place_that_cannot_be_written(
 
 def test_scratch_is_removed(counted: Callable[..., Log], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted(lambda name, asked: KeyboardInterrupt())
-    monkeypatch.setattr(runner.models, "prepare", lambda model, precision, scratch: _written(scratch))
+    monkeypatch.setattr(runner.measured_models, "prepare", lambda model, precision, scratch: _written(scratch))
     monkeypatch.setattr(runner.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     asked = Suite("small", (Case("OpenELM-270M", "bfloat16", 8, 2),), (), 1, norms=False)

@@ -14,7 +14,7 @@ import pytest
 from checkpoints import save_pt, save_tokenizer, tiny, weights
 from tiny import scaled_config
 
-from elm_mlx.bench.models import write_seeded
+from elm_mlx.bench.measured_models import write_seeded
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_file
 from elm_mlx_convert import export_gguf, gguf_weights

@@ -198,7 +198,7 @@ def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: 
             open_source(source)
     asked = []
     monkeypatch.setattr(sources, "snapshot", lambda *of: (asked.append(of[2]), tmp_path)[1])
-    with pytest.raises(InputError, match=f"^a/b: {match}`hf download a/b --local-dir DIR`, then"):
+    with pytest.raises(InputError, match=f"^a/b: {match}`elm-mlx generate a/b`$"):
         open_source("a/b")
     assert asked == [["config.json"]]  # and none of its weights
 

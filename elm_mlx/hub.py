@@ -1,0 +1,303 @@
+"""The Hugging Face hub: names of repositories, what its cache holds of them, and downloads that resume.
+
+Cache, token, endpoint and `HF_HUB_OFFLINE` are huggingface_hub's, and so is the layout of the cache: `refs` lead from a
+branch to a commit, `snapshots` hold a commit's files as links to `blobs`. What is cached is found without the network,
+and without importing more of huggingface_hub than its settings: a start does not wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from elm_mlx import files
+from elm_mlx.callbacks import OnProgress, no_progress
+from elm_mlx.errors import ElmError, InputError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")  # a path, then, and no repository
+_MAIN = "main"
+_LARGE = 8 << 20  # bytes; smaller files are not worth resuming
+_PIECE = 1 << 20  # bytes that are written at once
+_TRIES = 5  # in a row that bring nothing
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of a model: `OWNER/NAME`, at a branch, tag or commit; None is the branch main."""
+
+    name: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+    @property
+    def folder(self) -> Path:
+        """The repository's folder in the hub's cache, which may not be there."""
+        return cache() / f"models--{self.name.replace('/', '--')}"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a repository holds at a commit: the sizes of its files in bytes, by name."""
+
+    commit: str
+    sizes: Mapping[str, int]
+
+
+def repository(text: str) -> Repository | None:
+    """Returns the repository that `OWNER/NAME` or `OWNER/NAME@REVISION` names; None where it can be none."""
+    name, at, revision = text.partition("@")
+    if not _NAME.fullmatch(name) or (at and not revision) or Path(name).suffix.lower() in _FILES:
+        return None
+    return Repository(name, revision or None)
+
+
+def cache() -> Path:
+    """Returns the hub's cache: `HF_HUB_CACHE`, or `hub` in `HF_HOME`, or in `~/.cache/huggingface`."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def offline() -> bool:
+    """Returns whether `HF_HUB_OFFLINE` keeps the hub from being asked."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def snapshot(of: Repository) -> Path | None:
+    """Returns the directory of the revision in the hub's cache, all of it or some; None where nothing of it is there.
+
+    A branch is at the commit that it had when it was last downloaded.
+    """
+    revision = of.revision or _MAIN
+    try:
+        commit = (of.folder / "refs" / revision).read_text().strip()
+    except (OSError, ValueError):
+        commit = revision
+    found = of.folder / "snapshots" / commit
+    return found if re.fullmatch(r"[\w.-]+", commit) and found.is_dir() else None
+
+
+def owner_of(directory: Path) -> Repository | None:
+    """Returns the repository, and the commit, whose snapshot in a hub's cache `directory` is; None if it is none."""
+    snapshots = directory.absolute().parent
+    owner, _, name = snapshots.parent.name.removeprefix("models--").partition("--")
+    if snapshots.name != "snapshots" or not snapshots.parent.name.startswith("models--") or not name:
+        return None
+    return Repository(f"{owner}/{name}", directory.name)
+
+
+def contents(of: Repository) -> Contents:
+    """Asks the hub for a repository's files.
+
+    Raises:
+        InputError: the hub has no such repository or revision, or wants a login.
+        ElmError: the hub cannot be reached, or must not be.
+    """
+    with _explained(of):
+        from huggingface_hub import HfApi
+
+        about = HfApi().model_info(of.name, revision=of.revision, files_metadata=True, timeout=30)
+    sizes = {each.rfilename: each.size or 0 for each in about.siblings or ()}
+    return Contents(about.sha or of.revision or _MAIN, sizes)
+
+
+def download(
+    of: Repository, found: Contents, names: list[str], what: str = "download", on_progress: OnProgress = no_progress
+) -> Path:
+    """Brings files of a repository into the hub's cache, but for those that are there.
+
+    What an interrupted download leaves of a large file stays in the cache, and the next one goes on from there; where
+    the hub names a file's SHA-256, what has come is compared with it.
+
+    Args:
+        what: what is downloaded, for `on_progress`, which is called with bytes.
+
+    Returns:
+        The directory of the commit's snapshot.
+
+    Raises:
+        InputError: the hub wants a login, or its terms to be accepted.
+        ElmError: the hub cannot be reached, the disk has no room, or another process downloads the same file.
+    """
+    directory = of.folder / "snapshots" / found.commit
+    wanted = [name for name in names if not (directory / name).exists()]
+    total = sum(found.sizes[name] for name in wanted)
+    if not wanted:
+        return directory
+    kept = sum(each.stat().st_size for each in (of.folder / "blobs").glob("*.incomplete"))
+    files.check_room(of.folder, max(0, total - kept))
+    done = 0
+    for name in wanted:
+        size, before = found.sizes[name], done
+
+        def show(count: int, before: int = before) -> None:
+            on_progress(what, before + count, total)
+
+        show(0)
+        with _explained(of):
+            if size > _LARGE:
+                _fetch_large(of, found.commit, name, size, show)
+            _fetch(of, found.commit, name)
+        done += size
+        show(size)
+    _refer(of, found.commit)
+    return directory
+
+
+def _fetch(of: Repository, commit: str, name: str) -> None:
+    """Downloads a file, or links to it where its blob is there."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    disable_progress_bars()
+    hf_hub_download(of.name, name, revision=commit)
+
+
+def _refer(of: Repository, commit: str) -> None:
+    """Notes which commit a branch or tag is at, as huggingface_hub does."""
+    revision = of.revision or _MAIN
+    if revision != commit:
+        ref = of.folder / "refs" / revision
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(ref, commit)
+
+
+def _fetch_large(of: Repository, commit: str, name: str, size: int, show: Callable[[int], None]) -> None:
+    """Brings a file to its place among the blobs, in as many runs as it takes; huggingface_hub itself begins anew."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(of.name, name, revision=commit)
+    about = get_hf_file_metadata(url, timeout=30)
+    if not about.etag or about.size != size:
+        return  # huggingface_hub's own download says what is wrong
+    blob = of.folder / "blobs" / about.etag
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    with files.hold(blob, beside=True):
+        if blob.exists():
+            return
+        part = blob.with_name(f"{blob.name}.incomplete")
+        with part.open("ab+") as file:
+            digest = hashlib.sha256()
+            file.seek(0)
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+            for piece in _pieces(url, file, size, show):
+                digest.update(piece)
+            os.fsync(file.fileno())
+            came = file.tell()
+        if came != size or (_SHA256.fullmatch(about.etag) and digest.hexdigest() != about.etag):
+            part.unlink()
+            raise ElmError(f"{of}: {name} came damaged, and is not kept: the same command downloads it again")
+        part.replace(blob)
+
+
+def _pieces(url: str, file: BinaryIO, size: int, show: Callable[[int], None]) -> Iterator[bytes]:
+    """Writes what is missing of a file behind what is there, and yields it; tries again where a connection breaks."""
+    failures = 0
+    while (start := file.tell()) < size:
+        show(start)
+        try:
+            for piece in _stream(url, start):
+                file.write(piece)
+                yield piece
+                show(file.tell())
+                failures = 0
+        except Exception as error:
+            file.flush()
+            failures += 1
+            if not _may_pass(error) or failures == _TRIES:
+                raise
+            time.sleep(failures)
+        else:
+            if file.tell() == start:
+                return  # nothing comes, and nothing is wrong: too short, as its size will show
+
+
+def _stream(url: str, start: int) -> Iterator[bytes]:
+    """Yields the bytes at `url` from `start` on."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    headers = build_hf_headers() | {"Accept-Encoding": "identity", "Range": f"bytes={start}-"}
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=timeout) as response:
+        hf_raise_for_status(response)
+        skipped = 0 if response.status_code == 206 else start  # a server that knows no ranges begins anew
+        for piece in response.iter_bytes(_PIECE):
+            known, skipped = skipped, max(0, skipped - len(piece))
+            if known < len(piece):
+                yield piece[known:]
+
+
+def _may_pass(error: Exception) -> bool:
+    """Returns whether a download may go on after an error: of the network, or of a server that is busy."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    return not (isinstance(error, OSError) and error.errno) and not isinstance(error, (ElmError, ValueError))
+
+
+@contextmanager
+def _explained(of: Repository) -> Iterator[None]:
+    """Raises what huggingface_hub and the network say in the block as one line about the repository."""
+    try:
+        yield
+    except (ElmError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # of huggingface_hub, or of the network library of the day
+        raise _in_one_line(of, error) from None
+
+
+def _in_one_line(of: Repository, error: Exception) -> ElmError:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # what the hub said, which it wraps
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{_endpoint()}/{of.name}"
+        return InputError(f"{of}: is gated: accept its terms at {page}, and log in by `hf auth login`")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{of}: the hub has no such revision of {of.name}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        where = f"nor is it in the hub's cache, and {_endpoint()} has no such repository"
+        return InputError(f"{of}: no such directory, {where} (or it is private: `hf auth login`)")
+    if isinstance(error, errors.HFValidationError):
+        return InputError(f"{of}: no such directory, and not a name that a repository could have")
+    if status in (401, 403):
+        return InputError(f"{of}: the hub refuses access ({status}): `hf auth login` with a token that may read it")
+    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return ElmError(
+            f"{of.folder}: the disk is full; what has come is kept, and the same command goes on from there"
+        )
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return ElmError(f"{error.filename}: {error.strerror}")
+    detail: Any = f"it answers {status}" if status else " ".join(str(error).split())[:200] or type(error).__name__
+    return ElmError(
+        f"{of}: not in the hub's cache, and {_endpoint()} cannot be reached ({detail}): the same command goes on "
+        "when it can"
+    )
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
