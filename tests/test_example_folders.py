@@ -158,3 +158,14 @@ def test_what_is_watched_is_not_trained_on(classics: tuple[Path, str]) -> None:
     titles = {json.loads(line)["title"] for line in held_out.splitlines()}
     extract = gzip.decompress((CLASSICS / "extract.jsonl.gz").read_bytes()).decode()
     assert not titles & {json.loads(line)["title"] for line in extract.splitlines()}
+
+
+def test_the_spreadsheets_columns_become_a_model_that_is_asked(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "examples" / "spreadsheet" / "run.py", "--out", tmp_path, "--iters", "2"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "fields between semicolons; prompt = `Question`, completion = `Answer` (guessed" in done.stdout
+    assert "test      loss " in done.stdout and (tmp_path / "fused" / "chat_template.jinja").exists()
+    assert re.findall(r"^\| (before|after) \| \d+ of 16 \|$", done.stdout, re.M) == ["before", "after"]
+    assert (tmp_path / "ollama" / "tool-library.gguf").read_bytes()[:4] == b"GGUF"
+    assert "FROM ./tool-library.gguf" in (tmp_path / "ollama" / "Modelfile").read_text("utf-8")
