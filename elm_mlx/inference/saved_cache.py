@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,11 +32,13 @@ _ANEW = "make it anew with --save-cache"
 class Origin:
     """What keys and values depend on beside the ids: hashes of the model and of its adapter, which is empty for none.
 
-    The first is of config.json and of the weights' `fingerprint`.
+    The first is of config.json and of the weights' `fingerprint`. `products` says what a prompt's products were rounded
+    to, which is nothing where it is empty.
     """
 
     model: str
     adapter: str = ""
+    products: str = ""
 
 
 def origin_of(directory: Path, adapter: Path | None = None) -> Origin:
@@ -66,6 +68,8 @@ class CacheFiles:
 
     def load(self, model: Model, caches: Sequence[KVCache]) -> list[int]:
         """Fills empty caches, as `load_cache`. Returns the ids that they hold then; none without a file."""
+        if any(getattr(layer, "rounds", False) for layer in model.modules()):
+            self._origin = replace(self._origin, products="bfloat16")
         return [] if self._source is None else load_cache(self._source, self._origin, model, caches)
 
     def save(self, ids: Sequence[int], caches: Sequence[KVCache]) -> None:
@@ -127,6 +131,9 @@ def load_cache(path: Path, origin: Origin, model: Model, caches: Sequence[KVCach
             f"{path}: holds {reading.short(metadata.get('kind'))}, and {caches[0].kind} are wanted: "
             f"give the options that it was saved with, or {_ANEW}"
         )
+    if metadata.get("products", "") != origin.products:
+        before, now = (each or "float32" for each in (metadata.get("products"), origin.products))
+        raise InputError(f"{path}: has a prompt in {before}, which now is in {now}: choose --compute-dtype, or {_ANEW}")
     by_name = {entry.name: entry for entry in entries}
     tokens, context = by_name.get(_TOKENS), model.config.max_context_length
     if tokens is None or tokens.dtype != "I32" or len(tokens.shape) != 1 or not 0 < tokens.shape[0] <= context:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,9 @@ def test_a_cache_of_something_else_is_refused(model: Model, tmp_path: Path, fami
     half = tiny.random_model(model.config)
     half.update(tree_map(lambda weight: weight.astype(mx.float16), half.parameters()))
     refused(path, half, "was computed in float32, and now float16 is: .*choose --compute-dtype")
+    rounded = saved(tmp_path / "rounded", model, drawn(9), replace(HERE, products="bfloat16"))
+    refused(rounded, model, "has a prompt in bfloat16, which now is in float32: choose --compute-dtype")
+    refused(path, model, "has a prompt in float32, which now is in bfloat16", replace(HERE, products="bfloat16"))
     refused(tmp_path / "none", model, "No such file|no such file")
 
 
