@@ -21,7 +21,7 @@ from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert import convert, export, gguf_blocks, gguf_model
 from elm_mlx_convert.gguf_file import TYPES
 
-FAMILIES = ["llama", "mistral", "olmo", "olmo2", "olmo3"]
+FAMILIES = ["llama", "mistral", "olmo", "olmo2", "olmo3", "qwen2", "qwen3"]
 # Widths that every block divides.
 WIDE = {
     "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
