@@ -104,6 +104,14 @@ class ContinuousBatch:
         self.answers.append(task)
         self.logits = logits if self.logits is None else mx.concatenate([self.logits, logits])
 
+    def show_first(self, task: OpenRequest) -> tuple[int, list[OpenRequest]]:
+        """Reports the first token of the answer that joined last, before it takes a step. Returns as `deliver`."""
+        assert self.logits is not None and task.first is None
+        token, logprob, tops = self._choose([task], self.logits[-1:])
+        reported = self._report([task], token, logprob, tops)
+        task.first = token, logprob
+        return reported
+
     def launch(self, leaving: Callable[[OpenRequest, int], None]) -> None:
         """Chooses every row's next token, and computes the logits after it, without waiting.
 
@@ -133,11 +141,23 @@ class ContinuousBatch:
         """Reports the tokens that `launch` chose, while what it launched is running. Returns their number, and
         the answers that end."""
         assert self._chosen is not None
-        answers, tokens, logprobs, tops = self._chosen
+        reported = self._report(*self._chosen)
+        self._chosen = None
+        if self._drafted:
+            self._time()
+        return reported
+
+    def _report(
+        self, answers: Sequence[OpenRequest], tokens: mx.array, logprobs: mx.array, tops: dict[int, Any]
+    ) -> tuple[int, list[OpenRequest]]:
+        """Reports tokens, but for those that were. Returns their number, and the answers that end."""
         ended: list[OpenRequest] = []
         count = 0
         for row, (answer, token, logprob) in enumerate(zip(answers, tokens.tolist(), logprobs.tolist(), strict=True)):
             if answer.over:
+                continue
+            if answer.first is not None:
+                answer.first = None
                 continue
             count += 1
             try:
@@ -150,9 +170,6 @@ class ContinuousBatch:
             if finished:
                 answer.over = True
                 ended.append(answer)
-        self._chosen = None
-        if self._drafted:
-            self._time()
         return count, ended
 
     def _verify(self) -> bool:
@@ -241,14 +258,14 @@ class ContinuousBatch:
         return self._paces[texts]
 
     def _read_on(self, answer: OpenRequest) -> DraftSource | None:
-        """Returns the source of an answer's guesses, which has read all of its text; None where nothing is guessed."""
-        source = answer.drafts
+        """Returns the source of an answer's guesses, which has read what was fed; None where nothing is guessed."""
+        source, length = answer.drafts, len(answer.ids) - (answer.first is not None)
         if source is None:
             return None
         if self._model_drafts is not None and answer is not self._drafted_for:
-            source.begin(answer.ids)
+            source.begin(answer.ids[:length])
             self._drafted_for = answer
-        for token in answer.ids[len(source) :]:
+        for token in answer.ids[len(source) : length]:
             source.add(token)
         return source
 
@@ -298,9 +315,13 @@ class ContinuousBatch:
             if answer.request.top_logprobs
         }
         order: list[int] = []
-        parts = []
+        parts: list[tuple[mx.array, mx.array]] = []
         for rows in _alike(answers):
             group = [answers[row] for row in rows]
+            order += rows
+            if group[0].first is not None:
+                parts.append(group[0].first)
+                continue
             picked = logits if len(rows) == len(answers) else logits[mx.array(rows)]
             biases = [answer.bias for answer in group if answer.bias is not None]
             token, logprob, state = group[0].request.sampler(
@@ -308,7 +329,6 @@ class ContinuousBatch:
             )
             for place, answer in enumerate(group):
                 answer.state = state.row(place)
-            order += rows
             parts.append((token, logprob))
         if len(parts) == 1:
             return *parts[0], tops

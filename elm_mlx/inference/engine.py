@@ -51,8 +51,9 @@ class Engine:
 
     Prompts are read one after the other, in the order that they came, in pieces of `PREFILL_STEP` tokens; every model's
     answers share its steps. Prompts that come while no answer takes steps are read before the first one, so that their
-    answers take all steps together. Later ones are read between two steps, some layers at a time, for a share of the
-    time: the more of them wait for each answer that runs the more, within bounds. What is computed depends on no time.
+    answers take all steps together; first tokens are reported meanwhile. Later ones are read between two steps, some
+    layers at a time, for a share of the time: the more of them wait for each answer that runs the more, within bounds.
+    What is computed depends on no time.
 
     Greedy text, and sampled text with a seed, is that of `generate`, to the bit of the log-probabilities where `Rows`
     says so: a prompt is read in the same pieces, wherever it begins to be read, and each row draws by its own key. What
@@ -447,9 +448,14 @@ class Engine:
             task.grammar = task.request.grammar.start()
             task.bias = task.grammar.bias()
         batch.join(task, logits)
+        if self._gathering_since is not None and task.grammar is None:  # whose bias is of the next token from then on
+            self._take(batch, *batch.show_first(task))
 
     def _deliver(self, batch: ContinuousBatch) -> None:
-        count, ended = batch.deliver()
+        self._take(batch, *batch.deliver())
+
+    def _take(self, batch: ContinuousBatch, count: int, ended: Sequence[OpenRequest]) -> None:
+        """Counts tokens that were reported, and lets the answers go that end with them."""
         self._generated += count
         batch.remove([row for row, answer in enumerate(batch.answers) if answer in ended], self._keep)
         for answer in ended:

@@ -178,6 +178,8 @@ class OpenRequest:
         most: tokens that may be generated.
         snapshots: the states of a network without keys after each block of the prompt.
         drafts: guesses how `ids` go on; None where nothing is guessed.
+        first: what was chosen after the prompt, where it was reported before the first step; the last of `ids` is it,
+            until that step.
     """
 
     def __init__(
@@ -205,6 +207,7 @@ class OpenRequest:
         self.grammar: GrammarState | None = None
         self.bias: mx.array | None = None
         self.drafts: DraftSource | None = None
+        self.first: tuple[mx.array, mx.array] | None = None
         self.over = False
         self._on_event = on_event
         self._lock = threading.RLock()
@@ -215,8 +218,8 @@ class OpenRequest:
 
     @property
     def left(self) -> int:
-        """Tokens that may still be generated."""
-        return self.prompt_tokens + self.most - len(self.ids)
+        """Tokens that may still be generated, with the one that the next step is fed."""
+        return self.prompt_tokens + self.most - len(self.ids) + (self.first is not None)
 
     def cancel(self) -> None:
         with self._lock:
@@ -239,7 +242,8 @@ class OpenRequest:
     def chooses_as(self, other: OpenRequest) -> bool:
         """Returns whether one call of a sampler can choose the next token of both."""
         return (
-            self.request.sampler == other.request.sampler
+            self.first is other.first is None
+            and self.request.sampler == other.request.sampler
             and (self.bias is None) == (other.bias is None)
             and (self.state.counts is None) == (other.state.counts is None)
         )

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,36 @@ def test_answers_to_prompts_that_come_together_take_all_steps_together(engine: E
     assert [rows for what, rows in happened if what == "step"] == [4] * 9
 
 
+@pytest.mark.parametrize("drafted", [0, 7])
+def test_first_tokens_come_as_each_prompt_is_read_and_are_the_same(
+    model: Model, tiny_tokenizer: Tokenizer, happened: list[Any], drafted: int
+) -> None:
+    engine, lengths = made(model, tiny_tokenizer, drafted=drafted), (9, 300, 130, 20)
+    sampler, heard = Sampler(0.8, top_p=0.9, frequency_penalty=0.2), [Heard() for _ in lengths]
+
+    def tell(number: int, event: Event) -> None:
+        happened.append((type(event).__name__, number))
+        heard[number].events.put(event)
+
+    for count in (10, 2, 1):
+        happened.clear()
+        with engine._changed:
+            for number, length in enumerate(lengths):
+                ids = tuple(prompt(length, length + count))  # none that has been read
+                request = Request("tiny", ids, count, sampler, seed=number, top_logprobs=2)
+                engine.submit(request, partial(tell, number))
+        answers = [each.tokens() for each in heard]
+        beginnings = [number for what, number in happened if what == "Generated"][:4]
+        last_read = max(at for at, (what, _) in enumerate(happened) if what == "read")
+        assert beginnings == [0, 1, 2, 3] and happened.index(("Generated", 1)) < last_read
+        for number, (length, answer) in enumerate(zip(lengths, answers, strict=True)):
+            drawn = alone(model, prompt(length, length + count), count, sampler, seed=number)
+            assert len(answer) == count and answer[0].token == drawn[0].token
+            options: dict[str, Any] = {"sampler": sampler, "seed": number, "top_logprobs": 2}
+            assert ask(engine, prompt(length, length + count), count, **options).tokens() == answer
+    engine.close(10)
+
+
 def test_a_prompt_that_is_too_long_to_be_waited_for_is_not(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, happened: list[Any]
 ) -> None:
@@ -370,6 +401,7 @@ def test_reading_takes_its_share_of_the_time(
         heard = [ask(engine, prompt(9, i), 100) for i in range(running)]
     for each in heard:
         assert isinstance(each.events.get(timeout=30), PromptRead)
+        each.events.get(timeout=30)  # which comes before the first step
     each.events.get(timeout=30)
     with engine._changed:
         late = [ask(engine, prompt(256, i), 1) for i in range(waiting)]
