@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -63,18 +64,10 @@ def serve(
     open_page: Annotated[bool, typer.Option("--open", help="Open the web chat in a browser.")] = False,
 ) -> None:
     """Serve models over HTTP, with OpenAI's API and a web chat. Ctrl-C ends it."""
-    from elm_mlx.serve.guard import Guard, is_loopback
+    from elm_mlx.serve.guard import Guard
     from elm_mlx.serve.server import listen, make_server, run, url_of
 
-    if api_key is None and not is_loopback(host):
-        raise InputError(f"--host {host} lets other machines in: set a key, --api-key or ELM_MLX_API_KEY")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        raise InputError("--api-key: letters, digits and signs without spaces around them are needed")
-    for origin in allow_origin or ():
-        if origin == "*" and api_key is None:
-            raise InputError("--allow-origin '*' lets every web page use the models: set a key, --api-key")
-        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
-            raise InputError(f"--allow-origin {origin}: a site without a path is needed, as https://example.org, or *")
+    _check_access(host, api_key, allow_origin or ())
     limit = None if max_memory is None else _bytes("--max-memory", max_memory)
     prefixes = None if kv_cache_bytes is None else _bytes("--kv-cache-bytes", kv_cache_bytes)
     from elm_mlx.inference.speculation import DraftOptions
@@ -127,6 +120,21 @@ def _named(model: str) -> str:
     if found is None or expanded(place).exists():
         return model
     return f"{name if equals else found.name}={options.directory_of(Path(place))}"
+
+
+def _check_access(host: str, api_key: str | None, origins: Sequence[str]) -> None:
+    """Raises InputError for options by which others would get in unasked, or nobody would."""
+    from elm_mlx.serve.guard import is_loopback
+
+    if api_key is None and not is_loopback(host):
+        raise InputError(f"--host {host} lets other machines in: set a key, --api-key or ELM_MLX_API_KEY")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
+        raise InputError("--api-key: letters, digits and signs without spaces around them are needed")
+    for origin in origins:
+        if origin == "*" and api_key is None:
+            raise InputError("--allow-origin '*' lets every web page use the models: set a key, --api-key")
+        if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+            raise InputError(f"--allow-origin {origin}: a site without a path is needed, as https://example.org, or *")
 
 
 def _bytes(option: str, text: str) -> int:

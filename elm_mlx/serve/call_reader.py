@@ -123,12 +123,11 @@ class CallReader:
         if not self._skipped():
             return
         form, text = self._form, self._text
+        found = self._opening.match(text) if self._held or not form.in_object else None
         if text[0] == "[" and not self._listed and self._raw.strip() == form.begin:
             self._listed = True
             self._raw, self._text = self._raw + "[", text[1:]
-        elif (
-            (self._held or not form.in_object) and (found := self._opening.match(text)) and found[1] in self._functions
-        ):
+        elif found and found[1] in self._functions:
             self._named, self._arguments = found[1], ""
             self._reader = form.arguments.reader(self._functions[found[1]], self._held)
             self._raw, self._text = self._raw + found[0], text[found.end() :]

@@ -270,6 +270,21 @@ class TestForms:
     def test_it_is_read_from_words(self, tokenizer: Tokenizer) -> None:
         assert call_form(template(tokenizer, IN_WORDS)) == FORMS["listed"]
         assert call_form(template(tokenizer, IN_WORDS.replace(">[…]<", ">{…}<"))) == FORMS["tagged"]
+        assert call_form(template(tokenizer, IN_WORDS.replace(">[…]<", "><function=f>…<"))) == FORMS["xml"]
+
+    def test_it_is_known_by_the_control_tokens_that_it_needs(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        silent = TOOLS_FIRST + TURNS.replace("<CALLS>", "")
+        form = call_form(template(tokenizer, silent))
+        assert form is not None and form.controls == {
+            tokenizer.id_of("<|tool_call_start|>"): "\ue000", tokenizer.id_of("<|tool_call_end|>"): "\ue001",
+        }  # fmt: skip
+        assert replace(form, controls=FORMS["marked list"].controls) == FORMS["marked list"]
+        other_models.write_tokenizer(tmp_path, "chatml")
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+        without = Tokenizer.load(tmp_path)
+        assert call_form(template(without, silent)) is None
+        in_lines = silent.replace("<|im_end|>", "<function_calls>f(a=1)</function_calls><|im_end|>", 1)
+        assert call_form(template(without, in_lines)) == FORMS["lines"]
 
     def test_a_template_that_exceeds_its_limits_with_tools_takes_none(self, tokenizer: Tokenizer) -> None:
         endless = (
