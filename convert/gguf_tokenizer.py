@@ -27,6 +27,7 @@ from elm_mlx_convert.gguf_vocabulary import RULES
 Json = dict[str, Any]
 
 _MAX_BYTES = 64 << 20
+_MAX_PIECES = 1 << 24
 _UNJOINED = -1000.0  # the score of pieces that no merge makes
 _ENDS = ("eos", "eot", "eom")  # what llama.cpp has names for: the end of a text, a turn, a message
 _PREFERRED = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o")  # of several names for the same
@@ -261,7 +262,10 @@ def _joins(tokens: Sequence[str], types: Sequence[int]) -> Iterator[tuple[str, s
 
 def _pieces(tokenizer: Tokenizer, content: Json) -> tuple[list[str], list[int]]:
     """Returns every token as it is written, by id, and its type. An id that no token has is a padding one."""
-    tokens = [f"[PAD{token}]" for token in range(tokenizer.vocab_size)]
+    size = 1 + max([*content["model"]["vocab"].values(), tokenizer.vocab_size - 1])  # some leave ids out
+    if size > _MAX_PIECES:
+        raise InputError(f"{tokenizer.path}: has a piece of the id {size - 1}, which no model has a row for")
+    tokens = [f"[PAD{token}]" for token in range(size)]
     types = [UNUSED] * len(tokens)
     for text, token in content["model"]["vocab"].items():
         tokens[token], types[token] = text, NORMAL

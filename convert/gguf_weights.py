@@ -231,8 +231,9 @@ def _packed(module: str, tensors: Mapping[str, LazyTensor], config: Config, wher
     words, scales, biases = (tensors.get(f"{module}.{part}") for part in ("weight", "scales", "biases"))
     mode, bits, group = how.get("mode", AFFINE), how.get("bits"), how.get("group_size")
     assert words is not None and scales is not None
-    if not bits or not group or (mode == AFFINE) != (biases is not None):
-        raise InputError(f"{where}: {module} is packed otherwise than config.json says")
+    matrices = all(len(each.shape) == 2 for each in (words, scales, biases) if each is not None)
+    if not bits or not group or (mode == AFFINE) != (biases is not None) or not matrices:
+        raise InputError(f"{where}: {module} is not packed as config.json says")
     weight = PackedWeight(f"{module}.weight", words, scales, biases, bits, group, mode)
     rows, columns = words.shape[0], words.shape[-1] * 32 // bits
     needed = (rows, columns // group)

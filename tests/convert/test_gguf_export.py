@@ -238,6 +238,23 @@ def test_what_is_no_number_is_refused(how: dict[str, Any] | None, tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("weight", lambda values: values.reshape(-1), "is not packed as config.json says"),
+        ("scales", lambda values: values[0], "is not packed as config.json says"),
+        ("scales", lambda values: values[:, :1], r"scales of the shape \(128, 1\), and \(128, 2\) is needed"),
+        ("weight", lambda values: values[:, :4], r"scales of the shape \(128, 2\), and \(128, 1\) is needed"),
+        ("weight", lambda values: values.astype(mx.int32), r"is needed|weights must be"),
+    ],
+)
+def test_packed_weights_that_do_not_fit_are_refused(name: str, change: Any, message: str, tmp_path: Path) -> None:
+    directory = write_llama(tmp_path / "model", {"group_size": 32, "bits": 4})
+    edit(directory, f"model.layers.1.mlp.up_proj.{name}", change)
+    with pytest.raises(InputError, match=message):
+        export_gguf(directory, tmp_path / "a.gguf")
+
+
 def test_a_pytorch_checkpoint_is_exported_as_its_directory_is(tmp_path: Path) -> None:
     config = tiny()
     save_tokenizer(tmp_path / "in", 320)

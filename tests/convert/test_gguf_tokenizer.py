@@ -115,6 +115,24 @@ def test_a_byte_level_bpe_has_its_merges_and_the_name_of_its_rules(name: str, tm
     assert found["tokens"][-3:] == [f"[PAD{len(vocabulary) + i}]" for i in range(3)]
 
 
+def test_ids_that_a_vocabulary_leaves_out_are_padding(tmp_path: Path) -> None:
+    directory = other_models.write_model(tmp_path / "model", "mistral")
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.__getitem__)
+    vocabulary[last] += 2
+    path.write_text(json.dumps(content))
+    tokens = fields(directory)[0]["tokens"]
+    assert tokens[vocabulary[last] - 2 : vocabulary[last] + 1] == [
+        f"[PAD{vocabulary[last] - 2}]", f"[PAD{vocabulary[last] - 1}]", last
+    ]  # fmt: skip
+    vocabulary[last] = 1 << 31
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has a piece of the id 2147483648"):
+        export_gguf(directory, tmp_path / "b.gguf")
+
+
 @pytest.mark.parametrize(
     ("steps", "whole", "name"),
     [
