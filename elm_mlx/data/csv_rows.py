@@ -176,7 +176,9 @@ class Table:
         at, column = 0, 1
         while found := field.match(text, at):
             at, column = found.end(), column + 1
-        if "NUL" in reason:
+        if "larger" in reason:
+            reason = f"a field of more than {_FIELD >> 20} million characters: is a quote not closed?"
+        elif "NUL" in reason:
             reason = "a byte 0, which no text has"
         elif text.startswith('"', at):
             closed = re.compile(r'"[^"]*(?:""[^"]*)*"').match(text, at)

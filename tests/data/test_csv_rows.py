@@ -107,6 +107,16 @@ def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, m
         read(tmp_path / "a.csv", b'a,b\n1,"2\n' + b"3,4\n" * 50_000)
 
 
+def test_a_field_that_no_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(csv_rows, "_FIELD", 1 << 20)
+    rows = b'a,b\n1,"' + b"x" * (1 << 20) + b'"\n'
+    assert len(read(tmp_path / "a.csv", rows)) == 1
+    with pytest.raises(
+        InputError, match=r"a\.csv, line 2, column 2: a field of more than 1 million characters: is a quo"
+    ):
+        read(tmp_path / "a.csv", rows.replace(b"xx", b"xxx", 9))
+
+
 def test_reading_on_from_a_row(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'a\n1\n\n"2\n"\n3\n')
     every = list(data_files.read(tmp_path / "a.csv", ()))
