@@ -413,9 +413,9 @@ def _with_template(vocabulary: GgufVocabulary, asked: str | None) -> GgufVocabul
 
 
 def _tokenizer_directory(source: str | Path) -> Path:
-    path = expanded(source)
-    if not path.exists() and isinstance(source, str) and sources.is_repository(source):
-        path = sources.snapshot(source, None, list(_TOKENIZER_FILES))
+    path, repository = expanded(source), sources.named_repository(source)
+    if repository is not None:
+        path = sources.snapshot(repository.name, repository.revision, list(_TOKENIZER_FILES))
     if path.is_file():
         path = path.parent
     if not (path / "tokenizer.json").is_file():

@@ -7,7 +7,6 @@ repositories (safetensors, `.bin`, sharded by an index), and MLX directories. Th
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -15,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from elm_mlx import hub
 from elm_mlx.directories import TEMPLATES
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import check_is_openelm
@@ -28,7 +28,6 @@ _EMA = "ema_state_dict"
 
 Tensors = dict[str, LazyTensor]
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
 _OLDER = ["*.bin", "*.bin.index.json"]
 _WELCOME = [
@@ -59,7 +58,7 @@ class CheckpointSource:
 
 
 def open_source(source: str | Path, *, revision: str | None = None, ema: bool = False) -> CheckpointSource:
-    """Opens a checkpoint: a file, a directory, or the name of a hub repository.
+    """Opens a checkpoint: a file, a directory, or the name of a hub repository, `OWNER/NAME` or `OWNER/NAME@REVISION`.
 
     Args:
         revision: of a repository: a branch, tag or commit.
@@ -72,10 +71,12 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
     if not str(source):  # an unset variable of a shell, say, which would be the current directory
         raise InputError("no source was named: SRC is empty")
     path = expanded(source)
-    if not path.exists() and isinstance(source, str) and is_repository(source):
-        check_is_openelm(snapshot(source, revision, ["config.json"]), source)  # before all of it is downloaded
-        directory = download(source, revision)
-        return replace(_open_directory(directory, ema), label=source, directory=directory, revision=directory.name)
+    repository = named_repository(source)
+    if repository is not None:
+        name, revision = repository.name, repository.revision or revision
+        check_is_openelm(snapshot(name, revision, ["config.json"]), name)  # before all of it is downloaded
+        directory = download(name, revision)
+        return replace(_open_directory(directory, ema), label=name, directory=directory, revision=directory.name)
     if revision is not None:
         raise InputError(f"--revision {revision} is for a repository on the hub, but {path} is a path")
     if not path.exists():
@@ -190,9 +191,9 @@ def _read_shards(index: Path, reader: Callable[[Path], Tensors]) -> tuple[tuple[
     return tuple(files), tensors
 
 
-def is_repository(source: str) -> bool:
-    """Returns whether `source` could name a repository, `owner/name`, and cannot be meant as a checkpoint file."""
-    return bool(_REPOSITORY.fullmatch(source)) and Path(source).suffix not in (".pt", ".pth", ".bin", ".safetensors")
+def named_repository(source: str | Path) -> hub.Repository | None:
+    """Returns the repository that `source` names; None where it is a path, or such a path is there."""
+    return hub.repository(source) if isinstance(source, str) and not expanded(source).exists() else None
 
 
 def download(repository: str, revision: str | None) -> Path:

@@ -37,8 +37,9 @@ def find(source: str | Path) -> Path:
         ElmError: the hub cannot be reached, and its cache has no copy.
     """
     path = expanded(source)
-    if not path.exists() and isinstance(source, str) and sources.is_repository(source):
-        return _inside(sources.snapshot(source, None, [FILE_NAME]), source)
+    repository = sources.named_repository(source)
+    if repository is not None:
+        return _inside(sources.snapshot(repository.name, repository.revision, [FILE_NAME]), str(source))
     return _inside(path, str(path)) if path.is_dir() else path
 
 

@@ -203,10 +203,12 @@ def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: 
     assert asked == [["config.json"]]  # and none of its weights
 
 
-def test_what_could_be_a_repository() -> None:
-    assert sources.is_repository("apple/OpenELM-1_1B-Instruct")
-    for name in ("OpenELM", "a/b/c", "./a/b", "/a", "a/", "~/a", "a/b.pt", "a/b.safetensors", "a b/c", "a/-b", ""):
-        assert not sources.is_repository(name)
+def test_what_could_be_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "here").mkdir(parents=True)
+    assert str(sources.named_repository("apple/OpenELM-1_1B-Instruct@v2")) == "apple/OpenELM-1_1B-Instruct@v2"
+    for name in ("OpenELM", "a/here", "a/b.pt", Path("a/b")):
+        assert sources.named_repository(name) is None
 
 
 def cached_repository(home: Path, config: Any, commit: str = "0123456789abcdef0123456789abcdef01234567") -> Path:
@@ -234,6 +236,8 @@ def open_in_process(home: Path, *arguments: str) -> subprocess.CompletedProcess[
 def test_a_repository_from_the_cache_offline(tmp_path: Path) -> None:
     snapshot = cached_repository(tmp_path, CONFIG)
     done = open_in_process(tmp_path, "apple/OpenELM-tiny")
+    assert done.stdout == f"apple/OpenELM-tiny {snapshot.name} {len(WEIGHTS)}\n", done.stderr
+    done = open_in_process(tmp_path, f"apple/OpenELM-tiny@{snapshot.name}")
     assert done.stdout == f"apple/OpenELM-tiny {snapshot.name} {len(WEIGHTS)}\n", done.stderr
     done = open_in_process(tmp_path, "apple/OpenELM-tiny", snapshot.name)
     assert done.stdout == f"apple/OpenELM-tiny {snapshot.name} {len(WEIGHTS)}\n", done.stderr
