@@ -1,4 +1,4 @@
-"""llama.cpp's answers about one GGUF file, for `gguf.py`: the ids of texts, logits, and greedy text.
+"""llama.cpp's answers about one GGUF file, for `gguf_logits.py`: the ids of texts, logits, and greedy text.
 
     PYTHON gguf_worker.py FILE [ADAPTER] < QUESTION > ANSWER
 

@@ -1,4 +1,4 @@
-"""Small models as GGUF files, as `benchmarks/gguf.py` shows them to llama.cpp and the tests ask for them again."""
+"""Small models as GGUF files, as `benchmarks/gguf_logits.py` shows them to llama.cpp and tests make them again."""
 
 from __future__ import annotations
 

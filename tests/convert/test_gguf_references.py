@@ -1,4 +1,4 @@
-"""GGUF files of every family against llama.cpp: `benchmarks/gguf.py` kept the logits, and the hash of what it read."""
+"""GGUF files of every family against llama.cpp: `benchmarks/gguf_logits.py` kept logits and a hash of each file."""
 
 from __future__ import annotations
 

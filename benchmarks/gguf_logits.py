@@ -1,6 +1,6 @@
 """GGUF files that `elm-mlx export` writes, against llama.cpp itself: logits, greedy text, token ids, an adapter.
 
-    python benchmarks/gguf.py PYTHON [MODEL ...]
+    python benchmarks/gguf_logits.py PYTHON [MODEL ...]
 
 PYTHON has llama-cpp-python, in an environment of its own: this project doesn't need it. Small seeded models of every
 family go to llama.cpp in float32, with an adapter too; how far its logits are from ours is printed, and they are kept
