@@ -125,7 +125,7 @@ SAMPLES = [
 def test_words_are_llama_cpp_s(name: str) -> None:
     from tokenizers import Tokenizer as Library
 
-    rules = gguf_vocabulary._RULES[name]
+    rules = gguf_vocabulary.RULES[name]
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
     library = Library.from_str(json.dumps(empty | {"pre_tokenizer": rules.steps[0]}))
     for text in SAMPLES:
@@ -138,7 +138,7 @@ def test_every_rule_is_a_pre_tokenizer_of_the_library() -> None:
     from tokenizers import Tokenizer as Library
 
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    for rules in gguf_vocabulary._RULES.values():
+    for rules in gguf_vocabulary.RULES.values():
         steps = {"type": "Sequence", "pretokenizers": list(rules.steps)}
         library = Library.from_str(json.dumps(empty | {"pre_tokenizer": steps}))
         for text in SAMPLES:
