@@ -7,6 +7,7 @@ and without importing more of huggingface_hub than its settings: a start does no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -160,10 +161,19 @@ def download(
 def _fetch(of: Repository, commit: str, name: str) -> None:
     """Downloads a file, or links to it where its blob is there."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
+    shown = not are_progress_bars_disabled()
     disable_progress_bars()
-    hf_hub_download(of.name, name, revision=commit)
+    try:
+        hf_hub_download(of.name, name, revision=commit)
+    finally:
+        if shown:  # they are the whole process's, and others download too
+            enable_progress_bars()
 
 
 def _refer(of: Repository, commit: str) -> None:
@@ -284,7 +294,7 @@ def _in_one_line(of: Repository, error: Exception) -> ElmError:
         return InputError(f"{of}: no such directory, and not a name that a repository could have")
     if status in (401, 403):
         return InputError(f"{of}: the hub refuses access ({status}): `hf auth login` with a token that may read it")
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ElmError(
             f"{of.folder}: the disk is full; what has come is kept, and the same command goes on from there"
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,23 @@ def test_a_full_disk_is_said_before_the_download(
         hub.repositories[LLAMA]["model.safetensors"] += b"\0" * (3 << 20)
         directory_of(LLAMA)
     monkeypatch.undo()
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    hub: HubServer, llama: str, large: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = hub_module._stream
+
+    def filling(url: str, start: int) -> Iterator[bytes]:
+        yield next(stream(url, start))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub_module, "_stream", filling)
+    with pytest.raises(ElmError, match=r"the disk is full; what has come is kept, and the same command"):
+        directory_of(LLAMA)
+    monkeypatch.setattr(hub_module, "_stream", stream)
+    directory_of(LLAMA)
+    assert ranges(hub, "tokenizer.json") == ["bytes=0-", "bytes=1000-"]  # the first that counts as large
 
 
 def test_what_holds_no_model_that_is_read(hub: HubServer, llama: str) -> None:
