@@ -64,7 +64,7 @@ def test_mlx_reads_the_same_weights(kind: str, columns: int) -> None:
         assert np.allclose(np.array(made), expected, rtol=1e-6, atol=1e-30)
 
 
-@pytest.mark.parametrize("kind", set(gguf_blocks.GRIDS) - set(gguf_blocks.FINE_SCALES) - {"MXFP4"})
+@pytest.mark.parametrize("kind", sorted({*gguf_blocks.GRIDS} - {*gguf_blocks.FINE_SCALES} - {"MXFP4"}))
 def test_scales_and_biases_of_the_simple_types_are_float16(kind: str) -> None:
     blocks = random_blocks(kind)
     for part in (gguf_blocks.scales(kind, blocks), gguf_blocks.biases(kind, blocks)):
