@@ -115,7 +115,7 @@ def test_what_is_wrong_is_one_line_and_2(
 
 def test_nothing_asked_for(run: Run) -> None:
     code, out, err = run("info")
-    assert (code, out, err) == (2, "", "elm-mlx: give a model directory, or --system\n")
+    assert (code, out, err) == (2, "", "elm-mlx: give MODEL, or --system\n")
 
 
 def test_a_directory_is_described_without_mlx(tiny_model_dir: Path) -> None:
