@@ -244,9 +244,9 @@ def _check(prompt_lookup: bool, draft_model: bool, most: int) -> None:
 class DraftPace:
     """How many guesses are worth a pass, by what passes took and how likely guesses are right.
 
-    Costs are learned on the way. A pass over more tokens than were tried is thought to cost little more, and is tried
-    where guesses are likely right; once it has cost more than it gained, it is tried again seldom. In a long run of
-    such passes some go by over one token, for comparison.
+    Costs are learned on the way. A pass over up to twice as many tokens as were tried is thought to cost little more,
+    and is tried where guesses are likely right; once it has cost more than it gained, it is tried again seldom. In a
+    long run of such passes some go by over one token, for comparison.
 
     Args:
         most: tokens of a draft, at most.
@@ -281,10 +281,13 @@ class DraftPace:
         if not likely or self._needed:
             return 0
         costs = {size: median(times) for size, times in self._times.items()}
+        reach = 2 * max(costs)  # what passes over more cost is not known before those over half as many are tried
         best, gain, expected, chance = 0, _WORTH, 1.0, 1.0
         for count, probability in enumerate(likely, start=1):
             chance *= probability
             expected += chance
+            if count >= reach:
+                break
             if count + 1 in self._sizes and (speed := expected * costs[1] / _cost(costs, count + 1)) > gain:
                 best, gain = count, speed
         return best or int(self._singles >= self._patience)

@@ -411,7 +411,7 @@ def paced(times: dict[int, float]) -> DraftPace:
         ({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.0}, [0.05] * 7, 0),
         ({1: 1.0, 2: 1.1, 4: 1.3, 8: 2.0}, [0.5] * 7, 3),  # 1.875 / 1.3 against 1.5 / 1.1
         ({1: 1.0, 2: 2.0, 4: 2.0, 8: 2.0}, [0.9] * 7, 7),  # bfloat16 on an M3 Ultra
-        ({1: 1.0, 2: 2.0}, [0.9] * 7, 7),  # what was not tried may cost no more
+        ({1: 1.0, 2: 2.0}, [0.9] * 7, 3),  # what was not tried may cost no more, up to twice as many tokens
     ],
 )
 def test_as_many_guesses_are_verified_as_make_it_fastest(
@@ -425,7 +425,18 @@ def test_nothing_is_guessed_before_it_is_known_what_a_token_costs() -> None:
     for _ in range(3):
         assert pace.choose([0.9] * 7) == 0
         pace.took(1, 1.0)
-    assert pace.choose([0.9] * 7) == 7
+    assert pace.choose([0.9] * 7) == 1
+
+
+def test_passes_that_cost_too_much_are_found_out_by_short_ones() -> None:
+    pace, counts = paced({1: 1.0}), []
+    for _ in range(4):
+        counts.append(pace.choose([0.9] * 7))
+        pace.took(1 + counts[-1], 1.0)
+    assert counts == [1, 3, 7, 7]
+    dear = paced({1: 1.0})
+    dear.took(1 + dear.choose([0.3] * 7), 1.5)
+    assert dear.choose([0.3] * 7) == 0
 
 
 def test_a_pass_that_was_slow_once_is_tried_again_and_seldom() -> None:
