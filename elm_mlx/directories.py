@@ -210,7 +210,9 @@ def _no_model(path: Path) -> str:
         command = f"elm-mlx {run['command']} --out {path} --resume"
         return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
     if adapter is None:
-        return "holds no config.json, so it is not a model directory"
+        found = sorted(entry for entry in path.iterdir() if entry.suffix in (".pt", ".pth", ".gguf"))
+        hint = f"; `elm-mlx convert {found[0]} DST` makes one" if found else ""
+        return f"holds no config.json, so it is not a model directory{hint}"
     if "peft_type" in adapter:
         base = adapter.get("base_model_name_or_path")
         named = f"its model ({base})" if isinstance(base, str) and base else "its model"

@@ -281,7 +281,8 @@ def test_what_is_no_model_directory_says_what_to_do(
             {"run.json": {"command": "dpo"}},
             "a training run that has left no adapter yet, .* `elm-mlx dpo --out .*out --resume` goes on",
         ),
-        ({"run.json": {"identity": {}}}, r"holds no config\.json"),
+        ({"run.json": {"identity": {}}}, r"holds no config\.json, so it is not a model directory$"),
+        ({"b.pt": 0, "a.gguf": 0}, r"so it is not a model directory; `elm-mlx convert .*out/a\.gguf DST` makes one$"),
         ({"run.json": [], "adapter_config.json": []}, r"holds no config\.json"),
     ],
 )
