@@ -53,8 +53,8 @@ class KVCache:
         self.text_length = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy has the arrays too, so nobody may write into them in place."""
-        return {**vars(self), "_held": self._arrays, "writer": None}
+        """A copy has the arrays too, so nobody may write into their memory; and it grows by itself."""
+        return {**vars(self), "_held": [array[...] for array in self._arrays], "writer": None}
 
     @property
     def _arrays(self) -> list[mx.array]:
@@ -354,6 +354,10 @@ class StateCache:
     def __init__(self, size: int = 2) -> None:
         self._arrays: list[mx.array | None] = [None] * size
         self.offset = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy goes on by itself."""
+        return {**vars(self), "_arrays": [*self._arrays]}
 
     def empty(self) -> StateCache:
         """Returns an empty cache of this kind."""

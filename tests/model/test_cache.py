@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -365,3 +370,40 @@ def test_models_whose_keys_cannot_be_quantized_are_refused() -> None:
             make_prompt_cache(Model(tiny.scaled_config(64, **fields)), bits)
     caches = make_prompt_cache(Model(tiny.scaled_config(64, head_dim=32)), 4)
     assert all(isinstance(cache, QuantizedCache) and cache.kind == "keys and values in 4 bits" for cache in caches)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle.dumps(cache)),
+}  # fmt: skip
+
+
+def numbers(cache: Any) -> list[Any]:
+    return [array.tolist() for array in cache.single(0, cache.offset).state]
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("make", [KVCache, lambda: QuantizedCache(8)], ids=["keys and values", "in 8 bits"])
+def test_a_copy_and_what_it_was_made_of_grow_apart(make: Callable[[], Any], copied: Callable[[Any], Any]) -> None:
+    heads = [mx.random.normal((2, 1, 2, 5, 32), key=mx.random.key(seed)) for seed in range(3)]
+    one = make()
+    one.update_and_fetch(*heads[0])
+    other = copied(one)
+    found = []
+    for cache, keys_and_values in ((one, heads[1]), (other, heads[2])):
+        cache.update_and_fetch(*keys_and_values)
+        found.append(numbers(cache))
+    assert [numbers(one), numbers(other)] == found and found[0] != found[1]
+    one.put(1, other)
+    one.drop(0, 2)
+    assert [numbers(one), numbers(other)] == [found[1], found[1]]
+    one.state = [None] * len(one.state)
+    assert numbers(other) == found[1]
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_of_a_state_is_one_of_its_own(copied: Callable[[Any], Any]) -> None:
+    one = StateCache()
+    one[0] = one[1] = mx.zeros((1, 4))
+    other = copied(one)
+    one[0] = mx.ones((1, 4))
+    assert mx.array_equal(other[0], mx.zeros((1, 4))) and mx.array_equal(one[0], mx.ones((1, 4)))

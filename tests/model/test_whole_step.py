@@ -215,8 +215,8 @@ def test_places_outside_the_caches_give_no_numbers(model: Model) -> None:
     writer = rows.caches[0].writer
     assert isinstance(writer, WholeStep)
     x = mx.ones((2, model.config.model_dim))
-    for places in ([0, rows.caches[0].capacity], [-1, 0], [3, 5]):  # of the only slot, one after the other
-        assert mx.isnan(writer(x, mx.array([places]))).all().item(), places
+    for places in ([[0], [1]], [[-1, 0]], [[3, 5]]):  # there is one slot, and its rows follow each other
+        assert mx.isnan(writer(x, mx.array(places))).all().item(), places
     assert mx.isfinite(writer(x, mx.array([[5, 6]]))).all().item()
     rows.caches[0].state  # noqa: B018 - which ends it
     assert mx.isnan(writer(x, mx.array([[5, 6]]))).all().item()
