@@ -29,6 +29,8 @@ TEXT_BYTES = 64 << 20
 CORPUS_BYTES = 1 << 30
 LARGEST_SIZE = 1 << 30  # of a size: MLX adds positions up in 32 bits
 
+AS_UTF8 = "save it as UTF-8 (from Windows' or Latin letters: iconv -f CP1252 -t UTF-8)"
+
 _MARK = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _PIPES = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")  # how a shell names `<(command)`
@@ -105,10 +107,14 @@ def decoded(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start)
-        begin = data.rfind(b"\n", 0, error.start) + 1
-        decoded_line(data[begin : error.end], f"{where}, line {line + 1}")
+        line, byte = place(data, error.start)
+        decoded_line(data[error.start + 1 - byte : error.end], f"{where}, line {line}")
         raise
+
+
+def place(data: bytes, at: int) -> tuple[int, int]:
+    """Returns the line that the byte at index `at` is on, and its number in that line, both from 1."""
+    return data.count(b"\n", 0, at) + 1, at - data.rfind(b"\n", 0, at)
 
 
 def decoded_line(line: bytes, where: str) -> str:
@@ -117,8 +123,7 @@ def decoded_line(line: bytes, where: str) -> str:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{where}: not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}; save it as UTF-8 "
-            "(from Windows' or Latin letters: iconv -f CP1252 -t UTF-8)"
+            f"{where}: not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}; {AS_UTF8}"
         ) from None
 
 

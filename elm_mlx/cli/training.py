@@ -159,7 +159,10 @@ def _complete(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettin
     """Returns the settings of a run. Raises InputError where one is missing."""
     for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
         if name not in values:
-            raise InputError(f"{shown} is missing: give it on the command line, or in the file of --config")
+            out = values.get("out")
+            begun = out is not None and (reading.expanded(out) / "run.json").exists()
+            hint = f"; --resume goes on with the run in {out}" if begun else ""
+            raise InputError(f"{shown} is missing: give it on the command line, or in the file of --config{hint}")
     return made(kind, values)
 
 
@@ -350,7 +353,7 @@ def mixed(split: Prepared, draws: Draws | None) -> list[tuple[str, str]]:
     sums = zip(split.parts, draws.totals, draws.wanted, strict=True)
     return [
         ("mixture", f"{name}: {total:,} tokens, {wanted / sum(draws.wanted):.1%} of an epoch, "
-                    f"which has them {wanted / total:.3g} times")
+                    f"which has them {'once' if (times := f'{wanted / total:.3g}') == '1' else f'{times} times'}")
         for (name, _), total, wanted in sums
     ]  # fmt: skip
 

@@ -23,6 +23,7 @@ DOCUMENTS = (*TEXT, ".md")  # of which each is a record
 CSV = tuple(kind + packing for packing in PACKINGS for kind in (".csv", ".tsv"))
 PARQUET = ".parquet"
 RECORDS = (*JSON, *CSV, PARQUET)
+_SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 # An object with one of these keys is a record itself, and no list in it is a list of records.
@@ -33,6 +34,8 @@ def suffix_of(path: Path, suffixes: Sequence[str]) -> str:
     """The longest of `suffixes` that the file's name ends with. Raises InputError."""
     matching = [suffix for suffix in suffixes if path.name.lower().endswith(suffix)]
     if not matching:
+        if path.suffix.lower() in _SPREADSHEETS:
+            raise InputError(f"{path}: a spreadsheet; save it as CSV (in Excel: CSV UTF-8)")
         raise InputError(f"{path}: not a kind of data file that can be read: {', '.join(suffixes)}")
     return max(matching, key=len)
 
@@ -67,9 +70,9 @@ def read(path: Path, columns: Collection[str], start: int = 0, *, parse: bool = 
     by_line = _is_lines(path)
     with open_file(path) as file:
         if not by_line:
-            for number, (line, value) in enumerate(_elements(path, read_whole(path, file))):
+            for number, (line, alone, value) in enumerate(_elements(path, read_whole(path, file))):
                 if number >= start:
-                    yield number, f"{path}, line {line}", value
+                    yield number, f"{path}, line {line}" + ("" if alone else f", record {number + 1}"), value
             return
         for line, data in lines(path, file):
             if line <= start:
@@ -91,7 +94,8 @@ def _whole_text(path: Path, start: int) -> Iterator[tuple[int, str, Any]]:
         try:
             yield 0, str(path), {"text": data.decode("utf-8").replace("\r\n", "\n")}
         except UnicodeDecodeError as error:
-            yield 0, str(path), BadRecord(f"not UTF-8 at byte {error.start + 1}")
+            line, column = reading.place(data, error.start)
+            yield 0, str(path), BadRecord(f"line {line}, byte {column}: not UTF-8; {reading.AS_UTF8}")
 
 
 def columns_of(path: Path) -> tuple[str, list[str]] | None:
@@ -125,13 +129,18 @@ def parse_line(line: bytes) -> Any:
     try:
         return reading.load_json(line.decode("utf-8"), reading.JSON_RECORDS)
     except UnicodeDecodeError as error:
-        raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line") from None
+        raise BadRecord(f"not UTF-8 at byte {error.start + 1} of the line; {reading.AS_UTF8}") from None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.doc.startswith("{", error.pos):
             raise BadRecord(f"another object begins at column {error.pos + 1}: each needs a line of its own") from None
-        raise BadRecord(f"not JSON: {error.msg} at column {error.pos + 1}") from None
+        raise BadRecord(f"not JSON: {_what(error)} at column {error.pos + 1}") from None
     except ValueError as error:  # a number of thousands of digits; brackets nested by hundreds
         raise BadRecord(f"not JSON: {error}") from None
+
+
+def _what(error: json.JSONDecodeError) -> str:
+    """What is wrong, without the words that lead to a place: `Unterminated string starting at`."""
+    return error.msg.removesuffix(" at").removesuffix(" starting")
 
 
 def _is_lines(path: Path) -> bool:
@@ -172,10 +181,11 @@ def _is_conversation(line: bytes) -> bool:
     return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
-def _elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
+def _elements(path: Path, data: bytes) -> Iterator[tuple[int, bool, Any]]:
     """Parses the elements of a JSON array, of the only array of objects in an object, or several objects in a row.
 
-    Yields each with the line that it begins on. Raises InputError as `read`.
+    Yields each with the line that it begins on, and whether it alone begins there: programs write a whole array on one
+    line. Raises InputError as `read`.
     """
     text = reading.decoded(data, str(path))
     at = counted = _past_space(text, 0)
@@ -186,12 +196,17 @@ def _elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
         array = text.startswith("[", at)
         if array:
             at = _past_space(text, at + 1)
+        alone = True
         while not text.startswith("]", at) if array else at < len(text):
-            line, counted = line + text.count("\n", counted, at), at
+            line, counted, before = line + text.count("\n", counted, at), at, alone
             value, at = _value(text, at)
-            yield line, value
-            if text.startswith(",", at):
-                at = _past_space(text, at + 1)
+            comma = text.startswith(",", at)
+            beyond = _past_space(text, at + 1) if comma else at
+            last = text.startswith("]", at) if array else at == len(text)
+            alone = last or text.find("\n", counted, beyond) >= 0
+            yield line, before and alone, value
+            if comma:
+                at = beyond
             elif array and not text.startswith("]", at):
                 raise ValueError("a comma or ] is missing")
         if array and wrapped is None:
@@ -199,10 +214,11 @@ def _elements(path: Path, data: bytes) -> Iterator[tuple[int, Any]]:
             if at < len(text):
                 raise ValueError("something follows the array")
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
+        where = f"{path}, line {error.lineno}, column {error.colno}"
+        raise InputError(f"{where}: not JSON: {_what(error)}") from None
     except (ValueError, RecursionError) as error:
-        line += text.count("\n", counted, at)
-        raise InputError(f"{path}, line {line}: not JSON: {error}") from None
+        line, column = line + text.count("\n", counted, at), at - text.rfind("\n", 0, at)
+        raise InputError(f"{path}, line {line}, column {column}: not JSON: {error}") from None
 
 
 def _past_space(text: str, at: int) -> int:

@@ -438,6 +438,9 @@ def load(
 def _joined(splits: Sequence[Prepared]) -> Prepared:
     """The same split of several sources as one."""
     whole = splits[0]
+    if len(splits) > 1:
+        for each in splits:
+            each.columns = Counter({f"{each.parts[0][0]}: {how}": files for how, files in each.columns.items()})
     for other in splits[1:]:
         whole.examples += other.examples
         whole.sources += other.sources

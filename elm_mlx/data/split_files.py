@@ -102,8 +102,9 @@ def find(path: str | Path, suffixes: Sequence[str] = RECORDS, split: str | None 
     if "train" in texts:
         return texts
     there, wanted = few(each.name for each in _entries(path)), split or "train"
+    plain = [suffix for suffix in suffixes if suffix.count(".") == 1]
     raise InputError(
-        f"{path}: holds no {wanted}{f', {wanted}'.join(suffixes)}; to train on one file alone, pass it"
+        f"{path}: holds no {wanted}{f', {wanted}'.join(plain)}; to train on one file alone, pass it"
         + (f" (it holds {there})" if there else "")
     )
 

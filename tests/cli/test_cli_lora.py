@@ -276,8 +276,11 @@ def test_several_sources_by_their_weights_are_resumed(
     options = ("--data", data, "--data", table, "--weight", 1, "--weight", 1, *QUICK[2:], "--save-every", 3)
     code, text, err = run("lora", tiny_model_dir, *options, "--out", whole, "--iters", 9)
     assert code == 0, err
-    assert "columns   train: fields between semicolons; prompt = `Question`, completion = `Answer` (guessed" in text
-    assert re.search(rf"mixture   {data}: [\d,]+ tokens, 50.0% of an epoch, which has them 1 times", text)
+    assert (
+        f"columns   train: {table}: fields between semicolons; prompt = `Question`, completion = `Answer` (guessed"
+        in text
+    )
+    assert re.search(rf"mixture   {data}: [\d,]+ tokens, 50.0% of an epoch, which has them once", text)
     assert re.search(rf"mixture   {table}: [\d,]+ tokens, 50.0% of an epoch, which has them [\d.]+ times", text)
     assert "data      29 examples" in text
     shutil.copytree(whole, cut)
@@ -290,6 +293,8 @@ def test_several_sources_by_their_weights_are_resumed(
     shutil.rmtree(cut / "checkpoints" / "step-00000009")
     code, _, err = run("lora", "--out", cut, "--resume", "--weight", 1, "--weight", 2)
     assert code == 2 and "was trained with --weight = [1.0, 1.0], not [1.0, 2.0]; leave it as it was" in err
+    code, _, err = run("lora", "--out", cut, "--extend", 2)
+    assert code == 2 and "MODEL is missing" in err and f"; --resume goes on with the run in {cut}" in err
     code, _, err = run("lora", tiny_model_dir, *options[:-2], "--weight", 3, "--out", tmp_path / "third")
     assert code == 2 and "--weight: 3 for 2 of --data" in err
 

@@ -25,7 +25,10 @@ LINES = b'{"text": "a"}\n' * 20_000  # more than is unpacked at once
 
 def values(path: Path) -> list[tuple[int, Any]]:
     """Each value and its line."""
-    return [(int(where.removeprefix(f"{path}, line ")), value) for _, where, value in data_files.read(path, ())]
+    return [
+        (int(where.removeprefix(f"{path}, line ").partition(",")[0]), value)
+        for _, where, value in data_files.read(path, ())
+    ]
 
 
 def packed(*parts: bytes) -> bytes:
@@ -197,11 +200,11 @@ def test_one_object_is_a_record(tmp_path: Path, value: Any, indent: int | None) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{\n "data": [\n  {"a": 1},\n  {"b": }\n ]\n}', "line 4: not JSON: Expecting value"),
-        ('{\n "text": "a"\n', "line 3: not JSON: Expecting"),
-        ('{"data": [\n{"a": 1}', "line 2: not JSON: Expecting ',' delimiter"),
-        ('{\n"text": "a"\n}\n{"text": }\n', "line 4: not JSON: Expecting value"),
-        ('{\n"text": "a",\n"text": "b"}', "line 1: not JSON: an object has the key 'text' twice"),
+        ('{\n "data": [\n  {"a": 1},\n  {"b": }\n ]\n}', "line 4, column 9: not JSON: Expecting value"),
+        ('{\n "text": "a"\n', "line 3, column 1: not JSON: Expecting"),
+        ('{"data": [\n{"a": 1}', "line 2, column 9: not JSON: Expecting ',' delimiter"),
+        ('{\n"text": "a"\n}\n{"text": }\n', "line 4, column 10: not JSON: Expecting value"),
+        ('{\n"text": "a",\n"text": "b"}', "line 1, column 1: not JSON: an object has the key 'text' twice"),
         (
             json.dumps({"train": [A], "validation": [A]}),
             "holds lists of objects under `train` and `validation`: write each",
@@ -213,6 +216,26 @@ def test_what_is_wrong_beyond_a_line_is_one_error(tmp_path: Path, text: str, mes
     with pytest.raises(InputError) as caught:
         values(tmp_path / "a.json")
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ('[{"a": 1}, {"a": 2}]', ["line 1, record 1", "line 1, record 2"]),
+        ('[{"a": 1}]', ["line 1"]),
+        (
+            '[{"a": 1},\n{"a": 2}, {"a": 3},\n{"a": 4}\n]\n',
+            ["line 1", "line 2, record 2", "line 2, record 3", "line 3"],
+        ),
+        ('[\n  {\n"a": 1\n}, {\n"a": 2\n}\n]', ["line 2", "line 4"]),
+        ('{"data": [{"a": 1},{"a": 2}]}', ["line 1, record 1", "line 1, record 2"]),
+    ],
+)
+def test_records_that_share_a_line_are_numbered(tmp_path: Path, text: str, places: list[str]) -> None:
+    """As in the one line that ChatGPT's export is."""
+    (tmp_path / "a.json").write_text(text)
+    found = [where for _, where, _ in data_files.read(tmp_path / "a.json", ())]
+    assert found == [f"{tmp_path}/a.json, {place}" for place in places]
 
 
 @pytest.mark.parametrize(
@@ -448,10 +471,13 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
         "train": ["A", "B", "C\n", "G", "Z"], "valid": ["D"], "test": ["E"],
     }  # fmt: skip
     assert found["train"].records[0].where == str(tmp_path / "a.md")
-    (tmp_path / "a.md").write_bytes(b"\xff")
+    (tmp_path / "a.md").write_bytes(b"a\nb\xff")
     (tmp_path / "b.txt").write_text(" \n")
     bad = texts.records(tmp_path)["train"].bad
-    assert bad == [f"{tmp_path}/a.md: not UTF-8 at byte 1", f"{tmp_path}/b.txt: `text` is white space alone"]
+    assert bad == [
+        f"{tmp_path}/a.md: line 2, byte 2: not UTF-8; {reading.AS_UTF8}",
+        f"{tmp_path}/b.txt: `text` is white space alone",
+    ]
     assert [record.text for record in texts.records(tmp_path / "test.txt")["train"].records] == ["E"]  # type: ignore[union-attr]
     (tmp_path / "deep" / "some.jsonl").write_text('{"text": "not meant"}\n')
     with pytest.raises(InputError, match=r"holds no train\.jsonl"):

@@ -103,8 +103,8 @@ class TestFiles:
     def test_where_an_element_stands(self, tmp_path: Path) -> None:
         path = tmp_path / "a.json"
         path.write_text('\n [\n{"text":\n "a"} ,\n\n {"text": "b"}, {"text": "c"}\n]\n')
-        found = [(record.where.rpartition(" ")[2], *bare([record])[0]) for record in read(path)["train"].records]
-        assert found == [("3", "a"), ("6", "b"), ("6", "c")]
+        found = [(record.where.partition("line ")[2], *bare([record])[0]) for record in read(path)["train"].records]
+        assert found == [("3", "a"), ("6, record 2", "b"), ("6, record 3", "c")]
 
     def test_where_a_row_stands(self, tmp_path: Path) -> None:
         write_parquet(tmp_path / "a.parquet")
@@ -166,13 +166,14 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ('[{"text": "a"},\n{"text": }]', "line 2: not JSON: Expecting value"),
-            ('[{"text": "a"}\n{"text": "b"}]', "line 2: not JSON: a comma or ] is missing"),
-            ('[{"text": "a"},', "line 1: not JSON: Expecting value"),
-            ('[{"text": "a"}\n', "line 2: not JSON: a comma or ] is missing"),
-            ('[{"text": "a"}]\n[]', "line 2: not JSON: something follows"),
-            ("[" * 99999, "line 1: not JSON"),
-            ("[\n" + "9" * 5000 + "]", "line 2: not JSON"),
+            ('[{"text": "a"},\n{"text": }]', "line 2, column 10: not JSON: Expecting value"),
+            ('[{"text": "a"}\n{"text": "b"}]', "line 2, column 1: not JSON: a comma or ] is missing"),
+            ('[{"text": "a"},', "line 1, column 16: not JSON: Expecting value"),
+            ('[{"text": "a"}\n', "line 2, column 1: not JSON: a comma or ] is missing"),
+            ('[\n {"text": "a', "line 2, column 11: not JSON: Unterminated string"),
+            ('[{"text": "a"}]\n[]', "line 2, column 1: not JSON: something follows"),
+            ("[" * 99999, "line 1, column 2: not JSON"),
+            ("[\n" + "9" * 5000 + "]", "line 2, column 1: not JSON"),
         ],
     )
     def test_an_array_that_is_no_json(self, tmp_path: Path, text: str, message: str) -> None:
@@ -193,9 +194,12 @@ class TestFiles:
             read(tmp_path / "a.json")
 
     def test_what_is_no_data_file(self, tmp_path: Path) -> None:
-        (tmp_path / "a.xlsx").write_text("text\na\n")
-        with pytest.raises(InputError, match=r"a\.xlsx: not a kind of data file .*\.jsonl, \.json"):
-            read(tmp_path / "a.xlsx")
+        (tmp_path / "a.docx").write_text("text\na\n")
+        with pytest.raises(InputError, match=r"a\.docx: not a kind of data file .*\.jsonl, \.json"):
+            read(tmp_path / "a.docx")
+        (tmp_path / "a.XLSX").write_text("text\na\n")
+        with pytest.raises(InputError, match=r"a\.XLSX: a spreadsheet; save it as CSV \(in Excel: CSV UTF-8\)"):
+            read(tmp_path / "a.XLSX")
         with pytest.raises(InputError, match="no such file or directory"):
             read(tmp_path / "nowhere")
 
@@ -284,7 +288,8 @@ class TestRecords:
         [
             (b"{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
             (b'{"text": "a"} x', "not JSON: Extra data at column 15"),
-            (b'{"text": "\xff"}', "not UTF-8 at byte 11 of the line"),
+            (b'{"text": "\xff"}', "not UTF-8 at byte 11 of the line; save it as UTF-8"),
+            (b'{"text": "a', "not JSON: Unterminated string at column 10"),
             (b"9" * 5000, "not JSON: a whole number of 5,000 digits"),
             (b"[" * 99999 + b"", None),
             (b'"text"', "is a string, not an object"),
