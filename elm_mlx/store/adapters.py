@@ -160,6 +160,10 @@ def read(directory: str | Path, config: Config, model: Path | None = None) -> Ad
     path = reading.expanded(directory)
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
+    if not (path / CONFIG).exists():
+        raise InputError(
+            f"{path}: holds no {CONFIG}, so it is not an adapter; `elm-mlx lora --out DIR` writes one to DIR"
+        )
     if _is_peft(path):
         import elm_mlx_convert
 

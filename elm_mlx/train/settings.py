@@ -132,9 +132,9 @@ class Schedule:
             raise InputError(f"the learning rate must be above 0, not {self.peak}")
         if not all(0 <= rate < math.inf for rate in (self.start, self.end)):
             raise InputError(f"a learning rate starts and ends at 0 or more, not at {self.start} and {self.end}")
-        for steps in (self.steps, *self.extend):
+        for steps, what in ((self.steps, "the updates"), *((steps, "the updates of extend") for steps in self.extend)):
             if steps < 1:
-                raise InputError(f"the updates must be at least 1, not {steps}")
+                raise InputError(f"{what} must be at least 1, not {steps}")
         if not 0 <= self.warmup <= self.steps:
             raise InputError(f"warm-up of {counted(self.warmup, 'update')} does not fit in {self.steps}")
 

@@ -64,7 +64,8 @@ class _Tracker(TrainingCallback):
         self._step = step
 
     def report(self, report: Report) -> None:
-        values = {name: value for name, value in metrics.line_of(report).items() if name not in ("step", "best")}
+        hidden = ("step", "best") if report.loss is not None else ("step", "best", "seconds")  # the updates' curve
+        values = {name: value for name, value in metrics.line_of(report).items() if name not in hidden}
         self._safely(lambda: self._open()[0](report.step, values))
 
     def close(self) -> None:

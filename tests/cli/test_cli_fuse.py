@@ -130,7 +130,7 @@ def test_a_text_to_compare_on(run: Run, tiny_model_dir: Path, adapter: Path, tmp
     [
         (("fuse", "MODEL", "nowhere", "out"), "nowhere: no such directory; an adapter is one with"),
         (("fuse", "nowhere", "ADAPTER", "out"), "nowhere: no such directory"),
-        (("fuse", "MODEL", "MODEL", "out"), "adapter_config.json: cannot be read"),
+        (("fuse", "MODEL", "MODEL", "out"), "holds no adapter_config.json, so it is not an adapter"),
         (("generate", "MODEL", "-p", "x", "--adapter", "nowhere"), "nowhere: no such directory; an adapter"),
         (("chat", "MODEL", "--adapter", "nowhere"), "nowhere: no such directory; an adapter"),
         (("adapter", "MODEL", "nowhere", "out"), "nowhere: no such file or directory"),

@@ -55,6 +55,7 @@ def test_errors_say_what_was_tried(run: Run, llama: str, family_dirs: dict[str, 
     for arguments, message in (
         (("info", "small/Lama"), "small/Lama: no such directory, nor is it in the hub's cache, and http"),
         (("info", f"{NAME}@v2"), f"{NAME}@v2: the hub has no such revision of {NAME}"),
+        (("info", f"{NAME}@v1", "--revision", "v2"), f"--revision v2: {NAME}@v1 names a revision already"),
         (("info", NAME, "--revision", "v2"), f"{NAME}@v2: the hub has no such revision of {NAME}"),
         (("info", family_dirs["llama"], "--revision", "v2"), "--revision v2 is for a repository on the hub, but "),
         (("info", "--revision", "v2"), "--revision v2: MODEL is missing"),

@@ -455,7 +455,7 @@ def test_what_is_not_there_is_named(adapter_dir: Path, tiny_model_dir: Path, tmp
     (adapter_dir / "adapters.safetensors").unlink()
     refused(tiny_model_dir, adapter_dir, r"adapters\.safetensors: cannot be read")
     (adapter_dir / "adapter_config.json").unlink()
-    refused(tiny_model_dir, adapter_dir, r"adapter_config\.json: cannot be read")
+    refused(tiny_model_dir, adapter_dir, r"holds no adapter_config\.json, so it is not an adapter")
     refused(tiny_model_dir, tmp_path / "nowhere", "nowhere: no such directory; an adapter is one with")
 
 

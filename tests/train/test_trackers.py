@@ -44,11 +44,11 @@ def tracked(
 
 
 def written(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every column of a run's own metrics."""
+    """Every column of a run's own metrics, the seconds of updates alone."""
     found: dict[str, list[tuple[int, float]]] = {}
     for line in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
         for name, value in line.items():
-            if name not in ("step", "best"):
+            if name not in ("step", "best") and (name != "seconds" or "loss" in line):
                 found.setdefault(name, []).append((line["step"], value))
     return found
 
