@@ -139,6 +139,8 @@ class Command(typer.core.TyperCommand):
             raise InputError(f"{_REVISION} {revision}: MODEL is missing; in a file, it is OWNER/NAME@REVISION")
         if expanded(placed[place]).exists():
             raise InputError(f"{_REVISION} {revision} is for a repository on the hub, but {placed[place]} is a path")
+        if "@" in placed[place]:
+            raise InputError(f"{_REVISION} {revision}: {placed[place]} names a revision already; give one of them")
         placed[place] += f"@{revision}"
 
 
