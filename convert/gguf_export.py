@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -248,13 +247,15 @@ def modelfile_text(name: str, config: Config, vocabulary: Vocabulary, chats: boo
     lines = [f"FROM ./{name}", f"PARAMETER num_ctx {config.max_context_length}"]
     tokenizer = vocabulary.tokenizer
     if tokenizer is not None:
-        lines += [
-            f"PARAMETER stop {json.dumps(tokenizer.piece_of(token), ensure_ascii=False)}"
-            for token in vocabulary.end_ids
-        ]
+        lines += [f"PARAMETER stop {_quoted(tokenizer.piece_of(token))}" for token in vocabulary.end_ids]
     if not chats:
         lines.append('TEMPLATE "{{ .Prompt }}"')
     return "\n".join(lines) + "\n"
+
+
+def _quoted(value: str) -> str:
+    """Returns a Modelfile's value in quotes, within which Ollama knows no escapes."""
+    return f'"""{value}"""' if '"' in value else f'"{value}"'
 
 
 def write_gguf_adapter(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,7 +83,7 @@ def convert(
         done = elm_mlx_convert.convert(
             src, target, tokenizer=tokenizer, dtype=dtype, config=config, preset=preset, head_dim=head_dim,
             lora_alpha=lora_alpha, ema=ema, chat_template=chat_template, revision=revision, verify=verify,
-            dry_run=dry_run, overwrite=overwrite, on_plan=_print_plan, on_progress=progress,
+            dry_run=dry_run, overwrite=overwrite, on_plan=partial(_planned, quantize), on_progress=progress,
         )  # fmt: skip
         _print_end(done, to_be_quantized=quantize is not None)
 
@@ -111,6 +112,19 @@ def _converted(src: str, dst: Path, quantized: str | None, overwrite: bool, dry_
                 on_plan=report.plan, on_progress=report.progress, on_result=report.result,
             )  # fmt: skip
         say("wrote", str(dst))
+
+
+def _planned(quantized: str | None, plan: ConversionPlan | GgufPlan) -> None:
+    """Prints a plan. Raises InputError where its weights are to be quantized, and come so from a GGUF file."""
+    from elm_mlx.errors import InputError
+    from elm_mlx_convert import ConversionPlan
+
+    if quantized and not isinstance(plan, ConversionPlan) and any(weight.grid for weight in plan.weights):
+        raise InputError(
+            f"{plan.source.label}: is quantized already ({plan.stored}): leave out --quantize, or convert and quantize "
+            "what the file was made of"
+        )
+    _print_plan(plan)
 
 
 def _print_plan(plan: ConversionPlan | GgufPlan) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,13 +34,15 @@ def export(
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Write Ollama's Modelfile beside DST too.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read both sides back, and compare every value.")] = False,
     dtype: options.WeightDType = None,
-    overwrite: options.Overwrite = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file at NAME.gguf, or an export at DST.")
+    ] = False,
 ) -> None:
     """Write a model as a GGUF file, for llama.cpp, Ollama and LM Studio; or as CoreNet's PyTorch checkpoint."""
     from elm_mlx.errors import InputError
 
     gguf = {"--type": type_, "--adapter": adapter, "--modelfile": modelfile, "--verify": verify}
-    if dst.suffix != ".gguf":
+    if dst.suffix.lower() != ".gguf":
         odd = next((name for name, value in gguf.items() if value), None)
         if odd is not None:
             raise InputError(f"{odd} is for a GGUF file, and {dst} does not end with .gguf")
@@ -95,4 +99,5 @@ def _print_gguf(done: GgufExport) -> None:
     same = "" if done.roundings else ", nothing rounded"
     say("wrote", f"{done.path}: {done.parameters:,} parameters in {kinds}{same}, {byte_size(done.nbytes)}")
     if done.modelfile is not None:
-        say("wrote", f"{done.modelfile}: ollama create {done.path.stem} -f {done.modelfile}")
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", done.path.stem).lstrip("-.") or "model"  # as Ollama wants names
+        say("wrote", f"{done.modelfile}: ollama create {name} -f {shlex.quote(str(done.modelfile))}")

@@ -72,3 +72,44 @@ def test_adapters_that_llama_cpp_does_not_have(run: Run, tmp_path: Path) -> None
         assert code == 2
         assert message in " ".join(error.split())
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_the_ending_of_a_gguf_file_may_be_in_capitals(run: Run, tmp_path: Path) -> None:
+    model = save_hub(tmp_path / "model", CONFIG, weights(CONFIG))
+    code, _output, error = run("export", model, tmp_path / "a.GGUF", "--verify")
+    assert (code, error) == (0, "")
+    assert (tmp_path / "a.GGUF").read_bytes()[:4] == b"GGUF"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "modelfile"),
+    [
+        ("a.gguf", "a", "Modelfile"),
+        ("my model.gguf", "my-model", "Modelfile"),
+        ("my files/Ä-b.gguf", "b", "'my files/Modelfile'"),
+    ],
+)
+def test_the_printed_command_is_one_that_ollama_takes(
+    file: str, name: str, modelfile: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_hub(tmp_path / "model", CONFIG, weights(CONFIG))
+    (tmp_path / "my files").mkdir()
+    code, output, _error = run("export", "model", file, "--modelfile")
+    assert code == 0
+    assert output.endswith(f": ollama create {name} -f {modelfile}\n")
+
+
+def test_a_gguf_file_of_quantized_weights_is_not_quantized_again(run: Run, tmp_path: Path) -> None:
+    model = save_hub(tmp_path / "model", CONFIG, weights(CONFIG))
+    for kind, expected in (("q8_0", 2), ("f16", 0)):
+        assert run("export", model, tmp_path / f"{kind}.gguf", "--type", kind)[0] == 0
+        code, output, error = run("convert", tmp_path / f"{kind}.gguf", tmp_path / kind, "--quantize", "4")
+        assert code == expected
+        assert (tmp_path / kind).exists() is (expected == 0)
+        if expected:
+            assert output == ""
+            assert (
+                "q8_0.gguf: is quantized already (8-bit in groups of 32 and float16): leave out --quantize"
+                in " ".join(error.split())
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import family_cases
@@ -18,6 +19,7 @@ from elm_mlx.bench.measured_models import write_seeded
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.files import new_file
 from elm_mlx_convert import export_gguf, gguf_weights
+from elm_mlx_convert.gguf_export import modelfile_text
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -329,3 +331,18 @@ def test_a_modelfile_names_the_file_the_context_and_the_end_tokens(tmp_path: Pat
     with pytest.raises(InputError, match="Modelfile: exists already"):
         export_gguf(source, tmp_path / "b.gguf", modelfile=True)
     assert not (tmp_path / "b.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("piece", "line"),
+    [("<end>", '"<end>"'), ("<\\s>", '"<\\s>"'), ('<"end">', '"""<"end">"""'), ("Ende ä", '"Ende ä"')],
+)
+def test_a_modelfile_has_no_escapes(piece: str, line: str) -> None:
+    """As Ollama reads none: quotes are within three quotes."""
+
+    class Pieces:
+        def piece_of(self, token: int) -> str:
+            return piece
+
+    vocabulary: Any = SimpleNamespace(tokenizer=Pieces(), end_ids=(0,))
+    assert modelfile_text("a.gguf", tiny(), vocabulary, chats=True).splitlines()[2] == f"PARAMETER stop {line}"
