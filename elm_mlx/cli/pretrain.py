@@ -64,7 +64,10 @@ def pretrain(
     if data is not None:
         raise InputError("--data needs --init; CONFIG names its own sources")
     if config is None or out is None:
-        raise InputError(f"{'CONFIG' if config is None else '--out'} is missing; --init FILE writes a first recipe")
+        hint = "--resume takes the one that the run was begun with" if resume else "--init FILE writes a first recipe"
+        raise InputError(
+            f"CONFIG is missing; {hint}" if config is None else "--out is missing: give the run's directory"
+        )
     from elm_mlx.cli import screen
     from elm_mlx.train import memory
     from elm_mlx.train.pretraining import Pretraining

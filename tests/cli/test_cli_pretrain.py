@@ -306,7 +306,8 @@ def test_the_warm_up_follows_the_updates(run: Run, config: Path, tmp_path: Path)
 
 
 def test_what_is_missing_is_said(run: Run, config: Path) -> None:
-    assert "CONFIG is missing" in run("pretrain")[2]
+    assert "CONFIG is missing; --init FILE writes a first recipe" in run("pretrain")[2]
+    assert "CONFIG is missing; --resume takes the one" in run("pretrain", "--resume", "--out", "run")[2]
     assert "--out is missing" in run("pretrain", config)[2]
 
 
