@@ -71,19 +71,17 @@ class KVCache:
             self.writer = None
         self._held = arrays
 
-    def lend(self, writer: Writer, at: int) -> list[mx.array]:
-        """Returns the arrays to somebody who writes into their memory, from position `at` on, until the cache is used.
+    def lend(self, at: int) -> list[mx.array]:
+        """Returns the arrays to somebody who will be the `writer`, from position `at` on, until the cache is used.
 
         They are copied where others have them too, and else stay where they are, as with all that MLX writes.
         """
-        given, self._arrays = self._arrays, []
-        while given:
-            array = mx.contiguous(given.pop(0))
-            array[:, :, at : at + 1] = 0
-            self._held.append(array)
-        mx.eval(self._held)
-        self.writer = writer
-        return [*self._held]
+        held = self._arrays
+        for number in range(len(held)):  # whole at any time: an interrupt may come
+            held[number] = mx.contiguous(held[number])
+            held[number][:, :, at : at + 1] = 0
+        mx.eval(held)
+        return [*held]
 
     def empty(self) -> KVCache:
         """Returns an empty cache of this kind."""

@@ -49,7 +49,7 @@ class WholeStep:
         self._in_c = in_c
         self.capacity = caches[0].capacity
         self._ropes: list[Rope] = []
-        arrays = [cache.lend(self, at) for cache in caches]
+        arrays = [cache.lend(at) for cache in caches]
         layers = (_PlacedLayer * len(arrays))()
         for made, layer, (keys, values) in zip(layers, in_c.layers, arrays, strict=True):
             parts = layer.parts
@@ -67,6 +67,8 @@ class WholeStep:
         self._running: list[mx.array] = []
         self._slots: dict[int, mx.array] = {}  # where each text's begins, by their number
         self.end = weakref.finalize(self, _end, words, arrays, self._running)
+        for cache in caches:  # now that it can be ended
+            cache.writer = self
 
     def is_of(self, in_c: LayersInC, caches: Sequence[KVCache]) -> bool:
         """Returns whether this is the step of these layers and caches, as they are now."""

@@ -197,6 +197,35 @@ def test_texts_that_part_go_on_apart(model: Model, layer_by_layer: Callable[[], 
         assert close(ours, expected)
 
 
+@pytest.mark.parametrize("place", ["lend", "description", "matrix"])
+def test_caches_are_whole_where_a_step_could_not_be_made(
+    model: Model, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an interrupt, or for want of memory."""
+    expected = steps(started(model, [40]), 3)
+    rows = started(model, [40])
+    found = [steps(rows, 1)]
+    rows.caches[0].state  # noqa: B018 - which ends the step
+    owner = KVCache if place == "lend" else described
+    called, kept = [], getattr(owner, place)
+
+    def interrupted(*given: Any) -> Any:
+        called.append(given)
+        if place != "lend" or len(called) == 2:
+            raise KeyboardInterrupt
+        return kept(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(owner, place, interrupted)
+        rows.step(mx.array([2]))
+    assert (
+        called and [array.shape[2] for cache in rows.caches for array in cache.state if array is not None] == [256] * 6
+    )
+    found += [rows.step(mx.array([token])) for token in (2, 3)]
+    assert mx.array_equal(mx.concatenate([found[0][0], *found[1:]]), expected[:, 0])
+    assert writes_in_place(rows)
+
+
 def test_what_is_running_outlives_model_and_caches() -> None:
     model = tiny.random_model(tiny.scaled_config(320))
     expected = steps(started(model, [20]), 6)
