@@ -158,10 +158,12 @@ class Rope:
         """
         if self._switch is not None:
             return None
-        if positions > self._table.shape[0]:
-            self._table = self.turns(positions, 0)[0]
-            mx.eval(self._table)
-        return self._table
+        table = self._table
+        if positions > table.shape[0]:
+            table = self.turns(positions, 0)[0]
+            mx.eval(table)  # first: another thread could not compute it
+            self._table = table
+        return table  # not what another thread has put there meanwhile, which may be shorter
 
     def _frequencies(self, length: int, offset: int | mx.array, text_length: int) -> mx.array:
         """Returns `(head_dim,)`, or `(batch, head_dim)`: radians a position of each value, 0 for those not rotated."""

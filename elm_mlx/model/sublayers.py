@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import operator
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from elm_mlx.model.ops import Rope
 from elm_mlx.model.stored_layers import StoredLayer
 
 MOST_ROWS = 16  # whose results have the same bits whatever their number; more want elm_mlx_many_rows
+_making = threading.Lock()  # or a thread's layers would end those with which another has not computed yet
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
 
 
@@ -244,14 +246,15 @@ def layers_in_c(
     """
     if described.library() is None or (rows > MOST_ROWS and blas.own("elm_mlx_many_rows") is None):
         return None
-    kept, parts = getattr(model, "_layers_in_c", None), layers()
-    if kept is None or not kept.is_of(parts, last):
-        try:
-            kept = LayersInC(parts, last)
-        except _Other:
-            kept = None
-        object.__setattr__(model, "_layers_in_c", kept)  # beside the model's parts, not one of them
-    return kept
+    with _making:
+        kept, parts = getattr(model, "_layers_in_c", None), layers()
+        if kept is None or not kept.is_of(parts, last):
+            try:
+                kept = LayersInC(parts, last)
+            except _Other:
+                kept = None
+            object.__setattr__(model, "_layers_in_c", kept)  # beside the model's parts, not one of them
+        return kept
 
 
 def retire(words: mx.array, _: Sequence[mx.array] = ()) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -133,3 +135,23 @@ def test_each_text_has_the_logits_that_it_has_alone(seed: int) -> None:
         assert not to_the_bit or mx.array_equal(found, alone)
         at_once = model(mx.array([[*text.prompt, *text.tokens]]))[0, len(text.prompt) :]
         assert mx.abs(found - at_once).max().item() < 1e-5 * (at_once.max() - at_once.min()).item()
+
+
+def test_threads_that_begin_with_one_model_at_a_time() -> None:
+    """What is made for the first text is made once, and serves all of them."""
+    ids = list(range(3, 60))
+
+    def begun(model: Model, start: threading.Barrier) -> mx.array:
+        start.wait()
+        rows = Rows(model)
+        rows.join(read(model, ids), ids)
+        logits = mx.concatenate([rows.step(mx.array([token])) for token in ids[:4]])
+        mx.eval(logits)
+        return logits
+
+    for _ in range(20):
+        model = tiny.random_model(tiny.scaled_config(VOCAB))
+        start = threading.Barrier(3)
+        with ThreadPoolExecutor(3) as threads:
+            first, *others = [each.result() for each in [threads.submit(begun, model, start) for _ in range(3)]]
+        assert all(mx.array_equal(first, other) for other in others)
