@@ -363,7 +363,7 @@ class TestDamage:
         (tmp_path / "a.json").write_text('[{"text": ')
         with (
             made([tmp_path / "a.json"], tiny_tokenizer_file, max_broken=1, workers=workers) as batches,
-            pytest.raises(InputError, match=r"none of its 0 documents is kept: .*a\.json, line 1: not JSON"),
+            pytest.raises(InputError, match=r"none of its 0 documents is kept: .*a\.json, line 1, column 11: not JSON"),
         ):
             next(batches)
 

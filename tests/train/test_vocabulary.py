@@ -244,11 +244,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "no.txt.gz").write_bytes(b"text")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.txt").write_text("\n \n\n")
-    (tmp_path / "a.xls").write_text("a,b")
+    for name in ("a.xls", "a.bin"):
+        (tmp_path / name).write_text("a,b")
     for name, says in (
         ("cut.txt.gz", "damaged gzip"), ("no.txt.gz", "damaged gzip"), ("empty.jsonl", "no text to train on"),
-        ("blank.txt", "no text to train on"), ("a.xls", "not a kind of data file"), ("none.txt", "no such file"),
-        ("", "is a directory: name the files in it"),
+        ("blank.txt", "no text to train on"), ("a.xls", "a spreadsheet; save it as CSV"), ("none.txt", "no such file"),
+        ("a.bin", "not a kind of data file"), ("", "is a directory: name the files in it"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=says):
             sample([tmp_path / name])
