@@ -8,7 +8,6 @@ import typer
 
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import note
-from elm_mlx.errors import InputError
 
 PANELS = {
     "Conversation": ("system", "template"),
@@ -57,11 +56,9 @@ def chat(
     model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
     drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
-    check_caches(config, kv_bits, max_kv_size)
+    check_caches(config, kv_bits, max_kv_size, saved=bool(save_cache or load_cache))
     prepare(model, template, adapter)
     kept = None
-    if (save_cache or load_cache) and max_kv_size is not None:
-        raise InputError("a saved cache holds a whole text, and --max-kv-size keeps parts of one: choose one")
     if save_cache or load_cache:
         from elm_mlx.inference.saved_cache import CacheFiles
 

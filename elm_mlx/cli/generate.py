@@ -102,7 +102,7 @@ def generate(
     }  # fmt: skip
     model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
-    check_caches(config, kv_bits, max_kv_size)
+    check_caches(config, kv_bits, max_kv_size, saved=bool(save_cache or load_cache))
     chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
     prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
@@ -118,8 +118,6 @@ def generate(
         raise InputError("--system needs a chat template, which the model lacks: pass --template")
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     kept = None
-    if (save_cache or load_cache) and max_kv_size is not None:
-        raise InputError("a saved cache holds a whole text, and --max-kv-size keeps parts of one: choose one")
     if save_cache or load_cache:
         from elm_mlx.inference.saved_cache import CacheFiles
 

@@ -541,9 +541,15 @@ def make_prompt_cache(model: Any, kv_bits: int | None = None, max_kv_size: int |
     return [make() for _ in range(config.num_layers)]
 
 
-def check_caches(config: Any, bits: int | None, max_kv_size: int | None = None) -> None:
-    """Raises InputError where a model with this config cannot have the caches that `make_prompt_cache` would make."""
+def check_caches(config: Any, bits: int | None, max_kv_size: int | None = None, saved: bool = False) -> None:
+    """Raises InputError where a model with this config cannot have the caches that `make_prompt_cache` would make.
+
+    Args:
+        saved: they come from a file, or go into one.
+    """
     if max_kv_size is not None:
+        if saved:
+            raise InputError("a saved cache holds a whole text, and --max-kv-size keeps parts of one: choose one")
         if bits is not None:
             raise InputError("--max-kv-size drops positions and moves others, which cannot be in --kv-bits: choose one")
         if not config.positions:
