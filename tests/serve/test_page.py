@@ -582,6 +582,7 @@ def test_a_text_is_continued_in_place(context: BrowserContext, server: ScriptedS
     expect(page.locator("#undo")).to_be_disabled()
     page.wait_for_timeout(700)
     page.reload()
+    page.wait_for_selector("#model:enabled")
     expect(text).to_have_value("Once, long ago")
     server.script = [Refusal(400, "the prompt is too long", "context_length_exceeded", "prompt")]  # half of it is not
     text.fill("word " * 200)
