@@ -25,8 +25,9 @@ class Problem:
 
     Attributes:
         prompt: what the model is asked, as a user's message or, for a model without a chat template, the text before
-            the answer.
-        solution: one right answer, as a model should write it; what a first fine-tuning trains on.
+            the answer. It ends with a line's end, so that an answer begins a line.
+        solution: one right answer, as a model should write it; what a first fine-tuning trains on. Empty where none is
+            known.
         facts: what `judge` needs beyond the prompt, of JSON's kinds.
     """
 
@@ -44,7 +45,7 @@ class CheckedTask:
         difficulties: they run from 1 to this.
         problem: makes one of a difficulty and a seed; the same two give the same problem on every machine.
         judge: says whether an answer to a problem is right. It gets the model's text as it was generated, without the
-            tokens that end it.
+            tokens that end it, and has a verdict on any text, after a bounded time.
     """
 
     name: str

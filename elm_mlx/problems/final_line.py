@@ -1,0 +1,64 @@
+"""What an answer says in the end: its last line, and the number or the words there.
+
+A model may write its way to an answer before it, so only the last line with anything in it counts. There the answer
+stands alone, or after the last `=` or `:` or the word `is`, and a final dot or Markdown's `**` around it do not matter.
+What else the text says is not read: whoever writes down every possible answer has given the last one. Digits are
+ASCII's.
+"""
+
+from __future__ import annotations
+
+import re
+
+LONGEST = 100_000  # characters of an answer that is read; a longer one says nothing
+
+_WITHIN_LINE = 1000  # characters of the last line; nothing that is asked for is as long
+_DIGITS = 40  # of a number: Python refuses to convert some thousands
+_GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
+
+
+def final_line(answer: str) -> str | None:
+    """Returns the last line that is not blank, without spaces around it; None where none is, or it is too long."""
+    if len(answer) > LONGEST:
+        return None
+    line = answer.strip().rpartition("\n")[2].strip()
+    return line if 0 < len(line) <= _WITHIN_LINE else None
+
+
+def said(answer: str) -> str | None:
+    """Returns what the final line states: all of it, or what follows the last `=`, `:` or `is`; None for nothing."""
+    line = final_line(answer)
+    if line is None:
+        return None
+    line = _bare(line)
+    *_, stated = re.split(r"=|:|\bis\b", line)
+    return _bare(stated) or None
+
+
+def number(answer: str) -> int | None:
+    """Returns the whole number that the final line states, `1,234` being one; None where it states none."""
+    stated = said(answer)
+    return None if stated is None else whole(stated)
+
+
+def numbers(answer: str) -> list[int] | None:
+    """Returns the whole numbers that the final line states as a list, with commas or spaces between them, or None."""
+    stated = said(answer)
+    if stated is None:
+        return None
+    found = [whole(each) for each in re.split(r"\s*,\s*|\s+", stated.strip("[]() "))]
+    return None if None in found else [each for each in found if each is not None]
+
+
+def whole(text: str) -> int | None:
+    """Returns a decimal whole number; None for anything else."""
+    digits = text.removeprefix("-")
+    if _GROUPED.fullmatch(digits):
+        digits = digits.replace(",", "")
+    if not 0 < len(digits) <= _DIGITS or not digits.isascii() or not digits.isdigit():
+        return None
+    return int(digits) * (-1 if text.startswith("-") else 1)
+
+
+def _bare(text: str) -> str:
+    return text.strip().removesuffix(".").strip().removeprefix("**").removesuffix("**").removesuffix(".").strip()

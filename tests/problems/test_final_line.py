@@ -1,0 +1,46 @@
+"""What an answer says in the end."""
+
+from __future__ import annotations
+
+import pytest
+
+from elm_mlx.problems.final_line import final_line, number, numbers
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "82", " 82 ", "82.", "82\n", "\r\n82\r\n", "47 + 35 = 82", "The answer is 82.", "Answer: 82", "**82**",
+        "**82**.", "First 47, then 35.\nSo it is **82.**", "1\n2\n82", "=82", "082",
+    ],
+)  # fmt: skip
+def test_a_number_is_read(answer: str) -> None:
+    assert number(answer) == 82
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "", " ", ".", "*", "82 or 83", "81 82", "82\nno", "82!", "is not 82", "８２", "八", "²", "1,23", "8 2", "8_2",
+        "+82", "--82", "- 82", "0x52", "82.0", "8.2e1", "1" * 41, "9" * 100_001, "=" * 99_999, " " * 200_000,
+        "82\0", "\u200b82",
+    ],
+)  # fmt: skip
+def test_what_is_not_one_number(answer: str) -> None:
+    assert number(answer) is None
+
+
+def test_numbers_with_signs_and_groups() -> None:
+    assert number("It is -1,234,567.") == -1234567
+
+
+def test_a_list_of_numbers() -> None:
+    for answer in ("3, 5, 9", "3 5 9", "[3, 5, 9]", "Sorted: 3,5,9.", "(3, 5, 9)"):
+        assert numbers(answer) == [3, 5, 9]
+    for answer in ("", "3, 5, nine", "3,, 5", "3; 5", ","):
+        assert numbers(answer) is None
+
+
+def test_the_last_line_that_is_not_blank() -> None:
+    assert final_line("a\n b \n\n") == "b"
+    assert final_line("a" * 1001) is None
