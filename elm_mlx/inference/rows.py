@@ -121,6 +121,29 @@ class Rows:
         self.lengths.append(length)
         self._texts.append(None if ids is None else list(ids))
 
+    def begin(self, row: int, caches: Sequence[KVCache], ids: Sequence[int]) -> None:
+        """Makes a row, or the next one, a copy of the text `ids`, which is in `caches`; these stay as they are."""
+        length = caches[0].offset
+        if not self.lengths:
+            self.caches = [cache.single(0, length) for cache in caches]
+        else:
+            for cache, own in zip(self.caches, caches, strict=True):
+                cache.put(row, own)
+                mx.eval(cache.state)
+        self.lengths[row:] = [length, *self.lengths[row + 1 :]]
+        self._texts[row:] = [list(ids), *self._texts[row + 1 :]]
+
+    def rewind(self, row: int, length: int) -> bool:
+        """Makes a row end after its first `length` tokens, in no time. Returns False where it has to `begin` again."""
+        cache = self.caches[0]
+        if not cache.is_trimmable() or (cache.switch is not None and self.lengths[row] > cache.switch):
+            return False
+        self.lengths[row] = length
+        text = self._texts[row]
+        if text is not None:
+            del text[length:]
+        return True
+
     def leave(self, row: int) -> None:
         """Removes a row. The last one takes its place."""
         for cache in self.caches:
