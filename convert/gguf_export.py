@@ -24,6 +24,7 @@ from elm_mlx_convert.gguf_file import GgufTensor, Metadatum, Strings, read_heade
 from elm_mlx_convert.gguf_tokenizer import tokenizer_metadata
 from elm_mlx_convert.gguf_weights import Rounding, TensorPlan, Weight
 from elm_mlx_convert.lora_files import LoraWeights
+from elm_mlx_convert.model_card import card_metadata
 from elm_mlx_convert.plan import make_plan
 from elm_mlx_convert.tensors import LazyTensor, read_safetensors
 
@@ -62,6 +63,7 @@ class _Source:
     """A model that is to be written."""
 
     label: str
+    directory: Path
     files: tuple[Path, ...]
     config: Config
     weights: Mapping[str, Weight]
@@ -75,18 +77,20 @@ def export_gguf(
     destination: str | Path,
     *,
     kind: str = AS_STORED,
+    name: str | None = None,
     modelfile: bool = False,
     verify: bool = False,
     overwrite: bool = False,
     on_progress: OnProgress = no_progress,
 ) -> GgufExport:
-    """Writes a model as a GGUF file, with its tokenizer and chat template.
+    """Writes a model as a GGUF file, with its tokenizer and chat template, and what its card says of its origin.
 
     Args:
         model: a model directory of any family that llama.cpp has, quantized or not; or another checkpoint of an
             OpenELM that `convert` reads.
         destination: the file to make. It appears whole or not at all.
         kind: one of TYPES, for all matrices. As they are stored, none is rounded that has a GGML type of its values.
+        name: what the model is called; by default as its directory or file is.
         modelfile: write `Modelfile` beside it, for `ollama create`.
         verify: read both sides back and compare every value, before the file takes its name.
         overwrite: replace a file that is there.
@@ -110,7 +114,8 @@ def export_gguf(
         asked = None if kind == AS_STORED else kind.upper()
         made, extra = _plan(source, asked)
         described, notes = tokenizer_metadata(source.vocabulary, source.config.vocab_size, source.templates)
-        metadata = _metadata(source, made) | described
+        card, unread = card_metadata(source.directory)
+        metadata = _metadata(source, made, name or source.label) | card | described
         check_room(path, made.nbytes)
         verified = _write(path, metadata, made, extra, verify, on_progress)
         if modelfile:
@@ -124,7 +129,7 @@ def export_gguf(
         nbytes=path.stat().st_size,
         roundings=tuple(each for each in made.roundings.values() if each.largest),
         verified=verified,
-        notes=(*source.notes, *notes, *_context_notes(source.config)),
+        notes=(*source.notes, *unread, *notes, *_context_notes(source.config)),
         modelfile=beside if modelfile else None,
     )
 
@@ -148,7 +153,7 @@ def _open(model: str | Path) -> _Source:
         tensors |= read_safetensors(file)
     weights = gguf_weights.weights(tensors, config, str(path))
     vocabulary = read_vocabulary(path, config)
-    return _Source(path.resolve().name, files, config, weights, vocabulary, _templates(path), vocabulary.notes)
+    return _Source(path.resolve().name, path, files, config, weights, vocabulary, _templates(path), vocabulary.notes)
 
 
 def _of_checkpoint(model: str | Path) -> _Source:
@@ -158,7 +163,9 @@ def _of_checkpoint(model: str | Path) -> _Source:
     vocabulary = Vocabulary(None, ()) if plan.tokenizer is None else read_vocabulary(plan.tokenizer.parent, plan.config)
     templates = {"": plan.chat_template} if plan.chat_template else {}
     label = plan.source.label.removesuffix(".pt")
-    return _Source(label, plan.source.files, plan.config, weights, vocabulary, templates, (*plan.notes, *plan.warnings))
+    notes = (*plan.notes, *plan.warnings)
+    source = plan.source
+    return _Source(label, source.directory, source.files, plan.config, weights, vocabulary, templates, notes)
 
 
 def _templates(directory: Path) -> dict[str, str]:
@@ -184,13 +191,13 @@ def _whole(values: np.ndarray) -> list[np.ndarray]:
     return [values]
 
 
-def _metadata(source: _Source, made: TensorPlan) -> dict[str, Metadatum]:
+def _metadata(source: _Source, made: TensorPlan, name: str) -> dict[str, Metadatum]:
     network = gguf_names.metadata(source.config)
     main = next(iter(made.types()), "F32")
     general: dict[str, Metadatum] = {
         "general.type": "model",
         # llama.cpp has white space behind Phi-3's control tokens swallowed by this name alone.
-        "general.name": source.label if "phi3" not in source.config.model_type else f"phi-3 {source.label}",
+        "general.name": name if "phi3" not in source.config.model_type else f"phi-3 {name}",
         "general.file_type": _FILE_TYPES[main],
         "general.quantization_version": 2,
     }

@@ -201,7 +201,7 @@ def find(path: Path) -> Path | None:
         InputError: the directory holds several.
     """
     if path.is_dir():
-        found = sorted(path.glob("*.gguf"))
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         if not found or any(file.suffix in (".safetensors", ".bin", ".pt") for file in path.iterdir()):
             return None
         if len(found) > 1:

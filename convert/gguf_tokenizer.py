@@ -8,6 +8,7 @@ by a name alone.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.reading import counted, listed
 from elm_mlx.text import sentencepiece_file
-from elm_mlx.text.sentencepiece_file import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from elm_mlx.text.sentencepiece_file import BPE, BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from elm_mlx.text.tokenizer import Tokenizer, Vocabulary, read_settings
 from elm_mlx_convert.gguf_file import Metadatum
 from elm_mlx_convert.gguf_vocabulary import RULES
@@ -30,6 +31,10 @@ _MAX_BYTES = 64 << 20
 _MAX_PIECES = 1 << 24
 _UNJOINED = -1000.0  # the score of pieces that no merge makes
 _ENDS = ("eos", "eot", "eom")  # what llama.cpp has names for: the end of a text, a turn, a message
+# llama.cpp's own converter calls these control tokens, also where `tokenizer.json` doesn't call them special.
+_LIKE_CONTROL = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+# Gemma's tokenizers cut at spaces, after all of them have become marks.
+_NO_CUT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _PREFERRED = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o")  # of several names for the same
 
 
@@ -71,9 +76,11 @@ def tokenizer_metadata(
 def _special(tokenizer: Tokenizer, ends: Sequence[int]) -> dict[str, int]:
     """Returns the special tokens by GGUF's names. A BOS that is put before no text is named all the same."""
     settings = read_settings(tokenizer.path.parent)
-    named = {name: tokenizer.id_of(settings[f"{name}_token"]) for name in ("bos", "unk") if f"{name}_token" in settings}
+    names = [name for name in ("bos", "unk", "pad") if f"{name}_token" in settings]
+    named = {name: tokenizer.id_of(settings[f"{name}_token"]) for name in names}
     found = {"bos": tokenizer.bos_id if tokenizer.bos_id is not None else named.get("bos")}
     found["unknown"] = tokenizer.unk_id if tokenizer.unk_id is not None else named.get("unk")
+    found["padding"] = named.get("pad")
     found |= dict(zip(_ENDS, ends, strict=False))
     # llama.cpp puts numbers of its own, of Llama and GPT-2, where none is said.
     found["bos"] = found["bos"] if found["bos"] is not None else next(iter(ends), None)
@@ -127,7 +134,7 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[dict[str, Metadatum], list[
     values: dict[str, Metadatum] = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": [piece.text for piece in pieces],
+        "tokenizer.ggml.tokens": _as_written([piece.text for piece in pieces], [piece.type for piece in pieces]),
         "tokenizer.ggml.scores": np.array([piece.score for piece in pieces], np.float32),
         "tokenizer.ggml.token_type": np.array([piece.type for piece in pieces], np.int32),
         "tokenizer.ggml.add_space_prefix": model.add_dummy_prefix,
@@ -223,6 +230,19 @@ def _by_scores(tokenizer: Tokenizer, content: Json, merges: Merges) -> tuple[dic
         BYTE if kind == NORMAL and sentencepiece_file.byte_of(text) is not None else kind
         for text, kind in zip(tokens, types, strict=True)
     ]
+    normal, cut = (_steps(content.get(key), f"{key.replace('_', '')}s") for key in ("normalizer", "pre_tokenizer"))
+    odd = []
+    for step in (*normal, *cut):
+        isolated = _isolated(step)
+        if isolated and by_text.keys() >= {*isolated}:
+            for text in isolated:
+                types[by_text[text]] = USER_DEFINED
+        elif step.get("type") not in ("Prepend", "Replace", "Metaspace") and step != _NO_CUT:
+            odd.append(step)
+    if odd:
+        raise InputError(f"{path}: changes or cuts text by {_kinds(odd)}, which llama.cpp does not")
+    if tokenizer.unk_id is not None and types[tokenizer.unk_id] != NORMAL:
+        types[tokenizer.unk_id] = UNKNOWN
     missing = set(_joins(tokens, types)) - set(merges)
     rank, last = 0, None
     for merge in merges:
@@ -232,23 +252,36 @@ def _by_scores(tokenizer: Tokenizer, content: Json, merges: Merges) -> tuple[dic
         if scores[token] != _UNJOINED or missing:
             raise InputError(f"{path}: its merges have an order that no scores have, by which llama.cpp joins pieces")
         scores[token], last, rank = -rank, token, rank + 1
-    normal, cut = (_steps(content.get(key), f"{key.replace('_', '')}s") for key in ("normalizer", "pre_tokenizer"))
     prefix = any(step.get("type") == "Prepend" for step in normal) or any(
         step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never" for step in cut
     )
-    known = {"Prepend", "Replace", "Metaspace"}
-    odd = [step for step in (*normal, *cut) if step.get("type") not in known]
-    if odd:
-        raise InputError(f"{path}: changes or cuts text by {_kinds(odd)}, which llama.cpp does not")
     values: dict[str, Metadatum] = {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.pre": "default",
-        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.tokens": _as_written(tokens, types),
         "tokenizer.ggml.scores": scores,
         "tokenizer.ggml.token_type": np.array(types, np.int32),
         "tokenizer.ggml.add_space_prefix": prefix,
     }
     return values, []
+
+
+def _isolated(step: Mapping[str, Any]) -> list[str] | None:
+    """Returns the texts that a step of a pre-tokenizer cuts out, as `tokenizers` writes those that a user defined."""
+    found = step.get("pattern") if step.get("type") == "Split" and step.get("behavior") == "Isolated" else None
+    pattern = found.get("Regex") if isinstance(found, dict) and not step.get("invert") else None
+    if not isinstance(pattern, str):
+        return None
+    parts = re.findall(r"(?:\\.|[^|])+", pattern, re.DOTALL)
+    texts = [re.sub(r"\\(.)", r"\1", part, flags=re.DOTALL) for part in parts]
+    return texts if "|".join(map(re.escape, texts)) == pattern else None
+
+
+def _as_written(tokens: Sequence[str], types: Sequence[int]) -> list[str]:
+    """Returns tokens as llama.cpp wants them: those that a user defined it finds in a text whose spaces are spaces."""
+    return [
+        text.replace(SPACE, " ") if kind == USER_DEFINED else text for text, kind in zip(tokens, types, strict=True)
+    ]
 
 
 def _joins(tokens: Sequence[str], types: Sequence[int]) -> Iterator[tuple[str, str]]:
@@ -271,10 +304,9 @@ def _pieces(tokenizer: Tokenizer, content: Json) -> tuple[list[str], list[int]]:
         tokens[token], types[token] = text, NORMAL
     controls = set(tokenizer.control_ids.values())
     for entry in content.get("added_tokens") or []:
-        token = entry["id"]
-        tokens[token], types[token] = entry["content"], CONTROL if token in controls else USER_DEFINED
-    if tokenizer.unk_id is not None and types[tokenizer.unk_id] != NORMAL:
-        types[tokenizer.unk_id] = UNKNOWN
+        token, text = entry["id"], entry["content"]
+        tokens[token] = text
+        types[token] = CONTROL if token in controls or _LIKE_CONTROL.fullmatch(text) else USER_DEFINED
     return tokens, types
 
 

@@ -22,7 +22,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.files import new_file, write_json, write_text
 from elm_mlx.reading import Keys, short
 from elm_mlx.text.sentencepiece_file import BPE as BPE_MODEL
-from elm_mlx.text.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from elm_mlx.text.sentencepiece_file import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from elm_mlx.text.tokenizer import FILE_NAME
 from elm_mlx_convert import tokenizers
 from elm_mlx_convert.gguf_file import GgufHeader, Strings
@@ -386,7 +386,11 @@ def _post_processor(vocabulary: GgufVocabulary) -> Json | None:
 def _sentencepiece_model(vocabulary: GgufVocabulary) -> bytes:
     """Returns a SentencePiece model of the vocabulary: the protobuf message ModelProto of SentencePiece's format."""
     types, special = vocabulary.types, vocabulary.special
-    pieces = zip(vocabulary.tokens, vocabulary.scores, types, strict=True)
+    texts = [  # llama.cpp has those that a user defined with spaces
+        text.replace(" ", SPACE) if kind == USER_DEFINED else text
+        for text, kind in zip(vocabulary.tokens, types, strict=True)
+    ]
+    pieces = zip(texts, vocabulary.scores, types, strict=True)
     names = dict(special) if vocabulary.add_bos else {name: t for name, t in special.items() if name != "bos"}
     names["unk"] = types.index(UNKNOWN)
     # By the pieces' names, and not by their ids, the library finds them; a name that is no piece's is none.

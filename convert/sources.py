@@ -101,8 +101,9 @@ def _open_file(path: Path, ema: bool) -> CheckpointSource:
 
 def is_gguf(path: Path) -> bool:
     """Returns whether a file begins as GGUF does, or is called so."""
-    if path.suffix == ".gguf" or not path.is_file():  # of a pipe nothing would come
-        return path.suffix == ".gguf"
+    named = path.suffix.lower() == ".gguf"
+    if named or not path.is_file():  # of a pipe nothing would come
+        return named
     try:
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"

@@ -210,7 +210,7 @@ def _no_model(path: Path) -> str:
         command = f"elm-mlx {run['command']} --out {path} --resume"
         return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
     if adapter is None:
-        found = sorted(entry for entry in path.iterdir() if entry.suffix in (".pt", ".pth", ".gguf"))
+        found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in (".pt", ".pth", ".gguf"))
         hint = f"; `elm-mlx convert {found[0]} DST` makes one" if found else ""
         return f"holds no config.json, so it is not a model directory{hint}"
     if "peft_type" in adapter:

@@ -201,8 +201,13 @@ JSON_RECORDS = json.JSONDecoder(parse_int=_whole, object_pairs_hook=_object)  # 
 
 
 def yaml_mapping(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file of plain values. Raises InputError when it cannot be read, is none, or says a key
-    twice, of which YAML would take the last."""
+    """The mapping in a YAML file of plain values. Raises InputError when it cannot be read, or as `mapping_of_yaml`."""
+    return mapping_of_yaml(text(path, TABLES_BYTES), path)
+
+
+def mapping_of_yaml(content: str, path: Path) -> dict[Any, Any]:
+    """The mapping that a YAML text from `path` is. Raises InputError when it is none, or says a key twice, of which
+    YAML would take the last."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -229,7 +234,7 @@ def yaml_mapping(path: Path) -> dict[Any, Any]:
             super().flatten_mapping(node)
 
     try:
-        values = yaml.load(text(path, TABLES_BYTES), Loader)
+        values = yaml.load(content, Loader)
         _check_nodes(values)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not YAML with plain values: {' '.join(str(error).split())[:300]}") from None

@@ -57,11 +57,13 @@ def export(
         _write_adapter(options.directory_of(Path(model)), adapter, dst, overwrite)
         return
     import elm_mlx_convert
+    from elm_mlx.store.model_names import name_of
 
     source = options.directory_of(Path(model))
+    name = name_of(source).rpartition("/")[2] if source.is_dir() else None
     with ProgressBar("bytes") as progress:
         done = elm_mlx_convert.export_gguf(
-            source, dst, kind=type_ or "as-stored", modelfile=modelfile, verify=verify, overwrite=overwrite,
+            source, dst, kind=type_ or "as-stored", name=name, modelfile=modelfile, verify=verify, overwrite=overwrite,
             on_progress=progress,
         )  # fmt: skip
     _print_gguf(done)

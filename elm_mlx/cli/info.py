@@ -15,6 +15,7 @@ from elm_mlx import blas
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import bar, byte_size, counted, line, say_all, table, terminal_width
 from elm_mlx.errors import InputError
+from elm_mlx.reading import expanded
 
 if TYPE_CHECKING:
     from elm_mlx.store.describe import AdapterDescription, Description, Layer
@@ -35,7 +36,7 @@ def info(
         raise InputError("give MODEL, or --system")
     if adapter is not None and model is None:
         raise InputError("--adapter needs MODEL, which it is for")
-    model = model and options.directory_of(model)
+    asked, model = str(model), model and options.directory_of(model)
     result: dict[str, object] = {}
     if system:
         result |= {"system": _system()}
@@ -53,7 +54,7 @@ def info(
     if system:
         say_all(((f"{name}:", value) for name, value in _system().items()), 14)
     if model is not None:
-        _print(description)
+        _print(description, asked)
         if about is not None:
             _print_adapter(about)
 
@@ -84,9 +85,11 @@ def _short(path: str) -> str:
         return path
 
 
-def _print(about: Description) -> None:
+def _print(about: Description, asked: str) -> None:
+    """Prints a model's figures. A repository is called by the name that was asked for."""
+    by_path = expanded(asked).exists()
     embedding = f"({about.embedding_parameters:,} in the embedding)"
-    line(f"{about.path}: {about.family}, {about.parameters:,} parameters {embedding}")
+    line(f"{about.path if by_path else asked}: {about.family}, {about.parameters:,} parameters {embedding}")
     shape = [counted(about.num_layers, "layer"), f"width {about.model_dim}"]
     if about.layers:
         ffn, norm = "SwiGLU" if about.glu else "plain FFN", "QK norm" if about.qk_norm else "no QK norm"
@@ -104,6 +107,7 @@ def _print(about: Description) -> None:
         "cache" if state else "KV cache": "a state of constant size, which cannot be rewound"
         if state
         else ", ".join(caches),
+        "directory": "" if by_path else about.path,
     }
     say_all(lines.items(), 14, indent=2)
     if about.layers:

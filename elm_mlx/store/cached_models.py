@@ -124,7 +124,7 @@ def _about(directory: Path) -> tuple[str, bool]:
     if "config.json" not in names:
         if "adapter_config.json" in names:
             return "an adapter", False
-        return ("GGUF" if any(name.endswith(".gguf") for name in names) else "no model"), False
+        return ("GGUF" if any(name.lower().endswith(".gguf") for name in names) else "no model"), False
     try:
         if not model_names.is_whole(directory):
             return "incomplete", False

@@ -252,7 +252,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for path in (directory / name for name in _SETTINGS):
         values = reading.json_object_if_there(path)
-        for name in ("bos_token", "eos_token", "unk_token"):
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             value = values.get(name)
             text = value.get("content") if isinstance(value, dict) else value
             if not isinstance(text, str | None):

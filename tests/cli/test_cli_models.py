@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import gguf
 import pytest
 from commands import Run, modules_of, packages
 from hub_server import HubServer
@@ -31,7 +33,10 @@ def test_commands_take_a_repositorys_name(
     asked = len(hub.asked)
     assert run("chat", NAME, "--max-tokens", 4, stdin="hello\n")[0] == 0
     code, out, _ = run("info", "--model", NAME, "--revision", llama)
-    assert code == 0 and out.startswith(f"{tmp_path}/hub/models--small--Llama/snapshots/{llama}: Llama, ")
+    assert code == 0 and out.startswith(f"{NAME}@{llama}: Llama, ")
+    assert re.search(rf"^  directory +{tmp_path}/hub/models--small--Llama/snapshots/{llama}$", out, re.MULTILINE)
+    assert run("export", NAME, "a.gguf")[0] == 0
+    assert gguf.GGUFReader("a.gguf").fields["general.name"].contents() == "Llama"
     (tmp_path / "text.txt").write_text("the fox jumps over lazy dogs\n" * 9)
     assert run("eval", NAME, "--text", "text.txt", "--window", 16)[0] == 0 and (tmp_path / "evals" / "Llama").is_dir()
     assert _named(NAME) == f"{NAME}={tmp_path}/hub/models--small--Llama/snapshots/{llama}"

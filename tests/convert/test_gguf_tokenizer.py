@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from checkpoints import save_hub, tiny, weights
 from sentencepiece_models import EXACT
 
 from elm_mlx.errors import InputError
-from elm_mlx_convert import export_gguf, tokenizers
+from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx_convert import convert, export_gguf, tokenizers
 from elm_mlx_convert.gguf_export import GgufExport
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -131,6 +133,64 @@ def test_ids_that_a_vocabulary_leaves_out_are_padding(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="has a piece of the id 2147483648"):
         export_gguf(directory, tmp_path / "b.gguf")
+
+
+def test_special_tokens_are_control_tokens_whatever_they_are_for(tmp_path: Path) -> None:
+    """As llama.cpp's converter types them, one that is called unknown and ones that look special among them."""
+    directory = other_models.write_model(tmp_path / "model", "mistral")
+    path, settings = directory / "tokenizer.json", directory / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    first, size = content["added_tokens"][0], len(content["model"]["vocab"])
+    added = {"<|fim|>": False, "<tool>": False, "<pad>": True}
+    entries = [
+        {**first, "id": size + i, "content": text, "special": how} for i, (text, how) in enumerate(added.items())
+    ]
+    path.write_text(json.dumps({**content, "added_tokens": [*content["added_tokens"], *entries]}))
+    more = {"unk_token": first["content"], "pad_token": {"content": "<pad>"}}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | more))
+    wider = other_models.write_model(tmp_path / "wider", "mistral", {"vocab_size": size + 3})
+    for file in (path, settings):
+        shutil.copy(file, wider)
+    found, _ = fields(wider)
+    kinds = dict(zip(found["tokens"], found["token_type"], strict=True))
+    control, defined = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+    assert {text: kinds[text] for text in (first["content"], *added)} == {
+        first["content"]: control, "<|fim|>": control, "<tool>": defined, "<pad>": control,
+    }  # fmt: skip
+    assert found["unknown_token_id"] == first["id"] and found["padding_token_id"] == size + 2
+
+
+@pytest.mark.parametrize("layout", ["SentencePiece", "ours", "Gemma's"])
+def test_spaces_that_a_user_defined_are_spaces(layout: str, tmp_path: Path) -> None:
+    """As Gemma's tokenizer has several: llama.cpp looks for them in the text as it is written."""
+    symbols = ["\u2581\u2581", "\n\n", "<a|b>"]
+    options = {**EXACT, "user_defined_symbols": symbols, "add_dummy_prefix": False}
+    if layout == "SentencePiece":
+        directory = openelm(tmp_path / "model", **options)
+    else:
+        directory = other_models.write_model(tmp_path / "model", "mistral", {"vocab_size": 410})
+        sentencepiece_models.train(tmp_path / "a.model", **options)
+        tokenizers.write(tmp_path / "a.model", directory, max_length=64)
+    if layout == "Gemma's":
+        content = json.loads((directory / "tokenizer.json").read_text())
+        for text in symbols:
+            entry = {"id": content["model"]["vocab"][text], "content": text, "special": False, "normalized": True}
+            content["added_tokens"].append({**content["added_tokens"][0], **entry})
+        content["model"]["ignore_merges"] = False
+        content["pre_tokenizer"] = {
+            "type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False,
+        }  # fmt: skip
+        (directory / "tokenizer.json").write_text(json.dumps(content))
+    found, _ = fields(directory)
+    defined = [
+        text for text, kind in zip(found["tokens"], found["token_type"], strict=True)
+        if kind == gguf.TokenType.USER_DEFINED
+    ]  # fmt: skip
+    assert sorted(defined) == sorted(["  ", "\n\n", "<a|b>"])
+    convert(directory.with_suffix(".gguf"), tmp_path / "back")
+    ours, theirs = Tokenizer.load(tmp_path / "back"), Tokenizer.load(directory)
+    for text in ("the  quick   fox", "a\n\nb<a|b>  c", "    "):
+        assert ours.encode(text) == theirs.encode(text), text
 
 
 @pytest.mark.parametrize(
