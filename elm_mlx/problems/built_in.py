@@ -9,11 +9,13 @@ from pathlib import Path
 
 from elm_mlx import reading
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.problems.brackets import BRACKETS
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
-from elm_mlx.problems.number_tasks import ARITHMETIC
+from elm_mlx.problems.countdown import COUNTDOWN
+from elm_mlx.problems.number_tasks import ARITHMETIC, COMPARISON, COUNTING, SORTING
 from elm_mlx.reading import expanded, printable
 
-TASKS = {task.name: task for task in (ARITHMETIC,)}
+TASKS = {task.name: task for task in (ARITHMETIC, COMPARISON, SORTING, COUNTING, BRACKETS, COUNTDOWN)}
 
 _MOST_DIFFICULTIES = 1000
 

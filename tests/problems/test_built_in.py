@@ -65,7 +65,14 @@ def test_no_answer_and_the_prompt_itself_are_not_right(name: str, level: int) ->
             assert task.judge(made, answer) is not Verdict.RIGHT, (made, answer)
 
 
-DIGESTS = {"arithmetic": "4cc665a2854d5f4e"}
+DIGESTS = {
+    "arithmetic": "4cc665a2854d5f4e",
+    "comparison": "e1f1c2baa3a5fa68",
+    "sorting": "d8ee7e24a6a28903",
+    "counting": "28f304959221b24d",
+    "brackets": "70aa6fdc767bd848",
+    "countdown": "d3e39bd99d9b4f75",
+}
 
 
 @pytest.mark.parametrize("name", TASKS)
