@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -94,6 +95,24 @@ def spelling_model(tokenizer: Tokenizer, text: str, context: int = CONTEXT, padd
     head = mx.zeros((size, width))
     head[mx.array(following), mx.arange(size)] = 10.0
     model.lm_head.weight = head
+    mx.eval(model.parameters())
+    return model
+
+
+def guessing_model(tokenizer: Tokenizer, guesses: str, ends: float = 0.9) -> Model:
+    """A model that answers anything by one of the characters of `guesses`, each as likely, and mostly ends there.
+
+    The last token alone decides, as in `spelling_model`. An answer goes on by another guess where it does not end.
+    """
+    tokens = mx.array([tokenizer.id_of(f"<0x{ord(guess):02X}>") for guess in guesses])
+    size = tokenizer.vocab_size
+    model = spelling_model(tokenizer, "ab")
+    width = model.lm_head.weight.shape[1]
+    logits = mx.full((size, width), -30.0)
+    logits[tokens] = 0.0
+    logits[tokens[:, None], tokens] = math.log((1 - ends) / len(guesses))
+    logits[tokenizer.eos_id, tokens] = math.log(ends)
+    model.lm_head.weight = logits / width**0.5  # the last norm makes a one-hot vector as long as that
     mx.eval(model.parameters())
     return model
 

@@ -22,11 +22,16 @@ _TRIES = 1000  # draws in a row without a problem that will do, after which a di
 
 @dataclass(frozen=True)
 class DrawnProblem:
-    """A problem, its number among those drawn, and its difficulty."""
+    """A problem, its number among those drawn, and its difficulty.
+
+    Attributes:
+        passed_over: of one to train on, how many were drawn before it in vain, for they are held out.
+    """
 
     number: int
     difficulty: int
     problem: Problem
+    passed_over: int = 0
 
 
 def normalized(prompt: str) -> str:
@@ -53,10 +58,10 @@ def training_problem(
     """
     stream = random.Random(f"{seed}/train/{number}")
     difficulty = stream.choice(difficulties)
-    for _ in range(_TRIES):
+    for passed_over in range(_TRIES):
         problem = task.problem(difficulty, stream.getrandbits(32))
         if not is_held_out(problem.prompt) and normalized(problem.prompt) not in left_out:
-            return DrawnProblem(number, difficulty, problem)
+            return DrawnProblem(number, difficulty, problem, passed_over)
     raise InputError(
         f"task {task.name}, difficulty {difficulty}: {_TRIES:,} draws gave no problem that is not held out; "
         "choose others by --difficulty"
