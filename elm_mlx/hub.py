@@ -1,4 +1,4 @@
-"""The Hugging Face hub: names of repositories, what its cache holds of them, and downloads that resume.
+"""The Hugging Face hub: repositories of models and data sets, what its cache holds of them, downloads that resume.
 
 Cache, token, endpoint and `HF_HUB_OFFLINE` are huggingface_hub's, and so is the layout of the cache: `refs` lead from a
 branch to a commit, `snapshots` hold a commit's files as links to `blobs`. What is cached is found without the network,
@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, Literal
 
 from elm_mlx import files
-from elm_mlx.callbacks import OnProgress, no_progress
+from elm_mlx.callbacks import OnProgress
 from elm_mlx.errors import ElmError, InputError
 
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:]+))?(?::(?P<file>[^:]+))?")
 _FILES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")  # a path, then, and no repository
 _MAIN = "main"
 _LARGE = 8 << 20  # bytes; smaller files are not worth resuming
@@ -33,34 +33,42 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository of a model: `OWNER/NAME`, at a branch, tag or commit; None is the branch main."""
+    """A repository: `OWNER/NAME`, at a branch, tag or commit; None is the branch main.
+
+    Attributes:
+        file: of a model's, the GGUF file that is meant, or a part of its name such as Q8_0.
+    """
 
     name: str
     revision: str | None = None
+    kind: Literal["model", "dataset"] = "model"
+    file: str | None = None
 
     def __str__(self) -> str:
-        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+        revision = "" if self.revision is None else f"@{self.revision}"
+        file = "" if self.file is None else f":{self.file}"
+        return f"{'hub:' if self.kind == 'dataset' else ''}{self.name}{revision}{file}"
 
     @property
     def folder(self) -> Path:
         """The repository's folder in the hub's cache, which may not be there."""
-        return cache() / f"models--{self.name.replace('/', '--')}"
+        return cache() / f"{self.kind}s--{self.name.replace('/', '--')}"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a repository holds at a commit: the sizes of its files in bytes, by name."""
+    """What a repository holds at a commit: the sizes of its files in bytes, by name; no name leads out of it."""
 
     commit: str
     sizes: Mapping[str, int]
 
 
 def repository(text: str) -> Repository | None:
-    """Returns the repository that `OWNER/NAME` or `OWNER/NAME@REVISION` names; None where it can be none."""
-    name, at, revision = text.partition("@")
-    if not _NAME.fullmatch(name) or (at and not revision) or Path(name).suffix.lower() in _FILES:
+    """Returns the model's repository that `OWNER/NAME[@REVISION][:FILE]` names; None where it can be none."""
+    found = _NAME.fullmatch(text)
+    if found is None or Path(found["name"]).suffix.lower() in _FILES:
         return None
-    return Repository(name, revision or None)
+    return Repository(found["name"], found["revision"], file=found["file"])
 
 
 def cache() -> Path:
@@ -110,13 +118,16 @@ def contents(of: Repository) -> Contents:
     with _explained(of):
         from huggingface_hub import HfApi
 
-        about = HfApi().model_info(of.name, revision=of.revision, files_metadata=True, timeout=30)
+        about: Any = HfApi().repo_info(
+            of.name, revision=of.revision, repo_type=of.kind, files_metadata=True, timeout=30
+        )
     sizes = {each.rfilename: each.size or 0 for each in about.siblings or ()}
-    return Contents(about.sha or of.revision or _MAIN, sizes)
+    inside = {name: size for name, size in sizes.items() if name[:1] != "/" and ".." not in PurePosixPath(name).parts}
+    return Contents(about.sha or of.revision or _MAIN, inside)
 
 
 def download(
-    of: Repository, found: Contents, names: list[str], what: str = "download", on_progress: OnProgress = no_progress
+    of: Repository, found: Contents, names: list[str], what: str = "download", on_progress: OnProgress | None = None
 ) -> Path:
     """Brings files of a repository into the hub's cache, but for those that are there.
 
@@ -124,7 +135,8 @@ def download(
     the hub names a file's SHA-256, what has come is compared with it.
 
     Args:
-        what: what is downloaded, for `on_progress`, which is called with bytes.
+        what: what is downloaded, for `on_progress`, which is called with bytes. By default a terminal shows a bar, as
+            with huggingface_hub, and by its settings.
 
     Returns:
         The directory of the commit's snapshot.
@@ -141,21 +153,40 @@ def download(
     kept = sum(each.stat().st_size for each in (of.folder / "blobs").glob("*.incomplete"))
     files.check_room(of.folder, max(0, total - kept))
     done = 0
-    for name in wanted:
-        size, before = found.sizes[name], done
+    with _watched(of, on_progress) as progress:
+        for name in wanted:
+            size, before = found.sizes[name], done
 
-        def show(count: int, before: int = before) -> None:
-            on_progress(what, before + count, total)
+            def show(count: int, before: int = before) -> None:
+                progress(what, before + count, total)
 
-        show(0)
-        with _explained(of):
-            if size > _LARGE:
-                _fetch_large(of, found.commit, name, size, show)
-            _fetch(of, found.commit, name)
-        done += size
-        show(size)
+            show(0)
+            with _explained(of):
+                if size > _LARGE:
+                    _fetch_large(of, found.commit, name, size, show)
+                _fetch(of, found.commit, name)
+            done += size
+            show(size)
     _refer(of, found.commit)
     return directory
+
+
+@contextmanager
+def _watched(of: Repository, on_progress: OnProgress | None) -> Iterator[OnProgress]:
+    """Yields the callback, or one that draws huggingface_hub's bar, if there is a terminal."""
+    if on_progress is not None:
+        yield on_progress
+        return
+    from huggingface_hub import utils
+
+    draw_bar: Any = utils.tqdm  # type: ignore[attr-defined]
+    with draw_bar(desc=str(of), unit="B", unit_scale=True, disable=None) as bar:
+
+        def draw(what: str, done: int = 0, total: int = 0, /) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield draw
 
 
 def _fetch(of: Repository, commit: str, name: str) -> None:
@@ -170,7 +201,7 @@ def _fetch(of: Repository, commit: str, name: str) -> None:
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
-        hf_hub_download(of.name, name, revision=commit)
+        hf_hub_download(of.name, name, revision=commit, repo_type=of.kind)
     finally:
         if shown:  # they are the whole process's, and others download too
             enable_progress_bars()
@@ -189,7 +220,7 @@ def _fetch_large(of: Repository, commit: str, name: str, size: int, show: Callab
     """Brings a file to its place among the blobs, in as many runs as it takes; huggingface_hub itself begins anew."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    url = hf_hub_url(of.name, name, revision=commit)
+    url = hf_hub_url(of.name, name, revision=commit, repo_type=of.kind)
     about = get_hf_file_metadata(url, timeout=30)
     if not about.etag or about.size != size:
         return  # huggingface_hub's own download says what is wrong
@@ -282,16 +313,19 @@ def _in_one_line(of: Repository, error: Exception) -> ElmError:
     if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # what the hub said, which it wraps
     status = getattr(getattr(error, "response", None), "status_code", None)
+    path, folder, what = ("no such directory, nor is it", "", "repository")
+    if of.kind == "dataset":
+        path, folder, what = "not", "datasets/", "data set"
     if isinstance(error, errors.GatedRepoError):
-        page = f"{_endpoint()}/{of.name}"
+        page = f"{_endpoint()}/{folder}{of.name}"
         return InputError(f"{of}: is gated: accept its terms at {page}, and log in by `hf auth login`")
     if isinstance(error, errors.RevisionNotFoundError):
         return InputError(f"{of}: the hub has no such revision of {of.name}")
     if isinstance(error, errors.RepositoryNotFoundError):
-        where = f"nor is it in the hub's cache, and {_endpoint()} has no such repository"
-        return InputError(f"{of}: no such directory, {where} (or it is private: `hf auth login`)")
+        where = f"{path} in the hub's cache, and {_endpoint()} has no such {what}"
+        return InputError(f"{of}: {where} (or it is private: `hf auth login`)")
     if isinstance(error, errors.HFValidationError):
-        return InputError(f"{of}: no such directory, and not a name that a repository could have")
+        return InputError(f"{of}: is no name that a {what} could have")
     if status in (401, 403):
         return InputError(f"{of}: the hub refuses access ({status}): `hf auth login` with a token that may read it")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -13,7 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubServer:
-    """Repositories by name, each with one commit.
+    """Repositories by name, each with one commit; data sets as `datasets/OWNER/NAME`.
+
+    Other revisions than main and the commit are repositories of their own, `NAME@REVISION`.
 
     Attributes:
         refuses: repository -> status and error code that every request for its files gets.
@@ -75,13 +77,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        hub, path = self.server_of, unquote(urlsplit(self.path).path)
-        hub.asked.append((self.command, path, self.headers.get("Range")))
-        parts = path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            self._describe("/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main")
+        hub, path = self.server_of, urlsplit(self.path).path
+        hub.asked.append((self.command, unquote(path), self.headers.get("Range")))
+        parts = [unquote(part) for part in path.strip("/").split("/")]
+        api, kind = parts[0] == "api", ""
+        if api or parts[0] == "datasets":
+            kind = "datasets/" if "datasets" in parts[:2] else ""
+            parts = parts[2 if api else 1 :]
+        name = kind + "/".join(parts[:2])
+        if api:
+            self._describe(name, parts[3] if len(parts) > 3 else "main")
         elif len(parts) > 4 and parts[2] == "resolve":
-            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+            self._file(name, parts[3], "/".join(parts[4:]))
         else:
             self._fail(404, "EntryNotFound")
 
@@ -89,6 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server_of
         if name not in hub.repositories:
             self._fail(401, "RepoNotFound")
+        elif f"{name}@{revision}" in hub.repositories:
+            self._answer_about(f"{name}@{revision}")
         elif revision not in ("main", hub.commit(name)):
             self._fail(404, "RevisionNotFound")
         else:
@@ -104,6 +113,10 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server_of
         if name in hub.refuses:
             return self._fail(*hub.refuses[name])
+        other = next(
+            (each for each in hub.repositories if each.startswith(name) and hub.commit(each) == revision), name
+        )
+        name = f"{name}@{revision}" if f"{name}@{revision}" in hub.repositories else other
         if file not in hub.repositories.get(name, {}):
             return self._fail(404, "EntryNotFound")
         data = hub.repositories[name][file]

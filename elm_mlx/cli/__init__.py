@@ -141,7 +141,8 @@ class Command(typer.core.TyperCommand):
             raise InputError(f"{_REVISION} {revision} is for a repository on the hub, but {placed[place]} is a path")
         if "@" in placed[place]:
             raise InputError(f"{_REVISION} {revision}: {placed[place]} names a revision already; give one of them")
-        placed[place] += f"@{revision}"
+        name, colon, file = placed[place].partition(":")
+        placed[place] = f"{name}@{revision}{colon}{file}"
 
 
 def _legible(formatter: Any) -> Any:

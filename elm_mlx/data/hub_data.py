@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from elm_mlx import hub
 from elm_mlx.data import split_files
 from elm_mlx.data.data_files import RECORDS
 from elm_mlx.data.split_files import SplitFiles
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.hub import Contents, Repository
 
 PREFIX = "hub:"
 _NAME = re.compile(
@@ -57,26 +58,19 @@ class HubData:
             InputError: there is no such data set, or it has no data that can be read, or several that could be meant.
             ElmError: the hub cannot be reached, and the cache does not have it.
         """
-        revisions = [self.revision] if self.revision is not None else [None, _MADE]
-        for revision in revisions:
-            names = [name for name in self._listed(revision) if name.lower().endswith(RECORDS)]
-            if names or revision == revisions[-1]:
-                return self._fetched(names, revision)
-        raise AssertionError
-
-    def _fetched(self, names: list[str], revision: str | None) -> dict[str, SplitFiles]:
-        found = self._chosen(names)
-        splits = {}
-        with self._failures_named():
-            from huggingface_hub import hf_hub_download
-
-            for split, (chosen, missing) in found.items():
-                paths = [
-                    Path(hf_hub_download(self.repository, name, repo_type="dataset", revision=revision))
-                    for name in chosen
-                ]
-                splits[split] = SplitFiles(paths, missing)
-        return splits
+        own = Repository(self.repository, self.revision, "dataset")
+        found = _listed(own)
+        made = replace(own, revision=_MADE)
+        if not found.sizes and self.revision is None and (hub.snapshot(made) is not None or not hub.offline()):
+            with suppress(InputError):  # the hub has made none
+                own, found = made, _listed(made)
+        chosen = self._chosen(sorted(found.sizes))
+        names = [name for names, _ in chosen.values() for name in names]
+        directory = hub.download(own, found, names)
+        return {
+            split: SplitFiles([directory / name for name in names], missing)
+            for split, (names, missing) in chosen.items()
+        }
 
     def _chosen(self, names: list[str]) -> dict[str, tuple[list[str], str | None]]:
         """Which of a repository's files are meant, by split, as if they lay in a directory."""
@@ -107,56 +101,22 @@ class HubData:
     def __str__(self) -> str:
         return f"{self.repository}{f'/{self.path}' if self.path else ''}"
 
-    def _listed(self, revision: str | None) -> list[str]:
-        """The names of a repository's files: of the hub, or where it is not to be asked, of the cache."""
-        with self._failures_named():
-            from huggingface_hub import HfApi, constants, snapshot_download
-            from huggingface_hub.errors import RevisionNotFoundError
 
-            if constants.HF_HUB_OFFLINE:
-                try:
-                    folder = snapshot_download(
-                        self.repository, repo_type="dataset", revision=revision, local_files_only=True
-                    )
-                except FileNotFoundError:
-                    if revision == _MADE:
-                        return []
-                    raise
-                found = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
-                names = [path.as_posix() for path in found]
-            else:
-                try:
-                    about = HfApi().dataset_info(self.repository, revision=revision, timeout=30)
-                    names = [each.rfilename for each in about.siblings or ()]
-                except RevisionNotFoundError:
-                    if revision == _MADE:
-                        return []
-                    raise
-        if len(names) > _MOST_FILES:
-            raise InputError(f"{PREFIX}{self}: has {len(names):,} files; name a folder of it")
-        return sorted(name for name in names if ".." not in PurePosixPath(name).parts and not name.startswith("/"))
+def _listed(of: Repository) -> Contents:
+    """Returns a repository's files of records: of the hub, or where it is not to be asked, of the cache.
 
-    @contextmanager
-    def _failures_named(self) -> Iterator[None]:
-        """Raises what goes wrong with the hub as one line."""
-        try:
-            yield
-        except (InputError, ElmError):
-            raise
-        except Exception as error:  # its own kinds, the network's, the server's
-            raise self._explained(error) from None
-
-    def _explained(self, error: Exception) -> ElmError:
-        from huggingface_hub import errors
-
-        name = f"{PREFIX}{self}"
-        if isinstance(error, errors.GatedRepoError):
-            return InputError(f"{name}: is gated: accept its terms on the hub, and log in by `hf auth login`")
-        if isinstance(error, errors.RevisionNotFoundError):
-            return InputError(f"{name}: the hub has no revision {self.revision} of it")
-        if isinstance(error, errors.RepositoryNotFoundError):
-            return InputError(f"{name}: the hub has no such data set (or it is private: `hf auth login`)")
-        if isinstance(error, FileNotFoundError):
-            return ElmError(f"{name}: is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being fetched")
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return ElmError(f"{name}: cannot be had from the hub: {reason}")
+    Raises:
+        InputError: there is no such data set or revision, or it has too many files.
+        ElmError: the hub cannot be reached; or must not be asked, and the cache does not have it.
+    """
+    if hub.offline():
+        folder = hub.snapshot(of)
+        if folder is None:
+            raise ElmError(f"{of}: is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being downloaded")
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        found = Contents(folder.name, {name: path.stat().st_size for name, path in paths.items()})
+    else:
+        found = hub.contents(of)
+    if len(found.sizes) > _MOST_FILES:
+        raise InputError(f"{of}: has {len(found.sizes):,} files; name a folder of it")
+    return replace(found, sizes={name: size for name, size in found.sizes.items() if name.lower().endswith(RECORDS)})

@@ -26,10 +26,11 @@ _TORCH, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 # Apple's repositories have no tokenizer; their model cards name this one's.
 _LLAMA_2 = Repository("meta-llama/Llama-2-7b-hf")
 _SENTENCEPIECE = "tokenizer.model"
+_CARD = "README.md"  # whose licence goes with what `export` makes
 
 
 def directory_of(
-    model: str | Path, on_progress: OnProgress = no_progress, on_note: Callable[[str], None] = lambda text: None
+    model: str | Path, on_progress: OnProgress | None = None, on_note: Callable[[str], None] = lambda text: None
 ) -> Path:
     """Returns the model directory that `model` names: a path, or `OWNER/NAME` or `OWNER/NAME@REVISION` on the hub.
 
@@ -37,7 +38,7 @@ def directory_of(
     else it is downloaded. What is neither is returned as it is: whoever reads its config says what is wrong.
 
     Args:
-        on_progress: called with "download" or "write" and bytes.
+        on_progress: called with "download" or "write" and bytes. By default a terminal shows huggingface_hub's bar.
         on_note: called with lines that a user should know of: that something is downloaded, or converted.
 
     Raises:
@@ -117,7 +118,7 @@ def opens(snapshot: Path) -> bool:
 
 
 def _downloaded(
-    repository: Repository, before: Path | None, on_progress: OnProgress, on_note: Callable[[str], None]
+    repository: Repository, before: Path | None, on_progress: OnProgress | None, on_note: Callable[[str], None]
 ) -> Path:
     """Downloads what is needed of a repository: the config, which is checked, then small files, then weights."""
     try:
@@ -129,12 +130,12 @@ def _downloaded(
         raise type(error)(f"{error}; did you mean the directory {near}?") from None
     if _CONFIG not in found.sizes:
         raise InputError(f"{repository}: {_no_model(repository, found.sizes)}")
-    snapshot = hub.download(repository, found, [_CONFIG])
+    snapshot = hub.download(repository, found, [_CONFIG], on_progress=no_progress)
     if not _is_openelm(snapshot):
         read_config(snapshot)  # before its weights come
     small = [name for name in (INDEX, _TORCH_INDEX) if name in found.sizes]
-    small += [name for name in found.sizes if name in CARRIED or _is_template(name)]
-    snapshot = hub.download(repository, found, small)
+    small += [name for name in found.sizes if name in (*CARRIED, _CARD) or _is_template(name)]
+    snapshot = hub.download(repository, found, small, on_progress=no_progress)
     weights = _weights(repository, snapshot, found)
     total = sum(found.sizes[name] for name in weights if not (snapshot / name).exists())
     if total:
@@ -221,7 +222,9 @@ def _converted(repository: Repository, snapshot: Path | None) -> Path | None:
     return next((each for each in made if (each / _CONFIG).exists()), None)
 
 
-def _convert(repository: Repository, snapshot: Path, on_progress: OnProgress, on_note: Callable[[str], None]) -> Path:
+def _convert(
+    repository: Repository, snapshot: Path, on_progress: OnProgress | None, on_note: Callable[[str], None]
+) -> Path:
     """Converts a snapshot, with Llama 2's tokenizer where it has none, into the cache of conversions."""
     import elm_mlx_convert
     from elm_mlx_convert.sources import open_source
@@ -235,7 +238,7 @@ def _convert(repository: Repository, snapshot: Path, on_progress: OnProgress, on
         tokenizer = None if own else _llama_tokenizer(repository)
         source = replace(open_source(snapshot), label=repository.name, revision=snapshot.name)
         on_note(f"{repository}: is converted, once, into {made}" + ("" if own else ", with Llama 2's tokenizer"))
-        elm_mlx_convert.convert(source, made, tokenizer=tokenizer, on_progress=on_progress)
+        elm_mlx_convert.convert(source, made, tokenizer=tokenizer, on_progress=on_progress or no_progress)
     return made
 
 

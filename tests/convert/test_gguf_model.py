@@ -186,13 +186,13 @@ def test_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
 def test_a_directory_with_one_file_in_it(tmp_path: Path) -> None:
     source = other_models.write_model(tmp_path / "source", "olmo")
     (tmp_path / "hub").mkdir()
-    gguf_models.write(source, tmp_path / "hub" / "a.gguf")
-    assert convert(tmp_path / "hub", tmp_path / "back").plan.source.label == "a.gguf"
+    gguf_models.write(source, tmp_path / "hub" / "a.GGUF")
+    assert convert(tmp_path / "hub", tmp_path / "back").plan.source.label == "a.GGUF"
     (tmp_path / "hub" / "b.gguf").touch()
-    with pytest.raises(InputError, match=r"hub: holds 'a\.gguf', 'b\.gguf': name the one to convert"):
+    with pytest.raises(InputError, match=r"hub: holds 'a\.GGUF', 'b\.gguf': name the one to convert"):
         convert(tmp_path / "hub", tmp_path / "back", overwrite=True)
-    with pytest.raises(InputError, match=r"a\.gguf: is a GGUF file: `elm-mlx convert .* DIR` makes a model directory"):
-        export(tmp_path / "hub" / "a.gguf", tmp_path / "pt")
+    with pytest.raises(InputError, match=r"a\.GGUF: is a GGUF file: `elm-mlx convert .* DIR` makes a model directory"):
+        export(tmp_path / "hub" / "a.GGUF", tmp_path / "pt")
 
 
 def test_options_that_a_file_has_no_use_for(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ def test_a_repository_is_downloaded_once_and_only_what_is_needed(hub: HubServer,
     assert fetched[0] == "config.json" and fetched[-1].endswith(".safetensors")  # what is checked, and what is large
     assert {*fetched} == {
         "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "chat_templates/tools.jinja",
-        "generation_config.json",
+        "generation_config.json", "README.md",
     } & {*hub.repositories[LLAMA]}  # fmt: skip
     assert directory.name == llama and name_of(directory) == LLAMA
     assert len(notes) == 1 and "are downloaded" in notes[0]
@@ -60,6 +62,15 @@ def test_a_named_model_loads_as_its_directory_does(llama: str, family_dirs: dict
     assert tokenizer.decode(tokenizer.encode("the fox")) == elm_mlx.load(family_dirs["llama"])[1].decode(
         tokenizer.encode("the fox")
     )
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_from_python_a_terminal_shows_a_bar(llama: str, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+    elm_mlx.load_model(LLAMA)
+    assert (LLAMA in screen.getvalue()) == ("100%" in screen.getvalue()) == terminal
 
 
 def test_offline_the_cache_is_all_there_is(hub: HubServer, llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
