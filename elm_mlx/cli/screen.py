@@ -338,7 +338,7 @@ class TrainingDisplay(TrainingCallback):
             if not done:
                 with _if_anyone_looks():
                     self._bar.refresh()  # at once: what follows may keep this thread, and others, from it
-        elif total and not self.quiet and (time.monotonic() - self._last > _PAUSE or done == total):
+        elif total and not self.quiet and time.monotonic() - self._last > _PAUSE:
             self._last = time.monotonic()
             self.say(self._doing)
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from mlx.utils import tree_map
 
 from elm_mlx import device, files
-from elm_mlx.callbacks import OnProgress, TrainingCallback
+from elm_mlx.callbacks import TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
@@ -79,81 +79,69 @@ class Alignment(Finetuning):
         Raises:
             KeyboardInterrupt: someone ended it, as `Run.train` is ended; there is nothing to save.
         """
-        if self._preferring.needs_reference:
-            sources = {"train": self.batches} | ({"valid": self._validation} if self._validation else {})
-            for name, table in self._reference(model, dtype, sources, callback, FILE).items():
-                sources[name].reference = table
+        if not self._preferring.needs_reference:
+            return self._preferring
+
+        def computed(sources: Mapping[str, PairBatches]) -> dict[str, Table]:
+            total = sum(len(batches.reference) for batches in sources.values())
+
+            def on_pairs(done: int) -> None:
+                callback.progress("reference of pairs", min(total, done * self.world), total)
+
+            with stop_requests(callback.stopping) as stop:
+                tables = compute(model, dtype, sources, on_pairs, stop)
+                if mx.distributed.all_sum(mx.array(int(stop.is_set()))).item():
+                    raise KeyboardInterrupt
+            return tables
+
+        sources = {"train": self.batches} | ({"valid": self._validation} if self._validation else {})
+        for name, table in self._reference(FILE, sources, computed).items():
+            sources[name].reference = table
+        if self._test is not None:
+            # Apart from the others: a run that began without it goes on without.
+            tables = self._reference(TEST_FILE, {"test": self._test}, computed)
+            self._test = self._test if tables else None
             if self._test is not None:
-                # Apart from the others: a run that began without it goes on without.
-                tables = self._reference(model, dtype, {"test": self._test}, callback, TEST_FILE)
-                self._test = self._test if tables else None
-                if self._test is not None:
-                    self._test.reference = tables["test"]
+                self._test.reference = tables["test"]
         return self._preferring
 
     def _reference(
         self,
-        model: Model,
-        dtype: mx.Dtype | None,
-        sources: Mapping[str, PairBatches],
-        callback: TrainingCallback,
         file: str,
+        sources: Mapping[str, PairBatches],
+        computed: Callable[[Mapping[str, PairBatches]], dict[str, Table]],
     ) -> dict[str, Table]:
-        """Returns the log-probabilities of each split's pairs; the first process alone reads and writes them.
+        """Returns the log-probabilities of each split's pairs, `computed` where the run has no `file` with them.
 
-        None of a test's where a resumed run has none.
+        The first process alone reads and writes it. None of a test's where a resumed run has none.
         """
-        path, group = self.out / file, mx.distributed.init()
-        identity = super()._identity()
+        path, identity, tested = self.out / file, super()._identity(), "test" in sources
         whose = {"model": identity.model, "data": identity.data, "dtype": str(identity.config["compute dtype"])}
         if self._begun_with is not None:
             whose["adapter"] = self._begun_with
-        if "test" in sources:
+        if tested:
             whose["data"] = batching.fingerprint(self.splits["test"].examples)
-        found = read(path, whose) if self.leads else None
-        if found is None and "test" not in sources and self.leads and path.exists() and self.resumed is not None:
+        tables = read(path, whose) if self.leads else None
+        if tables is None and not tested and self.leads and path.exists() and self.resumed is not None:
             raise InputError(
                 f"{path}: is of another model, other data or another --compute-dtype; go on with the same, "
                 "or choose another directory"
             )
-        known = bool(mx.distributed.all_sum(mx.array(int(found is not None)), group=group).item())
-        if not known and "test" in sources and self.resumed is not None:
-            return {}
-        if found is None:
-            found = {name: np.zeros_like(batches.reference) for name, batches in sources.items()}
-        begun = self.asked.method.from_adapter
-        if not known and begun is not None and not begun.is_dir():
-            raise InputError(f"{path}: is missing, and made from {begun}, which is gone; start anew")
+        known = bool(mx.distributed.all_sum(mx.array(int(tables is not None))).item())
         if not known:
-            with stop_requests(callback.stopping) as stop:
-                found = self._computed(model, dtype, sources, callback.progress, stop)
-                if mx.distributed.all_sum(mx.array(int(stop.is_set())), group=group).item():
-                    raise KeyboardInterrupt
-        tables = {name: np.array(mx.distributed.all_sum(mx.array(found[name]), group=group)) for name in sources}
+            if tested and self.resumed is not None:
+                return {}
+            begun = self.asked.method.from_adapter
+            if begun is not None and not begun.is_dir():
+                raise InputError(f"{path}: is missing, and made from {begun}, which is gone; start anew")
+            tables = computed(sources)
+        elif tables is None:
+            tables = {name: np.zeros_like(batches.reference) for name, batches in sources.items()}
+        assert tables is not None
+        whole = {name: np.array(mx.distributed.all_sum(mx.array(tables[name]))) for name in sources}
         if not known and self.leads:
-            write(path, tables, whose)
-        return tables
-
-    def _computed(
-        self,
-        model: Model,
-        dtype: mx.Dtype | None,
-        sources: Mapping[str, PairBatches],
-        on_progress: OnProgress,
-        stop: Event,
-    ) -> dict[str, Table]:
-        """Computes this process's part of them."""
-        tables, done, total = {}, 0, sum(len(batches.reference) for batches in sources.values())
-        for name, batches in sources.items():
-
-            def on_pairs(pairs: int, before: int = done) -> None:
-                on_progress("reference of pairs", min(total, (before + pairs) * self.world), total)
-
-            tables[name] = compute(model, batches, dtype, on_pairs, stop)
-            if stop.is_set():
-                break
-            done += -(-len(batches.reference) // self.world)
-        return tables
+            write(path, whole, whose)
+        return whole
 
     def _identity(self) -> Identity:
         identity, preferring = super()._identity(), self._preferring
@@ -163,24 +151,25 @@ class Alignment(Finetuning):
 
 def compute(
     model: Model,
-    batches: PairBatches,
     dtype: mx.Dtype | None,
+    sources: Mapping[str, PairBatches],
     on_pairs: Callable[[int], None],
     stop: Event,
-) -> Table:
+) -> dict[str, Table]:
     """Computes the answers' summed log-probabilities, of this process's pairs; 0 for others', and once `stop` is set.
 
     Args:
         dtype: what trainable parameters are rounded to, as in training; None for what they are.
-        on_pairs: called after each batch with the number of pairs that are done.
+        sources: the pairs, by split.
+        on_pairs: called after each batch with the number of this process's pairs that are done, of all splits.
     """
-    table = np.zeros((len(batches.reference), 2), np.float32)
+    tables = {name: np.zeros((len(batches.reference), 2), np.float32) for name, batches in sources.items()}
     kept, parts, done = model.trainable_parameters(), device.Parts(device.most_parts()), 0
     model.eval()
     if dtype is not None:
         model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
     try:
-        for batch in batches.once():
+        for name, batch in ((name, batch) for name, batches in sources.items() for batch in batches.once()):
             cut, sums = batch.split(parts.most), []
             for part, stream in zip(cut, parts.streams(len(cut), model.parameters()), strict=True):
                 with stream:
@@ -189,14 +178,14 @@ def compute(
             assert isinstance(batch, PairBatch)
             found = np.concatenate([np.array(each) for each in sums]).reshape(*batch.pairs.shape, 2)
             real = batch.pairs >= 0
-            table[batch.pairs[real]] = found[real]
+            tables[name][batch.pairs[real]] = found[real]
             done += int(real.sum())
             on_pairs(done)
             if stop.is_set():
                 break
     finally:
         model.update(kept)
-    return table
+    return tables
 
 
 def _sums(model: Model, batch: Batch) -> mx.array:
