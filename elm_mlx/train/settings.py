@@ -11,7 +11,7 @@ import inspect
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
@@ -30,6 +30,7 @@ TrackerName = Literal["tensorboard", "wandb"]
 
 T = TypeVar("T")
 _MOST_WARMUP = 100  # updates
+_COUNT, _POSITIVE = "a whole number from 1", "a number above 0"
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,9 @@ class DataSettings:
     batch_size: int = 4
     pack: bool = True
 
+    def __post_init__(self) -> None:
+        _check_options(self, _COUNT, lambda value: value >= 1, "batch_size")
+
 
 @dataclass(frozen=True)
 class MethodSettings:
@@ -279,6 +283,11 @@ class MethodSettings:
     from_adapter: Path | None = None
 
     def __post_init__(self) -> None:
+        _check_options(self, "a number from 0 to below 1", lambda value: 0 <= value < 1, "dropout")
+        _check_options(self, "a number from 0", lambda value: 0 <= value < math.inf, "alpha")
+        _check_options(
+            self, "a whole number from 1, or -1 for all,", lambda value: value == -1 or value >= 1, "num_layers"
+        )
         if self.from_adapter is None:
             return
         new = replace(MethodSettings(), dropout=self.dropout, full=self.full, from_adapter=None)
@@ -312,6 +321,9 @@ class LossSettings:
     loss: PreferenceLoss = "sigmoid"
     beta: float = 0.1
 
+    def __post_init__(self) -> None:
+        _check_options(self, _POSITIVE, lambda value: 0 < value < math.inf, "beta")
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -344,16 +356,17 @@ class OptimizerSettings:
     on_nan: OnNan = "stop"
 
     def __post_init__(self) -> None:
-        check_counts(self, "grad_accumulation_steps")
-        if not 0 < self.epochs < math.inf:
-            raise InputError(f"--epochs {self.epochs:g}: a number above 0 is needed")
+        _check_options(self, _COUNT, lambda value: value >= 1, "iters", "extend", "grad_accumulation_steps")
+        _check_options(self, _POSITIVE, lambda value: 0 < value < math.inf, "epochs", "learning_rate")
+        _check_options(self, "a number from 0", lambda value: 0 <= value < math.inf, "weight_decay", "warmup")
+        _check_options(self, "a number from 0", lambda value: value >= 0, "clip")
 
     def warmup_steps(self, steps: int) -> int:
-        """Returns how many of so many updates have a rising learning rate."""
+        """Returns how many of so many updates have a rising learning rate. Raises InputError."""
         if self.warmup is None:
             return min(_MOST_WARMUP, steps // 10)
-        if not 0 <= self.warmup < math.inf:
-            raise InputError(f"--warmup {self.warmup:g}: must be 0 or more updates, or below 1 their share")
+        if self.warmup > max(1, steps):
+            raise InputError(f"--warmup {self.warmup:g}: does not fit in {counted(steps, 'update')}")
         return round(self.warmup if self.warmup >= 1 else self.warmup * steps)
 
 
@@ -372,7 +385,7 @@ class ComputationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_seed(self.seed)
+        _check_options(self, "a whole number from 0 to 2**64 - 1", lambda value: 0 <= value < 1 << 64, "seed")
 
 
 @dataclass(frozen=True)
@@ -396,7 +409,9 @@ class CheckpointsSettings:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self, "steps_per_eval", "save_every", "keep", "patience")
+        _check_options(self, _COUNT, lambda value: value >= 1, "steps_per_eval", "save_every", "keep", "patience")
+        needed = "a whole number from 0, or -1 for all,"
+        _check_options(self, needed, lambda value: value >= -1, "val_batches", "test_batches")
 
 
 @dataclass(frozen=True)
@@ -412,7 +427,7 @@ class ReportsSettings:
     report_to: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
-        check_counts(self, "steps_per_report")
+        _check_options(self, _COUNT, lambda value: value >= 1, "steps_per_report")
         for name in self.report_to:
             _check_choice("--report-to", name, TrackerName)
 
@@ -489,6 +504,16 @@ def check_counts(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, not {value}")
+
+
+def _check_options(settings: Any, needed: str, fits: Callable[[float], bool], *names: str) -> None:
+    """Raises InputError, by the option, where one of these fields' values, None excepted, does not fit."""
+    for name in names:
+        value = getattr(settings, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if each is not None and not fits(each):
+                shown = f"{each:g}" if isinstance(each, float) else each
+                raise InputError(f"--{name.replace('_', '-')} {shown}: {needed} is needed")
 
 
 def _check_choice(what: str, name: str, choices: Any) -> None:

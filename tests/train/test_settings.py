@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import typing
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import runs
 
 from elm_mlx.errors import InputError
 from elm_mlx.train.preference import Preferring
-from elm_mlx.train.settings import CheckpointsSettings, OptimizerSettings, Schedule, Settings
+from elm_mlx.train.settings import DpoSettings, LoraSettings, OptimizerSettings, Schedule, Settings, described, made
 
 
 def test_cosine_goes_up_in_a_line_and_down_to_its_end() -> None:
@@ -82,8 +83,18 @@ def test_what_is_no_number_is_refused_wherever_one_is_given(cls: type[Any], name
         cls(**given | {name: value})
 
 
-@pytest.mark.parametrize("name", ["steps_per_eval", "save_every", "keep", "grad_accumulation_steps"])
-def test_counts_are_refused_by_the_name_that_they_were_given_by(name: str) -> None:
-    cls = OptimizerSettings if name == "grad_accumulation_steps" else CheckpointsSettings
-    with pytest.raises(InputError, match=f"^{name} must be at least 1, not 0$"):
-        cls(**{name: 0})  # type: ignore[arg-type]
+# But for two that data are read by, and are refused where these are.
+OPTIONS = [
+    name
+    for name, each in DpoSettings.options().items() | LoraSettings.options().items()
+    if {each.kind, *typing.get_args(each.kind)} & {int, float} and name not in ("max_seq_length", "weight")
+]
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_what_is_no_number_of_an_option_is_refused_by_the_option(name: str) -> None:
+    kind = described(DpoSettings)[name].kind
+    for value in (-3, math.nan, -math.inf):
+        given = (1, value) if typing.get_args(kind) else value
+        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} {value}: a .*number.* is needed$"):
+            made(DpoSettings, {"model": Path("m"), "data": ("d",), "out": Path("o"), name: given})
