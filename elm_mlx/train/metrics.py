@@ -104,18 +104,28 @@ def append(out: Path, report: Report) -> None:
 
 
 def cut(out: Path, step: int) -> None:
-    """Drops the lines of steps after `step`, and the half of a line that a killed run may have left."""
+    """Drops the lines of steps after `step`, tests, which are made of a run's end, and a line that was cut short."""
     path = out / METRICS
-    if not path.exists():
-        return
-    kept = []
+    if path.exists():
+        kept = (line for line, found in _values_of(path) if found["step"] <= step and "test_loss" not in found)
+        files.write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def lines_of(out: Path, first: int, last: int) -> list[dict[str, Any]]:
+    """Returns what the run's metrics have of the steps from `first` to `last`: updates, validations, tests."""
+    path = out / METRICS
+    return [found for _, found in _values_of(path) if first <= found["step"] <= last] if path.exists() else []
+
+
+def _values_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields each line that can be read, as it stands and as values; not the half that a killed run may have left."""
     for line in reading.content(path, reading.CORPUS_BYTES).decode(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
-    files.write_text(path, "".join(kept))
+        if isinstance(found, dict) and isinstance(found.get("step"), int | float):
+            yield line, found
 
 
 def read(paths: Sequence[Path]) -> list[RunMetrics]:

@@ -21,6 +21,7 @@ from elm_mlx.train import metrics
 from elm_mlx.train.settings import TrackerName
 
 PACKAGES: Mapping[TrackerName, str] = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+_LATE, _AGAIN = 5, 1000  # seconds until events are written; steps that a resumed run writes again: more than in these
 WANDB_ID = "wandb.id"  # in a run's directory: the name by which it is resumed there
 
 Log = Callable[[int, dict[str, float]], None]  # of a step its values
@@ -64,9 +65,7 @@ class _Tracker(TrainingCallback):
         self._step = step
 
     def report(self, report: Report) -> None:
-        hidden = ("step", "best") if report.loss is not None else ("step", "best", "seconds")  # the updates' curve
-        values = {name: value for name, value in metrics.line_of(report).items() if name not in hidden}
-        self._safely(lambda: self._open()[0](report.step, values))
+        self._safely(lambda: self._open()[0](report.step, _values(metrics.line_of(report))))
 
     def close(self) -> None:
         if self._opened is not None:
@@ -88,18 +87,33 @@ class _Tracker(TrainingCallback):
             self._callback.warn(f"{self._name} failed, and gets no more of this run: {error}")
 
 
+def _values(line: Mapping[str, Any]) -> dict[str, float]:
+    """Returns what a tracker is given of a line of the metrics."""
+    hidden = ("step", "best") if "loss" in line else ("step", "best", "seconds")  # the updates' curve
+    return {name: value for name, value in line.items() if name not in hidden}
+
+
 def _tensorboard(out: Path, about: Mapping[str, Any], step: int) -> Opened:
-    """Writes events into `OUT/tensorboard`; what is there of later steps counts no more."""
+    """Writes events into `OUT/tensorboard`, at most some seconds late.
+
+    A run that is resumed writes its last steps again as its metrics have them, and what is there of these and of later
+    steps counts no more: one that was killed had not written all, and the test at an end is not that of a later one.
+    """
     from tensorboardX import SummaryWriter
 
+    begin = max(0, step - _AGAIN)
     # A file's name has the second that it was begun in: another resumption in the same one needs a suffix.
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1, filename_suffix=f".{step + 1:08d}")
+    name = f".{step + 1:08d}"
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=begin, filename_suffix=name, flush_secs=_LATE)
     writer.add_text("settings", f"```json\n{json.dumps(about, indent=1)}\n```", max(0, step))
 
     def log(step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
 
+    for line in metrics.lines_of(out, begin, step):
+        if "test_loss" not in line:  # which is reported now
+            log(line["step"], _values(line))
     return log, writer.close
 
 

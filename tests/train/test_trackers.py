@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import types
@@ -53,19 +54,35 @@ def written(out: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def test_tensorboard_reads_what_the_metrics_say(tmp_path: Path) -> None:
-    """A run that goes back to a checkpoint has each step once."""
+def check_tensorboard(out: Path) -> Any:
+    """TensorBoard's reader has what the metrics have, each step once."""
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    tracked("tensorboard", tmp_path, stop_at=8)
-    tracked("tensorboard", tmp_path, resume=True)
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    expected = written(tmp_path)
-    assert sorted(events.Tags()["scalars"]) == sorted(expected) and {"loss", "valid_loss"} <= set(expected)
+    events = reader.EventAccumulator(str(out / "tensorboard")).Reload()
+    expected = written(out)
+    assert sorted(events.Tags()["scalars"]) == sorted(expected) and "loss" in expected
     for name, points in expected.items():
         found = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in found] == [step for step, _ in points], name
         assert [value for _, value in found] == pytest.approx([float(value) for _, value in points], rel=1e-6), name
+    return events
+
+
+def test_tensorboard_reads_what_the_metrics_say(tmp_path: Path) -> None:
+    """A run that goes back to a checkpoint has each step once."""
+    tracked("tensorboard", tmp_path, stop_at=8)
+    tracked("tensorboard", tmp_path, resume=True)
+    events = check_tensorboard(tmp_path)
+    assert events.Scalars("valid_loss") and events.Scalars("loss")
     assert '"rank": 8' in events.Tensors("settings/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_has_what_a_killed_run_had_not_written(tmp_path: Path) -> None:
+    """Events wait for some seconds in the writer; of a run that was killed, none came to the file."""
+    tracked("tensorboard", tmp_path, stop_at=8)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.write_bytes(file.read_bytes()[:200])
+    tracked("tensorboard", tmp_path, resume=True)
+    check_tensorboard(tmp_path)
 
 
 class Wandb(types.ModuleType):
@@ -132,11 +149,19 @@ def test_a_package_that_is_missing_is_named(name: TrackerName, monkeypatch: pyte
 def test_from_the_command_line(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    (data / "valid.jsonl").rename(data / "test.jsonl")
     options = ("--data", data, "--out", out, "--iters", 2, "--batch-size", 2, "--report-to", "tensorboard")
     code, _, err = run("lora", tiny_model_dir, *options)
+    assert code == 0 and len(list((out / "tensorboard").iterdir())) == 1, err
+    assert run("lora", "--out", out, "--resume")[0] == 0  # it has ended, and is tested again
+    assert [step for step, _ in written(out)["test_loss"]] == [2]
+    check_tensorboard(out)
+    shutil.rmtree(out / "tensorboard")
+    code, _, err = run("lora", "--out", out, "--resume")
     assert code == 0 and len(list((out / "tensorboard").iterdir())) == 1, err
     assert json.loads((out / "run.json").read_text())["settings"]["report_to"] == ["tensorboard"]
     code, _, err = run("lora", "--out", out, "--resume", "--extend", 2)
     assert code == 0 and len(list((out / "tensorboard").iterdir())) == 2, err
+    check_tensorboard(out)
     code, _, err = run("lora", tiny_model_dir, *options, "--report-to", "swanlab")
     assert code == 2 and "swanlab" in err
