@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from elm_mlx.data.bad_record import few, key_of
 from elm_mlx.errors import InputError
@@ -22,7 +22,7 @@ KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 _ALL = tuple(dict.fromkeys(key for name, (must, may) in KEYS.items() if name != "chatgpt" for key in (*must, *may)))
 _APART = re.compile(rf",(?=\s*(?:{'|'.join(_ALL)})\s*=)")
-_EXAMPLE = "--columns prompt=NAME,completion=NAME (or text=NAME) says which"
+_EXAMPLE = "--columns prompt=NAME,completion=NAME (or text=NAME) says which to train on"
 
 # What people call the columns of a table, without case and signs.
 _CALLED = {
@@ -47,6 +47,22 @@ _CALLED = {
 }  # fmt: skip
 _GUESSED = ("completion", "messages", "sharegpt", "alpaca")  # text comes last, and pairs where they are wanted
 _BY_KEY = {key: {key} for key in _CALLED}
+
+
+class Heading(NamedTuple):
+    """The names of a table's columns.
+
+    Attributes:
+        names: in their order.
+        where: their place, for messages.
+        kind: of the table, for people.
+        separator: what stands between fields, of a table whose first line is taken for names and may be none; or None.
+    """
+
+    names: list[str]
+    where: str
+    kind: str
+    separator: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,22 +141,29 @@ def guess(names: Sequence[str], format: str | None = None) -> Columns | None:
     return None
 
 
-def of_table(names: Sequence[str], where: str, asked: Columns | None, format: str | None = None) -> Columns | None:
+def of_table(heading: Heading, asked: Columns | None, format: str | None = None) -> Columns | None:
     """Returns the columns that are taken of a table; None where it has the keys of records themselves.
 
     Raises:
         InputError: it has not those that were asked for, or none that can be guessed.
     """
+    names, where, shown = heading.names, heading.where, few(map(key_of, heading.names), 12)
+    found, no_names = f"has the columns {shown}", ""
+    if heading.separator is not None:
+        found = f"was taken for the columns' names: {shown}"
+        others = [f"column {number}" for number in range(3, len(names) + 1)]
+        line = heading.separator.join(["prompt", "completion", *others] if len(names) > 1 else ["text"])
+        no_names = f"; if it is a record already, put a line with a name for each column above it: {key_of(line)}"
     if asked is not None:
         missing = next((column for column in asked.taken.values() if column not in names), None)
         if missing is not None:
-            raise InputError(f"{where}: has no column {key_of(missing)}; it has {few(map(key_of, names), 12)}")
+            raise InputError(f"{where}: {found}; none is {key_of(missing)}{no_names}")
         return asked
     if any(set(must) <= set(names) for name, (must, _) in KEYS.items() if name != "text") or not names:
         return None
     guessed = guess(names, format)
     if guessed is None:
-        raise InputError(f"{where}: which of the columns {few(map(key_of, names), 12)} to train on? {_EXAMPLE}")
+        raise InputError(f"{where}: {found}; {_EXAMPLE}{no_names}")
     return None if guessed.taken == {"text": "text"} else guessed
 
 

@@ -18,6 +18,7 @@ from typing import IO
 
 from elm_mlx.data import packed_files
 from elm_mlx.data.bad_record import BadRecord, few, key_of
+from elm_mlx.data.columns import Heading
 from elm_mlx.errors import InputError
 from elm_mlx.reading import counted
 
@@ -115,8 +116,15 @@ class Table:
             first_at, second = [number for number, name in enumerate(self.names, 1) if name == twice][:2]
             raise InputError(
                 f"{path}, line {self._header}, column {second}: {key_of(twice)} is the name of column {first_at} too; "
-                "give each a name of its own"
+                "give each a name of its own, in a line above if this one is a record already"
             )
+
+    @property
+    def heading(self) -> Heading:
+        """The columns' names, as `columns.of_table` takes them."""
+        line = self._header if self.names else 1
+        kind = f"fields between {SEPARATORS[self.separator]}"
+        return Heading(self.names, f"{self._path}, line {line}", kind, self.separator)
 
     def rows(self) -> Iterator[tuple[str, dict[str, str] | BadRecord]]:
         """Reads the rows that are not blank: each one's place, and its texts by column.

@@ -14,6 +14,7 @@ from typing import Any
 from elm_mlx import reading
 from elm_mlx.data import csv_rows, parquet_rows
 from elm_mlx.data.bad_record import BadRecord, key_of
+from elm_mlx.data.columns import Heading
 from elm_mlx.data.packed_files import PACKINGS, lines, open_file, read_whole
 from elm_mlx.errors import InputError
 
@@ -98,19 +99,15 @@ def _whole_text(path: Path, start: int) -> Iterator[tuple[int, str, Any]]:
             yield 0, str(path), BadRecord(f"line {line}, byte {column}: not UTF-8; {reading.AS_UTF8}")
 
 
-def columns_of(path: Path) -> tuple[str, list[str]] | None:
-    """Returns the kind of a table, for people, and its columns' names; None for a file of another kind.
-
-    Raises:
-        InputError, ElmError: as `read`.
-    """
+def heading_of(path: Path) -> Heading | None:
+    """Returns the names of a table's columns; None for a file of another kind. Raises what `read` raises."""
     suffix = suffix_of(path, (*RECORDS, *DOCUMENTS))
     if suffix == PARQUET:
-        return "Parquet", parquet_rows.names_of(path)
+        return Heading(parquet_rows.names_of(path), str(path), "Parquet")
     if suffix not in CSV:
         return None
     with csv_rows.opened(path) as table:
-        return f"fields between {csv_rows.SEPARATORS[table.separator]}", table.names
+        return table.heading
 
 
 def read_all(paths: Sequence[Path], columns: Collection[str]) -> Iterator[tuple[str, Any]]:

@@ -178,9 +178,9 @@ def are_pairs(path: str | Path, columns: Columns | None = None) -> bool:
     if columns is not None:
         return columns.taken.keys() >= {*_PAIR}
     paths = _files(path)["train"].paths
-    table = data_files.columns_of(paths[0])
-    if table is not None:
-        return {*_PAIR} <= {*table[1]} or choose.guess(table[1], "pairs") is not None
+    heading = data_files.heading_of(paths[0])
+    if heading is not None:
+        return {*_PAIR} <= {*heading.names} or choose.guess(heading.names, "pairs") is not None
     found = data_files.read_all(paths, _PAIR)
     return _is_pair(next((value for _, value in found if isinstance(value, dict)), None))
 
@@ -224,9 +224,9 @@ def _records(
     count = of_lora = 0
     for path in paths:
         columns = asked
-        if (table := data_files.columns_of(path)) is not None:
-            columns = choose.of_table(table[1], str(path), asked, format)
-            split.columns[table[0] if columns is None else f"{table[0]}; {columns}"] += 1
+        if (heading := data_files.heading_of(path)) is not None:
+            columns = choose.of_table(heading, asked, format)
+            split.columns[heading.kind if columns is None else f"{heading.kind}; {columns}"] += 1
         elif columns is not None:
             split.columns[str(columns)] += 1
         for _, where, value in data_files.read(path, _wanted(columns, format)):

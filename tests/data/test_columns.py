@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -106,9 +107,24 @@ def test_faults_are_named_by_the_files_own_columns(tmp_path: Path) -> None:
     assert split.bad == [f"{tmp_path}/a.csv, line 2: `Antwort` is empty"]
     assert len(split.records) == 1 and split.ignored == {"`prompt`": 1}
     assert list(split.columns) == ["fields between semicolons; prompt = `Frage`, completion = `Antwort`"]
-    with pytest.raises(
-        InputError, match=r"a\.csv: which of the columns `Frage`, `Antwort`, `prompt` to train on\? --col"
-    ):
-        read(tmp_path / "a.csv")
-    with pytest.raises(InputError, match=r"a\.csv: has no column `Text`; it has `Frage`, `Antwort`, `prompt`"):
-        read(tmp_path / "a.csv", columns=["text=Text"])
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "instead"),
+    [
+        ("Where is it?;In a hole.\nWho?;I\n", "`Where is it?`, `In a hole.`", "`prompt;completion`"),
+        ("\nWhere?\tHere.\t3\nWho?\tI\t4\n", "`Where?`, `Here.`, `3`", r"`prompt\\tcompletion\\tcolumn 3`"),
+        ("The fox ran.\nThe crow sat.\n", "`The fox ran.`", "`text`"),
+    ],
+)
+def test_a_table_without_names_is_told_how_to_have_some(content: str, names: str, instead: str, tmp_path: Path) -> None:
+    """What was taken for names is shown, where, and what makes it a record."""
+    (tmp_path / "a.csv").write_text(content)
+    line = 2 if content.startswith("\n") else 1
+    taken = rf"a\.csv, line {line}: was taken for the columns' names: {re.escape(names)}; "
+    hint = rf"; if it is a record already, put a line with a name for each column above it: {instead}$"
+    for columns, reason in (((), "--columns prompt=NAME,.* says which to train on"), (["text=Text"], "none is `Text`")):
+        with pytest.raises(InputError, match=taken + reason + hint):
+            read(tmp_path / "a.csv", columns=columns)
+    (tmp_path / "a.csv").write_text(f"{instead.strip('`')}\n{content}".replace(r"\\t", "\t"))
+    assert [str(bad) for bad in read(tmp_path / "a.csv")["train"].bad] == []
