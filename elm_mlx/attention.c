@@ -17,15 +17,17 @@
 enum { SPAN = 256, BLOCK = 96, CHUNK = 4 * LANES, NOTE = 16, ATTENTION = 0x7fc0a77e };
 
 /* What stands in the note: the size of the head, the number of queries, how many of them are of one head and so of
-   positions that follow each other, how many positions the first of these sees, and how many are seen at most. */
+   positions that follow each other, how many positions the first of these sees, and how many are seen at most; the bits
+   of keys and values, and of codes how many share a scale, and the number of positions. Before the note stand, of codes,
+   scales and biases of keys, and those of values. */
 struct note {
-  float head_dim, rows, length, seen, window;
+  float head_dim, rows, length, seen, window, bits, group, positions;
 };
 
 struct attention {
   int head_dim, rows, length, seen, window, spans, apart; /* apart: each span of a block is computed by itself */
   float scale;
-  const float *keys, *values;
+  struct cached keys, values;
   float *queries, *tops, *sums, *parts;
 };
 
@@ -60,6 +62,7 @@ static void soften(float *scores, int from, int to, int most, float *top, float 
    them the largest score and the sum of each. */
 static void attend_span(const struct attention *a, int row, int rows, int at, float *part) {
   float scores[BLOCK * SPAN] __attribute__((aligned(64))), packed[a->head_dim * CHUNK] __attribute__((aligned(64)));
+  float room[a->keys.bits == 32 ? 1 : SPAN * a->head_dim] __attribute__((aligned(64)));
   int most = 0, there = clamp(a->seen + a->length - 1 - at, SPAN);
   for (int i = 0; i < rows; i++) {
     int to = clamp(seen_by(a, row + i) - at, SPAN);
@@ -67,9 +70,9 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
   }
   for (int chunk = 0; chunk < most; chunk += CHUNK) {
     for (int i = 0; i < CHUNK; i += LANES) {
-      const float *keys = a->keys + (long)(at + chunk + i) * a->head_dim, *next = keys + LANES * a->head_dim;
-      for (int d = 0; d < LANES * a->head_dim; d += 16) __builtin_prefetch(next + d); /* they are not read in order */
-      pack(keys, a->head_dim, clamp(there - chunk - i, LANES), CHUNK, a->head_dim, packed + i);
+      int from = at + chunk + i, count = clamp(there - chunk - i, LANES);
+      fetch_positions(&a->keys, from + LANES, LANES); /* they are not read in order */
+      pack(numbers_of(&a->keys, from, count, room), a->head_dim, count, CHUNK, a->head_dim, packed + i);
     }
     strips(&(struct product){rows, CHUNK, a->head_dim, 0, a->scale, 0, a->queries + (long)row * a->head_dim, packed,
                              scores + chunk, a->head_dim, CHUNK, SPAN}, 0, CHUNK);
@@ -79,8 +82,9 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
     int seen = seen_by(a, row + i), to = clamp(seen - at, SPAN), from = clamp(seen - a->window - at, to);
     soften(scores + i * SPAN, from, to, most, tops + i, sums + i);
   }
-  strips(&(struct product){rows, a->head_dim, most, 0, 1, 0, scores, a->values + (long)at * a->head_dim, part, SPAN,
-                           a->head_dim, a->head_dim}, 0, a->head_dim);
+  const float *values = numbers_of(&a->values, at, most, room);
+  strips(&(struct product){rows, a->head_dim, most, 0, 1, 0, scores, values, part, SPAN, a->head_dim, a->head_dim}, 0,
+         a->head_dim);
 }
 
 /* Adds a span's part to what `rows` queries have of the spans before it; or it is the first. */
@@ -170,13 +174,26 @@ static int is_attention(float alpha) {
 #endif
 }
 
+/* Keys, or values, whose scales and biases stand before `end`, which moves there. */
+static struct cached noted(const struct note *note, const float *first, float **end) {
+  struct cached x = {.rows = (unsigned char *)first, .head_dim = note->head_dim, .bits = note->bits, .group = note->group};
+  if (!x.group) return x;
+  long scales = (long)note->positions * (x.head_dim / x.group);
+  x.biases = *end -= scales;
+  x.scales = *end -= scales;
+  return x;
+}
+
 static void attend(int side, float scale, const float *keys, const float *values, float *c) {
   static _Thread_local float *parts;
   static _Thread_local size_t room;
   struct note note;
-  memcpy(&note, c + (long)side * side - NOTE, sizeof note);
+  float *end = c + (long)side * side - NOTE;
+  memcpy(&note, end, sizeof note);
   struct attention a = {.head_dim = note.head_dim, .rows = note.rows, .length = note.length, .seen = note.seen,
-                        .window = note.window, .scale = scale, .keys = keys, .values = values};
+                        .window = note.window, .scale = scale};
+  a.values = noted(&note, values, &end);
+  a.keys = noted(&note, keys, &end);
   a.spans = (a.seen + a.length - 1 + SPAN - 1) / SPAN - first_span(&a);
   a.queries = c, a.tops = c + (long)a.rows * a.head_dim, a.sums = a.tops + a.rows;
   a.apart = blocks_of(&a) < 8;

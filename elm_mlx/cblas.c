@@ -363,6 +363,7 @@ static void share_product(const struct product *p) {
   share(product_columns, &q, p->n, p->transposed ? together(p->m) : 8 * LANES, (long)p->m * p->n * p->k);
 }
 
+#include "cached_heads.c"
 #include "attention.c"
 #include "sublayers.c"
 

@@ -11,6 +11,7 @@ enum { LANES = 8 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int integers __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float four __attribute__((vector_size(16)));
 
 /* Has what was read once stay in a register: GCC would have each multiplication read it again, and of rows that lie
    across lines of the cache, as MLX's do, reading them three times takes longer than all the rest. */
@@ -22,11 +23,18 @@ typedef int integers __attribute__((vector_size(4 * LANES), aligned(4)));
 #define IN_REGISTER(x)
 #endif
 
+/* Has a product be rounded before it is added to something: a compiler would make one operation of both. */
+#ifdef __aarch64__
+#define ROUNDED(x) \
+  for (int part = 0; part < LANES / 4; part++) __asm__("" : "+w"(((four *)&(x))[part]))
+#else
+#define ROUNDED(x) IN_REGISTER(x)
+#endif
+
 /* Some of a vector's numbers, by their places. */
 #if defined __clang__ || __GNUC__ >= 12
 #define PART(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 typedef float eight __attribute__((vector_size(32)));
-typedef float four __attribute__((vector_size(16)));
 
 /* The sum of all: halves are added, and their halves again. */
 static inline float total(const lanes *numbers) {

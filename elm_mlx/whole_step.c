@@ -7,7 +7,8 @@
 
 struct layer {
   const struct sublayer *read, *write, *feed;
-  float *keys, *values; /* slots of key heads of `capacity` positions */
+  struct cached keys, values; /* of all slots, of which each has `stored_heads` with `capacity` positions */
+  int stored_heads;
   float scale;
   int window, turns; /* which of the rows' cosines and sines are its */
 };
@@ -51,9 +52,9 @@ static void keep(const struct step *s, const struct layer *l, int m, int each, c
   for (int i = 0; i < m; i++)
     for (int h = 0; h < count; h++) {
       const float *key = heads + i * step + (l->read->heads + h) * head_dim;
-      long at = ((long)(i / each * count + h) * s->capacity + positions[i]) * head_dim;
-      memcpy(l->keys + at, key, 4 * head_dim);
-      memcpy(l->values + at, key + count * head_dim, 4 * head_dim);
+      long at = (long)(i / each * l->stored_heads + h) * s->capacity + positions[i];
+      put_position(&l->keys, at, key);
+      put_position(&l->values, at, key + count * head_dim);
     }
 }
 
@@ -71,16 +72,17 @@ static void attend_rows(const struct step *s, const struct layer *l, int m, cons
                         long step) {
   int count = l->read->key_heads, head_dim = l->read->head_dim, group = l->read->heads / count;
   int each = x->of_text, texts = m / each, all_heads = l->read->heads * head_dim;
-  long slot = (long)s->capacity * head_dim, multiplications = 0;
+  long multiplications = 0;
   float *parts = x->parts;
   struct several all = {x->each, 0};
   for (int text = 0; text < texts && each > 1; text++)
     exchange(each, l->read->heads, head_dim, x->heads + text * each * step, step, x->queries + (long)text * each * all_heads, 0);
   for (int h = 0; h < texts * count; h++) {
     int text = h / count, rows = group * each;
+    long start = (long)(text * l->stored_heads + h % count) * s->capacity;
     struct attention a = {.head_dim = head_dim, .rows = rows, .length = each, .seen = positions[text * each] + 1,
-                          .window = l->window, .apart = 1, .scale = l->scale, .keys = l->keys + h * slot,
-                          .values = l->values + h * slot, .parts = parts,
+                          .window = l->window, .apart = 1, .scale = l->scale, .parts = parts,
+                          .keys = from_position(&l->keys, start), .values = from_position(&l->values, start),
                           .queries = each > 1 ? x->queries + (long)h * rows * head_dim
                                               : x->heads + text * step + (h % count) * group * head_dim};
     a.spans = spans_up_to(a.seen + a.length - 1) - first_span(&a);

@@ -343,4 +343,4 @@ class _PrefixCache(KVCache):
         new = self._kind.held(keys, values)
         joined = [mx.concatenate(pair, axis=2) for pair in zip(self._arrays, new, strict=True)] if self._arrays else new
         self.state, self.offset = joined, joined[0].shape[2]
-        return self._kind.fetched(joined, keys.shape[2])
+        return self._kind.fetched(joined)

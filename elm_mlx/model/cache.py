@@ -91,8 +91,8 @@ class KVCache:
         """Returns the arrays that stand for keys and values `(batch, num_kv_heads, length, head_dim)`."""
         return keys, values
 
-    def fetched(self, arrays: Arrays, queries: int) -> tuple[Fetched, Fetched]:
-        """Returns the keys and values that arrays stand for, as `ops.attention` takes them for so many queries."""
+    def fetched(self, arrays: Arrays) -> tuple[Fetched, Fetched]:
+        """Returns the keys and values that arrays stand for, as `ops.attention` takes them."""
         keys, values = arrays
         return keys, values
 
@@ -109,7 +109,7 @@ class KVCache:
         self._arrays = [_grown(old, like, self.offset, self.step) for old, like in zip(self.state, new, strict=True)]
         for array, part in zip(self._arrays, new, strict=True):
             array[..., start : self.offset, :] = part
-        return self.fetched([array[..., : self.offset, :] for array in self._arrays], keys.shape[2])
+        return self.fetched([array[..., : self.offset, :] for array in self._arrays])
 
     def reserve(self, length: int) -> None:
         """Allocates room for `length` positions. The cache must not be empty."""
@@ -233,10 +233,10 @@ class QuantizedCache(KVCache):
     def held(self, keys: mx.array, values: mx.array) -> Arrays:
         return packed.pack(mx.concatenate([keys, values], axis=1), self.kv_bits)
 
-    def fetched(self, arrays: Arrays, queries: int) -> tuple[Fetched, Fetched]:
+    def fetched(self, arrays: Arrays) -> tuple[Fetched, Fetched]:
         codes, scales, biases = (mx.split(array, 2, axis=1) for array in arrays)
         keys, values = (Packed(*half, self.kv_bits) for half in zip(codes, scales, biases, strict=True))
-        return (keys, values) if packed.is_worth_it(queries) else (keys.unpacked(), values.unpacked())
+        return keys, values
 
 
 class StreamingCache(KVCache):
@@ -331,7 +331,7 @@ class StepCache:
                 self.state[number] = mx.put_along_axis(self.state[number], at, new, axis=2)
             else:
                 self.state[number][mx.arange(texts)[:, None], :, self._places] = new.swapaxes(1, 2)
-        return self._kind.fetched([array[:texts, :, :seen] for array in self.state], keys.shape[2])
+        return self._kind.fetched([array[:texts, :, :seen] for array in self.state])
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Causal:
         """Returns the mask of a step's new positions."""

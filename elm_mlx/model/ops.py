@@ -347,14 +347,6 @@ def attention(
     same text, at positions that follow each other.
     """
     batch, heads, length, head_dim = queries.shape
-    if isinstance(keys, Packed) or isinstance(values, Packed):
-        assert isinstance(keys, Packed) and isinstance(values, Packed)
-        positions = keys.codes.shape[2]
-        if isinstance(mask, str):
-            mask = Causal(positions - length + 1)
-        if isinstance(mask, Causal):
-            mask = mask.array(length, positions)
-        return packed.attention(queries, keys, values, scale, mask)
     kv_heads, positions = keys.shape[1], keys.shape[2]
     plain = isinstance(mask, str) or (mask is None and length == 1)
     causal = Causal(positions - length + 1) if plain else mask
@@ -366,9 +358,14 @@ def attention(
         if _fits_one_call(together, keys):  # keys and values are read once
             out = _attend_in_one_call(together, keys, values, scale, first)
             return out.swapaxes(1, 2).reshape(queries.shape)
-        keys, values = (mx.repeat(x, each, axis=0) for x in (keys, values))
+        keys, values = (mx.repeat(packed.whole(x), each, axis=0) for x in (keys, values))
     if isinstance(causal, Causal) and _fits_one_call(queries, keys):
         return _attend_in_one_call(queries, keys, values, scale, causal)
+    if isinstance(keys, Packed) or isinstance(values, Packed):
+        if device.on_gpu() and length <= packed.FEW:
+            hidden = causal.array(length, positions) if isinstance(causal, Causal) else causal
+            return packed.attention(queries, keys, values, scale, hidden)
+        return attention(queries, packed.whole(keys), packed.whole(values), scale, causal)
     little = _mlx_is_best(queries, batch * heads * length * positions)
     if isinstance(mask, Causal):
         mask = mask.for_mlx(length, positions)
@@ -384,8 +381,12 @@ def attention(
     return _causal_attention(queries, keys, values, scale, segments)
 
 
-def _attend_in_one_call(queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: Causal) -> mx.array:
-    """Attention by `attention.c`, with derivatives."""
+def _attend_in_one_call(
+    queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, scale: float, causal: Causal
+) -> mx.array:
+    """Attention by `attention.c`, with derivatives where keys are no codes."""
+    if isinstance(keys, Packed) or isinstance(values, Packed):
+        return _call(queries, keys, values, scale, causal)[0]
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -407,47 +408,56 @@ def _attend_in_one_call(queries: mx.array, keys: mx.array, values: mx.array, sca
 
 
 def _call(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, causal: Causal
+    queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, scale: float, causal: Causal
 ) -> tuple[mx.array, mx.array]:
     """Returns attention by a product that stands for it, and `(batch, kv_heads, 2 * queries)` of each head's queries.
 
     These are their largest scores, and then the sums of their weights relative to those.
 
     MLX calls `cblas_sgemm` once for each key and value head. The factors are the first of the head's keys and values,
-    which are handed over where they stand: from there the C finds the others. They stand one after the other in what a
-    reshape returns, a view of the cache, and of anything that lies otherwise a copy.
+    or of their codes, which are handed over where they stand: from there the C finds the others. They stand one after
+    the other in what a reshape returns, a view of the cache, and of anything that lies otherwise a copy. Scales and
+    biases of codes, which are little beside them, are copied to the queries.
     """
     batch, heads, length, head_dim = queries.shape
     kv_heads = keys.shape[1]
-    group, count = heads // kv_heads * length, _positions_handed_over(queries, keys)
-    side, numbers = count * head_dim // _DEPTH, group * head_dim
+    group, side = heads // kv_heads * length, _side(queries, keys)
+    numbers = group * head_dim
     seen = mx.array(causal.seen).reshape(-1, 1, 1)
-    note = mx.broadcast_to(_note(head_dim, group, length, causal.window) + _SEEN * seen, (batch, kv_heads, _NOTE))
-    room = mx.zeros((batch, kv_heads, side * side - numbers - _NOTE))
-    square = mx.concatenate([queries.reshape(batch, kv_heads, numbers), room, note], axis=-1)
+    note = mx.broadcast_to(_note(queries, keys, causal.window) + _SEEN * seen, (batch, kv_heads, _NOTE))
+    beside = [x.reshape(batch, kv_heads, -1) for held in (keys, values) for x in packed.scales_and_biases(held)]
+    taken = numbers + sum(x.shape[-1] for x in beside) + _NOTE
+    room = mx.zeros((batch, kv_heads, side * side - taken))
+    square = mx.concatenate([queries.reshape(batch, kv_heads, numbers), room, *beside, note], axis=-1)
+    first = (_handed_over(x).reshape(batch, kv_heads, -1)[..., : side * _DEPTH] for x in (keys, values))
     out = mx.addmm(
         square.reshape(batch, kv_heads, side, side),
-        keys.reshape(batch, kv_heads, -1)[..., : count * head_dim].reshape(batch, kv_heads, side, _DEPTH),
-        values.reshape(batch, kv_heads, -1)[..., : count * head_dim].reshape(batch, kv_heads, _DEPTH, side),
+        next(first).reshape(batch, kv_heads, side, _DEPTH),
+        next(first).reshape(batch, kv_heads, _DEPTH, side),
         alpha=_ATTENTION,
         beta=scale,
     ).reshape(batch, kv_heads, side * side)
     return out[..., :numbers].reshape(queries.shape), out[..., numbers : numbers + _STATISTICS * group]
 
 
-def _positions_handed_over(queries: mx.array, keys: mx.array) -> int:
-    """Returns how many keys are as long as the factor of a product that has room for what `attention.c` is to know."""
+def _handed_over(x: mx.array | Packed) -> mx.array:
+    return x.codes.view(mx.float32) if isinstance(x, Packed) else x
+
+
+def _side(queries: mx.array, keys: mx.array | Packed) -> int:
+    """Returns how long the sides of a product are whose result has room for what `attention.c` is to know."""
     _, heads, length, head_dim = queries.shape
     numbers = heads // keys.shape[1] * length * (head_dim + _STATISTICS) + _NOTE
-    return math.ceil(_DEPTH * math.sqrt(numbers) / head_dim)
+    numbers += 2 * sum(math.prod(x.shape[2:]) for x in packed.scales_and_biases(keys))
+    return math.isqrt(numbers - 1) + 1
 
 
-def _fits_one_call(queries: mx.array, keys: mx.array) -> bool:
+def _fits_one_call(queries: mx.array, keys: mx.array | Packed) -> bool:
     """Returns whether `attention.c` is there and takes these."""
     return (
         queries.dtype == keys.dtype == mx.float32
         and queries.shape[3] % HEAD_MULTIPLE == 0
-        and keys.shape[2] >= _positions_handed_over(queries, keys)
+        and math.prod(_handed_over(keys).shape[2:]) >= _DEPTH * _side(queries, keys)
         and not device.on_gpu()
         and blas.attends()
         and _calls_arrive()
@@ -467,10 +477,16 @@ def _calls_arrive() -> bool:
 _SEEN = mx.array([0, 0, 0, 1, *[0] * (_NOTE - 4)], mx.float32)  # where the note says how many positions are seen
 
 
+def _note(queries: mx.array, keys: mx.array | Packed, window: int | None) -> mx.array:
+    """Returns what `attention.c` is told but for the positions seen."""
+    _, heads, length, head_dim = queries.shape
+    held = (32, 0, 0) if isinstance(keys, mx.array) else (keys.bits, keys.group, keys.shape[2])
+    return _note_of(head_dim, heads // keys.shape[1] * length, length, 0, 2**24 if window is None else window, *held)
+
+
 @functools.lru_cache(maxsize=256)
-def _note(head_dim: int, group: int, length: int, window: int | None) -> mx.array:
-    """Returns what `attention.c` is told but for the positions seen; layers share it, and a step has it once."""
-    numbers = [head_dim, group, length, 0, 2**24 if window is None else window]
+def _note_of(*numbers: int) -> mx.array:
+    """Layers share it, and a step has it once."""
     return mx.array([*numbers, *[0] * (_NOTE - len(numbers))], mx.float32)
 
 

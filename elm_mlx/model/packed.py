@@ -17,7 +17,7 @@ from elm_mlx.errors import InputError
 BITS = (8, 4)
 _GROUPS = (64, 32)
 _LOW = 0x0F0F0F0F
-_FEW = 8  # queries that a GPU multiplies with codes as they are: for more, unpacking once is cheaper
+FEW = 8  # queries that a GPU multiplies with codes as they are: for more, unpacking once is cheaper
 
 
 def group_size(head_dim: int) -> int:
@@ -43,25 +43,38 @@ class Packed:
     bits: int
 
     @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Returns `(batch, kv_heads, positions, head_dim)`, of the values that the codes stand for."""
+        batch, kv_heads, positions, words = self.codes.shape
+        return batch, kv_heads, positions, words * 32 // self.bits
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self.scales.dtype
+
+    @property
     def head_dim(self) -> int:
-        return self.codes.shape[-1] * 32 // self.bits
+        return self.shape[3]
+
+    @property
+    def group(self) -> int:
+        """Returns how many values share a scale."""
+        return self.head_dim // self.scales.shape[-1]
 
     def unpacked(self) -> mx.array:
         """Returns the values that the codes stand for, `(batch, kv_heads, positions, head_dim)`.
 
         Each pass is an operation of its own: what `mx.compile` would make of several on a CPU takes twice as long.
         """
-        shape, groups = (*self.codes.shape[:3], self.head_dim), self.scales.shape[-1]
         if device.on_gpu():
-            whole = mx.dequantize(self.codes, self.scales, self.biases, self.head_dim // groups, self.bits)
-            return self._apart(whole)
-        codes = self.codes.reshape(*shape[:3], groups, -1)
+            return self._apart(mx.dequantize(self.codes, self.scales, self.biases, self.group, self.bits))
+        codes = self.codes.reshape(*self.scales.shape, -1)
         if self.bits == 4:  # four bytes at a time
             low, high = self._pass(codes & _LOW), self._pass(self._pass(codes >> 4) & _LOW)
             codes = mx.concatenate([low, high], axis=-1)
         values = self._pass(codes.view(mx.uint8).astype(self.scales.dtype))
         scales, biases = (self._pass(mx.broadcast_to(x[..., None], values.shape)) for x in (self.scales, self.biases))
-        return (self._pass(values * scales) + biases).reshape(shape)
+        return (self._pass(values * scales) + biases).reshape(self.shape)
 
     def scores(self, queries: mx.array) -> mx.array:
         """Returns products of queries `(batch, kv_heads, n, head_dim)` with each key."""
@@ -76,17 +89,15 @@ class Packed:
         return mx.depends([x], [self.codes])[0]
 
     def _product(self, x: mx.array, transpose: bool) -> mx.array:
-        group = self.head_dim // self.scales.shape[-1]
-        return mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose, group, self.bits)
+        return mx.quantized_matmul(x, self.codes, self.scales, self.biases, transpose, self.group, self.bits)
 
     def _together(self, x: mx.array) -> mx.array:
-        return interleaved(x, self.head_dim // self.scales.shape[-1]) if self.bits == 4 else x
+        return interleaved(x, self.group) if self.bits == 4 else x
 
     def _apart(self, x: mx.array) -> mx.array:
         if self.bits == 8:
             return x
-        group = self.head_dim // self.scales.shape[-1]
-        return x.reshape(*x.shape[:-1], -1, group // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+        return x.reshape(*x.shape[:-1], -1, self.group // 2, 2).swapaxes(-1, -2).reshape(x.shape)
 
 
 def interleaved(x: mx.array, group: int) -> mx.array:
@@ -115,6 +126,11 @@ def attention(queries: mx.array, keys: Packed, values: Packed, scale: float, mas
     return values.mixed(weights).reshape(batch, heads, length, head_dim)
 
 
-def is_worth_it(queries: int) -> bool:
-    """Returns whether attention of so many queries multiplies codes, and does not unpack them first."""
-    return device.on_gpu() and queries <= _FEW
+def whole(x: mx.array | Packed) -> mx.array:
+    """Returns keys or values, unpacked where they are quantized."""
+    return x.unpacked() if isinstance(x, Packed) else x
+
+
+def scales_and_biases(x: mx.array | Packed) -> tuple[mx.array, ...]:
+    """Returns those of quantized keys or values; none of others."""
+    return (x.scales, x.biases) if isinstance(x, Packed) else ()

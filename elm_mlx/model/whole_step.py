@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from elm_mlx.model import described, sublayers
-from elm_mlx.model.cache import KVCache, StreamingCache
+from elm_mlx.model.cache import KVCache, QuantizedCache, StreamingCache
 from elm_mlx.model.described import MARK, STEP
 from elm_mlx.model.ops import HEAD_MULTIPLE, Rope
 from elm_mlx.model.sublayers import MOST_ROWS, LayersInC, Norm
@@ -23,10 +23,20 @@ from elm_mlx.model.sublayers import MOST_ROWS, LayersInC, Norm
 _ALL = 1 << 24  # positions that a window shows at most
 
 
+class _Cached(ctypes.Structure):
+    """Keys or values, as `cached_heads.c` has them."""
+
+    _fields_ = (
+        ("rows", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("biases", ctypes.c_void_p),
+        ("head_dim", ctypes.c_int), ("bits", ctypes.c_int), ("group", ctypes.c_int),
+    )  # fmt: skip
+
+
 class _PlacedLayer(ctypes.Structure):
     _fields_ = (
-        ("read", ctypes.c_void_p), ("write", ctypes.c_void_p), ("feed", ctypes.c_void_p), ("keys", ctypes.c_void_p),
-        ("values", ctypes.c_void_p), ("scale", ctypes.c_float), ("window", ctypes.c_int), ("turns", ctypes.c_int),
+        ("read", ctypes.c_void_p), ("write", ctypes.c_void_p), ("feed", ctypes.c_void_p), ("keys", _Cached),
+        ("values", _Cached), ("stored_heads", ctypes.c_int), ("scale", ctypes.c_float), ("window", ctypes.c_int),
+        ("turns", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -51,12 +61,13 @@ class WholeStep:
         self._ropes: list[Rope] = []
         arrays = [cache.lend(at) for cache in caches]
         layers = (_PlacedLayer * len(arrays))()
-        for made, layer, (keys, values) in zip(layers, in_c.layers, arrays, strict=True):
+        for made, layer, own in zip(layers, in_c.layers, arrays, strict=True):
             parts = layer.parts
             if parts.rope not in self._ropes:
                 self._ropes.append(parts.rope)
             made.read, made.write, made.feed = layer.addresses
-            made.keys, made.values = described.address(keys), described.address(values)
+            made.keys, made.values = _cached(own, parts.kv_heads, parts.head_dim)
+            made.stored_heads = own[0].shape[1]
             made.scale, made.window = parts.head_dim**-0.5, parts.window or _ALL
             made.turns = self._ropes.index(parts.rope)
         assert in_c.last is not None
@@ -102,14 +113,28 @@ def whole_step(in_c: LayersInC, caches: Sequence[Any], rows: int, at: int) -> Wh
         at: a position that no row has written, and there is room for.
     """
     first = caches[0]
-    if rows > MOST_ROWS or in_c.last is None or type(first) not in (KVCache, StreamingCache):
+    if rows > MOST_ROWS or in_c.last is None or type(first) not in (KVCache, StreamingCache, QuantizedCache):
         return None
     if isinstance(first.writer, WholeStep) and first.writer.is_of(in_c, caches):
         return first.writer
     known = all(layer.parts.head_dim % HEAD_MULTIPLE == 0 for layer in in_c.layers)
-    if not known or any(array is None or array.dtype != mx.float32 for cache in caches for array in cache.state):
+    if not known or any(array is None or array.dtype != mx.float32 for array in (c.state[-1] for c in caches)):
         return None
     return WholeStep(in_c, caches, at)
+
+
+def _cached(arrays: Sequence[mx.array], kv_heads: int, head_dim: int) -> tuple[_Cached, _Cached]:
+    """Describes the keys and values that a cache's arrays hold."""
+    if len(arrays) == 2:
+        keys, values = (_Cached(rows=described.address(array), head_dim=head_dim, bits=32) for array in arrays)
+        return keys, values
+    codes, scales, _ = arrays
+    bits, group = codes.shape[3] * 32 // head_dim, head_dim // scales.shape[3]
+    starts = [
+        [described.address(a) + head * a.nbytes // (a.shape[0] * a.shape[1]) for a in arrays] for head in (0, kv_heads)
+    ]
+    keys, values = (_Cached(*start, head_dim, bits, group) for start in starts)
+    return keys, values
 
 
 def _end(words: mx.array, arrays: list[list[mx.array]], running: list[mx.array]) -> None:

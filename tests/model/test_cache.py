@@ -14,9 +14,9 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elm_mlx import device
+from elm_mlx import blas, device
 from elm_mlx.errors import InputError
-from elm_mlx.model import ops
+from elm_mlx.model import ops, packed
 from elm_mlx.model.cache import (
     KVCache,
     QuantizedCache,
@@ -281,9 +281,9 @@ def test_quantized_keys_are_what_was_written_but_for_the_codes(
             new = wide(count, seed, head_dim=head_dim)
             found = cache.update_and_fetch(*new)
             kept = [mx.concatenate([old, rounded(x, bits)], axis=2) for old, x in zip(kept, new, strict=True)]
-            for array, expected in zip(found, kept, strict=True):
-                assert isinstance(array, mx.array)
-                np.testing.assert_array_equal(array, expected)
+            for quantized, expected in zip(found, kept, strict=True):
+                assert isinstance(quantized, Packed) and quantized.shape == expected.shape
+                np.testing.assert_array_equal(quantized.unpacked(), expected)
         assert cache.offset == kept[0].shape[2] <= cache.capacity
 
 
@@ -294,8 +294,8 @@ def test_each_position_takes_the_bytes_of_its_codes_and_scales(bits: int) -> Non
     half = QuantizedCache(bits)
     half.update_and_fetch(*(x.astype(mx.bfloat16) for x in wide(256)))
     assert half.nbytes == 256 * 2 * 2 * (64 * bits // 8 + 4)
-    found, _ = half.fetched([array for array in half.state if array is not None], 9)
-    assert isinstance(found, mx.array) and found.dtype == mx.bfloat16
+    found, _ = half.fetched([array for array in half.state if array is not None])
+    assert isinstance(found, Packed) and found.dtype == found.unpacked().dtype == mx.bfloat16
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -325,40 +325,33 @@ def test_a_quantized_row_is_the_one_that_it_would_be_alone(bits: int) -> None:
     for row, length in enumerate(lengths):
         cache.put(row, packed_cache(bits, length, seed=length))
     step = cache.inside([array for array in cache.state if array is not None], *place_step(lengths))
-    keys, values = step.update_and_fetch(*new)
-    assert isinstance(keys, mx.array) and isinstance(values, mx.array) and keys.shape == (3, 2, 64, 64)
+    keys, values = map(packed.whole, step.update_and_fetch(*new))
+    assert keys.shape == (3, 2, 64, 64)
     for row, length in enumerate(lengths):
         alone = packed_cache(bits, length, seed=length).update_and_fetch(new[0][row : row + 1], new[1][row : row + 1])
-        for found, expected in zip((keys, values), alone, strict=True):
-            np.testing.assert_array_equal(found[row, :, : length + 1], expected[0])  # type: ignore[index]
+        for found, expected in zip((keys, values), map(packed.whole, alone), strict=True):
+            np.testing.assert_array_equal(found[row, :, : length + 1], expected[0])
         assert not np.array(keys[row, :, length + 1 :]).any(), "what no step has written is no number that hurts"
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("queries", [1, 3, 8, 9])
-def test_a_gpu_multiplies_codes_and_a_cpu_what_they_stand_for(
+def test_attention_multiplies_codes_or_what_they_stand_for(
     bits: int, queries: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A GPU those of few queries as they are, the C all of them, and MLX's loops on a CPU none."""
     asked = mx.random.normal((1, 6, queries, head_dim), key=mx.random.key(5))
-    found = []
-    for on_gpu in (False, True):
-        monkeypatch.setattr(device, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
-        cache = packed_cache(bits, 70, head_dim=head_dim)
-        keys, values = cache.update_and_fetch(*wide(queries, 7, head_dim=head_dim))
-        assert isinstance(keys, Packed) == isinstance(values, Packed) == (on_gpu and queries <= 8)
-        mask = "causal" if queries > 1 else None
-        found.append(ops.attention(asked, keys, values, head_dim**-0.5, mask))
-    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    keys, values = packed_cache(bits, 70, head_dim=head_dim).update_and_fetch(*wide(queries, 7, head_dim=head_dim))
     window = mx.arange(70 + queries) > 40
-    keys, values = cache.fetched([array[:, :, : cache.offset] for array in cache.state if array is not None], 1)
-    np.testing.assert_allclose(
-        ops.attention(asked[:, :, :1], keys, values, head_dim**-0.5, window),
-        mx.fast.scaled_dot_product_attention(
-            asked[:, :, :1], *(cached.unpacked() for cached in (keys, values)), scale=head_dim**-0.5, mask=window  # type: ignore[union-attr]
-        ),
-        atol=1e-5,
-    )  # fmt: skip
+    masks: list[ops.Mask] = [Causal(71, 20), "causal" if queries > 1 else None, *[window] * (queries == 1)]
+    for mask in masks:
+        expected = ops.attention(asked, packed.whole(keys), packed.whole(values), head_dim**-0.5, mask)
+        for on_gpu, in_c in ((True, False), (False, True), (False, False)):
+            monkeypatch.setattr(device, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+            monkeypatch.setattr(blas, "attends", lambda in_c=in_c: in_c and blas.OWN_FEW_ROWS in blas.status().name)
+            found = ops.attention(asked, keys, values, head_dim**-0.5, mask)
+            np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_models_whose_keys_cannot_be_quantized_are_refused() -> None:

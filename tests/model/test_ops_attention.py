@@ -11,8 +11,9 @@ import pytest
 
 from elm_mlx import blas, device
 from elm_mlx.model import ops
-from elm_mlx.model.cache import KVCache
+from elm_mlx.model.cache import KVCache, QuantizedCache
 from elm_mlx.model.ops import Causal
+from elm_mlx.model.packed import Packed
 
 in_one_call = pytest.mark.skipif(not blas.attends(), reason="no C compiler")
 
@@ -138,6 +139,30 @@ def test_a_query_has_the_same_bits_alone_and_in_any_company(window: int | None) 
     assert mx.array_equal(found.swapaxes(0, 2), together[:, :, 40:47])
     with blas.one_thread():
         assert mx.array_equal(ops.attention(queries, keys, values, 0.125, Causal(741, window)), together)
+
+
+@in_one_call
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_attended_to_as_what_they_stand_for(bits: int, head_dim: int) -> None:
+    """To the bit, in spans that are full and others, and however they lie."""
+    for positions, length, group, window in (
+        (41, 1, 1, None), (256, 3, 2, None), (300, 1, 3, 7), (257, 9, 1, 30), (700, 40, 3, None), (700, 130, 1, 300),
+    ):  # fmt: skip
+        cache = QuantizedCache(bits)
+        keys, values = cache.update_and_fetch(*(drawn(seed, 2, 2, positions, head_dim) for seed in (1, 2)))
+        assert isinstance(keys, Packed) and isinstance(values, Packed)
+        queries, mask = drawn(3, 2, 2 * group, length, head_dim), Causal(positions - length + 1, window)
+        assert ops._fits_one_call(queries, keys)
+        expected = ops.attention(queries, keys.unpacked(), values.unpacked(), 0.2, mask)
+        assert mx.array_equal(ops.attention(queries, keys, values, 0.2, mask), expected), (positions, length)
+        if length > 1:
+            continue
+        one_text = [Packed(*(x[:1] for x in (held.codes, held.scales, held.biases)), bits) for held in (keys, values)]
+        mask = Causal(mx.array([positions - 1, positions]), window)
+        expected = ops.attention(queries, *(held.unpacked() for held in one_text), 0.2, mask)
+        assert mx.array_equal(ops.attention(queries, *one_text, 0.2, mask), expected)
 
 
 @in_one_call

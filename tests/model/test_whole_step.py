@@ -16,7 +16,7 @@ import tiny
 from elm_mlx import blas
 from elm_mlx.inference import rows as rows_module
 from elm_mlx.inference.rows import Rows, prefill
-from elm_mlx.model import described
+from elm_mlx.model import described, packed
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.model.whole_step import WholeStep, whole_step
@@ -41,10 +41,10 @@ def ids_of(length: int, first: int = 3) -> list[int]:
     return [(first + 5 * at) % 60 for at in range(length)]
 
 
-def started(model: Any, lengths: list[int]) -> Rows:
+def started(model: Any, lengths: list[int], kv_bits: int | None = None) -> Rows:
     rows = Rows(model)
     for row, length in enumerate(lengths):
-        caches = make_prompt_cache(model)
+        caches = make_prompt_cache(model, kv_bits)
         mx.eval(prefill(model, ids_of(length, row), caches))
         rows.join(caches, ids_of(length, row))
     return rows
@@ -136,6 +136,64 @@ def test_guesses_behind_several_texts_have_the_bits_of_steps(
             assert mx.array_equal(expected, ahead[:, place]), (lengths, place)
         one_by_one.resize([length + 2 + more for length, more in zip(lengths, kept, strict=True)])
         assert mx.array_equal(steps(one_by_one, 3), after), lengths
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.usefixtures("two_threads")
+def test_quantized_keys_are_written_and_read_as_they_are_layer_by_layer(
+    bits: int, head_dim: int, layer_by_layer: Callable[[], None]
+) -> None:
+    """Of one text and several, of guesses, and across a cache that grows: the same codes, the same logits."""
+    model = tiny.random_model(tiny.scaled_config(320, head_dim=head_dim))
+    found, held = [], []
+    for whole in (True, False):
+        if not whole:
+            layer_by_layer()
+        rows = started(model, [250], bits)
+        ahead = rows.look_ahead(mx.array([ids_of(9)]))
+        rows.resize([253])
+        together = started(model, [3, 17, 254, 40, 5], bits)
+        found.append([steps(rows, 12), ahead, steps(together, 8)])
+        mx.eval(found)
+        assert writes_in_place(rows) is writes_in_place(together) is whole
+        first = [*rows.caches[0].state, *together.caches[0].state]  # whose keys depend on no other
+        held.append([array[:, :, : rows.lengths[0]] for array in first if array is not None])
+    for ours, expected in zip(*found, strict=True):
+        assert close(ours, expected)
+    for ours, expected in zip(*held, strict=True):
+        assert mx.array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "change", [lambda x: x, lambda x: x * 1e-9, lambda x: x * 0, lambda x: x * 1e30, lambda x: x[:1] + 0 * x]
+)
+def test_numbers_are_quantized_as_mlx_does_it(bits: int, change: Callable[[mx.array], mx.array]) -> None:
+    """Those of any size, and a head's that are all the same."""
+    model = tiny.random_model(tiny.scaled_config(320, head_dim=64))
+    own = model.transformer.layers[0].attn
+    weight, first = own.qkv_proj.weight, (own.num_heads + own.num_kv_heads) * own.head_dim
+    own.qkv_proj.weight = mx.concatenate([weight[:first], change(weight[first:])])
+    quantized, plain = started(model, [3], bits), started(model, [3])
+    mx.eval(steps(quantized, 20), steps(plain, 20))
+    assert writes_in_place(quantized) and writes_in_place(plain)
+    floats = mx.concatenate([array for array in plain.caches[0].state if array is not None], axis=1)
+    for ours, expected in zip(quantized.caches[0].state, packed.pack(floats[:, :, :23], bits), strict=True):
+        assert ours is not None and mx.array_equal(ours[:, :, :23], expected)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.usefixtures("two_threads")
+def test_a_row_of_codes_has_the_same_bits_in_any_company(bits: int) -> None:
+    model = tiny.random_model(tiny.scaled_config(320, head_dim=64))
+    lengths = [300, 3, 40, *range(5, 18)]
+    alone, guesses = steps(started(model, lengths[:1], bits), 2)[:, 0], ids_of(16, 9)
+    for count in (2, 7, 16):
+        assert mx.array_equal(steps(started(model, lengths[:count], bits), 2)[:, 0], alone), count
+    ahead = started(model, [300], bits).look_ahead(mx.array([guesses]))
+    rows = started(model, [300], bits)
+    assert mx.array_equal(mx.concatenate([rows.step(mx.array([token])) for token in guesses]), ahead)
 
 
 def test_steps_write_where_the_arrays_are(model: Model) -> None:
@@ -256,8 +314,6 @@ def test_other_caches_and_more_rows_are_stepped_by_mlx(model: Model) -> None:
     assert few is not None
     rows = started(model, [5])
     assert whole_step(few, rows.caches, 17, 5) is None
-    quantized = make_prompt_cache(tiny.random_model(tiny.scaled_config(320, head_dim=64)), kv_bits=8)
-    assert whole_step(few, quantized, 1, 5) is None
     half = KVCache()
     half.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.float16)] * 2)
     assert whole_step(few, [half], 1, 5) is None
