@@ -108,11 +108,11 @@ def convert(
     with failures_named(path):
         check_destination(path, MODEL, overwrite)
         plan: ConversionPlan | GgufPlan
-        file = None if isinstance(source, CheckpointSource) else gguf_model.find(expanded(source))
+        file = None if isinstance(source, CheckpointSource) else gguf_model.find(source, revision)
         if file is not None:
             unfit = {
                 "--config": config, "--preset": preset, "--head-dim": head_dim, "--lora-alpha": lora_alpha,
-                "--revision": revision, "--ema": ema or None,
+                "--ema": ema or None,
             }  # fmt: skip
             if asked := [option for option, value in unfit.items() if value is not None]:
                 raise InputError(f"{file}: {asked[0]} is not for a GGUF file, which says itself what its model is")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from elm_mlx import hub
 from elm_mlx.callbacks import OnProgress
 from elm_mlx.directories import own_file
 from elm_mlx.errors import ElmError, InputError
@@ -194,12 +195,31 @@ class GgufPlan:
         return sum(_pending(tensor, dtype, []).nbytes for tensor, dtype in self.tensors)
 
 
-def find(path: Path) -> Path | None:
-    """Returns the GGUF file that a path means: itself, or the one in a directory without other weights; else None.
+def find(source: str | Path, revision: str | None = None) -> Path | None:
+    """Returns the GGUF file that a source means: itself, or the one in a directory without other weights; else None.
+
+    Of a repository on the hub, at `revision`, it is downloaded.
 
     Raises:
-        InputError: the directory holds several.
+        InputError: the directory or repository holds several, or as `hub.contents`.
+        ElmError: the hub cannot be reached.
     """
+    repository = sources.named_repository(source)
+    if repository is not None:
+        repository = replace(repository, revision=repository.revision or revision)
+        held = sources.contents(repository)
+        if repository.file is None and not hub.has_gguf_alone(held.sizes):
+            return None
+        name = hub.gguf_file(repository, held.sizes)
+        return hub.download(repository, held, [name]) / name
+    path = expanded(source)
+    found = _in(path)
+    if found is not None and revision is not None:
+        raise InputError(f"--revision {revision} is for a repository on the hub, but {path} is a path")
+    return found
+
+
+def _in(path: Path) -> Path | None:
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         if not found or any(file.suffix in (".safetensors", ".bin", ".pt") for file in path.iterdir()):
@@ -415,7 +435,7 @@ def _with_template(vocabulary: GgufVocabulary, asked: str | None) -> GgufVocabul
 def _tokenizer_directory(source: str | Path) -> Path:
     path, repository = expanded(source), sources.named_repository(source)
     if repository is not None:
-        path = sources.snapshot(repository.name, repository.revision, list(_TOKENIZER_FILES))
+        path = sources.fetch(repository, sources.contents(repository), _TOKENIZER_FILES)
     if path.is_file():
         path = path.parent
     if not (path / "tokenizer.json").is_file():

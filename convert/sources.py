@@ -7,10 +7,9 @@ repositories (safetensors, `.bin`, sharded by an index), and MLX directories. Th
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ _EMA = "ema_state_dict"
 
 Tensors = dict[str, LazyTensor]
 
-_NEEDED = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+_NEEDED = ["*.safetensors", "*.safetensors.index.json"]
 _OLDER = ["*.bin", "*.bin.index.json"]
 _WELCOME = [
     "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
@@ -73,9 +72,11 @@ def open_source(source: str | Path, *, revision: str | None = None, ema: bool = 
     path = expanded(source)
     repository = named_repository(source)
     if repository is not None:
-        name, revision = repository.name, repository.revision or revision
-        check_is_openelm(snapshot(name, revision, ["config.json"]), name)  # before all of it is downloaded
-        directory = download(name, revision)
+        repository = replace(repository, revision=repository.revision or revision)
+        name, found = repository.name, contents(repository)
+        check_is_openelm(fetch(repository, found, ["config.json"]), name)  # before all of it is downloaded
+        weights = _NEEDED if _matching(found, ["*.safetensors"]) else _OLDER
+        directory = fetch(repository, found, [*weights, *_WELCOME])
         return replace(_open_directory(directory, ema), label=name, directory=directory, revision=directory.name)
     if revision is not None:
         raise InputError(f"--revision {revision} is for a repository on the hub, but {path} is a path")
@@ -197,43 +198,28 @@ def named_repository(source: str | Path) -> hub.Repository | None:
     return hub.repository(source) if isinstance(source, str) and not expanded(source).exists() else None
 
 
-def download(repository: str, revision: str | None) -> Path:
-    """Downloads config, weights (safetensors, or else `.bin`) and a tokenizer where there is one.
-
-    Returns:
-        The directory of the repository's snapshot in the cache; its name is the commit.
-
-    Raises:
-        InputError: the hub has no such repository or revision, or wants a login.
-        ElmError: the hub cannot be reached and the cache does not hold it.
-    """
-    directory = snapshot(repository, revision, _NEEDED)
-    if not any(directory.glob("*.safetensors")):
-        directory = snapshot(repository, revision, _OLDER)
-    with suppress(ElmError):
-        snapshot(repository, revision, _WELCOME)
-    return directory
-
-
-def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    """Downloads the files that match `patterns`. Returns and raises as `download`."""
-    from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    at = f" at {revision}" if revision else ""
+def contents(repository: hub.Repository) -> hub.Contents:
+    """Asks for a repository's files, as `hub.contents`; where the hub cannot be reached, the cache."""
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except errors.GatedRepoError:
-        reason = "requires its terms to be accepted on the hub, and then a login (`hf auth login`)"
-    except errors.RevisionNotFoundError:
-        reason = "the hub has no such revision"
-    except errors.RepositoryNotFoundError:
-        reason = "no such local path, and no such repository on the hub (or it is private: `hf auth login`)"
-    except errors.HFValidationError:
-        reason = "no such local path, and not a name that a repository could have"
-    except Exception as error:  # whatever the network library of the day raises
-        detail = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ElmError(f"{repository}{at}: no such local path, and the hub cannot provide it: {detail}") from None
-    raise InputError(f"{repository}{at}: {reason}")
+        return hub.contents(repository)
+    except InputError:
+        raise
+    except ElmError:
+        cached = hub.snapshot(repository)
+        if cached is None:
+            raise
+        return hub.cached_contents(cached)
+
+
+def fetch(repository: hub.Repository, found: hub.Contents, patterns: Iterable[str]) -> Path:
+    """Brings the files that match into the hub's cache. Returns the snapshot's directory; raises as `hub.download`."""
+    return hub.download(repository, found, _matching(found, patterns))
+
+
+def _matching(found: hub.Contents, patterns: Iterable[str]) -> list[str]:
+    """Returns the files that match a pattern, in its folder."""
+    return [
+        name
+        for name in found.sizes
+        if any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in patterns)
+    ]

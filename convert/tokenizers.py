@@ -39,7 +39,7 @@ def find(source: str | Path) -> Path:
     path = expanded(source)
     repository = sources.named_repository(source)
     if repository is not None:
-        return _inside(sources.snapshot(repository.name, repository.revision, [FILE_NAME]), str(source))
+        return _inside(sources.fetch(repository, sources.contents(repository), [FILE_NAME]), str(source))
     return _inside(path, str(path)) if path.is_dir() else path
 
 

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,13 +21,16 @@ from typing import Any, BinaryIO, Literal
 from elm_mlx import files
 from elm_mlx.callbacks import OnProgress
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.reading import listed
 
 _NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[^:]+))?(?::(?P<file>[^:]+))?")
-_FILES = (".pt", ".pth", ".bin", ".safetensors", ".gguf")  # a path, then, and no repository
+_GGUF = ".gguf"
+_FILES = (".pt", ".pth", ".bin", ".safetensors", _GGUF)  # a path, then, and no repository
 _MAIN = "main"
 _LARGE = 8 << 20  # bytes; smaller files are not worth resuming
 _PIECE = 1 << 20  # bytes that are written at once
 _TRIES = 5  # in a row that bring nothing
+_PART = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)", re.IGNORECASE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -48,6 +51,13 @@ class Repository:
         revision = "" if self.revision is None else f"@{self.revision}"
         file = "" if self.file is None else f":{self.file}"
         return f"{'hub:' if self.kind == 'dataset' else ''}{self.name}{revision}{file}"
+
+    def means(self, name: str) -> bool:
+        """Returns whether `file` is the path `name`, its last part, or words of it: Q4_K is no word of Q4_K_M."""
+        file = (self.file or "").lower()
+        if file.endswith(_GGUF):
+            return f"/{name.lower()}".endswith(f"/{file}")
+        return re.search(rf"(?<![a-z0-9_]){re.escape(file)}(?![a-z0-9_])", name.lower()) is not None
 
     @property
     def folder(self) -> Path:
@@ -109,12 +119,17 @@ def owner_of(directory: Path) -> Repository | None:
 
 
 def contents(of: Repository) -> Contents:
-    """Asks the hub for a repository's files.
+    """Asks the hub for a repository's files; where it must not be asked, the cache.
 
     Raises:
         InputError: the hub has no such repository or revision, or wants a login.
-        ElmError: the hub cannot be reached, or must not be.
+        ElmError: the hub cannot be reached; or must not be, and the cache has nothing of the repository.
     """
+    if offline():
+        cached = snapshot(of)
+        if cached is None:
+            raise ElmError(f"{of}: is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being downloaded")
+        return cached_contents(cached)
     with _explained(of):
         from huggingface_hub import HfApi
 
@@ -124,6 +139,44 @@ def contents(of: Repository) -> Contents:
     sizes = {each.rfilename: each.size or 0 for each in about.siblings or ()}
     inside = {name: size for name, size in sizes.items() if name[:1] != "/" and ".." not in PurePosixPath(name).parts}
     return Contents(about.sha or of.revision or _MAIN, inside)
+
+
+def cached_contents(directory: Path) -> Contents:
+    """Returns what a snapshot in the hub's cache holds."""
+    paths = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    return Contents(directory.name, {name: path.stat().st_size for name, path in paths.items()})
+
+
+def has_gguf_alone(names: Iterable[str]) -> bool:
+    """Returns whether the files of a repository hold weights as GGUF, and in no other layout."""
+    kinds = {Path(name).suffix.lower() for name in names}
+    return _GGUF in kinds and not kinds & {*_FILES[:-1]}
+
+
+def gguf_file(of: Repository, names: Iterable[str]) -> str:
+    """Returns the GGUF file that `OWNER/NAME:FILE` means among a repository's; without FILE the only one.
+
+    Raises:
+        InputError: there is none, or several, which are named; or it is in parts.
+    """
+    files = sorted(name for name in names if name.lower().endswith(_GGUF) and "mmproj" not in name.lower())
+    wholes = list(dict.fromkeys(_PART.sub("", name) for name in files))
+    found = wholes if of.file is None else [name for name in wholes if of.means(name)]
+    stem = os.path.commonprefix([name[: -len(_GGUF)] for name in wholes])  # noqa: RUF071 (it is of names)
+    stem = stem[: max(map(stem.rfind, "-._/")) + 1] if len(wholes) > 1 else ""
+    short = [name[len(stem) : -len(_GGUF)] for name in found or wholes]  # as Q4_K_M, where that says it
+    if not files:
+        raise InputError(f"{of}: {of.name} holds no GGUF file")
+    if len(found) != 1:
+        which = "several of them" if found else "none of them"
+        several = f"holds {listed(short, most=40)} as GGUF: " + (f"{of.file} is {which}; " if of.file else "")
+        raise InputError(f"{of}: {several}name one, as {of.name}:{short[0]}")
+    if found[0] not in files:
+        raise InputError(
+            f"{of}: {found[0]} is in parts: download them by `hf download {of.name}`, join them by llama.cpp's "
+            "`llama-gguf-split --merge`, and convert what that makes by `elm-mlx convert`"
+        )
+    return found[0]
 
 
 def download(

@@ -49,8 +49,9 @@ def models(
         return
     rows = [
         [
-            each.name, each.commit[:8], "converted" if each.converted else "hub", each.about,
-            byte_size(each.nbytes), time.strftime("%Y-%m-%d", time.localtime(each.used)),
+            f"{each.name}:{each.file}" if each.file else each.name, each.commit[:8],
+            "converted" if each.converted else "hub", each.about, byte_size(each.nbytes),
+            time.strftime("%Y-%m-%d", time.localtime(each.used)),
         ]
         for each in found
     ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -119,7 +120,7 @@ def _named(model: str) -> str:
     found = repository(place)
     if found is None or expanded(place).exists():
         return model
-    return f"{name if equals else found.name}={options.directory_of(Path(place))}"
+    return f"{name if equals else replace(found, revision=None)}={options.directory_of(Path(place))}"
 
 
 def _check_access(host: str, api_key: str | None, origins: Sequence[str]) -> None:

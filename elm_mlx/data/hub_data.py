@@ -17,7 +17,7 @@ from elm_mlx import hub
 from elm_mlx.data import split_files
 from elm_mlx.data.data_files import RECORDS
 from elm_mlx.data.split_files import SplitFiles
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError
 from elm_mlx.hub import Contents, Repository
 
 PREFIX = "hub:"
@@ -103,20 +103,8 @@ class HubData:
 
 
 def _listed(of: Repository) -> Contents:
-    """Returns a repository's files of records: of the hub, or where it is not to be asked, of the cache.
-
-    Raises:
-        InputError: there is no such data set or revision, or it has too many files.
-        ElmError: the hub cannot be reached; or must not be asked, and the cache does not have it.
-    """
-    if hub.offline():
-        folder = hub.snapshot(of)
-        if folder is None:
-            raise ElmError(f"{of}: is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being downloaded")
-        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        found = Contents(folder.name, {name: path.stat().st_size for name, path in paths.items()})
-    else:
-        found = hub.contents(of)
+    """Returns a repository's files of records. Raises as `hub.contents`, and InputError where it has too many files."""
+    found = hub.contents(of)
     if len(found.sizes) > _MOST_FILES:
         raise InputError(f"{of}: has {len(found.sizes):,} files; name a folder of it")
     return replace(found, sizes={name: size for name, size in found.sizes.items() if name.lower().endswith(RECORDS)})

@@ -20,6 +20,7 @@ class CachedModel:
     Attributes:
         name: `OWNER/NAME`.
         commit: of the repository, also of what was converted.
+        file: the GGUF file that it was made of, where one was named; else empty.
         converted: it lies in the cache of conversions, else in the hub's.
         nbytes: on disk; two commits in the hub's cache may share files.
         about: family and type of the weights, or why it cannot be run.
@@ -29,6 +30,7 @@ class CachedModel:
 
     name: str
     commit: str
+    file: str
     converted: bool
     nbytes: int
     about: str
@@ -46,7 +48,7 @@ def cached_models() -> list[CachedModel]:
 
 
 def chosen(models: Sequence[CachedModel], name: str) -> list[CachedModel]:
-    """Returns what `OWNER/NAME`, or of one commit or branch `OWNER/NAME@REVISION`, means among them.
+    """Returns what `OWNER/NAME[@REVISION][:FILE]` means among them: all of it, of one commit, or made of one file.
 
     Raises:
         InputError: it is not there.
@@ -57,6 +59,8 @@ def chosen(models: Sequence[CachedModel], name: str) -> list[CachedModel]:
         snapshot = hub.snapshot(asked)
         commit = asked.revision if snapshot is None else snapshot.name
         found = [each for each in found if each.commit == commit]
+    if asked is not None and asked.file is not None:
+        found = [each for each in found if asked.means(each.file)]
     if not found:
         raise InputError(
             f"{name}: not in the hub's cache, and not converted from there; `elm-mlx models` lists what is"
@@ -97,7 +101,7 @@ def _of_hub() -> list[CachedModel]:
         return []
     return [
         CachedModel(
-            repository.repo_id, revision.commit_hash, False, revision.size_on_disk, *_about(revision.snapshot_path),
+            repository.repo_id, revision.commit_hash, "", False, revision.size_on_disk, *_about(revision.snapshot_path),
             repository.last_accessed, revision.snapshot_path,
         )
         for repository in repositories
@@ -114,7 +118,8 @@ def _converted() -> list[CachedModel]:
         stats = [file.stat() for file in directory.rglob("*") if file.is_file()]
         size, used = sum(each.st_size for each in stats), max(each.st_atime for each in stats)
         name = model_names.name_of(directory)
-        found.append(CachedModel(name, directory.name, True, size, *_about(directory), used, directory))
+        commit, file = model_names.commit_and_file(directory)
+        found.append(CachedModel(name, commit, file, True, size, *_about(directory), used, directory))
     return found
 
 
@@ -124,7 +129,8 @@ def _about(directory: Path) -> tuple[str, bool]:
     if "config.json" not in names:
         if "adapter_config.json" in names:
             return "an adapter", False
-        return ("GGUF" if any(name.lower().endswith(".gguf") for name in names) else "no model"), False
+        gguf = hub.has_gguf_alone(names)
+        return ("GGUF, converted when it is used" if gguf else "no model"), gguf
     try:
         if not model_names.is_whole(directory):
             return "incomplete", False

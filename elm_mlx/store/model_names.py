@@ -2,13 +2,14 @@
 
 Of a repository comes what is read here and no more: config, tokenizer, chat templates and one set of weights; never
 code. What MLX opens is used where it lies. A checkpoint of an OpenELM as Apple published it, without a tokenizer, or in
-PyTorch's files, is converted once, into a cache of our own.
+PyTorch's files, is converted once, into a cache of our own, and so is a GGUF file.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,10 +33,11 @@ _CARD = "README.md"  # whose licence goes with what `export` makes
 def directory_of(
     model: str | Path, on_progress: OnProgress | None = None, on_note: Callable[[str], None] = lambda text: None
 ) -> Path:
-    """Returns the model directory that `model` names: a path, or `OWNER/NAME` or `OWNER/NAME@REVISION` on the hub.
+    """Returns the model directory that `model` names: a path, or `OWNER/NAME[@REVISION][:FILE]` on the hub.
 
-    A path that is there wins. A repository that the hub's cache holds is used as it is there, and the hub is not asked;
-    else it is downloaded. What is neither is returned as it is: whoever reads its config says what is wrong.
+    FILE is a GGUF file of the repository, or a part of its name. A path that is there wins. A repository that the
+    hub's cache holds is used as it is there, and the hub is not asked; else it is downloaded. What is neither is
+    returned as it is: whoever reads its config says what is wrong.
 
     Args:
         on_progress: called with "download" or "write" and bytes. By default a terminal shows huggingface_hub's bar.
@@ -53,8 +55,11 @@ def directory_of(
     made = _converted(repository, snapshot)
     if made is not None:
         return made
-    if snapshot is None or not is_whole(snapshot):
-        snapshot = _downloaded(repository, snapshot, on_progress, on_note)
+    if repository.file is not None or snapshot is None or not is_whole(snapshot):
+        found = _contents(repository, snapshot)
+        if repository.file is not None or hub.has_gguf_alone(found.sizes):
+            return _convert_gguf(repository, found, on_progress, on_note)
+        snapshot = _downloaded(repository, found, on_progress, on_note)
     if opens(snapshot):
         return snapshot
     return _convert(repository, snapshot, on_progress, on_note)
@@ -118,16 +123,9 @@ def opens(snapshot: Path) -> bool:
 
 
 def _downloaded(
-    repository: Repository, before: Path | None, on_progress: OnProgress | None, on_note: Callable[[str], None]
+    repository: Repository, found: Contents, on_progress: OnProgress | None, on_note: Callable[[str], None]
 ) -> Path:
     """Downloads what is needed of a repository: the config, which is checked, then small files, then weights."""
-    try:
-        found = _contents(repository, before)
-    except ElmError as error:
-        near = nearest(Path(repository.name))
-        if near is None:
-            raise
-        raise type(error)(f"{error}; did you mean the directory {near}?") from None
     if _CONFIG not in found.sizes:
         raise InputError(f"{repository}: {_no_model(repository, found.sizes)}")
     snapshot = hub.download(repository, found, [_CONFIG], on_progress=no_progress)
@@ -139,18 +137,33 @@ def _downloaded(
     weights = _weights(repository, snapshot, found)
     total = sum(found.sizes[name] for name in weights if not (snapshot / name).exists())
     if total:
-        on_note(f"{repository}: {reading.byte_size(total)} are downloaded into the hub's cache")
+        on_note(_TO_COME.format(repository, reading.byte_size(total)))
     return hub.download(repository, found, weights, on_progress=on_progress)
 
 
+_TO_COME = "{}: {} are downloaded into the hub's cache"
+
+
 def _contents(repository: Repository, before: Path | None) -> Contents:
-    if hub.offline():
-        part = "only a part of it is" if before is not None else "it is not"
-        raise ElmError(
-            f"{repository}: no such directory, {part} in the hub's cache, and HF_HUB_OFFLINE keeps it from being "
-            "downloaded"
-        )
-    return hub.contents(repository)
+    """Returns what the repository holds: a GGUF file that is in the cache is found there."""
+    if before is not None and (repository.file is not None or hub.offline()):
+        cached = hub.cached_contents(before)
+        with suppress(InputError):
+            hub.gguf_file(repository, cached.sizes)
+            return cached
+    try:
+        if hub.offline():
+            part = "only a part of it is" if before is not None else "it is not"
+            raise ElmError(
+                f"{repository}: no such directory, {part} in the hub's cache, and HF_HUB_OFFLINE keeps it from being "
+                "downloaded"
+            )
+        return hub.contents(repository)
+    except ElmError as error:
+        near = nearest(Path(repository.name))
+        if near is None:
+            raise
+        raise type(error)(f"{error}; did you mean the directory {near}?") from None
 
 
 def _is_template(name: str) -> bool:
@@ -194,11 +207,6 @@ def _named(index: Path) -> set[str]:
 
 def _no_model(repository: Repository, sizes: Mapping[str, int]) -> str:
     """Says what a repository without weights that are read here holds, and what can be done with that."""
-    if any(name.endswith(".gguf") for name in sizes):
-        return (
-            f"holds GGUF, which is converted: `hf download {repository.name} FILE.gguf --local-dir DIR`, then "
-            "`elm-mlx convert DIR/FILE.gguf DST`"
-        )
     if "adapter_config.json" in sizes:
         return (
             f"an adapter, not a model: `hf download {repository.name} --local-dir DIR`, then MODEL with --adapter DIR"
@@ -208,18 +216,28 @@ def _no_model(repository: Repository, sizes: Mapping[str, int]) -> str:
     return f"holds no model in safetensors; it holds {reading.listed(sorted(sizes)) or 'nothing'}"
 
 
-def _place(name: str, commit: str) -> Path:
-    return conversions() / name.replace("/", "--") / commit
+def _place(name: str, commit: str, file: str | None = None) -> Path:
+    """Returns the directory of a conversion, which bears the name of the file that was named."""
+    last = commit if file is None else f"{commit}--{file.replace('/', '--')}"
+    return conversions() / name.replace("/", "--") / last
+
+
+def commit_and_file(made: Path) -> tuple[str, str]:
+    """Returns what a conversion was made of: a commit, and the file of it that was named, if one was."""
+    commit, _, file = made.name.partition("--")
+    return commit, file
 
 
 def _converted(repository: Repository, snapshot: Path | None) -> Path | None:
     """Returns what was converted of the revision; where the hub's cache has none of it, the last that was."""
-    commit = snapshot.name if snapshot is not None else repository.revision
-    if commit is not None:
-        made = [_place(repository.name, commit)] if Path(commit).name == commit else []
-    else:
-        made = sorted(_place(repository.name, "").glob("*"), key=lambda each: each.stat().st_mtime, reverse=True)
-    return next((each for each in made if (each / _CONFIG).exists()), None)
+    wanted = snapshot.name if snapshot is not None else repository.revision
+    made = sorted(_place(repository.name, "").glob("*"), key=lambda each: each.stat().st_mtime, reverse=True)
+    for each in made:
+        commit, file = commit_and_file(each)
+        meant = repository.means(file) if repository.file is not None and file else repository.file == (file or None)
+        if wanted in (None, commit) and meant and (each / _CONFIG).exists():
+            return each
+    return None
 
 
 def _convert(
@@ -239,6 +257,26 @@ def _convert(
         source = replace(open_source(snapshot), label=repository.name, revision=snapshot.name)
         on_note(f"{repository}: is converted, once, into {made}" + ("" if own else ", with Llama 2's tokenizer"))
         elm_mlx_convert.convert(source, made, tokenizer=tokenizer, on_progress=on_progress or no_progress)
+    return made
+
+
+def _convert_gguf(
+    repository: Repository, found: Contents, on_progress: OnProgress | None, on_note: Callable[[str], None]
+) -> Path:
+    """Downloads a GGUF file, and converts it into the cache of conversions."""
+    import elm_mlx_convert
+
+    file = hub.gguf_file(repository, found.sizes)
+    made = _place(repository.name, found.commit, repository.file and file)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    with files.hold(made, beside=True):
+        if (made / _CONFIG).exists():
+            return made
+        if not (repository.folder / "snapshots" / found.commit / file).exists():
+            on_note(_TO_COME.format(repository, reading.byte_size(found.sizes[file])))
+        path = hub.download(repository, found, [file], on_progress=on_progress) / file
+        on_note(f"{repository}: {file} is converted, once, into {made}")
+        elm_mlx_convert.convert(path, made, on_progress=on_progress or no_progress)
     return made
 
 

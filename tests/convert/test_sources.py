@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch_files
 from checkpoints import corenet, save_hub, save_pt, tensors, tiny, weights
+from hub_server import HubServer
 from safetensors.numpy import save_file
 
 from elm_mlx.errors import ElmError, InputError
@@ -187,7 +188,9 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
         open_source(tmp_path / "empty", revision="main")
 
 
-def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_familys_model_needs_no_converting(hub: HubServer, tmp_path: Path) -> None:
+    tmp_path /= "model"
+    tmp_path.mkdir()
     (tmp_path / "config.json").write_text('{"model_type": "olmo2"}')
     match = r"of the family OLMo 2, used as it is \(OpenELM alone is converted, averaged and exported\): "
     with pytest.raises(InputError, match=f"{match}but its weights must be model"):
@@ -196,11 +199,10 @@ def test_another_familys_model_needs_no_converting(tmp_path: Path, monkeypatch: 
     for source in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(InputError, match=f"{match}`elm-mlx generate {tmp_path}`"):
             open_source(source)
-    asked = []
-    monkeypatch.setattr(sources, "snapshot", lambda *of: (asked.append(of[2]), tmp_path)[1])
+    hub.add("a/b", tmp_path)
     with pytest.raises(InputError, match=f"^a/b: {match}`elm-mlx generate a/b`$"):
         open_source("a/b")
-    assert asked == [["config.json"]]  # and none of its weights
+    assert hub.fetched() == ["config.json"]  # and none of its weights
 
 
 def test_what_could_be_a_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,50 +248,43 @@ def test_a_repository_from_the_cache_offline(tmp_path: Path) -> None:
 def test_a_repository_that_is_not_in_the_cache_offline(tmp_path: Path) -> None:
     done = open_in_process(tmp_path, "apple/OpenELM-other")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("apple/OpenELM-other: no such local path, and the hub cannot provide it: ")
+    assert done.stdout.startswith(
+        "apple/OpenELM-other: is not in the hub's cache, and HF_HUB_OFFLINE keeps it from being "
+    )
     assert done.stdout.count("\n") == 1
 
 
-def test_what_the_hub_answers_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    def answer(kind: type[Exception]) -> Any:
-        def raises(*_: Any, **__: Any) -> str:
-            error = kind.__new__(kind)
-            error.args = ("long\nstory",)
-            raise error
-
-        return raises
-
-    for kind, expected, message in (
-        (errors.GatedRepoError, InputError, "terms to be accepted"),
-        (errors.RepositoryNotFoundError, InputError, "no such repository on the hub"),
-        (errors.RevisionNotFoundError, InputError, "at v2: the hub has no such revision"),
-        (errors.HFValidationError, InputError, "not a name that a repository could have"),
-        (ConnectionError, ElmError, "the hub cannot provide it: long story"),
-    ):
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", answer(kind))
-        with pytest.raises(expected, match=message) as caught:
-            sources.download("apple/OpenELM", "v2")
-        assert "\n" not in str(caught.value)
+def test_a_repository_brings_one_layout_of_its_weights(hub: HubServer, tmp_path: Path) -> None:
+    hub.add("a/b", save_hub(tmp_path / "model", CONFIG, WEIGHTS))
+    more = {"pytorch_model.bin": b"", "load.py": b"", "tokenizer.model": b"-", "other/model.safetensors": b""}
+    hub.repositories["a/b"] |= more
+    opened = open_source("a/b")
+    assert (opened.label, opened.revision, len(opened.tensors)) == ("a/b", hub.commit("a/b"), len(WEIGHTS))
+    assert {*hub.fetched()} == {"config.json", "model.safetensors", "tokenizer.model"}
+    del hub.repositories["a/b"]["model.safetensors"]
+    with pytest.raises(InputError, match=r"pytorch_model\.bin: "):
+        open_source("a/b")
 
 
-def test_bin_only_when_there_is_no_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
+def test_what_the_hub_answers_becomes_one_line(hub: HubServer) -> None:
+    with pytest.raises(InputError, match=r"^a/b: no such directory, nor is it in the hub's cache, and http"):
+        open_source("a/b")
+    hub.repositories["a/b"] = {"config.json": b"{}", "model.safetensors": b""}
+    with pytest.raises(InputError, match=r"^a/b@v2: the hub has no such revision of a/b$"):
+        open_source("a/b", revision="v2")
+    hub.refuses["a/b"] = (403, "GatedRepo")
+    with pytest.raises(InputError, match=r"^a/b: is gated: accept its terms"):
+        open_source("a/b")
 
-    asked: list[list[str]] = []
 
-    def download(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append(allow_patterns)
-        if "tokenizer.model" in allow_patterns:
-            raise ConnectionError
-        return str(tmp_path)
+def test_where_the_hub_cannot_be_reached_the_cache_is_enough(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert sources.download("a/b", None) == tmp_path
-    assert [patterns[0] for patterns in asked] == ["config.json", "*.bin", "tokenizer.model"]
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    asked.clear()
-    sources.download("a/b", None)
-    assert [patterns[0] for patterns in asked] == ["config.json", "tokenizer.model"]
+    hub.add("a/b", save_hub(tmp_path / "model", CONFIG, WEIGHTS))
+    commit = open_source("a/b").revision
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert open_source("a/b").revision == commit
+    with pytest.raises(ElmError, match=r"^a/c: not in the hub's cache, and http://127\.0\.0\.1:9 cannot be reached"):
+        open_source("a/c")

@@ -17,7 +17,6 @@ from elm_mlx.model.config import ModelConfig
 from elm_mlx.text import sentencepiece_file
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, OpenELMInstruct
 from elm_mlx.text.tokenizer import Tokenizer
-from elm_mlx_convert import sources
 from elm_mlx_convert import tokenizers as converter
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
@@ -275,19 +274,13 @@ class TestFind:
         with pytest.raises(InputError, match="No such file"):
             sentencepiece_file.read(converter.find(tmp_path / "none" / "x.model"))
 
-    def test_repository(self, llama_like, tmp_path, monkeypatch):
-        asked = []
-
-        def snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-            asked.append((repository, revision, patterns))
-            return tmp_path
-
-        monkeypatch.setattr(sources, "snapshot", snapshot)
+    def test_repository(self, llama_like, hub):
+        hub.repositories["owner/name"] = {"model.safetensors": b"-"}
         with pytest.raises(InputError, match=r"^owner/name: no tokenizer\.model"):
             converter.find("owner/name")
-        (tmp_path / "tokenizer.model").write_bytes(llama_like.read_bytes())
-        assert converter.find("owner/name") == tmp_path / "tokenizer.model"
-        assert asked[-1] == ("owner/name", None, ["tokenizer.model"])
+        hub.repositories["owner/name"]["tokenizer.model"] = llama_like.read_bytes()
+        assert converter.find("owner/name").read_bytes() == llama_like.read_bytes()
+        assert hub.fetched() == ["tokenizer.model"]
 
     def test_repository_from_the_cache_without_network(self, llama_like, tmp_path, monkeypatch):
         constants = pytest.importorskip("huggingface_hub.constants")

@@ -16,8 +16,10 @@ from checkpoints import save_hub
 from hub_server import HubServer
 
 import elm_mlx
+import elm_mlx_convert
 from elm_mlx import hub as hub_module
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.store.cached_models import cached_models, chosen
 from elm_mlx.store.model_names import conversions, directory_of, name_of
 
 LLAMA = "small/Llama"
@@ -242,7 +244,8 @@ def test_what_holds_no_model_that_is_read(hub: HubServer, llama: str) -> None:
     files = hub.repositories[LLAMA]
     config = files["config.json"]
     for held, message in (
-        ({"model.gguf": b""}, "holds GGUF, which is converted: `hf download a/B FILE.gguf"),
+        ({"a.Q8_0.gguf": b"", "a.F16.GGUF": b""}, "a/B: holds 'F16', 'Q8_0' as GGUF: name one, as a/B:F16$"),
+        ({"a-00001-of-00002.gguf": b"", "a-00002-of-00002.gguf": b""}, "a/B: a.gguf is in parts: download them by `hf"),
         ({"adapter_config.json": b"{}"}, "an adapter, not a model: `hf download a/B"),
         ({"config.json": config, "pytorch_model.bin": b""}, "holds weights in PyTorch's files alone"),
         ({"train.parquet": b""}, "holds no model in safetensors; it holds 'train.parquet'"),
@@ -285,10 +288,84 @@ def test_apples_checkpoint_is_converted_once(
     assert directory_of("apple/OpenELM-tiny-Instruct") == made and len(hub.asked) == asked
 
 
+@pytest.fixture
+def gguf(hub: HubServer, family_dirs: dict[str, Path], tmp_path: Path) -> dict[str, bytes]:
+    """Two GGUF files on the hub, as their makers call them: the repository's files."""
+    held = {"config.json": b"{}", "README.md": b"", "mmproj-tiny-F16.gguf": b""}
+    for kind in ("f32", "q8_0"):
+        done = elm_mlx_convert.export_gguf(family_dirs["mistral"], tmp_path / "a.gguf", kind=kind, overwrite=True)
+        held[f"tiny-{kind.upper()}.gguf"] = done.path.read_bytes()
+    hub.repositories["a/Tiny-GGUF"] = held
+    return held
+
+
+def test_a_gguf_file_is_named_and_converted_once(
+    hub: HubServer, gguf: dict[str, bytes], family_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx.core as mx
+    from huggingface_hub import constants
+
+    with pytest.raises(InputError, match=r"^a/Tiny-GGUF: holds 'F32', 'Q8_0' as GGUF: name one, as a/Tiny-GGUF:F32$"):
+        directory_of("a/Tiny-GGUF")
+    with pytest.raises(InputError, match=r"^a/Tiny-GGUF:Q4_K: holds 'F32', 'Q8_0' as GGUF: Q4_K is none of them; name"):
+        directory_of("a/Tiny-GGUF:Q4_K")
+    assert not hub.fetched()
+    notes: list[str] = []
+    made = directory_of("a/Tiny-GGUF:f32", on_note=notes.append)
+    assert [("are downloaded" in note, "tiny-F32.gguf is converted, once" in note) for note in notes] == [
+        (True, False), (False, True)
+    ]  # fmt: skip
+    assert {*hub.fetched()} == {"tiny-F32.gguf"} and name_of(made) == "a/Tiny-GGUF"
+    ids = mx.array([[1, 5, 9, 3]])
+    expected = elm_mlx.load_model(family_dirs["mistral"])(ids)
+    assert mx.allclose(elm_mlx.load_model("a/Tiny-GGUF:tiny-F32.gguf")(ids), expected, atol=0.1)  # bfloat16
+    asked = len(hub.asked)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for name in ("a/Tiny-GGUF:F32", "a/Tiny-GGUF@main:TINY-F32.gguf", f"a/Tiny-GGUF@{hub.commit('a/Tiny-GGUF')}:F32"):
+        assert directory_of(name) == made
+    with pytest.raises(ElmError, match="only a part of it is in the hub's cache"):
+        directory_of("a/Tiny-GGUF:Q8_0")
+    assert len(hub.asked) == asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    other = directory_of("a/Tiny-GGUF:q8_0")
+    assert other.parent == made.parent and other != made
+    listed = cached_models()
+    assert {(each.name, each.file, each.runs) for each in listed} == {
+        ("a/Tiny-GGUF", "tiny-F32.gguf", True), ("a/Tiny-GGUF", "tiny-Q8_0.gguf", True), ("a/Tiny-GGUF", "", True)
+    }  # fmt: skip
+    assert [each.directory for each in chosen(listed, "a/Tiny-GGUF:Q8_0")] == [other]
+    with pytest.raises(InputError, match="a/Tiny-GGUF:Q8: not in the hub's cache"):
+        chosen(listed, "a/Tiny-GGUF:Q8")
+
+
+def test_the_only_gguf_file_needs_no_name(hub: HubServer, gguf: dict[str, bytes], tmp_path: Path) -> None:
+    del gguf["tiny-F32.gguf"]
+    made = directory_of("a/Tiny-GGUF")
+    assert (made / "config.json").exists() and made.name == hub.commit("a/Tiny-GGUF")
+    for source in ("a/Tiny-GGUF", "a/Tiny-GGUF:Q8_0"):
+        elm_mlx_convert.convert(source, tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
 def test_names_that_are_none() -> None:
-    for name in ("OpenELM", "a/b/c", "./a/b", "/a", "a/", "~/a", "a/b.pt", "a/b.safetensors", "a b/c", "a/b@", "a/-b"):
+    for name in (
+        "OpenELM",
+        "a/b/c",
+        "./a/b",
+        "/a",
+        "a/",
+        "~/a",
+        "a/b.pt",
+        "a/b.safetensors",
+        "a b/c",
+        "a/b@",
+        "a/-b",
+        "a/b:",
+        "C:/a",
+    ):
         assert hub_module.repository(name) is None, name
-    assert str(hub_module.repository("a/b@refs/pr/1")) == "a/b@refs/pr/1"
+    for name in ("a/b@refs/pr/1", "a/b:Q4_K_M", "a/b@v1:sub/x.gguf"):
+        assert str(hub_module.repository(name)) == name
 
 
 def test_what_a_directory_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
