@@ -20,7 +20,7 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +75,13 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     with new_file(path) as file:
         file.write(text.encode(errors="backslashreplace"))  # half a surrogate pair, as JSON says it
+
+
+def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """JSON objects, each a line, as the whole of `path`, atomically. Raises ElmError."""
+    with new_file(path) as file:
+        for line in lines:
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))  # as above
 
 
 @contextmanager

@@ -37,7 +37,7 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _GROUPS = {
     "Models": ("convert", "export", "info", "quantize", "fuse", "adapter", "models"),
     "Talk": ("generate", "chat", "serve"),
-    "Train": ("data", "lora", "dpo", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
+    "Train": ("data", "lora", "dpo", "synthesize", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
     "Measure": ("eval", "bench"),
 }
 # Arguments that an option gives too, for it does so in other commands.

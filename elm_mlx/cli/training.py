@@ -155,6 +155,18 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
     return {name: value for name, value in values.items() if value is not None}
 
 
+def settings_in(path: Path, kind: type[LoraSettings]) -> dict[str, Any]:
+    """Returns the settings of a run that a file as `--config` takes has, by name. Raises InputError."""
+    options = kind.options()
+    found = _read(path, options)
+    scale = found.pop(mlx_lm_settings.SCALE, None)
+    values = {name: _read_as(options[name], value, str(path)) for name, value in found.items() if value is not None}
+    if scale is not None and "alpha" not in values:
+        rank = values.get("rank", options["rank"].default)
+        values["alpha"] = mlx_lm_settings.alpha(scale, rank, values.get("rslora", False))
+    return values
+
+
 def _complete(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettings:
     """Returns the settings of a run. Raises InputError where one is missing."""
     for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):

@@ -28,6 +28,7 @@ from elm_mlx.train.preference import LOSSES
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_MODEL = {
     "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "info", "lora", "quantize", "serve",
+    "synthesize",
 }  # fmt: skip
 
 
@@ -125,6 +126,8 @@ def test_every_command_of_a_model_takes_it_by_name(run: Run, tmp_path: Path, nam
     flags = ["--data", tmp_path, "--out", tmp_path / "out"] if name in ("lora", "dpo") else []
     if name == "bench":
         flags = ["--out", tmp_path / "bench", "--against", "none"]
+    if name == "synthesize":
+        flags = ["--task", "arithmetic", "--measure", 1]
     by_name = run(name, "--model", missing, *more.get(name, []), *flags)
     assert by_name == run(name, missing, *more.get(name, []), *flags)
     assert by_name[0] == 2 and "no-such-model" in by_name[2] and by_name[2].count("\n") == 1

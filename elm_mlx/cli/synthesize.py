@@ -1,0 +1,286 @@
+"""`elm-mlx synthesize MODEL --task T`: training data of a model's own answers that a program judged right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elm_mlx.cli import options
+from elm_mlx.cli.screen import ProgressBar, TrainingDisplay, counted, note, say, say_all, table
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from elm_mlx.selfplay.answer_record import RecordedProblem
+    from elm_mlx.selfplay.answer_sampling import SamplingSettings
+    from elm_mlx.selfplay.rounds import RoundResult
+    from elm_mlx.train.finetuning import Finetuning
+    from elm_mlx.train.run import Result
+
+PANELS = {
+    "Problems": ("task", "difficulty", "held_out"),
+    "Sampling": ("samples", "answers", "temp", "max_tokens", "seed", "template", "compute_dtype"),
+    "Output": ("out", "pairs", "solutions", "measure", "overwrite"),
+    "Rounds": ("loop", "config"),
+}
+_MEASURED = 128  # held-out problems after each round
+_LABELS = 12  # columns
+_SHOWN = 160  # characters of a prompt or answer
+
+
+def synthesize(
+    model: options.OptionalModelPath = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", metavar="TASK|FILE.py", help="The task to solve. (no default)")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE|DIR", help="The data to write, or with --loop the rounds' directory. (no default)"),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Answers to sample; in each round of --loop. (no default)")
+    ] = None,
+    difficulty: Annotated[
+        str | None, typer.Option(metavar="N|N-M", help="Difficulties to draw problems of. (default: all)")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Data whose prompts are not to be trained on; may be repeated."),
+    ] = None,
+    answers: Annotated[int, typer.Option(min=1, help="Answers to each problem.")] = 8,
+    temp: Annotated[float, typer.Option(help="Temperature; above 0.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same problems and answers.")] = 0,
+    template: options.ChatTemplate = None,
+    compute_dtype: options.ComputeDtype = None,
+    pairs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write pairs of a right and a wrong answer too, for dpo.")
+    ] = None,
+    solutions: Annotated[
+        bool, typer.Option("--solutions", help="Write solutions of the task's program; no MODEL is needed.")
+    ] = False,
+    measure: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"pass@1 and pass@k on so many held-out problems. (default: none; with --loop {_MEASURED})",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Begin anew, and replace the files that are there.")
+    ] = False,
+    loop: Annotated[
+        int | None, typer.Option(min=1, metavar="K", help="Sample, train and begin again, K times. (default: once)")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="For --loop: options of `lora`, as its --config takes them.")
+    ] = None,
+    adapter: options.AdapterPath = None,
+) -> None:
+    """Sample answers to problems that a program checks, and keep the right ones as data for lora, pairs for dpo; or do
+    so and train, round by round."""
+    if task is None:
+        from elm_mlx.problems.built_in import TASKS
+
+        raise InputError(f"--task is missing: {', '.join(TASKS)}, or a FILE.py")
+    if config is not None and loop is None:
+        raise InputError("--config has options of training, which --loop does")
+    held = tuple(held_out or ())
+    if solutions:
+        given = {"MODEL": model, "--adapter": adapter, "--pairs": pairs, "--measure": measure, "--loop": loop}
+        needless = next((name for name, value in given.items() if value is not None), None)
+        if needless is not None:
+            raise InputError(f"{needless}: --solutions writes what the task's program knows, without a model")
+        _write_solutions(task, difficulty, seed, _needed("--samples", samples), _needed("--out", out), held, overwrite)
+        return
+    if model is None:
+        raise InputError("MODEL is missing; --solutions alone needs none")
+    from elm_mlx.selfplay.answer_sampling import SamplingSettings
+
+    asked = SamplingSettings(
+        model, task, adapter, difficulty, answers, seed, temp, max_tokens, template, held, compute_dtype
+    )
+    try:
+        if loop is not None:
+            _loop(asked, loop, samples, measure or _MEASURED, out, pairs, config)
+        elif out is None and samples is None and measure is not None:
+            _measure(asked, measure)
+        else:
+            if measure is not None:
+                raise InputError("--measure: measures by itself, or within --loop; leave out --samples and --out")
+            _synthesize(asked, _needed("--samples", samples), _needed("--out", out), pairs, overwrite)
+    except KeyboardInterrupt:
+        if out is not None:
+            note(f"stopped; the same command goes on from what is in {out if loop else out.parent}")
+        raise
+
+
+def _needed(name: str, value: Any) -> Any:
+    if value is None:
+        raise InputError(f"{name} is missing")
+    return value
+
+
+def _write_solutions(
+    task: str, difficulty: str | None, seed: int, count: int, out: Path, held_out: Sequence[str], overwrite: bool
+) -> None:
+    from elm_mlx import directories, files
+    from elm_mlx.problems.built_in import difficulties, load_task
+    from elm_mlx.problems.solutions import solved_by_program
+    from elm_mlx.selfplay.held_out_files import prompts_in
+
+    directories.check_file(out, overwrite)
+    known = load_task(task)
+    lines = solved_by_program(known, difficulties(difficulty, known), seed, count, prompts_in(held_out))
+    files.write_json_lines(out, lines)
+    if len(lines) < count:
+        note(f"the task has no more than {len(lines):,} problems to train on among these")
+    say("wrote", f"{out}: {counted(len(lines), 'solution')}; try: elm-mlx lora MODEL --data {out} --out DIR", _LABELS)
+
+
+def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | None, overwrite: bool) -> None:
+    from elm_mlx.selfplay.answer_sampling import Sampling
+    from elm_mlx.selfplay.synthesis import record_of, synthesize
+
+    options.directory_of(asked.model)  # with a bar: the rest finds it there
+    sampling = Sampling(asked, note)
+    with ProgressBar("items") as progress:
+        done = synthesize(sampling, samples, out, pairs, overwrite=overwrite, progress=progress)
+    _print_difficulties(done.problems, asked.answers)
+    chosen = done.chosen
+    _print_examples(done.problems)
+    say_all(
+        [
+            ("answers", _verdicts(done.problems)),
+            ("held out", f"{counted(sum(each.held_out for each in done.problems), 'problem')} drawn and passed over"),
+            ("dropped", f"{counted(chosen.duplicates, 'duplicate')} of right answers"),
+            ("wrote", f"{out}: {counted(len(chosen.examples), 'right answer')}; try: elm-mlx lora {asked.model} "
+                      f"--data {out} --out DIR"),
+            ("wrote", pairs and f"{pairs}: {counted(len(chosen.pairs), 'pair')}; try: elm-mlx dpo {asked.model} "
+                                f"--data {pairs} --out DIR"),
+            ("record", f"{record_of(out)}: all answers; the same command with more --samples adds to them"),
+        ],
+        _LABELS,
+    )  # fmt: skip
+
+
+def _measure(asked: SamplingSettings, count: int) -> None:
+    from elm_mlx.problems.drawn_problems import held_out_problems
+    from elm_mlx.selfplay.answer_sampling import Sampling
+
+    options.directory_of(asked.model)
+    sampling = Sampling(asked, note)
+    problems = held_out_problems(sampling.task, sampling.difficulties, count)
+    solved: list[RecordedProblem] = []
+    total = len(problems) * asked.answers
+    with ProgressBar("items") as progress:
+        progress("measure", 0, total)
+        for problem in sampling.solve(problems):
+            solved.append(problem)
+            progress("measure", len(solved) * asked.answers, total)
+    _print_difficulties(solved, asked.answers)
+    _print_examples(solved)
+    _print_pass(solved, asked.answers, "measured")
+
+
+def _loop(
+    asked: SamplingSettings, rounds: int, samples: int | None, measured: int, out: Path | None, pairs: Path | None,
+    config: Path | None,
+) -> None:  # fmt: skip
+    from elm_mlx.cli import training
+    from elm_mlx.selfplay.answer_sampling import Sampling
+    from elm_mlx.selfplay.rounds import Rounds
+    from elm_mlx.train.settings import LoraSettings
+
+    if pairs is not None:
+        raise InputError("--pairs: rounds train on right answers alone")
+    samples, out = _needed("--samples", samples), _needed("--out", out)
+    settings: Mapping[str, Any] = {} if config is None else training.settings_in(config, LoraSettings)
+    options.directory_of(asked.model)
+    done: list[RoundResult] = []
+    with Rounds(Sampling(asked, note), samples, measured, out, settings) as loop, ProgressBar("items") as progress:
+
+        def train(run: Finetuning) -> Result:
+            progress.hide()
+            shown = TrainingDisplay(
+                run.settings.schedule.total, "valid" in run.splits, every=run.asked.reports.steps_per_report
+            )
+            return training.train(run, shown, [], {}, False, {})
+
+        for result in loop.run(rounds, train, progress):
+            progress.hide()
+            done.append(result)
+            _print_round(result, asked.answers)
+    _print_rounds(done, asked.answers)
+    last = out / f"round-{rounds}" / "adapter"
+    say("wrote", f"{out}; try: elm-mlx generate {asked.model} --adapter {last} --prompt …", _LABELS)
+
+
+def _print_round(result: RoundResult, answers: int) -> None:
+    """Prints what a round sampled, examples of it, and how the model solves held-out problems after it."""
+    if result.number:
+        _print_examples(result.sampled)
+        trained = f"trained on {counted(result.examples, 'right answer')} of all rounds"
+        say(f"round {result.number}", f"{_verdicts(result.sampled)}; {trained}", _LABELS)
+    _print_pass(result.held_out, answers, "held out" if result.number else "start")
+
+
+def _print_rounds(done: Sequence[RoundResult], answers: int) -> None:
+    from elm_mlx.problems.pass_rates import pass_rate
+
+    rows = []
+    for result in done:
+        right, sampled = (sum(each.count[place] for each in result.sampled) for place in (0, 1))
+        rates = [pass_rate([each.count for each in result.held_out], k) for k in (1, answers)]
+        rows.append([
+            str(result.number or "start"), f"{right / sampled:.1%}" if sampled else "", f"{result.examples:,}",
+            *(cell for rate in rates for cell in (f"{rate.rate:.1%}", f"{rate.low:.1%} to {rate.high:.1%}")),
+        ])  # fmt: skip
+    headers = ("round", "right of sampled", "trained on", "pass@1", "95 %", f"pass@{answers}", "95 %")
+    table(headers, rows)
+
+
+def _print_pass(problems: Sequence[RecordedProblem], answers: int, label: str) -> None:
+    from elm_mlx.problems.pass_rates import pass_rate
+
+    for k in sorted({1, answers}):
+        rate = pass_rate([each.count for each in problems], k)
+        say(label, f"{rate}, of {counted(len(problems), 'held-out problem')}", _LABELS)
+
+
+def _print_difficulties(problems: Sequence[RecordedProblem], answers: int) -> None:
+    """Prints a table: of each difficulty the problems, the share of right answers, and of problems solved at all."""
+    from elm_mlx.problems.pass_rates import pass_rate
+
+    rows = []
+    for difficulty in sorted({each.difficulty for each in problems}):
+        own = [each for each in problems if each.difficulty == difficulty]
+        rates = [pass_rate([each.count for each in own], k) for k in (1, answers)]
+        rows.append([str(difficulty), f"{len(own):,}", *(f"{rate.rate:.1%}" for rate in rates), _verdicts(own)])
+    table(("difficulty", "problems", "right", f"in one of {answers}", "answers"), rows, left=(4,))
+
+
+def _print_examples(problems: Sequence[RecordedProblem]) -> None:
+    """Prints a problem with an answer of each verdict that there is."""
+    found: dict[str, tuple[str, str]] = {}
+    for problem in problems:
+        for answer in problem.answers:
+            found.setdefault(answer.verdict.value if answer.ended else "no end", (problem.prompt, answer.text))
+    for verdict, (prompt, text) in found.items():
+        say(verdict, f"{_shortened(prompt)} → {_shortened(text)}", _LABELS)
+
+
+def _verdicts(problems: Sequence[RecordedProblem]) -> str:
+    answers = [answer for problem in problems for answer in problem.answers]
+    counts = Counter(answer.verdict.value if answer.ended else "without an end" for answer in answers)
+    return ", ".join(f"{count:,} {verdict}" for verdict, count in counts.most_common())
+
+
+def _shortened(text: str) -> str:
+    """The text on one line, its middle left out where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]} … {text[-_SHOWN // 2 :]}"

@@ -1,0 +1,193 @@
+"""The record of sampled answers: a file with a line a problem, right and wrong answers alike, that is gone on with.
+
+Its first line says what it is a record of. The others are appended in the order of the problems' numbers, so that a
+run that was killed leaves the beginning of what an unbroken one writes, and perhaps a torn line, which is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from elm_mlx import files
+from elm_mlx.errors import ElmError, InputError
+from elm_mlx.inference.solving import SolvedProblem
+from elm_mlx.problems.checked_task import Verdict
+from elm_mlx.problems.pass_rates import Count
+from elm_mlx.reading import printable
+
+_SYNC_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class RecordedAnswer:
+    """An answer.
+
+    Attributes:
+        tokens: how many, the one that ended it included.
+        ended: whether it came to its own end.
+    """
+
+    text: str
+    verdict: Verdict
+    tokens: int
+    ended: bool
+
+
+@dataclass(frozen=True)
+class RecordedProblem:
+    """A problem and its answers. `held_out`: how many problems drawn before it were passed over as held out."""
+
+    number: int
+    difficulty: int
+    prompt: str
+    held_out: int
+    answers: tuple[RecordedAnswer, ...]
+
+    @property
+    def count(self) -> Count:
+        """The right answers, and all, as `pass_rate` takes them."""
+        return sum(answer.verdict is Verdict.RIGHT for answer in self.answers), len(self.answers)
+
+    def of(self, verdict: Verdict) -> list[RecordedAnswer]:
+        """The answers of a verdict that came to their own end."""
+        return [answer for answer in self.answers if answer.verdict is verdict and answer.ended]
+
+
+def recorded(solved: SolvedProblem) -> RecordedProblem:
+    """Returns a problem as the record has it."""
+    drawn = solved.drawn
+    answers = tuple(
+        RecordedAnswer(each.rollout.text, each.verdict, len(each.rollout.tokens), each.ended) for each in solved.answers
+    )
+    return RecordedProblem(drawn.number, drawn.difficulty, drawn.problem.prompt, drawn.passed_over, answers)
+
+
+class AnswerRecord:
+    """A record of answers, open and locked between `with` and its end.
+
+    Args:
+        first: the number of its first problem.
+        identity: what the answers depend on, by the names that a message may use.
+
+    Attributes:
+        problems: those that are there, in order.
+
+    Raises:
+        InputError: the file is no such record, or one of other settings, which are named.
+        ElmError: another process writes to it, or nobody can.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], first: int = 0) -> None:
+        self.path = path
+        self.problems: list[RecordedProblem] = []
+        with ExitStack() as held:
+            held.enter_context(files.hold(path, beside=True))
+            try:
+                self._file: BinaryIO = held.enter_context(path.open("a+b"))
+            except OSError as error:
+                raise ElmError(f"{path}: cannot be written: {error.strerror}") from None
+            self._recall(identity, first)
+            self._held = held.pop_all()
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> AnswerRecord:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # A second error would hide the first one.
+        with nullcontext() if error is None else suppress(OSError), self._held:
+            self._sync()
+
+    def append(self, problem: RecordedProblem) -> None:
+        """Keeps the next problem. Raises ElmError where it cannot be written."""
+        self.problems.append(problem)
+        self._write(_as_json(problem))
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            self._sync()
+
+    def _recall(self, identity: Mapping[str, Any], first: int) -> None:
+        """Reads what is there, and cuts off what is torn or damaged and all after it."""
+        self._file.seek(0)
+        head = self._file.readline()
+        if not head.endswith(b"\n"):  # nothing yet, or killed while it was written
+            if head and not head.startswith(b'{"record of"'[: len(head)]):
+                raise self._other()
+            self._file.truncate(0)
+            self._write({"record of": dict(identity)})
+            return
+        self._check_same(head, identity)
+        whole = len(head)
+        for line in self._file:
+            problem = _of_json(line)
+            if problem is None or problem.number != first + len(self.problems):
+                break
+            self.problems.append(problem)
+            whole += len(line)
+        if self._file.seek(0, os.SEEK_END) > whole:
+            self._file.truncate(whole)
+
+    def _check_same(self, head: bytes, identity: Mapping[str, Any]) -> None:
+        try:
+            known = json.loads(head)["record of"]
+        except (ValueError, KeyError, TypeError):
+            known = None
+        if not isinstance(known, dict):
+            raise self._other()
+        wanted = json.loads(json.dumps(dict(identity)))
+        for name in {**wanted, **known}:
+            if known.get(name) != wanted.get(name):
+                before, now = _short(known.get(name)), _short(wanted.get(name))
+                raise InputError(
+                    f"{self.path}: holds answers with {name} = {before}, not {now}; leave it as it was, choose another "
+                    "--out, or begin anew by --overwrite"
+                )
+
+    def _other(self) -> InputError:
+        return InputError(f"{self.path}: is no record of `elm-mlx synthesize`; choose another --out")
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        try:
+            self._file.write((json.dumps(value) + "\n").encode())
+            self._file.flush()
+        except OSError as error:
+            raise ElmError(f"{self.path}: cannot be written: {error.strerror}; what is there is kept") from None
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
+
+
+def _as_json(problem: RecordedProblem) -> dict[str, Any]:
+    answers = [
+        {"text": each.text, "verdict": each.verdict.value, "tokens": each.tokens, "ended": each.ended}
+        for each in problem.answers
+    ]
+    return {**vars(problem), "answers": answers}
+
+
+def _of_json(line: bytes) -> RecordedProblem | None:
+    """Returns the problem of a line; None where it is torn or damaged."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else {}
+        answers = tuple(
+            RecordedAnswer(each["text"], Verdict(each["verdict"]), each["tokens"], each["ended"])
+            for each in values["answers"]
+        )
+        return RecordedProblem(values["number"], values["difficulty"], values["prompt"], values["held_out"], answers)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _short(value: object) -> str:
+    """The beginning of a digest, anything else whole."""
+    text = printable("none" if value is None else value)
+    return f"{text[:8]}…" if len(text) == 64 else text
