@@ -52,7 +52,7 @@ def measure(
 
     from elm_mlx import device
     from elm_mlx.data.batches import Batches
-    from elm_mlx.data.examples import Example
+    from elm_mlx.data.encoding import Example
     from elm_mlx.model.families import FamilyConfig
     from elm_mlx.store import adapters
     from elm_mlx.store.adapters import plan

@@ -156,7 +156,7 @@ def examples(job: Job) -> list[dict[str, Any]]:
 
 def batches(job: Job) -> Any:
     from elm_mlx.data.batches import Batches
-    from elm_mlx.data.examples import Example
+    from elm_mlx.data.encoding import Example
 
     made = [
         Example(tuple(each["ids"]), tuple(i >= each["offset"] for i in range(len(each["ids"]))))

@@ -18,7 +18,7 @@ import tiny
 
 from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.data.batches import Batches
-from elm_mlx.data.examples import Example
+from elm_mlx.data.encoding import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train import checkpoint
 from elm_mlx.train.checkpoint import Identity

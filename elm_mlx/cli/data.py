@@ -19,7 +19,8 @@ from elm_mlx.errors import InputError
 from elm_mlx.train.settings import DataSettings, abouts
 
 if TYPE_CHECKING:
-    from elm_mlx.data.examples import Example, Names, Prepared
+    from elm_mlx.data.encoding import Example, Names
+    from elm_mlx.data.examples import Prepared
     from elm_mlx.text.tokenizer import Tokenizer
 
 _PAIRS = "pairs"  # of answers: what dpo trains on
@@ -185,7 +186,7 @@ def _histogram(lengths: Sequence[int], limit: int) -> Iterator[tuple[str, int]]:
 
 def _print_examples(prepared: Prepared, tokenizer: Tokenizer, paired: bool) -> None:
     """Prints a few examples from all over the data."""
-    from elm_mlx.data.examples import Names
+    from elm_mlx.data.encoding import Names
 
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     each = 2 if paired else 1

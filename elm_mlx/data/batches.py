@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data.draws import Draws, random_bits, shuffled
-from elm_mlx.data.examples import Example
+from elm_mlx.data.encoding import Example
 from elm_mlx.errors import InputError
 
 Row = list[int]  # numbers of examples

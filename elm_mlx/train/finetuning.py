@@ -23,7 +23,8 @@ from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data import columns, examples
 from elm_mlx.data.batches import Batches
-from elm_mlx.data.examples import Example, Prepared
+from elm_mlx.data.encoding import Example
+from elm_mlx.data.examples import Prepared
 from elm_mlx.directories import RUN_RECORD
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import roofline

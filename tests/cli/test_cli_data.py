@@ -89,7 +89,7 @@ def test_names_in_pairs_are_counted_once_a_pair(run: Run, tmp_path: Path) -> Non
 
 
 def test_a_piece_that_text_can_have_is_no_letters(tiny_tokenizer_file: Path, tmp_path: Path) -> None:
-    from elm_mlx.data.examples import Names
+    from elm_mlx.data.encoding import Names
 
     (tmp_path / "tokenizer.model").write_bytes(tiny.with_piece(tiny_tokenizer_file.read_bytes(), "<|im_end|>"))
     found = list(Names(Tokenizer.load(tmp_path)).find(["a<|im_end|>b</s><|x|><|user|>"]))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from elm_mlx.data import batches
 from elm_mlx.data.batches import Batch, Batches, fingerprint
-from elm_mlx.data.examples import Example
+from elm_mlx.data.encoding import Example
 from elm_mlx.errors import InputError
 
 
@@ -164,7 +164,7 @@ def test_order_is_by_seed_and_epoch() -> None:
 def test_order_is_the_same_everywhere() -> None:
     """In any process, whatever its hashes and global random state; written down, so that no update changes it."""
     code = (
-        "from elm_mlx.data.batches import Batches\nfrom elm_mlx.data.examples import Example\n"
+        "from elm_mlx.data.batches import Batches\nfrom elm_mlx.data.encoding import Example\n"
         "examples = [Example((1,) * n, (False,) + (True,) * (n - 1)) for n in range(2, 12)]\n"
         "print([batch.tokens for batch in Batches(examples, 1, 16, seed=7).once()],"
         " [batch.tokens for batch in Batches(examples, 1, 16, seed=7, packed=False).once()])"

@@ -13,7 +13,7 @@ from texts import equal
 
 from elm_mlx.data.batches import Batches
 from elm_mlx.data.draws import Draws
-from elm_mlx.data.examples import Example
+from elm_mlx.data.encoding import Example
 from elm_mlx.errors import InputError
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece_models import EXACT, train
 
-from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared, load, prepare
+from elm_mlx.data.encoding import Encoder, Example
+from elm_mlx.data.examples import BadRecords, Prepared, load, prepare
 from elm_mlx.data.records import Conversation, Instruction, PlainText, PromptAnswer, Split
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, Template

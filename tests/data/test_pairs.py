@@ -15,7 +15,8 @@ from sentencepiece_models import EXACT, train
 from elm_mlx.data import examples
 from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.batches import Batches, Joined, PairBatch, PairBatches
-from elm_mlx.data.examples import BadRecords, Encoder, Example, Prepared, prepare
+from elm_mlx.data.encoding import Encoder, Example
+from elm_mlx.data.examples import BadRecords, Prepared, prepare
 from elm_mlx.data.records import Conversation, Preference, PromptAnswer, Split, record_of
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import JinjaTemplate, OpenELMInstruct, Template

@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from elm_mlx import load_model
-from elm_mlx.data.examples import Encoder
+from elm_mlx.data.encoding import Encoder
 from elm_mlx.data.records import PromptAnswer
 from elm_mlx.errors import InputError
 from elm_mlx.inference import rollouts as module

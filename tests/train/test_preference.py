@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device
 from elm_mlx.data.batches import PairBatch, PairBatches
-from elm_mlx.data.examples import Example
+from elm_mlx.data.encoding import Example
 from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
