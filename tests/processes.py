@@ -14,7 +14,10 @@ import time
 from multiprocessing import resource_tracker
 
 from elm_mlx.inference import grammar_worker
+from elm_mlx.problems import sandbox_worker
 from elm_mlx.text import jinja_worker
+
+STAYING = (jinja_worker, grammar_worker, sandbox_worker)
 
 _ENDING = 5.0  # seconds that a process which is on its way out may take
 
@@ -68,7 +71,7 @@ def _note_start(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def _children() -> dict[int, str]:
-    """Every living process below this one, and its command; not those of Python, templates and grammars that stay."""
+    """Every living process below this one, and its command; not Python's own, and none of STAYING."""
     listed = subprocess.run(
         ["ps", "-A", "-ww", "-o", "pid=,ppid=,stat=,args="], capture_output=True, text=True, check=True
     )
@@ -82,5 +85,5 @@ def _children() -> dict[int, str]:
         pid: args
         for pid, (parent, state, args) in parents.items()
         if pid in ours - {os.getpid(), tracker} and not state.startswith("Z") and not args.startswith("ps -A ")
-        if not (parent == os.getpid() and any(module.__file__ in args for module in (jinja_worker, grammar_worker)))
+        if not (parent == os.getpid() and any(module.__file__ in args for module in STAYING))
     }
