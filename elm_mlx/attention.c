@@ -163,16 +163,16 @@ static void attend_several(const void *what, int from, int to) {
   }
 }
 
+#if defined __AVX__ || defined __aarch64__
+const int elm_mlx_attends = 1; /* for who asks */
 static int is_attention(float alpha) {
-#if defined(__FMA__) || defined(__aarch64__)
   int32_t bits;
   memcpy(&bits, &alpha, sizeof bits);
   return bits == ATTENTION;
-#else /* without such instructions OpenBLAS, which has them, is faster: the result is none, and the caller knows */
-  (void)alpha;
-  return 0;
-#endif
 }
+#else /* with narrower vectors OpenBLAS, which finds out what the processor has, is faster for prompts */
+static int is_attention(float alpha) { return (void)alpha, 0; }
+#endif
 
 /* Keys, or values, whose scales and biases stand before `end`, which moves there. */
 static struct cached noted(const struct note *note, const float *first, float **end) {

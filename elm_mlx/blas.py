@@ -102,7 +102,7 @@ def prefer_fast() -> None:
 
 def attends() -> bool:
     """Returns whether a product may stand for attention (`attention.c`)."""
-    return status().name.endswith(OWN_FEW_ROWS)
+    return own("elm_mlx_attends") is not None
 
 
 def threads() -> int:

@@ -60,8 +60,8 @@ def writes_in_place(rows: Rows) -> bool:
     return all(isinstance(cache.writer, WholeStep) for cache in rows.caches)
 
 
-def close(found: mx.array, expected: mx.array) -> bool:
-    return bool((mx.abs(found - expected).max() < 1e-5 * (expected.max() - expected.min())).item())
+def close(found: mx.array, expected: mx.array, share: float = 1e-5) -> bool:
+    return bool((mx.abs(found - expected).max() < share * (expected.max() - expected.min())).item())
 
 
 @pytest.fixture
@@ -160,7 +160,7 @@ def test_quantized_keys_are_written_and_read_as_they_are_layer_by_layer(
         first = [*rows.caches[0].state, *together.caches[0].state]  # whose keys depend on no other
         held.append([array[:, :, : rows.lengths[0]] for array in first if array is not None])
     for ours, expected in zip(*found, strict=True):
-        assert close(ours, expected)
+        assert close(ours, expected, 2e-3)  # rounded otherwise, a number may get the next code
     for ours, expected in zip(*held, strict=True):
         assert mx.array_equal(ours, expected)
 
