@@ -71,7 +71,7 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
   for (int chunk = 0; chunk < most; chunk += CHUNK) {
     for (int i = 0; i < CHUNK; i += LANES) {
       int from = at + chunk + i, count = clamp(there - chunk - i, LANES);
-      fetch_positions(&a->keys, from + LANES, LANES); /* they are not read in order */
+      fetch_floats(&a->keys, from + LANES, LANES);
       pack(numbers_of(&a->keys, from, count, room), a->head_dim, count, CHUNK, a->head_dim, packed + i);
     }
     strips(&(struct product){rows, CHUNK, a->head_dim, 0, a->scale, 0, a->queries + (long)row * a->head_dim, packed,

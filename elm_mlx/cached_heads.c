@@ -15,9 +15,10 @@ struct cached {
 
 static long bytes_of_position(const struct cached *x) { return (long)x->head_dim * x->bits / 8; }
 
-static void fetch_positions(const struct cached *x, long at, int count) {
+/* Fetches numbers that are not read in their order; codes are, and are fetched as they are widened. */
+static void fetch_floats(const struct cached *x, long at, int count) {
   long size = bytes_of_position(x);
-  for (long i = 0; i < count * size; i += 64) __builtin_prefetch(x->rows + at * size + i);
+  for (long i = 0; i < count * size && x->bits == 32; i += 64) __builtin_prefetch(x->rows + at * size + i);
 }
 
 /* The same from a position on. */
@@ -40,12 +41,16 @@ INLINE void widen_positions(const struct cached *x, int bits, long at, int count
   long groups = x->head_dim / x->group;
   const float *scale = x->scales + at * groups, *bias = x->biases + at * groups;
   int bytes = x->group * bits / 8;
-  for (long end = count * groups; end--; scale++, bias++, codes += bytes, to += x->group)
+  for (long end = count * groups; end--; scale++, bias++, codes += bytes, to += x->group) {
+    __builtin_prefetch(codes + 4 * AHEAD); /* of the next span, which is of the next positions */
+    __builtin_prefetch(scale + AHEAD / 32);
+    __builtin_prefetch(bias + AHEAD / 32);
     for (int i = 0; i < bytes; i += LANES) {
       words both = unpack_8(codes + i);
       *(lanes *)(to + i) = number_of(bits == 4 ? both & 15 : both, *scale, *bias);
       if (bits == 4) *(lanes *)(to + bytes + i) = number_of(both >> 4, *scale, *bias);
     }
+  }
 }
 
 /* Numbers of so many positions from one on: where they are, or widened in `room`. */
