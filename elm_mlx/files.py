@@ -80,8 +80,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """JSON objects, each a line, as the whole of `path`, atomically. Raises ElmError."""
     with new_file(path) as file:
-        for line in lines:
-            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))  # as above
+        file.writelines(map(json_line, lines))
+
+
+def json_line(values: Mapping[str, Any]) -> bytes:
+    """A JSON object as a line, half a surrogate pair as JSON says it."""
+    return (json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import random
 import resource
@@ -18,7 +19,17 @@ import pytest
 
 from elm_mlx import files, reading
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import LOCK, free_bytes, hold, new_directory, new_file, remove_abandoned, write_json, write_text
+from elm_mlx.files import (
+    LOCK,
+    free_bytes,
+    hold,
+    new_directory,
+    new_file,
+    remove_abandoned,
+    write_json,
+    write_json_lines,
+    write_text,
+)
 
 
 def fill(path: Path, content: str, *, replace: bool = False) -> None:
@@ -65,6 +76,8 @@ def test_json_is_read_again_whatever_its_texts_hold(tmp_path: Path) -> None:
     assert reading.json_object(tmp_path / "a.json") == values
     written = (tmp_path / "a.json").read_text("utf-8")
     assert "naïve ▁ 日本" in written and written.endswith("}\n")
+    write_json_lines(tmp_path / "a.jsonl", [values, {}, values])
+    assert [json.loads(line) for line in (tmp_path / "a.jsonl").open("rb")] == [values, {}, values]
 
 
 def test_file_stays_when_the_block_fails(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, TrainingDisplay, counted, note, say, say_all, table
+from elm_mlx.cli.screen import ProgressBar, TrainingDisplay, counted, duration, note, say, say_all, table
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -148,13 +149,16 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
 
     options.directory_of(asked.model)  # with a bar: the rest finds it there
     sampling = Sampling(asked, note)
+    start = time.perf_counter()
     with ProgressBar("items") as progress:
         done = synthesize(sampling, samples, out, pairs, overwrite=overwrite, progress=progress)
+    seconds = time.perf_counter() - start
     _print_difficulties(done.problems, asked.answers)
     chosen = done.chosen
     _print_examples(done.problems)
     say_all(
         [
+            ("sampled", _speed(done.problems[done.known :], seconds)),
             ("answers", _verdicts(done.problems)),
             ("held out", f"{counted(sum(each.held_out for each in done.problems), 'problem')} drawn and passed over"),
             ("dropped", f"{counted(chosen.duplicates, 'duplicate')} of right answers"),
@@ -202,14 +206,24 @@ def _loop(
     settings: Mapping[str, Any] = {} if config is None else training.settings_in(config, LoraSettings)
     options.directory_of(asked.model)
     done: list[RoundResult] = []
-    with Rounds(Sampling(asked, note), samples, measured, out, settings) as loop, ProgressBar("items") as progress:
+    told = dict[str, None]()
+
+    def tell_once(text: str) -> None:
+        if text not in told:
+            note(text)
+        told[text] = None
+
+    with Rounds(Sampling(asked, tell_once), samples, measured, out, settings) as loop, ProgressBar("items") as progress:
 
         def train(run: Finetuning) -> Result:
             progress.hide()
             shown = TrainingDisplay(
                 run.settings.schedule.total, "valid" in run.splits, every=run.asked.reports.steps_per_report
             )
-            return training.train(run, shown, [], {}, False, {})
+            result = training.train(run, shown, [], {}, False, {})
+            if result.harm is not None:
+                shown.warn(training.harmed(result, "learning-rate in the file of --config"))
+            return result
 
         for result in loop.run(rounds, train, progress):
             progress.hide()
@@ -272,6 +286,13 @@ def _print_examples(problems: Sequence[RecordedProblem]) -> None:
             found.setdefault(answer.verdict.value if answer.ended else "no end", (problem.prompt, answer.text))
     for verdict, (prompt, text) in found.items():
         say(verdict, f"{_shortened(prompt)} → {_shortened(text)}", _LABELS)
+
+
+def _speed(problems: Sequence[RecordedProblem], seconds: float) -> str:
+    answers = [answer for problem in problems for answer in problem.answers]
+    tokens = sum(answer.tokens for answer in answers)
+    took = f"{counted(tokens, 'token')} in {duration(seconds)}, {tokens / seconds:,.0f} tokens/s"
+    return f"{counted(len(answers), 'answer')}, {took}" if answers else "nothing: all answers were in the record"
 
 
 def _verdicts(problems: Sequence[RecordedProblem]) -> str:

@@ -74,8 +74,9 @@ class AnswerRecord:
     """A record of answers, open and locked between `with` and its end.
 
     Args:
-        first: the number of its first problem.
         identity: what the answers depend on, by the names that a message may use.
+        first: the number of its first problem.
+        anew: forget what is there.
 
     Attributes:
         problems: those that are there, in order.
@@ -85,7 +86,7 @@ class AnswerRecord:
         ElmError: another process writes to it, or nobody can.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], first: int = 0) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], first: int = 0, *, anew: bool = False) -> None:
         self.path = path
         self.problems: list[RecordedProblem] = []
         with ExitStack() as held:
@@ -94,6 +95,8 @@ class AnswerRecord:
                 self._file: BinaryIO = held.enter_context(path.open("a+b"))
             except OSError as error:
                 raise ElmError(f"{path}: cannot be written: {error.strerror}") from None
+            if anew:
+                self._file.truncate(0)
             self._recall(identity, first)
             self._held = held.pop_all()
         self._synced = time.monotonic()

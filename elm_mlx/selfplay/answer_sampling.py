@@ -71,6 +71,7 @@ class Sampling:
 
     Attributes:
         task, difficulties: what is asked.
+        trains_all: whether the adapter is of all the model's weights.
 
     Raises:
         InputError: the model, the task, a file or a number is not as it must be.
@@ -90,7 +91,11 @@ class Sampling:
         self._config = read_config(self._path, with_tokenizer=True)
         self._template_source, _ = chat_template.source_of(self._path, asked.template, asked.adapter)
         self._model_hash = fingerprint(self._path)
-        self._adapter_hash = None if asked.adapter is None else self._hash_of_adapter(asked.adapter)
+        self._adapter_hash, self.trains_all = None, False
+        if asked.adapter is not None:
+            adapter = adapters.read(asked.adapter, self._config, self._path)
+            self.trains_all = adapter.kind == "full"
+            self._adapter_hash = hashlib.sha256(adapters.weights_file(asked.adapter).read_bytes()).hexdigest()
         self._left_out = prompts_in(asked.held_out)
 
     def with_adapter(self, adapter: Path) -> Sampling:
@@ -172,9 +177,9 @@ class Sampling:
 
     def _check_hope(self, problems: Sequence[RecordedProblem], at_end: bool = False) -> None:
         """Raises ElmError where nothing is right of what should have been enough."""
-        answers = [answer for problem in problems for answer in problem.answers]
-        if any(answer.verdict is Verdict.RIGHT for answer in answers) or not (at_end or len(problems) >= _HOPELESS):
+        if any(problem.count[0] for problem in problems) or not (at_end or len(problems) >= _HOPELESS):
             return
+        answers = [answer for problem in problems for answer in problem.answers]
         wrong = sum(answer.verdict is Verdict.WRONG for answer in answers)
         cut = sum(not answer.ended for answer in answers)
         found = f"{wrong:,} wrong, {len(answers) - wrong - cut:,} unreadable, {cut:,} without an end"
@@ -183,10 +188,11 @@ class Sampling:
             what = (
                 f"none of {reading.counted(cut, 'answer')} came to an end within --max-tokens {self.asked.max_tokens}"
             )
+        which = "" if self.asked.difficulty is None else f" --difficulty {self.asked.difficulty}"
         raise ElmError(
             f"task {self.task.name}: {what}, so there is nothing to learn from; choose easier ones by --difficulty, or "
-            f"teach it the task first: `elm-mlx synthesize --task {self.asked.task} --solutions --samples 2000 --out "
-            f"solutions.jsonl` writes data for `elm-mlx lora {self.asked.model}`, whose adapter --adapter takes"
+            f"teach it the task first: `elm-mlx synthesize --task {self.asked.task}{which} --solutions --samples 2000 "
+            f"--out solutions.jsonl` writes data for `elm-mlx lora {self.asked.model}`, whose adapter --adapter takes"
         )
 
     @cached_property
@@ -197,10 +203,6 @@ class Sampling:
             self._on_notes(note)
         assert loaded.tokenizer is not None
         return loaded, chat_template.choose(self._path, loaded.tokenizer, asked.template, asked.adapter)
-
-    def _hash_of_adapter(self, adapter: Path) -> str:
-        adapters.read(adapter, self._config, self._path)  # says what is wrong with it
-        return hashlib.sha256(adapters.weights_file(adapter).read_bytes()).hexdigest()
 
 
 def _digest(text: str) -> str:

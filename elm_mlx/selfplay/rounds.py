@@ -17,6 +17,7 @@ A directory holds all of it, and is gone on with after a kill at any instant:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from elm_mlx import files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.directories import checkpoints_of
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError
 from elm_mlx.selfplay.answer_record import AnswerRecord, RecordedProblem
 from elm_mlx.selfplay.answer_sampling import Sampling
 from elm_mlx.selfplay.chosen_answers import ChosenAnswers
@@ -34,7 +35,7 @@ from elm_mlx.train.run import Result
 from elm_mlx.train.settings import LoraSettings, made
 
 _STATE = "loop.json"
-_OWN = frozenset({"model", "data", "out", "from_adapter"})  # settings of training that the loop decides
+_OWN = frozenset({"model", "data", "out", "from_adapter", "template"})  # settings of training that the loop decides
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,16 @@ class Rounds:
             raise InputError(f"{out}: is a file; with --loop, --out names the directory of the rounds")
         if out.is_dir() and any(entry.name != files.LOCK for entry in out.iterdir()) and not (out / _STATE).exists():
             raise InputError(f"{out}: holds something else than a loop; choose another --out")
-        self._held = files.hold(out)
-        self._held.__enter__()
-        try:
+        with ExitStack() as held:
+            held.enter_context(files.hold(out))
             self._trained = self._begin()
-        except BaseException:
-            self._held.__exit__(None, None, None)
-            raise
+            self._held = held.pop_all()
 
     def __enter__(self) -> Rounds:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._held.__exit__(None, None, None)
+        self._held.close()
 
     def run(
         self,
@@ -105,7 +103,7 @@ class Rounds:
             train: trains a round's run.
 
         Raises:
-            ElmError: no answer is right; training made the loss worse.
+            ElmError: no answer is right; training failed.
             KeyboardInterrupt: training was stopped, and goes on when the loop does.
         """
         chosen = ChosenAnswers()
@@ -157,11 +155,6 @@ class Rounds:
             result = train(run)
         if result.interrupted:
             raise KeyboardInterrupt
-        if result.harm is not None:
-            raise ElmError(
-                f"{asked.out}: training made the loss worse, {result.harm[1]:.3f} before and {result.harm[0]:.3f} now; "
-                "a lower learning_rate in the file of --config may help, with another --out"
-            )
         state = reading.json_object(self.out / _STATE)
         files.write_json(self.out / _STATE, {**state, "trained": number})
         self._trained = number
@@ -171,9 +164,9 @@ class Rounds:
         asked = self._sampling.asked
         own = {
             "model": asked.model, "data": tuple(str(path) for path in data if number == 1 or path.stat().st_size),
-            "out": self._adapter(number), "from_adapter": asked.adapter,
+            "out": self._adapter(number), "from_adapter": asked.adapter, "template": asked.template,
         }  # fmt: skip
-        given = {"template": asked.template, "seed": asked.seed, "compute_dtype": asked.compute_dtype}
+        given = {"seed": asked.seed, "compute_dtype": asked.compute_dtype, "full": self._sampling.trains_all}
         return made(LoraSettings, {**given, **self._training, **own})
 
     def _measure(self, sampling: Sampling, path: Path, progress: OnProgress) -> list[RecordedProblem]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from elm_mlx import directories, files
+from elm_mlx import directories, files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
-from elm_mlx.errors import ElmError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.selfplay.answer_record import AnswerRecord, RecordedProblem
 from elm_mlx.selfplay.answer_sampling import Sampling
 from elm_mlx.selfplay.chosen_answers import ChosenAnswers
@@ -17,10 +19,11 @@ RECORD = ".answers"  # behind the name of the data, its record's
 
 @dataclass(frozen=True)
 class Synthesized:
-    """What a round sampled, and chose of it."""
+    """What a round sampled, and chose of it. `known`: how many of the problems were in the record before."""
 
     problems: list[RecordedProblem]
     chosen: ChosenAnswers
+    known: int
 
 
 def record_of(out: Path) -> Path:
@@ -46,17 +49,21 @@ def synthesize(
         overwrite: begin anew, and replace files that are there.
 
     Raises:
-        InputError: the files there are of something else.
-        ElmError: as `Sampling.sample`; two answers to a problem are never right and wrong, so that there is no pair.
+        InputError: a file that is there was not made of the record.
+        ElmError: as `Sampling.sample`; no answers to a problem are right and wrong, so that there is no pair.
     """
     record = record_of(out)
-    known = record.exists()
     for path in filter(None, (out, pairs)):
-        directories.check_file(path, overwrite or known)
-    if overwrite:
-        record.unlink(missing_ok=True)
+        directories.check_file(path, overwrite or record.exists())
     count = -(-samples // sampling.asked.answers)
-    with AnswerRecord(record, sampling.identity) as kept:
+    with AnswerRecord(record, sampling.identity, anew=overwrite) as kept:
+        known = ChosenAnswers()
+        known.add(kept.problems, sampling.source)
+        if not overwrite:
+            _check_made_of(out, known.examples)
+            if pairs is not None:
+                _check_made_of(pairs, known.pairs)
+        before = min(count, len(kept.problems))
         problems = sampling.sample(kept, count, progress)
         chosen = ChosenAnswers()
         chosen.add(problems, sampling.source)
@@ -68,4 +75,19 @@ def synthesize(
         files.write_json_lines(out, chosen.examples)
         if pairs is not None:
             files.write_json_lines(pairs, chosen.pairs)
-    return Synthesized(problems, chosen)
+    return Synthesized(problems, chosen, before)
+
+
+def _check_made_of(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError where a file is there that does not begin as `lines` do: those of the same record, or of less
+    or more of it, do so."""
+    if not path.exists():
+        return
+    with reading.opened(path) as file:
+        for line in lines:
+            there = file.readline()
+            if there and there != files.json_line(line):
+                raise InputError(
+                    f"{path}: exists already, and not of what {record_of(path).name} holds; pass --overwrite to "
+                    "begin anew and replace it, or choose another"
+                )

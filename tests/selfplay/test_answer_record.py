@@ -75,6 +75,17 @@ def test_another_file_is_refused_and_kept(tmp_path: Path, content: bytes) -> Non
     assert (tmp_path / "a").read_bytes() == content
 
 
+def test_begun_anew_it_forgets_what_was_there_unless_another_process_writes_to_it(tmp_path: Path) -> None:
+    write(tmp_path / "a", 3)
+    with AnswerRecord(tmp_path / "a", IDENTITY) as record:
+        with pytest.raises(ElmError, match="is writing to it"):
+            AnswerRecord(tmp_path / "a", {"MODEL": "new"}, anew=True)
+        assert len(record.problems) == 3
+    with AnswerRecord(tmp_path / "a", {"MODEL": "new"}, anew=True) as record:
+        assert not record.problems
+    assert (tmp_path / "a").read_text() == '{"record of": {"MODEL": "new"}}\n'
+
+
 def test_only_one_process_writes(tmp_path: Path) -> None:
     with (
         AnswerRecord(tmp_path / "a", IDENTITY),

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,20 @@ def test_it_learns(asked: SamplingSettings, tmp_path: Path) -> None:
         sum(len(answer.text) == 1 for problem in each.held_out for answer in problem.answers) for each in results
     )
     assert after > before
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_it_begins_with_an_adapter_and_goes_on_training_what_that_trained(
+    asked: SamplingSettings, tmp_path: Path, full: bool
+) -> None:
+    first = loop(asked, tmp_path / "first", 1, full=full)
+    warm = tmp_path / "first" / "round-1" / "adapter"
+    begun = replace(asked, adapter=warm, seed=1)
+    results = loop(begun, tmp_path / "second", 1)
+    settings = json.loads((tmp_path / "second" / "round-1" / "adapter" / "run.json").read_text())["settings"]
+    assert settings["full"] == full and settings["from_adapter"] == str(warm)
+    assert first[1].held_out != results[0].held_out  # of the same adapter, by another seed
+    assert {line["source"]["seed"] for line in map(json.loads, (tmp_path / "second/round-1/data.jsonl").open())} == {1}
 
 
 def test_a_loop_that_has_ended_is_gone_on_with(asked: SamplingSettings, tmp_path: Path, whole: Any) -> None:
@@ -151,8 +166,9 @@ def test_a_directory_of_something_else_is_refused(asked: SamplingSettings, tmp_p
         Rounds(Sampling(asked), 128, 20, tmp_path, TRAINING)
     with pytest.raises(InputError, match="is a file"):
         Rounds(Sampling(asked), 128, 20, tmp_path / "notes.txt", TRAINING)
-    with pytest.raises(InputError, match="data: is decided by the loop"):
-        Rounds(Sampling(asked), 128, 20, tmp_path / "new", {"data": ("x",)})
+    for name, value in (("data", ("x",)), ("template", "none")):
+        with pytest.raises(InputError, match=f"{name}: is decided by the loop"):
+            Rounds(Sampling(asked), 128, 20, tmp_path / "new", {name: value})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt"]
 
 

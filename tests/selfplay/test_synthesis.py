@@ -67,6 +67,24 @@ def test_a_file_that_is_there_is_not_replaced_unasked(sampling: Sampling, tmp_pa
     assert read(out)
 
 
+def test_a_file_of_something_else_is_not_replaced_though_there_is_a_record(sampling: Sampling, tmp_path: Path) -> None:
+    out, pairs = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
+    synthesize(sampling, 80, out)
+    kept = out.read_bytes()
+    pairs.write_text('{"prompt": "mine", "chosen": "a", "rejected": "b"}\n')
+    out.write_bytes(kept.replace(b"right", b"wrong", 1))
+    with pytest.raises(InputError, match=r"data.jsonl: exists already, and not of what data.jsonl.answers holds"):
+        synthesize(sampling, 80, out)
+    out.write_bytes(kept)
+    with pytest.raises(InputError, match=r"pairs.jsonl: exists already, and not of what"):
+        synthesize(sampling, 80, out, pairs)
+    assert b"mine" in pairs.read_bytes()
+    synthesize(sampling, 80, out, pairs, overwrite=True)
+    assert out.read_bytes() == kept and b"mine" not in pairs.read_bytes()
+    for samples in (120, 80):  # of more of the record, and less
+        synthesize(sampling, samples, out, pairs)
+
+
 def test_begun_anew_the_record_is_another(sampling: Sampling, tmp_path: Path) -> None:
     out = tmp_path / "data.jsonl"
     record_of(out).write_text('{"record of": {}}\n')
