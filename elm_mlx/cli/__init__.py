@@ -36,7 +36,7 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # In each command's file is a function of that name, and where it has many options `PANELS`: names under headings.
 _GROUPS = {
     "Models": ("convert", "export", "info", "quantize", "fuse", "adapter", "models"),
-    "Talk": ("generate", "chat", "serve"),
+    "Talk": ("generate", "chat", "serve", "index"),
     "Train": ("data", "lora", "dpo", "synthesize", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
     "Measure": ("eval", "bench"),
 }

@@ -1,0 +1,178 @@
+"""Finds the passages that a question is answered from: by their words (BM25), by vectors where there are any, or both.
+
+Several rankings become one by reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): each adds 1 / (60 + rank).
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elm_mlx import reading
+from elm_mlx.documents import index_file
+from elm_mlx.documents.index_file import Passage, named_errors
+from elm_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from elm_mlx.documents.static_embeddings import StaticEmbeddings
+
+HEADING_WEIGHT = 2.0  # of a word in a heading, against one in the text
+_FUSED = 60  # Cormack's constant
+_RANKED = 50  # passages of each ranking that count
+_MOST_WORDS = 64  # of a question
+_ROWS = 1 << 14  # vectors multiplied at once
+_WORD = re.compile(r"\w[\w'’.+#-]*", re.UNICODE)
+# English words that are in nearly every passage: each would have all of them ranked.
+_STOP_WORDS = frozenset(
+    (
+        "a", "about", "am", "an", "and", "any", "are", "as", "at", "be", "been", "but", "by", "can", "could", "did",
+        "do", "does", "for", "from", "had", "has", "have", "how", "i", "if", "in", "into", "is", "it", "its", "me",
+        "my", "of", "on", "or", "our", "please", "shall", "should", "so", "some", "tell", "than", "that", "the",
+        "their", "them", "then", "there", "these", "they", "this", "those", "to", "was", "we", "were", "what", "when",
+        "where", "which", "who", "whom", "whose", "why", "will", "with", "would", "you", "your",
+    )
+)  # fmt: skip
+
+
+class DocumentIndex:
+    """An index of documents, open for questions; of several threads one is answered at a time.
+
+    Args:
+        path: the file, from `elm-mlx index`.
+
+    Attributes:
+        root: the directory that was indexed.
+        notes: on what should be known of it: an update of it was not finished.
+
+    Raises:
+        InputError: there is no such index, or it is damaged, or its embeddings are gone.
+        ElmError: this Python's SQLite has no FTS5; vectors need model2vec.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = reading.expanded(path)
+        self._connection = index_file.connect(self.path)
+        self._lock = threading.Lock()
+        self._vectors: tuple[int, NDArray[np.int64], NDArray[np.float16]] | None = None
+        try:
+            with named_errors(self.path):
+                root, unfinished = (index_file.read_setting(self._connection, each) for each in ("root", "unfinished"))
+                embedder = index_file.read_embedder(self._connection, self.path)
+            self.root = Path(str(root))
+            again = f"elm-mlx index {root} --out {self.path}"
+            self.notes = (f"{self.path}: not all documents are in it yet: {again}",) if unfinished else ()
+            self._embeddings: StaticEmbeddings | None = None
+            if embedder is not None:
+                from elm_mlx.documents.static_embeddings import embeddings_of
+
+                self._embeddings = embeddings_of(embedder, self.path)
+        except ValueError:
+            self.close()
+            raise InputError(f"{self.path}: is damaged: remove it, and index again") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes the file. Nothing can be found afterwards."""
+        self._connection.close()
+
+    def __len__(self) -> int:
+        with self._lock, named_errors(self.path):
+            return int(self._connection.execute("SELECT count(*) FROM passages").fetchone()[0])
+
+    def search(self, question: str, earlier: Sequence[str] = (), count: int = 20) -> list[Passage]:
+        """Returns the passages for a question, the best first; none where none shares a word with it.
+
+        A follow-up ("and when was that?") is found by what was asked before: the question counts by itself, and once
+        more together with the one before it, the last of `earlier`.
+
+        Args:
+            earlier: the questions of the conversation before this one, oldest first.
+            count: passages at most.
+
+        Raises:
+            InputError: the index is damaged.
+        """
+        asked = [question, f"{earlier[-1]} {question}"] if earlier else [question]
+        with self._lock, named_errors(self.path):
+            rankings = [self._by_words(each) for each in asked]
+            if self._embeddings is not None:
+                rankings += [self._by_vectors(each) for each in asked]
+            found = fused(rankings)[:count]
+            return index_file.read_passages(self._connection, self.path, found)
+
+    def _by_words(self, question: str) -> list[int]:
+        expression = match_expression(question)
+        if not expression:
+            return []
+        ranked = self._connection.execute(
+            f"SELECT rowid FROM words WHERE words MATCH ? AND rank MATCH 'bm25({HEADING_WEIGHT}, 1.0)' "
+            "ORDER BY rank LIMIT ?",
+            (expression, _RANKED),
+        )
+        return [number for (number,) in ranked]
+
+    def _by_vectors(self, question: str) -> list[int]:
+        import numpy as np
+
+        assert self._embeddings is not None
+        ids, vectors = self._loaded_vectors()
+        asked = self._embeddings.vectors([question])[0].astype(np.float32)
+        if not len(ids) or not asked.any():
+            return []
+        parts = [vectors[at : at + _ROWS].astype(np.float32) @ asked for at in range(0, len(ids), _ROWS)]
+        scores = np.nan_to_num(np.concatenate(parts), nan=-1.0)
+        best = np.argsort(-scores, kind="stable")[:_RANKED]
+        return [int(number) for number in ids[best[scores[best] > 0]]]
+
+    def _loaded_vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+        """Returns the ids of all passages that have vectors, and these; read anew when the index has changed."""
+        import numpy as np
+
+        version = int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        if self._vectors is None or self._vectors[0] != version:
+            assert self._embeddings is not None
+            width = self._embeddings.width
+            of_file: dict[int, list[int]] = {}
+            for number, file in self._connection.execute("SELECT id, file FROM passages ORDER BY id"):
+                of_file.setdefault(file, []).append(number)
+            ids: list[int] = []
+            rows = []
+            for file, data in self._connection.execute("SELECT file, rows FROM vectors ORDER BY file"):
+                own = of_file.get(file, [])
+                if not isinstance(data, bytes) or len(data) != 2 * width * len(own):
+                    raise InputError(f"{self.path}: its vectors are damaged: remove it, and index again")
+                ids += own
+                rows.append(np.frombuffer(data, np.float16).reshape(-1, width))
+            together = np.concatenate(rows) if rows else np.zeros((0, width), np.float16)
+            self._vectors = version, np.array(ids, np.int64), together
+        return self._vectors[1:]
+
+
+def match_expression(question: str) -> str:
+    """Returns an FTS5 query for passages that share a word with `question`; empty where there is no word in it.
+
+    Every word is a quoted string, in which FTS5 knows no syntax. One with signs in it, as `--kv-bits` or `read_file`,
+    is looked for as a whole and in its parts. Stop words count only where there is nothing else.
+    """
+    words = [word.strip("'’.-+#") for word in _WORD.findall(question)]
+    parts = [part for word in words for part in (word, *re.split(r"[\W_]+", word))]
+    unique = list(dict.fromkeys(part.lower() for part in parts if part and part.isprintable()))
+    wanted = [word for word in unique if word not in _STOP_WORDS] or unique
+    return " OR ".join(f'"{word}"' for word in wanted[:_MOST_WORDS] if '"' not in word)
+
+
+def fused(rankings: Sequence[Sequence[int]]) -> list[int]:
+    """Returns what the rankings hold, the best first, by reciprocal rank fusion; ties by the earlier ranking."""
+    scores: dict[int, float] = {}
+    for ranking in rankings:
+        for rank, number in enumerate(ranking, 1):
+            scores[number] = scores.get(number, 0.0) + 1 / (_FUSED + rank)
+    return sorted(scores, key=lambda number: -scores[number])

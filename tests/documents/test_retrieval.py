@@ -1,0 +1,94 @@
+"""Questions against an index: any text is a safe query, and rankings join by rank."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from elm_mlx.documents.indexing import index_documents
+from elm_mlx.documents.retrieval import DocumentIndex, fused, match_expression
+
+TEXTS = {
+    "tea.md": "# Tea\n\nGreen tea steeps at 80 degrees.\n\n## Black\n\nBlack tea likes boiling water.\n",
+    "bread.md": "# Bread\n\nA dough rests overnight. Yeast was fed; the `--kv-bits` flag of read_file is here.\n",
+    "cafe.md": "# Café\n\nDie Straße zum Café ist über die Brücke.\n",
+}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> DocumentIndex:
+    directory = tmp_path_factory.mktemp("notes")
+    for name, text in TEXTS.items():
+        (directory / name).write_text(text)
+    path = tmp_path_factory.mktemp("index") / "notes.db"
+    index_documents(directory, path)
+    return DocumentIndex(path)
+
+
+def first(index: DocumentIndex, question: str, *earlier: str) -> str:
+    found = index.search(question, earlier)
+    return found[0].title if found else ""
+
+
+@pytest.mark.parametrize(
+    ("question", "title"),
+    [
+        ("How hot is the water for green teas?", "tea.md:3 (Tea)"),
+        ("boil", "tea.md:7 (Tea > Black)"),
+        ("resting doughs", "bread.md:3 (Bread)"),
+        ("what is --kv-bits", "bread.md:3 (Bread)"),
+        ("read_file()", "bread.md:3 (Bread)"),
+        ("uber cafe", "cafe.md:3 (Café)"),
+        ("the of and", "bread.md:3 (Bread)"),  # nothing but stop words
+        ("zebra", ""),
+        ("?!", ""),
+        ("", ""),
+    ],
+)
+def test_words_find_passages(index: DocumentIndex, question: str, title: str) -> None:
+    assert first(index, question) == title
+
+
+def test_a_follow_up_is_found_by_the_question_before(index: DocumentIndex) -> None:
+    assert first(index, "And how hot?") == ""
+    assert first(index, "And how hot?", "bread?", "Tell me of green tea") == "tea.md:3 (Tea)"
+    assert first(index, "What of the dough?", "Tell me of green tea") == "bread.md:3 (Bread)"
+
+
+SYNTAX = st.lists(
+    st.sampled_from(
+        ["NEAR(", "AND", "OR", "NOT", '"', "'", "*", "^", ":", "heading:", "{text}", "-", "+", "(", ")", "\0", "tea",
+         "\ud800", "漢", "é", "a.b", "__", "\\"]
+    ),
+    max_size=30,
+).map(" ".join)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=80) | SYNTAX | SYNTAX.map(lambda text: text.replace(" ", "")))
+@example("word " * 5000)
+@example(" ".join(map(str, range(5000))))
+@example("x" * 100_000)
+def test_no_question_is_a_syntax_error(index: DocumentIndex, question: str) -> None:
+    for passage in index.search(question, [question]):
+        assert passage.path in TEXTS
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60))
+def test_every_letter_word_finds_the_passage_that_it_stands_in(question: str) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61 remove_diacritics 2')")
+    text = f"{question} tail".replace("\0", " ").encode("utf-8", "replace").decode()
+    connection.execute("INSERT INTO words VALUES (?)", (text,))
+    expression = match_expression(text)
+    assert connection.execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,)).fetchone() == (1,)
+
+
+def test_rankings_are_fused_by_rank() -> None:
+    assert fused([[1, 2, 3], [3, 9]]) == [3, 1, 2, 9]
+    assert fused([[1], [2]]) == [1, 2]
+    assert fused([]) == []
