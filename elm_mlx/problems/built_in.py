@@ -12,11 +12,16 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.problems.brackets import BRACKETS
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
 from elm_mlx.problems.countdown import COUNTDOWN
+from elm_mlx.problems.json_objects import JSON_OBJECTS
 from elm_mlx.problems.number_tasks import ARITHMETIC, COMPARISON, COUNTING, SORTING
 from elm_mlx.problems.python_functions import PYTHON
+from elm_mlx.problems.quotation import QUOTATION
 from elm_mlx.reading import expanded, printable
 
-TASKS = {task.name: task for task in (ARITHMETIC, COMPARISON, SORTING, COUNTING, BRACKETS, COUNTDOWN, PYTHON)}
+TASKS = {
+    task.name: task
+    for task in (ARITHMETIC, COMPARISON, SORTING, COUNTING, BRACKETS, COUNTDOWN, JSON_OBJECTS, QUOTATION, PYTHON)
+}
 
 _MOST_DIFFICULTIES = 1000
 

@@ -1,4 +1,4 @@
-"""What an answer says in the end: its last line, and the number or the words there.
+"""What an answer says in the end: its last line, and the number or the words there; or its last block of code.
 
 A model may write its way to an answer before it, so only the last line with anything in it counts. There the answer
 stands alone, or after the last `=` or `:` or the word `is`, and a final dot or Markdown's `**` around it do not matter.
@@ -9,6 +9,7 @@ ASCII's.
 from __future__ import annotations
 
 import re
+import textwrap
 
 LONGEST = 100_000  # characters of an answer that is read; a longer one says nothing
 
@@ -58,6 +59,23 @@ def whole(text: str) -> int | None:
     if not 0 < len(digits) <= _DIGITS or not digits.isascii() or not digits.isdigit():
         return None
     return int(digits) * (-1 if text.startswith("-") else 1)
+
+
+def last_block(answer: str) -> str | None:
+    """Returns an answer's last block between lines of ```, or all of it, dedented; None where it is too long."""
+    if len(answer) > LONGEST:
+        return None
+    lines = answer.split("\n")
+    fences = [number for number, line in enumerate(lines) if line.lstrip().startswith("```")]
+    if not fences:
+        return _flush(answer)
+    begin = fences[(len(fences) - 1) // 2 * 2]
+    end = next((fence for fence in fences if fence > begin), len(lines))
+    return _flush("\n".join(lines[begin + 1 : end]))
+
+
+def _flush(text: str) -> str:
+    return textwrap.dedent(text).strip()
 
 
 def _bare(text: str) -> str:

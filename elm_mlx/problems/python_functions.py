@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import random
 import re
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
 from elm_mlx.problems import sandbox
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
-from elm_mlx.problems.final_line import LONGEST
+from elm_mlx.problems.final_line import last_block
 
 _Number = Callable[[int, int, int], int]
 _Step = Callable[[list[int], int], list[int]]
@@ -87,7 +86,7 @@ def _expected(facts: dict[str, Any]) -> tuple[list[list[Any]], list[Any]]:
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    source = code(answer)
+    source = last_block(answer)
     if source is None or not re.search(r"^(def f\b|f *=)", source, re.MULTILINE):
         return Verdict.UNREADABLE
     inputs, expected = _expected(problem.facts)
@@ -96,23 +95,6 @@ def _judge(problem: Problem, answer: str) -> Verdict:
     except sandbox.CodeError:
         return Verdict.WRONG
     return Verdict.RIGHT if _same(expected, given) else Verdict.WRONG
-
-
-def code(answer: str) -> str | None:
-    """Returns an answer's last block between lines of ```, or all of it, dedented; None where it is too long."""
-    if len(answer) > LONGEST:
-        return None
-    lines = answer.split("\n")
-    fences = [number for number, line in enumerate(lines) if line.lstrip().startswith("```")]
-    if not fences:
-        return _flush(answer)
-    begin = fences[(len(fences) - 1) // 2 * 2]
-    end = next((fence for fence in fences if fence > begin), len(lines))
-    return _flush("\n".join(lines[begin + 1 : end]))
-
-
-def _flush(text: str) -> str:
-    return textwrap.dedent(text).strip()
 
 
 def _same(expected: Any, given: Any) -> bool:

@@ -72,6 +72,8 @@ DIGESTS = {
     "counting": "28f304959221b24d",
     "brackets": "70aa6fdc767bd848",
     "countdown": "d3e39bd99d9b4f75",
+    "json": "2d5096933fca434a",
+    "quotation": "04067cc3661790b2",
     "python": "1406481cc427e419",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elm_mlx.problems.final_line import final_line, number, numbers
+from elm_mlx.problems.final_line import final_line, last_block, number, numbers
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,11 @@ def test_a_list_of_numbers() -> None:
 def test_the_last_line_that_is_not_blank() -> None:
     assert final_line("a\n b \n\n") == "b"
     assert final_line("a" * 1001) is None
+
+
+def test_the_last_block_counts() -> None:
+    assert last_block("a") == "a"
+    assert last_block("```\na\n```\n```\nb\n```") == "b"
+    assert last_block("```\na\n```\n```\nb") == "b"
+    assert last_block("```\na\n```\nafter") == "a"
+    assert last_block("x" * 100_001) is None

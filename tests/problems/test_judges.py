@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import random
 import re
 import time
 from decimal import Decimal
+from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -186,3 +190,85 @@ def test_no_text_breaks_a_judge(name: str, data: st.DataObject) -> None:
     pieces = st.sampled_from([*"0123456789+-*/()[]{}<>=:,.\"'`\n \\", "is", made.solution, made.prompt, "**", "\ud800"])
     answer = data.draw(st.text() | st.lists(pieces, max_size=30).map("".join))
     assert task.judge(made, answer) in Verdict
+
+
+def test_json() -> None:
+    for made in problems("json")[::3]:
+        schema = json.loads(made.prompt.removeprefix("Write JSON that fits this schema: "))
+        assert schema == made.facts["schema"]
+        validator = jsonschema.Draft202012Validator(schema)
+        validator.check_schema(schema)
+        right = made.solution
+        for answer in (
+            f"```json\n{right}\n```",
+            f"{right}.",
+            json.dumps(json.loads(right), indent=2),
+            f"Here:\n```\n{right}\n```",
+        ):
+            assert verdict("json", made, answer) is RIGHT, answer
+        for answer in (
+            f"{right}\n{right}",
+            f"Here: {right}",
+            right[:-1],
+            right.replace('"', "'"),
+            right[:-1] + "," + right[1:],
+        ):
+            assert verdict("json", made, answer) is UNREADABLE, answer
+        draw = random.Random(right)
+        for _ in range(10):
+            mutant = mutated(json.loads(right), draw)
+            expected = RIGHT if validator.is_valid(mutant) else WRONG
+            assert verdict("json", made, json.dumps(mutant)) is expected, mutant
+        assert verdict("json", made, json.dumps(schema)) is WRONG
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """`value` with one thing in it changed."""
+    if isinstance(value, dict) and draw.random() < 0.8:
+        key = draw.choice([*value])
+        kind = draw.randrange(8)
+        if kind == 0:
+            return {each: inner for each, inner in value.items() if each != key}
+        if kind == 1:
+            return {**value, "other": 1}
+        return {**value, key: mutated(value[key], draw)}
+    if isinstance(value, list) and draw.random() < 0.7:
+        return draw.choice([value[1:], value * 2, [*value, None], [mutated(each, draw) for each in value], value[::-1]])
+    if isinstance(value, int) and draw.random() < 0.6:
+        return draw.choice([value + 1, value - 1, float(value), value + 0.5, str(value), -value, value + 10**30])
+    return draw.choice([None, True, False, 0, 1, "", "red", [], {}, [1], 1e308, str(value), "Red "])
+
+
+@pytest.mark.parametrize(
+    "answer", ["NaN", "[Infinity]", "1e999", "1" * 5000, "[" * 99, '{"a": 1, "a": 1}', "", "{]", "\ufeff{}"]
+)
+def test_what_is_no_json_that_fits(answer: str) -> None:
+    schema = {"type": "integer", "minimum": 0, "maximum": 9}
+    assert verdict("json", Problem("", "", {"schema": schema}), answer) is not RIGHT
+
+
+def test_quotation() -> None:
+    for made in problems("quotation"):
+        asked = re.fullmatch(r"(.*)\nQuote the sentence (after the one )?with the word ([a-z]+)\.\n", made.prompt)
+        assert asked is not None
+        passage = re.split(r"(?<=[a-z]{3}[.!?]) (?=[A-Z])", asked[1])
+        (found,) = (i for i, sentence in enumerate(passage) if asked[3] in sentence.lower())
+        right = passage[found + (asked[2] is not None)]
+        assert made.solution == right
+        for answer in (
+            f'"{right}"',
+            right.removesuffix("."),
+            right.replace(" ", "  "),
+            f"It is this one:\n\n{right}\n",
+        ):
+            assert verdict("quotation", made, answer) is RIGHT, answer
+        mutants = [
+            right.lower(),
+            right[1:],
+            right.replace(" ", ""),
+            right.replace("e", "a", 1),
+            f"The sentence is {right}",
+            asked[1],
+        ]
+        for answer in (*(each for each in passage if each != right), *mutants, right.rpartition(" ")[0]):
+            assert verdict("quotation", made, answer) is WRONG, answer

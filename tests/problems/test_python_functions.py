@@ -11,7 +11,6 @@ import pytest
 from elm_mlx.problems import sandbox
 from elm_mlx.problems.built_in import TASKS
 from elm_mlx.problems.checked_task import Problem, Verdict
-from elm_mlx.problems.python_functions import code
 
 RIGHT, WRONG, UNREADABLE = Verdict.RIGHT, Verdict.WRONG, Verdict.UNREADABLE
 TASK = TASKS["python"]
@@ -107,11 +106,3 @@ def test_answers_that_pretend(answer: str) -> None:
 def test_answers_without_a_function(answer: str) -> None:
     assert TASK.judge(SUM, answer) in (UNREADABLE, WRONG)
     assert answer == "def f" or TASK.judge(SUM, answer) is UNREADABLE
-
-
-def test_the_last_block_counts() -> None:
-    assert code("a") == "a"
-    assert code("```\na\n```\n```\nb\n```") == "b"
-    assert code("```\na\n```\n```\nb") == "b"
-    assert code("```\na\n```\nafter") == "a"
-    assert code("x" * 100_001) is None
