@@ -18,15 +18,15 @@ enum { SPAN = 256, BLOCK = 96, CHUNK = 4 * LANES, NOTE = 16, ATTENTION = 0x7fc0a
 
 /* What stands in the note: the size of the head, the number of queries, how many of them are of one head and so of
    positions that follow each other, how many positions the first of these sees, and how many are seen at most; the bits
-   of keys and values, and of codes how many share a scale, and the number of positions. Before the note stand, of codes,
-   scales and biases of keys, and those of values. */
+   of keys and values, and of codes how many share a scale, and the number of positions; what no score passes, or 0.
+   Before the note stand, of codes, scales and biases of keys, and those of values. */
 struct note {
-  float head_dim, rows, length, seen, window, bits, group, positions;
+  float head_dim, rows, length, seen, window, bits, group, positions, cap;
 };
 
 struct attention {
   int head_dim, rows, length, seen, window, spans, apart; /* apart: each span of a block is computed by itself */
-  float scale;
+  float scale, cap;
   struct cached keys, values;
   float *queries, *tops, *sums, *parts;
 };
@@ -35,6 +35,12 @@ struct attention {
 static inline lanes weight(lanes x) { return where(x < -87.0f, all(0), exponential(at_least(x, -87))); }
 
 static int seen_by(const struct attention *a, int row) { return a->seen + row % a->length; }
+
+/* cap * tanh(x / cap). */
+static inline lanes capped(lanes x, float cap) {
+  x = at_least(x * (2 / cap), -87);
+  return cap - 2 * cap / (exponential(where(x > 87.0f, all(87), x)) + 1.0f);
+}
 
 /* Scores to weights, relative to the largest, of the positions `from` to `to`; zeros before and behind, up to `most`. */
 static void soften(float *scores, int from, int to, int most, float *top, float *sum) {
@@ -80,6 +86,10 @@ static void attend_span(const struct attention *a, int row, int rows, int at, fl
   float *tops = part + rows * a->head_dim, *sums = tops + rows;
   for (int i = 0; i < rows; i++) {
     int seen = seen_by(a, row + i), to = clamp(seen - at, SPAN), from = clamp(seen - a->window - at, to);
+    for (int j = 0; a->cap && j < to; j += LANES) {
+      lanes *x = (lanes *)(scores + i * SPAN + j);
+      *x = capped(*x, a->cap);
+    }
     soften(scores + i * SPAN, from, to, most, tops + i, sums + i);
   }
   const float *values = numbers_of(&a->values, at, most, room);
@@ -191,7 +201,7 @@ static void attend(int side, float scale, const float *keys, const float *values
   float *end = c + (long)side * side - NOTE;
   memcpy(&note, end, sizeof note);
   struct attention a = {.head_dim = note.head_dim, .rows = note.rows, .length = note.length, .seen = note.seen,
-                        .window = note.window, .scale = scale};
+                        .window = note.window, .scale = scale, .cap = note.cap};
   a.values = noted(&note, values, &end);
   a.keys = noted(&note, keys, &end);
   a.spans = (a.seen + a.length - 1 + SPAN - 1) / SPAN - first_span(&a);

@@ -36,6 +36,10 @@ _GEMMA = {
     "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24, "rope_theta": 1_000_000.0,
     "rope_local_base_freq": 10_000.0, "layer_types": [*["sliding_attention"] * 2, "full_attention"] * 2,
 }  # fmt: skip
+_GEMMA2 = {
+    "hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 24,
+    "rope_theta": 10_000.0, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 _PARTIAL = {"short_factor": [1.0, 1.3], "long_factor": [1.5, 4.0]}
 
 
@@ -124,6 +128,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma3, linear": _other(
         "gemma3_text", "Gemma3ForCausalLM", **_GEMMA, rope_scaling={"rope_type": "linear", "factor": 8.0}
     ),
+    "gemma2": _other("gemma2", "Gemma2ForCausalLM", **_GEMMA2, attn_logit_softcapping=4.0, final_logit_softcapping=3.0),
+    "gemma2, caps unsaid": _other("gemma2", "Gemma2ForCausalLM", **_GEMMA2),
     "mamba": _other("mamba", "MambaForCausalLM"),
     "mamba, biases, own head": _other(
         "mamba", "MambaForCausalLM", use_bias=True, tie_word_embeddings=False, layer_norm_epsilon=1e-3

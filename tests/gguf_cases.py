@@ -20,7 +20,7 @@ from elm_mlx_convert import export_gguf
 # llama.cpp has no place for these.
 REFUSED = {
     "llama, dynamic", "olmo2", "olmo3, layers apart", "mamba", "mamba, biases, own head", "smollm3",
-    "smollm3, its layers", "gemma3", "gemma3, linear",
+    "smollm3, its layers", "gemma3", "gemma3, linear", "gemma2", "gemma2, caps unsaid",
 }  # fmt: skip
 _ADAPTED = {
     "OpenELM, adapter": 4,

@@ -81,6 +81,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_SHAPE, "model_type": "gemma3_text", "num_hidden_layers": 6, "head_dim": 16, "sliding_window": 16,
         "sliding_window_pattern": 3, "query_pre_attn_scalar": 24, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
     },
+    "gemma2": {
+        # A width whose root bfloat16 has: mlx-lm rounds it so for Gemma 3, as in training, and for this one not.
+        **_SHAPE, "model_type": "gemma2", "hidden_size": 64, "num_hidden_layers": 4, "head_dim": 16,
+        "sliding_window": 64,
+        "query_pre_attn_scalar": 24, "rope_theta": 1e4, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0,
+    },
     "mamba": {
         "model_type": "mamba", "hidden_size": 48, "intermediate_size": 96, "state_size": 8, "num_hidden_layers": 2,
         "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4,

@@ -1,6 +1,6 @@
 """Models of other families: one normal form of their `config.json`, every value checked, and the shapes that follow.
 
-Reads those of Llama, Mistral, Qwen, SmolLM3, Gemma 3, Phi-3, OLMo and Mamba as transformers 4 and 5 write them; the
+Reads those of Llama, Mistral, Qwen, SmolLM3, Gemma, Phi-3, OLMo and Mamba as transformers 4 and 5 write them; the
 networks are `other_networks`'. Importing this imports no MLX.
 """
 
@@ -42,7 +42,8 @@ class Family:
         normed_heads: whether queries and keys are normed: all heads together, or each by itself.
         biased_heads: queries, keys and values have biases, and nothing else has.
         offset_norms: a norm multiplies by 1 + its weight, and the embedding by the root of its width; the FFN's gate is
-            a GELU.
+            a GELU. Layers with and without a window take turns.
+        capped: a tanh keeps the scores of its attention within limits, and its logits.
         windowed: all of its layers have a `sliding_window`. mlx-lm's network has none, so no more than a window is
             read at once, where both are the same.
         switched_windows: its config has `use_sliding_window`, and mlx-lm's network no windows.
@@ -62,6 +63,7 @@ class Family:
     normed_heads: Literal["all", "each"] | None = None
     biased_heads: bool = False
     offset_norms: bool = False
+    capped: bool = False
     eps: float = 1e-5
     rope: RopeRules = field(default_factory=RopeRules)
     window: int | None = None
@@ -87,12 +89,16 @@ FAMILIES = {
         "Gemma 3", "gemma3_text", norms="both", normed_heads="each", offset_norms=True, eps=1e-6, tied=True,
         rope=RopeRules(1_000_000.0, local=10_000.0, windows_scaled=False), window=4096, head_dim=256,
     ),
+    # By mlx-lm's network of Gemma 3, which has windows; it differs in what is capped, and has no norms of heads.
+    "gemma2": Family(
+        "Gemma 2", "gemma3_text", norms="both", offset_norms=True, capped=True, eps=1e-6, tied=True, window=4096,
+        head_dim=256,
+    ),
     "mamba": Family("Mamba", "mamba", "backbone", "embeddings", positions=False, tied=True),
 }  # fmt: skip
 # Why others of these makers cannot be taken.
 _NOT_TAKEN = {
     "gemma": "mlx-lm's network scales its embedding otherwise than the published weights want in float32",
-    "gemma2": "it caps attention's scores, which the attention here does not",
     "gemma3": "a model of pictures too; the text models of Gemma 3, 270M and 1B, are gemma3_text",
     "qwen2_moe": "a mixture of experts", "qwen3_moe": "a mixture of experts", "mixtral": "a mixture of experts",
     "qwen3_next": "a mixture of experts, with layers that keep a state",
@@ -372,7 +378,7 @@ def _attention_values(keys: Keys, family: Family, values: Mapping[str, Any]) -> 
         "mlp_bias": family.file in ("llama", "smollm3") and keys.flag("mlp_bias", False),
         "rope_theta": family.rope.theta,  # mlx-lm's own RoPE, of which no use is made
         **_windows(keys, family, values["num_hidden_layers"]),
-        **(_gemma_values(keys, values["num_hidden_layers"], head_dim) if family.offset_norms else {}),
+        **(_gemma_values(keys, family, values["num_hidden_layers"]) if family.offset_norms else {}),
         **(_rotated_layers(keys, values["num_hidden_layers"]) if family.file == "smollm3" else {}),
     }
 
@@ -400,25 +406,28 @@ def _rotated_layers(keys: Keys, layers: int) -> dict[str, Any]:
     return {"no_rope_layers": [int(each) for each in given]}
 
 
-def _gemma_values(keys: Keys, layers: int, head_dim: int) -> dict[str, Any]:
-    """Gemma 3's own values. Of so many layers, the last has no window, and so on, as mlx-lm's network has it."""
+def _gemma_values(keys: Keys, family: Family, layers: int) -> dict[str, Any]:
+    """Gemma's own values. Of so many layers, the last has no window, and so on, as mlx-lm's network has it."""
     if keys.says("use_bidirectional_attention") and keys.flag("use_bidirectional_attention", False):
         raise InputError(f"{keys.where}: use_bidirectional_attention is true: an encoder, which generates no text")
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if keys.says(name):
+    caps: dict[str, float | None] = {}
+    for name, usual in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+        if family.capped:  # null is none, other than no word of it
+            caps[name] = keys.number(name, usual, low=1e-6) if keys.says(name) or not keys.has(name) else None
+        elif keys.says(name):
             raise InputError(f"{keys.where}: {name} is {short(keys.get(name))}, and mlx-lm's network caps nothing")
     types = keys.words("layer_types", LAYER_TYPES, layers)
     if types is None:
         name = "sliding_window_pattern" if keys.says("sliding_window_pattern") else "_sliding_window_pattern"
-        every = keys.size(name, 6)
+        every = keys.size(name, 2 if family.capped else 6)
     else:  # which transformers believes, whatever the pattern beside it says
         every = (*types, "full_attention").index("full_attention") + 1
     each = tuple(LAYER_TYPES[bool((layer + 1) % every)] for layer in range(layers))
     if every > layers or types not in (None, each):
         raise InputError(f"{keys.where}: the layers with and without a window do not take turns as mlx-lm's do")
     return {
-        "query_pre_attn_scalar": keys.number("query_pre_attn_scalar", float(head_dim), low=1e-6),
-        "sliding_window_pattern": every, "layer_types": each,
+        "query_pre_attn_scalar": keys.number("query_pre_attn_scalar", 256.0, low=1e-6),
+        "sliding_window_pattern": every, "layer_types": each, **caps,
     }  # fmt: skip
 
 

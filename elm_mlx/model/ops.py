@@ -338,13 +338,18 @@ def kl_divergences(before: mx.array, after: mx.array) -> mx.array:
 
 
 def attention(
-    queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, scale: float, mask: Mask
+    queries: mx.array,
+    keys: mx.array | Packed,
+    values: mx.array | Packed,
+    scale: float,
+    mask: Mask,
+    cap: float | None = None,
 ) -> mx.array:
     """Softmax attention of `(batch, heads, length, head_dim)` on `(batch, kv_heads, positions, head_dim)`.
 
     `mask` is None, "causal" (the last query sees all positions), `Causal`, `Segments` (as many queries as positions),
     or boolean `(…, length, positions)`. Where keys and values have fewer rows, as many rows of a query each are of the
-    same text, at positions that follow each other.
+    same text, at positions that follow each other. With a `cap` a score becomes cap * tanh(score / cap).
     """
     batch, heads, length, head_dim = queries.shape
     kv_heads, positions = keys.shape[1], keys.shape[2]
@@ -356,16 +361,18 @@ def attention(
         first = Causal(causal.seen[::each], causal.window)
         together = queries.reshape(-1, each, heads, head_dim).swapaxes(1, 2)
         if _fits_one_call(together, keys):  # keys and values are read once
-            out = _attend_in_one_call(together, keys, values, scale, first)
+            out = _attend_in_one_call(together, keys, values, scale, first, cap)
             return out.swapaxes(1, 2).reshape(queries.shape)
         keys, values = (mx.repeat(packed.whole(x), each, axis=0) for x in (keys, values))
     if isinstance(causal, Causal) and _fits_one_call(queries, keys):
-        return _attend_in_one_call(queries, keys, values, scale, causal)
+        return _attend_in_one_call(queries, keys, values, scale, causal, cap)
     if isinstance(keys, Packed) or isinstance(values, Packed):
-        if device.on_gpu() and length <= packed.FEW:
+        if device.on_gpu() and length <= packed.FEW and cap is None:
             hidden = causal.array(length, positions) if isinstance(causal, Causal) else causal
             return packed.attention(queries, keys, values, scale, hidden)
-        return attention(queries, packed.whole(keys), packed.whole(values), scale, causal)
+        return attention(queries, packed.whole(keys), packed.whole(values), scale, causal, cap)
+    if cap is not None:
+        return _capped_attention(queries, keys, values, scale, causal, cap)
     little = _mlx_is_best(queries, batch * heads * length * positions)
     if isinstance(mask, Causal):
         mask = mask.for_mlx(length, positions)
@@ -382,20 +389,29 @@ def attention(
 
 
 def _attend_in_one_call(
-    queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, scale: float, causal: Causal
+    queries: mx.array,
+    keys: mx.array | Packed,
+    values: mx.array | Packed,
+    scale: float,
+    causal: Causal,
+    cap: float | None,
 ) -> mx.array:
     """Attention by `attention.c`, with derivatives where keys are no codes."""
     if isinstance(keys, Packed) or isinstance(values, Packed):
-        return _call(queries, keys, values, scale, causal)[0]
+        return _call(queries, keys, values, scale, causal, cap)[0]
 
     @mx.custom_function
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return _call(queries, keys, values, scale, causal)
+        return _call(queries, keys, values, scale, causal, cap)
 
     @attend.vjp
     def derive(primals: tuple[mx.array, ...], cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
         length, positions = queries.shape[2], keys.shape[2]
         mask = causal.for_mlx(length, positions)
+        plain: Callable[..., mx.array]
+        if cap is not None:
+            plain = functools.partial(_capped_attention, scale=scale, mask=causal, cap=cap)
+            return tuple(mx.vjp(plain, list(primals), [cotangents[0]])[1])
         if isinstance(mask, str):
             out, statistics = outputs
             tops, sums = mx.split(statistics, 2, axis=-1)
@@ -407,8 +423,36 @@ def _attend_in_one_call(
     return attend(queries, keys, values)[0]
 
 
+def _capped_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask, cap: float
+) -> mx.array:
+    """Attention by MLX's operations, which the backward pass computes again: kept, scores would fill the memory."""
+    batch, heads, length, head_dim = queries.shape
+    kv_heads, positions = keys.shape[1:3]
+    if mask == "causal":
+        mask = Causal(positions - length + 1)
+    seen = mask.array(length, positions) if isinstance(mask, Causal) else mask
+    seen = seen.seen() if isinstance(seen, Segments) else seen
+
+    @mx.checkpoint
+    def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        grouped = queries.reshape(batch, kv_heads, -1, head_dim)
+        scores = cap * mx.tanh((grouped * (scale / cap)) @ keys.swapaxes(2, 3))
+        if isinstance(seen, mx.array):
+            each = scores.reshape(batch, heads, length, positions)
+            scores = mx.where(seen, each, -1e30).reshape(scores.shape)
+        return (mx.softmax(scores, axis=-1, precise=True) @ values).reshape(queries.shape)
+
+    return attend(queries, keys, values)
+
+
 def _call(
-    queries: mx.array, keys: mx.array | Packed, values: mx.array | Packed, scale: float, causal: Causal
+    queries: mx.array,
+    keys: mx.array | Packed,
+    values: mx.array | Packed,
+    scale: float,
+    causal: Causal,
+    cap: float | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Returns attention by a product that stands for it, and `(batch, kv_heads, 2 * queries)` of each head's queries.
 
@@ -424,7 +468,7 @@ def _call(
     group, side = heads // kv_heads * length, _side(queries, keys)
     numbers = group * head_dim
     seen = mx.array(causal.seen).reshape(-1, 1, 1)
-    note = mx.broadcast_to(_note(queries, keys, causal.window) + _SEEN * seen, (batch, kv_heads, _NOTE))
+    note = mx.broadcast_to(_note(queries, keys, causal.window, cap) + _SEEN * seen, (batch, kv_heads, _NOTE))
     beside = [x.reshape(batch, kv_heads, -1) for held in (keys, values) for x in packed.scales_and_biases(held)]
     taken = numbers + sum(x.shape[-1] for x in beside) + _NOTE
     room = mx.zeros((batch, kv_heads, side * side - taken))
@@ -477,15 +521,16 @@ def _calls_arrive() -> bool:
 _SEEN = mx.array([0, 0, 0, 1, *[0] * (_NOTE - 4)], mx.float32)  # where the note says how many positions are seen
 
 
-def _note(queries: mx.array, keys: mx.array | Packed, window: int | None) -> mx.array:
+def _note(queries: mx.array, keys: mx.array | Packed, window: int | None, cap: float | None) -> mx.array:
     """Returns what `attention.c` is told but for the positions seen."""
     _, heads, length, head_dim = queries.shape
     held = (32, 0, 0) if isinstance(keys, mx.array) else (keys.bits, keys.group, keys.shape[2])
-    return _note_of(head_dim, heads // keys.shape[1] * length, length, 0, 2**24 if window is None else window, *held)
+    rows, least = heads // keys.shape[1] * length, 2**24 if window is None else window
+    return _note_of(head_dim, rows, length, 0, least, *held, cap or 0)
 
 
 @functools.lru_cache(maxsize=256)
-def _note_of(*numbers: int) -> mx.array:
+def _note_of(*numbers: float) -> mx.array:
     """Layers share it, and a step has it once."""
     return mx.array([*numbers, *[0] * (_NOTE - len(numbers))], mx.float32)
 

@@ -110,8 +110,9 @@ class NetworkProtocol:
 
     def head(self, hidden: mx.array) -> mx.array:
         """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""
-        owner = self.head_module()
-        return owner.as_linear(hidden) if hasattr(owner, "as_linear") else owner(hidden)
+        owner, cap = self.head_module(), self.config.values.get("final_logit_softcapping")
+        logits = owner.as_linear(hidden) if hasattr(owner, "as_linear") else owner(hidden)
+        return logits if cap is None else cap * mx.tanh(logits / cap)
 
     def head_module(self) -> nn.Module:
         """Returns the module whose parameters turn hidden states into logits."""
@@ -138,6 +139,8 @@ def network(config: FamilyConfig) -> Any:
     if config.share_input_output_layers and "lm_head" in made:  # of Gemma 3, which learns it from the weights
         made.pop("lm_head")
         made.tie_word_embeddings = True
+    for layer in made.layers if family.capped else ():
+        _cap(layer.self_attn, config.values["attn_logit_softcapping"])
     for part in made.modules() if "layer_norm_epsilon" in values else ():  # which mlx-lm's Mamba does not read
         if isinstance(part, nn.RMSNorm):
             part.eps = values["layer_norm_epsilon"]
@@ -192,6 +195,32 @@ def _bare_norms(network: nn.Module) -> None:
         for name, child in list(part.items()):
             if isinstance(child, nn.RMSNorm):
                 part[name] = nn.LayerNorm(child.weight.size, child.eps, affine=False)
+
+
+class _CappedAttention(nn.Module):
+    """Gemma 2's attention (Gemma Team 2024, section 2), of mlx-lm's parts for Gemma 3: without norms of heads."""
+
+    def __call__(self, x: mx.array, mask: ops.Mask = None, cache: Any = None) -> mx.array:
+        """`(batch, length, model_dim)`, as mlx-lm's."""
+        queries, keys, values = (
+            linear(x).reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+            for linear, heads in (
+                (self.q_proj, self.n_heads), (self.k_proj, self.n_kv_heads), (self.v_proj, self.n_kv_heads)
+            )
+        )  # fmt: skip
+        offset = 0 if cache is None else cache.offset
+        queries, keys = self.rope(queries, offset), self.rope(keys, offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        out: mx.array = ops.attention(queries, keys, values, self.scale, mask, self.cap)
+        return self.o_proj(out.swapaxes(1, 2).flatten(2))
+
+
+def _cap(attention: nn.Module, cap: float | None) -> None:
+    """Has an attention of mlx-lm's Gemma 3 be Gemma 2's."""
+    attention.pop("q_norm"), attention.pop("k_norm")
+    attention.cap = cap
+    attention.__class__ = _CappedAttention
 
 
 class _SharedRope(nn.Module):

@@ -31,6 +31,7 @@ INEXPRESSIBLE = {
     "llama, dynamic": "dynamic", "olmo2": "biases", "olmo3, layers apart": "another base", "mamba": "not written",
     "mamba, biases, own head": "not written", "smollm3": "not written", "smollm3, its layers": "not written",
     "gemma3": "not written", "gemma3, linear": "not written",
+    "gemma2": "not written", "gemma2, caps unsaid": "not written",
 }  # fmt: skip
 UNTOLD = {"llama, llama3", "llama, `rope_parameters`"}  # divisors of another context than Llama 3's
 CASES = sorted(set(family_cases.CASES) - set(INEXPRESSIBLE))

@@ -160,7 +160,7 @@ def test_scores_are_those_of_a_text_read_with_such_a_cache(model: Model, bits: i
         assert score == pytest.approx(expected, abs=1e-3)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "olmo2", "olmo3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "olmo2", "olmo3", "gemma2"])
 def test_other_families_networks_take_such_caches(name: str, tmp_path: Path) -> None:
     """Sliding windows too."""
     model = load_model(other_models.write_model(tmp_path / name, name, {"head_dim": 64}))

@@ -132,6 +132,7 @@ def test_the_text_is_the_one_without_guesses_whatever_is_guessed(model: Model, b
         ("mistral", {"sliding_window": 12}),
         ("olmo", {}),
         ("olmo3", {}),
+        ("gemma2", {"sliding_window": 16}),
         ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [3.0] * 4, "short_factor": [1.5] * 4}}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -137,7 +137,7 @@ def test_a_conversation_forgets_no_exchange(model: Model, tiny_tokenizer: Tokeni
     assert chat.last is not None and chat.last.read_tokens < 40, "what was said is not read again"
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "olmo2", "olmo3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "olmo2", "olmo3", "gemma2"])
 def test_other_families_go_on(name: str, tmp_path: Path) -> None:
     model = load_model(other_models.write_model(tmp_path / name, name))
     limit = 48

@@ -125,7 +125,7 @@ def test_a_window_hides_what_lies_before_it() -> None:
     assert mask.array(3, 9)[0, 0].astype(mx.int32).tolist() == expected
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "phi3", "olmo", "olmo2", "olmo3"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mamba"])
 def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> None:
     model = loading.load_model(family_dirs[name])
     row, numbers = mx.array([IDS]), mx.array([[1] * 17 + [2] * 23])
@@ -150,6 +150,8 @@ def test_quantized(
     from mlx_lm.utils import quantize_model, save
 
     wide = {"hidden_size": 96, "intermediate_size": 192, "time_step_rank": 32, "rope_scaling": None}
+    if name == "gemma2":
+        wide["hidden_size"] = 64
     model, config = load_theirs(other_models.write_model(tmp_path / "dense", name, wide))
     quantized, config = quantize_model(model, config, 32, 4)
     path = tmp_path / "quantized"
@@ -178,7 +180,7 @@ def test_configs_that_are_refused(tmp_path: Path, family_dirs: dict[str, Path]) 
         assert "\n" not in str(error.value)
 
     refused({"model_type": "gpt2"}, "model_type is 'gpt2'; supported are openelm, llama")
-    for name, reason in (("gemma2", "caps attention's scores"), ("qwen3_moe", "a mixture of experts")):
+    for name, reason in (("gemma", "scales its embedding"), ("qwen3_moe", "a mixture of experts")):
         refused({"model_type": name}, rf"model_type is '{name}' \(.*{reason}.*\); supported are openelm, llama")
     for name in ("qwen2", "qwen3", "smollm3"):
         refused({"model_type": name, "use_sliding_window": True}, "use_sliding_window is true, and mlx-lm's .* has no")
@@ -192,6 +194,8 @@ def test_configs_that_are_refused(tmp_path: Path, family_dirs: dict[str, Path]) 
     refused(gemma | {"sliding_window_pattern": 3}, "do not take turns as mlx-lm's do")
     refused(gemma | {"layer_types": ["full_attention", "sliding_attention"]}, "do not take turns as mlx-lm's do")
     refused(gemma | {"hidden_activation": "relu"}, "hidden_activation is 'relu': one of gelu_pytorch_tanh")
+    for cap in (0.0, -50.0, float("inf"), "50", True):
+        refused({"model_type": "gemma2", "head_dim": 16, "attn_logit_softcapping": cap}, "attn_logit_softcapping is ")
     refused({"model_type": "olmo", "clip_qkv": 8.0}, "clip_qkv is 8.0")
     refused({"model_type": ["llama"]}, r"model_type is .*; supported are openelm, llama")
     refused({"model_type": "olmo", "hidden_size": None, "d_model": 48}, "an OLMo in its first layout")
@@ -258,7 +262,7 @@ def test_shapes_are_the_networks(name: str, tmp_path: Path) -> None:
         {}, {"attention_bias": True, "mlp_bias": True}, {"use_bias": True, "use_conv_bias": False},
         {"tie_word_embeddings": True}, {"tie_word_embeddings": False},
     ]  # fmt: skip
-    if name in ("qwen3", "gemma3_text"):  # whose networks have no biases
+    if name in ("qwen3", "gemma2", "gemma3_text"):  # whose networks have no biases
         del switches[1]
     for changes in switches:
         values = {**other_models.CONFIGS[name], "vocab_size": 400, **changes}
@@ -291,6 +295,10 @@ PUBLISHED = {
         _published("phi3", 3072, 8192, 32, 24, 8, 200064, 131072, tie_word_embeddings=True, partial_rotary_factor=0.75,
                    rope_scaling={"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}),
         3_836_021_760, 131072,
+    ),
+    "Gemma 2 2B": (
+        _published("gemma2", 2304, 9216, 26, 8, 4, 256000, 8192, head_dim=256, hidden_act="gelu_pytorch_tanh"),
+        2_614_341_888, 8192,
     ),
     "OLMo 1B": (_published("olmo", 2048, 8192, 16, 16, 16, 50304, 2048, tie_word_embeddings=True), 1_176_764_416, 2048),
     "OLMo 3 7B": (

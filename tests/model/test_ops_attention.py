@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from elm_mlx import blas, device
-from elm_mlx.model import ops
+from elm_mlx.model import ops, packed
 from elm_mlx.model.cache import KVCache, QuantizedCache
-from elm_mlx.model.ops import Causal
+from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.packed import Packed
 
 IN_C = blas.attends()
@@ -34,8 +34,9 @@ def cached(seed: int, batch: int, kv_heads: int, positions: int, head_dim: int) 
 
 
 def attended(
-    queries: mx.array, keys: mx.array, values: mx.array, scale: float, seen: Sequence[int], window: int | None
-) -> np.ndarray:
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, seen: Sequence[int], window: int | None,
+    cap: float | None = None,
+) -> np.ndarray:  # fmt: skip
     """By float64, a query after the other."""
     q, k, v = (np.array(x, np.float64) for x in (queries, keys, values))
     batch, heads, length, _ = q.shape
@@ -47,6 +48,7 @@ def attended(
                 stop = seen[row] + at
                 visible = slice(0 if window is None else max(0, stop - window), stop)
                 scores = k[row, own, visible] @ q[row, head, at] * scale
+                scores = scores if cap is None else cap * np.tanh(scores / cap)
                 weights = np.exp(scores - scores.max())
                 out[row, head, at] = weights @ v[row, own, visible] / weights.sum()
     return out
@@ -77,6 +79,39 @@ def test_every_query_sees_what_the_mask_says(
         masks.append("causal" if length > 1 else None)
     for mask in masks:
         np.testing.assert_allclose(ops.attention(queries, keys, values, 0.3, mask), expected, atol=3e-5)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("way", ["one call", "without the C", "a GPU's"])
+def test_scores_are_capped(monkeypatch: pytest.MonkeyPatch, window: int | None, way: str) -> None:
+    """Scores of up to some 60 by a tanh, and its derivatives; of codes and of several texts in a row too."""
+    monkeypatch.setattr(blas, "attends", lambda: way == "one call" and blas.OWN_FEW_ROWS in blas.status().name)
+    monkeypatch.setattr(device, "on_gpu", lambda: way == "a GPU's")
+    queries = 8 * drawn(1, 2, 4, 5, 64)
+    keys, values = (cached(seed, 2, 2, 300, 64) for seed in (2, 3))
+    mask, cap = Causal(296, window), 20.0
+    expected = attended(queries, keys, values, 0.3, [296] * 2, window, cap)
+    np.testing.assert_allclose(ops.attention(queries, keys, values, 0.3, mask, cap), expected, atol=3e-5)
+    codes = QuantizedCache(8)
+    held = codes.update_and_fetch(keys, values)
+    whole = [packed.whole(each) for each in held]
+    found = ops.attention(queries, *held, 0.3, mask, cap)
+    np.testing.assert_allclose(found, attended(queries, *whole, 0.3, [296] * 2, window, cap), atol=3e-5)
+
+    def plain(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        scores = cap * mx.tanh(0.3 / cap * queries @ mx.repeat(keys, 2, axis=1).swapaxes(2, 3))
+        weights = mx.softmax(mx.where(mask.array(5, 300), scores, -mx.inf), axis=-1)
+        return weights @ mx.repeat(values, 2, axis=1)
+
+    given, above = [queries, keys, values], [drawn(4, *queries.shape)]
+    derived = mx.vjp(lambda *x: ops.attention(*x, 0.3, mask, cap), given, above)[1]
+    for each, other in zip(derived, mx.vjp(plain, given, above)[1], strict=True):
+        assert mx.allclose(each, other, atol=2e-4)
+    numbers = mx.array([[1] * 140 + [2] * 160] * 2)
+    row = 8 * drawn(5, 2, 4, 300, 64)
+    first = ops.attention(row[:, :, :140], keys[:, :, :140], values[:, :, :140], 0.3, "causal", cap)
+    together = ops.attention(row, keys, values, 0.3, Segments(numbers), cap)
+    assert mx.allclose(together[:, :, :140], first, atol=3e-5)
 
 
 @pytest.mark.parametrize("window", [None, 40])
