@@ -473,6 +473,7 @@ def test_whoever_leaves_frees_the_row(engine: Engine, model: Model) -> None:
         assert each.ticket is not None
         each.ticket.cancel()
     assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+    engine.close(30)  # a row goes, and is counted, after its last event
     figures = engine.statistics()
     assert (figures.rows, figures.queued, figures.reading, figures.reserved_bytes) == (0, 0, 0, 0)
     assert figures.cancelled + figures.finished == 21
@@ -484,6 +485,7 @@ def test_who_listens_no_more_is_as_one_who_leaves(engine: Engine, model: Model) 
 
     engine.submit(Request("tiny", tuple(prompt(9)), 400, Sampler()), gone)
     assert ask(engine, prompt(9), 5).tokens() == alone(model, prompt(9), 5)
+    engine.close(30)
     assert engine.statistics().rows == 0
 
 
@@ -599,6 +601,7 @@ def test_one_who_leaves_amid_a_prompt_is_forgotten_and_the_others_go_on(engine: 
         count = left.events.qsize()
         assert left.events.qsize() == count  # no event follows
     assert going.tokens() == alone(model, prompt(9), 400)
+    engine.close(30)
     assert engine.statistics().reserved_bytes == 0
 
 
