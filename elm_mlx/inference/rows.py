@@ -118,8 +118,8 @@ class Rows:
                 own.state = [None] * len(own.state)  # layer by layer, so that nothing is there twice
         else:
             self.caches = caches
-        self.lengths.append(length)
         self._texts.append(None if ids is None else list(ids))
+        self.resize([*self.lengths, length])
 
     def begin(self, row: int, caches: Sequence[KVCache], ids: Sequence[int]) -> None:
         """Makes a row, or the next one, a copy of the text `ids`, which is in `caches`; these stay as they are."""
@@ -130,15 +130,15 @@ class Rows:
             for cache, own in zip(self.caches, caches, strict=True):
                 cache.put(row, own)
                 mx.eval(cache.state)
-        self.lengths[row:] = [length, *self.lengths[row + 1 :]]
         self._texts[row:] = [list(ids), *self._texts[row + 1 :]]
+        self.resize([*self.lengths[:row], length, *self.lengths[row + 1 :]])
 
     def rewind(self, row: int, length: int) -> bool:
         """Makes a row end after its first `length` tokens, in no time. Returns False where it has to `begin` again."""
         cache = self.caches[0]
         if not cache.is_trimmable() or (cache.switch is not None and self.lengths[row] > cache.switch):
             return False
-        self.lengths[row] = length
+        self.resize([*self.lengths[:row], length, *self.lengths[row + 1 :]])
         text = self._texts[row]
         if text is not None:
             del text[length:]
@@ -151,11 +151,12 @@ class Rows:
                 break
             cache.drop(row, len(self))
             mx.eval(cache.state)
-        self.lengths[row], self._texts[row] = self.lengths[-1], self._texts[-1]
-        self.lengths.pop()
+        lengths, self._texts[row] = [*self.lengths], self._texts[-1]
+        lengths[row] = lengths[-1]
         self._texts.pop()
-        if not self.lengths:
+        if len(self) == 1:
             self.caches = []
+        self.resize(lengths[:-1])
 
     def copy(self, row: int) -> list[KVCache]:
         """Returns caches of one text, that of a row."""
@@ -172,11 +173,8 @@ class Rows:
             self._read_again(switch, tokens)
         dropped = _make_room(self.caches, 1)
         self.lengths = [length - dropped for length in self.lengths]
-        longest = max(self.lengths)
-        logits = self._compute(tokens[:, None], *place_step(self.lengths), longest + 1)
-        for cache in self.caches:
-            cache.offset = longest + 1
-        self.lengths = [length + 1 for length in self.lengths]
+        logits = self._compute(tokens[:, None], *place_step(self.lengths), max(self.lengths) + 1)
+        self.resize([length + 1 for length in self.lengths])
         return logits
 
     def look_ahead(self, tokens: mx.array) -> mx.array:
@@ -209,7 +207,7 @@ class Rows:
         """Makes each text end with so many of its tokens and of those that `look_ahead` took."""
         self.lengths = list(lengths)
         for cache in self.caches:
-            cache.offset = max(lengths)
+            cache.offset = max(lengths)  # there are none without texts
 
     def together(self) -> int:
         """Returns how many tokens of each text a pass may take.
@@ -229,7 +227,6 @@ class Rows:
         No cache counts what was written.
         """
         for cache in self.caches:
-            cache.offset = max(self.lengths)
             if end > cache.capacity:
                 cache.reserve(row_capacity(end))
         if self._steps == 0:

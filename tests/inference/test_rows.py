@@ -62,6 +62,10 @@ class Traffic:
         moves = [self._join, self._leave, self._step, self._step, self._look_ahead, self._look_ahead, self._part]
         self._draw.choice(moves)(rows, texts)
 
+    def counted(self) -> bool:
+        """Returns whether all caches end with the longest of their texts."""
+        return all(cache.offset == max(rows.lengths) for rows, _ in self._batches for cache in rows.caches)
+
     def _ids(self, count: int) -> list[int]:
         return [self._draw.randrange(VOCAB) for _ in range(count)]
 
@@ -111,8 +115,6 @@ class Traffic:
         elif kind > 1 and len(texts) == 1:
             kinds = {2: copy.copy, 3: copy.deepcopy, 4: lambda cache: pickle.loads(pickle.dumps(cache))}
             caches = [kinds[kind](cache) for cache in rows.caches]
-            for cache in caches:
-                cache.offset = length  # of caches that a longer text has left
         others = [batch for batch in self._batches if len(batch[1]) < TOGETHER]
         if others:
             self._add(*self._draw.choice(others), caches, texts[row].copy())
@@ -125,6 +127,7 @@ def test_each_text_has_the_logits_that_it_has_alone(seed: int) -> None:
     traffic = Traffic(model, seed)
     for _ in range(150):
         traffic.move()
+        assert traffic.counted()
     assert len(traffic.texts) > 5 and sum(len(text.tokens) for text in traffic.texts) > 100
     for text in traffic.texts:
         if not text.tokens:
