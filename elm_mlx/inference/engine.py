@@ -367,15 +367,14 @@ class Engine:
             if task.unread is None:
                 self._begin_piece(batch, task)
             assert task.unread is not None and task.hidden is not None
-            tokens = task.hidden.shape[1]
-            layers = min(len(task.unread), most // tokens)
+            layers = min(len(task.unread), most // task.piece)
             if layers:
                 mx.async_eval(task.unread[:layers])
                 del task.unread[:layers]
             if not task.unread:
                 task.unread = None
                 self._end_piece(batch, task)
-            return layers * tokens
+            return layers * task.piece
         except Exception as error:
             self._reading = None
             self._end(task, Failed(_as_error(error)))
@@ -389,7 +388,9 @@ class Engine:
             self._restore(batch, task)
         start = task.caches[0].offset
         piece = ids[start : start + (BLOCK if batch.keeps_states else PREFILL_STEP)]
-        task.hidden = batch.model.transformer(mx.array(piece)[None], task.caches)
+        task.piece = len(piece)
+        last = None if task.embedding or task.request.prompt_logprobs else 1
+        task.hidden = batch.model.transformer(mx.array(piece)[None], task.caches, last=last)
         task.unread = [cache.state for cache in task.caches]
 
     def _restore(self, batch: ContinuousBatch, task: OpenRequest) -> None:
@@ -412,14 +413,14 @@ class Engine:
         caches, ids, hidden = task.caches, task.request.ids, task.hidden
         assert hidden is not None
         stop = caches[0].offset
-        self._read += hidden.shape[1]
+        self._read += task.piece
         task.hidden = None
         if task.embedding:
             total = hidden.astype(mx.float32).sum(axis=1)
             task.sum = total if task.sum is None else task.sum + total
             mx.async_eval(task.sum)
         if task.request.prompt_logprobs:
-            _score(batch.model, hidden[0], task, stop - hidden.shape[1])
+            _score(batch.model, hidden[0], task, stop - task.piece)
         if batch.keeps_states:
             task.keep_state(caches, 0, stop)
         if stop < len(ids):

@@ -200,7 +200,8 @@ class OpenRequest:
         self.caches: list[KVCache] = []
         self.snapshots: dict[int, Layers] = {}
         self.scored: list[ScoredToken] = []
-        self.hidden: mx.array | None = None  # of the piece of the prompt that is being read
+        self.piece = 0  # tokens of the prompt that are being read
+        self.hidden: mx.array | None = None  # of these, or of the last of them
         self.unread: list[Any] | None = None  # what its layers leave in the caches, of those that are not computed yet
         self.sum: mx.array | None = None  # of hidden states, for an embedding
         self.state = State()

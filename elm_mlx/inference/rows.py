@@ -24,7 +24,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.cache import Arrays, KVCache, place_pass, place_step, row_capacity
 from elm_mlx.model.network import Model
 from elm_mlx.model.sublayers import LayersInC
-from elm_mlx.model.whole_step import whole_step
+from elm_mlx.model.whole_step import whole_piece, whole_step
 
 # Prompt tokens in one pass: bounds memory. A CPU is as fast by 128 as by 512, and pieces end where kept blocks do.
 PREFILL_STEP = 512 if on_gpu() else 128
@@ -51,12 +51,30 @@ def prefill(
     step = step if caches[0].limit is None else min(step, caches[0].limit // 2)
     while rows.shape[1] > step:
         _make_room(caches, step)
-        model.transformer(rows[:, :step], caches)
-        mx.eval([cache.state for cache in caches])
+        _, written = _read(model, rows[:, :step], caches, wanted=False)
+        mx.eval(written)
         mx.clear_cache()  # a GPU would keep each chunk's buffers for the next
         rows = rows[:, step:]
     _make_room(caches, rows.shape[1])
-    return model.head(model.transformer(rows, caches)[:, -1])
+    hidden, _ = _read(model, rows, caches, wanted=True)
+    return model.head(hidden)
+
+
+def _read(model: Model, ids: mx.array, caches: list[KVCache], wanted: bool) -> tuple[mx.array, list[Any]]:
+    """Reads `ids` `(1, n)` into `caches`.
+
+    Returns the hidden states `(1, model_dim)` of the last one, if it is wanted, and what is to be computed for the
+    caches to be whole; neither is computed yet.
+    """
+    count = ids.shape[1]
+    in_c = model.in_c(count)
+    whole = None if in_c is None else whole_piece(in_c, caches, count)
+    if in_c is None or whole is None:
+        return model.transformer(ids, caches, last=1)[0], [cache.state for cache in caches]
+    hidden = whole.read(model.embed(ids[0]), caches[0].offset, caches[0].text_length, int(wanted))
+    for cache in caches:
+        cache.offset += count
+    return in_c.norm(hidden[-1:]), [hidden]
 
 
 def _make_room(caches: Sequence[KVCache], length: int) -> int:

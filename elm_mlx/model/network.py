@@ -134,12 +134,22 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.model_dim, config.rms_norm_eps)
         self.rope = Rope(config.head_dim, config.rope_freq_constant)
 
-    def __call__(self, ids: mx.array, cache: Sequence[Cache] | None, segments: ops.Segments | None = None) -> mx.array:
+    def __call__(
+        self,
+        ids: mx.array,
+        cache: Sequence[Cache] | None,
+        segments: ops.Segments | None = None,
+        last: int | None = None,
+    ) -> mx.array:
+        """Ids `(batch, length)` to hidden states `(batch, length, model_dim)`.
+
+        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`.
+        """
         x = self.token_embeddings(ids)
         if cache is not None:
             in_c = self.in_c(ids.size)
             if in_c is not None:
-                return self.norm(in_c(x, cache))
+                return self.norm(in_c(x, cache, last))
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
         offset = 0 if caches[0] is None else caches[0].offset
@@ -148,7 +158,7 @@ class Transformer(nn.Module):
         rotate = self.rope(ids.shape[1], offset)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             x = layer(x, mask, rotate, layer_cache)
-        return self.norm(x)
+        return self.norm(x if last is None else x[:, -last:])
 
     def in_c(self, rows: int) -> LayersInC | None:
         """Returns the layers for so many rows, where C computes them."""

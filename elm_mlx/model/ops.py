@@ -491,9 +491,17 @@ def _handed_over(x: mx.array | Packed) -> mx.array:
 def _side(queries: mx.array, keys: mx.array | Packed) -> int:
     """Returns how long the sides of a product are whose result has room for what `attention.c` is to know."""
     _, heads, length, head_dim = queries.shape
-    numbers = heads // keys.shape[1] * length * (head_dim + _STATISTICS) + _NOTE
-    numbers += 2 * sum(math.prod(x.shape[2:]) for x in packed.scales_and_biases(keys))
+    beside = 2 * sum(math.prod(x.shape[2:]) for x in packed.scales_and_biases(keys))
+    return _root(heads // keys.shape[1] * length * (head_dim + _STATISTICS) + _NOTE + beside)
+
+
+def _root(numbers: int) -> int:
     return math.isqrt(numbers - 1) + 1
+
+
+def fits_one_call(queries: int, positions: int, head_dim: int) -> bool:
+    """Returns whether whole keys of so many positions let `attention.c` be called, for so many queries of a key head."""
+    return positions * head_dim >= _DEPTH * _root(queries * (head_dim + _STATISTICS) + _NOTE)
 
 
 def _fits_one_call(queries: mx.array, keys: mx.array | Packed) -> bool:

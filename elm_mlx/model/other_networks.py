@@ -49,9 +49,15 @@ class NetworkProtocol:
         return self.head(self.transformer(ids, cache, segments))
 
     def transformer(
-        self, ids: mx.array, cache: Sequence[Any] | None = None, segments: Segments | None = None
+        self,
+        ids: mx.array,
+        cache: Sequence[Any] | None = None,
+        segments: Segments | None = None,
+        last: int | None = None,
     ) -> mx.array:
         """All but the head: `(batch, length)` to `(batch, length, model_dim)`.
+
+        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`.
 
         Raises:
             InputError: `segments` for a network that keeps a state, which runs from one text into the next.
@@ -64,13 +70,13 @@ class NetworkProtocol:
         elif cache is not None:
             in_c = self.in_c(ids.size)
             if in_c is not None:
-                return getattr(self, self.body_name).norm(in_c(self.embed(ids), cache))
+                return getattr(self, self.body_name).norm(in_c(self.embed(ids), cache, last))
         with _rotating(self.ropes, ids.shape[1], cache):
             hidden = getattr(self, self.body_name)(ids, cache)
         for layer_cache in cache or ():
             if isinstance(layer_cache, StateCache):
                 layer_cache.offset += ids.shape[1]
-        return hidden
+        return hidden if last is None else hidden[:, -last:]
 
     def in_c(self, rows: int) -> LayersInC | None:
         """Returns the layers for so many rows, where C computes them."""

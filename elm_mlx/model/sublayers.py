@@ -90,7 +90,8 @@ class LayersInC:
     """The layers of a transformer.
 
     Attributes:
-        last: the norm behind them, where `sublayers.c` knows it.
+        norm: the module behind them.
+        last: the same, where `sublayers.c` knows it.
         width: of the residual stream.
 
     Raises:
@@ -100,6 +101,7 @@ class LayersInC:
     def __init__(self, layers: Sequence[LayerParts], last: nn.Module) -> None:
         self.layers = [_Layer(parts) for parts in layers]
         self.width = self.layers[0].width
+        self.norm = last
         self._weights: list[mx.array] = []
         try:
             self.last: Norm | None = _norm(last, self._weights, self.width)
@@ -115,8 +117,11 @@ class LayersInC:
         now = _made_of(layers, last)
         return len(now) == len(self._made_of) and all(map(operator.is_, now, self._made_of))
 
-    def __call__(self, x: mx.array, caches: Sequence[Any]) -> mx.array:
-        """`(batch, length, model_dim)` to the same, but for the last norm; keys and values join `caches`."""
+    def __call__(self, x: mx.array, caches: Sequence[Any], last: int | None = None) -> mx.array:
+        """`(batch, length, model_dim)` to the same, but for the last norm; keys and values join `caches`.
+
+        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`.
+        """
         batch, length, width = x.shape
         x = x.reshape(-1, width)
         offset = caches[0].offset
@@ -133,8 +138,9 @@ class LayersInC:
                 ).reshape(-1, 2 * rope.head_dim)
             if window not in masks:
                 masks[window] = cache.make_mask(length, return_array=False, window_size=window)
-            x = layer(x, batch, length, masks[window], turns[id(rope)], cache)
-        return x.reshape(batch, length, width)
+            wanted = length if last is None or layer is not self.layers[-1] else last
+            x = layer(x, batch, length, wanted, masks[window], turns[id(rope)], cache)
+        return x.reshape(batch, -1, width)
 
 
 def _made_of(layers: Sequence[LayerParts], last: nn.Module) -> list[Any]:
@@ -168,8 +174,13 @@ class _Layer:
         )
         self._read, self._write, self._feed = (self._matrix(*each) for each in made)
 
-    def __call__(self, x: mx.array, batch: int, length: int, mask: ops.Mask, turns: mx.array, cache: Any) -> mx.array:
-        """Rows `(batch * length, model_dim)` to the same; `turns` are the cosines and sines of each."""
+    def __call__(
+        self, x: mx.array, batch: int, length: int, last: int, mask: ops.Mask, turns: mx.array, cache: Any
+    ) -> mx.array:
+        """Rows `(batch * length, model_dim)` to the same, of the `last` positions of each text.
+
+        `turns` are the cosines and sines of each.
+        """
         parts = self.parts
         heads = (mx.concatenate([x, turns], axis=-1) @ self._read).reshape(batch, length, -1, parts.head_dim)
         heads = heads.reshape(batch, -1, 1, parts.head_dim) if length == 1 else heads.swapaxes(1, 2)
@@ -178,7 +189,9 @@ class _Layer:
         out = ops.attention(queries, keys, values, parts.head_dim**-0.5, mask)
         if length > 1:
             out = out.swapaxes(1, 2)
-        return mx.addmm(x, out.reshape(batch * length, -1), self._write) @ self._feed
+        if last < length:
+            x, out = x.reshape(batch, length, -1)[:, -last:].reshape(batch * last, -1), out[:, -last:]
+        return mx.addmm(x, out.reshape(batch * last, -1), self._write) @ self._feed
 
     @property
     def addresses(self) -> list[int]:

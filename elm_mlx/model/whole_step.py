@@ -1,8 +1,9 @@
-"""A step of few rows through all layers of a transformer, as one call of C (`whole_step.c`).
+"""A step of few rows, or a piece of a prompt, through all layers of a transformer, as one call of C (`whole_step.c`).
 
 A layer is three products and attention (`sublayers`). For so little work MLX takes as long to dispatch as it takes to
-compute, so a step of texts whose caches grow by a token each is one product. It writes keys and values where the caches
-have them, behind MLX's back: it has that memory for itself, and a cache that is used otherwise ends that first.
+compute, so a step of texts whose caches grow by a token each is one product, and so is a prompt's next piece. It writes
+keys and values where the caches have them, behind MLX's back: it has that memory for itself, and a cache that is used
+otherwise ends that first.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 
+from elm_mlx import blas
 from elm_mlx.model import described, sublayers
-from elm_mlx.model.cache import KVCache, QuantizedCache, StreamingCache
+from elm_mlx.model.cache import KVCache, QuantizedCache, StreamingCache, row_capacity
 from elm_mlx.model.described import MARK, STEP
-from elm_mlx.model.ops import HEAD_MULTIPLE, Rope
-from elm_mlx.model.sublayers import MOST_ROWS, LayersInC, Norm
+from elm_mlx.model.ops import HEAD_MULTIPLE, Rope, fits_one_call
+from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, LayersInC, Norm
 
 _ALL = 1 << 24  # positions that a window shows at most
+_MOST = 511  # rows that are computed together, as in cblas.c
 
 
 class _Cached(ctypes.Structure):
@@ -48,7 +51,7 @@ class _StepDescription(ctypes.Structure):
 
 
 class WholeStep:
-    """The step of a model's layers over caches whose memory it has for itself, until `end`.
+    """Steps and pieces of a model's layers over caches whose memory it has for itself, until `end`.
 
     Args:
         in_c: the layers.
@@ -71,13 +74,16 @@ class WholeStep:
             made.scale, made.window = parts.head_dim**-0.5, parts.window or _ALL
             made.turns = self._ropes.index(parts.rope)
         assert in_c.last is not None
-        step = _StepDescription(layers=len(arrays), slots=arrays[0][0].shape[0], capacity=self.capacity, last=in_c.last)
-        words = described.description(STEP, bytes(step)[MARK + 4 :] + bytes(layers))
-        rope_numbers = sum(2 * rope.head_dim for rope in self._ropes)
-        self._matrix = described.matrix(words, in_c.width + 1 + rope_numbers, in_c.width)
+        numbers = in_c.width + 1 + sum(2 * rope.head_dim for rope in self._ropes)
+        descriptions, matrices = [], []
+        for norm in (in_c.last, Norm()):  # a piece's norm is MLX's, as where its layers come one by one
+            step = _StepDescription(layers=len(arrays), slots=arrays[0][0].shape[0], capacity=self.capacity, last=norm)
+            descriptions.append(described.description(STEP, bytes(step)[MARK + 4 :] + bytes(layers)))
+            matrices.append(described.matrix(descriptions[-1], numbers, in_c.width))
+        self._step, self._piece = matrices
         self._running: list[mx.array] = []
         self._slots: dict[int, mx.array] = {}  # where each text's begins, by their number
-        self.end = weakref.finalize(self, _end, words, arrays, self._running)
+        self.end = weakref.finalize(self, _end, descriptions, arrays, self._running)
         for cache in caches:  # now that it can be ended
             cache.writer = self
 
@@ -95,8 +101,25 @@ class WholeStep:
         if texts not in self._slots:
             self._slots[texts] = mx.arange(0, texts * self.capacity, self.capacity)[:, None]
         places = flat if texts == 1 else (position.reshape(texts, -1) + self._slots[texts]).reshape(-1)
-        turns = [self._turns(rope, flat) for rope in self._ropes]
-        hidden = mx.concatenate([x, places.view(mx.float32)[:, None], *turns], axis=1) @ self._matrix
+        return self._launch(self._step, x, places, [self._turns(rope, flat) for rope in self._ropes])
+
+    def read(self, x: mx.array, offset: int, text_length: int, last: int) -> mx.array:
+        """Launches a piece of a text `(rows, model_dim)`, from position `offset` on, which there is room for.
+
+        Returns hidden states `(rows, model_dim)`, not normed, of which only those of the `last` rows are computed.
+        `text_length` is that of the whole text, where it is known: LongRoPE depends on it.
+        """
+        rows = x.shape[0]
+        unwanted = mx.where(mx.arange(rows) < rows - last, -1, 0)  # whose complement is the place of such a row
+        turns = [self._table(rope, offset, rows, text_length) for rope in self._ropes]
+        return self._launch(self._piece, x, mx.arange(offset, offset + rows) ^ unwanted, turns)
+
+    def _table(self, rope: Rope, offset: int, rows: int, text_length: int) -> mx.array:
+        table = rope.table(self.capacity)
+        return rope.turns(rows, offset, text_length)[0] if table is None else table[offset : offset + rows]
+
+    def _launch(self, matrix: mx.array, x: mx.array, places: mx.array, turns: list[mx.array]) -> mx.array:
+        hidden = mx.concatenate([x, places.view(mx.float32)[:, None], *turns], axis=1) @ matrix
         mx.async_eval(hidden)
         self._running[:] = [hidden]
         return hidden
@@ -112,13 +135,46 @@ def whole_step(in_c: LayersInC, caches: Sequence[Any], rows: int, at: int) -> Wh
     Args:
         at: a position that no row has written, and there is room for.
     """
-    first = caches[0]
-    if rows > MOST_ROWS or in_c.last is None or type(first) not in (KVCache, StreamingCache, QuantizedCache):
+    many = blas.own("elm_mlx_many_rows") is not None
+    return None if rows > (_MOST if many else MOST_ROWS) or not _is_known(in_c, caches) else _made(in_c, caches, at)
+
+
+def whole_piece(in_c: LayersInC, caches: Sequence[Any], rows: int) -> WholeStep | None:
+    """Returns the step for the next `rows` tokens of one text, for which the caches get room; None as of `whole_step`.
+
+    Args:
+        in_c: the layers for so many rows.
+    """
+    start = caches[0].offset
+    known = _is_known(in_c, caches) and type(caches[0]) is not QuantizedCache
+    if not known or any(_is_mlxs(layer.parts, rows, start + rows) for layer in in_c.layers):
         return None
-    if isinstance(first.writer, WholeStep) and first.writer.is_of(in_c, caches):
-        return first.writer
+    for cache, layer in zip(caches, in_c.layers, strict=True):
+        if cache.capacity == 0:
+            shape = 1, layer.parts.kv_heads, row_capacity(start + rows), layer.parts.head_dim
+            cache.state = [mx.zeros(shape), mx.zeros(shape)]
+        elif cache.capacity < start + rows:
+            cache.reserve(start + rows)
+    return _made(in_c, caches, start)
+
+
+def _is_known(in_c: LayersInC, caches: Sequence[Any]) -> bool:
+    """Returns whether whole steps of these layers write into caches of this kind."""
     known = all(layer.parts.head_dim % HEAD_MULTIPLE == 0 for layer in in_c.layers)
-    if not known or any(array is None or array.dtype != mx.float32 for array in (c.state[-1] for c in caches)):
+    return known and in_c.last is not None and type(caches[0]) in (KVCache, StreamingCache, QuantizedCache)
+
+
+def _is_mlxs(parts: LayerParts, rows: int, positions: int) -> bool:
+    """Returns whether attention is MLX's where layers come one by one, and so elsewhere: a text has one set of bits."""
+    return not fits_one_call(parts.heads // parts.kv_heads * rows, positions, parts.head_dim)
+
+
+def _made(in_c: LayersInC, caches: Sequence[Any], at: int) -> WholeStep | None:
+    """Returns the step that has these caches, or makes one; None where they are not in float32."""
+    writer = caches[0].writer
+    if isinstance(writer, WholeStep) and writer.is_of(in_c, caches):
+        return writer
+    if any(array is None or array.dtype != mx.float32 for array in (cache.state[-1] for cache in caches)):
         return None
     return WholeStep(in_c, caches, at)
 
@@ -137,8 +193,9 @@ def _cached(arrays: Sequence[mx.array], kv_heads: int, head_dim: int) -> tuple[_
     return keys, values
 
 
-def _end(words: mx.array, arrays: list[list[mx.array]], running: list[mx.array]) -> None:
+def _end(descriptions: Sequence[mx.array], arrays: list[list[mx.array]], running: list[mx.array]) -> None:
     """Waits for the last step; from now on a step would give no numbers, and touch no memory."""
     mx.eval(running)
-    sublayers.retire(words)
+    for words in descriptions:
+        sublayers.retire(words)
     arrays.clear()

@@ -1,4 +1,4 @@
-"""Steps that are one call of C, against the same steps layer by layer; and the memory that they write into."""
+"""Steps and pieces of prompts that are one call of C, against the same layer by layer; and the memory they write into."""
 
 from __future__ import annotations
 
@@ -66,18 +66,26 @@ def close(found: mx.array, expected: mx.array, share: float = 1e-5) -> bool:
 
 @pytest.fixture
 def layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    return lambda: monkeypatch.setattr(rows_module, "whole_step", lambda *_: None)
+    def change() -> None:
+        monkeypatch.setattr(rows_module, "whole_step", lambda *_: None)
+        monkeypatch.setattr(rows_module, "whole_piece", lambda *_: None)
+
+    return change
+
+
+def model_of(name: str, tmp_path: Path) -> Any:
+    """Returns a small OpenELM, or one of another family."""
+    if name == "openelm":
+        return tiny.random_model(tiny.scaled_config(320))
+    changes = {"hidden_size": 96, "head_dim": 16, **FAMILIES[name]}
+    return loading.load_model(other_models.write_model(tmp_path / "m", name, changes))
 
 
 @pytest.mark.parametrize("name", ["openelm", *FAMILIES])
 @pytest.mark.usefixtures("two_threads")
 def test_logits_are_those_of_layers_one_by_one(name: str, tmp_path: Path, layer_by_layer: Callable[[], None]) -> None:
     """Of one text and several, across spans of attention and a cache that grows, and of guesses that follow a text."""
-    if name == "openelm":
-        model: Any = tiny.random_model(tiny.scaled_config(320))
-    else:
-        changes = {"hidden_size": 96, "head_dim": 16, **FAMILIES[name]}
-        model = loading.load_model(other_models.write_model(tmp_path / "m", name, changes))
+    model = model_of(name, tmp_path)
     found = []
     for whole in (True, False):
         if not whole:
@@ -85,12 +93,40 @@ def test_logits_are_those_of_layers_one_by_one(name: str, tmp_path: Path, layer_
         rows = started(model, [250])
         found.append([steps(rows, 12), rows.look_ahead(mx.array([ids_of(9)]))])
         assert writes_in_place(rows) is whole
-        together = started(model, [3, 17, 254, 40, 5])
-        found[-1] += [steps(together, 8)]
+        together, many = started(model, [3, 17, 254, 40, 5]), started(model, [*range(3, 23)])
+        found[-1] += [steps(together, 8), steps(many, 3)]
         mx.eval(found)
-        assert writes_in_place(together) is whole
+        assert writes_in_place(together) is writes_in_place(many) is whole
     for ours, expected in zip(*found, strict=True):
         assert close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["openelm", *FAMILIES])
+@pytest.mark.usefixtures("two_threads")
+def test_pieces_have_the_bits_of_layers_one_by_one(
+    name: str, tmp_path: Path, layer_by_layer: Callable[[], None]
+) -> None:
+    """In caches that are empty and grow, of few rows and of more than are computed together."""
+    model = model_of(name, tmp_path)
+    cases = [([1], 128), ([2], 128), ([5], 128), ([17], 128), ([40, 3, 90, 200], 64), ([700], 600)]
+    found: list[list[tuple[mx.array, list[mx.array]]]] = []
+    for whole in (True, False):
+        if not whole:
+            layer_by_layer()
+        found.append([])
+        for lengths, step in cases:
+            caches, ids, read = make_prompt_cache(model), ids_of(sum(lengths)), 0
+            for length in lengths:
+                logits = prefill(model, ids[read : read + length], caches, step, text_length=sum(lengths))
+                read += length
+                assert [cache.offset for cache in caches] == [read] * len(caches)
+            mx.eval(logits)
+            assert read < 3 or all(isinstance(cache.writer, WholeStep) is whole for cache in caches)
+            held = [array[:, :, :read] for cache in caches for array in cache.state if array is not None]
+            found[-1].append((logits, held))
+    for (ours, held), (expected, kept) in zip(*found, strict=True):
+        assert mx.array_equal(ours, expected)
+        assert all(mx.array_equal(one, other) for one, other in zip(held, kept, strict=True))
 
 
 @pytest.mark.usefixtures("two_threads")
@@ -116,10 +152,7 @@ def test_guesses_behind_several_texts_have_the_bits_of_steps(
     """In as many slots as there are texts, and in more; and those that are right need not be computed again."""
     if not whole:
         layer_by_layer()
-    model: Any = tiny.random_model(tiny.scaled_config(320))
-    if name == "llama":
-        changes = {"hidden_size": 96, "head_dim": 16, **FAMILIES[name]}
-        model = loading.load_model(other_models.write_model(tmp_path / "m", name, changes))
+    model = model_of(name, tmp_path)
     for lengths, count in (([300, 3], 8), ([3, 255, 40], 5), ([5, 254, 17, 63], 4), ([9, 8, 70, 6, 5, 4, 3, 2], 2)):
         guesses = mx.array([ids_of(count, 11 * row) for row in range(len(lengths))])
         kept = [1 + row % count for row in range(len(lengths))]
@@ -305,18 +338,17 @@ def test_places_outside_the_caches_give_no_numbers(model: Model) -> None:
     for places in ([[0], [1]], [[-1, 0]], [[3, 5]]):  # there is one slot, and its rows follow each other
         assert mx.isnan(writer(x, mx.array(places))).all().item(), places
     assert mx.isfinite(writer(x, mx.array([[5, 6]]))).all().item()
+    for wanted in range(3):
+        assert mx.isfinite(writer.read(x, 5, 0, wanted)).all(axis=1).tolist() == [False, False, True, True][wanted:][:2]
     rows.caches[0].state  # noqa: B018 - which ends it
     assert mx.isnan(writer(x, mx.array([[5, 6]]))).all().item()
 
 
-def test_other_caches_and_more_rows_are_stepped_by_mlx(model: Model) -> None:
+def test_other_caches_are_stepped_by_mlx(model: Model) -> None:
     few = model.in_c(1)
     assert few is not None
     rows = started(model, [5])
-    assert whole_step(few, rows.caches, 17, 5) is None
+    assert whole_step(few, rows.caches, 512, 5) is None
     half = KVCache()
     half.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.float16)] * 2)
     assert whole_step(few, [half], 1, 5) is None
-    many = started(model, [3] * 17)
-    mx.eval(steps(many, 2))
-    assert not writes_in_place(many)
