@@ -500,7 +500,7 @@ def _root(numbers: int) -> int:
 
 
 def fits_one_call(queries: int, positions: int, head_dim: int) -> bool:
-    """Returns whether whole keys of so many positions let `attention.c` be called, for so many queries of a key head."""
+    """Returns whether keys in float32 are enough for `attention.c` to be called, for so many queries of each head."""
     return positions * head_dim >= _DEPTH * _root(queries * (head_dim + _STATISTICS) + _NOTE)
 
 

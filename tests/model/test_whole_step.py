@@ -1,4 +1,4 @@
-"""Steps and pieces of prompts that are one call of C, against the same layer by layer; and the memory they write into."""
+"""Steps and pieces of prompts that are one call of C, against layers one by one; and the memory they write into."""
 
 from __future__ import annotations
 
