@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, line, note, table, visible
+from elm_mlx.cli.screen import ProgressBar, bad_records_named, line, name_bad, note, table, visible
 from elm_mlx.errors import InputError
+from elm_mlx.train.settings import DataSettings, abouts
 
 if TYPE_CHECKING:
     from elm_mlx.evaluate.comparison import ScoreDifference
-    from elm_mlx.evaluate.evaluation import Evaluation
+    from elm_mlx.evaluate.evaluation import Evaluation, EvaluationRequest
 
 PANELS = {
     "Tasks": ("tasks", "suite", "data", "shots", "limit", "harness"),
-    "Texts": ("text", "window", "stride"),
+    "Texts": ("text", "columns", "template", "skip_bad", "window", "stride"),
     "Results": ("out", "compare", "plot"),
 }
 
@@ -44,8 +45,16 @@ def eval(
         typer.Option(help="The tasks of one of the paper's tables. (default: zero-shot)"),
     ] = None,
     text: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Bits per byte of a .txt or .jsonl file; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Bits per byte of texts, or of the answers in data: a file, a directory (its test, or else valid), or "
+            "hub:OWNER/NAME; may be repeated.",
+        ),
     ] = None,
+    columns: Annotated[list[str] | None, typer.Option(help=f"For --text: {abouts(DataSettings)['columns']}")] = None,
+    template: options.ChatTemplate = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="For --text: leave bad records out.")] = False,
     data: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="A directory of TASK.jsonl files. (default: the Hugging Face hub's cache)"),
@@ -82,8 +91,8 @@ def eval(
     from elm_mlx.evaluate import evaluation
 
     wanted = evaluation.EvaluationRequest(
-        tasks=tasks or [], suite=suite, texts=text or [], data=data, shots=shots, limit=limit, window=window,
-        stride=stride,
+        tasks=tasks or [], suite=suite, texts=[*(text or ())], columns=tuple(columns or ()), template=template,
+        skip_bad=skip_bad, data=data, shots=shots, limit=limit, window=window, stride=stride,
     )  # fmt: skip
     if not harness:
         wanted.chosen()  # or what is no task is said only when the model is loaded
@@ -94,23 +103,31 @@ def eval(
         note(remark)
     if harness:
         with ProgressBar() as progress:
-            scores = opened.run_harness(progress)
-        print(visible(scores))
+            print(visible(opened.run_harness(progress)))
     else:
-        try:
-            with ProgressBar() as progress:
-                progress("reading")
-                opened.run(progress)
-        except KeyboardInterrupt:
-            note(f"stopped; the same command goes on from {opened.out}")
-            raise
-        _print(opened)
+        _score(opened, wanted)
     line(f"wrote {opened.out}")
     if plot is not None and not harness:
         from elm_mlx.evaluate import comparison
 
         comparison.draw({paths[0].name: opened.results}, plot)
         line(f"wrote {plot}")
+
+
+def _score(opened: Evaluation, wanted: EvaluationRequest) -> None:
+    """Scores what is not scored yet, and prints all scores."""
+    try:
+        with bad_records_named(", ".join(map(str, wanted.texts))), ProgressBar() as progress:
+            progress("reading")
+            opened.run(progress)
+    except KeyboardInterrupt:
+        note(f"stopped; the same command goes on from {opened.out}")
+        raise
+    for name, text in opened.texts.items():
+        name_bad(text.bad)
+        for label, remark in text.remarks:
+            note(f"{name}: {label}: {remark}")
+    _print(opened)
 
 
 def _print(done: Evaluation) -> None:

@@ -23,7 +23,6 @@ from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer
 
 _LONGEST = 2048  # tokens of an example where nobody says; the context of some families is a hundred times as much
-_NAMED = 8  # keys, or names, in a remark
 
 
 @dataclass
@@ -79,15 +78,10 @@ class Prepared:
 
     def remarks(self) -> Iterator[tuple[str, str]]:
         """Yields a line for each part of the data that is not used as it might seem, under a label."""
-        if self.missing is not None:
-            yield "files", self.missing
-        for chosen, files in self.columns.items():
-            yield "columns", chosen if files == 1 else f"{chosen}; {counted(files, 'file')}"
-        if self.ignored:
-            yield "ignored", f"keys without meaning here: {_listed(self.ignored)}"
+        yield from records.remarks(records.Split((), self.ignored, self.missing, self.columns))
         if self.written:
             why = "they are trained as letters, and end nothing; the tokens themselves come around a text or message"
-            yield "special", f"names of special tokens in the texts: {_listed(self.written)}: {why}"
+            yield "special", f"names of special tokens in the texts: {records.with_counts(self.written)}: {why}"
         for warning in self.warnings():
             yield "length", warning
 
@@ -110,12 +104,6 @@ class Prepared:
             remedy = f"; {', '.join(remedies)}" if remedies else ""
             lines.append(f"{self.left_out:,} {of_all}: left out{why}; {longest}{remedy}")
         return lines
-
-
-def _listed(counts: Counter[str]) -> str:
-    named = [f"{key} ({count:,})" for key, count in counts.most_common(_NAMED)]
-    more = len(counts) - len(named)
-    return f"{', '.join(named)}{f' and {more:,} more' if more else ''}"
 
 
 def longest(config: Config) -> int:

@@ -18,8 +18,10 @@ from elm_mlx.data.hub_data import HubData
 from elm_mlx.data.messages import Turns
 from elm_mlx.data.split_files import SplitFiles
 from elm_mlx.errors import InputError
+from elm_mlx.reading import counted
 
 _BLOCK = 1024  # records
+_NAMED = 8  # keys, or names, in a remark
 _PAIR = ("chosen", "rejected")
 _FOR_DPO = "is a pair of answers, `chosen` and `rejected`: `elm-mlx dpo` trains on those"
 _FOR_LORA = "`elm-mlx lora` trains on such records"
@@ -138,6 +140,23 @@ class Split:
     missing: str | None = None
     columns: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+
+
+def remarks(of: Split) -> Iterator[tuple[str, str]]:
+    """Yields a line for each part of a split's files that is not used as it might seem, under a label."""
+    if of.missing is not None:
+        yield "files", of.missing
+    for chosen, files in of.columns.items():
+        yield "columns", chosen if files == 1 else f"{chosen}; {counted(files, 'file')}"
+    if of.ignored:
+        yield "ignored", f"keys without meaning here: {with_counts(of.ignored)}"
+
+
+def with_counts(counts: Counter[str]) -> str:
+    """Lists what is most frequent, each with its count."""
+    named = [f"{key} ({count:,})" for key, count in counts.most_common(_NAMED)]
+    more = len(counts) - len(named)
+    return f"{', '.join(named)}{f' and {more:,} more' if more else ''}"
 
 
 def read(

@@ -20,6 +20,8 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
+from elm_mlx.data.columns import parsed
+from elm_mlx.data.hub_data import PREFIX
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import scores, task_sources, tasks, tokens
 from elm_mlx.evaluate.questions import Question
@@ -36,6 +38,7 @@ from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.loading import open_model
 from elm_mlx.store.model_names import name_of
+from elm_mlx.text.chat_template import Template, choose
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.version import __version__
 
@@ -45,12 +48,13 @@ _WINDOW = 2048  # tokens of text read at once, where the model reads as many
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """The tasks and texts to evaluate a model on.
+    """The tasks and texts to evaluate a model on. Raises InputError where `columns` are none.
 
     Attributes:
         tasks: names, with `@SHOTS` or without, or files; several may stand in one, with commas between.
         suite: one of the paper's; `zero-shot` where neither tasks nor texts are named.
-        texts: files to measure in bits per byte, in windows of `window` tokens that each score `stride` more.
+        texts: data sets to measure in bits per byte, in windows of `window` tokens that each score `stride` more.
+        columns, template, skip_bad: how they are read, as `lora` reads them.
         data: a directory of files TASK.jsonl.
         shots: few-shot examples, of every task that does not set their number itself.
         limit: take each task's first questions only.
@@ -58,12 +62,18 @@ class EvaluationRequest:
 
     tasks: list[str] = field(default_factory=list)
     suite: str | None = None
-    texts: list[Path] = field(default_factory=list)
+    texts: list[str | Path] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+    template: str | None = None
+    skip_bad: bool = False
     data: Path | None = None
     shots: int | None = None
     limit: int | None = None
     window: int | None = None
     stride: int | None = None
+
+    def __post_init__(self) -> None:
+        parsed(self.columns)
 
     def names(self) -> list[str]:
         return [name.strip() for each in self.tasks for name in each.split(",") if name.strip()]
@@ -88,8 +98,12 @@ class EvaluationRequest:
             else:
                 found += tasks.named(bare, int(shots) if at else self.shots)
         _check_names((each.key, each.key if each.task.dataset else each.task.split) for each in found)
-        _check_names((text.name, str(text)) for text in self.texts)
+        _check_names((_text_name(text), str(text)) for text in self.texts)
         return list({each.key: each for each in found}.values())
+
+
+def _text_name(source: str | Path) -> str:
+    return str(source) if str(source).startswith(PREFIX) else Path(source).name
 
 
 def _check_names(named: Iterable[tuple[str, str]]) -> None:
@@ -119,6 +133,7 @@ class Evaluation:
     Attributes:
         notes: remarks on the model for the user.
         missing: task or group -> how to get its data.
+        texts: those that were read, by the names of their rows.
         rows: the table of scores; `mean`: over the suite, where all of its tasks are there.
         results: the contents of results.json.
         published: the published model of the same shape, if there is one; `source`: the paper.
@@ -139,6 +154,7 @@ class Evaluation:
     ):
         self._request = request
         path = reading.expanded(path)
+        self._paths = path, adapter
         config = read_config(path, with_tokenizer=True)
         check_caches(config, kv_bits)
         self._kv_bits = kv_bits
@@ -148,6 +164,7 @@ class Evaluation:
         names += [] if kv_bits is None else [f"kv{kv_bits}"]
         self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}
+        self.texts: dict[str, TextWindows] = {}
         self.rows: list[ScoreRow] = []
         self.mean: Score | None = None
         self.pace = Pace(0, 0.0)
@@ -185,14 +202,18 @@ class Evaluation:
         works, self.missing = prepare(request.chosen(), tokenizer, context, request.data, request.limit)
         window = min(request.window or _WINDOW, context)
         stride = request.stride or max(1, window // 2)
-        for path in dict.fromkeys(request.texts):
-            text = tokens.read_text(path, tokenizer, window, stride)
-            key, metrics = f"{path.name}, window {window}, stride {stride}", ("bits_per_byte", "perplexity")
-            works.append(Work(key, path.name, str(path), metrics, [[each] for each in text.windows], text=text))
+        columns, metrics = parsed(request.columns), ("bits_per_byte", "perplexity")
+        for source in dict.fromkeys(request.texts):
+            on_progress(f"reading {_text_name(source)}")
+            text = tokens.read_text(source, tokenizer, window, stride, self._template, columns, request.skip_bad)
+            name = _text_name(source) + (f":{text.split}" if text.split else "")
+            key, items = f"{name}, window {window}, stride {stride}", [[each] for each in text.windows]
+            works.append(Work(key, name, str(source), metrics, items, text=text))
         if not works:
             key, how = next(iter(self.missing.items()))
             raise InputError(f"none of the tasks' data were found; {key}: {how}")
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
+        self.texts = {work.name: work.text for work in works if work.text is not None}
         with ScoreRecord(self.out, self._identity, about) as record:
             self.pace = score(works, model, record, on_progress, self._kv_bits)
             found = {work.key: work.measure(record) for work in works}
@@ -207,6 +228,12 @@ class Evaluation:
             }  # fmt: skip
             self.results = scores.merge(record.results(), now)
             record.write_results(self.results)
+
+    def _template(self) -> Template | None:
+        """Returns the template that texts of other formats are read by. Raises InputError."""
+        path, adapter = self._paths
+        assert self._loaded.tokenizer is not None
+        return choose(path, self._loaded.tokenizer, self._request.template, adapter)
 
     def run_harness(self, on_progress: OnProgress = no_progress) -> str:
         """Has lm_eval ask its own tasks, those in YAML below `EvaluationRequest.data` too, and returns its table.

@@ -1,23 +1,30 @@
 """Questions and texts as token ids: a continuation is scored after its context, a text in windows.
 
-Questions are cut into context and continuation as LM Evaluation Harness cuts them. A text's perplexity is that of the
-model's own tokens; bits per byte compare models whose tokenizers differ, for the bytes are the text's own.
+Questions are cut into context and continuation as LM Evaluation Harness cuts them. Of other records the answers are
+scored, after the same ids that training puts before them. Perplexity is that of the model's own tokens; bits per byte
+compare models whose tokenizers differ, for the bytes are the text's own.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
-from elm_mlx import reading
-from elm_mlx.data import data_files, packed_files
-from elm_mlx.data.bad_record import BadRecord, text_of
+from elm_mlx.data import records
+from elm_mlx.data.bad_record import BadRecord
+from elm_mlx.data.columns import Columns
+from elm_mlx.data.encoding import Encoder
+from elm_mlx.data.examples import BadRecords
+from elm_mlx.data.records import Conversation, Instruction, PlainText, PromptAnswer, Record
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate.scores import Score
+from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer, check_unicode
 
 
@@ -88,18 +95,24 @@ def digest(sequences: Sequence[Scored]) -> str:
 
 @dataclass(frozen=True)
 class TextWindows:
-    """Windows over all documents of a file. `logprobs` below has the summed log-probability of each window.
+    """Windows over all documents of a data set. `logprobs` below has the summed log-probability of each window.
 
     Attributes:
         documents: the number of each window's document.
-        bytes: of each document, in UTF-8.
+        bytes: of each document's scored text, in UTF-8.
         digest: a hash of all the documents, whatever the tokenizer.
+        split: the one that was read; empty for a file.
+        bad: place and reason of each record that was left out.
+        remarks: lines for people, under labels, as of `records.remarks`.
     """
 
     windows: list[Scored]
     documents: list[int]
     bytes: list[int]
     digest: str
+    split: str = ""
+    bad: tuple[str, ...] = ()
+    remarks: tuple[tuple[str, str], ...] = ()
 
     def bits_per_byte(self, logprobs: Sequence[float]) -> Score:
         """Returns bits per byte over all documents; the standard error is over documents, where there are several."""
@@ -131,52 +144,105 @@ class TextWindows:
         return nats
 
 
-def read_text(path: Path, tokenizer: Tokenizer, window: int, stride: int) -> TextWindows:
-    """Reads a `.txt` file as one document, `.jsonl` as one for each object with a `text`; packed ones too.
+def read_text(
+    source: str | Path,
+    tokenizer: Tokenizer,
+    window: int,
+    stride: int,
+    template: Callable[[], Template | None] = lambda: None,
+    columns: Columns | None = None,
+    skip_bad: bool = False,
+) -> TextWindows:
+    """Reads a data set of any kind that training takes: of a directory its `test`, or else `valid`, or else `train`.
+
+    A text is scored whole, but for the end that training puts after it. Of prompts with completions, instructions and
+    conversations, what training would learn is scored, end tokens too, and the rest is context.
 
     Args:
         window: tokens read at once.
         stride: tokens scored in each window but the first; all before them is context.
+        template: gives the chat template, where a record needs to know it.
+        columns, skip_bad: as of `examples.load`.
 
     Raises:
+        BadRecords: some are, and not to be skipped.
         InputError: the file cannot be read, holds no text, or the stride does not fit the window.
     """
     if not 1 <= stride <= window:
         raise InputError(f"--stride {stride}: must lie between 1 and the window, {window}")
-    found = TextWindows([], [], [], "")
-    state = hashlib.blake2b(digest_size=8)
-    for number, document in enumerate(_documents(path)):
-        data = document.encode()
-        found.bytes.append(len(data))
-        state.update(len(data).to_bytes(8, "little") + data)
-        for scored in slide(encode_text(document, tokenizer), window, stride):
-            found.windows.append(scored)
-            found.documents.append(number)
-    if not found.windows:
-        raise InputError(f"{path}: holds no text")
-    return TextWindows(found.windows, found.documents, found.bytes, state.hexdigest())
+    splits = records.read(source, columns=columns)
+    name = next(name for name in ("test", "valid", "train") if name in splits)
+    split, bad, encoder = splits[name], list[str](), None
+    windows, documents, sizes, state = list[Scored](), list[int](), list[int](), hashlib.blake2b(digest_size=8)
+    for record in split.records:
+        if isinstance(record, BadRecord):
+            bad.append(str(record))
+            continue
+        if encoder is None and not isinstance(record, PlainText):
+            encoder = Encoder(tokenizer, template())
+        if encoder is not None:
+            encoder.check_template(record)
+        try:
+            scored = list(_windows(record, tokenizer, encoder, window, stride))
+        except InputError as error:
+            bad.append(f"{record.where}: {error}")
+            continue
+        learnt = _learnt(record)
+        for text in (*records.texts(record), *([] if isinstance(record, PlainText) else [learnt])):
+            state.update(len(text.encode()).to_bytes(8, "little") + text.encode())
+        windows += scored
+        documents += [len(sizes)] * len(scored)
+        sizes.append(len(learnt.encode()))
+    if bad and not skip_bad:
+        raise BadRecords(bad)
+    if not windows:
+        raise InputError(f"{source}: holds no text" + (f": {bad[0]}" if bad else ""))
+    said = tuple(records.remarks(split))
+    return TextWindows(windows, documents, sizes, state.hexdigest(), name if len(splits) > 1 else "", tuple(bad), said)
 
 
-def slide(ids: Sequence[int], window: int, stride: int) -> Iterator[Scored]:
-    """Windows over `ids`: all but the first id is scored once, and no more than `window` are read for it."""
-    end = 1
+def _windows(
+    record: Record, tokenizer: Tokenizer, encoder: Encoder | None, window: int, stride: int
+) -> Iterator[Scored]:
+    """Windows over what is scored of a record. Raises InputError."""
+    if isinstance(record, PlainText):
+        check_unicode(record.text)
+        yield from slide(encode_text(record.text, tokenizer), window, stride)
+        return
+    assert encoder is not None
+    example = encoder.encode(record)
+    end = 0
+    for trained, run in groupby(example.trained):
+        begin, end = end, end + len(list(run))
+        if trained:
+            yield from slide(example.ids[:end], window, stride, begin)
+
+
+def _learnt(record: Record) -> str:
+    """The text that a model learns of a record, whatever its template."""
+    if isinstance(record, PlainText):
+        return record.text
+    if isinstance(record, PromptAnswer):
+        return record.completion
+    if isinstance(record, Instruction):
+        return record.output
+    assert isinstance(record, Conversation)
+    answers = (
+        message
+        for number, message in enumerate(record.messages)
+        if message["role"] == "assistant" and number not in record.untrained
+    )
+    return "".join(
+        message["content"] + "".join(json.dumps(call["function"]) for call in message.get("tool_calls", ()))
+        for message in answers
+    )
+
+
+def slide(ids: Sequence[int], window: int, stride: int, first: int = 1) -> Iterator[Scored]:
+    """Windows over `ids`: all from number `first` on are scored once, and no more than `window` are read for each."""
+    end = first
     while end < len(ids):
-        scored = min(stride if end > 1 else window, len(ids) - end)
+        scored = min(max(window + 1 - end, stride), len(ids) - end)
         end += scored
         start = max(0, end - 1 - window)
         yield Scored(list(ids[start:end]), end - start - scored)
-
-
-def _documents(path: Path) -> Iterator[str]:
-    suffix = data_files.suffix_of(path, (*data_files.TEXT, *data_files.RECORDS))
-    if suffix in data_files.TEXT:
-        with packed_files.open_file(path) as file:
-            yield reading.decoded(packed_files.read_whole(path, file), str(path))
-        return
-    for where, value in data_files.read_all([path], ("text",)):
-        try:
-            text = text_of(value, "text")
-            check_unicode(text)
-        except (BadRecord, InputError) as error:
-            raise InputError(f"{where}: {error}") from None
-        yield text

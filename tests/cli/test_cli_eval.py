@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import Run
 from typer.testing import CliRunner
 
 from elm_mlx.cli import app
@@ -70,6 +72,8 @@ def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_pat
         ([tiny_model_dir, "--tasks", "piqa@x"], "the number of examples is missing after @"),
         ([tmp_path / "none", "--tasks", own], "none"),
         ([tiny_model_dir, "--harness"], "name them with --tasks"),
+        ([tiny_model_dir, "--text", own, "--columns", "fox"], "--columns fox: write KEY=COLUMN"),
+        ([tiny_model_dir, "--text", own], "30 bad records; mend them, or --skip-bad leaves them out"),
     ):
         with pytest.raises(InputError, match=reason):
             call(*arguments, "--out", out)
@@ -82,6 +86,25 @@ def test_the_harness_is_asked_for_only_where_it_is_installed(tiny_model_dir: Pat
     except ImportError:
         with pytest.raises(ElmError, match="pip install lm_eval"):
             call(tiny_model_dir, "--harness", "--tasks", "wikitext", "--out", tmp_path / "out")
+
+
+def test_what_a_run_was_tested_on_has_the_same_loss(run: Run, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """A spreadsheet and chats, of the columns and by the template that the run was trained with."""
+    data, adapter = tmp_path / "data", tmp_path / "adapter"
+    data.mkdir()
+    (data / "train.csv").write_text("Nr;Frage;Antwort\n" + "".join(f"{n};the fox {n};lazy dogs\n" for n in range(9)))
+    (data / "test.csv").write_text("Nr;Frage;Antwort\n1;the quick;brown fox\n2;the;told stories of dogs\n")
+    how = ("--columns", "prompt=Frage,completion=Antwort", "--template", "openelm-instruct")
+    code, _, err = run("lora", tiny_model_dir, "--data", data, *how, "--out", adapter, "--iters", 2)
+    assert code == 0, err
+    tested = json.loads((adapter / "metrics.jsonl").read_text().splitlines()[-1])["test_loss"]
+    options = ("eval", tiny_model_dir, "--text", data, "--adapter", adapter, "--out", tmp_path / "out")
+    code, out, err = run(*options, *how[:2])
+    assert code == 0 and re.search(r"data:test +0 +2 +bits_per_byte", out), err
+    assert "data:test: columns: fields between semicolons; prompt = `Frage`, completion = `Antwort`" in err
+    scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
+    found = next(row["value"] for row in scores if row["metric"] == "perplexity")
+    assert found == pytest.approx(math.exp(tested), rel=1e-4)
 
 
 def test_killed_outright_it_goes_on(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from elm_mlx.data.columns import parsed
+from elm_mlx.data.examples import load
 from elm_mlx.errors import InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.tokens import Scored
+from elm_mlx.text.chat_template import OpenELMInstruct
 from elm_mlx.text.tokenizer import Tokenizer
 
 
@@ -108,6 +111,29 @@ def test_a_texts_first_token_is_predicted_too(bos: int | None, puts: list[int], 
     assert tokens.encode_text("a", nobody) == [97]  # type: ignore[arg-type]
 
 
+def test_what_is_scored_of_a_record_is_what_training_learns_of_it(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """The answers and their ends, after the same ids, in windows where they are long; the bytes are the answers'."""
+    path = tmp_path / "a.jsonl"
+    asked = [{"role": "user", "content": "the fox"}, {"role": "assistant", "content": "café", "weight": 0}]
+    said = [{"role": "user", "content": "and"}, {"role": "assistant", "content": "lazy dogs " * 30}]
+    values = [
+        {"messages": [*asked, *said, *said]}, {"prompt": "told", "completion": "stories"},
+        {"instruction": "jump", "output": "over"}, {"text": "quick"},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    template = OpenELMInstruct(tiny_tokenizer)
+    found = tokens.read_text(path, tiny_tokenizer, 64, 32, lambda: template)
+    assert found.bytes == [600, 7, 4, 5]
+    examples = load(path, tiny_tokenizer, template, 512)["train"].examples
+    for number, example in enumerate(examples[:3]):
+        windows = [each for each, document in zip(found.windows, found.documents, strict=True) if document == number]
+        assert max(len(each.ids) for each in windows) <= 65
+        scored = [token for each in windows for token in each.ids[each.start :]]
+        assert scored == [token for token, trained in zip(example.ids, example.trained, strict=True) if trained]
+    other = tokens.read_text(path, tiny_tokenizer, 512, 512, lambda: None, parsed(["text=completion"]), skip_bad=True)
+    assert other.bytes == [7] and len(other.bad) == 3
+
+
 def test_bits_per_byte_and_their_error_over_documents() -> None:
     text = tokens.TextWindows([Scored([1, 2], 1)] * 3, [0, 0, 1], [4, 4], "")
     logs = [-math.log(2) * 4, -math.log(2) * 4, -math.log(2) * 4]
@@ -120,8 +146,15 @@ def test_bits_per_byte_and_their_error_over_documents() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.txt", b"", "holds no text"),
-        ("a.txt", b"\xff", "line 1: not UTF-8: byte 1"),
+        ("a.txt", b"", "`text` is empty"),
+        ("a.jsonl", b"", "holds no records"),
+        ("a.txt", b"\xff", "line 1, byte 1: not UTF-8"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]}\n',
+            "line 1: is a conversation, and the model has no chat template",
+        ),
+        ("a.jsonl", b'{"prompt": "?", "chosen": "!", "rejected": "."}\n', "`elm-mlx dpo` trains on those"),
         ("a.jsonl", b'{"text": 3}\n', "line 1: `text` is a number, not a string"),
         ("a.jsonl", b"{\n", "line 1: not JSON"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: .*Unicode"),
