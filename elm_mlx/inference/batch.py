@@ -15,7 +15,7 @@ import mlx.core as mx
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import TextStream, check_steps, checked, encode_prompt, kept_length
 from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
-from elm_mlx.inference.sampling import Sampler
+from elm_mlx.inference.sampling import Choose, Sampler
 from elm_mlx.model.cache import KVCache, make_prompt_cache
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
@@ -46,6 +46,7 @@ def generate_batch(
     top_k: int = 0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
+    sampler: Choose | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
     stop_ids: Sequence[int] = (),
@@ -57,13 +58,15 @@ def generate_batch(
     """Yields a completion for each of `prompts`, in order, `batch_size` of them computed together.
 
     The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
-    luck depends on its place among all prompts, so one prompt given many times is continued in as many ways.
-    `prompt_cache` holds the ids `cached`, and stays as it is: what a prompt begins with of them is not read again.
+    luck depends on its place among all prompts, so one prompt given many times is continued in as many ways. `sampler`
+    gets the log-probabilities `(batch, vocab)` of the texts that still go on. `prompt_cache` holds the ids `cached`, and stays as it is: what a prompt begins with of them is not read again.
 
     Raises:
         InputError: as `stream_generate`, before anything is computed.
     """
-    sampler = Sampler(temp, top_p, top_k, min_p, repetition_penalty)
+    if sampler is not None and seed is not None:
+        raise InputError("seed has no effect beside a sampler: call `mx.random.seed`")
+    chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler)
     check_steps(max_tokens, prefill_step)
     check_seed(seed)
     if batch_size < 1:
@@ -80,7 +83,7 @@ def generate_batch(
             )
             for prompt in group
         ]  # fmt: skip
-        yield from _complete(model, group, streams, sampler, seed, prefill_step, prompt_cache, cached)
+        yield from _complete(model, group, streams, chosen, seed, prefill_step, prompt_cache, cached)
         seed = None if seed is None else seeds.getrandbits(64)  # the next group's luck is its own
 
 

@@ -121,6 +121,16 @@ def test_a_repetition_penalty_looks_at_its_own_row(model: Model, tiny_tokenizer:
     assert_as_alone(model, tiny_tokenizer, TEXTS, max_tokens=20, repetition_penalty=1.3)
 
 
+def test_a_sampler_of_ones_own_chooses_for_every_row(model: Model, tiny_tokenizer: Tokenizer) -> None:
+    def second(logprobs: mx.array) -> mx.array:
+        return mx.argsort(logprobs, axis=-1)[:, -2]
+
+    assert_as_alone(model, tiny_tokenizer, TEXTS, 3, max_tokens=6, sampler=second, repetition_penalty=1.2)
+    for options, reason in (({"seed": 1}, "seed has no effect"), ({"temp": 0.5}, "give a sampler, or temp")):
+        with pytest.raises(InputError, match=reason):
+            next(generate_batch(model, tiny_tokenizer, ["a"], sampler=second, **options))  # type: ignore[arg-type]
+
+
 def test_a_seed_reproduces_a_batch(model: Model, tiny_tokenizer: Tokenizer) -> None:
     def run(seed: int) -> list[list[int]]:
         return [done.tokens for done in generate_batch(model, tiny_tokenizer, ["the"] * 4, temp=1.0, seed=seed)]
