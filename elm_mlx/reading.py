@@ -128,8 +128,11 @@ def decoded_line(line: bytes, where: str) -> str:
 
 
 def unmarked(data: bytes, where: str) -> bytes:
-    """`data` without the byte order mark of UTF-8. Raises InputError where it begins with that of UTF-16."""
-    if data.startswith(_WIDE_MARKS):
+    """`data` without the byte order mark of UTF-8. Raises InputError where it begins as UTF-16 does.
+
+    That is with a mark of its own, or a letter that has a byte 0 before or after it, which no text in UTF-8 has.
+    """
+    if data.startswith(_WIDE_MARKS) or b"\0" in data[:4]:
         raise InputError(f"{where}: not UTF-8 but UTF-16; save it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
     return data.removeprefix(_MARK)
 

@@ -87,6 +87,8 @@ def test_text_is_the_same_however_it_was_saved(
         (b"\xef\xbb\xbfa\n\xc3", r"line 2: not UTF-8: byte 1 is 0xc3"),
         ("a".encode("utf-16"), "not UTF-8 but UTF-16; save it as UTF-8"),
         (b"\xfe\xff\0a", "not UTF-8 but UTF-16"),
+        ("ab".encode("utf-16-le"), "not UTF-8 but UTF-16"),
+        ("ab".encode("utf-16-be"), "not UTF-8 but UTF-16"),
     ],
 )
 def test_other_encodings_are_named_with_their_place(

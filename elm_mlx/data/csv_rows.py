@@ -27,6 +27,7 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _FIELD = 32 << 20  # characters of a field, each of which takes four bytes while it is read
 _SAID = re.compile(r"sep=([,;\t])\s*")  # a line that some spreadsheets write, and all of them read
 _LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")  # a line's end, to files of an older Macintosh
+_NUL = "a byte 0, which no text has"
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8; or iconv -f CP1252 -t UTF-8)"
 
 
@@ -36,7 +37,7 @@ class _Lines:
     Attributes:
         number: of the last line.
         record: the lines of the record under way.
-        damaged: whether one of them is not UTF-8; what is not stands in it as lone surrogates.
+        damaged: whether one of them is no text: has a byte 0, or is not UTF-8, of which lone surrogates stand in it.
     """
 
     def __init__(self, path: Path, file: IO[bytes]) -> None:
@@ -74,6 +75,7 @@ class _Lines:
             except UnicodeDecodeError:
                 text = line.decode("utf-8", "surrogateescape")
                 self.damaged = True
+            self.damaged |= b"\0" in line
             yield from filter(None, _LONE_RETURN.split(text)) if "\r" in text else (text,)
 
 
@@ -106,7 +108,8 @@ class Table:
             return
         self._header = self._lines.first
         if self._lines.damaged:
-            raise InputError(f"{path}, line {self._header}: the columns' names are not UTF-8; {_AS_UTF8}")
+            what = f"have {_NUL}" if any("\0" in name for name in row) else f"are not UTF-8; {_AS_UTF8}"
+            raise InputError(f"{path}, line {self._header}: the columns' names {what}")
         self._named = [name.strip() for name in row]
         if not any(self._named):
             raise InputError(f"{path}, line {self._header}: names no column")
@@ -145,6 +148,8 @@ class Table:
         names = self.names
         if self._lines.damaged:
             for number, (name, cell) in enumerate(zip(names, row, strict=False), 1):
+                if "\0" in cell:
+                    raise BadRecord(f"column {number}, {key_of(name)}: has {_NUL}")
                 if not cell.isascii() and re.search("[\udc80-\udcff]", cell):
                     raise BadRecord(f"column {number}, {key_of(name)}: not UTF-8; {_AS_UTF8}")
         if len(row) < len(names):
@@ -187,7 +192,7 @@ class Table:
         if "larger" in reason:
             reason = f"a field of more than {_FIELD >> 20} million characters: is a quote not closed?"
         elif "NUL" in reason:
-            reason = "a byte 0, which no text has"
+            reason = _NUL
         elif text.startswith('"', at):
             closed = re.compile(r'"[^"]*(?:""[^"]*)*"').match(text, at)
             reason = "the quote that it begins with is not closed"

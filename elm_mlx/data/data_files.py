@@ -91,7 +91,10 @@ def _whole_text(path: Path, start: int) -> Iterator[tuple[int, str, Any]]:
     """A text file as the only record in it."""
     with open_file(path) as file:
         data = reading.unmarked(read_whole(path, file), str(path))
-    if start == 0:
+    if start == 0 and (at := data.find(b"\0")) >= 0:
+        line, column = reading.place(data, at)
+        yield 0, str(path), BadRecord(f"line {line}, byte {column}: a byte 0, which no text has")
+    elif start == 0:
         try:
             yield 0, str(path), {"text": data.decode("utf-8").replace("\r\n", "\n")}
         except UnicodeDecodeError as error:

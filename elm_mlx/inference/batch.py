@@ -59,7 +59,8 @@ def generate_batch(
 
     The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
     luck depends on its place among all prompts, so one prompt given many times is continued in as many ways. `sampler`
-    gets the log-probabilities `(batch, vocab)` of the texts that still go on. `prompt_cache` holds the ids `cached`, and stays as it is: what a prompt begins with of them is not read again.
+    gets the log-probabilities `(batch, vocab)` of the texts that still go on. `prompt_cache` holds the ids `cached`,
+    and stays as it is: what a prompt begins with of them is not read again.
 
     Raises:
         InputError: as `stream_generate`, before anything is computed.

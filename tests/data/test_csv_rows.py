@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,8 @@ def test_a_bad_row_is_named_and_the_others_are_read(tmp_path: Path, row: bytes, 
         (b'a,b\n1,2\n"3\n4",",\n5,6\n', "line 4, column 2: the quote that it begins with is not closed"),
         (b'a,b\n"', "line 2, column 1: the quote that it begins with is not closed"),
         ("a,b\n1,2\n".encode("utf-16"), "not UTF-8 but UTF-16"),
+        ("a,b\n1,2\n".encode("utf-16-le"), "not UTF-8 but UTF-16"),
+        (b"name,b\0\n1,2\n", "a byte 0, which no text has"),
     ],
 )
 def test_what_is_no_table_is_named_by_line_and_column(tmp_path: Path, data: bytes, reason: str) -> None:
@@ -105,6 +108,13 @@ def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, m
     monkeypatch.setattr(packed_files, "LINE_BYTES", 1 << 16)
     with pytest.raises(InputError, match=r"a\.csv, line 2: a row of more than .*: is a quote not closed\?"):
         read(tmp_path / "a.csv", b'a,b\n1,"2\n' + b"3,4\n" * 50_000)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 reads no row behind a byte 0")
+def test_a_byte_0_is_one_rows_fault(tmp_path: Path) -> None:
+    first, bad, last = read(tmp_path / "a.csv", b"name,b\n1,2\n3,4\x005\n6,7\n")
+    assert bad == ("line 3", "column 2, `b`: has a byte 0, which no text has")
+    assert (first[0], last[0]) == ("line 2", "line 4")
 
 
 def test_a_field_that_no_text_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

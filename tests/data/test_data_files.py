@@ -473,10 +473,12 @@ def test_a_folder_of_texts(tmp_path: Path) -> None:
     assert found["train"].records[0].where == str(tmp_path / "a.md")
     (tmp_path / "a.md").write_bytes(b"a\nb\xff")
     (tmp_path / "b.txt").write_text(" \n")
+    (tmp_path / "c.txt").write_bytes(b"a text\nof\0zeros")
     bad = texts.records(tmp_path)["train"].bad
     assert bad == [
         f"{tmp_path}/a.md: line 2, byte 2: not UTF-8; {reading.AS_UTF8}",
         f"{tmp_path}/b.txt: `text` is white space alone",
+        f"{tmp_path}/c.txt: line 2, byte 3: a byte 0, which no text has",
     ]
     assert [record.text for record in texts.records(tmp_path / "test.txt")["train"].records] == ["E"]  # type: ignore[union-attr]
     (tmp_path / "deep" / "some.jsonl").write_text('{"text": "not meant"}\n')
