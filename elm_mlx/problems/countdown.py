@@ -59,9 +59,11 @@ def _expression(draw: random.Random, numbers: list[int], signs: str) -> tuple[in
 
 def _judge(problem: Problem, answer: str) -> Verdict:
     line = (final_line(answer) or "").rpartition(":")[2].replace("**", "").strip().removesuffix(".")
-    text, equals, result = line.partition("=")
-    read = _read(text.strip())
-    if read is None or (equals and whole(result.strip()) is None):
+    sides = [side.strip() for side in line.split("=")]
+    if len(sides) == 2 and whole(sides[0]) is not None:
+        sides.reverse()
+    read = _read(sides[0])
+    if read is None or len(sides) > 2 or None in (results := [whole(side) for side in sides[1:]]):
         return Verdict.UNREADABLE
     value, used, signs = read
     facts = problem.facts
@@ -69,7 +71,7 @@ def _judge(problem: Problem, answer: str) -> Verdict:
         value == facts["target"]
         and sorted(used) == sorted(facts["numbers"])
         and signs <= set(facts["signs"])
-        and (not equals or whole(result.strip()) == facts["target"])
+        and set(results) <= {facts["target"]}
     )
     return Verdict.RIGHT if right else Verdict.WRONG
 
@@ -101,7 +103,7 @@ def _read(text: str) -> tuple[Fraction | None, list[int], set[str]] | None:
 
 
 # The answer is the final line, or what follows its last colon: an expression of the numbers, the signs and brackets,
-# with `= the number` after it or without. All numbers are used, each as often as it is there. Difficulties: 1, three
-# numbers to 20 with + and -; 2, with * too; 3, four numbers to 30; 4, six to 50 with /. There are tens of thousands of
-# problems of the first, of the others more than a million.
+# with `= the number` after it, `the number =` before it, or neither. All numbers are used, each as often as it is
+# there. Difficulties: 1, three numbers to 20 with + and -; 2, with * too; 3, four numbers to 30; 4, six to 50 with /.
+# There are tens of thousands of problems of the first, of the others more than a million.
 COUNTDOWN = CheckedTask("countdown", 4, _problem, _judge)

@@ -168,14 +168,16 @@ def _confine(results: int, limits: Limits) -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _LINUX else 0
     os.closerange(results + 1, highest if 0 < highest < 1 << 20 else 1 << 20)
     if _LINUX:
-        resource.setrlimit(resource.RLIMIT_AS, (used + limits.memory, used + limits.memory))
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        memory = used + limits.memory if most == resource.RLIM_INFINITY else min(most, used + limits.memory)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    else:
+        _apply_profile()  # which may need a descriptor
     for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC):
         resource.setrlimit(kind, (0, 0))
     signal.setitimer(signal.ITIMER_PROF, limits.seconds)
     if _LINUX:
         _filter_calls()
-    else:
-        _apply_profile()
 
 
 def _filter_calls() -> None:

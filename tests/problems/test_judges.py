@@ -124,7 +124,13 @@ def test_countdown() -> None:
         assert sorted(int(each) for each in re.findall(r"\d+", right)) == sorted(numbers)
         assert set(re.sub(r"[0-9() ]", "", right)) <= set(asked[3])
         spaced = f"({right.replace(' ', '')})"
-        for answer in (spaced, f"{right} = {target}.", f"First 1 + 1 = 2.\nAnswer: {right}", f"**{right}**"):
+        for answer in (
+            spaced,
+            f"{right} = {target}.",
+            f"First 1 + 1 = 2.\nAnswer: {right}",
+            f"**{right}**",
+            f"{target} = {right}",
+        ):
             assert verdict("countdown", made, answer) is RIGHT, answer
         for answer in (
             f"{right} + 0",
@@ -140,7 +146,7 @@ def test_countdown() -> None:
             f"+{right}",
             f"-({right})",
             right.replace("0", "０") + "２",
-            f"{target} = {right}",
+            f"{right} = {right}",
         ):
             assert verdict("countdown", made, answer) is not RIGHT, answer
         assert verdict("countdown", made, f"{right}; {right}") is UNREADABLE

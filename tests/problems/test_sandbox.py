@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import signal
 import socket
 import subprocess
@@ -379,3 +380,13 @@ def test_json_of_requests_takes_any_text() -> None:
     with pytest.raises(CodeError, match=r"SyntaxError|ValueError|UnicodeEncodeError"):
         result("\ud800\0")
     assert json.loads(json.dumps("\ud800")) == "\ud800"
+
+
+@on_linux
+def test_limits_of_the_shell_stay() -> None:
+    asking = (
+        "from elm_mlx.problems.sandbox import values; print(values('def f(x): return len(b\"a\" * x)', 'f', [[9]]))"
+    )
+    command = f"ulimit -v 600000; exec {shlex.quote(sys.executable)} -c {shlex.quote(asking)}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout == "[9]\n"
