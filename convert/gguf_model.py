@@ -51,7 +51,8 @@ _SPARE = "attn_rot_embd.weight"
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "phi3": "Phi3ForCausalLM",
     "olmo": "OlmoForCausalLM", "olmo2": "Olmo2ForCausalLM", "olmo3": "Olmo3ForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "smollm3": "SmolLM3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
 }  # fmt: skip
 
 
@@ -64,6 +65,7 @@ class GgufWeight:
         pieces: tensors of the file that are its rows, one below the other, each with the number of heads whose rows
             lie in RoPE's other order; 0 where they lie as ours do.
         grid: bits and mode of MLX's packed weights; None where it becomes floats.
+        more: the file's values are larger than the model's by so much.
     """
 
     file: File = field(repr=False)
@@ -71,6 +73,7 @@ class GgufWeight:
     shape: tuple[int, ...]
     pieces: tuple[tuple[TensorEntry, int], ...]
     grid: tuple[int, str] | None
+    more: int = 0
 
     @property
     def kinds(self) -> set[str]:
@@ -79,7 +82,8 @@ class GgufWeight:
     @property
     def dtype(self) -> str:
         """The type that its values have, where they become floats, before they are cast."""
-        return FLOATS[next(iter(self.kinds))] if len(self.kinds) == 1 and self.kinds <= FLOATS.keys() else "float32"
+        plain = len(self.kinds) == 1 and self.kinds <= FLOATS.keys() and not self.more
+        return FLOATS[next(iter(self.kinds))] if plain else "float32"
 
     def tensors(self, dtype: str) -> list[tuple[LazyTensor, str]]:
         """Returns what is written of it, each with the type that it is written in."""
@@ -98,10 +102,8 @@ class GgufWeight:
         return [(packed, "uint32"), (scales, dtype), (biases, dtype)]
 
     def values(self, start: int, stop: int) -> Array:
-        """Returns rows as the file has them, in float32."""
-        return self._read(
-            lambda kind, rows: to_float32(self._values(kind, rows), FLOATS.get(kind, "float32")), start, stop
-        )
+        """Returns rows as the file means them, in float32."""
+        return to_float32(self._read(self._values, start, stop), self.dtype)
 
     @property
     def step(self) -> int:
@@ -122,7 +124,8 @@ class GgufWeight:
     def _values(self, kind: str, raw: Array) -> Array:
         if kind in FLOATS:
             values = raw.view(numpy_dtype(FLOATS[kind])).reshape(len(raw), *self.shape[1:])
-            return values if self.dtype == FLOATS[kind] else to_float32(values, FLOATS[kind])
+            values = values if self.dtype == FLOATS[kind] else to_float32(values, FLOATS[kind])
+            return values - np.float32(self.more) if self.more else values
         return gguf_blocks.values(kind, _blocks(kind, raw)).reshape(len(raw), *self.shape[1:])
 
     def _packed(self, kind: str, raw: Array) -> Array:
@@ -302,7 +305,7 @@ def _config(header: GgufHeader) -> tuple[dict[str, Any], Config]:
         return config.to_dict(), config
     values = gguf_names.config_values(metadata, tensors, _divisors(header), where)
     values |= {
-        "architectures": [_ARCHITECTURES[values["model_type"]]], "vocab_size": embedding.shape[0], "hidden_act": "silu",
+        "architectures": [_ARCHITECTURES[values["model_type"]]], "vocab_size": embedding.shape[0],
     }  # fmt: skip
     # No weights lie below a file, which a head of their own is looked for in.
     return values, families.read(Keys(where, values), header.file.path)
@@ -359,7 +362,7 @@ def _weights(header: GgufHeader, config: Config) -> list[GgufWeight]:
             _check_type(header, entry)
             pieces.append((entry, part.heads))
             used.add(part.name)
-        weights.append(GgufWeight(header.file, name, shape, tuple(pieces), _grid(pieces)))
+        weights.append(GgufWeight(header.file, name, shape, tuple(pieces), _grid(pieces), part.more))
     spare = [name for name in header.tensors if name not in used and not name.endswith(_SPARE)]
     if spare:
         raise header.file.fail(f"has tensors that no {config.model_type} has a place for: {listed(spare)}")

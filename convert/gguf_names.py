@@ -1,8 +1,9 @@
 """The names of weights and settings in GGUF, a table a family, for what is written so and for what is read.
 
 The names are llama.cpp's (`src/llama-arch.cpp`), and so is what a file's architecture has room for: its OpenELM has a
-gate, norms of queries and keys and a tied head, and nothing else. llama.cpp's Llama and OLMo rotate neighbours within a
-head where Hugging Face's rotate its halves, so that the rows of their queries and keys lie in another order.
+gate, norms of queries and keys and a tied head, and nothing else. llama.cpp's Llama, SmolLM3 and OLMo rotate neighbours
+within a head where Hugging Face's rotate its halves, so that the rows of their queries and keys lie in another order;
+and its Gemma multiplies by a norm's weight where Hugging Face's multiply by 1 more.
 """
 
 from __future__ import annotations
@@ -54,6 +55,12 @@ _OLMO2 = {
     "model.layers.{}.post_attention_layernorm": ("blk.{}.post_attention_norm",),
     "model.layers.{}.post_feedforward_layernorm": ("blk.{}.post_ffw_norm",),
 }
+_GEMMA = {
+    **_QWEN3,
+    "model.layers.{}.post_attention_layernorm": ("blk.{}.post_attention_norm",),
+    "model.layers.{}.pre_feedforward_layernorm": ("blk.{}.ffn_norm",),
+    "model.layers.{}.post_feedforward_layernorm": ("blk.{}.post_ffw_norm",),
+}
 _OPENELM = {
     "transformer.token_embeddings": ("token_embd",),
     "transformer.norm": ("output_norm",),
@@ -78,7 +85,8 @@ class Architecture:
             rows of ours, one below the other, in equal parts.
         neighbours: RoPE rotates neighbours within a head: `interleaved` says where the rows go.
         free_heads: a head may have another size than the hidden size over the number of heads.
-        tied: it can have the embedding as its head.
+        tied, untied: it can have the embedding as its head, and another one.
+        turns: every so many layers one has no window, or of SmolLM3 no RoPE, where nothing is said; 0 for none.
     """
 
     name: str
@@ -86,6 +94,8 @@ class Architecture:
     neighbours: bool = False
     free_heads: bool = False
     tied: bool = True
+    untied: bool = True
+    turns: int = 0
 
 
 ARCHITECTURES = {
@@ -98,7 +108,14 @@ ARCHITECTURES = {
     "olmo": Architecture("olmo", _LLAMA, neighbours=True),
     "olmo2": Architecture("olmo2", _OLMO2, tied=False),
     "olmo3": Architecture("olmo2", _OLMO2, tied=False),
+    "smollm3": Architecture("smollm3", _LLAMA, neighbours=True, turns=4),
+    "gemma2": Architecture("gemma2", _GEMMA, free_heads=True, untied=False, turns=2),
+    "gemma3_text": Architecture("gemma3", _GEMMA, free_heads=True, turns=6),
 }
+# Gemma's own settings: the key behind the architecture's name, and the one of `config.json`.
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+# Of so many layers are the models of 27B, whose scores llama.cpp scales by another width than a head's.
+_GEMMA_27B = {"gemma2": 46, "gemma3_text": 62}
 # Of all but OpenELM: the key behind the architecture's name, and the one of `config.json`.
 _SIZES = {
     "block_count": "num_hidden_layers",
@@ -120,12 +137,14 @@ class Part:
 
     Attributes:
         heads: the rows are of so many heads, and lie there as `interleaved` puts them; 0 where they lie as ours do.
+        more: the values there are larger by so much.
     """
 
     name: str
     start: int
     stop: int
     heads: int = 0
+    more: int = 0
 
 
 def parts(name: str, rows: int, config: Config) -> tuple[Part, ...]:
@@ -145,8 +164,9 @@ def parts(name: str, rows: int, config: Config) -> tuple[Part, ...]:
         key = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(pattern.rpartition(".")[2])
         heads = 0 if key is None else int(config.values[key])
     number = layer[0] if layer else ""
+    more = int(isinstance(config, FamilyConfig) and config.family.offset_norms and pattern.endswith("norm"))
     return tuple(
-        Part(f"{each.format(number)}.{kind}", size * at, size * (at + 1), heads) for at, each in enumerate(theirs)
+        Part(f"{each.format(number)}.{kind}", size * at, size * (at + 1), heads, more) for at, each in enumerate(theirs)
     )
 
 
@@ -185,7 +205,11 @@ def _missing(config: Config) -> list[str]:
         f"heads of {config.head_dim}": not architecture.free_heads
         and config.head_dim * values["num_attention_heads"] != config.model_dim,
         "biases": architecture.name != "llama" and (values["attention_bias"] or values["mlp_bias"]),
-        "a sliding window in some layers": bool(windows) and architecture.name != "olmo2",
+        "a sliding window in some layers": bool(windows) and architecture.name not in ("olmo2", "gemma2", "gemma3"),
+        "a head of its own beside the embedding": not architecture.untied and not config.share_input_output_layers,
+        "RoPE in other layers than three of four": values.get("no_rope_layers", _rotated(config)) != _rotated(config),
+        "scores and logits that are not capped": config.family.capped and None in (values.get(key) for key in _CAPS),
+        "another scale of scores (query_pre_attn_scalar)": values.get("query_pre_attn_scalar", 0) != _scalar(config),
         "RoPE whose frequencies change with the length (dynamic)": any(
             rope.kind == "dynamic" and rope.factor != 1 for rope in ropes.values()
         ),
@@ -194,9 +218,22 @@ def _missing(config: Config) -> list[str]:
         and any(rope.kind in ("llama3", "longrope") for rope in ropes.values()),
         "RoPE that is scaled, or has another base, in layers with a sliding window": bool(windows)
         and (ropes["sliding_attention"].kind, ropes["sliding_attention"].theta)
-        != ("default", ropes["full_attention"].theta),
+        != ("default", ropes["sliding_attention" if architecture.name == "gemma3" else "full_attention"].theta),
     }
     return [what for what, holds in lacks.items() if holds]
+
+
+def _rotated(config: FamilyConfig) -> list[int]:
+    """Returns which layers llama.cpp's SmolLM3 rotates, as `no_rope_layers` has it."""
+    return [int((layer + 1) % 4 != 0) for layer in range(config.num_layers)]
+
+
+def _scalar(config: FamilyConfig) -> int:
+    """Returns the `query_pre_attn_scalar` that llama.cpp takes for a Gemma; 0 for another family."""
+    if config.model_type not in _GEMMA_27B:
+        return 0
+    even = config.model_dim // int(config.values["num_attention_heads"])
+    return even if config.num_layers == _GEMMA_27B[config.model_type] else config.head_dim
 
 
 def _usual_ramp(rope: RopeConfig) -> bool:
@@ -259,10 +296,18 @@ def _windows(config: FamilyConfig) -> dict[str, Value]:
     types = config.values["layer_types"]
     if types is None or "sliding_attention" not in types:
         return {}
-    return {
-        "attention.sliding_window": int(config.values["sliding_window"]),
-        "attention.sliding_window_pattern": np.array([kind == "sliding_attention" for kind in types]),
-    }
+    values: dict[str, Value] = {"attention.sliding_window": int(config.values["sliding_window"])}
+    sliding = [kind == "sliding_attention" for kind in types]
+    if sliding != _usual_turns(ARCHITECTURES[config.model_type].turns, len(types)):
+        values["attention.sliding_window_pattern"] = np.array(sliding)
+    if config.model_type == "gemma3_text":
+        values["rope.freq_base_swa"] = float(config.ropes["sliding_attention"].theta)
+    return values | {key: float(config.values[key]) for key in _CAPS if config.family.capped}
+
+
+def _usual_turns(turns: int, layers: int) -> list[bool]:
+    """Returns which layers have a window where a file says nothing of it."""
+    return [bool((layer + 1) % turns) for layer in range(layers)] if turns else []
 
 
 def rope_divisors(config: Config) -> dict[str, Array]:
@@ -328,9 +373,29 @@ def config_values(
     if model_type in ("phi3", "olmo3"):
         values["sliding_window"] = window or None
     pattern = metadata.get(f"{prefix}.attention.sliding_window_pattern")
-    if model_type == "olmo3" and isinstance(pattern, np.ndarray):
+    turns = ARCHITECTURES[model_type].turns
+    if FAMILIES[model_type].offset_norms and not isinstance(pattern, np.ndarray):
+        turns = keys.size(f"{prefix}.attention.sliding_window_pattern", turns)
+        pattern = np.array(_usual_turns(turns, values["num_hidden_layers"]))
+    if model_type in ("olmo3", *_GEMMA_27B) and isinstance(pattern, np.ndarray):
         values["layer_types"] = ["sliding_attention" if each else "full_attention" for each in pattern.tolist()]
-    return values
+    return values | (
+        _gemma_values(keys, prefix, values) if FAMILIES[model_type].offset_norms else {"hidden_act": "silu"}
+    )
+
+
+def _gemma_values(keys: Keys, prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what else the `config.json` of a Gemma says, by llama.cpp's defaults."""
+    large = values["num_hidden_layers"] == _GEMMA_27B[values["model_type"]]
+    even = values["hidden_size"] // values["num_attention_heads"]
+    found = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": keys.size(f"{prefix}.attention.sliding_window", 4096),
+        "query_pre_attn_scalar": even if large or "head_dim" not in values else values["head_dim"],
+    }
+    if prefix == "gemma3":
+        return found | {"rope_local_base_freq": keys.number(f"{prefix}.rope.freq_base_swa", 10_000.0, low=1.0)}
+    return found | {key: keys.number(f"{prefix}.{key}", usual, low=1e-6) for key, usual in _CAPS.items()}
 
 
 def model_type_of(metadata: Mapping[str, Any], where: str) -> str:

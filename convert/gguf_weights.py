@@ -318,7 +318,10 @@ def chunks(weight: Weight, part: Part) -> Iterator[tuple[tuple[int, int], Callab
     step = max(1, step // head) * head
     for start in range(part.start, part.stop, step):
         stop = min(start + step, part.stop)
-        yield (start, stop), partial(interleaved, heads=(stop - start) // head) if part.heads else _as_they_are
+        if part.heads:
+            yield (start, stop), partial(interleaved, heads=(stop - start) // head)
+        else:
+            yield (start, stop), partial(np.add, np.float32(part.more)) if part.more else _as_they_are
 
 
 def _as_they_are(rows: Array) -> Array:

@@ -19,8 +19,29 @@ from elm_mlx_convert import export_gguf
 
 # llama.cpp has no place for these.
 REFUSED = {
-    "llama, dynamic", "olmo2", "olmo3, layers apart", "mamba", "mamba, biases, own head", "smollm3",
-    "smollm3, its layers", "gemma3", "gemma3, linear", "gemma2", "gemma2, caps unsaid",
+    "llama, dynamic", "olmo2", "olmo3, layers apart", "mamba", "mamba, biases, own head", "smollm3, its layers",
+    "gemma3", "gemma3, linear", "gemma2", "gemma2, caps unsaid",
+}  # fmt: skip
+# And these others it has, of the same cases.
+CHANGED = {
+    "gemma2, its scale": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "gemma2, layers by turns": (
+        "gemma2",
+        {
+            "query_pre_attn_scalar": 16, "attn_logit_softcapping": 30.0,
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+        },
+    ),
+    "gemma3, its scale": ("gemma3", {"query_pre_attn_scalar": 16}),
+    "gemma3, its scale, linear": ("gemma3, linear", {"query_pre_attn_scalar": 16}),
+    "gemma3, its own turns": ("gemma3", {"query_pre_attn_scalar": 16, "layer_types": None}),
+    "smollm3, yarn, tied": (
+        "smollm3",
+        {
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+        },
+    ),
 }  # fmt: skip
 _ADAPTED = {
     "OpenELM, adapter": 4,
@@ -28,7 +49,7 @@ _ADAPTED = {
     "llama, adapter": 4,
     "phi3, adapter": 4,
 }
-NAMES = ("OpenELM", *(name for name in family_cases.CASES if name not in REFUSED), *_ADAPTED)
+NAMES = ("OpenELM", *(name for name in family_cases.CASES if name not in REFUSED), *CHANGED, *_ADAPTED)
 
 
 @dataclass(frozen=True)
@@ -51,13 +72,19 @@ def write(path: Path, name: str) -> GgufCase:
         for file in directory.glob("tokenizer*"):
             file.unlink()
     else:
-        directory = family_cases.write(path / "model", base)
+        directory = write_family(path / "model", base)
     export_gguf(directory, path / "model.gguf")
     if name not in _ADAPTED:
         return GgufCase(directory, path / "model.gguf")
     _write_adapter(path / "adapter", read_config(directory), _ADAPTED[name])
     export_adapter(directory, path / "adapter", path / "adapter.gguf")
     return GgufCase(directory, path / "model.gguf", path / "adapter", path / "adapter.gguf")
+
+
+def write_family(path: Path, name: str) -> Path:
+    """The directory of a case of `family_cases`, or of CHANGED."""
+    base, changes = CHANGED.get(name, (name, {}))
+    return family_cases.write(path, base, {**family_cases.config(base), **changes} if changes else None)
 
 
 def _write_adapter(path: Path, config: Config, rank: int | Mapping[str, int]) -> None:

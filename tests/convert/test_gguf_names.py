@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import family_cases
+import gguf_cases
 import numpy as np
 import pytest
 from checkpoints import tiny
@@ -29,16 +30,16 @@ from elm_mlx_convert.gguf_names import (
 # What llama.cpp has no place for, or scales RoPE by that a file's tensors do not tell.
 INEXPRESSIBLE = {
     "llama, dynamic": "dynamic", "olmo2": "biases", "olmo3, layers apart": "another base", "mamba": "not written",
-    "mamba, biases, own head": "not written", "smollm3": "not written", "smollm3, its layers": "not written",
-    "gemma3": "not written", "gemma3, linear": "not written",
-    "gemma2": "not written", "gemma2, caps unsaid": "not written",
+    "mamba, biases, own head": "not written", "smollm3, its layers": "biases and RoPE in other layers",
+    "gemma3": "query_pre_attn_scalar", "gemma3, linear": "query_pre_attn_scalar",
+    "gemma2": "query_pre_attn_scalar", "gemma2, caps unsaid": "query_pre_attn_scalar",
 }  # fmt: skip
 UNTOLD = {"llama, llama3", "llama, `rope_parameters`"}  # divisors of another context than Llama 3's
-CASES = sorted(set(family_cases.CASES) - set(INEXPRESSIBLE))
+CASES = sorted({*family_cases.CASES, *gguf_cases.CHANGED} - set(INEXPRESSIBLE))
 
 
 def read(path: Path, name: str) -> Config:
-    return read_config(family_cases.write(path / "model", name))
+    return read_config(gguf_cases.write_family(path / "model", name))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -78,9 +79,17 @@ def test_the_settings_of_a_file_make_the_config_that_it_was_made_of(name: str, t
     settings = {key: np.float32(v).item() if isinstance(v, float) else v for key, v in metadata(config).items()}
     values = config_values(settings, found, rope_divisors(config), "here")
     values |= {"vocab_size": config.vocab_size, "bos_token_id": 1, "eos_token_id": 2}
-    again = read_config(family_cases.write(tmp_path / "again", name, values))
+    base = gguf_cases.CHANGED.get(name, (name,))[0]
+    again = read_config(family_cases.write(tmp_path / "again", base, values))
     assert again.max_context_length == config.max_context_length
     assert again.shapes() == config.shapes()
+    for key in ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "no_rope_layers"):
+        assert again.values.get(key) == config.values.get(key)  # type: ignore[union-attr]
+    if config.model_type.startswith("gemma"):
+        assert [again.values[key] for key in ("layer_types", "sliding_window", "head_dim", "rms_norm_eps")] == [  # type: ignore[union-attr]
+            pytest.approx(config.values[key]) if key == "rms_norm_eps" else config.values[key]  # type: ignore[union-attr]
+            for key in ("layer_types", "sliding_window", "head_dim", "rms_norm_eps")
+        ]
     assert {kind: flat(rope) for kind, rope in again.ropes.items()} == {  # type: ignore[union-attr]
         kind: flat(rope)
         for kind, rope in config.ropes.items()  # type: ignore[union-attr]
