@@ -18,7 +18,7 @@ from elm_mlx import device
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import TextStream, check_steps, checked, encode_prompt
 from elm_mlx.inference.rows import TOGETHER, Rows, prefill
-from elm_mlx.inference.sampling import Sampler, State
+from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, make_prompt_cache, row_capacity
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
@@ -26,6 +26,9 @@ from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer
 
 _GPU_ROWS = 64  # of a step on a GPU, whose logits depend by rounding on how many there are
+_BLOCK = 64  # tokens
+_UNLIKELY = -1e30  # a logit of no token
+_BELOW_1 = 1 - 2**-23  # a float32 times this is less than itself, however it is rounded
 _CACHE_SHARE = 0.5  # of the free memory, at most, for all rows' keys and values
 
 
@@ -160,7 +163,6 @@ class _RolloutBatch:
     def __init__(self, model: Model, most_rows: int, temp: float) -> None:
         self._model, self._temp = model, temp
         self._most = min(most_rows, _GPU_ROWS if device.on_gpu() else TOGETHER)
-        self._sampler = Sampler(temp=1.0)  # by logits that were divided by `temp`, so that log-probabilities are too
         self._rows = Rows(model)
         self._answers: list[_Answer] = []  # of each row
         self._prompts: list[_ReadPrompt] = []  # of each row
@@ -169,64 +171,66 @@ class _RolloutBatch:
 
     def run(self, unread: Iterator[tuple[list[int], list[_Answer]]], longest: int) -> Iterator[Rollout]:
         """Yields the answers to prompts as they end. With one of them no prompt is longer than `longest`."""
-        while len(self._answers) < self._most:
-            prompt = yield from self._waiting(unread)
-            if prompt is None:
-                break
-            self._most = min(self._most, _fitting(prompt.caches, longest))
-            self._take(len(self._answers), prompt)
+        yield from self._fill(unread, longest)
         while self._answers:
             logits = self._rows.step(mx.array([answer.tokens[-1] for answer in self._answers]))
-            tokens, logprobs, self._keys = self._draw(logits, self._keys)
+            tokens, logprobs, self._keys = _drawn(logits, self._keys, self._temp)
             drawn = zip(self._answers, tokens.tolist(), logprobs.tolist(), strict=True)
             ended = [row for row, (answer, *token) in enumerate(drawn) if answer.add(*token)]
             for row in reversed(ended):
                 yield self._answers[row].ended()
-                own = self._prompts[row]
-                if own.waiting and self._rows.rewind(row, len(own.ids)):
-                    self._take(row, own, begun=True)
-                    continue
-                prompt = yield from self._waiting(unread)
-                if prompt is None:
-                    self._leave(row)
-                else:
-                    self._take(row, prompt)
+                prompt: _ReadPrompt | None = self._prompts[row]
+                assert prompt is not None
+                if not (prompt.waiting and self._rows.rewind(row, len(prompt.ids))):
+                    self._open = [each for each in self._open if each.waiting]
+                    prompt = (yield from self._read(unread)) or max(self._open, key=_left, default=None)
+                    if prompt is None:
+                        self._leave(row)
+                        continue
+                    self._rows.begin(row, prompt.caches, prompt.ids)
+                self._take(row, prompt)
 
-    def _waiting(
-        self, unread: Iterator[tuple[list[int], list[_Answer]]]
-    ) -> Generator[Rollout, None, _ReadPrompt | None]:
-        """Returns a prompt with an answer that waits, one that is read only now if there is one; None without any.
+    def _fill(self, unread: Iterator[tuple[list[int], list[_Answer]]], longest: int) -> Iterator[Rollout]:
+        """Begins the first answers, those of one prompt in rows beside each other. Yields those that are done."""
+        prompts: list[_ReadPrompt] = []
+        while len(prompts) < self._most and (prompt := (yield from self._read(unread))) is not None:
+            prompts.append(prompt)
+            if len(prompts) == 1:
+                self._most = min(self._most, _fitting(prompt.caches, longest))
+        left = [len(prompt.waiting) for prompt in prompts]
+        for _ in range(min(self._most, sum(left))):
+            left[left.index(max(left))] -= 1
+        for prompt, rest in zip(prompts, left, strict=True):
+            row, copies = len(self._answers), len(prompt.waiting) - rest
+            if copies:
+                self._rows.begin(row, prompt.caches, prompt.ids, copies)
+            for _ in range(copies):
+                self._take(len(self._answers), prompt)
 
-        Yields the answers that their first token ends.
-        """
+    def _read(self, unread: Iterator[tuple[list[int], list[_Answer]]]) -> Generator[Rollout, None, _ReadPrompt | None]:
+        """Reads prompts up to one with answers that wait, which is returned; yields those that one token ends."""
         for ids, answers in unread:
             caches = make_prompt_cache(self._model)
             logits = mx.repeat(prefill(self._model, ids, caches), len(answers), axis=0)
-            tokens, logprobs, keys = self._draw(logits, mx.array([answer.key for answer in answers], mx.uint32))
-            prompt = _ReadPrompt(ids, caches, [])
-            for answer, token, logprob, key in zip(
-                answers, tokens.tolist(), logprobs.tolist(), keys.tolist(), strict=True
-            ):
+            keys = mx.array([answer.key for answer in answers], mx.uint32)
+            tokens, logprobs, keys = _drawn(logits, keys, self._temp)
+            waiting = []
+            for answer, key, *drawn in zip(answers, keys.tolist(), tokens.tolist(), logprobs.tolist(), strict=True):
                 answer.key = key
-                if answer.add(token, logprob):
+                if answer.add(*drawn):
                     yield answer.ended()
                 else:
-                    prompt.waiting.append(answer)
-            if prompt.waiting:
-                self._open.append(prompt)
-                return prompt
-        self._open = [prompt for prompt in self._open if prompt.waiting]
-        return max(self._open, key=lambda prompt: len(prompt.waiting), default=None)
+                    waiting.append(answer)
+            if waiting:
+                self._open.append(_ReadPrompt(ids, caches, waiting))
+                return self._open[-1]
+        return None
 
-    def _take(self, row: int, prompt: _ReadPrompt, begun: bool = False) -> None:
-        """Begins an answer in a row, or the next one; where it has `begun` it holds the prompt already."""
-        if not begun:
-            self._rows.begin(row, prompt.caches, prompt.ids)
+    def _take(self, row: int, prompt: _ReadPrompt) -> None:
+        """Makes the next answer to a prompt that of a row, or of one more, where the prompt is already."""
         answer = prompt.waiting.pop(0)
-        key = mx.array([answer.key], mx.uint32)
-        self._keys = mx.concatenate([self._keys[:row], key, self._keys[row + 1 :]])
-        self._answers[row:] = [answer, *self._answers[row + 1 :]]
-        self._prompts[row:] = [prompt, *self._prompts[row + 1 :]]
+        self._keys = mx.concatenate([self._keys[:row], mx.array([answer.key], mx.uint32), self._keys[row + 1 :]])
+        self._answers[row : row + 1], self._prompts[row : row + 1] = [answer], [prompt]
 
     def _leave(self, row: int) -> None:
         """Removes a row. The last one takes its place."""
@@ -237,13 +241,38 @@ class _RolloutBatch:
         self._answers.pop()
         self._prompts.pop()
 
-    def _draw(self, logits: mx.array, keys: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Draws from logits `(rows, vocab_size)`: tokens, their log-probabilities, `(rows,)`, and the next keys."""
-        logits = logits.astype(mx.float32)
-        tokens, logprobs, state = self._sampler(logits if self._temp == 1 else logits / self._temp, State(keys))
-        assert state.key is not None
-        mx.async_eval(tokens, logprobs, state.key)
-        return tokens, logprobs, state.key
+
+def _drawn(logits: mx.array, keys: mx.array, temp: float) -> tuple[mx.array, mx.array, mx.array]:
+    """Draws from logits `(rows, vocab_size)`: tokens, their log-probabilities, `(rows,)`, and the next keys.
+
+    First a block of tokens by what its probabilities sum to, and then one in it: so few exponentials are needed one by
+    one, and the sums are of those that the log-probability is computed by. A row's draw depends on no other.
+    """
+    logits = logits.astype(mx.float32)
+    if temp != 1:
+        logits = logits / temp
+    padded = mx.pad(logits, [(0, 0), (0, -logits.shape[-1] % _BLOCK)], constant_values=_UNLIKELY)
+    blocks = padded.reshape(len(logits), -1, _BLOCK)
+    log_sums = ops.logsumexp(blocks)
+    pairs = mx.vmap(mx.random.split)(keys)
+    chances = mx.vmap(lambda key: mx.random.uniform(shape=(2,), key=key))(pairs[:, 1])
+    block = _index(log_sums, chances[:, :1])[:, None]
+    within = _index(mx.take_along_axis(blocks, block[:, :, None], axis=1)[:, 0], chances[:, 1:])
+    tokens = block[:, 0] * _BLOCK + within
+    logprobs = mx.take_along_axis(padded, tokens[:, None], axis=-1)[:, 0] - ops.logsumexp(log_sums)
+    mx.async_eval(tokens, logprobs, pairs)
+    return tokens, logprobs, pairs[:, 0]
+
+
+def _index(logits: mx.array, chances: mx.array) -> mx.array:
+    """Draws an index `(rows,)` from each row of logits by a chance `(rows, 1)` from 0 up to 1."""
+    reached = mx.cumsum(ops.weights(logits), axis=-1)
+    # The first that goes beyond the chance's share of all: it has a weight, since the share is less than all.
+    return (reached <= mx.minimum(chances, _BELOW_1) * reached[:, -1:]).sum(axis=-1)
+
+
+def _left(prompt: _ReadPrompt) -> int:
+    return len(prompt.waiting)
 
 
 def _fitting(caches: Sequence[KVCache], longest: int) -> int:

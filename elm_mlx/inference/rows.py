@@ -139,17 +139,14 @@ class Rows:
         self._texts.append(None if ids is None else list(ids))
         self.resize([*self.lengths, length])
 
-    def begin(self, row: int, caches: Sequence[KVCache], ids: Sequence[int]) -> None:
-        """Makes a row, or the next one, a copy of the text `ids`, which is in `caches`; these stay as they are."""
+    def begin(self, row: int, caches: Sequence[KVCache], ids: Sequence[int], copies: int = 1) -> None:
+        """Makes a row, or the next one, or several, the text `ids`, which is in `caches`; these stay as they are."""
         length = caches[0].offset
-        if not self.lengths:
-            self.caches = [cache.single(0, length) for cache in caches]
-        else:
-            for cache, own in zip(self.caches, caches, strict=True):
-                cache.put(row, own)
-                mx.eval(cache.state)
-        self._texts[row:] = [list(ids), *self._texts[row + 1 :]]
-        self.resize([*self.lengths[:row], length, *self.lengths[row + 1 :]])
+        self.caches = self.caches or [cache.single(0, length) for cache in caches]
+        for cache, own in zip(self.caches, caches, strict=True):
+            cache.put(row, own, copies)
+        self._texts[row : row + copies] = [list(ids) for _ in range(copies)]
+        self.resize([*self.lengths[:row], *[length] * copies, *self.lengths[row + copies :]])
 
     def rewind(self, row: int, length: int) -> bool:
         """Makes a row end after its first `length` tokens, in no time. Returns False where it has to `begin` again."""

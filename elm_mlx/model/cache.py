@@ -133,8 +133,8 @@ class KVCache:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self._held)
 
-    def put(self, row: int, other: KVCache) -> None:
-        """Makes `other`, of one text, a row of this batch in which every text begins at position 0.
+    def put(self, row: int, other: KVCache, copies: int = 1) -> None:
+        """Makes `other`, of one text, a row of this batch in which every text begins at position 0, or several.
 
         `row` is one that is there, or the next. There is room for twice the rows each time it is at its end.
         """
@@ -142,11 +142,11 @@ class KVCache:
             self.state = other.single(0, other.offset).state
         capacity = max(self.capacity, row_capacity(other.offset))
         self.reserve(capacity)
-        if row >= self._arrays[0].shape[0]:
-            self.state = [_with_rows(array, row_slots(row + 1)) for array in self._arrays]
+        if row + copies > self._arrays[0].shape[0]:
+            self.state = [_with_rows(array, row_slots(row + copies)) for array in self._arrays]
         for mine, theirs in zip(self._arrays, other._arrays, strict=True):
             own = mx.pad(theirs[0, :, : other.offset], [(0, 0), (0, capacity - other.offset), (0, 0)])
-            mine[row] = own  # zeros to its end, or what was there could be no numbers
+            mine[row : row + copies] = own  # zeros to its end, or what was there could be no numbers
         self.text_length = max(self.text_length, other.text_length)
 
     def drop(self, row: int, rows: int) -> None:
@@ -410,11 +410,12 @@ class StateCache:
     def suits(self, length: int) -> bool:
         return True
 
-    def put(self, row: int, other: StateCache) -> None:
-        """Makes `other`, of one text, a row of this batch: one that is there, or the next."""
+    def put(self, row: int, other: StateCache, copies: int = 1) -> None:
+        """Makes `other`, of one text, a row of this batch, one that is there, or the next; or several."""
         parts = zip(self._arrays, other._arrays, strict=True)
         self.state = [
-            theirs if mine is None else mx.concatenate([mine[:row], theirs, mine[row + 1 :]]) for mine, theirs in parts
+            theirs if mine is None else mx.concatenate([mine[:row], *[theirs] * copies, mine[row + copies :]])
+            for mine, theirs in parts
         ]
 
     def drop(self, row: int, rows: int) -> None:
