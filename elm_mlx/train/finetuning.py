@@ -91,18 +91,23 @@ class Finetuning(HeldRun):
             self.computation = loading.computation(self.path, self.config, asked.computation.compute_dtype)
             shapes = self.config.shapes() if self.adapter.kind == "full" else self.adapter.shapes(self.config)
             self.trainable = sum(map(math.prod, shapes.values()))
-            self.splits = self._read()
-            for split, batches in (("valid", asked.checkpoints.val_batches), ("test", asked.checkpoints.test_batches)):
-                if batches == 0:
-                    self.splits.pop(split, None)
-            self.row_length = self._row_length(self.splits["train"])
-            if asked.checkpoints.patience is not None and "valid" not in self.splits:
-                raise InputError("--patience: counts validations, and this run has none: give the data a valid split")
-            self.batches = self._batches("train", asked.computation.seed)
-            self._validation = self._batches("valid") if "valid" in self.splits else None
-            self._test = self._batches("test") if "test" in self.splits else None
+            self._prepare()
             self.settings = asked.loop(self._steps())
             on_error.pop_all()
+
+    def _prepare(self) -> None:
+        """Reads what is trained on, and puts it into batches."""
+        asked = self.asked.checkpoints
+        self.splits = self._read()
+        for split, batches in (("valid", asked.val_batches), ("test", asked.test_batches)):
+            if batches == 0:
+                self.splits.pop(split, None)
+        self.row_length = self._row_length(self.splits["train"])
+        if asked.patience is not None and "valid" not in self.splits:
+            raise InputError("--patience: counts validations, and this run has none: give the data a valid split")
+        self.batches = self._batches("train", self.asked.computation.seed)
+        self._validation = self._batches("valid") if "valid" in self.splits else None
+        self._test = self._batches("test") if "test" in self.splits else None
 
     @property
     def notes(self) -> list[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 from mlx.utils import tree_flatten, tree_map
@@ -197,6 +198,18 @@ def summed_loss_only(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) -> 
         nats = _cross_entropy_parts(head.logits(head.parameters, chunk), targets[part])[0]
         total = total + (nats * weights[part]).sum()
     return total
+
+
+def losses_only(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) -> mx.array:
+    """Returns each trained token's loss, `(n,)`, padding's too, without a gradient; `at` as `summed_loss` has it."""
+    where, targets, *_ = at
+    rows = mx.stop_gradient(hidden).reshape(-1, hidden.shape[-1])[where]
+    losses: list[mx.array] = []
+    for part in head.chunks(rows.shape[0]):
+        chunk = mx.depends([rows[part]], losses[-1:])[0] if losses else rows[part]
+        logits = mx.stop_gradient(head.logits(head.parameters, chunk)).astype(mx.float32)
+        losses.append(nn.losses.cross_entropy(logits, targets[part]))
+    return mx.concatenate(losses)
 
 
 @mx.custom_function

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar, get_args
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from elm_mlx.data.batches import Batch, PairBatch
 from elm_mlx.errors import InputError
-from elm_mlx.train.loss import Head, Positions, summed_loss
+from elm_mlx.train.loss import Head, Positions, losses_only, summed_loss
 from elm_mlx.train.settings import PreferenceLoss
 
 LOSSES = get_args(PreferenceLoss)
@@ -159,11 +158,5 @@ def log_probabilities(head: Head, hidden: mx.array, at: tuple[mx.array, ...]) ->
         at: of `positions`.
     """
     where, targets, weights, answers, real, _ = at
-    rows = mx.stop_gradient(hidden).reshape(-1, hidden.shape[-1])[where]
-    losses: list[mx.array] = []
-    for part in head.chunks(rows.shape[0]):
-        chunk = mx.depends([rows[part]], losses[-1:])[0] if losses else rows[part]
-        logits = mx.stop_gradient(head.logits(head.parameters, chunk)).astype(mx.float32)
-        losses.append(nn.losses.cross_entropy(logits, targets[part]))
-    nothing = mx.zeros_like(real)
-    return nothing.at[answers].add(-mx.concatenate(losses) * weights), nothing.at[answers].add(weights)
+    losses, nothing = losses_only(head, hidden, (where, targets)), mx.zeros_like(real)
+    return nothing.at[answers].add(-losses * weights), nothing.at[answers].add(weights)
