@@ -18,6 +18,15 @@ def no_progress(what: str, done: int = 0, total: int = 0, /) -> None:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """An answer of the model that is trained, and a program's verdict of it: right, wrong or unreadable."""
+
+    prompt: str
+    answer: str
+    verdict: str
+
+
+@dataclass(frozen=True)
 class Report:
     """An update of a training run, a validation after it, or the test at the end; one line of its `metrics.jsonl`.
 
@@ -33,6 +42,7 @@ class Report:
         best: True where the validation's loss is the least so far; of step 0, the model's before training.
         measures: means of what the objective measures, an update's or a validation's, by name. In the file each of
             them is a value of its own, a validation's as `valid_NAME` and a test's as `test_NAME`.
+        samples: of a validation that asks the model; None of others.
     """
 
     step: int
@@ -50,6 +60,7 @@ class Report:
     skipped: bool | None = None
     best: bool | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    samples: Sequence[Sample] | None = None
 
 
 class TrainingCallback:

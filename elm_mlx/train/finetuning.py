@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -140,20 +140,13 @@ class Finetuning(HeldRun):
         """
         callback.progress("reading the model")
         model, dtype = self._open()
-        objective = self._objective(model, dtype, callback)
-        validation = self._validation and Validation(self._validation, self.asked.checkpoints.val_batches)
         save = partial(adapters.save, model=model, adapter=self.adapter, template=self.asked.examples.template)
         about = {
             "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
             "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
         }  # fmt: skip
         with trackers.tracking(self.asked.reports.report_to if self.leads else (), self.out, about, callback) as told:
-            run = Run(
-                model, self.batches, validation, self.settings, self.out, self._identity(), self.resumed, dtype,
-                objective, rehearsal=next(self.batches.once()), callback=told, about=about,
-                meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint),
-                export=None if self.adapter.kind == "full" else save,
-            )  # fmt: skip
+            run = self._run(model, dtype, told, about, None if self.adapter.kind == "full" else save)
             result = run.train()
             if result.best is not None and result.best != result.last:
                 model.update(self._of_leader(model.trainable_parameters(), result.best))
@@ -162,6 +155,18 @@ class Finetuning(HeldRun):
             if self._test is None or result.interrupted:
                 return result
             return replace(result, test=run.test(Validation(self._test, self.asked.checkpoints.test_batches)))
+
+    def _run(
+        self, model: Model, dtype: mx.Dtype | None, callback: TrainingCallback, about: dict[str, Any],
+        export: Callable[[Path], None] | None,
+    ) -> Run:  # fmt: skip
+        """Returns the run, called with the model before its first update; the arguments are `Run`'s."""
+        validation = self._validation and Validation(self._validation, self.asked.checkpoints.val_batches)
+        return Run(
+            model, self.batches, validation, self.settings, self.out, self._identity(), self.resumed, dtype,
+            self._objective(model, dtype, callback), rehearsal=next(self.batches.once()), callback=callback,
+            about=about, meter=Meter(self.config, self.adapter, self.settings.grad_checkpoint), export=export,
+        )  # fmt: skip
 
     def _of_leader(self, trained: Any, saved: Path) -> Any:
         """The parameters of a checkpoint, which the first process alone may have."""
@@ -279,8 +284,11 @@ class Finetuning(HeldRun):
             config[_BEGUN_WITH] = self._begun_with
         if self.asked.examples.weight is not None:
             config["weights of the data"] = list(self.asked.examples.weight)
+        return Identity(str(adapter.model_sha256), self._data_sha256(), config)
+
+    def _data_sha256(self) -> str:
         data = [batching.fingerprint(self.splits[name].examples) for name in ("train", "valid") if name in self.splits]
-        return Identity(str(adapter.model_sha256), " ".join(data), config)
+        return " ".join(data)
 
 
 def read_data(

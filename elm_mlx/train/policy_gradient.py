@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data.batches import Batch
-from elm_mlx.inference.rollouts import Rollout
 from elm_mlx.train.loss import Head, Positions, losses_only, summed_loss
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # how far a token's ratio may move before its gradient ends (DAPO, section 3.1)
@@ -26,8 +25,8 @@ _MOST_DIFFERENCE = 20.0  # of log-probabilities, of which ratios are still numbe
 
 
 @dataclass(frozen=True)
-class JudgedAnswer:
-    """A sampled answer with what it was worth.
+class WeighedAnswer:
+    """A sampled answer, and the weight of its tokens in the loss.
 
     Attributes:
         prompt: the prompt's ids.
@@ -40,10 +39,6 @@ class JudgedAnswer:
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     advantage: float
-
-    @classmethod
-    def of(cls, prompt: Sequence[int], rollout: Rollout, advantage: float) -> JudgedAnswer:
-        return cls(tuple(prompt), rollout.tokens, rollout.logprobs, advantage)
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class AnswerBatch(Batch):
         return AnswerBatch(**vars(batch), advantages=self.advantages[at], logprobs=self.logprobs[at])
 
     @classmethod
-    def of(cls, answers: Sequence[JudgedAnswer], rows: int) -> AnswerBatch:
+    def of(cls, answers: Sequence[WeighedAnswer], rows: int) -> AnswerBatch:
         """Returns a batch of `rows` rows, of which the last are padding where there are fewer answers."""
         longest = max(len(answer.prompt) + len(answer.tokens) - 1 for answer in answers)
         shape = (rows, -(-longest // _GRAIN) * _GRAIN)
@@ -79,7 +74,7 @@ class AnswerBatch(Batch):
         return cls(inputs, targets, trained, None, tokens, advantages, logprobs)
 
 
-def batches_of(answers: Sequence[JudgedAnswer], rows: int) -> list[AnswerBatch]:
+def batches_of(answers: Sequence[WeighedAnswer], rows: int) -> list[AnswerBatch]:
     """Returns batches of so many answers each, those of similar length together."""
     ordered = sorted(answers, key=lambda answer: len(answer.prompt) + len(answer.tokens))
     return [AnswerBatch.of(ordered[start : start + rows], rows) for start in range(0, len(ordered), rows)]

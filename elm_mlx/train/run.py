@@ -10,20 +10,20 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
 from elm_mlx import device
-from elm_mlx.callbacks import SILENT, Report, TrainingCallback
+from elm_mlx.callbacks import SILENT, Report, Sample, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
 from elm_mlx.directories import checkpoints_of
@@ -54,6 +54,29 @@ class BatchSource(Protocol):
     def __next__(self) -> Batch: ...
     def state(self) -> Any: ...
     def resume(self, state: Any) -> None: ...
+
+
+@runtime_checkable
+class UpdateSource(Protocol):
+    """Makes all batches of an update when it is due, by the parameters as they are then.
+
+    Attributes:
+        measures: what it has measured on the way to the last ones, by name.
+    """
+
+    measures: dict[str, float]
+
+    def update(self) -> Sequence[Batch]: ...
+    def state(self) -> Any: ...
+    def resume(self, state: Any) -> None: ...
+
+
+@runtime_checkable
+class Examination(Protocol):
+    """A validation that asks the model, in place of a loss over batches."""
+
+    def examine(self) -> tuple[float, dict[str, float], list[Sample]]:
+        """Returns what counts as the loss, measures, and samples."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +153,8 @@ class Run:
     """A training run, which updates `model`'s trainable parameters in place.
 
     Args:
-        batches: at their beginning.
-        validation: gives the same batches at each iteration; None for none.
+        batches: at their beginning; a source that makes an update's batches has no use for `settings.accumulate`.
+        validation: gives the same batches at each iteration, or asks the model; None for none.
         out: the run's directory, which exists.
         identity: of the run; `settings.identity()` is added to its config here.
         resumed: the checkpoint to go on from; None to begin.
@@ -147,8 +170,8 @@ class Run:
     """
 
     model: Model
-    batches: BatchSource
-    validation: Iterable[Batch] | None
+    batches: BatchSource | UpdateSource
+    validation: Iterable[Batch] | Examination | None
     settings: Settings
     out: Path
     identity: Identity
@@ -306,15 +329,20 @@ class Run:
             Report(
                 progress.step, loss=mean, learning_rate=rate, grad_norm=length, tokens=tokens, trained_tokens=trained,
                 seconds=seconds, tokens_per_second=tokens / seconds, matmul_share=share, memory=device.peak_memory(),
-                skipped=wrong is not None, measures=self._named(measured),
+                skipped=wrong is not None, measures=self._named(measured) | self._sampled(),
             )
         )  # fmt: skip
 
-    def _validate(self, batches: Iterable[Batch], stop: Event | None = None) -> bool:
+    def _validate(self, validation: Iterable[Batch] | Examination, stop: Event | None = None) -> bool:
         """Says whether the loss is the least so far, the base's included. One that `stop` breaks off has no effect."""
         self.callback.progress("validating")
         started, progress = time.perf_counter(), self.progress
-        mean, *measured = self._mean_over(batches, stop)
+        samples: list[Sample] | None = None
+        if isinstance(validation, Examination):
+            mean, measures, samples = validation.examine()
+        else:
+            mean, *measured = self._mean_over(validation, stop)
+            measures = self._named(measured)
         if stop is not None and self._agreed(stop.is_set()):
             return False
         if progress.step > 0:
@@ -323,8 +351,12 @@ class Run:
         progress.worse = 0 if best else progress.worse + 1
         if best:
             progress.best_step, progress.best_loss = progress.step, mean
-        seconds, measures = time.perf_counter() - started, self._named(measured)
-        self._report(Report(progress.step, valid_loss=mean, seconds=seconds, best=best or None, measures=measures))
+        seconds = time.perf_counter() - started
+        self._report(
+            Report(
+                progress.step, valid_loss=mean, seconds=seconds, best=best or None, measures=measures, samples=samples
+            )
+        )
         return best
 
     def test(self, batches: Iterable[Batch]) -> Report:
@@ -369,8 +401,7 @@ class Run:
     def _accumulated(self) -> tuple[mx.array, Any, int, int, int]:
         """Sums the loss, measures, gradients, count, trained tokens and tokens of an update over all processes."""
         sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
-        for _ in range(self.settings.accumulate):
-            batch = next(self.batches)
+        for batch in self._due():
             if self.meter is not None:
                 self.meter.add(batch)
             new_sums, new, units = self._step.gradients(batch)
@@ -385,6 +416,17 @@ class Run:
             sums = self._summed(sums)
             count, trained, tokens = (int(self._summed(mx.array(each)).item()) for each in (count, trained, tokens))
         return sums, gradients, max(1, count), trained, tokens
+
+    def _due(self) -> Iterable[Batch]:
+        """Returns the batches of the next update."""
+        source = self.batches
+        if isinstance(source, UpdateSource):
+            self.callback.progress("sampling answers")
+            return source.update()
+        return (next(source) for _ in range(self.settings.accumulate))
+
+    def _sampled(self) -> dict[str, float]:
+        return self.batches.measures if isinstance(self.batches, UpdateSource) else {}
 
     def _named(self, measured: list[float]) -> dict[str, float]:
         return dict(zip(self._step.objective.measures, measured, strict=True))

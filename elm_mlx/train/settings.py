@@ -26,6 +26,7 @@ OnNan = Literal["stop", "skip"]
 DTypeName = Literal["float32", "float16", "bfloat16"]
 RecordFormat = Literal["completion", "messages", "sharegpt", "chatgpt", "alpaca", "text"]
 PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "orpo"]
+Advantage = Literal["mean", "std"]
 TrackerName = Literal["tensorboard", "wandb"]
 
 T = TypeVar("T")
@@ -66,6 +67,7 @@ def described(cls: type[Any], section: str = "") -> dict[str, Setting]:
 
 def made(cls: type[T], values: Mapping[str, Any]) -> T:
     """Returns a `cls` with `values`, as `described` names them, and defaults."""
+    values = {**getattr(cls, "defaults", {}), **values}
     kinds, found = typing.get_type_hints(cls), dict[str, Any]()
     for item in fields(typing.cast(Any, cls)):
         if is_dataclass(kinds[item.name]):
@@ -254,6 +256,39 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _check_options(self, _COUNT, lambda value: value >= 1, "batch_size")
+
+
+@dataclass(frozen=True)
+class RolloutSettings(DataSettings):
+    """Settings of what the model is asked, and of its answers.
+
+    Args:
+        task: a built-in task, or FILE.py with problem(difficulty, seed) and judge(problem, answer). (no default)
+        difficulty: of the problems, as 2 or 1-4. (default: all that the task has)
+        problems: problems of an update.
+        samples: answers to each problem.
+        max_tokens: tokens of an answer, at most; one that is cut off is not trained on.
+        updates_per_batch: updates by the same answers; with more than 1, probabilities are kept from moving far.
+        advantage: a reward less its problem's mean, or that divided by the standard deviation (std).
+        eval_problems: held-out problems of a validation.
+        batch_size: answers in a forward and backward pass: fewer take less memory.
+    """
+
+    task: str = ""
+    difficulty: str | None = None
+    problems: int = 16
+    samples: int = 8
+    max_tokens: int = 128
+    updates_per_batch: int = 1
+    advantage: Advantage = "mean"
+    eval_problems: int = 64
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        check_counts(self, "problems", "max_tokens", "updates_per_batch", "eval_problems", "batch_size")
+        _check_choice("--advantage", self.advantage, Advantage)
+        if self.samples < 2:
+            raise InputError(f"samples must be at least 2, not {self.samples}: answers to a problem are compared")
 
 
 @dataclass(frozen=True)
@@ -454,12 +489,19 @@ class LoraSettings:
 
     rates: ClassVar[tuple[float, float]] = (2e-4, 2e-5)  # of an adapter, and of all weights
     spike: ClassVar[float | None] = 3.0
+    last_rate: ClassVar[float] = 0.1  # as a share of the peak
+    needed: ClassVar[tuple[str, ...]] = ("model", "data", "out")
     unused: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[Mapping[str, Any]] = {}  # of settings that other commands have others for
 
     @classmethod
     def options(cls) -> dict[str, Setting]:
         """Returns the settings that the command takes, by name."""
-        return {name: each for name, each in described(cls).items() if name not in cls.unused}
+        own = abouts(cls)
+        return {
+            name: replace(each, default=cls.defaults.get(name, each.default), about=own.get(name, each.about))
+            for name, each in described(cls).items() if name not in cls.unused
+        }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """Returns the settings as JSON has them; a file for `--config` may hold them."""
@@ -478,7 +520,7 @@ class LoraSettings:
         asked, computation, checkpoints = self.optimizer, self.computation, self.checkpoints
         rate = self.rates[self.method.full] if asked.learning_rate is None else asked.learning_rate
         return Settings(
-            Schedule(rate, steps, asked.warmup_steps(steps), asked.lr_schedule, extend=asked.extend),
+            Schedule(rate, steps, asked.warmup_steps(steps), asked.lr_schedule, self.last_rate, extend=asked.extend),
             optimizer=asked.optimizer, weight_decay=asked.weight_decay, clip=asked.clip or None,
             accumulate=asked.grad_accumulation_steps, seed=computation.seed,
             grad_checkpoint=computation.grad_checkpoint, spike=self.spike, on_nan=asked.on_nan,
@@ -496,6 +538,37 @@ class DpoSettings(LoraSettings):
     rates: ClassVar[tuple[float, float]] = (5e-5, 5e-6)
     spike: ClassVar[float | None] = None  # of nats a token; a pair's loss has no such scale
     unused: ClassVar[frozenset[str]] = frozenset({"format", "train_on_prompt", "dropout"})
+
+
+@dataclass(frozen=True)
+class GrpoSettings(LoraSettings):
+    """A run of `grpo`.
+
+    Args:
+        iters: updates.
+        lr_schedule: learning rate after warm-up; cosine and linear fall to 0.
+        seed: seed of the problems, the answers and the adapters' initial values.
+        patience: validations in a row without more right answers that end the run. (default: it goes to its end)
+    """
+
+    data: tuple[str, ...] = field(default=(), kw_only=True)
+    examples: RolloutSettings = field(default_factory=RolloutSettings)
+
+    rates: ClassVar[tuple[float, float]] = (5e-5, 5e-6)
+    spike: ClassVar[float | None] = None
+    last_rate: ClassVar[float] = 0.0
+    needed: ClassVar[tuple[str, ...]] = ("model", "task", "out")
+    unused: ClassVar[frozenset[str]] = frozenset({
+        "data", "format", "weight", "columns", "max_seq_length", "truncate", "train_on_prompt", "skip_bad", "pack",
+        "dropout", "epochs", "grad_accumulation_steps", "val_batches", "test_batches",
+    })  # fmt: skip
+    defaults: ClassVar[Mapping[str, Any]] = {"iters": 200, "steps_per_eval": 20}
+
+    def record(self) -> dict[str, Any]:
+        chosen = super().record()
+        if self.examples.task.endswith(".py"):
+            chosen["task"] = str(expanded(self.examples.task).resolve())
+        return chosen
 
 
 def check_counts(settings: Any, *names: str) -> None:

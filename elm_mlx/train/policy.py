@@ -1,0 +1,89 @@
+"""The policy: the model that is trained, as it answers.
+
+Answers come from the parameters as they are now, rounded as the training step rounds them, without dropout. On a CPU
+linears with an adapter are merged for the time of sampling, so that decoding goes as fast as without one (`whole_step`);
+weights of the merged model and of base and adapter apart differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map, tree_unflatten
+
+from elm_mlx import device
+from elm_mlx.inference.rollouts import prompt_ids
+from elm_mlx.inference.solving import SolvedProblem, solve
+from elm_mlx.model.lora_layers import LoRALinear, dense_weight, merge
+from elm_mlx.model.network import Model
+from elm_mlx.problems.checked_task import CheckedTask
+from elm_mlx.problems.drawn_problems import DrawnProblem
+from elm_mlx.text.chat_template import Template
+from elm_mlx.text.tokenizer import Tokenizer
+
+
+class Policy:
+    """Answers a task's problems by `model`, whatever its parameters are by then.
+
+    Args:
+        template: None where the model continues the prompt.
+        dtype: what trainable parameters are rounded to, as in training; None for what they are.
+        samples: answers to a problem.
+        max_tokens: of an answer, at most.
+        seed: of the answers' tokens; they depend on it, the problem's number and their own.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, template: Template | None, task: CheckedTask,
+        dtype: mx.Dtype | None, samples: int, max_tokens: int, seed: int,
+    ) -> None:  # fmt: skip
+        self._model, self._tokenizer, self._template, self._task = model, tokenizer, template, task
+        self._dtype, self._samples, self._max_tokens, self._seed = dtype, samples, max_tokens, seed
+
+    def solve(self, problems: Sequence[DrawnProblem]) -> list[SolvedProblem]:
+        """Returns the problems with their answers. Raises ElmError where the judge fails, InputError as `rollouts`."""
+        with as_it_answers(self._model, self._dtype):
+            return list(solve(
+                self._model, self._tokenizer, self._template, self._task, problems, self._samples,
+                max_tokens=self._max_tokens, seed=self._seed,
+            ))  # fmt: skip
+
+    def prompt(self, drawn: DrawnProblem) -> tuple[int, ...]:
+        """Returns the ids that a problem was put to the model in."""
+        return tuple(prompt_ids(self._tokenizer, self._template, drawn.problem.prompt))
+
+
+@contextmanager
+def as_it_answers(model: Model, dtype: mx.Dtype | None) -> Iterator[None]:
+    """Makes a model that is trained what its answers come from, and what it was at the end."""
+    kept, training = model.trainable_parameters(), model.training
+    model.eval()
+    if dtype is not None:
+        model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
+    adapted = [] if device.on_gpu() else [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, LoRALinear) and type(module.linear) is nn.Linear
+    ]  # fmt: skip
+    model.update_modules(tree_unflatten([(name, _merged(module)) for name, module in adapted]))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(adapted))
+        model.update(kept)
+        model.train(training)
+
+
+def _merged(module: LoRALinear) -> nn.Linear:
+    """Returns the linear that an adapter and its base make."""
+    base = module.linear
+    delta = module.scale * (module.lora_a @ module.lora_b).T
+    weight = merge(dense_weight(base), delta, module.get("m")).astype(base.weight.dtype)
+    made = nn.Linear(1, 1, bias=False)
+    made.weight = weight
+    if "bias" in base:
+        made.bias = base.bias
+    mx.eval(made.parameters())
+    return made
