@@ -206,7 +206,7 @@ def _no_model(path: Path) -> str:
     adapter, run = (_object_in(path / name) for name in ("adapter_config.json", "run.json"))
     settings = run.get("settings") if run else None
     model = settings.get("model") if isinstance(settings, dict) else None
-    if adapter is None and run is not None and run.get("command") in ("lora", "dpo"):
+    if adapter is None and run is not None and run.get("command") in ("lora", "dpo", "grpo"):
         command = f"elm-mlx {run['command']} --out {path} --resume"
         return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
     if adapter is None:

@@ -37,9 +37,11 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _GROUPS = {
     "Models": ("convert", "export", "info", "quantize", "fuse", "adapter", "models"),
     "Talk": ("generate", "chat", "serve", "index"),
-    "Train": ("data", "lora", "dpo", "synthesize", "pretrain", "lr-sweep", "report", "average", "train-tokenizer"),
+    "Train": (
+        "data", "lora", "dpo", "grpo", "synthesize", "pretrain", "lr-sweep", "report", "average", "train-tokenizer",
+    ),
     "Measure": ("eval", "bench"),
-}
+}  # fmt: skip
 # Arguments that an option gives too, for it does so in other commands.
 _BY_NAME = {"MODEL": "--model", "ADAPTER": "--adapter", "CONFIG": "--config"}
 _REVISION = "--revision"  # of MODEL, where it is a repository's name: as MODEL@REVISION

@@ -14,6 +14,6 @@ RECIPES: training.Recipes = {  # OpenELM's instruction tuning, arXiv 2404.14619,
 }
 
 dpo = training.command(
-    DpoSettings, RECIPES, "The paper's choices for that size, where none are given here.",
-    "Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights.",
+    DpoSettings, "Train a model to prefer one answer to another: DPO and its like, with an adapter or all weights.",
+    RECIPES, "The paper's choices for that size, where none are given here.",
 )  # fmt: skip

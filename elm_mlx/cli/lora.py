@@ -15,6 +15,6 @@ RECIPES: training.Recipes = {
 }  # fmt: skip
 
 lora = training.command(
-    LoraSettings, RECIPES, "Apple's choices, where none are given here.",
-    "Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take.",
+    LoraSettings, "Fine-tune a model with LoRA or DoRA, or all of it: an adapter that generate, chat and fuse take.",
+    RECIPES, "Apple's choices, where none are given here.",
 )  # fmt: skip

@@ -40,6 +40,9 @@ reader_left = False  # that of stdout has: the command ends with the exit code o
 _NAMED = 50  # bad records that are named one by one: a file of another kind has as many as it has lines
 _LONG_WORD = 24  # characters
 _SMOOTH = 0.1  # the share of an update in the loss that is shown
+_EXCERPT = 100  # characters of a prompt, or of an answer
+_SHOWN = ("margin", "accuracy", "reward", "entropy")  # measures
+_IF_ANY = {"truncated": "cut off", "skipped_groups": "of the groups skipped", "clipped": "of the tokens clipped"}
 _PAUSE = 10.0  # seconds between lines where there is no terminal
 _BAR, _LEAST_BAR = 40, 8  # columns
 
@@ -369,7 +372,7 @@ class TrainingDisplay(TrainingCallback):
             return
         self._doing = ""
         if report.valid_loss is not None:
-            self._validated(report.step, report.valid_loss, bool(report.best), report.measures)
+            self._validated(report)
         elif report.loss is not None:
             self._updated(report)
 
@@ -389,9 +392,14 @@ class TrainingDisplay(TrainingCallback):
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
             self._measures[name] = before + _SMOOTH * (value - before)
-        self._shown = [f"loss {self._loss:.3f}", *shown_measures(self._measures), f"{self._rate:,.0f} tokens/s"]
+        sampled = self._measures.get("sampling_seconds")
+        # A policy gradient's loss is about 0, whatever is learnt.
+        self._shown = [f"loss {self._loss:.3f}"] if sampled is None else []
+        self._shown += [*shown_measures(self._measures), f"{self._rate:,.0f} tokens/s"]
         if report.matmul_share:
             self._shown.append(f"{self._matmul:.0%} of matmul speed")
+        if sampled is not None and self._seconds:
+            self._shown.append(f"{min(1.0, sampled / self._seconds):.0%} sampling")
         self._shown.append(byte_size(report.memory))
         if self._every is None:
             due = self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps)
@@ -417,15 +425,19 @@ class TrainingDisplay(TrainingCallback):
             f"stopping{' after this update' if begun else ', with nothing to save yet'}; Ctrl-C again ends at once"
         )
 
-    def _validated(self, step: int, loss: float, best: bool, measures: Mapping[str, float]) -> None:
-        texts = [f"validation loss {loss:.4f}", *shown_measures(measures)]
-        if step == 0:
+    def _validated(self, report: Report) -> None:
+        loss, asked = report.valid_loss, report.samples is not None
+        assert loss is not None
+        texts = [*([] if asked else [f"validation loss {loss:.4f}"]), *shown_measures(report.measures)]
+        if report.step == 0:
             self._base = loss
-        elif best:
+        elif report.best:
             texts.append("the best yet")
         elif self._base is not None and not loss < self._base:
-            texts.append(f"no better than the {self._base:.4f} before training")
-        self.say(f"step {step:,}: {', '.join(texts)}")
+            texts.append(f"no better than {'' if asked else f'the {self._base:.4f} '}before training")
+        self.say(f"step {report.step:,}: {'held-out problems: ' if asked else ''}{', '.join(texts)}")
+        for sample in report.samples or ():
+            self.say(f"  {sample.verdict}: {_in_a_line(sample.prompt)} → {_in_a_line(sample.answer)}")
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar."""
@@ -446,9 +458,16 @@ def _if_anyone_looks() -> Iterator[None]:
         silence(sys.stdout)
 
 
+def _in_a_line(text: str) -> str:
+    """Returns a text's beginning, or all of it, without its line breaks."""
+    return textwrap.shorten(text, _EXCERPT, placeholder=" …") or "nothing"
+
+
 def shown_measures(measures: Mapping[str, float]) -> list[str]:
-    """Returns the measures of pairs that are shown; their rewards are in the metrics."""
-    return [f"{name} {measures[name]:.3g}" for name in ("margin", "accuracy") if name in measures]
+    """Returns the measures of pairs and of answers that are shown; the others are in the metrics."""
+    shown = [f"{name} {value:.3g}" for name, value in measures.items() if name in _SHOWN or name.startswith("pass@")]
+    more = [(name, words) for name, words in _IF_ANY.items() if measures.get(name)]
+    return shown + [f"{measures[name]:.0%} {words}" for name, words in more]
 
 
 def bar_line(width: int, step: int, steps: int, texts: Sequence[str], left: str) -> RenderableType:

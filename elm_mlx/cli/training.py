@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -30,7 +31,7 @@ from elm_mlx.cli.screen import (
 )
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
-from elm_mlx.train.settings import DpoSettings, LoraSettings, Setting, made
+from elm_mlx.train.settings import DpoSettings, GrpoSettings, LoraSettings, Setting, made
 
 if TYPE_CHECKING:
     from elm_mlx.data.draws import Draws
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.memory import Load
     from elm_mlx.train.pretraining import Pretraining
+    from elm_mlx.train.reinforcement import Reinforcement
     from elm_mlx.train.run import Result
 
 Recipes = Mapping[str, Mapping[str, Any]]  # of each its settings, by name
@@ -60,18 +62,20 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --
 Force = Annotated[bool, typer.Option("--force", help="Start even if the run cannot fit into memory.")]
 
 
-def command(kind: type[LoraSettings], recipes: Recipes, about_recipes: str, about: str) -> Callable[..., None]:
+def command(
+    kind: type[LoraSettings], about: str, recipes: Recipes = MappingProxyType({}), about_recipes: str = ""
+) -> Callable[..., None]:
     """Returns the function of a command whose options are the settings of `kind`; `about` is its help."""
 
     def run(ctx: typer.Context, **given: Any) -> None:
         carry_out(_complete(kind, chosen(kind, recipes, ctx, given)), given["resume"], given["force"])
 
-    recipe: Any = Literal[tuple(recipes)]
+    recipe: Any = Literal[tuple(recipes)] if recipes else None
     parameters = [
         _parameter("ctx", typer.Context, inspect.Parameter.empty),
         *(_option(kind, each) for each in kind.options().values()),
         _parameter("config", Config, None), _parameter("resume", Resume, False),
-        _parameter("recipe", Annotated[recipe | None, typer.Option(help=about_recipes)], None),
+        *([_parameter("recipe", Annotated[recipe | None, typer.Option(help=about_recipes)], None)] if recipes else []),
         _parameter("force", Force, False),
     ]  # fmt: skip
     run.__doc__ = about
@@ -147,7 +151,7 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
         added = values.pop("extend", ())  # to the updates that were added before
         fill(before, str(path))
         values["extend"] = (*values.get("extend", ()), *added)
-    if given["recipe"] is not None:
+    if given.get("recipe") is not None:
         fill(recipes[given["recipe"]], f"recipe {given['recipe']}")
     if scale is not None:
         rank = values.get("rank", options["rank"].default)
@@ -169,8 +173,9 @@ def settings_in(path: Path, kind: type[LoraSettings]) -> dict[str, Any]:
 
 def _complete(kind: type[LoraSettings], values: Mapping[str, Any]) -> LoraSettings:
     """Returns the settings of a run. Raises InputError where one is missing."""
-    for name, shown in (("model", "MODEL"), ("data", "--data"), ("out", "--out")):
+    for name in kind.needed:
         if name not in values:
+            shown = "MODEL" if name == "model" else f"--{name}"
             out = values.get("out")
             begun = out is not None and (reading.expanded(out) / "run.json").exists()
             hint = f"; --resume goes on with the run in {out}" if begun else ""
@@ -263,18 +268,22 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
             from elm_mlx.train.alignment import Alignment
 
             run: Finetuning = Alignment(asked, resume=resume)
+        elif isinstance(asked, GrpoSettings):
+            from elm_mlx.train.reinforcement import Reinforcement
+
+            run = Reinforcement(asked, resume=resume)
         else:
             run = Finetuning(asked, resume=resume)
     with run:
         schedule = run.settings.schedule
-        shown = TrainingDisplay(schedule.total, "valid" in run.splits, every=asked.reports.steps_per_report)
+        shown = TrainingDisplay(schedule.total, run.validates, every=asked.reports.steps_per_report)
         name_bad([reason for split in run.splits.values() for reason in split.bad])
         options = {name: f"--{name.replace('_', '-')}" for name in asked.options()}
         names = {name.replace("_", " "): option for name, option in options.items()} | options | _DECIDED_BY
         names[_STEPS] = "updates (--epochs)" if asked.optimizer.iters is None else "--iters"
         onwards = "; to train on when it has ended, --extend N adds N updates"
         result = train(run, shown, _plan(run), names, force, memory.OPTIONS, onwards)
-        shown.lines(ended(result, shown.validates))
+        shown.lines(ended(result, shown.validates, isinstance(asked, GrpoSettings)))
         if result.harm is None:
             trial = _trial(asked.model, run.path, run.out, asked.examples.template)
             shown.lines([("wrote", f"{run.out}; try: {trial}")])
@@ -331,31 +340,52 @@ def _trial(model: Path, directory: Path, adapter: Path, template: str | None) ->
 
 def _plan(run: Finetuning) -> list[tuple[str, str]]:
     """Returns what is about to happen, as labels and texts."""
-    config, batches, settings = run.config, run.batches, run.settings
-    steps = settings.schedule.total
-    dtype = str(run.computation.dtype).removeprefix("mlx.core.")
-    train = run.splits["train"]
+    from elm_mlx.train.reinforcement import Reinforcement
+
+    config, dtype = run.config, str(run.computation.dtype).removeprefix("mlx.core.")
+    examples, updates = _answers(run) if isinstance(run, Reinforcement) else _examples(run)
     lines = [("bad", f"{counted(len(split.bad), 'record')} left out") for split in run.splits.values() if split.bad]
     for name, split in run.splits.items():
         lines += [(label, f"{name}: {remark}") for label, remark in split.remarks()]
+        lines += mixed(split, run.batches.draws) if name == "train" else []
+    return [
+        *lines,
+        ("model", f"{run.path}: {config.parameters:,} parameters, computed in {dtype}"),
+        ("trained", f"{run.adapter.describe()}: {run.trainable:,} parameters, {run.trainable / config.parameters:.2%}"),
+        *examples,
+        *(("rows", note) for note in run.notes),
+        ("memory", needed(run.load())),
+        ("updates", updates),
+    ]
+
+
+def _examples(run: Finetuning) -> tuple[list[tuple[str, str]], str]:
+    """Returns what is trained on, as labels and texts, and how many updates and epochs."""
+    batches, settings, train = run.batches, run.settings, run.splits["train"]
+    steps = settings.schedule.total
     valid = f", {run.count('valid'):,} to validate" if "valid" in run.splits else ", none to validate"
     processes = f" in each of {run.world} processes" if run.world > 1 else ""
     updates = batches.steps() / settings.accumulate
     epochs = f"{steps / updates:.3g}"
     tokens = round(batches.tokens() * steps / updates)
     return [
-        *lines,
-        *mixed(train, batches.draws),
-        ("model", f"{run.path}: {config.parameters:,} parameters, computed in {dtype}"),
-        ("trained", f"{run.adapter.describe()}: {run.trainable:,} parameters, {run.trainable / config.parameters:.2%}"),
         ("data", f"{counted(run.count(), run.unit)}, {train.tokens:,} tokens, {train.trained_tokens:,} of them "
                  f"trained{valid}"),
         ("batches", f"{counted(run.batch_size, 'row')} of {run.row_length:,} tokens{processes}, {batches.fill():.0%} "
                     f"full, {settings.accumulate} to an update"),
-        *(("rows", note) for note in run.notes),
-        ("memory", needed(run.load())),
-        ("updates", f"{steps:,}, {epochs} {'epoch' if epochs == '1' else 'epochs'}, {tokens:,} tokens"),
-    ]  # fmt: skip
+    ], f"{steps:,}, {epochs} {'epoch' if epochs == '1' else 'epochs'}, {tokens:,} tokens"  # fmt: skip
+
+
+def _answers(run: Reinforcement) -> tuple[list[tuple[str, str]], str]:
+    """Returns what answers are trained on, as labels and texts, and how many updates."""
+    asked, levels = run.asked.examples, run.difficulties
+    of = f"difficulty {levels[0]}" if len(levels) == 1 else f"difficulties {levels[0]} to {levels[-1]}"
+    most = f"{counted(asked.samples, 'answer')} to each, of {counted(asked.max_tokens, 'token')} at most"
+    repeats = f", {asked.updates_per_batch} by the same answers" if asked.updates_per_batch > 1 else ""
+    return [
+        ("task", f"{run.task.name}, {of}; {counted(len(run.held_out), 'held-out problem')} to validate"),
+        ("answers", f"{counted(asked.problems, 'problem')} at a time, {most}; {run.batch_size} in a batch"),
+    ], f"{run.settings.schedule.total:,}{repeats}"
 
 
 def mixed(split: Prepared, draws: Draws | None) -> list[tuple[str, str]]:
@@ -393,8 +423,8 @@ def harmed(result: Result, rate: str) -> str:
     )
 
 
-def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
-    """Returns how a run ended, as labels and texts."""
+def ended(result: Result, validated: bool, asked: bool = False) -> list[tuple[str, str]]:
+    """Returns how a run ended, as labels and texts; `asked` where validations ask the model, and losses are errors."""
     done = result.progress
     took = duration(done.seconds) + (" and validations" if validated else "")
     lines = [("done", f"{counted(done.step, 'update')}, {counted(done.tokens, 'token')}, {took}")]
@@ -405,9 +435,11 @@ def ended(result: Result, validated: bool) -> list[tuple[str, str]]:
         lines = [("ended", f"early, after {counted(done.step, 'update')}: {reason}; more --patience goes on")]
     if done.skipped:
         lines.append(("skipped", counted(done.skipped, "update")))
-    if done.best_step:
-        best = f"validation loss {done.best_loss:.4f}, after {counted(done.best_step, 'update')}"
-        lines.append(("best", best))
+    if done.best_step and done.best_loss is not None:
+        best = f"validation loss {done.best_loss:.4f}"
+        if asked:
+            best = f"{1 - done.best_loss:.1%} of the answers to held-out problems right"
+        lines.append(("best", f"{best}, after {counted(done.best_step, 'update')}"))
     if result.test is not None:
         loss, measures = result.test.test_loss, result.test.measures
         assert loss is not None

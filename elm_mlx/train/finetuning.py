@@ -110,6 +110,10 @@ class Finetuning(HeldRun):
         self._test = self._batches("test") if "test" in self.splits else None
 
     @property
+    def validates(self) -> bool:
+        return self._validation is not None
+
+    @property
     def notes(self) -> list[str]:
         """Says what is done otherwise than asked, because the model's family cannot do it."""
         if self._packed == self.asked.examples.pack:

@@ -1,8 +1,8 @@
 """The policy: the model that is trained, as it answers.
 
 Answers come from the parameters as they are now, rounded as the training step rounds them, without dropout. On a CPU
-linears with an adapter are merged for the time of sampling, so that decoding goes as fast as without one (`whole_step`);
-weights of the merged model and of base and adapter apart differ by rounding.
+linears with an adapter are merged with it while answers are sampled, so that decoding goes as fast as without one
+(`whole_step`); what that and the two apart compute differs by rounding.
 """
 
 from __future__ import annotations

@@ -70,6 +70,14 @@ class Reinforcement(Finetuning):
         self.row_length = min(max(map(len, prompts)) + asked.max_tokens, self.config.max_context_length)
         self.splits, self._packed, self._test = {}, False, None
 
+    @property
+    def validates(self) -> bool:
+        return True
+
+    @property
+    def notes(self) -> list[str]:
+        return []
+
     def _steps(self) -> int:
         assert self.asked.optimizer.iters is not None
         return self.asked.optimizer.iters
@@ -96,12 +104,13 @@ class Reinforcement(Finetuning):
 
     def _identity(self) -> Identity:
         identity, asked = super()._identity(), self.asked.examples
+        config = {name: value for name, value in identity.config.items() if name not in ("row length", "packing")}
         own = {
             "task": self.task.name, "difficulties": list(self.difficulties), "problems": asked.problems,
             "samples": asked.samples, "max tokens": asked.max_tokens, "updates per batch": asked.updates_per_batch,
             "advantage": asked.advantage,
         }  # fmt: skip
-        return replace(identity, config={**identity.config, **own})
+        return replace(identity, config=config | own)
 
     def _data_sha256(self) -> str:
         """Returns a hash of the task: of its held-out problems, and of a user's file as it stands."""

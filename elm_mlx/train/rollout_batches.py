@@ -72,12 +72,12 @@ class RolloutBatches:
     def resume(self, state: Mapping[str, Any]) -> None:
         """Moves to where `state` was taken. Raises InputError where it is damaged."""
         try:
-            self._next, self._left, self.measures = state["problem"], state["left"], dict(state["measures"])
+            self._next, self._left, self.measures = state["problem"], state["left"], {**state["measures"]}
             self._answers = [
-                WeighedAnswer(*map(tuple, (each["prompt"], each["tokens"], each["logprobs"])), each["advantage"])
+                WeighedAnswer(tuple(each["prompt"]), tuple(each["tokens"]), tuple(each["logprobs"]), each["advantage"])
                 for each in state["answers"]
             ]
-            if not (0 <= self._next and 0 <= self._left < self._repeats and bool(self._left) == bool(self._answers)):
+            if self._next < 0 or not 0 <= self._left < self._repeats or bool(self._left) != bool(self._answers):
                 raise ValueError(state)
         except (KeyError, TypeError, ValueError):
             raise InputError("cannot resume: the position in the problems is damaged") from None

@@ -282,7 +282,7 @@ class RolloutSettings(DataSettings):
     updates_per_batch: int = 1
     advantage: Advantage = "mean"
     eval_problems: int = 64
-    batch_size: int = 16
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         check_counts(self, "problems", "max_tokens", "updates_per_batch", "eval_problems", "batch_size")

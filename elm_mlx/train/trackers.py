@@ -89,7 +89,7 @@ class _Tracker(TrainingCallback):
 
 def _values(line: Mapping[str, Any]) -> dict[str, float]:
     """Returns what a tracker is given of a line of the metrics."""
-    hidden = ("step", "best") if "loss" in line else ("step", "best", "seconds")  # the updates' curve
+    hidden = ("step", "best", "samples", *(() if "loss" in line else ("seconds",)))  # the updates' curve
     return {name: value for name, value in line.items() if name not in hidden}
 
 

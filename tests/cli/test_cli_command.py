@@ -27,7 +27,7 @@ from elm_mlx.train.preference import LOSSES
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_MODEL = {
-    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "info", "lora", "quantize", "serve",
+    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "grpo", "info", "lora", "quantize", "serve",
     "synthesize",
 }  # fmt: skip
 

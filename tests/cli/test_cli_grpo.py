@@ -1,0 +1,125 @@
+"""`elm-mlx grpo`: a tiny model learns what a program rewards, and goes on after any end as if there had been none."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Run
+from training_tasks import write_task
+
+from elm_mlx.store.loading import load_model
+
+QUICK = ("--difficulty", 1, "--max-tokens", 6, "--problems", 4, "--samples", 4, "--eval-problems", 8, "--lr", 0.02)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    return write_task(tmp_path / "letters.py")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whose answers end at one token in five."""
+    path = tmp_path_factory.mktemp("ending") / "model"
+    shutil.copytree(tiny_model_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, *range(3, 60)]}))
+    return path
+
+
+@pytest.fixture
+def grpo(run: Run, model: Path, task: Path) -> Any:
+    return partial(run, "grpo", model, "--task", task, *QUICK)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The metrics, without what depends on the clock."""
+    clock = {"seconds", "tokens_per_second", "memory", "sampling_seconds"}
+    found = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clock} for line in found]
+
+
+@pytest.mark.parametrize("method", [(), ("--dora",), ("--full",), ("--updates-per-batch", 2, "--advantage", "std")])
+def test_what_is_rewarded_comes_more_often(grpo: Any, model: Path, tmp_path: Path, method: Any) -> None:
+    out = tmp_path / "out"
+    code, said, err = grpo("--out", out, "--iters", 24, "--steps-per-eval", 12, *method)
+    assert code == 0, err
+    found = lines(out)
+    validations = [line for line in found if "valid_loss" in line]
+    rates = [line["valid_pass@1"] for line in validations]
+    assert rates[-1] > rates[0] + 0.15 and all(line["valid_loss"] == 1 - line["valid_pass@1"] for line in validations)
+    assert all(line["valid_pass@4"] >= line["valid_pass@1"] for line in validations)
+    updates = [line for line in found if "loss" in line]
+    assert len(updates) == 24 and updates[-1]["learning_rate"] == 0
+    for name in ("reward", "pass@4", "length", "truncated", "entropy", "skipped_groups"):
+        assert all(name in line for line in updates)
+    assert ("clipped" in updates[0]) == ("--updates-per-batch" in method)
+    assert re.search(r"step 0: held-out problems: pass@1 [\d.]+, pass@4 [\d.]+, entropy [\d.]+", said)
+    assert re.search(r"  (right|wrong): [a-z ]+ → \S", said) and re.search(r", \d+% sampling, ", said)
+    assert re.search(r"best      [\d.]+% of the answers to held-out problems right, after (12|24) updates", said)
+    assert load_model(model, adapter_path=out) is not None
+
+
+def test_a_run_says_what_it_is_going_to_do(grpo: Any, tmp_path: Path) -> None:
+    said = grpo("--out", tmp_path / "out", "--iters", 1)[1]
+    assert "task      letters, difficulty 1; 8 held-out problems to validate\n" in said
+    assert "answers   4 problems at a time, 4 answers to each, of 6 tokens at most; 32 in a batch\n" in said
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_killed_and_resumed(model: Path, task: Path, tmp_path: Path, repeats: int) -> None:
+    """Twice killed without warning, a run's losses, measures and samples are those of one that lived, to the bit."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [sys.executable, "-m", "elm_mlx", "grpo", str(model), "--task", str(task), *map(str, QUICK)]
+    options = ["--iters", "24", "--steps-per-eval", "5", "--save-every", "2", "--updates-per-batch", str(repeats)]
+    subprocess.run([*command, "--out", str(whole), *options], check=True, capture_output=True)
+    for after, resume in ((4, []), (13, ["--resume"])):
+        with subprocess.Popen([*command, "--out", str(out), *options, *resume], stdout=subprocess.DEVNULL) as process:
+            while not ((out / "metrics.jsonl").exists() and f'"step": {after},' in (out / "metrics.jsonl").read_text()):
+                assert process.poll() is None
+            process.kill()
+    subprocess.run([*command[:4], "--out", str(out), "--resume"], check=True, capture_output=True)
+    assert lines(out) == lines(whole)
+    assert any("samples" in line for line in lines(out))
+
+
+def test_what_would_change_a_resumed_run_is_refused(grpo: Any, run: Run, task: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert grpo("--out", out, "--iters", 2)[0] == 0
+    for option, value in (("--samples", 5), ("--problems", 3), ("--max-tokens", 7), ("--advantage", "std")):
+        code, _, err = grpo("--out", out, "--iters", 2, "--resume", option, value)
+        assert code == 2 and f"was trained with {option}" in err
+    code, _, err = grpo("--out", out, "--iters", 2, "--resume", "--difficulty", "1-2")
+    assert code == 2 and "was trained on other data" in err
+    task.write_text(task.read_text().replace('"aeiou"', '"xyz e"'))
+    code, _, err = grpo("--out", out, "--iters", 2, "--resume")
+    assert code == 2 and "was trained on other data" in err
+
+
+def test_what_cannot_be_is_refused(run: Run, tiny_model_dir: Path, task: Path, tmp_path: Path) -> None:
+    def refused(message: str, *arguments: object) -> None:
+        code, _, err = run("grpo", tiny_model_dir, "--out", tmp_path / "out", *arguments)
+        assert code == 2 and message in err
+
+    refused("--task is missing: give it on the command line")
+    refused("no such task", "--task", "poetry")
+    refused("--difficulty 3: the task letters has 1 to 2", "--task", task, "--difficulty", 3)
+    refused("samples must be at least 2, not 1: answers to a problem are compared", "--task", task, "--samples", 1)
+    refused("max_tokens", "--task", task, "--max-tokens", 0)
+
+
+def test_it_begins_with_an_adapter(grpo: Any, tmp_path: Path) -> None:
+    """What one run has left is what the next one's first validation finds."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert grpo("--out", first, "--iters", 12, "--steps-per-eval", 12)[0] == 0
+    assert grpo("--out", second, "--iters", 1, "--from", first)[0] == 0
+    left, found = ([line for line in lines(out) if "valid_loss" in line] for out in (first, second))
+    assert found[0]["valid_pass@1"] == pytest.approx(left[-1]["valid_pass@1"], abs=0.05)
