@@ -62,6 +62,8 @@ class RunMetrics:
         about: `run.json`, nested keys joined by dots, values as text; empty where there is none.
         columns: by key, in the order of their first lines; `skipped` is 0 or 1.
         tokens, seconds: spent in updates up to and with each one; validations are in neither.
+        samples: of the first and of the last validation that asked the model, their steps, and verdict, prompt and
+            answer of each.
         notes: what a reader should know of the files, a sentence each.
     """
 
@@ -71,6 +73,7 @@ class RunMetrics:
     columns: dict[str, Column] = field(default_factory=dict)
     tokens: Column = field(default_factory=Column)
     seconds: Column = field(default_factory=Column)
+    samples: list[tuple[int, list[tuple[str, ...]]]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def column(self, key: str) -> Column:
@@ -212,6 +215,11 @@ def _take(run: RunMetrics, line: Any) -> bool:
     for key, value in numbers.items():
         if key not in _NO_COLUMN:
             run.columns.setdefault(readable(key), Column()).add(step, value)
+    if "samples" in line:
+        shown = [
+            tuple(readable(str(each[part])) for part in ("verdict", "prompt", "answer")) for each in line["samples"]
+        ]
+        run.samples[1:] = [(step, shown)]
     return went_back
 
 

@@ -30,6 +30,7 @@ _FIRST = ("loss", "learning_rate", "tokens_per_second", "matmul_share", "grad_no
 _AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth
 _LAST_LOSSES = 20  # whose mean is the final one
 _BUCKETS, _LEAST, _MOST = 22_000, 40, 1_000  # of the page; of a column at least, at most: a page of 2 MB or less
+_EXCERPT = 2_000  # characters of a prompt, or of an answer
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")  # Okabe and Ito's
 _MARKERS = "os^D"
 _LINES = ("-", "--", ":", "-.")  # of the first seven runs, the next seven, …
@@ -71,6 +72,7 @@ def content(runs: Sequence[RunMetrics]) -> str:
         "runs": [_embedded(run, charted, buckets) for run in runs],
         "summary": summary(runs),
         "about": about(runs),
+        "samples": samples(runs),
     }
     return json.dumps(found, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
@@ -103,6 +105,14 @@ def about(runs: Sequence[RunMetrics]) -> list[tuple[str, list[str], bool]]:
         differs = len({values.get(key) for values in telling}) > 1
         rows.append((key, [run.about.get(key, "") for run in runs], differs))
     return sorted(rows, key=lambda row: not row[2])
+
+
+def samples(runs: Sequence[RunMetrics]) -> list[list[str]]:
+    """Returns run, step, verdict, prompt and answer of what the models of the runs were asked, first and last."""
+    return [
+        [run.name, f"{step:,}", verdict, *(text[:_EXCERPT] for text in texts)]
+        for run in runs for step, asked in run.samples for verdict, *texts in asked
+    ]  # fmt: skip
 
 
 def _summed_up(run: RunMetrics) -> dict[str, str]:

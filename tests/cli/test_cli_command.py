@@ -27,8 +27,8 @@ from elm_mlx.train.preference import LOSSES
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_MODEL = {
-    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "grpo", "info", "lora", "quantize", "serve",
-    "synthesize",
+    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "grpo", "info", "lora", "quantize",
+    "serve", "synthesize",
 }  # fmt: skip
 
 

@@ -54,6 +54,21 @@ def pairs(column: metrics.Column) -> list[tuple[int, float]]:
 # ---- Reading ----
 
 
+def test_samples_of_the_first_and_the_last_validation_are_shown(tmp_path: Path) -> None:
+    def asked(step: int, answer: str) -> dict[str, Any]:
+        samples = [{"prompt": "2 + 3?\n", "answer": answer, "verdict": "right"}]
+        return {"step": step, "valid_loss": 0.5, "samples": samples}
+
+    path = write(tmp_path / "run", asked(0, "</script>"), update(1), asked(1, "?"), asked(2, "5"))
+    found = content(run_report.page(metrics.read([path])))
+    assert found["samples"] == [
+        ["run", "0", "right", "2 + 3?\n", "</script>"], ["run", "2", "right", "2 + 3?\n", "5"],
+    ]  # fmt: skip
+    write(tmp_path / "bad", update(1), {"step": 1, "valid_loss": 0.5, "samples": [7]}, update(2))
+    (damaged,) = metrics.read([tmp_path / "bad"])
+    assert damaged.samples == [] and "1 damaged line" in damaged.notes[0]
+
+
 def test_a_real_run_is_read_as_it_was_written(tmp_path: Path) -> None:
     result = small.run(tmp_path / "run", small.settings(8))
     (run,) = metrics.read([tmp_path / "run"])
