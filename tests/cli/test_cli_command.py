@@ -124,6 +124,8 @@ def test_every_command_of_a_model_takes_it_by_name(run: Run, tmp_path: Path, nam
     missing = tmp_path / "no-such-model"
     more = {"fuse": ["A", "B"], "adapter": ["A", "B"], "quantize": ["B"], "export": ["B"], "generate": ["text"]}
     flags = ["--data", tmp_path, "--out", tmp_path / "out"] if name in ("lora", "dpo") else []
+    if name == "grpo":
+        flags = ["--task", "arithmetic", "--out", tmp_path / "out"]
     if name == "bench":
         flags = ["--out", tmp_path / "bench", "--against", "none"]
     if name == "synthesize":
