@@ -60,7 +60,7 @@ def test_commands_stand_in_groups(run: Run) -> None:
     groups = re.findall(r"^(\w+):\n((?:  .*\n)+)", out, re.M)
     assert [name for name, _ in groups] == ["Options", "Models", "Talk", "Train", "Measure"]
     named = [re.findall(r"^  (\S+)", text, re.M) for _, text in groups[1:]]
-    assert sorted(chain(*named)) == sorted(COMMANDS) and named[1] == ["generate", "chat", "serve"]
+    assert sorted(chain(*named)) == sorted(COMMANDS) and named[1] == ["generate", "chat", "serve", "index"]
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
