@@ -10,7 +10,7 @@ from elm_mlx.cli import options
 from elm_mlx.cli.screen import note
 
 PANELS = {
-    "Conversation": ("system", "template"),
+    "Conversation": ("docs", "system", "template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
     "KV cache": ("kv_bits", "max_kv_size", "save_cache", "load_cache"),
@@ -21,6 +21,7 @@ PANELS = {
 def chat(
     model: options.ModelPath,
     message: Annotated[str | None, typer.Argument(metavar="[MESSAGE]", help="The first message.")] = None,
+    docs: options.Docs = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
     max_tokens: options.MaxTokens = None,
@@ -53,6 +54,9 @@ def chat(
     from elm_mlx.text.chat_template import choose, prepare
 
     reading.check_seed(seed)
+    if docs is not None:
+        options.check_documents(max_kv_size)
+    documents = None if docs is None else options.open_documents(docs)
     model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
     drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
@@ -72,11 +76,11 @@ def chat(
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
         "repetition_penalty": repetition_penalty,
     }  # fmt: skip
-    settings = sampling.merge_settings(model, flags, DEFAULTS if chosen else CONTINUING)
+    settings = sampling.merge_settings(model, flags, DEFAULTS if chosen or documents else CONTINUING)
     conversation = Chat(
         loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed,
         **drafts.load(loaded),
-        kv_bits=kv_bits, max_kv_size=max_kv_size,
+        kv_bits=kv_bits, max_kv_size=max_kv_size, documents=documents,
     )  # fmt: skip
     cache = conversation.cache
     if kept is not None:

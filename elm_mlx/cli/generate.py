@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,15 +15,19 @@ import typer
 
 from elm_mlx import reading
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, Speech, counted, line, note, visible
+from elm_mlx.cli.screen import ProgressBar, Speech, counted, line, note, show_sources, visible
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
+    from elm_mlx.documents.index_file import Passage
+    from elm_mlx.documents.retrieval import DocumentIndex
     from elm_mlx.inference.batch import Completion
     from elm_mlx.inference.generation import Response
+    from elm_mlx.store.loading import Loaded
+    from elm_mlx.text.chat_template import Template
 
 PANELS = {
-    "Conversation": ("system", "template", "no_template"),
+    "Conversation": ("docs", "system", "template", "no_template"),
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Output": ("as_json", "logprobs"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
@@ -42,6 +46,7 @@ def generate(
         Path | None,
         typer.Option(help="A file with a prompt a line, or .jsonl of objects with `prompt`. (default: PROMPT)"),
     ] = None,
+    docs: options.Docs = None,
     system: options.System = None,
     template: options.ChatTemplate = None,
     no_template: Annotated[
@@ -75,26 +80,21 @@ def generate(
         raise InputError("the prompt is given twice; --prompts FILE takes several")
     if bool(alone) == (prompts is not None):
         raise InputError("give one of --prompt TEXT and --prompts FILE")
-    if prompts and logprobs and not as_json:
-        raise InputError("--logprobs with --prompts needs --json")
-    if prompts and save_cache:
-        raise InputError("--save-cache keeps one prompt, and --prompts has several: read what they share by itself")
-    if prompts and (prompt_lookup or draft_model is not None):
-        raise InputError("--prompts decodes its prompts together, without drafts: leave out --prompts, or the drafts")
-    if prompts and max_kv_size is not None:
-        raise InputError("--max-kv-size is for one text without end, and --prompts has several")
+    if prompts:
+        _check_several(logprobs and not as_json, save_cache, prompt_lookup or draft_model is not None, max_kv_size)
     if no_template:
         if template is not None:
             raise InputError("give --template or --no-template, not both")
         template = "none"
-    from elm_mlx.inference.generation import check_steps, encode_prompt
+    if docs is not None:
+        options.check_documents(max_kv_size)
+    from elm_mlx.inference.generation import check_steps
     from elm_mlx.inference.rows import PREFILL_STEP
     from elm_mlx.inference.sampling import merge_settings, sampler_from
     from elm_mlx.inference.speculation import DraftOptions
     from elm_mlx.model.cache import check_caches, make_prompt_cache
     from elm_mlx.model.config import read_config
     from elm_mlx.store.loading import open_model
-    from elm_mlx.text.tokenizer import has_chat_template
 
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
@@ -105,17 +105,14 @@ def generate(
     check_caches(config, kv_bits, max_kv_size, saved=bool(save_cache or load_cache))
     chosen: dict[str, Any] = merge_settings(model, flags)
     sampler_from(chosen)
-    prefill_step = PREFILL_STEP if prefill_step is None else prefill_step
-    check_steps(chosen["max_tokens"], prefill_step)
+    chosen |= {"seed": seed, "prefill_step": PREFILL_STEP if prefill_step is None else prefill_step}
+    check_steps(chosen["max_tokens"], chosen["prefill_step"])
     drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
     reading.check_seed(seed)
-    templated = template is not None or adapter is not None or has_chat_template(model)
-    if templated:  # only then is any of it imported
-        from elm_mlx.text.chat_template import choose, prepare
-
-        templated = prepare(model, template, adapter)
-    if not templated and system is not None:
+    templated = _is_templated(model, template, adapter)
+    if not templated and docs is None and system is not None:
         raise InputError("--system needs a chat template, which the model lacks: pass --template")
+    documents = None if docs is None else options.open_documents(docs)
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
     kept = None
     if save_cache or load_cache:
@@ -126,37 +123,106 @@ def generate(
     for remark in loaded.notes:
         note(remark)
     assert loaded.tokenizer is not None
-    chosen |= {"seed": seed, "stop": stop or (), "prefill_step": prefill_step}
     chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model, kv_bits, max_kv_size)
     if kept is not None:
         chosen["cached"] = kept.load(loaded.model, caches)
-    inputs: Sequence[str | list[int]] = texts
-    conversing = choose(model, loaded.tokenizer, template, adapter) if templated else None
-    if conversing is not None:
-        before = [] if system is None else [{"role": "system", "content": system}]
-        inputs = [conversing.encode([*before, {"role": "user", "content": text}]) for text in texts]
-        chosen |= {"stop": (*conversing.stop_strings, *(stop or ())), "stop_ids": conversing.stop_ids}
-        note("answered by the chat template; --no-template continues the text")
+    conversing = None
+    if templated:
+        from elm_mlx.text.chat_template import choose
+
+        conversing = choose(model, loaded.tokenizer, template, adapter)
+    asked = _asked(loaded, conversing, documents, system, texts, chosen["max_tokens"])
+    chosen |= {"stop": (*asked.stop_strings, *(stop or ())), "stop_ids": asked.stop_ids}
     if prompts:
         from elm_mlx.inference.batch import generate_batch
 
-        completions = generate_batch(loaded.model, loaded.tokenizer, inputs, **chosen)
-        _print_batch(texts, completions, as_json, logprobs)
+        _print_batch(
+            texts, asked, generate_batch(loaded.model, loaded.tokenizer, asked.inputs, **chosen), as_json, logprobs
+        )
         return
-    from elm_mlx.inference.generation import stream_generate
+    from elm_mlx.inference.generation import encode_prompt, stream_generate
 
-    ids = encode_prompt(loaded.model, loaded.tokenizer, inputs[0], endless=max_kv_size is not None)
+    ids = encode_prompt(loaded.model, loaded.tokenizer, asked.inputs[0], endless=max_kv_size is not None)
     if max_kv_size is not None and len(ids) > max_kv_size:
         note(f"the prompt has {len(ids)} tokens: of them 4 and the last are in view, {max_kv_size} at most")
     responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen, **drafts.load(loaded))
     if kept is not None:
         responses = _kept_after_first(responses, partial(kept.save, ids, caches))
     if as_json:
-        _as_json(texts[0], responses, logprobs)
+        _as_json(texts[0], asked, responses, logprobs)
     elif logprobs:
         _as_tokens(responses)
     else:
-        _as_text(texts[0] if conversing is None else texts[0] + "\n", responses)  # an answer begins its own line
+        _as_text(texts[0] + "\n" * asked.answers, responses)  # an answer begins its own line
+    if documents is not None and not as_json:
+        show_sources(documents, asked.sources[0])
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a model is asked: texts or ids, and what ends an answer.
+
+    Attributes:
+        sources: the passages that each was given, without documents none.
+        answers: the prompts are messages, and no texts to go on with.
+    """
+
+    inputs: Sequence[str | list[int]]
+    sources: Sequence[Sequence[Passage] | None]
+    stop_strings: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()
+    answers: bool = False
+
+
+def _asked(
+    loaded: Loaded,
+    template: Template | None,
+    documents: DocumentIndex | None,
+    system: str | None,
+    texts: Sequence[str],
+    max_tokens: int,
+) -> _Asked:
+    """Returns what the model is asked: texts as they are, or messages by the template, with passages of documents."""
+    assert loaded.tokenizer is not None
+    if documents is not None:
+        from elm_mlx.documents.grounding import QuestionsAndAnswers
+        from elm_mlx.inference.conversation import grounded_prompt
+        from elm_mlx.inference.window import Templated
+
+        template = template or QuestionsAndAnswers(loaded.tokenizer)
+        window = Templated(template, loaded.model.config.max_context_length, system)
+        grounded = [grounded_prompt(window, loaded.tokenizer, documents, [], text, max_tokens) for text in texts]
+        inputs: Sequence[str | list[int]] = [prompt.ids for prompt, _ in grounded]
+        return _Asked(inputs, [each for _, each in grounded], template.stop_strings, template.stop_ids, True)
+    if template is None:
+        return _Asked(texts, [None] * len(texts))
+    before = [] if system is None else [{"role": "system", "content": system}]
+    inputs = [template.encode([*before, {"role": "user", "content": text}]) for text in texts]
+    note("answered by the chat template; --no-template continues the text")
+    return _Asked(inputs, [None] * len(texts), template.stop_strings, template.stop_ids, True)
+
+
+def _is_templated(model: Path, template: str | None, adapter: Path | None) -> bool:
+    """Returns whether the prompt is a message, by a template that is given, or the adapter's, or the model's own."""
+    from elm_mlx.text.tokenizer import has_chat_template
+
+    if template is None and adapter is None and not has_chat_template(model):
+        return False  # and nothing of templates is imported
+    from elm_mlx.text.chat_template import prepare
+
+    return prepare(model, template, adapter)
+
+
+def _check_several(as_tokens: bool, save_cache: Path | None, drafted: bool, max_kv_size: int | None) -> None:
+    """Raises InputError for options that --prompts does not go with."""
+    if as_tokens:
+        raise InputError("--logprobs with --prompts needs --json")
+    if save_cache:
+        raise InputError("--save-cache keeps one prompt, and --prompts has several: read what they share by itself")
+    if drafted:
+        raise InputError("--prompts decodes its prompts together, without drafts: leave out --prompts, or the drafts")
+    if max_kv_size is not None:
+        raise InputError("--max-kv-size is for one text without end, and --prompts has several")
 
 
 def _kept_after_first(responses: Iterator[Response], save: Callable[[], None]) -> Iterator[Response]:
@@ -167,7 +233,9 @@ def _kept_after_first(responses: Iterator[Response], save: Callable[[], None]) -
         yield response
 
 
-def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: bool, logprobs: bool) -> None:
+def _print_batch(
+    texts: list[str], asked: _Asked, completions: Iterator[Completion], as_json: bool, logprobs: bool
+) -> None:
     from elm_mlx import device
 
     start, read, written = time.perf_counter(), 0, 0
@@ -176,7 +244,7 @@ def _print_batch(texts: list[str], completions: Iterator[Completion], as_json: b
         for number, (text, done) in enumerate(zip(texts, completions, strict=True), start=1):
             read, written = read + done.prompt_tokens, written + len(done.tokens)
             if as_json:
-                _print_json(text, asdict(done), logprobs)
+                _print_json(text, asked.sources[number - 1], asdict(done), logprobs)
             else:
                 speech.write(f"--- {number}: {text}\n{done.text}")
                 speech.finish()
@@ -214,7 +282,7 @@ def _as_tokens(responses: Iterator[Response]) -> None:
         _print_statistics(last)
 
 
-def _as_json(prompt: str, responses: Iterator[Response], logprobs: bool) -> None:
+def _as_json(prompt: str, asked: _Asked, responses: Iterator[Response], logprobs: bool) -> None:
     every = list(responses)
     result = asdict(every[-1])
     result |= {
@@ -222,12 +290,15 @@ def _as_json(prompt: str, responses: Iterator[Response], logprobs: bool) -> None
         "tokens": [response.token for response in every],
         "logprobs": [response.logprob for response in every],
     }
-    _print_json(prompt, {name: value for name, value in result.items() if name not in ("token", "logprob")}, logprobs)
+    kept = {name: value for name, value in result.items() if name not in ("token", "logprob")}
+    _print_json(prompt, asked.sources[0], kept, logprobs)
 
 
-def _print_json(prompt: str, result: dict[str, Any], logprobs: bool) -> None:
+def _print_json(prompt: str, sources: Sequence[Passage] | None, result: dict[str, Any], logprobs: bool) -> None:
     if not logprobs:
         del result["logprobs"]
+    if sources is not None:
+        result["sources"] = [each.values(number) for number, each in enumerate(sources, 1)]
     print(_json({"prompt": prompt, **result}), flush=True)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from elm_mlx.errors import InputError
 from elm_mlx.reading import expanded
+
+if TYPE_CHECKING:
+    from elm_mlx.documents.retrieval import DocumentIndex
 
 DType = Literal["float32", "float16", "bfloat16"]
 Preset = Literal["OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B"]
@@ -68,6 +72,10 @@ ComputeDtype = Annotated[
     DType | None, typer.Option(help="Type to compute in. (default: as stored on a GPU, float32 on a CPU)")
 ]
 OptionalModelPath = Annotated[Path | None, typer.Argument(metavar="[MODEL]", help=_MODEL)]
+Docs = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Answer from the passages of an index, by `index`. (default: no documents)"),
+]
 AdapterPath = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="An adapter for the model, from `lora` or mlx-lm.")
 ]
@@ -98,6 +106,23 @@ WeightDType = Annotated[DType | None, typer.Option("--dtype", help="Type of the 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a field, as optimizer.lr=0.001.")
 ]
+
+
+def check_documents(max_kv_size: int | None) -> None:
+    """Raises InputError where --docs does not go with the other options."""
+    if max_kv_size is not None:
+        raise InputError("--max-kv-size forgets what documents say amid an answer: leave it out, or --docs")
+
+
+def open_documents(index: Path) -> DocumentIndex:
+    """Opens the index that --docs names, and says what is to be known of it. Raises InputError and ElmError."""
+    from elm_mlx.cli.screen import note
+    from elm_mlx.documents.retrieval import DocumentIndex
+
+    documents = DocumentIndex(index)
+    for remark in documents.notes:
+        note(remark)
+    return documents
 
 
 def directory_of(model: Path) -> Path:

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
     from elm_mlx.callbacks import Report
+    from elm_mlx.documents.index_file import Passage
+    from elm_mlx.documents.retrieval import DocumentIndex
 
 __all__ = [
     "ProgressBar", "Speech", "TrainingDisplay", "bad_records_named", "bar", "byte_size", "counted", "duration",
-    "folded", "line", "name_bad", "note", "printable", "say", "say_all", "shown_measures", "silence", "table",
-    "terminal_width", "visible",
+    "folded", "line", "name_bad", "note", "printable", "say", "say_all", "show_sources", "shown_measures", "silence",
+    "table", "terminal_width", "visible",
 ]  # fmt: skip
 
 reader_left = False  # that of stdout has: the command ends with the exit code of SIGPIPE
@@ -74,6 +76,16 @@ def line(text: str, column: int = 0, err: bool = False) -> None:
     except BrokenPipeError:
         silence(stream)
         reader_left |= not err
+
+
+def show_sources(documents: DocumentIndex, sources: Sequence[Passage] | None) -> None:
+    """Prints on stderr which passages an answer was given, by number; or that nothing was found."""
+    if sources is None:
+        return
+    if not sources:
+        line(f"nothing found in {documents.path}: answered without documents", err=True)
+    for number, passage in enumerate(sources, 1):
+        line(f"[{number}] {documents.shown(passage)}", 4, err=True)
 
 
 def silence(stream: TextIO) -> None:

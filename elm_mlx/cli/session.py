@@ -18,7 +18,7 @@ from types import FrameType
 import typer
 
 from elm_mlx import files, reading
-from elm_mlx.cli.screen import Speech, counted, folded, note, visible
+from elm_mlx.cli.screen import Speech, counted, folded, note, show_sources, visible
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.conversation import DEFAULTS, Chat, Reply
 from elm_mlx.inference.sampling import save_settings
@@ -163,6 +163,9 @@ class Session:
         if not (said and speech.at_line_start):
             print(flush=True)
         self._explain(reply, said)
+        if self._chat.documents is not None:
+            sys.stdout.flush()
+            show_sources(self._chat.documents, reply.sources)
 
     def _explain(self, reply: Reply, said: bool) -> None:
         """Prints how the answer ended, where that is not plain to see."""

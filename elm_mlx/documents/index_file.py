@@ -76,6 +76,12 @@ class Passage:
         """Its place and its heading."""
         return f"{self.place} ({self.heading})" if self.heading else self.place
 
+    def values(self, number: int) -> dict[str, Any]:
+        """Returns what an answer in JSON says of a source: its number there, place, heading and text."""
+        unit = "page" if self.path.lower().endswith(PDF) else "line"
+        places = {f"first_{unit}": self.first, f"last_{unit}": self.last}
+        return {"number": number, "file": self.path, **places, "heading": self.heading, "text": self.text}
+
     @property
     def searched(self) -> str:
         """The text that stands for the passage where vectors are made."""

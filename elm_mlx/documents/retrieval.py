@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 
     from elm_mlx.documents.static_embeddings import StaticEmbeddings
 
-HEADING_WEIGHT = 2.0  # of a word in a heading, against one in the text
+HEADING_WEIGHT = 4.0  # of a word in a heading, against one in the text: measured in docs/index.md
 _FUSED = 60  # Cormack's constant
 _RANKED = 50  # passages of each ranking that count
+_SCORED = 1000  # passages for each question of a conversation
+EARLIER = 0.25  # what a question counts after which another came, and so on: measured in docs/index.md
+_EARLIER_QUESTIONS = 3
 _MOST_WORDS = 64  # of a question
-_ROWS = 1 << 14  # vectors multiplied at once
 _WORD = re.compile(r"\w[\w'’.+#-]*", re.UNICODE)
 # English words that are in nearly every passage: each would have all of them ranked.
 _STOP_WORDS = frozenset(
@@ -59,7 +63,7 @@ class DocumentIndex:
         self.path = reading.expanded(path)
         self._connection = index_file.connect(self.path)
         self._lock = threading.Lock()
-        self._vectors: tuple[int, NDArray[np.int64], NDArray[np.float16]] | None = None
+        self._vectors: tuple[int, NDArray[np.int64], NDArray[np.float32]] | None = None
         try:
             with named_errors(self.path):
                 root, unfinished = (index_file.read_setting(self._connection, each) for each in ("root", "unfinished"))
@@ -87,11 +91,18 @@ class DocumentIndex:
         with self._lock, named_errors(self.path):
             return int(self._connection.execute("SELECT count(*) FROM passages").fetchone()[0])
 
+    def shown(self, passage: Passage) -> str:
+        """Returns a passage's place and heading, its file from the working directory where it lies below that."""
+        place = self.root / passage.path
+        with suppress(ValueError, OSError):  # ValueError: elsewhere
+            place = place.relative_to(Path.cwd())
+        return replace(passage, path=str(place)).title
+
     def search(self, question: str, earlier: Sequence[str] = (), count: int = 20) -> list[Passage]:
         """Returns the passages for a question, the best first; none where none shares a word with it.
 
-        A follow-up ("and when was that?") is found by what was asked before: the question counts by itself, and once
-        more together with the one before it, the last of `earlier`.
+        A follow-up ("and when was that?") is found by what was asked before: the score of a passage is that for the
+        question, and a quarter of that for the one before it, and so on for three of them.
 
         Args:
             earlier: the questions of the conversation before this one, oldest first.
@@ -100,39 +111,41 @@ class DocumentIndex:
         Raises:
             InputError: the index is damaged.
         """
-        asked = [question, f"{earlier[-1]} {question}"] if earlier else [question]
+        asked = [question, *earlier[: -_EARLIER_QUESTIONS - 1 : -1]]
         with self._lock, named_errors(self.path):
-            rankings = [self._by_words(each) for each in asked]
+            rankings = [self._by_words(asked)]
             if self._embeddings is not None:
-                rankings += [self._by_vectors(each) for each in asked]
-            found = fused(rankings)[:count]
-            return index_file.read_passages(self._connection, self.path, found)
+                rankings.append(self._by_vectors(asked))
+            return index_file.read_passages(self._connection, self.path, fused(rankings)[:count])
 
-    def _by_words(self, question: str) -> list[int]:
-        expression = match_expression(question)
-        if not expression:
-            return []
-        ranked = self._connection.execute(
-            f"SELECT rowid FROM words WHERE words MATCH ? AND rank MATCH 'bm25({HEADING_WEIGHT}, 1.0)' "
-            "ORDER BY rank LIMIT ?",
-            (expression, _RANKED),
-        )
-        return [number for (number,) in ranked]
+    def _by_words(self, asked: Sequence[str]) -> list[int]:
+        """Returns the ids of passages that share words with questions, the last of which is the first here."""
+        scores: dict[int, float] = {}
+        for distance, question in enumerate(asked):
+            if expression := match_expression(question):
+                ranked = self._connection.execute(
+                    f"SELECT rowid, rank FROM words WHERE words MATCH ? AND rank MATCH 'bm25({HEADING_WEIGHT}, 1.0)' "
+                    "ORDER BY rank LIMIT ?",
+                    (expression, _SCORED),
+                )
+                for number, rank in ranked:  # the lower the better
+                    scores[number] = scores.get(number, 0.0) - EARLIER**distance * rank
+        return sorted(scores, key=lambda number: -scores[number])[:_RANKED]
 
-    def _by_vectors(self, question: str) -> list[int]:
+    def _by_vectors(self, asked: Sequence[str]) -> list[int]:
         import numpy as np
 
         assert self._embeddings is not None
         ids, vectors = self._loaded_vectors()
-        asked = self._embeddings.vectors([question])[0].astype(np.float32)
-        if not len(ids) or not asked.any():
+        weights = EARLIER ** np.arange(len(asked), dtype=np.float32)
+        wanted = weights @ self._embeddings.vectors(asked).astype(np.float32)
+        if not len(ids) or not wanted.any():
             return []
-        parts = [vectors[at : at + _ROWS].astype(np.float32) @ asked for at in range(0, len(ids), _ROWS)]
-        scores = np.nan_to_num(np.concatenate(parts), nan=-1.0)
+        scores = np.nan_to_num(vectors @ wanted, nan=-1.0)
         best = np.argsort(-scores, kind="stable")[:_RANKED]
         return [int(number) for number in ids[best[scores[best] > 0]]]
 
-    def _loaded_vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float16]]:
+    def _loaded_vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Returns the ids of all passages that have vectors, and these; read anew when the index has changed."""
         import numpy as np
 
@@ -152,7 +165,7 @@ class DocumentIndex:
                 ids += own
                 rows.append(np.frombuffer(data, np.float16).reshape(-1, width))
             together = np.concatenate(rows) if rows else np.zeros((0, width), np.float16)
-            self._vectors = version, np.array(ids, np.int64), together
+            self._vectors = version, np.array(ids, np.int64), together.astype(np.float32)  # which is multiplied fast
         return self._vectors[1:]
 
 

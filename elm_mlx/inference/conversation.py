@@ -12,8 +12,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from elm_mlx import device, files, reading
+from elm_mlx.documents.grounding import MOST_PASSAGES, QuestionsAndAnswers, grounded_message
 from elm_mlx.errors import InputError
 from elm_mlx.inference import sampling
 from elm_mlx.inference.generation import TextStream, check_steps, encode_prompt
@@ -24,6 +26,10 @@ from elm_mlx.inference.window import Continued, Exchange, Prompt, Templated, as_
 from elm_mlx.model.network import Model
 from elm_mlx.text.chat_template import Template, check_messages
 from elm_mlx.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from elm_mlx.documents.index_file import Passage
+    from elm_mlx.documents.retrieval import DocumentIndex
 
 DEFAULTS: dict[str, float] = {**sampling.DEFAULTS, "temp": 0.7, "top_p": 0.9, "max_tokens": 512}
 # A base model has no end of its own to come to.
@@ -69,10 +75,18 @@ class Reply:
         finish_reason: "stop" (an end mark or a stop string), "length" (`max_tokens`), "context" (which is
             full) or "interrupted"; None before the end.
         statistics: whole at the end.
+        sources: the passages of documents that the model was shown for it, by number from 1; None without documents.
     """
 
-    def __init__(self, chat: Chat, before: Sequence[Exchange], question: str, prompt: Prompt) -> None:
-        self.before, self.question, self.prompt = list(before), question, prompt
+    def __init__(
+        self,
+        chat: Chat,
+        before: Sequence[Exchange],
+        question: str,
+        prompt: Prompt,
+        sources: tuple[Passage, ...] | None = None,
+    ) -> None:
+        self.before, self.question, self.prompt, self.sources = list(before), question, prompt, sources
         self.forgotten = prompt.forgotten
         self.finish_reason: str | None = None
         self.statistics = Statistics(prompt_tokens=len(prompt.ids))
@@ -98,6 +112,8 @@ class Chat:
         prompt_lookup, draft_model, num_draft_tokens: as in `stream_generate`: the same answers, sooner.
         kv_bits, max_kv_size: as of `make_prompt_cache`. With the latter nothing is forgotten as a whole: the model sees
             the beginning and the end of all that was said.
+        documents: what questions are answered from. Each is shown with its passages, as many as there is room for, and
+            is kept without them. A base model is then asked in plain text, see `grounding.QuestionsAndAnswers`.
 
     Attributes:
         exchanges: messages and their answers, oldest first.
@@ -122,7 +138,13 @@ class Chat:
         num_draft_tokens: int = MOST_DRAFTED,
         kv_bits: int | None = None,
         max_kv_size: int | None = None,
+        documents: DocumentIndex | None = None,
     ) -> None:
+        if documents is not None:
+            if max_kv_size is not None:
+                raise InputError("--max-kv-size forgets what documents say amid an answer: leave it out, or --docs")
+            template = template or QuestionsAndAnswers(tokenizer)
+        self.documents = documents
         context = model.config.max_context_length if max_kv_size is None else sys.maxsize
         self._window: Templated | Continued = (
             Continued(tokenizer, context, system) if template is None else Templated(template, context, system)
@@ -233,9 +255,16 @@ class Chat:
         self._window, self.exchanges = window, exchanges
 
     def _reply(self, before: Sequence[Exchange], question: str) -> Reply:
-        prompt = self._window.prompt(before, question, int(self.options["max_tokens"]))
+        max_tokens = int(self.options["max_tokens"])
+        sources = None
+        if self.documents is None or not isinstance(self._window, Templated):
+            prompt = self._window.prompt(before, question, max_tokens)
+        else:
+            prompt, sources = grounded_prompt(
+                self._window, self.tokenizer, self.documents, before, question, max_tokens
+            )
         encode_prompt(self.model, None, prompt.ids, endless=self.cache.caches[0].limit is not None)
-        return Reply(self, before, question, prompt)
+        return Reply(self, before, question, prompt, sources)
 
     def _answer(self, reply: Reply, stopped: Callable[[], bool]) -> Generator[str, None, None]:
         stop_strings = (*self._window.stop_strings, *self.stop)
@@ -251,7 +280,8 @@ class Chat:
             if not draft.text.strip():
                 return
         answer = draft.text if self.continues else draft.text.strip()
-        self.exchanges = [*reply.before, Exchange(reply.question, answer, reply.prompt.first, draft.ids())]
+        ids = () if reply.sources else draft.ids()  # with passages they are no conversation to go on with
+        self.exchanges = [*reply.before, Exchange(reply.question, answer, reply.prompt.first, ids)]
 
     def _pieces(self, reply: Reply, draft: Draft, stopped: Callable[[], bool]) -> Generator[str, None, None]:
         prompt, figures = reply.prompt.ids, reply.statistics
@@ -279,6 +309,26 @@ class Chat:
         rest = draft.finish()
         if rest:
             yield rest
+
+
+def grounded_prompt(
+    window: Templated,
+    tokenizer: Tokenizer,
+    documents: DocumentIndex,
+    before: Sequence[Exchange],
+    question: str,
+    max_tokens: int,
+) -> tuple[Prompt, tuple[Passage, ...]]:
+    """Returns the prompt that asks `question` with passages of documents, and these; none where nothing was found.
+
+    Raises:
+        InputError: the question alone is too long; the index is damaged.
+    """
+    found = documents.search(question, [exchange.question for exchange in before], MOST_PASSAGES)
+    prompt, count = window.grounded(
+        before, question, lambda count: grounded_message(question, found[:count], tokenizer), len(found), max_tokens
+    )
+    return prompt, tuple(found[:count])
 
 
 class Draft:

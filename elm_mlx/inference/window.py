@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import Template
@@ -82,8 +82,39 @@ class Templated(Window):
         self.stop_ids, self.stop_strings = template.stop_ids, template.stop_strings
 
     def prompt(self, before: Sequence[Exchange], question: str, max_tokens: int) -> Prompt:
-        first = before[-1].first if before else 0
+        return self._shown(before, question, self._limit(max_tokens), self.context // 2)
+
+    def grounded(
+        self,
+        before: Sequence[Exchange],
+        question: str,
+        written: Callable[[int], str],
+        most: int,
+        max_tokens: int,
+    ) -> tuple[Prompt, int]:
+        """Returns the prompt that asks `question` with passages of documents, and how many these are.
+
+        The conversation before takes at most half of the room that the answer leaves, and goes down to a quarter as in
+        `prompt`; passages take all that is left.
+
+        Args:
+            written: returns the message with so many passages.
+            most: of these, at most.
+        """
         limit = self._limit(max_tokens)
+        prompt, count = self._shown(before, question, limit // 2, limit // 4), 0
+        while count < most:
+            middle = (count + most + 1) // 2
+            ids = self._ids(before, prompt.first, written(middle))
+            if len(ids) <= limit:
+                prompt, count = replace(prompt, ids=ids), middle
+            else:
+                most = middle - 1
+        return prompt, count
+
+    def _shown(self, before: Sequence[Exchange], question: str, limit: int, then: int) -> Prompt:
+        """Returns the prompt of at most `limit` tokens; where exchanges must go for that, of at most `then`."""
+        first = before[-1].first if before else 0
         ids = self._ids(before, first, question)
         if len(ids) <= limit:
             return Prompt(ids, first)
@@ -92,7 +123,7 @@ class Templated(Window):
         for candidate in range(len(before) - 1, first, -1):
             longer = self._ids(before, candidate, question)
             # The last exchange stays wherever it can: it is what the question most likely refers to.
-            if len(longer) > (limit if candidate == len(before) - 1 else self.context // 2):
+            if len(longer) > (limit if candidate == len(before) - 1 else then):
                 break
             ids, oldest = longer, candidate
         count = oldest - first

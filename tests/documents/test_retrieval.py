@@ -67,7 +67,7 @@ SYNTAX = st.lists(
 ).map(" ".join)  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(st.text(max_size=80) | SYNTAX | SYNTAX.map(lambda text: text.replace(" ", "")))
 @example("word " * 5000)
 @example(" ".join(map(str, range(5000))))
