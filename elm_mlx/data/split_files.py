@@ -87,7 +87,7 @@ def find(path: str | Path, suffixes: Sequence[str] = RECORDS, split: str | None 
         suffix_of(path, (*suffixes, *DOCUMENTS))
         return {"train": SplitFiles([path])}
     if not path.is_dir():
-        raise InputError(f"{path}: no such file or directory")
+        raise InputError(f"{path}: {_absent(path)}")
     below = [path]
     for _ in range(_DEPTH):
         having = [(folder, found) for folder in below if (found := _to_train_on(folder, suffixes, split))]
@@ -101,12 +101,23 @@ def find(path: str | Path, suffixes: Sequence[str] = RECORDS, split: str | None 
     texts = {} if split is not None or any(_below(path, suffixes)) else _texts(path)
     if "train" in texts:
         return texts
-    there, wanted = few(each.name for each in _entries(path)), split or "train"
+    shown = (
+        f"{each.name}, {_absent(each)}" if each.is_symlink() and not each.exists() else each.name + "/" * each.is_dir()
+        for each in _entries(path)
+    )
+    there, wanted = few(shown), split or "train"
     plain = [suffix for suffix in suffixes if suffix.count(".") == 1]
     raise InputError(
         f"{path}: holds no {wanted}{f', {wanted}'.join(plain)}; to train on one file alone, pass it"
         + (f" (it holds {there})" if there else "")
     )
+
+
+def _absent(path: Path) -> str:
+    """Says what is at a path where neither a file nor a directory is."""
+    if path.is_symlink() and not path.exists():
+        return f"a link to {path.readlink()}, which is not there"
+    return "neither a file nor a directory" if path.exists() else "no such file or directory"
 
 
 def _to_train_on(folder: Path, suffixes: Sequence[str], split: str | None) -> dict[str, list[_Found]]:

@@ -18,7 +18,7 @@ from typing import Any
 from elm_mlx import files, reading
 from elm_mlx.callbacks import Report
 from elm_mlx.directories import RUN_RECORD
-from elm_mlx.errors import InputError
+from elm_mlx.errors import ElmError, InputError
 from elm_mlx.version import __version__
 
 METRICS = "metrics.jsonl"
@@ -101,9 +101,13 @@ def line_of(report: Report) -> dict[str, Any]:
 
 
 def append(out: Path, report: Report) -> None:
-    """Appends a line to the run's metrics."""
-    with (out / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line_of(report)) + "\n")
+    """Appends a line to the run's metrics. Raises ElmError."""
+    try:
+        with (out / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line_of(report)) + "\n")
+    except OSError as error:
+        on = "--resume goes on from the last checkpoint"
+        raise ElmError(f"{out / METRICS}: cannot be written: {error.strerror}; {on}") from None
 
 
 def cut(out: Path, step: int) -> None:

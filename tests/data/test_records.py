@@ -203,6 +203,22 @@ class TestFiles:
         with pytest.raises(InputError, match="no such file or directory"):
             read(tmp_path / "nowhere")
 
+    def test_what_is_neither_a_file_nor_a_directory(self, tmp_path: Path) -> None:
+        """A link to nowhere, to itself, a pipe, a directory of a file's name: each is said to be what it is."""
+        data = tmp_path / "data"
+        data.mkdir()
+        (data / "train.jsonl").symlink_to("gone.jsonl")
+        (data / "test.jsonl").mkdir()
+        (data / "loop").symlink_to("loop")
+        os.mkfifo(data / "a.jsonl")
+        shown = r"it holds a\.jsonl, loop, a link to loop, .*, test\.jsonl/, train\.jsonl, a link to gone\.jsonl, "
+        for path, reason in (
+            (data, shown), (data / "train.jsonl", "a link to gone.jsonl, which is not there"),
+            (data / "loop", "a link to loop"), (data / "a.jsonl", "neither a file nor a directory"),
+        ):  # fmt: skip
+            with pytest.raises(InputError, match=reason):
+                read(path)
+
     def test_a_file_that_may_not_be_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = lines(tmp_path / "a.jsonl", {"text": "a"})
 

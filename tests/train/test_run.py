@@ -114,6 +114,27 @@ def test_parameters_stay_wide_where_the_computation_is_narrow() -> None:
     assert 0 < mx.abs(after[name] - before[name]).max().item() < 2e-6
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_disk_that_fills_up_under_a_run_is_said_with_its_file(tmp_path: Path) -> None:
+    """It ends, and goes on from its last checkpoint, to the same losses, where there is room again."""
+    out, path = tmp_path / "out", tmp_path / "out" / "metrics.jsonl"
+    runs.run(tmp_path / "whole")
+
+    def fill(report: Report) -> None:
+        if report.step == 5 and report.loss is not None:
+            path.rename(tmp_path / "kept")
+            path.symlink_to("/dev/full")
+
+    with pytest.raises(ElmError, match=r"metrics\.jsonl: cannot be written: No space left on device; --resume goes on"):
+        runs.run(out, on_report=fill)
+    path.unlink()
+    (tmp_path / "kept").rename(path)
+    runs.run(out, resume=True)
+    values = [[json.loads(line) for line in (each / "metrics.jsonl").open()] for each in (tmp_path / "whole", out)]
+    first, second = ([(v["step"], v.get("loss", v.get("valid_loss"))) for v in lines] for lines in values)
+    assert first == second
+
+
 def test_a_run_learns_and_leaves_its_metrics_and_checkpoints(tmp_path: Path) -> None:
     seen: list[Report] = []
     result = runs.run(tmp_path, runs.settings(60, eval_every=20, save_every=25, keep=1), on_report=seen.append)
