@@ -1,9 +1,9 @@
 """What an answer says in the end: its last line, and the number or the words there; or its last block of code.
 
 A model may write its way to an answer before it, so only the last line with anything in it counts. There the answer
-stands alone, or after the last `=` or `:` or the word `is`, and a final dot or Markdown's `**` around it do not matter.
-What else the text says is not read: whoever writes down every possible answer has given the last one. Digits are
-ASCII's.
+stands alone, or after the last `=`, `:`, `is`, `equals` or `equal to`; a final dot or Markdown's `**` around it do not
+matter. What else the text says is not read: whoever writes down every possible answer has given the last one. Digits
+are ASCII's.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ LONGEST = 100_000  # characters of an answer that is read; a longer one says not
 
 _WITHIN_LINE = 1000  # characters of the last line; nothing that is asked for is as long
 _DIGITS = 40  # of a number: Python refuses to convert some thousands
+_STATES = re.compile(r"=|:|\b(?:is|equals|equal to)\b")
 _GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 
 
@@ -27,12 +28,12 @@ def final_line(answer: str) -> str | None:
 
 
 def said(answer: str) -> str | None:
-    """Returns what the final line states: all of it, or what follows the last `=`, `:` or `is`; None for nothing."""
+    """Returns what the final line states: all of it, or what follows the last `=`, `:`, `is` and so on; or None."""
     line = final_line(answer)
     if line is None:
         return None
     line = _bare(line)
-    *_, stated = re.split(r"=|:|\bis\b", line)
+    *_, stated = _STATES.split(line)
     return _bare(stated) or None
 
 

@@ -14,7 +14,6 @@ from elm_mlx.problems.final_line import final_line
 from elm_mlx.text import excerpts
 
 _SENTENCE = re.compile(r"[A-Z][a-z, ;:A-Z'-]{20,120}[a-z]{3}[.!?]")  # which does not end with `Mr.`
-_QUOTES = "\"'`"
 
 
 @functools.cache
@@ -51,18 +50,17 @@ def _problem(difficulty: int, seed: int) -> Problem:
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    given = _plain(final_line(answer) or "")
-    if not given:
+    line = " ".join((final_line(answer) or "").split()).removesuffix(".").strip("*'`")
+    if not line:
         return Verdict.UNREADABLE
-    return Verdict.RIGHT if given == _plain(problem.facts["right"]) else Verdict.WRONG
+    _, begun, quoted = line.partition('"')
+    given = (quoted.removesuffix('"') if begun and line.endswith('"') else line).removesuffix(".")
+    right = problem.facts["right"].removesuffix(".")
+    return Verdict.RIGHT if given == right or given.endswith(f": {right}") else Verdict.WRONG
 
 
-def _plain(text: str) -> str:
-    """Returns a sentence without quotation marks around it, its last dot, and what spaces it has but single ones."""
-    return " ".join(text.split()).strip(_QUOTES).removesuffix(".")
-
-
-# The answer is its final line, with quotation marks around it or not. Difficulties: 1, of two sentences the one with a
-# word (75,974 problems); 2, of four; 3, of eight; 4, of eight the one after that. The passages are drawn from 76
-# sentences, so what can be learned from them is to quote, not what is said there.
+# The answer is its final line: all of it, what is in quotation marks at its end, or what follows a colon.
+# Difficulties: 1, of two sentences the one with a word (75,974 problems); 2, of four; 3, of eight; 4, of eight the one
+# after that. The passages are drawn from 76 sentences, so what can be learned from them is to quote, not what is said
+# there.
 QUOTATION = CheckedTask("quotation", 4, _problem, _judge)

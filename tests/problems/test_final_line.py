@@ -10,7 +10,8 @@ from elm_mlx.problems.final_line import final_line, last_block, number, numbers
 @pytest.mark.parametrize(
     "answer",
     [
-        "82", " 82 ", "82.", "82\n", "\r\n82\r\n", "47 + 35 = 82", "The answer is 82.", "Answer: 82", "**82**",
+        "82", " 82 ", "82.", "82\n", "\r\n82\r\n", "47 + 35 = 82", "So, 47 + 35 equals 82.", "It is equal to 82",
+        "The answer is 82.", "Answer: 82", "**82**",
         "**82**.", "First 47, then 35.\nSo it is **82.**", "1\n2\n82", "=82", "082",
     ],
 )  # fmt: skip

@@ -261,11 +261,20 @@ def test_quotation() -> None:
         (found,) = (i for i, sentence in enumerate(passage) if asked[3] in sentence.lower())
         right = passage[found + (asked[2] is not None)]
         assert made.solution == right
+        bare, other = right.removesuffix("."), next(each for each in passage if each != right)
         for answer in (
             f'"{right}"',
-            right.removesuffix("."),
+            f'"{bare}"',
+            f'"{bare}".',
+            f"'{right}'",
+            f"*{right}*",
+            f'**"{right}"**',
+            bare,
             right.replace(" ", "  "),
             f"It is this one:\n\n{right}\n",
+            f'The sentence is "{right}"',
+            f"The sentence is: {right}",
+            f'Here: "{right}"',
         ):
             assert verdict("quotation", made, answer) is RIGHT, answer
         mutants = [
@@ -275,6 +284,12 @@ def test_quotation() -> None:
             right.replace("e", "a", 1),
             f"The sentence is {right}",
             asked[1],
+            f'"{right}" or "{other}"',
+            f'"{right}" I think',
+            f"{right}: {other}",
+            f'It is not "{other}" but {right}',
+            '"',
+            '""',
         ]
         for answer in (*(each for each in passage if each != right), *mutants, right.rpartition(" ")[0]):
             assert verdict("quotation", made, answer) is WRONG, answer
