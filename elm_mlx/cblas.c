@@ -65,6 +65,13 @@ static __attribute__((noinline)) float with_rest(float sum, const float *a, cons
   return sum;
 }
 
+/* The sum down a column. Of a vector: of a number a compiler would round its products apart but for the last few. */
+static float down(const float *a, const float *b, long step, int count) {
+  lanes sum = {0};
+  for (int q = 0; q < count; q++) sum += a[q] * all(b[q * step]);
+  return sum[0];
+}
+
 static int clamp(int x, int most) { return x < 0 ? 0 : x < most ? x : most; }
 
 static inline void put(const struct product *p, int i, int j, float sum) {
@@ -150,12 +157,17 @@ static void strips(const struct product *p, int from, int to) {
         ROWS(6, 2)
       default: rows = 3; ROWS(3, 4)
     }
-    for (; j < to; j++)
-      for (int r = i; r < i + rows; r++) {
-        float sum = 0, *c = p->c + r * p->c_step + j;
-        for (int q = 0; q < p->k; q++) sum += p->a[r * p->a_step + q] * p->b[q * p->b_step + j];
-        *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;
+    if (j < to && to - from >= LANES && p->beta == 0) { /* some are computed again, to the same bits */
+      switch (rows) {
+        case 1: strip_1_1(p, i, to - LANES); break;
+        case 2: strip_2_1(p, i, to - LANES); break;
+        case 3: strip_3_1(p, i, to - LANES); break;
+        default: strip_6_1(p, i, to - LANES);
       }
+      continue;
+    }
+    for (; j < to; j++)
+      for (int r = i; r < i + rows; r++) put(p, r, j, down(p->a + r * p->a_step, p->b + j, p->b_step, p->k));
   }
 }
 

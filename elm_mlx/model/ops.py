@@ -80,9 +80,9 @@ _LITTLE = 1 << 14  # values below which one slow pass is cheaper than twenty fas
 # Larger heads are rotated without the matrices, which take the square of it. No model has larger ones.
 _MATRIX = 512
 _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's cache
-# Of attention.c: the product's alpha, what the head's size is a multiple of, numbers of its note, and those of a query.
+# Of attention.c: the product's alpha, numbers of its note, and those of a query.
 _ATTENTION = struct.unpack("f", struct.pack("I", 0x7FC0A77E))[0]
-HEAD_MULTIPLE, _NOTE, _STATISTICS = 16, 16, 2
+_NOTE, _STATISTICS = 16, 2
 _DEPTH = 4  # of the product
 
 
@@ -508,7 +508,6 @@ def _fits_one_call(queries: mx.array, keys: mx.array | Packed) -> bool:
     """Returns whether `attention.c` is there and takes these."""
     return (
         queries.dtype == keys.dtype == mx.float32
-        and queries.shape[3] % HEAD_MULTIPLE == 0
         and math.prod(_handed_over(keys).shape[2:]) >= _DEPTH * _side(queries, keys)
         and not device.on_gpu()
         and blas.attends()

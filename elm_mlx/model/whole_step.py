@@ -19,7 +19,7 @@ from elm_mlx import blas
 from elm_mlx.model import described, sublayers
 from elm_mlx.model.cache import KVCache, QuantizedCache, StreamingCache, row_capacity
 from elm_mlx.model.described import MARK, STEP
-from elm_mlx.model.ops import HEAD_MULTIPLE, Rope, fits_one_call
+from elm_mlx.model.ops import Rope, fits_one_call
 from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, LayersInC, Norm
 
 _ALL = 1 << 24  # positions that a window shows at most
@@ -160,8 +160,7 @@ def whole_piece(in_c: LayersInC, caches: Sequence[Any], rows: int) -> WholeStep 
 
 def _is_known(in_c: LayersInC, caches: Sequence[Any]) -> bool:
     """Returns whether whole steps of these layers write into caches of this kind."""
-    known = all(layer.parts.head_dim % HEAD_MULTIPLE == 0 for layer in in_c.layers)
-    return known and in_c.last is not None and type(caches[0]) in (KVCache, StreamingCache, QuantizedCache)
+    return in_c.last is not None and type(caches[0]) in (KVCache, StreamingCache, QuantizedCache)
 
 
 def _is_mlxs(parts: LayerParts, rows: int, positions: int) -> bool:

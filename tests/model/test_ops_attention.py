@@ -58,7 +58,8 @@ CASES = [  # queries a key, key heads, queries, positions, head_dim, window
     (1, 1, 1, 1, 64, None), (3, 3, 1, 700, 64, None), (8, 2, 1, 255, 128, None), (16, 1, 1, 256, 80, None),
     (1, 4, 1, 257, 96, 100), (9, 2, 8, 513, 32, None), (3, 3, 5, 300, 64, 7), (1, 2, 7, 7, 16, None),
     (3, 1, 97, 97, 64, None), (1, 3, 100, 1000, 64, None), (4, 2, 131, 640, 48, 256), (2, 2, 300, 301, 32, 1),
-    (5, 2, 400, 520, 64, None),
+    (5, 2, 400, 520, 64, None), (1, 2, 1, 700, 100, None), (3, 2, 6, 300, 12, 40), (1, 1, 3, 600, 1, None),
+    (2, 1, 100, 600, 33, None), (1, 1, 2, 70, 8, None),
 ]  # fmt: skip
 
 
@@ -151,10 +152,10 @@ def test_keys_and_values_may_lie_in_any_order() -> None:
 
 @in_one_call
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("window", [None, 300])
-def test_a_query_has_the_same_bits_alone_and_in_any_company(window: int | None) -> None:
+@pytest.mark.parametrize(("window", "head_dim"), [(None, 64), (300, 64), (None, 100), (300, 12)])
+def test_a_query_has_the_same_bits_alone_and_in_any_company(window: int | None, head_dim: int) -> None:
     """Of queries of its text or others, behind positions that it does not see, shared out to processors or not."""
-    queries, (keys, values) = drawn(1, 1, 9, 160, 64), (drawn(seed, 1, 3, 900, 64) for seed in (2, 3))
+    queries, (keys, values) = drawn(1, 1, 9, 160, head_dim), (drawn(seed, 1, 3, 900, head_dim) for seed in (2, 3))
     together = ops.attention(queries, keys, values, 0.125, Causal(741, window))
     for length in (1, 2, 3, 8, 100):
         for start in (0, 27, 159):

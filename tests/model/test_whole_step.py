@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(
 )
 LONGROPE = {"rope_scaling": {"type": "longrope", "long_factor": [3.0] * 8, "short_factor": [1.5] * 8}}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True}, "mistral": {"sliding_window": 12}, "phi3": LONGROPE, "olmo": {}, "olmo2": {},
-    "olmo3": {},
+    "llama": {"attention_bias": True, "head_dim": 20}, "mistral": {"sliding_window": 12}, "phi3": LONGROPE, "olmo": {},
+    "olmo2": {}, "olmo3": {},
 }  # fmt: skip
 
 
