@@ -119,32 +119,30 @@ def convert(
             plan = gguf_model.make_plan(file, dtype=dtype, tokenizer=tokenizer, template=chat_template)
         else:
             plan = make_plan(
-                source,
-                tokenizer=tokenizer,
-                config=config,
-                preset=preset,
-                head_dim=head_dim,
-                lora_alpha=lora_alpha,
-                dtype=dtype,
-                revision=revision,
-                ema=ema,
-                chat_template=chat_template,
-            )
+                source, tokenizer=tokenizer, config=config, preset=preset, head_dim=head_dim, lora_alpha=lora_alpha,
+                dtype=dtype, revision=revision, ema=ema, chat_template=chat_template,
+            )  # fmt: skip
         check_destination(path, MODEL, overwrite, plan.source.files)
         on_plan(plan)
         if dry_run:
             return Conversion(plan, None, (), plan.warnings, time.perf_counter() - start)
         sources = plan.source.files
         with new_hashed_directory(path, sources, plan.nbytes, overwrite=overwrite) as (directory, hashes):
-            if isinstance(plan, GgufPlan):
-                warnings = gguf_model.write_model(directory, plan, on_progress)
-                differences = gguf_model.compare(plan, directory, on_progress) if verify else []
-            else:
-                warnings = write_model(directory, plan, on_progress)
-                differences = compare(plan.tensors, directory, plan.dtype, on_progress) if verify else []
+            warnings, differences = _fill(directory, plan, verify, on_progress)
             write_json(directory / "conversion.json", _record(plan, hashes()))
     seconds = time.perf_counter() - start
     return Conversion(plan, path, tuple(differences), (*plan.warnings, *warnings), seconds)
+
+
+def _fill(
+    directory: Path, plan: ConversionPlan | GgufPlan, verify: bool, on_progress: OnProgress
+) -> tuple[list[str], list[Difference]]:
+    """Writes what was planned, and compares it where that is asked for. Returns warnings and differences."""
+    if isinstance(plan, GgufPlan):
+        warnings = gguf_model.write_model(directory, plan, on_progress)
+        return warnings, gguf_model.compare(plan, directory, on_progress) if verify else []
+    warnings = write_model(directory, plan, on_progress)
+    return warnings, compare(plan.tensors, directory, plan.dtype, on_progress) if verify else []
 
 
 def write_model(directory: Path, plan: ConversionPlan, on_progress: OnProgress) -> list[str]:
