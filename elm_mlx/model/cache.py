@@ -13,8 +13,9 @@ import mlx.core as mx
 
 from elm_mlx.errors import InputError
 from elm_mlx.model import packed
-from elm_mlx.model.ops import Causal, Rope, Segments
+from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.packed import Packed
+from elm_mlx.model.rope import Rope
 
 Arrays = Sequence[mx.array]  # of one layer
 _LEAST = 32  # positions of a cache that drops some

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, StepCache
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
-from elm_mlx.model.ops import Mask, Rope, Rotate
+from elm_mlx.model.ops import Mask
+from elm_mlx.model.rope import Rope, Rotate
 from elm_mlx.model.sublayers import LayerParts, LayersInC, layers_in_c
 
 Cache: TypeAlias = KVCache | StepCache

@@ -24,7 +24,8 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import ops
 from elm_mlx.model.cache import SegmentedRow, StateCache
 from elm_mlx.model.families import FamilyConfig
-from elm_mlx.model.ops import Rope, Rotate, Segments
+from elm_mlx.model.ops import Segments
+from elm_mlx.model.rope import Rope, Rotate
 from elm_mlx.model.rope_config import RopeConfig
 from elm_mlx.model.sublayers import LayerParts, LayersInC, layers_in_c
 

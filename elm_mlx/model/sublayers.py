@@ -20,7 +20,7 @@ import mlx.nn as nn
 from elm_mlx import blas
 from elm_mlx.model import described, ops
 from elm_mlx.model.described import FEED, MARK, READ, WRITE
-from elm_mlx.model.ops import Rope
+from elm_mlx.model.rope import Rope
 from elm_mlx.model.stored_layers import StoredLayer
 
 MOST_ROWS = 16  # whose results have the same bits whatever their number; more want elm_mlx_many_rows

@@ -23,7 +23,7 @@ from elm_mlx.inference.sampling import Sampler
 from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model.cache import StreamingCache, make_prompt_cache
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Rope
+from elm_mlx.model.rope import Rope
 from elm_mlx.model.rope_config import RopeConfig
 from elm_mlx.store.loading import load_model
 from elm_mlx.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.model.ops import frequencies
+from elm_mlx.model.rope import frequencies
 from elm_mlx.model.rope_config import RopeConfig, RopeRules, read_ropes
 from elm_mlx.reading import Keys
 

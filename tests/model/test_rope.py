@@ -8,7 +8,7 @@ import pytest
 import reference
 
 from elm_mlx import device
-from elm_mlx.model.ops import Rope
+from elm_mlx.model.rope import Rope
 from elm_mlx.model.rope_config import RopeConfig
 
 BASES = (10_000.0, 500_000.0)
