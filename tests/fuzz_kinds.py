@@ -41,6 +41,7 @@ from elm_mlx.inference.saved_cache import Origin, load_cache, save_cache
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.config import ModelConfig, read_config
 from elm_mlx.model.network import Model
+from elm_mlx.problems.built_in import TASKS
 from elm_mlx.quantize import recipe as quantization
 from elm_mlx.quantize.quantization import quantize
 from elm_mlx.quantize.recipe import Format
@@ -349,6 +350,18 @@ def write_transcript(path: Path) -> None:
     conversation.write_messages(path / "talk.json", CONVERSATION[:3])
 
 
+def write_answers(path: Path) -> None:
+    for name, task in TASKS.items():
+        (path / f"{name}.txt").write_text(task.problem(task.difficulties, 0).solution, "utf-8")
+
+
+def use_answers(path: Path) -> None:
+    for name, task in TASKS.items():
+        answer = (path / f"{name}.txt").read_text("utf-8", "surrogateescape")
+        if (made := task.problem(task.difficulties, 0)).solution != answer:
+            task.judge(made, answer)
+
+
 def write_questions(path: Path) -> None:
     row = {"query": "the quick", "choices": ["fox", "dog"], "gold": 0}
     (path / "mine.jsonl").write_text((json.dumps(row) + "\n") * 3)
@@ -556,6 +569,7 @@ KINDS = {
              "a.csv": raw_bytes}, use_records),
         Kind("transcript", write_transcript, {"talk.json": json_values},
              lambda path: conversation.read_messages(path / "talk.json")),
+        Kind("answers", write_answers, {f"{name}.txt": either(raw_bytes, _text) for name in TASKS}, use_answers),
         Kind("yaml", write_yaml, {"lora.yaml": either(raw_bytes, _text)}, use_yaml),
         Kind("toml", write_toml, {"recipe.toml": either(raw_bytes, _text)}, use_toml),
         Kind("eval", write_questions, {"mine.jsonl": json_lines, "text.jsonl": json_lines, "text.txt": raw_bytes,

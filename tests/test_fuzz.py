@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Of those that open a model fewer, as each answer costs a prompt and two tokens.
 WITHOUT_A_MODEL = (
     "tokenizer.json", "tokenizer.json phi3", "tokenizer.json's parts", "tokenizer.model", "template", "torch", "hub",
-    "gguf", "gguf openelm", "run.json", "metrics", "records", "transcript", "yaml", "toml", "eval",
+    "gguf", "gguf openelm", "run.json", "metrics", "records", "transcript", "answers", "yaml", "toml", "eval",
 )  # fmt: skip
 OF_A_MODEL = tuple(name for name in KINDS if name not in WITHOUT_A_MODEL)
 

@@ -99,7 +99,7 @@ class _Worker:
         limits = [str(SECONDS), str(MEMORY), str(WRITTEN)]
         try:
             self._process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
-                [sys.executable, "-s", "-S", str(_WORKER), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                [sys.executable, "-S", str(_WORKER), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL, start_new_session=True, cwd="/", env=environment,
             )  # fmt: skip
         except OSError as error:
@@ -142,7 +142,7 @@ class _Worker:
         line = self._answers.readline()
         if not line.endswith(b"\n"):
             self.end()
-            raise ElmError("the process that runs the code of answers has ended; start again")
+            raise ElmError("the process that runs the code of answers was ended from outside; run this again")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -129,7 +129,7 @@ def _collected(arrivals: int, child: int, limits: Limits) -> tuple[bytes, str | 
     look.register(sys.stdin, 0)  # nothing but its end, which is that of who asked
     written, ended = b"", None
     while ended is None:
-        found = look.poll(_POLL if sys.platform == "darwin" else 1000 * max(0, deadline - time.monotonic()))
+        found = look.poll(1000 * max(0, deadline - time.monotonic()) if _LINUX else _POLL)
         if any(descriptor != arrivals for descriptor, _ in found) or time.monotonic() > deadline:
             ended = TIME
         elif found:
@@ -139,7 +139,7 @@ def _collected(arrivals: int, child: int, limits: Limits) -> tuple[bytes, str | 
                 break
             if len(written) > limits.written:
                 ended = TEXT
-        elif _footprint(child) > limits.memory:
+        elif not _LINUX and _footprint(child) > limits.memory:
             ended = SPACE
     while not written and ended is None:  # it ends of its own accord: why?
         done, status = os.waitpid(child, os.WNOHANG)
