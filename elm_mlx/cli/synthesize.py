@@ -206,12 +206,12 @@ def _loop(
     settings: Mapping[str, Any] = {} if config is None else training.settings_in(config, LoraSettings)
     options.directory_of(asked.model)
     done: list[RoundResult] = []
-    told = dict[str, None]()
+    told = set[str]()
 
     def tell_once(text: str) -> None:
         if text not in told:
             note(text)
-        told[text] = None
+        told.add(text)
 
     with Rounds(Sampling(asked, tell_once), samples, measured, out, settings) as loop, ProgressBar("items") as progress:
 
@@ -225,37 +225,32 @@ def _loop(
                 shown.warn(training.harmed(result, "learning-rate in the file of --config"))
             return result
 
-        for result in loop.run(rounds, train, progress):
+        def say_sampled(number: int, problems: Sequence[RecordedProblem], examples: int) -> None:
+            progress.hide()
+            _print_examples(problems)
+            say(f"round {number}", f"{_verdicts(problems)}; trains on {counted(examples, 'right answer')}", _LABELS)
+
+        for result in loop.run(rounds, train, progress, say_sampled):
             progress.hide()
             done.append(result)
-            _print_round(result, asked.answers)
+            _print_pass(result.held_out, asked.answers, "held out" if result.number else "start")
     _print_rounds(done, asked.answers)
     last = out / f"round-{rounds}" / "adapter"
     say("wrote", f"{out}; try: elm-mlx generate {asked.model} --adapter {last} --prompt …", _LABELS)
 
 
-def _print_round(result: RoundResult, answers: int) -> None:
-    """Prints what a round sampled, examples of it, and how the model solves held-out problems after it."""
-    if result.number:
-        _print_examples(result.sampled)
-        trained = f"trained on {counted(result.examples, 'right answer')} of all rounds"
-        say(f"round {result.number}", f"{_verdicts(result.sampled)}; {trained}", _LABELS)
-    _print_pass(result.held_out, answers, "held out" if result.number else "start")
-
-
 def _print_rounds(done: Sequence[RoundResult], answers: int) -> None:
     from elm_mlx.problems.pass_rates import pass_rate
 
-    rows = []
+    rows, ks = [], sorted({1, answers})
     for result in done:
         right, sampled = (sum(each.count[place] for each in result.sampled) for place in (0, 1))
-        rates = [pass_rate([each.count for each in result.held_out], k) for k in (1, answers)]
+        rates = [pass_rate([each.count for each in result.held_out], k) for k in ks]
         rows.append([
             str(result.number or "start"), f"{right / sampled:.1%}" if sampled else "", f"{result.examples:,}",
             *(cell for rate in rates for cell in (f"{rate.rate:.1%}", f"{rate.low:.1%} to {rate.high:.1%}")),
         ])  # fmt: skip
-    headers = ("round", "right of sampled", "trained on", "pass@1", "95 %", f"pass@{answers}", "95 %")
-    table(headers, rows)
+    table(("round", "right of sampled", "trained on", *(head for k in ks for head in (f"pass@{k}", "95 %"))), rows)
 
 
 def _print_pass(problems: Sequence[RecordedProblem], answers: int, label: str) -> None:
@@ -270,12 +265,12 @@ def _print_difficulties(problems: Sequence[RecordedProblem], answers: int) -> No
     """Prints a table: of each difficulty the problems, the share of right answers, and of problems solved at all."""
     from elm_mlx.problems.pass_rates import pass_rate
 
-    rows = []
+    rows, ks = [], sorted({1, answers})
     for difficulty in sorted({each.difficulty for each in problems}):
         own = [each for each in problems if each.difficulty == difficulty]
-        rates = [pass_rate([each.count for each in own], k) for k in (1, answers)]
+        rates = [pass_rate([each.count for each in own], k) for k in ks]
         rows.append([str(difficulty), f"{len(own):,}", *(f"{rate.rate:.1%}" for rate in rates), _verdicts(own)])
-    table(("difficulty", "problems", "right", f"in one of {answers}", "answers"), rows, left=(4,))
+    table(("difficulty", "problems", *(f"pass@{k}" for k in ks), "answers"), rows, left=(2 + len(ks),))
 
 
 def _print_examples(problems: Sequence[RecordedProblem]) -> None:

@@ -96,11 +96,13 @@ class Rounds:
         rounds: int,
         train: Callable[[Finetuning], Result] = lambda run: run.train(),
         progress: OnProgress = no_progress,
+        on_sampled: Callable[[int, list[RecordedProblem], int], None] = lambda number, problems, examples: None,
     ) -> Iterator[RoundResult]:
         """Yields the start and each round as soon as it is measured; what was done before is not done again.
 
         Args:
             train: trains a round's run.
+            on_sampled: called before that with the round's number, its problems, and how many examples it trains on.
 
         Raises:
             ElmError: no answer is right; training failed.
@@ -119,6 +121,7 @@ class Rounds:
             chosen.add(sampled, {**sampling.source, "round": number})
             if not data.exists():
                 files.write_json_lines(data, chosen.examples[before:])
+            on_sampled(number, sampled, len(chosen.examples))
             sampling.release()
             if number > self._trained:
                 self._train(number, train)

@@ -41,7 +41,7 @@ def test_right_answers_and_pairs_are_written_and_said(run: Run, guessing: tuple[
     assert f"wrote       {out}: {len(read(out))} right answers; try: elm-mlx lora {model} --data {out}" in text
     assert f"wrote       {pairs}: {len(read(pairs))} pairs; try: elm-mlx dpo {model} --data {pairs}" in text
     rows = [line.split() for line in text.splitlines()]
-    table = rows[rows.index(["difficulty", "problems", "right", "in", "one", "of", "4", "answers"]) + 1 :][:2]
+    table = rows[rows.index(["difficulty", "problems", "pass@1", "pass@4", "answers"]) + 1 :][:2]
     assert table[0][0] == "1" and 20 < float(table[0][2].rstrip("%")) < 45
     assert table[1][0] == "2" and table[1][2] == "0.0%" and int(table[0][1]) + int(table[1][1]) == 80
     assert "right       Which of three is number " in text and "unreadable  Which of three" in text
