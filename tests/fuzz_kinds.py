@@ -19,6 +19,7 @@ from typing import Any
 import checkpoints
 import family_cases
 import gguf_models
+import guesses
 import mlx.core as mx
 import other_models
 import runs
@@ -251,6 +252,28 @@ def use_run(path: Path) -> None:
 
 def use_report(path: Path) -> None:
     command("report", path, "--out", path / "report.html")
+
+
+def write_synthesized(path: Path) -> None:
+    tokenizer = path / "tokenizer.model"
+    tokenizer.write_bytes(tiny.train_tokenizer())
+    guesses.write(path, tokenizer)
+    (path / "lora.yaml").write_text("iters: 1\nbatch-size: 1\nmax-seq-length: 64\n")
+    _synthesize(path, "--out", path / "data.jsonl")
+    _synthesize(path, "--out", path / "loop", "--loop", 1, "--measure", 2, "--config", path / "lora.yaml")
+
+
+def _synthesize(path: Path, *more: object) -> None:
+    command("synthesize", path / "model", "--task", path / "guess.py", "--samples", 16, "--answers", 4,
+            "--max-tokens", 4, "--difficulty", 1, *more)  # fmt: skip
+
+
+def use_synthesized(path: Path) -> None:
+    _synthesize(path, "--out", path / "data.jsonl")
+
+
+def use_loop(path: Path) -> None:
+    _synthesize(path, "--out", path / "loop", "--loop", 1, "--measure", 2, "--config", path / "lora.yaml")
 
 
 def write_yaml(path: Path) -> None:
@@ -569,7 +592,10 @@ KINDS = {
              "a.csv": raw_bytes}, use_records),
         Kind("transcript", write_transcript, {"talk.json": json_values},
              lambda path: conversation.read_messages(path / "talk.json")),
-        Kind("answers", write_answers, {f"{name}.txt": either(raw_bytes, _text) for name in TASKS}, use_answers),
+Kind("answers", write_answers, {f"{name}.txt": either(raw_bytes, _text) for name in TASKS}, use_answers),
+        Kind("recorded answers", write_synthesized, {"data.jsonl.answers": either(json_lines, raw_bytes)},
+             use_synthesized),
+        Kind("loop", write_synthesized, {"loop/loop.json": json_values, "loop/start.answers": json_lines}, use_loop),
         Kind("yaml", write_yaml, {"lora.yaml": either(raw_bytes, _text)}, use_yaml),
         Kind("toml", write_toml, {"recipe.toml": either(raw_bytes, _text)}, use_toml),
         Kind("eval", write_questions, {"mine.jsonl": json_lines, "text.jsonl": json_lines, "text.txt": raw_bytes,

@@ -149,10 +149,16 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
 
     options.directory_of(asked.model)  # with a bar: the rest finds it there
     sampling = Sampling(asked, note)
-    start = time.perf_counter()
+    begun = list[float]()  # when the model was read
     with ProgressBar("items") as progress:
-        done = synthesize(sampling, samples, out, pairs, overwrite=overwrite, progress=progress)
-    seconds = time.perf_counter() - start
+
+        def show(what: str, parts: int = 0, total: int = 0, /) -> None:
+            if total and not begun:
+                begun.append(time.perf_counter())
+            progress(what, parts, total)
+
+        done = synthesize(sampling, samples, out, pairs, overwrite=overwrite, progress=show)
+    seconds = time.perf_counter() - begun[0] if begun else 0.0
     _print_difficulties(done.problems, asked.answers)
     chosen = done.chosen
     _print_examples(done.problems)
@@ -179,13 +185,8 @@ def _measure(asked: SamplingSettings, count: int) -> None:
     options.directory_of(asked.model)
     sampling = Sampling(asked, note)
     problems = held_out_problems(sampling.task, sampling.difficulties, count)
-    solved: list[RecordedProblem] = []
-    total = len(problems) * asked.answers
     with ProgressBar("items") as progress:
-        progress("measure", 0, total)
-        for problem in sampling.solve(problems):
-            solved.append(problem)
-            progress("measure", len(solved) * asked.answers, total)
+        solved = list(sampling.solve(problems, progress))
     _print_difficulties(solved, asked.answers)
     _print_examples(solved)
     _print_pass(solved, asked.answers, "measured")
@@ -284,10 +285,12 @@ def _print_examples(problems: Sequence[RecordedProblem]) -> None:
 
 
 def _speed(problems: Sequence[RecordedProblem], seconds: float) -> str:
+    if not problems:
+        return "nothing: all answers were in the record"
     answers = [answer for problem in problems for answer in problem.answers]
     tokens = sum(answer.tokens for answer in answers)
     took = f"{counted(tokens, 'token')} in {duration(seconds)}, {tokens / seconds:,.0f} tokens/s"
-    return f"{counted(len(answers), 'answer')}, {took}" if answers else "nothing: all answers were in the record"
+    return f"{counted(len(answers), 'answer')}, {took}"
 
 
 def _verdicts(problems: Sequence[RecordedProblem]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from elm_mlx.inference.rollouts import Rollout, prompt_ids, rollouts
@@ -47,6 +47,7 @@ def solve(
     max_tokens: int,
     seed: int,
     temp: float = 1.0,
+    on_answer: Callable[[int], None] = lambda done: None,
 ) -> Iterator[SolvedProblem]:
     """Yields the problems in order, each with `samples` answers, as soon as those and all before are there.
 
@@ -56,6 +57,7 @@ def solve(
     Args:
         template: None where the model continues the prompt.
         max_tokens: of an answer, at most.
+        on_answer: called after each answer with how many there are.
 
     Raises:
         InputError: as `rollouts`.
@@ -64,15 +66,19 @@ def solve(
     prompts = [prompt_ids(tokenizer, template, drawn.problem.prompt) for drawn in problems]
     numbers = [drawn.number for drawn in problems]
     waiting: list[list[JudgedAnswer]] = [[] for _ in problems]
+    verdicts: list[dict[str, Verdict]] = [{} for _ in problems]  # a model that knows an answer gives it many times
     first = 0
-    for rollout in rollouts(
+    sampled = rollouts(
         model, tokenizer, prompts, samples, max_tokens=max_tokens, seed=seed, temp=temp, numbers=numbers,
         template=template,
-    ):  # fmt: skip
-        problem = problems[rollout.problem].problem
-        ended = rollout.finish_reason == "stop"
-        verdict = task.judge(problem, rollout.text) if ended else Verdict.UNREADABLE
+    )  # fmt: skip
+    for done, rollout in enumerate(sampled, start=1):
+        known, ended = verdicts[rollout.problem], rollout.finish_reason == "stop"
+        if ended and rollout.text not in known:
+            known[rollout.text] = task.judge(problems[rollout.problem].problem, rollout.text)
+        verdict = known[rollout.text] if ended else Verdict.UNREADABLE
         waiting[rollout.problem].append(JudgedAnswer(rollout, verdict, ended))
+        on_answer(done)
         while first < len(problems) and len(waiting[first]) == samples:
             answers = sorted(waiting[first], key=lambda answer: answer.rollout.sample)
             yield SolvedProblem(problems[first], tuple(answers))

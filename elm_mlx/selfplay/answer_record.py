@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from elm_mlx import files
+from elm_mlx import directories, files, reading
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.solving import SolvedProblem
 from elm_mlx.problems.checked_task import Verdict
@@ -87,6 +87,7 @@ class AnswerRecord:
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], first: int = 0, *, anew: bool = False) -> None:
+        directories.check_file(path, overwrite=True)  # a directory, a pipe
         self.path = path
         self.problems: list[RecordedProblem] = []
         with ExitStack() as held:
@@ -119,7 +120,7 @@ class AnswerRecord:
     def _recall(self, identity: Mapping[str, Any], first: int) -> None:
         """Reads what is there, and cuts off what is torn or damaged and all after it."""
         self._file.seek(0)
-        head = self._file.readline()
+        head = self._file.readline(reading.TEXT_BYTES)
         if not head.endswith(b"\n"):  # nothing yet, or killed while it was written
             if head and not head.startswith(b'{"record of"'[: len(head)]):
                 raise self._other()
@@ -128,7 +129,7 @@ class AnswerRecord:
             return
         self._check_same(head, identity)
         whole = len(head)
-        for line in self._file:
+        while line := self._file.readline(reading.TEXT_BYTES):
             problem = _of_json(line)
             if problem is None or problem.number != first + len(self.problems):
                 break
@@ -139,7 +140,7 @@ class AnswerRecord:
 
     def _check_same(self, head: bytes, identity: Mapping[str, Any]) -> None:
         try:
-            known = json.loads(head)["record of"]
+            known = _loaded(head)["record of"]
         except (ValueError, KeyError, TypeError):
             known = None
         if not isinstance(known, dict):
@@ -180,14 +181,27 @@ def _as_json(problem: RecordedProblem) -> dict[str, Any]:
 def _of_json(line: bytes) -> RecordedProblem | None:
     """Returns the problem of a line; None where it is torn or damaged."""
     try:
-        values = json.loads(line) if line.endswith(b"\n") else {}
-        answers = tuple(
+        values = _loaded(line)
+        answers = [
             RecordedAnswer(each["text"], Verdict(each["verdict"]), each["tokens"], each["ended"])
             for each in values["answers"]
+        ]
+        problem = RecordedProblem(
+            values["number"], values["difficulty"], values["prompt"], values["held_out"], tuple(answers)
         )
-        return RecordedProblem(values["number"], values["difficulty"], values["prompt"], values["held_out"], answers)
     except (ValueError, KeyError, TypeError):
         return None
+    texts = [problem.prompt, *(each.text for each in answers)]
+    counts = [problem.number, problem.difficulty, problem.held_out, *(each.tokens for each in answers)]
+    sound = all(isinstance(each, str) for each in texts) and all(type(each) is int for each in counts)
+    return problem if sound and all(type(each.ended) is bool for each in answers) else None
+
+
+def _loaded(line: bytes) -> Any:
+    """Returns the value of a whole line of JSON. Raises ValueError."""
+    if not line.endswith(b"\n"):
+        raise ValueError("torn")
+    return reading.load_json(line.decode())
 
 
 def _short(value: object) -> str:

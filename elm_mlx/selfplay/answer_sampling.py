@@ -156,24 +156,36 @@ class Sampling:
             self._answer(record, problems[len(record.problems) :], len(problems), "measure", progress)
         return record.problems[: len(problems)]
 
-    def solve(self, problems: Sequence[DrawnProblem]) -> Iterator[RecordedProblem]:
-        """Yields each problem with its answers. Raises ElmError where the judge fails."""
-        loaded, template = self._opened
+    def solve(
+        self, problems: Sequence[DrawnProblem], progress: OnProgress = no_progress, what: str = "measure",
+        before: int = 0, total: int | None = None,
+    ) -> Iterator[RecordedProblem]:  # fmt: skip
+        """Yields each problem with its answers. Raises ElmError where the judge fails.
+
+        Args:
+            before, total: problems that are done, and all, for `progress`, which counts answers.
+        """
+        if "_opened" not in vars(self):
+            progress("reading the model")
+        (loaded, template), each = self._opened, self.asked.answers
         assert loaded.tokenizer is not None
+        all_ = (len(problems) if total is None else total) * each
+
+        def on_answer(done: int) -> None:
+            progress(what, before * each + done, all_)
+
+        on_answer(0)
         for solved in solve(
-            loaded.model, loaded.tokenizer, template, self.task, problems, self.asked.answers,
-            max_tokens=self.asked.max_tokens, seed=self.asked.seed, temp=self.asked.temp,
+            loaded.model, loaded.tokenizer, template, self.task, problems, each, max_tokens=self.asked.max_tokens,
+            seed=self.asked.seed, temp=self.asked.temp, on_answer=on_answer,
         ):  # fmt: skip
             yield recorded(solved)
 
     def _answer(
         self, record: AnswerRecord, problems: Sequence[DrawnProblem], total: int, what: str, progress: OnProgress
     ) -> None:
-        each = self.asked.answers
-        progress(what, len(record.problems) * each, total * each)
-        for problem in self.solve(problems):
+        for problem in self.solve(problems, progress, what, len(record.problems), total):
             record.append(problem)
-            progress(what, len(record.problems) * each, total * each)
 
     def _check_hope(self, problems: Sequence[RecordedProblem], at_end: bool = False) -> None:
         """Raises ElmError where nothing is right of what should have been enough."""

@@ -33,8 +33,8 @@ def chosen_difficulties(
         return [difficulties[place % len(difficulties)] for place in range(BATCH)]
     counts = {difficulty: [0, 0] for difficulty in difficulties}
     for problem in before:
-        for place, count in enumerate(problem.count):
-            counts[problem.difficulty][place] += count
+        own = counts.get(problem.difficulty, [0, 0])  # which a damaged record may have otherwise
+        own[:] = map(sum, zip(own, problem.count, strict=True))
     weights = [
         _OFTEN if answers < _KNOWN or LEAST <= right / answers <= MOST else _RARE for right, answers in counts.values()
     ]

@@ -45,9 +45,10 @@ def test_right_answers_and_pairs_are_written_and_said(run: Run, guessing: tuple[
     assert table[0][0] == "1" and 20 < float(table[0][2].rstrip("%")) < 45
     assert table[1][0] == "2" and table[1][2] == "0.0%" and int(table[0][1]) + int(table[1][1]) == 80
     assert "right       Which of three is number " in text and "unreadable  Which of three" in text
+    assert "sampled     320 answers, " in text and " tokens/s" in text
     assert "problems drawn and passed over" in text and "duplicates of right answers" in text
     again = run(model, "--task", task, "--samples", 320, "--out", out, *QUICK)
-    assert again[0] == 0 and read(out)
+    assert again[0] == 0 and "sampled     nothing: all answers were in the record" in again[1]
 
 
 def test_what_it_writes_goes_straight_into_lora_and_dpo(

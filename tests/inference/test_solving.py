@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import guesses
 import pytest
 
 from elm_mlx.inference.solving import SolvedProblem, solve
 from elm_mlx.problems.built_in import load_task
-from elm_mlx.problems.checked_task import CheckedTask, Verdict
+from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
 from elm_mlx.problems.drawn_problems import DrawnProblem, training_problem
 from elm_mlx.store.loading import load
 
@@ -25,7 +26,7 @@ def drawn(task: CheckedTask, count: int) -> list[DrawnProblem]:
     return [training_problem(task, [1], 0, number) for number in range(count)]
 
 
-def solved(guessing: tuple[Path, CheckedTask], problems: list[DrawnProblem], **more: int) -> list[SolvedProblem]:
+def solved(guessing: tuple[Path, CheckedTask], problems: list[DrawnProblem], **more: Any) -> list[SolvedProblem]:
     model, tokenizer = load(guessing[0])
     options = {"samples": 8, "max_tokens": 4, "seed": 3} | more
     return list(solve(model, tokenizer, None, guessing[1], problems, **options))  # type: ignore[arg-type]
@@ -55,6 +56,24 @@ def test_an_answer_does_not_depend_on_the_others(guessing: tuple[Path, CheckedTa
     together = logprobs(solved(guessing, problems))
     assert logprobs(solved(guessing, problems[5:7])) == together[5:7]
     assert logprobs(solved(guessing, problems, seed=4)) != together
+
+
+def test_each_text_is_judged_once_for_a_problem(guessing: tuple[Path, CheckedTask]) -> None:
+    model, task = guessing
+    judged: list[tuple[str, str]] = []
+
+    def judge(problem: Problem, answer: str) -> Verdict:
+        judged.append((problem.prompt, answer))
+        return task.judge(problem, answer)
+
+    told: list[int] = []
+    noted = CheckedTask("noted", 1, task.problem, judge)
+    found = solved((model, noted), drawn(task, 9), on_answer=told.append)
+    assert told == [*range(1, 73)]
+    assert len({*judged}) == len(judged)
+    assert {*judged} == {
+        (each.drawn.problem.prompt, answer.rollout.text) for each in found for answer in each.answers if answer.ended
+    }
 
 
 def test_what_has_no_end_is_not_judged(guessing: tuple[Path, CheckedTask], tmp_path: Path) -> None:
