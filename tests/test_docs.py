@@ -57,7 +57,7 @@ def test_every_transcript_can_be_made_again(page: Path) -> None:
     for command, printed in transcripts(page):
         words = shlex.split(command)
         for before, word in pairwise(words):
-            if ("/" in word or re.search(r"\.[a-z]+$", word)) and before not in ("--out", "--png", "--init"):
+            if ("/" in word or re.search(r"\.[a-z]+$", word)) and before not in ("--out", "--pairs", "--png", "--init"):
                 assert word.split("/")[0] in there, f"{command}: nothing makes {word}"
         assert len(TRANSCRIPTS["DOTS"].findall(printed)) < 2, f"{command}: dots can stand in one place alone"
         there += f" {command} {printed}"
