@@ -107,7 +107,10 @@ def guessing_model(tokenizer: Tokenizer, guesses: str, ends: float = 0.9) -> Mod
     tokens = mx.array([tokenizer.id_of(f"<0x{ord(guess):02X}>") for guess in guesses])
     size = tokenizer.vocab_size
     model = spelling_model(tokenizer, "ab")
-    width = model.lm_head.weight.shape[1]
+    layer, width = model.layers[0], model.lm_head.weight.shape[1]
+    layer.update(tree_map(lambda weight: _drawn(weight, mx.random.key(weight.size)), layer.parameters()))
+    layer.attn.out_proj.weight = mx.zeros_like(layer.attn.out_proj.weight)
+    layer.ffn.proj_2.weight = mx.zeros_like(layer.ffn.proj_2.weight)
     logits = mx.full((size, width), -30.0)
     logits[tokens] = 0.0
     logits[tokens[:, None], tokens] = math.log((1 - ends) / len(guesses))

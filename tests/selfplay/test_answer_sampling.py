@@ -97,12 +97,12 @@ def test_a_record_of_other_settings_is_refused(
 
 
 def test_a_record_of_another_model_or_task_file_is_refused(
-    asked: SamplingSettings, tmp_path: Path, tiny_tokenizer_file: Path
+    asked: SamplingSettings, tmp_path: Path, tiny_tokenizer_file: Path, tiny_model_dir: Path
 ) -> None:
     AnswerRecord(tmp_path / "a", Sampling(asked).identity).__exit__(None, None, None)
-    model, task = guesses.write(tmp_path / "other", tiny_tokenizer_file, ends=0.8)
     with pytest.raises(InputError, match="with MODEL = "):
-        AnswerRecord(tmp_path / "a", Sampling(replace(asked, model=model)).identity)
+        AnswerRecord(tmp_path / "a", Sampling(replace(asked, model=tiny_model_dir)).identity)
+    _, task = guesses.write(tmp_path / "other", tiny_tokenizer_file)
     task.write_text(task.read_text() + "\n# changed\n")
     with pytest.raises(InputError, match="the task's file"):
         AnswerRecord(tmp_path / "a", Sampling(replace(asked, task=str(task))).identity)

@@ -21,7 +21,7 @@ from elm_mlx.problems.pass_rates import pass_rate
 from elm_mlx.selfplay.answer_sampling import Sampling, SamplingSettings
 from elm_mlx.selfplay.rounds import RoundResult, Rounds
 
-TRAINING = {"iters": 6, "batch_size": 2, "learning_rate": 1e-3, "max_seq_length": 64, "save_every": 2}
+TRAINING = {"iters": 6, "batch_size": 2, "learning_rate": 2e-4, "max_seq_length": 64, "save_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,11 @@ def test_it_learns(asked: SamplingSettings, tmp_path: Path) -> None:
 def test_it_begins_with_an_adapter_and_goes_on_training_what_that_trained(
     asked: SamplingSettings, tmp_path: Path, full: bool
 ) -> None:
-    first = loop(asked, tmp_path / "first", 1, full=full)
+    rate = 2e-5 if full else 2e-4
+    first = loop(asked, tmp_path / "first", 1, full=full, learning_rate=rate)
     warm = tmp_path / "first" / "round-1" / "adapter"
     begun = replace(asked, adapter=warm, seed=1)
-    results = loop(begun, tmp_path / "second", 1)
+    results = loop(begun, tmp_path / "second", 1, learning_rate=rate)
     settings = json.loads((tmp_path / "second" / "round-1" / "adapter" / "run.json").read_text())["settings"]
     assert settings["full"] == full and settings["from_adapter"] == str(warm)
     assert first[1].held_out != results[0].held_out  # of the same adapter, by another seed
