@@ -20,11 +20,12 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.config import MODEL_TYPE, Config, ModelConfig
 from elm_mlx.model.families import FAMILIES, FamilyConfig
 from elm_mlx.model.rope_config import RopeConfig
-from elm_mlx.reading import Keys, short
+from elm_mlx.reading import LARGEST_SIZE, Keys, short
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Value = int | float | bool | str | Array  # of metadata: whole numbers have 32 bits, and so have the others
 
+_MAX_LAYERS = 10_000
 _LAYER = re.compile(r"(?<=\blayers\.)\d+(?=\.)")
 _LLAMA = {
     "model.embed_tokens": ("token_embd",),
@@ -353,7 +354,7 @@ def config_values(
     values: dict[str, Any] = {"model_type": model_type}
     for key, own in _SIZES.items():
         if key not in optional or keys.says(f"{prefix}.{key}"):
-            values[own] = keys.size(f"{prefix}.{key}")
+            values[own] = keys.size(f"{prefix}.{key}", most=_MAX_LAYERS if key == "block_count" else LARGEST_SIZE)
     norm = "layer_norm_epsilon" if FAMILIES[model_type].bare_norms else "layer_norm_rms_epsilon"
     values["rms_norm_eps"] = keys.number(f"{prefix}.attention.{norm}", 1e-5, high=1.0)
     values["max_position_embeddings"] = keys.size(f"{prefix}.context_length")

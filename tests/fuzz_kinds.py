@@ -198,7 +198,9 @@ def write_gguf(path: Path, name: str) -> None:
     else:
         rope = other_models.LLAMA3_ROPE | {"original_max_position_embeddings": 8192}
         wide = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "rope_scaling": rope}
-        other_models.write_model(made, name, {**wide, "max_position_embeddings": 16384, "num_hidden_layers": 1})
+        if name == "gemma2":  # whose layers take turns
+            wide |= {"rope_scaling": None, "num_hidden_layers": 2, "head_dim": 16}
+        other_models.write_model(made, name, {"num_hidden_layers": 1, **wide, "max_position_embeddings": 16384})
     gguf_models.write(made, path / "model.gguf", "F32" if name == "openelm" else ["Q8_0", "F16"])
     shutil.rmtree(made)
 
@@ -582,6 +584,7 @@ KINDS = {
         Kind("torch", write_torch, {"model.pt": raw_bytes, "config.json": json_values}, use_torch),
         Kind("hub", write_torch, {"hub/config.json": json_values, "hub/model.safetensors": _TENSORS}, use_hub),
         Kind("gguf", lambda path: write_gguf(path, "llama"), {"model.gguf": either(gguf_header, raw_bytes)}, use_gguf),
+        Kind("gguf gemma", lambda path: write_gguf(path, "gemma2"), {"model.gguf": gguf_header}, use_gguf),
         Kind("gguf openelm", lambda path: write_gguf(path, "openelm"), {"model.gguf": gguf_header}, use_gguf),
         Kind("conversion.json", write_conversion, {"conversion.json": json_values}, use_conversion),
         Kind("state.json", write_run, {"checkpoints/step-00000003/state.json": json_values}, use_state),

@@ -62,6 +62,7 @@ def write(directory: Path, path: Path, kind: str | Sequence[str] = "F32", **chan
             rows = values[part.start : part.stop]
             if part.heads:  # llama.cpp's converter for Llama: (head, half, pair) to (head, pair, half)
                 rows = rows.reshape(part.heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+            rows = rows + part.more
             own = next(kinds) if rows.ndim > 1 else "F32"
             data = _encoded(own, rows, len(found) + number)
             stored = data if own == "F32" else gguf.dequantize(data, gguf.GGMLQuantizationType[own])

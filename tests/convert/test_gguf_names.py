@@ -96,6 +96,12 @@ def test_the_settings_of_a_file_make_the_config_that_it_was_made_of(name: str, t
     }
 
 
+def test_a_number_of_layers_that_no_model_has_is_refused_before_anything_is_made_of_it(tmp_path: Path) -> None:
+    settings = metadata(read(tmp_path, "gemma2, its scale")) | {"gemma2.block_count": 1 << 29}
+    with pytest.raises(InputError, match=r"gemma2\.block_count is 536870912: a whole number from 1 to 10,000"):
+        config_values(settings, set(), {}, "here")
+
+
 def flat(rope: Any) -> Any:
     """A RoPE without what says nothing: float32's rounding, and the context of training where nothing is scaled."""
     numbers = [rope.theta, rope.scale, rope.factor, *rope.bounds, *rope.short, *rope.long]
