@@ -255,3 +255,8 @@ def test_what_is_no_number_is_not_hidden() -> None:
         (queries, keys, values * mx.nan),
     ):
         assert mx.isnan(ops.attention(*spoiled, 0.2, "causal")).all().item()
+
+
+def test_who_asks_is_told_whether_attention_is_in_c() -> None:
+    """A library of narrow vectors says no, and leaves such products alone."""
+    assert ops._calls_arrive() is blas.attends()
