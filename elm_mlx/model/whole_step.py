@@ -147,13 +147,13 @@ def whole_piece(in_c: LayersInC, caches: Sequence[Any], rows: int) -> WholeStep 
         in_c: the layers for so many rows.
     """
     start = caches[0].offset
-    known = _is_known(in_c, caches) and type(caches[0]) is not QuantizedCache
-    if not known or any(_is_mlxs(layer.parts, rows, start + rows) for layer in in_c.layers):
+    if not _is_known(in_c, caches) or any(_is_mlxs(layer.parts, rows, start + rows) for layer in in_c.layers):
         return None
     for cache, layer in zip(caches, in_c.layers, strict=True):
         if cache.capacity == 0:
-            shape = 1, layer.parts.kv_heads, row_capacity(start + rows), layer.parts.head_dim
-            cache.state = [mx.zeros(shape), mx.zeros(shape)]
+            like = cache.held(*[mx.zeros((1, layer.parts.kv_heads, 1, layer.parts.head_dim))] * 2)  # not computed
+            room = row_capacity(start + rows)
+            cache.state = [mx.zeros((*array.shape[:2], room, array.shape[3]), array.dtype) for array in like]
         elif cache.capacity < start + rows:
             cache.reserve(start + rows)
     return _made(in_c, caches, start)

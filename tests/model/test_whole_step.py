@@ -101,13 +101,16 @@ def test_logits_are_those_of_layers_one_by_one(name: str, tmp_path: Path, layer_
         assert close(ours, expected)
 
 
-@pytest.mark.parametrize("name", ["openelm", *FAMILIES])
+@pytest.mark.parametrize(
+    ("name", "bits"), [*((name, None) for name in ("openelm", *FAMILIES)), ("wide", 8), ("wide", 4)]
+)
 @pytest.mark.usefixtures("two_threads")
 def test_pieces_have_the_bits_of_layers_one_by_one(
-    name: str, tmp_path: Path, layer_by_layer: Callable[[], None]
+    name: str, bits: int | None, tmp_path: Path, layer_by_layer: Callable[[], None]
 ) -> None:
     """In caches that are empty and grow, of few rows and of more than are computed together."""
-    model = model_of(name, tmp_path)
+    wide = name == "wide"
+    model = tiny.random_model(tiny.scaled_config(320, head_dim=64)) if wide else model_of(name, tmp_path)
     cases = [([1], 128), ([2], 128), ([5], 128), ([17], 128), ([40, 3, 90, 200], 64), ([700], 600)]
     found: list[list[tuple[mx.array, list[mx.array]]]] = []
     for whole in (True, False):
@@ -115,7 +118,7 @@ def test_pieces_have_the_bits_of_layers_one_by_one(
             layer_by_layer()
         found.append([])
         for lengths, step in cases:
-            caches, ids, read = make_prompt_cache(model), ids_of(sum(lengths)), 0
+            caches, ids, read = make_prompt_cache(model, bits), ids_of(sum(lengths)), 0
             for length in lengths:
                 logits = prefill(model, ids[read : read + length], caches, step, text_length=sum(lengths))
                 read += length
