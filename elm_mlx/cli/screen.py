@@ -325,6 +325,7 @@ class TrainingDisplay(TrainingCallback):
         self._rate = self._seconds = self._matmul = 0.0
         self._updates, self._resumed = 0, False
         self._measures: dict[str, float] = {}
+        self._sampled = self._spent = 0.0  # seconds of sampling, and of all updates
         self._last = time.monotonic()
         self._step, self._shown, self._doing = 0, list[str](), ""
         self._bar: Live | None = None
@@ -404,14 +405,15 @@ class TrainingDisplay(TrainingCallback):
         for name, value in report.measures.items():
             before = self._measures.get(name, value)
             self._measures[name] = before + _SMOOTH * (value - before)
-        sampled = self._measures.get("sampling_seconds")
+        sampled = report.measures.get("sampling_seconds")
         # A policy gradient's loss is about 0, whatever is learnt.
         self._shown = [f"loss {self._loss:.3f}"] if sampled is None else []
         self._shown += [*shown_measures(self._measures), f"{self._rate:,.0f} tokens/s"]
         if report.matmul_share:
             self._shown.append(f"{self._matmul:.0%} of matmul speed")
-        if sampled is not None and self._seconds:
-            self._shown.append(f"{min(1.0, sampled / self._seconds):.0%} sampling")
+        if sampled is not None:
+            self._sampled, self._spent = self._sampled + sampled, self._spent + (report.seconds or 0.0)
+            self._shown.append(f"{self._sampled / max(self._spent, 1e-9):.0%} sampling")
         self._shown.append(byte_size(report.memory))
         if self._every is None:
             due = self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps)

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from elm_mlx import device
 from elm_mlx.callbacks import TrainingCallback
 from elm_mlx.errors import InputError
 from elm_mlx.inference.rollouts import prompt_ids
@@ -25,6 +26,7 @@ from elm_mlx.reading import expanded
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary
+from elm_mlx.train import memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Finetuning
 from elm_mlx.train.policy import Policy
@@ -62,8 +64,10 @@ class Reinforcement(Finetuning):
         tokenizer = read_vocabulary(self.path, self.config).tokenizer
         if tokenizer is None:
             raise InputError(f"{self.path}: has no tokenizer")
-        begun = self.resumed or self.asked.method.from_adapter
-        self._tokenizer, self._template = tokenizer, chat_template.choose(self.path, tokenizer, asked.template, begun)
+        if asked.template is None:
+            asked = replace(asked, template=_recorded(self.asked.method.from_adapter))
+            self.asked = replace(self.asked, examples=asked)  # it goes with what this run leaves, too
+        self._tokenizer, self._template = tokenizer, chat_template.choose(self.path, tokenizer, asked.template)
         self._draw = partial(training_problem, self.task, self.difficulties, self.asked.computation.seed)
         self._draw(0)  # says where there is none
         prompts = [prompt_ids(tokenizer, self._template, each.problem.prompt) for each in self.held_out]
@@ -77,6 +81,12 @@ class Reinforcement(Finetuning):
     @property
     def notes(self) -> list[str]:
         return []
+
+    def load(self) -> memory.Load:
+        """Returns what the run needs; with an adapter on a CPU the merged weights too, which answers come from."""
+        load = super().load()
+        merged = 0 if load.full or device.on_gpu() else 4
+        return replace(load, weight_bytes=load.weight_bytes + merged)
 
     def _steps(self) -> int:
         assert self.asked.optimizer.iters is not None
@@ -119,3 +129,11 @@ class Reinforcement(Finetuning):
         if self.asked.examples.task not in TASKS:
             found.update(expanded(self.asked.examples.task).read_bytes())
         return found.hexdigest()
+
+
+def _recorded(adapter: Path | None) -> str | None:
+    """Returns the template that an adapter was trained by, as `--template` has it; None where it has none."""
+    file = None if adapter is None else adapter / chat_template.FILE_NAME
+    if file is None or not file.is_file():
+        return None
+    return str(file.resolve()) if file.read_text("utf-8").strip() else chat_template.NONE

@@ -123,3 +123,19 @@ def test_it_begins_with_an_adapter(grpo: Any, tmp_path: Path) -> None:
     assert grpo("--out", second, "--iters", 1, "--from", first)[0] == 0
     left, found = ([line for line in lines(out) if "valid_loss" in line] for out in (first, second))
     assert found[0]["valid_pass@1"] == pytest.approx(left[-1]["valid_pass@1"], abs=0.05)
+
+
+def test_the_template_of_the_adapter_that_it_begins_with_stays(
+    grpo: Any, run: Run, model: Path, tmp_path: Path
+) -> None:
+    """Prompts are asked by it, again after a resume, and it goes with what the run leaves."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "the quick fox", "completion": "e"}\n' * 4)
+    lora = ("lora", model, "--data", data, "--out", first, "--iters", 1, "--template", "openelm-instruct")
+    assert run(*lora)[0] == 0
+    assert grpo("--out", second, "--iters", 3, "--from", first, "--samples", 8)[0] == 0
+    assert "<|system|>" in (first / "chat_template.jinja").read_text()
+    assert (second / "chat_template.jinja").read_text() == (first / "chat_template.jinja").read_text()
+    settings = json.loads((second / "run.json").read_text())["settings"]
+    assert settings["template"] == str(first / "chat_template.jinja")
