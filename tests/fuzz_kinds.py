@@ -595,7 +595,7 @@ KINDS = {
              "a.csv": raw_bytes}, use_records),
         Kind("transcript", write_transcript, {"talk.json": json_values},
              lambda path: conversation.read_messages(path / "talk.json")),
-Kind("answers", write_answers, {f"{name}.txt": either(raw_bytes, _text) for name in TASKS}, use_answers),
+        Kind("answers", write_answers, {f"{name}.txt": either(raw_bytes, _text) for name in TASKS}, use_answers),
         Kind("recorded answers", write_synthesized, {"data.jsonl.answers": either(json_lines, raw_bytes)},
              use_synthesized),
         Kind("loop", write_synthesized, {"loop/loop.json": json_values, "loop/start.answers": json_lines}, use_loop),

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -28,6 +28,7 @@ PANELS = {
     "Rounds": ("loop", "config"),
 }
 _MEASURED = 128  # held-out problems after each round
+T = TypeVar("T")
 _LABELS = 12  # columns
 _SHOWN = 160  # characters of a prompt or answer
 
@@ -100,19 +101,27 @@ def synthesize(
         return
     if model is None:
         raise InputError("MODEL is missing; --solutions alone needs none")
+    alone = loop is None and out is None and samples is None and measure is not None
+    for name, wrong, why in (
+        ("--overwrite", overwrite and loop is not None, "a loop is gone on with, or begun in another --out"),
+        ("--pairs", pairs is not None and loop is not None, "rounds train on right answers alone"),
+        ("--measure", measure is not None and loop is None and not alone,
+         "measures by itself, or within --loop; leave out --samples and --out"),
+        ("--pairs", pairs is not None and alone, "--measure writes no data; give --samples and --out instead of it"),
+    ):  # fmt: skip
+        if wrong:
+            raise InputError(f"{name}: {why}")
     from elm_mlx.selfplay.answer_sampling import SamplingSettings
 
     asked = SamplingSettings(
         model, task, adapter, difficulty, answers, seed, temp, max_tokens, template, held, compute_dtype
     )
     try:
-        if loop is not None:
-            _loop(asked, loop, samples, measure or _MEASURED, out, pairs, config)
-        elif out is None and samples is None and measure is not None:
-            _measure(asked, measure)
+        if alone:
+            _measure(asked, _needed("--measure", measure))
+        elif loop is not None:
+            _loop(asked, loop, _needed("--samples", samples), measure or _MEASURED, _needed("--out", out), config)
         else:
-            if measure is not None:
-                raise InputError("--measure: measures by itself, or within --loop; leave out --samples and --out")
             _synthesize(asked, _needed("--samples", samples), _needed("--out", out), pairs, overwrite)
     except KeyboardInterrupt:
         if out is not None:
@@ -120,7 +129,7 @@ def synthesize(
         raise
 
 
-def _needed(name: str, value: Any) -> Any:
+def _needed(name: str, value: T | None) -> T:
     if value is None:
         raise InputError(f"{name} is missing")
     return value
@@ -192,18 +201,12 @@ def _measure(asked: SamplingSettings, count: int) -> None:
     _print_pass(solved, asked.answers, "measured")
 
 
-def _loop(
-    asked: SamplingSettings, rounds: int, samples: int | None, measured: int, out: Path | None, pairs: Path | None,
-    config: Path | None,
-) -> None:  # fmt: skip
+def _loop(asked: SamplingSettings, rounds: int, samples: int, measured: int, out: Path, config: Path | None) -> None:
     from elm_mlx.cli import training
     from elm_mlx.selfplay.answer_sampling import Sampling
     from elm_mlx.selfplay.rounds import Rounds
     from elm_mlx.train.settings import LoraSettings
 
-    if pairs is not None:
-        raise InputError("--pairs: rounds train on right answers alone")
-    samples, out = _needed("--samples", samples), _needed("--out", out)
     settings: Mapping[str, Any] = {} if config is None else training.settings_in(config, LoraSettings)
     options.directory_of(asked.model)
     done: list[RoundResult] = []

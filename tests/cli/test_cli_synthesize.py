@@ -172,6 +172,12 @@ def test_rounds_end_in_a_table(run: Run, guessing: tuple[Path, Path], tmp_path: 
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--config", "c"), "--config has options"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--measure", 5), "--measure: measures by itself"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--loop", 2, "--pairs", "p"), "--pairs: rounds"),
+        (
+            ("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--loop", 2, "--overwrite"),
+            "--overwrite: a loop",
+        ),
+        (("M", "--task", "arithmetic", "--measure", 5, "--pairs", "p"), "--pairs: --measure writes no data"),
+        (("M", "--task", "arithmetic", "--loop", 2, "--out", "o"), "--samples is missing"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--temp", 0), "--temp 0: answers are drawn"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--held-out", "no.jsonl"), "no.jsonl"),
     ],
