@@ -49,7 +49,7 @@ def eval(
         typer.Option(
             metavar="PATH",
             help="Bits per byte of texts, or of the answers in data: a file, a directory (its test, or else valid), or "
-            "hub:OWNER/NAME; may be repeated.",
+            "hub:OWNER/NAME:SPLIT; may be repeated.",
         ),
     ] = None,
     columns: Annotated[list[str] | None, typer.Option(help=f"For --text: {abouts(DataSettings)['columns']}")] = None,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import Run
+from hub_server import HubServer
 from typer.testing import CliRunner
 
 from elm_mlx.cli import app
@@ -105,6 +106,25 @@ def test_what_a_run_was_tested_on_has_the_same_loss(run: Run, tiny_model_dir: Pa
     scores = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]
     found = next(row["value"] for row in scores if row["metric"] == "perplexity")
     assert found == pytest.approx(math.exp(tested), rel=1e-4)
+
+
+def test_a_split_on_the_hub_and_a_file_beside_it(
+    run: Run, tiny_model_dir: Path, hub: HubServer, tmp_path: Path
+) -> None:
+    """Of the hub no other split is fetched; each has a row by its name."""
+    lines = b"".join(b'{"question": "the fox %d", "answer": "told stories"}\n' % n for n in range(3))
+    hub.repositories["datasets/a/b"] = {"data/train.jsonl": lines * 9, "data/test.jsonl": lines}
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "chat.jsonl").write_text(
+        '{"conversations": [{"from": "human", "value": "fox?"}, {"from": "gpt", "value": "dogs"}]}\n'
+    )
+    options = ("eval", tiny_model_dir, "--out", tmp_path / "out", "--columns", "prompt=question,completion=answer")
+    code, out, err = run(*options, "--text", "hub:a/b:test", "--text", tmp_path / "a.jsonl")
+    assert code == 0 and hub.fetched() == ["data/test.jsonl"], err
+    rows = re.findall(r"^(\S+) +0 +3 +bits_per_byte +(\S+)", out, re.M)
+    assert [name for name, _ in rows] == ["hub:a/b:test", "a.jsonl"] and rows[0][1] == rows[1][1]
+    code, out, err = run("eval", tiny_model_dir, "--out", tmp_path / "out", "--text", tmp_path / "chat.jsonl")
+    assert code == 2 and "chat.jsonl, line 1: is a conversation, and the model has no chat template" in err
 
 
 def test_killed_outright_it_goes_on(tiny_model_dir: Path, tmp_path: Path) -> None:
