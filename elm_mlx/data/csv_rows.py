@@ -24,6 +24,7 @@ from elm_mlx.reading import counted
 
 _TSV = tuple(".tsv" + packing for packing in packed_files.PACKINGS)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_COLUMNS = 100_000  # of which a name each is kept; spreadsheets have 16,384 at most
 _FIELD = 32 << 20  # characters of a field, each of which takes four bytes while it is read
 _SAID = re.compile(r"sep=([,;\t])\s*")  # a line that some spreadsheets write, and all of them read
 _LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")  # a line's end, to files of an older Macintosh
@@ -110,6 +111,8 @@ class Table:
         if self._lines.damaged:
             what = f"have {_NUL}" if any("\0" in name for name in row) else f"are not UTF-8; {_AS_UTF8}"
             raise InputError(f"{path}, line {self._header}: the columns' names {what}")
+        if len(row) > _COLUMNS:
+            raise InputError(f"{path}, line {self._header}: more than {_COLUMNS:,} columns, which no table has")
         self._named = [name.strip() for name in row]
         if not any(self._named):
             raise InputError(f"{path}, line {self._header}: names no column")

@@ -104,6 +104,13 @@ def test_what_is_no_table_is_named_by_line_and_column(tmp_path: Path, data: byte
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_columns_without_end_do_not_fill_the_memory(tmp_path: Path) -> None:
+    """A few kilobytes of gzip are millions of separators."""
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"," * 100_000 + b"a\n1\n"))
+    with pytest.raises(InputError, match=r"a\.csv\.gz, line 1: more than 100,000 columns, which no table has"):
+        read(tmp_path / "a.csv.gz")
+
+
 def test_a_quote_that_is_never_closed_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_files, "LINE_BYTES", 1 << 16)
     with pytest.raises(InputError, match=r"a\.csv, line 2: a row of more than .*: is a quote not closed\?"):
