@@ -20,6 +20,7 @@ import chat_templates
 import httpx
 import tiny
 
+from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.requests import Embedded, EngineStatistics, Generated, PromptRead, Request, ScoredToken
 from elm_mlx.serve.app import Service
@@ -81,6 +82,7 @@ def serving(
     api_key: str | None = None,
     allow_origins: Sequence[str] = (),
     log_prompts: bool = False,
+    documents: DocumentIndex | None = None,
     engine: Any = None,
     **engine_options: Any,
 ) -> Iterator[Served]:
@@ -90,7 +92,7 @@ def serving(
         options = {"max_memory": 1 << 34, "prefix_bytes": 1 << 28, **engine_options}
         engine = Engine({name: model.loaded for name, model in served.items()}, **options)
     log: list[str] = []
-    service = Service(cast(Engine, engine), served, log_prompts)
+    service = Service(cast(Engine, engine), served, log_prompts, documents)
     app = Guard(service.app(), host, api_key, allow_origins, log.append)
     bound, listening = listen("127.0.0.1", 0), threading.Event()
     port = bound.getsockname()[1]

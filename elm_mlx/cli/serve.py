@@ -36,6 +36,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="An adapter, served as a model; NAME=DIR@MODEL where there are several."),
     ] = None,
+    docs: options.Docs = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; any but this machine's own needs a key.")
     ] = "127.0.0.1",
@@ -74,6 +75,7 @@ def serve(
     from elm_mlx.inference.speculation import DraftOptions
 
     drafts = DraftOptions(prompt_lookup, draft_model, num_draft_tokens)
+    documents = None if docs is None else options.open_documents(docs)
     bound = listen(host, port)
     from elm_mlx import device
     from elm_mlx.inference.drafts import load_draft_model
@@ -85,6 +87,8 @@ def serve(
     free = device.available_memory()
     limit = int(0.8 * free) if limit is None and free is not None else limit or 8 << 30
     served = load_models([_named(each) for each in models], adapter or (), compute_dtype, note)
+    if documents is not None and all(model.template is None for model in served.values()):
+        raise InputError("--docs answers conversations, and none of the models has a chat template: leave it out")
     targets = [model.loaded for model in served.values()]
     engine = Engine(
         {name: model.loaded for name, model in served.items()},
@@ -95,7 +99,7 @@ def serve(
         drafted=drafts.drafted,
         draft_model=None if drafts.directory is None else load_draft_model(drafts.directory, *targets),
     )
-    app = Guard(Service(engine, served, log_prompts).app(), host, api_key, allow_origin or (), note)
+    app = Guard(Service(engine, served, log_prompts, documents).app(), host, api_key, allow_origin or (), note)
     url = url_of(bound, host)
 
     def started() -> None:

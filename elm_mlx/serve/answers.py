@@ -9,8 +9,10 @@ import secrets
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+from elm_mlx.documents.index_file import Passage
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.requests import Busy, ScoredToken, TooLarge
 from elm_mlx.serve.call_reader import Delta, whole_message
@@ -106,13 +108,23 @@ class AnswerShape:
         chat: the answers are messages; else texts.
         likeliest: tokens reported beside each with log-probabilities; None for none.
         include_usage: chunks have a field `usage`.
+        sources: passages of documents that the answers were given, in a field `sources` of the whole answer, and of a
+            message's first chunk; None for no such field.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, model: str, chat: bool, likeliest: int | None, include_usage: bool
+        self,
+        tokenizer: Tokenizer,
+        model: str,
+        chat: bool,
+        likeliest: int | None,
+        include_usage: bool,
+        sources: Sequence[Passage] | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self.chat, self.likeliest, self.include_usage = chat, likeliest, include_usage
+        named = None if sources is None else [each.values(number) for number, each in enumerate(sources, 1)]
+        self._sources = {} if named is None else {"sources": named}
         identity = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._common = {
             "id": identity, "created": int(time.time()), "model": model, "system_fingerprint": FINGERPRINT,
@@ -122,11 +134,13 @@ class AnswerShape:
         """Returns the answer that is not streamed."""
         kind = "chat.completion" if self.chat else "text_completion"
         choices = [self._choice(answer) for answer in answers]
-        return {**self._common, "object": kind, "choices": choices, "usage": counts}
+        return {**self._common, "object": kind, "choices": choices, "usage": counts, **self._sources}
 
     def role(self, index: int) -> str:
         """Returns the first chunk of a message."""
-        return self.piece(index, {"role": "assistant", "content": ""})
+        delta = {"role": "assistant", "content": ""}
+        choice = {"index": index, "finish_reason": None, "delta": delta, "logprobs": None}
+        return self._chunk([choice], more=self._sources)
 
     def piece(
         self,
@@ -146,10 +160,15 @@ class AnswerShape:
         """Returns the last chunk of a stream whose tokens are counted."""
         return self._chunk([], counts)
 
-    def _chunk(self, choices: Sequence[Mapping[str, Any]], counts: Mapping[str, Any] | None = None) -> str:
+    def _chunk(
+        self,
+        choices: Sequence[Mapping[str, Any]],
+        counts: Mapping[str, Any] | None = None,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
         counted = {"usage": counts} if self.include_usage else {}
-        return event({**self._common, "object": kind, "choices": choices, **counted})
+        return event({**self._common, "object": kind, "choices": choices, **counted, **more})
 
     def _choice(self, answer: Answer) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": answer.index, "finish_reason": answer.finish_reason}

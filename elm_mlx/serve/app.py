@@ -17,6 +17,9 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from elm_mlx.documents.grounding import grounded_ids
+from elm_mlx.documents.index_file import Passage
+from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.grammar import Grammar
@@ -26,9 +29,9 @@ from elm_mlx.reading import JSON_RECORDS, decoded, listed, load_json, printable
 from elm_mlx.serve.answers import LEFT, AnswerShape, ErrorAnswer, embeddings, error_answer, event
 from elm_mlx.serve.completions import OpenCompletion, Plan, putting_into
 from elm_mlx.serve.metrics_page import metrics_text
-from elm_mlx.serve.request_fields import FieldError, Options, parse_chat, parse_embeddings, parse_text
+from elm_mlx.serve.request_fields import ChatFields, FieldError, Options, parse_chat, parse_embeddings, parse_text
 from elm_mlx.serve.served_models import ServedModel
-from elm_mlx.text.chat_template import Template
+from elm_mlx.text.chat_template import Messages, Template
 
 PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = frozenset(path.name for path in PAGE.iterdir() if path.is_file())
@@ -43,7 +46,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Service:
-    """What the routes answer from: the engine, and the models by their names in requests.
+    """What the routes answer from: the engine, the models by their names in requests, and perhaps documents.
 
     `log_prompts` writes prompts into the log.
     """
@@ -51,6 +54,7 @@ class Service:
     engine: Engine
     models: Mapping[str, ServedModel]
     log_prompts: bool = False
+    documents: DocumentIndex | None = None
 
     def app(self) -> Starlette:
         """Returns the application, to be put behind `guard.Guard`."""
@@ -111,7 +115,7 @@ class Service:
             await asyncio.to_thread(model.tools.check, tools_field)
         await self._check_beginning(model, "messages", "".join(each["content"] for each in fields.messages))
         variables = _read_variables(template, fields.variables)
-        ids = await asyncio.to_thread(template.encode, fields.messages, True, fields.tools or None, variables)
+        ids, sources = await asyncio.to_thread(self._encoded_chat, model, template, fields, variables)
         self._check_length(model, "messages", ids)
         grammar = await asyncio.to_thread(_grammar, model, fields.schema)
         if fields.tool_use.callable:
@@ -125,7 +129,7 @@ class Service:
             )
             for index in range(options.answers)
         ]
-        return await self._answer(request, model, options, plans, fields.likeliest, chat=True)
+        return await self._answer(request, model, options, plans, fields.likeliest, chat=True, sources=sources)
 
     async def complete(self, request: HTTPRequest) -> Response:
         """Continues texts: `/v1/completions`."""
@@ -175,10 +179,11 @@ class Service:
         plans: list[Plan],
         likeliest: int | None,
         chat: bool,
+        sources: Sequence[Passage] | None = None,
     ) -> Response:
         if likeliest is not None and not options.stream:
             _check_logprobs(model, [plan.request for plan in plans], 1 + likeliest)
-        shape = AnswerShape(model.tokenizer, model.name, chat, likeliest, options.include_usage)
+        shape = AnswerShape(model.tokenizer, model.name, chat, likeliest, options.include_usage, sources)
         completion = OpenCompletion(self.engine, plans, shape)
         completion.begin()
 
@@ -199,6 +204,22 @@ class Service:
             known = listed([*self.models])
             raise ErrorAnswer(404, f"no model {name[:100]!r}: there is {known}", param="model", code="model_not_found")
         return self.models[name]
+
+    def _encoded_chat(
+        self, model: ServedModel, template: Template, fields: ChatFields, variables: Mapping[str, Any]
+    ) -> tuple[list[int], tuple[Passage, ...] | None]:
+        """Returns the ids of a conversation, and the passages of documents in it; None where it goes without."""
+
+        def encode(messages: Messages) -> list[int]:
+            return template.encode(messages, True, fields.tools or None, variables)
+
+        if fields.documents and self.documents is None:
+            raise FieldError("documents", "the server has none: it needs --docs", "unsupported_parameter")
+        if self.documents is None or fields.documents is False:
+            return encode(fields.messages), None
+        context = model.context_length
+        limit = context - min(_most_tokens(model, fields.options, CHAT_TOKENS), context // 4)
+        return grounded_ids(fields.messages, self.documents, template.tokenizer, encode, limit)
 
     async def _encoded(self, model: ServedModel, param: str, text: str | list[int]) -> list[int]:
         """Returns the ids of a text, or those that are given. Raises FieldError where the model cannot take them."""
@@ -238,8 +259,8 @@ class Service:
     ) -> Request:
         """Returns what the engine is asked: an answer by `template`, whose marks end it, or how a text goes on."""
         settings: dict[str, Any] = {"temp": 1.0, **model.settings, **options.settings}
-        own = settings.pop("max_tokens", TEXT_TOKENS if template is None else CHAT_TOKENS)
-        max_tokens = own if options.max_tokens is None else options.max_tokens
+        settings.pop("max_tokens", None)
+        max_tokens = _most_tokens(model, options, TEXT_TOKENS if template is None else CHAT_TOKENS)
         over = next((token for token in options.logit_bias if token >= model.loaded.model.config.vocab_size), None)
         if over is not None:
             raise FieldError("logit_bias", f"token {over} is none of the model's")
@@ -320,6 +341,11 @@ async def _json(request: HTTPRequest) -> Any:
         return await asyncio.to_thread(lambda: load_json(decoded(body, "the body"), JSON_RECORDS))
     except (ValueError, InputError) as error:
         raise ErrorAnswer(400, f"the body is no JSON: {printable(error)}") from None
+
+
+def _most_tokens(model: ServedModel, options: Options, otherwise: int) -> int:
+    """Returns the tokens of an answer, at most: the request's, or the model's own, or `otherwise`."""
+    return int(model.settings.get("max_tokens", otherwise)) if options.max_tokens is None else options.max_tokens
 
 
 def _log_said(request: HTTPRequest, text: str) -> None:

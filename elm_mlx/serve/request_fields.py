@@ -90,6 +90,7 @@ class ChatFields:
         likeliest: tokens to report beside each, with log-probabilities; None for no log-probabilities at all.
         schema: of the JSON that the answer must be, unless it calls functions; None for any text.
         variables: for the chat template, by the fields that name them.
+        documents: whether the answer is to be taken from the server's; None for wherever it has some.
     """
 
     options: Options
@@ -99,6 +100,7 @@ class ChatFields:
     likeliest: int | None
     schema: Mapping[str, Any] | None
     variables: Mapping[str, tuple[str, Any]]
+    documents: bool | None = None
 
     @property
     def tools_field(self) -> str | None:
@@ -154,6 +156,9 @@ class _Body:
             raise FieldError(name, f"is {short(value)}: true or false is needed")
         return value
 
+    def flag_if_there(self, name: str) -> bool | None:
+        return self.flag(name) if name in self._left else None
+
     def whole(self, name: str, low: int, high: int) -> int | None:
         value = self.take(name)
         return None if value is None else _whole(name, value, low, high)
@@ -182,9 +187,10 @@ def parse_chat(values: Any) -> ChatFields:
         raise FieldError("top_logprobs", "needs logprobs true")
     schema = _schema(body.take("response_format"))
     variables = _variables(body.take("chat_template_kwargs", {}), body.take("reasoning_effort"))
+    documents = body.flag_if_there("documents")
     options = _options(body, ("max_completion_tokens", "max_tokens"), schema is not None)
     body.finish()
-    return ChatFields(options, messages, tools, use, (top or 0) if logprobs else None, schema, variables)
+    return ChatFields(options, messages, tools, use, (top or 0) if logprobs else None, schema, variables, documents)
 
 
 def parse_text(values: Any) -> TextFields:

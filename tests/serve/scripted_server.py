@@ -46,6 +46,7 @@ class Writing:
     ending: str = "stop"
     prompt_tokens: int = 10
     piece: int = 4  # characters
+    sources: list[dict[str, Any]] | None = None
 
 
 @dataclass
@@ -114,6 +115,8 @@ class ScriptedServer:
         pieces = [writing.text[at : at + writing.piece] for at in range(0, len(writing.text), writing.piece)]
         try:
             yield ": keep-alive\n\n"
+            if writing.sources is not None:
+                yield _event({"choices": [], "sources": writing.sources})
             await asyncio.sleep(writing.hold)
             for piece in pieces:
                 yield _event(

@@ -149,6 +149,25 @@ def test_an_answer_is_shown_as_it_is_written(page: Page, server: ScriptedServer)
     assert page.title() == "How is it? – elm-mlx"
 
 
+def test_what_an_answer_was_taken_from_is_shown_as_text(page: Page, server: ScriptedServer) -> None:
+    text = "<img src=x onerror=alert(1)>\n**as it is**"
+    sources = [
+        {"number": 1, "file": "a.md", "first_line": 3, "last_line": 4, "heading": "A > B", "text": text},
+        {"number": 2, "file": "b.pdf", "first_page": 7, "last_page": 7, "heading": "", "text": "more"},
+    ]
+    server.script = [Writing("So it is.", sources=sources), Writing("Who knows?", sources=[])]
+    say(page, "Is it?")
+    shown = page.locator("article.assistant .sources summary")
+    assert shown.all_inner_texts() == ["[1] a.md:3 (A > B)", "[2] b.pdf, page 7"]
+    shown.first.click()
+    assert page.inner_text("article.assistant details[open] p") == text
+    page.reload()
+    assert shown.all_inner_texts() == ["[1] a.md:3 (A > B)", "[2] b.pdf, page 7"]
+    say(page, "And this?")
+    assert page.locator("article.assistant .sources").last.inner_text() == "Nothing was found in the documents."
+    assert asked(server) == [("user", "Is it?"), ("assistant", "So it is."), ("user", "And this?")]
+
+
 def test_an_answer_can_be_stopped(page: Page, server: ScriptedServer) -> None:
     server.script = [Writing("word " * 500, pause=0.01, piece=5)]
     say(page, "Count", wait=False)

@@ -2,7 +2,7 @@
 
 import { toMessages } from "./conversations.js";
 import { MarkdownView } from "./markdown.js";
-import { $, button, card, copyText, element, figuresText, hideToast, icon, toast, waitingCard } from "./parts.js";
+import { $, button, card, copyText, element, figuresText, hideToast, icon, sourcesList, toast, waitingCard } from "./parts.js";
 
 const NEAR = 48; // pixels from the end, within which the view goes along with an answer
 const FIGURES_EVERY = 500; // milliseconds
@@ -151,7 +151,7 @@ export class ChatView {
   }
 
   #footer(message) {
-    const { role, figures, finish, content } = message;
+    const { role, figures, finish, content, sources } = message;
     const tools = [button("Copy", ({ target }) => copyText(content, target))];
     tools.push(button("Edit", ({ target }) => this.#edit(message, target.closest("article"))));
     if (role === "user") tools.push(button("Delete", () => this.#delete(message)));
@@ -159,6 +159,7 @@ export class ChatView {
     const parts = [element("div", { className: "tools" }, ...tools)];
     const text = figures && figuresText(figures, content ? this.#ending(figures, finish) : "ended without a word");
     if (text) parts.unshift(element("span", { className: "figures" }, text));
+    if (finish && Array.isArray(sources)) parts.unshift(sourcesList(sources));
     return element("footer", {}, ...parts);
   }
 
@@ -311,6 +312,7 @@ function take(conversation, answer, replaced) {
   const last = messages.at(-1);
   const content = answer.done ? answer.text.trim() : answer.text.trimStart();
   if (said) Object.assign(last, { content, figures: answer.figures, finish: answer.finish });
+  if (said && answer.sources) last.sources = answer.sources;
   else if (answer.done && replaced) messages.push(replaced);
 }
 

@@ -118,3 +118,13 @@ export function figuresText({ tokens, rate, first }, ending) {
   if (ending) parts.push(ending);
   return parts.join(" · ");
 }
+
+/** The passages of documents that an answer was given, each with its place; its text is shown on demand. */
+export function sourcesList(sources) {
+  if (!sources.length) return element("p", { className: "sources" }, "Nothing was found in the documents.");
+  const items = sources.map(({ number, file, first_line: line, first_page: page, heading, text }) => {
+    const place = `[${number}] ${file}${page ? `, page ${page}` : `:${line}`}${heading ? ` (${heading})` : ""}`;
+    return element("details", {}, element("summary", {}, place), element("p", {}, String(text)));
+  });
+  return element("div", { className: "sources" }, ...items);
+}

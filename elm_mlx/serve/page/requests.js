@@ -144,6 +144,7 @@ export class Answer {
   text = "";
   finish = null; // "stop", "length", "stopped", or null where trouble ended it
   trouble = null;
+  sources = null; // passages of documents that it was given, where the server has some
   figures = {}; // {prompt, tokens, first, rate}: tokens of both, seconds to the first, tokens a second
   #started = 0;
   #times = []; // of the first and the last piece
@@ -184,7 +185,8 @@ export class Answer {
     }
   }
 
-  #take({ choices, usage }) {
+  #take({ choices, usage, sources }) {
+    this.sources = sources ?? this.sources;
     const choice = choices?.[0];
     this.#add(choice?.delta?.content ?? choice?.text ?? "");
     this.finish = choice?.finish_reason ?? this.finish;
