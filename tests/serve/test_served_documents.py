@@ -65,7 +65,7 @@ def test_the_prompt_holds_passages_as_room_is(
     conversations: list[tuple[Any, int]] = [
         (QUESTION, 2),
         ([*answered, {"role": "user", "content": "And its floors?"}], 2),
-        ([{"role": "user", "content": "tower floors " + "x" * 200}], 1),
+        ([{"role": "user", "content": "tower floors " + "x" * 240}], 1),
         ([{"role": "user", "content": "zebra"}], 0),
         (answered, 0),
     ]
