@@ -1,13 +1,13 @@
 """Finds the passages that a question is answered from: by their words (BM25), by vectors where there are any, or both.
 
-Several rankings become one by reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): each adds 1 / (60 + rank).
+Both rankings become one by reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): each adds weight / (60 + rank).
 """
 
 from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from elm_mlx.documents.static_embeddings import StaticEmbeddings
 
 HEADING_WEIGHT = 4.0  # of a word in a heading, against one in the text: measured in docs/index.md
+VECTOR_WEIGHT = 0.25  # of the ranking by vectors, against the one by words: measured in docs/index.md
 _FUSED = 60  # Cormack's constant
 _RANKED = 50  # passages of each ranking that count
 _SCORED = 1000  # passages for each question of a conversation
@@ -113,10 +114,10 @@ class DocumentIndex:
         """
         asked = [question, *earlier[: -_EARLIER_QUESTIONS - 1 : -1]]
         with self._lock, named_errors(self.path):
-            rankings = [self._by_words(asked)]
+            ranked = self._by_words(asked)
             if self._embeddings is not None:
-                rankings.append(self._by_vectors(asked))
-            return index_file.read_passages(self._connection, self.path, fused(rankings)[:count])
+                ranked = fused({1.0: ranked, VECTOR_WEIGHT: self._by_vectors(asked)})
+            return index_file.read_passages(self._connection, self.path, ranked[:count])
 
     def _by_words(self, asked: Sequence[str]) -> list[int]:
         """Returns the ids of passages that share words with questions, the last of which is the first here."""
@@ -182,10 +183,10 @@ def match_expression(question: str) -> str:
     return " OR ".join(f'"{word}"' for word in wanted[:_MOST_WORDS] if '"' not in word)
 
 
-def fused(rankings: Sequence[Sequence[int]]) -> list[int]:
-    """Returns what the rankings hold, the best first, by reciprocal rank fusion; ties by the earlier ranking."""
+def fused(rankings: Mapping[float, Sequence[int]]) -> list[int]:
+    """Returns what rankings hold, the best first, by reciprocal rank fusion, each ranking under its weight."""
     scores: dict[int, float] = {}
-    for ranking in rankings:
+    for weight, ranking in rankings.items():
         for rank, number in enumerate(ranking, 1):
-            scores[number] = scores.get(number, 0.0) + 1 / (_FUSED + rank)
+            scores[number] = scores.get(number, 0.0) + weight / (_FUSED + rank)
     return sorted(scores, key=lambda number: -scores[number])

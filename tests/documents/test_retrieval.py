@@ -89,6 +89,6 @@ def test_every_letter_word_finds_the_passage_that_it_stands_in(question: str) ->
 
 
 def test_rankings_are_fused_by_rank() -> None:
-    assert fused([[1, 2, 3], [3, 9]]) == [3, 1, 2, 9]
-    assert fused([[1], [2]]) == [1, 2]
-    assert fused([]) == []
+    assert fused({1.0: [1, 2, 3], 0.99: [3, 9]}) == [3, 1, 2, 9]
+    assert fused({1.0: [1], 0.5: [2, 1]}) == [1, 2]
+    assert fused({1.0: [], 0.25: [7]}) == [7]

@@ -2,7 +2,8 @@
 
 import { toMessages } from "./conversations.js";
 import { MarkdownView } from "./markdown.js";
-import { $, button, card, copyText, element, figuresText, hideToast, icon, sourcesList, toast, waitingCard } from "./parts.js";
+import { $, button, card, copyText, element, figuresText, hideToast, icon, sourcesList } from "./parts.js";
+import { toast, waitingCard } from "./parts.js";
 
 const NEAR = 48; // pixels from the end, within which the view goes along with an answer
 const FIGURES_EVERY = 500; // milliseconds
@@ -311,8 +312,8 @@ function take(conversation, answer, replaced) {
   if (messages.at(-1).role === "user" && said) messages.push({ role: "assistant", content: "" });
   const last = messages.at(-1);
   const content = answer.done ? answer.text.trim() : answer.text.trimStart();
-  if (said) Object.assign(last, { content, figures: answer.figures, finish: answer.finish });
-  if (said && answer.sources) last.sources = answer.sources;
+  const { figures, finish, sources } = answer;
+  if (said) Object.assign(last, { content, figures, finish, ...(sources && { sources }) });
   else if (answer.done && replaced) messages.push(replaced);
 }
 
