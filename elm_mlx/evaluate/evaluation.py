@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx import device, files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
+from elm_mlx.data import split_files
 from elm_mlx.data.columns import parsed
 from elm_mlx.data.hub_data import PREFIX
 from elm_mlx.errors import ElmError, InputError
@@ -156,6 +157,9 @@ class Evaluation:
         path = reading.expanded(path)
         self._paths = path, adapter
         config = read_config(path, with_tokenizer=True)
+        for text in map(str, request.texts):
+            if not text.startswith(PREFIX):
+                split_files.find(text)  # or what is not there is said only when the model is loaded
         check_caches(config, kv_bits)
         self._kv_bits = kv_bits
         self._loaded = open_model(path, compute_dtype, adapter, config)

@@ -73,6 +73,7 @@ def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_pat
         ([tiny_model_dir, "--tasks", "piqa@x"], "the number of examples is missing after @"),
         ([tmp_path / "none", "--tasks", own], "none"),
         ([tiny_model_dir, "--harness"], "name them with --tasks"),
+        ([tiny_model_dir, "--text", tmp_path / "gone.csv"], "gone.csv: no such file or directory"),
         ([tiny_model_dir, "--text", own, "--columns", "fox"], "--columns fox: write KEY=COLUMN"),
         ([tiny_model_dir, "--text", own], "30 bad records; mend them, or --skip-bad leaves them out"),
     ):
