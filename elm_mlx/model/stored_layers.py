@@ -152,6 +152,15 @@ def read_as_stored(layer: nn.Module, rounds: bool = False) -> bool:
     return True
 
 
+def read_replaced(model: nn.Module) -> None:
+    """Has products read the weights that have replaced those of a model's layers as these were read: as stored."""
+    plain = {stored: kind for kind, stored in _LAYERS.items()}
+    for layer in model.modules():
+        if isinstance(layer, StoredLayer) and layer.handle() is None:
+            layer.__class__ = plain[type(layer)]
+            read_as_stored(layer, layer.rounds)
+
+
 def _type(layer: nn.Module) -> str | None:
     """Returns the type of a layer's weight by `stored.c`'s name; None where that knows none."""
     if type(layer) not in _LAYERS:

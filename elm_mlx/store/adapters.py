@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from elm_mlx import files, reading
 from elm_mlx.directories import PEFT_WEIGHTS
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model import lora_layers
+from elm_mlx.model import lora_layers, stored_layers
 from elm_mlx.model.config import Config
 from elm_mlx.model.network import Model
 from elm_mlx.model.roofline import layer_of
@@ -231,6 +231,7 @@ def load(model: Model, adapter: Adapter) -> None:
     values = read_values(adapter, model.config)
     if adapter.kind == "full":
         _replace(model, values)
+        stored_layers.read_replaced(model)
     else:
         attach(model, adapter)
         model.load_weights(list(values.items()), strict=False)

@@ -22,7 +22,7 @@ from elm_mlx import blas, device
 from elm_mlx.inference.rows import Rows, prefill
 from elm_mlx.model import lora_layers
 from elm_mlx.model.cache import make_prompt_cache
-from elm_mlx.model.stored_layers import StoredLayer, read_as_stored
+from elm_mlx.model.stored_layers import StoredLayer, read_as_stored, read_replaced
 from elm_mlx.store import loading
 
 pytestmark = pytest.mark.skipif(not blas.reads_stored(), reason="cblas.c is not compiled here")
@@ -196,6 +196,19 @@ def test_a_weight_that_is_replaced_is_used(kind: str) -> None:
         assert layer.handle() is None
         layer["weight"] = kept
     assert layer.handle() is not None and mx.array_equal(layer(drawn(3, 64)), drawn(3, 64) @ wide.T)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "affine 4 32"])
+def test_a_weight_that_is_replaced_is_read_as_stored_again_when_asked(kind: str) -> None:
+    layer, _ = stored(kind, 64, 64)
+    other, wide = stored(kind, 64, 64)
+    kept = layer.handle()
+    model = nn.Sequential(layer, other)
+    layer.update({name: value[::-1] for name, value in layer.parameters().items()})
+    read_replaced(model)
+    assert layer.handle() is not None and layer.handle() is not kept and isinstance(layer, StoredLayer)
+    assert mx.array_equal(layer(drawn(3, 64)), other(drawn(3, 64))[:, ::-1])
+    assert mx.array_equal(lora_layers.dense_weight(layer), wide[::-1])
 
 
 def test_parameters_hold_no_handle() -> None:

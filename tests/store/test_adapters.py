@@ -20,6 +20,7 @@ from elm_mlx import device
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import LINEARS, ModelConfig
 from elm_mlx.model.network import Model
+from elm_mlx.model.stored_layers import StoredLayer
 from elm_mlx.safetensors_file import fingerprint
 from elm_mlx.store import adapters
 from elm_mlx.store.adapters import EMBEDDING, INPUT_EMBEDDING, Adapter, plan
@@ -208,6 +209,26 @@ def test_weights_of_the_whole_model(tiny_model_dir: Path, tmp_path: Path) -> Non
     assert mx.array_equal(again(IDS), model(IDS))
     stored = mx.load(str(tmp_path / "adapters.safetensors"))
     assert stored.keys() and all(name.startswith("transformer.layers.2.") for name in stored)
+
+
+def test_weights_of_the_whole_model_are_computed_as_those_of_a_model_that_is_stored_so(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    """In as few operations, and to the bit."""
+    model = load_model(tiny_model_dir, "float32")
+    weights = {name: 1.5 * value for name, value in tree_flatten(model.parameters()) if "proj" in name}
+    model.unfreeze()
+    model.load_weights(list(weights.items()), strict=False)
+    adapters.save(tmp_path / "a", model, Adapter("full"))
+    shutil.copytree(tiny_model_dir, tmp_path / "fused")
+    own = mx.load(str(tmp_path / "fused" / "model.safetensors"))
+    stored = own | {name: value.astype(own[name].dtype) for name, value in weights.items()}
+    mx.save_safetensors(str(tmp_path / "fused" / "model.safetensors"), stored)
+    beside, one = load_model(tiny_model_dir, adapter_path=tmp_path / "a"), load_model(tmp_path / "fused")
+    assert mx.array_equal(beside(IDS), one(IDS))
+    layers = [layer for layer in beside.modules() if isinstance(layer, StoredLayer)]
+    assert [layer.handle() is not None for layer in layers] == [True] * len(layers)
+    assert len(layers) == sum(isinstance(layer, StoredLayer) for layer in one.modules())
 
 
 def test_it_is_written_into_a_directory_that_is_not_there_yet(tiny_model_dir: Path, tmp_path: Path) -> None:
