@@ -198,6 +198,10 @@ static void read_scales(const struct stored *s, int64_t row, int count, struct s
   const unsigned char *start = (const unsigned char *)s;
   int64_t groups = groups_of(s), size = s->type == MXFP4 ? 1 : s->scale_type == FLOAT32 ? 4 : 2;
   if (!groups) return;
+  for (int64_t at = size * groups * (row + count), end = at + size * groups * count; at < end; at += 64) { /* the next */
+    __builtin_prefetch(start + s->scales_at + at);
+    __builtin_prefetch(start + s->biases_at + at);
+  }
   widen_scales(s->type == MXFP4 ? MXFP4 : s->scale_type, start + s->scales_at + size * groups * row, to->scales,
                groups * count);
   if (s->type != MXFP4)

@@ -188,7 +188,7 @@ class Rows:
             self._read_again(switch, tokens)
         dropped = _make_room(self.caches, 1)
         self.lengths = [length - dropped for length in self.lengths]
-        logits = self._compute(tokens[:, None], *place_step(self.lengths), max(self.lengths) + 1)
+        logits = self._compute(tokens[:, None], 1, apart=True)
         self.resize([length + 1 for length in self.lengths])
         return logits
 
@@ -215,8 +215,7 @@ class Rows:
             for cache in self.caches:
                 cache.narrow()
         apart = not device.on_gpu()
-        position, mask = place_pass(self.lengths, count, apart)
-        return self._compute(flat[:, None] if apart else tokens, position, mask, max(self.lengths) + count)
+        return self._compute(flat[:, None] if apart else tokens, count, apart)
 
     def resize(self, lengths: Sequence[int]) -> None:
         """Makes each text end with so many of its tokens and of those that `look_ahead` took."""
@@ -236,11 +235,12 @@ class Rows:
             return sys.maxsize
         return min((cache.switch - length for length in self.lengths if length < cache.switch), default=sys.maxsize)
 
-    def _compute(self, ids: mx.array, position: mx.array, mask: mx.array, end: int) -> mx.array:
-        """Runs the compiled step on `ids` `(rows, length)`, which write up to `end`. Returns the logits of each.
+    def _compute(self, ids: mx.array, count: int, apart: bool) -> mx.array:
+        """Runs the step on `ids` `(rows, length)`, `count` behind each text, and each a row of its own if `apart`.
 
-        No cache counts what was written.
+        Returns the logits of each. No cache counts what was written.
         """
+        end = max(self.lengths) + count
         for cache in self.caches:
             if end > cache.capacity:
                 cache.reserve(row_capacity(end))
@@ -254,7 +254,9 @@ class Rows:
             whole = whole_step(self._in_c, self.caches, len(ids), max(self.lengths))
             self.traced = whole is not before
             if whole is not None:
-                return self._model.head(whole(self._model.embed(ids[:, 0]), position))
+                places = mx.array([[length + at for at in range(count)] for length in self.lengths])
+                return self._model.head(whole(self._model.embed(ids[:, 0]), places))
+        position, mask = place_step(self.lengths) if count == 1 else place_pass(self.lengths, count, apart)
         arrays: list[Any] = [cache.state for cache in self.caches]
         shapes = (*ids.shape, *position.shape, mask.shape[-1], self.caches[0].capacity)
         self.traced = shapes not in self._shapes

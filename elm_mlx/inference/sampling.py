@@ -142,6 +142,12 @@ class Sampler:
         """True with functions of the caller's, which may count how often they are called."""
         return self.choose is not None or bool(self.processors)
 
+    @property
+    def looks_at_logits_alone(self) -> bool:
+        """True where neither chance nor what was chosen before matters to a choice."""
+        remembers = self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+        return self.temp == 0 and not remembers and not self.has_callables
+
     def start(self, prompts: Sequence[Sequence[int]], seed: int | None = None) -> State:
         """Returns the state before the first token after `prompts`, one for each row. `seed` None draws one.
 

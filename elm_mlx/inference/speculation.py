@@ -33,7 +33,8 @@ _SIZES = (2, 4, 8, 16, 32)  # tokens in a pass: for each a step is compiled
 _WORTH = 1.03  # times as fast, at least, or no guess is verified
 _TIMES = 9  # passes of a size that are remembered
 _FASTER = 0.8  # of what passes took: the machine does something else now
-_COMPARED, _RUN = 3, 16  # passes over one token that are measured; over more, before the next are
+_FIRST = 3  # passes over one token that are measured before any over more
+_COMPARED, _RUN = 2, 32  # and those later; passes over more, before the next of these
 _PATIENCE, _MOST_PATIENCE = 64, 1024  # passes without a guess before one is tried again, though it seems to cost more
 
 
@@ -145,8 +146,8 @@ class Speculation:
         self._passes += 1
         self._drafted += count
         choices, guesses = self._choices(sampler, logits, last.state), draft.tolist()
-        for place, choice in enumerate(choices):
-            token, logprob = int(choice.token.item()), float(choice.logprob.item())
+        for place, chosen in enumerate(choices):
+            choice, token, logprob = chosen
             rows.resize([length + 1 + place])
             if place == count or token != guesses[place]:
                 break
@@ -160,11 +161,17 @@ class Speculation:
             self._pace.took(1 + count, time.perf_counter() - begun)
         return choice
 
-    def _choices(self, sampler: Sampler, logits: mx.array, state: State) -> Iterator[_Choice]:
-        """Yields what the sampler chooses at each position, where it has chosen the guesses before.
+    def _choices(self, sampler: Sampler, logits: mx.array, state: State) -> Iterator[tuple[_Choice, int, float]]:
+        """Yields what the sampler chooses at each position, where it has chosen the guesses before, and reads it.
 
-        On a CPU, or by a caller's function, a position is not looked at before that is known.
+        On a CPU, or by a caller's function, a position is not looked at before that is known, if that matters to it.
         """
+        if sampler.looks_at_logits_alone:
+            tokens, logprobs, state = sampler(logits, state)
+            mx.eval(tokens, logprobs)
+            for place, read in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+                yield _Choice(tokens[place : place + 1], logprobs[place : place + 1], state), *read
+            return
 
         def each() -> Iterator[_Choice]:
             choice = _Choice(logits, logits, state)
@@ -172,11 +179,13 @@ class Speculation:
                 choice = _Choice(*sampler(logits[place : place + 1], choice.state))
                 yield choice
 
-        if not device.on_gpu() or sampler.has_callables:
-            return each()
-        choices = [*each()]
-        mx.async_eval([choice[:2] for choice in choices])
-        return iter(choices)
+        choices = each()
+        if device.on_gpu() and not sampler.has_callables:
+            made = [*choices]
+            mx.async_eval([choice[:2] for choice in made])
+            choices = iter(made)
+        for choice in choices:
+            yield choice, int(choice.token.item()), float(choice.logprob.item())
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,7 @@ class DraftPace:
     def __init__(self, most: int = MOST_DRAFTED) -> None:
         self._sizes = {size for size in _SIZES if size <= most + 1} | {most + 1}
         self._times: dict[int, deque[float]] = {1: deque(maxlen=_TIMES)}
-        self._needed = _COMPARED  # passes over one token that are to be measured before any over more
+        self._needed = _FIRST  # passes over one token that are to be measured before any over more
         self._singles, self._patience = 0, _PATIENCE  # passes over one token in a row
         self._run, self._longest_run = 0, _RUN  # passes over more, since the last over one was measured
 

@@ -459,7 +459,7 @@ def test_a_long_run_of_drafts_is_compared_with_single_tokens() -> None:
     for _ in range(200):
         passes.append(pace.choose([0.9] * 7) + 1)
         pace.took(passes[-1], 1.5 if passes[-1] > 1 else 1.0)
-    assert 0.03 < passes.count(1) / len(passes) < 0.1
+    assert 0.01 < passes.count(1) / len(passes) < 0.1
     for _ in range(40):
         count = pace.choose([0.9] * 7)
         pace.took(count + 1, 8.0 if count else 1.0)  # something else uses the machine
