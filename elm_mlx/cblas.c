@@ -212,7 +212,7 @@ struct description {
   unsigned char mark[32];
   int kind;
 };
-enum { RETIRED, READ, WRITE, FEED, CHOOSE, STORED, STEP };
+enum { RETIRED, READ, WRITE, FEED, CHOOSE, STORED, STEP, ORDER };
 unsigned char elm_mlx_mark[32];
 
 __attribute__((constructor)) static void draw_mark(void) {

@@ -8,7 +8,8 @@
    WRITE  what attention gives, added to the stream;
    FEED   the stream and an FFN's output, added;
    and of rows of logits
-   CHOOSE the logarithm of the sum of their exponentials, the largest of them, and where it first is. */
+   CHOOSE the logarithm of the sum of their exponentials, the largest of them, and where it first is;
+   ORDER  their places from the least on, equals in their order, and what is no number last. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -264,11 +265,48 @@ static void choose_rows(const void *what, int from, int to) {
   for (int i = from; i < to; i++) choose(r->a + i * r->a_step, r->n, r->c + i * r->c_step);
 }
 
+/* Sorts by eleven bits of all numbers at a time, the lowest first, each time in the order that there was. */
+enum { DIGIT = 11, DIGITS = 3, VALUES = 1 << DIGIT };
+
+static void order(const float *x, long n, float *c) {
+  static _Thread_local struct memory kept;
+  uint32_t *keys = (uint32_t *)at_least_floats(&kept, 4 * n), *places = keys + n, *new_keys = places + n;
+  uint32_t *new_places = new_keys + n, counts[DIGITS][VALUES] = {{0}};
+  for (long i = 0; i < n; i++) {
+    float number = x[i] + 0.0f; /* of the two zeros one */
+    uint32_t key;
+    memcpy(&key, &number, 4);
+    key = isnan(number) ? ~0u : key >> 31 ? ~key : key | 1u << 31;
+    keys[i] = key, places[i] = i;
+    for (int digit = 0; digit < DIGITS; digit++) counts[digit][key >> digit * DIGIT & (VALUES - 1)]++;
+  }
+  for (int digit = 0; digit < DIGITS; digit++) {
+    uint32_t start = 0;
+    for (int value = 0; value < VALUES; value++) {
+      uint32_t count = counts[digit][value];
+      counts[digit][value] = start, start += count;
+    }
+    for (long i = 0; i < n; i++) {
+      uint32_t to = counts[digit][keys[i] >> digit * DIGIT & (VALUES - 1)]++;
+      new_keys[to] = keys[i], new_places[to] = places[i];
+    }
+    uint32_t *old_keys = keys, *old_places = places;
+    keys = new_keys, places = new_places, new_keys = old_keys, new_places = old_places;
+  }
+  for (long i = 0; i < n; i++) c[i] = places[i];
+}
+
+static void order_rows(const void *what, int from, int to) {
+  const struct rows *r = what;
+  for (int i = from; i < to; i++) order(r->a + i * r->a_step, r->n, r->c + i * r->c_step);
+}
+
 #include "whole_step.c"
 
 static void sublayer(const struct sublayer *s, int m, int n, int k, const float *a, long a_step, float *c, long c_step) {
-  if (s->head.kind == CHOOSE) {
-    share(choose_rows, &(struct rows){a, a_step, k, c_step, c}, m, 1, m > 1 ? 16l * m * k : 0);
+  if (s->head.kind == CHOOSE || s->head.kind == ORDER) {
+    compute part = s->head.kind == CHOOSE ? choose_rows : order_rows;
+    share(part, &(struct rows){a, a_step, k, c_step, c}, m, 1, m > 1 ? 16l * m * k : 0);
     return;
   }
   pthread_rwlock_rdlock(&living);

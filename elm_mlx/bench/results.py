@@ -183,7 +183,9 @@ def bounds(row: Row, speeds: Speeds) -> dict[str, Bound | None]:
         return {"prompt": None, "decode": None}
 
     def bound(tokens: int, seen: int, positions: int, seconds: float) -> Bound:
-        flops = case.batch * (tokens * about.flops + seen * about.flops_seen + about.flops_head)
+        flops = case.batch * (
+            tokens * about.flops - (tokens - 1) * about.flops_unread + seen * about.flops_seen + about.flops_head
+        )
         moved = about.weight_bytes + round(case.batch * positions * about.cache_bytes * _share(case, about))
         computing, moving = flops / matmul, moved / speeds.bandwidth
         return Bound(flops, moved, "matmul" if computing > moving else "bandwidth", max(computing, moving) / seconds)

@@ -142,7 +142,8 @@ def describe(model: Model, path: Path, name: str, notes: tuple[str, ...]) -> Abo
     cost, size = roofline.Cost.of(config), device.DTYPES[dtype].size
     return About(
         name, dtype, config.parameters, stored_bytes(path, config), config.kv_bytes_per_token(size), sum(cost.linear),
-        sum(cost.attention), cost.head, any(getattr(module, "rounds", False) for module in model.modules()), notes,
+        sum(cost.attention), cost.head, cost.unread,
+        any(getattr(module, "rounds", False) for module in model.modules()), notes,
     )  # fmt: skip
 
 

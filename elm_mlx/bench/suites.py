@@ -87,6 +87,7 @@ class About:
         cache_bytes: of one position's keys and values.
         flops, flops_seen, flops_head: of a token's forward pass: in the layers' weights, for each position that it
             sees, and where its logits are wanted.
+        flops_unread: of `flops`, those that a prompt's tokens but the last one do without.
         rounds: prompts are computed in bfloat16, faster than products of `dtype`.
     """
 
@@ -98,6 +99,7 @@ class About:
     flops: int = 0
     flops_seen: int = 0
     flops_head: int = 0
+    flops_unread: int = 0
     rounds: bool = False
     notes: tuple[str, ...] = ()
 

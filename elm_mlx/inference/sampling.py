@@ -227,7 +227,7 @@ class Sampler:
             total = ops.logsumexp(logits)[:, None]
             # Half of what may be dropped is more than all below this can be together: equals, which sort in no time.
             lowest = total + math.log((1 - self.top_p) / 2 / logits.shape[-1])
-            order = mx.argsort(mx.where(logits >= lowest, -logits, mx.inf), axis=-1)
+            order = ops.ascending(mx.where(logits >= lowest, -logits, mx.inf))
             logits = mx.take_along_axis(logits, order, axis=-1)
             candidates = order if candidates is None else mx.take_along_axis(candidates, order, axis=-1)
             probs = mx.softmax(logits, axis=-1)

@@ -11,7 +11,7 @@ import mlx.core as mx
 from elm_mlx import blas, device
 
 MARK = 32  # bytes in front, which each process draws
-READ, WRITE, FEED, CHOOSE, STORED, STEP = range(1, 7)  # kinds, as in cblas.c
+READ, WRITE, FEED, CHOOSE, STORED, STEP, ORDER = range(1, 8)  # kinds, as in cblas.c
 
 
 def library() -> ctypes.CDLL | None:
@@ -50,3 +50,10 @@ def chooser(vocab_size: int) -> mx.array:
     """Returns the matrix by which logits `(rows, vocab_size)` are multiplied to the logarithm of the sum of their
     exponentials, the largest of them, and where that first is: `(rows, 3)`."""
     return matrix(description(CHOOSE), vocab_size, 3)
+
+
+@functools.cache
+def orderer(vocab_size: int) -> mx.array:
+    """Returns the matrix by which numbers `(rows, vocab_size)` are multiplied to their places from the least on, equals
+    in their order."""
+    return matrix(description(ORDER), vocab_size, vocab_size)

@@ -74,6 +74,7 @@ Mask: TypeAlias = mx.array | Segments | Causal | str | None
 # 2**f for f in [-1/2, 1/2], constant first: least squares of the relative error at Chebyshev nodes (8e-8).
 _POWER_OF_TWO = (1.0000001, 0.69314694, 0.24022122, 0.055507425, 0.009675460, 0.0013266970)
 _ROUNDER = 1.5 * 2**23  # adding and taking it off rounds a float32 to the nearest whole number
+_DESCRIBED, _EXACT = 16, 1 << 24  # columns whose matrix has room for a description; whole numbers that float32 has
 _LITTLE = 1 << 14  # values below which one slow pass is cheaper than twenty fast ones
 _BLOCK_SCORES = 1 << 18  # scores computed at once: they should stay in a core's cache
 # Of attention.c: the product's alpha, numbers of its note, and those of a query.
@@ -117,6 +118,13 @@ def likeliest(logits: mx.array) -> tuple[mx.array, mx.array]:
         return places[:, 0].astype(mx.uint32), (tops - log_sums)[:, 0]
     tokens = mx.argmax(logits, axis=-1)
     return tokens, mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - logsumexp(logits)
+
+
+def ascending(x: mx.array) -> mx.array:
+    """Returns of `(rows, n)` the places of each row's numbers from the least on, equals in their order."""
+    if _chooses(x) and _DESCRIBED <= x.shape[-1] < _EXACT:
+        return (mx.contiguous(x) @ described.orderer(x.shape[-1])).astype(mx.uint32)
+    return mx.argsort(x, axis=-1)
 
 
 def weights(logits: mx.array) -> mx.array:

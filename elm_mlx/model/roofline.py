@@ -24,6 +24,7 @@ import mlx.core as mx
 from elm_mlx.model.config import ModelConfig
 
 HEAD = "lm_head"  # of every network that has one of its own
+_READS = re.compile(r"\b(qkv|q|k|v)_proj\b")  # what a layer reads every token by
 _SIDES = (256, 512, 1024, 2048, 4096, 8192)  # of the products that are tried
 _FASTER = 1.2  # so many times as fast, larger ones are worth a try
 _LEAST = 3  # products of each kind: someone else may be using the machine
@@ -44,11 +45,13 @@ class Cost:
         linear: of each layer's weights.
         attention: of each layer, for each position that the token sees.
         head: of its logits.
+        unread: of the last layer's weights, those that a token does without whose hidden state nobody reads.
     """
 
     linear: tuple[int, ...]
     attention: tuple[int, ...]
     head: int
+    unread: int = 0
 
     @classmethod
     def of(cls, config: Shaped) -> Cost:
@@ -65,7 +68,10 @@ class Cost:
         attention = [0] * len(linear)
         if isinstance(config, ModelConfig):
             attention = [4 * heads * config.head_dim for heads in config.num_query_heads]
-        return cls(tuple(linear), tuple(attention), max(outside)[1] if outside else 0)
+        reading = (
+            flops for name, flops in matrices.items() if layer_of(name) == len(linear) - 1 and _READS.search(name)
+        )
+        return cls(tuple(linear), tuple(attention), max(outside)[1] if outside else 0, linear[-1] - sum(reading))
 
     def forward(self, tokens: int, seen: int, logits: int) -> int:
         """Returns the FLOPs of a forward pass.

@@ -32,6 +32,10 @@ def test_what_bounds_a_prompt_and_a_step_by_hand() -> None:
     step = found["decode"]
     assert step is not None and (step.flops, step.bytes, step.by) == (200 + 48 + 60, 4000 + 96, "bandwidth")
     assert step.share == pytest.approx(4096 / 2e6 * 95)
+    unread = row()
+    unread.about["ours"] = replace(unread.about["ours"], flops_unread=20)
+    shorter = bounds(unread, SPEEDS)
+    assert shorter["prompt"] is not None and shorter["prompt"].flops == 2280 - 9 * 20 and shorter["decode"] == step
     rounding = row()
     rounding.about["ours"] = replace(rounding.about["ours"], rounds=True)
     assert bounds(rounding, SPEEDS) == {"prompt": None, "decode": step}

@@ -242,3 +242,12 @@ def test_no_number_among_logits_is_no_log_probability() -> None:
     logits[0, 7] = math.nan
     assert mx.isnan(ops.likeliest(logits)[1]).tolist() == [True, False]
     assert mx.isnan(ops.logsumexp(logits)).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1000, 49_152])
+def test_places_in_ascending_order_are_mlxs(count: int) -> None:
+    """Equals, zeros of both signs, the infinite and no numbers among them."""
+    x = mx.round(mx.random.normal((3, count), key=mx.random.key(count)) * 50) / 10
+    x = mx.where(x > 3, mx.inf, mx.where(x < -4, -0.0, mx.where(x == -1, -mx.inf, mx.where(x == 1, mx.nan, x))))
+    assert mx.array_equal(ops.ascending(x), mx.argsort(x, axis=-1))
+    assert mx.array_equal(ops.ascending(x[1:2]), mx.argsort(x[1:2], axis=-1))

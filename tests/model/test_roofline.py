@@ -26,7 +26,7 @@ def test_two_layers_by_hand() -> None:
     first = 2 * (32 * 32 + 16 * 32 + 32 * 32 + 16 * 32)
     second = 2 * (32 * 64 + 32 * 32 + 32 * 128 + 64 * 32)
     cost = Cost.of(TWO_LAYERS)
-    assert cost == Cost((first, second), (4 * 2 * 8, 4 * 4 * 8), 2 * 100 * 32)
+    assert cost == Cost((first, second), (4 * 2 * 8, 4 * 4 * 8), 2 * 100 * 32, second - 2 * 32 * 64)
     # Three tokens see 1, 2 and 3 positions: two heads' scores and values in the first layer, four in the second.
     attention = (1 + 2 + 3) * (2 * 2 * 8 * 2 + 2 * 2 * 8 * 4)
     assert cost.forward(3, causal(3), 1) == 3 * (first + second) + attention + 2 * 100 * 32
