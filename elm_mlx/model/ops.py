@@ -100,6 +100,11 @@ def exp(x: mx.array) -> mx.array:
     return mx.exp(x) if _mlx_is_best(x, x.size) else _derivable_exp(mx.maximum(x, -87.0))
 
 
+def tanh(x: mx.array) -> mx.array:
+    """`tanh(x)` elementwise, whose bits don't depend on what is beside a number."""
+    return mx.tanh(x) if device.on_gpu() or x.dtype != mx.float32 else _tanh(x)
+
+
 def logsumexp(logits: mx.array) -> mx.array:
     """Returns the logarithm of the sum of the last axis' exponentials: `(..., vocab_size)` to `(...)`."""
     if _chooses(logits):
@@ -247,7 +252,7 @@ def _capped_attention(
     @mx.checkpoint
     def attend(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         grouped = queries.reshape(batch, kv_heads, -1, head_dim)
-        scores = cap * mx.tanh((grouped * (scale / cap)) @ keys.swapaxes(2, 3))
+        scores = cap * tanh((grouped * (scale / cap)) @ keys.swapaxes(2, 3))
         if isinstance(seen, mx.array):
             each = scores.reshape(batch, heads, length, positions)
             scores = mx.where(seen, each, -1e30).reshape(scores.shape)
@@ -522,6 +527,16 @@ def _derivable_exp(x: mx.array) -> mx.array:
 @_derivable_exp.vjp
 def _(_: mx.array, cotangent: mx.array, power: mx.array) -> mx.array:
     return cotangent * power
+
+
+@mx.custom_function
+def _tanh(x: mx.array) -> mx.array:
+    return 1 - 2 / (_exp(mx.clip(2 * x, -87.0, 87.0)) + 1)
+
+
+@_tanh.vjp
+def _(_: mx.array, cotangent: mx.array, found: mx.array) -> mx.array:
+    return cotangent * (1 - found * found)
 
 
 def _mlx_is_best(x: mx.array, size: int) -> bool:

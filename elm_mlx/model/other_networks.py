@@ -119,7 +119,7 @@ class NetworkProtocol:
         """Hidden states `(..., model_dim)` to logits `(..., vocab_size)`."""
         owner, cap = self.head_module(), self.config.values.get("final_logit_softcapping")
         logits = owner.as_linear(hidden) if hasattr(owner, "as_linear") else owner(hidden)
-        return logits if cap is None else cap * mx.tanh(logits / cap)
+        return logits if cap is None else cap * ops.tanh(logits / cap)
 
     def head_module(self) -> nn.Module:
         """Returns the module whose parameters turn hidden states into logits."""

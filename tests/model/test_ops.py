@@ -200,6 +200,14 @@ def test_the_derivatives_within_segments_are_those_of_mlxs_own(monkeypatch: pyte
         np.testing.assert_allclose(mine, reference, atol=2e-5 * float(mx.abs(reference).max()))
 
 
+def test_the_hyperbolic_tangent(branch: bool) -> None:
+    x = mx.concatenate([mx.linspace(-12, 12, 1001), mx.array([-1e30, -90.0, 90.0, 1e30])])
+    expected = np.tanh(np.array(x, np.float64))
+    np.testing.assert_allclose(ops.tanh(x), expected, atol=5e-7)
+    np.testing.assert_allclose(mx.grad(lambda x: ops.tanh(x).sum())(x), 1 - expected**2, atol=1e-6)
+    assert mx.isnan(ops.tanh(mx.array([mx.nan]))).item()
+
+
 def test_the_public_exponential_bears_anything_below_87() -> None:
     x = mx.concatenate([mx.array([-1e30, -100.0, 0.0, 1.0]), mx.zeros((ops._LITTLE,))])
     np.testing.assert_allclose(np.array(ops.exp(x))[:4], [0, 0, 1, np.e], rtol=1e-6, atol=1e-37)
