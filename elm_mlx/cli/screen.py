@@ -312,6 +312,7 @@ class TrainingDisplay(TrainingCallback):
 
     Attributes:
         validates: whether the run does.
+        asks: whether validations ask the model, and their losses are shares of wrong answers.
         quiet: to show nothing.
 
     Args:
@@ -320,6 +321,7 @@ class TrainingDisplay(TrainingCallback):
 
     def __init__(self, steps: int, validates: bool = True, quiet: bool = False, every: int | None = None):
         self._steps, self.validates, self.quiet, self._every = steps, validates, quiet, every
+        self.asks = False
         self._loss: float | None = None
         self._base: float | None = None  # the validation's loss before training
         self._rate = self._seconds = self._matmul = 0.0
@@ -440,7 +442,7 @@ class TrainingDisplay(TrainingCallback):
         )
 
     def _validated(self, report: Report) -> None:
-        loss, asked = report.valid_loss, report.samples is not None
+        loss, asked = report.valid_loss, self.asks
         assert loss is not None
         texts = [*([] if asked else [f"validation loss {loss:.4f}"]), *shown_measures(report.measures)]
         if report.step == 0:

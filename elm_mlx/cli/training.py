@@ -277,19 +277,20 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
     with run:
         schedule = run.settings.schedule
         shown = TrainingDisplay(schedule.total, run.validates, every=asked.reports.steps_per_report)
+        shown.asks = isinstance(asked, GrpoSettings)
         name_bad([reason for split in run.splits.values() for reason in split.bad])
         options = {name: f"--{name.replace('_', '-')}" for name in asked.options()}
         names = {name.replace("_", " "): option for name, option in options.items()} | options | _DECIDED_BY
         names[_STEPS] = "updates (--epochs)" if asked.optimizer.iters is None else "--iters"
         onwards = "; to train on when it has ended, --extend N adds N updates"
         result = train(run, shown, _plan(run), names, force, memory.OPTIONS, onwards)
-        shown.lines(ended(result, shown.validates, isinstance(asked, GrpoSettings)))
+        shown.lines(ended(result, shown.validates, shown.asks))
         if result.harm is None:
             trial = _trial(asked.model, run.path, run.out, asked.examples.template)
             shown.lines([("wrote", f"{run.out}; try: {trial}")])
         else:
             shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
-            shown.warn(harmed(result, "--learning-rate"))
+            shown.warn(harmed(result, "--learning-rate", shown.asks))
     if result.interrupted:
         raise typer.Exit(130)
 
@@ -411,11 +412,16 @@ def needed(load: Load) -> str:
     )
 
 
-def harmed(result: Result, rate: str) -> str:
-    """Returns a warning where training made the loss worse; `rate` is the learning rate's option."""
+def harmed(result: Result, rate: str, asked: bool = False) -> str:
+    """Returns a warning where training made the model worse, with the learning rate's option; `asked` as in `ended`."""
     assert result.harm is not None
     now, before = result.harm
     helps = f"a lower {rate} or other data may help"
+    if asked:
+        return (
+            f"no validation had more right answers than the {1 - before:.1%} before training, and the last one had "
+            f"{1 - now:.1%}: do not use it; {helps}"
+        )
     if result.progress.valid_loss is None:
         return f"the training loss rose from {before:.4f}, of the first update, to {now:.4f}: do not use it; {helps}"
     return (
@@ -431,7 +437,8 @@ def ended(result: Result, validated: bool, asked: bool = False) -> list[tuple[st
     if result.interrupted:
         lines = [("stopped", f"after {counted(done.step, 'update')}; --resume goes on from {result.last}")]
     if result.early:
-        reason = f"{counted(done.worse, 'validation')} in a row without a lower loss"
+        better = "more right answers" if asked else "a lower loss"
+        reason = f"{counted(done.worse, 'validation')} in a row without {better}"
         lines = [("ended", f"early, after {counted(done.step, 'update')}: {reason}; more --patience goes on")]
     if done.skipped:
         lines.append(("skipped", counted(done.skipped, "update")))

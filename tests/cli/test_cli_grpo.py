@@ -68,6 +68,19 @@ def test_what_is_rewarded_comes_more_often(grpo: Any, model: Path, tmp_path: Pat
     assert load_model(model, adapter_path=out) is not None
 
 
+def test_a_run_that_has_only_harmed_says_so(grpo: Any, tmp_path: Path) -> None:
+    """A rate that breaks the model: what is rewarded comes no more often, and patience ends the run."""
+    out = tmp_path / "out"
+    broken = ("--lr", 30, "--warmup", 0, "--steps-per-eval", 1, "--patience", 1)
+    code, said, err = grpo("--out", out, "--iters", 9, *broken)
+    losses = [line["valid_loss"] for line in lines(out) if "valid_loss" in line]
+    assert code == 0 and len(losses) == 2 and losses[1] >= losses[0]
+    before, after = (f"{1 - loss:.1%}" for loss in losses)
+    assert f"no validation had more right answers than the {before} before training" in err
+    assert f"and the last one had {after}" in err
+    assert "early, after 1 update: 1 validation in a row without more right answers" in said
+
+
 def test_a_run_says_what_it_is_going_to_do(grpo: Any, tmp_path: Path) -> None:
     said = grpo("--out", tmp_path / "out", "--iters", 1)[1]
     assert "task      letters, difficulty 1; 8 held-out problems to validate\n" in said
