@@ -31,6 +31,8 @@ from hostile_templates import TEMPLATES
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import data_files, records, text_sources
 from elm_mlx.data.bad_record import BadRecord
+from elm_mlx.documents.indexing import index_documents
+from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.errors import ElmError
 from elm_mlx.evaluate import scores, tokens
 from elm_mlx.evaluate import task_sources as tasks
@@ -371,6 +373,35 @@ def _unpacked(damage: Damage) -> Damage:
     return lambda data, draw: gzip.compress(damage(gzip.decompress(data), draw))
 
 
+DOCUMENTS = {
+    "a.md": "# One\n\nA paragraph.\n\n- an item\n\n```python\nx = 1\n```\n\nTwo\n---\n\nmore\n",
+    "a.html": "<html><title>One</title><body><h2>Two</h2><p>A &amp; b<ul><li>c</ul><pre>d</pre></body></html>",
+    "a.py": "import os\n\n\nclass C:\n    def f(self):\n        return 'x'\n\n\ndef g(a, *b):\n    return a\n",
+    "a.c": "/* f */\nint f(void) {\n    return 1;\n}\n",
+    ".gitignore": "*.tmp\n!a.md\n/build/\n",
+}
+
+
+def write_documents(path: Path) -> None:
+    for name, text in DOCUMENTS.items():
+        (path / name).write_text(text)
+    index_documents(path, path / "notes.db")
+
+
+def use_documents(path: Path) -> None:
+    (path / "notes.db").unlink()  # it is of the directory where it was written
+    index_documents(path, path / "notes.db")
+    use_index(path)
+
+
+def use_index(path: Path) -> None:
+    index = DocumentIndex(path / "notes.db")
+    try:
+        index.search("a paragraph of one")
+    finally:
+        index.close()
+
+
 def write_transcript(path: Path) -> None:
     conversation.write_messages(path / "talk.json", CONVERSATION[:3])
 
@@ -593,6 +624,8 @@ KINDS = {
         Kind("records", write_records, {"a.jsonl": json_lines, "a.json": json_values, "a.txt": raw_bytes,
              "a.jsonl.gz": either(raw_bytes, _unpacked(json_lines)), "a.parquet": raw_bytes,
              "a.csv": raw_bytes}, use_records),
+        Kind("documents", write_documents, {name: either(raw_bytes, _text) for name in DOCUMENTS}, use_documents),
+        Kind("documents' index", write_documents, {"notes.db": raw_bytes}, use_index),
         Kind("transcript", write_transcript, {"talk.json": json_values},
              lambda path: conversation.read_messages(path / "talk.json")),
         Kind("answers", write_answers, {f"{name}.txt": either(raw_bytes, _text) for name in TASKS}, use_answers),

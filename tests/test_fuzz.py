@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 WITHOUT_A_MODEL = (
     "tokenizer.json", "tokenizer.json phi3", "tokenizer.json's parts", "tokenizer.model", "template", "torch", "hub",
     "gguf", "gguf openelm", "run.json", "metrics", "records", "transcript", "answers", "yaml", "toml", "eval",
+    "documents", "documents' index",
 )  # fmt: skip
 OF_A_MODEL = tuple(name for name in KINDS if name not in WITHOUT_A_MODEL)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from elm_mlx.documents.retrieval import DocumentIndex
     from elm_mlx.inference.batch import Completion
     from elm_mlx.inference.generation import Response
+    from elm_mlx.inference.saved_cache import CacheFiles
     from elm_mlx.store.loading import Loaded
     from elm_mlx.text.chat_template import Template
 
@@ -88,9 +89,6 @@ def generate(
         template = "none"
     if docs is not None:
         options.check_documents(max_kv_size)
-    from elm_mlx.inference.generation import check_steps
-    from elm_mlx.inference.rows import PREFILL_STEP
-    from elm_mlx.inference.sampling import merge_settings, sampler_from
     from elm_mlx.inference.speculation import DraftOptions
     from elm_mlx.model.cache import check_caches, make_prompt_cache
     from elm_mlx.model.config import read_config
@@ -103,12 +101,8 @@ def generate(
     model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
     check_caches(config, kv_bits, max_kv_size, saved=bool(save_cache or load_cache))
-    chosen: dict[str, Any] = merge_settings(model, flags)
-    sampler_from(chosen)
-    chosen |= {"seed": seed, "prefill_step": PREFILL_STEP if prefill_step is None else prefill_step}
-    check_steps(chosen["max_tokens"], chosen["prefill_step"])
+    chosen = _settings(model, flags, seed, prefill_step)
     drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
-    reading.check_seed(seed)
     templated = _is_templated(model, template, adapter)
     if not templated and docs is None and system is not None:
         raise InputError("--system needs a chat template, which the model lacks: pass --template")
@@ -122,40 +116,62 @@ def generate(
     loaded = open_model(model, compute_dtype, adapter, config)
     for remark in loaded.notes:
         note(remark)
-    assert loaded.tokenizer is not None
-    chosen["prompt_cache"] = caches = make_prompt_cache(loaded.model, kv_bits, max_kv_size)
+    chosen["prompt_cache"] = make_prompt_cache(loaded.model, kv_bits, max_kv_size)
     if kept is not None:
-        chosen["cached"] = kept.load(loaded.model, caches)
-    conversing = None
-    if templated:
-        from elm_mlx.text.chat_template import choose
-
-        conversing = choose(model, loaded.tokenizer, template, adapter)
-    asked = _asked(loaded, conversing, documents, system, texts, chosen["max_tokens"])
+        chosen["cached"] = kept.load(loaded.model, chosen["prompt_cache"])
+    own = _template(model, loaded, template, adapter) if templated else None
+    asked = _asked(loaded, own, documents, system, texts, chosen["max_tokens"])
     chosen |= {"stop": (*asked.stop_strings, *(stop or ())), "stop_ids": asked.stop_ids}
     if prompts:
         from elm_mlx.inference.batch import generate_batch
 
-        _print_batch(
-            texts, asked, generate_batch(loaded.model, loaded.tokenizer, asked.inputs, **chosen), as_json, logprobs
-        )
+        assert loaded.tokenizer is not None
+        completions = generate_batch(loaded.model, loaded.tokenizer, asked.inputs, **chosen)
+        _print_batch(texts, asked, completions, as_json, logprobs)
         return
-    from elm_mlx.inference.generation import encode_prompt, stream_generate
-
-    ids = encode_prompt(loaded.model, loaded.tokenizer, asked.inputs[0], endless=max_kv_size is not None)
-    if max_kv_size is not None and len(ids) > max_kv_size:
-        note(f"the prompt has {len(ids)} tokens: of them 4 and the last are in view, {max_kv_size} at most")
-    responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen, **drafts.load(loaded))
-    if kept is not None:
-        responses = _kept_after_first(responses, partial(kept.save, ids, caches))
+    responses = _responses(loaded, asked.inputs[0], chosen | drafts.load(loaded), kept, max_kv_size)
     if as_json:
         _as_json(texts[0], asked, responses, logprobs)
-    elif logprobs:
+        return
+    if logprobs:
         _as_tokens(responses)
     else:
         _as_text(texts[0] + "\n" * asked.answers, responses)  # an answer begins its own line
-    if documents is not None and not as_json:
-        show_sources(documents, asked.sources[0])
+    if asked.documents is not None:
+        show_sources(asked.documents, asked.sources[0])
+
+
+def _settings(
+    model: Path, flags: Mapping[str, float | None], seed: int | None, prefill_step: int | None
+) -> dict[str, Any]:
+    """Returns how tokens are drawn and a prompt is read, checked: flags, the model's own settings, or the defaults."""
+    from elm_mlx.inference.generation import check_steps
+    from elm_mlx.inference.rows import PREFILL_STEP
+    from elm_mlx.inference.sampling import merge_settings, sampler_from
+
+    chosen: dict[str, Any] = merge_settings(model, flags)
+    sampler_from(chosen)
+    chosen |= {"seed": seed, "prefill_step": PREFILL_STEP if prefill_step is None else prefill_step}
+    check_steps(chosen["max_tokens"], chosen["prefill_step"])
+    reading.check_seed(seed)
+    return chosen
+
+
+def _responses(
+    loaded: Loaded,
+    prompt: str | list[int],
+    chosen: dict[str, Any],
+    kept: CacheFiles | None,
+    max_kv_size: int | None,
+) -> Iterator[Response]:
+    """Returns the tokens of one text as they come; the cache of its prompt is kept when the first is there."""
+    from elm_mlx.inference.generation import encode_prompt, stream_generate
+
+    ids = encode_prompt(loaded.model, loaded.tokenizer, prompt, endless=max_kv_size is not None)
+    if max_kv_size is not None and len(ids) > max_kv_size:
+        note(f"the prompt has {len(ids)} tokens: of them 4 and the last are in view, {max_kv_size} at most")
+    responses = stream_generate(loaded.model, loaded.tokenizer, ids, **chosen)
+    return responses if kept is None else _kept_after_first(responses, partial(kept.save, ids, chosen["prompt_cache"]))
 
 
 @dataclass(frozen=True)
@@ -165,6 +181,7 @@ class _Asked:
     Attributes:
         sources: the passages that each was given, without documents none.
         answers: the prompts are messages, and no texts to go on with.
+        documents: whose passages they are.
     """
 
     inputs: Sequence[str | list[int]]
@@ -172,6 +189,7 @@ class _Asked:
     stop_strings: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()
     answers: bool = False
+    documents: DocumentIndex | None = None
 
 
 def _asked(
@@ -193,13 +211,20 @@ def _asked(
         window = Templated(template, loaded.model.config.max_context_length, system)
         grounded = [grounded_prompt(window, loaded.tokenizer, documents, [], text, max_tokens) for text in texts]
         inputs: Sequence[str | list[int]] = [prompt.ids for prompt, _ in grounded]
-        return _Asked(inputs, [each for _, each in grounded], template.stop_strings, template.stop_ids, True)
+        return _Asked(inputs, [each for _, each in grounded], template.stop_strings, template.stop_ids, True, documents)
     if template is None:
         return _Asked(texts, [None] * len(texts))
     before = [] if system is None else [{"role": "system", "content": system}]
     inputs = [template.encode([*before, {"role": "user", "content": text}]) for text in texts]
     note("answered by the chat template; --no-template continues the text")
     return _Asked(inputs, [None] * len(texts), template.stop_strings, template.stop_ids, True)
+
+
+def _template(model: Path, loaded: Loaded, template: str | None, adapter: Path | None) -> Template | None:
+    from elm_mlx.text.chat_template import choose
+
+    assert loaded.tokenizer is not None
+    return choose(model, loaded.tokenizer, template, adapter)
 
 
 def _is_templated(model: Path, template: str | None, adapter: Path | None) -> bool:
@@ -249,6 +274,8 @@ def _print_batch(
                 speech.write(f"--- {number}: {text}\n{done.text}")
                 speech.finish()
                 print(flush=True)
+                if asked.documents is not None:
+                    show_sources(asked.documents, asked.sources[number - 1])
             if not sys.stdout.isatty():  # or the texts themselves show it
                 progress("generate", number, len(texts))
     seconds = time.perf_counter() - start

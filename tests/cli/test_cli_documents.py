@@ -41,6 +41,8 @@ def test_generate_in_json_and_several_prompts(run: Run, tiny_model_dir: Path, no
         [],
         ["b.md"],
     ]
+    code, _, said = run("generate", tiny_model_dir, "--prompts", prompts, "--docs", notes, *QUICK)
+    assert code == 0 and said.count("[1] notes/") == 2 and said.count("nothing found") == 1
     code, printed, _ = run("generate", tiny_model_dir, "tower", "--docs", notes, "--json", *QUICK)
     source = {"number": 1, "file": "a.md", "first_line": 3, "last_line": 3, "heading": "Towers"}
     assert code == 0 and json.loads(printed)["sources"] == [source | {"text": "The tower has seven floors."}]
