@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import guesses
+import mlx.core as mx
 import pytest
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.problems.drawn_problems import is_held_out
+from elm_mlx.selfplay import answer_sampling
 from elm_mlx.selfplay.answer_record import AnswerRecord
 from elm_mlx.selfplay.answer_sampling import Sampling, SamplingSettings
+from elm_mlx.store import adapters
+from elm_mlx.store.loading import load_model
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +54,23 @@ def test_problems_are_of_what_is_solved_sometimes_and_none_is_held_out(asked: Sa
     assert 4 <= hard <= 28  # a ninth of 128
     assert not any(is_held_out(each.prompt) for each in problems)
     assert 5 <= sum(each.held_out for each in problems) <= 50  # a seventh of 160
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_is_merged_to_sample_and_says_what_it_says_beside_the_model(
+    asked: SamplingSettings, tmp_path: Path, dora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(asked.model, "float32")
+    adapter = adapters.plan(model.config, rank=4, dora=dora)
+    adapters.attach(model, adapter)
+    for number, (_, module) in enumerate(model.named_modules()):
+        if "lora_b" in module:
+            module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape, key=mx.random.key(number))
+    adapters.save(tmp_path / "adapter", model, adapter)
+    adapted = replace(asked, adapter=tmp_path / "adapter")
+    merged = sample(adapted, tmp_path / "merged", 20)
+    monkeypatch.setattr(answer_sampling, "as_it_answers", lambda model, dtype: nullcontext())
+    assert sample(adapted, tmp_path / "beside", 20) == merged != sample(asked, tmp_path / "without", 20)
 
 
 def test_rounds_have_other_problems(asked: SamplingSettings, tmp_path: Path) -> None:
