@@ -122,8 +122,11 @@ class DocumentIndex:
     def _by_words(self, asked: Sequence[str]) -> list[int]:
         """Returns the ids of passages that share words with questions, the last of which is the first here."""
         scores: dict[int, float] = {}
-        for distance, question in enumerate(asked):
-            if expression := match_expression(question):
+        expressions = [match_expression(question) for question in asked]
+        if not any(expressions):
+            expressions = [match_expression(asked[0], stop_words=True)]
+        for distance, expression in enumerate(expressions):
+            if expression:
                 ranked = self._connection.execute(
                     f"SELECT rowid, rank FROM words WHERE words MATCH ? AND rank MATCH 'bm25({HEADING_WEIGHT}, 1.0)' "
                     "ORDER BY rank LIMIT ?",
@@ -170,16 +173,16 @@ class DocumentIndex:
         return self._vectors[1:]
 
 
-def match_expression(question: str) -> str:
+def match_expression(question: str, stop_words: bool = False) -> str:
     """Returns an FTS5 query for passages that share a word with `question`; empty where there is no word in it.
 
     Every word is a quoted string, in which FTS5 knows no syntax. One with signs in it, as `--kv-bits` or `read_file`,
-    is looked for as a whole and in its parts. Stop words count only where there is nothing else.
+    is looked for as a whole and in its parts. `stop_words` count only if they are asked for.
     """
     words = [word.strip("'’.-+#") for word in _WORD.findall(question)]
     parts = [part for word in words for part in (word, *re.split(r"[\W_]+", word))]
     unique = list(dict.fromkeys(part.lower() for part in parts if part and part.isprintable()))
-    wanted = [word for word in unique if word not in _STOP_WORDS] or unique
+    wanted = [word for word in unique if stop_words or word not in _STOP_WORDS]
     return " OR ".join(f'"{word}"' for word in wanted[:_MOST_WORDS] if '"' not in word)
 
 

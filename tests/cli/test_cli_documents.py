@@ -66,6 +66,11 @@ def test_what_does_not_go_together(run: Run, tiny_model_dir: Path, notes: Path) 
         assert code == 2 and said.count("\n") == 1
 
 
+def test_a_server_of_base_models_has_nobody_to_answer(run: Run, tiny_model_dir: Path, notes: Path) -> None:
+    code, _, said = run("serve", tiny_model_dir, "--docs", notes, "--port", 0)
+    assert code == 2 and "none of the models has a chat template" in said
+
+
 def test_an_unfinished_index_is_said(run: Run, tiny_model_dir: Path, notes: Path) -> None:
     from elm_mlx.documents.index_file import connect, write_setting
 
