@@ -315,7 +315,8 @@ def _rename_symbols(original: Path, made: Path) -> None:
 
 
 def _run(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    # A few seconds, but on a machine at work more than a minute; and what fails is not tried again for a day.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise _Unusable(f"{what}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
 
