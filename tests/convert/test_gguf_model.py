@@ -157,7 +157,7 @@ def test_damage_between_writing_and_reading_is_found(tmp_path: Path, monkeypatch
         ({"llama__block_count": None}, "llama.block_count is missing"),
         ({"llama__block_count": 3}, "has no blk.2.attn_q.weight"),
         ({"llama__block_count": 1}, "has tensors that no llama has a place for: 'blk.1."),
-        ({"llama__block_count": 10**6}, "num_hidden_layers is 1000000"),
+        ({"llama__block_count": 10**6}, "llama.block_count is 1000000"),
         ({"llama__embedding_length": 32}, "of the shape"),
         ({"llama__attention__head_count": 5}, "heads"),
         ({"llama__expert_count": 8}, "a mixture of experts"),
