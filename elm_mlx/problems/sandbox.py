@@ -83,6 +83,10 @@ def _reason(ended: str) -> str:
     return reasons.get(ended, f"the code ended its process ({ended})")
 
 
+def _killed() -> ElmError:
+    return ElmError("the process that runs the code of answers was ended from outside; run this again")
+
+
 def _whole(text: str) -> int:
     if len(text) > _DIGITS:
         raise ValueError
@@ -122,11 +126,16 @@ class _Worker:
     def ask(self, request: dict[str, Any]) -> tuple[bytes, str | None]:
         """Returns what the fork wrote, or what ended it. After any error the process has ended."""
         try:
+            data = json.dumps(request).encode()
+            left = memoryview(len(data).to_bytes(sandbox_worker.SIZED, "big") + data)
             with suppress(BrokenPipeError):  # the end of the answers says why
-                self._requests.write(json.dumps(request).encode() + b"\n")
-                self._requests.flush()
+                while left:  # not by a buffer: a fork of this process would write its copy once more
+                    left = left[os.write(self._requests.fileno(), left) :]
             answer = self._line()
-            return self._answers.read(answer["size"]), answer["ended"]
+            written = self._answers.read(answer["size"])
+            if len(written) < answer["size"]:
+                raise _killed()
+            return written, answer["ended"]
         except BaseException:  # Ctrl-C too: nobody waits for this answer any more
             self.end()
             raise
@@ -142,7 +151,7 @@ class _Worker:
         line = self._answers.readline()
         if not line.endswith(b"\n"):
             self.end()
-            raise ElmError("the process that runs the code of answers was ended from outside; run this again")
+            raise _killed()
         answer: dict[str, Any] = json.loads(line)
         return answer
 

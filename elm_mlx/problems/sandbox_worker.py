@@ -5,19 +5,22 @@ all that a computation does not need:
 
 - descriptors: it has one, a pipe to this process for its results, and its limit is 0, so that it gets no other;
 - system calls, on Linux: a seccomp filter lets memory, clocks, random bytes, `write` and `exit` through, and refuses
-  every other: files, sockets, processes, threads, signals, waiting. On macOS a sandbox profile refuses everything;
+  every other: files, sockets, processes, threads, signals, waiting. On macOS a sandbox profile refuses everything. Nor
+  does a crash leave a core dump, which systems may hand to a program whatever the limit of its size;
 - time and memory: the kernel ends it after `seconds` of computing and refuses more memory than `memory`. This process
   ends it after WAITING times as long by the clock, where it writes more than `written`, and on macOS, whose kernel
   limits no memory, where it has filled that.
 
 So it does not matter what runs there, be it machine code by `ctypes`. Nothing in its memory is secret: it has the
-inputs, and never the values that are expected. What it writes is taken for no more than bytes.
+inputs, and never the values that are expected; nor what other answers said or returned, which may be right where this
+one is wrong: they pass through this process in buffers that are filled in place and wiped. What a fork writes is taken
+for no more than bytes.
 
 At its start this process has a fork try what it must not be able to do, and run a function, and writes a line of JSON:
-`{"escapes", "values"}`, what it could do nevertheless and what it computed, or `{"failure"}`. Then it reads an object a
-line: `source`, `function`, and `inputs`, a list of arguments for each call. It answers by a line, `{"size", "ended"}`,
-and `size` bytes, which the fork has written: `{"values"}` or `{"failure"}`, if it is honest. `ended` says what ended it
-before it wrote anything.
+`{"escapes", "values"}`, what it could do nevertheless and what it computed, or `{"failure"}`. Then it reads requests, a
+size in `SIZED` bytes and an object: `source`, `function`, and `inputs`, a list of arguments for each call. It answers
+by a line, `{"size", "ended"}`, and `size` bytes, which the fork has written: `{"values"}` or `{"failure"}`, if it is
+honest. `ended` says what ended it before it wrote anything.
 """
 
 from __future__ import annotations
@@ -43,6 +46,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+SIZED = 8  # bytes of a request's size, the highest first
 WAITING = 5  # times the seconds of computing, by the clock, on a busy machine
 
 # What ended a fork before it wrote results.
@@ -59,15 +63,15 @@ _REASON = 300  # characters of it
 
 # From linux/seccomp.h, prctl.h and bpf_common.h. A program loads a word of the call (0: its number, 4: the processor's
 # kind), compares it and returns a verdict.
-_SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SET_PARENT_DEATH_SIGNAL, _FILTER = 38, 22, 1, 2
+_SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SET_PARENT_DEATH_SIGNAL, _SET_DUMPABLE, _FILTER = 38, 22, 1, 4, 2
 _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 
-# The kind of processor, and its numbers of write, close, mmap, mprotect, munmap, brk, mremap, madvise, exit,
-# exit_group, gettimeofday, clock_gettime, getrandom (asm/unistd.h).
+# The kind of processor, and its numbers of write, close, mmap, mprotect, munmap, brk, mremap, exit, exit_group,
+# gettimeofday, clock_gettime, getrandom (asm/unistd.h). No madvise, by which root takes pages from the machine.
 _CALLS = {
-    "x86_64": (0xC000003E, (1, 3, 9, 10, 11, 12, 25, 28, 60, 231, 96, 228, 318)),
-    "aarch64": (0xC00000B7, (64, 57, 222, 226, 215, 214, 216, 233, 93, 94, 169, 113, 278)),
+    "x86_64": (0xC000003E, (1, 3, 9, 10, 11, 12, 25, 60, 231, 96, 228, 318)),
+    "aarch64": (0xC00000B7, (64, 57, 222, 226, 215, 214, 216, 93, 94, 169, 113, 278)),
 }
 
 
@@ -81,14 +85,22 @@ def main() -> None:
     os.environ.clear()
     limits = Limits(float(sys.argv[1]), *map(int, sys.argv[2:]))
     gc.freeze()
-    written, ended = _in_fork(limits, _tried)
-    _write({"failure": ended} if ended else json.loads(written))
-    for line in sys.stdin.buffer:
-        request = json.loads(line)
-        written, ended = _in_fork(limits, lambda: _outcome(**request))  # noqa: B023
-        _write({"size": len(written), "ended": ended})
-        sys.stdout.buffer.write(written)
-        sys.stdout.buffer.flush()
+    results = bytearray(limits.written + 1)
+    filled, ended = _in_fork(limits, results, _tried)
+    _write({"failure": ended} if ended else json.loads(results[:filled]))
+    while size := int.from_bytes(os.read(0, SIZED), "big"):
+        request = bytearray(size)
+        arrived = 0
+        while arrived < size:
+            arrived += (came := os.readv(0, [memoryview(request)[arrived:]]))
+            if not came:
+                return
+        filled, ended = _in_fork(limits, results, lambda: _outcome(**json.loads(request)))  # noqa: B023
+        answer = memoryview(results)[: 0 if ended else filled]
+        _write({"size": len(answer), "ended": ended})
+        while answer:
+            answer = answer[os.write(1, answer) :]
+        request[:], results[:filled] = bytes(size), bytes(filled)
 
 
 class Limits(NamedTuple):
@@ -99,59 +111,62 @@ class Limits(NamedTuple):
     written: int
 
 
-def _in_fork(limits: Limits, work: Callable[[], dict[str, Any]]) -> tuple[bytes, str | None]:
-    """Returns what a confined fork writes, the JSON of what `work` returns if it is honest; or why it ended."""
-    arrivals, results = os.pipe()
+def _in_fork(limits: Limits, results: bytearray, work: Callable[[], dict[str, Any]]) -> tuple[int, str | None]:
+    """Fills `results` with what a confined fork writes, the JSON of what `work` returns if it is honest.
+
+    Returns the number of bytes, and what ended the fork: nothing where these are results.
+    """
+    arrivals, own = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             try:
-                _confine(results, limits)
+                _confine(own, limits)
                 data = json.dumps(work()).encode()
             except BaseException as error:
                 data = json.dumps({"failure": f"{type(error).__name__}: {error}"[:_REASON]}).encode()
             while data:
-                data = data[os.write(results, data) :]
+                data = data[os.write(own, data) :]
         finally:
             os._exit(0)
-    os.close(results)
+    os.close(own)
     try:
-        return _collected(arrivals, child, limits)
+        return _collected(arrivals, child, limits, results)
     finally:
         os.close(arrivals)
 
 
-def _collected(arrivals: int, child: int, limits: Limits) -> tuple[bytes, str | None]:
-    """Reads what the fork writes until it ends or a limit is reached, and then ends it."""
+def _collected(arrivals: int, child: int, limits: Limits, results: bytearray) -> tuple[int, str | None]:
+    """Reads into `results` what the fork writes until it ends or a limit is reached, and then ends it."""
     deadline = time.monotonic() + WAITING * limits.seconds
     look = select.poll()
     look.register(arrivals, select.POLLIN)
-    look.register(sys.stdin, 0)  # nothing but its end, which is that of who asked
-    written, ended = b"", None
+    look.register(0, 0)  # nothing but its end, which is that of who asked
+    filled, ended = 0, None
     while ended is None:
         found = look.poll(1000 * max(0, deadline - time.monotonic()) if _LINUX else _POLL)
         if any(descriptor != arrivals for descriptor, _ in found) or time.monotonic() > deadline:
             ended = TIME
         elif found:
-            data = os.read(arrivals, 1 << 16)
-            written += data
-            if not data:
+            came = os.readv(arrivals, [memoryview(results)[filled:]])
+            filled += came
+            if not came:
                 break
-            if len(written) > limits.written:
+            if filled > limits.written:
                 ended = TEXT
         elif not _LINUX and _footprint(child) > limits.memory:
             ended = SPACE
-    while not written and ended is None:  # it ends of its own accord: why?
+    while not filled and ended is None:  # it ends of its own accord: why?
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             code = os.waitstatus_to_exitcode(status)
-            return b"", TIME if code == -signal.SIGPROF else f"signal {-code}" if code < 0 else NOTHING
+            return 0, TIME if code == -signal.SIGPROF else f"signal {-code}" if code < 0 else NOTHING
         time.sleep(0.0005)
         if time.monotonic() > deadline:
             ended = TIME
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return (b"", ended) if ended else (written, None)
+    return filled, ended
 
 
 def _footprint(process: int) -> int:
@@ -193,6 +208,7 @@ def _filter_calls() -> None:
     prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
     for option, *values in (
         (_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0),
+        (_SET_DUMPABLE, 0, 0),
         (_SET_NO_NEW_PRIVILEGES, 1, 0),
         (_SET_SECCOMP, _FILTER, ctypes.addressof(filter_of_calls)),
     ):

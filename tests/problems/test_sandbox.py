@@ -337,6 +337,53 @@ def test_what_a_fork_left_does_not_reach_the_next() -> None:
     ]
 
 
+@on_linux
+def test_no_memory_has_what_another_answer_said_or_returned() -> None:
+    """Or a wrong answer copies a right one to the same problem: all that a fork can write to is searched for it."""
+    one, two = "3f9c1b77d2e84a06", "b51e07c8a9f2d364"
+    search = """
+import ctypes
+def f(ranges, one, two):
+    one, two, found = one.encode(), two.encode(), []
+    for start, end in ranges:
+        for place in range(start, end, 1 << 20):
+            data = ctypes.string_at(place, min(end - place, (1 << 20) + 64))
+            at = data.find(one)
+            while at >= 0:
+                found += [place + at] * (data[at + 16: at + 32] == two)
+                at = data.find(one, at + 1)
+    return found
+"""
+    secret = values(f"def f(n): return [n] * n + ['{one}{two}']", "f", [[n] for n in range(99)])
+    assert secret[0] == [one + two]
+    lines = [line.split() for line in Path(f"/proc/{_pid()}/maps").read_text().splitlines()]
+    ranges = [[int(each, 16) for each in line[0].split("-")] for line in lines if line[1].startswith("rw")]
+    assert result(search, ranges, one, two) == []
+    assert result(f"MINE = '{one}' + '{two}'\n{search}", ranges, one, two) != []
+
+
+@pytest.mark.usefixtures("another_process")
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="a system call of x86-64")
+def test_a_crash_leaves_no_core_dump(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Not to a program either, to which the limit of its size means nothing."""
+    worker = tmp_path / "asking_worker.py"
+    text = Path(sandbox_worker.__file__).read_text()
+    worker.write_text(text.replace('    "x86_64": (0xC000003E, (', '    "x86_64": (0xC000003E, (157, '))
+    monkeypatch.setattr(sandbox, "_WORKER", worker)  # whose filter lets prctl through
+    sandbox.stop()
+    assert result("import ctypes\ndef f(): return ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)") == 0  # PR_GET_DUMPABLE
+
+
+@pytest.mark.usefixtures("another_process")
+def test_a_process_that_was_killed_amid_an_answer_is_no_wrong_answer(tmp_path: Path) -> None:
+    result("def f(): return 5")
+    assert sandbox._process is not None
+    (tmp_path / "cut").write_bytes(b'{"size": 99, "ended": null}\n{"values"')
+    with (tmp_path / "cut").open("rb") as cut, pytest.raises(ElmError, match="was ended from outside"):
+        sandbox._process._answers = cut  # as much as came
+        result("def f(): return 5")
+
+
 def test_threads_ask_in_turn() -> None:
     results: dict[int, Any] = {}
     threads = [
