@@ -20,9 +20,11 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 from elm_mlx.errors import ElmError, InputError
@@ -35,6 +37,7 @@ _RENAME_EXCHANGE = 2  # Linux, renameat2(2)
 _RENAME_SWAP = 2  # macOS, renamex_np(2)
 _AT_FDCWD = -100
 _OTHER_BYTES = 16 << 20  # of a model directory: config, tokenizer and records of the largest vocabulary
+_SYNC_SECONDS = 5.0  # between two times that appended lines are put on the disk
 LOCK = ".lock"  # in a directory that a process holds, with its number
 
 
@@ -86,6 +89,59 @@ def write_json_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 def json_line(values: Mapping[str, Any]) -> bytes:
     """A JSON object as a line, half a surrogate pair as JSON says it."""
     return (json.dumps(values, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+
+
+class JsonLinesFile:
+    """A file that lines of JSON are appended to, open between `with` and its end.
+
+    They are on the disk some seconds later, and at the end, so that a crash leaves whole lines and perhaps a torn last
+    one.
+
+    Raises:
+        ElmError: it cannot be opened, or a line not written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file: BinaryIO = path.open("a+b")
+        except OSError as error:
+            raise ElmError(f"{path}: cannot be written: {error.strerror}") from None
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> JsonLinesFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        # A second error would hide the first one.
+        with nullcontext() if error is None else suppress(OSError), self._file:
+            self._sync_now()
+
+    def read(self, most: int) -> Iterator[bytes]:
+        """Yields the lines that are there, of `most` bytes each at most, a torn last one too."""
+        self._file.seek(0)
+        while line := self._file.readline(most):
+            yield line
+
+    def cut(self, size: int) -> None:
+        """Forgets what comes after so many bytes."""
+        if self._file.seek(0, os.SEEK_END) > size:
+            self._file.truncate(size)
+
+    def append(self, *lines: Mapping[str, Any]) -> None:
+        """Appends objects, a line each."""
+        try:
+            self._file.write(b"".join(map(json_line, lines)))
+            self._file.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync_now()
+        except OSError as error:
+            raise ElmError(f"{self._path}: cannot be written: {error.strerror}; what is there is kept") from None
+
+    def _sync_now(self) -> None:
+        self._file.flush()
+        _sync(self._file.fileno())
+        self._synced = time.monotonic()
 
 
 @contextmanager

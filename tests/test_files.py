@@ -402,3 +402,28 @@ def test_a_hold_without_locks_keeps_nobody_out(tmp_path: Path, monkeypatch: pyte
     with hold(tmp_path), hold(tmp_path):
         pass
     assert names(tmp_path) == []
+
+
+def test_lines_are_appended_read_back_and_cut(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    with files.JsonLinesFile(path) as record:
+        record.append({"a": 1}, {"b": "é\ud800"})
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    with files.JsonLinesFile(path) as record:
+        lines = list(record.read(100))
+        assert [json.loads(line) for line in lines[:2]] == [{"a": 1}, {"b": "é\ud800"}] and lines[2:] == [b'{"torn']
+        record.cut(len(lines[0]))
+        record.append({"c": 2})
+    assert path.read_bytes() == b'{"a": 1}\n{"c": 2}\n'
+
+
+def test_lines_that_cannot_be_appended_are_an_error_with_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ElmError, match="missing/x: cannot be written"):
+        files.JsonLinesFile(tmp_path / "missing" / "x")
+    full = Path("/dev/full")
+    if full.exists():
+        with (
+            pytest.raises(ElmError, match="/dev/full: cannot be written: No space left"),
+            files.JsonLinesFile(full) as it,
+        ):
+            it.append({"a": 1})

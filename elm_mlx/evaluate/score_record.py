@@ -8,19 +8,16 @@ are asked for next.
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from elm_mlx import files, reading
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError
 
 ABOUT, ITEMS, RESULTS = "run.json", "items.jsonl", "results.json"
-_SYNC_SECONDS = 5.0
 
 
 class ScoreRecord:
@@ -42,34 +39,22 @@ class ScoreRecord:
             known = (out / ABOUT).exists()
             if known:
                 _check_same(out, identity)
-            try:
-                self._file: BinaryIO = held.enter_context((out / ITEMS).open("a+b"))
-            except OSError as error:
-                raise ElmError(f"{out}: cannot be written: {error.strerror}") from None
+            self._file = held.enter_context(files.JsonLinesFile(out / ITEMS))
             self._recall()
             if not known:
                 files.write_json(out / ABOUT, {**about, "identity": dict(identity)})
             self._held = held.pop_all()
-        self._synced = time.monotonic()
 
     def __enter__(self) -> ScoreRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # A second error would hide the first one.
-        with nullcontext() if error is None else suppress(OSError), self._held:
-            self._sync()
+        self._held.__exit__(kind, error, at)
 
     def append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Keeps lines, each with `task`, `item`, `id`, `logprobs` and `greedy`. Raises ElmError."""
         self.done.update({(line["task"], line["item"]): line for line in lines})
-        try:
-            self._file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            self._file.flush()
-            if time.monotonic() - self._synced > _SYNC_SECONDS:
-                self._sync()
-        except OSError as error:
-            raise ElmError(f"{self._out / ITEMS}: cannot be written: {error.strerror}; what is there is kept") from None
+        self._file.append(*lines)
 
     def results(self) -> dict[str, Any] | None:
         """The results of the last run; None where there are none that can be read."""
@@ -84,9 +69,8 @@ class ScoreRecord:
 
     def _recall(self) -> None:
         """Reads the lines that are there, and cuts off a torn last one."""
-        self._file.seek(0)
         whole = 0
-        for line in self._file:
+        for line in self._file.read(reading.TEXT_BYTES):
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
@@ -95,13 +79,7 @@ class ScoreRecord:
                 self.done[entry["task"], entry["item"]] = entry
             except (ValueError, KeyError, TypeError):
                 continue  # a disk that lost a block: the item is computed again
-        self._file.truncate(whole)
-        self._file.seek(0, os.SEEK_END)
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
+        self._file.cut(whole)
 
 
 def read_results(out: Path) -> dict[str, Any]:

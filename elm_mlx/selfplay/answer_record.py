@@ -7,23 +7,19 @@ run that was killed leaves the beginning of what an unbroken one writes, and per
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from elm_mlx import directories, files, reading
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError
 from elm_mlx.inference.solving import SolvedProblem
 from elm_mlx.problems.checked_task import Verdict
 from elm_mlx.problems.pass_rates import Count
 from elm_mlx.reading import printable
-
-_SYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -92,51 +88,42 @@ class AnswerRecord:
         self.problems: list[RecordedProblem] = []
         with ExitStack() as held:
             held.enter_context(files.hold(path, beside=True))
-            try:
-                self._file: BinaryIO = held.enter_context(path.open("a+b"))
-            except OSError as error:
-                raise ElmError(f"{path}: cannot be written: {error.strerror}") from None
+            self._file = held.enter_context(files.JsonLinesFile(path))
             if anew:
-                self._file.truncate(0)
+                self._file.cut(0)
             self._recall(identity, first)
             self._held = held.pop_all()
-        self._synced = time.monotonic()
 
     def __enter__(self) -> AnswerRecord:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        # A second error would hide the first one.
-        with nullcontext() if error is None else suppress(OSError), self._held:
-            self._sync()
+        self._held.__exit__(kind, error, at)
 
     def append(self, problem: RecordedProblem) -> None:
         """Keeps the next problem. Raises ElmError where it cannot be written."""
         self.problems.append(problem)
-        self._write(_as_json(problem))
-        if time.monotonic() - self._synced > _SYNC_SECONDS:
-            self._sync()
+        self._file.append(_as_json(problem))
 
     def _recall(self, identity: Mapping[str, Any], first: int) -> None:
         """Reads what is there, and cuts off what is torn or damaged and all after it."""
-        self._file.seek(0)
-        head = self._file.readline(reading.TEXT_BYTES)
+        lines = self._file.read(reading.TEXT_BYTES)
+        head = next(lines, b"")
         if not head.endswith(b"\n"):  # nothing yet, or killed while it was written
             if head and not head.startswith(b'{"record of"'[: len(head)]):
                 raise self._other()
-            self._file.truncate(0)
-            self._write({"record of": dict(identity)})
+            self._file.cut(0)
+            self._file.append({"record of": dict(identity)})
             return
         self._check_same(head, identity)
         whole = len(head)
-        while line := self._file.readline(reading.TEXT_BYTES):
+        for line in lines:
             problem = _of_json(line)
             if problem is None or problem.number != first + len(self.problems):
                 break
             self.problems.append(problem)
             whole += len(line)
-        if self._file.seek(0, os.SEEK_END) > whole:
-            self._file.truncate(whole)
+        self._file.cut(whole)
 
     def _check_same(self, head: bytes, identity: Mapping[str, Any]) -> None:
         try:
@@ -156,18 +143,6 @@ class AnswerRecord:
 
     def _other(self) -> InputError:
         return InputError(f"{self.path}: is no record of `elm-mlx synthesize`; choose another --out")
-
-    def _write(self, value: Mapping[str, Any]) -> None:
-        try:
-            self._file.write((json.dumps(value) + "\n").encode())
-            self._file.flush()
-        except OSError as error:
-            raise ElmError(f"{self.path}: cannot be written: {error.strerror}; what is there is kept") from None
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._synced = time.monotonic()
 
 
 def _as_json(problem: RecordedProblem) -> dict[str, Any]:
