@@ -381,7 +381,7 @@ def _answers(run: Reinforcement) -> tuple[list[tuple[str, str]], str]:
     """Returns what answers are trained on, as labels and texts, and how many updates."""
     asked, levels = run.asked.examples, run.difficulties
     of = f"difficulty {levels[0]}" if len(levels) == 1 else f"difficulties {levels[0]} to {levels[-1]}"
-    most = f"{counted(asked.samples, 'answer')} to each, of {counted(asked.max_tokens, 'token')} at most"
+    most = f"{counted(asked.answers, 'answer')} to each, of {counted(asked.max_tokens, 'token')} at most"
     repeats = f", {asked.updates_per_batch} by the same answers" if asked.updates_per_batch > 1 else ""
     return [
         ("task", f"{run.task.name}, {of}; {counted(len(run.held_out), 'held-out problem')} to validate"),

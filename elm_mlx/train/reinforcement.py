@@ -101,7 +101,7 @@ class Reinforcement(Finetuning):
     ) -> Run:  # fmt: skip
         asked = self.asked.examples
         policy = Policy(
-            model, self._tokenizer, self._template, self.task, dtype, asked.samples, asked.max_tokens,
+            model, self._tokenizer, self._template, self.task, dtype, asked.answers, asked.max_tokens,
             self.asked.computation.seed,
         )  # fmt: skip
         batches = RolloutBatches(
@@ -117,7 +117,7 @@ class Reinforcement(Finetuning):
         config = {name: value for name, value in identity.config.items() if name not in ("row length", "packing")}
         own = {
             "task": self.task.name, "difficulties": list(self.difficulties), "problems": asked.problems,
-            "samples": asked.samples, "max tokens": asked.max_tokens, "updates per batch": asked.updates_per_batch,
+            "answers": asked.answers, "max tokens": asked.max_tokens, "updates per batch": asked.updates_per_batch,
             "advantage": asked.advantage,
         }  # fmt: skip
         return replace(identity, config=config | own)

@@ -264,9 +264,9 @@ class RolloutSettings(DataSettings):
 
     Args:
         task: a built-in task, or FILE.py with problem(difficulty, seed) and judge(problem, answer). (no default)
-        difficulty: of the problems, as 2 or 1-4. (default: all that the task has)
+        difficulty: difficulty of the problems, as 2 or 1-4. (default: all that the task has)
         problems: problems of an update.
-        samples: answers to each problem.
+        answers: answers to each problem.
         max_tokens: tokens of an answer, at most; one that is cut off is not trained on.
         updates_per_batch: updates by the same answers; with more than 1, probabilities are kept from moving far.
         advantage: a reward less its problem's mean, or that divided by the standard deviation (std).
@@ -277,7 +277,7 @@ class RolloutSettings(DataSettings):
     task: str = ""
     difficulty: str | None = None
     problems: int = 16
-    samples: int = 8
+    answers: int = 8
     max_tokens: int = 128
     updates_per_batch: int = 1
     advantage: Advantage = "mean"
@@ -285,10 +285,10 @@ class RolloutSettings(DataSettings):
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        check_counts(self, "problems", "max_tokens", "updates_per_batch", "eval_problems", "batch_size")
+        counts = ("problems", "max_tokens", "updates_per_batch", "eval_problems", "batch_size")
+        _check_options(self, _COUNT, lambda value: value >= 1, *counts)
         _check_choice("--advantage", self.advantage, Advantage)
-        if self.samples < 2:
-            raise InputError(f"samples must be at least 2, not {self.samples}: answers to a problem are compared")
+        _check_options(self, "a whole number from 2, for answers are compared,", lambda value: value >= 2, "answers")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from training_tasks import write_task
 
 from elm_mlx.store.loading import load_model
 
-QUICK = ("--difficulty", 1, "--max-tokens", 6, "--problems", 4, "--samples", 4, "--eval-problems", 8, "--lr", 0.02)
+QUICK = ("--difficulty", 1, "--max-tokens", 6, "--problems", 4, "--answers", 4, "--eval-problems", 8, "--lr", 0.02)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_killed_and_resumed(model: Path, task: Path, tmp_path: Path, repeats: in
 def test_what_would_change_a_resumed_run_is_refused(grpo: Any, run: Run, task: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert grpo("--out", out, "--iters", 2)[0] == 0
-    for option, value in (("--samples", 5), ("--problems", 3), ("--max-tokens", 7), ("--advantage", "std")):
+    for option, value in (("--answers", 5), ("--problems", 3), ("--max-tokens", 7), ("--advantage", "std")):
         code, _, err = grpo("--out", out, "--iters", 2, "--resume", option, value)
         assert code == 2 and f"was trained with {option}" in err
     code, _, err = grpo("--out", out, "--iters", 2, "--resume", "--difficulty", "1-2")
@@ -125,8 +125,8 @@ def test_what_cannot_be_is_refused(run: Run, tiny_model_dir: Path, task: Path, t
     refused("--task is missing: give it on the command line")
     refused("no such task", "--task", "poetry")
     refused("--difficulty 3: the task letters has 1 to 2", "--task", task, "--difficulty", 3)
-    refused("samples must be at least 2, not 1: answers to a problem are compared", "--task", task, "--samples", 1)
-    refused("max_tokens", "--task", task, "--max-tokens", 0)
+    refused("--answers 1: a whole number from 2, for answers are compared, is needed", "--task", task, "--answers", 1)
+    refused("--max-tokens 0: a whole number from 1 is needed", "--task", task, "--max-tokens", 0)
 
 
 def test_it_begins_with_an_adapter(grpo: Any, tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_the_template_of_the_adapter_that_it_begins_with_stays(
     data.write_text('{"prompt": "the quick fox", "completion": "e"}\n' * 4)
     lora = ("lora", model, "--data", data, "--out", first, "--iters", 1, "--template", "openelm-instruct")
     assert run(*lora)[0] == 0
-    assert grpo("--out", second, "--iters", 3, "--from", first, "--samples", 8)[0] == 0
+    assert grpo("--out", second, "--iters", 3, "--from", first, "--answers", 8)[0] == 0
     assert "<|system|>" in (first / "chat_template.jinja").read_text()
     assert (second / "chat_template.jinja").read_text() == (first / "chat_template.jinja").read_text()
     settings = json.loads((second / "run.json").read_text())["settings"]
