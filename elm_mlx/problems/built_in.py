@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def load_task(name: str) -> CheckedTask:
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)
     except (Exception, SystemExit) as error:
-        raise InputError(f"{path}: the task does not load: {_reason(error)}") from error
+        raise InputError(f"{path}: the task does not load: {_reason(error, path)}") from error
     return _checked(path, module)
 
 
@@ -84,7 +85,7 @@ def _checked(path: Path, module: types.ModuleType) -> CheckedTask:
         try:
             made = module.problem(difficulty, seed)
         except Exception as error:
-            raise ElmError(f"{where} fails: {_reason(error)}") from error
+            raise ElmError(f"{where} fails: {_reason(error, path)}") from error
         if not isinstance(made, Problem):
             raise ElmError(f"{where} returns {type(made).__name__}, not an elm_mlx.problems.checked_task.Problem")
         return made
@@ -93,7 +94,7 @@ def _checked(path: Path, module: types.ModuleType) -> CheckedTask:
         try:
             verdict = module.judge(problem, answer)
         except Exception as error:
-            raise ElmError(f"{path}: judge fails on {printable(answer)!r}: {_reason(error)}") from error
+            raise ElmError(f"{path}: judge fails on {printable(answer)!r}: {_reason(error, path)}") from error
         if isinstance(verdict, bool):
             return Verdict.RIGHT if verdict else Verdict.WRONG
         if not isinstance(verdict, Verdict):
@@ -119,5 +120,8 @@ def _try(path: Path, task: CheckedTask) -> None:
             raise InputError(f"{path}: judge does not call the solution of problem({difficulty}, 0) right")
 
 
-def _reason(error: BaseException) -> str:
-    return printable(f"{type(error).__name__}: {error}")
+def _reason(error: BaseException, path: Path) -> str:
+    """Returns what went wrong, and in which line of the file, if it was in one."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f" (line {lines[-1]})" if lines else ""
+    return printable(f"{type(error).__name__}: {error}{where}")
