@@ -286,7 +286,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
         result = train(run, shown, _plan(run), names, force, memory.OPTIONS, onwards)
         shown.lines(ended(result, shown.validates, shown.asks))
         if result.harm is None:
-            trial = _trial(asked.model, run.path, run.out, asked.examples.template)
+            trial = _trial(asked.model, run.path, run.out)
             shown.lines([("wrote", f"{run.out}; try: {trial}")])
         else:
             shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
@@ -330,11 +330,11 @@ def train(
         ) from None
 
 
-def _trial(model: Path, directory: Path, adapter: Path, template: str | None) -> str:
+def _trial(model: Path, directory: Path, adapter: Path) -> str:
     """Returns the command that shows what was learnt; the template that it was learnt by is with the adapter."""
     from elm_mlx.text.chat_template import source_of
 
-    converses = source_of(directory, template)[0] is not None
+    converses = source_of(directory, adapter=adapter)[0] is not None
     command, ending = ("chat", "") if converses else ("generate", " --prompt …")
     return f"elm-mlx {command} {model} --adapter {adapter}{ending}"
 

@@ -68,7 +68,9 @@ class Alignment(Finetuning):
     def _read(self) -> dict[str, Prepared]:
         if not self._keeps_apart():
             raise InputError(f"{self.path}: dpo puts two answers in a row, and this family would read them as one text")
-        return read_data(self.path, self.config, self.asked.data, self.asked.examples, paired=True)
+        return read_data(
+            self.path, self.config, self.asked.data, self.asked.examples, paired=True, adapter=self._taught_by
+        )
 
     def _row_length(self, prepared: Prepared) -> int:
         return self._fitting([len(pair.ids) - 1 for pair in Joined(prepared.examples)], 2 * prepared.max_length)

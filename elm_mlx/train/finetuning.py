@@ -144,7 +144,7 @@ class Finetuning(HeldRun):
         """
         callback.progress("reading the model")
         model, dtype = self._open()
-        save = partial(adapters.save, model=model, adapter=self.adapter, template=self.asked.examples.template)
+        save = partial(adapters.save, model=model, adapter=self.adapter, template=self._kept_template())
         about = {
             "command": self.command, "settings": self.asked.record(), "trained": self.adapter.describe(),
             "trainable": self.trainable, "parameters": self.config.parameters, "processes": self.world,
@@ -196,6 +196,28 @@ class Finetuning(HeldRun):
         layers = [layer for layer in trained if layer is not None]
         return None if len(layers) < len(trained) or not layers else self.config.num_layers - min(layers)
 
+    @property
+    def _taught_by(self) -> Path | None:
+        """The directory whose template goes before the model's: the adapter's to begin with, or where it was kept."""
+        begun = self.asked.method.from_adapter
+        kept = begun is not None and self.resumed is not None and (self.out / chat_template.FILE_NAME).is_file()
+        return self.out if kept else begun
+
+    def _kept_template(self) -> str | None:
+        """Returns the template that goes with what is trained, as `adapters.save` takes it; None for the model's own.
+
+        That of an adapter to begin with is kept in the run's directory: when the run is resumed, it may be gone.
+        """
+        asked, taught_by = self.asked.examples.template, self._taught_by
+        if asked is not None or taught_by is None:
+            return asked
+        source, _ = chat_template.own_source(taught_by)
+        if source is None:
+            return None
+        if self.leads:
+            chat_template.record(self.out, source)
+        return str(self.out / chat_template.FILE_NAME)
+
     def _started_from(self) -> str | None:
         """Returns the hash of the adapter to begin with; of a resumed run's, which may be gone, as it was."""
         path = self.asked.method.from_adapter
@@ -246,7 +268,7 @@ class Finetuning(HeldRun):
         return model, None if how == mx.float32 else how
 
     def _read(self) -> dict[str, Prepared]:
-        return read_data(self.path, self.config, self.asked.data, self.asked.examples)
+        return read_data(self.path, self.config, self.asked.data, self.asked.examples, adapter=self._taught_by)
 
     def _batches(self, split: str, seed: int = 0) -> Batches:
         prepared = self.splits[split]

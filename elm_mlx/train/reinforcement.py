@@ -64,10 +64,8 @@ class Reinforcement(Finetuning):
         tokenizer = read_vocabulary(self.path, self.config).tokenizer
         if tokenizer is None:
             raise InputError(f"{self.path}: has no tokenizer")
-        if asked.template is None:
-            asked = replace(asked, template=_recorded(self.asked.method.from_adapter))
-            self.asked = replace(self.asked, examples=asked)  # it goes with what this run leaves, too
-        self._tokenizer, self._template = tokenizer, chat_template.choose(self.path, tokenizer, asked.template)
+        self._tokenizer = tokenizer
+        self._template = chat_template.choose(self.path, tokenizer, asked.template, self._taught_by)
         self._draw = partial(training_problem, self.task, self.difficulties, self.asked.computation.seed)
         self._draw(0)  # says where there is none
         prompts = [prompt_ids(tokenizer, self._template, each.problem.prompt) for each in self.held_out]
@@ -114,11 +112,13 @@ class Reinforcement(Finetuning):
 
     def _identity(self) -> Identity:
         identity, asked = super()._identity(), self.asked.examples
+        source, _ = chat_template.source_of(self.path, asked.template, self._taught_by)
+        template = chat_template.NONE if source is None else hashlib.sha256(source.encode()).hexdigest()[:8]
         config = {name: value for name, value in identity.config.items() if name not in ("row length", "packing")}
         own = {
             "task": self.task.name, "difficulties": list(self.difficulties), "problems": asked.problems,
             "answers": asked.answers, "max tokens": asked.max_tokens, "updates per batch": asked.updates_per_batch,
-            "advantage": asked.advantage,
+            "advantage": asked.advantage, "template": template,
         }  # fmt: skip
         return replace(identity, config=config | own)
 
@@ -129,11 +129,3 @@ class Reinforcement(Finetuning):
         if self.asked.examples.task not in TASKS:
             found.update(expanded(self.asked.examples.task).read_bytes())
         return found.hexdigest()
-
-
-def _recorded(adapter: Path | None) -> str | None:
-    """Returns the template that an adapter was trained by, as `--template` has it; None where it has none."""
-    file = None if adapter is None else adapter / chat_template.FILE_NAME
-    if file is None or not file.is_file():
-        return None
-    return str(file.resolve()) if file.read_text("utf-8").strip() else chat_template.NONE

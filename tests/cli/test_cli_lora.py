@@ -366,6 +366,31 @@ def test_an_adapter_to_begin_with(kind: str, run: Run, tiny_model_dir: Path, dat
     assert code == 0 and updates(out) == updates(whole), err
 
 
+@pytest.mark.parametrize("template", ["openelm-instruct", "none"])
+@pytest.mark.parametrize("full", [(), ("--full",)])
+def test_the_template_of_the_adapter_that_it_begins_with_stays(
+    run: Run, tiny_model_dir: Path, tmp_path: Path, template: str, full: tuple[str, ...]
+) -> None:
+    """Examples are read by it, again after a resume that the adapter is gone in, and it goes with what is left."""
+    first, out, model, data = (tmp_path / name for name in ("first", "out", "model", "data.jsonl"))
+    shutil.copytree(tiny_model_dir, model)
+    if template == "none":
+        (model / "chat_template.jinja").write_text(OPENELM_INSTRUCT_JINJA)
+    data.write_text('{"prompt": "the quick fox", "completion": "e"}\n' * 8)
+    options = ("lora", model, "--data", data, *QUICK, *full)
+    assert run(*options, "--out", first, "--template", template)[0] == 0
+    code, said, err = run(*options, "--out", out, "--save-every", 2, "--from", first)
+    assert code == 0 and ("chat" if template != "none" else "generate") in said.splitlines()[-1], err
+    assert updates(out)[0][1] == pytest.approx(updates(first)[-1][1], rel=0.3), "read by the same template"
+    kept, whole = (first / "chat_template.jinja").read_text(), updates(out)
+    assert (out / "chat_template.jinja").read_text() == kept
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    shutil.move(first, tmp_path / "gone")
+    code, _, err = run("lora", "--out", out, "--resume")
+    assert code == 0 and updates(out) == whole, err
+    assert (out / "chat_template.jinja").read_text() == kept
+
+
 def test_adapters_that_no_run_can_begin_with(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     first, out = tmp_path / "first", tmp_path / "out"
     options = ("lora", tiny_model_dir, "--data", data, *QUICK)
