@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from elm_mlx import reading
 from elm_mlx.errors import ElmError, InputError
@@ -28,16 +28,17 @@ def open_file(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file, unpacked as its name says.
 
     Raises:
-        InputError: it cannot be read, or what was packed is damaged; also later, while the block reads.
+        InputError: it cannot be read, or what was packed is damaged or a hundred times as large; also later, while the
+            block reads.
         ElmError: Zstandard, and its package is not installed.
     """
     name = path.name.lower()
     with reading.opened(path) as file:
         try:
             if name.endswith(".gz"):
-                yield cast(IO[bytes], gzip.open(file))  # noqa: SIM115
+                yield io.BufferedReader(_Limited(path, gzip.open(file)), 1 << 18)  # noqa: SIM115
             elif name.endswith(".zst"):
-                yield io.BufferedReader(_Zstandard(path, file), 1 << 18)
+                yield io.BufferedReader(_Limited(path, _Zstandard(path, file)), 1 << 18)
             else:
                 yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -67,12 +68,34 @@ def whole_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
 def read_whole(path: Path, file: IO[bytes]) -> bytes:
     """Reads all of an opened file. Raises InputError where that is more than fits into memory without harm."""
     most = reading.CORPUS_BYTES
-    if path.name.lower().endswith((".gz", ".zst")):  # of which a few kilobytes may become gigabytes
-        most = min(most, LINE_BYTES + RATIO * path.stat().st_size)
     data = file.read(most + 1)
     if len(data) > most:
         raise InputError(f"{path}: more than {most >> 20} MB, the limit but for JSON lines and separated texts")
     return data
+
+
+def most_unpacked(path: Path) -> int:
+    """Returns the bytes that what is stored in a file may unpack to."""
+    return LINE_BYTES + RATIO * path.stat().st_size
+
+
+class _Limited(io.RawIOBase):
+    """What a file is unpacked to, as far as that is no more than `most_unpacked`: a few kilobytes may be gigabytes."""
+
+    def __init__(self, path: Path, unpacked: io.BufferedIOBase | io.RawIOBase) -> None:
+        self._path, self._unpacked, self._most, self._size = path, unpacked, most_unpacked(path), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._unpacked.readinto(buffer) or 0
+        self._size += size
+        if self._size > self._most:
+            raise InputError(
+                f"{self._path}: more than {self._most >> 20:,} MB unpacked, over {RATIO} times the file: unpack it"
+            )
+        return size
 
 
 class _Zstandard(io.RawIOBase):

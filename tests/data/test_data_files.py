@@ -15,7 +15,7 @@ import pytest
 import texts
 
 from elm_mlx import reading
-from elm_mlx.data import data_files, packed_files, text_sources
+from elm_mlx.data import data_files, packed_files, parquet_rows, text_sources
 from elm_mlx.data.bad_record import BadRecord
 from elm_mlx.data.split_files import Name, find, is_held_out, name_of
 from elm_mlx.errors import ElmError, InputError
@@ -97,6 +97,87 @@ def test_parquet_from_a_row_on(tmp_path: Path) -> None:
         assert list(data_files.read(tmp_path / "a.parquet", ("text",), start)) == every[start:]
 
 
+@pytest.mark.parametrize("shape", ["text", "list", "fixed list", "struct", "map", "nulls"])
+def test_rows_that_repeat_what_is_stored_once_are_counted_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str
+) -> None:
+    """Up to a terabyte of text, of a few kilobytes: refused before a text is made of what is too much."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    def column(count: int) -> Any:
+        many = pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array(["ab cd " * 170_000]))
+        offsets = pa.array([0, count], pa.int32())
+        if shape == "list":
+            return pa.ListArray.from_arrays(offsets, many)
+        if shape == "fixed list":
+            return pa.FixedSizeListArray.from_arrays(many, 3)
+        if shape == "map":
+            return pa.MapArray.from_arrays(offsets, pa.array(range(count)), many)
+        if shape == "nulls":
+            return pa.nulls(40_000 * count, pa.string())
+        return many if shape == "text" else pa.StructArray.from_arrays([many], ["content"])
+
+    made: list[int] = []
+    real = parquet_rows._row_values
+
+    def recorded(batch: Any) -> list[Any]:
+        made.append(len(batch))
+        return real(batch)
+
+    monkeypatch.setattr(parquet_rows, "_row_values", recorded)
+    monkeypatch.setattr(packed_files, "LINE_BYTES", 8 << 20)
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": column(3)}), path, compression="zstd")
+    rows = list(data_files.read(path, ("text",)))
+    assert len(rows) == sum(made) > 0
+    made.clear()
+    parquet.write_table(pa.table({"text": column(1_000_000 if shape in ("list", "map") else 600)}), path)
+    with pytest.raises(InputError, match=r"a\.parquet, row \d+: rows unpack to more than \d+ MB, over 100 times"):
+        for _ in data_files.read(path, ("text",)):
+            pass
+    assert sum(made) < 200_000 if shape == "nulls" else not made
+
+
+def test_a_parquet_file_reads_alike_whether_its_texts_are_counted_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {
+        "s": pa.array(["é", None, "b"] * 50),
+        "large": pa.array(["a", "b", None] * 50, pa.large_string()),
+        "bytes": pa.array([b"a", b"\xff", None] * 50),
+        "decimal": pa.array([Decimal("1.5")] * 150),
+        "map": pa.array([[("k", "v"), ("k", "w")], None, []] * 50, pa.map_(pa.string(), pa.string())),
+        "lists": pa.array([["a", "b"], None, []] * 50, pa.large_list(pa.string())),
+        "turns": pa.array([[{"role": "user", "content": "x"}], None, [None, {"role": None}]] * 50),
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    counted = list(data_files.read(tmp_path / "a.parquet", tuple(columns)))
+    monkeypatch.setattr(parquet_rows, "_COUNTED_FIRST", -1)
+    assert list(data_files.read(tmp_path / "a.parquet", tuple(columns))) == counted and len(counted) == 150
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.jsonl.zst", "a.csv.zst"])
+def test_a_packed_file_of_a_hundred_times_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(packed_files, "LINE_BYTES", 1 << 20)
+    text = "aaa " * 500
+    line = (f'{{"text": "{text}"}}\n' if "jsonl" in name else f"{text}\n").encode()
+    for size, refused in ((1 << 20, False), (4 << 20, True)):
+        data = b"text\n" * ("csv" in name) + line * (size // len(line) - 2)
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else packed(data))
+        rows = data_files.read(tmp_path / name, ("text",))
+        if refused:
+            with pytest.raises(
+                InputError, match=rf"{name}: more than \d MB unpacked, over 100 times the file: unpack it"
+            ):
+                list(rows)
+        else:
+            assert {value["text"] for _, _, value in rows} == {text}
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
 @pytest.mark.parametrize("begin", [b'{"text": "', b'[\n{"text": "'])
 def test_a_line_or_a_file_that_no_text_is(
@@ -117,7 +198,7 @@ def test_a_packed_array_may_not_be_a_thousand_times_its_file(tmp_path: Path, mon
     (tmp_path / "a.json").write_bytes(array)
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(array))
     assert len(texts.records(tmp_path / "a.json")["train"].records) == 200_000
-    with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB, the limit but for JSON lines"):
+    with pytest.raises(InputError, match=r"a\.json\.gz: more than 1 MB unpacked, over 100 times the file: unpack it"):
         texts.records(tmp_path / "a.json.gz")
 
 
