@@ -8,8 +8,10 @@ own files of a database in use, `-wal` and `-shm`, may stand beside it; of a kil
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 import sys
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +25,16 @@ from elm_mlx.documents.text_blocks import SEPARATOR
 from elm_mlx.errors import ElmError, InputError
 
 APPLICATION = 0x454C4D64  # "ELMd", in the header of the file
-VERSION = 1  # of the tables and of what is a passage
+VERSION = 2  # of the tables, of what is a passage, and of what is a word
 # English words by their stems, all others as they are, without accents: see docs/index.md for what each is worth.
 TOKENIZER = "porter unicode61 remove_diacritics 2"
+# Letters of Chinese, Japanese and Korean, which the tokenizer takes for one word as far as no sign stands between them:
+# Han, kana, bopomofo and Hangul, also half as wide, and the marks that belong to them.
+_UNSPACED = re.compile(
+    "[\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    "\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+    "\u3105-\u312f\u31a0-\u31bf\u1100-\u11ff\u3131-\u318e\ua960-\ua97f\uac00-\ud7ff]+"
+)
 _TABLES = {
     "settings": "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
     # A file with a `problem` is known, and has no passages.
@@ -35,10 +44,7 @@ _TABLES = {
         "last INTEGER NOT NULL, heading TEXT NOT NULL, text TEXT NOT NULL)"
     ),
     "passages_of_file": "CREATE INDEX passages_of_file ON passages (file)",
-    "words": (
-        "CREATE VIRTUAL TABLE words USING fts5 (heading, text, content='passages', content_rowid='id', "
-        f"tokenize='{TOKENIZER}')"
-    ),
+    "words": (f"CREATE VIRTUAL TABLE words USING fts5 (heading, text, content='', tokenize='{TOKENIZER}')"),
     # Of a file's passages by their ids: float16, the rows one after the other.
     "vectors": "CREATE TABLE vectors (file INTEGER PRIMARY KEY, rows BLOB NOT NULL)",
 }
@@ -95,6 +101,30 @@ class Embedder:
     directory: str
     sha256: str
     width: int
+
+
+def separated(text: str, asked: bool = False) -> str:
+    """Returns a text as the tokenizer is given it: of letters that are written without spaces, each pair is a word.
+
+    The pairs overlap, so that a word of two or more letters is found wherever it stands, in Chinese, Japanese and
+    Korean (whose words have endings). The last letter of a run is a word as well, so that each letter begins one.
+
+    Args:
+        asked: it is a question: the last letter is a word only where it is the only one.
+    """
+    if text.isascii():
+        return text
+    return _UNSPACED.sub(lambda found: f" {_pairs(unicodedata.normalize('NFKC', found[0]), asked)} ", text)
+
+
+def _pairs(run: str, asked: bool) -> str:
+    pairs = [run[start : start + 2] for start in range(len(run))]
+    return " ".join(pairs[:-1] if asked and len(pairs) > 1 else pairs)
+
+
+def is_unspaced(word: str) -> bool:
+    """Returns whether a word has no letters but such."""
+    return _UNSPACED.fullmatch(word) is not None
 
 
 def check_fts5() -> None:

@@ -18,7 +18,7 @@ from elm_mlx import files, reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.documents import index_file
 from elm_mlx.documents.document_files import MOST_PDF, LeftOut, walk
-from elm_mlx.documents.index_file import Embedder, Passage, named_errors, write_setting
+from elm_mlx.documents.index_file import Embedder, Passage, named_errors, separated, write_setting
 from elm_mlx.documents.passages import passages_of
 from elm_mlx.documents.pdf_pages import INSTALL
 from elm_mlx.documents.static_embeddings import StaticEmbeddings, embeddings_of
@@ -160,15 +160,16 @@ class _Update:
                 (number, each.first, each.last, each.heading, each.text),
             ).lastrowid
             connection.execute(
-                "INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)", (made, each.heading, each.text)
+                "INSERT INTO words (rowid, heading, text) VALUES (?, ?, ?)",
+                (made, separated(each.heading), separated(each.text)),
             )
 
     def _remove(self, number: int) -> None:
         connection = self._connection
-        connection.execute(
-            "INSERT INTO words (words, rowid, heading, text) "
-            "SELECT 'delete', id, heading, text FROM passages WHERE file = ?",
-            (number,),
+        written = connection.execute("SELECT id, heading, text FROM passages WHERE file = ?", (number,)).fetchall()
+        connection.executemany(
+            "INSERT INTO words (words, rowid, heading, text) VALUES ('delete', ?, ?, ?)",
+            [(passage, separated(heading), separated(text)) for passage, heading, text in written],
         )
         for table, column in (("passages", "file"), ("vectors", "file"), ("files", "id")):
             connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))

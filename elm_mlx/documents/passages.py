@@ -20,7 +20,7 @@ from elm_mlx.documents.text_blocks import TextBlock, code_blocks, markdown_block
 SIZE = 800  # characters of a passage, at most, unless its last block is short
 _SHORT = SIZE // 4  # characters: what is left over of a section goes with the passage before
 
-_SENTENCE = re.compile(r"(?<=[.!?。！？])\s+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])\s*")
 
 
 def passages_of(path: str, data: bytes) -> list[TextBlock]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from elm_mlx import reading
 from elm_mlx.documents import index_file
-from elm_mlx.documents.index_file import Passage, named_errors
+from elm_mlx.documents.index_file import Passage, is_unspaced, named_errors, separated
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -177,13 +177,16 @@ def match_expression(question: str, stop_words: bool = False) -> str:
     """Returns an FTS5 query for passages that share a word with `question`; empty where there is no word in it.
 
     Every word is a quoted string, in which FTS5 knows no syntax. One with signs in it, as `--kv-bits` or `read_file`,
-    is looked for as a whole and in its parts. `stop_words` count only if they are asked for.
+    is looked for as a whole and in its parts; a letter of Chinese, Japanese or Korean that stands alone, as what a word
+    begins with. `stop_words` count only if they are asked for.
     """
-    words = [word.strip("'’.-+#") for word in _WORD.findall(question)]
+    words = [word.strip("'’.-+#") for word in _WORD.findall(separated(question, asked=True))]
     parts = [part for word in words for part in (word, *re.split(r"[\W_]+", word))]
     unique = list(dict.fromkeys(part.lower() for part in parts if part and part.isprintable()))
     wanted = [word for word in unique if stop_words or word not in _STOP_WORDS]
-    return " OR ".join(f'"{word}"' for word in wanted[:_MOST_WORDS] if '"' not in word)
+    return " OR ".join(
+        f'"{word}"' + "*" * (len(word) == 1 and is_unspaced(word)) for word in wanted[:_MOST_WORDS] if '"' not in word
+    )
 
 
 def fused(rankings: Mapping[float, Sequence[int]]) -> list[int]:

@@ -39,7 +39,7 @@ def change(path: Path, *statements: str) -> None:
         "DROP TABLE vectors",
         "UPDATE sqlite_master SET sql = 'CREATE TABLE settings (name, value)' WHERE name = 'settings'",
         "PRAGMA application_id = 7",
-        "PRAGMA user_version = 2",
+        "PRAGMA user_version = 1",
         "UPDATE passages SET text = x'ff'",
         "UPDATE passages SET text = CAST(x'ff41' AS TEXT)",
         "UPDATE passages SET first = 'one'",

@@ -13,18 +13,42 @@ from pathlib import Path
 
 import pytest
 
+from elm_mlx.documents.index_file import TOKENIZER, separated
 from elm_mlx.documents.indexing import IndexReport, index_documents
 from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.errors import ElmError, InputError
 
-WORDS = ["apple", "river", "stone", "cloud", "engine", "winter", "garden", "silver", "thread", "lantern", "meadow"]
+WORDS = [
+    "apple",
+    "図書館の本",
+    "river",
+    "stone",
+    "cloud",
+    "engine",
+    "winter",
+    "garden",
+    "silver",
+    "thread",
+    "lantern",
+    "meadow",
+]
 
 
 def content(path: Path) -> list[tuple[object, ...]]:
     """What an index holds, without numbers; its words agree with its passages."""
     with sqlite3.connect(path) as connection:
-        connection.execute("INSERT INTO words (words, rank) VALUES ('integrity-check', 1)")
+        connection.execute("INSERT INTO words (words) VALUES ('integrity-check')")
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        connection.execute(f"CREATE VIRTUAL TABLE temp.anew USING fts5 (heading, text, tokenize='{TOKENIZER}')")
+        for number, heading, text in connection.execute("SELECT id, heading, text FROM passages").fetchall():
+            row = (number, separated(heading), separated(text))
+            connection.execute("INSERT INTO temp.anew (rowid, heading, text) VALUES (?, ?, ?)", row)
+        held = []
+        for place in ("main, words", "temp, anew"):
+            connection.execute(f"CREATE VIRTUAL TABLE temp.listed USING fts5vocab ({place}, instance)")
+            held.append(connection.execute("SELECT * FROM temp.listed").fetchall())
+            connection.execute("DROP TABLE temp.listed")
+        assert held[0] == held[1]
         rows = connection.execute(
             "SELECT path, first, last, heading, text FROM passages JOIN files ON files.id = file "
             "ORDER BY path, first, text"

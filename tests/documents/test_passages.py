@@ -86,6 +86,11 @@ y
     ]
 
 
+def test_a_long_text_without_spaces_is_divided_between_sentences() -> None:
+    passages = passages_of("a.txt", ("龙井茶产于杭州，每年清明节前采摘的茶叶最为珍贵。" * 90).encode())
+    assert len(passages) == 3 and all(each.text.endswith("。") for each in passages)
+
+
 def test_python_is_divided_at_functions_and_classes() -> None:
     method = '    def {}(self):\n        """Says it."""\n' + "        print('a line of code')\n" * 12
     code = "import os\n\n\n@decorated\ndef first(a):\n    return a\n\n\nclass Big:\n    kind = 1\n\n"

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import sqlite3
+import unicodedata
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from elm_mlx.documents.index_file import TOKENIZER, separated
 from elm_mlx.documents.indexing import index_documents
 from elm_mlx.documents.retrieval import DocumentIndex, fused, match_expression
 
 TEXTS = {
     "tea.md": "# Tea\n\nGreen tea steeps at 80 degrees.\n\n## Black\n\nBlack tea likes boiling water.\n",
     "bread.md": "# Bread\n\nA dough rests overnight. Yeast was fed; the `--kv-bits` flag of read_file is here.\n",
+    "ja.md": "# 図書館\n\n東京の図書館は毎週月曜日が休館日で、Python入門の本は二階にあります。猫も住んでいる。\n\n"
+    "## 食堂\n\nカレーライスは八百円です。\n",
+    "zh.md": "# 茶\n\n龙井茶产于杭州，每年清明节前采摘的茶叶最为珍贵。\n",
+    "ko.md": "# 학교\n\n우리 학교에서는 매주 금요일에 도서관이 열립니다.\n",
     "cafe.md": "# Café\n\nDie Straße zum Café ist über die Brücke.\n",
 }
 
@@ -42,6 +48,18 @@ def first(index: DocumentIndex, question: str, *earlier: str) -> str:
         ("what is --kv-bits", "bread.md:3 (Bread)"),
         ("read_file()", "bread.md:3 (Bread)"),
         ("uber cafe", "cafe.md:3 (Café)"),
+        ("図書館はいつ休みますか", "ja.md:3 (図書館)"),
+        ("休館日", "ja.md:3 (図書館)"),
+        ("ｶﾚｰﾗｲｽはいくら？", "ja.md:7 (図書館 > 食堂)"),  # half as wide
+        ("猫", "ja.md:3 (図書館)"),
+        ("python入門", "ja.md:3 (図書館)"),
+        ("python", "ja.md:3 (図書館)"),
+        ("龙井茶什么时候采摘？", "zh.md:3 (茶)"),
+        ("杭州", "zh.md:3 (茶)"),
+        ("叶", "zh.md:3 (茶)"),
+        ("도서관은 언제 열려요?", "ko.md:3 (학교)"),
+        (unicodedata.normalize("NFD", "금요일"), "ko.md:3 (학교)"),  # as macOS writes names
+        ("飛行機", ""),
         ("the of and", "bread.md:3 (Bread)"),  # nothing but stop words
         ("zebra", ""),
         ("?!", ""),
@@ -82,11 +100,31 @@ def test_no_question_is_a_syntax_error(index: DocumentIndex, question: str) -> N
 @given(st.text(max_size=60))
 def test_every_letter_word_finds_the_passage_that_it_stands_in(question: str) -> None:
     connection = sqlite3.connect(":memory:")
-    connection.execute("CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='porter unicode61 remove_diacritics 2')")
+    connection.execute(f"CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='{TOKENIZER}')")
     text = f"{question} tail".replace("\0", " ").encode("utf-8", "replace").decode()
-    connection.execute("INSERT INTO words VALUES (?)", (text,))
+    connection.execute("INSERT INTO words VALUES (?)", (separated(text),))
     expression = match_expression(text, stop_words=True)
     assert connection.execute("SELECT count(*) FROM words WHERE words MATCH ?", (expression,)).fetchone() == (1,)
+
+
+LETTERS = st.text(st.sampled_from("東京都の図書館ガレー은학교龙井𠮷々"), min_size=1, max_size=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(LETTERS, LETTERS, LETTERS)
+@example("", "猫", "")
+@example("私の", "猫", "")
+def test_a_word_without_spaces_is_found_wherever_it_stands(before: str, word: str, after: str) -> None:
+    connection = sqlite3.connect(":memory:")
+    connection.execute(f"CREATE VIRTUAL TABLE words USING fts5 (text, tokenize='{TOKENIZER}')")
+    connection.execute("INSERT INTO words VALUES (?)", (separated(f"{before}{word}{after}。"),))
+    found = connection.execute("SELECT count(*) FROM words WHERE words MATCH ?", (match_expression(word),))
+    assert found.fetchone() == (1,)
+
+
+@given(st.text(st.characters(max_codepoint=0x10FF)))
+def test_other_letters_stay_as_they_are(text: str) -> None:
+    assert separated(text) == separated(text, asked=True) == text
 
 
 def test_rankings_are_fused_by_rank() -> None:
