@@ -32,6 +32,7 @@ CODE = (
 )  # fmt: skip
 _KNOWN = frozenset((*MARKDOWN, *HTML, *PDF, *TEXT, *PYTHON, *CODE))
 _DIRECTORIES = frozenset(("__pycache__", "node_modules"))  # of programs, whether or not .gitignore names them
+_DEEPEST = 100  # directories within each other
 _LOOKED_AT = 8192  # bytes, for a NUL, which no text has
 _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w.:-]{1,40})", re.IGNORECASE)
 _HEAD = 2048  # bytes of a page that say its encoding
@@ -64,6 +65,9 @@ def walk(directory: Path, left_out: Callable[[LeftOut], None]) -> Iterator[tuple
 def _walk(
     directory: Path, prefix: str, ignored: Sequence[tuple[str, GitIgnoreSpec]], left_out: Callable[[LeftOut], None]
 ) -> Iterator[tuple[str, Path]]:
+    if prefix.count("/") > _DEEPEST:
+        left_out(LeftOut(prefix, f"lies more than {_DEEPEST} directories deep"))
+        return
     try:
         with os.scandir(directory) as scanned:
             entries = sorted(scanned, key=lambda entry: entry.name)

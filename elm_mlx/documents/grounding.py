@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from elm_mlx.reading import printable
 from elm_mlx.text.chat_template import NO_VARIABLES, Messages, Part, Template, Tools
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ def grounded_message(question: str, passages: Sequence[Passage], tokenizer: Toke
     if not passages:
         return question
     quoted = [
-        f"[{number}] {_harmless(passage.title, tokenizer)}\n{_quoted(passage.text, tokenizer)}"
+        f"[{number}] {_harmless(printable(passage.title), tokenizer)}\n{_quoted(passage.text, tokenizer)}"
         for number, passage in enumerate(passages, 1)
     ]
     return "\n\n".join((_TOLD, *reversed(quoted), f"Question: {question}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
@@ -16,12 +17,22 @@ _BLOCKS = frozenset(
         "section", "summary", "table", "tbody", "tfoot", "thead", "title", "tr", "ul", *_HEADINGS,
     )
 )  # fmt: skip
+_MOST_UNCLOSED = 10  # signs `<` of a page that open nothing: for each, Python's parser looks through all that is left
+_DEEPEST = 500  # elements within each other
+_TAG = re.compile(r"<[^<>]*>?")
 
 
 def html_blocks(text: str) -> Iterator[TextBlock]:
     """Yields the blocks of a page. Scripts, styles and menus are left out, and no mark-up is too broken."""
     page = _Page()
-    page.feed(text)
+    for _ in range(_MOST_UNCLOSED):
+        page.feed(text)
+        left = page.rawdata
+        if not left.startswith("<"):
+            break
+        page.rawdata, text = "", f"&lt;{left[1:]}"
+    else:
+        page.rawdata = _TAG.sub(" ", text)
     page.close()
     page.end_block()
     yield from page.blocks
@@ -41,7 +52,7 @@ class _Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag in _UNSEEN:
-            self._unseen.append(tag)
+            self._unseen += [tag] * (len(self._unseen) < _DEEPEST)
         elif tag in _BLOCKS:
             self.end_block()
             self._heading = 1 if tag == "title" else _HEADINGS.get(tag, 0)
@@ -69,6 +80,12 @@ class _Page(HTMLParser):
                 self._first = line + data[: -len(data.lstrip())].count("\n")
             self._begun, self._last = True, line + data.rstrip().count("\n")
         self._pieces.append(data if self._pre else " ".join(f"a{data}a".split())[1:-1])
+
+    def parse_html_declaration(self, i: int) -> int:
+        try:
+            return super().parse_html_declaration(i)
+        except AssertionError:  # of some versions of Python, at `<![`
+            return self.parse_bogus_comment(i)
 
     def end_block(self) -> None:
         """Takes what has come as a block, or as the heading that is open."""

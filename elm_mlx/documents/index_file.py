@@ -48,7 +48,12 @@ _TABLES = {
     # Of a file's passages by their ids: float16, the rows one after the other.
     "vectors": "CREATE TABLE vectors (file INTEGER PRIMARY KEY, rows BLOB NOT NULL)",
 }
-_SHADOWS = {f"words_{each}" for each in ("data", "idx", "docsize", "config")}  # FTS5's own tables
+_SHADOWS = {  # FTS5's own tables, which all its versions make so
+    "words_data": "CREATE TABLE 'words_data'(id INTEGER PRIMARY KEY, block BLOB)",
+    "words_idx": "CREATE TABLE 'words_idx'(segid, term, pgno, PRIMARY KEY(segid, term)) WITHOUT ROWID",
+    "words_docsize": "CREATE TABLE 'words_docsize'(id INTEGER PRIMARY KEY, sz BLOB)",
+    "words_config": "CREATE TABLE 'words_config'(k PRIMARY KEY, v) WITHOUT ROWID",
+}
 _MOST_BYTES = 1 << 28  # of a value
 _WAIT = 30.0  # seconds for another process's transaction
 _DAMAGED = "damaged, or no index of documents: remove it and make it anew (elm-mlx index DIR --out FILE)"
@@ -184,9 +189,9 @@ def connect(path: Path, writable: bool = False) -> sqlite3.Connection:
                 f"query_only = {'OFF' if writable else 'ON'}",
             ):
                 connection.execute(f"PRAGMA {pragma}")
-            found = dict(connection.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL"))
-            own = {name: sql for name, sql in found.items() if name not in _SHADOWS}
-            if own != _TABLES:
+            # As a list: a trigger may have a table's name.
+            found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL ORDER BY name").fetchall()
+            if found != sorted({**_TABLES, **_SHADOWS}.items()):
                 raise InputError(f"{path}: {_DAMAGED}")
             connection.execute("SELECT count(*) FROM settings").fetchone()
         except BaseException:

@@ -70,6 +70,12 @@ def test_what_is_too_large_or_has_no_name_is_named(tmp_path: Path, monkeypatch: 
     assert [each.why for each in left_out] == ["has more than 0 MB", "its name is not UTF-8"]
 
 
+def test_no_directory_is_too_deep(tmp_path: Path) -> None:
+    write(tmp_path, *(f"{'d/' * depth}a.md" for depth in range(120)))
+    paths, left_out = found(tmp_path)
+    assert len(paths) == 101 and [each.why for each in left_out] == ["lies more than 100 directories deep"]
+
+
 def test_no_directory(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no directory"):
         found(tmp_path / "none")

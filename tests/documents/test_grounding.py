@@ -38,6 +38,8 @@ def test_passages_are_numbered_quoted_and_before_the_question(tiny_tokenizer: To
     ).map("".join)
 )
 def test_no_line_of_a_passage_is_taken_for_another_part(tiny_tokenizer: Tokenizer, text: str) -> None:
+    named = grounded_message("Who?", [passage("One.", f"{text}.md", text)], tiny_tokenizer)
+    assert [line[:3] for line in named.splitlines()[2:-2]] == ["[1]", "> O"]
     message = grounded_message("Who?", [passage(text)], tiny_tokenizer)
     own = message.split("\n\n[1] a.md:3\n", 1)[1].removesuffix("\n\nQuestion: Who?")
     assert all(line.startswith("> ") for line in own.splitlines())

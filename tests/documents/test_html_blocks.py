@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -38,7 +41,7 @@ def test_blocks_headings_and_lines() -> None:
 
 TAGS = [
     "<p>", "</p>", "<h2>", "</h2>", "<script>", "</script>", "<nav>", "</div>", "<pre>", "<li>", "<td>", "<", "<!--",
-    "&#0;", "&x;", "\n", "text ",
+    "&#0;", "&x;", "\n", "text ", "<![", "<![if ", "<!", "<?", "]]>", "-->", "<a x='", '"', "<nav", "</select", ">",
 ]  # fmt: skip
 
 
@@ -48,3 +51,24 @@ def test_no_page_is_too_broken(page: str) -> None:
     last = page.count("\n") + 1
     for block in html_blocks(page):
         assert block.text.strip() and 1 <= block.first <= block.last <= last
+
+
+def test_what_is_never_closed_is_text() -> None:
+    page = "<h1>A</h1>\n<p>one <a href='x\n<p>two\n<!-- three\n<p>four</p><![if five"
+    assert [(each.text, each.first, each.heading) for each in html_blocks(page)] == [
+        ("one <a href='x", 2, "A"),
+        ("two <!-- three", 3, "A"),
+        ("four", 5, "A"),
+        ("<![if five", 5, "A"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "piece",
+    ["<", "<a", "<a x='", "<a b=c", "<a x x", "</", "</a", "<!--", "<![CDATA[", "<![if ", "<?", "<nav>", "<p>", "<h1>",
+     "<nav></select>", "<script>", "<pre>", "&", "<td>a", "<li>"],
+)  # fmt: skip
+def test_no_page_takes_long(piece: str) -> None:
+    began = time.monotonic()
+    list(html_blocks(piece * (400_000 // len(piece))))
+    assert time.monotonic() - began < 5  # where the time grew by the square, minutes

@@ -26,7 +26,7 @@ def change(path: Path, *statements: str) -> None:
     with sqlite3.connect(path, isolation_level=None) as connection:
         connection.execute("PRAGMA writable_schema = ON")
         for statement in statements:
-            connection.execute(statement)
+            connection.executescript(statement)
     connection.close()
 
 
@@ -36,6 +36,13 @@ def change(path: Path, *statements: str) -> None:
         "CREATE TRIGGER t AFTER INSERT ON files BEGIN DELETE FROM passages; END",
         "CREATE VIEW v AS SELECT 1",
         "CREATE TABLE more (x)",
+        *(
+            f"CREATE TRIGGER {name} AFTER INSERT ON files BEGIN DELETE FROM passages; END"
+            for name in ("files", "settings", "passages_of_file", "words", "words_data", "words_config")
+        ),
+        "DROP TABLE words_config; CREATE VIEW words_config AS WITH RECURSIVE n (k, v) AS "
+        "(SELECT 1, 1 UNION ALL SELECT k + 1, 1 FROM n) SELECT k, v FROM n",
+        "DROP TABLE words_docsize; CREATE VIEW words_docsize AS SELECT 1 AS id, x'01' AS sz",
         "DROP TABLE vectors",
         "UPDATE sqlite_master SET sql = 'CREATE TABLE settings (name, value)' WHERE name = 'settings'",
         "PRAGMA application_id = 7",
