@@ -190,8 +190,8 @@ def connect(path: Path, writable: bool = False) -> sqlite3.Connection:
             ):
                 connection.execute(f"PRAGMA {pragma}")
             # As a list: a trigger may have a table's name.
-            found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL ORDER BY name").fetchall()
-            if found != sorted({**_TABLES, **_SHADOWS}.items()):
+            found = connection.execute("SELECT name, sql FROM sqlite_master WHERE sql NOT NULL ORDER BY name")
+            if found.fetchall() != sorted({**_TABLES, **_SHADOWS}.items()):
                 raise InputError(f"{path}: {_DAMAGED}")
             connection.execute("SELECT count(*) FROM settings").fetchone()
         except BaseException:

@@ -12,7 +12,7 @@ SEPARATOR = " > "  # between headings
 _MOST_HEADING = 200  # characters of one heading
 _LARGE = 800  # characters of a class: beyond, each of its methods is a block of its own
 
-_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*")
+_HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*))?")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
 _FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 _ITEM = re.compile(r"[-*+] |\d{1,9}[.)] ")
@@ -72,7 +72,7 @@ def markdown_blocks(text: str) -> Iterator[TextBlock]:
             start, fence = number, opened[1]
         elif (heading := _HEADING.fullmatch(line)) is not None:
             yield from block(number)
-            enter_heading(headings, len(heading[1]), heading[2] or "")
+            enter_heading(headings, len(heading[1]), _unclosed(heading[2] or ""))
             start = number + 1
         elif (under := _UNDERLINE.fullmatch(line)) is not None and start == number - 1 and lines[start].strip():
             enter_heading(headings, 1 if under[1][0] == "=" else 2, lines[start])
@@ -85,6 +85,13 @@ def markdown_blocks(text: str) -> Iterator[TextBlock]:
             start = number
         number += 1
     yield from block(len(lines))
+
+
+def _unclosed(heading: str) -> str:
+    """Returns a heading's text without the signs `#` that may close it. A pattern for it would take quadratic time."""
+    text = heading.rstrip(" \t")
+    without = text.rstrip("#")
+    return without if without[-1:] in ("", " ", "\t") else text
 
 
 def trimmed(lines: list[str], start: int, end: int, heading: str) -> Iterator[TextBlock]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_mlx.documents.passages import SIZE, passages_of
-from elm_mlx.documents.text_blocks import TextBlock
+from elm_mlx.documents.text_blocks import TextBlock, markdown_blocks
 
 LINES = st.sampled_from(
     ["", "", "   ", "a few words, and more of them", "x" * 300, "word " * 250, "- an item", "1. one", "| a | b |",
@@ -120,3 +120,16 @@ def test_python_that_cannot_be_parsed_is_code_all_the_same(code: str) -> None:
 def test_a_binary_file_is_said_to_be_one() -> None:
     with pytest.raises(ValueError, match="is binary"):
         passages_of("a.txt", b"\x7fELF\0\0\1")
+
+
+@pytest.mark.parametrize(
+    ("line", "heading"),
+    [
+        ("# a", "a"), ("# a #", "a"), ("# a##", "a##"), ("# a # b ##\t", "a # b"), ("#\t", ""), ("## ##", ""),
+        ("# #a", "#a"), ("# a \\#", "a \\#"), (f"# a{' ' * 1_000_000}x", "a x"), (f"# {'#' * 1_000_000}x", "#" * 200),
+        ("# " + "a # " * 250_000, ("a # " * 50)),
+    ],
+)  # fmt: skip
+def test_headings_of_markdown(line: str, heading: str) -> None:
+    """In time that grows with their length: the long ones would take hours."""
+    assert [each.heading for each in markdown_blocks(f"{line}\n\ntext")] == [heading]
