@@ -43,6 +43,7 @@ OWN_FEW_ROWS = ", few rows by elm-mlx"
 SHIM = Path(__file__).with_name("cblas.c")
 _SOURCES = sorted(SHIM.parent.glob("*.[ch]"))
 _RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
+_BUSY_SECONDS = 600  # what took too long, on a machine at work, may be made soon
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
 _opened: list[ctypes.CDLL] = []  # what serves, for as long as the process lives
 
@@ -241,7 +242,7 @@ def _made(original: Path, make: Callable[[Path, Path], None], beside: Path | Non
 
     It is kept only when a process of its own has multiplied with it: an OpenBLAS that crashes on this processor takes
     that process down, not ours. What cannot be loaded is removed, and the next process makes it anew; what cannot be
-    made is not tried again for a day.
+    made is not tried again for a day, and what took too long not for ten minutes.
     """
     stat = original.stat()
     built_for = (_processor(), os.environ.get("OPENBLAS_CORETYPE"), _compiler())
@@ -272,8 +273,11 @@ def _make_checked(
         try:
             make(original, made)
             _check_in_process(made, beside)
-        except (_Unusable, subprocess.SubprocessError) as error:
+        except (_Unusable, subprocess.TimeoutExpired) as error:
             failed.write_text(str(error))
+            if isinstance(error, subprocess.TimeoutExpired):
+                since = time.time() - _RETRY_SECONDS + _BUSY_SECONDS
+                os.utime(failed, (since, since))
             raise
         with made.open("rb") as file:
             os.fsync(file.fileno())
@@ -315,7 +319,7 @@ def _rename_symbols(original: Path, made: Path) -> None:
 
 
 def _run(command: list[str], what: str) -> None:
-    # A few seconds, but on a machine at work more than a minute; and what fails is not tried again for a day.
+    # A few seconds, but on a machine at work more than a minute.
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise _Unusable(f"{what}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -179,6 +180,23 @@ def test_what_cannot_be_made_is_tried_once_a_day(cache: Path, tmp_path: Path) ->
     os.utime(failed, (0, 0))
     assert Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools)).fast
     assert tried.read_text() == "again\n" * 4
+
+
+def test_what_took_too_long_is_tried_again_in_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Path] = []
+
+    def busy(original: Path, made: Path) -> None:
+        tried.append(made)
+        raise subprocess.TimeoutExpired(["cc"], 300)
+
+    original, now = tmp_path / "original", time.time()
+    original.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for seconds, times in ((0, 1), (5, 1), (590, 1), (610, 2)):
+        monkeypatch.setattr(time, "time", lambda at=now + seconds: at)
+        with pytest.raises(blas._FAILURES, match="timed out after 300 seconds"), blas._made(original, busy, None):
+            pass
+        assert len(tried) == times, seconds
 
 
 def test_it_can_be_switched_off(cache: Path) -> None:
