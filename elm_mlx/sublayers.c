@@ -22,9 +22,11 @@ struct norm {
 };
 enum { NO_NORM, ROOT_MEAN_SQUARE, CENTRED };
 
+/* W a + bias; with an adapter ratio * (W a + up (down a)) + bias, where there are no ratios without them. */
 struct linear {
-  const float *weight, *bias; /* outputs rows of inputs; the bias may be NULL */
-  int outputs, inputs;
+  const float *weight, *bias;     /* outputs rows of inputs; the bias may be NULL */
+  const float *down, *up, *ratio; /* `low` rows of inputs, `rank` rows of outputs, and one row of these; or NULL */
+  int outputs, inputs, rank, low; /* `low` is `rank`, up to what tiles take at a time */
 };
 
 struct sublayer {
@@ -110,8 +112,8 @@ static void norm_rows(const void *what, int from, int to) {
 /* A sublayer at work on m rows: the products of `first` into c, side by side. */
 struct reading {
   const struct sublayer *s;
-  struct product products[3];
-  int starts[4], m;
+  struct product products[3], added[3]; /* the latter by adapters */
+  int starts[4], m, adapted;
   float *c;
   long c_step;
 };
@@ -119,6 +121,46 @@ struct reading {
 static struct product product_of(const struct linear *l, int m, const float *a, long a_step, float *c, long c_step) {
   const struct stored *stored = stored_at(l->weight, l->outputs, l->inputs);
   return (struct product){m, l->outputs, l->inputs, 1, 1, 0, a, l->weight, c, a_step, l->inputs, c_step, stored};
+}
+
+/* All columns of some rows, by the same sums however many there are. */
+static void low_rows(const void *what, int from, int to) {
+  for (; from < to; from += FEW) {
+    struct product p = *(const struct product *)what;
+    p.m = clamp(to - from, FEW), p.a += from * p.a_step, p.c += from * p.c_step;
+    columns(&p, 0, p.n);
+  }
+}
+
+/* Computes `down a` of adapters beside some products of the same rows, and says in `added` what is left to add to each:
+   no columns where a linear has no adapter. Returns whether one has. */
+static int adapt(const struct linear *linears, const struct product *products, int count, struct product *added) {
+  static _Thread_local struct memory kept;
+  int m = products->m, all = 0;
+  for (int part = 0; part < count; part++) all += linears[part].low;
+  float *c = all ? at_least_floats(&kept, (size_t)m * all) : 0;
+  for (int part = 0; part < count; part++) {
+    const struct linear *l = &linears[part];
+    const struct product *p = &products[part];
+    struct product low = {m, l->low, l->inputs, 1, 1, 0, p->a, l->down, c, p->a_step, l->inputs, l->low};
+    if (l->low) share(low_rows, &low, m, MOST, (long)m * l->low * l->inputs);
+    added[part] = (struct product){m, l->low ? l->outputs : 0, l->rank, 0, 1, 1, c, l->up, p->c, l->low, l->outputs,
+                                   p->c_step};
+    c += (long)m * l->low;
+  }
+  return all;
+}
+
+/* Columns that are computed together: whole vectors, where they are not scalar products alone. */
+static int portion_of(int m, int whole) { return m <= FEW && whole ? 3 * LANES : together(m); }
+
+/* Columns of a product, and of what an adapter makes of it. */
+static void adapted_columns(const struct linear *l, const struct product *p, const struct product *added, int from,
+                            int to) {
+  columns(p, from, to);
+  if (added->n) columns(added, from, to);
+  for (int i = 0; l->ratio && i < p->m; i++)
+    for (int j = from; j < to; j++) p->c[i * p->c_step + j] *= l->ratio[j];
 }
 
 static void add_bias(const struct linear *l, int m, float *c, long c_step, int from, int to) {
@@ -132,7 +174,7 @@ static void read_columns(const void *what, int from, int to) {
     int start = r->starts[part], end = r->starts[part + 1];
     int first = (from > start ? from : start) - start, last = (to < end ? to : end) - start;
     if (first >= last) continue;
-    columns(&r->products[part], first, last);
+    adapted_columns(&r->s->first[part], &r->products[part], &r->added[part], first, last);
     add_bias(&r->s->first[part], r->m, r->c + start, r->c_step, first, last);
   }
 }
@@ -153,9 +195,11 @@ static struct reading reading_of(const struct sublayer *s, int m, const float *a
   struct reading r = {.s = s, .m = m, .c = c, .c_step = c_step};
   for (int part = 0, start = 0; part < 3; part++) {
     r.products[part] = product_of(&s->first[part], m, a, s->width, c + start, c_step);
-    if (is_paired(&r.products[part])) r.products[part] = paired(&r.products[part]);
     r.starts[part + 1] = start += s->first[part].outputs;
   }
+  r.adapted = adapt(s->first, r.products, 3, r.added);
+  for (int part = 0; part < 3; part++)
+    if (is_paired(&r.products[part])) r.products[part] = paired(&r.products[part]);
   return r;
 }
 
@@ -195,19 +239,32 @@ static void read_stream(const struct sublayer *s, int m, const float *a, long a_
   float *normed = scratch((size_t)m * s->width);
   share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, 0, a_step, s->width, 0}, m);
   struct reading r = reading_of(s, m, normed, c, c_step);
-  share(read_columns, &r, r.starts[3], together(m), (long)m * s->width * r.starts[3]);
+  share(read_columns, &r, r.starts[3], portion_of(m, r.adapted), (long)m * s->width * r.starts[3]);
   share_rows(turn_rows, &(struct row_work){.s = s, .a = turns, .c = c, .a_step = turns_step, .c_step = c_step}, m);
+}
+
+struct writing {
+  const struct linear *linear;
+  struct product product, added;
+};
+
+static void written_columns(const void *what, int from, int to) {
+  const struct writing *w = what;
+  adapted_columns(w->linear, &w->product, &w->added, from, to);
 }
 
 /* c += the norm of `last` of the rows a. */
 static void write_stream(const struct sublayer *s, int m, const float *a, long a_step, float *c, long c_step,
                          float *room) {
-  int normed = s->after.kind != NO_NORM;
-  struct product p = product_of(&s->last, m, a, a_step, normed ? room : c, normed ? s->width : c_step);
-  p.beta = !normed;
-  share_product(&p);
+  int apart = s->after.kind != NO_NORM || s->last.ratio;
+  struct product p = product_of(&s->last, m, a, a_step, apart ? room : c, apart ? s->width : c_step);
+  p.beta = !apart;
+  struct writing w = {&s->last, p};
+  int adapted = adapt(w.linear, &p, 1, &w.added);
+  if (is_paired(&p)) w.product = paired(&p);
+  share(written_columns, &w, p.n, portion_of(m, adapted), (long)m * p.n * p.k);
   add_bias(&s->last, m, p.c, p.c_step, 0, s->width);
-  for (int i = 0; normed && i < m; i++) {
+  for (int i = 0; apart && i < m; i++) {
     float *row = room + (long)i * s->width;
     normalize(&s->after, row, row, s->width);
     for (int j = 0; j < s->width; j++) c[i * c_step + j] += row[j];
@@ -220,7 +277,7 @@ static void feed_forward(const struct sublayer *s, int m, const float *a, long a
   float *normed = scratch((size_t)m * (s->width + inner)), *hidden = normed + (long)m * s->width;
   share_rows(norm_rows, &(struct row_work){s, &s->before, a, normed, a == c ? 0 : c, a_step, s->width, c_step}, m);
   struct reading r = reading_of(s, m, normed, hidden, inner);
-  share(feed_columns, &r, s->gated ? inner / 2 : inner, m > FEW ? ACROSS : 3 * LANES, (long)m * s->width * inner);
+  share(feed_columns, &r, s->gated ? inner / 2 : inner, portion_of(m, 1), (long)m * s->width * inner);
   write_stream(s, m, hidden, inner, c, c_step, normed);
 }
 

@@ -99,7 +99,8 @@ class _DoRA:
         if mode:
             self._settled = None
 
-    def _ratio(self) -> mx.array:
+    def ratio(self) -> mx.array:
+        """Returns what each output is multiplied by, `(outputs,)`: `m` over the length of its row."""
         return self._computed_ratio() if self._settled is None else self._settled
 
     def _computed_ratio(self) -> mx.array:
@@ -122,7 +123,7 @@ class DoRALinear(_DoRA, LoRALinear):
     """LoRA's output, each of its values times `m` over the length of its row of the adapted weight."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        out, ratio, bias = super().__call__(x), self._ratio().astype(x.dtype), self.linear.get("bias")
+        out, ratio, bias = super().__call__(x), self.ratio().astype(x.dtype), self.linear.get("bias")
         return out * ratio if bias is None else (out - bias) * ratio + bias
 
     def _factors(self) -> tuple[mx.array, mx.array, mx.array]:
@@ -144,7 +145,7 @@ class DoRAEmbedding(_DoRA, LoRAEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         logits = super().as_linear(x)
-        return logits * self._ratio().astype(x.dtype) if self.adapted_head else logits
+        return logits * self.ratio().astype(x.dtype) if self.adapted_head else logits
 
     def _factors(self) -> tuple[mx.array, mx.array, mx.array]:
         return self.lora_a, self.lora_b, self.embedding.as_linear(self.lora_b).T

@@ -18,12 +18,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import blas
-from elm_mlx.model import described, ops
+from elm_mlx.model import described, lora_layers, ops
 from elm_mlx.model.described import FEED, MARK, READ, WRITE
+from elm_mlx.model.lora_layers import DoRALinear, LoRALinear
 from elm_mlx.model.rope import Rope
 from elm_mlx.model.stored_layers import StoredLayer
 
 MOST_ROWS = 16  # whose results have the same bits whatever their number; more want elm_mlx_many_rows
+_ABREAST = 3  # columns of a tile, as in cblas.c
 _making = threading.Lock()  # or a thread's layers would end those with which another has not computed yet
 _NO_NORM, _ROOT_MEAN_SQUARE, _CENTRED = range(3)
 
@@ -38,7 +40,9 @@ class Norm(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("outputs", ctypes.c_int), ("inputs", ctypes.c_int),
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("down", ctypes.c_void_p), ("up", ctypes.c_void_p),
+        ("ratio", ctypes.c_void_p), ("outputs", ctypes.c_int), ("inputs", ctypes.c_int), ("rank", ctypes.c_int),
+        ("low", ctypes.c_int),
     )  # fmt: skip
 
 
@@ -145,7 +149,14 @@ class LayersInC:
 
 def _made_of(layers: Sequence[LayerParts], last: nn.Module) -> list[Any]:
     modules = [last, *(module for parts in layers for module in parts.modules())]
-    return [part for module in modules for part in (module, module.get("weight"), module.get("bias"))]
+    return [part for module in modules for part in _parts(module)]
+
+
+def _parts(module: nn.Module) -> list[Any]:
+    if isinstance(module, LoRALinear):
+        adapter = [module.get(name) for name in lora_layers.PARAMETERS]
+        return [module, module.training, module.scale, *adapter, *_parts(module.linear)]
+    return [module, module.get("weight"), module.get("bias")]
 
 
 class _Layer:
@@ -153,7 +164,8 @@ class _Layer:
         self.parts = parts
         self._weights: list[mx.array] = []
         heads = parts.heads + 2 * parts.kv_heads
-        self.width = width = self._linear(parts.ffn_last).outputs
+        last = self._linear(parts.ffn_last)
+        self.width = width = last.outputs
         self._words: list[mx.array] = []
         read = _Sublayer(
             width=width, heads=parts.heads, key_heads=parts.kv_heads, head_dim=parts.head_dim,
@@ -163,7 +175,7 @@ class _Layer:
         write = _Sublayer(width=width, after=self._norm(parts.after), last=self._linear(parts.output))
         feed = _Sublayer(
             width=width, gated=parts.gated, before=self._norm(parts.ffn_before),
-            after=self._norm(parts.ffn_after), first=self._linears(parts.ffn_first), last=self._linear(parts.ffn_last),
+            after=self._norm(parts.ffn_after), first=self._linears(parts.ffn_first), last=last,
         )  # fmt: skip
         made = zip(
             (READ, WRITE, FEED),
@@ -202,16 +214,40 @@ class _Layer:
         return Norm(kind=_NO_NORM) if norm is None else _norm(norm, self._weights)
 
     def _linear(self, linear: nn.Module) -> _Linear:
+        if type(linear) in (LoRALinear, DoRALinear):
+            return self._adapted(linear)
         bias = _address(linear, "bias", self._weights) if "bias" in linear else None
         if isinstance(linear, StoredLayer):
             handle = linear.handle()
             if handle is None:
                 raise _Other
             self._weights.append(handle)
-            return _Linear(linear.address, bias, *handle.shape)
-        if type(linear) is not nn.Linear:
+            address, shape = linear.address, handle.shape
+        elif type(linear) is nn.Linear:
+            address, shape = _address(linear, "weight", self._weights), linear.weight.shape
+        else:
             raise _Other
-        return _Linear(_address(linear, "weight", self._weights), bias, *linear.weight.shape)
+        return _Linear(weight=address, bias=bias, outputs=shape[0], inputs=shape[1])
+
+    def _adapted(self, module: LoRALinear) -> _Linear:
+        """Describes a linear and its adapter, of which it keeps a copy."""
+        if module.training:  # with a dropout
+            raise _Other
+        made = self._linear(module.linear)
+        made.rank = rank = module.lora_a.shape[1]
+        made.low = rank + -rank % _ABREAST
+        made.down = self._copied(mx.pad(module.scale * module.lora_a.T, [(0, made.low - rank), (0, 0)]))
+        made.up = self._copied(module.lora_b)
+        if isinstance(module, DoRALinear):
+            made.ratio = self._copied(module.ratio())
+        return made
+
+    def _copied(self, values: mx.array) -> int:
+        """Returns where the values are in float32; they are kept."""
+        values = mx.contiguous(values.astype(mx.float32))
+        mx.eval(values)
+        self._weights.append(values)
+        return described.address(values)
 
     def _linears(self, linears: Sequence[nn.Module]) -> Any:
         return (_Linear * 3)(*map(self._linear, linears))

@@ -18,10 +18,11 @@ import tiny
 
 from elm_mlx import blas, device
 from elm_mlx.inference.rows import Rows, prefill
-from elm_mlx.model import network, other_networks, sublayers
+from elm_mlx.model import lora_layers, network, other_networks, stored_layers, sublayers
 from elm_mlx.model.cache import make_prompt_cache
+from elm_mlx.model.lora_layers import LoRALinear
 from elm_mlx.model.sublayers import MOST_ROWS
-from elm_mlx.store import loading
+from elm_mlx.store import adapters, loading
 
 pytestmark = pytest.mark.skipif(
     blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so every layer is MLX's"
@@ -47,6 +48,22 @@ def model() -> network.Model:
     return openelm()
 
 
+def adapted(model: Any, kind: str, some: bool = False) -> Any:
+    """Returns the model with a "lora" or a "dora" in it as after a training: on all linears of the layers, of one rank;
+    or on some, of another rank in each layer."""
+    config = model.config
+    rank = [1 + 13 * layer for layer in range(config.num_layers)] if some else 5
+    targets = config.linears[::2] if some else None
+    adapters.attach(model, adapters.plan(config, rank=rank, dora=kind == "dora", targets=targets))
+    for at, module in enumerate(model.modules()):
+        if isinstance(module, LoRALinear):
+            module.lora_b = mx.random.normal(module.lora_b.shape, key=mx.random.key(at)) * 0.2
+            if "m" in module:
+                module.m = module.m * (1 + 0.3 * mx.random.uniform(shape=module.m.shape, key=mx.random.key(at)))
+    model.freeze()
+    return model.eval()
+
+
 def layers_of(model: network.Model, rows: int = 1) -> sublayers.LayersInC | None:
     body = model.transformer
     return body.in_c(rows)
@@ -70,18 +87,68 @@ def logits(model: Any, rows: int) -> mx.array:
     return mx.concatenate(found)
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, *OPENELMS])
-def test_logits_are_those_of_mlx(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = name in OPENELMS
-    model = openelm(**OPENELMS[name]) if own else loading.load_model(family_cases.write(tmp_path / "m", name))
+def compare_with_mlx(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = {rows: logits(model, rows) for rows in (1, 3)}
     mx.eval(found)
+    own = isinstance(model, network.Model)
     assert isinstance(getattr(model.transformer if own else model, "_layers_in_c", None), sublayers.LayersInC)
-    without(monkeypatch)
-    for rows, ours in found.items():
-        expected = logits(model, rows)
-        assert not mx.array_equal(ours, expected), "both sides are the same code"
-        assert mx.abs(ours - expected).max().item() < CLOSE * (expected.max() - expected.min()).item()
+    with monkeypatch.context() as patch:
+        without(patch)
+        for rows, ours in found.items():
+            expected = logits(model, rows)
+            assert not mx.array_equal(ours, expected), "both sides are the same code"
+            assert mx.abs(ours - expected).max().item() < CLOSE * (expected.max() - expected.min()).item()
+
+
+def named_model(name: str, tmp_path: Path) -> Any:
+    if name in OPENELMS:
+        return openelm(**OPENELMS[name])
+    return loading.load_model(family_cases.write(tmp_path / "m", name))
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *OPENELMS])
+def test_logits_are_those_of_mlx(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare_with_mlx(named_model(name, tmp_path), monkeypatch)
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["llama, biases", "phi3, partial", "olmo2", "qwen3", *OPENELMS])
+@pytest.mark.usefixtures("two_threads")
+def test_adapters_are_computed_as_by_mlx(
+    name: str, kind: str, some: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare_with_mlx(adapted(named_model(name, tmp_path), kind, some), monkeypatch)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_adapters_beside_stored_weights(bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = openelm(ffn_dim_divisor=32)  # whole groups
+    if bits == 16:
+        model.set_dtype(mx.bfloat16)
+    else:
+        nn.quantize(model, 32, bits)
+    for _, layer in list(stored_layers.candidates(model)):
+        assert stored_layers.read_as_stored(layer)
+    for module in model.modules():  # norms
+        if set(module.parameters()) == {"weight"} and not isinstance(module, stored_layers.StoredLayer):
+            module.set_dtype(mx.float32)
+    compare_with_mlx(adapted(model, kind), monkeypatch)
+
+
+def test_an_adapter_that_changes_is_seen(model: network.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is trained, with a dropout, is MLX's."""
+    adapted(model, "dora")
+    mx.eval(logits(model, 2))
+    module = model.transformer.layers[1].ffn.proj_2
+    for name in lora_layers.PARAMETERS:
+        module[name] = module[name] * 3
+        compare_with_mlx(model, monkeypatch)
+    model.train()
+    assert layers_of(model) is None
+    model.eval()
+    assert layers_of(model) is not None
 
 
 def products(model: network.Model) -> list[tuple[Callable[[mx.array], mx.array], int]]:
@@ -100,9 +167,12 @@ def products(model: network.Model) -> list[tuple[Callable[[mx.array], mx.array],
     ]
 
 
+@pytest.mark.parametrize("kind", ["alone", "lora", "dora"])
 @pytest.mark.usefixtures("two_threads")
-def test_a_row_has_the_same_bits_in_any_company_and_by_any_number_of_threads() -> None:
+def test_a_row_has_the_same_bits_in_any_company_and_by_any_number_of_threads(kind: str) -> None:
     model = openelm(model_dim=512, head_dim=64, num_gqa_groups=1)
+    if kind != "alone":
+        adapted(model, kind)
     for compute, length in products(model):
         x = mx.random.normal((600, length), key=mx.random.key(length))  # as many are computed some at a time
         with blas.one_thread():
