@@ -112,6 +112,7 @@ def synthesize(
         if wrong:
             raise InputError(f"{name}: {why}")
     from elm_mlx.selfplay.answer_sampling import SamplingSettings
+    from elm_mlx.selfplay.synthesis import record_of
 
     asked = SamplingSettings(
         model, task, adapter, difficulty, answers, seed, temp, max_tokens, template, held, compute_dtype
@@ -125,7 +126,7 @@ def synthesize(
             _synthesize(asked, _needed("--samples", samples), _needed("--out", out), pairs, overwrite)
     except KeyboardInterrupt:
         if out is not None:
-            note(f"stopped; the same command goes on from what is in {out if loop else out.parent}")
+            note(f"stopped; the same command goes on from what is in {out if loop else record_of(out)}")
         raise
 
 
@@ -170,6 +171,7 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
     seconds = time.perf_counter() - begun[0] if begun else 0.0
     _print_difficulties(done.problems, asked.answers)
     chosen = done.chosen
+    whose = "" if asked.adapter is None else f" --from {asked.adapter}{' --full' if sampling.trains_all else ''}"
     _print_examples(done.problems)
     say_all(
         [
@@ -177,10 +179,10 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
             ("answers", _verdicts(done.problems)),
             ("held out", f"{counted(sum(each.held_out for each in done.problems), 'problem')} drawn and passed over"),
             ("dropped", f"{counted(chosen.duplicates, 'duplicate')} of right answers"),
-            ("wrote", f"{out}: {counted(len(chosen.examples), 'right answer')}; try: elm-mlx lora {asked.model} "
-                      f"--data {out} --out DIR"),
-            ("wrote", pairs and f"{pairs}: {counted(len(chosen.pairs), 'pair')}; try: elm-mlx dpo {asked.model} "
-                                f"--data {pairs} --out DIR"),
+            ("wrote", f"{out}: {counted(len(chosen.examples), 'right answer')}; try: elm-mlx lora "
+                      f"{asked.model}{whose} --data {out} --out DIR"),
+            ("wrote", pairs and f"{pairs}: {counted(len(chosen.pairs), 'pair')}; try: elm-mlx dpo "
+                                f"{asked.model}{whose} --data {pairs} --out DIR"),
             ("record", f"{record_of(out)}: all answers; the same command with more --samples adds to them"),
         ],
         _LABELS,

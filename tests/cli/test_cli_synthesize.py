@@ -65,6 +65,11 @@ def test_what_it_writes_goes_straight_into_lora_and_dpo(
     code, text, err = main("dpo", model, "--data", pairs, "--out", tmp_path / "dpo", *common)
     assert code == 0, err
     assert f"{len(read(pairs))} pairs" in text
+    learnt = tmp_path / "lora"
+    code, text, _ = run(
+        model, "--adapter", learnt, "--task", task, "--samples", 160, "--out", tmp_path / "next", *QUICK
+    )
+    assert code == 0 and f"try: elm-mlx lora {model} --from {learnt} --data {tmp_path / 'next'} --out DIR" in text
 
 
 def test_killed_and_called_again_it_writes_the_same_bytes(guessing: tuple[Path, Path], tmp_path: Path) -> None:
@@ -97,7 +102,7 @@ def test_ctrl_c_is_answered_by_how_to_go_on(guessing: tuple[Path, Path], tmp_pat
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
-        assert b"stopped; the same command goes on from what is in " in process.stderr.read()
+        assert f"stopped; the same command goes on from what is in {record}" in process.stderr.read().decode()
     assert process.returncode == 130
 
 
