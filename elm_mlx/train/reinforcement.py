@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from elm_mlx import device
-from elm_mlx.callbacks import TrainingCallback
+from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.errors import InputError
 from elm_mlx.inference.rollouts import prompt_ids
 from elm_mlx.model.network import Model
@@ -32,7 +32,7 @@ from elm_mlx.train.finetuning import Finetuning
 from elm_mlx.train.policy import Policy
 from elm_mlx.train.policy_gradient import PolicyGradient
 from elm_mlx.train.rollout_batches import HeldOut, RolloutBatches
-from elm_mlx.train.run import Run
+from elm_mlx.train.run import Result, Run
 from elm_mlx.train.settings import GrpoSettings
 
 _HASHED = 32  # problems
@@ -85,6 +85,11 @@ class Reinforcement(Finetuning):
         load = super().load()
         merged = 0 if load.full or device.on_gpu() else 4
         return replace(load, weight_bytes=load.weight_bytes + merged)
+
+    def train(self, callback: TrainingCallback = SILENT) -> Result:
+        """Trains as `Finetuning.train`. The result has no first loss: later ones are not to be compared with it."""
+        result = super().train(callback)
+        return replace(result, progress=replace(result.progress, first_loss=None))
 
     def _steps(self) -> int:
         assert self.asked.optimizer.iters is not None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,10 @@ import pytest
 from commands import Run
 from training_tasks import write_task
 
+from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.store.loading import load_model
+from elm_mlx.train.reinforcement import Reinforcement
+from elm_mlx.train.settings import GrpoSettings, made
 
 QUICK = ("--difficulty", 1, "--max-tokens", 6, "--problems", 4, "--answers", 4, "--eval-problems", 8, "--lr", 0.02)
 
@@ -79,6 +85,21 @@ def test_a_run_that_has_only_harmed_says_so(grpo: Any, tmp_path: Path) -> None:
     assert f"no validation had more right answers than the {before} before training" in err
     assert f"and the last one had {after}" in err
     assert "early, after 1 update: 1 validation in a row without more right answers" in said
+
+
+def test_a_run_that_is_stopped_before_a_validation_has_not_harmed(model: Path, task: Path, tmp_path: Path) -> None:
+    """Losses of weighed answers are near 0 and rise by chance."""
+
+    class Stopping(TrainingCallback):
+        def report(self, report: Report) -> None:
+            if report.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    values = {"model": model, "task": str(task), "out": tmp_path / "out", "max_tokens": 6, "problems": 4, "answers": 4}
+    with Reinforcement(made(GrpoSettings, values | {"difficulty": "1", "eval_problems": 8})) as run:
+        result = run.train(Stopping())
+    assert result.interrupted and result.progress.step == 3
+    assert replace(result, progress=replace(result.progress, loss_mean=9.0)).harm is None
 
 
 def test_a_run_says_what_it_is_going_to_do(grpo: Any, tmp_path: Path) -> None:
