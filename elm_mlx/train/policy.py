@@ -60,15 +60,15 @@ class Policy:
 def as_it_answers(model: Model, dtype: mx.Dtype | None) -> Iterator[None]:
     """Makes a model that is trained what its answers come from, and what it was at the end."""
     kept, training = model.trainable_parameters(), model.training
-    model.eval()
-    if dtype is not None:
-        model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
     adapted = [] if device.on_gpu() else [
         (name, module) for name, module in model.named_modules()
         if isinstance(module, LoRALinear) and type(module.linear) is nn.Linear
     ]  # fmt: skip
-    model.update_modules(tree_unflatten([(name, _merged(module)) for name, module in adapted]))
     try:
+        model.eval()
+        if dtype is not None:
+            model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
+        model.update_modules(tree_unflatten([(name, _merged(module)) for name, module in adapted]))
         yield
     finally:
         model.update_modules(tree_unflatten(adapted))
