@@ -289,7 +289,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
             trial = _trial(asked.model, run.path, run.out)
             shown.lines([("wrote", f"{run.out}; try: {trial}")])
         else:
-            shown.lines([("wrote", f"{run.out}: what the last update left, worse than the model without it")])
+            shown.lines([("wrote", f"{run.out}: what the last update left, no better than the model without it")])
             shown.warn(harmed(result, "--learning-rate", shown.asks))
     if result.interrupted:
         raise typer.Exit(130)
@@ -420,7 +420,7 @@ def harmed(result: Result, rate: str, asked: bool = False) -> str:
     if asked:
         return (
             f"no validation had more right answers than the {1 - before:.1%} before training, and the last one had "
-            f"{1 - now:.1%}: do not use it; {helps}"
+            f"{1 - now:.1%}: do not use it; a lower {rate}, more updates or other difficulties may help"
         )
     if result.progress.valid_loss is None:
         return f"the training loss rose from {before:.4f}, of the first update, to {now:.4f}: do not use it; {helps}"

@@ -84,6 +84,7 @@ def test_a_run_that_has_only_harmed_says_so(grpo: Any, tmp_path: Path) -> None:
     before, after = (f"{1 - loss:.1%}" for loss in losses)
     assert f"no validation had more right answers than the {before} before training" in err
     assert f"and the last one had {after}" in err
+    assert f"{out}: what the last update left, no better than the model without it" in said
     assert "early, after 1 update: 1 validation in a row without more right answers" in said
 
 
