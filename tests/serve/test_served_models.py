@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError
 from elm_mlx.inference.generation import generate
+from elm_mlx.model import described
 from elm_mlx.quantize import recipe
 from elm_mlx.quantize.quantization import quantize
 from elm_mlx.serve.served_models import ServedModel, load_models
@@ -80,6 +81,7 @@ def test_an_adapter_costs_itself_alone(
         expected = generate(*load(directory, adapter_path=path), "the king", max_tokens=12)
         loaded = found[name].loaded
         assert loaded.tokenizer is not None
+        assert (loaded.model.in_c(1) is None) == (described.library() is None), "slow, beside weights that are shared"
         assert generate(loaded.model, loaded.tokenizer, "the king", max_tokens=12) == expected
         texts.add(expected)
     assert len(texts) == 3
