@@ -33,6 +33,8 @@ CODE = (
 _KNOWN = frozenset((*MARKDOWN, *HTML, *PDF, *TEXT, *PYTHON, *CODE))
 _DIRECTORIES = frozenset(("__pycache__", "node_modules"))  # of programs, whether or not .gitignore names them
 _DEEPEST = 100  # directories within each other
+_STARS = re.compile(r"\*+")
+_MOST_STARS = 4  # of a rule: each more multiplies the time for a long name by its length
 _LOOKED_AT = 8192  # bytes, for a NUL, which no text has
 _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w.:-]{1,40})", re.IGNORECASE)
 _HEAD = 2048  # bytes of a page that say its encoding
@@ -111,7 +113,7 @@ def _is_wanted(entry: os.DirEntry[str], path: str, left_out: Callable[[LeftOut],
 
 
 def _ignore_rules(path: Path) -> GitIgnoreSpec:
-    """Returns the rules of a `.gitignore`, without those that are none to git either."""
+    """Returns the rules of a `.gitignore`, without those that are none to git either, or have too many stars."""
     from pathspec import GitIgnoreSpec
 
     rules = []
@@ -119,7 +121,8 @@ def _ignore_rules(path: Path) -> GitIgnoreSpec:
         for line in reading.content(path, 1 << 20).decode("utf-8", "replace").splitlines():
             with suppress(ValueError):
                 GitIgnoreSpec.from_lines([line])
-                rules.append(line)
+                if len(_STARS.findall(line)) <= _MOST_STARS:
+                    rules.append(line)
     return GitIgnoreSpec.from_lines(rules)
 
 

@@ -64,15 +64,19 @@ def whole(text: str) -> int | None:
 
 def last_block(answer: str) -> str | None:
     """Returns an answer's last block between lines of ```, or all of it, dedented; None where it is too long."""
+    return next(reversed(blocks(answer)), None)
+
+
+def blocks(answer: str) -> list[str]:
+    """Returns an answer's blocks between lines of ```, or all of it as one, dedented; none where it is too long."""
     if len(answer) > LONGEST:
-        return None
+        return []
     lines = answer.split("\n")
     fences = [number for number, line in enumerate(lines) if line.lstrip().startswith("```")]
     if not fences:
-        return _flush(answer)
-    begin = fences[(len(fences) - 1) // 2 * 2]
-    end = next((fence for fence in fences if fence > begin), len(lines))
-    return _flush("\n".join(lines[begin + 1 : end]))
+        return [_flush(answer)]
+    pairs = zip(fences[::2], [*fences[1::2], len(lines)], strict=False)
+    return [_flush("\n".join(lines[begin + 1 : end])) for begin, end in pairs]
 
 
 def _flush(text: str) -> str:

@@ -1,7 +1,7 @@
 """The task to write a small Python function, which is run on inputs that the prompt does not show.
 
-An answer is its last block between lines of ```, or all of it where it has none, and defines `f`. It runs in the
-sandbox, and its values are compared here.
+An answer is its last block between lines of ``` that defines `f`, for many a model shows how to call it in another
+after that; or all of it where it has none. It runs in the sandbox, and its values are compared here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Any
 
 from elm_mlx.problems import sandbox
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
-from elm_mlx.problems.final_line import last_block
+from elm_mlx.problems.final_line import blocks
 
 _Number = Callable[[int, int, int], int]
 _Step = Callable[[list[int], int], list[int]]
+
+_DEFINES = re.compile(r"^(def f\b|f *=(?!=))", re.MULTILINE)
 
 # For each, how a prompt says it, how a solution writes it, and what it is.
 _OF_NUMBER: list[tuple[str, str, _Number]] = [
@@ -86,8 +88,8 @@ def _expected(facts: dict[str, Any]) -> tuple[list[list[Any]], list[Any]]:
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    source = last_block(answer)
-    if source is None or not re.search(r"^(def f\b|f *=)", source, re.MULTILINE):
+    source = next((each for each in reversed(blocks(answer)) if _DEFINES.search(each)), None)
+    if source is None:
         return Verdict.UNREADABLE
     inputs, expected = _expected(problem.facts)
     try:

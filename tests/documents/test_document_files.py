@@ -61,6 +61,12 @@ def test_gitignore_is_followed_the_nearest_rule_first(tmp_path: Path) -> None:
     assert "b.md" not in found(tmp_path)[0] and "a.md" in found(tmp_path)[0]
 
 
+def test_no_rule_takes_long(tmp_path: Path) -> None:
+    write(tmp_path, "a" * 100 + ".md", "d/" * 50 + "x.md", "e/f/gitted.md")
+    (tmp_path / ".gitignore").write_text("*a" * 20 + "b\n" + "**/" * 20 + "b\n**/f*/*ted*\n")
+    assert found(tmp_path)[0] == ["a" * 100 + ".md", "d/" * 50 + "x.md"]
+
+
 def test_what_is_too_large_or_has_no_name_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(document_files, "MOST_TEXT", 3)
     write(tmp_path, "a.md", "b.pdf")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from elm_mlx.problems.final_line import final_line, last_block, number, numbers
+from elm_mlx.problems.final_line import blocks, final_line, last_block, number, numbers
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,4 @@ def test_the_last_block_counts() -> None:
     assert last_block("```\na\n```\n```\nb") == "b"
     assert last_block("```\na\n```\nafter") == "a"
     assert last_block("x" * 100_001) is None
+    assert blocks("```\na\n```\n```\nb") == ["a", "b"] and blocks("```") == [""] and blocks("a") == ["a"]

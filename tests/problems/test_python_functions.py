@@ -66,6 +66,7 @@ def test_a_changed_solution_is_wrong_unless_it_returns_the_same(level: int) -> N
     [
         RIGHT_SUM, f"```python\n{RIGHT_SUM}\n```", f"Here it is:\n\n```py\n{RIGHT_SUM}\n```\n\nIt adds them up.",
         f"```\n{RIGHT_SUM}", f"First this:\n```\ndef f(x): return 0\n```\nNo:\n```\n{RIGHT_SUM}\n```\n",
+        f"```python\n{RIGHT_SUM}\n```\nAn example:\n```python\nprint(f([4]))  # 4\n```\nOutput:\n```\n4\n```",
         f"{RIGHT_SUM}\nprint(f([4]))", f" {RIGHT_SUM}", "    " + RIGHT_SUM.replace("\n", "\n    "),
         f"import math\n{RIGHT_SUM.replace('sum(', 'math.fsum(')}",
         "f = lambda numbers: sum(filter((3).__lt__, numbers))",
