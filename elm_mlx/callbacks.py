@@ -67,7 +67,7 @@ class TrainingCallback:
     """The callback of a training run. This one ignores all that it is called with."""
 
     def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
-        """Is called during work that is no update, as `OnProgress`."""
+        """Is called during work that is no update, as `OnProgress`; with no text where an update follows at once."""
 
     def resumed(self, step: int) -> None:
         """Is called when a run resumes after so many updates."""

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map, tree_unflatten
 
 from elm_mlx import device
+from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.inference.rollouts import prompt_ids
 from elm_mlx.inference.solving import SolvedProblem, solve
 from elm_mlx.model.lora_layers import LoRALinear, dense_weight, merge
@@ -34,21 +35,37 @@ class Policy:
         samples: answers to a problem.
         max_tokens: of an answer, at most.
         seed: of the answers' tokens; they depend on it, the problem's number and their own.
+        on_progress: called with the answers that there are.
     """
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, template: Template | None, task: CheckedTask,
-        dtype: mx.Dtype | None, samples: int, max_tokens: int, seed: int,
+        dtype: mx.Dtype | None, samples: int, max_tokens: int, seed: int, on_progress: OnProgress = no_progress,
     ) -> None:  # fmt: skip
         self._model, self._tokenizer, self._template, self._task = model, tokenizer, template, task
         self._dtype, self._samples, self._max_tokens, self._seed = dtype, samples, max_tokens, seed
+        self._on_progress = on_progress
 
-    def solve(self, problems: Sequence[DrawnProblem]) -> list[SolvedProblem]:
-        """Returns the problems with their answers. Raises ElmError where the judge fails, InputError as `rollouts`."""
+    def solve(self, problems: Sequence[DrawnProblem], what: str = "sampling answers") -> list[SolvedProblem]:
+        """Returns the problems with their answers.
+
+        Args:
+            what: is done by it, as `on_progress` is told.
+
+        Raises:
+            ElmError: the judge fails.
+            InputError: as `rollouts`.
+        """
+        total = len(problems) * self._samples
+
+        def on_answer(done: int) -> None:
+            self._on_progress(what, done, total)
+
+        on_answer(0)
         with as_it_answers(self._model, self._dtype):
             return list(solve(
                 self._model, self._tokenizer, self._template, self._task, problems, self._samples,
-                max_tokens=self._max_tokens, seed=self._seed,
+                max_tokens=self._max_tokens, seed=self._seed, on_answer=on_answer,
             ))  # fmt: skip
 
     def prompt(self, drawn: DrawnProblem) -> tuple[int, ...]:

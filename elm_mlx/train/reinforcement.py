@@ -105,7 +105,7 @@ class Reinforcement(Finetuning):
         asked = self.asked.examples
         policy = Policy(
             model, self._tokenizer, self._template, self.task, dtype, asked.answers, asked.max_tokens,
-            self.asked.computation.seed,
+            self.asked.computation.seed, callback.progress,
         )  # fmt: skip
         batches = RolloutBatches(
             policy, self._draw, asked.problems, self.batch_size, asked.updates_per_batch, asked.advantage == "std"

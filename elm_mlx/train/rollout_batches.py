@@ -112,7 +112,7 @@ def measured(solved: Sequence[SolvedProblem]) -> dict[str, float]:
     """Returns the measures of answers, as `RolloutBatches` has them, but for the time."""
     answers = [answer for each in solved for answer in each.answers]
     logprobs = [logprob for answer in answers for logprob in answer.rollout.logprobs]
-    groups = [(sum(answer.verdict is Verdict.RIGHT for answer in each.answers), len(each.answers)) for each in solved]
+    groups = [each.count for each in solved]
     most = groups[0][1]
     return {
         "reward": sum(right for right, _ in groups) / len(answers),
@@ -136,7 +136,7 @@ class HeldOut:
 
     def examine(self) -> tuple[float, dict[str, float], list[Sample]]:
         """Returns the loss, measures, and samples: the first answers to a few of the problems."""
-        solved = self.policy.solve(self.problems)
+        solved = self.policy.solve(self.problems, "validating")
         found, counts = measured(solved), [each.count for each in solved]
         rates = {k: pass_rate(counts, k).rate for k in (1, counts[0][1])}
         measures = {f"pass@{k}": rate for k, rate in rates.items()}

@@ -421,8 +421,9 @@ class Run:
         """Returns the batches of the next update."""
         source = self.batches
         if isinstance(source, UpdateSource):
-            self.callback.progress("sampling answers")
-            return source.update()
+            batches = source.update()
+            self.callback.progress("")
+            return batches
         return (next(source) for _ in range(self.settings.accumulate))
 
     def _sampled(self) -> dict[str, float]:

@@ -105,6 +105,18 @@ def test_rounded_parameters_answer_as_they_are_trained(
         np.testing.assert_array_equal(np.array(value), kept[name])
 
 
+def test_answers_are_counted_as_they_come(tiny_model_dir: Path, tiny_tokenizer: Tokenizer, task: CheckedTask) -> None:
+    told: list[tuple[object, ...]] = []
+
+    def on_progress(*parts: object) -> None:
+        told.append(parts)
+
+    model = adapted(False)(tiny_model_dir)
+    policy = Policy(model, tiny_tokenizer, None, task, None, samples=2, max_tokens=4, seed=0, on_progress=on_progress)
+    policy.solve([training_problem(task, [1], 0, number) for number in range(3)], "validating")
+    assert told == [("validating", done, 6) for done in range(7)]
+
+
 def test_what_a_judge_raises_leaves_the_model_as_it_was(
     tiny_model_dir: Path, tiny_tokenizer: Tokenizer, task: CheckedTask
 ) -> None:
