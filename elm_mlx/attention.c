@@ -15,6 +15,7 @@
 
 #define LEAST -3e38f /* less than any score */
 enum { SPAN = 256, BLOCK = 96, CHUNK = 4 * LANES, NOTE = 16, ATTENTION = 0x7fc0a77e };
+enum { WIDE = 1024 }; /* a larger head's spans are all apart: joined at once, two of a block's fill a thread's stack */
 
 /* What stands in the note: the size of the head, the number of queries, how many of them are of one head and so of
    positions that follow each other, how many positions the first of these sees, and how many are seen at most; the bits
@@ -206,7 +207,7 @@ static void attend(int side, float scale, const float *keys, const float *values
   a.keys = noted(&note, keys, &end);
   a.spans = (a.seen + a.length - 1 + SPAN - 1) / SPAN - first_span(&a);
   a.queries = c, a.tops = c + (long)a.rows * a.head_dim, a.sums = a.tops + a.rows;
-  a.apart = blocks_of(&a) < 8;
+  a.apart = blocks_of(&a) < 8 || a.head_dim > WIDE;
   size_t needed = a.apart ? (size_t)a.rows * a.spans * (a.head_dim + 2) * sizeof(float) : 0;
   if (needed > room) {
     free(parts);

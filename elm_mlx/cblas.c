@@ -15,6 +15,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/random.h>
 
@@ -232,7 +233,10 @@ static float *at_least_floats(struct memory *m, size_t floats) {
   if (floats > m->size) {
     free(m->kept);
     m->kept = aligned_alloc(64, (4 * floats + 63) / 64 * 64);
-    if (!m->kept) abort();
+    if (!m->kept) { /* MLX could not be told */
+      perror("elm-mlx: a product's memory");
+      abort();
+    }
     m->size = floats;
   }
   return m->kept;

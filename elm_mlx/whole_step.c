@@ -35,7 +35,7 @@ struct step_memory {
 struct placed {
   const struct step *s;
   const struct layer *l;
-  int m, each;
+  int m, each, threads; /* `processors`, which another thread may change: memory is laid out by it */
   const int *positions;
   float *heads, *queries;
   long step; /* from a row's heads to the next one's */
@@ -44,9 +44,9 @@ struct placed {
 static int spans_up_to(int seen) { return (seen + SPAN - 1) / SPAN; }
 
 /* Whether spans are computed by themselves and then joined: where there is little else to share out. */
-static int is_apart(const struct sublayer *read, int m, int each) {
+static int is_apart(const struct sublayer *read, int m, int each, int threads) {
   int rows = read->heads / read->key_heads * each, tasks = m / each * read->key_heads * ((rows + BLOCK - 1) / BLOCK);
-  return each <= FEW || tasks < 4 * processors;
+  return each <= FEW || tasks < 4 * threads || read->head_dim > WIDE;
 }
 
 static struct step_memory memory_of(const struct step *s, int m, long widest, int most_heads, long part_rows) {
@@ -107,7 +107,8 @@ static void attend_rows(const struct placed *w, const struct step_memory *x) {
     int text = h / count, rows = group * each;
     long start = (long)(text * l->stored_heads + h % count) * w->s->capacity;
     struct attention a = {.head_dim = head_dim, .rows = rows, .length = each, .seen = w->positions[text * each] + 1,
-                          .window = l->window, .apart = is_apart(l->read, w->m, each), .scale = l->scale, .parts = parts,
+                          .window = l->window, .apart = is_apart(l->read, w->m, each, w->threads),
+                          .scale = l->scale, .parts = parts,
                           .keys = from_position(&l->keys, start), .values = from_position(&l->values, start),
                           .queries = each > 1 ? w->queries + (long)h * rows * head_dim
                                               : w->heads + text * w->step + (h % count) * group * head_dim};
@@ -126,6 +127,7 @@ static void attend_rows(const struct placed *w, const struct step_memory *x) {
 /* Returns 0 where a row has no place in the caches. */
 static int whole_step(const struct step *s, int m, const float *a, long a_step, float *c, long c_step) {
   int width = s->layer[0].read->width, positions[MANY], last = 0, most_heads = 0, each = 1, wanted = m;
+  int threads = processors;
   long widest = 0, parts = 0;
   for (int i = 0; i < m; i++) {
     memcpy(&positions[i], a + i * a_step + width, 4);
@@ -146,9 +148,10 @@ static int whole_step(const struct step *s, int m, const float *a, long a_step, 
   for (int n = 0; n < s->layers; n++) {
     const struct sublayer *read = s->layer[n].read;
     int rows = wanted && n + 1 == s->layers ? m - wanted : m, together = rows < each ? rows : each;
-    long heads = read->heads + 2 * read->key_heads, own = rows * read->heads * spans_up_to(last + 1) * (read->head_dim + 2l);
+    long heads = read->heads + 2 * read->key_heads;
+    long own = (long)rows * read->heads * spans_up_to(last + 1) * (read->head_dim + 2);
     widest = heads * read->head_dim > widest ? heads * read->head_dim : widest;
-    parts = rows && own > parts && is_apart(read, rows, together) ? own : parts;
+    parts = rows && own > parts && is_apart(read, rows, together, threads) ? own : parts;
     most_heads = read->key_heads > most_heads ? read->key_heads : most_heads;
   }
   struct step_memory x = memory_of(s, m, widest, most_heads, parts);
@@ -156,7 +159,7 @@ static int whole_step(const struct step *s, int m, const float *a, long a_step, 
   for (int n = 0, from = 0; n < s->layers; n++) {
     const struct layer *l = &s->layer[n];
     const float *turns = a + width + 1 + l->turns * 2 * l->read->head_dim;
-    struct placed w = {s, l, m, each, positions, x.heads, x.queries, widest};
+    struct placed w = {s, l, m, each, threads, positions, x.heads, x.queries, widest};
     read_stream(l->read, m, x.stream, width, turns, a_step, x.heads, widest);
     share_placed(keep_rows, &w);
     if (n + 1 == s->layers && wanted) {

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -443,3 +444,28 @@ def test_a_forked_process_multiplies_too() -> None:
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "2"}
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60, env=environment)
     assert (done.stdout, done.returncode) == ("right in both\n", 0), done.stderr
+
+
+STARVED = """
+import ctypes, resource, elm_mlx
+import mlx.core as mx
+from elm_mlx import blas
+from elm_mlx.model import described
+library, count = blas.own("elm_mlx_retire"), 1 << 22
+numbers, places = (ctypes.c_float * count)(), (ctypes.c_float * count)()
+sort = ctypes.c_void_p(described.address(described.description(described.ORDER)))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 24), -1))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+print("begins", flush=True)
+one, zero = ctypes.c_float(1), ctypes.c_float(0)
+library.cblas_sgemm(101, 111, 112, 1, count, count, one, numbers, count, sort, count, zero, places, count)
+"""
+
+
+@needs_few_rows
+def test_a_product_without_memory_says_so() -> None:
+    """It cannot tell MLX, and ends the process."""
+    done = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "begins\n" and done.returncode == -signal.SIGABRT
+    assert done.stderr.startswith("elm-mlx: a product's memory: Cannot allocate memory"), done.stderr

@@ -204,6 +204,18 @@ def test_codes_are_attended_to_as_what_they_stand_for(bits: int, head_dim: int) 
 
 @in_one_call
 @pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("head_dim", [1024, 4096])
+def test_the_widest_heads_fit_a_threads_stack(head_dim: int) -> None:
+    """Of so many queries that a thread would join the spans of some."""
+    keys, values = QuantizedCache(8).update_and_fetch(*(drawn(seed, 1, 1, 300, head_dim) for seed in (1, 2)))
+    assert isinstance(keys, Packed) and isinstance(values, Packed)
+    queries, mask = drawn(3, 1, 3, 260, head_dim), Causal(41)
+    expected = ops.attention(queries, keys.unpacked(), values.unpacked(), 0.02, mask)
+    assert mx.array_equal(ops.attention(queries, keys, values, 0.02, mask), expected)
+
+
+@in_one_call
+@pytest.mark.usefixtures("two_threads")
 def test_calls_at_the_same_time_do_not_disturb_each_other() -> None:
     queries, keys, values = ([drawn(seed + at, 1, 4, 50, 64) for at in range(4)] for seed in (0, 10, 20))
     expected = [ops.attention(*each, 0.125, "causal") for each in zip(queries, keys, values, strict=True)]
