@@ -176,6 +176,9 @@ def connect(path: Path, writable: bool = False) -> sqlite3.Connection:
         raise InputError(
             f"{path}: an index of version {version}, and this is elm-mlx's {VERSION}: remove it, and index again"
         )
+    for beside in ("-wal", "-shm", "-journal"):
+        if (own := path.with_name(path.name + beside)).exists() and not own.is_file():
+            raise InputError(f"{own}: is no file, and SQLite would read it with {path.name}: remove it")
     where = f"file:{quote(str(path.absolute()))}?mode={'rw' if writable else 'ro'}"
     with named_errors(path):
         connection = sqlite3.connect(where, uri=True, timeout=_WAIT, isolation_level=None, check_same_thread=False)
@@ -211,6 +214,11 @@ def named_errors(path: Path) -> Iterator[None]:
             raise ElmError(f"{path}: another process is writing to it; try again when it has ended") from None
         if "malformed" in text or "decode" in text or "no such" in text:
             raise InputError(f"{path}: {_DAMAGED}") from None
+        if "unable to open" in text:
+            raise ElmError(
+                f"{path}: cannot be opened: SQLite makes files beside an index that is in use or was left unfinished, "
+                "and may not do so here: copy it, with its -wal, to a directory that you may write to"
+            ) from None
         raise ElmError(f"{path}: {text}") from None
     except (sqlite3.Error, OverflowError, UnicodeError):
         raise InputError(f"{path}: {_DAMAGED}") from None

@@ -6,6 +6,7 @@ Both rankings become one by reciprocal rank fusion (Cormack, Clarke and Büttche
 from __future__ import annotations
 
 import re
+import shlex
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -70,7 +71,7 @@ class DocumentIndex:
                 root, unfinished = (index_file.read_setting(self._connection, each) for each in ("root", "unfinished"))
                 embedder = index_file.read_embedder(self._connection, self.path)
             self.root = Path(str(root))
-            again = f"elm-mlx index {root} --out {self.path}"
+            again = f"elm-mlx index {shlex.quote(str(root))} --out {shlex.quote(str(self.path))}"
             self.notes = (f"{self.path}: not all documents are in it yet: {again}",) if unfinished else ()
             self._embeddings: StaticEmbeddings | None = None
             if embedder is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sqlite3
 from pathlib import Path
 
 import pytest
 
+from elm_mlx.documents.index_file import named_errors
 from elm_mlx.documents.indexing import index_documents
 from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.errors import ElmError, InputError
@@ -94,6 +96,29 @@ def test_other_files(tmp_path: Path) -> None:
     for path, why in ((tmp_path / "a.db", "no index"), (tmp_path, "directory"), (tmp_path / "none.db", "No such file")):
         with pytest.raises(InputError, match=why):
             DocumentIndex(path)
+
+
+@pytest.mark.parametrize("beside", ["-wal", "-shm", "-journal"])
+def test_what_is_no_file_beside_an_index(index: Path, beside: str) -> None:
+    """SQLite would wait for a named pipe for good."""
+    os.mkfifo(f"{index}{beside}")
+    with pytest.raises(InputError, match=f"{beside}: is no file"):
+        DocumentIndex(index)
+
+
+def test_where_nothing_may_be_written_it_is_said_why_that_is_needed(index: Path) -> None:
+    """As SQLite ends where an index was left unfinished in a directory of someone else's."""
+    with pytest.raises(ElmError, match="cannot be opened: SQLite makes files beside"), named_errors(index):
+        raise sqlite3.OperationalError("unable to open database file")
+
+
+def test_a_command_that_is_named_can_be_pasted(index: Path) -> None:
+    change(
+        index,
+        "UPDATE settings SET value = '\"/a b; rm c\"' WHERE name = 'root'",
+        "UPDATE settings SET value = 'true' WHERE name = 'unfinished'",
+    )
+    assert DocumentIndex(index).notes[0].endswith(f"elm-mlx index '/a b; rm c' --out {index}")
 
 
 def test_asking_writes_nothing(index: Path) -> None:
