@@ -8,7 +8,8 @@ linears with an adapter are merged with it while answers are sampled, so that de
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Event
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +25,10 @@ from elm_mlx.problems.checked_task import CheckedTask
 from elm_mlx.problems.drawn_problems import DrawnProblem
 from elm_mlx.text.chat_template import Template
 from elm_mlx.text.tokenizer import Tokenizer
+
+
+class _Stopped(Exception):
+    """Someone wants no more answers."""
 
 
 class Policy:
@@ -46,8 +51,10 @@ class Policy:
         self._dtype, self._samples, self._max_tokens, self._seed = dtype, samples, max_tokens, seed
         self._on_progress = on_progress
 
-    def solve(self, problems: Sequence[DrawnProblem], what: str = "sampling answers") -> list[SolvedProblem]:
-        """Returns the problems with their answers.
+    def solve(
+        self, problems: Sequence[DrawnProblem], what: str = "sampling answers", stop: Event | None = None
+    ) -> list[SolvedProblem]:
+        """Returns the problems with their answers; none, once `stop` is set.
 
         Args:
             what: is done by it, as `on_progress` is told.
@@ -60,13 +67,16 @@ class Policy:
 
         def on_answer(done: int) -> None:
             self._on_progress(what, done, total)
+            if stop is not None and stop.is_set():
+                raise _Stopped
 
-        on_answer(0)
-        with as_it_answers(self._model, self._dtype):
+        with suppress(_Stopped), as_it_answers(self._model, self._dtype):
+            on_answer(0)
             return list(solve(
                 self._model, self._tokenizer, self._template, self._task, problems, self._samples,
                 max_tokens=self._max_tokens, seed=self._seed, on_answer=on_answer,
             ))  # fmt: skip
+        return []
 
     def prompt(self, drawn: DrawnProblem) -> tuple[int, ...]:
         """Returns the ids that a problem was put to the model in."""

@@ -5,9 +5,11 @@ Also a validation by the same means, on held-out problems.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -134,9 +136,14 @@ class HeldOut:
     policy: Policy
     problems: Sequence[DrawnProblem]
 
-    def examine(self) -> tuple[float, dict[str, float], list[Sample]]:
-        """Returns the loss, measures, and samples: the first answers to a few of the problems."""
-        solved = self.policy.solve(self.problems, "validating")
+    def examine(self, stop: Event | None = None) -> tuple[float, dict[str, float], list[Sample]]:
+        """Returns the loss, measures, and samples: the first answers to a few of the problems.
+
+        Once `stop` is set, it asks no more, and the loss is not a number.
+        """
+        solved = self.policy.solve(self.problems, "validating", stop)
+        if not solved:
+            return math.nan, {}, []
         found, counts = measured(solved), [each.count for each in solved]
         rates = {k: pass_rate(counts, k).rate for k in (1, counts[0][1])}
         measures = {f"pass@{k}": rate for k, rate in rates.items()}

@@ -75,8 +75,8 @@ class UpdateSource(Protocol):
 class Examination(Protocol):
     """A validation that asks the model, in place of a loss over batches."""
 
-    def examine(self) -> tuple[float, dict[str, float], list[Sample]]:
-        """Returns what counts as the loss, measures, and samples."""
+    def examine(self, stop: Event | None = None) -> tuple[float, dict[str, float], list[Sample]]:
+        """Returns what counts as the loss, measures, and samples. Once `stop` is set, they are of no use."""
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ class Run:
         started, progress = time.perf_counter(), self.progress
         samples: list[Sample] | None = None
         if isinstance(validation, Examination):
-            mean, measures, samples = validation.examine()
+            mean, measures, samples = validation.examine(stop)
         else:
             mean, *measured = self._mean_over(validation, stop)
             measures = self._named(measured)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event
 
 import mlx.core as mx
 import numpy as np
@@ -23,6 +25,7 @@ from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train.loss import Head, losses_only
 from elm_mlx.train.policy import Policy
 from elm_mlx.train.policy_gradient import PolicyGradient, WeighedAnswer, batches_of
+from elm_mlx.train.rollout_batches import HeldOut
 from elm_mlx.train.settings import Schedule, Settings
 from elm_mlx.train.step import Step, global_norm
 
@@ -115,6 +118,27 @@ def test_answers_are_counted_as_they_come(tiny_model_dir: Path, tiny_tokenizer: 
     policy = Policy(model, tiny_tokenizer, None, task, None, samples=2, max_tokens=4, seed=0, on_progress=on_progress)
     policy.solve([training_problem(task, [1], 0, number) for number in range(3)], "validating")
     assert told == [("validating", done, 6) for done in range(7)]
+
+
+def test_a_validation_ends_where_someone_stops_it(
+    tiny_model_dir: Path, tiny_tokenizer: Tokenizer, task: CheckedTask
+) -> None:
+    stop, model = Event(), adapted(False)(tiny_model_dir)
+
+    def on_progress(what: str, done: int = 0, total: int = 0, /) -> None:
+        asked.append(done)
+        if done == 40:
+            stop.set()
+
+    asked: list[int] = []
+    policy = Policy(model, tiny_tokenizer, None, task, None, samples=2, max_tokens=4, seed=0, on_progress=on_progress)
+    problems = [training_problem(task, [1], 0, number) for number in range(100)]
+    model.train()
+    for _ in range(2):
+        loss, *rest = HeldOut(policy, problems).examine(stop)
+        assert math.isnan(loss) and rest == [{}, []]
+    assert asked == [*range(41), 0]
+    assert any(isinstance(module, LoRALinear) for module in model.modules()) and model.training
 
 
 def test_what_a_judge_raises_leaves_the_model_as_it_was(

@@ -28,7 +28,7 @@ class Scripted:
     def prompt(self, drawn: DrawnProblem) -> tuple[int, ...]:
         return (1, 10 + drawn.number)
 
-    def solve(self, problems: Sequence[DrawnProblem], what: str = "") -> list[SolvedProblem]:
+    def solve(self, problems: Sequence[DrawnProblem], *_: object) -> list[SolvedProblem]:
         self.asked += [drawn.number for drawn in problems]
         return [self._solved(drawn) for drawn in problems]
 
