@@ -58,8 +58,8 @@ def _expression(draw: random.Random, numbers: list[int], signs: str) -> tuple[in
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    line = (final_line(answer) or "").rpartition(":")[2].replace("**", "").strip().removesuffix(".")
-    sides = [side.strip() for side in line.split("=")]
+    line = (final_line(answer) or "").rpartition(":")[2].strip(" *`$").removesuffix(".")
+    sides = [side.strip(" *`$") for side in line.split("=")]  # not within: 3**5 is not 35
     if len(sides) == 2 and whole(sides[0]) is not None:
         sides.reverse()
     read = _read(sides[0])

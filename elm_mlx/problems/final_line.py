@@ -1,9 +1,9 @@
 """What an answer says in the end: its last line, and the number or the words there; or its last block of code.
 
 A model may write its way to an answer before it, so only the last line with anything in it counts. There the answer
-stands alone, or after the last `=`, `:`, `is`, `equals` or `equal to`; a final dot or Markdown's `**` around it do not
-matter. What else the text says is not read: whoever writes down every possible answer has given the last one. Digits
-are ASCII's.
+stands alone, or after the last `=`, `:`, `is`, `equals` or `equal to`; a final dot, Markdown's marks or TeX's around it
+(`**`, `$`, `\\boxed{}`, code) do not matter. What else the text says is not read: whoever writes down every possible
+answer has given the last one. Digits are ASCII's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import textwrap
 LONGEST = 100_000  # characters of an answer that is read; a longer one says nothing
 
 _WITHIN_LINE = 1000  # characters of the last line; nothing that is asked for is as long
+_AROUND = (("**", "**"), ("`", "`"), ("$", "$"), ("\\boxed{", "}"))  # how models mark their answers
 _DIGITS = 40  # of a number: Python refuses to convert some thousands
 _STATES = re.compile(r"=|:|\b(?:is|equals|equal to)\b")
 _GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
@@ -84,4 +85,11 @@ def _flush(text: str) -> str:
 
 
 def _bare(text: str) -> str:
-    return text.strip().removesuffix(".").strip().removeprefix("**").removesuffix("**").removesuffix(".").strip()
+    """Returns a text without the final dot and marks around it."""
+    while True:
+        bare = text.strip().removesuffix(".").strip()
+        for begin, end in _AROUND:
+            bare = bare.removeprefix(begin).removesuffix(end)
+        if bare == text:
+            return bare
+        text = bare

@@ -13,6 +13,8 @@ from elm_mlx.problems.final_line import blocks, final_line, last_block, number, 
         "82", " 82 ", "82.", "82\n", "\r\n82\r\n", "47 + 35 = 82", "So, 47 + 35 equals 82.", "It is equal to 82",
         "The answer is 82.", "Answer: 82", "**82**",
         "**82**.", "First 47, then 35.\nSo it is **82.**", "1\n2\n82", "=82", "082",
+        "`82`", "$82$", "\\boxed{82}", "It is $\\boxed{82}$.", "$47 + 35 = \\boxed{82}$", "So $47 + 35 = 82$.",
+        "**Answer:** 82", "**Answer: `82`.**",
     ],
 )  # fmt: skip
 def test_a_number_is_read(answer: str) -> None:
@@ -24,7 +26,7 @@ def test_a_number_is_read(answer: str) -> None:
     [
         "", " ", ".", "*", "82 or 83", "81 82", "82\nno", "82!", "is not 82", "８２", "八", "²", "1,23", "8 2", "8_2",
         "+82", "--82", "- 82", "0x52", "82.0", "8.2e1", "1" * 41, "9" * 100_001, "=" * 99_999, " " * 200_000,
-        "82\0", "\u200b82",
+        "82\0", "\u200b82", "\\boxed{82} or 83", "\\boxed{81}\\boxed{82}", "$81$82$", "`" * 400 + "8`2", "{82}",
     ],
 )  # fmt: skip
 def test_what_is_not_one_number(answer: str) -> None:

@@ -293,3 +293,11 @@ def test_quotation() -> None:
         ]
         for answer in (*(each for each in passage if each != right), *mutants, right.rpartition(" ")[0]):
             assert verdict("quotation", made, answer) is WRONG, answer
+
+
+def test_marks_stand_around_an_expression_and_join_no_digits() -> None:
+    made = Problem("", "", {"numbers": [35, 2], "target": 37, "signs": "+-"})
+    for answer in ("`35 + 2`", "$35 + 2 = 37$", "35 + 2 = **37**.", "**35 + 2** = 37", "Answer: **35 + 2**"):
+        assert TASKS["countdown"].judge(made, answer) is RIGHT
+    for answer in ("3**5 + 2", "3`5 + 2", "35 + 2 = 3**7"):
+        assert TASKS["countdown"].judge(made, answer) is not RIGHT
