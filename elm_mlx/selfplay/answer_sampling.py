@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device, reading
+from elm_mlx import reading
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.generation import check_steps
@@ -35,7 +34,6 @@ from elm_mlx.store.loading import Loaded, open_model
 from elm_mlx.store.model_names import directory_of
 from elm_mlx.text import chat_template
 from elm_mlx.text.chat_template import Template
-from elm_mlx.train.policy import as_it_answers
 
 _HOPELESS = 2 * BATCH  # problems, of which one should have a right answer
 
@@ -93,11 +91,10 @@ class Sampling:
         self._config = read_config(self._path, with_tokenizer=True)
         self._template_source, _ = chat_template.source_of(self._path, asked.template, asked.adapter)
         self._model_hash = fingerprint(self._path)
-        self._adapter_hash, self.trains_all, self._merged = None, False, False
+        self._adapter_hash, self.trains_all = None, False
         if asked.adapter is not None:
             adapter = adapters.read(asked.adapter, self._config, self._path)
             self.trains_all = adapter.kind == "full"
-            self._merged = not (self.trains_all or device.on_gpu() or self._config.quantization)
             self._adapter_hash = hashlib.sha256(adapters.weights_file(asked.adapter).read_bytes()).hexdigest()
         self._left_out = prompts_in(asked.held_out)
 
@@ -178,12 +175,11 @@ class Sampling:
             progress(what, before * each + done, all_)
 
         on_answer(0)
-        with as_it_answers(loaded.model, None) if self._merged else nullcontext():
-            for solved in solve(
-                loaded.model, loaded.tokenizer, template, self.task, problems, each, max_tokens=self.asked.max_tokens,
-                seed=self.asked.seed, temp=self.asked.temp, on_answer=on_answer,
-            ):  # fmt: skip
-                yield recorded(solved)
+        for solved in solve(
+            loaded.model, loaded.tokenizer, template, self.task, problems, each, max_tokens=self.asked.max_tokens,
+            seed=self.asked.seed, temp=self.asked.temp, on_answer=on_answer,
+        ):  # fmt: skip
+            yield recorded(solved)
 
     def _answer(
         self, record: AnswerRecord, problems: Sequence[DrawnProblem], total: int, what: str, progress: OnProgress
@@ -214,8 +210,7 @@ class Sampling:
     @cached_property
     def _opened(self) -> tuple[Loaded, Template | None]:
         asked = self.asked
-        # A LoRA adapter becomes part of weights as wide as what is computed in: several times as fast as beside them.
-        loaded = open_model(self._path, asked.compute_dtype, asked.adapter, self._config, widen=self._merged)
+        loaded = open_model(self._path, asked.compute_dtype, asked.adapter, self._config)
         for note in loaded.notes:
             self._on_notes(note)
         assert loaded.tokenizer is not None

@@ -1,8 +1,6 @@
 """The policy: the model that is trained, as it answers.
 
-Answers come from the parameters as they are now, rounded as the training step rounds them, without dropout. On a CPU
-linears with an adapter are merged with it while answers are sampled, so that decoding goes as fast as without one
-(`whole_step`); what that and the two apart compute differs by rounding.
+Answers come from the parameters as they are now, rounded as the training step rounds them, without dropout.
 """
 
 from __future__ import annotations
@@ -12,14 +10,11 @@ from contextlib import contextmanager, suppress
 from threading import Event
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
-from elm_mlx import device
 from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.inference.rollouts import prompt_ids
 from elm_mlx.inference.solving import SolvedProblem, solve
-from elm_mlx.model.lora_layers import LoRALinear, dense_weight, merge
 from elm_mlx.model.network import Model
 from elm_mlx.problems.checked_task import CheckedTask
 from elm_mlx.problems.drawn_problems import DrawnProblem
@@ -70,7 +65,7 @@ class Policy:
             if stop is not None and stop.is_set():
                 raise _Stopped
 
-        with suppress(_Stopped), as_it_answers(self._model, self._dtype):
+        with suppress(_Stopped), _as_it_answers(self._model, self._dtype):
             on_answer(0)
             return list(solve(
                 self._model, self._tokenizer, self._template, self._task, problems, self._samples,
@@ -84,33 +79,14 @@ class Policy:
 
 
 @contextmanager
-def as_it_answers(model: Model, dtype: mx.Dtype | None) -> Iterator[None]:
+def _as_it_answers(model: Model, dtype: mx.Dtype | None) -> Iterator[None]:
     """Makes a model that is trained what its answers come from, and what it was at the end."""
     kept, training = model.trainable_parameters(), model.training
-    adapted = [] if device.on_gpu() else [
-        (name, module) for name, module in model.named_modules()
-        if isinstance(module, LoRALinear) and type(module.linear) is nn.Linear
-    ]  # fmt: skip
     try:
         model.eval()
         if dtype is not None:
             model.update(tree_map(lambda parameter: parameter.astype(dtype), kept))
-        model.update_modules(tree_unflatten([(name, _merged(module)) for name, module in adapted]))
         yield
     finally:
-        model.update_modules(tree_unflatten(adapted))
         model.update(kept)
         model.train(training)
-
-
-def _merged(module: LoRALinear) -> nn.Linear:
-    """Returns the linear that an adapter and its base make."""
-    base = module.linear
-    delta = module.scale * (module.lora_a @ module.lora_b).T
-    weight = merge(dense_weight(base), delta, module.get("m")).astype(base.weight.dtype)
-    made = nn.Linear(1, 1, bias=False)
-    made.weight = weight
-    if "bias" in base:
-        made.bias = base.bias
-    mx.eval(made.parameters())
-    return made

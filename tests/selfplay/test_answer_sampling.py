@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ import mlx.core as mx
 import pytest
 
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.problems.drawn_problems import is_held_out
-from elm_mlx.selfplay import answer_sampling
-from elm_mlx.selfplay.answer_record import AnswerRecord
+from elm_mlx.inference.solving import solve
+from elm_mlx.problems.drawn_problems import is_held_out, training_problem
+from elm_mlx.selfplay.answer_record import AnswerRecord, recorded
 from elm_mlx.selfplay.answer_sampling import Sampling, SamplingSettings
 from elm_mlx.store import adapters
-from elm_mlx.store.loading import load_model
+from elm_mlx.store.loading import load, load_model
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +56,8 @@ def test_problems_are_of_what_is_solved_sometimes_and_none_is_held_out(asked: Sa
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_is_merged_to_sample_and_says_what_it_says_beside_the_model(
-    asked: SamplingSettings, tmp_path: Path, dora: bool, monkeypatch: pytest.MonkeyPatch
+def test_it_samples_what_an_adapter_beside_the_model_answers(
+    asked: SamplingSettings, tmp_path: Path, dora: bool
 ) -> None:
     model = load_model(asked.model, "float32")
     adapter = adapters.plan(model.config, rank=4, dora=dora)
@@ -67,10 +66,15 @@ def test_an_adapter_is_merged_to_sample_and_says_what_it_says_beside_the_model(
         if "lora_b" in module:
             module.lora_b = 0.3 * mx.random.normal(module.lora_b.shape, key=mx.random.key(number))
     adapters.save(tmp_path / "adapter", model, adapter)
-    adapted = replace(asked, adapter=tmp_path / "adapter")
-    merged = sample(adapted, tmp_path / "merged", 20)
-    monkeypatch.setattr(answer_sampling, "as_it_answers", lambda model, dtype: nullcontext())
-    assert sample(adapted, tmp_path / "beside", 20) == merged != sample(asked, tmp_path / "without", 20)
+    adapted = Sampling(replace(asked, adapter=tmp_path / "adapter"))
+    problems = [training_problem(adapted.task, [1], 0, number) for number in range(20)]
+    beside, tokenizer = load(asked.model, adapter_path=tmp_path / "adapter")
+    expected = solve(
+        beside, tokenizer, None, adapted.task, problems, asked.answers, max_tokens=asked.max_tokens, seed=asked.seed
+    )
+    assert [*adapted.solve(problems)] == [recorded(each) for each in expected]
+    alone = [*Sampling(asked).solve(problems)]
+    assert dora or alone != [*adapted.solve(problems)]  # DoRA leaves the length of weights, which decides here
 
 
 def test_rounds_have_other_problems(asked: SamplingSettings, tmp_path: Path) -> None:
