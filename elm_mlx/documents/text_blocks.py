@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 SEPARATOR = " > "  # between headings
 _MOST_HEADING = 200  # characters of one heading
+_MOST_PARSED = 1 << 19  # characters of Python: its tree may take 900 times as many bytes
 _LARGE = 800  # characters of a class: beyond, each of its methods is a block of its own
 
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*))?")
@@ -113,6 +114,9 @@ def enter_heading(headings: list[str], level: int, text: str) -> None:
 
 def python_blocks(text: str) -> Iterator[TextBlock]:
     """Yields functions, classes and what stands between them, under the classes around them."""
+    if len(text) > _MOST_PARSED:
+        yield from code_blocks(text)
+        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on escapes in strings

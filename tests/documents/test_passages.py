@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elm_mlx.documents import text_blocks
 from elm_mlx.documents.passages import SIZE, passages_of
 from elm_mlx.documents.text_blocks import TextBlock, markdown_blocks
 
@@ -133,3 +134,11 @@ def test_a_binary_file_is_said_to_be_one() -> None:
 def test_headings_of_markdown(line: str, heading: str) -> None:
     """In time that grows with their length: the long ones would take hours."""
     assert [each.heading for each in markdown_blocks(f"{line}\n\ntext")] == [heading]
+
+
+def test_python_that_is_too_long_to_parse_is_divided_as_other_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_blocks, "_MOST_PARSED", 40)
+    for length in (40, 41):
+        source = f"import os\n\n\ndef f():\n    return os{' ' * length}"[:length]
+        headings = [each.heading for each in passages_of("a.py", source.encode())]
+        assert headings == (["", "def f"] if length == 40 else ["import os", "def f()"])
