@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import unicodedata
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,11 @@ def connect(path: Path, writable: bool = False) -> sqlite3.Connection:
     for beside in ("-wal", "-shm", "-journal"):
         if (own := path.with_name(path.name + beside)).exists() and not own.is_file():
             raise InputError(f"{own}: is no file, and SQLite would read it with {path.name}: remove it")
-    where = f"file:{quote(str(path.absolute()))}?mode={'rw' if writable else 'ro'}"
+    place = f"file:{quote(str(path.absolute()))}?mode="
+    if path.with_name(f"{path.name}-journal").exists():  # perhaps of a kill: who only reads cannot undo what it says
+        with suppress(sqlite3.Error), closing(sqlite3.connect(f"{place}rw", uri=True)) as undoing:
+            undoing.execute("SELECT count(*) FROM sqlite_master")
+    where = place + ("rw" if writable else "ro")
     with named_errors(path):
         connection = sqlite3.connect(where, uri=True, timeout=_WAIT, isolation_level=None, check_same_thread=False)
         try:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,25 @@ def test_where_nothing_may_be_written_it_is_said_why_that_is_needed(index: Path)
     """As SQLite ends where an index was left unfinished in a directory of someone else's."""
     with pytest.raises(ElmError, match="cannot be opened: SQLite makes files beside"), named_errors(index):
         raise sqlite3.OperationalError("unable to open database file")
+
+
+KILLED = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 1")  # so that pages are written before the end
+connection.execute("BEGIN")
+connection.execute("UPDATE passages SET text = upper(text)")
+connection.execute("DELETE FROM files")
+os._exit(0)
+"""
+
+
+def test_what_was_killed_amid_a_transaction_is_undone(index: Path) -> None:
+    """Outside of WAL too, as when an index becomes one file again: SQLite refuses it to who only reads."""
+    whole = DocumentIndex(index).search("some words", count=3)
+    subprocess.run([sys.executable, "-c", KILLED, str(index)], check=True)
+    assert index.with_name(f"{index.name}-journal").stat().st_size
+    assert DocumentIndex(index).search("some words", count=3) == whole
 
 
 def test_a_command_that_is_named_can_be_pasted(index: Path) -> None:

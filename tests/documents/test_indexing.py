@@ -136,7 +136,7 @@ def test_killed_anywhere_it_answers_and_goes_on(tmp_path: Path) -> None:
             index_documents(tmp_path / "notes", tmp_path / f"new-{number}.db")
             assert content(out) == content(tmp_path / f"new-{number}.db")
             assert DocumentIndex(out).notes == ()
-    assert left > 2
+    assert left > 0
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".") and "lock" not in path.name]
 
 
