@@ -10,6 +10,7 @@ documents and without; and what an index, a question, and prompt lookup cost.
     python benchmarks/documents.py --embeddings wordllama             those that come with the package wordllama
     python benchmarks/documents.py --model MODEL --questions 40       answers too
     python benchmarks/documents.py --megabytes 100                    speed of an index, and of a question to it
+    python benchmarks/documents.py --megabytes 24 --embeddings DIR    with vectors
 """
 
 from __future__ import annotations
