@@ -1,15 +1,25 @@
-"""The text of a PDF, a page at a time, by pypdf, which is an extra."""
+"""The text of a PDF, a page at a time, by pypdf, which is an extra, in a process with limits, `pdf_worker`."""
 
 from __future__ import annotations
 
-import io
-import logging
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from typing import Any
 
+from elm_mlx.documents import pdf_worker
 from elm_mlx.documents.text_blocks import TextBlock
+from elm_mlx.errors import ElmError
+from elm_mlx.reading import printable
+from elm_mlx.text import jinja
 
 INSTALL = "PDF needs pypdf: pip install 'elm-mlx[pdf]'"
-_MOST_PAGES = 10_000
+SECONDS = pdf_worker.PAGE_SECONDS
+MEMORY = 1 << 30  # bytes that the process may take, of which the file may have a quarter
+
+_POLL = 0.05  # seconds between looks at it, where the kernel limits no memory
 
 
 def pdf_blocks(data: bytes) -> Iterator[TextBlock]:
@@ -17,26 +27,62 @@ def pdf_blocks(data: bytes) -> Iterator[TextBlock]:
 
     Raises:
         ImportError: pypdf is not installed.
-        ValueError: it cannot be read; says why.
+        ValueError: it cannot be read, or not within limits of time, memory and text; says why.
+        ElmError: the process does not start.
     """
-    import pypdf
+    import pypdf  # noqa: F401  as the process will
 
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it writes of every damage that it can go past
-    try:
-        document = pypdf.PdfReader(io.BytesIO(data))
-        if document.is_encrypted and not document.decrypt(""):
-            raise ValueError("is encrypted")
-        title = (document.metadata.title if document.metadata else None) or ""
-        pages = [page.extract_text() for page in document.pages[:_MOST_PAGES]]
-    except ValueError as error:
-        raise ValueError(str(error)[:200] or "is damaged") from None
-    except Exception as error:  # a damaged file ends in errors of all kinds
-        raise ValueError(f"cannot be read as a PDF: {type(error).__name__}: {error}"[:200]) from None
+    document = _read(data)
+    if "problem" in document:
+        raise ValueError(printable(document["problem"]))
+    pages = document["pages"]
     if not any(page.strip() for page in pages):
         raise ValueError("holds no text, such as a scan")
-    heading = " ".join(str(title).split())[:200]
+    heading = " ".join(document["title"].split())[:200]
     for number, page in enumerate(pages, 1):
         text = page.encode("utf-8", "replace").decode().replace("\0", "").strip()
         for paragraph in text.split("\n\n"):
             if paragraph.strip():
                 yield TextBlock(paragraph.strip("\n"), number, number, heading)
+
+
+def _read(data: bytes) -> dict[str, Any]:
+    """Returns what the process says of a PDF. Raises ValueError where it was ended."""
+    watched = not jinja.KERNEL_LIMITS_MEMORY
+    limits = [str(SECONDS), str(0 if watched else MEMORY)]
+    command = [sys.executable, "-I", "-S", pdf_worker.__file__, *limits, *sys.path]
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+    except OSError as error:
+        raise ElmError(f"the process that reads PDFs does not start: {error.strerror}") from None
+    unsent: bytes | None = data
+    with process:
+        try:
+            while True:
+                try:
+                    written, _ = process.communicate(unsent, _POLL if watched else None)
+                    break
+                except subprocess.TimeoutExpired:
+                    unsent = None  # it has been taken
+                    if jinja.footprint(process.pid) > MEMORY:
+                        raise ValueError(_reason(pdf_worker.TOO_MUCH_MEMORY)) from None
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise ValueError(_reason(process.returncode))
+    document: dict[str, Any] = json.loads(written)
+    return document
+
+
+def _reason(code: int) -> str:
+    if code == -signal.SIGPROF:
+        return f"takes more than {SECONDS:g} s for a page, or {pdf_worker.FILE_SECONDS:g} s"
+    if code == pdf_worker.TOO_MUCH_MEMORY:
+        return f"needs more than {MEMORY >> 20} MB"
+    if code == pdf_worker.TOO_MUCH_TEXT:
+        return f"holds more than {pdf_worker.MOST_TEXT >> 20} million characters"
+    return f"ended the process that read it ({f'signal {-code}' if code < 0 else f'exit code {code}'})"

@@ -173,7 +173,7 @@ class _Renderer:
 
     def _line(self) -> bytes:
         while self._watched and not self._arrival.poll(_POLL):
-            if _footprint(self._process.pid) > self._memory - _CODE:
+            if footprint(self._process.pid) > self._memory - _CODE:
                 raise _EndedError(self._needs_memory())
         return self._answers.readline()
 
@@ -191,7 +191,7 @@ class _Renderer:
         return f"needs more than {self._memory >> 20} MB"
 
 
-def _footprint(process: int) -> int:
+def footprint(process: int) -> int:
     """Returns the bytes of memory that a process has filled; 0 of one that has ended."""
     if sys.platform == "darwin":
         import ctypes

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from elm_mlx.documents import pdf_pages
 from elm_mlx.documents.indexing import index_documents
 from elm_mlx.documents.passages import passages_of
 from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.documents.text_blocks import TextBlock
+from elm_mlx.text import jinja
 
 
-def pdf(*pages: str, title: str = "") -> bytes:
-    """A PDF of pages with a line of text each, as its standard (ISO 32000) has it."""
+def pdf(*pages: str, title: str = "", stream: bytes | None = None) -> bytes:
+    """A PDF of pages with a line of text each, as its standard (ISO 32000) has it; or of one, deflated: `stream`."""
+    if stream is not None:
+        packed = zlib.compress(stream, 9)
+        whole = pdf("PAGE")
+        begin = whole.index(b"<< /Length", whole.index(b"5 0 obj"))
+        end = whole.index(b"endstream", begin)
+        return (
+            whole[:begin] + b"<< /Filter /FlateDecode /Length %d >>\nstream\n%b\n" % (len(packed), packed) + whole[end:]
+        )
     kids = " ".join(f"{4 + 2 * n} 0 R" for n in range(len(pages)))
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",
@@ -55,6 +67,39 @@ def test_pages_and_the_title() -> None:
 def test_what_cannot_be_read_is_said(data: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
         passages_of("a.pdf", data)
+
+
+BUSY = b"BT /F1 12 Tf " + b"72 720 Td (a) Tj " * 60_000 + b"ET"
+HUGE = b"BT /F1 12 Tf (" + b"a" * 30_000_000 + b") Tj ET"
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize(
+    ("limits", "stream", "why"),
+    [
+        ({"SECONDS": 0.2}, BUSY, r"takes more than 0.2 s for a page"),
+        ({"MEMORY": 120 << 20}, HUGE, "needs more than 120 MB"),
+    ],
+)
+def test_a_hostile_pdf_is_left_out_and_the_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool, limits: dict[str, float], stream: bytes, why: str
+) -> None:
+    monkeypatch.setattr(jinja, "KERNEL_LIMITS_MEMORY", kernel and jinja.KERNEL_LIMITS_MEMORY)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.pdf").write_bytes(pdf(stream=stream))
+    (tmp_path / "notes" / "b.pdf").write_bytes(pdf("banana"))
+    with monkeypatch.context() as context:
+        for name, value in limits.items():
+            context.setattr(pdf_pages, name, value)
+        report = index_documents(tmp_path / "notes", tmp_path / "notes.db")
+    assert report.added == 1 and [each.path for each in report.left_out] == ["a.pdf"]
+    assert re.match(why, report.left_out[0].why) and "\n" not in report.left_out[0].why
+    again = index_documents(tmp_path / "notes", tmp_path / "notes.db")  # which does not try it once more
+    assert again.unchanged == 1 and again.left_out == report.left_out
+
+
+def test_a_pdf_that_is_deflated_is_read() -> None:
+    assert [each.text for each in passages_of("a.pdf", pdf(stream=b"BT /F1 12 Tf 72 720 Td (pear) Tj ET"))] == ["pear"]
 
 
 def test_a_pdf_waits_for_pypdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without: Callable[[str], None]) -> None:
