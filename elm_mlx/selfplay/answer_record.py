@@ -70,7 +70,8 @@ class AnswerRecord:
     """A record of answers, open and locked between `with` and its end.
 
     Args:
-        identity: what the answers depend on, by the names that a message may use.
+        identity: what the answers depend on, by the names that a message may use; `--answers` is how many each
+            problem has.
         first: the number of its first problem.
         anew: forget what is there.
 
@@ -119,7 +120,8 @@ class AnswerRecord:
         whole = len(head)
         for line in lines:
             problem = _of_json(line)
-            if problem is None or problem.number != first + len(self.problems):
+            wanted = first + len(self.problems), identity["--answers"]
+            if problem is None or (problem.number, len(problem.answers)) != wanted:
                 break
             self.problems.append(problem)
             whole += len(line)

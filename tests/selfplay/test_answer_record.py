@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.problems.checked_task import Verdict
 from elm_mlx.selfplay.answer_record import AnswerRecord, RecordedAnswer, RecordedProblem
 
-IDENTITY = {"MODEL": "abc", "--temp": 1.0, "--adapter": None}
+IDENTITY = {"MODEL": "abc", "--answers": 2, "--temp": 1.0, "--adapter": None}
 
 
 def problem(number: int) -> RecordedProblem:
@@ -44,7 +45,8 @@ def test_cut_anywhere_it_becomes_the_same_bytes(tmp_path: Path, first: int) -> N
 def test_a_damaged_line_and_what_follows_it_are_made_again(tmp_path: Path) -> None:
     whole = write(tmp_path / "a", 4)
     head, *lines = whole.splitlines(keepends=True)
-    for damaged in (b"\0" * 40 + b"\n", b"{}\n", lines[2], b'{"number": 1}\n'):
+    fewer = json.dumps({**json.loads(lines[1]), "answers": json.loads(lines[1])["answers"][:1]}).encode() + b"\n"
+    for damaged in (b"\0" * 40 + b"\n", b"{}\n", lines[2], b'{"number": 1}\n', fewer):
         (tmp_path / "a").write_bytes(b"".join([head, lines[0], damaged, *lines[2:]]))
         with AnswerRecord(tmp_path / "a", IDENTITY) as record:
             assert record.problems == [problem(0)]
