@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,8 +103,8 @@ def _tensorboard(out: Path, about: Mapping[str, Any], step: int) -> Opened:
     from tensorboardX import SummaryWriter
 
     begin = max(0, step - _AGAIN)
-    # A file's name has the second that it was begun in: another resumption in the same one needs a suffix.
-    name = f".{step + 1:08d}"
+    # Files are read by their names, which have the second that they were begun in; of several in one this says which.
+    name = f".{time.time_ns()}"
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=begin, filename_suffix=name, flush_secs=_LATE)
     writer.add_text("settings", f"```json\n{json.dumps(about, indent=1)}\n```", max(0, step))
 

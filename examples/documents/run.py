@@ -24,7 +24,7 @@ QUESTIONS = (
     "Which option of generate ends the text before a string?",
     "How large may a chat template be?",
     "What is the largest PDF that is indexed?",
-    "What does a zebra eat?",
+    "What does a walrus eat?",
 )
 
 
