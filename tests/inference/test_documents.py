@@ -25,7 +25,8 @@ def model(tiny_config: ModelConfig) -> Model:
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> DocumentIndex:
-    directory = tmp_path_factory.mktemp("notes")
+    directory = tmp_path_factory.mktemp("documents") / "notes"
+    directory.mkdir()
     for number, town in enumerate(["Ardun", "Belo", "Corvo", "Dimmen", "Eswick", "Farrow"]):
         (directory / f"{town}.md").write_text(f"# {town}\n\nThe tower of {town} has {number + 3} floors.\n")
     index_documents(directory, directory.parent / "notes.db")

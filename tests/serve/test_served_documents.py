@@ -21,7 +21,8 @@ QUESTION: Any = [{"role": "user", "content": "How high is the tower?"}]
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> DocumentIndex:
-    directory = tmp_path_factory.mktemp("notes")
+    directory = tmp_path_factory.mktemp("documents") / "notes"
+    directory.mkdir()
     (directory / "a.md").write_text("# Towers\n\nThe tower has seven floors.\n")
     (directory / "b.md").write_text("The tower is old. " * 8)
     index_documents(directory, directory.parent / "notes.db")
