@@ -76,6 +76,7 @@ def made_up_word(draw: random.Random, syllables: int) -> str:
 
 
 def facts_of(town: str, draw: random.Random) -> list[Fact]:
+    """Returns what a file says of a town, each fact with its questions and the words of a right answer."""
     founder, mayor = (f"{draw.choice(GIVEN)} {made_up_word(draw, 2)}" for _ in range(2))
     year, metres, minutes = (str(draw.randrange(*each)) for each in ((1200, 1900), (40, 900), (12, 95)))
     goods, trade, month, river = (draw.choice(each) for each in (GOODS, TRADES, MONTHS, RIVERS))
@@ -173,6 +174,7 @@ def rankings(index: DocumentIndex) -> dict[str, Callable[[str], list[tuple[str, 
 
 
 def print_recall(index: DocumentIndex, questions: Sequence[Question]) -> None:
+    """Prints how often the right passage is the first, and among the first five, by words, by vectors and by both."""
     print(f"| {len(index):,} passages | same words @1 | @5 | other words @1 | @5 |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, ranked in rankings(index).items():
@@ -260,6 +262,7 @@ def print_answers(model: Path, index: DocumentIndex, questions: Sequence[Questio
 
 
 def print_speed(megabytes: float, embeddings: StaticEmbeddings | None) -> None:
+    """Prints how long so much text takes to index, to index again, and to be asked."""
     with tempfile.TemporaryDirectory() as folder:
         directory, path = Path(folder, "corpus"), Path(folder, "notes.db")
         directory.mkdir()

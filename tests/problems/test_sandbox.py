@@ -22,6 +22,12 @@ from elm_mlx.errors import ElmError
 from elm_mlx.problems import sandbox, sandbox_worker
 from elm_mlx.problems.sandbox import CodeError, values
 
+MMAP = """
+import ctypes
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+"""
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="these are Linux's calls")
 
 
@@ -290,16 +296,15 @@ def f(numbers):
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="machine code of x86-64")
 def test_calls_of_another_kind_of_processor_end_the_process() -> None:
-    source = """
-import ctypes
-libc = ctypes.CDLL(None)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    source = (
+        MMAP
+        + """
 def f(code):
     place = libc.mmap(None, 4096, 7, 0x22, -1, 0)
     ctypes.memmove(place, bytes(code), len(code))
     return ctypes.CFUNCTYPE(ctypes.c_int)(place)()
 """
+    )
     returns_seven, getpid_as_i386 = [0xB8, 7, 0, 0, 0, 0xC3], [0xB8, 20, 0, 0, 0, 0xCD, 0x80, 0xC3]
     assert result(source, returns_seven) == 7
     with pytest.raises(CodeError, match=r"\(signal 31\)"):
@@ -308,11 +313,9 @@ def f(code):
 
 def test_memory_of_every_kind_counts() -> None:
     """Shared, and mapped without Python."""
-    source = """
-import ctypes
-libc = ctypes.CDLL(None)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    source = (
+        MMAP
+        + """
 def f(flags):
     size, count = 1 << 20, 0
     while count < 200:
@@ -323,6 +326,7 @@ def f(flags):
         count += 1
     return count
 """
+    )
     for flags in (0x22, 0x21) if sys.platform == "linux" else (0x1002, 0x1001):
         assert result(source, flags) <= 64
 
