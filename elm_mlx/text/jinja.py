@@ -156,7 +156,7 @@ class _Renderer:
                 self._requests.flush()
             self._source = source
             line = self._line()
-            if not line:
+            if not line.endswith(b"\n"):  # none, or one that it was ended amid
                 raise _EndedError(self._why())
             answer: dict[str, Any] = json.loads(line)
             return answer

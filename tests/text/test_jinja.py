@@ -147,6 +147,20 @@ class TestProcess:
             render(ENDLESS)
         killer.join()
 
+    @pytest.mark.parametrize("written", ["", '{"rendered": ["Hi", "a', '{"rendered": ["Hi"]}'])
+    def test_one_that_is_ended_amid_its_answer_has_given_none(self, limits, tmp_path, written):
+        worker = tmp_path / "worker.py"
+        worker.write_text(
+            "import os, signal, sys\n"
+            "print('{}', flush=True)\n"
+            "sys.stdin.readline()\n"
+            f"print({written!r}, end='', flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGALRM)\n"
+        )
+        limits.setattr(jinja.jinja_worker, "__file__", str(worker))
+        with pytest.raises(LimitError, match=r"takes more than 2 s"):
+            render("x")
+
     def test_interrupted_answer_is_not_taken_for_the_next(self, limits):
         limits.setattr(jinja, "SECONDS", 30)
         render("x")
