@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
-from elm_mlx.problems.final_line import final_line
+from elm_mlx.problems.final_line import said
 
 _CLOSES = {"(": ")", "[": "]", "{": "}", "<": ">"}
 
@@ -33,13 +33,13 @@ def _problem(difficulty: int, seed: int) -> Problem:
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    given = "".join((final_line(answer) or "").removesuffix(".").split())
+    given = "".join((said(answer) or "").split())
     if not given or set(given) - {*_CLOSES, *_CLOSES.values()}:
         return Verdict.UNREADABLE
     return Verdict.RIGHT if given == problem.facts["right"] else Verdict.WRONG
 
 
-# The answer is its final line, which has nothing but the brackets that are missing, with spaces or without.
+# The answer has nothing but the brackets that are missing, with spaces or without.
 # Difficulties: 1, 6 to 11 brackets of two kinds, at most four open (19,408 problems); 2, 8 to 17 of three kinds, five
 # open; 3, 16 to 33 of four kinds, eight open; 4, 32 to 65, twelve open.
 BRACKETS = CheckedTask("brackets", 4, _problem, _judge)

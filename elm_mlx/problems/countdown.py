@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
-from elm_mlx.problems.final_line import final_line, whole
+from elm_mlx.problems.final_line import said, whole
 
 _LONGEST = 200  # characters of an expression
 _HIGHEST = 999  # number to make
@@ -58,8 +58,8 @@ def _expression(draw: random.Random, numbers: list[int], signs: str) -> tuple[in
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    line = (final_line(answer) or "").rpartition(":")[2].strip(" *`$").removesuffix(".")
-    sides = [side.strip(" *`$") for side in line.split("=")]  # not within: 3**5 is not 35
+    stated = said(answer, equation=True) or ""
+    sides = [side.strip(" *`$") for side in stated.split("=")]  # not within: 3**5 is not 35
     if len(sides) == 2 and whole(sides[0]) is not None:
         sides.reverse()
     read = _read(sides[0])
@@ -102,8 +102,8 @@ def _read(text: str) -> tuple[Fraction | None, list[int], set[str]] | None:
         return None
 
 
-# The answer is the final line, or what follows its last colon: an expression of the numbers, the signs and brackets,
-# with `= the number` after it, `the number =` before it, or neither. All numbers are used, each as often as it is
-# there. Difficulties: 1, three numbers to 20 with + and -; 2, with * too; 3, four numbers to 30; 4, six to 50 with /.
-# There are tens of thousands of problems of the first, of the others more than a million.
+# The answer is an expression of the numbers, the signs and brackets, with `= the number` after it, `the number =`
+# before it, or neither. All numbers are used, each as often as it is there. Difficulties: 1, three numbers to 20 with +
+# and -; 2, with * too; 3, four numbers to 30; 4, six to 50 with /. There are tens of thousands of problems of the
+# first, of the others more than a million.
 COUNTDOWN = CheckedTask("countdown", 4, _problem, _judge)

@@ -1,40 +1,50 @@
 """What an answer says in the end: its last line, and the number or the words there; or its last block of code.
 
-A model may write its way to an answer before it, so only the last line with anything in it counts. There the answer
-stands alone, or after the last `=`, `:`, `is`, `equals` or `equal to`; a final dot, Markdown's marks or TeX's around it
-(`**`, `$`, `\\boxed{}`, code) do not matter. What else the text says is not read: whoever writes down every possible
-answer has given the last one. Digits are ASCII's.
+All tasks read an answer in this one way. A model may write its way to an answer before it, so only what comes last
+counts: what is between `<answer>` and `</answer>` where the text ends by those, then its last line with anything in it
+but a fence of ```. There the answer stands alone, or after `Answer:`; numbers, expressions and brackets also after the
+last `:`, `is` or `are`, and numbers after the last `=`, `equals` or `equal to`. A final dot, Markdown's marks or TeX's
+around it (`**`, `$`, `\\boxed{}`, code) do not matter. What else the text says is not read: whoever writes down every
+possible answer has given the last one. Digits are ASCII's.
 """
 
 from __future__ import annotations
 
 import re
+import string
 import textwrap
 
 LONGEST = 100_000  # characters of an answer that is read; a longer one says nothing
 
 _WITHIN_LINE = 1000  # characters of the last line; nothing that is asked for is as long
-_AROUND = (("**", "**"), ("`", "`"), ("$", "$"), ("\\boxed{", "}"))  # how models mark their answers
+_BEGIN, _END = "<answer>", "</answer>"
+_FENCE = "```"
+_MARKS = f"*`${string.whitespace}"  # around an answer, or before it alone, where the other stands before a colon
+_BOXED = "\\boxed{"
 _DIGITS = 40  # of a number: Python refuses to convert some thousands
-_STATES = re.compile(r"=|:|\b(?:is|equals|equal to)\b")
+_LABEL = re.compile(r"[#*\s]*(?:the |my )?(?:final |correct |right )?answer[*\s]*(?::|\bis\b:?)", re.IGNORECASE)
+_STATES = re.compile(r":|\b(?:is|are)\b")
+_STATES_OR_EQUALS = re.compile(rf"{_STATES.pattern}|=|\bequal(?:s| to)\b")
 _GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 
 
 def final_line(answer: str) -> str | None:
-    """Returns the last line that is not blank, without spaces around it; None where none is, or it is too long."""
-    if len(answer) > LONGEST:
-        return None
-    line = answer.strip().rpartition("\n")[2].strip()
-    return line if 0 < len(line) <= _WITHIN_LINE else None
+    """Returns what the last line has that is neither blank nor a fence, without its label and marks.
+
+    None where there is no such line, or it is too long.
+    """
+    text = _offered(answer).rstrip().removesuffix(_FENCE)
+    line = text.rstrip().rpartition("\n")[2].strip()
+    return _unlabelled(line) or None if len(line) <= _WITHIN_LINE else None
 
 
-def said(answer: str) -> str | None:
-    """Returns what the final line states: all of it, or what follows the last `=`, `:`, `is` and so on; or None."""
-    line = final_line(answer)
-    if line is None:
-        return None
-    line = _bare(line)
-    *_, stated = _STATES.split(line)
+def said(answer: str, *, equation: bool = False) -> str | None:
+    """Returns what the final line states: all of it, or what follows the last `=`, `:`, `is` and so on; or None.
+
+    Args:
+        equation: `=` is part of what is stated.
+    """
+    *_, stated = (_STATES if equation else _STATES_OR_EQUALS).split(final_line(answer) or "")
     return _bare(stated) or None
 
 
@@ -64,32 +74,48 @@ def whole(text: str) -> int | None:
 
 
 def last_block(answer: str) -> str | None:
-    """Returns an answer's last block between lines of ```, or all of it, dedented; None where it is too long."""
+    """Returns the last of an answer's `blocks`; None where it is too long."""
     return next(reversed(blocks(answer)), None)
 
 
 def blocks(answer: str) -> list[str]:
-    """Returns an answer's blocks between lines of ```, or all of it as one, dedented; none where it is too long."""
-    if len(answer) > LONGEST:
+    """Returns an answer's blocks between lines of ```, dedented; none where it is too long.
+
+    Where there are no such lines, all of it is one, without its label and marks.
+    """
+    answer = _offered(answer)
+    if not answer:
         return []
     lines = answer.split("\n")
-    fences = [number for number, line in enumerate(lines) if line.lstrip().startswith("```")]
+    fences = [number for number, line in enumerate(lines) if line.lstrip().startswith(_FENCE)]
     if not fences:
-        return [_flush(answer)]
+        return [_unlabelled(_flush(answer))]
     pairs = zip(fences[::2], [*fences[1::2], len(lines)], strict=False)
     return [_flush("\n".join(lines[begin + 1 : end])) for begin, end in pairs]
+
+
+def _offered(answer: str) -> str:
+    """Returns what the text offers as its answer: what is in the tags that it ends by, or all; "" of a too long one."""
+    if len(answer) > LONGEST:
+        return ""
+    text = answer.rstrip()
+    return text.removesuffix(_END).rpartition(_BEGIN)[2] if text.endswith(_END) else answer
 
 
 def _flush(text: str) -> str:
     return textwrap.dedent(text).strip()
 
 
+def _unlabelled(text: str) -> str:
+    bare = _bare(text)
+    label = _LABEL.match(bare)
+    return _bare(bare[label.end() :]) if label else bare
+
+
 def _bare(text: str) -> str:
     """Returns a text without the final dot and marks around it."""
     while True:
-        bare = text.strip().removesuffix(".").strip()
-        for begin, end in _AROUND:
-            bare = bare.removeprefix(begin).removesuffix(end)
-        if bare == text:
-            return bare
-        text = bare
+        text = text.lstrip(_MARKS).rstrip(f".{_MARKS}")
+        if not (text.startswith(_BOXED) and text.endswith("}")):
+            return text
+        text = text[len(_BOXED) : -1]

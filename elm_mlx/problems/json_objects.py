@@ -94,7 +94,7 @@ def _problem(difficulty: int, seed: int) -> Problem:
 
 def _judge(problem: Problem, answer: str) -> Verdict:
     try:
-        value = reading.load_json((last_block(answer) or "").removesuffix("."), reading.JSON_RECORDS)
+        value = reading.load_json(last_block(answer) or "", reading.JSON_RECORDS)
     except ValueError:
         return Verdict.UNREADABLE
     return Verdict.RIGHT if _fits(problem.facts["schema"], value) else Verdict.WRONG

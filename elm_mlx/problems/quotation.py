@@ -13,6 +13,7 @@ from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
 from elm_mlx.problems.final_line import final_line
 from elm_mlx.text import excerpts
 
+_QUOTES = str.maketrans("“”", '""')
 _SENTENCE = re.compile(r"[A-Z][a-z, ;:A-Z'-]{20,120}[a-z]{3}[.!?]")  # which does not end with `Mr.`
 
 
@@ -50,7 +51,7 @@ def _problem(difficulty: int, seed: int) -> Problem:
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    line = " ".join((final_line(answer) or "").split()).removesuffix(".").strip("*'`")
+    line = " ".join((final_line(answer) or "").translate(_QUOTES).split()).strip("'")
     if not line:
         return Verdict.UNREADABLE
     _, begun, quoted = line.partition('"')

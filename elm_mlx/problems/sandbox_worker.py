@@ -67,12 +67,18 @@ _SET_NO_NEW_PRIVILEGES, _SET_SECCOMP, _SET_PARENT_DEATH_SIGNAL, _SET_DUMPABLE, _
 _LOAD, _IF_EQUAL, _RETURN = 0x20, 0x15, 0x06
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000 | errno.EPERM, 0x80000000
 
-# The kind of processor, and its numbers of write, close, mmap, mprotect, munmap, brk, mremap, exit, exit_group,
-# gettimeofday, clock_gettime, getrandom (asm/unistd.h). No madvise, by which root takes pages from the machine.
+# By machine, how the kernel names it (linux/audit.h), and its numbers of the calls that are let through (asm/unistd.h).
+# No madvise, by which root takes pages from the machine.
 _CALLS = {
-    "x86_64": (0xC000003E, (1, 3, 9, 10, 11, 12, 25, 60, 231, 96, 228, 318)),
-    "aarch64": (0xC00000B7, (64, 57, 222, 226, 215, 214, 216, 93, 94, 169, 113, 278)),
-}
+    "x86_64": (0xC000003E, {
+        "write": 1, "close": 3, "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "mremap": 25, "exit": 60,
+        "gettimeofday": 96, "clock_gettime": 228, "exit_group": 231, "getrandom": 318,
+    }),
+    "aarch64": (0xC00000B7, {
+        "write": 64, "close": 57, "mmap": 222, "mprotect": 226, "munmap": 215, "brk": 214, "mremap": 216, "exit": 93,
+        "gettimeofday": 169, "clock_gettime": 113, "exit_group": 94, "getrandom": 278,
+    }),
+}  # fmt: skip
 
 
 def main() -> None:
@@ -195,13 +201,18 @@ def _confine(results: int, limits: Limits) -> None:
         _filter_calls()
 
 
-def _filter_calls() -> None:
-    machine, calls = _CALLS[platform.machine()]
-    checks = [(_IF_EQUAL, len(calls) - i, 0, number) for i, number in enumerate(calls)]
-    program = [
-        (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, machine), (_RETURN, 0, 0, _KILL),
+def _filter_of(machine: str) -> list[tuple[int, int, int, int]]:
+    """Returns the seccomp filter of a machine as instructions: code, steps if true, steps if false, operand."""
+    kind, calls = _CALLS[machine]
+    checks = [(_IF_EQUAL, len(calls) - i, 0, number) for i, number in enumerate(calls.values())]
+    return [
+        (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, kind), (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, 0), *checks, (_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW),
     ]  # fmt: skip
+
+
+def _filter_calls() -> None:
+    program = _filter_of(platform.machine())
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *each) for each in program))
     filter_of_calls = ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code)))
     prctl = ctypes.CDLL(None, use_errno=True).prctl

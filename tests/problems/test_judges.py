@@ -105,11 +105,11 @@ def test_brackets() -> None:
             rest = less
         assert rest == ""
         right = made.solution.replace(" ", "")
-        for answer in (right, f"{right}.", f"They are these.\n{right}\n"):
+        for answer in (right, f"{right}.", f"They are these.\n{right}\n", f"The brackets: {right}"):
             assert verdict("brackets", made, answer) is RIGHT
         for answer in (right[1:], right + right[-1], right[:-1] + "(", asked[1], asked[1] + right):
             assert verdict("brackets", made, answer) is not RIGHT
-        assert verdict("brackets", made, f"The brackets: {right}") is UNREADABLE
+        assert verdict("brackets", made, f"The brackets after {right}") is UNREADABLE
 
 
 def test_countdown() -> None:
@@ -163,6 +163,25 @@ def test_an_expression_has_four_operations(answer: str) -> None:
 def test_a_sign_that_was_not_offered() -> None:
     made = Problem("", "", {"numbers": [2, 3], "target": 6, "signs": "+-"})
     assert verdict("countdown", made, "2 * 3") is WRONG
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{}", "Answer: {}", "**Answer:** {}", "**Answer: {}**", "## Final answer: `{}`", "answer is {}.", "`{}`",
+        "**{}**", "${}$", "<answer>{}</answer>", "Let me see.\n\n<answer>\n{}\n</answer>\n",
+        "<answer>1</answer> No:\n<answer>Answer: {}</answer>", "So:\n```\n{}\n```\n",
+        "<answer>```text\n{}\n```</answer>", "\\boxed{{{}}}",
+    ],
+)  # fmt: skip
+def test_all_tasks_read_an_answer_in_one_way(name: str, form: str) -> None:
+    """However models mark theirs; and a wrong one stays wrong."""
+    task = TASKS[name]
+    for made in (task.problem(level, seed) for level in range(1, task.difficulties + 1) for seed in range(3)):
+        assert task.judge(made, form.format(made.solution)) is RIGHT
+        assert task.judge(made, form.format("")) is not RIGHT
+        assert task.judge(made, form.format(made.solution) + "\nor not") is not RIGHT or name in ("json", "python")
 
 
 LONG = 1_000_000

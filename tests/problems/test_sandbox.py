@@ -189,7 +189,7 @@ def test_a_shell_does_not_start() -> None:
 def test_the_clock_ends_what_does_not_compute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     worker = tmp_path / "waiting_worker.py"
     text = Path(sandbox_worker.__file__).read_text()
-    worker.write_text(text.replace('    "x86_64": (0xC000003E, (', '    "x86_64": (0xC000003E, (230, 35, '))
+    worker.write_text(text.replace('"x86_64": (0xC000003E, {', '"x86_64": (0xC000003E, {"a": 230, "b": 35,'))
     monkeypatch.setattr(sandbox, "_WORKER", worker)  # whose filter lets nanosleep through
     sandbox.stop()
     if sys.platform == "linux" and platform.machine() == "x86_64":
@@ -276,7 +276,7 @@ def test_no_connection_comes_to_a_server() -> None:
 @on_linux
 def test_every_system_call_but_those_of_computing_is_refused() -> None:
     """By machine code too: `syscall` is called as C would."""
-    _, allowed = sandbox_worker._CALLS[platform.machine()]
+    allowed = sandbox_worker._CALLS[platform.machine()][1].values()
     source = """
 import ctypes, errno
 call = ctypes.CDLL(None, use_errno=True).syscall
@@ -372,7 +372,7 @@ def test_a_crash_leaves_no_core_dump(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     """Not to a program either, to which the limit of its size means nothing."""
     worker = tmp_path / "asking_worker.py"
     text = Path(sandbox_worker.__file__).read_text()
-    worker.write_text(text.replace('    "x86_64": (0xC000003E, (', '    "x86_64": (0xC000003E, (157, '))
+    worker.write_text(text.replace('"x86_64": (0xC000003E, {', '"x86_64": (0xC000003E, {"prctl": 157,'))
     monkeypatch.setattr(sandbox, "_WORKER", worker)  # whose filter lets prctl through
     sandbox.stop()
     assert result("import ctypes\ndef f(): return ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)") == 0  # PR_GET_DUMPABLE
