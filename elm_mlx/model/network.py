@@ -6,7 +6,7 @@ anything with `update_and_fetch`, `offset` and `make_mask`, and give arrays (mlx
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import mlx.core as mx
@@ -141,16 +141,18 @@ class Transformer(nn.Module):
         cache: Sequence[Cache] | None,
         segments: ops.Segments | None = None,
         last: int | None = None,
+        on_layer: Callable[[mx.array], None] | None = None,
     ) -> mx.array:
         """Ids `(batch, length)` to hidden states `(batch, length, model_dim)`.
 
-        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`.
+        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`. `on_layer` is called with
+        what enters each layer, `(batch, length, model_dim)`.
         """
         x = self.token_embeddings(ids)
         if cache is not None:
             in_c = self.in_c(ids.size)
             if in_c is not None:
-                return self.norm(in_c(x, cache, last))
+                return self.norm(in_c(x, cache, last, on_layer))
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
         offset = 0 if caches[0] is None else caches[0].offset
@@ -158,6 +160,8 @@ class Transformer(nn.Module):
             offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
         rotate = self.rope(ids.shape[1], offset)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
+            if on_layer is not None:
+                on_layer(x)
             x = layer(x, mask, rotate, layer_cache)
         return self.norm(x if last is None else x[:, -last:])
 

@@ -121,10 +121,17 @@ class LayersInC:
         now = _made_of(layers, last)
         return len(now) == len(self._made_of) and all(map(operator.is_, now, self._made_of))
 
-    def __call__(self, x: mx.array, caches: Sequence[Any], last: int | None = None) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        caches: Sequence[Any],
+        last: int | None = None,
+        on_layer: Callable[[mx.array], None] | None = None,
+    ) -> mx.array:
         """`(batch, length, model_dim)` to the same, but for the last norm; keys and values join `caches`.
 
-        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`.
+        `last` of one text's positions may be all that are wanted, `(1, last, model_dim)`. `on_layer` is called with
+        what enters each layer, `(batch, length, model_dim)`.
         """
         batch, length, width = x.shape
         x = x.reshape(-1, width)
@@ -142,6 +149,8 @@ class LayersInC:
                 ).reshape(-1, 2 * rope.head_dim)
             if window not in masks:
                 masks[window] = cache.make_mask(length, return_array=False, window_size=window)
+            if on_layer is not None:
+                on_layer(x.reshape(batch, length, width))
             wanted = length if last is None or layer is not self.layers[-1] else last
             x = layer(x, batch, length, wanted, masks[window], turns[id(rope)], cache)
         return x.reshape(batch, -1, width)
