@@ -84,12 +84,14 @@ def serving(
     log_prompts: bool = False,
     documents: DocumentIndex | None = None,
     engine: Any = None,
+    kvps: Sequence[str] = (),
     **engine_options: Any,
 ) -> Iterator[Served]:
     """Serves model directories as `elm-mlx serve` does; by `engine`, where one is given."""
-    served = load_models([*map(str, models)], adapters, None, lambda text: None)
+    served = load_models([*map(str, models)], adapters, None, lambda text: None, kvps)
     if engine is None:
         options = {"max_memory": 1 << 34, "prefix_bytes": 1 << 28, **engine_options}
+        options["predictions"] = {name: model.kvp for name, model in served.items() if model.kvp is not None}
         engine = Engine({name: model.loaded for name, model in served.items()}, **options)
     log: list[str] = []
     service = Service(cast(Engine, engine), served, log_prompts, documents)

@@ -26,7 +26,7 @@ from elm_mlx.store.loading import pending, pending_packed
 GROUP_SIZE = 64  # of quantized weights, as mlx-lm's default
 _BLOCK = 1 << 20  # values that are drawn
 _ROOM = 1.15  # of a model's bytes, while it is loaded
-OURS = ("ours", "naive", "prompt-lookup")  # sides that are this package
+OURS = ("ours", "naive", "prompt-lookup", "kvp")  # sides that are this package
 _KEPT = 0.9  # of the free memory, or disk, may be taken
 _PROCESS = 300_000_000  # Python, MLX and buffers
 

@@ -1,10 +1,11 @@
 """One side of a comparison, in a process of its own: a model is loaded, and measured as often as is asked.
 
-    python -m elm_mlx.bench.side_worker SIDE MODEL DTYPE
+    python -m elm_mlx.bench.side_worker SIDE MODEL DTYPE [KVP]
 
-SIDE is `ours`, `naive`, `prompt-lookup`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for the
-side's choice. Prints `About` as a line of JSON, and then for each line with a `prompt`, `new`, `batch` and `kv_bits`
-one with its `Figures` and the `text`, or an `error`. `mlx-lm-stock` wants `ELM_MLX_BLAS=off` in its environment.
+SIDE is `ours`, `naive`, `prompt-lookup`, `kvp`, `mlx-lm` or `mlx-lm-stock`; DTYPE is the type to compute in, or `-` for
+the side's choice; KVP is the directory of the KV prediction. Prints `About` as a line of JSON, and then for each line
+with a `prompt`, `new`, `batch` and `kv_bits` one with its `Figures` and the `text`, or an `error`. `mlx-lm-stock` wants
+`ELM_MLX_BLAS=off` in its environment.
 """
 
 from __future__ import annotations
@@ -35,20 +36,29 @@ from elm_mlx.version import __version__
 
 
 class Ours:
-    """This package, by the functions that `generate` calls; or with RMSNorm written out, or with prompt lookup."""
+    """This package, by the functions that `generate` calls; or with RMSNorm written out, with prompt lookup, or a KV
+    prediction."""
 
-    def __init__(self, path: Path, dtype: str | None, naive: bool = False, lookup: bool = False):
+    def __init__(
+        self, path: Path, dtype: str | None, naive: bool = False, lookup: bool = False, kvp: Path | None = None
+    ):
         from elm_mlx.model.network import NaiveRMSNorm, RMSNorm
         from elm_mlx.store.loading import open_model
 
         loaded = open_model(path, dtype)
         self.model, self.vocab_size, self._lookup = loaded.model, loaded.model.config.vocab_size, lookup
+        self._kvp, notes = None, loaded.notes
+        if kvp is not None:
+            from elm_mlx.store import kvp_directory
+
+            self._kvp = kvp_directory.load(kvp, path, loaded.model)
+            notes += (self._kvp.describe(),)
         norms = [module for _, module in loaded.model.named_modules() if type(module) is RMSNorm] if naive else []
         if naive and not norms:
             raise ElmError("the model has no RMSNorm of elm-mlx's")
         for module in norms:
             module.__class__ = NaiveRMSNorm
-        self.about = describe(loaded.model, path, f"elm-mlx {__version__}", loaded.notes)
+        self.about = describe(loaded.model, path, f"elm-mlx {__version__}", notes)
 
     def measure(self, prompts: list[list[int]], new: int, kv_bits: int | None) -> Measured:
         caches = make_prompt_cache(self.model, kv_bits)
@@ -64,7 +74,14 @@ class Ours:
         from elm_mlx.inference.generation import stream_generate
 
         for response in stream_generate(
-            self.model, None, prompt, max_tokens=new, stop_at_eos=False, prompt_lookup=self._lookup, prompt_cache=caches
+            self.model,
+            None,
+            prompt,
+            max_tokens=new,
+            stop_at_eos=False,
+            prompt_lookup=self._lookup,
+            prompt_cache=caches,
+            kvp=self._kvp,
         ):
             self._drafts = response.drafts
             yield [response.token]
@@ -75,7 +92,7 @@ class Ours:
         from elm_mlx.inference.sampling import Sampler
 
         sampler = Sampler(0.0)
-        logits, rows = prefill_each(self.model, prompts, PREFILL_STEP, caches)
+        logits, rows = prefill_each(self.model, prompts, PREFILL_STEP, caches, kvp=self._kvp)
         tokens, _, state = sampler(logits, sampler.start(prompts, 0))
         yield tokens.tolist()
         tokens, _, state = sampler(rows.step(tokens), state)
@@ -173,8 +190,9 @@ def reset_peak() -> None:
 def main() -> None:
     side, path, dtype = sys.argv[1], Path(sys.argv[2]), None if sys.argv[3] == "-" else sys.argv[3]
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
-    if side in ("ours", "naive", "prompt-lookup"):
-        worker: Ours | MlxLm = Ours(path, dtype, naive=side == "naive", lookup=side == "prompt-lookup")
+    if side in ("ours", "naive", "prompt-lookup", "kvp"):
+        kvp = Path(sys.argv[4]) if side == "kvp" else None
+        worker: Ours | MlxLm = Ours(path, dtype, side == "naive", side == "prompt-lookup", kvp)
     else:
         worker = MlxLm(path, dtype, equal=side == "mlx-lm")
     print(json.dumps(asdict(worker.about)), file=answers, flush=True)

@@ -34,7 +34,7 @@ class Side(Protocol):
     def close(self) -> None: ...
 
 
-_QUANTIZE_KEYS = ("ours", "naive", "prompt-lookup", "mlx-lm", "mlx-lm-stock")  # sides
+_QUANTIZE_KEYS = ("ours", "naive", "prompt-lookup", "kvp", "mlx-lm", "mlx-lm-stock")  # sides
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,12 @@ class Programs:
     Attributes:
         python: a Python that has PyTorch, or llama-cpp-python; None for the one that runs.
         gguf: the model as llama.cpp reads it; None to write it from the directory.
+        kvp: a KV prediction for the model.
     """
 
     python: str | None = None
     gguf: Path | None = None
+    kvp: Path | None = None
 
 
 def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
@@ -64,7 +66,10 @@ def start(name: str, path: Path, dtype: str | None, programs: Programs) -> Side:
             copy = str(Path(scratch, f"{path.name}.gguf"))
             _write_gguf(path, copy)
             return WorkerSide(name, [*_script(python, "llama_worker.py"), copy])
-    return WorkerSide(name, [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"])
+    if name == "kvp" and programs.kvp is None:
+        raise Unavailable("--kvp names a KV prediction for the model")
+    command = [sys.executable, "-m", "elm_mlx.bench.side_worker", name, str(path), dtype or "-"]
+    return WorkerSide(name, [*command, str(programs.kvp)] if name == "kvp" else command)
 
 
 def _write_gguf(path: Path, to: str) -> None:

@@ -17,6 +17,7 @@ SIDES = {
     "ours": "elm-mlx",
     "naive": "elm-mlx, naive RMSNorm",
     "prompt-lookup": "elm-mlx, prompt lookup",
+    "kvp": "elm-mlx, KV prediction",
     "mlx-lm": "mlx-lm, same BLAS and type",
     "mlx-lm-stock": "mlx-lm as installed",
     "pytorch": "PyTorch",

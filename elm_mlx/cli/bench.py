@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from elm_mlx.bench.suites import Suite
 
 PANELS = {
-    "Cases": ("suite", "precision", "prompt_tokens", "new_tokens", "batch_size", "kv_bits", "repeats", "compute_dtype"),
+    "Cases": (
+        "suite",
+        "precision",
+        "prompt_tokens",
+        "new_tokens",
+        "batch_size",
+        "kv_bits",
+        "kvp",
+        "repeats",
+        "compute_dtype",
+    ),
     "Other programs": ("against", "python", "gguf"),
 }
 
@@ -64,6 +74,7 @@ def bench(
             help=f"What to compare with, with commas: {', '.join([*SIDES][1:])}; or none. (default: the suite's)"
         ),
     ] = None,
+    kvp: options.KvpPath = None,
     repeats: Annotated[
         int | None, typer.Option(help="Measurements of each program in each case. (default: the suite's)")
     ] = None,
@@ -85,13 +96,15 @@ def bench(
     )  # fmt: skip
     if against is not None:
         chosen = replace(chosen, against=tuple(side for side in _words(against) if side != "none"))
+    if kvp is not None:
+        chosen = replace(chosen, against=tuple(dict.fromkeys(("kvp", *chosen.against))))
     if repeats is not None:
         chosen = replace(chosen, repeats=repeats)
     if compute_dtype is not None:
         chosen = replace(chosen, compute_dtype=compute_dtype)
     from elm_mlx.bench.sides import Programs
 
-    results = _measured(suites.check(chosen), out, Programs(python, gguf))
+    results = _measured(suites.check(chosen), out, Programs(python, gguf, kvp))
     _print(results)
     if results.measured:
         line(f"wrote {out / suite}.json, .md and .html")

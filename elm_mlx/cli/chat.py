@@ -14,7 +14,7 @@ PANELS = {
     "Sampling": ("max_tokens", "temp", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
     "KV cache": ("kv_bits", "max_kv_size", "save_cache", "load_cache"),
-    "Computation": ("compute_dtype",),
+    "Computation": ("kvp", "compute_dtype"),
 }
 
 
@@ -39,6 +39,7 @@ def chat(
     prompt_lookup: options.PromptLookup = False,
     draft_model: options.DraftModel = None,
     num_draft_tokens: options.NumDraftTokens = None,
+    kvp: options.KvpPath = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
 ) -> None:
@@ -56,6 +57,8 @@ def chat(
     reading.check_seed(seed)
     if docs is not None:
         options.check_documents(max_kv_size)
+    if kvp is not None:
+        options.check_kvp(adapter, max_kv_size, saved=bool(save_cache or load_cache))
     documents = None if docs is None else options.open_documents(docs)
     model = options.directory_of(model)
     config = read_config(model, with_tokenizer=True)
@@ -71,6 +74,12 @@ def chat(
     assert loaded.tokenizer is not None
     for remark in loaded.notes:
         note(remark)
+    predicting = None
+    if kvp is not None:
+        from elm_mlx.store import kvp_directory
+
+        predicting = kvp_directory.load(kvp, model, loaded.model)
+        note(predicting.describe())
     chosen = choose(model, loaded.tokenizer, template, adapter)
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,
@@ -80,7 +89,7 @@ def chat(
     conversation = Chat(
         loaded.model, loaded.tokenizer, chosen, system=system, options=settings, stop=stop or (), seed=seed,
         **drafts.load(loaded),
-        kv_bits=kv_bits, max_kv_size=max_kv_size, documents=documents,
+        kv_bits=kv_bits, max_kv_size=max_kv_size, kvp=predicting, documents=documents,
     )  # fmt: skip
     cache = conversation.cache
     if kept is not None:

@@ -76,6 +76,7 @@ def eval(
         typer.Option(metavar="DIR", help="The directory of the results. (default: evals/MODEL or evals/MODEL+ADAPTER)"),
     ] = None,
     adapter: options.AdapterPath = None,
+    kvp: options.KvpPath = None,
     kv_bits: options.KvBits = None,
     compute_dtype: options.ComputeDtype = None,
     harness: Annotated[bool, typer.Option("--harness", help="Run tasks of lm_eval, which must be installed.")] = False,
@@ -88,6 +89,8 @@ def eval(
         return
     if len(paths) > 1:
         raise InputError("give one model directory; --compare takes several runs")
+    if kvp is not None:
+        options.check_kvp(adapter)
     from elm_mlx.evaluate import evaluation
 
     wanted = evaluation.EvaluationRequest(
@@ -97,8 +100,9 @@ def eval(
     if not harness:
         wanted.chosen()  # or what is no task is said only when the model is loaded
     opened = evaluation.Evaluation(
-        options.directory_of(paths[0]), wanted, out, adapter=adapter, compute_dtype=compute_dtype, kv_bits=kv_bits
-    )
+        options.directory_of(paths[0]), wanted, out, adapter=adapter, compute_dtype=compute_dtype, kv_bits=kv_bits,
+        kvp=kvp,
+    )  # fmt: skip
     for remark in opened.notes:
         note(remark)
     if harness:

@@ -33,7 +33,7 @@ PANELS = {
     "Output": ("as_json", "logprobs"),
     "Speculation": ("prompt_lookup", "draft_model", "num_draft_tokens"),
     "KV cache": ("kv_bits", "max_kv_size", "save_cache", "load_cache"),
-    "Computation": ("prefill_step", "compute_dtype"),
+    "Computation": ("kvp", "prefill_step", "compute_dtype"),
 }
 
 
@@ -70,6 +70,7 @@ def generate(
     prompt_lookup: options.PromptLookup = False,
     draft_model: options.DraftModel = None,
     num_draft_tokens: options.NumDraftTokens = None,
+    kvp: options.KvpPath = None,
     prefill_step: options.PrefillStep = None,
     compute_dtype: options.ComputeDtype = None,
     adapter: options.AdapterPath = None,
@@ -89,6 +90,8 @@ def generate(
         template = "none"
     if docs is not None:
         options.check_documents(max_kv_size)
+    if kvp is not None:
+        options.check_kvp(adapter, max_kv_size, saved=bool(save_cache or load_cache))
     from elm_mlx.inference.speculation import DraftOptions
     from elm_mlx.model.cache import check_caches, make_prompt_cache
     from elm_mlx.model.config import read_config
@@ -119,6 +122,11 @@ def generate(
     chosen["prompt_cache"] = make_prompt_cache(loaded.model, kv_bits, max_kv_size)
     if kept is not None:
         chosen["cached"] = kept.load(loaded.model, chosen["prompt_cache"])
+    if kvp is not None:
+        from elm_mlx.store import kvp_directory
+
+        chosen["kvp"] = kvp_directory.load(kvp, model, loaded.model)
+        note(chosen["kvp"].describe())
     own = _template(model, loaded, template, adapter) if templated else None
     asked = _asked(loaded, own, documents, system, texts, chosen["max_tokens"])
     chosen |= {"stop": (*asked.stop_strings, *(stop or ())), "stop_ids": asked.stop_ids}
@@ -344,6 +352,7 @@ def _print_statistics(last: Response | None) -> None:
     from elm_mlx.device import peak_memory
 
     kept = f", {last.cached_tokens} of them from the cache" if last.cached_tokens else ""
+    kept += f", {last.predicted_tokens} of them predicted, not read" if last.predicted_tokens else ""
     line(
         f"prompt: {counted(last.prompt_tokens, 'token')}{kept}, {last.prompt_tps:.1f} tokens/s | "
         f"generation: {counted(last.generation_tokens, 'token')}, {last.generation_tps:.1f} tokens/s | "

@@ -100,6 +100,13 @@ DraftModel = Annotated[
 NumDraftTokens = Annotated[
     int | None, typer.Option(help="The most tokens to guess for a pass over the model. (default: 7)")
 ]
+KvpPath = Annotated[
+    Path | None,
+    typer.Option(
+        "--kvp", metavar="DIR", help="Have a smaller model, by `kvp`, predict the prompt's keys and values: the first "
+        "token sooner, and not the same text. (default: the model reads its prompt)"
+    ),
+]  # fmt: skip
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="The directory to make.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a directory of that kind at DST.")]
 WeightDType = Annotated[DType | None, typer.Option("--dtype", help="Type of the weights. (default: the model's)")]
@@ -112,6 +119,16 @@ def check_documents(max_kv_size: int | None) -> None:
     """Raises InputError where --docs does not go with the other options."""
     if max_kv_size is not None:
         raise InputError("--max-kv-size forgets what documents say amid an answer: leave it out, or --docs")
+
+
+def check_kvp(adapter: Path | None, max_kv_size: int | None = None, saved: bool = False) -> None:
+    """Raises InputError where --kvp does not go with the other options; `saved` tells of a cache that is one."""
+    if adapter is not None:
+        raise InputError("--kvp predicts the keys of the model alone, and --adapter makes it another: choose one")
+    if max_kv_size is not None:
+        raise InputError("--max-kv-size drops positions, and --kvp predicts all of a prompt's: choose one")
+    if saved:
+        raise InputError("a saved cache holds what the model has read, and --kvp predicts that: choose one")
 
 
 def open_documents(index: Path) -> DocumentIndex:

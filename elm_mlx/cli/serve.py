@@ -36,6 +36,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="An adapter, served as a model; NAME=DIR@MODEL where there are several."),
     ] = None,
+    kvp: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=DIR",
+            help="A KV prediction, from `kvp`, for a MODEL: served as a model of its own, which answers sooner, and "
+            "otherwise; NAME=DIR@MODEL where there are several.",
+        ),
+    ] = None,
     docs: options.Docs = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; any but this machine's own needs a key.")
@@ -86,7 +94,7 @@ def serve(
     device.keep_freed_memory(_KEPT_ARRAY, _KEPT_BYTES)
     free = device.available_memory()
     limit = int(0.8 * free) if limit is None and free is not None else limit or 8 << 30
-    served = load_models([_named(each) for each in models], adapter or (), compute_dtype, note)
+    served = load_models([_named(each) for each in models], adapter or (), compute_dtype, note, kvp or ())
     if documents is not None and all(model.template is None for model in served.values()):
         raise InputError("--docs answers conversations, and none of the models has a chat template: leave it out")
     targets = [model.loaded for model in served.values()]
@@ -98,6 +106,7 @@ def serve(
         kv_bits=kv_bits,
         drafted=drafts.drafted,
         draft_model=None if drafts.directory is None else load_draft_model(drafts.directory, *targets),
+        predictions={name: model.kvp for name, model in served.items() if model.kvp is not None},
     )
     app = Guard(Service(engine, served, log_prompts, documents).app(), host, api_key, allow_origin or (), note)
     url = url_of(bound, host)

@@ -34,9 +34,10 @@ from elm_mlx.evaluate.tasks import Chosen
 from elm_mlx.evaluate.tokens import Scored, TextWindows
 from elm_mlx.model.cache import check_caches
 from elm_mlx.model.config import read_config
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.stored_layers import StoredLayer
 from elm_mlx.safetensors_file import fingerprint
-from elm_mlx.store import adapters
+from elm_mlx.store import adapters, kvp_directory
 from elm_mlx.store.loading import open_model
 from elm_mlx.store.model_names import name_of
 from elm_mlx.text.chat_template import Template, choose
@@ -130,6 +131,7 @@ class Evaluation:
     Args:
         out: where results go; by default `evals/NAME`, the model directory's name, with an adapter's `NAME+ADAPTER`.
         kv_bits: score with quantized keys and values, as of `make_prompt_cache`.
+        kvp: the directory of a KV prediction for the model, by which contexts are predicted but for their last token.
 
     Attributes:
         notes: remarks on the model for the user.
@@ -152,6 +154,7 @@ class Evaluation:
         adapter: Path | None = None,
         compute_dtype: str | None = None,
         kv_bits: int | None = None,
+        kvp: Path | None = None,
     ):
         self._request = request
         path = reading.expanded(path)
@@ -164,7 +167,11 @@ class Evaluation:
         self._kv_bits = kv_bits
         self._loaded = open_model(path, compute_dtype, adapter, config)
         self.notes = self._loaded.notes
-        names = [name_of(each).rpartition("/")[2] for each in (path, adapter) if each is not None]
+        self._kvp = None
+        if kvp is not None:
+            self._kvp = kvp_directory.load(kvp, path, self._loaded.model)
+            self.notes += (self._kvp.describe(),)
+        names = [name_of(each).rpartition("/")[2] for each in (path, adapter, kvp) if each is not None]
         names += [] if kv_bits is None else [f"kv{kv_bits}"]
         self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}
@@ -183,6 +190,7 @@ class Evaluation:
             "adapter": None if adapter is None else _digest(adapters.weights_file(adapter), adapter / adapters.CONFIG),
             "computed in": f"{'/'.join(sorted(types))} on {str(mx.default_device().type).removeprefix('DeviceType.')}",
             "kv_bits": kv_bits,
+            "kvp": None if kvp is None else _digest(*(kvp / name for name in kvp_directory.CONTENTS)),
         }
         self._about = {"model": str(path), "adapter": None if adapter is None else str(adapter)}
 
@@ -219,7 +227,7 @@ class Evaluation:
         about: dict[str, Any] = {**self._about, "machine": device.machine(), "version": __version__}
         self.texts = {work.name: work.text for work in works if work.text is not None}
         with ScoreRecord(self.out, self._identity, about) as record:
-            self.pace = score(works, model, record, on_progress, self._kv_bits)
+            self.pace = score(works, model, record, on_progress, self._kv_bits, self._kvp)
             found = {work.key: work.measure(record) for work in works}
             self.rows = scores.rows(list(found.values()), self.published)
             suite = request.suite_name()
@@ -254,6 +262,7 @@ class Evaluation:
         found, table = harness.run(
             self._loaded.model, self._loaded.tokenizer, names, shots=self._request.shots, limit=self._request.limit,
             tasks_from=self._request.data, on_progress=on_progress, kv_bits=self._kv_bits,
+            kvp=self._kvp,
         )  # fmt: skip
         self.out.mkdir(parents=True, exist_ok=True)
         files.write_text(self.out / HARNESS, json.dumps(found, indent=1, default=str) + "\n")
@@ -347,17 +356,18 @@ def score(
     record: ScoreRecord,
     on_progress: OnProgress = no_progress,
     kv_bits: int | None = None,
+    kvp: KVPrediction | None = None,
 ) -> Pace:
     """Scores the items that are not in `record` yet, and appends them to it.
 
     Args:
         on_progress: called with a work's key, and the computed and total cost of all.
-        kv_bits: as of `Scorer`.
+        kv_bits, kvp: as of `Scorer`.
 
     Raises:
         ElmError: the record cannot be written, or the model's log-probabilities are NaN.
     """
-    scorer = Scorer(model, kv_bits=kv_bits)
+    scorer = Scorer(model, kv_bits=kv_bits, kvp=kvp)
     started = time.perf_counter()
     left = []
     for work in works:

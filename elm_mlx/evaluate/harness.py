@@ -15,6 +15,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import tokens
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
+from elm_mlx.model.kv_prediction import KVPrediction
 
 _MOST_GENERATED = 256  # where a task doesn't say; the harness' own default
 
@@ -29,6 +30,7 @@ def run(
     tasks_from: Path | None = None,
     on_progress: OnProgress = no_progress,
     kv_bits: int | None = None,
+    kvp: KVPrediction | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Returns the harness' own results, and its table as text.
 
@@ -37,6 +39,7 @@ def run(
         tasks_from: a directory with tasks of the user's, in YAML.
         on_progress: called with the computed and total cost, of each kind of request apart.
         kv_bits: of keys and values, as of `make_prompt_cache`.
+        kvp: as of `Scorer`, and of `generate`.
 
     Raises:
         ElmError: `lm_eval` is not installed.
@@ -53,19 +56,23 @@ def run(
     if unknown:
         raise InputError(f"lm_eval knows no task {', '.join(unknown)}; `lm_eval ls tasks` shows what there is")
     found = simple_evaluate(
-        model=language_model(model, tokenizer, on_progress, kv_bits), tasks=list(names), num_fewshot=shots, limit=limit,
-        task_manager=manager, log_samples=True,
+        model=language_model(model, tokenizer, on_progress, kv_bits, kvp), tasks=list(names), num_fewshot=shots,
+        limit=limit, task_manager=manager, log_samples=True,
     )  # fmt: skip
     return found, make_table(found)
 
 
 def language_model(
-    model: Any, tokenizer: Any, on_progress: OnProgress = no_progress, kv_bits: int | None = None
+    model: Any,
+    tokenizer: Any,
+    on_progress: OnProgress = no_progress,
+    kv_bits: int | None = None,
+    kvp: KVPrediction | None = None,
 ) -> Any:
     """Returns an `lm_eval` model. Its class can be made only where `lm_eval` is installed."""
     from lm_eval.api.model import LM
 
-    scorer, context = Scorer(model, kv_bits=kv_bits), model.config.max_context_length
+    scorer, context = Scorer(model, kv_bits=kv_bits, kvp=kvp), model.config.max_context_length
 
     class HarnessModel(LM):
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -98,7 +105,7 @@ def language_model(
                 stop = [each for each in ([until] if isinstance(until, str) else until) if each]
                 caches = make_prompt_cache(model, kv_bits)
                 text = generate(
-                    model, tokenizer, ids, max_tokens=most, temp=temp, seed=0, stop=stop, prompt_cache=caches
+                    model, tokenizer, ids, max_tokens=most, temp=temp, seed=0, stop=stop, prompt_cache=caches, kvp=kvp
                 )
                 found.append(text)
             return found

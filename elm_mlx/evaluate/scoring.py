@@ -12,7 +12,7 @@ computed two or more at a time, each on a processor of its own: see `Parts`.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from elm_mlx.callbacks import OnProgress, no_progress
 from elm_mlx.evaluate.tokens import Scored
 from elm_mlx.model import ops
 from elm_mlx.model.cache import Arrays, Fetched, KVCache, make_prompt_cache
+from elm_mlx.model.kv_prediction import KVPrediction
 
 Ids = npt.NDArray[np.int32]
 Items = Sequence[Sequence[Scored]]  # each with the sequences that it is scored by
@@ -81,20 +82,35 @@ class ScoringBatch:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """`stem` is what all sequences begin with, or nothing; `batches` come the longest first."""
+    """`stem` is what all sequences begin with, or nothing; `batches` come the longest first.
+
+    Attributes:
+        parts: where batches have parts of items, of each part its item, and which of that one's sequences it is.
+    """
 
     stem: list[int]
     batches: list[ScoringBatch]
+    parts: Sequence[tuple[int, list[int]]] = ()
 
 
-def plan(items: Items, tokens: int, sharing: bool = True, switch: int | None = None) -> ScoringPlan:
+def plan(
+    items: Items, tokens: int, sharing: bool = True, switch: int | None = None, predicted: bool = False
+) -> ScoringPlan:
     """Puts all `items` in batches of about `tokens`, padding included.
 
     Args:
         sharing: whether the model can go on from what it has read; without, each sequence is a row.
         switch: the length past which the model reads all of a text otherwise (LongRoPE): longer ones are not in an
             array with others, and nothing is shared with them.
+        predicted: prefixes are all of the context but its last token, for they are not read, but predicted.
     """
+    if predicted:
+        parts = _parts(items)
+        alike = [[items[item][place] for place in places] for item, places in parts]
+        shared = [part[0].start - 1 for part in alike]
+        _, groups = _groups(alike, shared, 0, 1, tokens, prefixed=True)
+        batches = [_batch(alike, members, length, 0, switch) for length, members in groups]
+        return ScoringPlan([], sorted(batches, key=lambda batch: -batch.cost), parts)
     if not items:
         return ScoringPlan([], [])
     if switch is not None:
@@ -112,6 +128,17 @@ def plan(items: Items, tokens: int, sharing: bool = True, switch: int | None = N
     return ScoringPlan(list(items[0][0].ids[:stem]), sorted(batches, key=lambda batch: -batch.cost))
 
 
+def _parts(items: Items) -> list[tuple[int, list[int]]]:
+    """Returns the sequences of each item that have one context: the item's number, and theirs."""
+    parts: list[tuple[int, list[int]]] = []
+    for number, item in enumerate(items):
+        places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, each in enumerate(item):
+            places[tuple(each.ids[: each.start])].append(place)
+        parts += [(number, own) for own in places.values()]
+    return parts
+
+
 def _common(lists: Iterable[list[int]]) -> int:
     """Counts the elements that all lists begin with."""
     found = list(lists)
@@ -120,17 +147,18 @@ def _common(lists: Iterable[list[int]]) -> int:
 
 
 def _groups(
-    items: Items, shared: Sequence[int], stem: int, stride: int, tokens: int
+    items: Items, shared: Sequence[int], stem: int, stride: int, tokens: int, prefixed: bool = False
 ) -> tuple[int, list[tuple[int, list[int]]]]:
     """Groups items alike in length, as many as a batch holds, their prefixes cut back to a multiple of `stride`.
 
-    Returns the cost of all, and each group with the length of its prefixes, stem included.
+    Returns the cost of all, and each group with the length of its prefixes, stem included. Where they are not
+    `prefixed`, one row has no prefix of its own: it needs none.
     """
     alike: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
     for number, (item, most) in enumerate(zip(items, shared, strict=True)):
         length = stem + (most - stem) // stride * stride
-        if len({tuple(each.ids[most:-1]) for each in item}) == 1:
-            length = stem  # one row needs no prefix of its own
+        if not prefixed and len({tuple(each.ids[most:-1]) for each in item}) == 1:
+            length = stem
         rows = {tuple(each.ids[length:-1]) for each in item}
         alike[length].append((max(map(len, rows)), len(rows), number))
     groups: list[tuple[int, list[int]]] = []
@@ -230,9 +258,12 @@ class Scorer:
     Args:
         tokens: of a batch, padding included; by default what suits the device.
         kv_bits: of quantized keys and values, as generation has them; None leaves them as they are.
+        kvp: predicts the keys and values of contexts, but for their last token, as it does of prompts.
     """
 
-    def __init__(self, model: Any, tokens: int | None = None, kv_bits: int | None = None):
+    def __init__(
+        self, model: Any, tokens: int | None = None, kv_bits: int | None = None, kvp: KVPrediction | None = None
+    ):
         self._model = model
         self._tokens = tokens or (8 * _TOKENS if device.on_gpu() else _TOKENS)
         self._ours = hasattr(model, "transformer") and hasattr(model, "head")
@@ -240,19 +271,35 @@ class Scorer:
         self._kinds, self._quantized = make_prompt_cache(model, kv_bits), kv_bits is not None
         self.sharing = all(isinstance(kind, KVCache) for kind in self._kinds)
         self._switch = self._kinds[0].switch if self.sharing else None
+        self._kvp = kvp
 
     def plan(self, items: Items) -> ScoringPlan:
         """Puts `items` in batches."""
-        return plan(items, self._tokens, self.sharing, self._switch)
+        return plan(items, self._tokens, self.sharing, self._switch, self._kvp is not None)
 
     def run(self, planned: ScoringPlan) -> Iterator[tuple[list[ItemScores], int]]:
         """Yields scores as they come, in no particular order, with the cost of their batches."""
+        if not planned.parts:
+            yield from self._run(planned)
+            return
+        sizes = Counter(item for item, places in planned.parts for _ in places)
+        known: dict[int, dict[int, tuple[float, bool]]] = defaultdict(dict)
+        for scores, cost in self._run(planned):
+            for part in scores:
+                item, places = planned.parts[part.item]
+                known[item].update(zip(places, zip(part.logprobs, part.greedy, strict=True), strict=True))
+            whole = [item for item, found in known.items() if len(found) == sizes[item]]
+            made = [(item, [found for _, found in sorted(known.pop(item).items())]) for item in whole]
+            yield [ItemScores(item, [one for one, _ in each], [one for _, one in each]) for item, each in made], cost
+
+    def _run(self, planned: ScoringPlan) -> Iterator[tuple[list[ItemScores], int]]:
         stem = self._stem(planned.stem)
+        predicting = [] if self._kvp is None else self._kvp.parameters()
         at_once = self._parts.most if self._ours else 1
         for start in range(0, len(planned.batches), at_once):
             batches = planned.batches[start : start + at_once]
             found = []
-            streams = self._parts.streams(len(batches), (self._model.parameters(), stem))
+            streams = self._parts.streams(len(batches), (self._model.parameters(), predicting, stem))
             for batch, stream in zip(batches, streams, strict=True):
                 with stream:
                     found.append(self._graph(batch, stem))
@@ -292,7 +339,10 @@ class Scorer:
     def _prefill(self, ids: mx.array, past: list[_PrefixCache] | None) -> Sequence[Arrays]:
         """Keys and values, by layer, of `ids` and what was read before them."""
         layers = past or [_PrefixCache(kind) for kind in self._kinds]
-        self._hidden(ids, layers)
+        if self._kvp is None:
+            self._hidden(ids, layers)
+        else:
+            self._kvp.read(ids, make_prompt_cache(self._kvp.auxiliary), layers)
         return [layer.held_arrays() for layer in layers]
 
     def _graph(self, batch: ScoringBatch, stem: Sequence[Arrays]) -> tuple[mx.array, mx.array]:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from elm_mlx.errors import InputError
-from elm_mlx.inference.generation import TextStream, check_steps, checked, encode_prompt, kept_length
-from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
+from elm_mlx.inference.generation import TextStream, check_predictable, check_steps, checked, encode_prompt, kept_length
+from elm_mlx.inference.rows import PREFILL_STEP, Rows, predicted_prefill, prefill
 from elm_mlx.inference.sampling import Choose, Sampler
 from elm_mlx.model.cache import KVCache, make_prompt_cache
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
 from elm_mlx.text.tokenizer import Tokenizer
@@ -54,13 +55,15 @@ def generate_batch(
     batch_size: int = BATCH_SIZE,
     prompt_cache: list[KVCache] | None = None,
     cached: Sequence[int] = (),
+    kvp: KVPrediction | None = None,
 ) -> Iterator[Completion]:
     """Yields a completion for each of `prompts`, in order, `batch_size` of them computed together.
 
     The settings mean what they do in `generation.stream_generate`. When tokens are drawn (`temp` above 0) a row's
     luck depends on its place among all prompts, so one prompt given many times is continued in as many ways. `sampler`
     gets the log-probabilities `(batch, vocab)` of the texts that still go on. `prompt_cache` holds the ids `cached`,
-    and stays as it is: what a prompt begins with of them is not read again.
+    and stays as it is: what a prompt begins with of them is not read again. `kvp` predicts what a prompt leaves in the
+    caches, as there.
 
     Raises:
         InputError: as `stream_generate`, before anything is computed.
@@ -70,6 +73,8 @@ def generate_batch(
     chosen = Sampler(temp, top_p, top_k, min_p, repetition_penalty, sampler)
     check_steps(max_tokens, prefill_step)
     check_seed(seed)
+    if kvp is not None and prompt_cache is not None:
+        check_predictable(prompt_cache)
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}: it must be 1 or more")
     config = model.config
@@ -84,7 +89,7 @@ def generate_batch(
             )
             for prompt in group
         ]  # fmt: skip
-        yield from _complete(model, group, streams, chosen, seed, prefill_step, prompt_cache, cached)
+        yield from _complete(model, group, streams, chosen, seed, prefill_step, prompt_cache, cached, kvp)
         seed = None if seed is None else seeds.getrandbits(64)  # the next group's luck is its own
 
 
@@ -97,9 +102,10 @@ def _complete(
     prefill_step: int,
     prompt_cache: list[KVCache] | None,
     cached: Sequence[int],
+    kvp: KVPrediction | None,
 ) -> list[Completion]:
     completions = [Completion(len(prompt)) for prompt in prompts]
-    logits, rows = prefill_each(model, prompts, prefill_step, prompt_cache, cached)
+    logits, rows = prefill_each(model, prompts, prefill_step, prompt_cache, cached, kvp)
     tokens, logprobs, state = sampler(logits, sampler.start(prompts, seed))
     active = list(zip(completions, streams, strict=True))
     while True:
@@ -128,10 +134,11 @@ def prefill_each(
     prefill_step: int,
     prompt_cache: list[KVCache] | None = None,
     cached: Sequence[int] = (),
+    kvp: KVPrediction | None = None,
 ) -> tuple[mx.array, Rows]:
     """Returns the logits `(batch, vocab_size)` after each prompt, and rows with all of them.
 
-    What a prompt begins with of the ids `cached` is copied from `prompt_cache`.
+    What a prompt begins with of the ids `cached` is copied from `prompt_cache`. `kvp` predicts in place of reading.
     """
     rows, logits = Rows(model), []
     held = make_prompt_cache(model) if prompt_cache is None else prompt_cache
@@ -140,7 +147,11 @@ def prefill_each(
         if tuple(prompt) not in read:
             kept = kept_length(held[0], cached, prompt, prefill_step)
             caches = [cache.single(0, kept) if kept else cache.empty() for cache in held]
-            read[tuple(prompt)] = prefill(model, prompt[kept:], caches, prefill_step, len(prompt)), row
+            if kvp is None:
+                after = prefill(model, prompt[kept:], caches, prefill_step, len(prompt))
+            else:
+                after = predicted_prefill(model, kvp, prompt, caches, step=prefill_step)
+            read[tuple(prompt)] = after, row
             mx.eval(read[tuple(prompt)][0], [cache.state for cache in caches])
             rows.join(caches, prompt)
         else:  # one that is given several times, to be drawn from, is read once

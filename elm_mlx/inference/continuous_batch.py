@@ -19,6 +19,7 @@ from elm_mlx.inference.sampling import joined
 from elm_mlx.inference.speculation import DraftPace
 from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache, make_prompt_cache, row_capacity, row_slots
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import Loaded
 
@@ -32,6 +33,7 @@ class ContinuousBatch:
     Args:
         drafted: tokens that are guessed for a step at most; 0 for none.
         draft_model: guesses them; None for prompt lookup.
+        kvp: predicts what prompts leave in the caches; None where the model reads them.
 
     Attributes:
         answers: in the order of `rows`.
@@ -41,7 +43,12 @@ class ContinuousBatch:
     """
 
     def __init__(
-        self, loaded: Loaded, kv_bits: int | None = None, drafted: int = 0, draft_model: Model | None = None
+        self,
+        loaded: Loaded,
+        kv_bits: int | None = None,
+        drafted: int = 0,
+        draft_model: Model | None = None,
+        kvp: KVPrediction | None = None,
     ) -> None:
         self.model: Model = loaded.model
         self.tokenizer = loaded.tokenizer
@@ -63,23 +70,30 @@ class ContinuousBatch:
         if draft_model is not None and self._drafted:
             self._draft_position_bytes, _ = _cache_bytes(draft_model, make_prompt_cache(draft_model))
             self._draft_context = draft_model.config.max_context_length
+        self.kvp = kvp
+        self._own_position_bytes = 0 if kvp is None else _cache_bytes(kvp.auxiliary, self.new_own_caches())[0]
         self._drafted_for: OpenRequest | None = None  # whose text the draft model has
         self._stepped = False  # the last launch was a step of one token each
         self._reported: float | None = None  # when the tokens before such a step of the same answers were
 
     def bytes_of(self, lengths: Sequence[int]) -> int:
-        """Returns what the caches of rows take that grow to `lengths`, and the draft model's for one of them."""
+        """Returns what the caches of rows take that grow to `lengths`, and the smaller models' for one of them."""
         if not lengths:
             return 0
         slots, capacity = row_slots(len(lengths)), row_capacity(max(lengths))
         states = sum(1 + length // BLOCK for length in lengths)  # those after each block are kept for the prefix tree
         drafts = row_capacity(min(max(lengths), self._draft_context)) * self._draft_position_bytes
-        return slots * capacity * self._position_bytes + states * self._state_bytes + drafts
+        own = capacity * self._own_position_bytes
+        return slots * capacity * self._position_bytes + states * self._state_bytes + drafts + own
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block of the prefix tree."""
-        return BLOCK * self._position_bytes + self._state_bytes
+        return BLOCK * (self._position_bytes + self._own_position_bytes) + self._state_bytes
+
+    def new_own_caches(self) -> list[KVCache]:
+        """Makes empty caches for what the auxiliary model of a KV prediction reads; none without one."""
+        return [] if self.kvp is None else make_prompt_cache(self.kvp.auxiliary)
 
     @property
     def keeps_states(self) -> bool:
@@ -98,7 +112,7 @@ class ContinuousBatch:
     def join(self, task: OpenRequest, logits: mx.array) -> None:
         """Adds a row: the prompt of `task` is in its caches, and `logits` `(1, vocab_size)` follow it."""
         self.rows.join(task.caches, task.ids)
-        task.caches, self._reported = [], None
+        task.caches, task.own, self._reported = [], [], None
         if self._drafted and task.grammar is None:
             task.drafts = PromptLookup() if self._model_drafts is None else self._model_drafts
         self.answers.append(task)

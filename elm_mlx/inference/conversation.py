@@ -23,6 +23,7 @@ from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler, sampler_from
 from elm_mlx.inference.speculation import MOST_DRAFTED, DraftFigures, speculation_for
 from elm_mlx.inference.window import Continued, Exchange, Prompt, Templated, as_messages
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.text.chat_template import Template, check_messages
 from elm_mlx.text.tokenizer import Tokenizer
@@ -112,6 +113,7 @@ class Chat:
         prompt_lookup, draft_model, num_draft_tokens: as in `stream_generate`: the same answers, sooner.
         kv_bits, max_kv_size: as of `make_prompt_cache`. With the latter nothing is forgotten as a whole: the model sees
             the beginning and the end of all that was said.
+        kvp: as in `stream_generate`: answers that begin sooner, and are others. As of `PrefixCache`.
         documents: what questions are answered from. Each is shown with its passages, as many as there is room for, and
             is kept without them. A base model is then asked in plain text, see `grounding.QuestionsAndAnswers`.
 
@@ -138,6 +140,7 @@ class Chat:
         num_draft_tokens: int = MOST_DRAFTED,
         kv_bits: int | None = None,
         max_kv_size: int | None = None,
+        kvp: KVPrediction | None = None,
         documents: DocumentIndex | None = None,
     ) -> None:
         if documents is not None:
@@ -158,7 +161,7 @@ class Chat:
         self.exchanges: list[Exchange] = []
         self.last: Statistics | None = None
         self._speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
-        self.cache = PrefixCache(model, kv_bits, max_kv_size)
+        self.cache = PrefixCache(model, kv_bits, max_kv_size, kvp)
         if max_kv_size is not None and self._speculation is not None:
             # An answer's last token is in the cache or not by how it was guessed, and so is read with the next message
             # or was before: other positions are dropped.

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -34,6 +35,7 @@ from elm_mlx.inference.requests import (
 from elm_mlx.inference.rows import PREFILL_STEP
 from elm_mlx.model import ops
 from elm_mlx.model.cache import KVCache
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.reading import check_seed
 from elm_mlx.store.loading import Loaded
@@ -71,6 +73,8 @@ class Engine:
         drafted: tokens that are guessed for an answer's step at most, by what its text copies; 0 for none. The more
             answers share the step the fewer. The text is the same.
         draft_model: guesses in place of that for an answer that is alone, of every model: one of their vocabulary.
+        predictions: by the names of models, those whose prompts are predicted, and not read (`model.kv_prediction`). In
+            the prefix tree such a model shares nothing with any other, and what answers leave is not kept.
 
     Raises:
         InputError: the weights alone take more than `max_memory`; a model's keys cannot be quantized; the draft model
@@ -88,12 +92,16 @@ class Engine:
         kv_bits: int | None = None,
         drafted: int = 0,
         draft_model: Model | None = None,
+        predictions: Mapping[str, KVPrediction] | None = None,
     ) -> None:
+        predictions = predictions or {}
         self.max_memory, self.max_rows, self.max_queue = max_memory, max_rows, max_queue
         self._batches = {
-            name: ContinuousBatch(loaded, kv_bits, drafted, draft_model) for name, loaded in models.items()
+            name: ContinuousBatch(loaded, kv_bits, drafted, draft_model, predictions.get(name))
+            for name, loaded in models.items()
         }
-        held = [loaded.model for loaded in models.values()] + ([] if draft_model is None else [draft_model])
+        held: list[Any] = [*(loaded.model for loaded in models.values()), *predictions.values()]
+        held += [] if draft_model is None else [draft_model]
         weights = {id(array): array.nbytes for model in held for _, array in tree_flatten(model.parameters())}
         self._weight_bytes = sum(weights.values())
         if self._weight_bytes > max_memory:
@@ -120,7 +128,7 @@ class Engine:
 
         Raises:
             InputError: the prompt is empty, too long for the context or outside the vocabulary; a setting is out of
-                range; there is no such model.
+                range; there is no such model; it predicts prompts, and their logits are wanted.
             Busy: too many requests wait, or the engine is closing.
             TooLarge: it would not fit `max_memory` even alone.
         """
@@ -129,6 +137,10 @@ class Engine:
         if request.max_tokens < (0 if request.prompt_logprobs else 1):
             raise InputError(f"max_tokens is {request.max_tokens}: it must be 1 or more")
         check_seed(request.seed)
+        if batch.kvp is not None and request.prompt_logprobs:
+            raise InputError(
+                f"{request.model} predicts what prompts leave, and computes no log-probabilities of them: ask its base"
+            )
         unknown = next((token for token in request.sampler.logit_bias if token >= config.vocab_size), None)
         if unknown is not None:
             raise InputError(f"logit_bias names token {unknown}, outside the vocabulary of {config.vocab_size}")
@@ -366,7 +378,7 @@ class Engine:
             batch = self._batches[task.request.model]
             if task.unread is None:
                 self._begin_piece(batch, task)
-            assert task.unread is not None and task.hidden is not None
+            assert task.unread is not None
             layers = min(len(task.unread), most // task.piece)
             if layers:
                 mx.async_eval(task.unread[:layers])
@@ -388,6 +400,12 @@ class Engine:
             self._restore(batch, task)
         start = task.caches[0].offset
         piece = ids[start : start + (BLOCK if batch.keeps_states else PREFILL_STEP)]
+        if batch.kvp is not None and not task.embedding and start < len(ids) - 1:
+            piece = piece[: len(ids) - 1 - start]
+            batch.kvp.read(mx.array(piece)[None], task.own, task.caches)
+            task.piece, task.unread = len(piece), [cache.state for cache in task.caches]
+            task.unread[-1] = [task.unread[-1], [cache.state for cache in task.own]]
+            return
         task.piece = len(piece)
         last = None if task.embedding or task.request.prompt_logprobs else 1
         task.hidden = batch.model.transformer(mx.array(piece)[None], task.caches, last=last)
@@ -395,13 +413,13 @@ class Engine:
 
     def _restore(self, batch: ContinuousBatch, task: OpenRequest) -> None:
         """Makes the caches of a prompt, with what the prefix tree has of it."""
-        ids, caches, found = task.request.ids, batch.new_caches(), self._found(task)
+        ids, caches, own, found = task.request.ids, batch.new_caches(), batch.new_own_caches(), self._found(task)
         task.cached = len(found) * BLOCK
-        for number, cache in enumerate(caches):
+        for number, cache in enumerate((*caches, *own)):
             if found:
                 cache.restore([node.layers[number] for node in found], task.cached)
             cache.text_length = len(ids)
-        task.caches = caches
+        task.caches, task.own = caches, own
 
     def _found(self, task: OpenRequest) -> list[Node]:
         """Returns the blocks of a prompt that the prefix tree has, and that may be taken from there."""
@@ -411,21 +429,22 @@ class Engine:
 
     def _end_piece(self, batch: ContinuousBatch, task: OpenRequest) -> None:
         caches, ids, hidden = task.caches, task.request.ids, task.hidden
-        assert hidden is not None
         stop = caches[0].offset
         self._read += task.piece
         task.hidden = None
         if task.embedding:
+            assert hidden is not None
             total = hidden.astype(mx.float32).sum(axis=1)
             task.sum = total if task.sum is None else task.sum + total
             mx.async_eval(task.sum)
         if task.request.prompt_logprobs:
+            assert hidden is not None
             _score(batch.model, hidden[0], task, stop - task.piece)
         if batch.keeps_states:
             task.keep_state(caches, 0, stop)
         if stop < len(ids):
             if self._gathering_since is not None:
-                mx.eval([cache.state for cache in caches])
+                mx.eval([cache.state for cache in (*caches, *task.own)])
                 mx.clear_cache()  # a GPU would keep each piece's buffers for the next
             return
         self._cached += task.cached
@@ -434,9 +453,10 @@ class Engine:
             self._reading = None
             self._end(task, Embedded(tuple((task.sum[0] / len(ids)).tolist()), len(ids)))
             return
+        assert hidden is not None
         logits = batch.model.head(hidden[:, -1])
         mx.async_eval(logits)
-        self._add(batch, task, caches, 0, len(ids))
+        self._add(batch, task, [*caches, *task.own], 0, len(ids) if batch.kvp is None else len(ids) - 1)
         self._reading = None
         read = PromptRead(len(ids), task.cached, tuple(task.scored))
         task.scored = []
@@ -463,9 +483,10 @@ class Engine:
             self._end(answer)
 
     def _keep(self, task: OpenRequest, row: int) -> None:
-        """Puts what a row holds into the prefix tree."""
+        """Puts what a row holds into the prefix tree, but where it was to be predicted, and was not."""
         batch = self._batches[task.request.model]
-        self._add(batch, task, batch.rows.caches, row, min(batch.rows.lengths[row], len(task.ids)))
+        if batch.kvp is None:
+            self._add(batch, task, batch.rows.caches, row, min(batch.rows.lengths[row], len(task.ids)))
 
     def _add(self, batch: ContinuousBatch, task: OpenRequest, caches: Sequence[KVCache], row: int, length: int) -> None:
         def cut(start: int) -> Layers | None:
@@ -487,7 +508,7 @@ class Engine:
             self._finished += 1
             self._seconds += 0.1 * (time.monotonic() - task.started - self._seconds)
         task.over = True
-        task.caches, task.snapshots = [], {}
+        task.caches, task.own, task.snapshots = [], [], {}
 
     def _fail_all(self, error: Exception) -> None:
         with self._changed:

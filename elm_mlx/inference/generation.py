@@ -15,10 +15,11 @@ import mlx.core as mx
 
 from elm_mlx.device import peak_memory
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.inference.rows import PREFILL_STEP, Rows, prefill
+from elm_mlx.inference.rows import PREFILL_STEP, Rows, predicted_prefill, prefill
 from elm_mlx.inference.sampling import Choose, Process, Sampler, State
 from elm_mlx.inference.speculation import MOST_DRAFTED, DraftFigures, Speculation, speculation_for
 from elm_mlx.model.cache import KVCache, make_prompt_cache, shared_length
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.text.tokenizer import Tokenizer
 
@@ -34,6 +35,7 @@ class Response:
         finish_reason: None but for the last: "stop" (EOS or a stop string), "length" (`max_tokens`) or
             "context" (the model's context is full).
         cached_tokens: of the prompt, those that were in `prompt_cache` and not read again.
+        predicted_tokens: of the prompt, those whose keys and values were predicted, and not computed by the model.
         drafts: how they fared so far; None where nothing is guessed.
         prompt_tps, generation_tps: tokens a second, of a prompt those that were read; the latter from when the second
             is asked for. time_to_first_token: seconds. peak_memory: bytes.
@@ -45,6 +47,7 @@ class Response:
     finish_reason: str | None
     prompt_tokens: int
     cached_tokens: int
+    predicted_tokens: int
     generation_tokens: int
     drafts: DraftFigures | None
     prompt_tps: float
@@ -76,6 +79,7 @@ def generate(
     prompt_lookup: bool = False,
     draft_model: Model | None = None,
     num_draft_tokens: int = MOST_DRAFTED,
+    kvp: KVPrediction | None = None,
 ) -> str:
     """Returns the whole text that `stream_generate` streams; all options are its."""
     responses = stream_generate(
@@ -83,7 +87,7 @@ def generate(
         max_tokens=max_tokens, temp=temp, top_p=top_p, top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty,
         sampler=sampler, logits_processors=logits_processors, seed=seed, stop=stop, stop_ids=stop_ids,
         stop_at_eos=stop_at_eos, prefill_step=prefill_step, prompt_cache=prompt_cache, cached=cached,
-        prompt_lookup=prompt_lookup, draft_model=draft_model, num_draft_tokens=num_draft_tokens,
+        prompt_lookup=prompt_lookup, draft_model=draft_model, num_draft_tokens=num_draft_tokens, kvp=kvp,
     )  # fmt: skip
     return "".join(response.text for response in responses)
 
@@ -111,6 +115,7 @@ def stream_generate(
     prompt_lookup: bool = False,
     draft_model: Model | None = None,
     num_draft_tokens: int = MOST_DRAFTED,
+    kvp: KVPrediction | None = None,
 ) -> Iterator[Response]:
     """Continues `prompt`, a token at a time.
 
@@ -139,10 +144,13 @@ def stream_generate(
         draft_model: a smaller model of the same vocabulary that guesses, in place of that.
         num_draft_tokens: guesses in a pass, at most; fewer where that pays better, and none where they don't. By
             more than 15 the text is that without them but for rounding.
+        kvp: predicts the keys and values of `prompt` but for its last token, by a smaller model, in place of the model.
+            The first token comes sooner, and the text is another: it is lossy. Not behind a filled `prompt_cache`.
 
     Raises:
         InputError: an empty prompt, an id outside the vocabulary, a prompt that does not fit the context,
-            a setting out of range; guesses for a network whose state can't be taken back.
+            a setting out of range; guesses for a network whose state can't be taken back; a prediction for caches that
+            hold a text or drop positions.
     """
     if sampler is not None and seed is not None:
         raise InputError("seed has no effect beside a sampler: call `mx.random.seed`")
@@ -152,6 +160,8 @@ def stream_generate(
     check_steps(max_tokens, prefill_step)
     caches = make_prompt_cache(model) if prompt_cache is None else prompt_cache
     used, endless = caches[0].length if cached is None else 0, caches[0].limit is not None
+    if kvp is not None:
+        check_predictable(caches)
     ids = encode_prompt(model, tokenizer, prompt, used, endless)
     room = sys.maxsize if endless else model.config.max_context_length - used - len(ids)
     ends = (*stop_ids, *(model.config.eos_token_ids if stop_at_eos else ()))
@@ -164,7 +174,10 @@ def stream_generate(
         kept = 0 if cached is None else kept_length(caches[0], cached, ids, prefill_step)
         for cache in caches if cached is not None else ():
             cache.trim(cache.offset - kept)
-        logits = prefill(model, ids[kept:], caches, prefill_step, used + len(ids))
+        if kvp is None:
+            logits = prefill(model, ids[kept:], caches, prefill_step, used + len(ids))
+        else:
+            logits = predicted_prefill(model, kvp, ids, caches, step=prefill_step)
         held = None if used else ids
         drawn = decode(model, caches, chosen, logits, state, min(max_tokens, room), held, speculation, ids)
         for count, (token, logprob) in enumerate(drawn, start=1):
@@ -178,6 +191,7 @@ def stream_generate(
                 finish_reason=text.finish_reason,
                 prompt_tokens=len(ids),
                 cached_tokens=kept,
+                predicted_tokens=0 if kvp is None else len(ids) - 1,
                 generation_tokens=count,
                 drafts=None if speculation is None else speculation.figures,
                 prompt_tps=(len(ids) - kept) / (first - start),
@@ -200,6 +214,12 @@ def kept_length(cache: KVCache, cached: Sequence[int], ids: Sequence[int], step:
     """
     kept = shared_length(cache, cached, ids)
     return kept - kept % step if cache.is_trimmable() else kept
+
+
+def check_predictable(caches: Sequence[KVCache]) -> None:
+    """Raises InputError for caches that a KV prediction can't fill: those that hold a text, or drop positions."""
+    if caches[0].length or caches[0].limit is not None:
+        raise InputError("a KV prediction fills empty caches that keep all positions: leave out prompt_cache, or kvp")
 
 
 def check_steps(max_tokens: int, prefill_step: int) -> None:

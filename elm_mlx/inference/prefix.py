@@ -7,11 +7,12 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 
-from elm_mlx.inference.generation import decode
+from elm_mlx.inference.generation import check_predictable, decode
 from elm_mlx.inference.rows import prefill
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.inference.speculation import Speculation
 from elm_mlx.model.cache import make_prompt_cache, shared_length
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 
 READ_STEP = 128  # tokens read between two looks at whether to stop
@@ -25,17 +26,35 @@ class PrefixCache:
     Attributes:
         ids: exactly those whose keys and values the caches hold, whatever happened: an exception amid a step,
             of which nobody knows how much it has written, empties both. Caches with a limit may have dropped some.
+
+    Args:
+        kvp: predicts what prompts leave in the caches, but for their last token. It is a function of the prompt alone:
+            an answer that is part of the next one is predicted with it, so that no text depends on what was cached.
+
+    Raises:
+        InputError: as of `make_prompt_cache`; a prediction for caches with a limit.
     """
 
-    def __init__(self, model: Model, kv_bits: int | None = None, max_kv_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        kv_bits: int | None = None,
+        max_kv_size: int | None = None,
+        kvp: KVPrediction | None = None,
+    ) -> None:
         self.model = model
         self.ids: list[int] = []
         self.caches = make_prompt_cache(model, kv_bits, max_kv_size)
+        if kvp is not None:
+            check_predictable(self.caches)
+        self._kvp = kvp
+        self._own = [] if kvp is None else make_prompt_cache(kvp.auxiliary)  # which hold all that was predicted
 
     def clear(self) -> None:
         """Empties the caches."""
         self.ids = []
         self.caches = [cache.empty() for cache in self.caches]
+        self._own = [cache.empty() for cache in self._own]
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +62,8 @@ class PrefixCache:
 
     def shared(self, prompt: Sequence[int]) -> int:
         """Returns the number of ids of `prompt` that need not be read, as `cache.shared_length`."""
-        return shared_length(self.caches[0], self.ids, prompt)
+        shared = shared_length(self.caches[0], self.ids, prompt)
+        return min(shared, self._own[0].offset) if self._own else shared
 
     def read(self, prompt: Sequence[int], stopped: Stopped = lambda: False) -> mx.array | None:
         """Reads what is new of `prompt`. Returns the logits `(1, vocab)` after it; None if `stopped` said so before.
@@ -56,14 +76,23 @@ class PrefixCache:
             start = self.shared(prompt)
             for cache in self.caches:
                 cache.trim(len(self.ids) - start)
+            for cache in self._own:
+                cache.trim(cache.offset - start)
             del self.ids[start:]
-            for at in range(start, len(prompt), READ_STEP):
+            last = len(prompt) if self._kvp is None else len(prompt) - 1
+            for at in range(start, last, READ_STEP):
                 if stopped():
                     return None
-                chunk = prompt[at : at + READ_STEP]
-                logits = prefill(self.model, chunk, self.caches, READ_STEP, len(prompt))
-                mx.eval([cache.state for cache in self.caches])
+                chunk = prompt[at : min(at + READ_STEP, last)]
+                if self._kvp is None:
+                    logits = prefill(self.model, chunk, self.caches, READ_STEP, len(prompt))
+                else:
+                    self._kvp.read(mx.array(chunk)[None], self._own, self.caches)
+                mx.eval([cache.state for cache in (*self._own, *self.caches)])
                 self.ids += chunk
+            if self._kvp is not None:
+                logits = prefill(self.model, prompt[-1:], self.caches)
+                self.ids.append(prompt[-1])
         return logits
 
     def decode(

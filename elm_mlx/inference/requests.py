@@ -176,6 +176,7 @@ class OpenRequest:
     Attributes:
         ids: the prompt, and what has been generated so far.
         most: tokens that may be generated.
+        own: caches of the auxiliary model that predicts what the prompt leaves in `caches`; none without one.
         snapshots: the states of a network without keys after each block of the prompt.
         drafts: guesses how `ids` go on; None where nothing is guessed.
         first: what was chosen after the prompt, where it was reported before the first step; the last of `ids` is it,
@@ -198,6 +199,7 @@ class OpenRequest:
         self.cached = 0
         self.started = time.monotonic()
         self.caches: list[KVCache] = []
+        self.own: list[KVCache] = []
         self.snapshots: dict[int, Layers] = {}
         self.scored: list[ScoredToken] = []
         self.piece = 0  # tokens of the prompt that are being read

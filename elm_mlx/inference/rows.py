@@ -21,7 +21,8 @@ import mlx.core as mx
 from elm_mlx import device
 from elm_mlx.device import compile_hindrance, on_gpu, trim_cache
 from elm_mlx.errors import InputError
-from elm_mlx.model.cache import Arrays, KVCache, place_pass, place_step, row_capacity
+from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_pass, place_step, row_capacity
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.model.sublayers import LayersInC
 from elm_mlx.model.whole_step import whole_piece, whole_step
@@ -58,6 +59,31 @@ def prefill(
     _make_room(caches, rows.shape[1])
     hidden, _ = _read(model, rows, caches, wanted=True)
     return model.head(hidden)
+
+
+def predicted_prefill(
+    model: Model,
+    kvp: KVPrediction,
+    ids: Sequence[int],
+    caches: list[KVCache],
+    own: list[KVCache] | None = None,
+    step: int = PREFILL_STEP,
+) -> mx.array:
+    """Fills `caches` with what `kvp` predicts of all `ids` but the last, which the model reads itself.
+
+    Returns the logits `(1, vocab)` after it, not yet computed: an estimate of those that `prefill` returns, sooner.
+
+    Args:
+        own: the auxiliary model's caches, which hold the text that `caches` do; None where that is none.
+    """
+    own = make_prompt_cache(kvp.auxiliary) if own is None else own
+    for start in range(0, len(ids) - 1, step):
+        stop = min(start + step, len(ids) - 1)
+        kvp.read(mx.array(ids[start:stop])[None], own, caches)
+        if stop < len(ids) - 1:
+            mx.eval([cache.state for cache in (*own, *caches)])
+            mx.clear_cache()
+    return prefill(model, ids[-1:], caches, step)
 
 
 def _read(model: Model, ids: mx.array, caches: list[KVCache], wanted: bool) -> tuple[mx.array, list[Any]]:

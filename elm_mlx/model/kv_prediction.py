@@ -87,6 +87,13 @@ class KVPrediction(nn.Module):
         """The layers that are trained."""
         return self.auxiliary.layers
 
+    def describe(self) -> str:
+        """Returns a line for whoever asks for it."""
+        return (
+            f"KV prediction: {self.auxiliary.config.parameters:,} parameters read prompts for the model's "
+            f"{self.base.config.parameters:,}: the first token comes sooner, and the text is another (lossy)"
+        )
+
     def predict(self, ids: mx.array, segments: Segments | None = None) -> tuple[mx.array, list[KeysValues]]:
         """Returns the auxiliary's hidden states `(batch, length, its model_dim)`, and what is predicted from them.
 

@@ -401,6 +401,7 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "kind": "base" if model.template is None else "chat",
         "tools": model.tools.form is not None,
         "base": model.base,
+        "predicts_prompts": model.kvp is not None,
         "sampling": {"temperature" if name == "temp" else name: value for name, value in model.settings.items()},
     }
 

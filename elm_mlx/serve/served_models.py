@@ -15,8 +15,9 @@ from elm_mlx.errors import InputError
 from elm_mlx.inference.grammar import GrammarCompiler
 from elm_mlx.inference.sampling import saved_settings
 from elm_mlx.model.config import read_config
+from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.serve.tool_calls import ToolCaller
-from elm_mlx.store import adapters
+from elm_mlx.store import adapters, kvp_directory
 from elm_mlx.store.loading import Loaded, open_model
 from elm_mlx.text.chat_template import Template, choose, prepare
 from elm_mlx.text.tokenizer import Tokenizer
@@ -28,11 +29,12 @@ class ServedModel:
 
     Attributes:
         template: None for a base model, which continues texts and has no chat.
-        base: the name of the model that this one is an adapter of; None of a model itself.
+        base: the name of the model that this one is an adapter of, or a KV prediction for; None of a model itself.
         settings: of sampling, as its directory has them.
         created: when the directory was written, seconds since 1970.
         grammars: what answers can be held to.
         tools: how this model calls functions.
+        kvp: predicts what prompts leave in the caches; None where the model reads them.
     """
 
     name: str
@@ -43,6 +45,7 @@ class ServedModel:
     created: int
     grammars: GrammarCompiler
     tools: ToolCaller
+    kvp: KVPrediction | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -71,23 +74,32 @@ def named(paths: Sequence[str]) -> dict[str, Path]:
 
 
 def load_models(
-    models: Sequence[str], adapters_: Sequence[str], compute_dtype: str | None, note: Callable[[str], None]
+    models: Sequence[str],
+    adapters_: Sequence[str],
+    compute_dtype: str | None,
+    note: Callable[[str], None],
+    kvps: Sequence[str] = (),
 ) -> dict[str, ServedModel]:
-    """Loads models and adapters, whose requests share one copy of the weights that they are added to.
+    """Loads models, adapters and KV predictions, whose requests share one copy of the weights that they are added to.
 
     Args:
         models: `DIR` or `NAME=DIR` each.
-        adapters_: `NAME=DIR` each, or `NAME=DIR@MODEL` where there are several models.
+        adapters_, kvps: `NAME=DIR` each, or `NAME=DIR@MODEL` where there are several models.
         note: called with what a user should know of each.
 
     Raises:
-        InputError: a directory cannot be loaded, has no tokenizer, or a name is missing or stands twice.
+        InputError: a directory cannot be loaded, has no tokenizer, or a name is missing or stands twice; a KV
+            prediction is of another model.
     """
     directories = named(models)
     placed = {name: _placed(path, list(directories)) for name, path in named(adapters_).items()}
-    twice = next((name for name in placed if name in directories), None)
+    predicted = {name: _placed(path, list(directories)) for name, path in named(kvps).items()}
+    names = [*directories, *placed, *predicted]
+    twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise InputError(f"a model and an adapter are called {twice!r}: name one of them otherwise, as NAME=DIR")
+        raise InputError(
+            f"two of models, adapters and KV predictions are called {twice!r}: name one of them otherwise, as NAME=DIR"
+        )
     served = {}
     for name, directory in directories.items():
         config = read_config(directory, with_tokenizer=True)
@@ -98,6 +110,10 @@ def load_models(
         served[name] = _served(
             name, _adapted(served[base].loaded, adapter, directories[base]), directories[base], adapter, base
         )
+    for name, (directory, base) in predicted.items():
+        kvp, of = kvp_directory.load(directory, directories[base], served[base].loaded.model), served[base]
+        created, loaded = int(directory.stat().st_mtime), replace(of.loaded, notes=(kvp.describe(),))
+        served[name] = replace(of, name=name, base=base, created=created, loaded=loaded, kvp=kvp)
     for each in served.values():
         for remark in each.loaded.notes:
             note(f"{each.name}: {remark}")
@@ -105,12 +121,12 @@ def load_models(
 
 
 def _placed(path: Path, models: Sequence[str]) -> tuple[Path, str]:
-    """Returns an adapter's directory, and the name of its model."""
+    """Returns the directory of an adapter or a KV prediction, and the name of its model."""
     text, at, base = str(path).rpartition("@")
     if at and base in models and not reading.expanded(path).exists():
         return reading.expanded(text), base
     if len(models) > 1:
-        raise InputError(f"{path}: of which model is this an adapter? NAME=DIR@MODEL says it; {reading.listed(models)}")
+        raise InputError(f"{path}: to which model does this belong? NAME=DIR@MODEL says it; {reading.listed(models)}")
     return reading.expanded(path), models[0]
 
 

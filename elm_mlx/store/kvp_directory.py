@@ -32,6 +32,7 @@ from elm_mlx.text.tokenizer import Tokenizer
 
 FORMAT = 1
 RECORD, AUXILIARY, MAPS = "kvp.json", "auxiliary", "maps.safetensors"
+CONTENTS = RECORD, f"{AUXILIARY}/config.json", f"{AUXILIARY}/model.safetensors", MAPS  # what a prediction depends on
 _ANEW = "`elm-mlx kvp` makes one for it"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import predictions
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -17,6 +18,8 @@ from elm_mlx import device
 from elm_mlx.evaluate import scoring
 from elm_mlx.evaluate.scoring import Scorer
 from elm_mlx.evaluate.tokens import Scored
+from elm_mlx.inference.rows import predicted_prefill
+from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
 from elm_mlx.store.loading import load_model
@@ -241,3 +244,27 @@ def test_without_sharing_every_sequence_is_read_whole() -> None:
     assert planned.stem == []
     assert all(batch.prefix.size == 0 for batch in planned.batches)
     assert scoring.plan([], 2048) == scoring.ScoringPlan([], [])
+
+
+@pytest.mark.parametrize("tokens", [16, 4096])
+def test_contexts_are_predicted_but_for_their_last_token(model: Model, tokens: int) -> None:
+    kvp, asked = predictions.wrong(model), items(6, stem=12)
+    asked[3].append(Scored(asked[4][0].ids, asked[4][0].start))  # of two contexts, and lengths
+    results = Scorer(model, tokens, kvp=kvp).score(asked)
+    assert [each.item for each in results] == list(range(len(asked)))
+    for item, found in zip(asked, results, strict=True):
+        for each, logprob in zip(item, found.logprobs, strict=True):
+            caches = make_prompt_cache(model)
+            logits = predicted_prefill(model, kvp, each.ids[: each.start], caches)
+            rest = model(mx.array([each.ids[each.start : -1]]), cache=caches)[0] if each.ids[each.start : -1] else None
+            logits = logits if rest is None else mx.concatenate([logits, rest])
+            logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            expected = sum(logs[at, token].item() for at, token in enumerate(each.ids[each.start :]))
+            assert logprob == pytest.approx(expected, abs=2e-4)
+
+
+def test_a_prediction_that_is_exact_scores_as_the_model_does(model: Model) -> None:
+    asked = items(9, stem=12)
+    found = Scorer(model, 512, kvp=predictions.identity(model)).score(asked)
+    for one, other in zip(found, values(model, asked), strict=True):
+        assert one.logprobs == pytest.approx(other, abs=2e-4)

@@ -284,8 +284,9 @@ function notice(node) {
   $("notice").replaceChildren(...(node ? [node] : []));
 }
 
-function modelOption({ id, base, kind }) {
-  const about = [base && `adapter of ${base}`, kind === "base" && "continues text"].filter(Boolean).join(", ");
+function modelOption({ id, base, kind, predicts_prompts }) {
+  const made = predicts_prompts ? "KV prediction for" : "adapter of";
+  const about = [base && `${made} ${base}`, kind === "base" && "continues text"].filter(Boolean).join(", ");
   return element("option", { value: id }, about ? `${id} (${about})` : id);
 }
 
