@@ -5,16 +5,17 @@
 PYTHON has PyTorch and llama-cpp-python, as docs/bench.md says; MODEL is SmolLM2-135M-Instruct in 4 bits. What is
 missing is left out, and said.
 
-What is measured is kept in `build/results/`, a file for each part, and page and table are written from what lies there:
-`--only` measures some parts anew, `--page` none. A section of the page is a title and a function that makes Markdown of
-its files, or nothing where there are none. For another one add what it measures to `PARTS`, and its function to
-`SECTIONS`.
+What is measured is kept in `benchmarks/records/`, a file for each part, and page and table are written from what lies
+there and in `benchmarks/machines/`: `--only` measures some parts anew, `--page` none. A section of the page is a title
+and a function that makes Markdown of its files, or nothing where there are none. For another one add what it measures
+to `PARTS`, and its function to `SECTIONS`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -30,11 +31,15 @@ from elm_mlx.bench.results import Results, Row, Speeds
 from elm_mlx.bench.sides import Programs
 from elm_mlx.bench.suites import Suite
 from elm_mlx.callbacks import OnProgress
-from elm_mlx.files import write_text
+from elm_mlx.files import write_json, write_text
+from elm_mlx.reading import json_object
 
-KEPT, PAGE, README = ROOT / "build/results", ROOT / "docs/results.md", ROOT / "README.md"
+KEPT, MACHINES = ROOT / "benchmarks/records", ROOT / "benchmarks/machines"
+PAGE, README = ROOT / "docs/results.md", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks/results.py writes this -->\n", "<!-- to here -->\n"  # of the README's table
-EMBEDDED, SEEDED, CHAT = ROOT / "build/classics", "OpenELM-270M", ROOT / "build/SmolLM2-135M-Instruct"
+# Seen from the project's root, for the records travel.
+MADE, EMBEDDED, CHAT = Path("build/results"), Path("build/classics"), Path("build/SmolLM2-135M-Instruct")
+SEEDED, PAPERS = "OpenELM-270M", "Apple M2 Max"
 OTHERS = ("mlx-lm", "pytorch", "llama.cpp")
 
 
@@ -61,35 +66,37 @@ SPEED = {  # by their titles in the README's table
 }
 
 
-def measure_speed(chosen: Suite, programs: Programs) -> None:
+def measure_speed(chosen: Suite, programs: Programs, note: str) -> None:
     if chosen.cases[0].model == str(CHAT) and not CHAT.is_dir():
         print(f"{chosen.name}: left out, for --chat does not say where {CHAT.name} is")
         return
     show: OnProgress = lambda what, done=0, total=0: print(what, flush=True)  # noqa: E731
-    found = runner.run(chosen, programs, KEPT / f"{chosen.name}.json", on_progress=show)
+    found = runner.run(chosen, programs, KEPT / f"{chosen.name}.json", note=note, on_note=print, on_progress=show)
     if not found.complete:
         sys.exit(130)
 
 
-def measure_start(programs: Programs) -> None:
-    write_text(KEPT / "start.md", f"{HEADER}\n{first_token(EMBEDDED, 10)}\n")
+def measure_start(programs: Programs, note: str) -> None:
+    write_json(KEPT / "start.json", {"table": f"{HEADER}\n{first_token(EMBEDDED, 10)}\n"})
 
 
-def measure_scores(programs: Programs) -> None:
-    held_out = ROOT / "examples/classics/held-out.jsonl.gz"
-    command("eval", EMBEDDED, "--text", held_out, "--window", 256, "--out", KEPT / "eval")
+def measure_scores(programs: Programs, note: str) -> None:
+    held_out = "examples/classics/held-out.jsonl.gz"
+    command("eval", EMBEDDED, "--text", held_out, "--window", 256, "--out", MADE / "eval")
+    write_json(KEPT / "eval.json", json_object(MADE / "eval/results.json"))
 
 
-def measure_losses(programs: Programs) -> None:
+def measure_losses(programs: Programs, note: str) -> None:
     for bits in BITS:
-        command("quantize", EMBEDDED, KEPT / f"{bits}-bit", "--bits", bits, "--overwrite")
+        command("quantize", EMBEDDED, MADE / f"{bits}-bit", "--bits", bits, "--overwrite")
+        write_json(KEPT / f"{bits}-bit.json", json_object(MADE / f"{bits}-bit/quantization.json"))
 
 
 def command(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "elm_mlx", *map(str, words)], env=ENVIRONMENT, check=True)
 
 
-PARTS: dict[str, Callable[[Programs], None]] = {
+PARTS: dict[str, Callable[[Programs, str], None]] = {
     "start": measure_start,
     "eval": measure_scores,
     "quantize": measure_losses,
@@ -109,10 +116,36 @@ def speed() -> str:
     return tables.markdown(merged(found)) if found else ""
 
 
+def machines() -> str:
+    """A line for each model of each machine whose file is there, and what a reader should know of the machine."""
+    found = {path.name: results.load(path) for path in sorted(MACHINES.glob("*.json"))}
+    lines = [
+        "| machine | model | tokens | prompt, tokens/s | generation, tokens/s | naive RMSNorm | mlx-lm | PyTorch |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in found.values():
+        lines += [_machine_line(each.machine["processor"], row) for row in each.rows if row.figures]
+    if all(each.machine["processor"] != PAPERS for each in found.values()):
+        lines += [_machine_line(f"{PAPERS}, not measured yet", Row(case)) for case in suites.SUITES["m2max"].cases]
+    notes = []
+    for name, each in found.items():
+        left_out = " ".join(line.removesuffix(".") + "." for line in tables.left_out(each))
+        notes.append(f"- [{name}](../benchmarks/machines/{name}): {tables.measured_on(each)} {left_out}".rstrip())
+    return "\n\n".join([MACHINES_INTRODUCTION.strip(), "\n".join(lines), "\n".join(notes)])
+
+
+def _machine_line(machine: str, row: Row) -> str:
+    ours = [tables.spread(row.spread("ours", figure)) for figure in ("prompt", "decode")]
+    others = []
+    for side in ("naive", "mlx-lm", "pytorch"):
+        ratios = [ratio for figure in ("prompt", "decode") if (ratio := row.ratio(side, figure))]
+        others.append(" and ".join(f"× {ratio.median:.2f}" for ratio in ratios))
+    return f"| {machine} | {row.case.model} | {tables.tokens(row.case)} | {' | '.join([*ours, *others])} |"
+
+
 def merged(found: list[Results]) -> Results:
     """One of several. Of the machine's speeds, the best of what was measured each time: others may have used it too."""
-    machines = {tuple(each.machine.items()) for each in found}
-    if len(machines) > 1:
+    if len({tuple(each.machine.items()) for each in found}) > 1:
         sys.exit(f"{KEPT}: holds results of several machines or versions; measure all of them anew")
     matmul = {
         dtype: max(each.speeds.matmul.get(dtype, 0.0) for each in found)
@@ -121,16 +154,22 @@ def merged(found: list[Results]) -> Results:
     speeds = Speeds(matmul, max(each.speeds.bandwidth for each in found))
     rows = [row for each in found for row in each.rows]
     norms = {(norm.dtype, norm.shape): norm for each in found for norm in each.norms}
-    return replace(found[-1], speeds=speeds, rows=rows, norms=[*norms.values()])
+    commits, notes = (
+        dict.fromkeys(text for each in found if (text := getattr(each, name))) for name in ("commit", "note")
+    )
+    return replace(
+        found[-1], commit=", ".join(commits), note="; ".join(notes), load=max(each.load for each in found),
+        speeds=speeds, rows=rows, norms=[*norms.values()],
+    )  # fmt: skip
 
 
 def start() -> str:
-    path = KEPT / "start.md"
-    return path.read_text("utf-8") if path.exists() else ""
+    path = KEPT / "start.json"
+    return str(json_object(path)["table"]) if path.exists() else ""
 
 
 def scores() -> str:
-    path = KEPT / "eval/results.json"
+    path = KEPT / "eval.json"
     if not path.exists():
         return ""
     found = json.loads(path.read_text("utf-8"))
@@ -143,7 +182,7 @@ def scores() -> str:
 
 
 def losses() -> str:
-    paths = [path for bits in BITS if (path := KEPT / f"{bits}-bit/quantization.json").exists()]
+    paths = [path for bits in BITS if (path := KEPT / f"{bits}-bit.json").exists()]
     lines = [
         "| bits a weight | size, MB | perplexity before | after | divergence, nats | 99th percentile | flipped |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -158,6 +197,7 @@ def losses() -> str:
 
 
 SECTIONS: list[tuple[str, Callable[[], str]]] = [
+    ("Machines", machines),
     ("Speed", speed),
     ("Starting", start),
     ("Scores: `elm-mlx eval` on the embedded model", scores),
@@ -208,34 +248,44 @@ type), PyTorch, and llama.cpp (given the same weights): the median of pairs of r
 `python benchmarks/results.py` measures yours, and wrote this and [docs/results.md](docs/results.md), where spreads
 and roofline stand. This is an {machine}, MLX {mlx}, on {when}; no Mac was measured.
 """
+MACHINES_INTRODUCTION = """
+The paper's setting, `elm-mlx bench --suite m2max`, on each machine of which somebody has sent the file:
+[bench.md](bench.md#a-machine-of-yours) says how. Behind our figures, how many times as fast they are as each of the
+others', for the prompt and for generation: medians of pairs of runs.
+"""
 INTRODUCTION = """# Results
 
-`python benchmarks/results.py` writes this page, and measures all of it again on your machine; [bench.md](bench.md) says
-how, and what the columns mean. The models are the embedded one (3.6M parameters, `classics`), OpenELM-270M with
+`python benchmarks/results.py` measures all of this again on your machine; [bench.md](bench.md) says how, and what the
+columns mean. With `--page` it writes the page from the records in `benchmarks/records` and `benchmarks/machines`, which
+hold every single measurement. The models are the embedded one (3.6M parameters, `classics`), OpenELM-270M with
 seeded weights, and where `--chat` names it SmolLM2-135M-Instruct in 4 bits (groups of 32, the embedding in 8 bits).
 """
 
 
+def page() -> str:
+    """The page, from what was measured."""
+    sections = [(title, text) for title, make in SECTIONS if (text := make())]
+    return INTRODUCTION + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections)
+
+
 def main() -> None:
+    os.chdir(ROOT)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", help="a Python that has PyTorch and llama-cpp-python")
     parser.add_argument("--chat", type=Path, help=f"the directory of {CHAT.name} in 4 bits")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=[*PARTS], help="measure these parts alone")
     parser.add_argument("--page", action="store_true", help="measure nothing, write the page")
-    parser.add_argument("--note", default="", help="what else a reader should know of the machine")
+    parser.add_argument("--note", default="", help="what else a reader should know of the machine, kept with figures")
     given = parser.parse_args()
     began = time.monotonic()
     if not given.page:
-        KEPT.mkdir(parents=True, exist_ok=True)
         embedded_model(EMBEDDED)  # whatever lies there may be an earlier one
         if given.chat is not None:
             CHAT.unlink(missing_ok=True)
             CHAT.symlink_to(given.chat.resolve())
         for part in given.only:
-            PARTS[part](Programs(python=given.python))
-    sections = [(title, text) for title, make in SECTIONS if (text := make())]
-    note = f"\n{given.note}\n" if given.note else ""
-    write_text(PAGE, INTRODUCTION + note + "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections))
+            PARTS[part](Programs(python=given.python), given.note)
+    write_text(PAGE, page())
     write_readme()
     print(f"wrote {PAGE} and {README} after {(time.monotonic() - began) / 60:.0f} minutes")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elm_mlx.bench.results import NormTimes, Results, Row, Speeds
-from elm_mlx.bench.suites import About, Case, Figures
+from elm_mlx.bench.suites import About, Case, Figures, Suite
 
 ABOUT = About("elm-mlx", "float32", 100, weight_bytes=4000, cache_bytes=8, flops=200, flops_seen=4, flops_head=60)
 SPEEDS = Speeds({"float32": 1e6}, 2e6)  # not to be changed
@@ -20,7 +20,8 @@ def row(batch: int = 1) -> Row:
 
 
 def whole() -> Results:
-    norm = NormTimes("float32", (1, 2, 3), [10.0, 20.0], [30.0, 20.0])
+    norm, measured = NormTimes("float32", (1, 2, 3), [10.0, 20.0], [30.0, 20.0]), row()
     return Results(
-        "quick", "2026-01-02T03:04:05+00:00", {"processor": "<b>", "cores": "2"}, SPEEDS, [row()], [norm], True
-    )
+        Suite("quick", (measured.case,), ("mlx-lm", "pytorch")), "2026-01-02T03:04:05+00:00",
+        {"processor": "<b>", "cores": "2"}, speeds=SPEEDS, rows=[measured], norms=[norm], complete=True,
+    )  # fmt: skip

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-import subprocess
+import re
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 import mlx.core as mx
 
+import elm_mlx
 from elm_mlx import blas, device
+from elm_mlx.bench.conditions import said
 from elm_mlx.bench.results import NormTimes, Speeds
 from elm_mlx.model import roofline
 from elm_mlx.model.network import NaiveRMSNorm, RMSNorm
@@ -27,8 +31,11 @@ def describe() -> dict[str, str]:
     system = f"macOS {platform.mac_ver()[0]}" if mac else f"{platform.system()} {platform.release()}"
     lines = {
         "processor": str(mx.device_info().get("device_name", platform.processor() or "not known")),
+        "model": said("sysctl", "-n", "hw.model") if mac else "",
         "computes on": "GPU" if device.on_gpu() else "CPU",
         "cores": str(os.cpu_count()),
+        "performance cores": said("sysctl", "-n", "hw.perflevel0.physicalcpu") if mac else "",
+        "GPU cores": _gpu_cores() if mac else "",
         "memory": f"{memory / 1e9:.0f} GB" if memory else "",
         "system": f"{system}, {platform.machine()}",
         "python": platform.python_version(),
@@ -71,7 +78,24 @@ def _total_memory() -> int | None:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
     except (OSError, StopIteration):
         pass
-    try:
-        return int(subprocess.run(["sysctl", "-n", "hw.memsize"], capture_output=True, check=True).stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
+    told = said("sysctl", "-n", "hw.memsize")
+    return int(told) if told.isdigit() else None
+
+
+def _gpu_cores() -> str:
+    """Of a Mac, whose chips of one name differ in them; nothing where it doesn't say."""
+    found = re.search(r'"gpu-core-count" = (\d+)', said("ioreg", "-r", "-d", "1", "-c", "AGXAccelerator"))
+    return found[1] if found else ""
+
+
+def commit() -> str | None:
+    """The commit of this project's code: its checkout's, `-dirty` behind it where files were changed, or the one that
+    pip installed from a repository; None where neither says."""
+    root = Path(elm_mlx.__file__).parents[1]
+    if (root / ".git").exists():
+        head, changed = (said("git", "-C", str(root), *words) for words in (("rev-parse", "HEAD"), ("status", "-suno")))
+        return head + ("-dirty" if changed else "") if head else None
+    with suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
+        origin = json.loads(metadata.distribution("elm-mlx").read_text("direct_url.json") or "{}")
+        return str(origin["vcs_info"]["commit_id"])
+    return None

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import resources
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from elm_mlx import files, reading
-from elm_mlx.bench.suites import About, Case, Figures
+from elm_mlx.bench import conditions
+from elm_mlx.bench.conditions import Conditions
+from elm_mlx.bench.suites import About, Case, Figures, Suite
 from elm_mlx.errors import InputError
 from elm_mlx.model.roofline import causal
 
-VERSION = 2  # of the JSON
+VERSION = 3  # of the JSON, as results.schema.json describes it
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Row:
         skipped: the reasons of sides that were left out.
         alike: how many tokens, from the first on, each text of a side has in common with ours, at least; of sides that
             tell what they wrote.
+        conditions: the machine's state before and after, twice as many where it was interrupted and resumed.
     """
 
     case: Case
@@ -63,6 +68,12 @@ class Row:
     figures: dict[str, list[Figures]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     alike: dict[str, int] = field(default_factory=dict)
+    conditions: list[Conditions] = field(default_factory=list)
+
+    def done(self, suite: Suite) -> bool:
+        """True where ours and each other side, unless it was left out, was measured as often as the suite asks."""
+        counts = [len(self.figures.get(side, ())) for side in ("ours", *suite.against) if side not in self.skipped]
+        return "ours" in self.figures and min(counts) >= suite.repeats
 
     def compare(self, side: str, text: Sequence[int], ours: Sequence[int]) -> None:
         """Takes what a side and ours wrote, all texts step by step."""
@@ -117,12 +128,18 @@ class Results:
     Attributes:
         when: the time that it began, in UTC, as ISO 8601 writes it.
         machine: labels and texts.
-        complete: whether nothing was interrupted.
+        commit: of this project's code, `-dirty` behind it where it was changed; None where that is not known.
+        load: processes that ran or waited in the minute before it began, or was resumed: the most of them.
+        note: what whoever measured says of the machine.
+        complete: whether every case of the suite had its turn.
     """
 
-    suite: str
+    suite: Suite
     when: str
     machine: dict[str, str]
+    commit: str | None = None
+    load: float = 0.0
+    note: str = ""
     speeds: Speeds = field(default_factory=Speeds)
     rows: list[Row] = field(default_factory=list)
     norms: list[NormTimes] = field(default_factory=list)
@@ -132,6 +149,13 @@ class Results:
     def measured(self) -> bool:
         """True where there is a figure at all."""
         return any(row.figures for row in self.rows)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Reasons why the machine may have been slower than it can be."""
+        cores = self.machine.get("cores", "")
+        readings = [each for row in self.rows for each in row.conditions]
+        return conditions.warnings(readings, self.load, int(cores) if cores.isdigit() else None)
 
     def save(self, path: Path) -> None:
         """Raises ElmError where it cannot be written."""
@@ -154,13 +178,37 @@ def load(path: Path) -> Results:
                 {side: [Figures(**each) for each in figures] for side, figures in row["figures"].items()},
                 row["skipped"],
                 row["alike"],
+                [Conditions(**each) for each in row["conditions"]],
             )
             for row in values.pop("rows")
         ]
         norms = [NormTimes(**(norm | {"shape": tuple(norm["shape"])})) for norm in values.pop("norms")]
-        return Results(**(values | {"speeds": Speeds(**values["speeds"]), "rows": rows, "norms": norms}))
+        asked = values.pop("suite")
+        cases, against = tuple(Case(**case) for case in asked["cases"]), tuple(asked["against"])
+        typed = {
+            "suite": Suite(**(asked | {"cases": cases, "against": against})),
+            "speeds": Speeds(**values["speeds"]),
+            "rows": rows,
+            "norms": norms,
+        }
+        return Results(**(values | typed))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: holds no results of elm-mlx bench: {error}") from None
+
+
+def schema_faults(path: Path) -> list[str]:
+    """Returns what in a file of `Results.save` does not fit results.schema.json, a line each.
+
+    Nothing is looked at where the package `jsonschema` is not installed. Raises InputError where the file is no JSON.
+    """
+    values = reading.json_object(path, reading.TEXT_BYTES)
+    try:
+        from jsonschema import Draft202012Validator
+    except ImportError:
+        return []
+    schema = json.loads(resources.files("elm_mlx.bench").joinpath("results.schema.json").read_text("utf-8"))
+    errors = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).iter_errors(values)
+    return [f"{error.json_path}: {reading.printable(error.message)}" for error in errors]
 
 
 def _share(case: Case, about: About) -> float:

@@ -34,6 +34,7 @@ class Side(Protocol):
     def close(self) -> None: ...
 
 
+_PATIENCE = 120  # seconds for a Python that imports a package, the first time from a slow disk
 _QUANTIZE_KEYS = ("ours", "naive", "prompt-lookup", "kvp", "mlx-lm", "mlx-lm-stock")  # sides
 
 
@@ -92,12 +93,16 @@ def _script(python: str, name: str) -> list[str]:
 
 def _require(python: str, what: str, module: str) -> None:
     """Raises Unavailable where `python` lacks a package."""
+    where = "" if python == sys.executable else f" for {python}"  # results are shared, and a home directory is private
     try:
-        done = subprocess.run([python, "-I", "-c", f"import {module}"], capture_output=True, check=False)
+        command = [python, "-I", "-c", f"import {module}"]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_PATIENCE)
     except OSError as error:
         raise Unavailable(f"{python}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"importing {what} took more than {_PATIENCE} s{where}") from None
     if done.returncode:
-        raise Unavailable(f"{what} is not installed for {python}; --python names one that has it")
+        raise Unavailable(f"{what} is not installed{where}; --python names a Python that has it")
 
 
 def environment(name: str) -> dict[str, str]:

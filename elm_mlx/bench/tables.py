@@ -25,6 +25,7 @@ _HEADER = [
     "memory", "same tokens",
 ]  # fmt: skip
 _WIDTH, _FIGURE, _LABEL, _BAR, _GAP = 440, 60, 16, 16, 8  # of a chart, in its own units
+_COMMIT, _SHORT = 40, 10  # letters of a commit, and of how it is shown
 _OTHERS = ("llama.cpp", "pytorch")  # whose versions the machine's own software does not tell
 _FIGURES = {"prompt": "reading the prompt", "decode": "generating"}
 
@@ -101,12 +102,20 @@ def norms(results: Results) -> Table:
 def machine(results: Results) -> Table:
     """The machine and its speeds."""
     lines = [[label, text] for label, text in results.machine.items()]
+    if results.commit:
+        lines.append(["commit", ", ".join(each[:_SHORT] + each[_COMMIT:] for each in results.commit.split(", "))])
+    readings = [each for row in results.rows for each in row.conditions]
+    if sources := dict.fromkeys(each.power for each in readings if each.power):
+        lines.append(["power", " and ".join(sources)])
+    lines.append(["load before", f"{results.load:g}"])
     for dtype, flops in results.speeds.matmul.items():
         lines.append([f"products in {dtype}", f"{flops / 1e9:,.0f} GFLOP/s"])
     if results.speeds.bandwidth:
         lines.append(["memory read by a row times a matrix", f"{results.speeds.bandwidth / 1e9:,.1f} GB/s"])
     others = {(side, about.name) for row in results.rows for side, about in row.about.items() if side in _OTHERS}
     lines += [[SIDES[side], name.removeprefix(f"{SIDES[side]} ")] for side, name in sorted(others)]
+    if results.note:
+        lines.append(["note", results.note])
     return ["machine", ""], lines
 
 
@@ -124,25 +133,31 @@ def roofline(results: Results) -> Table:
 
 
 def left_out(results: Results) -> list[str]:
-    """A sentence for each side that was not measured, with the reason."""
+    """A sentence for each side that was not measured, with the reason; and for what may have slowed the machine."""
     lines = [
         f"{short(row.case)}, {row.case.precision}, {tokens(row.case)}: {SIDES[side]} left out: {reason}"
         for row in results.rows
         for side, reason in row.skipped.items()
     ]
+    lines += [f"The machine may have been slower than it can be: {reason}." for reason in results.warnings]
     return [*dict.fromkeys(lines)] + ([] if results.complete else ["Interrupted: the cases after these are missing."])
 
 
 def markdown(results: Results) -> str:
     """All of it as Markdown, without a title."""
-    about = [  # the machine in a sentence
-        text if label in ("processor", "system") else f"{text} cores" if label == "cores" else f"{label} {text}"
-        for label, text in machine(results)[1]
-    ]
-    parts = [f"Measured on {results.when[:10]}: {'; '.join(about)}."]
+    parts = [measured_on(results)]
     parts += [_markdown(speed(results)), NOTE, _markdown(roofline(results)), _markdown(norms(results))]
     parts.append("\n".join(f"- {line}" for line in left_out(results)))
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def measured_on(results: Results) -> str:
+    """The day and the machine, in a sentence."""
+    about = [
+        text if label in ("processor", "system") else f"{text} cores" if label == "cores" else f"{label} {text}"
+        for label, text in machine(results)[1]
+    ]
+    return f"Measured on {results.when[:10]}: {'; '.join(about)}."
 
 
 def _markdown(table: Table) -> str:
@@ -186,7 +201,7 @@ def number(value: float) -> str:
 
 def page(results: Results) -> str:
     """The text of one HTML file without anything outside it, nor a script."""
-    title = escape(f"elm-mlx bench: {results.suite}")
+    title = escape(f"elm-mlx bench: {results.suite.name}")
     style = resources.files("elm_mlx").joinpath("page.css").read_text("utf-8")
     body = [
         f"<h1>{title}</h1>",

@@ -33,7 +33,7 @@ class Network:
         half = size // 2
         frequencies = config["rope_freq_constant"] ** (-torch.arange(half, dtype=torch.float64) / half)
         angles = torch.outer(torch.arange(capacity, dtype=torch.float64), frequencies)
-        self.cos, self.sin = (each.repeat(1, 2).to(some) for each in (angles.cos(), angles.sin()))
+        self.cos, self.sin = (each.repeat(1, 2).to(some.dtype).to(some) for each in (angles.cos(), angles.sin()))
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids `(batch, length)` to the last ones' logits `(batch, vocab)`."""
@@ -92,7 +92,7 @@ def read(path: Path, dtype: torch.dtype, where: str) -> Weights:
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
                 raw = torch.frombuffer(data, dtype=torch.uint8, offset=start + begin, count=end - begin)
-                weights[name] = raw.clone().view(DTYPES[entry["dtype"]]).view(entry["shape"]).to(where, dtype)
+                weights[name] = raw.clone().view(DTYPES[entry["dtype"]]).view(entry["shape"]).to(dtype).to(where)
     return weights
 
 
@@ -114,6 +114,8 @@ def measure(config: dict[str, Any], weights: Weights, prompts: list[list[int]], 
 def memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if torch.backends.mps.is_available():
+        return torch.mps.driver_allocated_memory()
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
@@ -126,7 +128,7 @@ def main() -> None:
     config = json.loads((path / "config.json").read_text())
     if config["model_type"] != "openelm" or "quantization" in config:
         sys.exit("the PyTorch side runs unquantized OpenELMs alone")
-    where = "cuda" if torch.cuda.is_available() else "cpu"
+    where = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     weights = read(path, getattr(torch, name), where)
     about = {"name": f"PyTorch {torch.__version__}", "dtype": name, "notes": [f"on {where}"]}
     print(json.dumps(about), flush=True)

@@ -14,7 +14,7 @@ import typer
 from elm_mlx.bench import suites
 from elm_mlx.bench.suites import SIDES
 from elm_mlx.callbacks import OnProgress, no_progress
-from elm_mlx.cli import options
+from elm_mlx.cli import options, screen
 from elm_mlx.cli.screen import folded, line, printable, say, table
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS
@@ -85,8 +85,12 @@ def bench(
     gguf: Annotated[
         Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: written, as `export` does)")
     ] = None,
+    note: Annotated[
+        str, typer.Option(metavar="TEXT", help="What a reader should know of the machine, kept with the results.")
+    ] = "",
 ) -> None:
-    """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is."""
+    """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is, and the same
+    command goes on."""
     named = [each if each in PRESETS else str(options.directory_of(Path(each))) for each in models or []]
     chosen = suites.change(
         suites.SUITES[suite], models=named, precisions=_words(precision),
@@ -102,24 +106,35 @@ def bench(
         chosen = replace(chosen, repeats=repeats)
     if compute_dtype is not None:
         chosen = replace(chosen, compute_dtype=compute_dtype)
+    from elm_mlx.bench.results import schema_faults
     from elm_mlx.bench.sides import Programs
 
-    results = _measured(suites.check(chosen), out, Programs(python, gguf, kvp))
+    results = _measured(suites.check(chosen), out, Programs(python, gguf, kvp), note)
     _print(results)
     if results.measured:
         line(f"wrote {out / suite}.json, .md and .html")
+        for fault in schema_faults(out / f"{suite}.json"):
+            screen.note(f"{out / suite}.json does not fit the schema of results that are shared: {fault}")
     else:
         line("nothing was measured, and nothing written")
     if not results.complete:
         raise typer.Exit(130)
 
 
-def _measured(suite: Suite, out: Path, programs: Programs) -> Results:
+def _measured(suite: Suite, out: Path, programs: Programs, note: str) -> Results:
     from elm_mlx import files
     from elm_mlx.bench import runner, tables
 
     with _shown() as (progress, row):
-        results = runner.run(suite, programs, out / f"{suite.name}.json", on_progress=progress, on_row=row)
+        results = runner.run(
+            suite,
+            programs,
+            out / f"{suite.name}.json",
+            note=note,
+            on_note=screen.note,
+            on_progress=progress,
+            on_row=row,
+        )
     if not results.measured:
         return results
     files.write_text(out / f"{suite.name}.md", f"# {suite.name}\n\n{tables.markdown(results)}")

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from measured import SPEEDS, row, whole
 
-from elm_mlx.bench import results, tables
-from elm_mlx.bench.results import Row, Speeds, Spread, bounds
-from elm_mlx.bench.suites import About
+from elm_mlx.bench import results, suites, tables
+from elm_mlx.bench.conditions import Conditions
+from elm_mlx.bench.results import Bound, NormTimes, Results, Row, Speeds, Spread, bounds
+from elm_mlx.bench.suites import About, Case, Figures, Suite
 from elm_mlx.errors import InputError
+
+SCHEMA = Path(results.__file__).with_name("results.schema.json")
+DEFINED = {"case": Case, "about": About, "figures": Figures, "conditions": Conditions, "bound": Bound, "row": Row}
 
 
 def test_a_ratio_is_the_median_of_pairs_and_not_of_medians() -> None:
@@ -61,17 +66,59 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     whole().save(path)
     assert results.load(path) == whole()
     kept = json.loads(path.read_text())
-    assert kept["rows"][0]["roofline"]["prompt"]["by"] == "matmul" and kept["version"] == 2
+    assert kept["rows"][0]["roofline"]["prompt"]["by"] == "matmul" and kept["version"] == 3
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 1}', '{"version": 2, "rows": [1]}'])
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"version": 2}', '{"version": 3, "rows": [1]}'])
 def test_what_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(InputError, match=r"a\.json: "):
         results.load(tmp_path / "a.json")
     with pytest.raises(InputError, match="No such file"):
         results.load(tmp_path / "b.json")
+
+
+def test_what_is_saved_fits_the_schema(tmp_path: Path) -> None:
+    made = whole()
+    made.machine |= dict.fromkeys(("computes on", "system", "python", "elm-mlx", "mlx", "mlx-lm"), "1")
+    made.machine["computes on"], made.commit, made.note = "GPU", "0123456789" * 4 + "-dirty", "on a desk"
+    made.rows[0].conditions = [Conditions("2026-01-02T03:04:05+00:00", "mains", False, "nominal", None, 1e12, 4e11)]
+    path = tmp_path / "a.json"
+    made.save(path)
+    assert results.schema_faults(path) == []
+    kept = json.loads(path.read_text())
+    for damage, place in (
+        ({"commit": "main"}, "$.commit"), ({"version": 2}, "$.version"), ({"when": "yesterday"}, "$.when"),
+        ({"rows": []}, "$.rows"), ({"hostname": "mine"}, "$"), ({"machine": {"cores": "2"}}, "$.machine"),
+        ({"speeds": {"matmul": {"float32": -1.0}, "bandwidth": 1.0}}, "$.speeds.matmul.float32"),
+    ):  # fmt: skip
+        path.write_text(json.dumps(kept | damage))
+        faults = results.schema_faults(path)
+        assert faults and all(fault.startswith(f"{place}: ") for fault in faults)
+
+
+def test_the_schema_knows_every_field() -> None:
+    schema = json.loads(SCHEMA.read_text("utf-8"))
+    for definition, made in (
+        (schema, Results), *((schema["$defs"][name], made) for name, made in DEFINED.items()),
+        (schema["properties"]["suite"], Suite), (schema["properties"]["speeds"], Speeds),
+        (schema["properties"]["norms"]["items"], NormTimes),
+    ):  # fmt: skip
+        extra = {Results: {"version"}, Row: {"roofline"}}.get(made, set())
+        assert {*definition["properties"]} == {each.name for each in fields(made)} | extra
+        assert {*definition["required"]} == {*definition["properties"]} and definition["additionalProperties"] is False
+
+
+def test_the_schema_knows_every_side() -> None:
+    assert json.loads(SCHEMA.read_text("utf-8"))["$defs"]["side"]["enum"] == [*suites.SIDES]
+
+
+def test_without_jsonschema_nothing_is_checked(tmp_path: Path, without: Callable[[str], None]) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    assert results.schema_faults(tmp_path / "a.json")
+    without("jsonschema")
+    assert results.schema_faults(tmp_path / "a.json") == []
 
 
 def test_the_table_says_it_all() -> None:

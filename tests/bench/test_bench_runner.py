@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elm_mlx import device
-from elm_mlx.bench import machine, results, runner, sides
+from elm_mlx.bench import conditions, machine, results, runner, sides
+from elm_mlx.bench.conditions import Conditions
 from elm_mlx.bench.results import Speeds
 from elm_mlx.bench.runner import run
 from elm_mlx.bench.sides import Programs, Unavailable
@@ -92,6 +94,89 @@ def test_an_interrupt_keeps_what_was_measured(
     assert not found.complete and [row.case.prompt for row in found.rows] == [16]
     assert log[-2:] == [("ours", "closed"), ("naive", "closed")]
     assert results.load(tmp_path / "a.json") == found
+
+
+def test_the_same_command_goes_on_amid_a_case(
+    counted: Callable[..., Log], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    counted(lambda name, asked: KeyboardInterrupt() if (name, asked) == ("naive", 6) else None)
+    asked, path = suite(tiny_model_dir, cases=3, repeats=3), tmp_path / "a.json"
+    first = run(asked, Programs(), path, note="on a desk")
+    assert [len(row.figures["naive"]) for row in first.rows] == [3] and not first.rows[0].done(
+        replace(asked, repeats=4)
+    )
+    counted(lambda name, asked: KeyboardInterrupt() if (name, asked) == ("naive", 4) else None)
+    second = run(asked, Programs(), path)
+    assert [len(row.figures["naive"]) for row in second.rows] == [3, 2] and second.note == "on a desk"
+    log, said = counted(), []
+    third = run(asked, Programs(), path, on_note=said.append)
+    assert third.complete and third.when == first.when and all(row.done(asked) for row in third.rows)
+    assert [[figures.prompt for figures in row.figures["ours"]] for row in third.rows] == [
+        [2, 3, 4],
+        [2, 3, 2],
+        [4, 5, 6],
+    ]
+    assert [prompt for name, prompt, *_ in log if name == "ours" and prompt not in ("started", "closed")] == [
+        17
+    ] * 2 + [18] * 4
+    assert [len(row.conditions) for row in third.rows] == [2, 3, 2]
+    assert said[-1] == f"{path} has 1 of 3 cases, and is gone on with; remove it to measure anew"
+    assert results.load(path) == third
+
+
+@pytest.mark.parametrize("change", ["suite", "commit", "machine", "complete"])
+def test_what_is_another_run_is_measured_anew(
+    counted: Callable[..., Log], change: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, path = suite(tiny_model_dir, cases=2), tmp_path / "a.json"
+    counted(lambda name, count: KeyboardInterrupt() if count == 5 and change != "complete" else None)
+    run(asked, Programs(), path)
+    if change == "suite":
+        asked = replace(asked, against=("naive",))
+    elif change != "complete":
+        other = {"commit": lambda: "0" * 40, "describe": lambda: {"processor": "another", "cores": "2"}}
+        name = {"commit": "commit", "machine": "describe"}[change]
+        monkeypatch.setattr(machine, name, other[name])
+    log = counted()
+    assert run(asked, Programs(), path).complete
+    assert [prompt for name, prompt, *_ in log if name == "ours" and isinstance(prompt, int)] == [16] * 3 + [17] * 3
+
+
+def test_a_mac_that_is_hot_cools_before_each_case(
+    counted: Callable[..., Log], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heat, waited = iter(["heavy", "moderate", "nominal", None, "heavy", *["heavy"] * 1000]), []
+    monkeypatch.setattr(conditions, "heat", lambda: next(heat))
+    monkeypatch.setattr(runner, "_LOOK", 0.001)
+    monkeypatch.setattr(runner, "_COOLING", 0.05)
+    counted()
+    found = run(
+        suite(tiny_model_dir, cases=3),
+        Programs(),
+        tmp_path / "a.json",
+        on_progress=lambda what, *_: waited.append(what),
+    )
+    assert found.complete  # the third case waited in vain
+    cooling = [number for number, what in enumerate(waited) if what.startswith("waiting until")]
+    assert len(cooling) > 2 and cooling[1] == cooling[0] + 1
+
+
+def test_the_machines_state_and_speed_are_kept_before_and_after_each_case(
+    counted: Callable[..., Log], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted()
+    speeds = iter([4e9, 5e9, 3e9])
+    monkeypatch.setattr(machine, "measure", lambda dtype: Speeds({dtype: next(speeds)}, 1e9))
+    monkeypatch.setattr(conditions, "read", lambda: Conditions("2026-01-02T03:04:05+00:00", "battery"))
+    said: list[str] = []
+    found = run(suite(tiny_model_dir, cases=2), Programs(), tmp_path / "a.json", on_note=said.append)
+    first, second = found.rows
+    assert [each.matmul for each in (*first.conditions, *second.conditions)] == [4e9, 5e9, 5e9, 3e9]
+    assert found.speeds.matmul == {"float32": 5e9}
+    assert {"it ran on battery, at least for a time", "its own matmul speed fell to 60% of its best between cases"} <= {
+        *found.warnings
+    }
+    assert "the machine may be slower than it can be: it ran on battery, at least for a time" in said
 
 
 def test_a_side_that_dies_is_left_out_from_then_on(

@@ -22,7 +22,7 @@ def test_the_papers_setting() -> None:
     assert [case.model for case in suite.cases] == [*PRESETS]
     assert {case.precision for case in suite.cases} == {"bfloat16"} and suite.compute_dtype == "bfloat16"
     assert {(case.new, case.batch) for case in suite.cases} == {(1024, 1)}
-    assert "naive" in suite.against and suite.repeats == 5
+    assert {*suite.against} == {"naive", "mlx-lm", "pytorch"} and suite.repeats == 5
 
 
 def test_every_combination_is_a_case_and_a_directory_is_measured_as_it_is() -> None:

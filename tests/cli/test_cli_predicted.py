@@ -125,7 +125,7 @@ def test_a_server_has_the_prediction_as_a_model_of_its_own(tiny_model_dir: Path,
 
 def test_bench_has_it_as_a_side(run: Run, tiny_model_dir: Path, wrong: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(bench, "_measured", lambda suite, out, programs: asked.extend([suite, programs]))
+    monkeypatch.setattr(bench, "_measured", lambda suite, out, programs, note: asked.extend([suite, programs]))
     run("bench", tiny_model_dir, "--against", "naive", "--kvp", wrong)
     suite, programs = asked
     assert suite.against == ("kvp", "naive") and programs.kvp == wrong
