@@ -26,6 +26,7 @@ from elm_mlx.store.model_names import name_of
 
 BLOCK = '"""'
 _KEPT = 1000  # lines of history
+_LEAVING = ("exit", "quit", ":q")  # typed alone at a terminal by who is used to other programs
 
 HELP = f"""\
 /undo        drop the last message and its answer
@@ -35,7 +36,7 @@ HELP = f"""\
 /load FILE   go on with the conversation in such a file
 /set         show the settings; /set temp 0.7 changes one, /set save keeps all
 /stats       show tokens, speed and memory
-/quit        leave; Ctrl-D does too
+/quit        leave; so do /exit, Ctrl-D, and exit, quit or :q alone
 Ctrl-C       stop an answer, and keep what was said of it; clear a line
 {BLOCK}          begins a message of several lines, and ends it
 //           begins a message that begins with a /"""
@@ -66,7 +67,7 @@ class Session:
         self._exit_code = 0
         self._commands: dict[str, Callable[[str], None]] = {
             "undo": self._undo, "retry": self._retry, "reset": self._reset, "save": self._save, "load": self._load,
-            "set": self._set, "stats": self._stats, "help": self._help, "quit": self._quit,
+            "set": self._set, "stats": self._stats, "help": self._help, "quit": self._quit, "exit": self._quit,
         }  # fmt: skip
 
     def run(self) -> int:
@@ -90,7 +91,7 @@ class Session:
                 continue
             try:
                 self._take(text, literal)
-            except EOFError:  # /quit
+            except EOFError:  # /quit and its like
                 return self._exit_code
             except KeyboardInterrupt:  # before an answer began
                 if not self._interactive:
@@ -132,6 +133,8 @@ class Session:
         return "\n".join(lines).strip("\n"), True
 
     def _take(self, text: str, literal: bool) -> None:
+        if self._interactive and not literal and text.strip() in _LEAVING:
+            raise EOFError
         if text.startswith("/") and not literal and not text.startswith("//"):
             name, _, rest = text[1:].partition(" ")
             if name not in self._commands:

@@ -226,12 +226,20 @@ def test_conversation_at_a_terminal(speaking_dir: Path, start: Start) -> None:
     assert leave(child) == 0
 
 
-def test_quit(speaking_dir: Path, start: Start) -> None:
+@pytest.mark.parametrize("typed", ["/quit", "exit", " :q"])
+def test_quit(speaking_dir: Path, start: Start, typed: str) -> None:
     child = start(speaking_dir)
-    child.sendline("/quit")
+    if typed == "exit":
+        assert say(child, '"""exit"""') == ANSWER
+    child.sendline(typed)
     child.expect(pexpect.EOF)
     child.close()
     assert child.exitstatus == 0
+
+
+def test_words_from_a_pipe_are_messages(speaking_dir: Path, environment: dict[str, str]) -> None:
+    done = piped(speaking_dir, "exit\n/exit\nhello\n", "--template", "openelm-instruct", environment=environment)
+    assert done.stdout.decode() == f"{ANSWER}\n" and done.returncode == 0
 
 
 def test_base_model_says_so_and_goes_on_by_enter(endless_dir: Path, start: Start) -> None:
