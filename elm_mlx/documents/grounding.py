@@ -9,11 +9,11 @@ marks. The model is told to take them for information alone; that much it may di
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from elm_mlx.reading import printable
-from elm_mlx.text.chat_template import NO_VARIABLES, Messages, Part, Template, Tools
+from elm_mlx.text.chat_template import Messages, Part, PlainTemplate
 from elm_mlx.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _harmless(text: str, tokenizer: Tokenizer) -> str:
     return text
 
 
-class QuestionsAndAnswers(Template):
+class QuestionsAndAnswers(PlainTemplate):
     """The template of a base model that is asked with documents: questions and answers in plain text.
 
     An answer ends at a blank line, which is what the template writes after one.
@@ -95,14 +95,6 @@ class QuestionsAndAnswers(Template):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self.stop_ids = tokenizer.eos_ids
-
-    def parts_of(
-        self,
-        conversations: Sequence[tuple[Messages, bool]],
-        tools: Tools | None = None,
-        variables: Mapping[str, Any] = NO_VARIABLES,
-    ) -> list[list[Part]]:
-        return [self._parts(messages, prompt) for messages, prompt in conversations]
 
     def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
         text = ""

@@ -131,7 +131,23 @@ class Template(ABC):
         return said + self.tokenizer.encode_parts(after[end:])
 
 
-class OpenELMInstruct(Template):
+class PlainTemplate(Template):
+    """A template without Jinja, which writes each conversation by itself and knows neither tools nor variables."""
+
+    def parts_of(
+        self,
+        conversations: Sequence[tuple[Messages, bool]],
+        tools: Tools | None = None,
+        variables: Mapping[str, Any] = NO_VARIABLES,
+    ) -> list[list[Part]]:
+        return [self._parts(messages, prompt) for messages, prompt in conversations]
+
+    @abstractmethod
+    def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
+        """Returns one conversation, as `parts_of` does several."""
+
+
+class OpenELMInstruct(PlainTemplate):
     """The template of the OpenELM-instruct models, which is the alignment handbook's for zephyr.
 
     A conversation without a system message gets an empty one, as in their training.
@@ -145,14 +161,6 @@ class OpenELMInstruct(Template):
             raise InputError(f"{tokenizer.path}: has no BOS or no EOS, and the template {OPENELM_INSTRUCT} needs both")
         self._bos, self._eos = tokenizer.bos_id, tokenizer.eos_id
         self.stop_ids = _unique(*tokenizer.eos_ids, self._eos)
-
-    def parts_of(
-        self,
-        conversations: Sequence[tuple[Messages, bool]],
-        tools: Tools | None = None,
-        variables: Mapping[str, Any] = NO_VARIABLES,
-    ) -> list[list[Part]]:
-        return [self._parts(messages, prompt) for messages, prompt in conversations]
 
     def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
         if messages[0]["role"] != "system":
