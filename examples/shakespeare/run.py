@@ -49,11 +49,14 @@ def main() -> None:
     passages = (arguments.data / "valid.jsonl").read_text("utf-8").splitlines()
     play = "\n".join(json.loads(passage)["text"] for passage in passages)
     print(f"\n| held out: {arguments.data / 'valid.jsonl'} | loss, nats a token | perplexity |\n| --- | ---: | ---: |")
+    losses = {}
     for name, model, adapter_path in (("before", base, None), ("with the adapter", base, run), ("fused", fused, None)):
         loaded, tokenizer = elm_mlx.load(model, compute_dtype="float32", adapter_path=adapter_path)
         assert tokenizer is not None
         loss = held_out_loss(loaded, tokenizer, play, windows=None, length=loaded.config.max_context_length).nats
+        losses[name] = round(loss, 6)
         print(f"| {name} | {loss:.4f} | {math.exp(loss):.1f} |", flush=True)
+    (arguments.out / "losses.json").write_text(json.dumps(losses, indent=1) + "\n", "utf-8")
 
 
 def set_aside(plays: Path, directory: Path) -> Path:
