@@ -6,17 +6,24 @@ import gzip
 import json
 import math
 import re
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from elm_mlx.model.network import Model
+from elm_mlx.model.config import ModelConfig
+from elm_mlx.model.network import Model, initialize
+from elm_mlx.model.roofline import Cost, causal
 from elm_mlx.store.loading import load
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train import sections
@@ -33,7 +40,7 @@ def imported(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> Module
     """A module of an example, as its own script would find it."""
     import importlib
 
-    for found in ("run", "compare", "command", "books", "measure"):
+    for found in ("run", "page", "study", "training", "command", "books", "measure"):
         monkeypatch.delitem(sys.modules, found, raising=False)
     monkeypatch.setattr(sys, "path", [str(folder), str(EXAMPLES), *sys.path])
     return importlib.import_module(name)
@@ -76,65 +83,121 @@ def layerwise(tmp_path_factory: pytest.TempPathFactory, held_out: Path) -> tuple
     return out, done.stdout
 
 
-def test_both_shapes_have_as_many_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = imported(monkeypatch, LAYERWISE, "run")
-    configs = []
-    for heads, ffn in run.SHAPES.values():
-        fields = [f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}"]
-        configs.append(sections.read(LAYERWISE / "recipe.toml", Recipe, fields).model.config(1024, 1, 2))
-    scaled, uniform = configs
-    assert scaled.parameters == uniform.parameters == 1_411_456
-    assert sum(scaled.num_query_heads) == sum(uniform.num_query_heads)
-    assert sum(scaled.ffn_dims) == sum(uniform.ffn_dims)
-    assert len({*uniform.ffn_dims}) == 1 and list(scaled.ffn_dims) == sorted({*scaled.ffn_dims})
+def records_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "records.jsonl").read_text("utf-8").splitlines()]
 
 
-def test_what_is_compared_are_the_losses_of_what_was_trained(layerwise: tuple[Path, str], held_out: Path) -> None:
+def test_shapes_of_a_size_have_equal_parameters_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    study = imported(monkeypatch, LAYERWISE, "study")
+    for name, size in study.SIZES.items():
+        configs = {}
+        for shape in study.SHAPES:
+            fields = study.Training(name, shape, study.CORENET, study.LONG, 0.004, 1).fields()
+            recipe = sections.read(LAYERWISE / "recipe.toml", Recipe, fields)
+            configs[shape] = recipe.model.config(1024, 1, 2)
+            assert recipe.optimizer.steps * recipe.tokens_per_update() >= study.LONG * size.parameters
+        scaled, uniform = configs[study.LAYERWISE], configs[study.UNIFORM]
+        for config in configs.values():
+            assert config.parameters == size.parameters
+            assert sum(config.num_kv_heads) == sum(config.num_query_heads) == sum(uniform.num_query_heads)
+            assert sum(config.ffn_dims) == sum(uniform.ffn_dims)
+            assert Cost.of(config).forward(128, causal(128), 128) == Cost.of(uniform).forward(128, causal(128), 128)
+        assert len({*uniform.ffn_dims}) == 1 and list(scaled.ffn_dims) == sorted({*scaled.ffn_dims})
+
+
+def test_weights_by_fan_in_add_alike_in_wide_and_narrow_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = imported(monkeypatch, LAYERWISE, "training")
+    config = ModelConfig.scaled(
+        vocab_size=64, num_layers=4, model_dim=128, head_dim=16, num_gqa_groups=1, qkv_multipliers=(0.5, 1.0),
+        ffn_multipliers=(0.5, 4.0), ffn_dim_divisor=8, max_context_length=64, rope_max_length=128,
+    )  # fmt: skip
+    drawn, corenets = Model(config), Model(config)
+    training.by_fan_in(drawn, 3)
+    initialize(corenets, 3)
+    others = dict(tree_flatten(corenets.parameters()))
+    for name, weight in tree_flatten(drawn.parameters()):
+        if name.endswith(("out_proj.weight", "proj_2.weight")):
+            expected = (2 * 4 * weight.shape[1]) ** -0.5
+            assert float(mx.std(weight)) == pytest.approx(expected, rel=5 / math.sqrt(2 * weight.size)), name
+        else:
+            assert bool(mx.array_equal(weight, others[name])), name
+
+
+def test_what_is_recorded_are_the_losses_of_what_was_trained(layerwise: tuple[Path, str], held_out: Path) -> None:
+    out, _ = layerwise
+    records = records_of(out)
+    finals = [record for record in records if record["seed"]]
+    assert sorted((each["shape"], each["seed"]) for each in finals) == [
+        ("layer-wise", 1), ("layer-wise", 2), ("uniform", 1), ("uniform", 2)
+    ]  # fmt: skip
+    for record in finals:
+        tried = {
+            each["rate"]: each["validation"][-1][1]
+            for each in records
+            if each["shape"] == record["shape"] and not each["seed"]
+        }
+        assert sorted(tried) == [0.004, 0.008] and record["rate"] == min(tried, key=tried.__getitem__)
+        name = f"0.23M-{record['shape']}-CoreNet-20-lr-{record['rate']}-seed-{record['seed']}"
+        lines = (out / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
+        first, last = (json.loads(line)["valid_loss"] for line in (lines[0], lines[-1]))
+        assert record["validation"] == [[0, pytest.approx(first, abs=1e-5)], [4, pytest.approx(last, abs=1e-5)]]
+        model, tokenizer = load(out / "runs" / name, compute_dtype="float32")
+        assert tokenizer is not None
+        for book in map(json.loads, held_out.read_text("utf-8").splitlines()):
+            expected = plain(model, tokenizer, book["text"], 128)
+            assert record["held_out"][book["title"]] == pytest.approx(expected, abs=3e-5)
+
+
+def test_the_comparison_is_stopped_and_goes_on_with_what_is_not_finished(
+    layerwise: tuple[Path, str], held_out: Path
+) -> None:
     out, printed = layerwise
-    results = json.loads((out / "results.json").read_text("utf-8"))
-    assert list(results["losses"]) == ["layer-wise", "uniform"]
-    for shape, tuned in results["tuning"].items():
-        best = min(tuned, key=tuned.__getitem__)
-        assert f"| {shape} | 1,411,456 | {results['speed'][shape]:,.0f} | {best} |" in printed
-        for seed, measured in enumerate(results["losses"][shape], 1):
-            model, tokenizer = load(out / shape / f"lr-{best}-seed-{seed}", compute_dtype="float32")
-            assert tokenizer is not None
-            for book in map(json.loads, held_out.read_text("utf-8").splitlines()):
-                assert measured[book["title"]] == pytest.approx(plain(model, tokenizer, book["text"], 256), abs=2e-5)
-
-
-def test_the_comparison_of_rates_is_that_of_their_runs(layerwise: tuple[Path, str]) -> None:
-    out, printed = layerwise
-    results = json.loads((out / "results.json").read_text("utf-8"))
-    for shape, tuned in results["tuning"].items():
-        assert list(tuned) == ["0.003", "0.006"]
-        for rate, loss in tuned.items():
-            lines = (out / shape / f"lr-{rate}-seed-0" / "metrics.jsonl").read_text("utf-8").splitlines()
-            assert loss == json.loads(lines[-1])["valid_loss"] < json.loads(lines[0])["valid_loss"]
-            about = json.loads((out / shape / f"lr-{rate}-seed-0" / "run.json").read_text("utf-8"))
-            assert about["settings"]["optimizer"]["lr"] == float(rate)
-        assert f"| {shape} | {tuned['0.003']:.4f} | {tuned['0.006']:.4f} |" in printed
-
-
-def test_the_comparison_leaves_alone_what_is_finished(layerwise: tuple[Path, str], held_out: Path) -> None:
-    out, printed = layerwise
-    assert len(re.findall(r"^\$ elm-mlx pretrain", printed, re.M)) == 2 * (2 + 2)
-    unfinished = out / "uniform" / "lr-0.003-seed-0"
-    (unfinished / "model.safetensors").unlink()
-    again = example(LAYERWISE, "--quick", "--held-out", held_out, "--out", out)
+    assert len(re.findall(r"tokens/s$", printed, re.M)) == 2 * (2 + 2)
+    path, records = out / "records.jsonl", records_of(out)
+    lost = records.pop()
+    name = f"0.23M-{lost['shape']}-CoreNet-20-lr-{lost['rate']}-seed-{lost['seed']}"
+    shutil.rmtree(out / "runs" / name)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+    arguments = ["--quick", "--held-out", str(held_out), "--out", str(out)]
+    begun = subprocess.Popen([sys.executable, str(LAYERWISE / "run.py"), *arguments], cwd=ROOT, stderr=subprocess.PIPE)
+    while not (out / "runs" / name).exists() and begun.poll() is None:
+        time.sleep(0.01)
+    begun.send_signal(signal.SIGTERM)
+    assert (begun.communicate(timeout=100)[1], begun.returncode) == (b"", 130)
+    assert records_of(out) == records
+    again = example(LAYERWISE, *arguments)
     assert again.returncode == 0, again.stderr
-    (command,) = re.findall(r"^\$ elm-mlx .*$", again.stdout, re.M)
-    assert str(unfinished) in command and command.endswith("--resume")
-    assert printed.endswith(again.stdout[again.stdout.index("| | parameters") :])
-    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    (line,) = again.stdout.splitlines()
+    assert line.startswith(f"{name}: ")
+    made = records_of(out)[-1]
+    assert made | {"tokens_per_second": 0} == lost | {"tokens_per_second": 0}
+
+
+def test_other_initial_weights_are_what_training_begins_with(layerwise: tuple[Path, str]) -> None:
+    out, _ = layerwise
+    begun = next(record for record in records_of(out) if record["seed"] == 1)
+    kind = {name: begun[name] for name in ("size", "shape", "initial", "budget", "rate", "seed")}
+    data = out / "data"
+    fields = [
+        f"tokenizer={out / 'tokenizer.model'}", f"data.validation={data / 'watched.jsonl'}", "data.validation_rows=4",
+        f'data.sources=[{{path = "{data / "train.jsonl"}"}}]', "optimizer.steps=1", "optimizer.warmup=1",
+        "run.batch_size=2", "data.window=2048",
+    ]  # fmt: skip
+    asked = {"training": kind | {"initial": "fan-in"}, "out": str(out / "other"), "fields": fields, "held_out": None}
+    command = [sys.executable, str(LAYERWISE / "training.py"), json.dumps(asked | {"windows": None})]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    made = json.loads((out / "other" / "record.json").read_text("utf-8"))
+    assert made["initial"] == "fan-in" and made["held_out"] == {}
+    assert made["validation"][0][1] != pytest.approx(begun["validation"][0][1], abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("optimum", "tried"),
     [
-        (0.006, [0.003, 0.006, 0.012]),
-        (0.002, [0.00075, 0.0015, 0.003, 0.006, 0.012]),
-        (1.0, [0.003, 0.006, 0.012, 0.024, 0.048]),
+        (0.005, [0.002, 0.004, 0.008]),
+        (0.007, [0.004, 0.008, 0.016]),
+        (0.0015, [0.001, 0.002, 0.004, 0.008]),
+        (1.0, [0.004, 0.008, 0.016, 0.032, 0.064]),
     ],
 )
 def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side(
@@ -142,25 +205,59 @@ def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side(
 ) -> None:
     example_run = imported(monkeypatch, LAYERWISE, "run")
 
-    def run(rate: float, seed: int) -> Path:
-        directory = tmp_path / f"{rate:g}"
-        directory.mkdir()
-        (directory / "metrics.jsonl").write_text(json.dumps({"valid_loss": abs(math.log(rate / optimum))}) + "\n")
-        return directory
+    def loss(rate: float) -> float:
+        return abs(math.log(rate / optimum))
 
-    assert list(example_run.tune(run, example_run.RATES, 5)) == pytest.approx(tried)
+    assert list(example_run.tune(loss, example_run.RATES, 5)) == pytest.approx(tried)
 
 
-def test_a_rate_that_broke_off_is_the_worst(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "valid_loss": 7.0}\n{"step": 3, "loss": 9.0}\n')
-    assert imported(monkeypatch, LAYERWISE, "run").watched_loss(tmp_path) == math.inf
+def test_a_rate_that_broke_off_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = imported(monkeypatch, LAYERWISE, "page")
+    assert page.last_loss({"validation": [[0, 7.4], [9, None]]}) == math.inf
+
+
+def test_the_page_is_what_its_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    page, run = (imported(monkeypatch, LAYERWISE, name) for name in ("page", "run"))
+    shown = (LAYERWISE / "README.md").read_text("utf-8").split(page.BEGIN)[1].split(page.END)[0]
+    assert shown.strip() == page.tables(page.Results(run.read(LAYERWISE / "records.jsonl")))
+
+
+def test_differences_are_paired_by_seed_and_of_the_best_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = imported(monkeypatch, LAYERWISE, "page")
+    study, records = sys.modules["study"], {}
+    best = {"uniform": 0.008, "layer-wise": 0.004}
+    losses = {"uniform": (3.0, 3.1, 3.3), "layer-wise": (3.2, 3.2, 3.5)}
+    for shape, rate in best.items():
+        for tried in (0.004, 0.008):
+            one = study.Training("0.23M", shape, "CoreNet", study.TRIAL, tried, 0)
+            records[one] = {"validation": [[0, 7.0], [9, 4.0 if tried == rate else None]], "held_out": {}}
+            for seed, loss in enumerate(losses[shape], 1):
+                shown = loss if tried == rate else 9.0
+                one = study.Training("0.23M", shape, "CoreNet", study.LONG, tried, seed)
+                records[one] = {
+                    "validation": [[0, 7.0], [9, shown]], "tokens_per_second": 100 * rate, "flops": 500_096,
+                    "parameters": 225_984, "held_out": {"A": [shown, 2.0], "B": [shown + 1, 4.0]},
+                }  # fmt: skip
+    results = page.Results(records)
+    cell = study.Cell("0.23M", "layer-wise")
+    assert results.differences(cell) == pytest.approx([0.2, 0.1, 0.2])
+    mean, reach = page.interval([0.2, 0.1, 0.2])
+    shown = page.tables(results)
+    assert f"| 0.23M | 20 | CoreNet | layer-wise | {mean:+.4f} ± {reach:.4f} | +0.200, +0.100, +0.200 |" in shown
+    assert (
+        "| 0.23M, 20 a parameter, CoreNet, uniform | 3 | 3.1333 (0.1528) | 4.1333 (0.1528) | 3.6333 (0.1528) |" in shown
+    )
+    assert "| 0.23M, 5 a parameter, CoreNet, layer-wise | **4.0000** | broke off |" in shown
+    assert "| 0.23M (225,984 in each) | 0.500 | 1 | 0 | 0.50 |" in shown
+    assert "| 0.23M, 20 a parameter: uniform, layer-wise; CoreNet | 6 of 6 |" in shown
+    assert "| 1.4M, 20 a parameter: uniform, layer-wise; CoreNet | 0 of 6 | 3.3 |" in shown
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_the_interval_is_students(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """95 % of Student's density lie within it: the density by its formula, the area by the trapezoid rule."""
     values, freedom = [0.1 * i * i for i in range(count)], count - 1
-    mean, reach = imported(monkeypatch, LAYERWISE, "compare").interval(values)
+    mean, reach = imported(monkeypatch, LAYERWISE, "page").interval(values)
     assert mean == pytest.approx(statistics.fmean(values))
     t = reach / (statistics.stdev(values) / math.sqrt(count))
     x = np.linspace(-t, t, 200_001)
@@ -239,7 +336,7 @@ def test_means_are_of_two_to_five_and_of_all(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_run_with_one_checkpoint_has_no_mean(layerwise: tuple[Path, str], tmp_path: Path) -> None:
-    run = layerwise[0] / "uniform" / "lr-0.006-seed-1"
+    (run,) = (layerwise[0] / "runs").glob("*-uniform-*-seed-1")
     done = example(AVERAGING, run, "--out", tmp_path)
     assert done.returncode == 1
     assert done.stderr.strip() == f"{run}: needs two checkpoints in a row, and has 1"

@@ -38,6 +38,9 @@ _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_sy
 class Pretraining(HeldRun):
     """A run that is checked, and not begun. Closing it ends the workers that read, too.
 
+    Args:
+        draw: sets a model's initial weights by a seed.
+
     Attributes:
         config: of the network.
         settings: of the run.
@@ -50,9 +53,16 @@ class Pretraining(HeldRun):
     """
 
     def __init__(
-        self, recipe: Recipe, out: Path, *, resume: bool = False, on_wrong: Callable[[str], None] = lambda line: None
+        self,
+        recipe: Recipe,
+        out: Path,
+        *,
+        resume: bool = False,
+        on_wrong: Callable[[str], None] = lambda line: None,
+        draw: Callable[[Model, int], None] = initialize,
     ) -> None:
         super().__init__(out, resume)
+        self._draw = draw
         with ExitStack() as on_error:
             on_error.push(self)
             self._recipe, self.sources = recipe, recipe.data.sources
@@ -98,7 +108,7 @@ class Pretraining(HeldRun):
             self._check_window(self.resumed)
         callback.progress("drawing the weights")
         model = Model(self.config)
-        initialize(model, self._recipe.run.seed)
+        self._draw(model, self._recipe.run.seed)
         validation = list(self._validation())
         if self.leads and self.resumed is None:
             self._describe()

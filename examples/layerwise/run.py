@@ -1,45 +1,39 @@
-"""Layer-wise against uniform scaling, with as many parameters and tokens: `python examples/layerwise/run.py`.
+"""Layer-wise against uniform scaling, with as many parameters and FLOPs: `python examples/layerwise/run.py`.
 
-Each shape is trained with a few learning rates, and then with its own best from three other seeds. What these lose
-(../measure.py) on two books that none has seen is the result. Every training is a command of elm-mlx's, which is
-printed before it runs. Run again, it goes on where it was stopped.
+Trains what study.py lists, as many models at a time as there are processors, each on one of them. Stopped and run
+again, it goes on where it was; what `records.jsonl` in --out has is not trained again. page.py makes tables of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Event, RLock
+from typing import Any
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
-import compare  # noqa: E402
+import study  # noqa: E402
 from command import elm  # noqa: E402
-from measure import held_out_loss  # noqa: E402
+from study import Cell, Training  # noqa: E402
 
-import elm_mlx  # noqa: E402
-from elm_mlx.model.config import ModelConfig  # noqa: E402
-from elm_mlx.train import sections  # noqa: E402
-from elm_mlx.train.pretraining_recipe import Recipe  # noqa: E402
+from elm_mlx import files  # noqa: E402
 
 CLASSICS = HERE.parent / "classics"
-RECIPE = HERE / "recipe.toml"
-# Multipliers of the heads' and of the FFNs' widths. The uniform ones are the means of the others.
-SHAPES = {"layer-wise": ("[0.5, 1.0]", "[0.5, 4.0]"), "uniform": ("0.75", "2.25")}
-RATES = (0.003, 0.006, 0.012)  # and beyond, while the best of them is the first or the last
+RECORDS, RECORD, INTERRUPTED = "records.jsonl", "record.json", 130
+RATES = (0.004, 0.008)  # and beyond, while the best of them is the first or the last
 MOST_RATES = 7
-BROKE_OFF = 1  # what pretrain ends with where the loss is no number or jumps: the rate is too high
-SEEDS = (1, 2, 3)  # rates are tried with seed 0, which has no part in the result
-TRIAL = ["optimizer.steps=250", "run.eval_every=250", "run.save_every=250"]  # a rate is tried in half the updates
 QUICK = ["optimizer.steps=4", "optimizer.warmup=1", "run.batch_size=2", "data.validation_rows=4", "data.window=2048"]
 
 
@@ -48,37 +42,25 @@ def main() -> None:
     parser.add_argument("--books", type=Path, default=CLASSICS / "extract.jsonl.gz", help="what is trained on")
     parser.add_argument("--held-out", type=Path, default=CLASSICS / "held-out.jsonl.gz", help="what is measured on")
     parser.add_argument("--out", type=Path, default=Path("build/layerwise"), help="where everything is written")
+    parser.add_argument("--at-once", type=int, default=os.cpu_count(), help="trainings side by side")
     parser.add_argument("--quick", action="store_true", help="four updates, two rates, two seeds: only to see it run")
     arguments = parser.parse_args()
     out, quick = arguments.out, arguments.quick
-    rates, most, seeds, windows = (RATES[:2], 2, SEEDS[:2], 16) if quick else (RATES, MOST_RATES, SEEDS, None)
-    common = prepare(arguments.books, out)
-    fields = {
-        shape: [*common, f"model.qkv_multipliers={heads}", f"model.ffn_multipliers={ffn}", *(QUICK if quick else [])]
-        for shape, (heads, ffn) in SHAPES.items()
-    }
-    trial = [] if quick else TRIAL
-    tuning = {shape: tune(partial(train, out / shape, [*fields[shape], *trial]), rates, most) for shape in SHAPES}
-    best = {shape: min(losses, key=losses.__getitem__) for shape, losses in tuning.items()}
-    runs: dict[str, list[Path]] = {shape: [] for shape in SHAPES}
-    for seed in seeds:
-        for shape, made in runs.items():
-            made.append(train(out / shape, fields[shape], best[shape], seed))
-
-    results = compare.Results(
-        parameters={shape: ModelConfig.load(made[0] / "config.json").parameters for shape, made in runs.items()},
-        speed={shape: speed(made) for shape, made in runs.items()},
-        tuning=tuning,
-        losses={shape: [held_out(path, arguments.held_out, windows) for path in made] for shape, made in runs.items()},
-    )
-    (out / "results.json").write_text(json.dumps(asdict(results), indent=1) + "\n", "utf-8")
-    print("\n" + compare.tables(results))
-    if importlib.util.find_spec("matplotlib"):
-        compare.draw(results, out / "losses.png")
+    fields = prepare(arguments.books, out) + (QUICK if quick else [])
+    trainings = Trainings(out, arguments.held_out, fields, 16 if quick else None)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: trainings.stop())
+    with files.hold(out), ThreadPoolExecutor(arguments.at_once) as pool:
+        for cells in study.PARTS[:1] if quick else study.PARTS:
+            if quick:
+                cells = tuple(replace(cell, seeds=study.SEEDS[:2]) for cell in cells)
+            for failure in pool.map(lambda cell: fill(trainings, cell, len(RATES) if quick else MOST_RATES), cells):
+                if failure:
+                    sys.exit(failure)
 
 
 def prepare(books: Path, out: Path) -> list[str]:
-    """Documents and a vocabulary in `out`, unless they are there; and the recipe's fields that say so."""
+    """Writes documents and a vocabulary into `out`, unless they are there; returns the recipe's fields that say so."""
     data, tokenizer = out / "data", out / "tokenizer.model"
     if not tokenizer.exists():
         texts.write_documents(books, data)
@@ -88,61 +70,103 @@ def prepare(books: Path, out: Path) -> list[str]:
     return [f"tokenizer={tokenizer}", f"data.validation={data / 'watched.jsonl'}", f"data.sources={source}"]
 
 
-def train(out: Path, common: list[str], rate: float, seed: int) -> Path:
-    """The directory of a run of the recipe with these fields, which is made unless it is there."""
-    directory = out / f"lr-{rate:g}-seed-{seed}"
-    fields = [*common, f"optimizer.lr={rate:g}", f"run.seed={seed}"]
-    if not finished(directory, sections.read(RECIPE, Recipe, fields)):
-        sets = [word for field in fields for word in ("--set", field)]
-        resume = ["--resume"] if (directory / "checkpoints").exists() else []
-        elm("pretrain", RECIPE, "--out", directory, *sets, *resume, accept=(0, BROKE_OFF))
-    return directory
+class Stopped(Exception):
+    """Somebody ended the study, or a training failed; the text says how."""
 
 
-def finished(directory: Path, recipe: Recipe) -> bool:
-    """Returns whether the run that is there had the same settings, and has made all its updates."""
-    if not (directory / "model.safetensors").exists():
-        return False
-    about = json.loads((directory / "run.json").read_text("utf-8"))
-    same = about["settings"] == json.loads(json.dumps(asdict(recipe)))
-    return same and metrics(directory)[-1]["step"] == recipe.optimizer.steps
+def fill(trainings: Trainings, cell: Cell, most_rates: int) -> str | int | None:
+    """Trains a cell's models. Returns what the program is to end with if that came to nothing."""
+    try:
+        kind = Training(cell.size, cell.shape, cell.initial, study.TRIAL, 0, 0)
+        tried = tune(lambda rate: trainings.watched_loss(replace(kind, rate=rate)), RATES, most_rates)
+        best = min(tried, key=tried.__getitem__)
+        for seed in cell.seeds:
+            for times in cell.times:
+                trainings.record(replace(kind, budget=cell.budget, rate=times * best, seed=seed))
+    except Stopped as stopped:
+        trainings.stop()
+        return stopped.args[0]
+    return None
 
 
-def tune(run: Callable[[float, int], Path], rates: Sequence[float], most: int) -> dict[float, float]:
-    """The loss by learning rate: rates are halved or doubled until the best lies between two that are worse."""
-    tried = {rate: watched_loss(run(rate, 0)) for rate in rates}
+def tune(loss: Callable[[float], float], rates: Sequence[float], most: int) -> dict[float, float]:
+    """Returns losses by learning rate: rates are halved or doubled until the best lies between two that are worse."""
+    tried = {rate: loss(rate) for rate in rates}
     while len(tried) < most:
         best = min(tried, key=tried.__getitem__)
         if best not in (min(tried), max(tried)):
             break
         rate = best / 2 if best == min(tried) else best * 2
-        tried[rate] = watched_loss(run(rate, 0))
+        tried[rate] = loss(rate)
     return dict(sorted(tried.items()))
 
 
-def watched_loss(directory: Path) -> float:
-    """Nats a token at the end, on documents that are not trained on; infinite where the run broke off."""
-    return metrics(directory)[-1].get("valid_loss", math.inf)
+class Trainings:
+    """The study's trainings, each a process, and what has come of them.
+
+    Args:
+        held_out: books that are measured on; `windows` of each, or all.
+        fields: of the recipe, for all of them.
+    """
+
+    def __init__(self, out: Path, held_out: Path, fields: Sequence[str], windows: int | None) -> None:
+        self._out, self._held_out, self._fields, self._windows = out, held_out, list(fields), windows
+        self._lock, self._stopping = RLock(), Event()
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._records = read(out / RECORDS)
+
+    def watched_loss(self, training: Training) -> float:
+        """Returns nats a token at the end, on documents that are not trained on; infinite where it broke off."""
+        last = self.record(training)["validation"][-1][1]
+        return math.inf if last is None else float(last)
+
+    def record(self, training: Training) -> dict[str, Any]:
+        """Returns a training's record, and trains first where there is none. Raises Stopped."""
+        if training not in self._records:
+            made = self._trained(training)
+            with self._lock:
+                self._records[training] = made
+                files.write_json_lines(self._out / RECORDS, self._records.values())
+            print(f"{training.name}: {made['validation'][-1][1]}, {made['tokens_per_second']:,} tokens/s", flush=True)
+        return self._records[training]
+
+    def stop(self) -> None:
+        """Ends all trainings, each after an update."""
+        with self._lock:  # none is just being started, then
+            self._stopping.set()
+            for process in self._running:
+                process.send_signal(signal.SIGINT)
+
+    def _trained(self, training: Training) -> dict[str, Any]:
+        directory = self._out / "runs" / training.name
+        directory.mkdir(parents=True, exist_ok=True)
+        asked = {
+            "training": asdict(training), "out": str(directory), "fields": self._fields, "windows": self._windows,
+            "held_out": str(self._held_out) if training.seed else None,
+        }  # fmt: skip
+        command = [sys.executable, str(HERE / "training.py"), json.dumps(asked)]
+        with self._lock:
+            if self._stopping.is_set():
+                raise Stopped(INTERRUPTED)
+            # On one processor each, two trainings do half as much again as one after the other on both.
+            process = subprocess.Popen(command, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})
+            self._running.add(process)
+        code = process.wait()
+        with self._lock:
+            self._running.remove(process)
+        if code:
+            interrupted = code in (INTERRUPTED, -signal.SIGINT) or self._stopping.is_set()
+            raise Stopped(INTERRUPTED if interrupted else f"{training.name} ended with exit code {code}")
+        made: dict[str, Any] = json.loads((directory / RECORD).read_text("utf-8"))
+        return made
 
 
-def held_out(directory: Path, path: Path, windows: int | None) -> dict[str, tuple[float, float]]:
-    """Nats a token and bits a byte of each held-out book: so many windows of it, or all."""
-    model, tokenizer = elm_mlx.load(directory, compute_dtype="float32")
-    assert tokenizer is not None
-    length = model.config.max_context_length
-    return {book["title"]: held_out_loss(model, tokenizer, book["text"], windows, length) for book in texts.read(path)}
-
-
-def speed(directories: list[Path]) -> float:
-    """Tokens a second, the median of all updates."""
-    rates = sorted(
-        line["tokens_per_second"] for path in directories for line in metrics(path) if "tokens_per_second" in line
-    )
-    return rates[len(rates) // 2]
-
-
-def metrics(directory: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines()]
+def read(path: Path) -> dict[Training, dict[str, Any]]:
+    """Returns the records of a file, by what was trained; none where there is no such file."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {Training(**{name: record[name] for name in Training.__dataclass_fields__}): record for record in records}
 
 
 if __name__ == "__main__":
