@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import predictions
+import kv_predictions
 import pytest
 import serving
 from commands import Run
@@ -26,14 +26,16 @@ PROMPT = "the quick brown fox jumps over lazy dogs while an old king"
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    path = tmp_path_factory.mktemp("predictions") / "exact"
-    return predictions.write(path, predictions.identity(load_model(tiny_model_dir)), tiny_model_dir)
+    base, path = load_model(tiny_model_dir), tmp_path_factory.mktemp("exact")
+    twin = load_model(tiny_model_dir, compute_dtype="float32")
+    kvp_directory.save(path, kv_predictions.identity_of(base, twin), tiny_model_dir, {})
+    return path
 
 
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
     path = tmp_path_factory.mktemp("predictions") / "wrong"
-    return predictions.write(path, predictions.wrong(load_model(tiny_model_dir)), tiny_model_dir)
+    return kv_predictions.write_prediction(path, tiny_model_dir, load_model(tiny_model_dir))
 
 
 @pytest.mark.parametrize("options", [[], ["--prompt-lookup"], ["--temp", "0.9", "--seed", "4"]])

@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
+import kv_predictions
 import mlx.core as mx
 import numpy as np
-import predictions
 import pytest
 import tiny
 from hypothesis import given, settings
@@ -248,7 +248,7 @@ def test_without_sharing_every_sequence_is_read_whole() -> None:
 
 @pytest.mark.parametrize("tokens", [16, 4096])
 def test_contexts_are_predicted_but_for_their_last_token(model: Model, tokens: int) -> None:
-    kvp, asked = predictions.wrong(model), items(6, stem=12)
+    kvp, asked = kv_predictions.prediction_of(model), items(6, stem=12)
     asked[3].append(Scored(asked[4][0].ids, asked[4][0].start))  # of two contexts, and lengths
     results = Scorer(model, tokens, kvp=kvp).score(asked)
     assert [each.item for each in results] == list(range(len(asked)))
@@ -265,6 +265,6 @@ def test_contexts_are_predicted_but_for_their_last_token(model: Model, tokens: i
 
 def test_a_prediction_that_is_exact_scores_as_the_model_does(model: Model) -> None:
     asked = items(9, stem=12)
-    found = Scorer(model, 512, kvp=predictions.identity(model)).score(asked)
+    found = Scorer(model, 512, kvp=kv_predictions.identity_of(model, model)).score(asked)
     for one, other in zip(found, values(model, asked), strict=True):
         assert one.logprobs == pytest.approx(other, abs=2e-4)

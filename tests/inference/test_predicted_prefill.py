@@ -6,9 +6,9 @@ import queue
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import kv_predictions
 import mlx.core as mx
 import numpy as np
-import predictions
 import pytest
 import tiny
 
@@ -38,12 +38,12 @@ def base() -> Model:
 
 @pytest.fixture(scope="module")
 def exact(base: Model) -> KVPrediction:
-    return predictions.identity(base)
+    return kv_predictions.identity_of(base, base)
 
 
 @pytest.fixture(scope="module")
 def wrong(base: Model) -> KVPrediction:
-    return predictions.wrong(base)
+    return kv_predictions.prediction_of(base)
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_all_but_the_last_token_are_counted_as_predicted(base: Model, wrong: KVP
 @pytest.mark.parametrize("bits", [8, 4])
 def test_predicted_keys_may_be_kept_in_few_bits(bits: int) -> None:
     base = tiny.random_model(tiny.scaled_config(VOCAB, head_dim=32))
-    exact = predictions.identity(base)
+    exact = kv_predictions.identity_of(base, base)
     tokens, logprobs = said(base, drawn(60), kvp=exact, prompt_cache=make_prompt_cache(base, bits))
     own, theirs = said(base, drawn(60), prompt_cache=make_prompt_cache(base, bits), prefill_step=59)
     assert tokens[:1] == own[:1] and logprobs[0] == pytest.approx(theirs[0], abs=0.05)
@@ -116,7 +116,7 @@ def test_caches_that_a_prediction_cannot_fill_are_refused(base: Model, wrong: KV
 
 def test_several_prompts_are_each_predicted(tiny_tokenizer: Tokenizer) -> None:
     base = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size))
-    kvp, prompts = predictions.wrong(base), ["the quick brown fox", "an old king", "the quick brown fox"]
+    kvp, prompts = kv_predictions.prediction_of(base), ["the quick brown fox", "an old king", "the quick brown fox"]
     together = generate_batch(base, tiny_tokenizer, prompts, max_tokens=8, kvp=kvp)
     for prompt, done in zip(prompts, together, strict=True):
         found = [*stream_generate(base, tiny_tokenizer, prompt, max_tokens=8, kvp=kvp)]
@@ -176,7 +176,7 @@ def test_an_interrupt_amid_a_prediction_empties_all_caches(
 
 def test_a_chats_answers_are_those_of_its_whole_prompts(tiny_tokenizer: Tokenizer) -> None:
     base = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size))
-    kvp = predictions.wrong(base)
+    kvp = kv_predictions.prediction_of(base)
     chat = Chat(base, tiny_tokenizer, options=GREEDY, kvp=kvp)
     for message in ("the quick brown fox", "an old king", "told stories"):
         reply = chat.ask(message)
