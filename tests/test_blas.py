@@ -70,6 +70,20 @@ class Answer:
         )
 
 
+@pytest.fixture(scope="module")
+def compiling_once(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH on which `cc` compiles once, which takes seconds, and then gives copies of what it has made."""
+    directory = tmp_path_factory.mktemp("bin")
+    (directory / "cc").write_text(f"""#!/bin/sh
+for each; do [ "$before" = -o ] && out=$each; before=$each; done
+[ -e {directory}/made ] || {{ {COMPILER} "$@" && cp "$out" "$out.copy" && mv "$out.copy" {directory}/made; exit; }}
+cp {directory}/made "$out"
+""")
+    (directory / "cc").chmod(0o755)
+    path = os.environ.get("PATH", os.defpath)
+    return path if COMPILER is None else f"{directory}{os.pathsep}{path}"
+
+
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """A user's cache, empty."""
@@ -95,22 +109,23 @@ def library(path: Path, source: str) -> Path:
     return path
 
 
-def test_a_fast_one_is_made_once_and_kept(cache: Path, scratch: Path) -> None:
-    first = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
+def test_a_fast_one_is_made_once_and_kept(cache: Path, scratch: Path, compiling_once: str) -> None:
+    environment = {"XDG_CACHE_HOME": str(cache), "TMPDIR": str(scratch), "PATH": compiling_once}
+    first = Answer(**environment)
     assert first.fast and first.name.startswith("OpenBLAS (scipy-openblas32)")
     (kept,) = (cache / "elm-mlx").glob("*.so")
     page = (Path(__file__).parents[1] / "docs" / "info.md").read_text("utf-8")
     assert all(re.search(r"libcblas\w+-[0-9a-f]{16}-\d+\.so\b", text) for text in (kept.name, page))
     assert first.path == str(kept) and kept.parent.stat().st_mode & 0o777 == 0o700
     before = kept.stat()
-    second = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
+    second = Answer(**environment)
     assert second.fast and second.path == first.path and second.name == first.name
     assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert not list(scratch.iterdir())
 
 
-def test_many_first_processes_at_once(cache: Path) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+def test_many_first_processes_at_once(cache: Path, compiling_once: str) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PATH": compiling_once}
     environment.pop("ELM_MLX_BLAS", None)
     processes = [
         subprocess.Popen([sys.executable, "-c", ASK], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
@@ -124,8 +139,8 @@ def test_many_first_processes_at_once(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("made", ["by the compiler", "by patchelf"])
-def test_without_a_compiler_symbols_are_renamed(cache: Path, made: str) -> None:
-    path = os.environ.get("PATH") if made == "by the compiler" else str(cache)  # where there is no cc
+def test_without_a_compiler_symbols_are_renamed(cache: Path, made: str, compiling_once: str) -> None:
+    path = compiling_once if made == "by the compiler" else str(cache)  # where there is no cc
     answer = Answer(XDG_CACHE_HOME=str(cache), PATH=path)
     assert answer.fast
     by_compiler = made == "by the compiler" and COMPILER is not None
@@ -133,7 +148,9 @@ def test_without_a_compiler_symbols_are_renamed(cache: Path, made: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["a file in its place", "open to others", "under a file"])
-def test_without_a_cache_that_is_ours_alone_nothing_is_kept(cache: Path, scratch: Path, how: str) -> None:
+def test_without_a_cache_that_is_ours_alone_nothing_is_kept(
+    cache: Path, scratch: Path, how: str, compiling_once: str
+) -> None:
     own = cache / "elm-mlx"
     if how == "a file in its place":
         own.touch()
@@ -143,27 +160,28 @@ def test_without_a_cache_that_is_ours_alone_nothing_is_kept(cache: Path, scratch
     else:
         cache = cache / "file"
         cache.touch()
-    answer = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch))
+    answer = Answer(XDG_CACHE_HOME=str(cache), TMPDIR=str(scratch), PATH=compiling_once)
     assert answer.fast
     assert how != "open to others" or not list(own.iterdir())
     assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("missing", [["HOME"], ["HOME", "PATH", "USER", "LOGNAME"]])
-def test_without_a_home_or_a_path(missing: list[str], cache: Path) -> None:
-    assert Answer(XDG_CACHE_HOME=str(cache), **dict.fromkeys(missing)).fast
+def test_without_a_home_or_a_path(missing: list[str], cache: Path, compiling_once: str) -> None:
+    assert Answer(XDG_CACHE_HOME=str(cache), **{"PATH": compiling_once, **dict.fromkeys(missing)}).fast
     if "PATH" not in missing:
-        assert Answer(XDG_CACHE_HOME=None, HOME="/nonexistent").fast
+        assert Answer(XDG_CACHE_HOME=None, HOME="/nonexistent", PATH=compiling_once).fast
 
 
-def test_a_damaged_copy_is_made_anew(cache: Path) -> None:
-    path = Answer(XDG_CACHE_HOME=str(cache)).path
+def test_a_damaged_copy_is_made_anew(cache: Path, compiling_once: str) -> None:
+    environment = {"XDG_CACHE_HOME": str(cache), "PATH": compiling_once}
+    path = Answer(**environment).path
     whole = Path(path).read_bytes()
     cut = (whole[:3000], whole[:9000])  # as a power cut leaves it: opened, it would be a bus error
     for content in (b"", b"no library", b"\x7fELF", bytes(len(whole)), *cut):
         Path(path).write_bytes(content)
-        assert Answer(XDG_CACHE_HOME=str(cache)).fast
-        again = Answer(XDG_CACHE_HOME=str(cache))
+        assert Answer(**environment).fast
+        again = Answer(**environment)
         assert again.fast and again.path == path
 
 
