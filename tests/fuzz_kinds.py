@@ -27,6 +27,7 @@ import tiny
 import torch_files
 from fuzzing import Damage, Kind, either, json_lines, json_values, raw_bytes, safetensors_header
 from hostile_templates import TEMPLATES
+from pdf_files import pdf
 
 from elm_mlx.cli import main as command_line
 from elm_mlx.data import data_files, records, text_sources
@@ -402,6 +403,16 @@ def use_index(path: Path) -> None:
         index.close()
 
 
+def write_pdf(path: Path) -> None:
+    (path / "a.pdf").write_bytes(pdf("First page", "Second page", title="A report"))
+
+
+def use_pdf(path: Path) -> None:
+    """Raises ElmError with what `index` says of one that it leaves out."""
+    for left_out in index_documents(path, path / "notes.db").left_out:
+        raise ElmError(f"{left_out.path}: {left_out.why}")
+
+
 def write_transcript(path: Path) -> None:
     conversation.write_messages(path / "talk.json", CONVERSATION[:3])
 
@@ -625,6 +636,7 @@ KINDS = {
              "a.jsonl.gz": either(raw_bytes, _unpacked(json_lines)), "a.parquet": raw_bytes,
              "a.csv": raw_bytes}, use_records),
         Kind("documents", write_documents, {name: either(raw_bytes, _text) for name in DOCUMENTS}, use_documents),
+        Kind("pdf", write_pdf, {"a.pdf": raw_bytes}, use_pdf),
         Kind("documents' index", write_documents, {"notes.db": raw_bytes}, use_index),
         Kind("transcript", write_transcript, {"talk.json": json_values},
              lambda path: conversation.read_messages(path / "talk.json")),

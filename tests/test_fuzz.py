@@ -17,10 +17,11 @@ WITHOUT_A_MODEL = (
     "gguf", "gguf openelm", "run.json", "metrics", "records", "transcript", "answers", "yaml", "toml", "eval",
     "documents", "documents' index",
 )  # fmt: skip
-OF_A_MODEL = tuple(name for name in KINDS if name not in WITHOUT_A_MODEL)
+OF_A_PROCESS = ("pdf",)  # each of its own
+OF_A_MODEL = tuple(name for name in KINDS if name not in WITHOUT_A_MODEL + OF_A_PROCESS)
 
 
-@pytest.mark.parametrize(("kinds", "cases"), [(WITHOUT_A_MODEL, 150), (OF_A_MODEL, 40)])
+@pytest.mark.parametrize(("kinds", "cases"), [(WITHOUT_A_MODEL, 150), (OF_A_MODEL, 40), (OF_A_PROCESS, 8)])
 def test_damaged_inputs_are_answered_or_refused_in_one_line(kinds: tuple[str, ...], cases: int) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "fuzz.py", *kinds, "--cases", str(cases)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
