@@ -333,7 +333,7 @@ def _take(lock: Path, directory: Path) -> int:
             os.close(descriptor)
             who = f"process {number}" if number.isdigit() else "another process"
             raise ElmError(
-                f"{directory}: {who} is writing to it; wait until it has ended, or choose another directory"
+                f"{directory}: {who} is writing to it; wait until it has ended, or choose another place"
             ) from None
         except OSError:  # a file system without locks
             pass
