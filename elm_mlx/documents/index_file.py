@@ -61,6 +61,7 @@ _DAMAGED = "damaged, or no index of documents: remove it and make it anew (elm-m
 
 @dataclass(frozen=True)
 class Passage:
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite's own files of a database in use end with
     """A passage of a document.
 
     Attributes:
@@ -176,7 +177,7 @@ def connect(path: Path, writable: bool = False) -> sqlite3.Connection:
         raise InputError(
             f"{path}: an index of version {version}, and this is elm-mlx's {VERSION}: remove it, and index again"
         )
-    for beside in ("-wal", "-shm", "-journal"):
+    for beside in BESIDE:
         if (own := path.with_name(path.name + beside)).exists() and not own.is_file():
             raise InputError(f"{own}: is no file, and SQLite would read it with {path.name}: remove it")
     place = f"file:{quote(str(path.absolute()))}?mode="

@@ -111,7 +111,9 @@ class _Update:
             for number, path, hashed, problem in self._connection.execute("SELECT id, path, hash, problem FROM files")
         }
         report, seen = self._report, set()
-        found = list(walk(self._directory, report.left_out.append))
+        real = self._path.resolve()
+        own = {real, *(real.with_name(real.name + end) for end in index_file.BESIDE)}
+        found = [each for each in walk(self._directory, report.left_out.append) if each[1] not in own]
         with self._transactions():
             for number, (path, place) in enumerate(found):
                 on_progress("index", number, len(found))

@@ -97,6 +97,14 @@ def test_what_is_new_changed_and_gone(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "notes.db"]
 
 
+@pytest.mark.parametrize("name", ["notes", "notes.txt"])
+def test_an_index_among_its_documents_is_none_of_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "a.md").write_text("one")
+    for _ in range(2):
+        report = index_documents(tmp_path, tmp_path / name)
+        assert report.files == report.passages == 1 and not report.left_out
+
+
 def test_an_updated_index_holds_what_a_new_one_does(tmp_path: Path) -> None:
     draw = random.Random(1)
     for number in range(5):
