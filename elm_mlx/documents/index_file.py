@@ -15,6 +15,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,15 +26,21 @@ from elm_mlx.documents.text_blocks import SEPARATOR
 from elm_mlx.errors import ElmError, InputError
 
 APPLICATION = 0x454C4D64  # "ELMd", in the header of the file
-VERSION = 2  # of the tables, of what is a passage, and of what is a word
-# English words by their stems, all others as they are, without accents: see docs/index.md for what each is worth.
-TOKENIZER = "porter unicode61 remove_diacritics 2"
-# Letters of Chinese, Japanese and Korean, which the tokenizer takes for one word as far as no sign stands between them:
-# Han, kana, bopomofo and Hangul, also half as wide, and the marks that belong to them.
+VERSION = 3  # of the tables, of what is a passage, and of what is a word
+# English words by their stems, all others as they are, without accents: see docs/index.md for what each is worth. Marks
+# belong to a word: the vowels of Hindi, Tamil and their like are some, and would end it.
+TOKENIZER = "porter unicode61 remove_diacritics 2 categories ''L* M* N* Co''"
+# Letters that are written without spaces, which the tokenizer takes for one word as far as no sign stands between them:
+# Han, kana, bopomofo and Hangul, also half as wide; Thai, Lao, Burmese and Khmer; and the marks that belong to them.
 _UNSPACED = re.compile(
     "[\u3005-\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
     "\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
-    "\u3105-\u312f\u31a0-\u31bf\u1100-\u11ff\u3131-\u318e\ua960-\ua97f\uac00-\ud7ff]+"
+    "\u3105-\u312f\u31a0-\u31bf\u1100-\u11ff\u3131-\u318e\ua960-\ua97f\uac00-\ud7ff"
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf\u1000-\u103f\u1050-\u108f\u109a-\u109f\u1780-\u17d3\u17dd]+"
+)
+# The points of Hebrew and Arabic, which most texts leave out.
+_POINTS = re.compile(
+    "[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c4\u05c5\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc]+"
 )
 _TABLES = {
     "settings": "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
@@ -54,6 +61,7 @@ _SHADOWS = {  # FTS5's own tables, which all its versions make so
     "words_docsize": "CREATE TABLE 'words_docsize'(id INTEGER PRIMARY KEY, sz BLOB)",
     "words_config": "CREATE TABLE 'words_config'(k PRIMARY KEY, v) WITHOUT ROWID",
 }
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite's own files of a database in use end with
 _MOST_BYTES = 1 << 28  # of a value
 _WAIT = 30.0  # seconds for another process's transaction
 _DAMAGED = "damaged, or no index of documents: remove it and make it anew (elm-mlx index DIR --out FILE)"
@@ -61,7 +69,6 @@ _DAMAGED = "damaged, or no index of documents: remove it and make it anew (elm-m
 
 @dataclass(frozen=True)
 class Passage:
-BESIDE = ("-wal", "-shm", "-journal")  # what SQLite's own files of a database in use end with
     """A passage of a document.
 
     Attributes:
@@ -112,25 +119,40 @@ class Embedder:
 def separated(text: str, asked: bool = False) -> str:
     """Returns a text as the tokenizer is given it: of letters that are written without spaces, each pair is a word.
 
-    The pairs overlap, so that a word of two or more letters is found wherever it stands, in Chinese, Japanese and
-    Korean (whose words have endings). The last letter of a run is a word as well, so that each letter begins one.
+    The pairs overlap, so that a word of two or more letters is found wherever it stands, in Chinese, Japanese, Thai,
+    Lao, Burmese, Khmer and Korean (whose words have endings). A letter's marks belong to it. The last letter of a run
+    is a word as well, so that each letter begins one.
 
     Args:
         asked: it is a question: the last letter is a word only where it is the only one.
     """
     if text.isascii():
         return text
-    return _UNSPACED.sub(lambda found: f" {_pairs(unicodedata.normalize('NFKC', found[0]), asked)} ", text)
+    return _UNSPACED.sub(lambda found: f" {_pairs(found[0], asked)} ", _POINTS.sub("", text))
 
 
 def _pairs(run: str, asked: bool) -> str:
-    pairs = [run[start : start + 2] for start in range(len(run))]
+    letters = _letters(unicodedata.normalize("NFKC", run))
+    pairs = [*map("".join, pairwise((*letters, "")))]
     return " ".join(pairs[:-1] if asked and len(pairs) > 1 else pairs)
 
 
-def is_unspaced(word: str) -> bool:
-    """Returns whether a word has no letters but such."""
-    return _UNSPACED.fullmatch(word) is not None
+def _letters(run: str) -> list[str]:
+    """Returns the letters, each with its marks."""
+    if run.isalpha():  # none is a mark
+        return [*run]
+    letters: list[str] = []
+    for each in run:
+        if letters and unicodedata.category(each)[0] == "M":
+            letters[-1] += each
+        else:
+            letters.append(each)
+    return letters
+
+
+def is_unspaced_letter(word: str) -> bool:
+    """Returns whether a word is one such letter."""
+    return _UNSPACED.fullmatch(word) is not None and len(_letters(word)) == 1
 
 
 def check_fts5() -> None:

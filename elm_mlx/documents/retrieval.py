@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import threading
+import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from elm_mlx import reading
 from elm_mlx.documents import index_file
-from elm_mlx.documents.index_file import Passage, is_unspaced, named_errors, separated
+from elm_mlx.documents.index_file import Passage, is_unspaced_letter, named_errors, separated
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ _SCORED = 1000  # passages for each question of a conversation
 EARLIER = 0.25  # what a question counts after which another came, and so on: measured in docs/index.md
 _EARLIER_QUESTIONS = 3
 _MOST_WORDS = 64  # of a question
-_WORD = re.compile(r"\w[\w'’.+#-]*", re.UNICODE)
+_WITHIN = "'’.+#-_"  # signs that may stand within a word
+_APART = re.compile(f"[{re.escape(_WITHIN)}]+")
 # English words that are in nearly every passage: each would have all of them ranked.
 _STOP_WORDS = frozenset(
     (
@@ -180,16 +182,18 @@ def match_expression(question: str, stop_words: bool = False) -> str:
     """Returns an FTS5 query for passages that share a word with `question`; empty where there is no word in it.
 
     Every word is a quoted string, in which FTS5 knows no syntax. One with signs in it, as `--kv-bits` or `read_file`,
-    is looked for as a whole and in its parts; a letter of Chinese, Japanese or Korean that stands alone, as what a word
+    is looked for as a whole and in its parts; a letter that is written without spaces and stands alone, as what a word
     begins with. `stop_words` count only if they are asked for.
     """
-    words = [word.strip("'’.-+#") for word in _WORD.findall(separated(question, asked=True))]
-    parts = [part for word in words for part in (word, *re.split(r"[\W_]+", word))]
+    words = "".join(each if _is_of_word(each) else " " for each in separated(question, asked=True)).split()
+    parts = [part for word in words for part in (word.strip("'’.-+#"), *_APART.split(word))]
     unique = list(dict.fromkeys(part.lower() for part in parts if part and part.isprintable()))
     wanted = [word for word in unique if stop_words or word not in _STOP_WORDS]
-    return " OR ".join(
-        f'"{word}"' + "*" * (len(word) == 1 and is_unspaced(word)) for word in wanted[:_MOST_WORDS] if '"' not in word
-    )
+    return " OR ".join(f'"{word}"' + "*" * is_unspaced_letter(word) for word in wanted[:_MOST_WORDS])
+
+
+def _is_of_word(character: str) -> bool:
+    return character.isalnum() or character in _WITHIN or unicodedata.category(character)[0] == "M"
 
 
 def fused(rankings: Mapping[float, Sequence[int]]) -> list[int]:

@@ -113,14 +113,22 @@ def test_what_is_no_embeddings(tmp_path: Path, without: Callable[[str], None]) -
         StaticEmbeddings(directory)
 
 
-def test_a_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub(notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert embeddings_directory(tmp_path) == tmp_path
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ElmError, match="HF_HUB_OFFLINE"):
         embeddings_directory(Path("someone/static"))
-    snapshot = tmp_path / "models--someone--static" / "snapshots" / "abc"
+    cached = tmp_path / "models--someone--static"
+    snapshot, blobs = cached / "snapshots" / "abc", cached / "blobs"
     write_static_model(snapshot, MEANINGS)
-    (tmp_path / "models--someone--static" / "refs").mkdir()
-    (tmp_path / "models--someone--static" / "refs" / "main").write_text("abc")
-    assert embeddings_directory(Path("someone/static")) == snapshot
+    for path in (blobs, cached / "refs"):
+        path.mkdir()
+    for number, file in enumerate(snapshot.iterdir()):  # as the hub's client keeps them
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..", "..", "blobs", str(number)))
+    (cached / "refs" / "main").write_text("abc")
+    found = embeddings_directory(Path("someone/static"))
+    assert found == snapshot
+    index_documents(notes, tmp_path / "notes.db", StaticEmbeddings(found))
+    assert places(DocumentIndex(tmp_path / "notes.db"), "boat")[0] == "b.md:1"
