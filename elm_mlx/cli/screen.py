@@ -415,7 +415,9 @@ class TrainingDisplay(TrainingCallback):
             self._shown.append(f"{self._matmul:.0%} of matmul speed")
         if sampled is not None:
             self._sampled, self._spent = self._sampled + sampled, self._spent + (report.seconds or 0.0)
-            self._shown.append(f"{self._sampled / max(self._spent, 1e-9):.0%} sampling")
+            share, each = self._sampled / max(self._spent, 1e-9), self._spent / self._updates
+            parts = (("sampling", share), ("training", 1 - share))
+            self._shown += [f"{part:.0%} {what} ({duration(part * each)})" for what, part in parts]
         self._shown.append(byte_size(report.memory))
         if self._every is None:
             due = self._bar is None and (time.monotonic() - self._last > _PAUSE or report.step == self._steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -37,6 +37,8 @@ class Batch:
         segments: (batch, length) int32: 1, 2, … in the order of a row's examples, 0 in padding; None where each row is
             one example, padded at its end.
         tokens: positions that are no padding.
+        positions: (batch, length) int32: where a row's examples begin by what they have in common, in segment -1, of
+            each position in its example; else None.
     """
 
     inputs: npt.NDArray[np.int32]
@@ -44,11 +46,12 @@ class Batch:
     trained: npt.NDArray[np.bool_]
     segments: npt.NDArray[np.int32] | None
     tokens: int
+    positions: npt.NDArray[np.int32] | None = field(default=None, kw_only=True)
 
     def rows(self, at: slice) -> Batch:
         """Returns a batch of some of the rows; its `tokens` are not counted: 0."""
-        segments = None if self.segments is None else self.segments[at]
-        return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0)
+        segments, positions = (None if each is None else each[at] for each in (self.segments, self.positions))
+        return Batch(self.inputs[at], self.targets[at], self.trained[at], segments, 0, positions=positions)
 
     def split(self, count: int) -> list[Batch]:
         """`count` batches with as many of the rows in each as can be; fewer where there are fewer rows."""
@@ -67,6 +70,8 @@ class Batch:
 
     def reach(self) -> int | None:
         """Returns positions that no text exceeds, a power of 2, for few steps to compile; None for all of a row."""
+        if self.positions is not None:
+            return None
         longest = int(self.lengths().max(initial=_LEAST_REACH))
         reach = 1 << (longest - 1).bit_length()
         return reach if reach < self.inputs.shape[1] else None

@@ -453,6 +453,7 @@ class SegmentedRow:
 
     def __init__(self, segments: Segments) -> None:
         self._segments = segments
+        self.positions = segments.positions
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         return keys, values
@@ -461,8 +462,7 @@ class SegmentedRow:
         """Returns the segments; where a window hides more, a boolean array `(batch, 1, length, length)`."""
         if window_size is None or length <= window_size:
             return self._segments
-        positions = mx.arange(length)
-        return self._segments.seen() & (positions[:, None] - positions < window_size)
+        return self._segments.seen(window_size)
 
 
 def shared_length(cache: KVCache, held: Sequence[int], prompt: Sequence[int]) -> int:

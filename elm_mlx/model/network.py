@@ -155,10 +155,11 @@ class Transformer(nn.Module):
                 return self.norm(in_c(x, cache, last, on_layer))
         caches = [None] * len(self.layers) if cache is None else cache
         mask = causal_mask(ids.shape[1], caches[0]) if segments is None else segments
+        at = None if segments is None else segments.positions
         offset = 0 if caches[0] is None else caches[0].offset
         if not isinstance(offset, int):
             offset = mx.array(offset)  # a cache may count on in the array itself, before later layers have rotated
-        rotate = self.rope(ids.shape[1], offset)
+        rotate = self.rope(ids.shape[1], offset) if at is None else self.rope.at(at)
         for layer, layer_cache in zip(self.layers, caches, strict=True):
             if on_layer is not None:
                 on_layer(x)

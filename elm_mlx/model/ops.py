@@ -27,18 +27,32 @@ class Segments:
     """The mask of several texts in a row: causal, and a position sees those of its own text alone.
 
     Attributes:
-        numbers: `(batch, length)` integers, the text of each position.
-        reach: a length that no text exceeds: positions farther back are skipped. None for all of a row.
+        numbers: `(batch, length)` integers, the text of each position; -1 where all texts of a row begin, if that is
+            at its start.
+        reach: a length that no text exceeds: positions farther back are skipped. None for all of a row, as where texts
+            have a beginning in common.
+        positions: `(batch, length)` integers, of each position in its text, where texts have a beginning in common,
+            which all of them see. None where each is by itself.
     """
 
     numbers: mx.array
     reach: int | None = None
+    positions: mx.array | None = None
 
-    def seen(self) -> mx.array:
-        """Returns the mask as a boolean `(batch, 1, length, length)`."""
-        positions = mx.arange(self.numbers.shape[1])
-        same = self.numbers[:, None, :, None] == self.numbers[:, None, None, :]
-        return same & (positions <= positions[:, None])
+    def seen(self, window: int | None = None) -> mx.array:
+        """Returns the mask as a boolean `(batch, 1, length, length)`; of a sliding window, if there is one."""
+        order = mx.arange(self.numbers.shape[1])
+        seen = ~self.apart(slice(None), slice(None)) & (order <= order[:, None])
+        if window is None:
+            return seen
+        at = order[None] if self.positions is None else self.positions
+        return seen & (at[:, None, :, None] - at[:, None, None, :] < window)
+
+    def apart(self, queries: slice, keys: slice) -> mx.array:
+        """Returns which positions are of different texts, as a boolean `(batch, 1, queries, keys)`."""
+        of_queries, of_keys = self.numbers[:, None, queries, None], self.numbers[:, None, None, keys]
+        apart = of_queries != of_keys
+        return apart if self.positions is None else apart & (of_keys >= 0)
 
 
 @dataclass(frozen=True)
@@ -438,8 +452,7 @@ def _block_scores(queries: mx.array, keys: mx.array, seen: slice, segments: Segm
     scores = (grouped @ keys[:, :, seen].swapaxes(2, 3)).reshape(batch, heads, rows, count)
     hidden = mx.arange(count) > mx.arange(count - rows, count)[:, None]
     if segments is not None:
-        numbers = segments.numbers[:, None, None, seen]
-        hidden = hidden | (numbers.swapaxes(2, 3)[:, :, count - rows :] != numbers)
+        hidden = hidden | segments.apart(slice(seen.stop - rows, seen.stop), seen)
     return mx.where(hidden, -1e30, scores)
 
 

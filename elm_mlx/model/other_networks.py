@@ -243,9 +243,6 @@ class _SharedRope(nn.Module):
         rotate = self.rope(x.shape[2], offset) if self.rotate is None else self.rotate
         return rotate(x)
 
-    def begin(self, length: int, offset: int | mx.array, text_length: int) -> None:
-        self.rotate = self.rope(length, offset, text_length)
-
 
 def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
     """Replaces the RoPEs of all layers that rotate alike by one `_SharedRope`."""
@@ -265,12 +262,14 @@ def _share_ropes(network: Any) -> tuple[_SharedRope, ...]:
 def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | None) -> Iterator[None]:
     """Takes the ropes' sines for a forward pass of `length` positions, which is the block."""
     first = None if cache is None or not ropes else cache[0]
-    offset = 0 if first is None else first.offset
+    offset, positions = 0 if first is None else first.offset, getattr(first, "positions", None)
     try:
-        for rope in ropes:
-            rope.begin(
-                length, offset if isinstance(offset, int) else mx.array(offset), getattr(first, "text_length", 0)
-            )
+        for each in ropes:
+            if positions is None:
+                start = offset if isinstance(offset, int) else mx.array(offset)
+                each.rotate = each.rope(length, start, getattr(first, "text_length", 0))
+            else:
+                each.rotate = each.rope.at(positions)
         yield
     finally:
         for rope in ropes:

@@ -63,8 +63,13 @@ class Rope:
             return lambda x: (x.squeeze(2) @ matrix.astype(x.dtype))[:, :, None]  # the products of a row alone
         if not one_position or not unfused:
             return lambda x: self._fused(x, offset, text_length)
-        turn = self._turn(length, offset, self._frequencies(length, offset, text_length))
+        turn = self._turn(mx.arange(length) + offset, self._frequencies(length, offset, text_length))
         return lambda x: turn(x) if x.dtype == mx.float32 else self._fused(x, offset, text_length)
+
+    def at(self, positions: mx.array) -> Rotate:
+        """Returns a function that rotates `(batch, heads, length, head_dim)` for positions `(batch, length)`."""
+        turn = self._turn(positions[:, None], self._of_length(positions.shape[1])[0])
+        return lambda x: turn(x.astype(mx.float32)).astype(x.dtype)
 
     def moved(self, x: mx.array, positions: int) -> mx.array:
         """Returns rotated `(..., head_dim)` as it would be `positions` farther, in a text of up to `switch` tokens."""
@@ -138,24 +143,31 @@ class Rope:
         every = mx.array([*found, *found, *[0.0] * (self.head_dim - self.config.dims)], mx.float32)
         return every, mx.array([1 / frequency if frequency else math.inf for frequency in found], mx.float32)
 
-    def _turn(self, length: int, offset: int | mx.array, frequencies: mx.array) -> Rotate:
-        """Returns the rotation of float32 by several positions on a CPU, sines and cosines taken once.
+    def _turn(self, positions: mx.array, frequencies: mx.array) -> Rotate:
+        """Returns the rotation of float32 by positions `(..., length)`, sines and cosines taken once.
 
         Halves are exchanged by a product, which is exact, so that nothing has to be cut and joined. The derivative is
         the rotation back.
         """
-        angles = (mx.arange(length) + offset)[:, None] * frequencies
+        angles = positions[..., None] * frequencies
         cosines, sines = self._scaled(mx.cos(angles)), self._scaled(mx.sin(angles))
 
         @mx.custom_function
         def turn(x: mx.array) -> mx.array:
-            return x * cosines + (x @ self._across) * sines
+            return x * cosines + self._exchanged(x) * sines
 
         @turn.vjp
         def turn_back(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-            return cotangent * cosines - (cotangent @ self._across) * sines
+            return cotangent * cosines - self._exchanged(cotangent) * sines
 
         return turn
+
+    def _exchanged(self, x: mx.array) -> mx.array:
+        """Returns the halves of each pair exchanged, the second's negated; 0 for what is not rotated."""
+        if self.head_dim <= _MATRIX:
+            return x @ self._across
+        first, second, rest = mx.split(x, [self.config.dims // 2, self.config.dims], axis=-1)
+        return mx.concatenate([-second, first, mx.zeros_like(rest)], axis=-1)
 
     def _matrix(self, offset: int | mx.array, frequencies: mx.array) -> mx.array:
         """Returns the rotation by one position as a `(head_dim, head_dim)` matrix, to be multiplied from the right.

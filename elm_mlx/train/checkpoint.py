@@ -67,6 +67,7 @@ class RunProgress:
             the model before training.
         worse: validations since the best.
         extend: as the schedule's.
+        validation_due: whether the validation after the last update was broken off, and is to be made.
     """
 
     step: int = 0
@@ -84,6 +85,7 @@ class RunProgress:
     best_loss: float | None = None
     worse: int = 0
     extend: list[int] = field(default_factory=list)
+    validation_due: bool = False
 
     @property
     def made(self) -> int:
@@ -251,6 +253,7 @@ def _what_is_wrong(saved: Identity, progress: RunProgress) -> str | None:
         **{name: values[name] is None or type(values[name]) in (int, float) for name in ("first_loss", "valid_loss")},
         "parts": progress.parts is None or (type(progress.parts) is int and 0 < progress.parts < 1 << 10),
         "data": isinstance(progress.data, dict),
+        "validation_due": type(progress.validation_due) is bool,
         "extend": isinstance(progress.extend, list) and all(type(n) is int and n > 0 for n in progress.extend),
         "random": isinstance(progress.random, list) and all(map(_is_key, progress.random)),
         "config": isinstance(saved.config, dict),

@@ -46,9 +46,7 @@ class Policy:
         self._dtype, self._samples, self._max_tokens, self._seed = dtype, samples, max_tokens, seed
         self._on_progress = on_progress
 
-    def solve(
-        self, problems: Sequence[DrawnProblem], what: str = "sampling answers", stop: Event | None = None
-    ) -> list[SolvedProblem]:
+    def solve(self, problems: Sequence[DrawnProblem], what: str, stop: Event) -> list[SolvedProblem]:
         """Returns the problems with their answers; none, once `stop` is set.
 
         Args:
@@ -62,7 +60,7 @@ class Policy:
 
         def on_answer(done: int) -> None:
             self._on_progress(what, done, total)
-            if stop is not None and stop.is_set():
+            if stop.is_set():
                 raise _Stopped
 
         with suppress(_Stopped), _as_it_answers(self._model, self._dtype):

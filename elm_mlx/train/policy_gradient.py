@@ -8,7 +8,8 @@ long answers would count less a token. There is no KL term, and so no reference 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from elm_mlx.train.loss import Head, Positions, losses_only, summed_loss
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # how far a token's ratio may move before its gradient ends (DAPO, section 3.1)
 _GRAIN = 8  # rows are as long as a multiple of this, or of an eighth of their length, for few shapes to compile
+_ROW = 1024  # positions of a row with several answers, some
 _LEAST_DEVIATION = 1e-4  # of rewards, that advantages are divided by
 _MOST_DIFFERENCE = 20.0  # of log-probabilities, of which ratios are still numbers
 
@@ -41,44 +43,90 @@ class WeighedAnswer:
     advantage: float
 
 
+Group = tuple[tuple[int, ...], dict[WeighedAnswer, int]]  # a prompt, and answers to it, each with how often it came
+
+
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """A batch whose rows are an answer each, after its prompt; the answer's tokens are trained.
+    """A batch whose rows have a prompt and answers to it each; the answers' tokens are trained.
 
     Attributes:
-        advantages: (batch,) float32.
-        logprobs: (batch, length) float32: of the targets that are trained, as they were drawn; else 0.
+        advantages: (batch, length) float32: of the targets that are trained; else 0.
+        logprobs: (batch, length) float32: of those, as they were drawn; else 0.
+        copies: (batch, length) float32: how often each of those was drawn; else 0.
     """
 
     advantages: npt.NDArray[np.float32]
     logprobs: npt.NDArray[np.float32]
+    copies: npt.NDArray[np.float32]
 
     def rows(self, at: slice) -> AnswerBatch:
         batch = super().rows(at)
-        return AnswerBatch(**vars(batch), advantages=self.advantages[at], logprobs=self.logprobs[at])
+        own = {name: getattr(self, name)[at] for name in ("advantages", "logprobs", "copies")}
+        return AnswerBatch(**vars(batch), **own)
 
     @classmethod
-    def of(cls, answers: Sequence[WeighedAnswer], rows: int) -> AnswerBatch:
-        """Returns a batch of `rows` rows, of which the last are padding where there are fewer answers."""
-        longest = max(len(answer.prompt) + len(answer.tokens) - 1 for answer in answers)
+    def of(cls, groups: Sequence[Group], rows: int) -> AnswerBatch:
+        """Returns a batch of `rows` rows, of which the last are padding where there are fewer groups.
+
+        A row begins with its prompt but for the last token. The answers follow, each behind that token and at the
+        positions that it would have alone.
+        """
+        longest = max(map(_length, groups))
         grain = max(_GRAIN, 1 << max(0, (longest - 1).bit_length() - 4))
         shape = (rows, -(-longest // grain) * grain)
-        inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        trained, logprobs = np.zeros(shape, np.bool_), np.zeros(shape, np.float32)
-        advantages, tokens = np.zeros(rows, np.float32), 0
-        for row, answer in enumerate(answers):
-            ids, first = (*answer.prompt, *answer.tokens), len(answer.prompt) - 1
-            own = slice(first, len(ids) - 1)
-            inputs[row, : own.stop], targets[row, : own.stop] = ids[:-1], ids[1:]
-            trained[row, own], logprobs[row, own], advantages[row] = True, answer.logprobs, answer.advantage
-            tokens += own.stop
-        return cls(inputs, targets, trained, None, tokens, advantages, logprobs)
+        inputs, targets, segments, positions = (np.zeros(shape, np.int32) for _ in range(4))
+        advantages, logprobs, copies = (np.zeros(shape, np.float32) for _ in range(3))
+        for row, (prompt, answers) in enumerate(groups):
+            end = first = len(prompt) - 1
+            inputs[row, :first], segments[row, :first], positions[row, :first] = prompt[:-1], -1, range(first)
+            for number, (answer, times) in enumerate(answers.items(), start=1):
+                own = slice(end, end := end + len(answer.tokens))
+                inputs[row, own], targets[row, own] = (prompt[-1], *answer.tokens[:-1]), answer.tokens
+                segments[row, own], positions[row, own] = number, range(first, first + len(answer.tokens))
+                advantages[row, own], logprobs[row, own] = answer.advantage, answer.logprobs
+                copies[row, own] = times
+        alone = max(len(answers) for _, answers in groups) == 1
+        return cls(
+            inputs, targets, copies > 0, None if alone else segments, sum(map(_length, groups)), advantages, logprobs,
+            copies, positions=None if alone else positions,
+        )  # fmt: skip
 
 
-def batches_of(answers: Sequence[WeighedAnswer], rows: int) -> list[AnswerBatch]:
-    """Returns batches of so many answers each, those of similar length together."""
-    ordered = sorted(answers, key=lambda answer: len(answer.prompt) + len(answer.tokens))
-    return [AnswerBatch.of(ordered[start : start + rows], rows) for start in range(0, len(ordered), rows)]
+def batches_of(answers: Sequence[WeighedAnswer], most: int, together: bool = True) -> list[AnswerBatch]:
+    """Returns batches of up to `most` answers each, rows of similar length together.
+
+    Answers to a prompt share a row, in which it is read once, as long as that pays; and of those that are the same
+    there is one.
+
+    Args:
+        together: the network can read several answers to a prompt in a row.
+    """
+    groups: dict[tuple[int, ...], Counter[WeighedAnswer]] = defaultdict(Counter)
+    for answer in answers:
+        groups[answer.prompt][answer] += 1
+    # Where answers are longer than prompts, attention to the longer rows takes more than is gained.
+    share = together and sum(len(each.tokens) - len(each.prompt) for each in answers) <= 0
+    rows: list[Group] = []
+    for prompt, found in groups.items():
+        parts = _rows_of(prompt, found, most) if share else len(found)
+        counted = [*found.items()]
+        rows += [(prompt, dict(counted[part::parts])) for part in range(parts)]
+    rows.sort(key=_length)
+    size = most // max((len(found) for _, found in rows), default=1)
+    return [AnswerBatch.of(rows[start : start + size], size) for start in range(0, len(rows), size)]
+
+
+def _length(group: Group) -> int:
+    prompt, answers = group
+    return len(prompt) - 1 + sum(len(answer.tokens) for answer in answers)
+
+
+def _rows_of(prompt: Sequence[int], answers: Collection[WeighedAnswer], most: int) -> int:
+    """Returns the number of rows that a prompt and its answers are in, up to `most` in each."""
+    tokens = sum(len(answer.tokens) for answer in answers)
+    by_length = -(-tokens // max(1, _ROW - len(prompt)))
+    return min(len(answers), max(-(-len(answers) // most), by_length))
 
 
 def group_advantages(rewards: npt.NDArray[np.float64], by_deviation: bool = False) -> npt.NDArray[np.float64]:
@@ -110,17 +158,18 @@ class PolicyGradient:
 
     def count(self, batch: Batch) -> int:
         """Its answers' tokens."""
-        return int(batch.trained.sum())
+        assert isinstance(batch, AnswerBatch)
+        return int(batch.copies.sum())
 
     def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
         """Returns `where`, `targets` and `weights` as `Positions`, and for each position its advantage and log q."""
         assert isinstance(batch, AnswerBatch)
         at = Positions.of(batch.targets, batch.trained)
-        found = np.flatnonzero(batch.trained)
         padding = (0, at.where.shape[0] - at.count)
-        advantages = np.pad(batch.advantages[found // batch.trained.shape[1]], padding)
-        logprobs = np.pad(batch.logprobs.reshape(-1)[found], padding)
-        return at.where, at.targets, at.weights, mx.array(advantages), mx.array(logprobs)
+        weights, advantages, logprobs = (
+            mx.array(np.pad(each[batch.trained], padding)) for each in (batch.copies, batch.advantages, batch.logprobs)
+        )
+        return at.where, at.targets, weights, advantages, logprobs
 
     def sums(
         self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]

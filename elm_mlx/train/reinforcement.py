@@ -108,7 +108,13 @@ class Reinforcement(Finetuning):
             self.asked.computation.seed, callback.progress,
         )  # fmt: skip
         batches = RolloutBatches(
-            policy, self._draw, asked.problems, self.batch_size, asked.updates_per_batch, asked.advantage == "std"
+            policy,
+            self._draw,
+            asked.problems,
+            self.batch_size,
+            asked.updates_per_batch,
+            asked.advantage == "std",
+            self.config.positions,
         )
         return Run(
             model, batches, HeldOut(policy, self.held_out), self.settings, self.out, self._identity(), self.resumed,

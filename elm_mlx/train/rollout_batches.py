@@ -40,6 +40,7 @@ class RolloutBatches:
         rows: answers in a batch.
         repeats: updates that are made by the same answers.
         by_deviation: as of `group_advantages`.
+        together: as of `batches_of`.
 
     Attributes:
         measures: of the last answers: the mean reward, pass@k, tokens of an answer, shares of answers that were cut off
@@ -48,23 +49,27 @@ class RolloutBatches:
 
     def __init__(
         self, policy: Policy, draw: Callable[[int], DrawnProblem], problems: int, rows: int,
-        repeats: int = 1, by_deviation: bool = False,
+        repeats: int = 1, by_deviation: bool = False, together: bool = True,
     ) -> None:  # fmt: skip
         self._policy, self._draw, self._problems, self._rows = policy, draw, problems, rows
-        self._repeats, self._by_deviation = repeats, by_deviation
+        self._repeats, self._by_deviation, self._together = repeats, by_deviation, together
         self._next = self._left = 0  # the next problem's number, and updates that the answers still serve
         self._answers: list[WeighedAnswer] = []
         self.measures: dict[str, float] = {}
 
-    def update(self) -> list[AnswerBatch]:
-        """Returns the batches of the next update. Raises ElmError where there is nothing to learn from."""
+    def update(self, stop: Event) -> list[AnswerBatch]:
+        """Returns the batches of the next update; none once `stop` is set, and the next call makes the same ones.
+
+        Raises ElmError where there is nothing to learn from.
+        """
         if self._left:
             self.measures["sampling_seconds"] = 0.0
-        else:
-            self._sample()
+        elif self._sample(stop):
             self._left = self._repeats
+        else:
+            return []
         self._left -= 1
-        return batches_of(self._answers, self._rows)
+        return batches_of(self._answers, self._rows, self._together)
 
     def state(self) -> dict[str, Any]:
         """Returns the position as JSON's types, which `resume` takes; with answers that serve another update."""
@@ -84,19 +89,23 @@ class RolloutBatches:
         except (KeyError, TypeError, ValueError):
             raise InputError("cannot resume: the position in the problems is damaged") from None
 
-    def _sample(self) -> None:
-        started, solved = time.perf_counter(), list[SolvedProblem]()
-        for _ in range(_MOST_ROUNDS):
-            numbers = range(self._next, self._next + self._problems)
-            self._next = numbers.stop
-            found = self._policy.solve([self._draw(number) for number in numbers])
+    def _sample(self, stop: Event) -> bool:
+        """Samples what is to be learnt; returns False, as if nothing had been, once `stop` is set."""
+        started, solved, answers = time.perf_counter(), list[SolvedProblem](), list[WeighedAnswer]()
+        while not answers and len(solved) < _MOST_ROUNDS * self._problems:
+            first = self._next + len(solved)
+            found = self._policy.solve(
+                [self._draw(number) for number in range(first, first + self._problems)], "sampling answers", stop
+            )
+            if not found:
+                return False
             solved += found
-            self._answers = [answer for each in found for answer in self._weighed(each)]
-            if self._answers:
-                break
+            answers = [answer for each in found for answer in self._weighed(each)]
         self.measures = measured(solved) | {"sampling_seconds": time.perf_counter() - started}
-        if not self._answers:
+        if not answers:
             raise ElmError(_nothing_to_learn(self.measures, len(solved)))
+        self._next, self._answers = self._next + len(solved), answers
+        return True
 
     def _weighed(self, solved: SolvedProblem) -> list[WeighedAnswer]:
         """Returns what is to be learnt from the answers to a problem."""
@@ -136,7 +145,7 @@ class HeldOut:
     policy: Policy
     problems: Sequence[DrawnProblem]
 
-    def examine(self, stop: Event | None = None) -> tuple[float, dict[str, float], list[Sample]]:
+    def examine(self, stop: Event) -> tuple[float, dict[str, float], list[Sample]]:
         """Returns the loss, measures, and samples: the first answers to a few of the problems.
 
         Once `stop` is set, it asks no more, and the loss is not a number.

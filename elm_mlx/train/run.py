@@ -66,7 +66,9 @@ class UpdateSource(Protocol):
 
     measures: dict[str, float]
 
-    def update(self) -> Sequence[Batch]: ...
+    def update(self, stop: Event) -> Sequence[Batch]:
+        """Returns the batches; none once `stop` is set, and the next call makes the same ones."""
+
     def state(self) -> Any: ...
     def resume(self, state: Any) -> None: ...
 
@@ -75,7 +77,7 @@ class UpdateSource(Protocol):
 class Examination(Protocol):
     """A validation that asks the model, in place of a loss over batches."""
 
-    def examine(self, stop: Event | None = None) -> tuple[float, dict[str, float], list[Sample]]:
+    def examine(self, stop: Event) -> tuple[float, dict[str, float], list[Sample]]:
         """Returns what counts as the loss, measures, and samples. Once `stop` is set, they are of no use."""
 
 
@@ -217,30 +219,39 @@ class Run:
             if self.meter is not None and self._leads and not stop.is_set():
                 self.callback.progress("measuring the machine")
                 self.meter.measure(self.compute_dtype or mx.float32)
-            if self.resumed is None and self.validation is not None:
-                self._validate(self.validation, stop)
+            if self.resumed is None:
+                self._validate(stop)
+            elif progress.validation_due:
+                self._conclude(stop)
             self.callback.progress("starting")
-            while progress.step < steps and not self._hopeless() and not self._agreed(stop.is_set()):
-                self._update()
-                last, better = progress.step == steps, False
-                if self.validation is not None and (last or progress.step % settings.eval_every == 0):
-                    better = self._validate(self.validation)
-                if last or better or progress.step % settings.save_every == 0:
-                    self._save()
-                elif self._agreed(time.monotonic() - self._saved_at > _SAVE_AFTER):
-                    self._save(passing=True)
+            while not (progress.validation_due or self._ended() or self._agreed(stop.is_set())):
+                if self._update(stop):
+                    progress.validation_due = progress.step == steps or progress.step % settings.eval_every == 0
+                    self._conclude(stop)
             if progress.step == 0:  # nothing that would be worth going on from
                 raise KeyboardInterrupt
             if self._saved != progress.step:
                 self._save()
         best = checkpoint.directory(self.out, progress.best_step) if progress.best_step else None
-        early = progress.step < steps and self._hopeless()
-        interrupted = progress.step < steps and not early
+        interrupted = progress.validation_due or not self._ended()
+        early = progress.step < steps and not interrupted
         return Result(progress, interrupted, early, checkpoint.directory(self.out, self._saved), best)
 
-    def _hopeless(self) -> bool:
-        """Says whether as many validations as the run has patience for have brought no better loss."""
-        return self.settings.patience is not None and self.progress.worse >= self.settings.patience
+    def _ended(self) -> bool:
+        """Says whether all updates are made, or as many validations as it has patience for brought no better loss."""
+        patience, progress = self.settings.patience, self.progress
+        return progress.step >= self.settings.schedule.total or (patience is not None and progress.worse >= patience)
+
+    def _conclude(self, stop: Event) -> None:
+        """Validates after an update, and saves, where these are due. Nothing is concluded where `stop` is set."""
+        progress = self.progress
+        better = progress.validation_due and self._validate(stop)
+        if progress.validation_due:  # it was broken off
+            return
+        if better or progress.step == self.settings.schedule.total or progress.step % self.settings.save_every == 0:
+            self._save()
+        elif self._agreed(time.monotonic() - self._saved_at > _SAVE_AFTER):
+            self._save(passing=True)
 
     def _begin(self) -> None:
         mx.random.seed((self.settings.seed + self._group.rank()) % 2**64)
@@ -302,10 +313,16 @@ class Run:
             left = self.settings.schedule.total - self.progress.step
             self.callback.ready(seconds * self.settings.accumulate, left)
 
-    def _update(self) -> None:
-        """Makes an update, or skips it. Raises ElmError where the loss says stop."""
+    def _update(self, stop: Event) -> bool:
+        """Makes an update, or skips it; returns False where `stop` has ended what comes before it.
+
+        Raises ElmError where the loss says stop.
+        """
         started, progress = time.perf_counter(), self.progress
-        sums, gradients, count, trained, tokens = self._accumulated()
+        batches = self._due(stop)
+        if batches is None:
+            return False
+        sums, gradients, count, trained, tokens = self._accumulated(batches)
         norm = global_norm(gradients) / count
         mx.eval(sums, norm)
         (mean, *measured), length = _means(sums, count), norm.item()
@@ -329,12 +346,17 @@ class Run:
             Report(
                 progress.step, loss=mean, learning_rate=rate, grad_norm=length, tokens=tokens, trained_tokens=trained,
                 seconds=seconds, tokens_per_second=tokens / seconds, matmul_share=share, memory=device.peak_memory(),
-                skipped=wrong is not None, measures=self._named(measured) | self._sampled(),
+                skipped=wrong is not None, measures=self._named(measured) | self._sampled(seconds),
             )
         )  # fmt: skip
+        return True
 
-    def _validate(self, validation: Iterable[Batch] | Examination, stop: Event | None = None) -> bool:
+    def _validate(self, stop: Event) -> bool:
         """Says whether the loss is the least so far, the base's included. One that `stop` breaks off has no effect."""
+        validation = self.validation
+        if validation is None:
+            self.progress.validation_due = False
+            return False
         self.callback.progress("validating")
         started, progress = time.perf_counter(), self.progress
         samples: list[Sample] | None = None
@@ -343,8 +365,9 @@ class Run:
         else:
             mean, *measured = self._mean_over(validation, stop)
             measures = self._named(measured)
-        if stop is not None and self._agreed(stop.is_set()):
+        if self._agreed(stop.is_set()):
             return False
+        progress.validation_due = False
         if progress.step > 0:
             progress.valid_loss = mean
         best = mean < (math.inf if progress.best_loss is None else progress.best_loss)
@@ -398,10 +421,10 @@ class Run:
         """Says whether any process wants to stop."""
         return stop if self._group.size() == 1 else bool(self._summed(mx.array(int(stop))).item())
 
-    def _accumulated(self) -> tuple[mx.array, Any, int, int, int]:
+    def _accumulated(self, batches: Iterable[Batch]) -> tuple[mx.array, Any, int, int, int]:
         """Sums the loss, measures, gradients, count, trained tokens and tokens of an update over all processes."""
         sums, gradients, count, trained, tokens = mx.array(0.0), None, 0, 0, 0
-        for batch in self._due():
+        for batch in batches:
             if self.meter is not None:
                 self.meter.add(batch)
             new_sums, new, units = self._step.gradients(batch)
@@ -417,17 +440,21 @@ class Run:
             count, trained, tokens = (int(self._summed(mx.array(each)).item()) for each in (count, trained, tokens))
         return sums, gradients, max(1, count), trained, tokens
 
-    def _due(self) -> Iterable[Batch]:
-        """Returns the batches of the next update."""
+    def _due(self, stop: Event) -> Iterable[Batch] | None:
+        """Returns the batches of the next update; None where `stop` ended their making."""
         source = self.batches
         if isinstance(source, UpdateSource):
-            batches = source.update()
+            batches = source.update(stop)
             self.callback.progress("")
-            return batches
+            return batches or None
         return (next(source) for _ in range(self.settings.accumulate))
 
-    def _sampled(self) -> dict[str, float]:
-        return self.batches.measures if isinstance(self.batches, UpdateSource) else {}
+    def _sampled(self, seconds: float) -> dict[str, float]:
+        """Returns what the source of an update that took so many seconds has measured."""
+        if not isinstance(self.batches, UpdateSource):
+            return {}
+        measures = self.batches.measures
+        return measures | {"training_seconds": seconds - measures["sampling_seconds"]}
 
     def _named(self, measured: list[float]) -> dict[str, float]:
         return dict(zip(self._step.objective.measures, measured, strict=True))

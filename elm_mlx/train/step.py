@@ -113,7 +113,8 @@ class Step:
 
     def _arrays(self, batch: Batch) -> tuple[Any, ...]:
         """Returns a batch as the compiled functions take it."""
-        segments = None if batch.segments is None else (mx.array(batch.segments), batch.reach())
+        positions = None if batch.positions is None else mx.array(batch.positions)
+        segments = None if batch.segments is None else (mx.array(batch.segments), batch.reach(), positions)
         return mx.array(batch.inputs), segments, self.objective.arrays(batch)
 
     def _sums(
@@ -121,7 +122,7 @@ class Step:
         gradients: bool,
         parameters: Parameters,
         inputs: mx.array,
-        segments: tuple[mx.array, int | None] | None,
+        segments: tuple[mx.array, int | None, mx.array | None] | None,
         at: tuple[mx.array, ...],
     ) -> tuple[mx.array, mx.array]:
         """Returns the loss under `parameters` in place of the model's own, alone and again with the measures."""

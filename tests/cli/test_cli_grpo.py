@@ -48,7 +48,7 @@ def grpo(run: Run, model: Path, task: Path) -> Any:
 
 def lines(out: Path) -> list[dict[str, Any]]:
     """The metrics, without what depends on the clock."""
-    clock = {"seconds", "tokens_per_second", "memory", "sampling_seconds"}
+    clock = {"seconds", "tokens_per_second", "memory", "sampling_seconds", "training_seconds"}
     found = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
     return [{key: value for key, value in line.items() if key not in clock} for line in found]
 
@@ -69,9 +69,22 @@ def test_what_is_rewarded_comes_more_often(grpo: Any, model: Path, tmp_path: Pat
         assert all(name in line for line in updates)
     assert ("clipped" in updates[0]) == ("--updates-per-batch" in method)
     assert re.search(r"step 0: held-out problems: pass@1 [\d.]+, pass@4 [\d.]+, entropy [\d.]+", said)
-    assert re.search(r"  (right|wrong): [a-z ]+ → \S", said) and re.search(r", \d+% sampling, ", said)
+    assert re.search(r"  (right|wrong): [a-z ]+ → \S", said) and re.search(
+        r", \d+% sampling \(\d+\.\d s\), \d+% training \(\d+\.\d s\), ", said
+    )
     assert re.search(r"best      [\d.]+% of the answers to held-out problems right, after (12|24) updates", said)
     assert load_model(model, adapter_path=out) is not None
+
+
+def test_a_quantized_base_learns_by_an_adapter(run: Run, model: Path, task: Path, tmp_path: Path) -> None:
+    packed, out = tmp_path / "packed", tmp_path / "out"
+    assert run("quantize", model, packed, "--bits", 4, "--group-size", 32)[0] == 0
+    code, _, err = run("grpo", packed, "--task", task, *QUICK, "--out", out, "--iters", 24)
+    assert code == 0, err
+    rates = [line["valid_pass@1"] for line in lines(out) if "valid_loss" in line]
+    assert rates[-1] > rates[0] + 0.1
+    code, _, err = run("grpo", packed, "--task", task, *QUICK, "--out", tmp_path / "full", "--full")
+    assert code == 2 and "quantized" in err
 
 
 def test_a_run_that_has_only_harmed_says_so(grpo: Any, tmp_path: Path) -> None:
@@ -101,6 +114,38 @@ def test_a_run_that_is_stopped_before_a_validation_has_not_harmed(model: Path, t
         result = run.train(Stopping())
     assert result.interrupted and result.progress.step == 3
     assert replace(result, progress=replace(result.progress, loss_mean=9.0)).harm is None
+
+
+@pytest.mark.parametrize(("stopped_at", "saved"), [("sampling answers", 2), ("validating", 5)])
+def test_stopped_amid_answers_and_resumed(model: Path, task: Path, tmp_path: Path, stopped_at: str, saved: int) -> None:
+    """Ctrl-C waits for no further answer; what was sampled is sampled again, to the bit."""
+
+    class Stopping(TrainingCallback):
+        def __init__(self) -> None:
+            self.step, self.answers = 0, 0
+
+        def report(self, report: Report) -> None:
+            self.step = report.step
+
+        def progress(self, what: str, done: int = 0, total: int = 0, /) -> None:
+            if self.step == saved and what == stopped_at and done:
+                self.answers += 1
+                if done == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+
+    values = {
+        "model": model, "task": str(task), "out": tmp_path / "out", "max_tokens": 6, "problems": 4, "answers": 4,
+        "difficulty": "1", "eval_problems": 8, "iters": 8, "steps_per_eval": 5, "learning_rate": 0.02,
+    }  # fmt: skip
+    callback = Stopping()
+    with Reinforcement(made(GrpoSettings, values)) as run:
+        result = run.train(callback)
+    assert result.interrupted and result.progress.step == saved and callback.answers == 3
+    with Reinforcement(made(GrpoSettings, values), resume=True) as run:
+        assert not run.train().interrupted
+    with Reinforcement(made(GrpoSettings, values | {"out": tmp_path / "whole"})) as run:
+        run.train()
+    assert lines(tmp_path / "out") == lines(tmp_path / "whole")
 
 
 def test_a_run_says_what_it_is_going_to_do(grpo: Any, tmp_path: Path) -> None:

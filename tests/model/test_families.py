@@ -135,6 +135,18 @@ def test_segments_keep_texts_apart(name: str, family_dirs: dict[str, Path]) -> N
     assert mx.allclose(together[:, 17:], model(row[:, 17:]), atol=1e-4)
 
 
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mamba"])
+def test_texts_that_begin_alike_share_what_they_begin_with(name: str, family_dirs: dict[str, Path]) -> None:
+    model = loading.load_model(family_dirs[name])
+    numbers = mx.array([[-1] * 17 + [1] * 9 + [2] * 14])
+    positions = mx.array([[*range(26), *range(17, 31)]])
+    together = model(mx.array([IDS]), segments=Segments(numbers, None, positions))
+    first, second = (model(mx.array([[*IDS[:17], *rest]])) for rest in (IDS[17:26], IDS[26:]))
+    assert mx.allclose(together[:, :26], first, atol=1e-4)
+    assert mx.allclose(together[:, 26:], second[:, 17:], atol=1e-4)
+
+
 def test_a_state_cannot_tell_texts_apart(family_dirs: dict[str, Path]) -> None:
     model = loading.load_model(family_dirs["mamba"])
     with pytest.raises(InputError, match="Mamba cannot tell them apart"):

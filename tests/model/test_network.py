@@ -224,3 +224,26 @@ def test_texts_that_share_a_row_have_the_logits_of_each_alone(name: str) -> None
     for number, text in enumerate(texts, 1):
         own = mx.array(np.flatnonzero(numbers[0] == number))
         assert_close(together[:, own], expected(model, text))
+
+
+def beginning_in_common(prompt: mx.array, answers: list[mx.array], padding: int) -> tuple[mx.array, Segments]:
+    """Returns a row of a prompt and what follows it in several texts, and what separates those."""
+    lengths, first = [each.shape[1] for each in answers], prompt.shape[1]
+    row = mx.concatenate([prompt, *answers, mx.zeros((1, padding), mx.int32)], axis=1)
+    numbers = np.repeat([-1, *range(1, len(answers) + 1), 0], [first, *lengths, padding])[None]
+    positions = np.concatenate([np.arange(first), *(first + np.arange(each) for each in lengths), [0] * padding])
+    return row, Segments(mx.array(numbers), None, mx.array(positions[None].astype(np.int32)))
+
+
+@pytest.mark.usefixtures("branch")
+@pytest.mark.parametrize("name", FEW[:4])
+def test_texts_that_begin_alike_have_the_logits_of_each_alone(name: str) -> None:
+    """Where what they have in common is read once."""
+    model, prompt = variant(name), ids_of(100)
+    answers = [ids_of(length)[:, ::-1] for length in (70, 1, 130)]
+    row, segments = beginning_in_common(prompt, answers, 20)
+    together, start = model(row, segments=segments), 100
+    for answer in answers:
+        alone = expected(model, mx.concatenate([prompt, answer], axis=1))
+        assert_close(together[:, :100], alone[:, :100])
+        assert_close(together[:, start : (start := start + answer.shape[1])], alone[:, 100:])

@@ -15,6 +15,7 @@ from training_tasks import write_task
 
 from elm_mlx.model.lora_layers import LoRALinear
 from elm_mlx.model.network import Model
+from elm_mlx.model.ops import Segments
 from elm_mlx.problems.built_in import load_task
 from elm_mlx.problems.checked_task import CheckedTask
 from elm_mlx.problems.drawn_problems import training_problem
@@ -68,7 +69,7 @@ def test_answers_have_the_probabilities_of_the_training_step(
     for update in range(3):
         problems = [training_problem(task, [1, 2], 0, number) for number in range(3)]
         names = [name for name, _ in tree_flatten(model.parameters())]
-        solved = policy.solve(problems)
+        solved = policy.solve(problems, "sampling", Event())
         assert names == [name for name, _ in tree_flatten(model.parameters())] and model.training
         answers = [
             WeighedAnswer(policy.prompt(each.drawn), answer.rollout.tokens, answer.rollout.logprobs, 1.0)
@@ -77,11 +78,15 @@ def test_answers_have_the_probabilities_of_the_training_step(
         ]
         assert [answer.tokens for answer in answers] != before
         before = [answer.tokens for answer in answers]
-        (batch,) = batches_of(answers, len(answers))
-        where, targets, weights, _, drawn = PolicyGradient().arrays(batch)
-        hidden = model.transformer(mx.array(batch.inputs), None, None)
-        now = -losses_only(Head.of(model), hidden, (where, targets))
-        np.testing.assert_allclose(np.array(now * weights), np.array(drawn * weights), atol=5e-5 * (1 + 9 * update))
+        for together in (False, True):
+            (batch,) = batches_of(answers, 2 * len(answers), together)
+            where, targets, weights, _, drawn = PolicyGradient().arrays(batch)
+            segments = None
+            if batch.segments is not None and batch.positions is not None:
+                segments = Segments(mx.array(batch.segments), None, mx.array(batch.positions))
+            hidden = model.transformer(mx.array(batch.inputs), None, segments)
+            now = -losses_only(Head.of(model), hidden, (where, targets))
+            np.testing.assert_allclose(np.array(now * weights), np.array(drawn * weights), atol=5e-5 * (1 + 9 * update))
         _, gradients, count = step.gradients(batch)
         step.apply(gradients, global_norm(gradients) / count, count, 1e-2)
         mx.eval(step.state())
@@ -98,7 +103,7 @@ def test_rounded_parameters_answer_as_they_are_trained(
     kept = {name: np.array(value) for name, value in tree_flatten(model.trainable_parameters())}
     found = [
         Policy(model, tiny_tokenizer, None, task, dtype, samples=2, max_tokens=8, seed=0).solve(
-            [training_problem(task, [1], 0, 0)]
+            [training_problem(task, [1], 0, 0)], "sampling", Event()
         )
         for dtype in (None, mx.bfloat16)
     ]
@@ -116,7 +121,7 @@ def test_answers_are_counted_as_they_come(tiny_model_dir: Path, tiny_tokenizer: 
 
     model = adapted(False)(tiny_model_dir)
     policy = Policy(model, tiny_tokenizer, None, task, None, samples=2, max_tokens=4, seed=0, on_progress=on_progress)
-    policy.solve([training_problem(task, [1], 0, number) for number in range(3)], "validating")
+    policy.solve([training_problem(task, [1], 0, number) for number in range(3)], "validating", Event())
     assert told == [("validating", done, 6) for done in range(7)]
 
 
@@ -152,5 +157,5 @@ def test_what_a_judge_raises_leaves_the_model_as_it_was(
     broken = CheckedTask("broken", 1, task.problem, fail)  # type: ignore[arg-type]
     policy = Policy(model, tiny_tokenizer, None, broken, None, samples=2, max_tokens=300, seed=0)
     with pytest.raises(ZeroDivisionError):
-        policy.solve([training_problem(task, [1], 0, number) for number in range(9)])
+        policy.solve([training_problem(task, [1], 0, number) for number in range(9)], "sampling", Event())
     assert any(isinstance(module, LoRALinear) for module in model.modules()) and model.training

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +45,9 @@ def computed(
 
 def test_by_hand() -> None:
     """Two answers of one token each, of two tokens alike likely: the right one is made likelier."""
-    batch = AnswerBatch.of(
-        [WeighedAnswer((5,), (0,), (math.log(0.5),), 0.5), WeighedAnswer((5,), (1,), (math.log(0.5),), -0.5)], rows=2
-    )
-    hidden = mx.zeros((2, 8, 1)).at[:, 0].add(1.0)
+    made = [WeighedAnswer((5,), (0,), (math.log(0.5),), 0.5), WeighedAnswer((5,), (1,), (math.log(0.5),), -0.5)]
+    (batch,) = batches_of(made, 2)
+    hidden = mx.ones((1, 8, 1))
     total, _, (by_weight, _) = computed(batch, mx.zeros((2, 1)), hidden, repeated=False)
     # d log p(token) / d logits is 1 - 1/2 for the token and -1/2 for the other one; -A times that, of both answers.
     np.testing.assert_allclose(np.array(by_weight)[:, 0], [-0.5 * 0.5 - 0.5 * 0.5, 0.5], atol=1e-6)
@@ -60,7 +61,7 @@ def test_by_hand() -> None:
 )  # fmt: skip
 def test_a_gradient_ends_where_the_ratio_has_moved_far(advantage: float, before: float, clipped: bool) -> None:
     """A probability of a half, that was drawn with another one."""
-    batch = AnswerBatch.of([WeighedAnswer((5,), (0,), (math.log(before),), advantage)], rows=1)
+    (batch,) = batches_of([WeighedAnswer((5,), (0,), (math.log(before),), advantage)], 1)
     hidden = mx.zeros((1, 8, 1)).at[:, 0].add(1.0)
     total, measures, (by_weight, _) = computed(batch, mx.zeros((2, 1)), hidden, repeated=True)
     ratio = 0.5 / before
@@ -80,8 +81,8 @@ def test_by_pytorch(number: int) -> None:
     np.testing.assert_allclose(advantages, case["advantages"], atol=1e-9)
     targets, trained = np.array(data["targets"], np.int32), np.array(data["trained"])
     batch = AnswerBatch(
-        np.zeros_like(targets), targets, trained, None, 0, advantages.reshape(-1).astype(np.float32),
-        np.array(data["before"], np.float32),
+        np.zeros_like(targets), targets, trained, None, 0, (advantages.reshape(-1, 1) * trained).astype(np.float32),
+        np.array(data["before"], np.float32), trained.astype(np.float32),
     )  # fmt: skip
     total, measures, gradients = computed(
         batch, mx.array(np.array(data["weight"], np.float32)), mx.array(hidden), case["repeated"]
@@ -93,14 +94,19 @@ def test_by_pytorch(number: int) -> None:
     assert not case["repeated"] or measures.item() / count == pytest.approx(case["clipped"])
 
 
-def answers(count: int, seed: int = 0) -> list[WeighedAnswer]:
+def answers(count: int, seed: int = 0, of_a_prompt: int = 1, longest: int = 30) -> list[WeighedAnswer]:
+    """So many answers, as many of one prompt each; every fourth is drawn twice."""
     draw = np.random.default_rng(seed)
-    made = []
+    made = list[WeighedAnswer]()
     for number in range(count):
-        size = int(draw.integers(1, 30))
-        prompt, tokens = (tuple(draw.integers(3, 60, each).tolist()) for each in (int(draw.integers(1, 9)), size))
+        size = int(draw.integers(1, longest))
+        prompt, tokens = (tuple(draw.integers(3, 60, each).tolist()) for each in (int(draw.integers(9, 20)), size))
         logprobs = tuple(np.float32(draw.uniform(-5, -0.1, size)).tolist())
+        if number % of_a_prompt:
+            prompt = made[-1].prompt
         made.append(WeighedAnswer(prompt, tokens, logprobs, float(draw.normal()) + number % 2))
+        if number % 4 == 3 and of_a_prompt > 1:
+            made.append(made[-1])
     return made
 
 
@@ -122,7 +128,7 @@ def test_the_gradient_of_a_network_is_that_of_differences(repeated: bool) -> Non
     def value(far: float) -> float:
         model.transformer.layers[1].ffn.proj_2.weight = weight + far * direction
         now = measured_logprobs(model, batch)
-        each = batch.advantages[:, None]
+        each = batch.advantages
         if not repeated:
             return float(-(now * each * batch.trained).sum())
         ratio = np.exp(now - batch.logprobs)
@@ -139,39 +145,50 @@ def measured_logprobs(model: Any, batch: Batch) -> Any:
     return chosen - np.log(np.exp(logits).sum(axis=-1))
 
 
-def test_an_updates_batches_have_every_answer_once() -> None:
-    made = answers(23)
-    found = batches_of(made, 5)
-    assert [len(batch.inputs) for batch in found] == [5] * 5
+@pytest.mark.parametrize(("longest", "shared"), [(9, True), (60, False)])
+def test_an_updates_batches_have_every_answer_once(longest: int, shared: bool) -> None:
+    """Answers to a prompt stand in a row with it, where that is longer than they are; those that are the same, once."""
+    made = answers(24, of_a_prompt=4, longest=longest)
+    found = batches_of(made, 8)
     assert sum(PolicyGradient().count(batch) for batch in found) == sum(len(answer.tokens) for answer in made)
-    assert sum(batch.tokens for batch in found) == sum(len(each.prompt) + len(each.tokens) - 1 for each in made)
-    rows = {}
+    assert len({batch.inputs.shape[0] for batch in found}) == 1
+    rows = Counter[WeighedAnswer]()
     for batch in found:
-        for row in range(5):
-            own = np.flatnonzero(batch.trained[row])
-            if own.size:
-                prompt = (*batch.inputs[row, : own[0]].tolist(), int(batch.inputs[row, own[0]]))
-                key = (prompt, tuple(batch.targets[row, own].tolist()))
-                rows[key] = (tuple(batch.logprobs[row, own].tolist()), float(batch.advantages[row]))
-    for answer in made:
-        logprobs, advantage = rows[answer.prompt, answer.tokens]
-        assert logprobs == answer.logprobs and advantage == pytest.approx(answer.advantage)
+        numbers = np.ones_like(batch.inputs) if batch.segments is None else batch.segments
+        assert shared == (batch.segments is not None)
+        for row, number in sorted({(row, numbers[row, at]) for row, at in zip(*batch.trained.nonzero(), strict=True)}):
+            own = np.flatnonzero(batch.trained[row] & (numbers[row] == number))
+            first = np.flatnonzero(batch.trained[row])[0]
+            prompt = (*batch.inputs[row, :first].tolist(), int(batch.inputs[row, own[0]]))
+            if batch.positions is not None:
+                assert batch.positions[row, own].tolist() == [*range(first, first + len(own))]
+            tokens = tuple(batch.targets[row, own].tolist())
+            assert batch.inputs[row, own[1:]].tolist() == [*tokens[:-1]]
+            (advantage,), (copies,) = ({*each[row, own].tolist()} for each in (batch.advantages, batch.copies))
+            rows[WeighedAnswer(prompt, tokens, tuple(batch.logprobs[row, own].tolist()), advantage)] += copies
+    assert rows == Counter(replace(answer, advantage=float(np.float32(answer.advantage))) for answer in made)
+    assert shared == (sum(batch.tokens for batch in found) < sum(len(each.prompt) for each in {*made}))
 
 
-def test_cut_into_batches_an_update_is_the_same() -> None:
-    model, made = runs.model(), answers(12)
+@pytest.mark.parametrize("repeated", [False, True])
+def test_cut_into_batches_an_update_is_the_same(repeated: bool) -> None:
+    """Whatever rows answers are in, and on how many processors."""
+    model, made = runs.model(), answers(16, of_a_prompt=4, longest=12)
     model.unfreeze()
-    step = Step(model, runs.settings(), None, PolicyGradient())
-    norms = []
-    for rows in (12, 5, 1):
-        total = None
-        for batch in batches_of(made, rows):
-            _, gradients, _ = step.gradients(batch)
-            weight = gradients["transformer"]["layers"][0]["attn"]["qkv_proj"]["weight"]
-            total = weight if total is None else total + weight
-        norms.append(np.array(total))
-    for other in norms[1:]:
-        np.testing.assert_allclose(other, norms[0], atol=1e-4 * np.abs(norms[0]).max())
+    step = Step(model, runs.settings(), None, PolicyGradient(repeated))
+    found = []
+    for most, together, parts in ((64, False, 1), (64, True, 1), (64, True, 2), (5, True, 1), (2, True, 1)):
+        step.cut_into(parts)
+        total, sums, count = mx.zeros(()), mx.zeros(()), 0
+        for batch in batches_of(made, most, together):
+            new, gradients, units = step.gradients(batch)
+            weights = [layer["attn"]["qkv_proj"]["weight"] for layer in gradients["transformer"]["layers"]]
+            total, sums, count = total + mx.stack(weights[:1]), sums + new, count + units
+        found.append((np.array(total), np.array(sums), count))
+    for weight, sums, count in found[1:]:
+        np.testing.assert_allclose(weight, found[0][0], atol=1e-4 * np.abs(found[0][0]).max())
+        np.testing.assert_allclose(sums, found[0][1], rtol=1e-4)
+        assert count == found[0][2] == sum(len(answer.tokens) for answer in made)
 
 
 def test_advantages() -> None:

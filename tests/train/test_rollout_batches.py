@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,10 @@ class Scripted:
     def prompt(self, drawn: DrawnProblem) -> tuple[int, ...]:
         return (1, 10 + drawn.number)
 
-    def solve(self, problems: Sequence[DrawnProblem], *_: object) -> list[SolvedProblem]:
+    def solve(self, problems: Sequence[DrawnProblem], _: str, stop: Event) -> list[SolvedProblem]:
         self.asked += [drawn.number for drawn in problems]
+        if stop.is_set():
+            return []
         return [self._solved(drawn) for drawn in problems]
 
     def _solved(self, drawn: DrawnProblem) -> SolvedProblem:
@@ -58,10 +61,11 @@ def batches(answers: Sequence[Answers], problems: int = 4, **options: Any) -> tu
 
 def test_groups_that_agree_and_answers_that_were_cut_off_are_left_out() -> None:
     source, policy = batches(MIXED)
-    made = source.update()
+    made = source.update(Event())
     assert policy.asked == [0, 1, 2, 3] and [len(batch.inputs) for batch in made] == [3, 3, 3]
     rows = {
-        (int(batch.inputs[row, 1]), int(batch.trained[row].sum())): float(batch.advantages[row])
+        (int(batch.inputs[row, 1]), int(batch.trained[row].sum())): float(batch.advantages[row].sum())
+        / batch.trained[row].sum()
         for batch in made
         for row in range(3)
         if batch.trained[row].any()
@@ -78,7 +82,7 @@ def test_groups_that_agree_and_answers_that_were_cut_off_are_left_out() -> None:
 
 def test_where_nothing_is_left_more_are_drawn() -> None:
     source, policy = batches([[WRONG, WRONG], [RIGHT, RIGHT], [WRONG, WRONG], [RIGHT, WRONG]], problems=2)
-    assert len(source.update()) == 1 and policy.asked == [0, 1, 2, 3]
+    assert len(source.update(Event())) == 1 and policy.asked == [0, 1, 2, 3]
     assert source.measures["skipped_groups"] == 0.75
 
 
@@ -93,32 +97,45 @@ def test_where_nothing_is_left_more_are_drawn() -> None:
 def test_a_task_that_teaches_nothing_ends_the_run(answers: Answers, message: str) -> None:
     source, policy = batches([answers], problems=2)
     with pytest.raises(ElmError, match=message):
-        source.update()
+        source.update(Event())
     assert policy.asked == list(range(16))
 
 
 def test_answers_serve_several_updates() -> None:
     source, policy = batches(MIXED, repeats=3)
-    first, second, third = (source.update() for _ in range(3))
+    first, second, third = (source.update(Event()) for _ in range(3))
     assert policy.asked == [0, 1, 2, 3]
     for batch, again, once_more in zip(first, second, third, strict=True):
         np.testing.assert_array_equal(batch.logprobs, again.logprobs)
         np.testing.assert_array_equal(batch.targets, once_more.targets)
-    source.update()
+    source.update(Event())
     assert policy.asked == list(range(8))
+
+
+def test_what_is_stopped_is_made_again() -> None:
+    """Whether answers were missing to the first problems of an update, or to more that were drawn in their place."""
+    stop = Event()
+    stop.set()
+    source, policy = batches([[WRONG, WRONG], [RIGHT, RIGHT], [WRONG, WRONG], [RIGHT, WRONG]], problems=2)
+    before = source.state()
+    assert source.update(stop) == [] and source.state() == before
+    expected = batches([[WRONG, WRONG], [RIGHT, RIGHT], [WRONG, WRONG], [RIGHT, WRONG]], problems=2)[0].update(Event())
+    for batch, other in zip(source.update(Event()), expected, strict=True):
+        np.testing.assert_array_equal(batch.targets, other.targets)
+    assert policy.asked == [0, 1, 0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("updates", [1, 2, 3, 4])
 def test_it_goes_on_where_it_stood(updates: int) -> None:
     lived, _ = batches(MIXED, repeats=3)
     for _ in range(updates):
-        lived.update()
+        lived.update(Event())
     state = json.loads(json.dumps(lived.state()))
     resumed, policy = batches(MIXED, repeats=3)
     resumed.resume(state)
     assert {**resumed.measures} == {**lived.measures}
     for _ in range(4):
-        for batch, expected in zip(resumed.update(), lived.update(), strict=True):
+        for batch, expected in zip(resumed.update(Event()), lived.update(Event()), strict=True):
             for name, value in vars(expected).items():
                 np.testing.assert_array_equal(getattr(batch, name), value)
     assert min(policy.asked) == 4 if updates <= 3 else 8
@@ -129,14 +146,14 @@ def test_it_goes_on_where_it_stood(updates: int) -> None:
 )
 def test_a_damaged_position_is_refused(damage: dict[str, Any]) -> None:
     source, _ = batches(MIXED)
-    source.update()
+    source.update(Event())
     with pytest.raises(InputError, match="position in the problems is damaged"):
         source.resume(source.state() | damage)
 
 
 def test_a_validation_counts_what_is_wrong() -> None:
     policy: Any = Scripted(MIXED)
-    loss, measures, samples = HeldOut(policy, [drawn(number) for number in range(4)]).examine()
+    loss, measures, samples = HeldOut(policy, [drawn(number) for number in range(4)]).examine(Event())
     assert loss == pytest.approx(0.5)
     assert measures == {
         "pass@1": pytest.approx(0.5), "pass@4": 0.75, "length": 2.5, "truncated": 1 / 16, "entropy": 0.5,
