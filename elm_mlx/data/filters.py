@@ -1,4 +1,4 @@
-"""Filters of raw text: by length, repetition, symbols. Each can be switched off; each has a name for what it drops."""
+"""Filters of raw text: by length, repetition, symbols, likeness. Each can be off; each has a name for what it drops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _RUN = 5  # words
 
 # Why a document is left out, in the order in which that is asked.
 DUPLICATE, SHORT, REPETITIVE, SYMBOLS, FEW_TOKENS = "duplicate", "short", "repetitive", "symbols", "few tokens"
-REASONS = (DUPLICATE, SHORT, REPETITIVE, SYMBOLS, FEW_TOKENS)
+UNLIKE = "unlike"
+REASONS = (DUPLICATE, SHORT, REPETITIVE, SYMBOLS, FEW_TOKENS, UNLIKE)
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Filters:
         max_repetition: leave out texts with a larger `repetition`; None for none.
         max_symbols: leave out texts with a larger share of `symbols`; None for none.
         min_tokens: leave out texts of fewer tokens, BOS and EOS not counted.
+        like: trusted texts, a source's path, that those which are kept are to be like.
+        like_share: of what the other filters keep of each source, the share that is kept, the most alike.
     """
 
     nfc: bool = True
@@ -35,6 +38,8 @@ class Filters:
     max_repetition: float | None = 0.3
     max_symbols: float | None = 0.3
     min_tokens: int = 256
+    like: str | None = None
+    like_share: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("min_chars", "min_tokens"):
@@ -44,6 +49,8 @@ class Filters:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise InputError(f"{name} must be from 0 to 1, not {value}")
+        if not 0 < self.like_share <= 1:
+            raise InputError(f"like_share must be above 0 and at most 1, not {self.like_share}")
 
     def normalized(self, text: str) -> str:
         return unicodedata.normalize("NFC", text) if self.nfc else text

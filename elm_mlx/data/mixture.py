@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from elm_mlx.data import filters
 from elm_mlx.data.bad_record import BadRecord
+from elm_mlx.data.likeness import Likeness
 from elm_mlx.data.text_sources import Broken, Position, Raw, TextSource
 from elm_mlx.data.workers import Encode, Outcome, Pool
 from elm_mlx.errors import ElmError, InputError
@@ -60,6 +61,7 @@ class Feed:
         read: its documents from a position on, without end.
         ahead: tasks to be encoded ahead of need.
         on_wrong: called with a line for each record and file that cannot be read.
+        likeness: says which documents are kept of those that the other filters keep; None for all.
     """
 
     def __init__(
@@ -69,12 +71,14 @@ class Feed:
         pool: Pool,
         ahead: int,
         on_wrong: Callable[[str], None],
+        likeness: Likeness | None = None,
     ) -> None:
         self.source, self.counts = source, Counts()
         self.first: Counts | None = None  # of the first epoch, once it has ended here
         self.position = Position()  # of the document after the last
         self.last = Position()  # of the last that was kept
         self._from, self._pool, self._ahead, self._on_wrong = read, pool, ahead, on_wrong
+        self._likeness = likeness
         self._kept = 0  # in this epoch
         self._current: deque[tuple[Raw, Outcome | Broken]] = deque()
         self._begin()
@@ -103,11 +107,14 @@ class Feed:
         raw, outcome = self._current.popleft()
         self._step(raw.position)
         if isinstance(outcome, bytes):
-            self.last = raw.position
-            self._kept += 1
-            self.counts.kept += 1
-            self.counts.tokens += len(outcome) // 4
-            return np.frombuffer(outcome, np.uint32).astype(np.int32)
+            ids = ids_of(outcome)
+            if self._likeness is None or self._likeness.accepts(ids):
+                self.last = raw.position
+                self._kept += 1
+                self.counts.kept += 1
+                self.counts.tokens += len(ids)
+                return ids
+            outcome = filters.UNLIKE
         if isinstance(outcome, str):
             self.counts.dropped[outcome] += 1
         else:
@@ -120,7 +127,7 @@ class Feed:
         if raw.position == position and isinstance(raw.content, str | bytes):
             (outcome,) = self._pool.submit(Encode((raw.content,), self.source.key)).result()
             if isinstance(outcome, bytes):
-                return np.frombuffer(outcome, np.uint32).astype(np.int32)
+                return ids_of(outcome)
         raise InputError(f"cannot resume: {raw.where} is another document than before")
 
     def state(self) -> dict[str, Any]:
@@ -130,7 +137,9 @@ class Feed:
         self.position = Position(*map(int, state["next"]))
         self._kept = int(state["kept"])
         self.counts, self.first = Counts(**state["counts"]), None
-        self.counts.dropped, self.counts.broken = dict(self.counts.dropped), list(self.counts.broken)
+        # A run that was saved before there was a filter has no count of it.
+        self.counts.dropped = dict.fromkeys(filters.REASONS, 0) | self.counts.dropped
+        self.counts.broken = list(self.counts.broken)
         counts = self.counts
         numbers = [*state["next"], counts.epoch, counts.read, counts.kept, counts.tokens, counts.bad]
         if any(type(number) is not int or number < 0 for number in (*numbers, *counts.dropped.values())):
@@ -249,6 +258,11 @@ class Mixture:
             self._starts.append(self._length)
         self._parts.append(ids)
         self._length += len(ids)
+
+
+def ids_of(outcome: bytes) -> Ids:
+    """Returns a document's ids of a worker's answer."""
+    return np.frombuffer(outcome, np.uint32).astype(np.int32)
 
 
 def ahead(workers: int, weight: float, weights: float) -> int:

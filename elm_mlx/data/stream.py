@@ -10,9 +10,10 @@ A shard is a stream of its own, with its own share of the documents. Shards take
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +26,10 @@ from elm_mlx.data import duplicates
 from elm_mlx.data.batches import Batch, check_identity
 from elm_mlx.data.draws import random_bits, shuffled
 from elm_mlx.data.filters import Filters
-from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead
-from elm_mlx.data.text_sources import TextFiles, TextSource
-from elm_mlx.data.workers import Pool
+from elm_mlx.data.likeness import Ids, Likeness, spread
+from elm_mlx.data.mixture import Counts, Feed, Mixture, ahead, ids_of
+from elm_mlx.data.text_sources import Position, Raw, TextFiles, TextSource
+from elm_mlx.data.workers import Encode, Pool
 from elm_mlx.errors import InputError
 from elm_mlx.reading import counted
 from elm_mlx.text.tokenizer import Tokenizer
@@ -114,9 +116,10 @@ class TextBatches:
         self._reading, self._world, self._rank = reading, world, rank
         self._on_wrong, self._gather = on_wrong, gather
         self._files = [TextFiles(source) for source in sources]
+        trusted = None if filters.like is None else TextFiles(TextSource(filters.like))
         self._identity = {
             "seed": reading.seed, "rows of a batch": self._rows, "row length": reading.length, "window": reading.window,
-            "segments": reading.segments, "shards": self._shards, "filters": asdict(filters),
+            "segments": reading.segments, "shards": self._shards, "filters": _identity(filters, trusted),
             "tokenizer": hashlib.sha256(model.path.read_bytes()).hexdigest(),
             "weights": [source.weight for source in sources], "data": [files.fingerprint() for files in self._files],
         }  # fmt: skip
@@ -127,9 +130,10 @@ class TextBatches:
         self._pool = Pool(reading.workers, model.path, filters)
         try:
             marks = duplicates.find(self._files, self._pool, cache) if filters.duplicates else None
+            alike = self._likenesses(trusted, marks, filters.like_share) if trusted else None
             size = self._batches * batch * reading.length + 1
             self._own = range(rank, self._shards, world)
-            self._mixtures = [Mixture(self._feeds(shard, marks), size) for shard in self._own]
+            self._mixtures = [Mixture(self._feeds(shard, marks, alike), size) for shard in self._own]
         except BaseException:
             self.close()
             raise
@@ -213,17 +217,40 @@ class TextBatches:
             mixture.fill(wait=False)
         return batch
 
-    def _feeds(self, shard: int, marks: list[duplicates.Marks] | None) -> list[Feed]:
+    def _feeds(self, shard: int, marks: list[duplicates.Marks] | None, alike: list[Likeness] | None) -> list[Feed]:
         weights = sum(files.source.weight for files in self._files)
         feeds = []
         for number, files in enumerate(self._files):
-            read = partial(
-                files.read, order=partial(_file_order, self._reading.seed, number), shard=shard, shards=self._shards,
-                skipped=partial(_is_marked, marks[number] if marks else []),
-            )  # fmt: skip
+            read = partial(self._read, number, marks, shard=shard, shards=self._shards)
             run_ahead = ahead(self._reading.workers, files.source.weight, weights)
-            feeds.append(Feed(files.source, read, self._pool, run_ahead, self._wrong))
+            likeness = alike[number] if alike else None
+            feeds.append(Feed(files.source, read, self._pool, run_ahead, self._wrong, likeness))
         return feeds
+
+    def _read(
+        self, number: int, marks: list[duplicates.Marks] | None, start: Position, shard: int = 0, shards: int = 1
+    ) -> Iterator[Raw]:
+        """Reads a source's documents from `start` on, without end."""
+        order = partial(_file_order, self._reading.seed, number)
+        skipped = partial(_is_marked, marks[number] if marks else [])
+        return self._files[number].read(start, order, shard, shards, skipped)
+
+    def _likenesses(self, trusted: TextFiles, marks: list[duplicates.Marks] | None, share: float) -> list[Likeness]:
+        """Returns each source's likeness to the trusted texts, by a sample of what is read of it first."""
+        wanted = self._sample(trusted, trusted.read(Position(), lambda epoch, count: range(count)), 1)
+        corpora = [self._sample(files, self._read(i, marks, Position()), 2) for i, files in enumerate(self._files)]
+        return [Likeness(wanted, corpus, share) for corpus in corpora]
+
+    def _sample(self, files: TextFiles, documents: Iterator[Raw], least: int) -> list[Ids]:
+        """Returns the ids of documents that the other filters keep. Raises InputError for fewer than `least`."""
+        first = itertools.takewhile(lambda raw: raw.position.epoch == 0, documents)
+        contents = spread(raw.content for raw in first if isinstance(raw.content, bytes | str))
+        outcomes = self._pool.submit(Encode(contents, files.source.key)).result()
+        kept = [ids_of(outcome) for outcome in outcomes if isinstance(outcome, bytes)]
+        if len(kept) < least:
+            many = f"{len(kept)} of {counted(len(contents), 'document')}"
+            raise InputError(f"{files.source.name}: the other filters keep {many}, and filters.like needs {least}")
+        return kept
 
     def _counts(self) -> list[list[Counts]]:
         """Returns the counts of each shard's sources."""
@@ -263,6 +290,14 @@ class TextBatches:
             if number > limit:
                 many = counted(number, what)
                 raise InputError(f"{line}; that makes {many} that cannot be read, and {limit:,} are allowed")
+
+
+def _identity(filters: Filters, trusted: TextFiles | None) -> dict[str, Any]:
+    """Returns what the filters are; without trusted texts, as it was before there could be any."""
+    fields = asdict(filters)
+    if trusted is None:
+        return {name: value for name, value in fields.items() if name not in ("like", "like_share")}
+    return fields | {"like": trusted.fingerprint()}
 
 
 def _file_order(seed: int, source: int, epoch: int, count: int) -> Sequence[int]:

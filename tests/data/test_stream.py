@@ -126,7 +126,9 @@ class TestFiltering:
             while batches.counts()[0].epoch == 0:
                 next(batches)
             (counts,) = batches.counts()
-        assert counts.dropped == {"duplicate": 2, "short": 1, "repetitive": 1, "symbols": 1, "few tokens": 1}
+        assert counts.dropped == {
+            "duplicate": 2, "short": 1, "repetitive": 1, "symbols": 1, "few tokens": 1, "unlike": 0
+        }  # fmt: skip
         assert (counts.read, counts.kept) == (12, 6)  # the first of the next epoch, too
         assert counts.tokens == sum(map(len, ids[:-1])) + len(ids[0])
 
