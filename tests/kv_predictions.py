@@ -6,18 +6,25 @@ Knows nothing of how the product computes them: a head is a slice, and each mode
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import reference
+import texts
 import tiny
 from mlx.utils import tree_flatten, tree_map
 
+from elm_mlx.data.filters import Filters
+from elm_mlx.data.text_sources import TextSource
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.kv_prediction import KVPrediction, layer_map
 from elm_mlx.model.network import Model
 from elm_mlx.store import kvp_directory
+from elm_mlx.train.kvp_recipe import KVPRecipe
+from elm_mlx.train.pretraining_recipe import Data, Optimizer, RunSettings
 
 Array = np.ndarray
 Weights = Mapping[str, Array]
@@ -47,6 +54,21 @@ def write_prediction(path: Path, directory: Path, base: Model, seed: int = 1) ->
     path.mkdir(parents=True, exist_ok=True)
     kvp_directory.save(path, prediction_of(base, seed), directory, {"tokens": 0})
     return path
+
+
+def recipe_of(path: Path, **fields: Any) -> KVPRecipe:
+    """A recipe of 6 updates on texts that it writes into a directory: how often a word comes says what comes next."""
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs"]
+    for name, count in (("texts", 60), ("valid", 6)):
+        rows = (" ".join(words[(i + j * (i % 3 + 1)) % 8] for j in range(80)) for i in range(count))
+        texts.write(path / f"{name}.jsonl", [f"{number}. {row}" for number, row in enumerate(rows)])
+    data = Data(
+        (TextSource(str(path / "texts.jsonl")),), sequence_length=32, window=2048, workers=0,
+        validation=str(path / "valid.jsonl"), validation_rows=8,
+    )  # fmt: skip
+    run = RunSettings(batch_size=4, accumulate=2, eval_every=3, save_every=2, keep=3)
+    filters = Filters(min_tokens=10, max_repetition=1.0)
+    return replace(KVPRecipe(data, Optimizer(2e-3, steps=6, warmup=2), filters=filters, run=run), **fields)
 
 
 def weights_of(model: Model) -> dict[str, Array]:

@@ -9,10 +9,12 @@ import io
 import json
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import sentencepiece
 from mlx.utils import tree_flatten, tree_map
 
@@ -124,11 +126,20 @@ def write_directory(path: Path, model: Model, tokenizer: bytes | None, dtype: mx
     """A model directory at `path`, which is made if need be."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(model.config.to_dict()))
-    weights = {name: weight.astype(dtype) for name, weight in tree_flatten(model.parameters())}
+    found = tree_flatten(model.parameters())
+    weights = {name: weight if weight.dtype == mx.uint32 else weight.astype(dtype) for name, weight in found}
     mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
     if tokenizer is not None:
         (path / "tokenizer.model").write_bytes(tokenizer)
     return path
+
+
+def write_quantized(path: Path, model: Model, tokenizer: bytes | None) -> Path:
+    """A model directory of 4-bit weights in groups of 32, where their width allows it; `model`'s become so too."""
+    nn.quantize(model, 32, 4, class_predicate=lambda _, part: "weight" in part and part.weight.shape[-1] % 32 == 0
+                and hasattr(part, "to_quantized"))  # fmt: skip
+    model.config = replace(model.config, quantization={"group_size": 32, "bits": 4})
+    return write_directory(path, model, tokenizer)
 
 
 def _drawn(weight: mx.array, key: mx.array) -> mx.array:

@@ -38,7 +38,8 @@ _GROUPS = {
     "Models": ("convert", "export", "info", "quantize", "fuse", "adapter", "models"),
     "Talk": ("generate", "chat", "serve", "index"),
     "Train": (
-        "data", "lora", "dpo", "grpo", "synthesize", "pretrain", "lr-sweep", "report", "average", "train-tokenizer",
+        "data", "lora", "dpo", "grpo", "synthesize", "pretrain", "lr-sweep", "kvp", "report", "average",
+        "train-tokenizer",
     ),
     "Measure": ("eval", "bench"),
 }  # fmt: skip

@@ -17,15 +17,6 @@ if TYPE_CHECKING:
     from elm_mlx.train.run import Result
 
 _MEAN_OF = 5  # the last checkpoints, as in the paper: fewer where fewer are kept
-# A recipe's keys by a checkpoint's names for what they decide; the model's are not among them.
-_KEYS = {
-    **{f"learning rate's {name}": f"optimizer.{name}" for name in ("steps", "warmup", "shape", "end")},
-    "learning rate's peak": "optimizer.lr", "learning rate's start": "optimizer.warmup_from",
-    "optimizer": "optimizer.name",
-    **{name: f"optimizer.{name}" for name in ("betas", "eps", "weight_decay", "clip", "z_loss")},
-    "batch size": "run.batch_size", "compute dtype": "run.compute_dtype",
-    **{name: f"run.{name}" for name in ("accumulate", "seed", "grad_checkpoint", "on_nan")},
-}  # fmt: skip
 _ABOUT = "A recipe for `elm-mlx pretrain`; docs/pretrain.md says more. Paths are relative to where the command runs."
 
 PANELS = {"A new recipe": ("init", "preset", "data")}
@@ -77,7 +68,7 @@ def pretrain(
     steps, every = recipe.loop().schedule.total, recipe.run.steps_per_report
     shown = screen.TrainingDisplay(steps, recipe.data.validation is not None, every=every)
     with Pretraining(recipe, out, resume=resume, on_wrong=shown.say) as run:
-        result = training.train(run, shown, _plan(run, recipe), _KEYS, force, memory.RECIPE)
+        result = training.train(run, shown, _plan(run, recipe), training.RECIPE_KEYS, force, memory.RECIPE)
         shown.lines(_outcome(run, result, shown.validates))
         if result.harm is not None:
             shown.warn(training.harmed(result, "optimizer.lr"))
@@ -100,35 +91,18 @@ def _init(path: Path, preset: str, data: str | None) -> None:
 
 
 def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
-    config, steps, tokens = run.config, run.settings.schedule.total, run.tokens_per_update
-    processes = f" in each of {run.world} processes" if run.world > 1 else ""
-    sources = ", ".join(source.name for source in recipe.data.sources)
-    asked, rising = recipe.optimizer.warmup, recipe.optimizer.warmup_steps()
-    unfit = "" if asked in (None, rising) else f": the recipe's {asked:,} do not fit into {steps:,}"
+    config = run.config
     layers = counted(config.num_layers, "layer")
     return [
         ("model", f"{config.parameters:,} parameters in {layers}, {config.vocab_size:,} tokens"),
-        ("data", f"{sources}; tokenized by {recipe.tokenizer}"),
-        ("batches", f"{counted(recipe.run.batch_size, 'row')} of {recipe.data.sequence_length:,} tokens{processes}, "
-                    f"{recipe.run.accumulate} to an update"),
-        ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
-                    f"{steps * tokens / config.parameters:.1f} a parameter"),
-        ("warm-up", f"{counted(rising, 'update')} of rising learning rate{unfit}"),
-        ("memory", training.needed(run.load())),
-    ]  # fmt: skip
+        *training.texts_planned(run, recipe, recipe.tokenizer),
+    ]
 
 
 def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[str, str]]:
     from elm_mlx.directories import checkpoints_of
 
-    lines = training.ended(result, validated)
-    for source, counts in zip(run.sources, run.batches.counts(), strict=True) if run.batches.under_way else ():
-        dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
-        kept = f"{counts.kept:,} of {counted(counts.read, 'document')} kept"
-        kept += f", {counts.tokens:,} tokens, epoch {counts.epoch + 1}"
-        lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
-    if run.batches.under_way:
-        lines.append(("trained", f"on {result.progress.tokens // run.world:,} of these tokens"))
+    lines = training.ended(result, validated) + training.texts_read(run, result)
     if result.harm is not None:
         return [*lines, ("wrote", f"{run.out}: what the last update left, worse than the weights before the first")]
     lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.out} --prompt …"))

@@ -38,9 +38,10 @@ if TYPE_CHECKING:
     from elm_mlx.data.examples import Prepared
     from elm_mlx.train.finetuning import Finetuning
     from elm_mlx.train.memory import Load
-    from elm_mlx.train.pretraining import Pretraining
+    from elm_mlx.train.pretraining_recipe import TextRecipe
     from elm_mlx.train.reinforcement import Reinforcement
     from elm_mlx.train.run import Result
+    from elm_mlx.train.text_training import TextTraining
 
 Recipes = Mapping[str, Mapping[str, Any]]  # of each its settings, by name
 
@@ -53,6 +54,16 @@ _DECIDED_BY = {
     "adapted modules": "adapted modules (--target, --num-layers)",
     "weights of the data": "--weight", "learning rate's peak": "--learning-rate", "learning rate's warmup": "--warmup",
     "learning rate's shape": "--lr-schedule",
+}  # fmt: skip
+
+# A recipe's keys by a checkpoint's names for what they decide; the model's are not among them.
+RECIPE_KEYS = {
+    **{f"learning rate's {name}": f"optimizer.{name}" for name in ("steps", "warmup", "shape", "end")},
+    "learning rate's peak": "optimizer.lr", "learning rate's start": "optimizer.warmup_from",
+    "optimizer": "optimizer.name",
+    **{name: f"optimizer.{name}" for name in ("betas", "eps", "weight_decay", "clip", "z_loss")},
+    "batch size": "run.batch_size", "compute dtype": "run.compute_dtype",
+    **{name: f"run.{name}" for name in ("accumulate", "seed", "grad_checkpoint", "on_nan")},
 }  # fmt: skip
 
 Config = Annotated[
@@ -296,7 +307,7 @@ def carry_out(asked: LoraSettings, resume: bool, force: bool) -> None:
 
 
 def train(
-    run: Finetuning | Pretraining, shown: TrainingDisplay, plan: list[tuple[str, str]], names: Mapping[str, str],
+    run: Finetuning | TextTraining[Any], shown: TrainingDisplay, plan: list[tuple[str, str]], names: Mapping[str, str],
     force: bool, advice: Mapping[str, str], onwards: str = "",
 ) -> Result:  # fmt: skip
     """Prints the plan of a run and trains.
@@ -453,3 +464,34 @@ def ended(result: Result, validated: bool, asked: bool = False) -> list[tuple[st
         more = shown_measures(measures) if measures else [f"perplexity {math.exp(min(loss, 700)):.4g}"]
         lines.append(("test", ", ".join([f"loss {loss:.4f}", *more])))
     return lines
+
+
+def texts_planned(run: TextTraining[Any], recipe: TextRecipe, tokenizer: str) -> list[tuple[str, str]]:
+    """Returns what a run on raw text is about to do, as labels and texts."""
+    steps, tokens, optimizer = run.settings.schedule.total, run.tokens_per_update, recipe.optimizer
+    processes = f" in each of {run.world} processes" if run.world > 1 else ""
+    sources = ", ".join(source.name for source in recipe.data.sources)
+    asked, rising = optimizer.warmup, optimizer.warmup_steps()
+    unfit = "" if asked in (None, rising) else f": the recipe's {asked:,} do not fit into {steps:,}"
+    return [
+        ("data", f"{sources}; tokenized by {tokenizer}"),
+        ("batches", f"{counted(recipe.run.batch_size, 'row')} of {recipe.data.sequence_length:,} tokens{processes}, "
+                    f"{recipe.run.accumulate} to an update"),
+        ("updates", f"{steps:,} of {tokens:,} tokens, {steps * tokens:,} in all, "
+                    f"{steps * tokens / run.trainable:.1f} a parameter"),
+        ("warm-up", f"{counted(rising, 'update')} of rising learning rate{unfit}"),
+        ("memory", needed(run.load())),
+    ]  # fmt: skip
+
+
+def texts_read(run: TextTraining[Any], result: Result) -> list[tuple[str, str]]:
+    """Returns what a run on raw text has read of its sources, as labels and texts."""
+    if not run.batches.under_way:
+        return []
+    lines = []
+    for source, counts in zip(run.sources, run.batches.counts(), strict=True):
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items() if number)
+        kept = f"{counts.kept:,} of {counted(counts.read, 'document')} kept"
+        kept += f", {counts.tokens:,} tokens, epoch {counts.epoch + 1}"
+        lines.append(("read", f"{source.name}: {kept}" + (f"; dropped {dropped}" if dropped else "")))
+    return [*lines, ("trained", f"on {result.progress.tokens // run.world:,} of these tokens")]

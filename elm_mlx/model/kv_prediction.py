@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -19,7 +20,8 @@ import mlx.nn as nn
 from elm_mlx.errors import InputError
 from elm_mlx.model.cache import KVCache
 from elm_mlx.model.network import Attention, Model, causal_mask
-from elm_mlx.model.ops import Segments
+from elm_mlx.model.ops import Mask, Segments
+from elm_mlx.model.rope import Rotate
 
 KEEPS = (0.75, 0.5, 0.25)  # of the base's layers, as the paper's auxiliaries of left-out layers have them
 KeysValues = tuple[mx.array, mx.array]  # of a layer
@@ -102,20 +104,29 @@ class KVPrediction(nn.Module):
         """
         inputs: list[mx.array] = []
         hidden = self.auxiliary.transformer(ids, None, segments, on_layer=inputs.append)
-        known = [_projected(layer, x) for layer, x in zip(self.auxiliary.layers, inputs, strict=True)]
+        known = [projected(layer, x) for layer, x in zip(self.auxiliary.layers, inputs, strict=True)]
         return hidden, [self._mapped(layer, *known[place]) for layer, place in enumerate(self.places)]
 
-    def hidden(self, ids: mx.array, predicted: Sequence[KeysValues], segments: Segments | None = None) -> mx.array:
+    def hidden(
+        self,
+        ids: mx.array,
+        predicted: Sequence[KeysValues],
+        segments: Segments | None = None,
+        recompute: bool = False,
+    ) -> mx.array:
         """Returns the base's hidden states `(batch, length, model_dim)` where all its keys and values are `predicted`.
 
         A token sees what is predicted of itself too; queries are the base's own (CoreNet's `concat_kvs=False`).
+
+        Args:
+            recompute: layers are computed again in the backward pass.
         """
         transformer, length = self.base.transformer, ids.shape[1]
         mask, rotate = causal_mask(length, None) if segments is None else segments, transformer.rope(length, 0)
         x = transformer.token_embeddings(ids)
         for layer, (keys, values) in zip(transformer.layers, predicted, strict=True):
-            given: Any = _Given(rotate(keys), values)
-            x = layer(x, mask, rotate, given)
+            read = partial(_read_given, layer, mask, rotate)
+            x = (mx.checkpoint(read) if recompute else read)(x, keys, values)
         return transformer.norm(x)
 
     def true(self, ids: mx.array, segments: Segments | None = None) -> list[KeysValues]:
@@ -123,7 +134,7 @@ class KVPrediction(nn.Module):
         inputs: list[mx.array] = []
         self.base.transformer(ids, None, segments, on_layer=inputs.append)
         found = zip(
-            self.base.layers, (_projected(*each) for each in zip(self.base.layers, inputs, strict=True)), strict=True
+            self.base.layers, (projected(*each) for each in zip(self.base.layers, inputs, strict=True)), strict=True
         )
         return [_in_heads(layer.attn, *known) for layer, known in found]
 
@@ -144,7 +155,7 @@ class KVPrediction(nn.Module):
 
         def append(x: mx.array) -> None:
             auxiliary_layer, layers = next(left)
-            known = _projected(auxiliary_layer, x)
+            known = projected(auxiliary_layer, x)
             for layer in layers:
                 keys, values = self._mapped(layer, *known)
                 caches[layer].update_and_fetch(rotate(keys), values)
@@ -167,7 +178,11 @@ class _Given:
         return self._held
 
 
-def _projected(layer: Any, x: mx.array) -> KeysValues:
+def _read_given(layer: Any, mask: Mask, rotate: Rotate, x: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    return layer(x, mask, rotate, _Given(rotate(keys), values))
+
+
+def projected(layer: Any, x: mx.array) -> KeysValues:
     """Returns keys and values `(batch, length, kv_heads * head_dim)` as a layer projects them of what enters it.
 
     A compiled update finds the product that the layer computes anyway, and makes no second one.

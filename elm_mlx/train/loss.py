@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_map
 from elm_mlx.data.batches import Batch
 from elm_mlx.model import ops
 from elm_mlx.model.network import Model
+from elm_mlx.model.ops import Segments
 
 Parameters = dict[str, Any]  # a tree of arrays, as nn.Module has it
 
@@ -97,20 +98,36 @@ class Objective(Protocol):
         """Counts the batch's units; sums over all an update's batches are divided by theirs."""
 
     def arrays(self, batch: Batch) -> tuple[mx.array, ...]:
-        """Returns the batch's targets and their places, which `sums` takes as `at`."""
+        """Returns the batch's targets and their places, which `forward` takes as `at`."""
 
-    def sums(
-        self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
+    def forward(
+        self, gradients: bool, model: Any, inputs: mx.array, segments: Segments | None, at: tuple[mx.array, ...]
     ) -> tuple[mx.array, mx.array]:
         """Returns the loss summed over the units, and the sums of the measures, `(measures,)`.
 
         Args:
-            gradients: whether the loss is to be differentiated in `head.parameters` and `hidden`.
-            hidden: `(batch, length, model_dim)`.
+            gradients: whether the loss is to be differentiated in the model's trainable parameters.
+            inputs: `(batch, length)` ids.
         """
 
 
-class TokenLoss:
+class HeadObjective:
+    """An objective that the hidden states and the output head of one model decide."""
+
+    def forward(
+        self, gradients: bool, model: Model, inputs: mx.array, segments: Segments | None, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """Returns the loss summed over the units, and the sums of the measures, as `Objective.forward`."""
+        return self.sums(gradients, Head.of(model), model.transformer(inputs, None, segments), at)
+
+    def sums(
+        self, gradients: bool, head: Head, hidden: mx.array, at: tuple[mx.array, ...]
+    ) -> tuple[mx.array, mx.array]:
+        """Returns the same of hidden states `(batch, length, model_dim)`."""
+        raise NotImplementedError
+
+
+class TokenLoss(HeadObjective):
     """The objective of every training but that of pairs: trained tokens' cross-entropies.
 
     `z_loss` is the weight of their squared log-partitions in what gradients minimize (PaLM, section 5).

@@ -58,6 +58,7 @@ class Load:
         rows, length: of a batch, in one process.
         optimizer: "adamw" or "adafactor".
         grad_checkpoint: whether blocks are computed again in the backward pass.
+        beside: a frozen model that the gradients go through too, held in `value_bytes`: the base of KV prediction.
     """
 
     config: Config
@@ -74,6 +75,7 @@ class Load:
     parts: int = 1
     accumulate: int = 1
     layers: int | None = None
+    beside: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Estimate:
 def estimate(load: Load) -> Estimate:
     """Estimates the most memory that a run holds at once."""
     config, tokens = load.config, load.rows * load.length
-    blocks = _kept(config)
+    blocks = _kept(config) + ([] if load.beside is None else _kept(load.beside))
     first = 0 if load.layers is None else config.num_layers - load.layers
     ahead = _OF_ONE_BLOCK * max(blocks[:first], default=0)  # of blocks that keep nothing
     if load.grad_checkpoint:
@@ -119,6 +121,7 @@ def estimate(load: Load) -> Estimate:
     if load.pairs:
         activations *= _PAIRS
     model = 4 * config.parameters if load.full else load.weight_bytes * config.parameters + 4 * load.trained
+    model += 0 if load.beside is None else load.value_bytes * load.beside.parameters
     return Estimate(
         process=_PROCESS,
         weights=round(model),

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elm_mlx.data.batches import Batch
-from elm_mlx.train.loss import Head, Positions, losses_only, summed_loss
+from elm_mlx.train.loss import Head, HeadObjective, Positions, losses_only, summed_loss
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28  # how far a token's ratio may move before its gradient ends (DAPO, section 3.1)
 _GRAIN = 8  # rows are as long as a multiple of this, or of an eighth of their length, for few shapes to compile
@@ -140,7 +140,7 @@ def group_advantages(rewards: npt.NDArray[np.float64], by_deviation: bool = Fals
     return above / (rewards.std(ddof=1) + _LEAST_DEVIATION) if by_deviation else above
 
 
-class PolicyGradient:
+class PolicyGradient(HeadObjective):
     """The objective whose units are the answers' tokens.
 
     The first update after sampling is made by the policy that sampled: a token's loss is -A log p, whose value is

@@ -16,7 +16,7 @@ import numpy as np
 
 from elm_mlx.data.batches import Batch, PairBatch
 from elm_mlx.errors import InputError
-from elm_mlx.train.loss import Head, Positions, losses_only, summed_loss
+from elm_mlx.train.loss import Head, HeadObjective, Positions, losses_only, summed_loss
 from elm_mlx.train.settings import PreferenceLoss
 
 LOSSES = get_args(PreferenceLoss)
@@ -24,7 +24,7 @@ _CERTAIN = -1e-6  # a mean log-probability beyond which odds are all alike
 
 
 @dataclass(frozen=True)
-class Preferring:
+class Preferring(HeadObjective):
     """A loss of pairs.
 
     In terms of the ratio r, an answer's log-probability less the reference's, and the margin m, the chosen answer's

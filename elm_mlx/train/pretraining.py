@@ -4,99 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 
-from elm_mlx import device, files, reading
+from elm_mlx import files
 from elm_mlx.callbacks import SILENT, TrainingCallback
-from elm_mlx.data import duplicates
-from elm_mlx.data.batches import Batch
-from elm_mlx.data.filters import Filters
-from elm_mlx.data.stream import Reading, TextBatches
-from elm_mlx.data.text_sources import TextSource
-from elm_mlx.errors import InputError
 from elm_mlx.model.network import Model, initialize
 from elm_mlx.safetensors_file import write_arrays
 from elm_mlx.text.tokenizer import FILE_NAME, Tokenizer
-from elm_mlx.train import checkpoint, memory, trackers
-from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.pretraining_recipe import Recipe
-from elm_mlx.train.run import HeldRun, Result, Run
-from elm_mlx.train.settings import DTypeName
+from elm_mlx.train.run import Result
+from elm_mlx.train.text_training import TextTraining, ends
 from elm_mlx.train.throughput import Meter
 
-_UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
 
-
-class Pretraining(HeldRun):
-    """A run that is checked, and not begun. Closing it ends the workers that read, too.
+class Pretraining(TextTraining[Recipe]):
+    """A `TextTraining` of a model whose weights are drawn.
 
     Args:
         draw: sets a model's initial weights by a seed.
-
-    Attributes:
-        config: of the network.
-        settings: of the run.
-        batches: of the mixture.
-        sources: what they are read from.
-
-    Raises:
-        InputError: the recipe, a source or the tokenizer is not as it must be.
-        ElmError: another process writes to `out`.
     """
 
+    command = "pretrain"
+
     def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        *,
-        resume: bool = False,
-        on_wrong: Callable[[str], None] = lambda line: None,
+        self, recipe: Recipe, out: Path, *, resume: bool = False, on_wrong: Callable[[str], None] = lambda line: None,
         draw: Callable[[Model, int], None] = initialize,
-    ) -> None:
-        super().__init__(out, resume)
+    ) -> None:  # fmt: skip
         self._draw = draw
-        with ExitStack() as on_error:
-            on_error.push(self)
-            self._recipe, self.sources = recipe, recipe.data.sources
-            self._tokenizer = Tokenizer.load(Path(recipe.tokenizer))
-            bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
-            if bos is None or eos is None:
-                raise InputError(f"{self._tokenizer.path}: has no BOS or no EOS, which stand around documents")
-            self.config = recipe.model.config(self._tokenizer.vocab_size, bos, eos)
-            trackers.check(recipe.run.report_to)
-            self.settings = recipe.loop()
-            if self.settings.patience is not None and recipe.data.validation is None:
-                raise InputError("run.patience counts validations, and data.validation names no text")
-            if recipe.data.sequence_length > recipe.model.context:
-                raise InputError(f"sequences of {recipe.data.sequence_length:,} tokens exceed the model's context")
-            self._dtype = _compute_dtype(recipe.run.compute_dtype)
-            self.batches = TextBatches(
-                recipe.data.sources, self._tokenizer.path, recipe.filters, recipe.reading(self.world), rank=self.rank,
-                world=self.world, cache=duplicates.default_cache(), on_wrong=on_wrong, gather=gather,
-            )  # fmt: skip
-            self._held.callback(self.batches.close)
-            on_error.pop_all()
-
-    @property
-    def tokens_per_update(self) -> int:
-        return self._recipe.tokens_per_update(self.world)
-
-    def load(self) -> memory.Load:
-        """Returns what the run needs, to estimate its memory."""
-        size = 4 if self._dtype is None else int(self._dtype.size)
-        return memory.Load(
-            self.config, 4, size, self.config.parameters, True, self._recipe.run.batch_size,
-            self._recipe.data.sequence_length, self._recipe.optimizer.name, self._recipe.run.grad_checkpoint,
-            parts=device.most_parts(4 * self.config.parameters), accumulate=self._recipe.run.accumulate,
-        )  # fmt: skip
+        super().__init__(recipe, out, resume=resume, on_wrong=on_wrong)
 
     def train(self, callback: TrainingCallback = SILENT) -> Result:
         """Trains, and leaves the last weights in `out`, which is a model directory then.
@@ -104,46 +44,19 @@ class Pretraining(HeldRun):
         Raises:
             InputError, ElmError, KeyboardInterrupt: as `Run.train`, and as the batches do.
         """
-        if self.resumed is not None:
-            self._check_window(self.resumed)
         callback.progress("drawing the weights")
         model = Model(self.config)
         self._draw(model, self._recipe.run.seed)
-        validation = list(self._validation())
-        if self.leads and self.resumed is None:
-            self._describe()
-        about = {
-            "command": "pretrain", "settings": asdict(self._recipe), "parameters": self.config.parameters,
-            "trainable": self.config.parameters, "processes": self.world,
-        }  # fmt: skip
-        with trackers.tracking(self._recipe.run.report_to if self.leads else (), self.out, about, callback) as told:
-            result = Run(
-                model, self.batches, validation or None, self.settings, self.out, self._identity(), self.resumed,
-                self._dtype, rehearsal=self._rehearsal(), callback=told, about=about,
-                meter=Meter(self.config, None, self.settings.grad_checkpoint),
-            ).train()  # fmt: skip
+        result = self._run(model, callback, meter=Meter(self.config, None, self.settings.grad_checkpoint))
         if self.leads:
             with files.new_file(self.out / "model.safetensors") as file:
                 write_arrays(file, dict(tree_flatten(model.parameters())))
         return result
 
-    def _check_window(self, newest: Path) -> None:
-        """Says how to go on with a run whose window was another because nobody chose it: an earlier version's always
-        had four million tokens.
-
-        Raises:
-            InputError: it was.
-        """
-        now = self._recipe.reading(self.world).window
-        try:
-            before = reading.json_object(newest / checkpoint.STATE)["progress"]["data"]["window"]
-        except (InputError, KeyError, TypeError):  # of which the loop says what is wrong
-            return
-        if self._recipe.data.window is None and before != now:
-            raise InputError(
-                f"{newest}: shuffled windows of {before} tokens, and this recipe now makes them of {now}; "
-                f"--set data.window={before} goes on with the former"
-            )
+    def _prepare(self) -> tuple[Tokenizer, int]:
+        tokenizer = Tokenizer.load(Path(self._recipe.tokenizer))
+        self.config = self._recipe.model.config(tokenizer.vocab_size, *ends(tokenizer))
+        return tokenizer, self._recipe.model.context
 
     def _describe(self) -> None:
         """Makes a model directory of `out`, but for the weights."""
@@ -151,52 +64,6 @@ class Pretraining(HeldRun):
         with files.new_file(self.out / FILE_NAME) as file:
             file.write(self._tokenizer.path.read_bytes())
 
-    def _validation(self) -> Iterator[Batch]:
-        """Returns this process's share of the first rows of the validation's text, unfiltered."""
-        data, size, rank = self._recipe.data, self._recipe.run.batch_size, self.rank
-        if data.validation is None:
-            return
-        reading = Reading(data.validation_rows, data.sequence_length, window=1, shards=1, workers=0)
-        with TextBatches([TextSource(data.validation)], self._tokenizer.path, _UNFILTERED, reading) as batches:
-            rows = next(batches)
-        inputs, targets = (each[rank :: self.world] for each in (rows.inputs, rows.targets))
-        for start in range(0, len(inputs), size):
-            part = inputs[start : start + size]
-            yield Batch(part, targets[start : start + size], np.ones(part.shape, np.bool_), None, part.size)
-
-    def _rehearsal(self) -> Batch:
-        shape = (self._recipe.run.batch_size, self._recipe.data.sequence_length)
-        ids = np.random.default_rng(0).integers(0, self.config.vocab_size, shape, dtype=np.int32)
-        return Batch(ids, ids, np.ones(shape, np.bool_), None, ids.size)
-
-    def _identity(self) -> Identity:
-        """Returns the recipe without the fields that may change on resuming; the loop adds its own settings."""
-        digest = hashlib.sha256()
-        if self._recipe.data.validation is not None:
-            digest.update(reading.content(reading.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
-        run = self._recipe.run
-        config = {
-            **{f"model's {name}": value for name, value in asdict(self._recipe.model).items()},
-            "batch size": run.batch_size * self.world, "compute dtype": str(self._dtype),
-        }  # fmt: skip
-        data = f"{self.batches.fingerprint} {digest.hexdigest()}"
-        return Identity(hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), data, config)
-
-
-def _compute_dtype(name: DTypeName | None) -> mx.Dtype | None:
-    """Returns what weights are rounded to where they are used; None for float32, in which they are kept."""
-    name = name or ("bfloat16" if device.on_gpu() else "float32")
-    return None if name == "float32" else device.DTYPES[name]
-
-
-def gather(value: Any, group: mx.distributed.Group | None = None) -> list[Any]:
-    """Returns the `value` of every process, by rank, as JSON's types. All processes call it at once."""
-    group = group or mx.distributed.init()
-    if group.size() == 1:
-        return [json.loads(json.dumps(value))]
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = mx.distributed.all_gather(mx.array([len(data)]), group=group).tolist()
-    padded = np.zeros(max(sizes), np.uint8)
-    padded[: len(data)] = data
-    rows = np.array(mx.distributed.all_gather(mx.array(padded)[None], group=group))
-    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+    def _model_identity(self) -> tuple[str, dict[str, Any]]:
+        config = {f"model's {name}": value for name, value in asdict(self._recipe.model).items()}
+        return hashlib.sha256(json.dumps(self.config.to_dict()).encode()).hexdigest(), config

@@ -184,20 +184,13 @@ class Data:
     validation_rows: int = 256
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A pretraining run.
+class TextRecipe:
+    """A recipe of a run on raw text: what pretraining and KV prediction have in common."""
 
-    Args:
-        tokenizer: a SentencePiece model, such as Llama 2's or one of `elm-mlx train-tokenizer`.
-    """
-
-    tokenizer: str
-    model: Shape
     data: Data
     optimizer: Optimizer
-    filters: Filters = field(default_factory=Filters)
-    run: RunSettings = field(default_factory=RunSettings)
+    filters: Filters
+    run: RunSettings
 
     def loop(self) -> Settings:
         """Returns the settings of the training loop. Raises InputError where a value is out of its range."""
@@ -226,6 +219,22 @@ class Recipe:
             run.batch_size, data.sequence_length, run.seed, window, data.segments, data.shards, data.workers,
             data.max_bad, data.max_broken,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe(TextRecipe):
+    """A pretraining run.
+
+    Args:
+        tokenizer: a SentencePiece model, such as Llama 2's or one of `elm-mlx train-tokenizer`.
+    """
+
+    tokenizer: str
+    model: Shape
+    data: Data
+    optimizer: Optimizer
+    filters: Filters = field(default_factory=Filters)
+    run: RunSettings = field(default_factory=RunSettings)
 
 
 def _one_or_two(multipliers: tuple[float, ...]) -> float | tuple[float, ...]:

@@ -28,7 +28,6 @@ from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
 from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.model.network import Model
 from elm_mlx.reading import counted
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.checkpoint import Identity, RunProgress
@@ -171,7 +170,7 @@ class Run:
         progress: where it stands.
     """
 
-    model: Model
+    model: nn.Module
     batches: BatchSource | UpdateSource
     validation: Iterable[Batch] | Examination | None
     settings: Settings

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device
 from elm_mlx.data.batches import Batch
-from elm_mlx.model.network import Model
 from elm_mlx.model.ops import Segments
-from elm_mlx.train.loss import Head, Objective, Parameters, TokenLoss
+from elm_mlx.train.loss import Objective, Parameters, TokenLoss
 from elm_mlx.train.settings import Settings
 
 
@@ -38,7 +38,7 @@ class Step:
 
     def __init__(
         self,
-        model: Model,
+        model: nn.Module,
         settings: Settings,
         compute_dtype: mx.Dtype | None = None,
         objective: Objective | None = None,
@@ -129,8 +129,8 @@ class Step:
         model, kept = self.model, self.model.trainable_parameters()
         try:
             model.update(tree_map(self._cast, parameters))
-            hidden = model.transformer(inputs, None, None if segments is None else Segments(*segments))
-            total, measures = self.objective.sums(gradients, Head.of(model), hidden, at)
+            apart = None if segments is None else Segments(*segments)
+            total, measures = self.objective.forward(gradients, model, inputs, apart, at)
             return total, mx.concatenate([total[None], measures])
         finally:
             model.update(kept)
@@ -175,7 +175,7 @@ def decayed(parameters: Parameters, share: mx.array) -> Parameters:
     return tree_map(lambda value: value * (1 - share).astype(value.dtype) if value.ndim > 1 else value, parameters)
 
 
-def recompute_blocks(model: Model) -> None:
+def recompute_blocks(model: nn.Module) -> None:
     """Gradient checkpointing: keeps what enters each block, and computes the rest again in the backward pass.
 
     A block's own activations are most of a step's memory; this costs a third more arithmetic.

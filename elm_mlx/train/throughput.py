@@ -26,12 +26,13 @@ class Meter:
     """Counts what one process's batches cost, against its machine's speed.
 
     Args:
+        model: the config of what is trained, or what a token of an update costs.
         adapter: what is trained; None, or one of kind "full", for all weights.
         grad_checkpoint: whether layers are computed again in the backward pass.
     """
 
-    def __init__(self, config: Shaped, adapter: Adapter | None = None, grad_checkpoint: bool = False):
-        self._cost = update_cost(config, adapter, grad_checkpoint)
+    def __init__(self, model: Shaped | Cost, adapter: Adapter | None = None, grad_checkpoint: bool = False):
+        self._cost = model if isinstance(model, Cost) else update_cost(model, adapter, grad_checkpoint)
         self._done = 0
         self._dtype, self._speed = mx.float32, 0.0
         self._trials = _TRIALS

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from training_runs import free_port, gradient_norms, updates
 
 from elm_mlx import directories, files
-from elm_mlx.cli.pretrain import _KEYS
+from elm_mlx.cli.training import RECIPE_KEYS
 from elm_mlx.model import roofline
 from elm_mlx.store.loading import load, load_model
 from elm_mlx.train import checkpoint, pretraining_recipe, sections
@@ -190,8 +190,8 @@ def test_a_run_with_the_window_of_earlier_versions(run: Run, config: Path, tmp_p
 def test_every_key_that_a_run_is_told_by_has_its_name(config: Path) -> None:
     made = sections.read(config, pretraining_recipe.Recipe)
     names = made.loop().identity().keys()
-    assert names - _KEYS.keys() == {"spike"}, "which no recipe says"
-    for key in _KEYS.values():
+    assert names - RECIPE_KEYS.keys() == {"spike"}, "which no recipe says"
+    for key in RECIPE_KEYS.values():
         section, name = key.split(".")
         assert hasattr(getattr(made, section), name)
 

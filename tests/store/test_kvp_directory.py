@@ -17,8 +17,6 @@ from mlx.utils import tree_flatten
 from elm_mlx.errors import InputError
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.config import ModelConfig
-from elm_mlx.quantize.quantization import quantize
-from elm_mlx.quantize.recipe import Format, QuantizationRecipe
 from elm_mlx.store import kvp_directory
 from elm_mlx.store.loading import load, load_model
 
@@ -75,8 +73,7 @@ def other_tokenizer(base: Path, config: ModelConfig) -> Path:
 
 
 def quantized(base: Path, config: ModelConfig) -> Path:
-    quantize(base, base.with_name("quantized"), QuantizationRecipe(Format(4, 32)))
-    return base.with_name("quantized")
+    return tiny.write_quantized(base, tiny.random_model(config), None)
 
 
 @pytest.mark.parametrize(("change", "what"), [

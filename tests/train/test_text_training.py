@@ -9,11 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from elm_mlx.train.pretraining import gather
+from elm_mlx.train.text_training import gather
 
 PROGRAM = """
 import json, elm_mlx, mlx.core as mx
-from elm_mlx.train.pretraining import gather
+from elm_mlx.train.text_training import gather
 group = mx.distributed.init(strict=True, backend="ring")
 print(json.dumps([gather({"rank": group.rank(), "é": "x" * 9000 * group.rank()}), gather([])]))
 """
