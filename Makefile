@@ -2,13 +2,14 @@
 # make test   run every test
 # make check  lint, types and the import contract
 # make bench  speed against mlx-lm, as ratios: the results page, conversion, fine-tuning
+# make pages  tables and pictures of the examples' pages and of docs/results.md, from the records that lie beside them
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 MODEL  := build/classics
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench pages clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,10 @@ bench: $(VENV)/.developing
 	$(BIN)/python benchmarks/convert.py
 	$(BIN)/python benchmarks/finetune.py
 	$(BIN)/python benchmarks/memory.py
+
+pages: $(VENV)/.developing
+	for page in examples/*/page.py; do $(BIN)/python $$page || exit 1; done
+	$(BIN)/python benchmarks/results.py --page
 
 clean:
 	rm -rf build $(VENV)

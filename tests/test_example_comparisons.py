@@ -40,7 +40,7 @@ def imported(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> Module
     """A module of an example, as its own script would find it."""
     import importlib
 
-    for found in ("run", "page", "study", "training", "command", "books", "measure"):
+    for found in ("run", "page", "pages", "study", "training", "command", "books", "measure"):
         monkeypatch.delitem(sys.modules, found, raising=False)
     monkeypatch.setattr(sys, "path", [str(folder), str(EXAMPLES), *sys.path])
     return importlib.import_module(name)
@@ -310,11 +310,10 @@ def test_means_are_of_the_checkpoints_that_are_named(settled: Path, held_out: Pa
         model.load_weights([(name, value.astype(mx.float32)) for name, value in mean.items()])
         for book in map(json.loads, held_out.read_text("utf-8").splitlines()):
             expected = plain(model, tokenizer, book["text"], 512)
-            assert each["start"][book["title"]] == pytest.approx(expected, abs=2e-5)  # shorter than 16 windows
-            assert each["whole"][book["title"]] == pytest.approx(expected, abs=2e-5)
+            assert each["start"][book["title"]] == pytest.approx(expected[0], abs=2e-5)  # shorter than 16 windows
+            assert each["whole"][book["title"]] == pytest.approx(expected[0], abs=2e-5)
     last, *means = re.findall(r"^\| the last .*$", done.stdout, re.M)
     assert last.startswith("| the last alone |") and len(means) == 8
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("elsewhere", [(100,), (750,), (300, 450)])

@@ -7,11 +7,10 @@ were not trained on.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
@@ -20,29 +19,12 @@ sys.path.append(str(HERE.parent))
 import books as texts  # noqa: E402
 from command import elm  # noqa: E402
 from measure import held_out_loss  # noqa: E402
+from page import Mean, table  # noqa: E402
 
 import elm_mlx  # noqa: E402
 
 CLASSICS = HERE.parent / "classics"
 MOST = 5  # checkpoints of a mean
-COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's
-
-
-@dataclass(frozen=True)
-class Mean:
-    """The loss of a mean of checkpoints.
-
-    Attributes:
-        every: updates from one checkpoint to the next, but for the last, which ends the run.
-        steps: updates that each of the checkpoints has had.
-        start: by book: nats a token and bits a byte of its first 16 windows of 512 tokens.
-        whole: the same of all of it.
-    """
-
-    every: int
-    steps: list[int]
-    start: dict[str, tuple[float, float]]
-    whole: dict[str, tuple[float, float]]
 
 
 def main() -> None:
@@ -58,9 +40,7 @@ def main() -> None:
         for apart, steps in choices(last_in_a_row(run, every))
     ]
     (arguments.out / "results.json").write_text(json.dumps([asdict(each) for each in means], indent=1) + "\n", "utf-8")
-    print("\n" + table(means))
-    if importlib.util.find_spec("matplotlib"):
-        draw(means, arguments.out / "losses.png")
+    print(f"\n{table(means)}\n\npython {HERE / 'page.py'} {arguments.out / 'results.json'} makes the page of it")
 
 
 def saved_every(run: Path) -> int:
@@ -99,7 +79,7 @@ def choices(row: list[int]) -> list[tuple[int, list[int]]]:
     return chosen + ([(1, row)] if len(row) > MOST else [])
 
 
-def measured(run: Path, steps: list[int], held_out: Path, out: Path) -> list[dict[str, tuple[float, float]]]:
+def measured(run: Path, steps: list[int], held_out: Path, out: Path) -> list[dict[str, float]]:
     """Make a mean of checkpoints, a model directory in `out`; its losses on beginnings, and on whole books."""
     directory = out / f"{len(steps)}-from-{steps[0]}"
     checkpoints = [run / "checkpoints" / f"step-{step:08}" for step in steps]
@@ -107,42 +87,9 @@ def measured(run: Path, steps: list[int], held_out: Path, out: Path) -> list[dic
     model, tokenizer = elm_mlx.load(directory, compute_dtype="float32")
     assert tokenizer is not None
     return [
-        {book["title"]: held_out_loss(model, tokenizer, book["text"], windows) for book in texts.read(held_out)}
+        {book["title"]: held_out_loss(model, tokenizer, book["text"], windows).nats for book in texts.read(held_out)}
         for windows in (16, None)
     ]
-
-
-def table(means: list[Mean]) -> str:
-    """Markdown: nats a token of each book's beginning and of all of it, and how much less than the last one's."""
-    last, titles = means[0], list(means[0].start)
-    heads = [f"{title}, {part}" for part in ("beginning", "all") for title in titles]
-    lines = ["| mean of | updates apart | " + " | ".join(heads) + " | all, less than the last |"]
-    lines.append("| --- |" + " ---: |" * (len(heads) + 2))
-    for each in means:
-        losses = [measured[title][0] for measured in (each.start, each.whole) for title in titles]
-        less = sum(last.whole[title][0] - each.whole[title][0] for title in titles) / len(titles)
-        name, apart, gain = f"the last {len(each.steps)}", f"{each.every:,}", f"{less:.4f}"
-        if each is last:
-            name, apart, gain = "the last alone", "", ""
-        lines.append(f"| {name} | {apart} | " + " | ".join(f"{loss:.4f}" for loss in losses) + f" | {gain} |")
-    return "\n".join(lines)
-
-
-def draw(means: list[Mean], path: Path) -> None:
-    """A panel for each book: its loss by the number of checkpoints, a line for each distance between them."""
-    from matplotlib.figure import Figure
-
-    last, titles = means[0], list(means[0].whole)
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    for panel, title in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
-        for every, colour in zip(sorted({each.every for each in means[1:]}), COLOURS, strict=False):
-            points = [(1, last.whole[title][0])]
-            points += [(len(each.steps), each.whole[title][0]) for each in means if each.every == every]
-            panel.plot(*zip(*points, strict=True), color=colour, marker="o", label=f"{every} updates apart")
-        panel.set(xlabel="checkpoints in the mean", ylabel="nats a token", title=title)
-        panel.legend()
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ sys.path.append(str(HERE.parent))
 import books as texts  # noqa: E402
 from command import elm  # noqa: E402
 from measure import held_out_loss  # noqa: E402
+from page import table  # noqa: E402
 
 import elm_mlx  # noqa: E402
 
@@ -58,20 +60,18 @@ def main() -> None:
     if arguments.against is not None:
         elm("convert", arguments.against, other, "--dtype", "float32", "--overwrite")
         models = {str(arguments.against): other} | models
-    compare(models)
+    results = {name: measured(path) for name, path in models.items()}
+    path = arguments.out / "results.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    print(f"\nnats a token, bits a byte\n\n{table(results)}\n\npython {HERE / 'page.py'} {path} makes the page of it")
 
 
-def compare(models: dict[str, Path]) -> None:
-    """A table: each model's loss on the held-out books."""
+def measured(path: Path) -> dict[str, tuple[float, float]]:
+    """A model's loss on each of the held-out books: nats a token, bits a byte."""
+    model, tokenizer = elm_mlx.load(path, compute_dtype="float32")
+    assert tokenizer is not None
     books = texts.read(HERE / "held-out.jsonl.gz")
-    titles = " | ".join(book["title"] for book in books)
-    print(f"\nnats a token, bits a byte\n\n| | {titles} |\n| --- |{' ---: |' * len(books)}")
-    for name, path in models.items():
-        model, tokenizer = elm_mlx.load(path, compute_dtype="float32")
-        assert tokenizer is not None
-        losses = [held_out_loss(model, tokenizer, book["text"]) for book in books]
-        cells = " | ".join(f"{nats:.4f}, {bits:.4f}" for nats, bits in losses)
-        print(f"| {name} | {cells} |", flush=True)
+    return {book["title"]: held_out_loss(model, tokenizer, book["text"]) for book in books}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Bytes of text in a token, by vocabularies that exist and by one that is trained here and cut to many sizes; the share
 of an OpenELM's parameters that are the embedding; and the speed of the 270M with seeded weights and a larger head.
-Nothing is downloaded. Prints tables, and writes `results.json` and a plot.
+Nothing is downloaded. Prints tables, and writes `results.json`, of which page.py makes the page.
 """
 
 from __future__ import annotations
@@ -10,24 +10,30 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import elm_mlx  # noqa: F401  before MLX, for its BLAS
+HERE = Path(os.path.relpath(Path(__file__).parent))
+sys.path.append(str(HERE.parent))
+
+import elm_mlx  # noqa: E402, F401  before MLX, for its BLAS
 
 # isort: split
-import mlx.core as mx
+import mlx.core as mx  # noqa: E402
+from page import tables  # noqa: E402
 
-from elm_mlx.inference.generation import decode, prefill
-from elm_mlx.inference.sampling import Sampler
-from elm_mlx.model.cache import make_prompt_cache
-from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.model.network import Model, initialize
-from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.inference.generation import decode, prefill  # noqa: E402
+from elm_mlx.inference.sampling import Sampler  # noqa: E402
+from elm_mlx.model.cache import make_prompt_cache  # noqa: E402
+from elm_mlx.model.config import PRESETS, ModelConfig  # noqa: E402
+from elm_mlx.model.network import Model, initialize  # noqa: E402
+from elm_mlx.text.tokenizer import Tokenizer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 SIZES = (1024, 2048, 4096, 8192, 16_384, 32_000, 49_152, 65_536, 98_304, 128_256)
@@ -51,12 +57,17 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     train, held_out = texts(arguments.shared)
     found = compression(arguments.shared, train, held_out, sorted(arguments.sizes), arguments.out)
-    result: dict[str, Any] = {"bytes_per_token": found, "embedding_share": shares(), "weights_per_byte": weights(found)}
+    result: dict[str, Any] = {
+        "bytes_per_token": found,
+        "embedding_share": shares(),
+        "weights_per_token": {name: {str(size): shape(name, size).parameters for size in HEADS} for name in PRESETS},
+        "weights_per_byte": weights(found),
+    }
     if not arguments.no_speed:
         result["speed"] = speed()
-    (arguments.out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    show(result)
-    plot(result, arguments.out / "tokenizers.png")
+    results = arguments.out / "results.json"
+    results.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    print("\n\n".join(["", *tables(result), f"python {HERE / 'page.py'} {results} makes the page of it"]))
 
 
 def texts(shared: Path) -> tuple[list[Path], Texts]:
@@ -198,68 +209,6 @@ def timed(model: Model) -> tuple[float, float]:
     for _ in islice(tokens, ANSWER - 1):
         pass
     return read, time.process_time() - start
-
-
-def show(result: dict[str, Any]) -> None:
-    kinds = list(next(iter(result["bytes_per_token"].values())))
-    rows = [[name, *(f"{by[kind]:.2f}" for kind in kinds)] for name, by in result["bytes_per_token"].items()]
-    table(["bytes a token", *kinds], rows)
-    heads = [f"{size:,}" for size in HEADS]
-    table(
-        ["embedding's share", *heads],
-        [[m, *(f"{v:.1%}" for v in by.values())] for m, by in result["embedding_share"].items()],
-    )
-    rows = [
-        [name, *(f"{shape(name, size).parameters / shape(name, HEADS[0]).parameters:.2f}" for size in HEADS)]
-        for name in PRESETS
-    ]
-    table(["weights to read for a token, times", *heads], rows)
-    best = {model: min(by, key=by.__getitem__) for model, by in result["weights_per_byte"].items() if by}
-    rows = [
-        [model, *(f"{value / 1e6:,.0f}" for value in by.values()), f"{int(best[model]):,}"]
-        for model, by in result["weights_per_byte"].items()
-        if by
-    ]
-    if rows:
-        sizes = [f"{int(size):,}" for size in next(iter(result["weights_per_byte"].values()))]
-        table(["million weights read for a byte", *sizes, "fewest at"], rows)
-    if "speed" in result:
-        rows = [[f"{int(s):,}", f"{by['prompt']:.1f}", f"{by['decode']:.1f}"] for s, by in result["speed"].items()]
-        table(["270M, vocabulary", "prompt, ms a token", "decode, ms a token"], rows)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    print(f"\n| {' | '.join(head)} |\n| --- |{' ---: |' * (len(head) - 1)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |", flush=True)
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Bytes a token, and weights read for a byte, by the size of the vocabulary; without matplotlib, nothing."""
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
-    found = {name: by for name, by in result["bytes_per_token"].items() if name.startswith("trained")}
-    sizes = [int(name.rpartition(", ")[2].replace(",", "")) for name in found]
-    for kind in next(iter(result["bytes_per_token"].values())):
-        if kind != "prose":
-            (line,) = left.plot(sizes, [by[kind] for by in found.values()], marker=".", label=kind)
-            for name, mark in (("Llama 2, 32,000", "s"), ("SmolLM2, 49,152", "^")):
-                if name in result["bytes_per_token"]:
-                    at = int(name.rpartition(", ")[2].replace(",", ""))
-                    left.plot([at], [result["bytes_per_token"][name][kind]], mark, color=line.get_color(), mfc="none")
-    left.set(xscale="log", xlabel="vocabulary", ylabel="bytes a token", title="□ Llama 2   △ SmolLM2   • trained here")
-    left.legend()
-    for model, by in result["weights_per_byte"].items():
-        least = min(by.values(), default=1)
-        right.plot([int(size) for size in by], [value / least for value in by.values()], marker=".", label=model)
-    right.set(xscale="log", xlabel="vocabulary", ylabel="of the fewest", title="Weights read to write a byte")
-    right.set_ylim(0.98, 1.6)
-    right.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
