@@ -155,7 +155,7 @@ class KVPrediction(nn.Module):
 
         def append(x: mx.array) -> None:
             auxiliary_layer, layers = next(left)
-            known = projected(auxiliary_layer, x)
+            known = _keys_and_values(auxiliary_layer, x)
             for layer in layers:
                 keys, values = self._mapped(layer, *known)
                 caches[layer].update_and_fetch(rotate(keys), values)
@@ -191,6 +191,15 @@ def projected(layer: Any, x: mx.array) -> KeysValues:
     every = own.qkv_proj(layer.attn_norm(x))
     first, second = (heads * own.head_dim for heads in (own.num_heads, own.num_heads + own.num_kv_heads))
     _, keys, values = mx.split(every, [first, second], axis=-1)
+    return keys, values
+
+
+def _keys_and_values(layer: Any, x: mx.array) -> KeysValues:
+    """Returns what `projected` does where nobody computes queries: of a plain linear the rows of these two alone."""
+    own = layer.attn
+    if type(own.qkv_proj) is not nn.Linear:
+        return projected(layer, x)
+    keys, values = mx.split(layer.attn_norm(x) @ own.qkv_proj.weight[own.num_heads * own.head_dim :].T, 2, axis=-1)
     return keys, values
 
 
