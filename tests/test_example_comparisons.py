@@ -137,7 +137,7 @@ def test_what_is_recorded_are_the_losses_of_what_was_trained(layerwise: tuple[Pa
             if each["shape"] == record["shape"] and not each["seed"]
         }
         assert sorted(tried) == [0.004, 0.008] and record["rate"] == min(tried, key=tried.__getitem__)
-        name = f"0.23M-{record['shape']}-CoreNet-20-lr-{record['rate']}-seed-{record['seed']}"
+        name = f"0.23M-{record['shape']}-CoreNet-5-lr-{record['rate']}-seed-{record['seed']}"
         lines = (out / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
         first, last = (json.loads(line)["valid_loss"] for line in (lines[0], lines[-1]))
         assert record["validation"] == [[0, pytest.approx(first, abs=1e-5)], [4, pytest.approx(last, abs=1e-5)]]
@@ -155,7 +155,7 @@ def test_the_comparison_is_stopped_and_goes_on_with_what_is_not_finished(
     assert len(re.findall(r"tokens/s$", printed, re.M)) == 2 * (2 + 2)
     path, records = out / "records.jsonl", records_of(out)
     lost = records.pop()
-    name = f"0.23M-{lost['shape']}-CoreNet-20-lr-{lost['rate']}-seed-{lost['seed']}"
+    name = f"0.23M-{lost['shape']}-CoreNet-5-lr-{lost['rate']}-seed-{lost['seed']}"
     shutil.rmtree(out / "runs" / name)
     path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
     arguments = ["--quick", "--held-out", str(held_out), "--out", str(out)]
@@ -250,7 +250,7 @@ def test_differences_are_paired_by_seed_and_of_the_best_rates(monkeypatch: pytes
     assert "| 0.23M, 5 a parameter, CoreNet, layer-wise | **4.0000** | broke off |" in shown
     assert "| 0.23M (225,984 in each) | 0.500 | 1 | 0 | 0.50 |" in shown
     assert "| 0.23M, 20 a parameter: uniform, layer-wise; CoreNet | 6 of 6 |" in shown
-    assert "| 1.4M, 20 a parameter: uniform, layer-wise; CoreNet | 0 of 6 | 3.3 |" in shown
+    assert "| 1.4M, 20 a parameter: uniform, layer-wise; CoreNet | 0 of 6 | 3.3 h |" in shown
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])

@@ -100,11 +100,13 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 def tables(results: Results) -> str:
     """Markdown: the differences, every run's loss, the learning rates, speed, and what is left to do."""
-    return "\n\n".join(make(results) for make in (_differences, _losses, _rates, _speeds, _left))
+    return "\n\n".join(filter(None, (make(results) for make in (_differences, _losses, _rates, _speeds, _left))))
 
 
-def _table(names: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> str:
-    """Returns a table whose first columns, so many, are texts, and the others numbers."""
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a table whose first columns, so many, are texts, and the others numbers; nothing without rows."""
+    if not rows:
+        return ""
     rule = ["---"] * texts + ["---:"] * (len(names) - texts)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, rule, *rows))
 
@@ -194,7 +196,7 @@ def _speeds(results: Results) -> str:
 
 
 def _left(results: Results) -> str:
-    """Returns what is done of each part, and the hours that the rest takes two processors with nothing else to do."""
+    """Returns what is done of each part, and the time that the rest takes two processors with nothing else to do."""
     rows, counted = [], set[tuple[str, str, str]]()
     for part in study.PARTS:
         done = wanted = 0
@@ -208,9 +210,10 @@ def _left(results: Results) -> str:
             if kind not in counted:
                 counted.add(kind)
                 tokens += max(0, _LIKELY_TRIALS - len(results.tuning(*kind))) * study.TRIAL * parameters
-        hours = tokens / study.SIZES[part[0].size].tokens_per_second / 2 / 3600
-        rows.append((_name(part), f"{done} of {wanted}", f"{hours:.1f}" if done < wanted else "–"))
-    return _table(("the study's parts, in their order", "trained", "hours left, two processors"), rows)
+        minutes = tokens / study.SIZES[part[0].size].tokens_per_second / 2 / 60
+        left = f"{minutes:.0f} min" if minutes < 60 else f"{minutes / 60:.1f} h"
+        rows.append((_name(part), f"{done} of {wanted}", left if done < wanted else "–"))
+    return _table(("the study's parts, in their order", "trained", "left, two processors"), rows)
 
 
 def _name(part: Iterable[Cell]) -> str:
