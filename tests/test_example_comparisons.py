@@ -216,12 +216,6 @@ def test_a_rate_that_broke_off_is_the_worst(monkeypatch: pytest.MonkeyPatch) -> 
     assert page.last_loss({"validation": [[0, 7.4], [9, None]]}) == math.inf
 
 
-def test_the_page_is_what_its_records_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    page, run = (imported(monkeypatch, LAYERWISE, name) for name in ("page", "run"))
-    shown = (LAYERWISE / "README.md").read_text("utf-8").split(page.BEGIN)[1].split(page.END)[0]
-    assert shown.strip() == page.tables(page.Results(run.read(LAYERWISE / "records.jsonl")))
-
-
 def test_differences_are_paired_by_seed_and_of_the_best_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     page = imported(monkeypatch, LAYERWISE, "page")
     study, records = sys.modules["study"], {}

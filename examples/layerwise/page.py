@@ -1,48 +1,41 @@
-"""Makes the tables of README.md and the plot from the recorded runs: `python examples/layerwise/page.py`.
+"""Makes the tables and the plot of README.md from recorded trainings: `python examples/layerwise/page.py [RECORDS]`.
 
-With `--from DIR` the records of a study that ran there are taken over first. Knows numbers alone; nothing of models.
+Without a file it makes them again from records.jsonl beside it. Knows numbers alone; nothing of models.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import math
 import os
+import shutil
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-import run  # noqa: E402
 import study  # noqa: E402
-from study import LAYERWISE, MILDER, UNIFORM, Cell, Training  # noqa: E402
+from pages import fill  # noqa: E402
+from study import LAYERWISE, UNIFORM, Cell, Record, Training  # noqa: E402
 
-from elm_mlx import files  # noqa: E402
-
-PAGE, PLOT = HERE / "README.md", HERE / "losses.png"
-BEGIN, END = "<!-- page.py makes what follows -->", "<!-- page.py made what stands above -->"
+RECORDS = HERE / "records.jsonl"
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 %, by the number of differences
 _COLOURS = {study.CORENET: "#0072B2", study.FAN_IN: "#D55E00"}  # Okabe and Ito's
 _LIKELY_TRIALS = 3  # of a shape, where none has been made
-Record = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the page's tables and plot from the recorded runs.")
-    parser.add_argument("--from", dest="out", type=Path, help="a study's --out, whose records are taken over")
-    arguments = parser.parse_args()
-    if arguments.out is not None:
-        files.write_text(HERE / run.RECORDS, (arguments.out / run.RECORDS).read_text("utf-8"))
-    results = Results(run.read(HERE / run.RECORDS))
-    before, rest = PAGE.read_text("utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    files.write_text(PAGE, f"{before}{BEGIN}\n{tables(results)}\n{END}{after}")
-    draw(results, PLOT)
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
+    if path.resolve() != RECORDS.resolve():
+        shutil.copyfile(path, RECORDS)
+    results = Results(study.read(RECORDS))
+    fill(HERE / "README.md", tables(results))
+    if importlib.util.find_spec("matplotlib"):
+        draw(results, HERE / "losses.png")
 
 
 class Results:
@@ -180,13 +173,12 @@ def _speeds(results: Results) -> str:
     rows = []
     for size in study.SIZES:
         pairs = []
-        for initial in (study.CORENET, study.FAN_IN):
-            uniform, scaled = (results.finals(Cell(size, shape, initial)) for shape in (UNIFORM, LAYERWISE))
+        for cell in (cell for cell in compared() if cell.size == size and cell.shape == LAYERWISE):
+            uniform, scaled = results.finals(replace(cell, shape=UNIFORM)), results.finals(cell)
             pairs += [(uniform[seed], scaled[seed]) for seed in uniform if seed in scaled]
         if pairs:
-            flops = " and ".join(
-                f"{each / 1e6:.3f}" for each in sorted({run["flops"] for pair in pairs for run in pair})
-            )
+            found = sorted({record["flops"] for pair in pairs for record in pair})
+            flops = " and ".join(f"{each / 1e6:.3f}" for each in found)
             speeds = [[record["tokens_per_second"] for record in side] for side in zip(*pairs, strict=True)]
             ratio = statistics.median(scaled / uniform for uniform, scaled in zip(*speeds, strict=True))
             name = f"{size} ({pairs[0][0]['parameters']:,} in each)"
@@ -216,8 +208,7 @@ def _left(results: Results) -> str:
     return _table(("the study's parts, in their order", "trained", "left, two processors"), rows)
 
 
-def _name(part: Iterable[Cell]) -> str:
-    cells = list(part)
+def _name(cells: Sequence[Cell]) -> str:
     shapes = ", ".join(dict.fromkeys(cell.shape for cell in cells))
     initial = ", ".join(dict.fromkeys(cell.initial for cell in cells))
     rates = ", half and double rates" if cells[0].times != (1.0,) else ""
@@ -236,10 +227,10 @@ def draw(results: Results, path: Path) -> None:
         colour = _COLOURS[cell.initial]
         forest.errorbar(mean, -at, xerr=reach, fmt="o", color=colour, capsize=3)
         forest.plot(results.differences(cell), [-at] * len(results.differences(cell)), "|", color=colour, markersize=9)
-        if cell.budget == study.LONG and cell.shape != MILDER:
+        if cell.shape == LAYERWISE:
             points = _course(results, cell)
             style = {"color": colour, "linestyle": ("-", "--", ":")[list(study.SIZES).index(cell.size)]}
-            course.plot(*zip(*points, strict=True), label=f"{cell.size}, {cell.initial}", **style)
+            course.plot(*zip(*points, strict=True), label=f"{cell.size}, {cell.budget:g}, {cell.initial}", **style)
     forest.set_yticks(
         [-at for at in range(len(cells))],
         [f"{cell.size}, {cell.budget:g} a parameter\n{cell.shape}, {cell.initial}" for cell in cells], fontsize="small",

@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Event, RLock
-from typing import Any
 
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
@@ -26,7 +25,7 @@ sys.path.append(str(HERE.parent))
 import books as texts  # noqa: E402
 import study  # noqa: E402
 from command import elm  # noqa: E402
-from study import Cell, Training  # noqa: E402
+from study import Cell, Record, Training  # noqa: E402
 
 from elm_mlx import files  # noqa: E402
 
@@ -113,14 +112,14 @@ class Trainings:
         self._out, self._held_out, self._fields, self._windows = out, held_out, list(fields), windows
         self._lock, self._stopping = RLock(), Event()
         self._running: set[subprocess.Popen[bytes]] = set()
-        self._records = read(out / RECORDS)
+        self._records = study.read(out / RECORDS)
 
     def watched_loss(self, training: Training) -> float:
         """Returns nats a token at the end, on documents that are not trained on; infinite where it broke off."""
         last = self.record(training)["validation"][-1][1]
         return math.inf if last is None else float(last)
 
-    def record(self, training: Training) -> dict[str, Any]:
+    def record(self, training: Training) -> Record:
         """Returns a training's record, and trains first where there is none. Raises Stopped."""
         if training not in self._records:
             made = self._trained(training)
@@ -137,7 +136,7 @@ class Trainings:
             for process in self._running:
                 process.send_signal(signal.SIGINT)
 
-    def _trained(self, training: Training) -> dict[str, Any]:
+    def _trained(self, training: Training) -> Record:
         directory = self._out / "runs" / training.name
         directory.mkdir(parents=True, exist_ok=True)
         asked = {
@@ -157,16 +156,8 @@ class Trainings:
         if code:
             interrupted = code in (INTERRUPTED, -signal.SIGINT) or self._stopping.is_set()
             raise Stopped(INTERRUPTED if interrupted else f"{training.name} ended with exit code {code}")
-        made: dict[str, Any] = json.loads((directory / RECORD).read_text("utf-8"))
+        made: Record = json.loads((directory / RECORD).read_text("utf-8"))
         return made
-
-
-def read(path: Path) -> dict[Training, dict[str, Any]]:
-    """Returns the records of a file, by what was trained; none where there is no such file."""
-    if not path.exists():
-        return {}
-    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    return {Training(**{name: record[name] for name in Training.__dataclass_fields__}): record for record in records}
 
 
 if __name__ == "__main__":

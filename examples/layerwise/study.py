@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
+
+Record = dict[str, Any]  # of a training, as training.py makes it
 
 CORENET, FAN_IN = "CoreNet", "fan-in"  # rules for the initial weights, see training.py
 UNIFORM, LAYERWISE, MILDER = "uniform", "layer-wise", "milder"
@@ -114,3 +118,11 @@ PARTS: tuple[tuple[Cell, ...], ...] = (
     (Cell(MIDDLE, MILDER), Cell(MIDDLE, MILDER, FAN_IN)),
     _both(LARGE),
 )
+
+
+def read(path: Path) -> dict[Training, Record]:
+    """Returns the records of a file, by what was trained; none where there is no such file."""
+    if not path.exists():
+        return {}
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return {Training(**{name: record[name] for name in Training.__dataclass_fields__}): record for record in records}

@@ -13,7 +13,6 @@ import statistics
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from an import; training has a handler of its own
 
@@ -22,7 +21,7 @@ sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
 from measure import held_out_loss  # noqa: E402
-from study import FAN_IN, Training  # noqa: E402
+from study import FAN_IN, Record, Training  # noqa: E402
 
 import elm_mlx  # noqa: E402
 from elm_mlx import device, files  # noqa: E402
@@ -85,7 +84,7 @@ def by_fan_in(model: Model, seed: int) -> None:
             projection.weight = projection.weight * (width / projection.weight.shape[1]) ** 0.5
 
 
-def measured(training: Training, out: Path, held_out: str | None, windows: int | None) -> dict[str, Any]:
+def measured(training: Training, out: Path, held_out: str | None, windows: int | None) -> Record:
     """Returns the numbers of a run.
 
     `validation` are pairs of updates made and nats a token, the last one None where training broke off; `held_out` are
