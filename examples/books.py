@@ -32,20 +32,19 @@ def write_documents(books: Path, directory: Path) -> None:
     """`train.jsonl` and `watched.jsonl`: all the books, cut and mixed, the same way every time."""
     draw, documents = random.Random(0), []
     for book in read(books):
-        documents.extend(_cut(_plain(book["text"]), draw))
+        documents.extend(cut(book["text"], draw))
     draw.shuffle(documents)
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "watched.jsonl", documents[::_WATCHED])
     _write(directory / "train.jsonl", [text for i, text in enumerate(documents) if i % _WATCHED])
 
 
-def _plain(text: str) -> str:
-    """Normal form C, with a typewriter's quotes and dashes: a small vocabulary has better uses."""
-    return unicodedata.normalize("NFC", text).translate(_ASCII)
+def cut(text: str, draw: random.Random) -> Iterator[str]:
+    """A book's documents: whole paragraphs, as many as reach a length drawn between _LEAST and _MOST characters.
 
-
-def _cut(text: str, draw: random.Random) -> Iterator[str]:
-    """Whole paragraphs, as many as reach a length that is drawn between _LEAST and _MOST characters."""
+    In normal form C, with a typewriter's quotes and dashes: a small vocabulary has better uses.
+    """
+    text = unicodedata.normalize("NFC", text).translate(_ASCII)
     paragraphs, length, wanted = [], 0, draw.randint(_LEAST, _MOST)
     for paragraph in text.split("\n"):
         paragraphs.append(paragraph)
