@@ -136,7 +136,7 @@ def test_what_is_recorded_are_the_losses_of_what_was_trained(layerwise: tuple[Pa
             for each in records
             if each["shape"] == record["shape"] and not each["seed"]
         }
-        assert sorted(tried) == [0.004, 0.008] and record["rate"] == min(tried, key=tried.__getitem__)
+        assert sorted(tried) == [0.008, 0.016] and record["rate"] == min(tried, key=tried.__getitem__)
         name = f"0.23M-{record['shape']}-CoreNet-5-lr-{record['rate']}-seed-{record['seed']}"
         lines = (out / "runs" / name / "metrics.jsonl").read_text("utf-8").splitlines()
         first, last = (json.loads(line)["valid_loss"] for line in (lines[0], lines[-1]))
@@ -194,10 +194,10 @@ def test_other_initial_weights_are_what_training_begins_with(layerwise: tuple[Pa
 @pytest.mark.parametrize(
     ("optimum", "tried"),
     [
-        (0.005, [0.002, 0.004, 0.008]),
-        (0.007, [0.004, 0.008, 0.016]),
-        (0.0015, [0.001, 0.002, 0.004, 0.008]),
-        (1.0, [0.004, 0.008, 0.016, 0.032, 0.064]),
+        (0.009, [0.004, 0.008, 0.016]),
+        (0.014, [0.008, 0.016, 0.032]),
+        (0.003, [0.002, 0.004, 0.008, 0.016]),
+        (1.0, [0.008, 0.016, 0.032, 0.064, 0.128]),
     ],
 )
 def test_rates_are_tried_until_the_best_has_a_worse_one_on_either_side(

@@ -114,7 +114,7 @@ def _differences(results: Results) -> str:
     rows = []
     for cell in compared():
         nats, bits = results.differences(cell), results.differences(cell, 1)
-        if len(nats) > 1:
+        if nats:
             each = ", ".join(f"{value:+.3f}" for value in nats)
             kind = (cell.size, f"{cell.budget:g}", cell.initial, cell.shape)
             rows.append((*kind, _spread(nats), each, _spread(bits)))
@@ -123,6 +123,8 @@ def _differences(results: Results) -> str:
 
 
 def _spread(differences: Sequence[float]) -> str:
+    if len(differences) == 1:
+        return f"{differences[0]:+.4f}"
     mean, reach = interval(differences)
     return f"{mean:+.4f} ± {reach:.4f}"
 
@@ -221,16 +223,19 @@ def draw(results: Results, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     forest, course = figure.subplots(1, 2)
-    cells = [cell for cell in compared() if len(results.differences(cell)) > 1]
+    cells = [cell for cell in compared() if results.differences(cell)]
     for at, cell in enumerate(cells):
-        mean, reach = interval(results.differences(cell))
-        colour = _COLOURS[cell.initial]
-        forest.errorbar(mean, -at, xerr=reach, fmt="o", color=colour, capsize=3)
-        forest.plot(results.differences(cell), [-at] * len(results.differences(cell)), "|", color=colour, markersize=9)
+        found, colour = results.differences(cell), _COLOURS[cell.initial]
+        if len(found) > 1:
+            mean, reach = interval(found)
+            forest.errorbar(mean, -at, xerr=reach, fmt="o", color=colour, capsize=3)
+        forest.plot(found, [-at] * len(found), "|", color=colour, markersize=9)
         if cell.shape == LAYERWISE:
             points = _course(results, cell)
             style = {"color": colour, "linestyle": ("-", "--", ":")[list(study.SIZES).index(cell.size)]}
-            course.plot(*zip(*points, strict=True), label=f"{cell.size}, {cell.budget:g}, {cell.initial}", **style)
+            course.plot(
+                *zip(*points, strict=True), label=f"{cell.size}, {cell.budget:g} a parameter, {cell.initial}", **style
+            )
     forest.set_yticks(
         [-at for at in range(len(cells))],
         [f"{cell.size}, {cell.budget:g} a parameter\n{cell.shape}, {cell.initial}" for cell in cells], fontsize="small",

@@ -31,7 +31,7 @@ from elm_mlx import files  # noqa: E402
 
 CLASSICS = HERE.parent / "classics"
 RECORDS, RECORD, INTERRUPTED = "records.jsonl", "record.json", 130
-RATES = (0.004, 0.008)  # and beyond, while the best of them is the first or the last
+RATES = (0.008, 0.016)  # and beyond, while the best of them is the first or the last
 MOST_RATES = 7
 QUICK = ["optimizer.steps=4", "optimizer.warmup=1", "run.batch_size=2", "data.validation_rows=4", "data.window=2048"]
 

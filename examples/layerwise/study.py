@@ -108,8 +108,8 @@ def _both(size: str, initial: str = CORENET, **more: Any) -> tuple[Cell, ...]:
 # The cells of a part are trained side by side, where processors allow it.
 PARTS: tuple[tuple[Cell, ...], ...] = (
     _both(SMALL, budget=SHORT),
-    _both(SMALL, FAN_IN, budget=SHORT),
     _both(SMALL),
+    _both(SMALL, FAN_IN, budget=SHORT),
     _both(SMALL, FAN_IN),
     (Cell(SMALL, MILDER), Cell(SMALL, MILDER, FAN_IN)),
     _both(SMALL, times=(0.5, 2.0), seeds=(1,)),  # is the rate that was best for short runs best for long ones?
