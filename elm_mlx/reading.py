@@ -413,6 +413,27 @@ def _cut(text: str) -> str:
     return text if len(text) <= _MOST_SHOWN else f"{text[: 2 * _MOST_SHOWN // 3]} … {text[3 - _MOST_SHOWN // 3 :]}"
 
 
+def check_made_with(path: Path, what: str, known: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
+    """Raises InputError where what a file or directory holds was made with other settings, by names, than are wanted.
+
+    Args:
+        what: it holds.
+        known: the settings, as JSON gave them back.
+        advice: what to do, which ends the message.
+    """
+    now = json.loads(json.dumps(dict(wanted)))
+    for name in {**now, **known}:
+        if known.get(name) != now.get(name):
+            before, after = (_digest_cut(values.get(name)) for values in (known, now))
+            raise InputError(f"{path}: holds {what} with {name} = {before}, not {after}; {advice}")
+
+
+def _digest_cut(value: object) -> str:
+    """Returns the beginning of a digest, anything else whole."""
+    text = printable("none" if value is None else value)
+    return f"{text[:8]}…" if len(text) == 64 else text
+
+
 def check_seed(seed: int | None) -> None:
     """Raises InputError for a seed that does not fit 64 bits."""
     if seed is not None and not 0 <= seed < 2**64:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 PANELS = {
     "Problems": ("task", "difficulty", "held_out"),
     "Sampling": ("samples", "answers", "temp", "max_tokens", "seed", "template", "compute_dtype"),
-    "Output": ("out", "pairs", "solutions", "measure", "overwrite"),
+    "Output": ("out", "pairs", "solutions", "measure", "as_json", "overwrite"),
     "Rounds": ("loop", "config"),
 }
 _MEASURED = 128  # held-out problems after each round
@@ -40,7 +41,10 @@ def synthesize(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE|DIR", help="The data to write, or with --loop the rounds' directory. (no default)"),
+        typer.Option(
+            metavar="FILE|DIR",
+            help="The data to write, with --loop the rounds' directory, with --measure its answers. (no default)",
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Answers to sample; in each round of --loop. (no default)")
@@ -72,6 +76,7 @@ def synthesize(
             help=f"pass@1 and pass@k on so many held-out problems. (default: none; with --loop {_MEASURED})",
         ),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For --measure: print JSON.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Begin anew, and replace the files that are there.")
     ] = False,
@@ -89,28 +94,24 @@ def synthesize(
         from elm_mlx.problems.built_in import TASKS
 
         raise InputError(f"--task is missing: {', '.join(TASKS)}, or a FILE.py")
-    if config is not None and loop is None:
-        raise InputError("--config has options of training, which --loop does")
-    held = tuple(held_out or ())
-    if solutions:
-        given = {"MODEL": model, "--adapter": adapter, "--pairs": pairs, "--measure": measure, "--loop": loop}
-        needless = next((name for name, value in given.items() if value is not None), None)
-        if needless is not None:
-            raise InputError(f"{needless}: --solutions writes what the task's program knows, without a model")
-        _write_solutions(task, difficulty, seed, _needed("--samples", samples), _needed("--out", out), held, overwrite)
-        return
-    if model is None:
-        raise InputError("MODEL is missing; --solutions alone needs none")
-    alone = loop is None and out is None and samples is None and measure is not None
-    for name, wrong, why in (
+    alone = loop is None and samples is None and measure is not None
+    _refuse(
+        ("--config", config is not None and loop is None, "has options of training, which --loop does"),
+        *((name, solutions and value is not None, "--solutions writes what the task's program knows, without a model")
+          for name, value in (("MODEL", model), ("--adapter", adapter), ("--pairs", pairs), ("--measure", measure),
+                              ("--loop", loop))),
+        ("MODEL", not solutions and model is None, "is missing; --solutions alone needs none"),
         ("--overwrite", overwrite and loop is not None, "a loop is gone on with, or begun in another --out"),
         ("--pairs", pairs is not None and loop is not None, "rounds train on right answers alone"),
         ("--measure", measure is not None and loop is None and not alone,
-         "measures by itself, or within --loop; leave out --samples and --out"),
-        ("--pairs", pairs is not None and alone, "--measure writes no data; give --samples and --out instead of it"),
-    ):  # fmt: skip
-        if wrong:
-            raise InputError(f"{name}: {why}")
+         "measures by itself, or within --loop; leave out --samples"),
+        ("--pairs", pairs is not None and alone, "--measure writes no data; give --samples instead of it"),
+        ("--json", as_json and not alone, "is for --measure by itself"),
+    )  # fmt: skip
+    held = tuple(held_out or ())
+    if model is None:
+        _write_solutions(task, difficulty, seed, _needed("--samples", samples), _needed("--out", out), held, overwrite)
+        return
     from elm_mlx.selfplay.answer_sampling import SamplingSettings
     from elm_mlx.selfplay.synthesis import record_of
 
@@ -119,15 +120,22 @@ def synthesize(
     )
     try:
         if alone:
-            _measure(asked, _needed("--measure", measure))
+            _measure(asked, _needed("--measure", measure), out, overwrite, as_json)
         elif loop is not None:
             _loop(asked, loop, _needed("--samples", samples), measure or _MEASURED, _needed("--out", out), config)
         else:
             _synthesize(asked, _needed("--samples", samples), _needed("--out", out), pairs, overwrite)
     except KeyboardInterrupt:
         if out is not None:
-            note(f"stopped; the same command goes on from what is in {out if loop else record_of(out)}")
+            note(f"stopped; the same command goes on from what is in {out if loop or alone else record_of(out)}")
         raise
+
+
+def _refuse(*cases: tuple[str, bool, str]) -> None:
+    """Raises InputError for the first of options that is wrong, with why."""
+    for name, wrong, why in cases:
+        if wrong:
+            raise InputError(f"{name}: {why}")
 
 
 def _needed(name: str, value: T | None) -> T:
@@ -189,18 +197,35 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
     )  # fmt: skip
 
 
-def _measure(asked: SamplingSettings, count: int) -> None:
-    from elm_mlx.problems.drawn_problems import held_out_problems
+def _measure(asked: SamplingSettings, count: int, out: Path | None, overwrite: bool, as_json: bool) -> None:
+    from elm_mlx.selfplay.answer_record import AnswerRecord
     from elm_mlx.selfplay.answer_sampling import Sampling
 
     options.directory_of(asked.model)
     sampling = Sampling(asked, note)
-    problems = held_out_problems(sampling.task, sampling.difficulties, count)
     with ProgressBar("items") as progress:
-        solved = list(sampling.solve(problems, progress))
+        if out is None:
+            solved = list(sampling.solve(sampling.held_out(count), progress))
+        else:
+            with AnswerRecord(out, sampling.measured_identity, anew=overwrite) as record:
+                solved = sampling.measure(record, count, progress)
+    if as_json:
+        by_difficulty = [{"difficulty": level, **_rates(own)} for level, own in _by_difficulty(solved)]
+        print(json.dumps({"of": sampling.identity, **_rates(solved), "by difficulty": by_difficulty}, indent=2))
+        return
     _print_difficulties(solved, asked.answers)
     _print_examples(solved)
     _print_pass(solved, asked.answers, "measured")
+
+
+def _rates(problems: Sequence[RecordedProblem]) -> dict[str, Any]:
+    """Returns pass@1 and pass@k of problems with their intervals, and the answers by verdict, as JSON has them."""
+    from elm_mlx.problems.pass_rates import pass_rate
+
+    counts = [each.count for each in problems]
+    rates = {f"pass@{k}": pass_rate(counts, k) for k in sorted({1, counts[0][1]})}
+    shown = {name: {"rate": rate.rate, "low": rate.low, "high": rate.high} for name, rate in rates.items()}
+    return {"problems": len(problems), **shown, "answers": dict(_counted_verdicts(problems))}
 
 
 def _loop(asked: SamplingSettings, rounds: int, samples: int, measured: int, out: Path, config: Path | None) -> None:
@@ -272,11 +297,15 @@ def _print_difficulties(problems: Sequence[RecordedProblem], answers: int) -> No
     from elm_mlx.problems.pass_rates import pass_rate
 
     rows, ks = [], sorted({1, answers})
-    for difficulty in sorted({each.difficulty for each in problems}):
-        own = [each for each in problems if each.difficulty == difficulty]
+    for difficulty, own in _by_difficulty(problems):
         rates = [pass_rate([each.count for each in own], k) for k in ks]
         rows.append([str(difficulty), f"{len(own):,}", *(f"{rate.rate:.1%}" for rate in rates), _verdicts(own)])
     table(("difficulty", "problems", *(f"pass@{k}" for k in ks), "answers"), rows, left=(2 + len(ks),))
+
+
+def _by_difficulty(problems: Sequence[RecordedProblem]) -> list[tuple[int, list[RecordedProblem]]]:
+    levels = sorted({each.difficulty for each in problems})
+    return [(level, [each for each in problems if each.difficulty == level]) for level in levels]
 
 
 def _print_examples(problems: Sequence[RecordedProblem]) -> None:
@@ -299,9 +328,12 @@ def _speed(problems: Sequence[RecordedProblem], seconds: float) -> str:
 
 
 def _verdicts(problems: Sequence[RecordedProblem]) -> str:
+    return ", ".join(f"{count:,} {verdict}" for verdict, count in _counted_verdicts(problems).most_common())
+
+
+def _counted_verdicts(problems: Sequence[RecordedProblem]) -> Counter[str]:
     answers = [answer for problem in problems for answer in problem.answers]
-    counts = Counter(answer.verdict.value if answer.ended else "without an end" for answer in answers)
-    return ", ".join(f"{count:,} {verdict}" for verdict, count in counts.most_common())
+    return Counter(answer.verdict.value if answer.ended else "without an end" for answer in answers)
 
 
 def _shortened(text: str) -> str:

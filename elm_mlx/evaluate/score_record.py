@@ -38,7 +38,7 @@ class ScoreRecord:
             held.enter_context(files.hold(out))
             known = (out / ABOUT).exists()
             if known:
-                _check_same(out, identity)
+                reading.check_made_with(out, "scores", kept_identity(out), identity, "choose another --out")
             self._file = held.enter_context(files.JsonLinesFile(out / ITEMS))
             self._recall()
             if not known:
@@ -108,18 +108,3 @@ def kept_identity(out: Path) -> dict[str, Any]:
     if not isinstance(known, dict):
         raise InputError(f"{out / ABOUT}: was not written by `elm-mlx eval`; choose another --out")
     return known
-
-
-def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
-    """Raises InputError where the directory is of something else."""
-    known = kept_identity(out)
-    for name, value in identity.items():
-        if known.get(name) != value:
-            change = f"{name} {_short(known.get(name))}, now {_short(value)}"
-            raise InputError(f"{out}: holds another run's results ({change}); choose another --out")
-
-
-def _short(value: object) -> str:
-    """The beginning of a digest, anything else whole."""
-    text = str(value)
-    return f"{text[:8]}…" if len(text) == 64 else text

@@ -6,7 +6,6 @@ run that was killed leaves the beginning of what an unbroken one writes, and per
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from elm_mlx.errors import InputError
 from elm_mlx.inference.solving import SolvedProblem
 from elm_mlx.problems.checked_task import Verdict
 from elm_mlx.problems.pass_rates import Count
-from elm_mlx.reading import printable
 
 
 @dataclass(frozen=True)
@@ -134,14 +132,8 @@ class AnswerRecord:
             known = None
         if not isinstance(known, dict):
             raise self._other()
-        wanted = json.loads(json.dumps(dict(identity)))
-        for name in {**wanted, **known}:
-            if known.get(name) != wanted.get(name):
-                before, now = _short(known.get(name)), _short(wanted.get(name))
-                raise InputError(
-                    f"{self.path}: holds answers with {name} = {before}, not {now}; leave it as it was, choose another "
-                    "--out, or begin anew by --overwrite"
-                )
+        advice = "leave it as it was, choose another --out, or begin anew by --overwrite"
+        reading.check_made_with(self.path, "answers", known, identity, advice)
 
     def _other(self) -> InputError:
         return InputError(f"{self.path}: is no record of `elm-mlx synthesize`; choose another --out")
@@ -179,9 +171,3 @@ def _loaded(line: bytes) -> Any:
     if not line.endswith(b"\n"):
         raise ValueError("torn")
     return reading.load_json(line.decode())
-
-
-def _short(value: object) -> str:
-    """The beginning of a digest, anything else whole."""
-    text = printable("none" if value is None else value)
-    return f"{text[:8]}…" if len(text) == 64 else text

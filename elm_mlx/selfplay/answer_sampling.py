@@ -122,6 +122,11 @@ class Sampling:
         }  # fmt: skip
 
     @property
+    def measured_identity(self) -> dict[str, Any]:
+        """What the answers to held-out problems depend on."""
+        return {**self.identity, "problems": "held out"}
+
+    @property
     def source(self) -> dict[str, Any]:
         """What every example that is made of the answers says of how it came about."""
         found = {"task": self.task.name, "model": self._model_hash, "adapter": self._adapter_hash}
@@ -149,9 +154,13 @@ class Sampling:
         self._check_hope(record.problems, at_end=True)
         return record.problems[:count]
 
+    def held_out(self, count: int) -> list[DrawnProblem]:
+        """Returns so many held-out problems, or as many as there are. Raises InputError where there are none."""
+        return held_out_problems(self.task, self.difficulties, count)
+
     def measure(self, record: AnswerRecord, count: int, progress: OnProgress = no_progress) -> list[RecordedProblem]:
         """Returns the answers to `count` held-out problems, or as many as there are. Raises as `sample`."""
-        problems = held_out_problems(self.task, self.difficulties, count)
+        problems = self.held_out(count)
         if len(record.problems) < len(problems):
             self._answer(record, problems[len(record.problems) :], len(problems), "measure", progress)
         return record.problems[: len(problems)]

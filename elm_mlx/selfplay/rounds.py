@@ -115,7 +115,8 @@ class Rounds:
             data = self._data(number)
             data.parent.mkdir(exist_ok=True)
             first = (number - 1) * self._problems
-            with AnswerRecord(record_of(data), self._identity(sampling, first), first) as record:
+            identity = {**sampling.identity, "first problem": first}
+            with AnswerRecord(record_of(data), identity, first) as record:
                 sampled = sampling.sample(record, self._problems, progress, first)
             before = len(chosen.examples)
             chosen.add(sampled, {**sampling.source, "round": number})
@@ -143,12 +144,7 @@ class Rounds:
         known, trained = state.get("asked"), state.get("trained")
         if not isinstance(known, dict) or not isinstance(trained, int):
             raise InputError(f"{path}: is no record of a loop; choose another --out")
-        for name, value in asked.items():
-            if known.get(name) != value:
-                raise InputError(
-                    f"{self.out}: holds a loop with {name} = {known.get(name)}, not {value}; leave it as it was, "
-                    "or choose another --out"
-                )
+        reading.check_made_with(self.out, "a loop", known, asked, "leave it as it was, or choose another --out")
         return trained
 
     def _train(self, number: int, train: Callable[[Finetuning], Result]) -> None:
@@ -173,12 +169,8 @@ class Rounds:
         return made(LoraSettings, {**given, **self._training, **own})
 
     def _measure(self, sampling: Sampling, path: Path, progress: OnProgress) -> list[RecordedProblem]:
-        with AnswerRecord(path, self._identity(sampling, None)) as record:
+        with AnswerRecord(path, sampling.measured_identity) as record:
             return sampling.measure(record, self._measured, progress)
-
-    def _identity(self, sampling: Sampling, first: int | None) -> dict[str, Any]:
-        kind = {"problems": "held out"} if first is None else {"first problem": first}
-        return {**sampling.identity, **kind}
 
     def _data(self, number: int) -> Path:
         return self.out / f"round-{number}" / "data.jsonl"

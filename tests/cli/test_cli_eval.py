@@ -162,7 +162,7 @@ def test_scores_with_keys_in_few_bits_are_a_run_of_their_own(
     assert shown[1].endswith("wrote evals/model+kv4\n")
     bits = [float(re.search(r"bits_per_byte +([\d.]+)", each)[1]) for each in shown]  # type: ignore[index]
     assert bits[0] != bits[1] and bits[1] == pytest.approx(bits[0], rel=0.2)
-    with pytest.raises(InputError, match=r"holds another run's results \(kv_bits 4, now 8\)"):
+    with pytest.raises(InputError, match=r"holds scores with kv_bits = 4, not 8; choose another"):
         call(wide_model_dir, "-t", own, "--kv-bits", 8, "--out", "evals/model+kv4")
-    with pytest.raises(InputError, match=r"kv_bits None, now 8"):
+    with pytest.raises(InputError, match=r"kv_bits = none, not 8"):
         call(wide_model_dir, "-t", own, "--kv-bits", 8, "--out", "evals/model")

@@ -96,7 +96,7 @@ def test_eval_scores_by_the_prediction(
         "--kvp",
         exact,
     )
-    assert code == 2 and "holds another run's results (kvp" in said
+    assert code == 2 and "holds scores with kvp" in said
 
 
 def test_eval_names_its_directory_by_the_prediction_too(

@@ -148,6 +148,34 @@ def test_pass_rates_of_held_out_problems(run: Run, guessing: tuple[Path, Path], 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_measurement_is_gone_on_with_and_read_by_programs(
+    run: Run, guessing: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Killed amid it, the same command answers the rest; a larger one adds to what is there."""
+    model, task = guessing
+    common = [str(model), "--task", str(task), *map(str, QUICK)]
+    command = [sys.executable, "-m", "elm_mlx", "synthesize", *common, "--measure", "2000", "--out"]
+    record = tmp_path / "measured"
+    with subprocess.Popen([*command, str(record)], stdout=subprocess.DEVNULL) as process:
+        while not (record.exists() and record.stat().st_size > 5000):
+            assert process.poll() is None
+        process.kill()
+    code, text, err = run(*common, "--measure", 40, "--out", record, "--json")
+    assert code == 0, err
+    found = json.loads(text)
+    assert found["problems"] == 40 and sum(found["answers"].values()) == 160
+    assert 0 < found["pass@1"]["low"] < found["pass@1"]["rate"] < found["pass@1"]["high"] < 1
+    assert found["pass@1"]["rate"] < found["pass@4"]["rate"] and found["of"]["--task"] == task.stem
+    assert [each["difficulty"] for each in found["by difficulty"]] == [1, 2]
+    assert sum(each["answers"].get("right", 0) for each in found["by difficulty"]) == found["answers"]["right"]
+    assert json.loads(run(*common, "--measure", 40, "--json")[1]) == found
+    kept = record.read_bytes()
+    code, _, err = run(*common, "--measure", 40, "--out", record, "--seed", 1)
+    assert code == 2 and "holds answers with --seed = 0, not 1" in err and record.read_bytes() == kept
+    assert run(*common, "--measure", 5, "--out", record, "--seed", 1, "--overwrite")[0] == 0
+    assert len(read(record)) == 1 + 5
+
+
 def test_rounds_end_in_a_table(run: Run, guessing: tuple[Path, Path], tmp_path: Path) -> None:
     model, task = guessing
     config = tmp_path / "lora.yaml"
@@ -172,9 +200,9 @@ def test_rounds_end_in_a_table(run: Run, guessing: tuple[Path, Path], tmp_path: 
         (("M", "--samples", 8, "--out", "o"), "--task is missing: arithmetic"),
         (("M", "--task", "arithmetic", "--out", "o"), "--samples is missing"),
         (("M", "--task", "arithmetic", "--samples", 8), "--out is missing"),
-        (("--task", "arithmetic", "--samples", 8, "--out", "o"), "MODEL is missing; --solutions alone needs none"),
+        (("--task", "arithmetic", "--samples", 8, "--out", "o"), "MODEL: is missing; --solutions alone needs none"),
         (("M", "--task", "arithmetic", "--solutions", "--samples", 8, "--out", "o"), "MODEL: --solutions writes"),
-        (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--config", "c"), "--config has options"),
+        (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--config", "c"), "--config: has options"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--measure", 5), "--measure: measures by itself"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--loop", 2, "--pairs", "p"), "--pairs: rounds"),
         (
@@ -183,6 +211,7 @@ def test_rounds_end_in_a_table(run: Run, guessing: tuple[Path, Path], tmp_path: 
         ),
         (("M", "--task", "arithmetic", "--measure", 5, "--pairs", "p"), "--pairs: --measure writes no data"),
         (("M", "--task", "arithmetic", "--loop", 2, "--out", "o"), "--samples is missing"),
+        (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--json"), "--json: is for --measure by itself"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--temp", 0), "--temp 0: answers are drawn"),
         (("M", "--task", "arithmetic", "--samples", 8, "--out", "o", "--held-out", "no.jsonl"), "no.jsonl"),
     ],

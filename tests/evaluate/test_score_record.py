@@ -49,7 +49,7 @@ def test_lines_that_are_damaged_are_computed_again(tmp_path: Path) -> None:
 
 def test_another_models_record_is_refused(tmp_path: Path) -> None:
     ScoreRecord(tmp_path, IDENTITY, {}).__exit__(None, None, None)
-    with pytest.raises(InputError, match=r"another run's results \(model abc, now xyz\); choose another --out"):
+    with pytest.raises(InputError, match=r"holds scores with model = abc, not xyz; choose another --out"):
         ScoreRecord(tmp_path, IDENTITY | {"model": "xyz"}, {})
     (tmp_path / ABOUT).write_text("{}")
     with pytest.raises(InputError, match="was not written by `elm-mlx eval`"):
