@@ -12,7 +12,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.parametrize("name", ["averaging", "classics", "layerwise", "shakespeare", "tokenizers"])
+@pytest.mark.parametrize("name", ["averaging", "classics", "kv-prediction", "layerwise", "shakespeare", "tokenizers"])
 def test_a_page_is_what_its_records_give(name: str, tmp_path: Path) -> None:
     for path in (*EXAMPLES.glob("*.py"), *(EXAMPLES / name).glob("*.py"), *(EXAMPLES / name).glob("*.json*")):
         copy = tmp_path / path.relative_to(EXAMPLES)

@@ -1,0 +1,262 @@
+"""What KV prediction costs and gains on a small model: `python examples/kv-prediction/run.py`.
+
+Auxiliary models of a quarter, a half and three quarters of a base's layers are made to predict its keys and values: by
+maps that are fitted and no more, and by training, from several seeds. On two books that nothing is trained on it
+measures how well the base goes on after a prompt that was predicted, how well the auxiliary does alone, and how well
+the base does that reads but the prompt's end, which is as soon done. Training is a command of elm-mlx's, which is
+printed before it runs. All that is measured goes into `results.json`, from which page.py makes the tables and the plot.
+Run again, it goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+HERE = Path(os.path.relpath(Path(__file__).parent))
+sys.path.append(str(HERE.parent))
+
+import books as texts  # noqa: E402
+from command import elm  # noqa: E402
+from page import LEAST, PROMPTS, SCORED, SHARES, Measured, tables  # noqa: E402
+
+import elm_mlx  # noqa: E402
+
+# isort: split
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+from elm_mlx.inference.generation import stream_generate  # noqa: E402
+from elm_mlx.inference.rows import predicted_prefill, prefill  # noqa: E402
+from elm_mlx.model.cache import make_prompt_cache  # noqa: E402
+from elm_mlx.model.kv_prediction import KVPrediction, kept_layers, pruned_map  # noqa: E402
+from elm_mlx.model.network import Model  # noqa: E402
+from elm_mlx.store import kvp_directory  # noqa: E402
+from elm_mlx.train.kvp_training import pruned  # noqa: E402
+
+CLASSICS = HERE.parent / "classics"
+ROW_TOKENS = 2 * 512  # of an update, as in recipe.toml
+LONGER = (128, 512, 2000)  # tokens of a larger model's prompts
+Passage = tuple[list[int], list[int]]  # the ids before a place in a text, and those after it
+Variant = tuple[Model, KVPrediction | None, float]  # what reads, what predicts, and of what share of the prompt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train KV predictions for a small model, and measure them.")
+    parser.add_argument(
+        "--books", type=Path, default=CLASSICS / "extract.jsonl.gz", help='{"text": …} a line, a book each'
+    )
+    parser.add_argument("--out", type=Path, default=Path("build/kv-prediction"), help="where everything is written")
+    parser.add_argument("--keeps", type=float, nargs="+", default=[*SHARES], help="shares of the layers that are kept")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=100, help="updates of each training, of 1,024 tokens")
+    parser.add_argument("--passages", type=int, default=32, help="places in each book that are measured")
+    parser.add_argument("--repeats", type=int, default=15, help="measurements of each time to the first token")
+    parser.add_argument("--measure", action="store_true", help="train nothing; measure what is there, and times anew")
+    parser.add_argument("--larger", type=Path, metavar="MODEL", help="measure the times of a larger model, and no more")
+    arguments = parser.parse_args()
+    if arguments.larger is not None:
+        time_larger(arguments.larger, arguments.out / "larger.json", arguments.repeats)
+        return
+    results = measure(arguments)
+    made = arguments.out / "results.json"
+    made.write_text(json.dumps(results) + "\n", "utf-8")
+    print("\n\n".join(["", *tables(results), f"python {HERE / 'page.py'} {made} makes the page of it"]))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains and measures what is not there yet. Returns all of it."""
+    out, base_directory = arguments.out, arguments.out / "base"
+    if not (out / "data" / "train.jsonl").exists():
+        texts.write_documents(arguments.books, out / "data")
+    if not base_directory.exists():
+        elm("convert", CLASSICS / "checkpoint_average.pt", base_directory, "--tokenizer", CLASSICS / "tokenizer.model")
+    base, tokenizer = elm_mlx.load(base_directory)
+    held_out = list(passages(tokenizer, arguments.passages))
+
+    @functools.cache
+    def likeliest(length: int) -> list[mx.array]:
+        found = (
+            logits_after((base, None, 1.0), prompt_of(before, length, tokenizer), after) for before, after in held_out
+        )
+        return [mx.argmax(logits, axis=-1) for logits in found]
+
+    quality: dict[str, Any] = {}
+    trained: dict[str, KVPrediction] = {}
+    for share in (1.0, *SHARES, LEAST):
+        quality[f"base/{share:g}"] = kept(
+            out / f"base-{share:g}.json",
+            lambda share=share: scores((base, None, share), held_out, tokenizer, likeliest),
+        )
+    fits = product(("fit",), arguments.seeds[:1], arguments.keeps)  # which no seed changes
+    for kind, seed, keep in chain(fits, product(("kvp",), arguments.seeds, arguments.keeps)):
+        directory = out / f"{kind}-{keep:g}-seed-{seed}"
+        if not (directory / kvp_directory.RECORD).exists():
+            if arguments.measure:
+                continue
+            train(arguments, directory, kind, keep, seed)
+        kvp = trained[f"{kind}/{keep:g}"] = kvp_directory.load(directory, base_directory, base)
+        for name, variant in ((kind, (base, kvp, 1.0)), ("alone", (kvp.auxiliary, None, 1.0))):
+            if name == kind or kind == "kvp":  # the layers that are left say nothing before they are trained
+                quality[f"{name}/{keep:g}/{seed}"] = kept(
+                    directory / f"{name}.json",
+                    lambda variant=variant: scores(variant, held_out, tokenizer, likeliest),
+                )
+        if kind == "kvp":
+            quality[f"drafts/{keep:g}/{seed}"] = kept(
+                directory / "drafts.json", lambda kvp=kvp: right_guesses(base, kvp.auxiliary, held_out, tokenizer)
+            )
+    path = out / "times.json"
+    if arguments.measure or not path.exists():
+        variants: dict[str, Variant] = {f"base/{share:g}": (base, None, share) for share in (1.0, *SHARES, LEAST)}
+        for keep in arguments.keeps:
+            kvp = trained.get(f"kvp/{keep:g}") or trained[f"fit/{keep:g}"]
+            variants |= {f"kvp/{keep:g}": (base, kvp, 1.0), f"alone/{keep:g}": (kvp.auxiliary, None, 1.0)}
+        prompt = held_out[0][0]
+        path.write_text(json.dumps(times(variants, prompt, PROMPTS, arguments.repeats)) + "\n", "utf-8")
+    found = {
+        "tokens": arguments.steps * ROW_TOKENS, "seeds": arguments.seeds, "keeps": arguments.keeps, "quality": quality,
+        "times": json.loads(path.read_text("utf-8")),
+        "parameters": {"base": base.config.parameters}
+        | {f"{keep:g}": trained[f"fit/{keep:g}"].auxiliary.config.parameters for keep in arguments.keeps},
+    }  # fmt: skip
+    larger = out / "larger.json"
+    if larger.exists():
+        found["larger"] = json.loads(larger.read_text("utf-8"))
+    return found
+
+
+def train(arguments: argparse.Namespace, directory: Path, kind: str, keep: float, seed: int) -> None:
+    """Trains a prediction; one to "fit" by an update that changes nothing, for maps are fitted before the first."""
+    data = arguments.out / "data"
+    fields = {
+        "data.validation": data / "watched.jsonl",
+        "data.sources": f'[{{path = "{data / "train.jsonl"}"}}]',
+        "optimizer.steps": arguments.steps,
+        "optimizer.warmup": arguments.steps // 10,
+        "run.eval_every": arguments.steps,
+        "run.seed": seed,
+    }
+    if kind == "fit":
+        fields |= {"optimizer.steps": 1, "optimizer.warmup": 0, "optimizer.lr": 1e-9, "run.eval_every": 1}
+    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    resume = ["--resume"] if (directory / "checkpoints").exists() else []
+    elm("kvp", arguments.out / "base", HERE / "recipe.toml", "--keep", f"{keep:g}", "--out", directory, *sets, *resume)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """Returns what `make` makes, which is kept in a file, and not made again where that is there."""
+    if not path.exists():
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text(json.dumps(make()) + "\n", "utf-8")
+        unfinished.replace(path)
+    return json.loads(path.read_text("utf-8"))
+
+
+def passages(tokenizer: Any, count: int) -> Iterator[Passage]:
+    """Yields, of `count` places in each held-out book, the ids before it and those after it."""
+    before = PROMPTS[-1] - 1
+    for book in texts.read(CLASSICS / "held-out.jsonl.gz"):
+        ids = tokenizer.encode(book["text"], add_bos=False)
+        step = (len(ids) - before - SCORED) // count
+        for at in range(before, before + count * step, step):
+            yield ids[at - before : at], ids[at : at + SCORED]
+
+
+def scores(
+    variant: Variant, held_out: Sequence[Passage], tokenizer: Any, likeliest: Callable[[int], list[mx.array]]
+) -> dict[str, Measured]:
+    """Scores the same tokens after prompts of each length, all of which end before them.
+
+    Returns for each length `nats`, the loss summed over each passage's tokens; `bytes`, of all texts; `first`, the
+    share of prompts after which the likeliest token is the base's, which `likeliest` gives; and `each`, the same of all
+    tokens.
+    """
+    found: dict[str, Measured] = {}
+    for length in PROMPTS:
+        nats, size, first, each = [], 0, 0, 0
+        for (before, after), theirs in zip(held_out, likeliest(length), strict=True):
+            logits = logits_after(variant, prompt_of(before, length, tokenizer), after)
+            nats.append(round(nn.losses.cross_entropy(logits, mx.array(after), reduction="sum").item(), 4))
+            size += len(tokenizer.decode([*before[-8:], *after]).encode()) - len(tokenizer.decode(before[-8:]).encode())
+            same = mx.argmax(logits, axis=-1) == theirs
+            first, each = first + int(same[0].item()), each + int(same.sum().item())
+        count = len(held_out)
+        found[str(length)] = {"nats": nats, "bytes": size, "first": first / count, "each": each / count / SCORED}
+    return found
+
+
+def prompt_of(before: list[int], length: int, tokenizer: Any) -> list[int]:
+    """Returns a prompt of `length` ids, which ends where a passage does, BOS in front."""
+    return [tokenizer.bos_id, *before[len(before) - length + 1 :]]
+
+
+def logits_after(variant: Variant, prompt: list[int], after: list[int]) -> mx.array:
+    """Returns logits `(len(after), vocab)` of the tokens `after` a prompt, each behind those before it."""
+    model, kvp, share = variant
+    caches = make_prompt_cache(model)
+    if share < 1:
+        prompt = [prompt[0], *prompt[len(prompt) - round(share * len(prompt)) + 1 :]]
+    first = prefill(model, prompt, caches) if kvp is None else predicted_prefill(model, kvp, prompt, caches)
+    return mx.concatenate([first, model(mx.array([after[:-1]]), cache=caches)[0]])
+
+
+def right_guesses(base: Model, auxiliary: Model, held_out: Sequence[Passage], tokenizer: Any) -> float:
+    """Returns the share of the base's greedy tokens that the auxiliary guesses, as a draft model does."""
+    right = 0
+    for before, _ in held_out:
+        prompt = prompt_of(before, PROMPTS[0], tokenizer)
+        told = stream_generate(base, None, prompt, max_tokens=SCORED, stop_at_eos=False)
+        said = [response.token for response in told]
+        guessed = mx.argmax(logits_after((auxiliary, None, 1.0), prompt, said), axis=-1)
+        right += int((guessed == mx.array(said)).sum().item())
+    return right / len(held_out) / SCORED
+
+
+def time_larger(path: Path, out: Path, repeats: int) -> None:
+    """Measures times of a model by predictions of random weights, whose values make no difference to them."""
+    base = elm_mlx.load_model(path)
+    layers = base.config.num_layers
+    variants: dict[str, Variant] = {"base/1": (base, None, 1.0)}
+    for keep in SHARES:
+        kept_ones = kept_layers(layers, keep)
+        kvp = KVPrediction(base, Model(pruned(base.config, kept_ones)), pruned_map(layers, kept_ones))
+        mx.eval(kvp.parameters())
+        variants[f"kvp/{keep:g}"] = (base, kvp, 1.0)
+    longest = max(LONGER)
+    ids = [1, *(3 + at * 7919 % (base.config.vocab_size - 3) for at in range(longest))]
+    found = {"name": path.name, "times": times(variants, ids, LONGER, repeats)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found) + "\n", "utf-8")
+
+
+def times(
+    variants: dict[str, Variant], text: list[int], lengths: Sequence[int], repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds to the first token, of each length of prompt and each variant: one after the other, in turns."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for length in lengths:
+        own: dict[str, list[float]] = {name: [] for name in variants}
+        rounds = repeats * round((max(lengths) / length) ** 0.5)  # what is short is soon measured, and noisy
+        for turn in range(-1, rounds):  # the first does not count
+            for name, (model, kvp, share) in variants.items():
+                prompt = text[len(text) - round(share * length) + 1 :] + text[:1]
+                time.sleep(0.002)
+                begun = time.perf_counter()
+                next(stream_generate(model, None, prompt, max_tokens=1, kvp=kvp))
+                if turn >= 0:
+                    own[name].append(round(time.perf_counter() - begun, 6))
+        found[str(length)] = own
+    return found
+
+
+if __name__ == "__main__":
+    main()

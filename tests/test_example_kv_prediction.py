@@ -1,0 +1,56 @@
+"""What examples/kv-prediction measures, against the scorer of `eval` and a prediction that is exact."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import kv_predictions
+import mlx.core as mx
+import pytest
+
+from elm_mlx import load
+from elm_mlx.evaluate.scoring import Scorer
+from elm_mlx.evaluate.tokens import Scored
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "kv-prediction"
+LENGTHS = (128, 256, 448)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setattr(sys, "path", [str(EXAMPLE), *sys.path])
+    for name in ("books", "command", "page", "pages"):  # of which every example has its own, or finds it by its path
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return runpy.run_path(str(EXAMPLE / "run.py"))
+
+
+def test_the_base_and_what_predicts_exactly_are_scored_as_eval_does(
+    example: dict[str, Any], classics_dir: Path
+) -> None:
+    base, tokenizer = load(classics_dir)
+    held_out = list(example["passages"](tokenizer, 1))
+
+    def likeliest(length: int) -> list[mx.array]:
+        prompts = [[1, *before[len(before) - length + 1 :], *after[:-1]] for before, after in held_out]
+        return [mx.argmax(base(mx.array([each]))[0, length - 1 :], axis=-1) for each in prompts]
+
+    exact = kv_predictions.identity_of(base, base)
+    whole, predicted, cut = (
+        example["scores"](variant, held_out, tokenizer, likeliest)
+        for variant in ((base, None, 1.0), (base, exact, 1.0), (base, None, 1 / 16))
+    )
+    for length in LENGTHS:
+        items = [[Scored([1, *before[len(before) - length + 1 :], *after], length)] for before, after in held_out]
+        expected = [-each.logprobs[0] for each in Scorer(base).score(items)]
+        assert whole[str(length)]["nats"] == pytest.approx(expected, abs=1e-2)
+        assert predicted[str(length)]["nats"] == pytest.approx(expected, abs=1e-2)
+        assert whole[str(length)]["first"] == predicted[str(length)]["first"] == whole[str(length)]["each"] == 1
+        assert sum(cut[str(length)]["nats"]) > sum(expected) and cut[str(length)]["each"] < 1
+    assert example["right_guesses"](base, base, held_out, tokenizer) == 1
+    found = example["times"]({"base/1": (base, None, 1.0), "kvp/1": (base, exact, 1.0)}, held_out[0][0], [32, 128], 1)
+    assert {length: {name: len(each) for name, each in own.items()} for length, own in found.items()} == {
+        "32": {"base/1": 2, "kvp/1": 2}, "128": {"base/1": 1, "kvp/1": 1},
+    }  # fmt: skip
