@@ -352,9 +352,12 @@ def _trial(model: Path, directory: Path, adapter: Path) -> str:
 
 def _plan(run: Finetuning) -> list[tuple[str, str]]:
     """Returns what is about to happen, as labels and texts."""
+    from elm_mlx import device
     from elm_mlx.train.reinforcement import Reinforcement
 
     config, dtype = run.config, str(run.computation.dtype).removeprefix("mlx.core.")
+    if dtype != "float32" and not device.on_gpu():
+        dtype += ", which is slow on a CPU: leave out --compute-dtype there"
     examples, updates = _answers(run) if isinstance(run, Reinforcement) else _examples(run)
     lines = [("bad", f"{counted(len(split.bad), 'record')} left out") for split in run.splits.values() if split.bad]
     for name, split in run.splits.items():

@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from elm_mlx import device
 from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.errors import InputError
 from elm_mlx.inference.rollouts import prompt_ids
@@ -26,7 +25,6 @@ from elm_mlx.reading import expanded
 from elm_mlx.store.adapters import Adapter
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary
-from elm_mlx.train import memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Finetuning
 from elm_mlx.train.policy import Policy
@@ -79,12 +77,6 @@ class Reinforcement(Finetuning):
     @property
     def notes(self) -> list[str]:
         return []
-
-    def load(self) -> memory.Load:
-        """Returns what the run needs; with an adapter on a CPU the merged weights too, which answers come from."""
-        load = super().load()
-        merged = 0 if load.full or device.on_gpu() else 4
-        return replace(load, weight_bytes=load.weight_bytes + merged)
 
     def train(self, callback: TrainingCallback = SILENT) -> Result:
         """Trains as `Finetuning.train`. The result has no first loss: later ones are not to be compared with it."""
