@@ -255,8 +255,9 @@ class Session:
             return
         reused = last.prompt_tokens - last.read_tokens
         asked = counted(last.prompt_tokens, "token")
+        predicted = f" ({last.predicted_tokens} of them predicted)" if last.predicted_tokens else ""
         self._note(
-            f"prompt        {asked}: {last.read_tokens} read, {reused} were in the cache\n"
+            f"prompt        {asked}: {last.read_tokens} read{predicted}, {reused} were in the cache\n"
             f"first token   after {last.time_to_first_token:.3f} s\n"
             f"answer        {counted(last.generated_tokens, 'token')}, {last.generation_tps:.1f} tokens/s\n"
             + (f"drafts        {last.drafts}\n" if last.drafts else "")

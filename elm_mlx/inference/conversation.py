@@ -44,12 +44,14 @@ class Statistics:
     Attributes:
         prompt_tokens: all that the model was shown.
         read_tokens: the part of it that was not in the KV cache yet, and had to be read.
+        predicted_tokens: those of them that a KV prediction read in place of the model.
         generation_tps: tokens a second after the first.
         drafts: how they fared; None where nothing is guessed.
     """
 
     prompt_tokens: int = 0
     read_tokens: int = 0
+    predicted_tokens: int = 0
     generated_tokens: int = 0
     time_to_first_token: float = 0.0
     generation_tps: float = 0.0
@@ -291,6 +293,7 @@ class Chat:
         sampler, seed = _sampler(self.options), self._random.getrandbits(32)
         room, wanted = self._window.context - len(prompt), int(self.options["max_tokens"])
         figures.read_tokens = len(prompt) - self.cache.shared(prompt)
+        figures.predicted_tokens = figures.read_tokens - 1 if self.cache.predicts else 0
         start = time.perf_counter()
         logits = self.cache.read(prompt, stopped)
         if logits is None:

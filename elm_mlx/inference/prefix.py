@@ -57,6 +57,11 @@ class PrefixCache:
         self._own = [cache.empty() for cache in self._own]
 
     @property
+    def predicts(self) -> bool:
+        """Returns whether prompts are predicted, but for their last token."""
+        return self._kvp is not None
+
+    @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
 

@@ -67,9 +67,11 @@ def test_several_prompts_are_predicted(run: Run, tiny_model_dir: Path, exact: Pa
 
 def test_chat_answers_as_without_by_an_exact_prediction(run: Run, tiny_model_dir: Path, exact: Path) -> None:
     command = ["chat", tiny_model_dir, "--temp", 0, "--max-tokens", 8]
-    lines = "the quick brown fox\nan old king\n"
+    lines = "the quick brown fox\nan old king\n/stats\n"
     code, said, noted = run(*command, "--kvp", exact, stdin=lines)
     assert (code, said) == run(*command, stdin=lines)[:2] and "lossy" in noted
+    read, predicted = re.findall(r"(\d+) read \((\d+) of them predicted\)", noted)[0]
+    assert int(predicted) == int(read) - 1 > 8  # the answer before, too
 
 
 def test_eval_scores_by_the_prediction(
