@@ -279,6 +279,7 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     if not given.page:
+        KEPT.mkdir(exist_ok=True)
         embedded_model(EMBEDDED)  # whatever lies there may be an earlier one
         if given.chat is not None:
             CHAT.unlink(missing_ok=True)
