@@ -59,6 +59,8 @@ EXPORT = Kind(
     "an export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 )
 
+PREDICTION = "kvp.json"  # in the directory of a KV Prediction
+
 # In the directory of a training run: what the run is, and in each of its checkpoints the weights.
 RUN_RECORD, PARAMETERS = "run.json", "parameters.safetensors"
 
@@ -209,6 +211,12 @@ def _no_model(path: Path) -> str:
     if adapter is None and run is not None and run.get("command") in ("lora", "dpo", "grpo"):
         command = f"elm-mlx {run['command']} --out {path} --resume"
         return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
+    prediction = _object_in(path / PREDICTION)
+    if prediction is not None:
+        base = prediction.get("base")
+        name = base.get("name") if isinstance(base, dict) else None
+        named = f"its model, {name}," if isinstance(name, str) else "its model"
+        return f"a KV Prediction, not a model directory by itself: give {named} and `--kvp {path}`"
     if adapter is None:
         found = sorted(entry for entry in path.iterdir() if entry.suffix.lower() in (".pt", ".pth", ".gguf"))
         hint = f"; `elm-mlx convert {found[0]} DST` makes one" if found else ""

@@ -20,6 +20,7 @@ import checkpoints
 import family_cases
 import gguf_models
 import guesses
+import kv_predictions
 import mlx.core as mx
 import other_models
 import runs
@@ -49,7 +50,7 @@ from elm_mlx.problems.built_in import TASKS
 from elm_mlx.quantize import recipe as quantization
 from elm_mlx.quantize.quantization import quantize
 from elm_mlx.quantize.recipe import Format
-from elm_mlx.store import adapters
+from elm_mlx.store import adapters, kvp_directory
 from elm_mlx.store.adapters import read as read_adapter
 from elm_mlx.store.describe import describe, describe_adapter
 from elm_mlx.store.fusion import _record as merge_record
@@ -135,6 +136,19 @@ def write_adapted(path: Path) -> None:
 def use_adapter(path: Path) -> None:
     describe_adapter(path, path)
     answer(path, path)
+
+
+def write_kvp(path: Path) -> None:
+    base = open_model(write_openelm(path)).model
+    kv_predictions.write_prediction(path / "kvp", path, base)
+
+
+def use_kvp(path: Path) -> None:
+    base = open_model(path).model
+    prediction = kvp_directory.load(path / "kvp", path, base)
+    caches = make_prompt_cache(base)
+    prediction.read(mx.array([[5, 9, 33]]), make_prompt_cache(prediction.auxiliary), caches)
+    mx.eval([cache.state for cache in caches])
 
 
 def use_tokenizer(path: Path) -> None:
@@ -622,6 +636,8 @@ KINDS = {
         Kind("index", write_sharded, {"model.safetensors.index.json": json_values}, answer),
         Kind("adapter", write_adapted, {"adapter_config.json": json_values, "adapters.safetensors": _TENSORS},
              use_adapter),
+        Kind("KV prediction", write_kvp, {"kvp/kvp.json": json_values, "kvp/maps.safetensors": _TENSORS,
+             "kvp/auxiliary/config.json": json_values}, use_kvp),
         Kind("saved cache", write_cache, {"text.cache": _TENSORS}, use_cache),
         Kind("torch", write_torch, {"model.pt": raw_bytes, "config.json": json_values}, use_torch),
         Kind("hub", write_torch, {"hub/config.json": json_values, "hub/model.safetensors": _TENSORS}, use_hub),

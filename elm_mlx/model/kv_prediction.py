@@ -133,10 +133,8 @@ class KVPrediction(nn.Module):
         """Returns what `predict` is to predict: the base's own keys, by its norm and before RoPE, and values."""
         inputs: list[mx.array] = []
         self.base.transformer(ids, None, segments, on_layer=inputs.append)
-        found = zip(
-            self.base.layers, (projected(*each) for each in zip(self.base.layers, inputs, strict=True)), strict=True
-        )
-        return [_in_heads(layer.attn, *known) for layer, known in found]
+        entered = zip(self.base.layers, inputs, strict=True)
+        return [_in_heads(layer.attn, *projected(layer, x)) for layer, x in entered]
 
     def read(self, ids: mx.array, own: Sequence[KVCache], caches: Sequence[KVCache]) -> None:
         """Appends to the base's `caches` what is predicted of ids `(batch, length)`; not yet computed.

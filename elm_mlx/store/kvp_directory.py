@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from elm_mlx import device, files, reading
-from elm_mlx.directories import carry, checkpoints_of
+from elm_mlx.directories import PREDICTION, carry, checkpoints_of
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import Config, ModelConfig, read_config
 from elm_mlx.model.families import FamilyConfig
@@ -31,8 +31,13 @@ from elm_mlx.store.loading import load_arrays, open_model
 from elm_mlx.text.tokenizer import Tokenizer
 
 FORMAT = 1
-RECORD, AUXILIARY, MAPS = "kvp.json", "auxiliary", "maps.safetensors"
-CONTENTS = RECORD, f"{AUXILIARY}/config.json", f"{AUXILIARY}/model.safetensors", MAPS  # what a prediction depends on
+AUXILIARY, MAPS = "auxiliary", "maps.safetensors"
+CONTENTS = (
+    PREDICTION,
+    f"{AUXILIARY}/config.json",
+    f"{AUXILIARY}/model.safetensors",
+    MAPS,
+)  # what a prediction depends on
 _ANEW = "`elm-mlx kvp` makes one for it"
 
 
@@ -90,7 +95,7 @@ def save(path: Path, prediction: KVPrediction, base: Path, trained: Mapping[str,
     with files.new_file(path / MAPS) as file:
         write_arrays(file, dict(tree_flatten(prediction.maps)))
     record = {"format": FORMAT, "base": asdict(base_of(base)), "layers": list(prediction.places), "trained": trained}
-    files.write_json(path / RECORD, record)
+    files.write_json(path / PREDICTION, record)
 
 
 def load(path: Path | str, directory: Path, base: Model) -> KVPrediction:
@@ -100,12 +105,12 @@ def load(path: Path | str, directory: Path, base: Model) -> KVPrediction:
         InputError: there is none, or it is damaged, or belongs to another base.
     """
     path = reading.expanded(path)
-    if not (path / RECORD).exists():
+    if not (path / PREDICTION).exists():
         raise InputError(f"{path}: {_no_prediction(path)}")
-    record = reading.json_object(path / RECORD)
+    record = reading.json_object(path / PREDICTION)
     if record.get("format") != FORMAT:
         raise InputError(
-            f"{path / RECORD}: has format {reading.short(record.get('format'))}; this version reads {FORMAT}"
+            f"{path / PREDICTION}: has format {reading.short(record.get('format'))}; this version reads {FORMAT}"
         )
     _check_base(path, record.get("base"), base_of(directory))
     dtype = base.transformer.norm.weight.dtype
@@ -113,9 +118,11 @@ def load(path: Path | str, directory: Path, base: Model) -> KVPrediction:
     auxiliary = open_model(path / AUXILIARY, name, config=openelm_config(path / AUXILIARY)).model
     places, last = record.get("layers"), len(auxiliary.layers) - 1
     if not isinstance(places, list) or any(type(place) is not int or not 0 <= place <= last for place in places):
-        raise InputError(f"{path / RECORD}: damaged: layers are numbers of the auxiliary's layers, up to {last}")
+        raise InputError(f"{path / PREDICTION}: damaged: layers are numbers of the auxiliary's layers, up to {last}")
     if len(places) != len(base.layers):
-        raise InputError(f"{path / RECORD}: damaged: {len(places)} layers are given for the base's {len(base.layers)}")
+        raise InputError(
+            f"{path / PREDICTION}: damaged: {len(places)} layers are given for the base's {len(base.layers)}"
+        )
     prediction = KVPrediction(base, auxiliary, places)
     weights = load_arrays(path / MAPS)
     expected = {name: value.shape for name, value in tree_flatten(prediction.maps)}
@@ -134,7 +141,7 @@ def _check_base(path: Path, found: Any, now: Base) -> None:
     try:
         known = Base(**found)
     except TypeError:
-        raise InputError(f"{path / RECORD}: damaged: it does not say which base it belongs to") from None
+        raise InputError(f"{path / PREDICTION}: damaged: it does not say which base it belongs to") from None
     for kind in ("model", "tokenizer"):
         if getattr(known, kind) != getattr(now, kind):
             what = "another model" if kind == "model" else "another tokenizer"
@@ -149,4 +156,4 @@ def _no_prediction(path: Path) -> str:
         return f"no such directory; {_ANEW}"
     if checkpoints_of(path):
         return "a training run that has left no KV Prediction; one of `elm-mlx kvp` goes on with --resume"
-    return f"holds no {RECORD}, so it is no KV Prediction; {_ANEW}"
+    return f"holds no {PREDICTION}, so it is no KV Prediction; {_ANEW}"

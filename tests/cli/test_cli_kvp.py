@@ -69,6 +69,10 @@ def test_layers_left_out(run: Run, config: Path, tiny_model_dir: Path, tmp_path:
         run("generate", tiny_model_dir, "--draft-model", out / "auxiliary", "--prompt", "the", "--max-tokens", 2)[0]
         == 0
     )
+    code, _, err = run("generate", out, "--prompt", "the")
+    assert (
+        code == 2 and f"a KV Prediction, not a model directory by itself: give its model, {tiny_model_dir}, and" in err
+    )
     page = tmp_path / "report.html"
     assert run("report", out, "--out", page)[0] == 0 and "kv_distance" in page.read_text()
     code, _, err = run("kvp", tiny_model_dir, config, "--keep", 0.5, "--out", out)

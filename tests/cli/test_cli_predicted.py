@@ -191,7 +191,7 @@ def test_a_damaged_prediction_is_one_line(
     if damage != "no directory":
         shutil.copytree(wrong, path)
     if damage == "no record":
-        (path / kvp_directory.RECORD).unlink()
+        (path / "kvp.json").unlink()
     elif damage == "cut maps":
         maps = path / kvp_directory.MAPS
         maps.write_bytes(maps.read_bytes()[:-100])
