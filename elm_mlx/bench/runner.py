@@ -64,7 +64,7 @@ def run(
         measured_models.check(name)
     if programs.gguf is not None and len({(case.model, case.precision) for case in suite.cases}) > 1:
         raise InputError(f"--gguf {programs.gguf}: is one model: measure one at a time")
-    found = _begun(suite, save_to)
+    found = _begun(suite, save_to, alone=programs.gguf is not None or programs.kvp is not None)
     found.load, found.note = max(found.load, conditions.load()), note or found.note
     with files.scratch_directory(save_to):  # or an hour might be lost to a directory that cannot be written
         if save_to.is_dir():
@@ -92,16 +92,16 @@ def run(
     return found
 
 
-def _begun(suite: Suite, path: Path) -> Results:
+def _begun(suite: Suite, path: Path, alone: bool) -> Results:
     """Returns what an interrupted run of the same suite, with the same code on this machine, has left in `path`; or
-    results without rows."""
+    results without rows, as where it runs `alone`, with files that results do not name."""
     when = datetime.now(timezone.utc).isoformat(timespec="seconds")
     new = Results(suite, when, machine.describe(), machine.commit())
     try:
         old = results.load(path)
     except InputError:  # there is none, or it is something else
         return new
-    if old.complete or (old.suite, old.machine, old.commit) != (new.suite, new.machine, new.commit):
+    if alone or old.complete or (old.suite, old.machine, old.commit) != (new.suite, new.machine, new.commit):
         return new
     return replace(old, rows=[row for row in old.rows if row.figures])  # for others there may be room now
 

@@ -124,7 +124,7 @@ def test_the_same_command_goes_on_amid_a_case(
     assert results.load(path) == third
 
 
-@pytest.mark.parametrize("change", ["suite", "commit", "machine", "complete"])
+@pytest.mark.parametrize("change", ["suite", "commit", "machine", "complete", "gguf"])
 def test_what_is_another_run_is_measured_anew(
     counted: Callable[..., Log], change: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,12 +133,12 @@ def test_what_is_another_run_is_measured_anew(
     run(asked, Programs(), path)
     if change == "suite":
         asked = replace(asked, against=("naive",))
-    elif change != "complete":
+    elif change in ("commit", "machine"):
         other = {"commit": lambda: "0" * 40, "describe": lambda: {"processor": "another", "cores": "2"}}
         name = {"commit": "commit", "machine": "describe"}[change]
         monkeypatch.setattr(machine, name, other[name])
     log = counted()
-    assert run(asked, Programs(), path).complete
+    assert run(asked, Programs(gguf=tmp_path / "other.gguf") if change == "gguf" else Programs(), path).complete
     assert [prompt for name, prompt, *_ in log if name == "ours" and isinstance(prompt, int)] == [16] * 3 + [17] * 3
 
 
