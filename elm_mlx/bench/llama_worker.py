@@ -31,7 +31,7 @@ def cores() -> int:
     """Physical cores, on a Mac the fast ones: llama.cpp's own number of threads."""
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         if sys.platform == "darwin":
-            return int(subprocess.check_output(["sysctl", "-n", "hw.perflevel0.physicalcpu"]))
+            return int(subprocess.check_output(["sysctl", "-n", "hw.perflevel0.physicalcpu"], timeout=5))
         siblings = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")
         if found := len({path.read_text() for path in siblings}):
             return found
