@@ -77,8 +77,10 @@ def kvp(
     with KVPTraining(base, auxiliary, keep, recipe, out, resume=resume, on_wrong=shown.say) as run:
         result = training.train(run, shown, _plan(run, recipe), training.RECIPE_KEYS, force, memory.RECIPE)
         shown.lines(training.ended(result, shown.validates) + training.texts_read(run, result))
-        shown.lines([("wrote", f"{run.out}; try: elm-mlx generate {model} --kvp {run.out} --prompt …")])
-        if result.harm is not None:
+        if result.harm is None:
+            shown.lines([("wrote", f"{run.out}; try: elm-mlx generate {model} --kvp {run.out} --prompt …")])
+        else:
+            shown.lines([("wrote", f"{run.out}: what the last update left, worse than the maps as they were fitted")])
             shown.warn(training.harmed(result, "optimizer.lr"))
     if result.interrupted:
         raise typer.Exit(130)

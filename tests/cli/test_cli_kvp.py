@@ -138,6 +138,17 @@ def test_what_is_wrong_is_named(
     assert not (tmp_path / "out").exists() or not checkpoints_of(tmp_path / "out")
 
 
+def test_a_prediction_that_training_made_worse_is_not_recommended(
+    run: Run, config: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    worse = [word for each in ("lr=50", "warmup=0", "steps=3") for word in ("--set", f"optimizer.{each}")]
+    words = ("--model", tiny_model_dir, "--config", config, "--keep", 0.5, "--out", tmp_path / "kvp")
+    code, text, err = run("kvp", *words, *worse, "--set", "run.on_nan=skip")
+    assert code == 0, err
+    assert "worse than the maps as they were fitted" in text and "try:" not in text
+    assert "do not use it; a lower optimizer.lr or other data may help" in err
+
+
 def test_a_model_directory_is_kept(run: Run, config: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(tiny_model_dir, tmp_path / "copy"))
     code, _, err = run("kvp", tiny_model_dir, config, "--keep", 0.5, "--out", out)
