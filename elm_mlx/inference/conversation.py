@@ -111,7 +111,7 @@ class Chat:
         system: stands in front of everything, for as long as the conversation lasts.
         options: those of DEFAULTS that are to be otherwise; see `stream_generate`.
         stop: strings that end an answer, besides the template's.
-        seed: the same one with the same messages gives the same answers; None draws one.
+        seed: the same one with the same messages gives the same answers (with `kvp` in one course); None draws one.
         prompt_lookup, draft_model, num_draft_tokens: as in `stream_generate`: the same answers, sooner.
         kv_bits, max_kv_size: as of `make_prompt_cache`. With the latter nothing is forgotten as a whole: the model sees
             the beginning and the end of all that was said.

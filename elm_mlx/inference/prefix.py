@@ -28,8 +28,8 @@ class PrefixCache:
             of which nobody knows how much it has written, empties both. Caches with a limit may have dropped some.
 
     Args:
-        kvp: predicts what prompts leave in the caches, but for their last token. It is a function of the prompt alone:
-            an answer that is part of the next one is predicted with it, so that no text depends on what was cached.
+        kvp: predicts what is new of prompts, but for their last token. What the model has computed itself, as its
+            answers, stays: it is better, and costs nothing. So a text depends on what was cached before it.
 
     Raises:
         InputError: as of `make_prompt_cache`; a prediction for caches with a limit.
@@ -48,7 +48,7 @@ class PrefixCache:
         if kvp is not None:
             check_predictable(self.caches)
         self._kvp = kvp
-        self._own = [] if kvp is None else make_prompt_cache(kvp.auxiliary)  # which hold all that was predicted
+        self._own = [] if kvp is None else make_prompt_cache(kvp.auxiliary)  # which hold the first of `ids`
 
     def clear(self) -> None:
         """Empties the caches."""
@@ -67,8 +67,7 @@ class PrefixCache:
 
     def shared(self, prompt: Sequence[int]) -> int:
         """Returns the number of ids of `prompt` that need not be read, as `cache.shared_length`."""
-        shared = shared_length(self.caches[0], self.ids, prompt)
-        return min(shared, self._own[0].offset) if self._own else shared
+        return shared_length(self.caches[0], self.ids, prompt)
 
     def read(self, prompt: Sequence[int], stopped: Stopped = lambda: False) -> mx.array | None:
         """Reads what is new of `prompt`. Returns the logits `(1, vocab)` after it; None if `stopped` said so before.
@@ -82,8 +81,10 @@ class PrefixCache:
             for cache in self.caches:
                 cache.trim(len(self.ids) - start)
             for cache in self._own:
-                cache.trim(cache.offset - start)
+                cache.trim(max(0, cache.offset - start))
             del self.ids[start:]
+            if self._kvp is not None and not self._catch_up(self._kvp, stopped):
+                return None
             last = len(prompt) if self._kvp is None else len(prompt) - 1
             for at in range(start, last, READ_STEP):
                 if stopped():
@@ -99,6 +100,15 @@ class PrefixCache:
                 logits = prefill(self.model, prompt[-1:], self.caches)
                 self.ids.append(prompt[-1])
         return logits
+
+    def _catch_up(self, kvp: KVPrediction, stopped: Stopped) -> bool:
+        """Has the auxiliary model read what the model has said itself. Returns False if `stopped` said so before."""
+        for at in range(self._own[0].offset, len(self.ids), READ_STEP):
+            if stopped():
+                return False
+            kvp.auxiliary.transformer(mx.array(self.ids[at : at + READ_STEP])[None], self._own)
+            mx.eval([cache.state for cache in self._own])
+        return True
 
     def decode(
         self,

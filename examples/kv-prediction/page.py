@@ -24,6 +24,7 @@ from pages import fill  # noqa: E402
 
 RESULTS = HERE / "results.json"
 PROMPTS, SCORED = (128, 256, 448), 64  # tokens of a prompt, and of what follows it
+ANSWER = 256, 384  # of the longest prompt's positions, those that an earlier answer would have
 SHARES = (0.75, 0.5, 0.25)  # of the base's layers, or of a prompt
 LEAST = 1 / 16  # of a prompt, to show what the rest of it is worth
 Measured = dict[str, Any]  # of a length of prompt: see `scores` of run.py
@@ -111,6 +112,19 @@ def drafts_line(results: dict[str, Any]) -> str:
     return f"\n\nOf the base's greedy tokens the trained auxiliary guesses {', '.join(known)}." if known else ""
 
 
+def turns_table(results: dict[str, Any]) -> str:
+    """Bits a byte more than the base's after the longest prompt, all predicted or with an answer that is kept."""
+    quality, base = results["quality"], results["quality"]["base/1"]
+    lines = ["|  | all predicted | the answer kept |", "| --- | ---: | ---: |"]
+    for what, name, found in rows(results):
+        kind, keep = name.split("/")
+        turns = [quality.get(f"turns/{kind}/{keep}/{seed}") for seed in results["seeds"]]
+        if any(turns):
+            kept = lost_bits([each for each in turns if each], base)
+            lines.append(f"| {what} | {lost_bits(found, base)} | {kept} |")
+    return "\n".join(lines)
+
+
 def larger_table(results: dict[str, Any]) -> str:
     """How soon the first token of the larger model comes, and the base's seconds."""
     found = results["larger"]["times"]
@@ -126,7 +140,7 @@ def larger_table(results: dict[str, Any]) -> str:
 
 def tables(results: dict[str, Any]) -> list[str]:
     more = [larger_table(results)] if "larger" in results else []
-    return [quality_table(results), agreement_table(results) + drafts_line(results), *more]
+    return [quality_table(results), agreement_table(results) + drafts_line(results), turns_table(results), *more]
 
 
 def cell(values: Sequence[float], form: str) -> str:
@@ -135,27 +149,33 @@ def cell(values: Sequence[float], form: str) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Plots bits a byte by the time to the first token, after the longest prompt: a line a method, a point a seed."""
+    """Plots bits a byte by the time to the first token, after the longest prompt: a line a method, a point a seed.
+
+    On the right without the auxiliary alone, which is far above.
+    """
     from matplotlib.figure import Figure
 
     length = PROMPTS[-1]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 4), layout="constrained")
     found = [(name, [bits(each[str(length)]) for each in seeds]) for _, name, seeds in rows(results)]
     kinds = {
-        "base": ("the base, of the prompt's last part", "C7"), "alone": ("the auxiliary alone", "C1"),
+        "alone": ("the auxiliary alone", "C1"), "base": ("the base, of the prompt's last part", "C7"),
         "fit": ("KV prediction, maps fitted", "C2"), "kvp": ("KV prediction, trained", "C0"),
     }  # fmt: skip
-    for kind, (label, colour) in kinds.items():
-        same = [(name, seeds) for name, seeds in found if name.split("/")[0] == kind]
-        own = [(1 / sooner(results["times"], length, name), seeds) for name, seeds in same]
-        if not own:
-            continue
-        axes.plot([x for x, _ in own], [statistics.mean(seeds) for _, seeds in own], "-", color=colour, label=label)
-        axes.plot([x for x, seeds in own for _ in seeds], [one for _, seeds in own for one in seeds], ".", color=colour)
-    axes.set(xlabel=f"time to the first token after {length} tokens, of the base's", ylabel="bits a byte, held out")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+    for axes, shown in zip(figure.subplots(1, 2), (list(kinds), list(kinds)[1:]), strict=True):
+        for kind in shown:
+            label, colour = kinds[kind]
+            same = [(name, seeds) for name, seeds in found if name.split("/")[0] == kind]
+            own = [(1 / sooner(results["times"], length, name), seeds) for name, seeds in same]
+            points = [(x, one) for x, seeds in own for one in seeds]
+            if own:
+                means = [(x, statistics.mean(seeds)) for x, seeds in own]
+                axes.plot(*zip(*means, strict=True), "-", color=colour, label=label)
+                axes.plot(*zip(*points, strict=True), ".", color=colour)
+        axes.set(xlabel=f"time to the first token after {length} tokens, of the base's", ylabel="bits a byte, held out")
+        if "alone" in shown:
+            axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
 from command import elm  # noqa: E402
-from page import LEAST, PROMPTS, SCORED, SHARES, Measured, tables  # noqa: E402
+from page import ANSWER, LEAST, PROMPTS, SCORED, SHARES, Measured, tables  # noqa: E402
 
 import elm_mlx  # noqa: E402
 
@@ -107,12 +107,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, variant in ((kind, (base, kvp, 1.0)), ("alone", (kvp.auxiliary, None, 1.0))):
             if name == kind or kind == "kvp":  # the layers that are left say nothing before they are trained
                 quality[f"{name}/{keep:g}/{seed}"] = kept(
-                    directory / f"{name}.json",
+                    directory / f"scores-{name}.json",
                     lambda variant=variant: scores(variant, held_out, tokenizer, likeliest),
                 )
+        quality[f"turns/{kind}/{keep:g}/{seed}"] = kept(
+            directory / "scores-turns.json", lambda kvp=kvp: answer_kept(base, kvp, held_out, tokenizer)
+        )
         if kind == "kvp":
             quality[f"drafts/{keep:g}/{seed}"] = kept(
-                directory / "drafts.json", lambda kvp=kvp: right_guesses(base, kvp.auxiliary, held_out, tokenizer)
+                directory / "scores-drafts.json",
+                lambda kvp=kvp: right_guesses(base, kvp.auxiliary, held_out, tokenizer),
             )
     path = out / "times.json"
     if arguments.measure or not path.exists():
@@ -186,7 +190,7 @@ def scores(
         for (before, after), theirs in zip(held_out, likeliest(length), strict=True):
             logits = logits_after(variant, prompt_of(before, length, tokenizer), after)
             nats.append(round(nn.losses.cross_entropy(logits, mx.array(after), reduction="sum").item(), 4))
-            size += len(tokenizer.decode([*before[-8:], *after]).encode()) - len(tokenizer.decode(before[-8:]).encode())
+            size += bytes_of(before, after, tokenizer)
             same = mx.argmax(logits, axis=-1) == theirs
             first, each = first + int(same[0].item()), each + int(same.sum().item())
         count = len(held_out)
@@ -207,6 +211,27 @@ def logits_after(variant: Variant, prompt: list[int], after: list[int]) -> mx.ar
         prompt = [prompt[0], *prompt[len(prompt) - round(share * len(prompt)) + 1 :]]
     first = prefill(model, prompt, caches) if kvp is None else predicted_prefill(model, kvp, prompt, caches)
     return mx.concatenate([first, model(mx.array([after[:-1]]), cache=caches)[0]])
+
+
+def answer_kept(base: Model, kvp: KVPrediction, held_out: Sequence[Passage], tokenizer: Any) -> dict[str, Measured]:
+    """Scores as `scores` after the longest prompt, of which the base reads the part `ANSWER`, as it has answers."""
+    nats, size, (start, stop) = [], 0, ANSWER
+    for before, after in held_out:
+        ids = prompt_of(before, PROMPTS[-1], tokenizer)
+        caches, own = make_prompt_cache(base), make_prompt_cache(kvp.auxiliary)
+        predicted_prefill(base, kvp, ids[:start], caches, own)
+        base(mx.array([ids[start:stop]]), cache=caches)
+        kvp.auxiliary(mx.array([ids[start - 1 : stop]]), cache=own)
+        kvp.read(mx.array([ids[stop:-1]]), own, caches)
+        logits = base(mx.array([[ids[-1], *after[:-1]]]), cache=caches)[0]
+        nats.append(round(nn.losses.cross_entropy(logits, mx.array(after), reduction="sum").item(), 4))
+        size += bytes_of(before, after, tokenizer)
+    return {str(PROMPTS[-1]): {"nats": nats, "bytes": size}}
+
+
+def bytes_of(before: list[int], after: list[int], tokenizer: Any) -> int:
+    """Counts the bytes of the text of ids behind others."""
+    return len(tokenizer.decode([*before[-8:], *after]).encode()) - len(tokenizer.decode(before[-8:]).encode())
 
 
 def right_guesses(base: Model, auxiliary: Model, held_out: Sequence[Passage], tokenizer: Any) -> float:

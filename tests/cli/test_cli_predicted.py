@@ -125,6 +125,9 @@ def test_a_server_has_the_prediction_as_a_model_of_its_own(tiny_model_dir: Path,
         for name in ("wrong", "model", "wrong"):
             body = {"model": name, "prompt": PROMPT, "max_tokens": 10, "temperature": 0}
             assert server.ask("/v1/completions", body)[2]["choices"][0]["text"] == expected[name], name
+        body = {"model": "wrong", "prompt": PROMPT, "max_tokens": 2, "echo": True, "logprobs": 1}
+        status, _, answer = server.ask("/v1/completions", body)
+        assert status == 400 and "ask its base" in answer["error"]["message"]
 
 
 def test_bench_has_it_as_a_side(run: Run, tiny_model_dir: Path, wrong: Path, monkeypatch: pytest.MonkeyPatch) -> None:

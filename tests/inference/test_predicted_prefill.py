@@ -123,26 +123,46 @@ def test_several_prompts_are_each_predicted(tiny_tokenizer: Tokenizer) -> None:
         assert done.tokens == [each.token for each in found]
 
 
-def test_whatever_was_predicted_before_a_prompts_prediction_is_the_same(
-    base: Model, wrong: KVPrediction, read: list[int]
-) -> None:
+def test_what_was_predicted_before_is_not_predicted_again(base: Model, wrong: KVPrediction, read: list[int]) -> None:
     cache, first = PrefixCache(base, kvp=wrong), drawn(150)
-    for prompt, new in (
-        (first, 149),
-        (first, 0),  # answered anew
-        ([*first, *drawn(9, 1)], 9),
-        (first[:40], 0),
-        ([*first[:40], *drawn(200, 2)], 200),
-        ([7], 0),
+    for prompt, new, alike in (
+        (first, 149, True),
+        (first, 0, True),  # answered anew
+        ([*first, *drawn(9, 1)], 8, False),  # behind a token that the model has read itself
+        (first[:40], 0, True),
+        ([*first[:40], *drawn(200, 2)], 199, False),
+        ([7], 0, True),
     ):
         read.clear()
         logits = cache.read(prompt)
         assert logits is not None and sum(read) == new and cache.ids == prompt
         fresh = predicted_prefill(base, wrong, prompt, make_prompt_cache(base))
-        assert mx.allclose(logits, fresh, atol=1e-4), len(prompt)
-        answered = [*cache.decode(logits, Sampler(), 0, 5)]
-        assert cache.ids == [*prompt, *answered[:4]]
-        assert cache.shared([*prompt, *answered, 5]) == len(prompt) - 1  # what the model said itself is predicted too
+        assert mx.allclose(logits, fresh, atol=1e-4) == alike, len(prompt)
+
+
+def test_what_the_model_said_itself_stays_and_is_read_by_the_auxiliary_alone(
+    base: Model, wrong: KVPrediction, read: list[int]
+) -> None:
+    cache, prompt = PrefixCache(base, kvp=wrong), drawn(60)
+    logits = cache.read(prompt)
+    assert logits is not None
+    answer = [*cache.decode(logits, Sampler(), 0, 9)]
+    following = [*prompt, *answer, *drawn(20, 1)]
+    read.clear()
+    logits = cache.read(following)
+    assert (
+        logits is not None and sum(read) == 20 and cache.ids == following
+    )  # the answer's last token with it, the last one not
+
+    caches, own = make_prompt_cache(base), make_prompt_cache(wrong.auxiliary)
+    predicted_prefill(base, wrong, prompt, caches, own)
+    base(mx.array([answer[:-1]]), cache=caches)
+    wrong.auxiliary(mx.array([[prompt[-1], *answer[:-1]]]), cache=own)
+    wrong.read(mx.array([following[68:-1]]), own, caches)
+    expected = base(mx.array([following[-1:]]), cache=caches)[0]
+    assert mx.allclose(logits, expected, atol=1e-4)
+    whole = predicted_prefill(base, wrong, following, make_prompt_cache(base))
+    assert not mx.allclose(logits, whole, atol=1e-2)
 
 
 def test_a_prediction_that_is_stopped_goes_on_where_it_was(base: Model, wrong: KVPrediction, read: list[int]) -> None:
@@ -174,16 +194,14 @@ def test_an_interrupt_amid_a_prediction_empties_all_caches(
     assert mx.allclose(logits, predicted_prefill(base, wrong, prompt, make_prompt_cache(base)), atol=1e-4)
 
 
-def test_a_chats_answers_are_those_of_its_whole_prompts(tiny_tokenizer: Tokenizer) -> None:
+def test_a_chat_that_is_predicted_exactly_is_the_chat(tiny_tokenizer: Tokenizer) -> None:
     base = tiny.random_model(tiny.scaled_config(tiny_tokenizer.vocab_size))
-    kvp = kv_predictions.prediction_of(base)
-    chat = Chat(base, tiny_tokenizer, options=GREEDY, kvp=kvp)
+    plain, chat = (
+        Chat(base, tiny_tokenizer, options=GREEDY, kvp=kvp) for kvp in (None, kv_predictions.identity_of(base, base))
+    )
     for message in ("the quick brown fox", "an old king", "told stories"):
-        reply = chat.ask(message)
-        prompt, answer = reply.prompt.ids, "".join(reply)
-        found = stream_generate(base, tiny_tokenizer, prompt, max_tokens=12, kvp=kvp)
-        expected = "".join(each.text for each in found)
-        assert answer.strip().rstrip("\ufffd") == expected.strip().rstrip("\ufffd")
+        assert "".join(chat.ask(message)) == "".join(plain.ask(message))
+        assert chat.last is not None and chat.last.predicted_tokens == chat.last.read_tokens - 1
 
 
 @pytest.fixture
