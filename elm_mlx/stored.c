@@ -6,7 +6,7 @@
    dies with the bytes that it is of, so there is no table of addresses to keep, to lock, or to be wrong when an address
    is used again.
 
-   Of few rows numbers are widened in registers, of some more a few columns at a time are widened in a cache. Either way
+   Of few rows numbers are widened in registers; of more than eight, where that takes long, in a cache. Either way
    the result is that of cblas.c's tiles with the widened matrix, to the bit. For prompts see many_rows.c. */
 
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #include <immintrin.h>
 #endif
 
-enum { WIDEST = 1 << 15, AS_IT_IS = 8 }; /* numbers of a row at most; rows that are multiplied without widening it first */
+enum { WIDEST = 1 << 15 }; /* numbers of a row at most */
 enum type { FLOAT32, BFLOAT16, FLOAT16, AFFINE_2, AFFINE_3, AFFINE_4, AFFINE_5, AFFINE_6, AFFINE_8, MXFP4, TYPES };
 
 struct stored {
@@ -268,15 +268,14 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
 
 /* Columns that a tile of as many rows takes, of those with sums in registers: each divides TOGETHER. */
 #ifdef __AVX512F__
-enum { WITH_1 = 6, WITH_2 = 6, WITH_3 = 4, WITH_4 = 4 };
-#define TILES(TYPE) STORED_TILE(TYPE, 1, 6) STORED_TILE(TYPE, 2, 6) STORED_TILE(TYPE, 3, 4) STORED_TILE(TYPE, 4, 4)
-#define NAMES(TYPE) {TYPE##_1_6, TYPE##_2_6, TYPE##_3_4, TYPE##_4_4}
+#define EACH_TILE(F, TYPE)                                                                                          \
+  F(TYPE, 1, 6) F(TYPE, 2, 6) F(TYPE, 3, 4) F(TYPE, 4, 4) F(TYPE, 5, 4) F(TYPE, 6, 3) F(TYPE, 7, 3) F(TYPE, 8, 3)
 #else
-enum { WITH_1 = 4, WITH_2 = 4, WITH_3 = 3, WITH_4 = 3 };
-#define TILES(TYPE) STORED_TILE(TYPE, 1, 4) STORED_TILE(TYPE, 2, 4) STORED_TILE(TYPE, 3, 3) STORED_TILE(TYPE, 4, 3)
-#define NAMES(TYPE) {TYPE##_1_4, TYPE##_2_4, TYPE##_3_3, TYPE##_4_3}
+#define EACH_TILE(F, TYPE) F(TYPE, 1, 4) F(TYPE, 2, 4) F(TYPE, 3, 3) F(TYPE, 4, 3)
 #endif
-#define STORED_TILES(TYPE) TILES(TYPE) STORED_TILE(TYPE, 1, 1)
+#define ITS_COLUMNS(TYPE, I, J) J,
+#define ITS_NAME(TYPE, I, J) TYPE##_##I##_##J,
+#define STORED_TILES(TYPE) EACH_TILE(STORED_TILE, TYPE) STORED_TILE(TYPE, 1, 1)
 #define QUANTIZED(TYPE) WIDEN(TYPE) STORED_TILES(TYPE)
 WIDEN_FLOATS(BFLOAT16)
 WIDEN_FLOATS(FLOAT16)
@@ -290,10 +289,10 @@ QUANTIZED(AFFINE_6)
 QUANTIZED(AFFINE_8)
 QUANTIZED(MXFP4)
 
-/* By type: tiles of one to four rows, of one row and one column; and what widens some of a row. */
-#define LISTED(TYPE) [TYPE] = {NAMES(TYPE), TYPE##_1_1, widen_##TYPE}
+/* By type: tiles of one to MOST rows, of one row and one column; and what widens some of a row. */
+#define LISTED(TYPE) [TYPE] = {{EACH_TILE(ITS_NAME, TYPE)}, TYPE##_1_1, widen_##TYPE}
 static const struct {
-  void (*few[4])(const struct product *, int, int, const float *, const float *);
+  void (*few[MOST])(const struct product *, int, int, const float *, const float *);
   void (*one)(const struct product *, int, int, const float *, const float *);
   void (*widen)(const struct stored *, const unsigned char *, const float *, const float *, int, int, float *);
 } kernels[TYPES] = {
@@ -302,14 +301,14 @@ static const struct {
 };
 
 static void few_stored(const struct product *p, int from, int to) {
-  static const int with[] = {WITH_1, WITH_2, WITH_3, WITH_4};
+  static const int with[] = {EACH_TILE(ITS_COLUMNS, )};
   struct scales *own = &own_scales;
   int type = p->stored->type, groups = groups_of(p->stored);
   for (int j = from, count; j < to; j += count) {
     count = to - j < TOGETHER ? to - j : TOGETHER;
     read_scales(p->stored, j, count, own);
     for (int i = 0, rows; i < p->m; i += rows) {
-      rows = p->m - i < 4 ? p->m - i : 4;
+      rows = p->m - i < MOST ? p->m - i : MOST;
       int line = 0, step = with[rows - 1];
       for (; line + step <= count; line += step)
         kernels[type].few[rows - 1](p, i, j + line, &own->scales[line * groups], &own->biases[line * groups]);
@@ -331,8 +330,11 @@ static void widen(const struct stored *s, int row, int count, int from, int to, 
   }
 }
 
+/* Whether widening a matrix anew for each MOST rows, in registers, is faster than once for all, in a cache. */
+static int is_light(const struct stored *s) { return LANES == 16 && s->type != AFFINE_5 && s->type != AFFINE_6; }
+
 static void stored_columns(const struct product *p, int from, int to) {
-  if (p->m <= AS_IT_IS) {
+  if (p->m <= 8 || is_light(p->stored)) {
     few_stored(p, from, to);
     return;
   }
