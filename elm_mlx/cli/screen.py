@@ -484,7 +484,7 @@ def _in_a_line(text: str) -> str:
 def shown_measures(measures: Mapping[str, float]) -> list[str]:
     """Returns the measures of pairs and of answers that are shown; the others are in the metrics."""
     shown = [f"{name} {value:.3g}" for name, value in measures.items() if name in _SHOWN or name.startswith("pass@")]
-    more = [(name, words) for name, words in _IF_ANY.items() if measures.get(name)]
+    more = [(name, words) for name, words in _IF_ANY.items() if measures.get(name, 0) >= 0.005]  # not 0%
     return shown + [f"{measures[name]:.0%} {words}" for name, words in more]
 
 
