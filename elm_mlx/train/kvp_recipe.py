@@ -50,6 +50,6 @@ def preset(text: str = "data/*.jsonl.gz") -> KVPRecipe:
     """
     return KVPRecipe(
         Data((TextSource(text),), sequence_length=512, window=1 << 18, validation_rows=64),
-        Optimizer(2e-3, steps=1_000),
+        Optimizer(1e-3, steps=1_000),
         run=RunSettings(batch_size=4, accumulate=1, eval_every=100, save_every=100),
     )
