@@ -86,7 +86,10 @@ def bench(
         Path | None, typer.Option(help="The same model as GGUF, for llama.cpp. (default: written, as `export` does)")
     ] = None,
     note: Annotated[
-        str, typer.Option(metavar="TEXT", help="What a reader should know of the machine, kept with the results.")
+        str,
+        typer.Option(
+            metavar="TEXT", help="What a reader should know of the machine, kept with the results. (default: nothing)"
+        ),
     ] = "",
 ) -> None:
     """Measure prompt and generation speed, time to the first token and memory; Ctrl-C keeps what there is, and the same

@@ -27,7 +27,7 @@ from elm_mlx.train.preference import LOSSES
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 WITH_MODEL = {
-    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "grpo", "info", "lora", "quantize",
+    "adapter", "bench", "chat", "dpo", "eval", "export", "fuse", "generate", "grpo", "info", "kvp", "lora", "quantize",
     "serve", "synthesize",
 }  # fmt: skip
 
@@ -126,6 +126,9 @@ def test_every_command_of_a_model_takes_it_by_name(run: Run, tmp_path: Path, nam
     flags = ["--data", tmp_path, "--out", tmp_path / "out"] if name in ("lora", "dpo") else []
     if name == "grpo":
         flags = ["--task", "arithmetic", "--out", tmp_path / "out"]
+    if name == "kvp":
+        assert run("kvp", "--init", tmp_path / "kvp.toml")[0] == 0
+        more["kvp"], flags = [str(tmp_path / "kvp.toml")], ["--keep", 0.5, "--out", tmp_path / "out"]
     if name == "bench":
         flags = ["--out", tmp_path / "bench", "--against", "none"]
     if name == "synthesize":
