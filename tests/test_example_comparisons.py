@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
@@ -19,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from held_out_books import plain_loss, write_beginnings
 from mlx.utils import tree_flatten
 
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model, initialize
 from elm_mlx.model.roofline import Cost, causal
 from elm_mlx.store.loading import load
-from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx.train import sections
 from elm_mlx.train.pretraining_recipe import Recipe
 
@@ -46,18 +45,6 @@ def imported(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str) -> Module
     return importlib.import_module(name)
 
 
-def plain(model: Model, tokenizer: Tokenizer, text: str, length: int) -> tuple[float, float]:
-    """Nats a token and bits a byte, window by window, the softmax taken in float64."""
-    ids, nats = np.array(tokenizer.encode(text, add_bos=True)), []
-    for start in range(0, len(ids) - 1, length):
-        inputs, targets = ids[start : start + length], ids[start + 1 : start + length + 1]
-        logits = np.array(model(mx.array(inputs[: len(targets)])[None])[0], np.float64)
-        logprobs = logits - logits.max(-1, keepdims=True)
-        logprobs -= np.log(np.exp(logprobs).sum(-1, keepdims=True))
-        nats.extend(-logprobs[np.arange(len(targets)), targets])
-    return float(np.mean(nats)), sum(nats) / math.log(2) / len(tokenizer.decode(ids[1:]).encode())
-
-
 def example(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(folder / "run.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ROOT)
@@ -65,13 +52,8 @@ def example(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The beginnings of the held-out books: some 500 and 800 tokens."""
-    path = tmp_path_factory.mktemp("held-out") / "books.jsonl"
-    books = gzip.decompress((CLASSICS / "held-out.jsonl.gz").read_bytes()).decode().splitlines()
-    with path.open("w", encoding="utf-8") as file:
-        for book, length in zip(map(json.loads, books), (1200, 2000), strict=True):
-            file.write(json.dumps(book | {"text": book["text"][:length]}) + "\n")
-    return path
+    """Some 500 and 800 tokens."""
+    return write_beginnings(tmp_path_factory.mktemp("held-out") / "books.jsonl", 1200, 2000)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +126,7 @@ def test_what_is_recorded_are_the_losses_of_what_was_trained(layerwise: tuple[Pa
         model, tokenizer = load(out / "runs" / name, compute_dtype="float32")
         assert tokenizer is not None
         for book in map(json.loads, held_out.read_text("utf-8").splitlines()):
-            expected = plain(model, tokenizer, book["text"], 128)
+            expected = plain_loss(model, tokenizer, book["text"], 128)
             assert record["held_out"][book["title"]] == pytest.approx(expected, abs=3e-5)
 
 
@@ -303,7 +285,7 @@ def test_means_are_of_the_checkpoints_that_are_named(settled: Path, held_out: Pa
         mean = {name: mx.array(np.mean([np.array(file[name], np.float64) for file in files], 0)) for name in files[0]}
         model.load_weights([(name, value.astype(mx.float32)) for name, value in mean.items()])
         for book in map(json.loads, held_out.read_text("utf-8").splitlines()):
-            expected = plain(model, tokenizer, book["text"], 512)
+            expected = plain_loss(model, tokenizer, book["text"], 512)
             assert each["start"][book["title"]] == pytest.approx(expected[0], abs=2e-5)  # shorter than 16 windows
             assert each["whole"][book["title"]] == pytest.approx(expected[0], abs=2e-5)
     last, *means = re.findall(r"^\| the last .*$", done.stdout, re.M)

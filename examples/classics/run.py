@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, default=HERE / "extract.jsonl.gz", help='{"text": …} a line, a book each')
     parser.add_argument("--out", type=Path, default=Path("build/remake"), help="where everything is written")
     parser.add_argument("--steps", type=int, help="updates, for a shorter run")
+    parser.add_argument("--held-out", type=Path, default=HERE / "held-out.jsonl.gz", help="what is measured on")
     parser.add_argument("--against", type=Path, help="another checkpoint to measure, with its tokenizer beside it")
     arguments = parser.parse_args()
     data, tokenizer, run, mean, exported, again, other = (
@@ -60,17 +61,17 @@ def main() -> None:
     if arguments.against is not None:
         elm("convert", arguments.against, other, "--dtype", "float32", "--overwrite")
         models = {str(arguments.against): other} | models
-    results = {name: measured(path) for name, path in models.items()}
+    books = texts.read(arguments.held_out)
+    results = {name: measured(path, books) for name, path in models.items()}
     path = arguments.out / "results.json"
     path.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     print(f"\nnats a token, bits a byte\n\n{table(results)}\n\npython {HERE / 'page.py'} {path} makes the page of it")
 
 
-def measured(path: Path) -> dict[str, tuple[float, float]]:
+def measured(path: Path, books: list[dict[str, str]]) -> dict[str, tuple[float, float]]:
     """A model's loss on each of the held-out books: nats a token, bits a byte."""
     model, tokenizer = elm_mlx.load(path, compute_dtype="float32")
     assert tokenizer is not None
-    books = texts.read(HERE / "held-out.jsonl.gz")
     return {book["title"]: held_out_loss(model, tokenizer, book["text"]) for book in books}
 
 
