@@ -137,6 +137,8 @@ def _plans(
                 f"{name}: holds an adapter, and adapters cannot be averaged: make models of them "
                 "first, with `convert` or `fuse`"
             )
+        if any(tensor.startswith("maps.") for tensor in source.tensors):
+            raise InputError(f"{name}: holds a KV Prediction, which works as it was trained: these cannot be averaged")
         plan = make_plan(source, config=config, tokenizer=tokenizer, dtype=dtype, chat_template=template)
         if plans:
             _check_same(str(checkpoints[0]), plans[0], str(name), plan)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elm_mlx import hub
-from elm_mlx.directories import TEMPLATES
+from elm_mlx.directories import PREDICTION, TEMPLATES, not_a_model
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.families import check_is_openelm
 from elm_mlx.reading import expanded, json_object, listed
@@ -130,6 +130,8 @@ def _open_directory(directory: Path, ema: bool) -> CheckpointSource:
         return _open_file(checkpoints[0], ema)
     if checkpoints:
         raise InputError(f"{directory}: holds {listed([c.name for c in checkpoints])}: name the one to convert")
+    if (directory / PREDICTION).is_file():
+        raise not_a_model(directory)
     raise InputError(f"{directory}: holds no model.safetensors, no pytorch_model.bin and no .pt file")
 
 

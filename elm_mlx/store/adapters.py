@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from elm_mlx import files, reading
-from elm_mlx.directories import PEFT_WEIGHTS
+from elm_mlx.directories import PEFT_WEIGHTS, PREDICTION
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import lora_layers, stored_layers
 from elm_mlx.model.config import Config
@@ -161,6 +161,8 @@ def read(directory: str | Path, config: Config, model: Path | None = None) -> Ad
     if not path.is_dir():
         raise InputError(f"{path}: no such directory; an adapter is one with {CONFIG} and {WEIGHTS}")
     if not (path / CONFIG).exists():
+        if (path / PREDICTION).is_file():
+            raise InputError(f"{path}: is a KV Prediction, not an adapter: give it as --kvp")
         raise InputError(
             f"{path}: holds no {CONFIG}, so it is not an adapter; `elm-mlx lora --out DIR` writes one to DIR"
         )

@@ -38,7 +38,6 @@ CONTENTS = (
     f"{AUXILIARY}/model.safetensors",
     MAPS,
 )  # what a prediction depends on
-_ANEW = "`elm-mlx kvp` makes one for it"
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,20 @@ def openelm_config(directory: Path) -> ModelConfig:
     if isinstance(config, FamilyConfig):
         raise InputError(f"{directory}: is a {config.family.name}, and KV Prediction is for OpenELM: give one of these")
     return config
+
+
+def check_auxiliary(path: Path, auxiliary: ModelConfig, base: ModelConfig) -> None:
+    """Raises InputError unless the model at `path` can read all that its base can."""
+    if auxiliary.vocab_size != base.vocab_size:
+        raise InputError(
+            f"{path}: has {auxiliary.vocab_size:,} tokens and the base {base.vocab_size:,}: an auxiliary model needs "
+            "the base's vocabulary"
+        )
+    if auxiliary.max_context_length < base.max_context_length:
+        raise InputError(
+            f"{path}: reads {auxiliary.max_context_length:,} tokens and the base {base.max_context_length:,}: an "
+            "auxiliary model needs a context as long"
+        )
 
 
 def save(path: Path, prediction: KVPrediction, base: Path, trained: Mapping[str, Any]) -> None:
@@ -115,7 +128,9 @@ def load(path: Path | str, directory: Path, base: Model) -> KVPrediction:
     _check_base(path, record.get("base"), base_of(directory))
     dtype = base.transformer.norm.weight.dtype
     name = next(name for name, each in device.DTYPES.items() if each == dtype)
-    auxiliary = open_model(path / AUXILIARY, name, config=openelm_config(path / AUXILIARY)).model
+    config = openelm_config(path / AUXILIARY)
+    check_auxiliary(path / AUXILIARY, config, base.config)
+    auxiliary = open_model(path / AUXILIARY, name, config=config).model
     places, last = record.get("layers"), len(auxiliary.layers) - 1
     if not isinstance(places, list) or any(type(place) is not int or not 0 <= place <= last for place in places):
         raise InputError(f"{path / PREDICTION}: damaged: layers are numbers of the auxiliary's layers, up to {last}")
@@ -146,14 +161,15 @@ def _check_base(path: Path, found: Any, now: Base) -> None:
         if getattr(known, kind) != getattr(now, kind):
             what = "another model" if kind == "model" else "another tokenizer"
             raise InputError(
-                f"{path}: belongs to {what}, of {reading.short(known.name)}, and not to {now.name}; {_ANEW}"
+                f"{path}: belongs to {what}, of {reading.short(known.name)}, and not to {now.name}; `elm-mlx kvp` "
+                "makes one for it"
             )
 
 
 def _no_prediction(path: Path) -> str:
     """Returns what a directory without `kvp.json` is, and what to do."""
     if not path.is_dir():
-        return f"no such directory; {_ANEW}"
+        return "no such directory; `elm-mlx kvp MODEL … --out DIR` makes one"
     if checkpoints_of(path):
         return "a training run that has left no KV Prediction; one of `elm-mlx kvp` goes on with --resume"
-    return f"holds no {PREDICTION}, so it is no KV Prediction; {_ANEW}"
+    return f"holds no {PREDICTION}, so it is no KV Prediction; `elm-mlx kvp MODEL … --out DIR` makes one"

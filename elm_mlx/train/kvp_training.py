@@ -120,12 +120,13 @@ class KVPTraining(TextTraining[KVPRecipe]):
                 raise InputError(
                     f"{self.auxiliary_path}: is quantized, and cannot be trained: give what it was quantized from"
                 )
-            _check_vocabulary(self.auxiliary_path, self.config, self.base, tokenizer)
+            kvp_directory.check_auxiliary(self.auxiliary_path, self.config, self.base)
+            _check_pieces(self.auxiliary_path, tokenizer)
             try:
                 self.places = layer_map(layers, self.config.num_layers)
             except InputError as error:
                 raise InputError(f"{self.auxiliary_path}: {error}; give a smaller one") from None
-        return tokenizer, min(self.base.max_context_length, self.config.max_context_length)
+        return tokenizer, self.base.max_context_length
 
     def _open_base(self) -> Model:
         dtype = mx.float32 if self._dtype is None else self._dtype
@@ -233,10 +234,10 @@ def _renamed(name: str, kept: Sequence[int]) -> str:
     return f"{head}.layers.{kept[int(layer)]}.{part}"
 
 
-def _check_vocabulary(path: Path, config: ModelConfig, base: ModelConfig, tokenizer: Tokenizer) -> None:
-    needed = "an auxiliary model needs the base's vocabulary"
-    if config.vocab_size != base.vocab_size:
-        raise InputError(f"{path}: has {config.vocab_size:,} tokens and the base {base.vocab_size:,}: {needed}")
+def _check_pieces(path: Path, tokenizer: Tokenizer) -> None:
     for number, (piece, expected) in enumerate(zip_longest(Tokenizer.load(path).pieces, tokenizer.pieces)):
         if piece != expected:
-            raise InputError(f"{path}: token {number} is {piece!r} and the base's {expected!r}: {needed}")
+            raise InputError(
+                f"{path}: token {number} is {piece!r} and the base's {expected!r}: an auxiliary model needs the base's "
+                "vocabulary"
+            )

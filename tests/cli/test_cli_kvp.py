@@ -73,6 +73,8 @@ def test_layers_left_out(run: Run, config: Path, tiny_model_dir: Path, tmp_path:
     assert (
         code == 2 and f"a KV Prediction, not a model directory by itself: give its model, {tiny_model_dir}, and" in err
     )
+    code, _, err = run("average", out, "--last", 2, "--out", tmp_path / "mean")
+    assert code == 2 and "holds a KV Prediction, " in err and err.count("\n") == 1
     page = tmp_path / "report.html"
     assert run("report", out, "--out", page)[0] == 0 and "kv_distance" in page.read_text()
     code, _, err = run("kvp", tiny_model_dir, config, "--keep", 0.5, "--out", out)

@@ -110,6 +110,25 @@ def test_eval_names_its_directory_by_the_prediction_too(
     assert (tmp_path / "evals" / f"{tiny_model_dir.name}+wrong" / "results.json").exists()
 
 
+@pytest.mark.parametrize(("command", "said"), [
+    (["info", "KVP"], "a KV Prediction, not a model directory by itself: give its model"),
+    (["quantize", "KVP", "OUT"], "a KV Prediction, not a model directory by itself: give its model"),
+    (["convert", "KVP", "OUT"], "a KV Prediction, not a model directory by itself: give its model"),
+    (["export", "KVP", "OUT.gguf"], "a KV Prediction, not a model directory by itself: give its model"),
+    (["average", "KVP", "MODEL", "--out", "OUT"], "a KV Prediction, not a model directory by itself: give its model"),
+    (["fuse", "MODEL", "KVP", "OUT"], "is a KV Prediction, not an adapter: give it as --kvp"),
+    (["generate", "MODEL", PROMPT, "--adapter", "KVP"], "is a KV Prediction, not an adapter: give it as --kvp"),
+    (["generate", "MODEL", PROMPT, "--draft-model", "KVP"], "a KV Prediction, not a model directory by itself"),
+])  # fmt: skip
+def test_what_is_no_use_of_a_prediction_is_one_line(
+    run: Run, tiny_model_dir: Path, wrong: Path, tmp_path: Path, command: list[str], said: str
+) -> None:
+    places = {"MODEL": tiny_model_dir, "KVP": wrong, "OUT": tmp_path / "out", "OUT.gguf": tmp_path / "out.gguf"}
+    code, _, noted = run(*(places.get(word, word) for word in command))
+    assert code == 2 and f"{wrong}: {said}" in noted and "Traceback" not in noted
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_server_has_the_prediction_as_a_model_of_its_own(tiny_model_dir: Path, wrong: Path) -> None:
     model, tokenizer = load(tiny_model_dir)
     kvp = kvp_directory.load(wrong, tiny_model_dir, model)

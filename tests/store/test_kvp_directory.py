@@ -111,6 +111,15 @@ def cut(path: Path) -> None:
     maps.write_bytes(maps.read_bytes()[:-5])
 
 
+def another_auxiliary(**fields: int) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        config = tiny.scaled_config(**{"vocab_size": 320, "num_layers": 2, "model_dim": 48, "head_dim": 8} | fields)
+        pieces = tiny.train_tokenizer(vocab_size=config.vocab_size)
+        tiny.write_directory(path / kvp_directory.AUXILIARY, tiny.random_model(config), pieces)
+
+    return change
+
+
 def less(path: Path) -> None:
     values = dict(mx.load(str(path / "maps.safetensors")))
     values.pop("1.to_keys.bias")
@@ -118,7 +127,7 @@ def less(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damage", "message"), [
-    (without("kvp.json"), "holds no kvp.json, so it is no KV Prediction; `elm-mlx kvp` makes one"),
+    (without("kvp.json"), "holds no kvp.json, so it is no KV Prediction; `elm-mlx kvp MODEL … --out DIR` makes one"),
     (record(format=2), "has format 2; this version reads 1"),
     (record(base="x"), "damaged: it does not say which base"),
     (record(layers=[0, 1, 7]), "layers are numbers of the auxiliary's layers, up to 1"),
@@ -127,6 +136,8 @@ def less(path: Path) -> None:
     (without("auxiliary/model.safetensors"), "auxiliary: holds no model.safetensors"),
     (cut, "maps.safetensors: its tensors take"),
     (less, "1.to_keys.bias does not fit both models"),
+    (another_auxiliary(vocab_size=300), "auxiliary: has 300 tokens and the base 320: .* needs the base's vocabulary"),
+    (another_auxiliary(max_context_length=64), "auxiliary: reads 64 tokens and the base [0-9,]+: .* a context as long"),
 ])  # fmt: skip
 def test_damage_is_named(made: Path, tiny_model_dir: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(made)
@@ -137,7 +148,7 @@ def test_damage_is_named(made: Path, tiny_model_dir: Path, damage: Callable[[Pat
 
 def test_where_there_is_none(tmp_path: Path, tiny_model_dir: Path) -> None:
     base = load_model(tiny_model_dir)
-    with pytest.raises(InputError, match="no such directory; `elm-mlx kvp` makes one for it"):
+    with pytest.raises(InputError, match="no such directory; `elm-mlx kvp MODEL … --out DIR` makes one"):
         kvp_directory.load(tmp_path / "nowhere", tiny_model_dir, base)
     (tmp_path / "run" / "checkpoints" / "step-00000010").mkdir(parents=True)
     with pytest.raises(InputError, match="goes on with --resume"):

@@ -111,6 +111,10 @@ def narrower(path: Path, config: ModelConfig) -> Path:
     return tiny.write_directory(path, tiny.random_model(tiny.scaled_config(300)), None)
 
 
+def shorter(path: Path, config: ModelConfig) -> Path:
+    return tiny.write_directory(path, tiny.random_model(replace(config, max_context_length=64)), None)
+
+
 def other_pieces(path: Path, config: ModelConfig) -> Path:
     return tiny.write_directory(path, tiny.random_model(config), tiny.train_tokenizer(character_coverage=0.99))
 
@@ -126,6 +130,7 @@ def packed(path: Path, config: ModelConfig) -> Path:
 
 @pytest.mark.parametrize(("make", "message"), [
     (narrower, "has 300 tokens and the base 320: an auxiliary model needs the base's vocabulary"),
+    (shorter, "reads 64 tokens and the base [0-9,]+: an auxiliary model needs a context as long"),
     (other_pieces, "token [0-9]+ is .* and the base's .*: an auxiliary model needs the base's vocabulary"),
     (deeper, "auxiliary: the auxiliary model has 4 layers, and its base only 3; give a smaller one"),
     (packed, "is quantized, and cannot be trained: give what it was quantized from"),
