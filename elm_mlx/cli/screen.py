@@ -328,7 +328,7 @@ class TrainingDisplay(TrainingCallback):
         self._updates, self._resumed = 0, False
         self._measures: dict[str, float] = {}
         self._sampled = self._spent = 0.0  # seconds of sampling, and of all updates
-        self._last = time.monotonic()
+        self._last = self._told = time.monotonic()  # the last line of an update, and of what is being done
         self._step, self._shown, self._doing = 0, list[str](), ""
         self._bar: Live | None = None
 
@@ -356,8 +356,8 @@ class TrainingDisplay(TrainingCallback):
             if not done:
                 with _if_anyone_looks():
                     self._bar.refresh()  # at once: what follows may keep this thread, and others, from it
-        elif total and not self.quiet and time.monotonic() - self._last > _PAUSE:
-            self._last = time.monotonic()
+        elif total and not self.quiet and time.monotonic() - max(self._last, self._told) > _PAUSE:
+            self._told = time.monotonic()  # not `_last`: updates that take long to sample have lines all the same
             self.say(self._doing)
 
     def resumed(self, step: int) -> None:

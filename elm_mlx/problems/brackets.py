@@ -33,7 +33,8 @@ def _problem(difficulty: int, seed: int) -> Problem:
 
 
 def _judge(problem: Problem, answer: str) -> Verdict:
-    given = "".join((said(answer) or "").split())
+    # `=` is no part of an answer: the arrow `=>` has a bracket in it that was not given.
+    given = "".join((said(answer, equation=True) or "").split())
     if not given or set(given) - {*_CLOSES, *_CLOSES.values()}:
         return Verdict.UNREADABLE
     return Verdict.RIGHT if given == problem.facts["right"] else Verdict.WRONG

@@ -4,8 +4,9 @@ All tasks read an answer in this one way. A model may write its way to an answer
 counts: what is between `<answer>` and `</answer>` where the text ends by those, then its last line with anything in it
 but a fence of ```. There the answer stands alone, or after `Answer:`; numbers, expressions and brackets also after the
 last `:`, `is` or `are`, and numbers after the last `=`, `equals` or `equal to`. A final dot, Markdown's marks or TeX's
-around it (`**`, `$`, `\\boxed{}`, code) do not matter. What else the text says is not read: whoever writes down every
-possible answer has given the last one. Digits are ASCII's.
+around it (`**`, `$`, `\\boxed{}`, code) do not matter. A line that denies what it states (`is not: 82`)
+states nothing. What else the text says is not read: whoever writes down every possible answer has given the last one.
+Digits are ASCII's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,12 @@ _BOXED = "\\boxed{"
 _DIGITS = 40  # of a number: Python refuses to convert some thousands
 _LABEL = re.compile(r"[#*\s]*(?:the |my )?(?:final |correct |right )?answer[*\s]*(?::|\bis\b:?)", re.IGNORECASE)
 _STATES = re.compile(r":|\b(?:is|are)\b")
-_STATES_OR_EQUALS = re.compile(rf"{_STATES.pattern}|=|\bequal(?:s| to)\b")
+_STATES_OR_EQUALS = re.compile(rf"{_STATES.pattern}|(?<![!<>/~])=|\bequal(?:s| to)\b")
+_DENIES = re.compile(
+    r"(?:\b(?:not|never|wrong|incorrect|false)|n['’]t)\b[^\w.,;!?]*"
+    r"(?:\b(?:an?|the|my|it|that|right|correct|final|answer|result|sentence|equals?|to|is|are)\b[^\w.,;!?]*){0,6}$",
+    re.IGNORECASE,
+)
 _GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 
 
@@ -44,8 +50,15 @@ def said(answer: str, *, equation: bool = False) -> str | None:
     Args:
         equation: `=` is part of what is stated.
     """
-    *_, stated = (_STATES if equation else _STATES_OR_EQUALS).split(final_line(answer) or "")
-    return _bare(stated) or None
+    line, begin = final_line(answer) or "", 0
+    for match in (_STATES if equation else _STATES_OR_EQUALS).finditer(line):
+        begin = match.end()
+    return None if denied(line[:begin]) else _bare(line[begin:]) or None
+
+
+def denied(before: str) -> bool:
+    """Says whether the words `before` what is stated say that it is not the answer."""
+    return _DENIES.search(before) is not None
 
 
 def number(answer: str) -> int | None:

@@ -10,7 +10,7 @@ import random
 import re
 
 from elm_mlx.problems.checked_task import CheckedTask, Problem, Verdict
-from elm_mlx.problems.final_line import final_line
+from elm_mlx.problems.final_line import denied, final_line
 from elm_mlx.text import excerpts
 
 _QUOTES = str.maketrans("“”", '""')
@@ -54,10 +54,13 @@ def _judge(problem: Problem, answer: str) -> Verdict:
     line = " ".join((final_line(answer) or "").translate(_QUOTES).split()).strip("'")
     if not line:
         return Verdict.UNREADABLE
-    _, begun, quoted = line.partition('"')
-    given = (quoted.removesuffix('"') if begun and line.endswith('"') else line).removesuffix(".")
-    right = problem.facts["right"].removesuffix(".")
-    return Verdict.RIGHT if given == right or given.endswith(f": {right}") else Verdict.WRONG
+    before, begun, quoted = line.partition('"')
+    if not (begun and line.endswith('"')):
+        before, quoted = "", line
+    given, right = quoted.removesuffix('"').removesuffix("."), problem.facts["right"].removesuffix(".")
+    if given.endswith(f": {right}"):
+        before, given = f"{before}{given.removesuffix(right)}", right
+    return Verdict.RIGHT if given == right and not denied(before) else Verdict.WRONG
 
 
 # The answer is its final line: all of it, what is in quotation marks at its end, or what follows a colon.

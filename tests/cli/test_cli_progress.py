@@ -48,6 +48,23 @@ def test_a_first_update_that_waits_for_its_texts_is_no_measure(
     assert "50 tokens/s" in second and second.endswith("3 min 16 s left")
 
 
+def test_without_a_terminal_what_is_being_done_keeps_no_update_from_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Updates take 15 s, the first 12 of them for sampling, whose line comes 4 s before the update's, or less."""
+    now = 0.0
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now)
+    with screen.TrainingDisplay(4) as shown:
+        for step in range(1, 4):
+            for _ in range(12):
+                now += 1
+                shown.progress("sampling answers", 1, 128)
+            now += 3
+            shown.report(update(step, seconds=15.0))
+    said = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert said == [each for step in (1, 2, 3) for each in ("sampling answers", f"step {step} of 4")]
+
+
 def test_the_share_of_the_machines_speed_is_shown_where_it_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

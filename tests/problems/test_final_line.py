@@ -14,7 +14,9 @@ from elm_mlx.problems.final_line import blocks, final_line, last_block, number, 
         "The answer is 82.", "Answer: 82", "**82**",
         "**82**.", "First 47, then 35.\nSo it is **82.**", "1\n2\n82", "=82", "082",
         "`82`", "$82$", "\\boxed{82}", "It is $\\boxed{82}$.", "$47 + 35 = \\boxed{82}$", "So $47 + 35 = 82$.",
-        "**Answer:** 82", "**Answer: `82`.**", "<answer>82</answer>", "Answer:\n82", "```\n82\n```", "*82*", "82...",
+        "**Answer:** 82", "**Answer: `82`.**", "<answer>82</answer>", "Answer:\n82",
+        "It is not 81, it is 82", "Not 81: it equals 82", "Is it 81? It is not. It is 82",
+        "81 is wrong; the answer is 82", "```\n82\n```", "*82*", "82...",
     ],
 )  # fmt: skip
 def test_a_number_is_read(answer: str) -> None:
@@ -27,6 +29,8 @@ def test_a_number_is_read(answer: str) -> None:
         "", " ", ".", "*", "82 or 83", "81 82", "82\nno", "82!", "is not 82", "８２", "八", "²", "1,23", "8 2", "8_2",
         "+82", "--82", "- 82", "0x52", "82.0", "8.2e1", "1" * 41, "9" * 100_001, "=" * 99_999, " " * 200_000,
         "<answer>82</answer> or 83", "<answer>82", "82</answer> 83", "<answer></answer>", "Answer: ",
+        "x is not equal to 82", "It is not: 82", "The answer is **not**: 82", "It isn't: 82", "The wrong answer is 82",
+        "Wrong: 82", "This is not the answer: 82", "81 != 82", "81 <= 82", "81 >= 82", "x /= 82", "81 ~= 82",
         "82\0", "\u200b82", "\\boxed{82} or 83", "\\boxed{81}\\boxed{82}", "$81$82$", "`" * 400 + "8`2", "{82}",
     ],
 )  # fmt: skip

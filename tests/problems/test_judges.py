@@ -184,6 +184,26 @@ def test_all_tasks_read_an_answer_in_one_way(name: str, form: str) -> None:
         assert task.judge(made, form.format(made.solution) + "\nor not") is not RIGHT or name in ("json", "python")
 
 
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("json", "python")])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "The answer is not: {}", "It is not {}", "It isn't: {}", "The wrong answer is {}", "Not the answer: {}",
+        "=> {}", "The answer is not \"{}\"", "<answer>not: {}</answer>", "**Not**: {}", "{} is wrong", "{} or {}",
+        "not = {}", "Answer: {} or something else", "! {}", "Wrong: \"{}\"", "It is not: \"It is: {}\"",
+    ],
+)  # fmt: skip
+def test_what_is_denied_or_left_open_is_not_right(name: str, form: str) -> None:
+    task = TASKS[name]
+    for made in (task.problem(level, seed) for level in range(1, task.difficulties + 1) for seed in range(3)):
+        assert task.judge(made, form.format(made.solution, made.solution)) is not RIGHT
+
+
+@pytest.mark.parametrize("answer", ["=> ] )", "( [ < => ] )", "= > ] )"])
+def test_an_arrow_closes_no_bracket(answer: str) -> None:
+    assert verdict("brackets", Problem("", "", {"right": ">])"}), answer) is UNREADABLE
+
+
 LONG = 1_000_000
 ATTACKS = [
     *(each * LONG for each in ("1", " ", "\n", "=", "(", "[", "{", "-", "a", ".", ":", "is ", "**", "1 ", "1,")),
