@@ -91,7 +91,9 @@ def check_auxiliary(path: Path, auxiliary: ModelConfig, base: ModelConfig) -> No
 
 
 def save(path: Path, prediction: KVPrediction, base: Path, trained: Mapping[str, Any]) -> None:
-    """Writes a prediction into a directory that is there, `kvp.json` last.
+    """Writes a prediction into a directory that is there, in place of one that is in it.
+
+    `kvp.json` goes first and comes last, so that no part of another prediction is ever read with this one's.
 
     Args:
         base: the base's directory, whose tokenizer the auxiliary gets too.
@@ -100,6 +102,7 @@ def save(path: Path, prediction: KVPrediction, base: Path, trained: Mapping[str,
     Raises:
         ElmError: it cannot be written.
     """
+    (path / PREDICTION).unlink(missing_ok=True)
     with files.new_directory(path / AUXILIARY, replace=True) as made:
         files.write_json(made / "config.json", prediction.auxiliary.config.to_dict())
         with (made / "model.safetensors").open("wb") as file:

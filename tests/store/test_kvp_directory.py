@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import kv_predictions
 import mlx.core as mx
@@ -144,6 +146,26 @@ def test_damage_is_named(made: Path, tiny_model_dir: Path, damage: Callable[[Pat
     with pytest.raises(InputError, match=message) as raised:
         kvp_directory.load(made, tiny_model_dir, load_model(tiny_model_dir))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("stopped_at", ["maps.safetensors", "kvp.json"])
+def test_what_was_written_in_part_is_not_read_with_what_was_there_before(
+    made: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, stopped_at: str
+) -> None:
+    base, replacing = load_model(tiny_model_dir), os.replace
+
+    def stopping(source: Path, target: Path, **rest: Any) -> None:
+        if Path(target).name == stopped_at:
+            raise KeyboardInterrupt
+        replacing(source, target, **rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", stopping)
+        kv_predictions.write_prediction(made, tiny_model_dir, base, seed=2)
+    with pytest.raises(InputError, match=r"holds no kvp\.json"):
+        kvp_directory.load(made, tiny_model_dir, base)
+    kv_predictions.write_prediction(made, tiny_model_dir, base, seed=2)
+    kvp_directory.load(made, tiny_model_dir, base)
 
 
 def test_where_there_is_none(tmp_path: Path, tiny_model_dir: Path) -> None:
