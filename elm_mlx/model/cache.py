@@ -187,7 +187,13 @@ class KVCache:
         return StepCache(self, arrays, position, mask)
 
     def trim(self, length: int) -> int:
-        """Removes the last `length` positions, or all of fewer. Returns how many were removed."""
+        """Removes the last `length` positions, or all of fewer. Returns how many were removed.
+
+        Raises:
+            ValueError: `length` is negative.
+        """
+        if length < 0:
+            raise ValueError(f"a cache cannot be trimmed by {length} positions")
         length = min(length, self.offset)
         self.offset -= length
         return length

@@ -77,6 +77,8 @@ def test_an_empty_cache_is_empty() -> None:
     cache = KVCache()
     assert (cache.offset, cache.capacity, cache.nbytes, cache.state) == (0, 0, 0, [None, None])
     assert cache.trim(5) == 0 and cache.is_trimmable()
+    with pytest.raises(ValueError, match="trimmed by -1 positions"):
+        cache.trim(-1)
 
 
 def test_room_is_made_once_and_says_its_size() -> None:
