@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -89,12 +90,13 @@ def _gpu_cores() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this project's code: its checkout's, `-dirty` behind it where files were changed, or the one that
-    pip installed from a repository; None where neither says."""
+    """The commit of this project's code: its checkout's, `-dirty-` and a hash of the changes behind it where files were
+    changed, or the one that pip installed from a repository; None where neither says."""
     root = Path(elm_mlx.__file__).parents[1]
     if (root / ".git").exists():
-        head, changed = (said("git", "-C", str(root), *words) for words in (("rev-parse", "HEAD"), ("status", "-suno")))
-        return head + ("-dirty" if changed else "") if head else None
+        head, changed = (said("git", "-C", str(root), *words) for words in (("rev-parse", "HEAD"), ("diff", "HEAD")))
+        changes = f"-dirty-{hashlib.sha256(changed.encode()).hexdigest()[:8]}" if changed else ""
+        return head + changes if head else None
     with suppress(metadata.PackageNotFoundError, ValueError, KeyError, TypeError):
         origin = json.loads(metadata.distribution("elm-mlx").read_text("direct_url.json") or "{}")
         return str(origin["vcs_info"]["commit_id"])

@@ -128,7 +128,7 @@ class Results:
     Attributes:
         when: the time that it began, in UTC, as ISO 8601 writes it.
         machine: labels and texts.
-        commit: of this project's code, `-dirty` behind it where it was changed; None where that is not known.
+        commit: of this project's code, `-dirty-` and a hash of the changes behind it; None where that is not known.
         load: processes that ran or waited in the minute before it began, or was resumed: the most of them.
         note: what whoever measured says of the machine.
         complete: whether every case of the suite had its turn.

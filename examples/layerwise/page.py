@@ -20,10 +20,10 @@ sys.path.append(str(HERE.parent))
 
 import study  # noqa: E402
 from pages import fill  # noqa: E402
+from spread import interval  # noqa: E402
 from study import LAYERWISE, UNIFORM, Cell, Record, Training  # noqa: E402
 
 RECORDS = HERE / "records.jsonl"
-_T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, 95 %, by the number of differences
 _COLOURS = {study.CORENET: "#0072B2", study.FAN_IN: "#D55E00"}  # Okabe and Ito's
 _LIKELY_TRIALS = 3  # of a shape, where none has been made
 
@@ -80,15 +80,6 @@ def last_loss(record: Record) -> float:
 def held_out(record: Record, measure: int = 0, book: str | None = None) -> float:
     """Returns the loss on a held-out book, or the mean over the books."""
     return statistics.fmean(losses[measure] for title, losses in record["held_out"].items() if book in (None, title))
-
-
-def interval(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences, and how far to either side of it the 95 % interval reaches, by Student's t.
-
-    It says what another draw of weights and order would do, and nothing of other texts or sizes.
-    """
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences), _T[len(differences)] * error
 
 
 def tables(results: Results) -> str:

@@ -82,7 +82,7 @@ def test_what_is_no_result_is_refused(tmp_path: Path, text: str) -> None:
 def test_what_is_saved_fits_the_schema(tmp_path: Path) -> None:
     made = whole()
     made.machine |= dict.fromkeys(("computes on", "system", "python", "elm-mlx", "mlx", "mlx-lm"), "1")
-    made.machine["computes on"], made.commit, made.note = "GPU", "0123456789" * 4 + "-dirty", "on a desk"
+    made.machine["computes on"], made.commit, made.note = "GPU", "0123456789" * 4 + "-dirty-01234567", "on a desk"
     made.rows[0].conditions = [Conditions("2026-01-02T03:04:05+00:00", "mains", False, "nominal", None, 1e12, 4e11)]
     path = tmp_path / "a.json"
     made.save(path)
