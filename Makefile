@@ -29,7 +29,7 @@ demo: $(VENV)/.installed
 	@echo "Now try: $(BIN)/elm-mlx chat $(MODEL)"
 
 test: $(VENV)/.developing
-	$(BIN)/python -m pytest --numprocesses auto --max-worker-restart 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses auto --max-worker-restart 0 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.developing
 	$(BIN)/ruff check

@@ -22,6 +22,7 @@ from elm_mlx import device
 from elm_mlx.device import compile_hindrance, on_gpu, trim_cache
 from elm_mlx.errors import InputError
 from elm_mlx.model.cache import Arrays, KVCache, make_prompt_cache, place_pass, place_step, row_capacity
+from elm_mlx.model.compiled import Compiled
 from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.model.network import Model
 from elm_mlx.model.sublayers import LayersInC
@@ -292,7 +293,7 @@ class Rows:
         self._shapes.add(shapes)
         if self._compiled is None:
             step = partial(_step, self._model, [cache.empty() for cache in self.caches])
-            self._compiled = mx.compile(step) if compile_hindrance() is None else step
+            self._compiled = Compiled(step) if compile_hindrance() is None else step
         logits, arrays = self._compiled(ids, position, mask, arrays)
         for cache, state in zip(self.caches, arrays, strict=True):
             cache.state = state

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device
 from elm_mlx.data.batches import Batch
+from elm_mlx.model.compiled import Compiled
 from elm_mlx.model.ops import Segments
 from elm_mlx.train.loss import Objective, Parameters, TokenLoss
 from elm_mlx.train.settings import Settings
@@ -55,9 +56,9 @@ class Step:
         self.cut_into(device.most_parts(sum(parameter.nbytes for _, parameter in tree_flatten(trained))))
         random = mx.random.state
         gradients = mx.value_and_grad(functools.partial(self._sums, True))
-        self._gradients = mx.compile(gradients, inputs=random, outputs=random)
-        self._evaluate = mx.compile(functools.partial(self._sums, False))
-        self._apply = mx.compile(self._applied)
+        self._gradients = Compiled(gradients, inputs=random, outputs=random)
+        self._evaluate = Compiled(functools.partial(self._sums, False))
+        self._apply = Compiled(self._applied)
 
     @property
     def parts(self) -> int:
