@@ -64,6 +64,7 @@ class _Tracker(TrainingCallback):
 
     def resumed(self, step: int) -> None:
         self._step = step
+        self._safely(self._open)  # while the metrics have what there was, and none of what is reported from now on
 
     def report(self, report: Report) -> None:
         self._safely(lambda: self._open()[0](report.step, _values(metrics.line_of(report))))
@@ -78,7 +79,7 @@ class _Tracker(TrainingCallback):
             self._opened = open_(self._out, self._about, self._step)
         return self._opened
 
-    def _safely(self, act: Callable[[], None]) -> None:
+    def _safely(self, act: Callable[[], object]) -> None:
         if self._failed:
             return
         try:
@@ -113,8 +114,7 @@ def _tensorboard(out: Path, about: Mapping[str, Any], step: int) -> Opened:
             writer.add_scalar(name, value, step)
 
     for line in metrics.lines_of(out, begin, step):
-        if "test_loss" not in line:  # which is reported now
-            log(line["step"], _values(line))
+        log(line["step"], _values(line))
     return log, writer.close
 
 
