@@ -54,3 +54,9 @@ def test_the_base_and_what_predicts_exactly_are_scored_as_eval_does(
     assert {length: {name: len(each) for name, each in own.items()} for length, own in found.items()} == {
         "32": {"base/1": 2, "kvp/1": 2}, "128": {"base/1": 1, "kvp/1": 1},
     }  # fmt: skip
+
+
+def test_a_training_that_was_stopped_has_not_ended(example: dict[str, Any], tmp_path: Path) -> None:
+    assert example["updates"](tmp_path) == 0
+    (tmp_path / "kvp.json").write_text('{"format": 1, "trained": {"updates": 7}}')
+    assert example["updates"](tmp_path) == 7

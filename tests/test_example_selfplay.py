@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import runpy
 import sys
 from pathlib import Path
 
@@ -39,3 +40,26 @@ def test_a_table_has_a_row_for_each_way() -> None:
 @pytest.mark.parametrize(("name", "kind"), [("rejection", LoraSettings), ("dpo", DpoSettings), ("grpo", GrpoSettings)])
 def test_its_files_hold_options_of_the_commands(name: str, kind: type[LoraSettings]) -> None:
     assert yaml.safe_load((FOLDER / f"{name}.yaml").read_text()).keys() <= kind.options().keys()
+
+
+def test_a_training_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has left an adapter, too."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.delitem(sys.modules, "command", raising=False)
+    calls: list[tuple[object, ...]] = []
+    stops = iter([SystemExit(130), None])
+
+    def elm(*words: object) -> None:
+        calls.append(words)
+        (tmp_path / "sft" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sft" / "adapters.safetensors").touch()
+        if (stop := next(stops)) is not None:
+            raise stop
+
+    train = runpy.run_path(str(FOLDER / "run.py"))["train"]
+    monkeypatch.setitem(train.__globals__, "elm", elm)
+    with pytest.raises(SystemExit):
+        train("lora", tmp_path / "sft", "base")
+    train("lora", tmp_path / "sft", "base")
+    train("lora", tmp_path / "sft", "base")
+    assert ["--resume" in words for words in calls] == [False, True]

@@ -34,6 +34,7 @@ import elm_mlx  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
+from elm_mlx.directories import PREDICTION  # noqa: E402
 from elm_mlx.inference.generation import stream_generate  # noqa: E402
 from elm_mlx.inference.rows import predicted_prefill, prefill  # noqa: E402
 from elm_mlx.model.cache import make_prompt_cache  # noqa: E402
@@ -99,7 +100,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     fits = product(("fit",), arguments.seeds[:1], arguments.keeps)  # which no seed changes
     for kind, seed, keep in chain(fits, product(("kvp",), arguments.seeds, arguments.keeps)):
         directory = out / f"{kind}-{keep:g}-seed-{seed}"
-        if not (directory / kvp_directory.RECORD).exists():
+        if updates(directory) < (1 if kind == "fit" else arguments.steps):
             if arguments.measure:
                 continue
             train(arguments, directory, kind, keep, seed)
@@ -136,6 +137,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if larger.exists():
         found["larger"] = json.loads(larger.read_text("utf-8"))
     return found
+
+
+def updates(directory: Path) -> int:
+    """Returns how many updates a prediction has had: one that was stopped is written too."""
+    record = directory / PREDICTION
+    return json.loads(record.read_text("utf-8"))["trained"]["updates"] if record.exists() else 0
 
 
 def train(arguments: argparse.Namespace, directory: Path, kind: str, keep: float, seed: int) -> None:

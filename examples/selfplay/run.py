@@ -67,11 +67,12 @@ def main() -> None:
 
 
 def train(command: str, run: Path, *options: object) -> None:
-    """A training run, or the rest of it; nothing where it has ended."""
-    if (run / "adapters.safetensors").exists():
-        return
-    resume = ["--resume"] if (run / "checkpoints").exists() else []
-    elm(command, *options, "--out", run, *resume)
+    """A training run, or the rest of it; nothing where it has ended: one that was stopped has left an adapter too."""
+    ended = run.with_name(f"{run.name}.ended")
+    if not ended.exists():
+        resume = ["--resume"] if (run / "checkpoints").exists() else []
+        elm(command, *options, "--out", run, *resume)
+        ended.touch()
 
 
 if __name__ == "__main__":
