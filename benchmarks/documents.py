@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from elm_mlx.documents import retrieval
 from elm_mlx.documents.indexing import index_documents
-from elm_mlx.documents.retrieval import VECTOR_WEIGHT, DocumentIndex, fused
+from elm_mlx.documents.retrieval import NEAR, VECTOR_WEIGHT, DocumentIndex, fused
 from elm_mlx.documents.static_embeddings import StaticEmbeddings
 
 ONSETS = ("b", "br", "d", "dr", "f", "g", "gr", "k", "kl", "l", "m", "n", "p", "pr", "r", "s", "st", "t", "tr", "v")
@@ -138,6 +139,59 @@ def write_corpus(directory: Path, towns: int, seed: int = 1) -> list[Question]:
     return questions
 
 
+KINDS = ("lamp", "pump", "drill", "scale", "kettle", "radio", "heater", "printer")
+COLOURS = ("dark green", "grey", "sand", "cobalt blue", "orange", "ivory")
+ROOMS = ("the cellar", "the workshop", "room 12", "the shed", "the attic", "the kitchen")
+ADVICE = (
+    "Keep it dry when it is not used.",
+    "The plug must not be pulled by its cable.",
+    "A yellow light means that it rests.",
+    "It was tested before it was packed.",
+    "Clean it with a soft cloth alone.",
+    "Its noise is that of a refrigerator.",
+)
+
+
+def write_devices(directory: Path, count: int, seed: int) -> list[Question]:
+    """Writes a page for each made-up device, in lists and sentences. Returns the questions, in a random order."""
+    draw = random.Random(seed)
+    names = list(dict.fromkeys(f"{made_up_word(draw, 2)} {draw.randrange(10, 99)}" for _ in range(2 * count)))[:count]
+    questions = []
+    for name in names:
+        kind = draw.choice(KINDS)
+        grams, hours, volts = draw.randrange(150, 4000), draw.randrange(3, 40), draw.choice((12, 24, 110, 230, 400))
+        colour, room, months = draw.choice(COLOURS), draw.choice(ROOMS), draw.randrange(6, 72)
+        who, price = (
+            f"{draw.choice(GIVEN)} {made_up_word(draw, 2)}",
+            f"{draw.randrange(20, 900)}.{draw.randrange(10, 99)}",
+        )
+        facts = {
+            f"- Weight: {grams} g\n- Voltage: {volts} V\n- Colour: {colour}": {
+                f"What is the weight of the {name}?": str(grams),
+                f"Which voltage does the {name} need?": str(volts),
+                f"Which colour has the {name}?": colour,
+            },
+            f"The {name} is a {kind} that stands in {room}. {who} looks after it.": {
+                f"Where does the {name} stand?": room.split()[-1],
+                f"Who looks after the {name}?": who,
+            },
+            f"It was bought for {price} euros and has a guarantee of {months} months. "
+            f"The battery of the {name} lasts {hours} hours.": {
+                f"What did the {name} cost?": price,
+                f"How many hours does the battery of the {name} last?": str(hours),
+            },
+        }
+        text = f"{name}\n{'=' * len(name)}\n\n"
+        path = f"{name.replace(' ', '-')}.md"
+        for said, asked in facts.items():
+            text += f"{draw.choice(ADVICE)}\n\n{said}\n\n{draw.choice(ADVICE)} "
+            text += f"The {draw.choice(names)} is another matter.\n\n"
+            questions += [Question(each, answer, path, name, "same words") for each, answer in asked.items()]
+        (directory / path).write_text(text, "utf-8")
+    draw.shuffle(questions)
+    return questions
+
+
 def recall(questions: Sequence[Question], ranked: Callable[[str], list[tuple[str, str]]]) -> tuple[float, float]:
     """Returns the shares of questions whose passage is the first, and among the first five."""
     first = five = 0
@@ -157,7 +211,7 @@ def rankings(index: DocumentIndex) -> dict[str, Callable[[str], list[tuple[str, 
         return lambda text: [titles[number] for number in way(text)]
 
     def words(text: str) -> list[int]:
-        return index._by_words([text])
+        return [*index._by_words([text])]
 
     def vectors(text: str) -> list[int]:
         return index._by_vectors([text])
@@ -223,7 +277,12 @@ def wordllama_embeddings(directory: Path) -> Path:
     return directory
 
 
-WAYS = (("none", False, False), ("yes", True, False), ("yes, and prompt lookup", True, True))
+WAYS = (  # each its name, the least share of the best score that a passage has, and prompt lookup
+    ("none", None, False),
+    ("yes", NEAR, False),
+    ("the eight best", 0.0, False),
+    ("yes, and prompt lookup", NEAR, True),
+)
 
 
 def says(text: str, answer: str) -> bool:
@@ -238,27 +297,35 @@ def print_answers(model: Path, index: DocumentIndex, questions: Sequence[Questio
 
     network, tokenizer = load(model)
     template = choose(model, tokenizer)
-    rows: dict[str, list[tuple[bool, int, float]]] = {}
+    rows: dict[str, list[tuple[bool, int, float, float]]] = {}
     same = 0
     for question in questions:
         answers = []
-        for name, documents, lookup in WAYS:
+        for name, near, lookup in WAYS:
             options = {"temp": 0.0, "max_tokens": max_tokens}
-            shown = index if documents else None
+            shown = None if near is None else index
+            retrieval.NEAR = near or 0.0
             chat = Chat(network, tokenizer, template, options=options, documents=shown, prompt_lookup=lookup)
             begun = time.perf_counter()
             reply = chat.ask(question.text)
             answers.append("".join(reply))
             figures = reply.statistics
-            seconds = time.perf_counter() - begun - figures.time_to_first_token
-            rows.setdefault(name, []).append((says(answers[-1], question.answer), figures.prompt_tokens, seconds))
-        same += answers[1] == answers[2]
-    print("| documents | right | tokens of the prompt | speed of decoding |\n| --- | ---: | ---: | ---: |")
-    usual = statistics.fmean(seconds for _, _, seconds in rows["yes"])
+            first = figures.time_to_first_token
+            seconds = time.perf_counter() - begun - first
+            right = says(answers[-1], question.answer)
+            rows.setdefault(name, []).append((right, figures.prompt_tokens, first, seconds))
+        same += answers[1] == answers[3]
+    print("| documents | right | tokens of the prompt | seconds to the first token | speed of decoding |")
+    print("| --- | ---: | ---: | ---: | ---: |")
+    usual = statistics.fmean(seconds for *_, seconds in rows["yes"])
     for name, every in rows.items():
-        right, tokens, seconds = (statistics.fmean(column) for column in zip(*every, strict=True))
-        print(f"| {name} | {right:.0%} | {tokens:.0f} | {f'{usual / seconds:.2f}' if name != 'none' else ''} |")
-    print(f"{len(questions)} questions; {same} answers the same with prompt lookup", flush=True)
+        share, tokens, first, seconds = (statistics.fmean(column) for column in zip(*every, strict=True))
+        speed = f"{usual / seconds:.2f}" if name != "none" else ""
+        print(f"| {name} | {share:.0%} | {tokens:.0f} | {first:.2f} | {speed} |")
+    pairs = [(near[0], eight[0]) for near, eight in zip(rows["yes"], rows["the eight best"], strict=True)]
+    fewer, more = pairs.count((True, False)), pairs.count((False, True))
+    print(f"{len(questions)} questions: {fewer} right by the near passages alone, {more} by the eight best alone")
+    print(f"{same} answers the same with prompt lookup", flush=True)
 
 
 def print_speed(megabytes: float, embeddings: StaticEmbeddings | None) -> None:
@@ -300,6 +367,8 @@ def main() -> None:
     parser.add_argument("--towns", type=int, default=150)
     parser.add_argument("--embeddings", help="a directory, or wordllama")
     parser.add_argument("--model", type=Path, help="also ask this model")
+    parser.add_argument("--seed", type=int, default=1, help="of the corpus")
+    parser.add_argument("--devices", action="store_true", help="ask the model of devices in place of towns")
     parser.add_argument("--questions", type=int, default=40, help="to the model")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--megabytes", type=float, help="measure an index of so much text, and nothing else")
@@ -315,12 +384,15 @@ def main() -> None:
             return
         corpus = Path(folder, "corpus")
         corpus.mkdir()
-        questions = write_corpus(corpus, args.towns)
+        questions = (
+            write_devices(corpus, 60, args.seed) if args.devices else write_corpus(corpus, args.towns, args.seed)
+        )
         index_documents(corpus, Path(folder, "notes.db"), embeddings)
         index = DocumentIndex(Path(folder, "notes.db"))
-        print_recall(index, questions)
         same_words = [each for each in questions if each.kind == "same words"]
-        print_follow_ups(index, same_words[:500])
+        if not args.devices:
+            print_recall(index, questions)
+            print_follow_ups(index, same_words[:500])
         if args.model is not None:
             print_answers(args.model, index, same_words[: args.questions], args.max_tokens)
 

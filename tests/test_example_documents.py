@@ -14,5 +14,9 @@ def test_every_question_but_the_last_finds_passages(tmp_path: Path) -> None:
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     *found, last = done.stdout.strip().split("\n\n")[1:]
-    assert len(found) == 5 and all(each.count("\n") == 3 and "  [3] " in each for each in found)
+    assert len(found) == 5
+    for each in found:
+        passages = each.split("\n")[1:]
+        assert 1 <= len(passages) <= 3
+        assert all(line.startswith(f"  [{number}] ") for number, line in enumerate(passages, 1))
     assert last == "What does a walrus eat?"

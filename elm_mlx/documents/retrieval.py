@@ -1,6 +1,7 @@
 """Finds the passages that a question is answered from: by their words (BM25), by vectors where there are any, or both.
 
 Both rankings become one by reciprocal rank fusion (Cormack, Clarke and Büttcher, 2009): each adds weight / (60 + rank).
+By words alone, what scores far below the best is left out.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 HEADING_WEIGHT = 4.0  # of a word in a heading, against one in the text: measured in docs/index.md
 VECTOR_WEIGHT = 0.25  # of the ranking by vectors, against the one by words: measured in docs/index.md
+# Of the best passage's score by words: what has less is not what was asked, and a prompt without it is several times
+# shorter. Measured in docs/index.md.
+NEAR = 0.7
 _FUSED = 60  # Cormack's constant
 _RANKED = 50  # passages of each ranking that count
 _SCORED = 1000  # passages for each question of a conversation
@@ -106,7 +110,8 @@ class DocumentIndex:
         """Returns the passages for a question, the best first; none where none shares a word with it.
 
         A follow-up ("and when was that?") is found by what was asked before: the score of a passage is that for the
-        question, and a quarter of that for the one before it, and so on for three of them.
+        question, and a quarter of that for the one before it, and so on for three of them. By words alone, passages
+        whose score is below `NEAR` of the best one's are left out; not with vectors, which find what has no such score.
 
         Args:
             earlier: the questions of the conversation before this one, oldest first.
@@ -117,13 +122,19 @@ class DocumentIndex:
         """
         asked = [question, *earlier[: -_EARLIER_QUESTIONS - 1 : -1]]
         with self._lock, named_errors(self.path):
-            ranked = self._by_words(asked)
-            if self._embeddings is not None:
-                ranked = fused({1.0: ranked, VECTOR_WEIGHT: self._by_vectors(asked)})
+            scores = self._by_words(asked)
+            if self._embeddings is None:
+                least = NEAR * max(scores.values(), default=0.0)
+                ranked = [number for number, score in scores.items() if score >= least]
+            else:
+                ranked = fused({1.0: [*scores], VECTOR_WEIGHT: self._by_vectors(asked)})
             return index_file.read_passages(self._connection, self.path, ranked[:count])
 
-    def _by_words(self, asked: Sequence[str]) -> list[int]:
-        """Returns the ids of passages that share words with questions, the last of which is the first here."""
+    def _by_words(self, asked: Sequence[str]) -> dict[int, float]:
+        """Returns the scores of passages that share words with questions, by their ids, the best first.
+
+        The last question is the first of `asked`.
+        """
         scores: dict[int, float] = {}
         expressions = [match_expression(question) for question in asked]
         if not any(expressions):
@@ -137,7 +148,7 @@ class DocumentIndex:
                 )
                 for number, rank in ranked:  # the lower the better
                     scores[number] = scores.get(number, 0.0) - EARLIER**distance * rank
-        return sorted(scores, key=lambda number: -scores[number])[:_RANKED]
+        return dict(sorted(scores.items(), key=lambda scored: -scored[1])[:_RANKED])
 
     def _by_vectors(self, asked: Sequence[str]) -> list[int]:
         import numpy as np

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from elm_mlx.documents.index_file import TOKENIZER, separated
 from elm_mlx.documents.indexing import index_documents
-from elm_mlx.documents.retrieval import DocumentIndex, fused, match_expression
+from elm_mlx.documents.retrieval import NEAR, DocumentIndex, fused, match_expression
 
 TEXTS = {
     "tea.md": "# Tea\n\nGreen tea steeps at 80 degrees.\n\n## Black\n\nBlack tea likes boiling water.\n",
@@ -152,3 +153,28 @@ def test_rankings_are_fused_by_rank() -> None:
     assert fused({1.0: [1, 2, 3], 0.99: [3, 9]}) == [3, 1, 2, 9]
     assert fused({1.0: [1], 0.5: [2, 1]}) == [1, 2]
     assert fused({1.0: [], 0.25: [7]}) == [7]
+
+
+def test_what_scores_far_below_the_best_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    for name, text in {
+        "lamp": "The lamp of Varo weighs ninety grams.",
+        "copy": "The lamp of Varo weighs eighty grams.",
+        "pump": "A pump weighs more than most things do.",
+        **{f"other{number}": f"A thing, number {number}, of no interest." for number in range(9)},
+    }.items():
+        (tmp_path / "notes" / f"{name}.txt").write_text(text)
+    index_documents(tmp_path / "notes", tmp_path / "notes.db")
+    index = DocumentIndex(tmp_path / "notes.db")
+
+    def found(question: str, *earlier: str) -> list[str]:
+        return [each.path for each in index.search(question, earlier)]
+
+    assert found("What weighs the lamp of Varo?") == ["copy.txt", "lamp.txt"]
+    assert "pump.txt" in found("What weighs so much?")  # where it is as near as any
+    assert found("And what weighs the pump?", "What weighs the lamp of Varo?")[0] == "pump.txt"
+    for question in ("What weighs the lamp of Varo?", "pump", "number of things"):
+        scores = index._by_words([question])
+        assert [*scores.values()] == sorted(scores.values(), reverse=True)
+        near = [score >= NEAR * max(scores.values()) for score in scores.values()]
+        assert len(found(question)) == sum(near) and near == sorted(near, reverse=True)

@@ -51,6 +51,16 @@ def test_other_words_are_found_by_vectors_alone(notes: Path, embeddings: StaticE
     assert places(both, "unheard") == places(both, "?") == []
 
 
+def test_no_passage_is_left_out_by_its_score_of_words(
+    notes: Path, embeddings: StaticEmbeddings, tmp_path: Path
+) -> None:
+    index_documents(notes, tmp_path / "words.db")
+    index_documents(notes, tmp_path / "both.db", embeddings)
+    words, both = DocumentIndex(tmp_path / "words.db"), DocumentIndex(tmp_path / "both.db")
+    assert places(words, "the red car of a house") == ["a.md:3"]
+    assert {"a.md:3", "c.md:1"} <= {*places(both, "the red car of a house")}
+
+
 def test_vectors_follow_the_documents(notes: Path, embeddings: StaticEmbeddings, tmp_path: Path) -> None:
     out = tmp_path / "notes.db"
     index_documents(notes, out, embeddings)

@@ -24,7 +24,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> DocumentIndex:
     directory = tmp_path_factory.mktemp("documents") / "notes"
     directory.mkdir()
     (directory / "a.md").write_text("# Towers\n\nThe tower has seven floors.\n")
-    (directory / "b.md").write_text("The tower is old. " * 8)
+    (directory / "b.md").write_text("# Towers\n\nThe old tower has no more floors than a house.\n")
     index_documents(directory, directory.parent / "notes.db")
     return DocumentIndex(directory.parent / "notes.db")
 
@@ -66,7 +66,7 @@ def test_the_prompt_holds_passages_as_room_is(
     conversations: list[tuple[Any, int]] = [
         (QUESTION, 2),
         ([*answered, {"role": "user", "content": "And its floors?"}], 2),
-        ([{"role": "user", "content": "tower floors " + "x" * 240}], 1),
+        ([{"role": "user", "content": "tower floors " + "x" * 320}], 1),
         ([{"role": "user", "content": "zebra"}], 0),
         (answered, 0),
     ]
