@@ -37,17 +37,8 @@ def kvp(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory of the run and its prediction. (no default)")
     ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a recipe to start from, and do not train. (default: train)"),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="For --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
-        ),
-    ] = None,
+    init: training.Init = None,
+    data: training.InitData = None,
     set_: options.Overrides = None,
     resume: training.Resume = False,
     force: training.Force = False,

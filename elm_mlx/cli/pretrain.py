@@ -27,23 +27,14 @@ def pretrain(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model. (no default)")
     ] = None,
-    init: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write a recipe to start from, and do not train. (default: train)"),
-    ] = None,
+    init: training.Init = None,
     preset: Annotated[
         Literal["small", options.Preset],
         typer.Option(help="For --init: a model for small texts, or one of the paper's."),
     ] = "small",
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH",
-            help="For --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
-        ),
-    ] = None,
+    data: training.InitData = None,
     set_: options.Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")] = False,
+    resume: training.Resume = False,
     force: training.Force = False,
 ) -> None:
     """Train a model from raw text: filtered and tokenized as it is read, by the paper's recipe or your own."""

@@ -70,6 +70,17 @@ Config = Annotated[
     Path | None, typer.Option("--config", "-c", metavar="FILE", help="A YAML file with options, named as here.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, to the same losses.")]
+Init = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Write a recipe to start from, and do not train. (default: train)"),
+]
+InitData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH",
+        help="For --init: the text to train on, as own.txt or data/*.jsonl. (default: a name to replace)",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Start even if the run cannot fit into memory.")]
 
 
