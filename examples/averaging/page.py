@@ -6,9 +6,7 @@ Without a file it makes those of this folder's page again, from results.json bes
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +14,8 @@ from pathlib import Path
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-from pages import fill  # noqa: E402
+from pages import fill, recorded  # noqa: E402
 
-RESULTS = HERE / "results.json"
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's
 
 
@@ -40,10 +37,7 @@ class Mean:
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    means = [Mean(**each) for each in json.loads(path.read_text("utf-8"))]
-    if path.resolve() != RESULTS.resolve():
-        shutil.copyfile(path, RESULTS)
+    means = [Mean(**each) for each in recorded(HERE / "results.json")]
     fill(HERE / "README.md", table(means))
     if importlib.util.find_spec("matplotlib"):
         draw(means, HERE / "losses.png")

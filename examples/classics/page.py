@@ -5,9 +5,7 @@ Without a file it makes that of this folder's page again, from results.json besi
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +13,11 @@ from pathlib import Path
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-from pages import fill  # noqa: E402
-
-RESULTS = HERE / "results.json"
+from pages import fill, recorded  # noqa: E402
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    results = json.loads(path.read_text("utf-8"))
-    if path.resolve() != RESULTS.resolve():
-        shutil.copyfile(path, RESULTS)
+    results = recorded(HERE / "results.json")
     fill(HERE / "README.md", table(results))
 
 

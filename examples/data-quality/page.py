@@ -6,9 +6,7 @@ Without a file it makes those of this folder's page again, from results.json bes
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Any
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-from pages import fill  # noqa: E402
+from pages import fill, recorded  # noqa: E402
 from spread import cell, interval  # noqa: E402
 
 BASE = "classics"
@@ -38,10 +36,7 @@ COLOURS = {"classics": "#0072B2", "noise-25": "#E69F00", "noise-50": "#D55E00"} 
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "results.json"
-    results = json.loads(path.read_text("utf-8"))
-    if path.resolve() != (HERE / "results.json").resolve():
-        shutil.copyfile(path, HERE / "results.json")
+    results = recorded(HERE / "results.json")
     fill(HERE / "README.md", table(results))
     if importlib.util.find_spec("matplotlib"):
         plot(results, HERE / "losses.png")

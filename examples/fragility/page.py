@@ -6,8 +6,8 @@ Without a file it makes those of this folder's page again, from losses.json besi
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -15,9 +15,7 @@ from pathlib import Path
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-import json  # noqa: E402
-
-from pages import fill  # noqa: E402
+from pages import fill, recorded  # noqa: E402
 from spread import cell, interval  # noqa: E402
 
 FULL = 16  # bits of what is not quantized
@@ -29,10 +27,7 @@ Losses = dict[tuple[int, int], dict[int, dict[str, float]]]  # by steps and bits
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE / "losses.json"
-    losses = read(path)
-    if path.resolve() != (HERE / "losses.json").resolve():
-        shutil.copyfile(path, HERE / "losses.json")
+    losses = recorded(HERE / "losses.json", read)
     fill(HERE / "README.md", tables(losses))
     if importlib.util.find_spec("matplotlib"):
         plot(losses, HERE / "fragility.png")

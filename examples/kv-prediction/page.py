@@ -6,10 +6,8 @@ Without a file it makes those of this folder's page again, from results.json bes
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,9 +18,8 @@ from typing import Any
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-from pages import fill  # noqa: E402
+from pages import fill, recorded  # noqa: E402
 
-RESULTS = HERE / "results.json"
 PROMPTS, SCORED = (128, 256, 448), 64  # tokens of a prompt, and of what follows it
 ANSWER = 256, 384  # of the longest prompt's positions, those that an earlier answer would have
 SHARES = (0.75, 0.5, 0.25)  # of the base's layers, or of a prompt
@@ -31,10 +28,7 @@ Measured = dict[str, Any]  # of a length of prompt: see `scores` of run.py
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    results = json.loads(path.read_text("utf-8"))
-    if path.resolve() != RESULTS.resolve():
-        shutil.copyfile(path, RESULTS)
+    results = recorded(HERE / "results.json")
     fill(HERE / "README.md", *tables(results))
     if importlib.util.find_spec("matplotlib"):
         plot(results, HERE / "quality.png")

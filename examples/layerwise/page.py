@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,20 +18,16 @@ HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
 import study  # noqa: E402
-from pages import fill  # noqa: E402
+from pages import fill, recorded  # noqa: E402
 from spread import interval  # noqa: E402
 from study import LAYERWISE, UNIFORM, Cell, Record, Training  # noqa: E402
 
-RECORDS = HERE / "records.jsonl"
 _COLOURS = {study.CORENET: "#0072B2", study.FAN_IN: "#D55E00"}  # Okabe and Ito's
 _LIKELY_TRIALS = 3  # of a shape, where none has been made
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDS
-    if path.resolve() != RECORDS.resolve():
-        shutil.copyfile(path, RECORDS)
-    results = Results(study.read(RECORDS))
+    results = Results(recorded(HERE / "records.jsonl", study.read))
     fill(HERE / "README.md", tables(results))
     if importlib.util.find_spec("matplotlib"):
         draw(results, HERE / "losses.png")

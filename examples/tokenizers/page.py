@@ -6,9 +6,7 @@ Without a file it makes those of this folder's page again, from results.json bes
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,16 +15,11 @@ from typing import Any
 HERE = Path(os.path.relpath(Path(__file__).parent))
 sys.path.append(str(HERE.parent))
 
-from pages import fill  # noqa: E402
-
-RESULTS = HERE / "results.json"
+from pages import fill, recorded  # noqa: E402
 
 
 def main() -> None:
-    path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
-    result = json.loads(path.read_text("utf-8"))
-    if path.resolve() != RESULTS.resolve():
-        shutil.copyfile(path, RESULTS)
+    result = recorded(HERE / "results.json")
     fill(HERE / "README.md", *tables(result))
     if importlib.util.find_spec("matplotlib"):
         plot(result, HERE / "tokenizers.png")
