@@ -158,10 +158,11 @@ class Results:
         return conditions.warnings(readings, self.load, int(cores) if cores.isdigit() else None)
 
     def save(self, path: Path) -> None:
-        """Raises ElmError where it cannot be written."""
+        """Writes them, with the directory where that is missing. Raises ElmError where the file cannot be written."""
         values: dict[str, Any] = {"version": VERSION, **asdict(self)}
         for row, written in zip(self.rows, values["rows"], strict=True):
             written["roofline"] = {name: asdict(bound) for name, bound in bounds(row, self.speeds).items() if bound}
+        path.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(path, values)
 
 

@@ -69,7 +69,6 @@ def run(
     with files.scratch_directory(save_to):  # or an hour might be lost to a directory that cannot be written
         if save_to.is_dir():
             raise ElmError(f"{save_to}: is a directory")
-    save_to.parent.mkdir(parents=True, exist_ok=True)
     for reason in conditions.warnings([conditions.read()], found.load, os.cpu_count()):
         on_note(f"the machine may be slower than it can be: {reason}")
     if found.rows:

@@ -113,7 +113,8 @@ def bench(
     from elm_mlx.bench.sides import Programs
 
     results = _measured(suites.check(chosen), out, Programs(python, gguf, kvp), note)
-    _print(results)
+    if results.measured or results.complete:  # which it is too where every case was left out, with its reason
+        _print(results)
     if results.measured:
         line(f"wrote {out / suite}.json, .md and .html")
         for fault in schema_faults(out / f"{suite}.json"):

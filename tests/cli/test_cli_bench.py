@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -10,11 +11,12 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import Run
 
-from elm_mlx.bench import results
+from elm_mlx.bench import results, sides
 
 
 @pytest.fixture
@@ -52,6 +54,23 @@ def test_bad_input_is_one_line(options: tuple[str, ...], error: str, run: Run, t
     assert code == 2 and err.startswith("elm-mlx: ") and error in err and err.count("\n") == 1 and out == ""
 
 
+@pytest.mark.parametrize("at", [1, 2])
+def test_stopped_before_anything_is_measured_it_says_so_and_leaves_nothing(
+    at: int, run: Run, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, starts = sides.start, itertools.count(1)
+
+    def stopped(*arguments: Any) -> sides.Side:
+        if next(starts) == at:
+            raise KeyboardInterrupt
+        return start(*arguments)
+
+    monkeypatch.setattr(sides, "start", stopped)
+    code, out, err = run(tiny_model_dir, "--against", "naive", "--out", tmp_path / "new" / "out")
+    assert (code, out) == (130, "nothing was measured, and nothing written\n"), err
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_leaves_what_was_measured_and_no_process(
     number: signal.Signals, tiny_model_dir: Path, tmp_path: Path
@@ -82,4 +101,4 @@ def test_stopped_it_leaves_what_was_measured_and_no_process(
     if shutil.which("ps") is None:
         return
     left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert not [line for line in left.splitlines() if "bench.worker" in line and str(tiny_model_dir) in line]
+    assert not [line for line in left.splitlines() if "bench.side_worker" in line and str(tiny_model_dir) in line]
