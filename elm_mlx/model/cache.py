@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from elm_mlx.errors import InputError
 from elm_mlx.model import packed
-from elm_mlx.model.ops import Causal, Segments
+from elm_mlx.model.attention import Causal, Segments
 from elm_mlx.model.packed import Packed
 from elm_mlx.model.rope import Rope
 
@@ -93,7 +93,7 @@ class KVCache:
         return keys, values
 
     def fetched(self, arrays: Arrays) -> tuple[Fetched, Fetched]:
-        """Returns the keys and values that arrays stand for, as `ops.attention` takes them."""
+        """Returns the keys and values that arrays stand for, as `attention` takes them."""
         keys, values = arrays
         return keys, values
 

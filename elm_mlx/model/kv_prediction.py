@@ -18,9 +18,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx.errors import InputError
+from elm_mlx.model.attention import Mask, Segments
 from elm_mlx.model.cache import KVCache
 from elm_mlx.model.network import Attention, Model, causal_mask
-from elm_mlx.model.ops import Mask, Segments
 from elm_mlx.model.rope import Rotate
 
 KEEPS = (0.75, 0.5, 0.25)  # of the base's layers, as the paper's auxiliaries of left-out layers have them

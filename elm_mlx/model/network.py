@@ -14,9 +14,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from elm_mlx.model import ops
+from elm_mlx.model.attention import Mask, Segments, attention
 from elm_mlx.model.cache import KVCache, StepCache
 from elm_mlx.model.config import MODEL_TYPE, ModelConfig
-from elm_mlx.model.ops import Mask
 from elm_mlx.model.rope import Rope, Rotate
 from elm_mlx.model.sublayers import LayerParts, LayersInC, layers_in_c
 
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         queries, keys = rotate(queries), rotate(keys)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = ops.attention(queries, keys, values, self.head_dim**-0.5, mask)
+        out = attention(queries, keys, values, self.head_dim**-0.5, mask)
         return self.out_proj(out.swapaxes(1, 2).reshape(batch, length, -1))
 
 
@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         self,
         ids: mx.array,
         cache: Sequence[Cache] | None,
-        segments: ops.Segments | None = None,
+        segments: Segments | None = None,
         last: int | None = None,
         on_layer: Callable[[mx.array], None] | None = None,
     ) -> mx.array:
@@ -184,7 +184,7 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
 
     def __call__(
-        self, ids: mx.array, cache: Sequence[Cache] | None = None, segments: ops.Segments | None = None
+        self, ids: mx.array, cache: Sequence[Cache] | None = None, segments: Segments | None = None
     ) -> mx.array:
         """Ids `(batch, length)` to logits `(batch, length, vocab_size)`.
 

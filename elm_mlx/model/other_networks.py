@@ -22,9 +22,9 @@ import mlx.nn as nn
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import ops
+from elm_mlx.model.attention import Mask, Segments, attention
 from elm_mlx.model.cache import SegmentedRow, StateCache
 from elm_mlx.model.families import FamilyConfig
-from elm_mlx.model.ops import Segments
 from elm_mlx.model.rope import Rope, Rotate
 from elm_mlx.model.rope_config import RopeConfig
 from elm_mlx.model.sublayers import LayerParts, LayersInC, layers_in_c
@@ -207,7 +207,7 @@ def _bare_norms(network: nn.Module) -> None:
 class _CappedAttention(nn.Module):
     """Gemma 2's attention (Gemma Team 2024, section 2), of mlx-lm's parts for Gemma 3: without norms of heads."""
 
-    def __call__(self, x: mx.array, mask: ops.Mask = None, cache: Any = None) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask = None, cache: Any = None) -> mx.array:
         """`(batch, length, model_dim)`, as mlx-lm's."""
         queries, keys, values = (
             linear(x).reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
@@ -219,7 +219,7 @@ class _CappedAttention(nn.Module):
         queries, keys = self.rope(queries, offset), self.rope(keys, offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out: mx.array = ops.attention(queries, keys, values, self.scale, mask, self.cap)
+        out: mx.array = attention(queries, keys, values, self.scale, mask, self.cap)
         return self.o_proj(out.swapaxes(1, 2).flatten(2))
 
 
@@ -277,8 +277,8 @@ def _rotating(ropes: Sequence[_SharedRope], length: int, cache: Sequence[Any] | 
 
 
 def _attention(
-    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: ops.Mask, sinks: Any = None
+    queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Mask, sinks: Any = None
 ) -> mx.array:
     """Has mlx-lm's signature; its quantized caches and attention sinks do not occur here."""
     assert sinks is None and not hasattr(cache, "bits")
-    return ops.attention(queries, keys, values, scale, mask)
+    return attention(queries, keys, values, scale, mask)

@@ -1,6 +1,6 @@
 """RoPE in a `config.json`: its kinds as transformers 4 and 5 write them, in one normal form, every value checked.
 
-`ops` rotates by it. Importing this imports no MLX.
+`rope` rotates by it. Importing this imports no MLX.
 """
 
 from __future__ import annotations

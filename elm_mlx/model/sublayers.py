@@ -18,7 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from elm_mlx import blas
-from elm_mlx.model import described, lora_layers, ops
+from elm_mlx.model import described, lora_layers
+from elm_mlx.model.attention import Mask, attention
 from elm_mlx.model.described import FEED, MARK, READ, WRITE
 from elm_mlx.model.lora_layers import DoRALinear, LoRALinear
 from elm_mlx.model.rope import Rope
@@ -140,7 +141,7 @@ class LayersInC:
             offset = mx.array(offset)  # a cache may count on in the array itself
         text_length = getattr(caches[0], "text_length", 0)
         turns: dict[int, mx.array] = {}
-        masks: dict[int | None, ops.Mask] = {}
+        masks: dict[int | None, Mask] = {}
         for layer, cache in zip(self.layers, caches, strict=True):
             rope, window = layer.parts.rope, layer.parts.window
             if id(rope) not in turns:
@@ -196,7 +197,7 @@ class _Layer:
         self._read, self._write, self._feed = (self._matrix(*each) for each in made)
 
     def __call__(
-        self, x: mx.array, batch: int, length: int, last: int, mask: ops.Mask, turns: mx.array, cache: Any
+        self, x: mx.array, batch: int, length: int, last: int, mask: Mask, turns: mx.array, cache: Any
     ) -> mx.array:
         """Rows `(batch * length, model_dim)` to the same, of the `last` positions of each text.
 
@@ -207,7 +208,7 @@ class _Layer:
         heads = heads.reshape(batch, -1, 1, parts.head_dim) if length == 1 else heads.swapaxes(1, 2)
         queries, keys, values = mx.split(heads, [parts.heads, parts.heads + parts.kv_heads], axis=1)
         keys, values = cache.update_and_fetch(keys, values)
-        out = ops.attention(queries, keys, values, parts.head_dim**-0.5, mask)
+        out = attention(queries, keys, values, parts.head_dim**-0.5, mask)
         if length > 1:
             out = out.swapaxes(1, 2)
         if last < length:

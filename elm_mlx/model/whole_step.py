@@ -17,9 +17,9 @@ import mlx.core as mx
 
 from elm_mlx import blas
 from elm_mlx.model import described, sublayers
+from elm_mlx.model.attention import fits_one_call
 from elm_mlx.model.cache import KVCache, QuantizedCache, StreamingCache, row_capacity
 from elm_mlx.model.described import MARK, STEP
-from elm_mlx.model.ops import fits_one_call
 from elm_mlx.model.rope import Rope
 from elm_mlx.model.sublayers import MOST_ROWS, LayerParts, LayersInC, Norm
 

@@ -24,8 +24,8 @@ from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch, Joined, PairBatch, PairBatches
 from elm_mlx.data.examples import Prepared
 from elm_mlx.errors import InputError
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
 from elm_mlx.train import memory
 from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Finetuning, read_data

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 
 from elm_mlx.data.batches import Batch
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.kv_prediction import KeysValues, KVPrediction
-from elm_mlx.model.ops import Segments
 from elm_mlx.train.kvp_recipe import LossWeights
 from elm_mlx.train.loss import Head, TokenLoss
 

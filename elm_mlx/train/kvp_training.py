@@ -24,10 +24,10 @@ from elm_mlx.callbacks import SILENT, TrainingCallback
 from elm_mlx.data.batches import Batch
 from elm_mlx.errors import InputError
 from elm_mlx.model import lora_layers
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.kv_prediction import KVPrediction, kept_layers, layer_map, projected, pruned_map
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
 from elm_mlx.model.roofline import Cost
 from elm_mlx.store import kvp_directory
 from elm_mlx.store.loading import open_model, part_of, read_weights

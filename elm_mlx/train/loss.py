@@ -20,8 +20,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx.data.batches import Batch
 from elm_mlx.model import ops
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
 
 Parameters = dict[str, Any]  # a tree of arrays, as nn.Module has it
 

@@ -18,8 +18,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device
 from elm_mlx.data.batches import Batch
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.compiled import Compiled
-from elm_mlx.model.ops import Segments
 from elm_mlx.train.loss import Objective, Parameters, TokenLoss
 from elm_mlx.train.settings import Settings
 

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from elm_mlx import blas, device
 from elm_mlx.errors import InputError
-from elm_mlx.model import ops, packed
+from elm_mlx.model import packed
+from elm_mlx.model.attention import Causal, Mask, Segments, attention
 from elm_mlx.model.cache import (
     KVCache,
     QuantizedCache,
@@ -30,7 +31,6 @@ from elm_mlx.model.cache import (
 )  # fmt: skip
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.packed import Packed
 
 IN_C = blas.attends()  # attention
@@ -348,13 +348,13 @@ def test_attention_multiplies_codes_or_what_they_stand_for(
     asked = mx.random.normal((1, 6, queries, head_dim), key=mx.random.key(5))
     keys, values = packed_cache(bits, 70, head_dim=head_dim).update_and_fetch(*wide(queries, 7, head_dim=head_dim))
     window = mx.arange(70 + queries) > 40
-    masks: list[ops.Mask] = [Causal(71, 20), "causal" if queries > 1 else None, *[window] * (queries == 1)]
+    masks: list[Mask] = [Causal(71, 20), "causal" if queries > 1 else None, *[window] * (queries == 1)]
     for mask in masks:
-        expected = ops.attention(asked, packed.whole(keys), packed.whole(values), head_dim**-0.5, mask)
+        expected = attention(asked, packed.whole(keys), packed.whole(values), head_dim**-0.5, mask)
         for on_gpu, in_c in ((True, False), (False, True), (False, False)):
             monkeypatch.setattr(device, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
             monkeypatch.setattr(blas, "attends", lambda in_c=in_c: in_c and IN_C)
-            found = ops.attention(asked, keys, values, head_dim**-0.5, mask)
+            found = attention(asked, keys, values, head_dim**-0.5, mask)
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -27,10 +27,10 @@ from elm_mlx.inference import batch, generation
 from elm_mlx.inference.prefix import PrefixCache
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.model import other_networks
+from elm_mlx.model.attention import Causal, Segments
 from elm_mlx.model.cache import KVCache, StateCache, make_prompt_cache
 from elm_mlx.model.config import read_config
 from elm_mlx.model.families import FamilyConfig
-from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.rope import frequencies
 from elm_mlx.store import loading
 from elm_mlx.store.describe import describe

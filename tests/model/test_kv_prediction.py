@@ -10,9 +10,9 @@ import tiny
 from mlx.utils import tree_flatten
 
 from elm_mlx.errors import InputError
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.kv_prediction import KVPrediction, kept_layers, layer_map, pruned_map
-from elm_mlx.model.ops import Segments
 
 # CoreNet, projects/kv-prediction/openelm/*.yaml: layers of base and auxiliary, and the map.
 PUBLISHED = [

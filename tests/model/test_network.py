@@ -14,10 +14,10 @@ import tiny
 from mlx.utils import tree_flatten, tree_map
 
 from elm_mlx import device
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.cache import make_prompt_cache
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
 from elm_mlx.store.loading import load
 
 SCALING: dict[str, dict[str, Any]] = {

@@ -13,9 +13,9 @@ import pytest
 from mlx.utils import tree_flatten
 from training_tasks import write_task
 
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.lora_layers import LoRALinear
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
 from elm_mlx.problems.built_in import load_task
 from elm_mlx.problems.checked_task import CheckedTask
 from elm_mlx.problems.drawn_problems import training_problem

@@ -18,8 +18,8 @@ from elm_mlx import device
 from elm_mlx.data.batches import PairBatch, PairBatches
 from elm_mlx.data.encoding import Example
 from elm_mlx.errors import InputError
+from elm_mlx.model.attention import Segments
 from elm_mlx.model.network import Model
-from elm_mlx.model.ops import Segments
 from elm_mlx.train.loss import Head, Parameters
 from elm_mlx.train.preference import LOSSES, Preferring
 from elm_mlx.train.step import Step

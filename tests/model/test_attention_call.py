@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from elm_mlx import blas, device
-from elm_mlx.model import ops, packed
+from elm_mlx.model import attention as attending
+from elm_mlx.model import packed
+from elm_mlx.model.attention import Causal, Mask, Segments, attention
 from elm_mlx.model.cache import KVCache, QuantizedCache
-from elm_mlx.model.ops import Causal, Segments
 from elm_mlx.model.packed import Packed
 
 IN_C = blas.attends()
@@ -75,11 +76,11 @@ def test_every_query_sees_what_the_mask_says(
     keys, values = (cached(seed, 2, kv_heads, positions, head_dim) for seed in (2, 3))
     first = positions - length + 1
     expected = attended(queries, keys, values, 0.3, [first] * 2, window)
-    masks: list[ops.Mask] = [Causal(first, window), Causal(mx.array([first, first]), window)]
+    masks: list[Mask] = [Causal(first, window), Causal(mx.array([first, first]), window)]
     if window is None:
         masks.append("causal" if length > 1 else None)
     for mask in masks:
-        np.testing.assert_allclose(ops.attention(queries, keys, values, 0.3, mask), expected, atol=3e-5)
+        np.testing.assert_allclose(attention(queries, keys, values, 0.3, mask), expected, atol=3e-5)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -92,11 +93,11 @@ def test_scores_are_capped(monkeypatch: pytest.MonkeyPatch, window: int | None, 
     keys, values = (cached(seed, 2, 2, 300, 64) for seed in (2, 3))
     mask, cap = Causal(296, window), 20.0
     expected = attended(queries, keys, values, 0.3, [296] * 2, window, cap)
-    np.testing.assert_allclose(ops.attention(queries, keys, values, 0.3, mask, cap), expected, atol=3e-5)
+    np.testing.assert_allclose(attention(queries, keys, values, 0.3, mask, cap), expected, atol=3e-5)
     codes = QuantizedCache(8)
     held = codes.update_and_fetch(keys, values)
     whole = [packed.whole(each) for each in held]
-    found = ops.attention(queries, *held, 0.3, mask, cap)
+    found = attention(queries, *held, 0.3, mask, cap)
     np.testing.assert_allclose(found, attended(queries, *whole, 0.3, [296] * 2, window, cap), atol=3e-5)
 
     def plain(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
@@ -105,13 +106,13 @@ def test_scores_are_capped(monkeypatch: pytest.MonkeyPatch, window: int | None, 
         return weights @ mx.repeat(values, 2, axis=1)
 
     given, above = [queries, keys, values], [drawn(4, *queries.shape)]
-    derived = mx.vjp(lambda *x: ops.attention(*x, 0.3, mask, cap), given, above)[1]
+    derived = mx.vjp(lambda *x: attention(*x, 0.3, mask, cap), given, above)[1]
     for each, other in zip(derived, mx.vjp(plain, given, above)[1], strict=True):
         assert mx.allclose(each, other, atol=2e-4)
     numbers = mx.array([[1] * 140 + [2] * 160] * 2)
     row = 8 * drawn(5, 2, 4, 300, 64)
-    first = ops.attention(row[:, :, :140], keys[:, :, :140], values[:, :, :140], 0.3, "causal", cap)
-    together = ops.attention(row, keys, values, 0.3, Segments(numbers), cap)
+    first = attention(row[:, :, :140], keys[:, :, :140], values[:, :, :140], 0.3, "causal", cap)
+    together = attention(row, keys, values, 0.3, Segments(numbers), cap)
     assert mx.allclose(together[:, :, :140], first, atol=3e-5)
 
 
@@ -124,7 +125,7 @@ def test_rows_that_end_at_different_positions(
     ends = [1, 600, 256, 30]
     queries = drawn(1, 4, 6, 1, 64)
     keys, values = (cached(seed, 4, 2, 640, 64) for seed in (2, 3))
-    found = ops.attention(queries, keys, values, 0.125, Causal(mx.array(ends), window))
+    found = attention(queries, keys, values, 0.125, Causal(mx.array(ends), window))
     np.testing.assert_allclose(found, attended(queries, keys, values, 0.125, ends, window), atol=2e-6)
 
 
@@ -133,7 +134,7 @@ def test_rows_that_end_at_different_positions(
 def test_rows_of_one_text(monkeypatch: pytest.MonkeyPatch, window: int | None, with_c: bool) -> None:
     monkeypatch.setattr(blas, "attends", lambda: with_c and IN_C)
     queries, keys, values = drawn(1, 5, 6, 1, 64), cached(2, 1, 2, 300, 64), cached(3, 1, 2, 300, 64)
-    found = ops.attention(queries, keys, values, 0.125, Causal(mx.arange(290, 295), window))
+    found = attention(queries, keys, values, 0.125, Causal(mx.arange(290, 295), window))
     expected = attended(queries.swapaxes(0, 2), keys, values, 0.125, [290], window).swapaxes(0, 2)
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
@@ -143,11 +144,11 @@ def test_keys_and_values_may_lie_in_any_order() -> None:
     queries = drawn(1, 1, 4, 256, 32)
     keys, values = (drawn(seed, 1, 256, 2, 32).swapaxes(1, 2) for seed in (2, 3))
     expected = attended(queries, keys, values, 0.2, [1], None)
-    np.testing.assert_allclose(ops.attention(queries, keys, values, 0.2, "causal"), expected, atol=3e-6)
+    np.testing.assert_allclose(attention(queries, keys, values, 0.2, "causal"), expected, atol=3e-6)
     cache = KVCache()
     assert cache.step == 256
     filled = cache.update_and_fetch(keys, values)
-    np.testing.assert_allclose(ops.attention(queries, *filled, 0.2, "causal"), expected, atol=3e-6)
+    np.testing.assert_allclose(attention(queries, *filled, 0.2, "causal"), expected, atol=3e-6)
 
 
 @in_one_call
@@ -156,26 +157,26 @@ def test_keys_and_values_may_lie_in_any_order() -> None:
 def test_a_query_has_the_same_bits_alone_and_in_any_company(window: int | None, head_dim: int) -> None:
     """Of queries of its text or others, behind positions that it does not see, shared out to processors or not."""
     queries, (keys, values) = drawn(1, 1, 9, 160, head_dim), (drawn(seed, 1, 3, 900, head_dim) for seed in (2, 3))
-    together = ops.attention(queries, keys, values, 0.125, Causal(741, window))
+    together = attention(queries, keys, values, 0.125, Causal(741, window))
     for length in (1, 2, 3, 8, 100):
         for start in (0, 27, 159):
             stop = min(start + length, 160)
             for spare in (0, 1, 60):
                 near, far = (x[:, :, : min(900, 740 + stop + spare)] for x in (keys, values))
-                found = ops.attention(queries[:, :, start:stop], near, far, 0.125, Causal(741 + start, window))
+                found = attention(queries[:, :, start:stop], near, far, 0.125, Causal(741 + start, window))
                 assert mx.array_equal(found, together[:, :, start:stop])
     for rows in (2, 3, 8):
         at = mx.arange(0, 160, 160 // rows)[:rows]
         batch = queries[0].swapaxes(0, 1)[at][:, :, None]
         all_keys, all_values = (mx.broadcast_to(x, (rows, *x.shape[1:])) for x in (keys, values))
-        found = ops.attention(batch, all_keys, all_values, 0.125, Causal(741 + at, window))
+        found = attention(batch, all_keys, all_values, 0.125, Causal(741 + at, window))
         for row, number in enumerate(at.tolist()):
             assert mx.array_equal(found[row, :, 0], together[0, :, number])
     one_text = queries[:, :, 40:47].swapaxes(0, 2)
-    found = ops.attention(one_text, keys, values, 0.125, Causal(781 + mx.arange(7), window))
+    found = attention(one_text, keys, values, 0.125, Causal(781 + mx.arange(7), window))
     assert mx.array_equal(found.swapaxes(0, 2), together[:, :, 40:47])
     with blas.one_thread():
-        assert mx.array_equal(ops.attention(queries, keys, values, 0.125, Causal(741, window)), together)
+        assert mx.array_equal(attention(queries, keys, values, 0.125, Causal(741, window)), together)
 
 
 @in_one_call
@@ -191,15 +192,15 @@ def test_codes_are_attended_to_as_what_they_stand_for(bits: int, head_dim: int) 
         keys, values = cache.update_and_fetch(*(drawn(seed, 2, 2, positions, head_dim) for seed in (1, 2)))
         assert isinstance(keys, Packed) and isinstance(values, Packed)
         queries, mask = drawn(3, 2, 2 * group, length, head_dim), Causal(positions - length + 1, window)
-        assert ops._fits_one_call(queries, keys)
-        expected = ops.attention(queries, keys.unpacked(), values.unpacked(), 0.2, mask)
-        assert mx.array_equal(ops.attention(queries, keys, values, 0.2, mask), expected), (positions, length)
+        assert attending._fits_one_call(queries, keys)
+        expected = attention(queries, keys.unpacked(), values.unpacked(), 0.2, mask)
+        assert mx.array_equal(attention(queries, keys, values, 0.2, mask), expected), (positions, length)
         if length > 1:
             continue
         one_text = [Packed(*(x[:1] for x in (held.codes, held.scales, held.biases)), bits) for held in (keys, values)]
         mask = Causal(mx.array([positions - 1, positions]), window)
-        expected = ops.attention(queries, *(held.unpacked() for held in one_text), 0.2, mask)
-        assert mx.array_equal(ops.attention(queries, *one_text, 0.2, mask), expected)
+        expected = attention(queries, *(held.unpacked() for held in one_text), 0.2, mask)
+        assert mx.array_equal(attention(queries, *one_text, 0.2, mask), expected)
 
 
 @in_one_call
@@ -210,20 +211,20 @@ def test_the_widest_heads_fit_a_threads_stack(head_dim: int) -> None:
     keys, values = QuantizedCache(8).update_and_fetch(*(drawn(seed, 1, 1, 300, head_dim) for seed in (1, 2)))
     assert isinstance(keys, Packed) and isinstance(values, Packed)
     queries, mask = drawn(3, 1, 3, 260, head_dim), Causal(41)
-    expected = ops.attention(queries, keys.unpacked(), values.unpacked(), 0.02, mask)
-    assert mx.array_equal(ops.attention(queries, keys, values, 0.02, mask), expected)
+    expected = attention(queries, keys.unpacked(), values.unpacked(), 0.02, mask)
+    assert mx.array_equal(attention(queries, keys, values, 0.02, mask), expected)
 
 
 @in_one_call
 @pytest.mark.usefixtures("two_threads")
 def test_calls_at_the_same_time_do_not_disturb_each_other() -> None:
     queries, keys, values = ([drawn(seed + at, 1, 4, 50, 64) for at in range(4)] for seed in (0, 10, 20))
-    expected = [ops.attention(*each, 0.125, "causal") for each in zip(queries, keys, values, strict=True)]
+    expected = [attention(*each, 0.125, "causal") for each in zip(queries, keys, values, strict=True)]
     mx.eval(expected)
 
     def attend(at: int) -> bool:
         with mx.stream(mx.new_stream(mx.cpu)):
-            again = (ops.attention(queries[at], keys[at], values[at], 0.125, "causal") for _ in range(50))
+            again = (attention(queries[at], keys[at], values[at], 0.125, "causal") for _ in range(50))
             return all(mx.array_equal(each, expected[at]).item() for each in again)
 
     with ThreadPoolExecutor(4) as threads:
@@ -238,7 +239,7 @@ def test_derivatives_are_those_of_mlxs_own(window: int | None, compiled: bool) -
     mask = Causal(31, window)
 
     def ours(*heads: mx.array) -> mx.array:
-        return (ops.attention(*heads, 0.2, mask) * weights).sum()  # type: ignore[call-arg]
+        return (attention(*heads, 0.2, mask) * weights).sum()  # type: ignore[call-arg]
 
     def theirs(*heads: mx.array) -> mx.array:
         out = mx.fast.scaled_dot_product_attention(*heads, scale=0.2, mask=mask.array(90, 120))
@@ -254,7 +255,7 @@ def test_derivatives_are_those_of_mlxs_own(window: int | None, compiled: bool) -
 def test_weights_that_are_very_small_and_scores_that_are_very_large() -> None:
     queries, keys = 60 * drawn(1, 1, 2, 130, 32), 60 * drawn(2, 1, 1, 600, 32)
     values = drawn(3, 1, 1, 600, 32)
-    found = ops.attention(queries, keys, values, 1.0, "causal")
+    found = attention(queries, keys, values, 1.0, "causal")
     np.testing.assert_allclose(found, attended(queries, keys, values, 1.0, [471], None), atol=2e-2)
 
 
@@ -266,9 +267,9 @@ def test_what_is_no_number_is_not_hidden() -> None:
         (queries, keys * mx.nan, values),
         (queries, keys, values * mx.nan),
     ):
-        assert mx.isnan(ops.attention(*spoiled, 0.2, "causal")).all().item()
+        assert mx.isnan(attention(*spoiled, 0.2, "causal")).all().item()
 
 
 def test_who_asks_is_told_whether_attention_is_in_c() -> None:
     """A library of narrow vectors says no, and leaves such products alone."""
-    assert ops._calls_arrive() is blas.attends()
+    assert attending._calls_arrive() is blas.attends()
