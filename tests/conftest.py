@@ -25,6 +25,7 @@ import pytest
 import tiny
 from commands import Run
 from hub_server import HubServer
+from hypothesis import settings
 
 from elm_mlx import blas, device
 from elm_mlx.cli import main
@@ -36,6 +37,8 @@ ROOT = Path(__file__).parents[1]
 for name in ("COLUMNS", "LINES"):  # readline sets them, and pytest-xdist's workers have them from their parent
     os.environ.pop(name, None)
 processes.reset_signals()
+settings.register_profile("any machine", deadline=None)  # one that is busy is slow, and no failure
+settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

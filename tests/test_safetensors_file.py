@@ -29,7 +29,7 @@ TYPES = [mx.float32, mx.float16, mx.bfloat16, mx.uint64, mx.uint32, mx.uint8, mx
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SHAPES, st.sampled_from(["float32", "float16", "int64", "uint8", "bool"]))
 def test_what_the_library_writes(
     tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, ...]], dtype: str
@@ -155,7 +155,7 @@ def test_every_type_and_shape_is_read_back(tmp_path: Path, dtype: mx.Dtype, shap
             np.testing.assert_array_equal(file.get_tensor("w"), np.array(array))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(4, 300))
 def test_each_array_is_in_the_shard_that_the_index_names(
     tmp_path_factory: pytest.TempPathFactory, sizes: list[int], most: int

@@ -60,7 +60,7 @@ def test_casts_are_mlxs_for_every_pattern_of_16_bits(source: str, target: str) -
     assert all_finite(finite, target) and all_finite(finite[:0], target)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(hnp.arrays(np.float32, st.integers(0, 64), elements=st.floats(width=32, allow_nan=False)))
 def test_casts_of_any_floats(values: np.ndarray) -> None:
     for target in FLOATS:

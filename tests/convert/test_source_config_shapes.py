@@ -44,7 +44,7 @@ def test_every_variant(variant: str) -> None:
 widths = st.integers(1, 100_000)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     dims=st.tuples(st.integers(1, 20_000), st.integers(1, 40).map(lambda n: 2 * n)),
     layers=st.lists(st.tuples(widths, st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=5),

@@ -57,7 +57,7 @@ def views(draw: st.DrawFn) -> tuple[np.ndarray, int, tuple[int, ...], tuple[int,
     return np.arange(total).astype(dtype), offset, tuple(lengths[i] for i in order), tuple(strides[i] for i in order)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(case=views(), legacy=st.booleans(), small=st.sampled_from([1, 16, 1 << 16]), data=st.data())
 def test_views_read_as_numpy_sees_them(
     tmp_path_factory: pytest.TempPathFactory, case: Any, legacy: bool, small: int, data: st.DataObject
@@ -74,7 +74,7 @@ def test_views_read_as_numpy_sees_them(
         assert np.array_equal(lazy.read_rows(start, stop), expected.reshape(lazy.rows, *shape[1:])[start:stop])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     numel=st.integers(0, 30),
     offset=st.integers(0, 40),

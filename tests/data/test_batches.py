@@ -70,7 +70,7 @@ EXAMPLES = st.lists(st.integers(2, 33), min_size=1, max_size=60).map(
 
 @pytest.mark.parametrize("packed", [True, False])
 @given(examples=EXAMPLES, size=st.integers(1, 5), seed=st.integers(-5, 2**70))
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_an_epoch_has_each_example_once_and_whole(packed: bool, examples: list[Example], size: int, seed: int) -> None:
     made = Batches(examples, size, 32, packed=packed, seed=seed)
     for number in range(2):
@@ -197,7 +197,7 @@ def test_validation_is_the_same_each_time() -> None:
 class TestResume:
     @pytest.mark.parametrize("packed", [True, False])
     @given(examples=EXAMPLES, done=st.integers(0, 40), seed=st.integers(0, 99))
-    @settings(deadline=None, max_examples=80)
+    @settings(max_examples=80)
     def test_the_same_batches_follow(self, packed: bool, examples: list[Example], done: int, seed: int) -> None:
         made = Batches(examples, 2, 40, packed=packed, seed=seed)
         list(islice(made, done))
@@ -252,7 +252,7 @@ class TestResume:
 class TestProcesses:
     @pytest.mark.parametrize("packed", [True, False])
     @given(examples=EXAMPLES, size=st.integers(1, 3), world=st.integers(1, 4))
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_together_they_see_one_process_batches(
         self, packed: bool, examples: list[Example], size: int, world: int
     ) -> None:

@@ -146,7 +146,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(texts, texts), max_size=5), st.sampled_from(",;\t"), st.sampled_from(["\n", "\r\n"]))
 def test_what_pythons_writer_writes_is_read(
     tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], separator: str, end: str
@@ -160,7 +160,7 @@ def test_what_pythons_writer_writes_is_read(
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.lists(st.sampled_from([b"a", b"\xff", b'"', b",", b";", b"\n", b"\r", b" ", b"\0", b"\xef\xbb\xbf", b"sep=;"]))
 )

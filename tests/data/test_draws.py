@@ -21,7 +21,7 @@ def examples(lengths: list[int]) -> list[Example]:
     return [Example(tuple(range(number, number + n)), (False, *[True] * (n - 1))) for number, n in enumerate(lengths)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(2, 30), min_size=1, max_size=12), st.floats(0.1, 10)), min_size=1, max_size=4

@@ -88,7 +88,7 @@ class TestPlain:
         assert example.ids[-1] == 2 and tokenizer.decode(example.ids) == prompt + completion
 
     @given(prompt=st.text(min_size=1), completion=st.text(min_size=1))
-    @settings(deadline=None, max_examples=150)
+    @settings(max_examples=150)
     def test_any_completion(self, tokenizer: Tokenizer, prompt: str, completion: str) -> None:
         example = Encoder(tokenizer, None).encode(PromptAnswer("", prompt, completion))
         asked = tokenizer.encode(prompt)
@@ -244,7 +244,7 @@ class TestConversations:
 
     @pytest.mark.parametrize("name", ["ours", "openelm", "chatml", "llama"])
     @given(texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=5))
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     def test_ids_are_those_of_the_chat(
         self, tokenizer: Tokenizer, templates: dict[str, Template], name: str, texts: list[str]
     ) -> None:

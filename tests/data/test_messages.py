@@ -200,7 +200,7 @@ values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.sampled_from(["messages", "conversations", "mapping", "tools", "chosen"]), values, values)
 def test_any_value_is_a_record_or_one_line_of_error(key: str, value: Any, other: Any) -> None:
     whole = {"messages": [ASKED, SAID], "rejected": other, key: value}

@@ -108,7 +108,7 @@ SOURCES = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources=SOURCES, size=st.integers(2, 40))
 def test_blocks_are_cut_off_one_stream_and_share_an_id(sources: list[tuple[list[int], float]], size: int) -> None:
     lengths, weights = zip(*sources, strict=True)
@@ -119,7 +119,7 @@ def test_blocks_are_cut_off_one_stream_and_share_an_id(sources: list[tuple[list[
         assert block == (ids[at : at + size], starts[at : at + size])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources=SOURCES)
 def test_shares_are_the_weights_but_for_a_document(sources: list[tuple[list[int], float]]) -> None:
     lengths, weights = zip(*sources, strict=True)
@@ -131,7 +131,7 @@ def test_shares_are_the_weights_but_for_a_document(sources: list[tuple[list[int]
         assert abs(count / weight - spent[0] / exact[0]) <= longest / min(exact)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sources=SOURCES, size=st.integers(2, 40), after=st.integers(0, 4))
 def test_resumed_from_its_state_it_goes_on(sources: list[tuple[list[int], float]], size: int, after: int) -> None:
     """In the middle of a document, of an epoch: from what JSON keeps."""

@@ -172,7 +172,7 @@ class TestOrder:
         assert all(map(equal, expected, found))
 
     @given(st.integers(0, 60), st.integers(1, 4), st.integers(1, 500), st.integers(0, 2**70), st.booleans())
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     def test_resuming_changes_nothing(
         self, folder: Path, tiny_tokenizer_file: Path, at: int, rows: int, window: int, seed: int, segments: bool
     ) -> None:
@@ -201,7 +201,7 @@ class TestOrder:
             assert all(map(equal, islice(resumed, 20), expected))
 
     @given(st.sampled_from([(1, 2, 2), (2, 4, 4), (1, 3, 3), (2, 2, 4)]), st.integers(1, 300))
-    @settings(deadline=None, max_examples=12)
+    @settings(max_examples=12)
     def test_processes_read_what_one_would(
         self, folder: Path, tiny_tokenizer_file: Path, shape: tuple[int, int, int], window: int
     ) -> None:

@@ -169,7 +169,7 @@ class TestDocuments:
 
 class TestReading:
     @given(st.lists(st.integers(0, 9), min_size=1, max_size=12), st.integers(1, 4), st.sampled_from([1, 2, 16]))
-    @settings(deadline=None, max_examples=40)
+    @settings(max_examples=40)
     def test_shards_have_each_document_once(self, sizes: list[int], shards: int, many: int) -> None:
         """In every epoch, whether they share files or documents."""
         sizes = [*sizes, *[shards] * max(shards, many * shards)]

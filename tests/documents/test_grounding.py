@@ -31,7 +31,7 @@ def test_passages_are_numbered_quoted_and_before_the_question(tiny_tokenizer: To
     assert grounded_message("Who?", [], tiny_tokenizer) == "Who?"
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(
         st.sampled_from(["> ", "[2] b.md:1", "Question: x", "\n", "\r", "\u2028", "\x0b", "\x85", "text", "\n\n"])

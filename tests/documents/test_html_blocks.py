@@ -45,7 +45,7 @@ TAGS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(st.sampled_from(TAGS), max_size=25).map("".join) | st.text(max_size=60))
 def test_no_page_is_too_broken(page: str) -> None:
     last = page.count("\n") + 1

@@ -23,7 +23,7 @@ def letters(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.py", "a.c", "README"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(LINES, max_size=60))
 def test_nothing_is_lost_and_lines_are_those_of_the_file(name: str, lines: list[str]) -> None:
     passages = passages_of(name, "\n".join(lines).encode())
@@ -34,7 +34,7 @@ def test_nothing_is_lost_and_lines_are_those_of_the_file(name: str, lines: list[
         assert lines[each.first - 1].strip() and lines[each.last - 1].strip()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(HEADED, max_size=60))
 def test_markdown_keeps_all_but_headings(lines: list[str]) -> None:
     passages = passages_of("a.md", "\n".join(lines).encode())

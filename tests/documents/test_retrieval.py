@@ -104,7 +104,7 @@ SYNTAX = st.lists(
 ).map(" ".join)  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.text(max_size=80) | SYNTAX | SYNTAX.map(lambda text: text.replace(" ", "")))
 @example("word " * 5000)
 @example(" ".join(map(str, range(5000))))
@@ -114,7 +114,7 @@ def test_no_question_is_a_syntax_error(index: DocumentIndex, question: str) -> N
         assert passage.path in TEXTS
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=60))
 def test_every_letter_word_finds_the_passage_that_it_stands_in(question: str) -> None:
     connection = sqlite3.connect(":memory:")
@@ -132,7 +132,7 @@ LETTERS = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(LETTERS, LETTERS, LETTERS)
 @example("", "猫", "")
 @example("私の", "猫", "")

@@ -188,7 +188,7 @@ def read_back(planned: scoring.Plan) -> dict[int, list[list[tuple[list[int], int
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.integers(0, 10**6),
     st.integers(1, 25),

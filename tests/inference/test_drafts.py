@@ -40,7 +40,7 @@ def guessed(lookup: PromptLookup, count: int) -> list[int]:
     return lookup.draft(len(offers), GREEDY, State()).tolist() if offers else []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 40))
 def test_a_lookup_guesses_what_followed_the_longest_and_last_match(text: list[int], read: int) -> None:
     lookup = PromptLookup()
@@ -94,7 +94,7 @@ def model() -> Model:
     return tiny.random_model(tiny.scaled_config(96), seed=3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.data())
 def test_a_model_guesses_its_own_text_wherever_the_text_goes(model: Model, data: st.DataObject) -> None:
     """Whatever was guessed before, right or wrong, and however far the text went without it."""

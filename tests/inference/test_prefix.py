@@ -52,7 +52,7 @@ def drawn(length: int, seed: int = 0) -> list[int]:
 prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(prompts)
 def test_whatever_was_read_before_the_logits_are_those_of_a_fresh_model(model: Model, texts: list[list[int]]) -> None:
     cache = PrefixCache(model)

@@ -25,7 +25,7 @@ def add(tree: PrefixTree, name: str, ids: list[int]) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), texts), max_size=20), st.integers(0, 6))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_found_was_added_and_fits(steps: list[tuple[str, bool, list[int]]], blocks: int) -> None:
     tree = PrefixTree(blocks * NBYTES)
     added = set[tuple[str, tuple[int, ...]]]()

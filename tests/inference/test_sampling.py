@@ -79,7 +79,7 @@ def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
     assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4  # about one in ten thousand
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6),
     st.sampled_from([0, 1, 2, 7, VOCAB - 1, VOCAB, 99]),
@@ -174,7 +174,7 @@ def penalized(logits: np.ndarray, seen: set[int], penalty: float) -> np.ndarray:
     return result
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=90),
     st.sampled_from([0.5, 1.1, 1.5, 3.0]),
@@ -235,7 +235,7 @@ def test_mlx_lm_penalizes_alike() -> None:
     presence=st.floats(-2, 2, width=32), frequency=st.floats(-2, 2, width=32), seed=st.integers(0, 99),
     bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100, width=32), max_size=5),
 )  # fmt: skip
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_what_was_generated_is_counted_and_biases_are_added(
     presence: float, frequency: float, seed: int, bias: dict[int, float]
 ) -> None:

@@ -247,7 +247,7 @@ def test_functions_of_the_callers_are_called_as_often_and_in_the_same_order(mode
 # --- where it ends, and what it leaves
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 25), st.integers(0, 1000), st.integers(1, 30))
 def test_wherever_it_is_left_the_cache_holds_what_it_says(model: Model, max_tokens: int, seed: int, leave: int) -> None:
     sampler = SAMPLERS["drawn"]

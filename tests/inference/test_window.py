@@ -46,7 +46,7 @@ class TestByATemplate:
         assert shown.ids == self.ids(tiny_tokenizer, before, "three")
         assert (shown.first, shown.forgotten, forgotten) == (0, "", "")
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40)
     @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=8), st.booleans())
     def test_the_oldest_goes_and_the_rest_is_whole(
         self, tiny_tokenizer: Tokenizer, sizes: list[tuple[int, int]], told: bool
@@ -104,7 +104,7 @@ class TestAsOneText:
         shown = Continued(tiny_tokenizer, 512).prompt([Exchange("", "fox", 0, spelt)], " over", 8)
         assert shown.ids[: len(spelt)] == list(spelt) and len(shown.ids) > len(spelt)
 
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.booleans())
     def test_the_beginning_stays_and_the_oldest_tokens_go(
         self, tiny_tokenizer: Tokenizer, sizes: list[int], told: bool

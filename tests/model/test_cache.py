@@ -54,7 +54,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps)
 def test_a_cache_is_what_was_written_and_not_trimmed(actions: list[tuple[str, int]]) -> None:
     cache, keys, values = KVCache(), np.zeros((1, 2, 0, 4)), np.zeros((1, 2, 0, 4))
@@ -152,7 +152,7 @@ def test_each_row_of_a_step_writes_at_its_own_position() -> None:
 
 
 @given(st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_rows_come_and_go_and_the_others_stay_what_they_are(data: st.DataObject) -> None:
     cache, texts = KVCache(), list[KVCache]()
     for seed in range(data.draw(st.integers(1, 12))):
@@ -271,7 +271,7 @@ def packed_cache(bits: int, length: int, seed: int = 0, head_dim: int = 64) -> Q
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("bits", [8, 4])
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(actions=steps)
 def test_quantized_keys_are_what_was_written_but_for_the_codes(
     bits: int, head_dim: int, actions: list[tuple[str, int]]

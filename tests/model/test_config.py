@@ -92,7 +92,7 @@ configs = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_a_config_survives_json(config: ModelConfig) -> None:
     text = json.dumps(config.to_dict())
@@ -101,7 +101,7 @@ def test_a_config_survives_json(config: ModelConfig) -> None:
     assert again.shapes() == config.shapes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs)
 def test_every_layer_is_whole(config: ModelConfig) -> None:
     shapes = config.shapes()
@@ -129,7 +129,7 @@ def test_corenets_rule_and_the_hubs_lists_say_the_same(name: str) -> None:
     assert ModelConfig.from_dict({**lists, "ffn_multipliers": list(config.ffn_multipliers)}) == config
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(configs)
 def test_mlx_lm_reads_the_same_widths(config: ModelConfig) -> None:
     from mlx_lm.models import openelm
@@ -183,7 +183,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from([*GOOD, "num_gqa_groups", "qkv_multipliers", "quantization"]), junk, max_size=4))
 def test_random_values_are_refused_in_one_line(changes: dict[str, Any]) -> None:
     for base in (GOOD, {}):

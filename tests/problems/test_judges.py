@@ -227,7 +227,7 @@ def test_every_text_has_a_verdict_soon(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_no_text_breaks_a_judge(name: str, data: st.DataObject) -> None:
     task = TASKS[name]

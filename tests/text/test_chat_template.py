@@ -99,7 +99,7 @@ class TestOpenELMInstruct:
 CONTENTS = st.text(st.sampled_from("<s>/|im_endtar \n\u2581\ue000") | st.characters(codec="utf-8"), max_size=25)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(CONTENTS, min_size=1, max_size=4), st.booleans(), st.booleans())
 def test_jinja_of_the_instruct_template_gives_the_same_ids(tokenizer, contents, with_system, prompt):
     roles = ["system"] * with_system + ["user", "assistant"] * 2
@@ -109,7 +109,7 @@ def test_jinja_of_the_instruct_template_gives_the_same_ids(tokenizer, contents, 
 
 
 @pytest.mark.parametrize("source", [OPENELM_INSTRUCT_JINJA, CHATML, LLAMA_CHAT, PLAIN])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(question=CONTENTS, answer=CONTENTS)
 def test_no_message_makes_a_control_token(tokenizer, source, question, answer):
     form = jinja(tokenizer, source)

@@ -68,7 +68,7 @@ def test_encode_gives_bos_and_then_the_ids_of_sentencepiece(pair):
     ours, theirs = pair
     bos = [] if theirs.bos_id() < 0 else [theirs.bos_id()]
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     @given(TEXTS)
     def check(text: str) -> None:
         ids = ours.encode(text, add_bos=False)

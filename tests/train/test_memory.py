@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elm_mlx.errors import InputError
@@ -66,7 +66,6 @@ def test_the_losss_chunk_is_the_losss() -> None:
         assert chunk * 2 > memory._CHUNK_LOGITS // vocab_size
 
 
-@settings(deadline=None)
 @given(rows=st.integers(1, 64), length=st.integers(2, 4096), trained=st.integers(1, 10**8))
 def test_more_of_anything_is_more(rows: int, length: int, trained: int) -> None:
     load = replace(LOAD, rows=rows, length=length, trained=trained)

@@ -88,7 +88,7 @@ def test_equal_input_gives_equal_bytes_in_any_process(corpus: Path, tmp_path: Pa
     assert str(tmp_path).encode() not in (tmp_path / "a.model").read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="▁\0")))
 def test_any_text_comes_back(text: str, any_tokenizer: Tokenizer) -> None:
     assert any_tokenizer.decode(any_tokenizer.encode(text)) == text
@@ -183,7 +183,7 @@ def test_the_stream_is_not_kept(tmp_path: Path) -> None:
     assert drawn.nbytes > 30e6 and peak < 4e6
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(alphabet="ab é漢😀\n\r\t", max_size=400).map(lambda part: part * 60))
 def test_long_lines_are_cut_and_nothing_else_is_lost(text: str) -> None:
     cut = list(vocabulary._lines(text.encode()))
