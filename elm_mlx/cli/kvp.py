@@ -9,6 +9,7 @@ import typer
 
 from elm_mlx.cli import options, training
 from elm_mlx.cli.screen import counted, line
+from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,14 +56,13 @@ def kvp(
             hint = "; --init FILE writes a first recipe" if name == "CONFIG" else ""
             raise InputError(f"{name} is missing: give {_NEEDED[name]}{hint}")
     assert model is not None and config is not None and out is not None
-    from elm_mlx.cli import screen
     from elm_mlx.train import memory, sections
     from elm_mlx.train.kvp_recipe import KVPRecipe
     from elm_mlx.train.kvp_training import KVPTraining
 
     recipe = sections.read(config, KVPRecipe, set_ or [])
     steps, every = recipe.loop().schedule.total, recipe.run.steps_per_report
-    shown = screen.TrainingDisplay(steps, recipe.data.validation is not None, every=every)
+    shown = TrainingDisplay(steps, recipe.data.validation is not None, every=every)
     base = options.directory_of(model)
     auxiliary = None if aux is None else options.directory_of(aux)
     with KVPTraining(base, auxiliary, keep, recipe, out, resume=resume, on_wrong=shown.say) as run:

@@ -9,6 +9,7 @@ import typer
 
 from elm_mlx.cli import options, training
 from elm_mlx.cli.screen import counted, line
+from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,14 +51,13 @@ def pretrain(
         raise InputError(
             f"CONFIG is missing; {hint}" if config is None else "--out is missing: give the run's directory"
         )
-    from elm_mlx.cli import screen
     from elm_mlx.train import memory
     from elm_mlx.train.pretraining import Pretraining
     from elm_mlx.train.pretraining_recipe import Recipe
 
     recipe = sections.read(config, Recipe, set_ or [])
     steps, every = recipe.loop().schedule.total, recipe.run.steps_per_report
-    shown = screen.TrainingDisplay(steps, recipe.data.validation is not None, every=every)
+    shown = TrainingDisplay(steps, recipe.data.validation is not None, every=every)
     with Pretraining(recipe, out, resume=resume, on_wrong=shown.say) as run:
         result = training.train(run, shown, _plan(run, recipe), training.RECIPE_KEYS, force, memory.RECIPE)
         shown.lines(_outcome(run, result, shown.validates))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, TrainingDisplay, counted, duration, note, say, say_all, table
+from elm_mlx.cli.screen import ProgressBar, counted, duration, note, say, say_all, table
+from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
 
 if TYPE_CHECKING:

@@ -20,15 +20,8 @@ import typer
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.options import directory_of
-from elm_mlx.cli.screen import (
-    TrainingDisplay,
-    bad_records_named,
-    byte_size,
-    counted,
-    duration,
-    name_bad,
-    shown_measures,
-)
+from elm_mlx.cli.screen import bad_records_named, byte_size, counted, duration, name_bad
+from elm_mlx.cli.training_display import TrainingDisplay, shown_measures
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
 from elm_mlx.train.settings import DpoSettings, GrpoSettings, LoraSettings, Setting, made

@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from elm_mlx.callbacks import Report
-from elm_mlx.cli import screen
+from elm_mlx.cli import training_display
+from elm_mlx.cli.training_display import TrainingDisplay, bar_line
 
 
 class Terminal(io.StringIO):
@@ -26,8 +27,8 @@ def update(step: int, seconds: float) -> Report:
 def test_the_time_that_is_left_is_not_that_of_a_single_slow_update(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(screen, "_PAUSE", -1.0)
-    with screen.TrainingDisplay(100) as shown:
+    monkeypatch.setattr(training_display, "_PAUSE", -1.0)
+    with TrainingDisplay(100) as shown:
         for step in range(1, 50):
             shown.report(update(step, seconds=1.0))
         shown.report(update(50, seconds=11.0))
@@ -38,8 +39,8 @@ def test_the_time_that_is_left_is_not_that_of_a_single_slow_update(
 def test_a_first_update_that_waits_for_its_texts_is_no_measure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(screen, "_PAUSE", -1.0)
-    with screen.TrainingDisplay(100) as shown:
+    monkeypatch.setattr(training_display, "_PAUSE", -1.0)
+    with TrainingDisplay(100) as shown:
         shown.ready(1.0, 100)
         shown.report(update(1, seconds=20.0))
         shown.report(update(2, seconds=2.0))
@@ -53,8 +54,8 @@ def test_without_a_terminal_what_is_being_done_keeps_no_update_from_its_line(
 ) -> None:
     """Updates take 15 s, the first 12 of them for sampling, whose line comes 4 s before the update's, or less."""
     now = 0.0
-    monkeypatch.setattr(screen.time, "monotonic", lambda: now)
-    with screen.TrainingDisplay(4) as shown:
+    monkeypatch.setattr(training_display.time, "monotonic", lambda: now)
+    with TrainingDisplay(4) as shown:
         for step in range(1, 4):
             for _ in range(12):
                 now += 1
@@ -68,9 +69,9 @@ def test_without_a_terminal_what_is_being_done_keeps_no_update_from_its_line(
 def test_the_share_of_the_machines_speed_is_shown_where_it_is_known(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(screen, "_PAUSE", -1.0)
+    monkeypatch.setattr(training_display, "_PAUSE", -1.0)
     for reached, text in ((None, "100 tokens/s, 1 MB"), (0.384, "100 tokens/s, 38% of matmul speed, 1 MB")):
-        with screen.TrainingDisplay(3) as shown:
+        with TrainingDisplay(3) as shown:
             shown.report(replace(update(1, seconds=1.0), matmul_share=reached))
         assert text in capsys.readouterr().out
 
@@ -89,7 +90,7 @@ DPO = ["loss 0.352", "margin 1.23", "accuracy 0.75", "1,980 tokens/s", "32% of m
 )  # fmt: skip
 def test_a_narrow_terminal_is_told_what_matters_most(told: list[str], width: int, shown: int) -> None:
     out = io.StringIO()
-    Console(width=width, file=out).print(screen.bar_line(width, 1_234, 10_000, told, "1:02:03"))
+    Console(width=width, file=out).print(bar_line(width, 1_234, 10_000, told, "1:02:03"))
     (line,) = out.getvalue().splitlines()
     assert len(line) <= width
     assert line.startswith("1,234/10,000 ") and line.rstrip().endswith(" 1:02:03 left")
@@ -104,7 +105,7 @@ def test_a_bar_says_what_is_done_and_after_it_what_is_known(monkeypatch: pytest.
         return " ".join(out.getvalue().replace("━", "").replace("╸", "").split())
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with screen.TrainingDisplay(100) as shown:
+    with TrainingDisplay(100) as shown:
         shown.progress("reading the model")
         assert line() == "0/100 reading the model -:--:-- left"
         shown.resumed(40)
@@ -123,7 +124,7 @@ def test_a_bar_at_its_end_says_that_nothing_is_left(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with screen.TrainingDisplay(2) as shown:
+    with TrainingDisplay(2) as shown:
         shown.ready(0.5, 2)
         shown.report(update(1, seconds=0.5))
         shown.report(update(2, seconds=0.5))
