@@ -31,8 +31,8 @@ from elm_mlx.train.checkpoint import Identity
 from elm_mlx.train.finetuning import Finetuning, read_data
 from elm_mlx.train.loss import Head, Objective
 from elm_mlx.train.preference import Preferring, log_probabilities, positions
-from elm_mlx.train.run import stop_requests
 from elm_mlx.train.settings import DpoSettings
+from elm_mlx.train.stop_signals import stop_requests
 
 FILE, TEST_FILE = "reference.safetensors", "reference_test.safetensors"  # in a run's directory
 Table = npt.NDArray[np.float32]  # (pairs, 2): of chosen and rejected answers

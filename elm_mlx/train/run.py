@@ -6,12 +6,9 @@ A run that is resumed has the losses of one that was never interrupted, to the b
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -34,6 +31,7 @@ from elm_mlx.train.checkpoint import Identity, RunProgress
 from elm_mlx.train.loss import Objective
 from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, global_norm
+from elm_mlx.train.stop_signals import stop_requests
 from elm_mlx.train.throughput import Meter
 
 _REACH = 20  # updates, some, that the running mean of losses reaches over
@@ -42,8 +40,6 @@ _MOST_SKIPPED = 10  # in a row, before even "skip" stops
 _LONG = 60.0  # seconds of a trial, of which compiling is then a small part
 _SAVE_AFTER = 300.0  # seconds since a checkpoint, after which one is due however few updates there were
 _RISEN = 1.5  # times the first update's loss, above which that of the last ones is no chance of their batches
-_ECHO = 1.0  # seconds in which another signal of a kind is the same wish: `timeout` sends one to us, one to our group
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 HeldRunType = TypeVar("HeldRunType", bound="HeldRun")
 
 
@@ -504,53 +500,3 @@ def _means(sums: mx.array, count: int) -> list[float]:
 def _set_random_key(key: list[int]) -> None:
     high, low = key
     mx.random.seed(high << 32 | low)  # a key is its seed's two halves
-
-
-@contextmanager
-def stop_requests(on_stop: Callable[[], None]) -> Iterator[threading.Event]:
-    """An event that Ctrl-C, SIGTERM and SIGHUP set. A second of the same kind, after a second, does as usual.
-
-    Python's own handlers have to wait until MLX has computed what it is at, which can take long: so `on_stop` is
-    called from a thread. What is ignored, as SIGHUP is under nohup, stays so.
-    """
-    event, again, main = threading.Event(), set[int](), threading.get_ident()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        event.set()
-        if number in again:
-            signal.signal(number, kept[signal.Signals(number)])
-            signal.raise_signal(number)
-
-    def listen() -> None:
-        first: dict[int, float] = {}
-        while number := os.read(reader, 1)[0]:
-            if number not in kept:
-                continue
-            now = time.monotonic()
-            if not first:
-                on_stop()
-            if now - first.setdefault(number, now) > _ECHO and number not in again:
-                again.add(number)
-                signal.pthread_kill(main, number)  # so that `handle` runs, even where it was waiting for something
-
-    kept = {number: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    listener = threading.Thread(target=listen, name="elm-mlx signals", daemon=True)
-    listener.start()
-    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in kept:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(woken)
-        os.write(writer, b"\0")  # no signal has this number
-        listener.join()
-        os.close(reader)
-        os.close(writer)

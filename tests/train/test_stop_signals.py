@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from elm_mlx.train import run
-from elm_mlx.train.run import stop_requests
+from elm_mlx.train import stop_signals
+from elm_mlx.train.stop_signals import stop_requests
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -46,7 +46,7 @@ def test_a_signal_is_a_wish_and_afterwards_what_it_was(number: signal.Signals) -
 
 def test_two_of_a_kind_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `timeout` sends them: one to its child, one to the group."""
-    monkeypatch.setattr(run, "_ECHO", 3600.0)
+    monkeypatch.setattr(stop_signals, "_ECHO", 3600.0)
     told: list[bool] = []
     with stop_requests(lambda: told.append(True)) as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
@@ -56,7 +56,7 @@ def test_two_of_a_kind_at_once_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_later_one_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_ECHO", -1.0)
+    monkeypatch.setattr(stop_signals, "_ECHO", -1.0)
     with pytest.raises(Usual), stop_requests(lambda: None) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(600):  # the waiting itself is interrupted
@@ -69,7 +69,7 @@ def test_the_answer_does_not_wait_for_what_is_computed() -> None:
     """The main thread runs no Python until it was answered: it waits in C, as for MLX."""
     code = (
         "import os, signal\n"
-        "from elm_mlx.train.run import stop_requests\n"
+        "from elm_mlx.train.stop_signals import stop_requests\n"
         "with stop_requests(lambda: os.write(1, b'answered')):\n"
         "    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # nothing wakes this thread\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
