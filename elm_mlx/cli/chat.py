@@ -65,21 +65,12 @@ def chat(
     drafts = DraftOptions(prompt_lookup, draft_model and options.directory_of(draft_model), num_draft_tokens)
     check_caches(config, kv_bits, max_kv_size, saved=bool(save_cache or load_cache))
     prepare(model, template, adapter)
-    kept = None
-    if save_cache or load_cache:
-        from elm_mlx.inference.saved_cache import CacheFiles
-
-        kept = CacheFiles(model, adapter, load_cache, save_cache)
+    kept = options.cache_files(model, adapter, load_cache, save_cache)
     loaded = open_model(model, compute_dtype, adapter, config)
     assert loaded.tokenizer is not None
     for remark in loaded.notes:
         note(remark)
-    predicting = None
-    if kvp is not None:
-        from elm_mlx.store import kvp_directory
-
-        predicting = kvp_directory.load(kvp, model, loaded.model)
-        note(predicting.describe())
+    predicting = None if kvp is None else options.open_kvp(kvp, model, loaded.model)
     chosen = choose(model, loaded.tokenizer, template, adapter)
     flags = {
         "max_tokens": max_tokens, "temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p,

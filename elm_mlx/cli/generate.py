@@ -111,11 +111,7 @@ def generate(
         raise InputError("--system needs a chat template, which the model lacks: pass --template")
     documents = None if docs is None else options.open_documents(docs)
     texts = _read_prompts(prompts) if prompts else [_read_prompt(alone[0])]
-    kept = None
-    if save_cache or load_cache:
-        from elm_mlx.inference.saved_cache import CacheFiles
-
-        kept = CacheFiles(model, adapter, load_cache, save_cache)
+    kept = options.cache_files(model, adapter, load_cache, save_cache)
     loaded = open_model(model, compute_dtype, adapter, config)
     for remark in loaded.notes:
         note(remark)
@@ -123,10 +119,7 @@ def generate(
     if kept is not None:
         chosen["cached"] = kept.load(loaded.model, chosen["prompt_cache"])
     if kvp is not None:
-        from elm_mlx.store import kvp_directory
-
-        chosen["kvp"] = kvp_directory.load(kvp, model, loaded.model)
-        note(chosen["kvp"].describe())
+        chosen["kvp"] = options.open_kvp(kvp, model, loaded.model)
     own = _template(model, loaded, template, adapter) if templated else None
     asked = _asked(loaded, own, documents, system, texts, chosen["max_tokens"])
     chosen |= {"stop": (*asked.stop_strings, *(stop or ())), "stop_ids": asked.stop_ids}

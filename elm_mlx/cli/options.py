@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and the directory that a MODEL means."""
+"""Arguments that several commands share, and what they name: the directory of a MODEL, documents, files of caches."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from elm_mlx.reading import expanded
 
 if TYPE_CHECKING:
     from elm_mlx.documents.retrieval import DocumentIndex
+    from elm_mlx.inference.saved_cache import CacheFiles
+    from elm_mlx.model.kv_prediction import KVPrediction
+    from elm_mlx.model.network import Model
 
 DType = Literal["float32", "float16", "bfloat16"]
 Preset = Literal["OpenELM-270M", "OpenELM-450M", "OpenELM-1_1B", "OpenELM-3B"]
@@ -140,6 +143,25 @@ def open_documents(index: Path) -> DocumentIndex:
     for remark in documents.notes:
         note(remark)
     return documents
+
+
+def open_kvp(kvp: Path, directory: Path, base: Model) -> KVPrediction:
+    """Opens what --kvp means, of the model `base` in `directory`, and notes what it does. Raises InputError."""
+    from elm_mlx.cli.screen import note
+    from elm_mlx.store import kvp_directory
+
+    prediction = kvp_directory.load(kvp, directory, base)
+    note(prediction.describe())
+    return prediction
+
+
+def cache_files(model: Path, adapter: Path | None, load: Path | None, save: Path | None) -> CacheFiles | None:
+    """Returns the files of --load-cache and --save-cache, checked; None without both. Raises InputError."""
+    if load is None and save is None:
+        return None
+    from elm_mlx.inference.saved_cache import CacheFiles
+
+    return CacheFiles(model, adapter, load, save)
 
 
 def directory_of(model: Path) -> Path:
