@@ -58,7 +58,7 @@ def measure(
     from elm_mlx.store.adapters import plan
     from elm_mlx.store.loading import open_model
     from elm_mlx.train import memory
-    from elm_mlx.train.settings import Schedule, Settings
+    from elm_mlx.train.loop_settings import Schedule, Settings
     from elm_mlx.train.step import Step, global_norm
 
     network = open_model(model, "float32", widen=True).model

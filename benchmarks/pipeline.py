@@ -83,7 +83,7 @@ def stepper() -> Callable[[Batch], None]:
     import mlx.core as mx
 
     from elm_mlx.model.network import Model
-    from elm_mlx.train.settings import Schedule, Settings
+    from elm_mlx.train.loop_settings import Schedule, Settings
     from elm_mlx.train.step import Step, global_norm
 
     mx.random.seed(0)

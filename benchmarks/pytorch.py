@@ -35,7 +35,7 @@ def ours(model_path: Path, ids_path: Path, steps: int) -> dict[str, Any]:
     import numpy as np
 
     from elm_mlx.data.batches import Batch
-    from elm_mlx.train.settings import Schedule, Settings
+    from elm_mlx.train.loop_settings import Schedule, Settings
     from elm_mlx.train.step import Step, global_norm
 
     model = load_model(model_path)

@@ -20,8 +20,8 @@ import mlx.core as mx
 import numpy as np
 
 from elm_mlx.store.loading import open_model
+from elm_mlx.train.loop_settings import Schedule, Settings
 from elm_mlx.train.policy_gradient import PolicyGradient, WeighedAnswer, batches_of
-from elm_mlx.train.settings import Schedule, Settings
 from elm_mlx.train.step import Step
 
 GROUPS, SAMPLES, ROWS, TURNS = 8, 8, 32, 3

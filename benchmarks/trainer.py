@@ -38,8 +38,8 @@ def ours(job: Job) -> dict[str, Any]:
 
     from elm_mlx.callbacks import Report, TrainingCallback
     from elm_mlx.train.checkpoint import Identity
+    from elm_mlx.train.loop_settings import Schedule, Settings
     from elm_mlx.train.run import Run
-    from elm_mlx.train.settings import Schedule, Settings
 
     model = load_model(job["model"])
     adapters.attach(model, adapters.plan(model.config, rank=RANK, alpha=RANK * SCALE))

@@ -22,8 +22,8 @@ from elm_mlx.data.encoding import Example
 from elm_mlx.model.network import Model
 from elm_mlx.train import checkpoint
 from elm_mlx.train.checkpoint import Identity
+from elm_mlx.train.loop_settings import Schedule, Settings
 from elm_mlx.train.run import BatchSource, Result, Run, Validation
-from elm_mlx.train.settings import Schedule, Settings
 
 VOCAB, LENGTH = 96, 64
 IDENTITY = Identity(model="a model", data="some data", config={"rank": 8})

@@ -10,16 +10,8 @@ from elm_mlx.data.stream import Reading
 from elm_mlx.data.text_sources import TextSource
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import PRESETS, ModelConfig
-from elm_mlx.train.settings import (
-    DTypeName,
-    OnNan,
-    OptimizerName,
-    Schedule,
-    ScheduleShape,
-    Settings,
-    TrackerName,
-    check_counts,
-)  # fmt: skip
+from elm_mlx.train.loop_settings import OnNan, OptimizerName, Schedule, ScheduleShape, Settings, check_counts
+from elm_mlx.train.settings import DTypeName, TrackerName
 
 # CoreNet, projects/openelm/pretraining_configs
 _LEARNING_RATES = {"OpenELM-270M": 5.3e-3, "OpenELM-450M": 3.9e-3, "OpenELM-1_1B": 2.4e-3, "OpenELM-3B": 1.2e-3}

@@ -28,8 +28,8 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.reading import counted
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.checkpoint import Identity, RunProgress
+from elm_mlx.train.loop_settings import Settings
 from elm_mlx.train.loss import Objective
-from elm_mlx.train.settings import Settings
 from elm_mlx.train.step import Step, global_norm
 from elm_mlx.train.stop_signals import stop_requests
 from elm_mlx.train.throughput import Meter

@@ -20,8 +20,8 @@ from elm_mlx import device
 from elm_mlx.data.batches import Batch
 from elm_mlx.model.attention import Segments
 from elm_mlx.model.compiled import Compiled
+from elm_mlx.train.loop_settings import Settings
 from elm_mlx.train.loss import Objective, Parameters, TokenLoss
-from elm_mlx.train.settings import Settings
 
 
 class Step:

@@ -15,7 +15,7 @@ from elm_mlx.errors import InputError
 from elm_mlx.model.kv_prediction import KVPrediction
 from elm_mlx.train.kv_loss import KVLoss
 from elm_mlx.train.kvp_recipe import LossWeights
-from elm_mlx.train.settings import Schedule, Settings
+from elm_mlx.train.loop_settings import Schedule, Settings
 from elm_mlx.train.step import Step
 
 IDS = np.array([[3, 17, 5, 9, 250, 31, 8, 8, 100], [19, 7, 42, 100, 8, 8, 31, 250, 9]], np.int32)

@@ -23,11 +23,11 @@ from elm_mlx.quantize.quantization import quantize
 from elm_mlx.quantize.recipe import Format, QuantizationRecipe
 from elm_mlx.store import adapters, loading
 from elm_mlx.text.tokenizer import Tokenizer
+from elm_mlx.train.loop_settings import Schedule, Settings
 from elm_mlx.train.loss import Head, losses_only
 from elm_mlx.train.policy import Policy
 from elm_mlx.train.policy_gradient import PolicyGradient, WeighedAnswer, batches_of
 from elm_mlx.train.rollout_batches import HeldOut
-from elm_mlx.train.settings import Schedule, Settings
 from elm_mlx.train.step import Step, global_norm
 
 

@@ -29,8 +29,8 @@ from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint
 from elm_mlx.train import run as training
+from elm_mlx.train.loop_settings import Schedule
 from elm_mlx.train.run import Run
-from elm_mlx.train.settings import Schedule
 from elm_mlx.train.step import Step
 from elm_mlx.train.throughput import Meter
 
