@@ -17,6 +17,7 @@ from typing import Any
 from elm_mlx.data.records import Conversation, Instruction, PlainText, Preference, PromptAnswer, Record
 from elm_mlx.errors import InputError
 from elm_mlx.text.chat_template import Messages, Part, Template, Tools
+from elm_mlx.text.jinja import TemplateInput
 from elm_mlx.text.tokenizer import Tokenizer
 
 # Stanford Alpaca's prompts, in the wording and with the line's end that models fine-tuned on them have seen.
@@ -148,7 +149,8 @@ class Encoder:
         wanted = [i for i in answers if self._all or i not in untrained]
         asked = [(messages[:i], True) for i in wanted]
         answered = [(messages[: i + 1], False) for i in wanted if i + 1 < len(messages)]
-        parts, *begun = self._template.parts_of([(messages, False), *asked, *answered], tools or None)
+        conversations = ((messages, False), *asked, *answered)
+        parts, *begun = self._template.parts_of([TemplateInput(*each, tools or None) for each in conversations])
         begun.append(parts)  # up to and with the last answer, if that is the end
         spans: dict[int, Span] = {}
         for i, before, after in zip(wanted, begun, begun[len(wanted) :], strict=False):

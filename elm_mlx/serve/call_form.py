@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from elm_mlx.errors import InputError
 from elm_mlx.serve.call_arguments import JSONObject, Keywords, TaggedParameters
 from elm_mlx.text.chat_template import JinjaTemplate, Template
-from elm_mlx.text.jinja import LimitError
+from elm_mlx.text.jinja import LimitError, TemplateInput
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,9 @@ def _rendered_calls(template: JinjaTemplate, names: Sequence[str], controls: dic
     answer = {"role": "assistant", "content": "", "tool_calls": calls}
     schema = {"type": "object", "properties": {"k": {"type": "string"}}}
     tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": schema}}
+    conversations = TemplateInput([question, answer], False, [tool]), TemplateInput([question], True, [tool])
     try:
-        whole, asked = template.parts_of([([question, answer], False), ([question], True)], [tool])
+        whole, asked = template.parts_of(conversations)
     except InputError:
         return None
     before, text = sum(isinstance(part, int) for part in asked), ""

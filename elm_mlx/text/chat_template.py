@@ -66,18 +66,11 @@ class Template(ABC):
         return False
 
     @abstractmethod
-    def parts_of(
-        self,
-        conversations: Sequence[tuple[Messages, bool]],
-        tools: Tools | None = None,
-        variables: Mapping[str, Any] = NO_VARIABLES,
-    ) -> list[list[Part]]:
+    def parts_of(self, conversations: Sequence[TemplateInput]) -> list[list[Part]]:
         """Returns each conversation as runs of text and control tokens, BOS first where the tokenizer has one.
 
         Args:
-            conversations: each its messages, and whether the generation prompt follows, which makes the model answer.
-            tools: functions that the model may call, of a template that `takes_tools`.
-            variables: further ones of a template, those that it `reads`.
+            conversations: all with tools, for a template that `takes_tools`, or none; with variables that it `reads`.
 
         Raises:
             InputError: the template does not take one of them.
@@ -95,12 +88,14 @@ class Template(ABC):
         Args:
             messages: each with a `role` of `roles` and its `content`; an assistant's may have `tool_calls`.
             add_generation_prompt: end with the text that makes the model answer.
-            tools, variables: as in `parts_of`.
+            tools: functions that the model may call, of a template that `takes_tools`.
+            variables: further ones of the template, those that it `reads`.
 
         Raises:
             InputError: there is no message, or one is malformed, or the template does not take it.
         """
-        (parts,) = self.parts_of([(check_messages(messages, self.roles), add_generation_prompt)], tools, variables)
+        messages = check_messages(messages, self.roles)
+        (parts,) = self.parts_of([TemplateInput(messages, add_generation_prompt, tools, variables)])
         return self.tokenizer.encode_parts(parts)
 
     def extend(self, ids: Sequence[int], messages: Messages) -> list[int]:
@@ -121,7 +116,8 @@ class Template(ABC):
         messages = check_messages(messages)
         if len(messages) < 3 or messages[-2]["role"] != "assistant":
             return self.encode(messages)
-        after, asked, answered = self.parts_of([(messages, True), (messages[:-2], True), (messages[:-1], False)])
+        conversations = ((messages, True), (messages[:-2], True), (messages[:-1], False))
+        after, asked, answered = self.parts_of([TemplateInput(*each) for each in conversations])
         # Some close a whole conversation by more than an answer in it.
         same = next((i for i, (a, b) in enumerate(zip(answered, after, strict=False)) if a != b), len(answered))
         end = max((i for i, part in enumerate(after[:same]) if isinstance(part, int)), default=-1)
@@ -134,13 +130,8 @@ class Template(ABC):
 class PlainTemplate(Template):
     """A template without Jinja, which writes each conversation by itself and knows neither tools nor variables."""
 
-    def parts_of(
-        self,
-        conversations: Sequence[tuple[Messages, bool]],
-        tools: Tools | None = None,
-        variables: Mapping[str, Any] = NO_VARIABLES,
-    ) -> list[list[Part]]:
-        return [self._parts(messages, prompt) for messages, prompt in conversations]
+    def parts_of(self, conversations: Sequence[TemplateInput]) -> list[list[Part]]:
+        return [self._parts(each.messages, each.add_generation_prompt) for each in conversations]
 
     @abstractmethod
     def _parts(self, messages: Messages, add_generation_prompt: bool) -> list[Part]:
@@ -208,28 +199,22 @@ class JinjaTemplate(Template):
     def reads(self, variable: str) -> bool:
         return re.search(rf"\b{re.escape(variable)}\b", self.source + self.tool_source) is not None
 
-    def parts_of(
-        self,
-        conversations: Sequence[tuple[Messages, bool]],
-        tools: Tools | None = None,
-        variables: Mapping[str, Any] = NO_VARIABLES,
-    ) -> list[list[Part]]:
-        given = [TemplateInput(messages, prompt, tools, variables) for messages, prompt in conversations]
-        mark = self._unused_character([*(messages for messages, _ in conversations), tools, dict(variables)])
+    def parts_of(self, conversations: Sequence[TemplateInput]) -> list[list[Part]]:
+        mark = self._unused_character(conversations)
         shielded = [
             each._replace(messages=self._shielded(each.messages, mark), tools=self._shielded(each.tools, mark))
-            for each in given
+            for each in conversations
         ]
-        differing = [i for i, (one, other) in enumerate(zip(given, shielded, strict=True)) if one != other]
-        rendered = self._render([*given, *(shielded[i] for i in differing)])
+        differing = [i for i, (one, other) in enumerate(zip(conversations, shielded, strict=True)) if one != other]
+        rendered = self._render([*conversations, *(shielded[i] for i in differing)])
         for text in rendered:
             if isinstance(text, jinja.Refusal):
                 raise text
         split = [self._split(text) for text in rendered if isinstance(text, str)]
-        for i, safe in zip(differing, split[len(given) :], strict=True):
+        for i, safe in zip(differing, split[len(conversations) :], strict=True):
             if _controls(split[i]) != _controls(safe):  # a message holds the name of a control token
                 split[i] = [part if isinstance(part, int) else part.replace(mark, "") for part in safe]
-        return [self._begun(parts) for parts in split[: len(given)]]
+        return [self._begun(parts) for parts in split[: len(conversations)]]
 
     @cached_property
     def takes_tools(self) -> bool:  # type: ignore[override]

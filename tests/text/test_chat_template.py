@@ -16,6 +16,7 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.text import chat_template
 from elm_mlx.text import jinja as jinja_engine
 from elm_mlx.text.chat_template import OPENELM_INSTRUCT_JINJA, JinjaTemplate, OpenELMInstruct, choose
+from elm_mlx.text.jinja import TemplateInput
 from elm_mlx.text.tokenizer import Tokenizer, has_chat_template
 
 LLAMA = SHARED / "tokenizer" / "llama2.model"
@@ -66,7 +67,7 @@ class TestOpenELMInstruct:
 
     def test_conversation_reads_as_the_template_says(self, instruct, tokenizer):
         ids = instruct.encode([system("S"), user("Q"), assistant("A"), user("R")])
-        (parts,) = instruct.parts_of([([system("S"), user("Q"), assistant("A"), user("R")], True)])
+        (parts,) = instruct.parts_of([TemplateInput([system("S"), user("Q"), assistant("A"), user("R")], True)])
         text = "".join(tokenizer.pieces[part] if isinstance(part, int) else part for part in parts)
         assert text == ("<s><|system|>\nS</s>\n<|user|>\nQ</s>\n<|assistant|>\nA</s>\n<|user|>\nR</s>\n<|assistant|>\n")
         assert controls(tokenizer, ids) == ["<s>", *["</s>"] * 4]
