@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from elm_mlx import reading
 from elm_mlx.bench.suites import About, Case, Figures, Measured
 from elm_mlx.errors import InputError
+from elm_mlx.text import child_process
 
 
 class Unavailable(Exception):
@@ -146,13 +147,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Kills the process, which has nothing to lose."""
-        process = self._process
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout, self._errors):
-            assert pipe is not None
-            with suppress(OSError):  # what was not yet written to it
-                pipe.close()
+        child_process.end(self._process)
+        self._errors.close()
 
     def _answer(self) -> dict[str, Any]:
         """Reads its next line. Raises Unavailable where that is an error, or where it died, with its last words."""

@@ -27,6 +27,7 @@ from elm_mlx.data.bad_record import BadRecord, text_of
 from elm_mlx.data.data_files import parse_line
 from elm_mlx.data.filters import Filters
 from elm_mlx.errors import ElmError, InputError
+from elm_mlx.text import child_process
 from elm_mlx.text.tokenizer import Tokenizer
 
 MAX_BYTES = 64 << 20  # of a document: more is a collection of them, and would take gigabytes to tokenize
@@ -199,7 +200,4 @@ class _Child:
         self._process.kill()
 
     def close(self) -> None:
-        self._process.wait()
-        for pipe in (self._tasks, self._results):
-            with suppress(OSError):  # of what was left to be written
-                pipe.close()
+        child_process.end(self._process)

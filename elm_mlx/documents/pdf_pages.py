@@ -11,9 +11,8 @@ from typing import Any
 
 from elm_mlx.documents import pdf_worker
 from elm_mlx.documents.text_blocks import TextBlock
-from elm_mlx.errors import ElmError
 from elm_mlx.reading import printable
-from elm_mlx.text import jinja
+from elm_mlx.text import child_process
 
 INSTALL = "PDF needs pypdf: pip install 'elm-mlx[pdf]'"
 SECONDS = pdf_worker.PAGE_SECONDS
@@ -48,16 +47,10 @@ def pdf_blocks(data: bytes) -> Iterator[TextBlock]:
 
 def _read(data: bytes) -> dict[str, Any]:
     """Returns what the process says of a PDF. Raises ValueError where it was ended."""
-    watched = not jinja.KERNEL_LIMITS_MEMORY
+    watched = not child_process.KERNEL_LIMITS_MEMORY
     limits = [str(SECONDS), str(0 if watched else MEMORY)]
     command = [sys.executable, "-I", "-S", pdf_worker.__file__, *limits, *sys.path]
-    pipe = subprocess.PIPE
-    try:
-        process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-    except OSError as error:
-        raise ElmError(f"the process that reads PDFs does not start: {error.strerror}") from None
+    process = child_process.start(command, "reads PDFs")
     unsent: bytes | None = data
     with process:
         try:
@@ -67,7 +60,7 @@ def _read(data: bytes) -> dict[str, Any]:
                     break
                 except subprocess.TimeoutExpired:
                     unsent = None  # it has been taken
-                    if jinja.footprint(process.pid) > MEMORY:
+                    if child_process.footprint(process.pid) > MEMORY:
                         raise ValueError(_reason(pdf_worker.TOO_MUCH_MEMORY)) from None
         except BaseException:
             process.kill()

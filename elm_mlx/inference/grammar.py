@@ -32,6 +32,7 @@ import mlx.core as mx
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference import grammar_worker
 from elm_mlx.reading import check_depth, printable
+from elm_mlx.text import child_process
 from elm_mlx.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -289,17 +290,13 @@ class _TrialProcess:
         process, self._process = self._process, None
         self._known.clear()
         if process is not None:
-            process.kill()
-            process.communicate()
+            child_process.end(process)
 
     def _ask(self, tokens: _Tokens, grammar: str) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:
             self.end()
             command = [sys.executable, "-I", "-S", grammar_worker.__file__, *sys.path]
-            self._process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                start_new_session=True,
-            )  # fmt: skip
+            self._process = child_process.start(command, "tries grammars")
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         request: dict[str, Any] = {"vocabulary": tokens.name, "grammar": grammar}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from elm_mlx.errors import ElmError
 from elm_mlx.problems import sandbox_worker
 from elm_mlx.reading import printable
+from elm_mlx.text import child_process
 
 SECONDS = 1.0  # of computing, for all inputs of an answer together
 MEMORY = 128 << 20  # bytes, beside what Python itself has
@@ -101,13 +101,8 @@ class _Worker:
         environment = {"PYTHONHASHSEED": "0", "PYTHONSAFEPATH": "1"}
         environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         limits = [str(SECONDS), str(MEMORY), str(WRITTEN)]
-        try:
-            self._process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
-                [sys.executable, "-S", str(_WORKER), *limits], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL, start_new_session=True, cwd="/", env=environment,
-            )  # fmt: skip
-        except OSError as error:
-            raise ElmError(f"the process that runs the code of answers does not start: {error.strerror}") from None
+        command = [sys.executable, "-S", str(_WORKER), *limits]
+        self._process = child_process.start(command, "runs the code of answers", "/", environment)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         tried = self._line()
@@ -141,11 +136,7 @@ class _Worker:
             raise
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._requests, self._answers):
-            with suppress(OSError):  # of what was left to be written
-                pipe.close()
+        child_process.end(self._process)
 
     def _line(self) -> dict[str, Any]:
         line = self._answers.readline()

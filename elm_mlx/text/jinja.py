@@ -13,29 +13,26 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import starmap
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.reading import printable
-from elm_mlx.text import jinja_worker
+from elm_mlx.text import child_process, jinja_worker
 
 SECONDS = 2.0  # for all that is rendered at once
 MEMORY = 200 << 20  # bytes that the process may take, Jinja's own 20 MB included
-KERNEL_LIMITS_MEMORY = sys.platform == "linux"
 
 INSTEAD = "--template FILE takes another, --template none goes without one"
 
 _CODE = 20 << 20  # bytes of libraries and stack, which the kernel does not count as data
 _POLL = 5  # milliseconds
-_NO_START = "the process that renders chat templates does not start"
+_WHAT = "renders chat templates"
 
 
 class TemplateInput(NamedTuple):
@@ -123,16 +120,10 @@ class _Renderer:
 
     def __init__(self) -> None:
         self._seconds, self._memory = SECONDS, MEMORY
-        self._watched = not KERNEL_LIMITS_MEMORY
+        self._watched = not child_process.KERNEL_LIMITS_MEMORY
         limits = [str(SECONDS), str(0 if self._watched else MEMORY - _CODE)]
         command = [sys.executable, "-I", "-S", jinja_worker.__file__, *limits, *sys.path]
-        pipe = subprocess.PIPE
-        try:
-            self._process = subprocess.Popen(  # in a session where Ctrl-C in the terminal does not reach it
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, start_new_session=True
-            )
-        except OSError as error:
-            raise ElmError(f"{_NO_START}: {error.strerror}") from None
+        self._process = child_process.start(command, _WHAT)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         self._arrival = select.poll()
@@ -148,7 +139,7 @@ class _Renderer:
         """Returns the worker's answer. Raises _EndedError where none comes; after any error the process has ended."""
         try:
             if not self._ready and not self._answers.readline():
-                raise ElmError(f"{_NO_START}: is jinja2 installed?")
+                raise ElmError(f"the process that {_WHAT} does not start: is jinja2 installed?")
             self._ready = True
             request = {"source": None if source == self._source else source, "conversations": conversations}
             with suppress(BrokenPipeError):  # the end of the answers says why
@@ -165,15 +156,11 @@ class _Renderer:
             raise
 
     def end(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._requests, self._answers):
-            with suppress(OSError):  # of what was left to be written
-                pipe.close()
+        child_process.end(self._process)
 
     def _line(self) -> bytes:
         while self._watched and not self._arrival.poll(_POLL):
-            if footprint(self._process.pid) > self._memory - _CODE:
+            if child_process.footprint(self._process.pid) > self._memory - _CODE:
                 raise _EndedError(self._needs_memory())
         return self._answers.readline()
 
@@ -189,21 +176,6 @@ class _Renderer:
 
     def _needs_memory(self) -> str:
         return f"needs more than {self._memory >> 20} MB"
-
-
-def footprint(process: int) -> int:
-    """Returns the bytes of memory that a process has filled; 0 of one that has ended."""
-    if sys.platform == "darwin":
-        import ctypes
-
-        # libproc.h: RUSAGE_INFO_V0 is a UUID and ten figures, of which the eighth is ri_phys_footprint.
-        figures = (ctypes.c_uint64 * 12)()
-        return figures[9] if ctypes.CDLL(None).proc_pid_rusage(process, 0, ctypes.byref(figures)) == 0 else 0
-    try:
-        _, resident, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
-    except (OSError, ValueError):
-        return 0
-    return (resident - shared) * os.sysconf("SC_PAGESIZE")
 
 
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ from elm_mlx.documents.indexing import index_documents
 from elm_mlx.documents.passages import passages_of
 from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.documents.text_blocks import TextBlock
-from elm_mlx.text import jinja
+from elm_mlx.text import child_process
 
 
 def test_pages_and_the_title() -> None:
@@ -51,7 +51,7 @@ HUGE = b"BT /F1 12 Tf (" + b"a" * 30_000_000 + b") Tj ET"
 def test_a_hostile_pdf_is_left_out_and_the_others_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool, limits: dict[str, float], stream: bytes, why: str
 ) -> None:
-    monkeypatch.setattr(jinja, "KERNEL_LIMITS_MEMORY", kernel and jinja.KERNEL_LIMITS_MEMORY)
+    monkeypatch.setattr(child_process, "KERNEL_LIMITS_MEMORY", kernel and child_process.KERNEL_LIMITS_MEMORY)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.pdf").write_bytes(pdf(stream=stream))
     (tmp_path / "notes" / "b.pdf").write_bytes(pdf("banana"))

@@ -18,7 +18,7 @@ import pytest
 from hostile_templates import TEMPLATES
 
 from elm_mlx.errors import ElmError
-from elm_mlx.text import jinja
+from elm_mlx.text import child_process, jinja
 from elm_mlx.text.jinja import LimitError
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -91,7 +91,7 @@ class TestLimits:
         assert 50 < int(summary[2]) <= 215
 
     def test_memory_is_watched_where_the_kernel_does_not_limit_it(self, limits):
-        limits.setattr(jinja, "KERNEL_LIMITS_MEMORY", False)
+        limits.setattr(child_process, "KERNEL_LIMITS_MEMORY", False)
         limits.setattr(jinja, "SECONDS", 30)
         assert render("{{ messages[0].content }}") == "Hi"
         with pytest.raises(LimitError, match="needs more than 200 MB"):
