@@ -4,9 +4,9 @@ All tasks read an answer in this one way. A model may write its way to an answer
 counts: what is between `<answer>` and `</answer>` where the text ends by those, then its last line with anything in it
 but a fence of ```. There the answer stands alone, or after `Answer:`; numbers, expressions and brackets also after the
 last `:`, `is` or `are`, and numbers after the last `=`, `equals` or `equal to`. A final dot, Markdown's marks or TeX's
-around it (`**`, `$`, `\\boxed{}`, code) do not matter. A line that denies what it states (`is not: 82`)
-states nothing. What else the text says is not read: whoever writes down every possible answer has given the last one.
-Digits are ASCII's.
+around it (`**`, `$`, `\\boxed{}`, code) do not matter. A line that denies what it states (`is not: 82`, `I don't think
+it is 82`) states nothing; other denials (`I doubt that it is 82`) are not known. What else the text says is not read:
+whoever writes down every possible answer has given the last one. Digits are ASCII's.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ _DIGITS = 40  # of a number: Python refuses to convert some thousands
 _LABEL = re.compile(r"[#*\s]*(?:the |my )?(?:final |correct |right )?answer[*\s]*(?::|\bis\b:?)", re.IGNORECASE)
 _STATES = re.compile(r":|\b(?:is|are)\b")
 _STATES_OR_EQUALS = re.compile(rf"{_STATES.pattern}|(?<![!<>/~])=|\bequal(?:s| to)\b")
+_APART = r"[^\w.,;!?]*"  # what may stand between the words of a denial
 _DENIES = re.compile(
-    r"(?:\b(?:not|never|wrong|incorrect|false)|n['’]t)\b[^\w.,;!?]*"
-    r"(?:\b(?:an?|the|my|it|that|right|correct|final|answer|result|sentence|equals?|to|is|are)\b[^\w.,;!?]*){0,6}$",
+    rf"(?:(?:\b(?:not|cannot|never)|n['’]t)\b(?:{_APART}(?!so\b|then\b)[a-z]+(?=\s+(?:it|that|the|my)\b))?"
+    rf"|\b(?:wrong|incorrect|false|mistake(?=\s+to\b))\b){_APART}"
+    r"(?:\b(?:an?|the|my|it|that|right|correct|final|answer|result|sentence|equals?|to(?:\s+[a-z]+)?|be|is|are)\b"
+    rf"{_APART}){{0,9}}$",
     re.IGNORECASE,
 )
 _GROUPED = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")

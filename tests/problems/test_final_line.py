@@ -38,6 +38,44 @@ def test_what_is_not_one_number(answer: str) -> None:
     assert number(answer) is None
 
 
+STATED = [
+    f"{subject} {verb}" for subject in ("it", "that it", "the answer", "that the answer", "that my result")
+    for verb in ("is", "is:", "equals", "is equal to")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stated", STATED)
+@pytest.mark.parametrize(
+    "denial",
+    [
+        "It is not true", "It can't be", "It cannot be", "I don't think", "I do **not** believe", "I never said",
+        "It would be a mistake to say", "It is wrong to claim", "It wouldn't be right to say", "It is false",
+    ],
+)  # fmt: skip
+def test_a_statement_in_a_denial_is_not_read(denial: str, stated: str) -> None:
+    assert number(f"{denial} {stated} 82") is None
+
+
+@pytest.mark.parametrize("stated", STATED)
+@pytest.mark.parametrize(
+    "before",
+    [
+        "I think", "It is safe to say", "I have no doubt", "I made a mistake, and now", "I made a mistake:",
+        "Never mind:", "That is not right.", "It isn't hard:", "It can't be 81, so", "Not 81:", "If 81 is wrong then",
+        "If it is not then", "81 is false so", "81 is incorrect;",
+    ],
+)  # fmt: skip
+def test_a_statement_after_a_denial_of_something_else_is_read(before: str, stated: str) -> None:
+    assert number(f"{before} {stated} 82") == 82
+
+
+@pytest.mark.parametrize(
+    "answer", ["Those not yet closed are: 82", "The one that is not prime is 82", "What isn't in the list is 82"]
+)
+def test_an_answer_that_is_described_by_what_it_is_not_is_read(answer: str) -> None:
+    assert number(answer) == 82
+
+
 def test_numbers_with_signs_and_groups() -> None:
     assert number("It is -1,234,567.") == -1234567
 

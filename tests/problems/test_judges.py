@@ -190,6 +190,7 @@ def test_all_tasks_read_an_answer_in_one_way(name: str, form: str) -> None:
     [
         "The answer is not: {}", "It is not {}", "It isn't: {}", "The wrong answer is {}", "Not the answer: {}",
         "=> {}", "The answer is not \"{}\"", "<answer>not: {}</answer>", "**Not**: {}", "{} is wrong", "{} or {}",
+        "I don't think the answer is: {}", "It would be a mistake to say: \"{}\"",
         "not = {}", "Answer: {} or something else", "! {}", "Wrong: \"{}\"", "It is not: \"It is: {}\"",
     ],
 )  # fmt: skip
