@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 import sys
@@ -31,6 +32,17 @@ def test_figures_that_nobody_reads_to_their_end(form: list[str]) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         process.wait(timeout=60)
+
+
+def test_contributing_names_every_file_of_the_house_and_every_benchmark() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    house, _, commands = page.partition("## Commands")
+    files = {
+        path.stem for name, folder in FOLDERS.items() if name != "elm_mlx.cli" for path in folder.glob("[a-z]*.py")
+    }
+    assert files - {*re.findall(r"\w+", house)} == set()
+    benchmarks = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.endswith("_worker")}
+    assert benchmarks - {*re.findall(r"`(\w+)\.py", commands)} == set()
 
 
 def test_every_folder_of_modules_is_a_package() -> None:
