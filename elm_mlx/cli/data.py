@@ -16,7 +16,8 @@ from elm_mlx.cli import options
 from elm_mlx.cli.screen import bad_records_named, bar, counted, line, name_bad, say_all, terminal_width, visible
 from elm_mlx.cli.training import mixed
 from elm_mlx.errors import InputError
-from elm_mlx.train.settings import DataSettings, abouts
+from elm_mlx.train.setting_fields import abouts
+from elm_mlx.train.settings import DataSettings
 
 if TYPE_CHECKING:
     from elm_mlx.data.encoding import Example, Names

@@ -11,7 +11,8 @@ import typer
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import ProgressBar, bad_records_named, line, name_bad, note, table, visible
 from elm_mlx.errors import InputError
-from elm_mlx.train.settings import DataSettings, abouts
+from elm_mlx.train.setting_fields import abouts
+from elm_mlx.train.settings import DataSettings
 
 if TYPE_CHECKING:
     from elm_mlx.evaluate.comparison import ScoreDifference

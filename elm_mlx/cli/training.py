@@ -24,7 +24,8 @@ from elm_mlx.cli.screen import bad_records_named, byte_size, counted, duration, 
 from elm_mlx.cli.training_display import TrainingDisplay, shown_measures
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
-from elm_mlx.train.settings import DpoSettings, GrpoSettings, LoraSettings, Setting, made
+from elm_mlx.train.setting_fields import Setting, made
+from elm_mlx.train.settings import DpoSettings, GrpoSettings, LoraSettings
 
 if TYPE_CHECKING:
     from elm_mlx.data.draws import Draws

@@ -32,7 +32,8 @@ from elm_mlx.selfplay.chosen_answers import ChosenAnswers
 from elm_mlx.selfplay.synthesis import record_of
 from elm_mlx.train.finetuning import Finetuning
 from elm_mlx.train.run import Result
-from elm_mlx.train.settings import LoraSettings, made
+from elm_mlx.train.setting_fields import made
+from elm_mlx.train.settings import LoraSettings
 
 _STATE = "loop.json"
 _OWN = frozenset({"model", "data", "out", "from_adapter", "template"})  # settings of training that the loop decides

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from elm_mlx import reading
 from elm_mlx.errors import InputError
-from elm_mlx.train.settings import abouts, without_none
+from elm_mlx.train.setting_fields import abouts, without_none
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -7,19 +7,16 @@ what must not change when a run is resumed. Nothing heavy is imported: `--help` 
 
 from __future__ import annotations
 
-import inspect
 import math
-import re
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 from elm_mlx.errors import InputError
 from elm_mlx.reading import counted, expanded
 from elm_mlx.train.loop_settings import OnNan, OptimizerName, Schedule, ScheduleShape, Settings, check_choice
+from elm_mlx.train.setting_fields import Setting, abouts, described, flat
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 RecordFormat = Literal["completion", "messages", "sharegpt", "chatgpt", "alpaca", "text"]
@@ -27,78 +24,8 @@ PreferenceLoss = Literal["sigmoid", "hinge", "ipo", "orpo"]
 Advantage = Literal["mean", "std"]
 TrackerName = Literal["tensorboard", "wandb"]
 
-T = TypeVar("T")
 _MOST_WARMUP = 100  # updates
 _COUNT, _POSITIVE = "a whole number from 1", "a number above 0"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A field that holds a value.
-
-    Args:
-        name: unique among a run's settings.
-        kind: its type, without None.
-        default: MISSING where there is none.
-        about: what it means.
-        section: the section that it is in, by its class's name without "Settings"; empty for the run's own.
-    """
-
-    name: str
-    kind: Any
-    default: Any
-    about: str
-    section: str
-
-
-def described(cls: type[Any], section: str = "") -> dict[str, Setting]:
-    """Returns the fields of a dataclass, and of the dataclasses in it, by name."""
-    found, kinds, meanings = dict[str, Setting](), typing.get_type_hints(cls), abouts(cls)
-    for item in fields(cls):
-        kind = without_none(kinds[item.name])
-        if isinstance(kind, type) and is_dataclass(kind):
-            found |= described(kind, kind.__name__.removesuffix("Settings"))
-        else:
-            found[item.name] = Setting(item.name, kind, item.default, meanings.get(item.name, ""), section)
-    return found
-
-
-def made(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Returns a `cls` with `values`, as `described` names them, and defaults."""
-    values = {**getattr(cls, "defaults", {}), **values}
-    kinds, found = typing.get_type_hints(cls), dict[str, Any]()
-    for item in fields(typing.cast(Any, cls)):
-        if is_dataclass(kinds[item.name]):
-            found[item.name] = made(kinds[item.name], values)
-        elif item.name in values:
-            found[item.name] = values[item.name]
-    return cls(**found)
-
-
-def flat(value: Any) -> dict[str, Any]:
-    """Returns the values of a dataclass, and of the dataclasses in it, by name."""
-    found: dict[str, Any] = {}
-    for item in fields(value):
-        inner = getattr(value, item.name)
-        found |= flat(inner) if is_dataclass(inner) else {item.name: inner}
-    return found
-
-
-def without_none(kind: Any) -> Any:
-    """Returns the type of a field that may be None, without that."""
-    if typing.get_origin(kind) in (typing.Union, UnionType):
-        return next(each for each in typing.get_args(kind) if each is not type(None))
-    return kind
-
-
-def abouts(cls: type[Any]) -> dict[str, str]:
-    """Returns what each field means, by the `Args:` of the docstrings of a class and of its bases."""
-    found: dict[str, str] = {}
-    for each in reversed(cls.__mro__):
-        _, _, text = inspect.cleandoc(each.__doc__ or "").partition("Args:\n")
-        for names, about in re.findall(r"^    (\w[\w, ]*): (.*(?:\n {8}.*)*)", text, re.M):
-            found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
-    return found
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from training_tasks import write_task
 from elm_mlx.callbacks import Report, TrainingCallback
 from elm_mlx.store.loading import load_model
 from elm_mlx.train.reinforcement import Reinforcement
-from elm_mlx.train.settings import GrpoSettings, made
+from elm_mlx.train.setting_fields import made
+from elm_mlx.train.settings import GrpoSettings
 
 QUICK = ("--difficulty", 1, "--max-tokens", 6, "--problems", 4, "--answers", 4, "--eval-problems", 8, "--lr", 0.02)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from elm_mlx.errors import InputError
-from elm_mlx.train.settings import DpoSettings, LoraSettings, described, made
+from elm_mlx.train.setting_fields import described, made
+from elm_mlx.train.settings import DpoSettings, LoraSettings
 
 # But for two that data are read by, and are refused where these are.
 OPTIONS = [
