@@ -171,9 +171,11 @@ def stream_generate(
 
     def responses() -> Iterator[Response]:
         start, first, begun = time.perf_counter(), 0.0, 0.0
-        kept = 0 if cached is None else kept_length(caches[0], cached, ids, prefill_step)
-        for cache in caches if cached is not None else ():
-            cache.trim(cache.offset - kept)
+        kept = 0
+        if cached is not None:
+            kept = kept_length(caches[0], cached, ids, prefill_step)
+            for cache in caches:
+                cache.trim(cache.offset - kept)
         if kvp is None:
             logits = prefill(model, ids[kept:], caches, prefill_step, used + len(ids))
         else:
