@@ -39,12 +39,11 @@ def test_what_is_not_one_number(answer: str) -> None:
 
 
 STATED = [
-    f"{subject} {verb}" for subject in ("it", "that it", "the answer", "that the answer", "that my result")
+    f"{subject} {verb} 82" for subject in ("it", "that it", "the answer", "that the answer", "that my result")
     for verb in ("is", "is:", "equals", "is equal to")
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("stated", STATED)
 @pytest.mark.parametrize(
     "denial",
     [
@@ -52,11 +51,10 @@ STATED = [
         "It would be a mistake to say", "It is wrong to claim", "It wouldn't be right to say", "It is false",
     ],
 )  # fmt: skip
-def test_a_statement_in_a_denial_is_not_read(denial: str, stated: str) -> None:
-    assert number(f"{denial} {stated} 82") is None
+def test_a_statement_in_a_denial_is_not_read(denial: str) -> None:
+    assert [number(f"{denial} {stated}") for stated in STATED] == [None] * len(STATED)
 
 
-@pytest.mark.parametrize("stated", STATED)
 @pytest.mark.parametrize(
     "before",
     [
@@ -65,8 +63,8 @@ def test_a_statement_in_a_denial_is_not_read(denial: str, stated: str) -> None:
         "If it is not then", "81 is false so", "81 is incorrect;",
     ],
 )  # fmt: skip
-def test_a_statement_after_a_denial_of_something_else_is_read(before: str, stated: str) -> None:
-    assert number(f"{before} {stated} 82") == 82
+def test_a_statement_after_a_denial_of_something_else_is_read(before: str) -> None:
+    assert [number(f"{before} {stated}") for stated in STATED] == [82] * len(STATED)
 
 
 @pytest.mark.parametrize(
