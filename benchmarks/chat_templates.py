@@ -116,17 +116,20 @@ def theirs(python: str, templates: dict[str, str]) -> dict[str, list[list[str | 
 
 
 def templates_of(folder: Path, label: str) -> dict[str, str]:
+    """Returns the templates of a folder by LABEL/NAME."""
     paths = sorted(folder.glob("*.jinja"))
     return {f"{label}/{path.stem}": path.read_text(encoding="utf-8") for path in paths}
 
 
 def trl_folder(python: str) -> Path:
+    """Returns the folder of the templates that trl, as that Python has it, comes with."""
     find = "from importlib.util import find_spec; print(find_spec('trl').submodule_search_locations[0])"
     found = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True)
     return Path(found.stdout.strip()) / "chat_templates"
 
 
 def main() -> None:
+    """Prints each template that is not rendered alike; exit code 1 where there is one."""
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("python")
     parser.add_argument("folders", nargs="*", type=Path)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 
 def main() -> None:
+    """Prints transformers' renderings of the job's templates, by name, as JSON."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

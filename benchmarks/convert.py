@@ -56,6 +56,7 @@ def run(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
+    """Prints the best seconds of either side, their ratio, and the peak memory of converting."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to work; by default a temporary directory")
@@ -80,6 +81,7 @@ def main() -> None:
 
 
 def median(runs: list[tuple[float, float]]) -> float:
+    """Returns the median of the runs' seconds."""
     return sorted(seconds for seconds, _ in runs)[len(runs) // 2]
 
 

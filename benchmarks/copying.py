@@ -67,12 +67,14 @@ def asked() -> Iterator[tuple[str, str]]:
 
 
 def chat_work(directory: Path) -> tuple[Model, list[Work]]:
+    """Returns a chat model, and what it is asked by kind of work."""
     model, tokenizer = load(directory)
     template = choose(directory, tokenizer)
     return model, [(kind, template.encode([{"role": "user", "content": text}])) for kind, text in asked()]
 
 
 def seeded_work(directory: Path) -> tuple[Model, list[Work]]:
+    """Returns a 270M that writes a given text, made in `directory`, and prompts by kind of work."""
     config = ModelConfig.from_dict(ModelConfig.preset("OpenELM-270M").to_dict() | {"share_input_output_layers": False})
     order = list(range(3, config.vocab_size))
     random.Random(7).shuffle(order)
@@ -123,6 +125,7 @@ def compared(model: Model, prompt: list[int], tokens: int, pairs: int) -> str:
 
 
 def main() -> None:
+    """Prints a row for each model and kind of work."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "models", nargs="*", type=Path, help="chat models; without one, a 270M that writes a given text"

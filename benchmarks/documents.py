@@ -72,6 +72,7 @@ class Question:
 
 
 def made_up_word(draw: random.Random, syllables: int) -> str:
+    """Returns a name that no model has read."""
     parts = [draw.choice(ONSETS) + draw.choice(VOWELS) for _ in range(syllables)]
     return ("".join(parts) + draw.choice(ENDS)).capitalize()
 
@@ -286,6 +287,7 @@ WAYS = (  # each its name, the least share of the best score that a passage has,
 
 
 def says(text: str, answer: str) -> bool:
+    """True where a text has a right answer's words, in whatever case."""
     return answer.lower() in text.lower()
 
 

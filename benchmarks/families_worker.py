@@ -33,6 +33,7 @@ def case(path: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def loaded(path: Path) -> Any:
+    """Returns transformers' model of a directory, in float32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     return model.float().eval()
 

@@ -46,6 +46,7 @@ def write_examples(path: Path, vocab_size: int, count: int = 400) -> float:
 
 
 def side(peer: str, job: dict[str, Any]) -> Figures:
+    """Runs one side in a process of its own. Returns its figures."""
     command = [sys.executable, Path(__file__).with_name("trainer.py"), peer, json.dumps(job)]
     done = subprocess.run(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

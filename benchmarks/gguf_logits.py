@@ -36,6 +36,7 @@ SCRIPTS = ((32, 127), (160, 0x2FFF), (0x3000, 0xD7FF), (0x1F300, 0x1F6FF))
 
 
 def texts() -> list[str]:
+    """Returns texts to encode: ours, and a hundred of random characters of many scripts."""
     draw = random.Random(1)
     return [*TEXTS, *("".join(chr(draw.randrange(*draw.choice(SCRIPTS))) for _ in range(60)) for _ in range(100))]
 
@@ -116,6 +117,7 @@ def whole_model(python: str, directory: Path, scratch: Path) -> None:
 
 
 def agreement(tokenizer: Any, found: list[list[int]]) -> str:
+    """Says for how many texts a tokenizer gives the ids that llama.cpp found."""
     pairs = [(tokenizer.encode(text), ids) for text, ids in zip(texts(), found, strict=True)]
     return f"the same ids for {sum(ours == theirs for ours, theirs in pairs)} of {len(pairs)} texts"
 

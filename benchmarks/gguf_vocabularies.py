@@ -38,6 +38,7 @@ def differing(path: Path) -> str:
 
 
 def main(directory: Path) -> None:
+    """Prints of each vocabulary how many texts have other ids, or why it is refused."""
     for path in sorted(directory.glob("ggml-vocab-*.gguf")):
         if path.with_suffix(".gguf.out").exists():
             try:

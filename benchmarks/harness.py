@@ -167,6 +167,7 @@ def check(peer: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> tup
 
 
 def best(values: list[float]) -> int:
+    """Returns the index of the greatest value, the first of several."""
     return max(range(len(values)), key=values.__getitem__)
 
 

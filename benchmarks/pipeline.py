@@ -42,6 +42,7 @@ CONFIG = {
 
 
 def opened(texts: Path, workers: int, window: int) -> TextBatches:
+    """Opens batches of texts that are shuffled within `window` tokens, encoded by so many workers."""
     return TextBatches(
         [TextSource(str(texts))], TOKENIZER, Filters(), Reading(ROWS, LENGTH, 0, window, workers=workers)
     )
@@ -111,6 +112,7 @@ def timed(update: Callable[[Batch], None], batches: Iterator[Batch], steps: int)
 
 
 def beside_training(texts: Path, workers: int, pairs: int, steps: int) -> str:
+    """Returns a row: tokens/s trained, the share of waiting, and the time more than on batches from memory."""
     update = stepper()
     with opened(texts, workers, steps * ROWS * LENGTH) as live:
         memory = cycle(islice(live, steps))

@@ -75,6 +75,7 @@ def write_job(model_path: Path, path: Path) -> None:
 
 
 def write_shape(model_path: Path, path: Path) -> None:
+    """Writes a model's config, with the widths of its feed-forward layers, for torch_loop.py."""
     from elm_mlx.model.config import ModelConfig
 
     config = ModelConfig.load(model_path / "config.json")
@@ -82,6 +83,7 @@ def write_shape(model_path: Path, path: Path) -> None:
 
 
 def run(command: list[str | Path]) -> dict[str, Any]:
+    """Runs one side. Returns its figures, with `speed` in tokens/s, updates of the warm-up left out."""
     done = subprocess.run(list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])
     return figures | {"speed": ROWS * LENGTH / statistics.median(figures["seconds"][WARMUP:])}

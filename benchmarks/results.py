@@ -67,6 +67,7 @@ SPEED = {  # by their titles in the README's table
 
 
 def measure_speed(chosen: Suite, programs: Programs, note: str) -> None:
+    """Measures a suite of `elm-mlx bench` into its record; one that was interrupted goes on."""
     if chosen.cases[0].model == str(CHAT) and not CHAT.is_dir():
         print(f"{chosen.name}: left out, for --chat does not say where {CHAT.name} is")
         return
@@ -77,22 +78,26 @@ def measure_speed(chosen: Suite, programs: Programs, note: str) -> None:
 
 
 def measure_start(programs: Programs, note: str) -> None:
+    """Measures the seconds from the start of the process to the first token, ten pairs."""
     write_json(KEPT / "start.json", {"table": f"{HEADER}\n{first_token(EMBEDDED, 10)}\n"})
 
 
 def measure_scores(programs: Programs, note: str) -> None:
+    """Scores the embedded model on books that were held out."""
     held_out = "examples/classics/held-out.jsonl.gz"
     command("eval", EMBEDDED, "--text", held_out, "--window", 256, "--out", MADE / "eval")
     write_json(KEPT / "eval.json", json_object(MADE / "eval/results.json"))
 
 
 def measure_losses(programs: Programs, note: str) -> None:
+    """Quantizes the embedded model to each width, and records what it loses."""
     for bits in BITS:
         command("quantize", EMBEDDED, MADE / f"{bits}-bit", "--bits", bits, "--overwrite")
         write_json(KEPT / f"{bits}-bit.json", json_object(MADE / f"{bits}-bit/quantization.json"))
 
 
 def command(*words: object) -> None:
+    """Runs `elm-mlx` with these words. Raises CalledProcessError where it fails."""
     subprocess.run([sys.executable, "-m", "elm_mlx", *map(str, words)], env=ENVIRONMENT, check=True)
 
 
@@ -164,11 +169,13 @@ def merged(found: list[Results]) -> Results:
 
 
 def start() -> str:
+    """Returns the section on the first token, empty where nothing is recorded."""
     path = KEPT / "start.json"
     return str(json_object(path)["table"]) if path.exists() else ""
 
 
 def scores() -> str:
+    """Returns the section on scores, empty where nothing is recorded."""
     path = KEPT / "eval.json"
     if not path.exists():
         return ""
@@ -238,6 +245,7 @@ def _readme_line(what: str, row: Row, figure: str) -> str:
 
 
 def write_readme() -> None:
+    """Writes the table between the README's marks again, if there is one."""
     before, _, rest = README.read_text("utf-8").partition(BEGIN)
     if table := readme():
         write_text(README, f"{before}{BEGIN}{table}{END}{rest.partition(END)[2]}")

@@ -22,6 +22,7 @@ ALONE = 4  # answers of a pair's slow side
 
 
 def measure(path: Path, answers: int, tokens: int, seconds: float) -> str:
+    """Returns a line: tokens/s of answers together and one after the other, and the median ratio."""
     model, tokenizer = load(path)
     template = choose(path, tokenizer)
     prompts = [prompt_ids(tokenizer, template, f"Once upon a time there was a {each} who") for each in SUBJECTS]

@@ -137,11 +137,13 @@ class Load:
 
 
 def p95(values: Sequence[float]) -> float:
+    """Returns the 95th percentile."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
 
 
 def compare(model: Path, rounds: int, counts: Sequence[int]) -> None:
+    """Prints a row for each number of clients, greedy and with seeds: pairs of both servers, in turns."""
     words = [word for word in models_words() if word.isalpha()]
     clients = Process([sys.executable, Path(__file__).with_name("serve_clients.py")])
     with clients, Server(OURS, model) as mine, Server(THEIRS, model) as other:
@@ -160,6 +162,7 @@ def compare(model: Path, rounds: int, counts: Sequence[int]) -> None:
 
 
 def row(count: int, seeded: bool, results: Sequence[Sequence[tuple[float, list[float], list[float]]]]) -> str:
+    """Returns a row of the table: median speeds and ratio, 95th percentiles of first tokens (s) and gaps (ms)."""
     speeds = [statistics.median(pair[side][0] for pair in results) for side in (0, 1)]
     ratios = [pair[0][0] / pair[1][0] for pair in results]
     firsts, gaps = (
@@ -200,6 +203,7 @@ def pace(came: Sequence[float]) -> float:
 
 
 def served_name(url: str) -> str:
+    """Returns the name of the model that a server has."""
     with urllib.request.urlopen(f"{url}/v1/models") as answer:
         return str(json.load(answer)["data"][0]["id"])
 

@@ -57,6 +57,7 @@ def first_token(model: Path, pairs: int) -> str:
 
 
 def row(title: str, mine: list[float], theirs: list[float], ratios: list[float]) -> str:
+    """Returns a row of the table under HEADER: both medians, that of the ratios, and their range."""
     middle = statistics.median
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     return f"| {title} | {middle(mine):.4g} | {middle(theirs):.4g} | {middle(ratios):.2f} | {spread} |"

@@ -22,6 +22,8 @@ from torch import nn
 
 
 class Norm(nn.Module):
+    """RMSNorm with a learned scale."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
@@ -58,11 +60,14 @@ class Block(nn.Module):
 
 
 def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Returns queries or keys (…, length, head) turned by their positions: RoPE, in halves."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class Network(nn.Module):
+    """OpenELM with tied embeddings: ids (batch, length) to logits (batch, length, vocabulary)."""
+
     def __init__(self, config: dict[str, Any], length: int):
         super().__init__()
         self.token_embeddings = nn.Embedding(config["vocab_size"], config["model_dim"])

@@ -32,6 +32,7 @@ Job = dict[str, Any]
 
 
 def ours(job: Job) -> dict[str, Any]:
+    """Trains by elm-mlx. Returns tokens and seconds of the timed updates, and all losses."""
     from elm_mlx import load_model  # isort: skip  (its BLAS must come before MLX)
     from elm_mlx.store import adapters  # isort: skip  (its BLAS must come before MLX)
     import mlx.core as mx
@@ -65,6 +66,7 @@ def ours(job: Job) -> dict[str, Any]:
 
 
 def mlx_lm(job: Job, peer: str) -> dict[str, Any]:
+    """Trains by mlx-lm's own trainer, as `peer` says. Returns the same."""
     if peer != "stock":
         import elm_mlx  # noqa: F401  (its BLAS must come before MLX)
     import mlx.core as mx
@@ -155,6 +157,7 @@ def examples(job: Job) -> list[dict[str, Any]]:
 
 
 def batches(job: Job) -> Any:
+    """Returns the batches that elm-mlx makes of the job's examples."""
     from elm_mlx.data.batches import Batches
     from elm_mlx.data.encoding import Example
 
