@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
-_LEAST, _MOST = 1_500, 6_000  # characters of a document
+LENGTHS = 1_500, 6_000  # characters of a document, from and to
 _WATCHED = 200  # one document in so many is for choosing by, and not trained on
 _ASCII = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "—": "--", "–": "-", "…": "...", "\u00a0": " "})
 
@@ -28,31 +28,31 @@ def read(path: Path) -> list[dict[str, str]]:
         sys.exit(f"{path}: cannot be read: {error.strerror or error}")
 
 
-def write_documents(books: Path, directory: Path) -> None:
+def write_documents(books: Path, directory: Path, lengths: tuple[int, int] = LENGTHS) -> None:
     """`train.jsonl` and `watched.jsonl`: all the books, cut and mixed, the same way every time."""
     draw, documents = random.Random(0), []
     for book in read(books):
-        documents.extend(cut(book["text"], draw))
+        documents.extend(cut(book["text"], draw, lengths))
     draw.shuffle(documents)
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "watched.jsonl", documents[::_WATCHED])
     _write(directory / "train.jsonl", [text for i, text in enumerate(documents) if i % _WATCHED])
 
 
-def cut(text: str, draw: random.Random) -> Iterator[str]:
-    """A book's documents: whole paragraphs, as many as reach a length drawn between _LEAST and _MOST characters.
+def cut(text: str, draw: random.Random, lengths: tuple[int, int] = LENGTHS) -> Iterator[str]:
+    """A book's documents: whole paragraphs, as many as reach a number of characters drawn between `lengths`.
 
     In normal form C, with a typewriter's quotes and dashes: a small vocabulary has better uses.
     """
     text = unicodedata.normalize("NFC", text).translate(_ASCII)
-    paragraphs, length, wanted = [], 0, draw.randint(_LEAST, _MOST)
+    paragraphs, length, wanted = [], 0, draw.randint(*lengths)
     for paragraph in text.split("\n"):
         paragraphs.append(paragraph)
         length += len(paragraph) + 1
         if length >= wanted:
             yield "\n".join(paragraphs)
-            paragraphs, length, wanted = [], 0, draw.randint(_LEAST, _MOST)
-    if length >= _LEAST // 2:
+            paragraphs, length, wanted = [], 0, draw.randint(*lengths)
+    if length >= lengths[0] // 2:
         yield "\n".join(paragraphs)
 
 

@@ -11,7 +11,6 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,16 @@ sys.path.append(str(HERE.parent))
 
 from pages import fill, recorded  # noqa: E402
 
-PROMPTS, SCORED = (128, 256, 448), 64  # tokens of a prompt, and of what follows it
-ANSWER = 256, 384  # of the longest prompt's positions, those that an earlier answer would have
+PROMPTS, SCORED = (128, 512, 2048), 64  # tokens of a prompt, and of what follows it
+ANSWER = 1856, 1984  # of the longest prompt's positions, those that an earlier answer would have
 SHARES = (0.75, 0.5, 0.25)  # of the base's layers, or of a prompt
+SMALL = "small"
+AUXILIARIES = (*map(str, SHARES), SMALL)  # shares of the base's layers, and a model of its own
 LEAST = 1 / 16  # of a prompt, to show what the rest of it is worth
+KINDS = {
+    "own": "an auxiliary trained to go on by itself", "alone": "the auxiliary of a prediction, alone",
+    "fit": "KV prediction, maps fitted", "kvp": "KV prediction, trained",
+}  # fmt: skip
 Measured = dict[str, Any]  # of a length of prompt: see `scores` of run.py
 
 
@@ -36,32 +41,39 @@ def main() -> None:
 
 def sooner(found: dict[str, dict[str, list[float]]], length: int, name: str) -> float:
     """How many times as soon the first token comes as when the base reads its prompt: the median of pairs."""
-    own, name = found[str(length)], name.replace("fit", "kvp")
+    own, name = found[str(length)], name.replace("fit", "kvp").replace("own", "alone")
     return statistics.median(base / one for base, one in zip(own["base/1"], own[name], strict=True))
 
 
 def rows(results: dict[str, Any]) -> Iterator[tuple[str, str, list[dict[str, Measured]]]]:
     """Yields of each variant what it is, its name among the times, and what each seed gave."""
     quality = results["quality"]
-    yield "the base", "base/1", [quality["base/1"]]
-    for share in (*SHARES, LEAST):
-        yield f"the base, of the prompt's last {100 * share:.3g} %", f"base/{share:g}", [quality[f"base/{share:g}"]]
-    kinds = ("alone", "the auxiliary alone"), ("fit", "KV prediction, maps fitted"), ("kvp", "KV prediction, trained")
-    for (name, what), keep in product(kinds, results["keeps"]):
-        found = [quality.get(f"{name}/{keep:g}/{seed}") for seed in results["seeds"]]
-        if any(found):
-            yield f"{what}, {100 * keep:g} % of the layers", f"{name}/{keep:g}", [each for each in found if each]
+    for share, seeds in quality["base"].items():
+        part = "" if share == "1" else f", of the prompt's last {100 * float(share):.3g} %"
+        yield f"the base{part}", f"base/{share}", list(seeds.values())
+    for kind, what in KINDS.items():
+        for name, seeds in quality.get(kind, {}).items():
+            yield f"{what}, {layers(results, name)}", f"{kind}/{name}", list(seeds.values())
+
+
+def layers(results: dict[str, Any], name: str) -> str:
+    """What an auxiliary is."""
+    if name != SMALL:
+        return f"{100 * float(name):g} % of the layers"
+    parameters = results["parameters"]
+    return f"another model, {100 * parameters[name] / parameters['base']:.0f} % of the parameters"
 
 
 def quality_table(results: dict[str, Any]) -> str:
-    """Bits a byte by the length of the prompt, what is lost after the longest, and how soon the first token comes."""
-    headers = ["", *map(str, PROMPTS), f"more, {PROMPTS[-1]}", *(f"as soon, {length}" for length in PROMPTS)]
+    """By the length of the prompt: bits a byte more than the base's, and how soon the first token comes."""
+    headers = ["", *map(str, PROMPTS), *(f"as soon, {length}" for length in PROMPTS)]
     lines = [f"| {' | '.join(headers)} |", "| --- " + "| ---: " * (len(headers) - 1) + "|"]
     for what, name, found in rows(results):
-        values = [cell([bits(each[str(length)]) for each in found], "4f") for length in PROMPTS]
+        values = [lost_bits(found, whole(results), length) for length in PROMPTS]
+        if name == "base/1":
+            values = [f"{bits(found[0][str(length)]):.4f}" for length in PROMPTS]
         ratios = [f"{sooner(results['times'], length, name):.2f} ×" for length in PROMPTS]
-        lost = lost_bits(found, results["quality"]["base/1"])
-        lines.append(f"| {what} | {' | '.join([*values, lost, *ratios])} |")
+        lines.append(f"| {what} | {' | '.join([*values, *ratios])} |")
     return "\n".join(lines)
 
 
@@ -70,18 +82,19 @@ def bits(measured: Measured) -> float:
     return sum(measured["nats"]) / math.log(2) / measured["bytes"]
 
 
-def lost_bits(seeds: Sequence[dict[str, Measured]], base: dict[str, Measured]) -> str:
-    """Bits a byte more than the base's after the longest prompt, with how far 95 % of other passages would reach."""
-    length = str(PROMPTS[-1])
-    whole = base[length]["nats"]
-    more = [
-        statistics.mean(nats) - theirs
-        for *nats, theirs in zip(*(each[length]["nats"] for each in seeds), whole, strict=True)
-    ]
-    scale = len(more) / math.log(2) / base[length]["bytes"]
-    if not any(more):
-        return ""
-    return f"{scale * statistics.mean(more):+.4f} ± {1.96 * scale * statistics.stdev(more) / len(more) ** 0.5:.4f}"
+def whole(results: dict[str, Any]) -> dict[str, Measured]:
+    """What the base gave that reads all of its prompts."""
+    return results["quality"]["base"]["1"]["0"]
+
+
+def lost_bits(seeds: Sequence[dict[str, Measured]], base: dict[str, Measured], length: int = PROMPTS[-1]) -> str:
+    """Bits a byte more than the base's, with how far 95 % of other passages would reach, and the seeds' deviation."""
+    theirs, size = base[str(length)]["nats"], math.log(2) * base[str(length)]["bytes"]
+    more = [[one - least for one, least in zip(each[str(length)]["nats"], theirs, strict=True)] for each in seeds]
+    means = [statistics.mean(passage) for passage in zip(*more, strict=True)]
+    reach = 1.96 * statistics.stdev(means) * len(means) ** 0.5 / size
+    spread = f" ({statistics.stdev([sum(each) / size for each in more]):.4f})" if len(seeds) > 1 else ""
+    return f"{sum(means) / size:+.4f} ± {reach:.4f}{spread}"
 
 
 def agreement_table(results: dict[str, Any]) -> str:
@@ -98,24 +111,22 @@ def agreement_table(results: dict[str, Any]) -> str:
 
 def drafts_line(results: dict[str, Any]) -> str:
     """How often the auxiliaries that are trained guess the base's next greedy token; empty where none is."""
-    shares = {
-        keep: [100 * value for seed in results["seeds"] if (value := results["quality"].get(f"drafts/{keep:g}/{seed}"))]
-        for keep in results["keeps"]
-    }
-    known = [f"{cell(values, '0f')} % by {100 * keep:g} % of the layers" for keep, values in shares.items() if values]
+    known = [
+        f"{cell([100 * value for value in seeds.values()], '0f')} % ({layers(results, name)})"
+        for name, seeds in results["quality"].get("drafts", {}).items()
+    ]
     return f"\n\nOf the base's greedy tokens the trained auxiliary guesses {', '.join(known)}." if known else ""
 
 
 def turns_table(results: dict[str, Any]) -> str:
     """Bits a byte more than the base's after the longest prompt, all predicted or with an answer that is kept."""
-    quality, base = results["quality"], results["quality"]["base/1"]
     lines = ["|  | all predicted | the answer kept |", "| --- | ---: | ---: |"]
     for what, name, found in rows(results):
-        kind, keep = name.split("/")
-        turns = [quality.get(f"turns/{kind}/{keep}/{seed}") for seed in results["seeds"]]
-        if any(turns):
-            kept = lost_bits([each for each in turns if each], base)
-            lines.append(f"| {what} | {lost_bits(found, base)} | {kept} |")
+        kind, auxiliary = name.split("/")
+        turns = results["quality"].get(f"{kind}, answer kept", {}).get(auxiliary, {})
+        if turns:
+            kept = lost_bits(list(turns.values()), whole(results))
+            lines.append(f"| {what} | {lost_bits(found, whole(results))} | {kept} |")
     return "\n".join(lines)
 
 
@@ -145,30 +156,32 @@ def cell(values: Sequence[float], form: str) -> str:
 def plot(results: dict[str, Any], path: Path) -> None:
     """Plots bits a byte by the time to the first token, after the longest prompt: a line a method, a point a seed.
 
-    On the right without the auxiliary alone, which is far above.
+    Points beside a line are those of the auxiliary that is no part of the base.
+    On the right without the auxiliaries by themselves, which are far above.
     """
     from matplotlib.figure import Figure
 
     length = PROMPTS[-1]
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     found = [(name, [bits(each[str(length)]) for each in seeds]) for _, name, seeds in rows(results)]
-    kinds = {
-        "alone": ("the auxiliary alone", "C1"), "base": ("the base, of the prompt's last part", "C7"),
-        "fit": ("KV prediction, maps fitted", "C2"), "kvp": ("KV prediction, trained", "C0"),
-    }  # fmt: skip
-    for axes, shown in zip(figure.subplots(1, 2), (list(kinds), list(kinds)[1:]), strict=True):
+    kinds = {"base": "the base, of the prompt's last part"} | KINDS
+    for axes, shown in zip(figure.subplots(1, 2), (list(kinds), ["base", "fit", "kvp"]), strict=True):
         for kind in shown:
-            label, colour = kinds[kind]
+            label, colour = kinds[kind], f"C{list(kinds).index(kind)}"
             same = [(name, seeds) for name, seeds in found if name.split("/")[0] == kind]
             own = [(1 / sooner(results["times"], length, name), seeds) for name, seeds in same]
             points = [(x, one) for x, seeds in own for one in seeds]
             if own:
-                means = [(x, statistics.mean(seeds)) for x, seeds in own]
+                means = [
+                    (x, statistics.mean(seeds))
+                    for (x, seeds), (name, _) in zip(own, same, strict=True)
+                    if SMALL not in name
+                ]
                 axes.plot(*zip(*means, strict=True), "-", color=colour, label=label)
                 axes.plot(*zip(*points, strict=True), ".", color=colour)
         axes.set(xlabel=f"time to the first token after {length} tokens, of the base's", ylabel="bits a byte, held out")
-        if "alone" in shown:
-            axes.legend()
+        if "own" in shown:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=100)
 
 

@@ -1,11 +1,12 @@
 """What KV prediction costs and gains on a small model: `python examples/kv-prediction/run.py`.
 
-Auxiliary models of a quarter, a half and three quarters of a base's layers are made to predict its keys and values: by
-maps that are fitted and no more, and by training, from several seeds. On two books that nothing is trained on it
-measures how well the base goes on after a prompt that was predicted, how well the auxiliary does alone, and how well
-the base does that reads but the prompt's end, which is as soon done. Training is a command of elm-mlx's, which is
-printed before it runs. All that is measured goes into `results.json`, from which page.py makes the tables and the plot.
-Run again, it goes on where it was stopped.
+The base is the project's small model, trained on with longer texts until it reads prompts of 2,048 tokens. Auxiliary
+models of a quarter, a half and three quarters of its layers, and a small one of its own, are made to predict its keys
+and values: by maps that are fitted and no more, and by training, from several seeds. On two books that nothing is
+trained on it measures how well the base goes on after a prompt that was predicted, how well the auxiliary does alone,
+and how well the base does that reads but the prompt's end, which is as soon done. Training is by commands of elm-mlx's,
+which are printed before they run, but for the base's. All that is measured goes into `results.json`, from which page.py
+makes the tables and the plot. Run again, it goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ sys.path.append(str(HERE.parent))
 
 import books as texts  # noqa: E402
 from command import elm  # noqa: E402
-from page import ANSWER, LEAST, PROMPTS, SCORED, SHARES, Measured, tables  # noqa: E402
+from page import ANSWER, AUXILIARIES, LEAST, PROMPTS, SCORED, SHARES, Measured, tables  # noqa: E402
 
 import elm_mlx  # noqa: E402
 
@@ -34,18 +35,34 @@ import elm_mlx  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
-from elm_mlx.directories import PREDICTION  # noqa: E402
+from elm_mlx.cli.training_display import TrainingDisplay  # noqa: E402
+from elm_mlx.directories import PREDICTION, checkpoints_of  # noqa: E402
 from elm_mlx.inference.generation import stream_generate  # noqa: E402
 from elm_mlx.inference.rows import predicted_prefill, prefill  # noqa: E402
 from elm_mlx.model.cache import make_prompt_cache  # noqa: E402
 from elm_mlx.model.kv_prediction import KVPrediction, kept_layers, pruned_map  # noqa: E402
-from elm_mlx.model.network import Model  # noqa: E402
+from elm_mlx.model.network import Model, initialize  # noqa: E402
 from elm_mlx.store import kvp_directory  # noqa: E402
+from elm_mlx.train import checkpoint, sections  # noqa: E402
 from elm_mlx.train.kvp_training import pruned  # noqa: E402
+from elm_mlx.train.pretraining import Pretraining  # noqa: E402
+from elm_mlx.train.pretraining_recipe import Recipe  # noqa: E402
 
 CLASSICS = HERE.parent / "classics"
-ROW_TOKENS = 2 * 512  # of an update, as in recipe.toml
+CONTEXT = PROMPTS[-1] + SCORED
+LENGTHS = 8_000, 32_000  # characters of a document: several rows
+ROW_TOKENS = 1024  # of an update of a prediction, as in recipe.toml
 LONGER = (128, 512, 2000)  # tokens of a larger model's prompts
+# The base goes on with rows as long as it is to read; a small auxiliary begins with such. Both learn by classics'
+# recipe, but for these fields.
+LONG_ROWS = [
+    f"model.context={CONTEXT}",
+    f"data.sequence_length={CONTEXT}",
+    "data.validation_rows=4",
+    "run.batch_size=1",
+]
+BASE = ["optimizer.lr=0.0003", "optimizer.steps=200", "optimizer.warmup=20"]
+SMALL = ["model.num_layers=4", "model.model_dim=128", "optimizer.steps=400", "optimizer.warmup=40"]
 Passage = tuple[list[int], list[int]]  # the ids before a place in a text, and those after it
 Variant = tuple[Model, KVPrediction | None, float]  # what reads, what predicts, and of what share of the prompt
 
@@ -56,11 +73,16 @@ def main() -> None:
         "--books", type=Path, default=CLASSICS / "extract.jsonl.gz", help='{"text": …} a line, a book each'
     )
     parser.add_argument("--out", type=Path, default=Path("build/kv-prediction"), help="where everything is written")
-    parser.add_argument("--keeps", type=float, nargs="+", default=[*SHARES], help="shares of the layers that are kept")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--steps", type=int, default=100, help="updates of each training, of 1,024 tokens")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument(
+        "--auxiliaries", nargs="+", default=[*AUXILIARIES], help="shares of the base's layers, and small"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="updates of each prediction, of 1,024 tokens")
     parser.add_argument("--passages", type=int, default=32, help="places in each book that are measured")
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each time to the first token")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the models' recipe, to be soon done"
+    )
     parser.add_argument("--measure", action="store_true", help="train nothing; measure what is there, and times anew")
     parser.add_argument("--larger", type=Path, metavar="MODEL", help="measure the times of a larger model, and no more")
     arguments = parser.parse_args()
@@ -75,12 +97,21 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures what is not there yet. Returns all of it."""
-    out, base_directory = arguments.out, arguments.out / "base"
+    out = arguments.out
     if not (out / "data" / "train.jsonl").exists():
-        texts.write_documents(arguments.books, out / "data")
-    if not base_directory.exists():
-        elm("convert", CLASSICS / "checkpoint_average.pt", base_directory, "--tokenizer", CLASSICS / "tokenizer.model")
-    base, tokenizer = elm_mlx.load(base_directory)
+        texts.write_documents(arguments.books, out / "data", LENGTHS)
+    if not (out / "converted").exists():
+        elm(
+            "convert",
+            CLASSICS / "checkpoint_average.pt",
+            out / "converted",
+            "--tokenizer",
+            CLASSICS / "tokenizer.model",
+        )
+    pretrain(arguments, "base", BASE, functools.partial(begin_with, elm_mlx.load_model(out / "converted")))
+    pretrain(arguments, "small", SMALL)
+    base, tokenizer = elm_mlx.load(out / "base")
+    assert tokenizer is not None
     held_out = list(passages(tokenizer, arguments.passages))
 
     @functools.cache
@@ -90,53 +121,85 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         )
         return [mx.argmax(logits, axis=-1) for logits in found]
 
-    quality: dict[str, Any] = {}
-    trained: dict[str, KVPrediction] = {}
+    quality: dict[str, dict[str, dict[str, Any]]] = {}  # by what was measured, of which auxiliary or share, and seed
+
+    def add(kind: str, name: str, seed: int, path: Path, make: Callable[[], Any]) -> None:
+        quality.setdefault(kind, {}).setdefault(name, {})[str(seed)] = kept(path, make)
+
+    def add_scores(kind: str, name: str, seed: int, path: Path, variant: Variant) -> None:
+        add(kind, name, seed, path, lambda: scores(variant, held_out, tokenizer, likeliest))
+
+    predictions: dict[str, KVPrediction] = {}
     for share in (1.0, *SHARES, LEAST):
-        quality[f"base/{share:g}"] = kept(
-            out / f"base-{share:g}.json",
-            lambda share=share: scores((base, None, share), held_out, tokenizer, likeliest),
-        )
-    fits = product(("fit",), arguments.seeds[:1], arguments.keeps)  # which no seed changes
-    for kind, seed, keep in chain(fits, product(("kvp",), arguments.seeds, arguments.keeps)):
-        directory = out / f"{kind}-{keep:g}-seed-{seed}"
+        add_scores("base", f"{share:g}", 0, out / f"base-{share:g}.json", (base, None, share))
+    # Seeds change nothing of what is only fitted; of what the auxiliary does on its own, one tells enough.
+    asked = [
+        ("fit", 0),
+        *((kind, seed) for seed in arguments.seeds for kind in ("kvp", "own") if kind == "kvp" or seed == 1),
+    ]
+    for (kind, seed), name in product(asked, arguments.auxiliaries):
+        directory = out / f"{kind}-{name}-seed-{seed}"
         if updates(directory) < (1 if kind == "fit" else arguments.steps):
             if arguments.measure:
                 continue
-            train(arguments, directory, kind, keep, seed)
-        kvp = trained[f"{kind}/{keep:g}"] = kvp_directory.load(directory, base_directory, base)
-        for name, variant in ((kind, (base, kvp, 1.0)), ("alone", (kvp.auxiliary, None, 1.0))):
-            if name == kind or kind == "kvp":  # the layers that are left say nothing before they are trained
-                quality[f"{name}/{keep:g}/{seed}"] = kept(
-                    directory / f"scores-{name}.json",
-                    lambda variant=variant: scores(variant, held_out, tokenizer, likeliest),
-                )
-        quality[f"turns/{kind}/{keep:g}/{seed}"] = kept(
-            directory / "scores-turns.json", lambda kvp=kvp: answer_kept(base, kvp, held_out, tokenizer)
-        )
+            train(arguments, directory, kind, name, seed)
+        kvp = kvp_directory.load(directory, out / "base", base)
+        if kind == "own":
+            add_scores(kind, name, seed, directory / "scores-own.json", (kvp.auxiliary, None, 1.0))
+            continue
+        predictions[name] = kvp
+        add_scores(kind, name, seed, directory / f"scores-{kind}.json", (base, kvp, 1.0))
+        turns = lambda kvp=kvp: answer_kept(base, kvp, held_out, tokenizer)  # noqa: E731
+        add(f"{kind}, answer kept", name, seed, directory / "scores-turns.json", turns)
         if kind == "kvp":
-            quality[f"drafts/{keep:g}/{seed}"] = kept(
-                directory / "scores-drafts.json",
-                lambda kvp=kvp: right_guesses(base, kvp.auxiliary, held_out, tokenizer),
-            )
+            add_scores("alone", name, seed, directory / "scores-alone.json", (kvp.auxiliary, None, 1.0))
+            drafts = lambda kvp=kvp: right_guesses(base, kvp.auxiliary, held_out, tokenizer)  # noqa: E731
+            add("drafts", name, seed, directory / "scores-drafts.json", drafts)
     path = out / "times.json"
     if arguments.measure or not path.exists():
         variants: dict[str, Variant] = {f"base/{share:g}": (base, None, share) for share in (1.0, *SHARES, LEAST)}
-        for keep in arguments.keeps:
-            kvp = trained.get(f"kvp/{keep:g}") or trained[f"fit/{keep:g}"]
-            variants |= {f"kvp/{keep:g}": (base, kvp, 1.0), f"alone/{keep:g}": (kvp.auxiliary, None, 1.0)}
+        for name, kvp in predictions.items():
+            variants |= {f"kvp/{name}": (base, kvp, 1.0), f"alone/{name}": (kvp.auxiliary, None, 1.0)}
         prompt = held_out[0][0]
         path.write_text(json.dumps(times(variants, prompt, PROMPTS, arguments.repeats)) + "\n", "utf-8")
+    parameters = {"base": base.config.parameters} | {
+        name: kvp.auxiliary.config.parameters for name, kvp in predictions.items()
+    }
     found = {
-        "tokens": arguments.steps * ROW_TOKENS, "seeds": arguments.seeds, "keeps": arguments.keeps, "quality": quality,
+        "tokens": arguments.steps * ROW_TOKENS, "quality": quality, "parameters": parameters,
         "times": json.loads(path.read_text("utf-8")),
-        "parameters": {"base": base.config.parameters}
-        | {f"{keep:g}": trained[f"fit/{keep:g}"].auxiliary.config.parameters for keep in arguments.keeps},
     }  # fmt: skip
     larger = out / "larger.json"
     if larger.exists():
         found["larger"] = json.loads(larger.read_text("utf-8"))
     return found
+
+
+def pretrain(
+    arguments: argparse.Namespace, name: str, fields: Sequence[str], draw: Callable[[Model, int], None] = initialize
+) -> None:
+    """Trains a model on the longer texts, and goes on where that was stopped."""
+    out, data = arguments.out / name, arguments.out / "data"
+    paths = [
+        f"tokenizer={CLASSICS / 'tokenizer.model'}", f"data.validation={data / 'watched.jsonl'}",
+        f'data.sources=[{{path = "{data / "train.jsonl"}"}}]',
+    ]  # fmt: skip
+    recipe = sections.read(CLASSICS / "recipe.toml", Recipe, [*paths, *LONG_ROWS, *fields, *arguments.set])
+    if checkpoint.directory(out, recipe.optimizer.steps).exists():
+        return
+    print(f"\ntraining {out}", flush=True)
+    with (
+        Pretraining(recipe, out, resume=bool(checkpoints_of(out)), draw=draw) as run,
+        TrainingDisplay(recipe.optimizer.steps) as shown,
+    ):
+        result = run.train(shown)
+    if result.interrupted:
+        sys.exit(130)
+
+
+def begin_with(trained: Model, model: Model, seed: int) -> None:
+    """Gives a model the weights of one that is trained."""
+    model.update(trained.parameters())
 
 
 def updates(directory: Path) -> int:
@@ -145,8 +208,11 @@ def updates(directory: Path) -> int:
     return json.loads(record.read_text("utf-8"))["trained"]["updates"] if record.exists() else 0
 
 
-def train(arguments: argparse.Namespace, directory: Path, kind: str, keep: float, seed: int) -> None:
-    """Trains a prediction; one to "fit" by an update that changes nothing, for maps are fitted before the first."""
+def train(arguments: argparse.Namespace, directory: Path, kind: str, name: str, seed: int) -> None:
+    """Trains a prediction, or the auxiliary on its "own"; one to "fit" by an update that changes nothing.
+
+    Maps are fitted before the first update.
+    """
     data = arguments.out / "data"
     fields = {
         "data.validation": data / "watched.jsonl",
@@ -158,9 +224,12 @@ def train(arguments: argparse.Namespace, directory: Path, kind: str, keep: float
     }
     if kind == "fit":
         fields |= {"optimizer.steps": 1, "optimizer.warmup": 0, "optimizer.lr": 1e-9, "run.eval_every": 1}
-    sets = [word for name, value in fields.items() for word in ("--set", f"{name}={value}")]
+    if kind == "own":
+        fields |= {"loss.base": 0, "loss.kv": 0}
+    sets = [word for field, value in fields.items() for word in ("--set", f"{field}={value}")]
+    auxiliary = ["--aux", arguments.out / "small"] if name == "small" else ["--keep", name]
     resume = ["--resume"] if (directory / "checkpoints").exists() else []
-    elm("kvp", arguments.out / "base", HERE / "recipe.toml", "--keep", f"{keep:g}", "--out", directory, *sets, *resume)
+    elm("kvp", arguments.out / "base", HERE / "recipe.toml", *auxiliary, "--out", directory, *sets, *resume)
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
