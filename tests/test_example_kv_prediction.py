@@ -41,7 +41,7 @@ def test_the_base_and_what_predicts_exactly_are_scored_as_eval_does(
 
     exact = kv_predictions.identity_of(base, base)
     whole, predicted, cut = (
-        example["scores"](variant, held_out, tokenizer, likeliest)
+        example["scores"](likeliest, variant, held_out, tokenizer)
         for variant in ((base, None, 1.0), (base, exact, 1.0), (base, None, 1 / 16))
     )
     for length in LENGTHS:

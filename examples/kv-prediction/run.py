@@ -43,6 +43,7 @@ from elm_mlx.model.cache import make_prompt_cache  # noqa: E402
 from elm_mlx.model.kv_prediction import KVPrediction, kept_layers, pruned_map  # noqa: E402
 from elm_mlx.model.network import Model, initialize  # noqa: E402
 from elm_mlx.store import kvp_directory  # noqa: E402
+from elm_mlx.text.tokenizer import Tokenizer  # noqa: E402
 from elm_mlx.train import checkpoint, sections  # noqa: E402
 from elm_mlx.train.kvp_training import pruned  # noqa: E402
 from elm_mlx.train.pretraining import Pretraining  # noqa: E402
@@ -51,7 +52,6 @@ from elm_mlx.train.pretraining_recipe import Recipe  # noqa: E402
 CLASSICS = HERE.parent / "classics"
 CONTEXT = PROMPTS[-1] + SCORED
 LENGTHS = 8_000, 32_000  # characters of a document: several rows
-ROW_TOKENS = 1024  # of an update of a prediction, as in recipe.toml
 LONGER = (128, 512, 2000)  # tokens of a larger model's prompts
 # The base goes on with rows as long as it is to read; a small auxiliary begins with such. Both learn by classics'
 # recipe, but for these fields.
@@ -98,20 +98,7 @@ def main() -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains and measures what is not there yet. Returns all of it."""
     out = arguments.out
-    if not (out / "data" / "train.jsonl").exists():
-        texts.write_documents(arguments.books, out / "data", LENGTHS)
-    if not (out / "converted").exists():
-        elm(
-            "convert",
-            CLASSICS / "checkpoint_average.pt",
-            out / "converted",
-            "--tokenizer",
-            CLASSICS / "tokenizer.model",
-        )
-    pretrain(arguments, "base", BASE, functools.partial(begin_with, elm_mlx.load_model(out / "converted")))
-    pretrain(arguments, "small", SMALL)
-    base, tokenizer = elm_mlx.load(out / "base")
-    assert tokenizer is not None
+    base, tokenizer = prepare(arguments)
     held_out = list(passages(tokenizer, arguments.passages))
 
     @functools.cache
@@ -123,56 +110,62 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     quality: dict[str, dict[str, dict[str, Any]]] = {}  # by what was measured, of which auxiliary or share, and seed
 
-    def add(kind: str, name: str, seed: int, path: Path, make: Callable[[], Any]) -> None:
-        quality.setdefault(kind, {}).setdefault(name, {})[str(seed)] = kept(path, make)
+    def add(kind: str, name: str, seed: int, path: Path, measure: Callable[..., Any], *of: Any) -> None:
+        found = kept(path, functools.partial(measure, *of, held_out, tokenizer))
+        quality.setdefault(kind, {}).setdefault(name, {})[str(seed)] = found
 
-    def add_scores(kind: str, name: str, seed: int, path: Path, variant: Variant) -> None:
-        add(kind, name, seed, path, lambda: scores(variant, held_out, tokenizer, likeliest))
-
-    predictions: dict[str, KVPrediction] = {}
+    scored = functools.partial(scores, likeliest)
+    variants: dict[str, Variant] = {f"base/{share:g}": (base, None, share) for share in (1.0, *SHARES, LEAST)}
     for share in (1.0, *SHARES, LEAST):
-        add_scores("base", f"{share:g}", 0, out / f"base-{share:g}.json", (base, None, share))
-    # Seeds change nothing of what is only fitted; of what the auxiliary does on its own, one tells enough.
-    asked = [
-        ("fit", 0),
-        *((kind, seed) for seed in arguments.seeds for kind in ("kvp", "own") if kind == "kvp" or seed == 1),
-    ]
-    for (kind, seed), name in product(asked, arguments.auxiliaries):
+        add("base", f"{share:g}", 0, out / f"base-{share:g}.json", scored, (base, None, share))
+    # One seed tells enough of what is only fitted, and of what an auxiliary learns on its own.
+    seeds = arguments.seeds
+    kinds = [("fit", 0), ("kvp", seeds[0]), ("own", seeds[0]), *(("kvp", seed) for seed in seeds[1:])]
+    for (kind, seed), name in product(kinds, arguments.auxiliaries):
         directory = out / f"{kind}-{name}-seed-{seed}"
         if updates(directory) < (1 if kind == "fit" else arguments.steps):
             if arguments.measure:
                 continue
             train(arguments, directory, kind, name, seed)
         kvp = kvp_directory.load(directory, out / "base", base)
+        alone: Variant = (kvp.auxiliary, None, 1.0)
         if kind == "own":
-            add_scores(kind, name, seed, directory / "scores-own.json", (kvp.auxiliary, None, 1.0))
+            add("own", name, seed, directory / "scores-own.json", scored, alone)
             continue
-        predictions[name] = kvp
-        add_scores(kind, name, seed, directory / f"scores-{kind}.json", (base, kvp, 1.0))
-        turns = lambda kvp=kvp: answer_kept(base, kvp, held_out, tokenizer)  # noqa: E731
-        add(f"{kind}, answer kept", name, seed, directory / "scores-turns.json", turns)
+        variants |= {f"kvp/{name}": (base, kvp, 1.0), f"alone/{name}": alone}
+        add(kind, name, seed, directory / f"scores-{kind}.json", scored, (base, kvp, 1.0))
+        add(f"{kind}, answer kept", name, seed, directory / "scores-turns.json", answer_kept, base, kvp)
         if kind == "kvp":
-            add_scores("alone", name, seed, directory / "scores-alone.json", (kvp.auxiliary, None, 1.0))
-            drafts = lambda kvp=kvp: right_guesses(base, kvp.auxiliary, held_out, tokenizer)  # noqa: E731
-            add("drafts", name, seed, directory / "scores-drafts.json", drafts)
+            add("alone", name, seed, directory / "scores-alone.json", scored, alone)
+            add("drafts", name, seed, directory / "scores-drafts.json", right_guesses, base, kvp.auxiliary)
     path = out / "times.json"
     if arguments.measure or not path.exists():
-        variants: dict[str, Variant] = {f"base/{share:g}": (base, None, share) for share in (1.0, *SHARES, LEAST)}
-        for name, kvp in predictions.items():
-            variants |= {f"kvp/{name}": (base, kvp, 1.0), f"alone/{name}": (kvp.auxiliary, None, 1.0)}
-        prompt = held_out[0][0]
-        path.write_text(json.dumps(times(variants, prompt, PROMPTS, arguments.repeats)) + "\n", "utf-8")
-    parameters = {"base": base.config.parameters} | {
-        name: kvp.auxiliary.config.parameters for name, kvp in predictions.items()
-    }
-    found = {
-        "tokens": arguments.steps * ROW_TOKENS, "quality": quality, "parameters": parameters,
-        "times": json.loads(path.read_text("utf-8")),
+        path.write_text(json.dumps(times(variants, held_out[0][0], PROMPTS, arguments.repeats)) + "\n", "utf-8")
+    parameters = {"base": base.config.parameters}
+    parameters |= {
+        name: variants[f"alone/{name}"][0].config.parameters
+        for name in arguments.auxiliaries if f"alone/{name}" in variants
     }  # fmt: skip
+    found = {"quality": quality, "parameters": parameters, "times": json.loads(path.read_text("utf-8"))}
     larger = out / "larger.json"
     if larger.exists():
         found["larger"] = json.loads(larger.read_text("utf-8"))
     return found
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
+    """Writes the texts, and trains the base and the small model, where they are not there yet. Returns the base."""
+    out = arguments.out
+    if not (out / "data" / "train.jsonl").exists():
+        texts.write_documents(arguments.books, out / "data", LENGTHS)
+    if not (out / "converted").exists():
+        given = ["--tokenizer", CLASSICS / "tokenizer.model"]
+        elm("convert", CLASSICS / "checkpoint_average.pt", out / "converted", *given)
+    pretrain(arguments, "base", BASE, functools.partial(begin_with, elm_mlx.load_model(out / "converted")))
+    pretrain(arguments, "small", SMALL)
+    base, tokenizer = elm_mlx.load(out / "base")
+    assert tokenizer is not None
+    return base, tokenizer
 
 
 def pretrain(
@@ -185,7 +178,7 @@ def pretrain(
         f'data.sources=[{{path = "{data / "train.jsonl"}"}}]',
     ]  # fmt: skip
     recipe = sections.read(CLASSICS / "recipe.toml", Recipe, [*paths, *LONG_ROWS, *fields, *arguments.set])
-    if checkpoint.directory(out, recipe.optimizer.steps).exists():
+    if checkpoint.directory(out, recipe.optimizer.steps).exists() and (out / "model.safetensors").exists():
         return
     print(f"\ntraining {out}", flush=True)
     with (
@@ -252,7 +245,7 @@ def passages(tokenizer: Any, count: int) -> Iterator[Passage]:
 
 
 def scores(
-    variant: Variant, held_out: Sequence[Passage], tokenizer: Any, likeliest: Callable[[int], list[mx.array]]
+    likeliest: Callable[[int], list[mx.array]], variant: Variant, held_out: Sequence[Passage], tokenizer: Any
 ) -> dict[str, Measured]:
     """Scores the same tokens after prompts of each length, all of which end before them.
 
