@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the models' recipe, to be soon done"
     )
-    parser.add_argument("--measure", action="store_true", help="train nothing; measure what is there, and times anew")
+    parser.add_argument("--measure", action="store_true", help="train no prediction; measure those there are, and times anew")
     parser.add_argument("--larger", type=Path, metavar="MODEL", help="measure the times of a larger model, and no more")
     arguments = parser.parse_args()
     if arguments.larger is not None:
