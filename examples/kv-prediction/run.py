@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of the models' recipe, to be soon done"
     )
-    parser.add_argument("--measure", action="store_true", help="train no prediction; measure those there are, and times anew")
+    parser.add_argument("--measure", action="store_true", help="train no prediction; measure times anew")
     parser.add_argument("--larger", type=Path, metavar="MODEL", help="measure the times of a larger model, and no more")
     arguments = parser.parse_args()
     if arguments.larger is not None:
@@ -161,7 +161,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Model, Tokenizer]:
     if not (out / "converted").exists():
         given = ["--tokenizer", CLASSICS / "tokenizer.model"]
         elm("convert", CLASSICS / "checkpoint_average.pt", out / "converted", *given)
-    pretrain(arguments, "base", BASE, functools.partial(begin_with, elm_mlx.load_model(out / "converted")))
+    pretrain(arguments, "base", BASE, functools.partial(begin_with, out / "converted"))
     pretrain(arguments, "small", SMALL)
     base, tokenizer = elm_mlx.load(out / "base")
     assert tokenizer is not None
@@ -190,9 +190,9 @@ def pretrain(
         sys.exit(130)
 
 
-def begin_with(trained: Model, model: Model, seed: int) -> None:
-    """Gives a model the weights of one that is trained."""
-    model.update(trained.parameters())
+def begin_with(trained: Path, model: Model, seed: int) -> None:
+    """Gives a model the weights of one that is trained, of the same shape."""
+    model.update(elm_mlx.load_model(trained).parameters())
 
 
 def updates(directory: Path) -> int:
