@@ -63,6 +63,7 @@ PREDICTION = "kvp.json"  # in the directory of a KV Prediction
 
 # In the directory of a training run: what the run is, and in each of its checkpoints the weights.
 RUN_RECORD, PARAMETERS = "run.json", "parameters.safetensors"
+_ADAPTER_RUNS = ("lora", "dpo", "grpo")  # commands whose runs leave no model of their own
 
 # What systems and downloads put into any directory; nobody misses it.
 _LITTER = (
@@ -205,10 +206,12 @@ def nearest(path: Path) -> Path | None:
 
 def _no_model(path: Path) -> str:
     """Returns a hint: what a directory without `config.json` seems to be, and what to do with it."""
-    adapter, run = (_object_in(path / name) for name in ("adapter_config.json", "run.json"))
+    if (path / PARAMETERS).is_file():
+        return f"a checkpoint of a training run, not a model directory{_of_checkpoint(path)}"
+    adapter, run = (_object_in(path / name) for name in ("adapter_config.json", RUN_RECORD))
     settings = run.get("settings") if run else None
     model = settings.get("model") if isinstance(settings, dict) else None
-    if adapter is None and run is not None and run.get("command") in ("lora", "dpo", "grpo"):
+    if adapter is None and run is not None and run.get("command") in _ADAPTER_RUNS:
         command = f"elm-mlx {run['command']} --out {path} --resume"
         return f"a training run that has left no adapter yet, and no model; `{command}` goes on with it"
     prediction = _object_in(path / PREDICTION)
@@ -233,6 +236,15 @@ def _no_model(path: Path) -> str:
         f"{what}, not a model directory by itself: give {named} and `--adapter {path}`, "
         f"or make one of both by `elm-mlx fuse {named} {path} DST`"
     )
+
+
+def _of_checkpoint(path: Path) -> str:
+    """Returns what to do with a training run's checkpoint, `RUN/checkpoints/step-…`."""
+    run = path.absolute().parent.parent
+    command = (_object_in(run / RUN_RECORD) or {}).get("command")
+    if command == "pretrain":
+        return f"; `elm-mlx average {path} --out DIR` makes one of it"
+    return f"; `elm-mlx {command} --out {run} --resume` goes on with the run" if command in _ADAPTER_RUNS else ""
 
 
 def _object_in(path: Path) -> dict[str, Any] | None:

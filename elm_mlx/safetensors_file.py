@@ -86,7 +86,9 @@ def weight_files(directory: Path) -> list[Path]:
             raise InputError(f"{directory}: {missing[0]} is missing, which {INDEX} names")
         found = [file for file in found if file.name in named]
     if not found:
-        raise InputError(f"{directory}: holds no model.safetensors")
+        average = f"`elm-mlx average {directory} --last 1 --out DIR` makes a model of its newest checkpoint"
+        hint = f" yet, as a training run that is not done; {average}" if (directory / "checkpoints").is_dir() else ""
+        raise InputError(f"{directory}: holds no model.safetensors{hint}")
     return found
 
 

@@ -293,3 +293,23 @@ def test_what_else_a_directory_is(tmp_path: Path, files: dict[str, Any], message
         (out / name).write_text(json.dumps(values))
     with pytest.raises(InputError, match=message):
         read_config(out)
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        ({"command": "pretrain"}, r"directory; `elm-mlx average .*step-00000002 --out DIR` makes one of it$"),
+        ({"command": "grpo"}, r"directory; `elm-mlx grpo --out \S*run --resume` goes on with the run$"),
+        ({"command": "later"}, "directory$"),
+        ([], "directory$"),
+        (None, "directory$"),
+    ],
+)
+def test_what_to_do_with_a_runs_checkpoint(tmp_path: Path, run: Any, message: str) -> None:
+    checkpoint = tmp_path / "run/checkpoints/step-00000002"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "parameters.safetensors").write_bytes(b"")
+    if run is not None:
+        (tmp_path / "run/run.json").write_text(json.dumps(run))
+    with pytest.raises(InputError, match=f"step-00000002: a checkpoint of a training run, not a model {message}"):
+        read_config(checkpoint)

@@ -444,6 +444,12 @@ def test_an_index_that_makes_no_sense_is_refused(directory: Path, index: bytes) 
     refused(directory, "weight_map|is missing|holds no model.safetensors|JSON|UTF-16")
 
 
+def test_a_run_of_pretraining_that_is_not_done_is_told_from_a_model(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    (directory / "checkpoints").mkdir()
+    refused(directory, r"no model\.safetensors yet, .*; `elm-mlx average \S+ --last 1 --out DIR` makes a model of its")
+
+
 def test_weights_that_are_cut_while_they_are_read(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*arguments: Any) -> Any:
         os.truncate(directory / "model.safetensors", 3000)
