@@ -296,7 +296,7 @@ def _compile_shim(original: Path, made: Path) -> None:
     compiler = _compiler()
     if compiler is None:
         raise _Unusable("no C compiler")
-    command = [compiler, "-O3", "-shared", "-fPIC", "-pthread", str(SHIM), "-o", str(made)]
+    command = [compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", str(SHIM), "-o", str(made)]
     try:
         _run([*command, "-march=native"], "")
     except _Unusable:  # an older compiler, which doesn't know this processor

@@ -31,9 +31,7 @@ static struct cached from_position(const struct cached *x, long at) {
 
 /* A product and a sum, rounded one after the other as MLX's are. */
 INLINE lanes number_of(words code, float scale, float bias) {
-  lanes product = __builtin_convertvector((integers)code, lanes) * scale;
-  ROUNDED(product);
-  return product + bias;
+  return __builtin_convertvector((integers)code, lanes) * scale + bias;
 }
 
 INLINE void widen_positions(const struct cached *x, int bits, long at, int count, float *to) {

@@ -59,17 +59,16 @@ static atomic_int processors;
 int openblas_get_num_threads(void) { return processors; }
 void openblas_set_num_threads(int count) { processors = count; }
 
-/* A sum and the products that are left, fewer than LANES. One function for all tiles: a compiler could round them in one
-   as it does not in another. */
-static __attribute__((noinline)) float with_rest(float sum, const float *a, const float *b, int count) {
+/* A sum and the products that are left, fewer than LANES. */
+static float with_rest(float sum, const float *a, const float *b, int count) {
   for (int q = 0; q < count; q++) sum += a[q] * b[q];
   return sum;
 }
 
-/* The sum down a column. Of a vector: of a number a compiler would round its products apart but for the last few. */
+/* The sum down a column, as a strip's: so of vectors, of which one number counts. */
 static float down(const float *a, const float *b, long step, int count) {
   lanes sum = {0};
-  for (int q = 0; q < count; q++) sum += a[q] * all(b[q * step]);
+  for (int q = 0; q < count; q++) sum = fused(all(a[q]), all(b[q * step]), sum);
   return sum[0];
 }
 
@@ -96,7 +95,7 @@ static inline void put(const struct product *p, int i, int j, float sum) {
       for (int i = 0; i < I; i++) {                                                                                 \
         lanes left = *(const lanes *)(a + i * p->a_step + at);                                                      \
         IN_REGISTER(left);                                                                                          \
-        for (int j = 0; j < J; j++) sums[i][j] += left * right[j];                                                  \
+        for (int j = 0; j < J; j++) sums[i][j] = fused(left, right[j], sums[i][j]);                                 \
       }                                                                                                             \
     }                                                                                                               \
     for (int i = 0; i < I; i++)                                                                                     \
@@ -115,7 +114,7 @@ TILE(1, 3)
 TILE(1, 1)
 
 /* Sums of I rows for J * LANES columns of a matrix that is not transposed: they run along its rows, in their order. */
-#define strip(sum, left, right) ((sum) + (left) * (right))
+#define strip(sum, left, right) fused(all(left), right, sum)
 #define STRIP(ADD, I, J)                                                                                            \
   static void ADD##_##I##_##J(const struct product *p, int i0, int j0) {                                            \
     lanes sums[I][J] = {{{0}}};                                                                                     \

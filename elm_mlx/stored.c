@@ -10,9 +10,6 @@
    the result is that of cblas.c's tiles with the widened matrix, to the bit. For prompts see many_rows.c. */
 
 #include <stdint.h>
-#if defined __AVX2__ || defined __F16C__
-#include <immintrin.h>
-#endif
 
 enum { WIDEST = 1 << 15 }; /* numbers of a row at most */
 enum type { FLOAT32, BFLOAT16, FLOAT16, AFFINE_2, AFFINE_3, AFFINE_4, AFFINE_5, AFFINE_6, AFFINE_8, MXFP4, TYPES };
@@ -119,7 +116,7 @@ INLINE lanes values_of(enum type type, words x, float scale, float bias) {
   static const unsigned masks[TYPES] = {[AFFINE_2] = 3,  [AFFINE_3] = 7,  [AFFINE_4] = 15,
                                         [AFFINE_5] = 31, [AFFINE_6] = 63, [MXFP4] = 15};
   if (type != AFFINE_8) x &= masks[type];
-  if (type != MXFP4) return __builtin_convertvector((integers)x, lanes) * scale + bias;
+  if (type != MXFP4) return fused(__builtin_convertvector((integers)x, lanes), all(scale), all(bias));
   words size = x & 7, half = (words)(size == 1), whole = (words)(size > 1);
   return (lanes)((whole & ((size << 22) + (126u << 23))) | (half & (126u << 23)) | (x & 8) << 28) * scale;
 }
@@ -236,7 +233,7 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
         for (int i = 0; i < I; i++) {                                                                               \
           lanes left = *(const lanes *)(a + i * p->a_step + at);                                                    \
           IN_REGISTER(left);                                                                                        \
-          for (int j = 0; j < J; j++) sums[i][j] += left * right[j];                                                \
+          for (int j = 0; j < J; j++) sums[i][j] = fused(left, right[j], sums[i][j]);                               \
         }                                                                                                           \
       }                                                                                                             \
     }                                                                                                               \

@@ -66,7 +66,8 @@ static float sum_of(const float *x, float centre, int n, int squared) {
   int at = 0;
   for (; at + LANES <= n; at += LANES) {
     lanes value = *(const lanes *)(x + at) - centre;
-    sums[at / LANES % 4] += squared ? value * value : value;
+    lanes *sum = &sums[at / LANES % 4];
+    *sum = squared ? fused(value, value, *sum) : *sum + value;
   }
   sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   float sum = total(sums);

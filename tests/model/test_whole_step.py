@@ -25,6 +25,7 @@ from elm_mlx.store import loading
 pytestmark = pytest.mark.skipif(
     blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so a step is MLX's"
 )
+MANY = blas.own("elm_mlx_many_rows") is not None  # else OpenBLAS multiplies more than sixteen rows
 LONGROPE = {"rope_scaling": {"type": "longrope", "long_factor": [3.0] * 8, "short_factor": [1.5] * 8}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "head_dim": 20}, "mistral": {"sliding_window": 12}, "phi3": LONGROPE, "olmo": {},
@@ -96,11 +97,12 @@ def test_logits_are_those_of_layers_one_by_one(name: str, tmp_path: Path, layer_
         together, many = started(model, [3, 17, 254, 40, 5]), started(model, [*range(3, 23)])
         found[-1] += [steps(together, 8), steps(many, 3)]
         mx.eval(found)
-        assert writes_in_place(together) is writes_in_place(many) is whole
+        assert writes_in_place(together) is whole and writes_in_place(many) is (whole and MANY)
     for ours, expected in zip(*found, strict=True):
         assert close(ours, expected)
 
 
+@pytest.mark.skipif(not MANY, reason="the rows of a prompt are OpenBLAS's here")
 @pytest.mark.parametrize(
     ("name", "bits"), [*((name, None) for name in ("openelm", *FAMILIES)), ("wide", 8), ("wide", 4)]
 )
