@@ -88,8 +88,19 @@ static inline float number(enum type type, const void *row, int64_t at) {
 UNPACK_NEAR(2)
 UNPACK_NEAR(3)
 UNPACK_NEAR(4)
-UNPACK(5)
-UNPACK(6)
+#if defined __AVX2__ && !defined __AVX512F__ /* a number is in two bytes, which are shuffled into its word */
+#define BYTES(I, B) I * B / 8 | (I * B / 8 + 1) << 8 | 0x80800000
+#define BIT(I, B) I * B % 8
+#define UNPACK_FAR(B)                                                                                               \
+  INLINE words unpack_##B(const unsigned char *from) {                                                              \
+    __m256i x = _mm256_broadcastsi128_si256(_mm_loadl_epi64((const void *)from));                                   \
+    return (words)_mm256_shuffle_epi8(x, (__m256i)(words){EACH(BYTES, B)}) >> (words){EACH(BIT, B)};                \
+  }
+#else
+#define UNPACK_FAR(B) UNPACK(B)
+#endif
+UNPACK_FAR(5)
+UNPACK_FAR(6)
 INLINE words unpack_8(const unsigned char *from) {
 #if defined __AVX512F__
   return (words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)from));
@@ -112,19 +123,18 @@ INLINE words unpack(enum type type, const unsigned char *row, unsigned at) {
 }
 
 /* The values that such numbers stand for. Those of MXFP4 are floats: a sign, two bits of exponent and one more. */
-INLINE lanes values_of(enum type type, words x, float scale, float bias) {
+INLINE lanes values_of(enum type type, words x, lanes scale, lanes bias) {
   static const unsigned masks[TYPES] = {[AFFINE_2] = 3,  [AFFINE_3] = 7,  [AFFINE_4] = 15,
                                         [AFFINE_5] = 31, [AFFINE_6] = 63, [MXFP4] = 15};
   if (type != AFFINE_8) x &= masks[type];
-  if (type != MXFP4) return fused(__builtin_convertvector((integers)x, lanes), all(scale), all(bias));
+  if (type != MXFP4) return fused(__builtin_convertvector((integers)x, lanes), scale, bias);
   words size = x & 7, half = (words)(size == 1), whole = (words)(size > 1);
   return (lanes)((whole & ((size << 22) + (126u << 23))) | (half & (126u << 23)) | (x & 8) << 28) * scale;
 }
 
 /* What is common to a group. AVX-512 looks up values of at most four bits: then a register holds them all. */
 struct group {
-  float scale, bias;
-  lanes values;
+  lanes scale, bias, values;
 };
 #ifdef __AVX512F__
 #define LOOKED_UP(TYPE) (TYPE == AFFINE_2 || TYPE == AFFINE_3 || TYPE == AFFINE_4 || TYPE == MXFP4)
@@ -134,7 +144,7 @@ struct group {
 
 INLINE struct group begin(enum type type, const float *scale, const float *bias) {
   struct group own = {0};
-  if (type > FLOAT16) own.scale = *scale, own.bias = *bias;
+  if (type > FLOAT16) own.scale = all(*scale), own.bias = all(*bias);
   if (LOOKED_UP(type)) own.values = values_of(type, (words){EACH(ITSELF, 0)}, own.scale, own.bias);
   return own;
 }
@@ -219,11 +229,14 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
     const unsigned char *row = row_of(s, j0), *next = row + J * s->row_bytes + AHEAD;                               \
     int64_t step = s->row_bytes, groups = groups_of(s);                                                             \
     unsigned at = 0, k = p->k, whole = k / LANES * LANES, group = TYPE > FLOAT16 ? (unsigned)s->group : whole;      \
-    lanes sums[I][J] = {{{0}}};                                                                                     \
+    lanes sums[I][J];                                                                                               \
+    for (int i = 0; i < I; i++)                                                                                     \
+      for (int j = 0; j < J; j++) sums[i][j] = (lanes){0};                                                          \
     for (; at < whole; scale++, bias++) {                                                                           \
       struct group own[J];                                                                                          \
       for (int j = 0; j < J; j++) own[j] = begin(TYPE, scale + j * groups, bias + j * groups);                      \
-      for (unsigned end = at + group; at < end; at += LANES, next += STEP) {                                        \
+      unsigned end = at + group;                                                                                    \
+      do {                                                                                                          \
         lanes right[J];                                                                                             \
         for (int q = 0; q < STEP; q += 64) __builtin_prefetch(next + q);                                            \
         for (int j = 0; j < J; j++) {                                                                               \
@@ -235,7 +248,8 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
           IN_REGISTER(left);                                                                                        \
           for (int j = 0; j < J; j++) sums[i][j] = fused(left, right[j], sums[i][j]);                               \
         }                                                                                                           \
-      }                                                                                                             \
+        at += LANES, next += STEP;                                                                                  \
+      } while (at < end);                                                                                           \
     }                                                                                                               \
     for (int j = 0; j < J; j++) {                                                                                   \
       float rest[LANES];                                                                                            \
@@ -268,7 +282,7 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
 #define EACH_TILE(F, TYPE)                                                                                          \
   F(TYPE, 1, 6) F(TYPE, 2, 6) F(TYPE, 3, 4) F(TYPE, 4, 4) F(TYPE, 5, 4) F(TYPE, 6, 3) F(TYPE, 7, 3) F(TYPE, 8, 3)
 #else
-#define EACH_TILE(F, TYPE) F(TYPE, 1, 4) F(TYPE, 2, 4) F(TYPE, 3, 3) F(TYPE, 4, 3)
+#define EACH_TILE(F, TYPE) F(TYPE, 1, 3) F(TYPE, 2, 3) F(TYPE, 3, 3) F(TYPE, 4, 2)
 #endif
 #define ITS_COLUMNS(TYPE, I, J) J,
 #define ITS_NAME(TYPE, I, J) TYPE##_##I##_##J,
@@ -328,7 +342,7 @@ static void widen(const struct stored *s, int row, int count, int from, int to, 
 }
 
 /* Whether widening a matrix anew for each MOST rows, in registers, is faster than once for all, in a cache. */
-static int is_light(const struct stored *s) { return LANES == 16 && s->type != AFFINE_5 && s->type != AFFINE_6; }
+static int is_light(const struct stored *s) { return s->type != AFFINE_5 && s->type != AFFINE_6; }
 
 static void stored_columns(const struct product *p, int from, int to) {
   if (p->m <= 8 || is_light(p->stored)) {
