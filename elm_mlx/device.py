@@ -67,7 +67,7 @@ def computation(
     A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than products of
     float32. Those can read the weights as they are stored, with a library of `blas`. Where they can't, weights are
     widened, if that leaves a fifth of the free memory. On request a processor that multiplies bfloat16 does so for
-    prompts, if weights are stored in it.
+    prompts, if weights are stored in it; one that does not goes on in float32, and the note says so.
 
     Args:
         stored: the weights' type; of quantized ones, that of their scales.
@@ -83,10 +83,11 @@ def computation(
         raise InputError(f"compute dtype {requested!r} is not one of {', '.join(DTYPES)}")
     kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
     narrow = packed or stored != mx.float32
-    rounds = requested == kind == "bfloat16" and blas.rounds_rows()
-    if narrow and (requested is None or rounds) and readable_bytes is not None and blas.reads_stored() and not on_gpu():
-        types = "float32, prompts in bfloat16" if rounds else "float32"
-        kept = f"{kind} weights computed in {types}, read as they are stored ({readable_bytes / 1e9:.2f} GB)"
+    readable = readable_bytes if narrow and blas.reads_stored() and not on_gpu() else None
+    if readable is not None and (requested is None or requested == kind == "bfloat16"):
+        rounds = requested is not None and blas.rounds_rows()
+        prompts = ", prompts in bfloat16" if rounds else ", which this processor multiplies faster" if requested else ""
+        kept = f"{kind} weights computed in float32{prompts}, read as they are stored ({readable / 1e9:.2f} GB)"
         return Computation(mx.float32, as_stored=True, rounds=rounds, note=kept)
     if requested is not None:
         return Computation(DTYPES[requested], unpack=packed and requested == "float32" and not on_gpu())

@@ -73,7 +73,11 @@ def test_a_cpu_reads_weights_as_they_are_stored_where_it_can(reader: bool, packe
             assert how == Computation(mx.float32, as_stored=True, note=note)
     assert not device.computation(mx.bfloat16, 1, packed, "float32", 2).as_stored
     on_request = device.computation(mx.bfloat16, 1, packed, "bfloat16", 2)
-    assert on_request.as_stored is on_request.rounds is (reader and not packed and blas.rounds_rows())
+    assert on_request.as_stored is (reader and not packed)
+    assert on_request.rounds is (on_request.as_stored and blas.rounds_rows())
+    if on_request.as_stored:
+        how = "prompts in bfloat16" if on_request.rounds else "which this processor multiplies faster"
+        assert on_request.note == f"bfloat16 weights computed in float32, {how}, read as they are stored (0.00 GB)"
     assert not device.computation(mx.float16, 1, packed, "bfloat16", 2).as_stored
     assert not device.computation(mx.bfloat16, 1, packed).as_stored
     assert device.computation(mx.float32, 1, False, None, 4) == Computation(mx.float32)
