@@ -129,7 +129,8 @@ def machines() -> str:
         "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in found.values():
-        lines += [_machine_line(each.machine["processor"], row) for row in each.rows if row.figures]
+        name = ", ".join(each.machine[label] for label in ("processor", "vectors") if label in each.machine)
+        lines += [_machine_line(name, row) for row in each.rows if row.figures]
     if all(each.machine["processor"] != PAPERS for each in found.values()):
         lines += [_machine_line(f"{PAPERS}, not measured yet", Row(case)) for case in suites.SUITES["m2max"].cases]
     notes = []

@@ -32,6 +32,7 @@ def describe() -> dict[str, str]:
     system = f"macOS {platform.mac_ver()[0]}" if mac else f"{platform.system()} {platform.release()}"
     lines = {
         "processor": str(mx.device_info().get("device_name", platform.processor() or "not known")),
+        "vectors": _vectors(),
         "model": said("sysctl", "-n", "hw.model") if mac else "",
         "computes on": "GPU" if device.on_gpu() else "CPU",
         "cores": str(os.cpu_count()),
@@ -69,6 +70,15 @@ def _microseconds(norm: RMSNorm, x: mx.array) -> float:
     for _ in range(_CALLS):
         mx.eval(norm(x))
     return (time.perf_counter() - started) / _CALLS * 1e6
+
+
+def _vectors(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The widest vectors of an x86 processor under Linux: a virtual machine's name may say no more than who made it."""
+    try:
+        flags = cpuinfo.read_text().split()
+    except OSError:
+        return ""
+    return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
 
 
 def _total_memory() -> int | None:

@@ -31,3 +31,20 @@ def test_code_that_was_changed_otherwise_has_another_name(tmp_path: Path, monkey
     first, second, again, last = names
     assert first == again and first != second and last == clean
     assert first is not None and re.fullmatch(rf"{clean}-dirty-[0-9a-f]{{8}}", first)
+
+
+@pytest.mark.parametrize(
+    ("flags", "vectors"),
+    [
+        ("fpu sse2 avx avx2 fma avx512f avx512bw", "AVX-512"),
+        ("fpu sse2 avx avx2 fma", "AVX2"),
+        ("fpu sse2 avx", ""),
+        ("fp asimd fphp", ""),
+    ],
+)
+def test_a_machine_is_told_by_its_vectors_too(tmp_path: Path, flags: str, vectors: str) -> None:
+    """Two of one name may differ by a factor."""
+    assert machine._vectors(tmp_path / "none") == ""
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: spectre_v1\n")
+    assert machine._vectors(cpuinfo) == vectors
