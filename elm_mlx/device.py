@@ -67,7 +67,7 @@ def computation(
     A GPU has 16-bit units. MLX's CPU loops for 16-bit and quantized weights are 10 to 300 times slower than products of
     float32. Those can read the weights as they are stored, with a library of `blas`. Where they can't, weights are
     widened, if that leaves a fifth of the free memory. On request a processor that multiplies bfloat16 does so for
-    prompts, if weights are stored in it; one that does not goes on in float32, and the note says so.
+    prompts, if weights are stored in it; others go on in float32, and so does float16, and the note says so.
 
     Args:
         stored: the weights' type; of quantized ones, that of their scales.
@@ -84,13 +84,18 @@ def computation(
     kind = "quantized" if packed else str(stored).removeprefix("mlx.core.")
     narrow = packed or stored != mx.float32
     readable = readable_bytes if narrow and blas.reads_stored() and not on_gpu() else None
-    if readable is not None and (requested is None or requested == kind == "bfloat16"):
-        rounds = requested is not None and blas.rounds_rows()
+    if readable is not None and requested in (None, kind):
+        rounds = requested == "bfloat16" and blas.rounds_rows()
         prompts = ", prompts in bfloat16" if rounds else ", which this processor multiplies faster" if requested else ""
         kept = f"{kind} weights computed in float32{prompts}, read as they are stored ({readable / 1e9:.2f} GB)"
         return Computation(mx.float32, as_stored=True, rounds=rounds, note=kept)
+    if requested is not None and on_gpu():
+        return Computation(DTYPES[requested])
+    if requested == "float32":
+        return Computation(mx.float32, unpack=packed)
     if requested is not None:
-        return Computation(DTYPES[requested], unpack=packed and requested == "float32" and not on_gpu())
+        loops = f"computing in {requested} by MLX's loops, which is slow on a CPU: leave out --compute-dtype there"
+        return Computation(DTYPES[requested], note=loops)
     if on_gpu() or not narrow:
         return Computation(stored)
     needed, available = 4 * parameters, available_memory()

@@ -120,8 +120,8 @@ def test_changed_questions_are_scored_again(tiny_model_dir: Path, data: Path, tm
 
 def test_what_is_computed_otherwise_needs_another_place(tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     Evaluation(tiny_model_dir, wanted(data, limit=1), tmp_path / "out").run()
-    other = Evaluation(tiny_model_dir, wanted(data, limit=1), tmp_path / "out", compute_dtype="bfloat16")
-    with pytest.raises(InputError, match=r"computed in = float32 on cpu, not bfloat16(/float32)? on cpu"):
+    other = Evaluation(tiny_model_dir, wanted(data, limit=1), tmp_path / "out", compute_dtype="float16")
+    with pytest.raises(InputError, match=r"computed in = float32 on cpu, not float16(/float32)? on cpu"):
         other.run()
 
 
