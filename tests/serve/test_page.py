@@ -197,7 +197,7 @@ def test_a_reload_keeps_what_was_said_also_amid_an_answer(page: Page, server: Sc
     say(page, "First")
     server.script = [Writing("never ending " * 300, pause=0.02)]
     say(page, "Second", wait=False)
-    until(page, "document.querySelectorAll('article.assistant').length === 2")
+    until(page, "document.querySelectorAll('article.assistant')[1]?.innerText.includes('never')")
     page.reload()
     page.wait_for_selector("article:nth-of-type(4)")
     first, second = answers(page)
@@ -861,6 +861,12 @@ def test_reading_earlier_parts_is_not_disturbed(page: Page, server: ScriptedServ
     assert page.evaluate(f"{end}(document.getElementById('scroller'))") < 2
 
 
+# A button says so for a moment: shorter than a busy machine may look away.
+NOTE_WHAT_IT_SAYS = (
+    "b => new MutationObserver(() => (b.dataset.said ??= b.textContent)).observe(b, { childList: true })"
+)
+
+
 def test_code_and_answers_are_copied(context: BrowserContext, page: Page, server: ScriptedServer) -> None:
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     server.script = [Writing("Run\n\n```sh\nls -l\ncd ..\n```\n")]
@@ -869,12 +875,25 @@ def test_code_and_answers_are_copied(context: BrowserContext, page: Page, server
         (".copy", "ls -l\ncd .."),
         (".assistant .tools button", "Run\n\n```sh\nls -l\ncd ..\n```"),
     ):
-        found = page.locator(button).first  # which says so for a moment: shorter than a busy machine may look away
-        note = "b => new MutationObserver(() => (b.dataset.said ??= b.textContent)).observe(b, { childList: true })"
-        found.evaluate(note)
+        page.bring_to_front()  # a page without the focus may not use the clipboard
+        found = page.locator(button).first
+        found.evaluate(NOTE_WHAT_IT_SAYS)
         found.click()
         expect(found).to_have_attribute("data-said", "Copied")
         assert page.evaluate("navigator.clipboard.readText()") == copied
+
+
+def test_what_the_browser_refuses_to_copy_is_copied_by_selection(page: Page, server: ScriptedServer) -> None:
+    """As it does of a page that has lost the focus."""
+    refusing = "() => Promise.reject(new DOMException('', 'NotAllowedError'))"
+    page.evaluate(f"() => {{ navigator.clipboard.writeText = {refusing} }}")
+    say(page, "How?")
+    found = page.locator(".assistant .tools button").first
+    found.evaluate("b => document.addEventListener('copy', () => (b.dataset.copied = getSelection().toString()))")
+    found.evaluate(NOTE_WHAT_IT_SAYS)
+    found.click()
+    expect(found).to_have_attribute("data-copied", "All is **well**.")
+    expect(found).to_have_attribute("data-said", "Copied")
 
 
 def test_the_real_server_is_understood(browser: Browser, tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ export function copyText(text, from) {
     from.textContent = "Copied";
     setTimeout(() => (from.textContent = "Copy"), 1500);
   };
-  if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, () => {});
-  else if (copyBySelection(text)) done(); // as it goes without https
+  const bySelection = () => copyBySelection(text) && done(); // as it goes without https, or where the browser refuses
+  if (navigator.clipboard) navigator.clipboard.writeText(text).then(done, bySelection);
+  else bySelection();
 }
 
 function copyBySelection(text) {
