@@ -79,8 +79,8 @@ static inline void put(const struct product *p, int i, int j, float sum) {
   *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;
 }
 
-/* Scalar products of I rows with J: as many running sums as registers hold, each begun by itself: GCC would fill an array of
-   nothings by a loop in memory. */
+/* Scalar products of I rows with J: as many running sums as registers hold. Each is begun by itself, for an array of zeros
+   is written to memory by GCC, with an instruction that takes longer than some columns. */
 #define TILE(I, J)                                                                                                  \
   static void tile_##I##_##J(const struct product *p, int i0, int j0) {                                             \
     const float *a = p->a + i0 * p->a_step, *b = p->b + j0 * p->b_step;                                             \
