@@ -79,14 +79,18 @@ static inline void put(const struct product *p, int i, int j, float sum) {
   *c = p->beta == 0 ? p->alpha * sum : p->alpha * sum + p->beta * *c;
 }
 
-/* Scalar products of I rows with J: as many running sums as registers hold. Each is begun by itself, for an array of zeros
-   is written to memory by GCC, with an instruction that takes longer than some columns. */
+/* Running sums of I rows with J columns or vectors of them. Each is begun by itself: an array of zeros is written to memory
+   by GCC, with an instruction that takes longer than some columns. */
+#define SUMS(I, J)            \
+  lanes sums[I][J];           \
+  for (int i = 0; i < I; i++) \
+    for (int j = 0; j < J; j++) sums[i][j] = (lanes){0};
+
+/* Scalar products of I rows with J: as many running sums as registers hold. */
 #define TILE(I, J)                                                                                                  \
   static void tile_##I##_##J(const struct product *p, int i0, int j0) {                                             \
     const float *a = p->a + i0 * p->a_step, *b = p->b + j0 * p->b_step;                                             \
-    lanes sums[I][J];                                                                                               \
-    for (int i = 0; i < I; i++)                                                                                     \
-      for (int j = 0; j < J; j++) sums[i][j] = (lanes){0};                                                          \
+    SUMS(I, J)                                                                                                      \
     int at = 0;                                                                                                     \
     for (; at + LANES <= p->k; at += LANES) {                                                                       \
       lanes right[J];                                                                                               \
@@ -120,9 +124,7 @@ TILE(1, 1)
 #define strip(sum, left, right) fused(all(left), right, sum)
 #define STRIP(ADD, I, J)                                                                                            \
   static void ADD##_##I##_##J(const struct product *p, int i0, int j0) {                                            \
-    lanes sums[I][J];                                                                                               \
-    for (int i = 0; i < I; i++)                                                                                     \
-      for (int j = 0; j < J; j++) sums[i][j] = (lanes){0};                                                          \
+    SUMS(I, J)                                                                                                      \
     for (int q = 0; q < p->k; q++) {                                                                                \
       const float *b = p->b + q * p->b_step + j0;                                                                   \
       for (int i = 0; i < I; i++) {                                                                                 \

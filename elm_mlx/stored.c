@@ -229,9 +229,7 @@ static inline const unsigned char *row_of(const struct stored *s, int64_t row) {
     const unsigned char *row = row_of(s, j0), *next = row + J * s->row_bytes + AHEAD;                               \
     int64_t step = s->row_bytes, groups = groups_of(s);                                                             \
     unsigned at = 0, k = p->k, whole = k / LANES * LANES, group = TYPE > FLOAT16 ? (unsigned)s->group : whole;      \
-    lanes sums[I][J];                                                                                               \
-    for (int i = 0; i < I; i++)                                                                                     \
-      for (int j = 0; j < J; j++) sums[i][j] = (lanes){0};                                                          \
+    SUMS(I, J)                                                                                                      \
     for (; at < whole; scale++, bias++) {                                                                           \
       struct group own[J];                                                                                          \
       for (int j = 0; j < J; j++) own[j] = begin(TYPE, scale + j * groups, bias + j * groups);                      \
