@@ -131,6 +131,11 @@ def reads_stored() -> bool:
     return own("elm_mlx_mark") is not None
 
 
+def computes_many_rows() -> bool:
+    """Returns whether products of more rows than a few are computed by cblas.c too, as with AVX2; else OpenBLAS's."""
+    return own("elm_mlx_many_rows") is not None
+
+
 def rounds_rows() -> bool:
     """Returns whether products of many rows with weights in bfloat16 may round the rows to it, at twice the speed."""
     return own("elm_mlx_rounding") is not None
@@ -245,7 +250,7 @@ def _made(original: Path, make: Callable[[Path, Path], None], beside: Path | Non
     made is not tried again for a day, and what took too long not for ten minutes.
     """
     stat = original.stat()
-    built_for = (_processor(), os.environ.get("OPENBLAS_CORETYPE"), _compiler())
+    built_for = (processor(), os.environ.get("OPENBLAS_CORETYPE"), _compiler())
     key = repr((original, stat.st_size, stat.st_mtime_ns, [source.read_bytes() for source in _SOURCES], built_for))
     stem = f"libcblas{make.__name__}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     cache = _cache_directory()
@@ -339,7 +344,7 @@ def _cache_directory() -> Path | None:
     return path if ours else None
 
 
-def _processor() -> str:
+def processor() -> str:
     """Returns what this processor can do, so that a home shared between machines is checked on each."""
     try:
         with Path("/proc/cpuinfo").open() as lines:

@@ -72,12 +72,9 @@ def _microseconds(norm: RMSNorm, x: mx.array) -> float:
     return (time.perf_counter() - started) / _CALLS * 1e6
 
 
-def _vectors(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def _vectors() -> str:
     """The widest vectors of an x86 processor under Linux: a virtual machine's name may say no more than who made it."""
-    try:
-        flags = cpuinfo.read_text().split()
-    except OSError:
-        return ""
+    flags = blas.processor().split()
     return next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
 
 

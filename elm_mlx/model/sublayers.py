@@ -303,7 +303,7 @@ def layers_in_c(
 
     `last` is the norm behind them.
     """
-    if described.library() is None or (rows > MOST_ROWS and blas.own("elm_mlx_many_rows") is None):
+    if described.library() is None or (rows > MOST_ROWS and not blas.computes_many_rows()):
         return None
     with _making:
         kept, parts = getattr(model, "_layers_in_c", None), layers()

@@ -136,7 +136,7 @@ def whole_step(in_c: LayersInC, caches: Sequence[Any], rows: int, at: int) -> Wh
     Args:
         at: a position that no row has written, and there is room for.
     """
-    many = blas.own("elm_mlx_many_rows") is not None
+    many = blas.computes_many_rows()
     return None if rows > (_MOST if many else MOST_ROWS) or not _is_known(in_c, caches) else _made(in_c, caches, at)
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not blas.reads_stored(), reason="cblas.c is not 
 FLOATS = ["bfloat16", "float16"]
 AFFINE = [f"affine {bits} {group}" for bits, group in itertools.product((2, 3, 4, 5, 6, 8), (32, 64, 128))]
 SHAPES = [(2, 8), (3, 9), (13, 33), (29, 100), (131, 640), (12, 1152), (33, 523)]  # (outputs, inputs)
-PROMPTS = blas.own("elm_mlx_many_rows") is not None  # else OpenBLAS multiplies many rows
+PROMPTS = blas.computes_many_rows()  # else OpenBLAS multiplies many rows
 SMOLLM2 = Path(__file__).parents[3] / "shared" / "data" / "smollm2-135m-instruct"
 
 

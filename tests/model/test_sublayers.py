@@ -27,7 +27,7 @@ from elm_mlx.store import adapters, loading
 pytestmark = pytest.mark.skipif(
     blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so every layer is MLX's"
 )
-PROMPTS = blas.own("elm_mlx_many_rows") is not None  # else more than MOST_ROWS are as many times few
+PROMPTS = blas.computes_many_rows()  # else more than MOST_ROWS are as many times few
 CLOSE = 1e-5  # of the logits' spread
 FAMILIES = [
     "llama, biases", "llama, head_dim", "llama, longrope", "mistral, window", "phi3, partial", "olmo", "olmo2", "olmo3",

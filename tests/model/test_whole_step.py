@@ -25,7 +25,7 @@ from elm_mlx.store import loading
 pytestmark = pytest.mark.skipif(
     blas.own("elm_mlx_retire") is None, reason="cblas.c is not compiled here, so a step is MLX's"
 )
-MANY = blas.own("elm_mlx_many_rows") is not None  # else OpenBLAS multiplies more than sixteen rows
+MANY = blas.computes_many_rows()  # else OpenBLAS multiplies more than sixteen rows
 LONGROPE = {"rope_scaling": {"type": "longrope", "long_factor": [3.0] * 8, "short_factor": [1.5] * 8}}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "head_dim": 20}, "mistral": {"sliding_window": 12}, "phi3": LONGROPE, "olmo": {},
