@@ -883,6 +883,21 @@ def test_code_and_answers_are_copied(context: BrowserContext, page: Page, server
         assert page.evaluate("navigator.clipboard.readText()") == copied
 
 
+def test_the_buttons_of_an_answer_stay_once_it_is_there(page: Page, server: ScriptedServer) -> None:
+    """One that has the focus, or is pressed just then, is not replaced by another of its name."""
+    page.evaluate(
+        """() => new MutationObserver(([{target}]) => {
+          if (target.ariaBusy === "false") (window.shown ??= target.querySelector("footer button")).focus();
+        }).observe(document.getElementById("log"), {subtree: true, attributeFilter: ["aria-busy"]})"""
+    )
+    say(page, "How?")
+    page.wait_for_timeout(300)
+    assert page.evaluate("shown.isConnected && shown === document.activeElement")
+    page.get_by_role("button", name="Regenerate").click()
+    expect(page.locator(".assistant .figures")).to_contain_text("tokens/s")
+    assert len(server.bodies) == 2
+
+
 def test_what_the_browser_refuses_to_copy_is_copied_by_selection(page: Page, server: ScriptedServer) -> None:
     """As it does of a page that has lost the focus."""
     refusing = "() => Promise.reject(new DOMException('', 'NotAllowedError'))"

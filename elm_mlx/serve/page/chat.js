@@ -12,7 +12,7 @@ export class ChatView {
   editing = false;
   #page;
   #conversation;
-  #live = null; // the message that is being written: {message, article, markdown, told}, told when figures were shown
+  #live = null; // what is written: {message, article, markdown, told, done}, told when its figures were shown
   #state = element("div", { className: "state" });
   #stateOf = null; // what it shows
   #following = true;
@@ -68,12 +68,13 @@ export class ChatView {
   #write(message, answer) {
     if (this.editing) return;
     if (this.#live?.message !== message) this.#live = this.#findOrAdd(message);
-    const { article, markdown, told } = this.#live;
+    const { article, markdown, told, done } = this.#live;
+    if (done) return; // it stays as it is: a button of it may be pressed, or have the focus
     article.ariaBusy = String(!answer.done);
     markdown.update(message.content, !answer.done);
     if (!answer.done && performance.now() < told + FIGURES_EVERY) return;
     article.lastChild.replaceWith(this.#footer(message));
-    this.#live.told = performance.now();
+    Object.assign(this.#live, { told: performance.now(), done: answer.done });
   }
 
   /** The article of the last message, to go on in. */
@@ -82,7 +83,7 @@ export class ChatView {
     const last = this.#state.previousElementSibling;
     if (last?.matches(".assistant")) last.replaceWith(article);
     else this.#state.before(article);
-    return { message, article, markdown: new MarkdownView(article.querySelector(".body")), told: 0 };
+    return { message, article, markdown: new MarkdownView(article.querySelector(".body")), told: 0, done: false };
   }
 
   /** What stands below the messages: what it is of, for as long as which it may stay, and what makes it. */
