@@ -208,7 +208,7 @@ SECTIONS: list[tuple[str, Callable[[], str]]] = [
     ("Machines", machines),
     ("Speed", speed),
     ("Starting", start),
-    ("Scores: `elm-mlx eval` on the embedded model", scores),
+    ("Scores: `elm-mlx eval --window 256` on the embedded model", scores),
     ("Losses: `elm-mlx quantize` on the embedded model", losses),
 ]
 

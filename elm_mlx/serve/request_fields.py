@@ -15,8 +15,8 @@ from elm_mlx.errors import InputError
 from elm_mlx.reading import printable, short
 from elm_mlx.serve.tool_calls import ToolsError, ToolUse, parse_tool_calls, parse_tool_use
 
-MAX_ANSWERS = 16  # of a prompt, and prompts of a request times answers
-MAX_PROMPTS = 256  # evaluation sends many, of one token each to write
+MAX_ANSWERS = 16  # of a prompt
+MAX_PROMPTS = 256  # of a request, and answers to all of them; evaluation sends many, of one token each to write
 MAX_LIKELIEST = 20
 MAX_STOPS = 64  # editors send words that end a completion by the dozen
 MAX_STOP_LENGTH = 1000  # characters
