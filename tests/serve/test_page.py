@@ -421,6 +421,202 @@ def test_messages_and_conversations_are_deleted_and_come_back(page: Page, server
     expect(page.locator("#list li")).to_have_count(2)
 
 
+def test_what_is_emptied_stays_so(page: Page, server: ScriptedServer) -> None:
+    say(page, "Secret")
+    page.locator("article.user").hover()
+    page.locator("article.user").get_by_role("button", name="Delete").click()
+    assert "Secret" not in page.evaluate("JSON.stringify(localStorage)")
+    page.reload()
+    page.wait_for_selector("#model:enabled")
+    expect(page.locator("article")).to_have_count(0)
+    page.keyboard.press("Control+k")
+    say(page, "Another")
+    page.locator("article.user").hover()
+    page.locator("article.user").get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Undo").click()
+    page.reload()
+    expect(page.locator("article.user .body")).to_have_text("Another")
+
+
+def test_who_asks_while_a_message_is_edited_sees_the_answer(page: Page, server: ScriptedServer) -> None:
+    say(page, "One")
+    page.keyboard.press("ArrowUp")
+    page.keyboard.type(" edited")
+    page.fill("#say", "Two")
+    server.script = [Writing("The second answer", hold=0.5)]
+    page.press("#say", "Enter")
+    page.get_by_label("Edit the message").press("Enter")  # too late: another is being answered
+    expect(page.locator(f"{ANSWERED} .body")).to_have_text("The second answer")
+    assert [asked(server, number)[-1] for number in range(len(server.bodies))] == [("user", "One"), ("user", "Two")]
+    expect(page.get_by_label("Edit the message")).to_have_value("One edited")  # what was typed is there to be sent
+    page.get_by_label("Edit the message").press("Enter")
+    expect(page.locator("article.user .body")).to_have_text("One edited")
+
+
+def test_one_that_was_left_out_can_be_edited(page: Page, server: ScriptedServer) -> None:
+    for text in ("One", "Two", "Three"):
+        say(page, f"{text} " * 20)
+    server.script = [Refusal(400, "the prompt has 2,100 tokens", "context_length_exceeded", "messages")]
+    say(page, "Four", wait=False)
+    page.get_by_role("button", name="Leave out the oldest messages").click()
+    page.wait_for_selector(ANSWERED)
+    first = page.locator("article.user").first
+    first.hover()
+    first.get_by_role("button", name="Edit").click()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("Anew")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(ANSWERED)
+    assert asked(server) == [("user", "Anew")]
+
+
+def test_without_a_model_nothing_is_replaced(page: Page, server: ScriptedServer) -> None:
+    say(page, "One")
+    say(page, "Two")
+    server.models = [BASE]
+    page.reload()
+    page.wait_for_selector("#model:enabled")
+    page.get_by_role("button", name="Regenerate").last.click()
+    expect(page.locator("#toast")).to_have_text("No model for chats is served.")
+    page.locator("article.user").first.hover()
+    page.locator("article.user").first.get_by_role("button", name="Edit").click()
+    page.keyboard.type("?")
+    page.keyboard.press("Enter")
+    expect(page.get_by_label("Edit the message")).to_have_value("One?")
+    page.keyboard.press("Escape")
+    assert page.locator("article .body").all_inner_texts() == ["One", "All is well.", "Two", "All is well."]
+
+
+def test_what_is_being_replaced_survives_a_reload(page: Page, server: ScriptedServer) -> None:
+    server.script = [Writing("Kept"), Writing("late", hold=30)]
+    say(page, "Hello")
+    page.get_by_role("button", name="Regenerate").click()
+    page.wait_for_selector(".pending")
+    page.reload()
+    expect(page.locator("article.assistant .body")).to_have_text("Kept")
+
+
+def test_a_system_prompt_survives_a_reload_amid_its_settings(page: Page, server: ScriptedServer) -> None:
+    say(page, "First")
+    say(page, "Second")
+    page.keyboard.press("Control+k")
+    say(page, "Elsewhere")
+    page.locator("#list a", has_text="First").click()
+    page.click("#settings-open")
+    page.keyboard.press("Escape")
+    assert page.locator("#list a").all_inner_texts() == ["Elsewhere", "First"]  # looking changes nothing
+    page.click("#settings-open")
+    page.fill("#system", "Answer briefly.")
+    page.reload()
+    page.wait_for_selector("#model:enabled")
+    assert page.input_value("#system") == "Answer briefly."
+    assert page.locator("#list a").all_inner_texts() == ["First", "Elsewhere"]
+
+
+def test_an_input_methods_keys_are_its_own(page: Page, server: ScriptedServer) -> None:
+    """Safari ends a composition before it tells of the Enter that did: by its code alone is it known."""
+    press = "(node, key) => node.dispatchEvent(new KeyboardEvent('keydown', {key, keyCode: 229, bubbles: true}))"
+    page.fill("#say", "きつね")
+    page.locator("#say").evaluate(press, "Enter")
+    assert page.input_value("#say") == "きつね" and not server.bodies
+    page.press("#say", "Enter")
+    page.wait_for_selector(ANSWERED)
+    page.keyboard.press("ArrowUp")
+    for key in ("Enter", "Escape"):
+        page.get_by_label("Edit the message").evaluate(press, key)
+    expect(page.get_by_label("Edit the message")).to_be_visible()
+    assert len(server.bodies) == 1
+
+
+def test_the_focus_stays_where_one_goes_on(page: Page, server: ScriptedServer) -> None:
+    say(page, "One")
+    for last in ("Escape", "Enter"):
+        page.keyboard.press("ArrowUp")
+        page.keyboard.press(last)
+        page.wait_for_selector(ANSWERED)
+        expect(page.locator("#say")).to_be_focused()
+    say(page, "Two")
+    page.get_by_role("button", name="Undo").wait_for(state="hidden")
+    delete = page.locator("article.user").first.get_by_role("button", name="Delete")
+    delete.focus()
+    delete.press("Enter")
+    expect(page.locator("#say")).to_be_focused()
+    page.get_by_role("button", name="Undo").press("Enter")
+    expect(page.locator("#say")).to_be_focused()
+    page.keyboard.press("Control+k")
+    say(page, "Elsewhere")
+    page.evaluate("delete Navigator.prototype.clipboard")  # as without https
+    copy = page.locator("article.user").get_by_role("button", name="Copy")
+    copy.focus()
+    copy.press("Enter")
+    assert copy.evaluate("node => node === document.activeElement")
+    page.locator("#list a", has_text="One").focus()
+    page.get_by_role("button", name="Delete One").press("Enter")
+    expect(page.locator("#list a", has_text="Elsewhere")).to_be_focused()
+
+
+def test_the_list_stands_still_while_answers_are_written(page: Page, server: ScriptedServer) -> None:
+    server.script = [Writing("slow " * 400, pause=0.02) for _ in range(2)]
+    say(page, "First", wait=False)
+    page.wait_for_selector("article.assistant")
+    page.keyboard.press("Control+k")
+    say(page, "Second", wait=False)
+    page.wait_for_selector("article.assistant")
+    page.evaluate(
+        """() => {
+          window.orders = new Set();
+          window.first = document.querySelector("#list li");
+          const note = () => orders.add(document.getElementById("list").innerText);
+          new MutationObserver(note).observe(document.getElementById("list"), {subtree: true, childList: true});
+        }"""
+    )
+    page.wait_for_timeout(4500)  # each is saved twice
+    page.keyboard.press("Escape")
+    expect(page.locator("#list a.running")).to_have_count(1)
+    assert page.evaluate("[orders.size <= 1, first.isConnected]") == [True, True]
+
+
+def test_a_button_does_what_it_showed_when_it_was_pressed(page: Page, server: ScriptedServer) -> None:
+    page.fill("#say", "Hello")
+    page.locator("#send").dblclick()
+    page.wait_for_selector(ANSWERED)
+    server.script = [Writing("word " * 500, pause=0.02)]
+    say(page, "Again", wait=False)
+    page.wait_for_selector("article[aria-busy=true]")
+    page.fill("#say", "A draft")
+    page.locator("#send").hover()
+    page.mouse.down()  # to stop what ends meanwhile
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#send[aria-label=Send]")
+    page.mouse.up()
+    page.wait_for_timeout(100)
+    assert page.input_value("#say") == "A draft" and len(server.bodies) == 2
+
+
+def test_what_is_read_stays_in_view(page: Page, server: ScriptedServer) -> None:
+    passage = "\n".join(f"line {number} of the passage" for number in range(80))
+    source = {"number": 1, "file": "a.md", "first_line": 1, "last_line": 80, "heading": "", "text": passage}
+    server.script = [Writing("A line of text.\n\n" * 60, piece=300, sources=[source])]
+    say(page, "Long")
+    summary = page.locator(".sources summary")
+    before = summary.bounding_box()
+    summary.click()
+    page.wait_for_timeout(200)
+    assert summary.bounding_box() == before  # what it opens is below
+    server.script = [Writing("A line of text.\n\n" * 900, pause=0.01, piece=34)]
+    say(page, "Longer", wait=False)
+    page.wait_for_selector("article[aria-busy=true]")
+    page.hover("#scroller")
+    page.wait_for_timeout(300)
+    for _ in range(6):  # slowly
+        page.mouse.wheel(0, -12)
+        page.wait_for_timeout(30)
+    stood = page.evaluate("document.getElementById('scroller').scrollTop")
+    page.wait_for_timeout(400)
+    assert page.evaluate("document.getElementById('scroller').scrollTop") <= stood
+    assert page.locator("article[aria-busy=true]").count() == 1
+
+
 def test_a_server_that_is_gone_is_asked_again(page: Page, server: ScriptedServer) -> None:
     say(page, "First")
     server.stop()
@@ -709,6 +905,9 @@ def test_a_damaged_storage_loses_nothing(page: Page, server: ScriptedServer) -> 
     expect(page.locator("article.user .body")).to_have_text("Odd")
     page.locator("#list a", has_text="Damaged").first.click()
     expect(page.locator(".card")).to_contain_text("was damaged")
+    say(page, "A new one beside it")
+    expect(page.locator("article.user .body")).to_have_text("A new one beside it")
+    page.locator("#list a", has_text="Damaged").first.click()
     page.reload()
     page.wait_for_selector("#model:enabled")
     expect(page.locator(".card")).to_contain_text("was damaged")
@@ -716,7 +915,7 @@ def test_a_damaged_storage_loses_nothing(page: Page, server: ScriptedServer) -> 
         page.get_by_role("button", name="Save what is there").click()
     assert Path(download.value.path()).read_text() in ("{{{", '{"kind": "chat", "messages": [{"role": 3}]}')
     page.get_by_role("button", name="Delete", exact=True).click()
-    expect(page.locator("#list li")).to_have_count(3)
+    expect(page.locator("#list li")).to_have_count(4)
 
 
 def test_a_full_storage_is_said(page: Page, server: ScriptedServer) -> None:

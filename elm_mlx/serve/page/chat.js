@@ -2,8 +2,8 @@
 
 import { toMessages } from "./conversations.js";
 import { MarkdownView } from "./markdown.js";
-import { $, button, card, copyText, element, figuresText, hideToast, icon, sourcesList } from "./parts.js";
-import { toast, waitingCard } from "./parts.js";
+import { $, button, card, copyText, element, figuresText, hideToast, icon, isComposing, sourcesList } from "./parts.js";
+import { startOrStop, toast, waitingCard } from "./parts.js";
 
 const NEAR = 48; // pixels from the end, within which the view goes along with an answer
 const FIGURES_EVERY = 500; // milliseconds
@@ -16,13 +16,14 @@ export class ChatView {
   #state = element("div", { className: "state" });
   #stateOf = null; // what it shows
   #following = true;
+  #scroll = { top: 0, end: 0 }; // where the view stood, and where it could at most
 
   constructor(page) {
     this.#page = page;
-    $("send").onclick = () => (page.running ? page.stop() : this.#say());
+    startOrStop($("send"), page, () => this.#say());
     $("say").onkeydown = (event) => this.#typed(event);
     $("say").oninput = () => fit($("say"));
-    $("log").onclick = (event) => copyCode(event.target);
+    $("log").onclick = (event) => this.#clicked(event.target);
     $("down").onclick = () => this.#follow(true);
     $("scroller").onscroll = () => this.#scrolled();
     new ResizeObserver(() => this.#follow(this.#following)).observe($("log"));
@@ -66,7 +67,6 @@ export class ChatView {
   }
 
   #write(message, answer) {
-    if (this.editing) return;
     if (this.#live?.message !== message) this.#live = this.#findOrAdd(message);
     const { article, markdown, told, done } = this.#live;
     if (done) return; // it stays as it is: a button of it may be pressed, or have the focus
@@ -125,6 +125,7 @@ export class ChatView {
   }
 
   #leaveOut(skip) {
+    if (this.#lacksModel()) return;
     this.#conversation.skip = skip;
     this.#render();
     this.#ask();
@@ -174,7 +175,7 @@ export class ChatView {
   // What the user does
 
   #typed(event) {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) {
       event.preventDefault();
       this.#say();
     } else if (event.key === "ArrowUp" && !$("say").value) {
@@ -199,11 +200,11 @@ export class ChatView {
   /** Asks for an answer to the last message. */
   #ask(replaced = null) {
     const conversation = this.#conversation;
-    if (!this.#page.model) return;
+    if (this.#lacksModel()) return;
     conversation.model = this.#page.model.id;
     this.#following = true;
     this.#page.answers.delete(conversation);
-    this.#page.keep(conversation);
+    if (!replaced) this.#page.keep(conversation); // until something is said, what is replaced stays saved
     const body = { messages: toMessages(conversation) };
     this.#page.answer(conversation, "v1/chat/completions", body, (answer) => take(conversation, answer, replaced));
     this.focus();
@@ -211,6 +212,7 @@ export class ChatView {
 
   /** Answers the last message anew. The answer that it has stays until something is said. */
   #retry() {
+    if (this.#lacksModel()) return;
     const { messages } = this.#conversation;
     const replaced = messages.at(-1).role === "assistant" ? messages.at(-1) : null;
     this.#change(replaced && "The answer was replaced.", () => replaced && messages.pop());
@@ -227,18 +229,24 @@ export class ChatView {
       if (this.#conversation.skip > at) this.#conversation.skip -= count;
     });
     this.#page.keep(this.#conversation);
+    this.focus();
   }
 
   #edit(message, article) {
     if (this.#page.running) return;
     const asked = message.role === "user";
     const area = element("textarea", { value: message.content, ariaLabel: "Edit the message" });
-    const close = () => this.show(this.#conversation);
-    const done = () => (asked ? this.#askInstead(message, area.value) : this.#rewrite(message, area.value));
+    const close = () => (this.show(this.#conversation), this.focus());
+    const done = () => {
+      if (this.#page.running) return; // asked for since
+      if (asked) this.#askInstead(message, area.value);
+      else this.#rewrite(message, area.value);
+    };
     area.oninput = () => fit(area);
     area.onkeydown = (event) => {
+      if (isComposing(event)) return;
       if (event.key === "Escape") close();
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      if (event.key !== "Enter" || event.shiftKey) return;
       event.preventDefault();
       done();
     };
@@ -253,10 +261,12 @@ export class ChatView {
   }
 
   #askInstead(message, content) {
-    if (!content.trim()) return;
+    if (!content.trim() || this.#lacksModel()) return;
     const { messages } = this.#conversation;
+    const at = messages.indexOf(message);
     this.#change("The messages after this one were replaced.", () => {
-      messages.splice(messages.indexOf(message), Infinity, { role: "user", content });
+      messages.splice(at, Infinity, { role: "user", content });
+      if (this.#conversation.skip > at) this.#conversation.skip = 0; // else nothing would be sent
     });
     this.#ask();
   }
@@ -264,6 +274,7 @@ export class ChatView {
   #rewrite(message, content) {
     this.#change("The answer was changed.", () => Object.assign(message, { content }));
     this.#page.keep(this.#conversation);
+    this.focus();
   }
 
   /** Makes a change to the messages that can be taken back. */
@@ -279,7 +290,20 @@ export class ChatView {
       Object.assign(conversation, before);
       this.#page.keep(conversation);
       this.#page.show(conversation);
+      this.focus();
     });
+  }
+
+  /** Whether there is none to ask, which is then said. */
+  #lacksModel() {
+    if (this.#page.model) return false;
+    toast("No model for chats is served.");
+    return true;
+  }
+
+  #clicked(target) {
+    if (target.closest("summary")) this.#following = false; // what it opens stays in view
+    if (target.matches(".copy")) copyText(target.closest("figure").querySelector("code").textContent, target);
   }
 
   #showComposer(running) {
@@ -295,8 +319,11 @@ export class ChatView {
   // Scrolling
 
   #scrolled() {
-    const { scrollHeight, scrollTop, clientHeight } = $("scroller");
-    this.#following = scrollHeight - scrollTop - clientHeight < NEAR;
+    const { scrollHeight, scrollTop: top, clientHeight } = $("scroller");
+    const end = scrollHeight - clientHeight;
+    const upwards = top < this.#scroll.top && end >= this.#scroll.end; // else what is shown has shrunk
+    this.#following = end - top < (upwards ? 2 : NEAR);
+    this.#scroll = { top, end };
     $("down").hidden = this.#following;
   }
 
@@ -325,8 +352,4 @@ function fit(area) {
   if (CSS.supports("field-sizing", "content")) return;
   area.style.height = "auto";
   area.style.height = `${area.scrollHeight + area.offsetHeight - area.clientHeight}px`;
-}
-
-function copyCode(target) {
-  if (target.matches(".copy")) copyText(target.closest("figure").querySelector("code").textContent, target);
 }

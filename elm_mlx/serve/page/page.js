@@ -3,7 +3,7 @@
 
 import { ChatView } from "./chat.js";
 import { Conversations, isEmpty, newConversation, title } from "./conversations.js";
-import { $, card, download, element, hideToast, Painter, toast, waitingCard } from "./parts.js";
+import { $, card, download, element, hideToast, isComposing, Painter, toast, waitingCard } from "./parts.js";
 import { listenToPreferences, samplingFor, showDefaults } from "./preferences.js";
 import { Answer, Attempts, Server } from "./requests.js";
 import { Sidebar } from "./sidebar.js";
@@ -19,6 +19,7 @@ class Page {
   #server = new Server();
   #saved = new WeakMap(); // by conversation: when, in milliseconds
   #askingKey = null;
+  #systemBefore = ""; // the system prompt, when the settings were opened
   #painter = new Painter(() => this.view.update());
 
   constructor() {
@@ -90,7 +91,8 @@ class Page {
     const changed = () => {
       if (this.answers.get(conversation) !== answer) return; // it was taken back
       take(answer);
-      if (Date.now() - (this.#saved.get(conversation) ?? 0) > SAVE_EVERY) this.keep(conversation);
+      const waited = Date.now() - (this.#saved.get(conversation) ?? 0);
+      if (answer.text && waited > SAVE_EVERY) this.#save(conversation);
       if (conversation === this.open) this.#painter.request();
     };
     const askKey = (message) => this.#askKey(message);
@@ -98,6 +100,7 @@ class Page {
     const request = { model: model.id, ...body, ...samplingFor(model) };
     const answer = new Answer(this.#server, path, request, { askKey, changed });
     this.answers.set(conversation, answer);
+    conversation.updated = Date.now();
     $("status").textContent = "Writing";
     const ended = answer.run();
     this.view.update();
@@ -109,7 +112,7 @@ class Page {
 
   #finished(conversation, answer) {
     if (this.answers.get(conversation) !== answer) return;
-    this.keep(conversation);
+    this.#save(conversation);
     if (answer.trouble?.kind === "refused") this.loadModels();
     if (conversation !== this.open) return;
     this.view.update();
@@ -121,11 +124,15 @@ class Page {
     this.running?.stop();
   }
 
-  /** Saves a conversation, unless nothing is in it. */
+  /** Saves a conversation that the user has changed, which comes first in the list then. */
   keep(conversation) {
-    if (isEmpty(conversation)) return;
-    const { id } = conversation;
     conversation.updated = Date.now();
+    this.#save(conversation);
+  }
+
+  #save(conversation) {
+    if (isEmpty(conversation) && !conversation.revision) return; // it has never had anything in it
+    const { id } = conversation;
     const saved = this.store.save(conversation);
     if (conversation.id !== id) toast("Another tab has changed this conversation: both are kept.");
     this.#saved.set(conversation, Date.now());
@@ -137,8 +144,14 @@ class Page {
   }
 
   #keepAll() {
-    for (const [conversation, answer] of this.answers) if (!answer.done) this.keep(conversation);
+    for (const [conversation, answer] of this.answers) if (!answer.done && answer.text) this.#save(conversation);
     if (this.view.editing) this.keep(this.open);
+    if ($("settings").open) this.#keepSystem();
+  }
+
+  #keepSystem() {
+    if (this.open.kind === "chat" && this.open.system !== this.#systemBefore) this.keep(this.open);
+    this.#systemBefore = this.open.system;
   }
 
   #changedElsewhere(id) {
@@ -156,7 +169,7 @@ class Page {
     this.show(newConversation("chat", ""));
     const save = () => download(new File([this.store.raw(id)], "damaged-conversation.txt"));
     const actions = { "Save what is there": save, Delete: () => this.remove(id) };
-    $("log").replaceChildren(card("This conversation was damaged in the browser’s storage.", actions));
+    $("log").prepend(card("This conversation was damaged in the browser’s storage.", actions));
   }
 
   remove(id) {
@@ -223,6 +236,7 @@ class Page {
 
   #openSettings() {
     showDefaults(this.model);
+    this.#systemBefore = this.open.system;
     $("settings").showModal();
   }
 
@@ -260,7 +274,7 @@ class Page {
     $("model").onchange = () => this.#chooseModel($("model").value);
     $("settings-open").onclick = () => this.#openSettings();
     $("system").oninput = () => (this.open.system = $("system").value);
-    $("settings").onclose = () => this.open.kind === "chat" && this.keep(this.open);
+    $("settings").onclose = () => this.#keepSystem();
     $("key-form").onsubmit = (event) => {
       event.preventDefault();
       this.#useKey();
@@ -274,7 +288,7 @@ class Page {
     if (command && event.key.toLowerCase() === "k") {
       event.preventDefault();
       this.begin();
-    } else if (event.key === "Escape" && !event.isComposing) {
+    } else if (event.key === "Escape" && !isComposing(event)) {
       if (!this.sidebar.toggle(false)) this.stop();
     }
   }

@@ -29,6 +29,21 @@ export function iconButton(name, ariaLabel, onclick) {
   return element("button", { type: "button", className: "icon", ariaLabel, onclick }, icon(name));
 }
 
+/** Makes a button stop the answer that `page` is at, or else `start` one; not what it did not show when it was pressed. */
+export function startOrStop(node, page, start) {
+  let pressed = null;
+  node.onpointerdown = () => (pressed = page.running);
+  node.onclick = ({ detail }) => {
+    const byPointer = detail > 0;
+    if (detail > 1 || (byPointer && pressed !== page.running)) return;
+    if (page.running) page.stop();
+    else start();
+  };
+}
+
+/** Whether a key is one of an input method's; Safari says so of the key that ends its work by the code alone. */
+export const isComposing = (event) => event.isComposing || event.keyCode === 229;
+
 /** A box that says what is wrong, with a button for each of what can be done. */
 export function card(text, actions = {}) {
   const buttons = Object.entries(actions).map(([name, act]) => button(name, act));
@@ -62,10 +77,12 @@ export function copyText(text, from) {
 
 function copyBySelection(text) {
   const area = element("textarea", { className: "unseen", value: text });
+  const focused = document.activeElement;
   document.body.append(area);
   area.select();
   const copied = document.execCommand("copy");
   area.remove();
+  focused?.focus({ preventScroll: true });
   return copied;
 }
 

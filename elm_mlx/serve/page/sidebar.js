@@ -6,6 +6,7 @@ import { $, download, element, iconButton, toast } from "./parts.js";
 export class Sidebar {
   #page;
   #shown = "";
+  #items = new Map(); // by id of the conversation: its item, which stays the same node
 
   constructor(page) {
     this.#page = page;
@@ -35,17 +36,30 @@ export class Sidebar {
     const shown = JSON.stringify(entries);
     if (shown === this.#shown) return;
     this.#shown = shown;
-    const focused = document.activeElement?.hash;
+    const focused = document.activeElement;
+    const before = [...$("list").children];
+    const at = before.findIndex((item) => item.contains(focused));
     const items = entries.map((entry) => this.#item(entry));
-    $("list").replaceChildren(...items);
-    if (focused) items.find((item) => item.firstChild.hash === focused)?.firstChild.focus();
+    this.#items = new Map(entries.map(({ id }, index) => [id, items[index]]));
+    const moved = items.length !== before.length || items.some((item, index) => item !== before[index]);
+    if (moved) $("list").replaceChildren(...items);
+    if (at >= 0) (focused.isConnected ? focused : items[Math.min(at, items.length - 1)]?.firstChild)?.focus();
   }
 
   #item({ id, title, here, running }) {
-    const link = element("a", { href: `#${id}`, title, className: running ? "running" : "" }, title);
-    if (here) link.ariaCurrent = "page";
+    const item = this.#items.get(id) ?? this.#newItem(id);
+    const [link, remove] = item.children;
+    link.textContent = link.title = title;
+    link.className = running ? "running" : "";
+    link.ariaCurrent = here ? "page" : null;
+    remove.ariaLabel = `Delete ${title}`;
+    return item;
+  }
+
+  #newItem(id) {
+    const link = element("a", { href: `#${id}` });
     link.addEventListener("click", () => this.toggle(false));
-    return element("li", {}, link, iconButton("cross", `Delete ${title}`, () => this.#page.remove(id)));
+    return element("li", {}, link, iconButton("cross", "Delete", () => this.#page.remove(id)));
   }
 
   async #import(files) {

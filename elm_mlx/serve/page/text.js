@@ -1,6 +1,6 @@
 // A text that a base model continues, in place.
 
-import { $, card, element, figuresText, hideToast, waitingCard } from "./parts.js";
+import { $, card, element, figuresText, hideToast, startOrStop, waitingCard } from "./parts.js";
 
 export class TextView {
   editing = false; // typed since it was last saved
@@ -12,7 +12,7 @@ export class TextView {
 
   constructor(page) {
     this.#page = page;
-    $("continue").onclick = () => (page.running ? page.stop() : this.#continue());
+    startOrStop($("continue"), page, () => this.#continue());
     $("undo").onclick = () => this.#undo();
     $("another").onclick = () => this.#undo() && this.#continue();
     $("text").oninput = () => this.#typed();
