@@ -10,6 +10,10 @@ class ElmError(Exception):
     exit_code = 1
 
 
+class LossError(ElmError):
+    """Training has come apart: its loss is no number, or a spike."""
+
+
 class InputError(ElmError):
     """The input is at fault: a file, a flag, a value. Nothing was written."""
 

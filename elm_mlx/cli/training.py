@@ -47,7 +47,8 @@ _DECIDED_BY = {
     "number of adapted modules": "adapted modules (--target, --num-layers)",
     "adapted modules": "adapted modules (--target, --num-layers)",
     "weights of the data": "--weight", "learning rate's peak": "--learning-rate", "learning rate's warmup": "--warmup",
-    "learning rate's shape": "--lr-schedule",
+    "learning rate's shape": "--lr-schedule", "batches of validation": "--val-batches",
+    "problems of a validation": "--eval-problems",
 }  # fmt: skip
 
 # A recipe's keys by a checkpoint's names for what they decide; the model's are not among them.
@@ -57,6 +58,7 @@ RECIPE_KEYS = {
     "optimizer": "optimizer.name",
     **{name: f"optimizer.{name}" for name in ("betas", "eps", "weight_decay", "clip", "z_loss")},
     "batch size": "run.batch_size", "compute dtype": "run.compute_dtype",
+    "rows of validation": "data.validation_rows",
     **{name: f"run.{name}" for name in ("accumulate", "seed", "grad_checkpoint", "on_nan")},
 }  # fmt: skip
 
@@ -164,9 +166,12 @@ def chosen(kind: type[LoraSettings], recipes: Recipes, ctx: typer.Context, given
             raise InputError(f"{path.parent}: holds a run of `elm-mlx {made_by}`; resume it by that command")
         if not isinstance(before, dict):
             raise InputError(f"{path}: holds no settings of the run")
-        added = values.pop("extend", ())  # to the updates that were added before
+        added = values.pop("extend", ())
         fill(before, str(path))
-        values["extend"] = (*values.get("extend", ()), *added)
+        if added:  # to what the last checkpoint has: the settings' may be of a start that saved nothing
+            from elm_mlx.train import checkpoint
+
+            values["extend"] = (*checkpoint.extended_by(path.parent), *added)
     if given.get("recipe") is not None:
         fill(recipes[given["recipe"]], f"recipe {given['recipe']}")
     if scale is not None:

@@ -30,6 +30,8 @@ from elm_mlx.safetensors_file import write_arrays
 from elm_mlx.store.loading import load_arrays
 
 FORMAT = 1
+# Of `Identity.config`, what checkpoints of earlier versions don't have, and so cannot be compared by.
+_LATER = ("batches of validation", "rows of validation", "problems of a validation", "text (its hash)")
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 
 
@@ -168,6 +170,16 @@ def trained_from(path: Path, name: str | None = None) -> str | None:
     return found.get(name or "model") if isinstance(found, dict) else None
 
 
+def extended_by(out: Path) -> tuple[int, ...]:
+    """Returns the updates that a run's last checkpoint was extended by. Raises InputError where that is damaged."""
+    found = checkpoints_of(out)
+    progress = reading.json_object(found[-1] / STATE, reading.TEXT_BYTES).get("progress") if found else {}
+    extend = progress.get("extend", []) if isinstance(progress, dict) else None
+    if not isinstance(extend, list) or not all(type(count) is int for count in extend):
+        raise InputError(f"{found[-1] / STATE}: extend is damaged; an earlier checkpoint may be whole")
+    return tuple(extend)
+
+
 def to_resume(out: Path, resume: bool) -> Path | None:
     """Returns the checkpoint that the run in `out` goes on from, its last one; None where it is to begin.
 
@@ -218,6 +230,8 @@ def prune(out: Path, keep: int, best_step: int | None, passing: int | None = Non
             path.rename(path.with_name(f".{path.name}.old"))
     for doomed in out.glob("checkpoints/.step-????????.old"):
         shutil.rmtree(doomed, ignore_errors=True)
+    for left in out.glob("checkpoints/.step-????????.tmp-*"):  # by a process that was killed as it wrote
+        files.remove_abandoned(left.with_name(left.name[1:].partition(".")[0]))
 
 
 def _filled(tree: Any, path: Path) -> Any:
@@ -275,5 +289,5 @@ def _check_same(path: Path, saved: Identity, now: Identity) -> None:
     config = json.loads(json.dumps(now.config))  # as it would be read back: lists for tuples
     for name in {**config, **saved.config}:
         before, after = saved.config.get(name), config.get(name)
-        if before != after:
+        if before != after and not (name in _LATER and before is None):
             raise Changed(path, name, before, after)

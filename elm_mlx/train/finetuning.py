@@ -25,7 +25,7 @@ from elm_mlx.data import columns, examples
 from elm_mlx.data.batches import Batches
 from elm_mlx.data.encoding import Example
 from elm_mlx.data.examples import Prepared
-from elm_mlx.directories import RUN_RECORD
+from elm_mlx.directories import PEFT_WEIGHTS, RUN_RECORD
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model import roofline
 from elm_mlx.model.config import Config, read_config
@@ -78,7 +78,7 @@ class Finetuning(HeldRun):
         super().__init__(asked.out, resume)
         with ExitStack() as on_error:
             on_error.push(self)
-            if self.resumed is None and (asked.out / adapters.WEIGHTS).exists():
+            if self.resumed is None and any((asked.out / name).exists() for name in (adapters.WEIGHTS, *PEFT_WEIGHTS)):
                 raise InputError(f"{asked.out}: holds an adapter already; choose another directory")
             trackers.check(asked.reports.report_to)
             self.asked, self.batch_size = asked, asked.examples.batch_size
@@ -210,6 +210,8 @@ class Finetuning(HeldRun):
         """
         asked, taught_by = self.asked.examples.template, self._taught_by
         if asked is not None or taught_by is None:
+            if self.leads and self.resumed is None and (self.out / RUN_RECORD).is_file():
+                (self.out / chat_template.FILE_NAME).unlink(missing_ok=True)  # of a run that ended before it had begun
             return asked
         source, _ = chat_template.own_source(taught_by)
         if source is None:
@@ -308,6 +310,8 @@ class Finetuning(HeldRun):
         }  # fmt: skip
         if self._begun_with is not None:
             config[_BEGUN_WITH] = self._begun_with
+        if "valid" in self.splits:
+            config["batches of validation"] = self.asked.checkpoints.val_batches
         if self.asked.examples.weight is not None:
             config["weights of the data"] = list(self.asked.examples.weight)
         return Identity(str(adapter.model_sha256), self._data_sha256(), config)

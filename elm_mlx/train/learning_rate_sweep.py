@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elm_mlx import files
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError, LossError
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.pretraining import Pretraining
 from elm_mlx.train.pretraining_recipe import Recipe
@@ -80,9 +80,7 @@ def _trial(recipe: Recipe, rate: float, directory: Path) -> Trial:
     with Pretraining(recipe, directory) as run:
         try:
             result = run.train()
-        except InputError:
-            raise
-        except ElmError:  # a loss that is no number, or a spike: too high a rate
+        except LossError:  # too high a rate
             return Trial(rate, directory, None)
     (made,) = metrics.read([directory])
     validated = made.columns.get("valid_loss")

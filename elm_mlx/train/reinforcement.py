@@ -121,7 +121,7 @@ class Reinforcement(Finetuning):
         own = {
             "task": self.task.name, "difficulties": list(self.difficulties), "problems": asked.problems,
             "answers": asked.answers, "max tokens": asked.max_tokens, "updates per batch": asked.updates_per_batch,
-            "advantage": asked.advantage, "template": template,
+            "advantage": asked.advantage, "template": template, "problems of a validation": asked.eval_problems,
         }  # fmt: skip
         return replace(identity, config=config | own)
 

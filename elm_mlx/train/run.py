@@ -24,7 +24,7 @@ from elm_mlx.callbacks import SILENT, Report, Sample, TrainingCallback
 from elm_mlx.data import batches as batching
 from elm_mlx.data.batches import Batch
 from elm_mlx.directories import checkpoints_of
-from elm_mlx.errors import ElmError, InputError
+from elm_mlx.errors import InputError, LossError
 from elm_mlx.reading import counted
 from elm_mlx.train import checkpoint, metrics
 from elm_mlx.train.checkpoint import Identity, RunProgress
@@ -198,7 +198,7 @@ class Run:
 
         Raises:
             InputError: `resumed` is damaged, or of another run.
-            ElmError: the loss was no number, or a spike; says which checkpoint is the last good one.
+            LossError: the loss was no number, or a spike; says which checkpoint is the last good one.
             KeyboardInterrupt: someone ended it before its first update, and nothing was saved.
         """
         if self.resumed is None:
@@ -311,7 +311,7 @@ class Run:
     def _update(self, stop: Event) -> bool:
         """Makes an update, or skips it; returns False where `stop` has ended what comes before it.
 
-        Raises ElmError where the loss says stop.
+        Raises LossError where the loss says stop.
         """
         started, progress = time.perf_counter(), self.progress
         batches = self._due(stop)
@@ -466,14 +466,14 @@ class Run:
         return None
 
     def _refuse(self, wrong: str) -> None:
-        """Counts an update that is not made, or raises ElmError."""
+        """Counts an update that is not made, or raises LossError."""
         self.progress.skipped += 1
         self._skipped_in_a_row += 1
         if self.settings.on_nan == "skip" and self._skipped_in_a_row < _MOST_SKIPPED:
             return
         kept = checkpoints_of(self.out)
         good = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
-        raise ElmError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
+        raise LossError(f"step {self.progress.step + 1}: {wrong}; {good}; a lower learning rate may help")
 
     def _note(self, loss: float) -> None:
         """Takes a loss into the running mean."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -21,6 +21,7 @@ from elm_mlx.data.batches import Batch
 from elm_mlx.data.filters import Filters
 from elm_mlx.data.stream import Reading, TextBatches
 from elm_mlx.data.text_sources import TextSource
+from elm_mlx.directories import PREDICTION
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import ModelConfig
 from elm_mlx.text.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ from elm_mlx.train.settings import DTypeName
 from elm_mlx.train.throughput import Meter
 
 RecipeType = TypeVar("RecipeType", bound=TextRecipe)
+_TRAINED = ("*.safetensors", "*.bin", "*.gguf", "*.npz", PREDICTION)
 _UNFILTERED = Filters(duplicates=False, min_chars=0, max_repetition=None, max_symbols=None, min_tokens=0)
 
 
@@ -64,6 +66,8 @@ class TextTraining(HeldRun, Generic[RecipeType]):
         super().__init__(out, resume)
         with ExitStack() as on_error:
             on_error.push(self)
+            if self.resumed is None:
+                _check_place(out)
             self._recipe, self.sources = recipe, recipe.data.sources
             self._tokenizer, context = self._prepare()
             trackers.check(recipe.run.report_to)
@@ -162,13 +166,14 @@ class TextTraining(HeldRun, Generic[RecipeType]):
         data, size, rank = self._recipe.data, self._recipe.run.batch_size, self.rank
         if data.validation is None:
             return
-        reading = Reading(data.validation_rows, data.sequence_length, window=1, shards=1, workers=0)
+        reading = Reading(
+            data.validation_rows, data.sequence_length, window=1, segments=data.segments, shards=1, workers=0
+        )
         with TextBatches([TextSource(data.validation)], self._tokenizer.path, _UNFILTERED, reading) as batches:
-            rows = next(batches)
-        inputs, targets = (each[rank :: self.world] for each in (rows.inputs, rows.targets))
-        for start in range(0, len(inputs), size):
-            part = inputs[start : start + size]
-            yield Batch(part, targets[start : start + size], np.ones(part.shape, np.bool_), None, part.size)
+            rows = next(batches).rows(slice(rank, None, self.world))
+        for start in range(0, len(rows.inputs), size):
+            part = rows.rows(slice(start, start + size))
+            yield replace(part, tokens=part.inputs.size)
 
     def _rehearsal(self) -> Batch:
         shape = (self._recipe.run.batch_size, self._recipe.data.sequence_length)
@@ -177,16 +182,25 @@ class TextTraining(HeldRun, Generic[RecipeType]):
 
     def _identity(self) -> Identity:
         """Returns the recipe without the fields that may change on resuming; the loop adds its own settings."""
-        digest = hashlib.sha256()
-        if self._recipe.data.validation is not None:
-            digest.update(reading.content(reading.expanded(self._recipe.data.validation), reading.CORPUS_BYTES))
+        digest, data = hashlib.sha256(), self._recipe.data
+        if data.validation is not None:
+            digest.update(reading.content(reading.expanded(data.validation), reading.CORPUS_BYTES))
         model, config = self._model_identity()
         config |= {"batch size": self._recipe.run.batch_size * self.world, "compute dtype": str(self._dtype)}
+        config["text (its hash)"] = self.batches.sampled_content()
+        if data.validation is not None:
+            config["rows of validation"] = data.validation_rows
         return Identity(model, f"{self.batches.fingerprint} {digest.hexdigest()}", config)
 
     def _model_identity(self) -> tuple[str, dict[str, Any]]:
         """Returns a hash of what is trained, and its settings, by their names for `Identity.config`."""
         raise NotImplementedError
+
+
+def _check_place(out: Path) -> None:
+    """Raises InputError where weights lie that what is trained would replace."""
+    if any(next(out.glob(pattern), None) for pattern in _TRAINED):
+        raise InputError(f"{out}: holds weights already, and no checkpoint to go on from; choose another directory")
 
 
 def ends(tokenizer: Tokenizer) -> tuple[int, int]:

@@ -175,7 +175,8 @@ def test_killed_and_resumed(model: Path, task: Path, tmp_path: Path, repeats: in
 def test_what_would_change_a_resumed_run_is_refused(grpo: Any, run: Run, task: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert grpo("--out", out, "--iters", 2)[0] == 0
-    for option, value in (("--answers", 5), ("--problems", 3), ("--max-tokens", 7), ("--advantage", "std")):
+    for option, value in (("--answers", 5), ("--problems", 3), ("--max-tokens", 7), ("--advantage", "std"),
+                          ("--eval-problems", 3)):  # fmt: skip
         code, _, err = grpo("--out", out, "--iters", 2, "--resume", option, value)
         assert code == 2 and f"was trained with {option}" in err
     code, _, err = grpo("--out", out, "--iters", 2, "--resume", "--difficulty", "1-2")

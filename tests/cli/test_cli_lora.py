@@ -306,6 +306,7 @@ def test_several_sources_by_their_weights_are_resumed(
         (("--epochs", 1), ("--epochs", 2), "updates (--epochs) = 12, not 24"),
         (("--iters", 2), ("--epochs", 1), "updates (--epochs) = 2, not 12"),
         (("--iters", 2), ("--alpha", 3), "scale (--alpha, --rslora) = 2.0, not 0.375"),
+        (("--iters", 2), ("--val-batches", 1), "--val-batches = -1, not 1"),
     ],
 )
 def test_what_a_finished_run_was_not_asked_for_is_called_by_its_option(
@@ -317,7 +318,7 @@ def test_what_a_finished_run_was_not_asked_for_is_called_by_its_option(
     before = (out / "run.json").read_text(), updates(out)
     code, _, err = run("lora", "--out", out, "--resume", *typed)
     assert code == 2 and f"was trained with {complaint}; leave it as it was" in err and err.count("\n") == 1
-    assert ("--extend N adds N updates" in err and "spread" in err) == (typed[0] != "--alpha")
+    assert ("--extend N adds N updates" in err and "spread" in err) == (typed[0] not in ("--alpha", "--val-batches"))
     assert before == ((out / "run.json").read_text(), updates(out))
 
 
@@ -333,6 +334,11 @@ def test_a_finished_run_is_extended(run: Run, tiny_model_dir: Path, data: Path, 
     assert updates(out) == updates(whole) and len(updates(out)) == 9
     assert json.loads((out / "run.json").read_text())["settings"]["extend"] == [2, 4]
     assert run("lora", "--out", out, "--resume")[0] == 0 and len(updates(out)) == 9, "nothing is added twice"
+    record = json.loads((out / "run.json").read_text())
+    record["settings"]["extend"] = [2, 4, 1]  # as of a start that ended before it saved anything
+    (out / "run.json").write_text(json.dumps(record))
+    assert run("lora", "--out", out, "--resume", "--extend", 1)[0] == 0 and len(updates(out)) == 10
+    assert json.loads((out / "run.json").read_text())["settings"]["extend"] == [2, 4, 1]
 
 
 def test_patience(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -389,6 +395,11 @@ def test_the_template_of_the_adapter_that_it_begins_with_stays(
     code, _, err = run("lora", "--out", out, "--resume")
     assert code == 0 and updates(out) == whole, err
     assert (out / "chat_template.jinja").read_text() == kept
+    shutil.rmtree(out / "checkpoints")  # as of a run that ended before its first checkpoint
+    for path in out.glob("adapter*"):
+        path.unlink()
+    code, _, err = run(*options, "--out", out)
+    assert code == 0 and not (out / "chat_template.jinja").exists(), err
 
 
 def test_adapters_that_no_run_can_begin_with(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
@@ -475,6 +486,11 @@ def test_a_run_of_another_command_is_not_resumed(maker: str, run: Run, tmp_path:
 def test_places_that_are_no_place_for_an_adapter(run: Run, tiny_model_dir: Path, data: Path, tmp_path: Path) -> None:
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tiny_model_dir, *QUICK)
     assert code == 2 and "is a model directory" in err
+    for name in ("adapters.safetensors", "adapter_model.safetensors", "adapter_model.bin"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+        code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / name, *QUICK)
+        assert code == 2 and "holds an adapter already" in err
     (tmp_path / "file").touch()
     code, _, err = run("lora", tiny_model_dir, "--data", data, "--out", tmp_path / "file", *QUICK)
     assert code == 2 and "is a file" in err

@@ -19,6 +19,7 @@ from training_runs import free_port, gradient_norms, updates
 
 from elm_mlx import directories, files
 from elm_mlx.cli.training import RECIPE_KEYS
+from elm_mlx.errors import ElmError
 from elm_mlx.model import roofline
 from elm_mlx.store.loading import load, load_model
 from elm_mlx.train import checkpoint, pretraining_recipe, sections
@@ -94,6 +95,28 @@ def test_from_text_to_a_model(run: Run, config: Path, tmp_path: Path, monkeypatc
     assert run(*suggested[2].split(), tmp_path / "mean")[0] == 0
     code, _, err = run("pretrain", config, "--out", out)
     assert code == 2 and "holds a run already" in err
+    shutil.rmtree(out / "checkpoints")
+    kept = {path: path.read_bytes() for path in out.iterdir()}
+    code, _, err = run("pretrain", config, "--out", out)
+    assert code == 2 and "holds weights already, and no checkpoint to go on from" in err
+    assert {path: path.read_bytes() for path in out.iterdir()} == kept
+
+
+def test_validation_keeps_to_documents_where_training_does(run: Run, config: Path, tmp_path: Path) -> None:
+    """At a learning rate of next to nothing both have the loss of the same weights on the same rows."""
+    texts = (tmp_path / "texts.jsonl").read_text()
+    (tmp_path / "valid.jsonl").write_text(texts)
+    few = ["optimizer.lr=1e-12", "optimizer.warmup_from=1e-13", "optimizer.steps=1", "optimizer.warmup=1"]
+    few += ["data.window=512", "run.accumulate=1", "data.validation_rows=16", "run.batch_size=16"]
+    few += ["filters.duplicates=false", "filters.min_chars=0", "filters.min_tokens=0", "data.sequence_length=64"]
+    losses = {}
+    for segments in ("true", "false"):
+        words = [word for each in (*few, f"data.segments={segments}") for word in ("--set", each)]
+        code, _, err = run("pretrain", config, "--out", tmp_path / segments, *words)
+        assert code == 0, err
+        losses[segments] = [loss for _, loss in updates(tmp_path / segments)]
+    assert losses["true"][0] == pytest.approx(losses["true"][1], abs=0.02)
+    assert losses["true"][0] != losses["false"][0]
 
 
 def test_what_is_suggested_at_the_end_works(run: Run, config: Path, tmp_path: Path) -> None:
@@ -131,6 +154,13 @@ def test_resumed_it_has_the_same_losses_with_other_workers(run: Run, config: Pat
     assert code == 2 and "was trained with optimizer.steps = 6, not 9" in err and "learning rate is spread" in err
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "filters.min_tokens=11")
     assert code == 2 and "was trained on other data" in err
+    code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "data.validation_rows=4")
+    assert code == 2 and "was trained with data.validation_rows = 8, not 4" in err, "losses could not be compared"
+    lines = (tmp_path / "texts.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "texts.jsonl").write_text("".join(lines[::-1]))  # as many bytes
+    code, _, err = run("pretrain", config, "--out", cut, "--resume")
+    assert code == 2 and "was trained with text (its hash) = " in err
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
     code, _, err = run("pretrain", config, "--out", cut, "--resume", "--set", "model.num_layers=1")
     assert code == 2 and "was trained from another model" in err
     about = json.loads((cut / "run.json").read_text())["settings"]
@@ -359,6 +389,17 @@ def test_rates_of_which_one_cannot_be_tried_are_none_of_them_tried(
 ) -> None:
     code, said, err = run("lr-sweep", config, "--out", tmp_path / "sweep", "--steps", 2, "--lr", rates)
     assert (code, said, err.count("\n")) == (2, "", 1) and error in err and not (tmp_path / "sweep").exists()
+
+
+def test_a_full_disk_is_no_learning_rate_that_is_too_high(
+    run: Run, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ElmError("checkpoints: cannot be written: No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    code, text, err = run("lr-sweep", config, "--out", tmp_path / "sweep", "--steps", 2, "--lr", "0.01,0.02")
+    assert code == 1 and "No space left on device" in err and "broke off" not in text
 
 
 def test_a_sweep_says_that_no_learning_rate_did_any_good(run: Run, config: Path, tmp_path: Path) -> None:

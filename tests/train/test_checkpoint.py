@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from elm_mlx import directories
+from elm_mlx import directories, files
 from elm_mlx.directories import checkpoints_of
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.train import checkpoint, metrics
@@ -50,6 +50,19 @@ def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     newest = checkpoint.to_resume(tmp_path, resume=True)
     assert newest is not None and newest.name == "step-00000050"
     assert len(list((tmp_path / "checkpoints").iterdir())) == 3, "nothing half removed is left"
+
+
+def test_what_a_kill_left_of_one_that_was_written_goes(tmp_path: Path) -> None:
+    save(tmp_path, 10)
+    left = tmp_path / "checkpoints" / ".step-00000007.tmp-0123abcd"
+    left.mkdir()
+    (left / "parameters.safetensors").touch()
+    others = tmp_path / "checkpoints" / ".step-00000007.tmp-mine"
+    others.mkdir()
+    with files.new_directory(checkpoint.directory(tmp_path, 9)):
+        checkpoint.prune(tmp_path, 2, best_step=None)
+        assert not left.exists() and others.exists(), "nobody's but a killed run's goes"
+    assert [int(path.name[5:]) for path in checkpoints_of(tmp_path)] == [9, 10], "and one that is being written stays"
 
 
 def test_one_in_passing_goes_with_the_next_and_takes_no_others_place(tmp_path: Path) -> None:
