@@ -71,6 +71,9 @@ _LITTER = (
     "Icon\r",  # a folder's own icon on a Mac
 )  # fmt: skip
 
+# What `hf download --local-dir` keeps in `.cache`; the hub's own cache may lie there too, and is somebody's.
+_DOWNLOADED = {"huggingface", *(f"huggingface/{name}" for name in ("download", ".gitignore", "CACHEDIR.TAG"))}
+
 
 def check_destination(target: Path, kind: Kind, overwrite: bool, sources: Iterable[Path] = ()) -> None:
     """Refuses to replace what is not plainly of that kind alone, or what one of `sources` lies in.
@@ -273,8 +276,9 @@ def _has_templates_alone(entry: Path) -> bool:
 
 
 def _is_litter(entry: Path) -> bool:
-    if entry.is_dir() and not entry.is_symlink():  # `hf download --local-dir` keeps its records here
-        return entry.name == ".cache" and all(inner.name == "huggingface" for inner in entry.iterdir())
+    if entry.is_dir() and not entry.is_symlink():
+        inner = [each.relative_to(entry).as_posix() for each in (*entry.glob("*"), *entry.glob("huggingface/*"))]
+        return entry.name == ".cache" and {*inner} <= _DOWNLOADED
     return any(fnmatchcase(entry.name, name) for name in _LITTER)
 
 

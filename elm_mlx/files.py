@@ -149,10 +149,10 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill that becomes `path` when the block ends without an exception.
 
     Everything in it is flushed to the disk before it takes its name. With `replace`, a directory that is
-    there changes places with it in one step of the kernel, and is then removed; a symbolic link stays, and
-    what it points to is replaced. Where neither kernel nor file system can swap names (not on ext4, XFS,
-    btrfs, tmpfs, APFS), two renames follow each other: a crash exactly between them leaves no `path`, and
-    the next call for it puts the old one back first.
+    there changes places with it in one step of the kernel, and is then removed, but for what was put into it
+    since the block began; a symbolic link stays, and what it points to is replaced. Where neither kernel nor
+    file system can swap names (not on ext4, XFS, btrfs, tmpfs, APFS), two renames follow each other: a crash
+    exactly between them leaves no `path`, and the next call for it puts the old one back first.
 
     Raises:
         InputError: `path` exists and `replace` was not asked for, or it is no directory.
@@ -161,8 +161,11 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with scratch_directory(path) as temporary:
         _check_free(path, replace)
+        before = _names(path)
         yield temporary
         with _failures_named(path):
+            for name in _names(path) - before - _names(temporary):
+                _copy(path / name, temporary / name)
             _sync_tree(temporary)
             _move_into_place(temporary, path, replace)  # which leaves nothing in its place, or after a swap the old
 
@@ -265,6 +268,18 @@ def _check_free(path: Path, replace: bool) -> None:
         raise InputError(f"{path}: is a file, and a directory is to be written")
     if path.exists() and not replace:
         raise InputError(f"{path}: exists already")
+
+
+def _names(directory: Path) -> set[str]:
+    """Of what is in it; of none, where it is missing."""
+    return {entry.name for entry in directory.iterdir()} if directory.exists() else set()
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True)
+    else:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _make_parents(directory: Path) -> list[Path]:
@@ -416,6 +431,8 @@ def _rename_twice(temporary: Path, path: Path) -> None:
 def _sync_tree(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
+            if Path(folder, name).is_symlink():  # it lies in its folder
+                continue
             descriptor = os.open(Path(folder, name), os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 _sync(descriptor)

@@ -51,7 +51,8 @@ def test_a_directory_of_the_kind_is_replaced_when_asked(kind: Kind, names: tuple
 @pytest.mark.parametrize(
     "other",
     [
-        "thesis.tex", "checkpoints/step-1", ".git/HEAD", ".cache/pip/x", ".DS_Store/x", ".hidden", "run.json",
+        "thesis.tex", "checkpoints/step-1", ".git/HEAD", ".cache/pip/x",
+        ".cache/huggingface/hub/models--a--b/blobs/x", ".cache/huggingface/token", ".DS_Store/x", ".hidden", "run.json",
         "README.md/x", "DS_Store",
     ],
 )  # fmt: skip

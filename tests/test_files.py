@@ -156,6 +156,21 @@ def test_parent_that_may_not_be_written(tmp_path: Path) -> None:
         fill(tmp_path / "d", "new")
 
 
+def test_what_is_put_into_a_directory_while_its_successor_is_made_stays(tmp_path: Path) -> None:
+    fill(tmp_path / "model", "old")
+    with files.new_directory(tmp_path / "model", replace=True) as made:
+        (made / "a").write_text("new")
+        (tmp_path / "model" / "notes.txt").write_text("mine")
+        (tmp_path / "model" / "folder").mkdir()
+        (tmp_path / "model" / "folder" / "more.txt").write_text("mine too")
+        (tmp_path / "model" / "link").symlink_to("notes.txt")
+    assert (tmp_path / "model" / "a").read_text() == "new"
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "model" / "folder" / "more.txt").read_text() == "mine too"
+    assert (tmp_path / "model" / "link").readlink() == Path("notes.txt")
+    assert names(tmp_path) == ["model"]
+
+
 def test_someone_elses_directory_made_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "d"
     with pytest.raises(ElmError, match="by another process"), new_directory(path):
