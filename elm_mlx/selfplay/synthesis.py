@@ -60,9 +60,9 @@ def synthesize(
         known = ChosenAnswers()
         known.add(kept.problems, sampling.source)
         if not overwrite:
-            _check_made_of(out, known.examples)
+            _check_made_of(out, record, known.examples)
             if pairs is not None:
-                _check_made_of(pairs, known.pairs)
+                _check_made_of(pairs, record, known.pairs)
         before = min(count, len(kept.problems))
         problems = sampling.sample(kept, count, progress)
         chosen = ChosenAnswers()
@@ -72,15 +72,20 @@ def synthesize(
                 f"{pairs}: no problem was answered both rightly and wrongly, so there is no pair; sample harder or "
                 "easier ones, or more"
             )
-        files.write_json_lines(out, chosen.examples)
+        written = {out: (chosen.examples, known.examples)}
         if pairs is not None:
-            files.write_json_lines(pairs, chosen.pairs)
+            written[pairs] = chosen.pairs, known.pairs
+        if not overwrite:
+            for path, (lines, earlier) in written.items():
+                _check_made_of(path, record, max(lines, earlier, key=len), to_end=True)
+        for path, (lines, _) in written.items():
+            files.write_json_lines(path, lines)
     return Synthesized(problems, chosen, before)
 
 
-def _check_made_of(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+def _check_made_of(path: Path, record: Path, lines: Sequence[Mapping[str, Any]], *, to_end: bool = False) -> None:
     """Raises InputError where a file is there that does not begin as `lines` do: those of the same record, or of less
-    or more of it, do so."""
+    or more of it, do so. With `to_end` one with more lines is refused, too: someone has added them."""
     if not path.exists():
         return
     with reading.opened(path) as file:
@@ -88,6 +93,11 @@ def _check_made_of(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
             there = file.readline()
             if there and there != files.json_line(line):
                 raise InputError(
-                    f"{path}: exists already, and not of what {record_of(path).name} holds; pass --overwrite to "
+                    f"{path}: exists already, and not of what {record.name} holds; pass --overwrite to "
                     "begin anew and replace it, or choose another"
                 )
+        if to_end and file.readline():
+            raise InputError(
+                f"{path}: goes on after what {record.name} holds; move those lines into a file of their own, "
+                "or pass --overwrite to begin anew and replace it"
+            )

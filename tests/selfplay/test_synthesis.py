@@ -85,6 +85,22 @@ def test_a_file_of_something_else_is_not_replaced_though_there_is_a_record(sampl
         synthesize(sampling, samples, out, pairs)
 
 
+def test_lines_that_someone_has_added_are_kept(sampling: Sampling, tmp_path: Path) -> None:
+    out, pairs = tmp_path / "data.jsonl", tmp_path / "pairs.jsonl"
+    synthesize(sampling, 40, out, pairs)
+    for path in (out, pairs):
+        written = path.read_bytes()
+        path.write_bytes(written + b'{"prompt": "mine", "completion": "mine"}\n')
+        kept = out.read_bytes(), pairs.read_bytes()
+        for samples in (20, 40, 80):
+            why = "(goes on after|exists already, and not of) what data.jsonl.answers"
+            with pytest.raises(InputError, match=f"{path.name}: {why}"):
+                synthesize(sampling, samples, out, pairs)
+            assert (out.read_bytes(), pairs.read_bytes()) == kept
+        path.write_bytes(written)
+    synthesize(sampling, 80, out, pairs)
+
+
 def test_begun_anew_the_record_is_another(sampling: Sampling, tmp_path: Path) -> None:
     out = tmp_path / "data.jsonl"
     record_of(out).write_text('{"record of": {}}\n')
