@@ -230,7 +230,7 @@ class ContinuousBatch:
                 break
             before = [self.answers[row].state for row in going]
             at = mx.array([row * (1 + count) + place for row in going])
-            token, logprob, top = self._choose([self.answers[row] for row in going], logits[at])
+            token, logprob, top = self._choose([self.answers[row] for row in going], logits[at], behind=True)
             found, still = token.tolist(), []
             for index, row in enumerate(going):
                 if found[index] != guesses[row][place]:
@@ -319,9 +319,13 @@ class ContinuousBatch:
         return answers
 
     def _choose(
-        self, answers: Sequence[OpenRequest], logits: mx.array
+        self, answers: Sequence[OpenRequest], logits: mx.array, behind: bool = False
     ) -> tuple[mx.array, mx.array, dict[int, tuple[mx.array, mx.array]]]:
-        """Returns tokens and log-probabilities `(rows,)`, and by row the likeliest tokens and theirs, where wanted."""
+        """Returns tokens and log-probabilities `(rows,)`, and by row the likeliest tokens and theirs, where wanted.
+
+        Args:
+            behind: guesses are chosen, so what `show_first` has chosen of an answer stands before them.
+        """
         logits = logits.astype(mx.float32)
         tops = {
             row: top_tokens(logits[row], answer.request.top_logprobs)
@@ -333,7 +337,7 @@ class ContinuousBatch:
         for rows in _alike(answers):
             group = [answers[row] for row in rows]
             order += rows
-            if group[0].first is not None:
+            if group[0].first is not None and not behind:
                 parts.append(group[0].first)
                 continue
             picked = logits if len(rows) == len(answers) else logits[mx.array(rows)]

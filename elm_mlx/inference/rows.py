@@ -190,18 +190,19 @@ class Rows:
         return True
 
     def leave(self, row: int) -> None:
-        """Removes a row. The last one takes its place."""
-        for cache in self.caches:
-            if len(self) == 1:
-                break
-            cache.drop(row, len(self))
-            mx.eval(cache.state)
+        """Removes a row. The last one takes its place, and room that only this one needed goes."""
         lengths, self._texts[row] = [*self.lengths], self._texts[-1]
         lengths[row] = lengths[-1]
+        lengths.pop()
         self._texts.pop()
-        if len(self) == 1:
+        for cache in self.caches if lengths else ():
+            cache.drop(row, len(self))
+            if cache.is_trimmable():
+                cache.shorten(max(lengths) + 1)
+            mx.eval(cache.state)
+        if not lengths:
             self.caches = []
-        self.resize(lengths[:-1])
+        self.resize(lengths)
 
     def copy(self, row: int) -> list[KVCache]:
         """Returns caches of one text, that of a row."""

@@ -164,6 +164,12 @@ class KVCache:
         if self._held[0].shape[0] > 1:
             self._arrays = [mx.contiguous(array[:1]) for array in self._arrays]
 
+    def shorten(self, length: int) -> None:
+        """Gives up the room behind `length` positions, where that is half of it or more."""
+        room = row_capacity(length)
+        if 2 * room <= self.capacity:
+            self._arrays = [mx.contiguous(array[:, :, :room]) for array in self._arrays]
+
     def single(self, row: int, length: int) -> KVCache:
         """Returns a copy of the first `length` positions of a row."""
         cache = self.empty()

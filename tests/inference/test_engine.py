@@ -279,6 +279,26 @@ def test_right_guesses_come_in_fewer_steps_and_end_where_the_text_does(
         engine.close(10)
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_first_token_that_is_guessed_again_is_chosen_again(
+    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """It is reported as soon as the prompt is read; guesses are no second report of it."""
+    monkeypatch.setattr(DraftPace, "choose", lambda self, likely: len(likely))
+    model = tiny.spelling_model(tiny_tokenizer, "abcdefghi")
+    ids = tiny_tokenizer.encode("Q\naaaaaaaaQ\n")  # by which more of the first letter is likely
+    plain, guessing = (made(model, tiny_tokenizer, drafted=drafted) for drafted in (0, 7))
+    for _ in range(before):
+        ask(guessing, ids, 3).all()
+    expected = ask(plain, ids, 8, top_logprobs=2).all()
+    assert "".join(event.text for event in expected if isinstance(event, Generated)) == "abcdefghi"
+    assert ask(guessing, ids, 8, top_logprobs=2).all()[-1:] == expected[-1:]
+    assert ask(guessing, ids, 8, top_logprobs=2).tokens() == ask(plain, ids, 8, top_logprobs=2).tokens()
+    assert guessing.statistics().drafted_tokens > 0
+    for engine in (plain, guessing):
+        engine.close(10)
+
+
 def test_who_joins_an_answer_with_guesses_takes_its_steps_and_leaves_them_again(
     tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +521,28 @@ def test_memory_bounds_what_runs_and_what_is_kept(model: Model, tiny_tokenizer: 
     with pytest.raises(TooLarge, match="ask for fewer max_tokens"):
         made(model, max_memory=weights + row).submit(Request("tiny", tuple(prompt(200)), 57, Sampler()), print)
     engine.close(10)
+
+
+def test_room_that_a_long_text_needed_goes_with_it(tiny_tokenizer: Tokenizer) -> None:
+    config = tiny.scaled_config(tiny_tokenizer.vocab_size, max_context_length=8192, rope_max_length=16384)
+    model = tiny.random_model(config)
+    engine = made(model, tiny_tokenizer, prefix_bytes=0)
+    endless: dict[str, Any] = {"sampler": Sampler(logit_bias={1: -100.0, 2: -100.0})}
+    long = ask(engine, prompt(4000), 20, **endless)
+    short = ask(engine, prompt(20), 400, **endless)
+    assert isinstance(short.events.get(timeout=60), PromptRead)
+    long.all()
+    others = [ask(engine, prompt(20, i), 150, **endless) for i in range(1, 5)]
+    for each in others:
+        each.events.get(timeout=60)
+    held = engine._batches["tiny"].rows.nbytes
+    assert held <= 2 * engine.statistics().reserved_bytes
+    single = made(model, tiny_tokenizer, prefix_bytes=0)
+    for i, each in enumerate(others, start=1):
+        assert each.tokens() == ask(single, prompt(20, i), 150, **endless).tokens()
+    assert short.tokens() == ask(single, prompt(20), 400, **endless).tokens()
+    for one in (engine, single):
+        one.close(10)
 
 
 def test_a_full_queue_is_said(model: Model) -> None:
