@@ -23,11 +23,11 @@ from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.inference.engine import Engine
 from elm_mlx.inference.grammar import Grammar
-from elm_mlx.inference.requests import Embedded, Failed, Request
+from elm_mlx.inference.requests import Busy, Embedded, Failed, Request
 from elm_mlx.inference.sampling import Sampler
 from elm_mlx.reading import JSON_RECORDS, decoded, listed, load_json, printable
 from elm_mlx.serve.answers import LEFT, AnswerShape, ErrorAnswer, embeddings, error_answer, event
-from elm_mlx.serve.completions import OpenCompletion, Plan, putting_into
+from elm_mlx.serve.completions import PAUSE, OpenCompletion, Plan, putting_into
 from elm_mlx.serve.metrics_page import metrics_text
 from elm_mlx.serve.request_fields import ChatFields, FieldError, Options, parse_chat, parse_embeddings, parse_text
 from elm_mlx.serve.served_models import ServedModel
@@ -158,10 +158,17 @@ class Service:
         return JSONResponse(embeddings(model.name, vectors, fields.base64, count))
 
     async def _vectors(self, model: ServedModel, inputs: list[list[int]]) -> list[tuple[float, ...]]:
-        vectors = []
+        vectors: list[tuple[float, ...]] = []
         for ids in inputs:  # one after the other, so that they take one place in the queue
             outcomes: asyncio.Queue[Embedded | Failed] = asyncio.Queue()
-            ticket = self.engine.embed(model.name, ids, putting_into(outcomes))
+            while True:
+                try:
+                    ticket = self.engine.embed(model.name, ids, putting_into(outcomes))
+                    break
+                except Busy:
+                    if not vectors:
+                        raise
+                    await asyncio.sleep(PAUSE)  # what has been read is not thrown away
             try:
                 outcome = await outcomes.get()
             finally:

@@ -18,7 +18,7 @@ from elm_mlx.serve.call_reader import CallReader, Delta
 
 IN_FLIGHT = 16  # answers of one request that the engine has at a time
 KEEP_ALIVE_SECONDS = 10.0
-_PAUSE = 0.2  # seconds until a place in the queue is looked for again
+PAUSE = 0.2  # seconds until a place in the queue is looked for again
 
 Item = TypeVar("Item")
 
@@ -115,9 +115,14 @@ class OpenCompletion:
 
     async def chunks(self) -> AsyncIterator[str]:
         """Yields the events of the stream, several at once where they came so. Raises what the engine failed by."""
+        now = asyncio.get_running_loop().time
+        spoken = now()
         async for happenings in self._happenings():
-            chunks = "".join(self._chunks_of(*each) for each in happenings) if happenings else KEEP_ALIVE
+            chunks = "".join(self._chunks_of(*each) for each in happenings)
+            if not chunks and (not happenings or now() - spoken > KEEP_ALIVE_SECONDS):  # of a call that comes whole
+                chunks = KEEP_ALIVE
             if chunks:
+                spoken = now()
                 yield chunks
         yield (self._shape.counted(self.usage) if self._shape.include_usage else "") + DONE
 
@@ -196,7 +201,7 @@ class OpenCompletion:
                 self._submit()
             if self._tickets or self._next == len(self._plans):
                 return
-            await asyncio.sleep(_PAUSE)
+            await asyncio.sleep(PAUSE)
 
     def _taken(self, index: int, happened: Event) -> tuple[list[Delta], Sequence[ScoredToken], Sequence[int]]:
         """Returns what an event adds to an answer: deltas, and tokens with the places where they begin."""

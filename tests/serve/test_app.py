@@ -7,7 +7,8 @@ import base64
 import json
 import struct
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,25 @@ def test_embeddings(client: OpenAI, base: Any) -> None:
     assert [e.embedding for e in one.data] == [pytest.approx(answer.data[0].embedding)]
 
 
+def test_a_queue_that_fills_up_amid_a_list_of_texts_is_waited_for(
+    talker_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crowded(ScriptedEngine):
+        def embed(self, model: str, ids: Sequence[int], on_event: Callable[[Any], None]) -> Any:
+            crowd.append(len(ids))
+            if len(crowd) in (2, 3) or ids[0] == 9:
+                raise Busy("2 requests are waiting already", 7)
+            return super().embed(model, ids, on_event)
+
+    monkeypatch.setattr(app_module, "PAUSE", 0.01)
+    crowd: list[int] = []
+    with serving.serving([talker_dir], engine=Crowded()) as server:
+        body = {"model": "talker", "input": [[1], [1, 2], [1, 2, 3]], "encoding_format": "float"}
+        status, _, answer = server.ask("/v1/embeddings", body)
+        assert status == 200 and len(answer["data"]) == 3 and crowd == [1, 2, 2, 2, 3]
+        assert server.ask("/v1/embeddings", body | {"input": [[9]]})[0] == 503, "of which nothing has been read"
+
+
 def test_base64_holds_little_endian_floats(talker_dir: Path) -> None:
     with serving.serving([talker_dir], engine=ScriptedEngine()) as server:
         body = {"model": "talker", "input": [[1, 2]], "encoding_format": "base64"}
@@ -396,6 +416,28 @@ def test_a_long_prompt_is_waited_for_with_comments(talker_dir: Path, monkeypatch
         submitted.read()
         submitted.say("a\u2028b\x85c", "stop")
         assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == "a\u2028b\x85c"
+
+
+def test_a_text_that_is_held_back_is_waited_for_with_comments(
+    talker_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "KEEP_ALIVE_SECONDS", 0.1)
+    body = {"model": "talker", "messages": QUESTION, "stream": True}
+    with serving.serving([talker_dir], engine=ScriptedEngine()) as server:
+
+        def write() -> None:
+            (submitted,) = server.engine.wait_for(1)
+            submitted.read()
+            for _ in range(20):
+                submitted.say("")  # as of the tokens of a call that comes whole
+                time.sleep(0.03)
+            submitted.say("at last", "stop")
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        lines = server.ask("/v1/chat/completions", body)[2].split("\n\n")
+        writer.join()
+    assert 2 <= sum(line.startswith(":") for line in lines) < 20 and any("at last" in line for line in lines)
 
 
 def test_the_log_has_figures_and_no_texts_unless_they_are_wanted(talker_dir: Path) -> None:

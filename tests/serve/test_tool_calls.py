@@ -417,6 +417,7 @@ class TestReader:
         form = FORMS["tagged"]
         deltas, reader = read(form, [('<tool_call>\n{"name": "time", "arguments": {"a": "b', None)], held=True)
         assert message(deltas) == (None, [("time", '{"a": "b')]) and reader.finish_reason("length") == "length"
+        assert reader.finish_reason("stop") == "length", "a stop string cut them: they are not to be called by"
 
     @pytest.mark.parametrize("style", ["xml", "pairs", "invoked", "lines", "marked list", "bare list"])
     @pytest.mark.parametrize("text", ["", "nothing", "time", "time<", "3", "unknown()", "<function=unknown>\n"])
