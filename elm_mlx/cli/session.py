@@ -316,7 +316,10 @@ def interactive() -> bool:
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """Hides what is typed meanwhile at a terminal; it is kept for the next line."""
+    """Hides what is typed meanwhile at a terminal; the system keeps it for the next line, up to 4,095 bytes.
+
+    Without lines (ICANON) it would keep more, but what it has no room for would stand before a Ctrl-C.
+    """
     import termios
 
     try:

@@ -161,6 +161,7 @@ class Chat:
         TextStream(tokenizer, (), self.stop)  # which refuses an empty one
         self.seed = seed
         self.exchanges: list[Exchange] = []
+        self._files: set[Path] = set()  # that this conversation was loaded from, or saved to
         self.last: Statistics | None = None
         self._speculation = speculation_for(model, prompt_lookup, draft_model, num_draft_tokens)
         self.cache = PrefixCache(model, kv_bits, max_kv_size, kvp)
@@ -222,6 +223,7 @@ class Chat:
     def reset(self) -> None:
         """Drops all messages but the system prompt."""
         self.exchanges = []
+        self._files.clear()
 
     def set(self, name: str, value: float) -> None:
         """Changes one of `options`. Raises InputError when there is no such one, or not with that value."""
@@ -238,10 +240,12 @@ class Chat:
         """Writes `messages` to a JSON file, whole or not at all.
 
         Raises:
-            InputError: the file is there, and is no conversation.
+            InputError: the file is there, and is no conversation, or another one than this.
             ElmError: it cannot be written.
         """
-        write_messages(path, self.messages)
+        path = reading.expanded(path).absolute()
+        write_messages(path, self.messages, replace=path in self._files)
+        self._files.add(path)
 
     def load(self, path: Path) -> None:
         """Loads the conversation of a file, its system prompt included, to go on with it.
@@ -258,6 +262,7 @@ class Chat:
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         self._window, self.exchanges = window, exchanges
+        self._files = {reading.expanded(path).absolute()}
 
     def _reply(self, before: Sequence[Exchange], question: str) -> Reply:
         max_tokens = int(self.options["max_tokens"])
@@ -383,19 +388,25 @@ class Draft:
         return shown
 
 
-def write_messages(path: Path, messages: Sequence[dict[str, str]]) -> None:
+def write_messages(path: Path, messages: Sequence[dict[str, str]], *, replace: bool = False) -> None:
     """Writes a conversation to a file, `{"messages": [{"role": …, "content": …}, …]}`, whole or not at all.
 
+    Args:
+        replace: another conversation that is there, and not just the beginning of this one.
+
     Raises:
-        InputError: a file is there already that is no conversation.
+        InputError: a file is there already that is no conversation, or another one that is not to be replaced.
         ElmError: the file cannot be written.
     """
     path = reading.expanded(path)
     if path.exists():
         try:
-            read_messages(path)
+            system, pairs = read_messages(path)
         except InputError:
             raise InputError(f"{path}: exists, and is no saved conversation; choose another name") from None
+        there = as_messages(system, [Exchange(question, answer) for question, answer in pairs])
+        if not replace and there != list(messages)[: len(there)]:
+            raise InputError(f"{path}: holds another conversation; /load goes on with it, or choose another name")
     files.write_json(path, {"messages": list(messages)})
 
 

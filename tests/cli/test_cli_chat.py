@@ -293,6 +293,18 @@ def test_save_and_load(speaking_dir: Path, tmp_path: Path, start: Start) -> None
     say(child, f"/save {tmp_path}/a talk.json")
     assert say(child, "/load ~/a talk.json") == "(loaded: 2 messages with their answers)"
     assert "hello" in say(child, "/undo")
+    say(child, f"/save {tmp_path}/a talk.json")
+    assert say(child, "/load ~/a talk.json") == "(loaded: 1 message with its answer)"
+    say(child, "/reset")
+    assert "a talk.json: holds another conversation; /load goes on with it" in say(child, "/save ~/a talk.json")
+    say(child, "hello")
+    assert "saved to" in say(child, "/save ~/a talk.json"), "it is the beginning of this one"
+    say(child, "/reset")
+    say(child, "other")
+    assert "holds another conversation" in say(child, "/save ~/a talk.json")
+    assert "saved to" in say(child, "/save ~/new.json")
+    say(child, "/undo")
+    assert "saved to" in say(child, "/save ~/new.json"), "it was saved by this one"
     assert leave(child) == 0
 
 

@@ -439,7 +439,11 @@ def test_saved_conversation_goes_on(
         say(following)
         assert following.statistics.read_tokens <= len(following.prompt.ids) - held + 1, "read once, and not again"
         check_cache(other)
-    chat.save(path)  # over a conversation
+        chat.undo()
+        chat.save(path)  # over its own
+        with pytest.raises(InputError, match="holds another conversation; /load goes on with it"):
+            Chat(model, tiny_tokenizer, kind, options=GREEDY).save(path)
+        path.unlink()
 
 
 USER, ASSISTANT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
