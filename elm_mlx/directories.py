@@ -59,6 +59,7 @@ EXPORT = Kind(
     "an export", "checkpoint.pt", ("config.yaml", "tokenizer.model", "chat_template.jinja", "generation_config.json")
 )
 
+PNG_METADATA, PNG_MARK = {"Software": "elm-mlx"}, b"Software\0elm-mlx"  # of pictures that may replace one another
 PREDICTION = "kvp.json"  # in the directory of a KV Prediction
 
 # In the directory of a training run: what the run is, and in each of its checkpoints the weights.
@@ -101,11 +102,12 @@ def check_destination(target: Path, kind: Kind, overwrite: bool, sources: Iterab
             raise InputError(f"{target}: holds the source, {source.name}, which is to be read: choose another")
 
 
-def check_file(target: Path, overwrite: bool, head: bytes | None = None) -> None:
+def check_file(target: Path, overwrite: bool | None, mark: bytes | None = None) -> None:
     """Refuses to replace a file that is not plainly of the kind that is to be written.
 
     Args:
-        head: what begins with this is of the kind that is to be written, and needs no `overwrite`.
+        overwrite: None where a command has no such option.
+        mark: what has this in its first kilobyte is of the kind that is to be written, and needs no `overwrite`.
 
     Raises:
         InputError: says what is in the way.
@@ -114,8 +116,9 @@ def check_file(target: Path, overwrite: bool, head: bytes | None = None) -> None
         raise InputError(f"{target}: is a directory, and a file is to be written")
     if target.exists() and not target.is_file():
         raise InputError(f"{target}: is not a regular file, and one is to be written")
-    if target.exists() and not overwrite and not (head and _begins(target, head)):
-        raise InputError(f"{target}: exists already; pass --overwrite to replace it, or choose another")
+    if target.exists() and not overwrite and not (mark and _is_marked(target, mark)):
+        how = "" if overwrite is None else "pass --overwrite to replace it, or "
+        raise InputError(f"{target}: exists already; {how}choose another")
 
 
 def carry(source: Path, directory: Path) -> None:
@@ -282,10 +285,10 @@ def _is_litter(entry: Path) -> bool:
     return any(fnmatchcase(entry.name, name) for name in _LITTER)
 
 
-def _begins(path: Path, head: bytes) -> bool:
+def _is_marked(path: Path, mark: bytes) -> bool:
     try:
         with path.open("rb") as file:
-            return file.read(len(head)) == head
+            return mark in file.read(1024)
     except OSError:
         return False
 

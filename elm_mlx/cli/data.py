@@ -60,6 +60,12 @@ def data(
 ) -> None:
     """Check training data, and show it as the model will see it: counts, lengths, packing, examples."""
     if config is not None:
+        others = (
+            ("PATH", paths), ("--model", model), ("--format", format), ("--weight", weight), ("--columns", columns),
+            ("--template", template), ("--max-seq-length", max_seq_length), ("--truncate", truncate or None),
+            ("--train-on-prompt", train_on_prompt or None), ("--skip-bad", skip_bad or None),
+        )  # fmt: skip
+        options.refuse_given(others, "--config has all that a mixture is read by")
         _print_mixture(config)
         return
     if not paths or model is None:
@@ -165,7 +171,7 @@ def _print_histogram(prepared: Prepared) -> None:
     bins = list(_histogram(prepared.lengths, prepared.max_length))
     most = max(count for _, count in bins)
     width = max(len(label) for label, _ in bins)
-    room = min(_BAR, terminal_width() - width - 17)
+    room = max(1, min(_BAR, terminal_width() - width - 17))
     for label, count in bins:
         print(f"    {label:>{width}}  {bar(count / most, room) if count else '':<{room}} {count:>9,}")
 

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from elm_mlx import directories
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, bad_records_named, line, name_bad, note, table, visible
+from elm_mlx.cli.screen import ProgressBar, bad_records_named, counted, line, name_bad, note, table, visible
 from elm_mlx.errors import InputError
 from elm_mlx.train.setting_fields import abouts
 from elm_mlx.train.settings import DataSettings
@@ -49,8 +50,8 @@ def eval(
         list[str] | None,
         typer.Option(
             metavar="PATH",
-            help="Bits per byte of texts, or of the answers in data: a file, a directory (its test, or else valid), or "
-            "hub:OWNER/NAME:SPLIT; may be repeated.",
+            help="Bits per byte of texts, or of the answers in data: a file, a directory (its test, or else valid, or "
+            "train), or hub:OWNER/NAME:SPLIT; may be repeated.",
         ),
     ] = None,
     columns: Annotated[list[str] | None, typer.Option(help=f"For --text: {abouts(DataSettings)['columns']}")] = None,
@@ -85,9 +86,25 @@ def eval(
     plot: Annotated[Path | None, typer.Option(help="Draw the scores into this file too; needs matplotlib.")] = None,
 ) -> None:
     """Score a model on the paper's tasks as LM Evaluation Harness does, or on text; or compare such runs."""
+    if plot is not None:
+        directories.check_file(plot, None, directories.PNG_MARK)
+    for_text = (
+        ("--columns", columns), ("--template", template), ("--skip-bad", skip_bad or None), ("--window", window),
+        ("--stride", stride),
+    )  # fmt: skip
     if compare:
+        others = (
+            ("--tasks", tasks), ("--suite", suite), ("--text", text), *for_text, ("--data", data), ("--shots", shots),
+            ("--limit", limit), ("--out", out), ("--adapter", adapter), ("--kvp", kvp), ("--kv-bits", kv_bits),
+            ("--compute-dtype", compute_dtype), ("--harness", harness or None),
+        )  # fmt: skip
+        options.refuse_given(others, "--compare scores nothing; it takes directories of runs")
         _compare(paths, plot)
         return
+    if not text:
+        options.refuse_given(for_text, "is for --text, which names what to read")
+    if harness:
+        options.refuse_given((("--plot", plot),), "is for our own scores, and --harness prints its table")
     if len(paths) > 1:
         raise InputError("give one model directory; --compare takes several runs")
     if kvp is not None:
@@ -112,7 +129,7 @@ def eval(
     else:
         _score(opened, wanted)
     line(f"wrote {opened.out}")
-    if plot is not None and not harness:
+    if plot is not None:
         from elm_mlx.evaluate import comparison
 
         comparison.draw({paths[0].name: opened.results}, plot)
@@ -152,6 +169,9 @@ def _print(done: Evaluation) -> None:
         known = f"{done.published_mean:.2f}" if done.published_mean is not None else ""
         rows.append(["mean", "", "", "", format_score("acc", done.mean), *([known] if beside else [])])
     table(headers, rows, left=(0, 3))
+    for key, (cut, count) in done.cut.items():
+        questions = counted(count, "question")
+        line(f"{key}: {cut:,} of {questions} exceed the model's context with their examples, and lack their beginning")
     for key, how in done.missing.items():
         line(f"not scored: {key}: {how}")
     if beside:

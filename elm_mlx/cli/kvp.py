@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import options, training
-from elm_mlx.cli.screen import counted, line
+from elm_mlx.cli.screen import counted, line, quoted
 from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
 
@@ -47,10 +47,14 @@ def kvp(
     """Train a smaller model to predict a model's keys and values of a prompt: the first token comes sooner, at a price
     in quality (KV Prediction)."""
     if init is not None:
+        others = (
+            ("MODEL", model), ("CONFIG", config), ("--aux", aux), ("--keep", keep), ("--out", out), ("--set", set_),
+            ("--resume", resume or None), ("--force", force or None),
+        )  # fmt: skip
+        options.refuse_given(others, "--init writes a recipe to be edited, and does not train")
         _init(init, data)
         return
-    if data is not None:
-        raise InputError("--data needs --init; CONFIG names its own sources")
+    options.refuse_given((("--data", data),), "needs --init; CONFIG names its own")
     for value, name in ((model, "MODEL"), (config, "CONFIG"), (out, "--out")):
         if value is None:
             hint = "; --init FILE writes a first recipe" if name == "CONFIG" else ""
@@ -69,7 +73,9 @@ def kvp(
         result = training.train(run, shown, _plan(run, recipe), training.RECIPE_KEYS, force, memory.RECIPE)
         shown.lines(training.ended(result, shown.validates) + training.texts_read(run, result))
         if result.harm is None:
-            shown.lines([("wrote", f"{run.out}; try: elm-mlx generate {model} --kvp {run.out} --prompt …")])
+            shown.lines(
+                [("wrote", f"{run.out}; try: elm-mlx generate {quoted(model)} --kvp {quoted(run.out)} --prompt …")]
+            )
         else:
             shown.lines([("wrote", f"{run.out}: what the last update left, worse than the maps as they were fitted")])
             shown.warn(training.harmed(result, "optimizer.lr"))
@@ -92,7 +98,7 @@ def _init(path: Path, data: str | None) -> None:
     made = kvp_recipe.preset() if data is None else kvp_recipe.preset(data)
     files.write_text(path, sections.write(made, _ABOUT))
     line(f"wrote {path}: learns from {made.data.sources[0].path}")
-    line(f"then: elm-mlx kvp MODEL {path} --keep 0.5 --out kvp")
+    line(f"then: elm-mlx kvp MODEL {quoted(path)} --keep 0.5 --out kvp")
 
 
 def _plan(run: KVPTraining, recipe: KVPRecipe) -> list[tuple[str, str]]:

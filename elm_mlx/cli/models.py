@@ -49,7 +49,7 @@ def models(
         return
     rows = [
         [
-            f"{each.name}:{each.file}" if each.file else each.name, each.commit[:8],
+            f"{each.name}:{each.file}" if each.file else each.name, each.commit[: cached_models.SHOWN],
             "converted" if each.converted else "hub", each.about, byte_size(each.nbytes),
             time.strftime("%Y-%m-%d", time.localtime(each.used)),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -162,6 +163,13 @@ def cache_files(model: Path, adapter: Path | None, load: Path | None, save: Path
     from elm_mlx.inference.saved_cache import CacheFiles
 
     return CacheFiles(model, adapter, load, save)
+
+
+def refuse_given(given: Sequence[tuple[str, object]], why: str) -> None:
+    """Raises InputError for the first option, of names and values, that was given: whose value is not None."""
+    for name, value in given:
+        if value is not None:
+            raise InputError(f"{name}: {why}")
 
 
 def directory_of(model: Path) -> Path:

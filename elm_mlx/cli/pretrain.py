@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from elm_mlx.cli import options, training
-from elm_mlx.cli.screen import counted, line
+from elm_mlx.cli.screen import counted, line, quoted
 from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
 
@@ -30,9 +30,9 @@ def pretrain(
     ] = None,
     init: training.Init = None,
     preset: Annotated[
-        Literal["small", options.Preset],
-        typer.Option(help="For --init: a model for small texts, or one of the paper's."),
-    ] = "small",
+        Literal["small", options.Preset] | None,
+        typer.Option(help="For --init: a model for small texts, or one of the paper's. (default: small)"),
+    ] = None,
     data: training.InitData = None,
     set_: options.Overrides = None,
     resume: training.Resume = False,
@@ -42,10 +42,17 @@ def pretrain(
     from elm_mlx.train import sections
 
     if init is not None:
-        _init(init, preset, data)
+        others = (
+            ("CONFIG", config),
+            ("--out", out),
+            ("--set", set_),
+            ("--resume", resume or None),
+            ("--force", force or None),
+        )
+        options.refuse_given(others, "--init writes a recipe to be edited, and does not train")
+        _init(init, preset or "small", data)
         return
-    if data is not None:
-        raise InputError("--data needs --init; CONFIG names its own sources")
+    options.refuse_given((("--data", data), ("--preset", preset)), "needs --init; CONFIG names its own")
     if config is None or out is None:
         hint = "--resume takes the one that the run was begun with" if resume else "--init FILE writes a first recipe"
         raise InputError(
@@ -78,7 +85,7 @@ def _init(path: Path, preset: str, data: str | None) -> None:
     line(
         f"wrote {path}: learns from {made.data.sources[0].path}, in the tokens of {made.tokenizer}, which must be there"
     )
-    line(f"then: elm-mlx pretrain {path} --out run")
+    line(f"then: elm-mlx pretrain {quoted(path)} --out run")
 
 
 def _plan(run: Pretraining, recipe: Recipe) -> list[tuple[str, str]]:
@@ -96,8 +103,10 @@ def _outcome(run: Pretraining, result: Result, validated: bool) -> list[tuple[st
     lines = training.ended(result, validated) + training.texts_read(run, result)
     if result.harm is not None:
         return [*lines, ("wrote", f"{run.out}: what the last update left, worse than the weights before the first")]
-    lines.append(("wrote", f"{run.out}; try: elm-mlx generate {run.out} --prompt …"))
+    lines.append(("wrote", f"{run.out}; try: elm-mlx generate {quoted(run.out)} --prompt …"))
     last = min(_MEAN_OF, len(checkpoints_of(run.out)))
     if last > 1:
-        lines.append(("average", f"the last {last} checkpoints: elm-mlx average --last {last} {run.out} --out DIR"))
+        lines.append(
+            ("average", f"the last {last} checkpoints: elm-mlx average --last {last} {quoted(run.out)} --out DIR")
+        )
     return lines

@@ -41,9 +41,9 @@ def report(
 
     found = metrics.read(runs)
     out = runs[0] / "report.html" if out is None else out
-    directories.check_file(out, overwrite, pages.PAGE_HEAD)
+    directories.check_file(out, overwrite, pages.PAGE_MARK)
     if png is not None:
-        directories.check_file(png, overwrite, pages.PNG_HEAD)
+        directories.check_file(png, overwrite, directories.PNG_MARK)
         pages.write_png(found, png)
     pages.write_page(found, out)
     for run in found:

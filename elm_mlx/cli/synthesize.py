@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, counted, duration, note, say, say_all, table
+from elm_mlx.cli.screen import ProgressBar, counted, duration, note, quoted, say, say_all, table
 from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
 
@@ -159,7 +159,11 @@ def _write_solutions(
     files.write_json_lines(out, lines)
     if len(lines) < count:
         note(f"the task has no more than {len(lines):,} problems to train on among these")
-    say("wrote", f"{out}: {counted(len(lines), 'solution')}; try: elm-mlx lora MODEL --data {out} --out DIR", _LABELS)
+    say(
+        "wrote",
+        f"{out}: {counted(len(lines), 'solution')}; try: elm-mlx lora MODEL --data {quoted(out)} --out DIR",
+        _LABELS,
+    )
 
 
 def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | None, overwrite: bool) -> None:
@@ -180,7 +184,9 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
     seconds = time.perf_counter() - begun[0] if begun else 0.0
     _print_difficulties(done.problems, asked.answers)
     chosen = done.chosen
-    whose = "" if asked.adapter is None else f" --from {asked.adapter}{' --full' if sampling.trains_all else ''}"
+    whose = (
+        "" if asked.adapter is None else f" --from {quoted(asked.adapter)}{' --full' if sampling.trains_all else ''}"
+    )
     _print_examples(done.problems)
     say_all(
         [
@@ -189,9 +195,9 @@ def _synthesize(asked: SamplingSettings, samples: int, out: Path, pairs: Path | 
             ("held out", f"{counted(sum(each.held_out for each in done.problems), 'problem')} drawn and passed over"),
             ("dropped", f"{counted(chosen.duplicates, 'duplicate')} of right answers"),
             ("wrote", f"{out}: {counted(len(chosen.examples), 'right answer')}; try: elm-mlx lora "
-                      f"{asked.model}{whose} --data {out} --out DIR"),
+                      f"{quoted(asked.model)}{whose} --data {quoted(out)} --out DIR"),
             ("wrote", pairs and f"{pairs}: {counted(len(chosen.pairs), 'pair')}; try: elm-mlx dpo "
-                                f"{asked.model}{whose} --data {pairs} --out DIR"),
+                                f"{quoted(asked.model)}{whose} --data {quoted(pairs)} --out DIR"),
             ("record", f"{record_of(out)}: all answers; the same command with more --samples adds to them"),
         ],
         _LABELS,
@@ -268,7 +274,7 @@ def _loop(asked: SamplingSettings, rounds: int, samples: int, measured: int, out
             _print_pass(result.held_out, asked.answers, "held out" if result.number else "start")
     _print_rounds(done, asked.answers)
     last = out / f"round-{rounds}" / "adapter"
-    say("wrote", f"{out}; try: elm-mlx generate {asked.model} --adapter {last} --prompt …", _LABELS)
+    say("wrote", f"{out}; try: elm-mlx generate {quoted(asked.model)} --adapter {quoted(last)} --prompt …", _LABELS)
 
 
 def _print_rounds(done: Sequence[RoundResult], answers: int) -> None:

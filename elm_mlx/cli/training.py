@@ -20,7 +20,7 @@ import typer
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.options import directory_of
-from elm_mlx.cli.screen import bad_records_named, byte_size, counted, duration, name_bad
+from elm_mlx.cli.screen import bad_records_named, byte_size, counted, duration, name_bad, quoted
 from elm_mlx.cli.training_display import TrainingDisplay, shown_measures
 from elm_mlx.errors import InputError
 from elm_mlx.train import sections
@@ -357,7 +357,7 @@ def _trial(model: Path, directory: Path, adapter: Path) -> str:
 
     converses = source_of(directory, adapter=adapter)[0] is not None
     command, ending = ("chat", "") if converses else ("generate", " --prompt …")
-    return f"elm-mlx {command} {model} --adapter {adapter}{ending}"
+    return f"elm-mlx {command} {quoted(model)} --adapter {quoted(adapter)}{ending}"
 
 
 def _plan(run: Finetuning) -> list[tuple[str, str]]:

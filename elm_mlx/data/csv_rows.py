@@ -28,6 +28,7 @@ _COLUMNS = 100_000  # of which a name each is kept; spreadsheets have 16,384 at 
 _FIELD = 32 << 20  # characters of a field, each of which takes four bytes while it is read
 _SAID = re.compile(r"sep=([,;\t])\s*")  # a line that some spreadsheets write, and all of them read
 _LONE_RETURN = re.compile(r"(?<=\r)(?!\n)")  # a line's end, to files of an older Macintosh
+_QUOTED_LATE = re.compile(r'\s+".*"\s*', re.S)
 _NUL = "a byte 0, which no text has"
 _AS_UTF8 = "save it as UTF-8 (in Excel: CSV UTF-8; or iconv -f CP1252 -t UTF-8)"
 
@@ -155,6 +156,12 @@ class Table:
                     raise BadRecord(f"column {number}, {key_of(name)}: has {_NUL}")
                 if not cell.isascii() and re.search("[\udc80-\udcff]", cell):
                     raise BadRecord(f"column {number}, {key_of(name)}: not UTF-8; {_AS_UTF8}")
+        for number, (name, cell) in enumerate(zip(names, row, strict=False), 1):
+            if cell[:1].isspace() and _QUOTED_LATE.fullmatch(cell) and cell in "".join(self._lines.record):
+                raise BadRecord(
+                    f"column {number}, {key_of(name)}: has a space before its quote, which is one of the text "
+                    "then; remove the space"
+                )
         if len(row) < len(names):
             missing = few(map(key_of, names[len(row) :]))
             raise BadRecord(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from elm_mlx import files
+from elm_mlx import directories, files
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.evaluate import tasks
 from elm_mlx.evaluate.scores import LOWER_IS_BETTER, SHARES
@@ -155,7 +155,8 @@ def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         with files.new_file(path) as file:
-            figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=150)
+            kind = path.suffix.removeprefix(".") or "png"
+            figure.savefig(file, format=kind, dpi=150, metadata=directories.PNG_METADATA if kind == "png" else None)
     except ValueError as error:  # a format that matplotlib does not know
         raise InputError(f"{path}: {error}") from None
     finally:

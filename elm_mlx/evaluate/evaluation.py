@@ -136,6 +136,7 @@ class Evaluation:
     Attributes:
         notes: remarks on the model for the user.
         missing: task or group -> how to get its data.
+        cut: of a task's questions, those that exceed the model's context with their examples, and how many there are.
         texts: those that were read, by the names of their rows.
         rows: the table of scores; `mean`: over the suite, where all of its tasks are there.
         results: the contents of results.json.
@@ -175,6 +176,7 @@ class Evaluation:
         names += [] if kv_bits is None else [f"kv{kv_bits}"]
         self.out = out if out is not None else Path("evals", "+".join(names))
         self.missing: dict[str, str] = {}
+        self.cut: dict[str, tuple[int, int]] = {}
         self.texts: dict[str, TextWindows] = {}
         self.rows: list[ScoreRow] = []
         self.mean: Score | None = None
@@ -212,6 +214,7 @@ class Evaluation:
         assert tokenizer is not None
         context = model.config.max_context_length
         works, self.missing = prepare(request.chosen(), tokenizer, context, request.data, request.limit)
+        self.cut = {work.key: (work.cut, len(work.items)) for work in works if work.cut}
         window = min(request.window or _WINDOW, context)
         stride = request.stride or max(1, window // 2)
         columns, metrics = parsed(request.columns), ("bits_per_byte", "perplexity")
@@ -235,7 +238,7 @@ class Evaluation:
             now = {
                 **about, "identity": self._identity, "suite": suite, "limit": request.limit, "pace": asdict(self.pace),
                 "mean": None if self.mean is None else asdict(self.mean),
-                "scores": [row.to_dict() for row in self.rows], "missing": self.missing,
+                "scores": [row.to_dict() for row in self.rows], "missing": self.missing, "cut": self.cut,
                 "tasks": {key: asdict(result) for key, result in found.items()},
             }  # fmt: skip
             self.results = scores.merge(record.results(), now)
@@ -291,6 +294,11 @@ class Work:
     group: str | None = None
     questions: list[Question] = field(default_factory=list)
     text: TextWindows | None = None
+
+    @property
+    def cut(self) -> int:
+        """The number of questions that are longer than the model's context, and lack their beginning."""
+        return sum(any(each.cut for each in item) for item in self.items)
 
     def measure(self, record: ScoreRecord) -> TaskResult:
         """Scores of log-probabilities, all of which must be in `record`."""

@@ -100,7 +100,12 @@ def language_model(
             for text, options in (request.args[:2] for request in requests):
                 until = options.get("until") or []
                 most = int(options.get("max_gen_toks", _MOST_GENERATED))
-                ids = tokenizer.encode(text)[-max(1, context - most) :]
+                if most >= context:
+                    raise InputError(
+                        f"a task wants {most} tokens (max_gen_toks), and the model's context is {context}: nothing of "
+                        "its questions would be read"
+                    )
+                ids = tokenizer.encode(text)[-(context - most) :]
                 temp = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
                 stop = [each for each in ([until] if isinstance(until, str) else until) if each]
                 caches = make_prompt_cache(model, kv_bits)

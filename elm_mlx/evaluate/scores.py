@@ -87,6 +87,8 @@ def _acc(question: Question, logprobs: Values, greedy: Sequence[bool]) -> float:
 
 
 def _acc_norm(question: Question, logprobs: Values, greedy: Sequence[bool]) -> float:
+    if len(logprobs) == 1:  # nothing to choose among, in a file that has choices too
+        return _acc(question, logprobs, greedy)
     with np.errstate(divide="ignore"):  # a choice of no characters is the least likely, as in the harness
         return float(np.argmax(logprobs / np.asarray(question.lengths, np.float64)) in question.right)
 

@@ -12,7 +12,7 @@ import json
 import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -30,10 +30,11 @@ from elm_mlx.text.tokenizer import Tokenizer, check_unicode
 
 @dataclass(frozen=True)
 class Scored:
-    """Token ids, scored from index `start` on, which is at least 1."""
+    """Token ids, scored from index `start` on, which is at least 1; `cut` of them were left out in front."""
 
     ids: list[int]
     start: int
+    cut: int = field(default=0, compare=False)
 
 
 def encode(requests: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: int) -> list[Scored]:
@@ -71,7 +72,7 @@ def encode(requests: Sequence[tuple[str, str]], tokenizer: Tokenizer, context: i
                 f"an answer of {len(scored)} tokens exceeds the model's context of {context}: {after[:60]!r}"
             )
         ids = (read + scored)[-(context + 1) :]
-        found.append(Scored(ids, len(ids) - len(scored)))
+        found.append(Scored(ids, len(ids) - len(scored), len(read) + len(scored) - len(ids)))
     return found
 
 
@@ -198,7 +199,15 @@ def read_text(
     if not windows:
         raise InputError(f"{source}: holds no text" + (f": {bad[0]}" if bad else ""))
     said = tuple(records.remarks(split))
-    return TextWindows(windows, documents, sizes, state.hexdigest(), name if len(splits) > 1 else "", tuple(bad), said)
+    return TextWindows(
+        windows,
+        documents,
+        sizes,
+        state.hexdigest(),
+        name if len(splits) > 1 or Path(source).is_dir() else "",
+        tuple(bad),
+        said,
+    )
 
 
 def _windows(

@@ -12,6 +12,8 @@ from elm_mlx.errors import ElmError, InputError
 from elm_mlx.store import model_names
 from elm_mlx.store.describe import describe
 
+SHOWN = 8  # digits of a commit
+
 
 @dataclass(frozen=True)
 class CachedModel:
@@ -58,7 +60,9 @@ def chosen(models: Sequence[CachedModel], name: str) -> list[CachedModel]:
     if asked is not None and asked.revision is not None:
         snapshot = hub.snapshot(asked)
         commit = asked.revision if snapshot is None else snapshot.name
-        found = [each for each in found if each.commit == commit]
+        found = [each for each in found if each.commit == commit or _abbreviates(commit, each.commit)]
+        if len({each.commit for each in found}) > 1:
+            raise InputError(f"{name}: is the beginning of several commits; `elm-mlx models --json` has all of each")
     if asked is not None and asked.file is not None:
         found = [each for each in found if asked.means(each.file)]
     if not found:
@@ -66,6 +70,10 @@ def chosen(models: Sequence[CachedModel], name: str) -> list[CachedModel]:
             f"{name}: not in the hub's cache, and not converted from there; `elm-mlx models` lists what is"
         )
     return found
+
+
+def _abbreviates(start: str, commit: str) -> bool:
+    return len(start) >= SHOWN and commit.startswith(start)
 
 
 def remove(models: Sequence[CachedModel]) -> None:

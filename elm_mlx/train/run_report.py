@@ -17,14 +17,14 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from elm_mlx import files
+from elm_mlx import directories, files
 from elm_mlx.errors import ElmError
 from elm_mlx.train.metrics import Column, RunMetrics, readable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PAGE_HEAD, PNG_HEAD = b"<!doctype html>", b"\x89PNG\r\n\x1a\n"  # how the files begin
+PAGE_MARK = b'<meta name="generator" content="elm-mlx report">'
 
 _FIRST = ("loss", "learning_rate", "tokens_per_second", "matmul_share", "grad_norm", "memory")
 _AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth
@@ -248,7 +248,7 @@ def write_png(runs: Sequence[RunMetrics], out: Path) -> None:
     image = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a glyph that no font has
-        figure.savefig(image, format="png")
+        figure.savefig(image, format="png", metadata=directories.PNG_METADATA)
     with files.new_file(out) as file:
         file.write(image.getvalue())
 

@@ -110,6 +110,20 @@ def test_the_histogram_counts_every_record(run: Run, tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in out.splitlines() if re.search(BAR, line))
 
 
+@pytest.mark.parametrize("columns", [1, 10, 26, 40])
+def test_a_narrow_terminal_has_bars_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = run(write(tmp_path / "a.jsonl", *turns(70)), "--max-seq-length", 64)
+    assert code == 0 and re.search(f"  {BAR}+ ", out), err
+
+
+def test_what_a_mixture_has_no_use_for_is_refused(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("--config", tmp_path / "recipe.toml")
+    assert code == 2 and "--model: --config has all that a mixture is read by" in err
+
+
 def test_examples_as_the_model_sees_them(run: Run, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", *turns(11))
     out = run(path)[1]

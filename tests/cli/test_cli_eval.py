@@ -61,6 +61,25 @@ def test_runs_are_compared_and_drawn(tiny_model_dir: Path, own: Path, tmp_path: 
     assert re.search(r"own +0 +30 +acc +\d+\.\d\d +\d+\.\d\d +[+-]\d+\.\d\d +[+-]\d", shown)
     assert png.read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "one.png").stat().st_size > 1000
+    call(a, b, "--compare", "--plot", png)  # over its own
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    with pytest.raises(InputError, match=r"photo.png: exists already; choose another"):
+        call(a, b, "--compare", "--plot", photo)
+
+
+def test_what_the_context_cuts_and_what_a_directory_has_is_said(tiny_model_dir: Path, tmp_path: Path) -> None:
+    long = tmp_path / "long.jsonl"
+    records = [{"query": "the quick brown fox " * 60, "choices": ["a", "b"], "gold": n % 2} for n in range(6)]
+    long.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shown = call(tiny_model_dir, "--tasks", long, "--shots", 5, "--out", tmp_path / "out")
+    assert "6 of 6 questions exceed the model's context with their examples, and lack their beginning" in shown
+    assert list(json.loads((tmp_path / "out" / "results.json").read_text())["cut"].values()) == [[6, 6]]
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "train.jsonl").write_text('{"text": "the quick brown fox"}\n')
+    assert re.search(
+        r"^only:train +0 +1 ", call(tiny_model_dir, "--text", tmp_path / "only", "--out", tmp_path / "o"), re.M
+    )
 
 
 def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_path: Path) -> None:
@@ -76,9 +95,14 @@ def test_what_makes_no_sense_is_refused(tiny_model_dir: Path, own: Path, tmp_pat
         ([tiny_model_dir, "--text", tmp_path / "gone.csv"], "gone.csv: no such file or directory"),
         ([tiny_model_dir, "--text", own, "--columns", "fox"], "--columns fox: write KEY=COLUMN"),
         ([tiny_model_dir, "--text", own], "30 bad records; mend them, or --skip-bad leaves them out"),
+        ([tiny_model_dir, tiny_model_dir, "--compare", "--limit", 3], "--limit: --compare scores nothing"),
+        ([tiny_model_dir, "--tasks", own, "--window", 64], "--window: is for --text"),
+        ([tiny_model_dir, "--tasks", own, "--skip-bad"], "--skip-bad: is for --text"),
+        ([tiny_model_dir, "--harness", "--tasks", "a", "--plot", out], "--plot: is for our own scores"),
+        ([tiny_model_dir, "--tasks", own, "--plot", own], "own.jsonl: exists already; choose another"),
     ):
         with pytest.raises(InputError, match=reason):
-            call(*arguments, "--out", out)
+            call(*arguments, *([] if "--compare" in arguments else ["--out", out]))
     assert not out.exists()
 
 

@@ -126,7 +126,8 @@ def test_a_recipe_to_start_from(run: Run, config: Path, tiny_model_dir: Path, tm
 
 @pytest.mark.parametrize(("words", "message"), [
     ([], "MODEL is missing: give the base"), (["MODEL"], "CONFIG is missing: give a recipe; --init FILE writes"),
-    (["MODEL", "CONFIG"], "--out is missing"), (["MODEL", "CONFIG", "--data", "x"], "--data needs --init"),
+    (["MODEL", "CONFIG"], "--out is missing"), (["MODEL", "CONFIG", "--data", "x"], "--data: needs --init"),
+    (["--init", "NEW", "--keep", "0.5"], "--keep: --init writes a recipe to be edited"),
     (["MODEL", "CONFIG", "--out", "OUT"], "give --aux, a smaller model, or --keep"),
     (["MODEL", "CONFIG", "--out", "OUT", "--keep", "0.5", "--set", "model.num_layers=3"], "has no key 'model'"),
     (["MODEL", "CONFIG", "--out", "OUT", "--aux", "NOWHERE"], "no such directory"),
@@ -135,6 +136,7 @@ def test_what_is_wrong_is_named(
     run: Run, config: Path, tiny_model_dir: Path, tmp_path: Path, words: list[str], message: str
 ) -> None:
     places = {"MODEL": tiny_model_dir, "CONFIG": config, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "nowhere"}
+    places["NEW"] = tmp_path / "new.toml"
     code, _, err = run("kvp", *(places.get(word, word) for word in words))
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists() or not checkpoints_of(tmp_path / "out")

@@ -106,6 +106,10 @@ def test_what_is_there_is_listed_and_removed(run: Run, llama: str, hub: HubServe
     )
     code, _, err = run("models", "--remove", NAME)
     assert code == 2 and "pass --yes" in err and Path(about["directory"]).exists()
+    code, _, err = run("models", "--remove", f"{NAME}@{llama[:7]}", "--yes")
+    assert code == 2 and "not in the hub's cache" in err, "the table shows eight digits"
+    code, _, err = run("models", "--remove", f"{NAME}@{llama[:8]}")
+    assert code == 2 and "pass --yes" in err
     code, _, err = run("models", "--remove", "small/Other", "--yes")
     assert code == 2 and err.startswith("elm-mlx: small/Other: not in the hub's cache, and not converted from there")
     code, out, _ = run("models", "--remove", f"{NAME}@main", "--remove", "a/T5", "--yes")

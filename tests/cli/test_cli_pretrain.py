@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,21 @@ def test_what_is_suggested_at_the_end_works(run: Run, config: Path, tmp_path: Pa
     assert "validation" not in text
 
 
+def test_what_is_suggested_takes_paths_with_spaces(run: Run, config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my run"
+    code, text, err = run("pretrain", config, "--out", out)
+    assert code == 0 and f"elm-mlx generate '{out}' --prompt" in text and f" '{out}' --out DIR" in text, err
+    data = tmp_path / "my data.jsonl"
+    data.write_text('{"prompt": "the", "completion": "fox"}\n')
+    adapter = tmp_path / "my adapter"
+    code, text, err = run("lora", out, "--data", data, "--out", adapter, "--iters", 1, "--max-seq-length", 32)
+    assert code == 0, err
+    suggested = shlex.split(text.partition("try: elm-mlx ")[2])
+    assert suggested == ["generate", str(out), "--adapter", str(adapter), "--prompt", "…"]
+    code, text, _ = run("pretrain", "--init", tmp_path / "a recipe.toml")
+    assert code == 0 and f"then: elm-mlx pretrain '{tmp_path / 'a recipe.toml'}' --out run" in text
+
+
 def test_a_model_that_is_worse_than_none_is_not_recommended(run: Run, config: Path, tmp_path: Path) -> None:
     options = ("--set", "optimizer.lr=50", "--set", "optimizer.warmup=0", "--set", "run.on_nan=skip")
     code, text, err = run("pretrain", config, "--out", tmp_path / "run", *options)
@@ -252,7 +268,11 @@ def test_a_recipe_to_start_from(run: Run, tmp_path: Path) -> None:
     code, _, err = run("pretrain", "--init", path)
     assert code == 2 and "exists already" in err
     code, _, err = run("pretrain", path, "--data", "a.txt")
-    assert code == 2 and "--data needs --init" in err
+    assert code == 2 and "--data: needs --init" in err
+    code, _, err = run("pretrain", path, "--out", tmp_path / "run", "--preset", "OpenELM-3B")
+    assert code == 2 and "--preset: needs --init" in err, "another model than asked for would train"
+    code, _, err = run("pretrain", "--init", tmp_path / "new.toml", "--set", "optimizer.lr=0.5")
+    assert code == 2 and "--set: --init writes a recipe to be edited" in err and not (tmp_path / "new.toml").exists()
     code, _, err = run("pretrain", "--init", tmp_path / "other", "--preset", "OpenELM-2B")
     assert code == 2 and "--preset OpenELM-2B: is not one of small, OpenELM-270M" in err
 

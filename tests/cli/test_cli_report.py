@@ -61,11 +61,12 @@ def test_errors_are_one_line_and_write_nothing(run: Run, tmp_path: Path, monkeyp
     code, out, err = run(good, tmp_path / "none")
     assert (code, out) == (2, "") and err.startswith(f"elm-mlx: {tmp_path / 'none'}: no such directory")
     assert err.count("\n") == 1 and not (good / "report.html").exists()
-    (tmp_path / "thesis").write_text("mine")
-    for option in ("--out", "--png"):
-        code, _, err = run(good, option, tmp_path / "thesis")
-        assert code == 2 and "thesis: exists already; pass --overwrite" in err and err.count("\n") == 1
-    assert (tmp_path / "thesis").read_text() == "mine"
+    for mine in (b"mine", b"<!doctype html>\n<title>my own site</title>", b"\x89PNG\r\n\x1a\n" + bytes(100)):
+        (tmp_path / "thesis").write_bytes(mine)
+        for option in ("--out", "--png"):
+            code, _, err = run(good, option, tmp_path / "thesis")
+            assert code == 2 and "thesis: exists already; pass --overwrite" in err and err.count("\n") == 1
+        assert (tmp_path / "thesis").read_bytes() == mine
     assert run(good, "--out", tmp_path / "thesis", "--overwrite")[0] == 0
     assert run(good, "--out", tmp_path / "thesis")[0] == 0  # a report now
     code, _, err = run(good, "--out", tmp_path / "nowhere" / "x.html")

@@ -75,6 +75,7 @@ def test_columns_without_a_name_are_numbered_where_they_hold_something(tmp_path:
         (b"1", "has 1 field, and line 1 names 3: no `b`, `c`"),
         (b"1,2,3,4", "column 4: has no name, for line 1 names 3 columns; a field with commas in it needs quotes"),
         (b"1,caf\xe9,3", "column 2, `b`: not UTF-8; save it as UTF-8"),
+        (b'1, "2",3', "column 2, `b`: has a space before its quote, which is one of the text then; remove"),
     ],
 )
 def test_a_bad_row_is_named_and_the_others_are_read(tmp_path: Path, row: bytes, reason: str) -> None:

@@ -91,6 +91,8 @@ def test_whole_texts_and_generated_ones(tiny_model_dir: Path, lm_eval: dict[str,
     options = {"until": ["\n", ""], "max_gen_toks": 4, "do_sample": False, "temperature": 0.7}
     said = generate(model, tokenizer, "an old king", max_tokens=4, stop=["\n"])
     assert ours.generate_until([Request(("an old king", options))]) == [said]
+    with pytest.raises(InputError, match=r"wants 512 tokens \(max_gen_toks\), and the model's context is 512"):
+        ours.generate_until([Request((text, {"until": ".", "max_gen_toks": 512}))])
     # Cut to what leaves room for an answer.
     assert len(ours.generate_until([Request((text, {"until": ".", "max_gen_toks": 3}))])) == 1
 

@@ -44,6 +44,13 @@ def test_lambada_counts_what_the_model_would_say() -> None:
     assert scores.of_question(question, [-0.5], [False], ("acc",)) == {"acc": 0.0}
 
 
+def test_of_one_continuation_both_count_what_the_model_would_say() -> None:
+    """In a file of questions that has choices too, which are measured by the likeliest."""
+    question = continuation("Once upon a", "time")
+    for said in (True, False):
+        assert scores.of_question(question, [-0.5], [said], ("acc_norm", "acc")) == {"acc_norm": said, "acc": said}
+
+
 def test_mc2_is_the_share_of_the_right_even_where_probabilities_are_too_small_for_floats() -> None:
     question = choices("Q:", ["a", "b", "c"], [0, 2])
     logs = [math.log(0.1), math.log(0.2), math.log(0.1)]
