@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,7 @@ def export(
         plan = make_plan(model, dtype=dtype)
         if dtype is None and plan.source_dtype in FLOATS:
             plan = replace(plan, dtype=plan.source_dtype)
+        plan = replace(plan, warnings=(*plan.warnings, *_unsaid(plan.config)))
         check_destination(path, EXPORT, overwrite, plan.source.files)
         with new_hashed_directory(path, (), plan.nbytes, overwrite=overwrite) as (directory, _):
             broken = write_state_dict(directory / CHECKPOINT, plan.tensors, plan.dtype)
@@ -240,6 +241,17 @@ def _generation(plan: ConversionPlan) -> dict[str, Any] | None:
     if ids == Tokenizer.load(plan.tokenizer).eos_ids:
         return plan.generation
     return {**(plan.generation or {}), "eos_token_id": list(ids)}
+
+
+def _unsaid(config: ModelConfig) -> Iterator[str]:
+    """Says what the format has no place for."""
+    for name in ("rope_freq_constant", "rms_norm_eps"):
+        own, usual = getattr(config, name), getattr(ModelConfig, name)
+        if own != usual:
+            yield (
+                f"{name} is {own:g}, and the format has no place for it: who reads the result takes {usual:g}; a copy "
+                "of config.json beside it, and `convert --config`, keep it"
+            )
 
 
 def corenet_yaml(config: ModelConfig) -> str:

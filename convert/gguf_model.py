@@ -20,10 +20,10 @@ from elm_mlx import hub
 from elm_mlx.callbacks import OnProgress
 from elm_mlx.directories import own_file
 from elm_mlx.errors import ElmError, InputError
-from elm_mlx.files import write_json
+from elm_mlx.files import write_json, write_text
 from elm_mlx.model import families
 from elm_mlx.model.config import Config, ModelConfig, written_dtype
-from elm_mlx.reading import Keys, counted, expanded, listed, short
+from elm_mlx.reading import Keys, counted, expanded, json_object_if_there, listed, short
 from elm_mlx.safetensors_file import Pending, write_shards
 from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import read_vocabulary
@@ -162,7 +162,8 @@ class GgufPlan:
         values: the content of `config.json`, which `config` is the normal form of.
         source_dtype: the types of its tensors, in words.
         dtype: of all floats that are written.
-        tokenizer: a directory whose tokenizer is taken in place of the file's.
+        tokenizer: a directory whose tokenizer is taken in place of the file's; `template` is then written in place of
+            its chat template, unless it is None; an empty one means none.
         notes: what is done that is not self-evident; warnings: what may not be wanted.
     """
 
@@ -174,6 +175,7 @@ class GgufPlan:
     weights: tuple[GgufWeight, ...] = field(repr=False)
     vocabulary: GgufVocabulary | None = field(repr=False)
     tokenizer: Path | None
+    template: str | None
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
 
@@ -285,12 +287,15 @@ def make_plan(
         weights=tuple(weights),
         vocabulary=vocabulary,
         tokenizer=beside,
+        template=None if beside is None else _template_beside(header, beside, template),
         notes=tuple(_notes(weights, written)),
         warnings=tuple(warnings),
     )
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+)  # fmt: skip
 _NO_TOKENIZER = "no tokenizer in the file: the model cannot read or write text; pass --tokenizer DIR|REPO"
 
 
@@ -435,6 +440,16 @@ def _with_template(vocabulary: GgufVocabulary, asked: str | None) -> GgufVocabul
     return replace(vocabulary, templates=others if own is None else {"": own, **others})
 
 
+def _template_beside(header: GgufHeader, directory: Path, asked: str | None) -> str | None:
+    """Returns the chat template that goes with a tokenizer in a directory, as `GgufPlan.template`: what was asked for,
+    or else the file's own where the directory has none."""
+    if asked is not None:
+        return chat_template.read_source(asked) or ""
+    own, _ = chat_template.own_source(directory)
+    there = header.metadata.get("tokenizer.chat_template")
+    return there if own is None and isinstance(there, str) else None
+
+
 def _tokenizer_directory(source: str | Path) -> Path:
     path, repository = expanded(source), sources.named_repository(source)
     if repository is not None:
@@ -459,21 +474,39 @@ def write_model(directory: Path, plan: GgufPlan, on_progress: OnProgress) -> lis
     write_shards(directory, pending, parameters=plan.parameters, progress=progress)
     write_json(directory / "config.json", plan.values)
     warnings = [f"NaN or infinite values in {listed(broken)}"] if broken else []
-    if plan.tokenizer is not None:
-        for name in _TOKENIZER_FILES:
-            if (plan.tokenizer / name).is_file():
-                shutil.copyfile(own_file(plan.tokenizer / name), directory / name)
-    if plan.vocabulary is None:
+    vocabulary = plan.vocabulary
+    if vocabulary is None and plan.tokenizer is None:
         return warnings
-    if len(plan.vocabulary.end_ids) > 1:
-        write_json(directory / "generation_config.json", {"eos_token_id": list(plan.vocabulary.end_ids)})
+    where = str(plan.tokenizer) if vocabulary is None else vocabulary.where
     try:
-        warnings += gguf_vocabulary.write(plan.vocabulary, directory, plan.config.max_context_length)
-        read_vocabulary(directory, plan.config)
+        if vocabulary is not None:
+            if len(vocabulary.end_ids) > 1:
+                write_json(directory / "generation_config.json", {"eos_token_id": list(vocabulary.end_ids)})
+            warnings += gguf_vocabulary.write(vocabulary, directory, plan.config.max_context_length)
+        else:
+            _copy_tokenizer(plan, directory)
+        if read_vocabulary(directory, plan.config).tokenizer is None:
+            raise InputError("an OpenELM's is read from a tokenizer.model")
     except InputError as error:
-        said = str(error).replace(f"{directory}/", "").removeprefix(f"{plan.vocabulary.where}: ")
-        raise InputError(f"{plan.vocabulary.where}: its tokenizer cannot be used: {said}") from None
+        said = str(error).replace(f"{directory}/", "").removeprefix(f"{where}: ")
+        raise InputError(f"{where}: its tokenizer cannot be used: {said}") from None
     return warnings
+
+
+def _copy_tokenizer(plan: GgufPlan, directory: Path) -> None:
+    """Copies the tokenizer of another directory, with the plan's chat template."""
+    assert plan.tokenizer is not None
+    for name in _TOKENIZER_FILES:
+        if (plan.tokenizer / name).is_file():
+            shutil.copyfile(own_file(plan.tokenizer / name), directory / name)
+    if plan.template is None:
+        return
+    settings = directory / "tokenizer_config.json"
+    if (values := json_object_if_there(settings)).pop("chat_template", None) is not None:
+        write_json(settings, values)
+    (directory / chat_template.FILE_NAME).unlink(missing_ok=True)
+    if plan.template:
+        write_text(directory / chat_template.FILE_NAME, plan.template)
 
 
 def _pending(tensor: LazyTensor, dtype: str, broken: list[str]) -> Pending:

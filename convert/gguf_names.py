@@ -370,6 +370,8 @@ def config_values(
     scaling = _scaling(keys, prefix, values, divisors, dims)
     if scaling is not None:
         values["rope_scaling"] = scaling
+    if metadata.get(f"{prefix}.attention.clamp_kqv"):
+        values["clip_qkv"] = keys.number(f"{prefix}.attention.clamp_kqv", 0.0)
     window = metadata.get(f"{prefix}.attention.sliding_window")
     if model_type in ("phi3", "olmo3"):
         values["sliding_window"] = window or None

@@ -207,6 +207,11 @@ def _fit_tokenizer(
         raise InputError(f"{file}: has {pieces} pieces, but the model's embedding has {rows} rows: not its tokenizer")
     if pieces < rows:
         notes.append(f"dropped {rows - pieces} rows of the embedding, past the tokenizer's {pieces} pieces")
+        if added := tokenizers.added_beside(file, pieces, rows):
+            warnings.append(
+                f"{listed(added)} of the rows that were dropped are tokens that were added beside {file.name}, and are "
+                "not in it: the model cannot read or write them"
+            )
         if rows - pieces > pieces // 8:
             warnings.append(f"{rows - pieces} rows are more than padding: is {file.name} the model's tokenizer?")
     if pieces > rows:

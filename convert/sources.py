@@ -30,8 +30,8 @@ Tensors = dict[str, LazyTensor]
 _NEEDED = ["*.safetensors", "*.safetensors.index.json"]
 _OLDER = ["*.bin", "*.bin.index.json"]
 _WELCOME = [
-    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", *(f"{folder}/*.jinja" for folder in TEMPLATES),
+    "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "generation_config.json", *(f"{folder}/*.jinja" for folder in TEMPLATES),
 ]  # fmt: skip
 
 

@@ -202,6 +202,7 @@ def download(
     wanted = [name for name in names if not (directory / name).exists()]
     total = sum(found.sizes[name] for name in wanted)
     if not wanted:
+        _refer(of, found.commit)  # or nothing is known of the name where the hub cannot be asked
         return directory
     kept = sum(each.stat().st_size for each in (of.folder / "blobs").glob("*.incomplete"))
     files.check_room(of.folder, max(0, total - kept))

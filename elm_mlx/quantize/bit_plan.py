@@ -90,13 +90,16 @@ class Weights:
         return {name: fitted for name, fitted in found.items() if fitted is not None}
 
     def stored_bytes(self, formats: Mapping[str, Format]) -> int:
-        main = main_dtype(self.tensors)
         total = 0
         for name, tensor in self.tensors.items():
             how = formats.get(name.removesuffix(".weight"))
-            width = self.dtype if tensor.dtype == main else tensor.dtype
-            total += tensor.size * int(width.size) if how is None else how.nbytes(tensor.size, self.dtype)
+            total += self.left_bytes(tensor) if how is None else how.nbytes(tensor.size, self.dtype)
         return total
+
+    def left_bytes(self, tensor: mx.array) -> int:
+        """Returns what a tensor takes that is not packed: in `dtype`, or in a type that it has on purpose."""
+        width = self.dtype if tensor.dtype == main_dtype(self.tensors) else tensor.dtype
+        return tensor.size * int(width.size)
 
     def bits_per_weight(self, formats: Mapping[str, Format]) -> float:
         return 8 * self.stored_bytes(formats) / self.parameters
@@ -146,10 +149,10 @@ def mix(weights: Weights, group_size: int, bpw: float, divergences: Mapping[str,
     names = [name for name in weights.shapes if name in divergences]
     # The last choice is to leave a weight as it is.
     choices = [[*(fitted[bits][name] for bits in BITS), None] for name in names]
-    sizes = [weights.tensors[f"{name}.weight"].size for name in names]
+    tensors = [weights.tensors[f"{name}.weight"] for name in names]
     costs = [
-        [size * int(weights.dtype.size) if how is None else how.nbytes(size, weights.dtype) for how in of_module]
-        for size, of_module in zip(sizes, choices, strict=True)
+        [weights.left_bytes(each) if how is None else how.nbytes(each.size, weights.dtype) for how in of_module]
+        for each, of_module in zip(tensors, choices, strict=True)
     ]
     losses = [[*(divergences[name][bits] for bits in BITS), 0.0] for name in names]
     rest = weights.stored_bytes({}) - sum(of_module[-1] for of_module in costs)

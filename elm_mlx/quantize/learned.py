@@ -34,6 +34,11 @@ def check_network(method: str, config: Config) -> None:
 
     if isinstance(config, FamilyConfig) and config.family.bare_norms:
         raise InputError(f"--method {method}: mlx-lm's own network of {config.family.name} does not run; leave it out")
+    if isinstance(config, FamilyConfig) and config.own_head:
+        raise InputError(
+            f"--method {method}: the weights have a head of their own, and config.json says that they have none; "
+            "mlx-lm, whose method this is, would drop it; leave --method out"
+        )
     if method == "awq" and isinstance(config, FamilyConfig) and config.model_type not in awq.AWQ_MODEL_CONFIGS:
         raise InputError(f"--method awq: mlx-lm's AWQ does not support the model_type {config.model_type}")
 

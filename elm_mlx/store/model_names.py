@@ -247,16 +247,23 @@ def _convert(
     import elm_mlx_convert
     from elm_mlx_convert.sources import open_source
 
+    own = (snapshot / _SENTENCEPIECE).exists()
+    if not own and (snapshot / "tokenizer.json").exists():
+        raise InputError(
+            f"{repository}: has a tokenizer.json of its own and no {_SENTENCEPIECE}, which an OpenELM's tokenizer is "
+            f"read from; `elm-mlx convert {repository} DST --tokenizer FILE` takes the one that you name"
+        )
     made = _place(repository.name, snapshot.name)
     made.parent.mkdir(parents=True, exist_ok=True)
     with files.hold(made, beside=True):
         if (made / _CONFIG).exists():
             return made
-        own = (snapshot / _SENTENCEPIECE).exists()
         tokenizer = None if own else _llama_tokenizer(repository)
         source = replace(open_source(snapshot), label=repository.name, revision=snapshot.name)
         on_note(f"{repository}: is converted, once, into {made}" + ("" if own else ", with Llama 2's tokenizer"))
-        elm_mlx_convert.convert(source, made, tokenizer=tokenizer, on_progress=on_progress or no_progress)
+        done = elm_mlx_convert.convert(source, made, tokenizer=tokenizer, on_progress=on_progress or no_progress)
+        for warning in done.warnings:
+            on_note(f"{repository}: {warning}")
     return made
 
 

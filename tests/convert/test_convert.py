@@ -315,6 +315,19 @@ def test_a_tokenizer_with_far_fewer(tmp_path: Path) -> None:
     assert "100 rows are more than padding" in done.warnings[0]
 
 
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_that_were_added_beside_the_tokenizer_are_missed_aloud(tmp_path: Path, name: str) -> None:
+    source = save_hub(tmp_path / "source", tiny(vocab_size=302), weights(tiny(vocab_size=302)))
+    save_tokenizer(source)
+    added = {"<|im_start|>": 300, "<|im_end|>": 301, "[PAD]": 302}  # the last has no row
+    by_number = {str(number): {"content": text} for text, number in added.items()}
+    said = added if name == "added_tokens.json" else {"added_tokens_decoder": by_number}
+    (source / name).write_text(json.dumps(said))
+    done = convert(source, tmp_path / "out")
+    (warning,) = done.warnings
+    assert warning.startswith("'<|im_start|>', '<|im_end|>' of the rows that were dropped are tokens that were added")
+
+
 def test_an_untied_head_loses_the_same_rows(tmp_path: Path) -> None:
     config = tiny(share_input_output_layers=False)
     path = save_pt(tmp_path / "a.pt", weights(config))

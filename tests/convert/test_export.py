@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickletools
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -91,6 +92,18 @@ def test_equal_models_give_equal_bytes(model: Path, tmp_path: Path) -> None:
 def test_corenet_knows_the_papers_models_by_name() -> None:
     assert "model_name: OpenELM-450M\n" in corenet_yaml(ModelConfig.preset("OpenELM-450M", 32_000))
     assert "model_name: custom\n" in corenet_yaml(CONFIG)
+
+
+def test_what_the_format_has_no_place_for_is_said(tmp_path: Path) -> None:
+    assert not export(save_hub(tmp_path / "usual", CONFIG, WEIGHTS), tmp_path / "first").warnings[1:]
+    config = tiny(rope_freq_constant=500_000.0, rms_norm_eps=1e-5)
+    found = export(save_hub(tmp_path / "model", config, weights(config)), tmp_path / "out").warnings[-2:]
+    assert found[0].startswith("rope_freq_constant is 500000, and the format has no place for it")
+    assert found[1].startswith("rms_norm_eps is 1e-05, and the format")
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "out" / "config.json")
+    convert(tmp_path / "out" / "checkpoint.pt", tmp_path / "again", config=tmp_path / "out" / "config.json")
+    again = ModelConfig.load(tmp_path / "again" / "config.json")
+    assert (again.rope_freq_constant, again.rms_norm_eps) == (500_000.0, 1e-5)
 
 
 def test_a_value_that_overflows_leaves_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tiny
 from elm_mlx.errors import ElmError, InputError
 from elm_mlx.model.config import read_config
 from elm_mlx.store.loading import load, load_model, read_weights
+from elm_mlx.text import chat_template
 from elm_mlx.text.tokenizer import Tokenizer
 from elm_mlx_convert import convert, export, gguf_blocks, gguf_model
 from elm_mlx_convert.gguf_file import TYPES
@@ -209,6 +211,54 @@ def test_a_tokenizer_in_place_of_one_that_is_not_known(tmp_path: Path) -> None:
     convert(tmp_path / "model.gguf", tmp_path / "back", tokenizer=source)
     assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
     assert read_config(tmp_path / "back").eos_token_ids == read_config(source).eos_token_ids
+
+
+def test_a_tokenizer_from_elsewhere_has_the_template_that_was_asked_for_or_the_files(tmp_path: Path) -> None:
+    source = other_models.write_model(tmp_path / "source", "qwen2")
+    gguf_models.write(source, tmp_path / "model.gguf")
+    bare, own = tmp_path / "bare", tmp_path / "own"
+    for path in (bare, own):
+        path.mkdir()
+        shutil.copy(source / "tokenizer.json", path)
+    (own / "chat_template.jinja").write_text("{{ 2 }}")
+    settings = json.loads((source / "tokenizer_config.json").read_text("utf-8"))
+    template = settings.pop("chat_template")
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "mine.jinja").write_text("{{ 3 }}")
+
+    def told(name: str, tokenizer: Path, asked: str | None = None) -> str | None:
+        convert(tmp_path / "model.gguf", tmp_path / name, tokenizer=tokenizer, chat_template=asked)
+        return chat_template.own_source(tmp_path / name)[0]
+
+    assert told("a", bare) == template and told("b", own) == "{{ 2 }}"
+    assert told("c", source, str(tmp_path / "mine.jinja")) == "{{ 3 }}" and told("d", source, "none") is None
+    with pytest.raises(InputError, match="nowhere"):
+        told("e", bare, "nowhere")
+
+
+def test_a_tokenizer_from_elsewhere_must_go_with_the_model(tmp_path: Path) -> None:
+    source = other_models.write_model(tmp_path / "source", "qwen2")
+    gguf_models.write(source, tmp_path / "model.gguf")
+    (tmp_path / "large").mkdir()
+    other_models.write_tokenizer(tmp_path / "large", "chatml", 600)
+    with pytest.raises(InputError, match="large: its tokenizer cannot be used"):
+        convert(tmp_path / "model.gguf", tmp_path / "out", tokenizer=tmp_path / "large")
+    made = tiny.write_directory(tmp_path / "elm", tiny.random_model(tiny.scaled_config(320)), tiny.train_tokenizer())
+    gguf_models.write(made, tmp_path / "elm.gguf")
+    convert(made, tmp_path / "whole")
+    convert(tmp_path / "elm.gguf", tmp_path / "back", tokenizer=tmp_path / "whole")
+    assert load(tmp_path / "back")[1] is not None
+    (tmp_path / "whole" / "tokenizer.model").unlink()
+    with pytest.raises(InputError, match=r"whole: its tokenizer cannot be used: .*tokenizer\.model"):
+        convert(tmp_path / "elm.gguf", tmp_path / "other", tokenizer=tmp_path / "whole")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "other").exists()
+
+
+def test_a_network_that_clips_is_refused_as_from_its_config(tmp_path: Path) -> None:
+    source = other_models.write_model(tmp_path / "source", "olmo")
+    gguf_models.write(source, tmp_path / "model.gguf", olmo__attention__clamp_kqv=0.05)
+    with pytest.raises(InputError, match="clip"):
+        convert(tmp_path / "model.gguf", tmp_path / "back")
 
 
 def test_several_templates_and_ends(tmp_path: Path) -> None:

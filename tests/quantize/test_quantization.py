@@ -378,6 +378,17 @@ def test_a_disk_that_fills_while_a_model_is_read_is_an_error(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq", "dwq"])
+def test_a_head_that_the_config_does_not_name_is_no_methods(method: str, text: Path, tmp_path: Path) -> None:
+    """mlx-lm would drop it, and the result would lack it."""
+    source = other_models.write_model(tmp_path / "source", "llama", {"tie_word_embeddings": False})
+    config = json.loads((source / "config.json").read_text("utf-8")) | {"tie_word_embeddings": True}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=f"--method {method}: the weights have a head of their own"):
+        quantize(source, tmp_path / "q", choose(4, method=method), calibration=text, text=text)
+    assert not (tmp_path / "q").exists()
+
+
 @pytest.mark.parametrize(("family", "method"), [("olmo", "gptq"), ("olmo", "awq"), ("phi3", "awq")])
 def test_networks_that_a_method_cannot_do_are_refused_before_anything_is_planned(
     family: str, method: str, family_dirs: dict[str, Path], text: Path, tmp_path: Path

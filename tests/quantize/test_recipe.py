@@ -12,7 +12,7 @@ import pytest
 from elm_mlx.errors import InputError
 from elm_mlx.model.config import BITS, FLOATS, GROUPS
 from elm_mlx.quantize import recipe
-from elm_mlx.quantize.bit_plan import allocate
+from elm_mlx.quantize.bit_plan import Weights, allocate, mix
 from elm_mlx.quantize.recipe import Format, choose_format
 from elm_mlx.store.loading import pack
 
@@ -105,6 +105,19 @@ def test_the_allocation_is_brute_forces_best() -> None:
             continue
         assert found is not None and sum(costs[i][c] for i, c in enumerate(found)) <= budget
         assert sum(losses[i][c] for i, c in enumerate(found)) == pytest.approx(min(fitting))
+
+
+def test_a_weight_that_is_kept_wide_is_counted_so() -> None:
+    """As a float32 head among bfloat16: packed, it gives back four bytes a value."""
+    names = ("a", "b", "head")
+    tensors = {f"{name}.weight": mx.zeros((1000, 256), mx.bfloat16) for name in names}
+    tensors |= {"head.weight": mx.zeros((1000, 256), mx.float32), "norm.weight": mx.zeros((256,), mx.bfloat16)}
+    shapes = dict.fromkeys(names, (1000, 256))
+    weights = Weights(tensors, shapes, mx.bfloat16, sum(each.size for each in tensors.values()))
+    losses = {name: {bits: 4.0**-bits for bits in (2, 3, 4, 5, 6, 8)} for name in names}
+    for bpw in (3.0, 4.5, 8.0, 12.0):
+        plan = mix(weights, 64, bpw, losses)
+        assert 0.75 * bpw < plan.bits_per_weight <= bpw
 
 
 def test_a_large_budget_is_met_almost_to_the_byte() -> None:

@@ -93,6 +93,17 @@ def test_offline_the_cache_is_all_there_is(hub: HubServer, llama: str, monkeypat
         directory_of(LLAMA)
 
 
+def test_a_name_that_was_fetched_by_its_commit_is_known_offline(
+    hub: HubServer, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    directory = directory_of(f"{LLAMA}@{llama}")
+    assert directory_of(LLAMA) == directory
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert directory_of(LLAMA) == directory
+
+
 def test_a_directory_wins_over_the_hub(
     hub: HubServer, llama: str, family_dirs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +297,20 @@ def test_apples_checkpoint_is_converted_once(
     assert directory_of("apple/OpenELM-tiny-Instruct", on_note=notes.append) == made and len(notes) == 1
     shutil.rmtree(tmp_path / "hub")
     assert directory_of("apple/OpenELM-tiny-Instruct") == made and len(hub.asked) == asked
+
+
+def test_an_openelm_with_another_tokenizer_of_its_own_does_not_get_llamas(
+    hub: HubServer, tiny_model_dir: Path, tiny_tokenizer_file: Path
+) -> None:
+    hub.add("me/OpenELM", tiny_model_dir)
+    del hub.repositories["me/OpenELM"]["tokenizer.model"]
+    hub.repositories["me/OpenELM"]["tokenizer.json"] = b"{}"
+    hub.repositories["meta-llama/Llama-2-7b-hf"] = {"tokenizer.model": tiny_tokenizer_file.read_bytes()}
+    with pytest.raises(
+        InputError, match=r"has a tokenizer\.json of its own and no tokenizer\.model.* --tokenizer FILE"
+    ):
+        directory_of("me/OpenELM")
+    assert not conversions().exists()
 
 
 @pytest.fixture
