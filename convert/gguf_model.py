@@ -447,7 +447,7 @@ def _template_beside(header: GgufHeader, directory: Path, asked: str | None) -> 
         return chat_template.read_source(asked) or ""
     own, _ = chat_template.own_source(directory)
     there = header.metadata.get("tokenizer.chat_template")
-    return there if own is None and isinstance(there, str) else None
+    return own if own is not None else there if isinstance(there, str) else None
 
 
 def _tokenizer_directory(source: str | Path) -> Path:

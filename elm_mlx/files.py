@@ -161,11 +161,12 @@ def new_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     with scratch_directory(path) as temporary:
         _check_free(path, replace)
-        before = _names(path)
+        before, names = _identity(path), _names(path)
         yield temporary
         with _failures_named(path):
-            for name in _names(path) - before - _names(temporary):
-                _copy(path / name, temporary / name)
+            if _identity(path) == before:  # else another writer has replaced it
+                for name in _names(path) - names - _names(temporary):
+                    _copy(path / name, temporary / name)
             _sync_tree(temporary)
             _move_into_place(temporary, path, replace)  # which leaves nothing in its place, or after a swap the old
 
@@ -268,6 +269,14 @@ def _check_free(path: Path, replace: bool) -> None:
         raise InputError(f"{path}: is a file, and a directory is to be written")
     if path.exists() and not replace:
         raise InputError(f"{path}: exists already")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Tells a directory from another of its name; None where there is none."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def _names(directory: Path) -> set[str]:

@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Literal
@@ -202,7 +202,8 @@ def download(
     wanted = [name for name in names if not (directory / name).exists()]
     total = sum(found.sizes[name] for name in wanted)
     if not wanted:
-        _refer(of, found.commit)  # or nothing is known of the name where the hub cannot be asked
+        with suppress(ElmError):  # a cache that others may write to
+            _refer(of, found.commit)  # or nothing is known of the name where the hub cannot be asked
         return directory
     kept = sum(each.stat().st_size for each in (of.folder / "blobs").glob("*.incomplete"))
     files.check_room(of.folder, max(0, total - kept))
@@ -266,6 +267,8 @@ def _refer(of: Repository, commit: str) -> None:
     revision = of.revision or _MAIN
     if revision != commit:
         ref = of.folder / "refs" / revision
+        if ref.exists() and ref.read_text("utf-8").strip() == commit:
+            return
         ref.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(ref, commit)
 

@@ -171,6 +171,15 @@ def test_what_is_put_into_a_directory_while_its_successor_is_made_stays(tmp_path
     assert names(tmp_path) == ["model"]
 
 
+def test_what_another_writer_has_put_in_its_place_meanwhile_is_none_of_it(tmp_path: Path) -> None:
+    fill(tmp_path / "model", "old")
+    with files.new_directory(tmp_path / "model", replace=True) as made:
+        (made / "a").write_text("first")
+        with files.new_directory(tmp_path / "model", replace=True) as other:
+            (other / "index").write_text("second")
+    assert names(tmp_path / "model") == ["a"]
+
+
 def test_someone_elses_directory_made_meanwhile_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "d"
     with pytest.raises(ElmError, match="by another process"), new_directory(path):

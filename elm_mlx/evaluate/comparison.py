@@ -155,7 +155,7 @@ def draw(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
         with files.new_file(path) as file:
-            kind = path.suffix.removeprefix(".") or "png"
+            kind = path.suffix.removeprefix(".").lower() or "png"
             figure.savefig(file, format=kind, dpi=150, metadata=directories.PNG_METADATA if kind == "png" else None)
     except ValueError as error:  # a format that matplotlib does not know
         raise InputError(f"{path}: {error}") from None

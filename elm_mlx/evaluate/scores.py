@@ -186,8 +186,9 @@ def merge(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str,
             asked.add((entry["group"], entry["shots"]))  # the group's score would be of other questions
     old = [line for line in before["scores"] if (line["task"], line["shots"]) not in asked]
     kept = {key: entry for key, entry in before["tasks"].items() if (entry["task"], entry["shots"]) not in asked}
+    cut = {key: counts for key, counts in before.get("cut", {}).items() if key in kept}
     suite = {} if now["suite"] is not None else {key: before[key] for key in ("suite", "mean", "missing")}
-    return {**now, **suite, "scores": old + now["scores"], "tasks": kept | now["tasks"]}
+    return {**now, **suite, "scores": old + now["scores"], "tasks": kept | now["tasks"], "cut": cut | now["cut"]}
 
 
 def published_model(config: Any, directory: Path) -> str | None:

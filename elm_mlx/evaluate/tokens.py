@@ -199,12 +199,14 @@ def read_text(
     if not windows:
         raise InputError(f"{source}: holds no text" + (f": {bad[0]}" if bad else ""))
     said = tuple(records.remarks(split))
+    if name == "train" and Path(source).is_dir():
+        said = (("read", "its train, for it has no test and no valid"), *said)
     return TextWindows(
         windows,
         documents,
         sizes,
         state.hexdigest(),
-        name if len(splits) > 1 or Path(source).is_dir() else "",
+        name if len(splits) > 1 else "",
         tuple(bad),
         said,
     )

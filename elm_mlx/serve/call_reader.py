@@ -90,7 +90,7 @@ class CallReader:
 
     def finish_reason(self, reason: str) -> str:
         """Returns the reason why the answer ended, by that of its text; "length" where a stop string cut arguments."""
-        if reason == "stop" and self._state == self._in_arguments:
+        if reason == "stop" and self._held and self._state == self._in_arguments:
             return "length"
         return "tool_calls" if self.calls and reason == "stop" else reason
 

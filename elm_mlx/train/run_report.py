@@ -24,7 +24,7 @@ from elm_mlx.train.metrics import Column, RunMetrics, readable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PAGE_MARK = b'<meta name="generator" content="elm-mlx report">'
+PAGE_MARK = b"content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"  # near its top
 
 _FIRST = ("loss", "learning_rate", "tokens_per_second", "matmul_share", "grad_norm", "memory")
 _AS_IT_IS = ("learning_rate", "memory")  # nothing to smooth

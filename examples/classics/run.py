@@ -53,7 +53,7 @@ def main() -> None:
     resume = ["--resume"] if (run / "checkpoints").exists() else []
     elm("pretrain", HERE / "recipe.toml", "--out", run, *sets, *resume)
     picture = ["--png", arguments.out / "curves.png"] if importlib.util.find_spec("matplotlib") else []
-    elm("report", run, *picture)
+    elm("report", run, *picture, "--overwrite")
     elm("average", run, "--last", 5, "--out", mean, "--overwrite")
     elm("export", mean, exported, "--dtype", "bfloat16", "--overwrite")
     elm("convert", exported, again, "--verify", "--overwrite")

@@ -42,7 +42,7 @@ def main() -> None:
     elm("lora", base, "--data", data, "--out", run, "--config", HERE / "lora.yaml", *shorter, *resume)
     elm("fuse", base, run, fused, "--overwrite")
     picture = ["--png", arguments.out / "curves.png"] if importlib.util.find_spec("matplotlib") else []
-    elm("report", run, *picture)
+    elm("report", run, *picture, "--overwrite")
     for adapter in ([], ["--adapter", run]):
         elm("generate", base, *adapter, "--prompt", PROMPT, "--max-tokens", 120, "--temp", 0.7, "--seed", 3)
 

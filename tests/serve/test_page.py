@@ -443,13 +443,21 @@ def test_who_asks_while_a_message_is_edited_sees_the_answer(page: Page, server: 
     page.keyboard.press("ArrowUp")
     page.keyboard.type(" edited")
     page.fill("#say", "Two")
-    server.script = [Writing("The second answer", hold=0.5)]
+    server.script = [Writing("The second answer", hold=3), Writing("The third", hold=3)]
     page.press("#say", "Enter")
     page.get_by_label("Edit the message").press("Enter")  # too late: another is being answered
     expect(page.locator(f"{ANSWERED} .body")).to_have_text("The second answer")
     assert [asked(server, number)[-1] for number in range(len(server.bodies))] == [("user", "One"), ("user", "Two")]
     expect(page.get_by_label("Edit the message")).to_have_value("One edited")  # what was typed is there to be sent
-    page.get_by_label("Edit the message").press("Enter")
+    page.fill("#say", "Three")
+    page.press("#say", "Enter")
+    page.get_by_label("Edit the message").press("Escape")  # which ends the editing, and not the answer
+    expect(page.locator("textarea[aria-label='Edit the message']")).to_have_count(0)
+    expect(page.locator(f"{ANSWERED} .body")).to_have_text("The third")
+    page.locator("article.user").first.hover()
+    page.locator("article.user").first.get_by_role("button", name="Edit").click()
+    page.keyboard.type(" edited")
+    page.keyboard.press("Enter")
     expect(page.locator("article.user .body")).to_have_text("One edited")
 
 
@@ -591,6 +599,10 @@ def test_a_button_does_what_it_showed_when_it_was_pressed(page: Page, server: Sc
     page.mouse.up()
     page.wait_for_timeout(100)
     assert page.input_value("#say") == "A draft" and len(server.bodies) == 2
+    server.script = [Writing("word " * 500, pause=0.02)]
+    page.locator("#send").click(click_count=3, delay=20)  # sent, then nothing, then stopped
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
+    assert len(server.bodies) == 3
 
 
 def test_what_is_read_stays_in_view(page: Page, server: ScriptedServer) -> None:

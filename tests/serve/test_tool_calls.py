@@ -418,6 +418,11 @@ class TestReader:
         deltas, reader = read(form, [('<tool_call>\n{"name": "time", "arguments": {"a": "b', None)], held=True)
         assert message(deltas) == (None, [("time", '{"a": "b')]) and reader.finish_reason("length") == "length"
         assert reader.finish_reason("stop") == "length", "a stop string cut them: they are not to be called by"
+        text = (
+            '<tool_call>\n{"name": "time", "arguments": {"a": 1}}\n</tool_call><tool_call>{"name": "time", "arguments"'
+        )
+        deltas, reader = read(form, [(text, None)])
+        assert message(deltas)[1] == [("time", '{"a": 1}')] and reader.finish_reason("stop") == "tool_calls"
 
     @pytest.mark.parametrize("style", ["xml", "pairs", "invoked", "lines", "marked list", "bare list"])
     @pytest.mark.parametrize("text", ["", "nothing", "time", "time<", "3", "unknown()", "<function=unknown>\n"])

@@ -102,6 +102,9 @@ def test_a_name_that_was_fetched_by_its_commit_is_known_offline(
     assert directory_of(LLAMA) == directory
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert directory_of(LLAMA) == directory
+    written: list[Path] = []
+    monkeypatch.setattr(hub_module.files, "write_text", lambda path, text: written.append(path))
+    assert directory_of(LLAMA) == directory and not written, "a cache that others share is left as it is"
 
 
 def test_a_directory_wins_over_the_hub(

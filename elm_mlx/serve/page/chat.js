@@ -245,7 +245,10 @@ export class ChatView {
     area.oninput = () => fit(area);
     area.onkeydown = (event) => {
       if (isComposing(event)) return;
-      if (event.key === "Escape") close();
+      if (event.key === "Escape") {
+        event.stopPropagation(); // it stops no answer
+        close();
+      }
       if (event.key !== "Enter" || event.shiftKey) return;
       event.preventDefault();
       done();

@@ -32,12 +32,19 @@ export function iconButton(name, ariaLabel, onclick) {
 /** Makes a button stop the answer that `page` is at, or else `start` one; not what it did not show when it was pressed. */
 export function startOrStop(node, page, start) {
   let pressed = null;
+  let last = {}; // what the last click did
   node.onpointerdown = () => (pressed = page.running);
   node.onclick = ({ detail }) => {
-    const byPointer = detail > 0;
-    if (detail > 1 || (byPointer && pressed !== page.running)) return;
-    if (page.running) page.stop();
-    else start();
+    const { running } = page;
+    const undoes = running ? running === last.begun : last.stopped;
+    if (detail > 0 && pressed !== running) return;
+    if (detail === 2 && undoes) return; // the rest of a double click
+    last = { stopped: Boolean(running) };
+    if (running) page.stop();
+    else {
+      start();
+      last.begun = page.running;
+    }
   };
 }
 
