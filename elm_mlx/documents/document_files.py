@@ -38,6 +38,17 @@ _MOST_STARS = 4  # of a rule: each more multiplies the time for a long name by i
 _LOOKED_AT = 8192  # bytes, for a NUL, which no text has
 _DECLARED = re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?([\w.:-]{1,40})", re.IGNORECASE)
 _HEAD = 2048  # bytes of a page that say its encoding
+# By what pages call them: as browsers read them, which is not what some are called.
+_NAMES = {
+    "utf-8": "utf8 utf-16 utf-16le utf-16be", "cp1252": "windows-1252 iso-8859-1 latin1 latin-1 ascii us-ascii",
+    "gb18030": "gbk gb2312 x-gbk", "cp932": "shift_jis shift-jis sjis x-sjis windows-31j ms_kanji",
+    "cp949": "euc-kr ks_c_5601-1987 ksc5601", "big5hkscs": "big5 big5-hkscs", "cp874": "windows-874 tis-620",
+    "euc-jp": "x-euc-jp", "iso-2022-jp": "", "koi8-r": "koi8", "koi8-u": "", "cp866": "ibm866",
+    "mac-roman": "macintosh x-mac-roman", "cp1254": "windows-1254 iso-8859-9 latin5",
+    **{f"iso-8859-{part}": "" for part in (2, 3, 4, 5, 6, 7, 8, 10, 13, 14, 15, 16)},
+    **{f"cp125{part}": f"windows-125{part}" for part in (0, 1, 3, 5, 6, 7, 8)},
+}  # fmt: skip
+_ENCODINGS = {name: [codec] for codec, names in _NAMES.items() for name in (codec, *names.split())}
 _WIDE = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -143,18 +154,19 @@ def is_binary(data: bytes) -> bool:
 def text_of(data: bytes, html: bool = False) -> str:
     """Returns a file's text, its lines ended by `\\n`, one for each line end of the file.
 
-    It is read as UTF-16 where its mark says so, by the encoding that a page of HTML declares, or as UTF-8; and where it
-    is none, as Windows-1252, which old files of Western languages are in. NULs are dropped.
+    It is read as its mark says, by the encoding that a page of HTML declares, or as UTF-8; and where it is none, as
+    Windows-1252, which old files of Western languages are in. NULs are dropped.
     """
     encodings = [_WIDE.get(data[:2], "utf-8-sig")]
-    if html and (declared := _DECLARED.search(data[:_HEAD])) is not None:
-        encodings.insert(0, declared[1].decode("ascii", "replace"))
+    if html and encodings == ["utf-8-sig"] and not data.startswith(codecs.BOM_UTF8):
+        declared = _DECLARED.search(data[:_HEAD])
+        encodings[:0] = _ENCODINGS.get(declared[1].decode("ascii", "replace").lower(), []) if declared else []
     text = None
     for encoding in encodings:
         try:
             text = data.decode(encoding)
             break
-        except (LookupError, ValueError):  # LookupError: no encoding, or one of bytes to bytes
+        except ValueError:
             continue
     if text is None:
         text = data.decode("cp1252", "replace")

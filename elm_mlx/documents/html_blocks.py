@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 
-from elm_mlx.documents.text_blocks import SEPARATOR, TextBlock, enter_heading
+from elm_mlx.documents.text_blocks import Headings, TextBlock
 
 _HEADINGS = {f"h{level}": level for level in range(1, 7)}
 _UNSEEN = frozenset(("script", "style", "template", "noscript", "svg", "math", "iframe", "object", "nav", "select"))
@@ -36,17 +36,19 @@ def html_blocks(text: str) -> Iterator[TextBlock]:
     page.close()
     page.end_block()
     yield from page.blocks
+    yield from page.headings.left_alone()
 
 
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self.blocks: list[TextBlock] = []
-        self._headings: list[str] = []
+        self.headings = Headings()
         self._pieces: list[str] = []
         self._begun = False  # the block has text
         self._first = self._last = 1
         self._unseen: list[str] = []  # elements that are open, of which nothing is shown
+        self._in_title = False
         self._heading = 0  # the level of the heading that is open; the title's is 1
         self._pre = 0
 
@@ -56,6 +58,7 @@ class _Page(HTMLParser):
         elif tag in _BLOCKS:
             self.end_block()
             self._heading = 1 if tag == "title" else _HEADINGS.get(tag, 0)
+            self._in_title = tag == "title"
             self._pre += tag == "pre"
             if tag == "li":
                 self._pieces.append("- ")
@@ -92,8 +95,11 @@ class _Page(HTMLParser):
         text = "".join(self._pieces).strip("\n" if self._pre else None)
         self._pieces, self._begun = [], False
         if self._heading:
-            if text and not (self._heading == 1 and self._headings[:1] == [text]):
-                enter_heading(self._headings, self._heading, text)
+            if text and not (self._heading == 1 and self.headings.path == text):
+                self.blocks += self.headings.enter(self._heading, text, self._first)
+                if self._in_title:  # which is of the page, and no part of its text
+                    self.headings.alone = None
             self._heading = 0
         elif text.strip(" -|\n"):
-            self.blocks.append(TextBlock(text, self._first, self._last, SEPARATOR.join(self._headings)))
+            self.blocks.append(TextBlock(text, self._first, self._last, self.headings.path))
+            self.headings.alone = None

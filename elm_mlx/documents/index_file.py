@@ -26,7 +26,7 @@ from elm_mlx.documents.text_blocks import SEPARATOR
 from elm_mlx.errors import ElmError, InputError
 
 APPLICATION = 0x454C4D64  # "ELMd", in the header of the file
-VERSION = 3  # of the tables, of what is a passage, and of what is a word
+VERSION = 4  # of the tables, of what is a passage, and of what is a word
 # English words by their stems, all others as they are, without accents: see docs/index.md for what each is worth. Marks
 # belong to a word: the vowels of Hindi, Tamil and their like are some, and would end it.
 TOKENIZER = "porter unicode61 remove_diacritics 2 categories ''L* M* N* Co''"

@@ -88,6 +88,7 @@ class _Update:
         embedder = index_file.read_embedder(self._connection, self._path)
         if embeddings is None and embedder is not None:
             embeddings = embeddings_of(embedder, self._path)
+        own = None if embeddings is None else _embedder_of(embeddings)
         self._connection.execute(
             "PRAGMA journal_mode = WAL"
         )  # where the file system has no such thing, another is kept
@@ -95,9 +96,13 @@ class _Update:
         with self._transaction():
             write_setting(self._connection, "root", str(self._directory))
             write_setting(self._connection, "unfinished", True)
+            if own is not None:  # from the beginning on, so that whoever goes on with it makes them too
+                if embedder is not None and (own.sha256, own.width) != (embedder.sha256, embedder.width):
+                    self._connection.execute("DELETE FROM vectors")
+                write_setting(self._connection, "embedder", vars(own))
         self._files(on_progress)
         if embeddings is not None:
-            self._vectors(embeddings, embedder, on_progress)
+            self._vectors(embeddings, on_progress)
         with self._transaction():
             write_setting(self._connection, "unfinished", False)
         self._report.passages = self._connection.execute("SELECT count(*) FROM passages").fetchone()[0]
@@ -131,6 +136,7 @@ class _Update:
                     passages, problem, lasting = _read(path, data)
                     if not lasting:
                         report.left_out.append(LeftOut(path, problem or ""))
+                        seen.add(path)  # what was read of it before stays
                         continue
                     self._exchange(path, hashed, passages, problem, None if before is None else before[0])
                     report.changed += problem is None and before is not None
@@ -176,19 +182,13 @@ class _Update:
         for table, column in (("passages", "file"), ("vectors", "file"), ("files", "id")):
             connection.execute(f"DELETE FROM {table} WHERE {column} = ?", (number,))
 
-    def _vectors(self, embeddings: StaticEmbeddings, embedder: Embedder | None, on_progress: OnProgress) -> None:
-        """Makes the vectors that are missing; of other embeddings than before, all."""
+    def _vectors(self, embeddings: StaticEmbeddings, on_progress: OnProgress) -> None:
+        """Makes the vectors that are missing."""
         connection = self._connection
-        own = Embedder(str(embeddings.directory.resolve()), embeddings.sha256, embeddings.width)
-        if embedder is not None and (own.sha256, own.width) != (embedder.sha256, embedder.width):
-            with self._transaction():
-                connection.execute("DELETE FROM vectors")
-                write_setting(connection, "embedder", None)
         rows = connection.execute(
             "SELECT file, count(*) FROM passages WHERE file NOT IN (SELECT file FROM vectors) GROUP BY file"
         ).fetchall()
         with self._transactions():
-            write_setting(connection, "embedder", vars(own))
             done, total = 0, sum(count for _, count in rows)
             for group in _groups(rows):
                 on_progress("embed", done, total)
@@ -234,12 +234,18 @@ class _Update:
             self._begun = time.monotonic()
 
 
+def _embedder_of(embeddings: StaticEmbeddings) -> Embedder:
+    return Embedder(str(embeddings.directory.resolve()), embeddings.sha256, embeddings.width)
+
+
 def _read(path: str, data: bytes) -> tuple[list[TextBlock], str | None, bool]:
     """Returns a file's passages; or what is wrong with it, and whether it stays so while the file is the same."""
     try:
         return passages_of(path, data), None, True
     except ValueError as error:
         return [], str(error), True
+    except ChildProcessError as error:  # somebody else ended it
+        return [], str(error), False
     except ImportError:
         return [], INSTALL, False
 

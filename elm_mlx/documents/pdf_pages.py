@@ -65,8 +65,9 @@ def _read(data: bytes) -> dict[str, Any]:
         except BaseException:
             process.kill()
             raise
-    if process.returncode:
-        raise ValueError(_reason(process.returncode))
+    if (code := process.returncode) != 0:
+        known = (-signal.SIGPROF, pdf_worker.TOO_MUCH_MEMORY, pdf_worker.TOO_MUCH_TEXT)
+        raise (ValueError if code in known else ChildProcessError)(_reason(code))
     document: dict[str, Any] = json.loads(written)
     return document
 

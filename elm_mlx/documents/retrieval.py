@@ -10,8 +10,8 @@ import re
 import shlex
 import threading
 import unicodedata
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -121,7 +121,7 @@ class DocumentIndex:
             InputError: the index is damaged.
         """
         asked = [question, *earlier[: -_EARLIER_QUESTIONS - 1 : -1]]
-        with self._lock, named_errors(self.path):
+        with self._lock, named_errors(self.path), self._snapshot():
             scores = self._by_words(asked)
             if self._embeddings is None:
                 least = NEAR * max(scores.values(), default=0.0)
@@ -129,6 +129,16 @@ class DocumentIndex:
             else:
                 ranked = fused({1.0: [*scores], VECTOR_WEIGHT: self._by_vectors(asked)})
             return index_file.read_passages(self._connection, self.path, ranked[:count])
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """Sees the index as it is now until the block ends, whatever is written to it meanwhile."""
+        self._connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")  # nothing was written
 
     def _by_words(self, asked: Sequence[str]) -> dict[int, float]:
         """Returns the scores of passages that share words with questions, by their ids, the best first.

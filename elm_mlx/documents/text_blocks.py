@@ -15,8 +15,9 @@ _LARGE = 800  # characters of a class: beyond, each of its methods is a block of
 
 _HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*))?")
 _UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*")
-_FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
 _ITEM = re.compile(r"[-*+] |\d{1,9}[.)] ")
+_NO_HEADING = re.compile(r" {0,3}(?:[-*+>]|\d{1,9}[.)])")  # how a list item or a quote begins
 _CLOSING = re.compile(r"[)}\]>;,]*|end|else\b.*|\*/")
 
 
@@ -53,12 +54,17 @@ def _paragraphs(lines: list[str], first: int, heading: str) -> Iterator[TextBloc
 
 def markdown_blocks(text: str) -> Iterator[TextBlock]:
     """Yields paragraphs, list items, tables and fenced code under their headings, by CommonMark's rules for blocks."""
-    headings: list[str] = []
+    headings = Headings()
     lines = text.split("\n")
-    start, fence, number = 0, "", 0
+    start, fence, number = 0, "", _front_matter(lines)
+    if number:
+        yield from trimmed(lines, 1, number - 1, "")
+        start = number
 
     def block(end: int) -> Iterator[TextBlock]:
-        yield from trimmed(lines, start, end, SEPARATOR.join(headings))
+        for each in trimmed(lines, start, end, headings.path):
+            headings.alone = None
+            yield each
 
     while number < len(lines):
         line = lines[number]
@@ -73,10 +79,15 @@ def markdown_blocks(text: str) -> Iterator[TextBlock]:
             start, fence = number, opened[1]
         elif (heading := _HEADING.fullmatch(line)) is not None:
             yield from block(number)
-            enter_heading(headings, len(heading[1]), _unclosed(heading[2] or ""))
+            yield from headings.enter(len(heading[1]), _unclosed(heading[2] or ""), number + 1)
             start = number + 1
-        elif (under := _UNDERLINE.fullmatch(line)) is not None and start == number - 1 and lines[start].strip():
-            enter_heading(headings, 1 if under[1][0] == "=" else 2, lines[start])
+        elif (
+            (under := _UNDERLINE.fullmatch(line)) is not None
+            and start == number - 1
+            and lines[start].strip()
+            and not _NO_HEADING.match(lines[start])
+        ):
+            yield from headings.enter(1 if under[1][0] == "=" else 2, lines[start], number)
             start = number + 1
         elif not line.strip():
             yield from block(number)
@@ -86,6 +97,14 @@ def markdown_blocks(text: str) -> Iterator[TextBlock]:
             start = number
         number += 1
     yield from block(len(lines))
+    yield from headings.left_alone()
+
+
+def _front_matter(lines: list[str]) -> int:
+    """Returns the number of lines of settings between two of `---` at a file's beginning."""
+    if lines[0].rstrip() != "---":
+        return 0
+    return next((end + 1 for end, line in enumerate(lines[1:], 1) if line.rstrip() in ("---", "...")), 0)
 
 
 def _unclosed(heading: str) -> str:
@@ -103,13 +122,37 @@ def trimmed(lines: list[str], start: int, end: int, heading: str) -> Iterator[Te
         yield TextBlock("\n".join(lines[first : last + 1]), first + 1, last + 1, heading)
 
 
-def enter_heading(headings: list[str], level: int, text: str) -> None:
-    """Puts a heading of a level, from 1, in the place of those of its level and below."""
-    del headings[level - 1 :]
-    headings += [""] * (level - 1 - len(headings))
-    headings.append(" ".join(text.split())[:_MOST_HEADING])
-    while "" in headings:
-        headings.remove("")
+class Headings:
+    """The headings above a place in a document.
+
+    Attributes:
+        alone: the level of the last one, and itself as a block, as long as nothing stands below it.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[tuple[int, str]] = []  # level and text, outermost first
+        self.alone: tuple[int, TextBlock] | None = None
+
+    @property
+    def path(self) -> str:
+        return SEPARATOR.join(text for _, text in self._open)
+
+    def enter(self, level: int, text: str, line: int) -> Iterator[TextBlock]:
+        """Puts a heading of a level, from 1, in place of those of its level and below. Yields one that was alone."""
+        if self.alone is not None and level <= self.alone[0]:
+            yield from self.left_alone()
+        while self._open and self._open[-1][0] >= level:
+            self._open.pop()
+        self.alone, text = None, " ".join(text.split())[:_MOST_HEADING]
+        if text:
+            self.alone = level, TextBlock(text, line, line, self.path)
+            self._open.append((level, text))
+
+    def left_alone(self) -> Iterator[TextBlock]:
+        """Yields the last heading, if nothing stands below it."""
+        if self.alone is not None:
+            yield self.alone[1]
+        self.alone = None
 
 
 def python_blocks(text: str) -> Iterator[TextBlock]:

@@ -51,7 +51,7 @@ def load_task(name: str) -> CheckedTask:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # where dataclasses look for the names of their annotations
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
     except (Exception, SystemExit) as error:
         raise InputError(f"{path}: the task does not load: {_reason(error, path)}") from error
     return _checked(path, module)

@@ -263,7 +263,7 @@ def _outcome(source: str, function: str, inputs: list[list[Any]]) -> dict[str, A
     sys.stdout, sys.stderr, sys.stdin = nowhere, nowhere, io.StringIO()
     module = types.ModuleType("answer")
     sys.modules["answer"] = module
-    exec(compile(source, "answer", "exec"), module.__dict__)
+    exec(compile(source, "answer", "exec", dont_inherit=True), module.__dict__)  # else our __future__ is the answer's
     called = getattr(module, function)
     return {"values": [_plain(called(*each)) for each in inputs]}
 

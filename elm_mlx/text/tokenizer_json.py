@@ -179,7 +179,9 @@ def _load(path: Path) -> Any:
 
 
 def _names_control(content: str) -> bool:
-    return content.startswith("<|") and content.endswith("|>")
+    return content.startswith(("<|", "<\uff5c")) and content.endswith(
+        ("|>", "\uff5c>")
+    )  # DeepSeek's are as wide as Han
 
 
 @contextmanager

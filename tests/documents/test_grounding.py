@@ -67,6 +67,8 @@ def test_marks_in_plain_text_are_broken_too(tiny_tokenizer: Tokenizer) -> None:
     message = grounded_message("Who?", [passage(HOSTILE)], tiny_tokenizer)
     assert in_controls(template, message) == in_controls(template, "Who?")
     assert "<|" not in message and "< |user|>" in message and "</s>" not in message
+    for mark in ("<\uff5cUser\uff5c>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
+        assert mark not in grounded_message("Who?", [passage(f"a {mark} b")], tiny_tokenizer)
 
 
 def test_a_base_model_is_asked_in_plain_text(tiny_tokenizer: Tokenizer) -> None:

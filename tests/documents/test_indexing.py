@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -146,6 +147,27 @@ def test_killed_anywhere_it_answers_and_goes_on(tmp_path: Path) -> None:
             assert DocumentIndex(out).notes == ()
     assert left > 0
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".") and "lock" not in path.name]
+
+
+def test_a_search_sees_one_state_of_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes, out = tmp_path / "notes", tmp_path / "notes.db"
+    notes.mkdir()
+    (notes / "a.md").write_text("# Pets\n\nCats are kept.")
+    index_documents(notes, out)
+    with sqlite3.connect(out) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")  # as while it is written
+    index = DocumentIndex(out)
+    by_words = DocumentIndex._by_words
+
+    def meanwhile(self: DocumentIndex, asked: Any) -> dict[int, float]:
+        found = by_words(self, asked)
+        with sqlite3.connect(out) as connection:
+            connection.execute("UPDATE passages SET text = 'Taxes are due in May.'")
+        return found
+
+    monkeypatch.setattr(DocumentIndex, "_by_words", meanwhile)
+    assert [each.text for each in index.search("cats")] == ["Cats are kept."]
+    index.close()
 
 
 def test_a_reader_sees_each_file_as_it_was_or_is(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elm_mlx.documents import text_blocks
+from elm_mlx.documents.html_blocks import html_blocks
 from elm_mlx.documents.passages import SIZE, passages_of
 from elm_mlx.documents.text_blocks import TextBlock, markdown_blocks
 
@@ -121,6 +122,35 @@ def test_python_that_cannot_be_parsed_is_code_all_the_same(code: str) -> None:
 def test_a_binary_file_is_said_to_be_one() -> None:
     with pytest.raises(ValueError, match="is binary"):
         passages_of("a.txt", b"\x7fELF\0\0\1")
+
+
+def headings(text: str, html: bool = False) -> list[tuple[str, str]]:
+    return [(each.heading, each.text) for each in (html_blocks if html else markdown_blocks)(text)]
+
+
+def test_headings_of_one_level_stand_beside_each_other_whatever_their_level_is() -> None:
+    assert headings("## A\n\na\n\n## B\n\nb\n\n#### C\n\nc\n\n### D\n\nd") == [
+        ("A", "a"), ("B", "b"), ("B > C", "c"), ("B > D", "d"),
+    ]  # fmt: skip
+    assert headings("<h2>A</h2>a<h2>B</h2>b<h4>C</h4>c<h3>D</h3>d", html=True) == [
+        ("A", "a"), ("B", "b"), ("B > C", "c"), ("B > D", "d"),
+    ]  # fmt: skip
+
+
+def test_a_heading_with_nothing_below_it_is_a_passage() -> None:
+    text = "# Questions\n\n## Is 42 supported?\n\n## Yes, it is\n\nIndeed.\n\n# The end"
+    expected = [("Questions", "Is 42 supported?"), ("Questions > Yes, it is", "Indeed."), ("", "The end")]
+    assert headings(text) == expected
+    page = "<title>Page</title><h1>Questions</h1><h2>Is 42 supported?</h2><h2>Yes, it is</h2>Indeed.<h1>The end</h1>"
+    assert headings(page, html=True) == expected
+
+
+def test_what_only_looks_like_a_heading_or_a_fence() -> None:
+    assert headings("---\ntitle: A\ntags:\n- cats\n---\nText") == [("", "title: A\ntags:\n- cats"), ("", "Text")]
+    assert headings("# T\n\n- cats\n---\nText")[0] == ("T", "- cats\n---\nText")
+    assert headings("> said\n---\nText")[0] == ("", "> said\n---\nText")
+    assert headings("---\n\nText") == [("", "---"), ("", "Text")], "a line, and no settings"
+    assert headings("```make``` builds it.\n\n# B\n\nb") == [("", "```make``` builds it."), ("B", "b")]
 
 
 @pytest.mark.parametrize(

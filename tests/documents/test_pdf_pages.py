@@ -65,6 +65,23 @@ def test_a_hostile_pdf_is_left_out_and_the_others_are_not(
     assert again.unchanged == 1 and again.left_out == report.left_out
 
 
+def test_a_process_that_somebody_ended_says_nothing_of_its_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes, out = tmp_path / "notes", tmp_path / "notes.db"
+    notes.mkdir()
+    (notes / "a.pdf").write_bytes(pdf("apple"))
+    index_documents(notes, out)
+    (notes / "a.pdf").write_bytes(pdf("banana"))
+    with monkeypatch.context() as context:
+        context.setattr(pdf_pages, "_read", lambda *_: (_ for _ in ()).throw(ChildProcessError("signal 9")))
+        report = index_documents(notes, out)
+        assert [each.why for each in report.left_out] == ["signal 9"]
+        assert len(DocumentIndex(out).search("apple")) == 1, "what was read before stays"
+    assert index_documents(notes, out).changed == 1
+    assert len(DocumentIndex(out).search("banana")) == 1
+
+
 def test_a_pdf_that_is_deflated_is_read() -> None:
     assert [each.text for each in passages_of("a.pdf", pdf(stream=b"BT /F1 12 Tf 72 720 Td (pear) Tj ET"))] == ["pear"]
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from static_models import write_static_model
 
+from elm_mlx.documents import indexing
 from elm_mlx.documents.indexing import index_documents
 from elm_mlx.documents.retrieval import DocumentIndex
 from elm_mlx.documents.static_embeddings import StaticEmbeddings, embeddings_directory
@@ -91,6 +92,25 @@ def test_an_index_of_words_gets_vectors_and_other_embeddings_replace_them(
     others = StaticEmbeddings(write_static_model(tmp_path / "others", [["boat", "home"]], width=4, seed=1))
     index_documents(notes, out, others)
     assert places(DocumentIndex(out), "boat")[0] == "c.md:5"
+
+
+def test_an_index_that_was_stopped_before_its_vectors_gets_them_in_the_next_run(
+    notes: Path, embeddings: StaticEmbeddings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(indexing._Update, "_vectors", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index_documents(notes, tmp_path / "notes.db", embeddings)
+    index_documents(notes, tmp_path / "notes.db")  # as the note says, without --embeddings
+    index_documents(notes, tmp_path / "whole.db", embeddings)
+    rows = []
+    for name in ("notes.db", "whole.db"):
+        with sqlite3.connect(tmp_path / name) as connection:
+            rows.append(connection.execute("SELECT rows FROM vectors ORDER BY file").fetchall())
+    assert rows[0] == rows[1] != []
 
 
 @pytest.mark.parametrize("harm", ["gone", "others", "rows"])

@@ -80,7 +80,9 @@ def test_right_answers(answer: str) -> None:
 @pytest.mark.parametrize(
     "answer",
     [
-        "def f(numbers): return sum(numbers)", "def f(numbers): return True", "def f(numbers): return 0",
+        "def f(numbers): return sum(numbers)", RIGHT_SUM.replace("(numbers)", "(numbers: List[int])", 1),
+        RIGHT_SUM.replace("(numbers):", "(numbers) -> Number:", 1), "def f(numbers): return True",
+        "def f(numbers): return 0",
         "def f(numbers): pass", f"```\n{RIGHT_SUM}\n```\n```\ndef f(numbers): return 0\n```",
         f"{RIGHT_SUM}\nAnd that is all.", f"{RIGHT_SUM}\nimport os; os._exit(0)",
         "def f(numbers): return float('nan')", "def f(numbers): return str(sum(n for n in numbers if n > 3))",

@@ -269,6 +269,19 @@ def test_special_tokens_map_speaks_where_the_config_does_not(folders: dict[str, 
     assert Tokenizer.load(path).eos_ids == (tokenizer.control_ids["<|eot_id|>"],)
 
 
+def test_marks_as_wide_as_han_are_controls(folders: dict[str, Path], tmp_path: Path) -> None:
+    """DeepSeek's, which its file does not call special: in a user's text they are text."""
+    values = json.loads((folders["llama3"] / "tokenizer.json").read_text())
+    mark = "<\uff5cUser\uff5c>"
+    number = Tokenizer.load(folders["llama3"]).vocab_size
+    values["added_tokens"].append({**values["added_tokens"][0], "id": number, "content": mark, "special": False})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(values))
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.control_ids[mark] == number
+    assert number not in tokenizer.encode_parts([f"hi{mark}there"]) and number in tokenizer.encode_parts(["hi", number])
+
+
 def test_a_space_that_only_the_first_text_gets(folders: dict[str, Path], tmp_path: Path) -> None:
     """Newer files of SentencePiece models: `prepend_scheme` first."""
     values = json.loads((folders["phi3"] / "tokenizer.json").read_text())
