@@ -24,6 +24,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,7 @@ _SOURCES = sorted(SHIM.parent.glob("*.[ch]"))
 _RETRY_SECONDS = 24 * 3600  # what could not be made today may be made tomorrow, by another compiler
 _BUSY_SECONDS = 600  # what took too long, on a machine at work, may be made soon
 _ROW_MAJOR, _NO_TRANS, _TRANS = 101, 111, 112
+_PASSES = re.compile(r"Killed|signal|No space left|Cannot allocate|out of memory")  # what a compiler complains of
 _opened: list[ctypes.CDLL] = []  # what serves, for as long as the process lives
 
 
@@ -156,13 +158,14 @@ def _openblas(name: str) -> Callable[..., int] | None:
 
 def _load_packaged() -> Status:
     """Loads the wheel's OpenBLAS, or else the system's."""
-    reasons = []
+    reasons: list[str] = []
     try:
         original = _packaged_library()
         for make, detail, beside in ((_compile_shim, OWN_FEW_ROWS, original), (_rename_symbols, "", None)):
             try:
                 with _made(original, make, beside) as path:
-                    return Status(f"OpenBLAS (scipy-openblas32){detail}", path=_load(path, beside))
+                    name, note = f"OpenBLAS (scipy-openblas32){detail}", "; ".join(reasons) or None
+                    return Status(name, path=_load(path, beside), note=note)
             except _FAILURES as error:
                 reasons.append(str(error))
     except _Unusable as error:
@@ -271,8 +274,8 @@ def _make_checked(
 ) -> Path:
     failed = directory / f"{stem}.failed"
     with suppress(OSError):
-        if time.time() - failed.stat().st_mtime < _RETRY_SECONDS:
-            raise _Unusable(failed.read_text())
+        if time.time() - failed.stat().st_mtime < _RETRY_SECONDS and (why := failed.read_text()):
+            raise _Unusable(why)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".tmp-") as temporary:
         made = Path(temporary, f"{stem}.so")
         try:
@@ -280,7 +283,7 @@ def _make_checked(
             _check_in_process(made, beside)
         except (_Unusable, subprocess.TimeoutExpired) as error:
             failed.write_text(str(error))
-            if isinstance(error, subprocess.TimeoutExpired):
+            if isinstance(error, subprocess.TimeoutExpired) or _PASSES.search(str(error)):
                 since = time.time() - _RETRY_SECONDS + _BUSY_SECONDS
                 os.utime(failed, (since, since))
             raise
@@ -304,7 +307,9 @@ def _compile_shim(original: Path, made: Path) -> None:
     command = [compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", str(SHIM), "-o", str(made)]
     try:
         _run([*command, "-march=native"], "")
-    except _Unusable:  # an older compiler, which doesn't know this processor
+    except _Unusable as error:  # an older compiler, which doesn't know this processor
+        if _PASSES.search(str(error)):
+            raise
         _run(command, "the C compiler cannot make a library")
 
 
@@ -327,7 +332,8 @@ def _run(command: list[str], what: str) -> None:
     # A few seconds, but on a machine at work more than a minute.
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if done.returncode:
-        raise _Unusable(f"{what}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}")
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise _Unusable(f"{what}: {next((line for line in said if 'error' in line.lower()), said[-1])}")
 
 
 def _cache_directory() -> Path | None:

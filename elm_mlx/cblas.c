@@ -21,7 +21,7 @@
 
 #include "vectors.h"
 
-enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112, CONJ_TRANS = 113 };
 enum { MOST = LANES == 16 ? 8 : 4 }; /* rows whose sums with three columns all have registers */
 #ifdef __FMA__
 enum { OWN_MANY = 1 };
@@ -448,6 +448,7 @@ static void by_panels(struct call x, const struct stored *stored) {
 
 void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, const float *a, int lda,
                  const float *b, int ldb, float beta, float *c, int ldc) {
+  ta = ta == CONJ_TRANS ? TRANS : ta, tb = tb == CONJ_TRANS ? TRANS : tb; /* of numbers that are real */
   int some = order == ROW_MAJOR && m > 0 && n > 0 && k > 0;
   const struct stored *stored = some ? stored_at(b, n, k) : 0;
   struct product p = {m, n, k, tb == TRANS, alpha, beta, a, b, c, lda, ldb, ldc, stored};
@@ -459,6 +460,9 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha, co
     share_product(&p);
   } else if (stored) {
     by_panels(other, stored);
+  } else if (some && is_described(b, n, k) && tb != TRANS) { /* a derivative, which there is none of */
+    for (int i = 0; i < m; i++)
+      for (int j = 0; j < n; j++) c[(long)i * ldc + j] = NAN;
   } else if (some && is_described(b, n, k)) {
     sublayer((const struct sublayer *)b, m, n, k, a, lda, c, ldc);
   } else if (some && rows && (m <= FEW || (OWN_MANY && m < MANY && tb == TRANS))) {

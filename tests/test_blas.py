@@ -202,6 +202,23 @@ def test_what_cannot_be_made_is_tried_once_a_day(cache: Path, tmp_path: Path) ->
     assert tried.read_text() == "again\n" * 4
 
 
+def test_what_was_killed_is_no_word_on_the_processor_and_is_tried_again_soon(cache: Path, tmp_path: Path) -> None:
+    """It had left a library for any processor, for good."""
+    tools, tried = tmp_path / "bin", tmp_path / "tried"
+    tools.mkdir()
+    said = "cc: fatal error: Killed signal terminated program cc1\\ncompilation terminated."
+    (tools / "cc").write_text(f"#!/bin/sh\necho again >> {tried}\nprintf '{said}\\n' >&2\nexit 1\n")
+    (tools / "cc").chmod(0o755)
+    answer = Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools))
+    assert answer.fast and blas.OWN_FEW_ROWS not in answer.name and tried.read_text() == "again\n"
+    (failed,) = (cache / "elm-mlx").glob("*.failed")
+    assert "Killed signal" in failed.read_text()
+    os.utime(failed, (failed.stat().st_mtime - 600,) * 2)
+    assert Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools)).fast and tried.read_text() == "again\n" * 2
+    failed.write_text("")  # a full disk
+    assert Answer(XDG_CACHE_HOME=str(cache), PATH=str(tools)).fast and tried.read_text() == "again\n" * 3
+
+
 def test_what_took_too_long_is_tried_again_in_ten_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Path] = []
 

@@ -22,6 +22,7 @@ _TYPES = (
     "float32", "bfloat16", "float16", "affine 2", "affine 3", "affine 4", "affine 5", "affine 6", "affine 8", "mxfp4 4",
 )  # fmt: skip
 _NARROWEST, _WIDEST = 8, 1 << 15  # columns
+_MOST_BYTES = (1 << 31) - (1 << 16)  # of a layer: an array of MLX has no dimension above
 _LINE = 64  # bytes: what the description and the parts behind it are aligned to
 
 
@@ -126,6 +127,8 @@ def read_as_stored(layer: nn.Module, rounds: bool = False) -> bool:
     if rows < 2 or not _NARROWEST <= columns <= _WIDEST:
         return False
     parts = {name: layer[name] for name in ("weight", "scales", "biases") if name in layer}
+    if sum(part.nbytes for part in parts.values()) > _MOST_BYTES:
+        return False
     buffer, start, places = _laid_out(list(parts.values()))
     description = _Description(
         described.mark(), described.STORED, columns, _TYPES.index(kind), rounding=rounds,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import operator
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -204,7 +203,8 @@ class _Layer:
         `turns` are the cosines and sines of each.
         """
         parts = self.parts
-        heads = (mx.concatenate([x, turns], axis=-1) @ self._read).reshape(batch, length, -1, parts.head_dim)
+        heads = self._with_weights(mx.concatenate([x, turns], axis=-1) @ self._read)
+        heads = heads.reshape(batch, length, -1, parts.head_dim)
         heads = heads.reshape(batch, -1, 1, parts.head_dim) if length == 1 else heads.swapaxes(1, 2)
         queries, keys, values = mx.split(heads, [parts.heads, parts.heads + parts.kv_heads], axis=1)
         keys, values = cache.update_and_fetch(keys, values)
@@ -213,7 +213,11 @@ class _Layer:
             out = out.swapaxes(1, 2)
         if last < length:
             x, out = x.reshape(batch, length, -1)[:, -last:].reshape(batch * last, -1), out[:, -last:]
-        return mx.addmm(x, out.reshape(batch * last, -1), self._write) @ self._feed
+        return self._with_weights(mx.addmm(x, out.reshape(batch * last, -1), self._write) @ self._feed)
+
+    def _with_weights(self, y: mx.array) -> mx.array:
+        """Keeps the weights until `y` is computed, as a product of MLX's own would: the layer may be gone by then."""
+        return mx.depends([y], self._weights)[0]
 
     @property
     def addresses(self) -> list[int]:
@@ -264,7 +268,6 @@ class _Layer:
 
     def _matrix(self, kind: int, spec: _Sublayer, inputs: int, outputs: int) -> mx.array:
         words = described.description(kind, bytes(spec)[len(spec.head) :])
-        weakref.finalize(self, retire, words, self._weights)
         self._words.append(words)
         return described.matrix(words, inputs, outputs)
 
@@ -316,7 +319,7 @@ def layers_in_c(
         return kept
 
 
-def retire(words: mx.array, _: Sequence[mx.array] = ()) -> None:
+def retire(words: mx.array) -> None:
     """Makes a description invalid when products by it that run are done; then what it tells of may be freed."""
     library = blas.own("elm_mlx_retire")
     assert library is not None

@@ -9,6 +9,7 @@ otherwise ends that first.
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -84,7 +85,7 @@ class WholeStep:
         self._step, self._piece = matrices
         self._running: list[mx.array] = []
         self._slots: dict[int, mx.array] = {}  # where each text's begins, by their number
-        self.end = weakref.finalize(self, _end, descriptions, arrays, self._running)
+        self.end = weakref.finalize(self, _end, os.getpid(), descriptions, arrays, self._running)
         for cache in caches:  # now that it can be ended
             cache.writer = self
 
@@ -176,7 +177,12 @@ def _made(in_c: LayersInC, caches: Sequence[Any], at: int) -> WholeStep | None:
         return writer
     if any(array is None or array.dtype != mx.float32 for array in (cache.state[-1] for cache in caches)):
         return None
-    return WholeStep(in_c, caches, at)
+    room = max(cache.capacity for cache in caches)
+    for cache in caches:  # an interrupt may have come between one that grew and the next
+        if cache.capacity < room:
+            cache.reserve(room)
+    alike = {(cache.capacity, cache.state[0].shape[0]) for cache in caches}
+    return WholeStep(in_c, caches, at) if len(alike) == 1 else None
 
 
 def _cached(arrays: Sequence[mx.array], kv_heads: int, head_dim: int) -> tuple[_Cached, _Cached]:
@@ -193,8 +199,10 @@ def _cached(arrays: Sequence[mx.array], kv_heads: int, head_dim: int) -> tuple[_
     return keys, values
 
 
-def _end(descriptions: Sequence[mx.array], arrays: list[list[mx.array]], running: list[mx.array]) -> None:
+def _end(process: int, descriptions: Sequence[mx.array], arrays: list[list[mx.array]], running: list[mx.array]) -> None:
     """Waits for the last step; from now on a step would give no numbers, and touch no memory."""
+    if os.getpid() != process:  # forked, without the thread that would end the step
+        return
     mx.eval(running)
     for words in descriptions:
         sublayers.retire(words)

@@ -238,17 +238,6 @@ def test_a_copy_of_a_model_outlives_it(model: network.Model) -> None:
     assert mx.array_equal(logits(copied, 1), expected).item()
 
 
-def test_products_that_outlive_the_weights_give_no_numbers() -> None:
-    model = openelm()
-    compute, length = products(model)[0]
-    x = mx.ones((1, length))
-    assert mx.isfinite(compute(x)).all().item()
-    pending = compute(x)
-    del model, compute
-    gc.collect()
-    assert mx.isnan(pending).all().item()
-
-
 def test_what_it_does_not_know_is_mlxs(model: network.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(device, "on_gpu", lambda: True)
@@ -273,3 +262,33 @@ def test_a_norm_that_is_written_out_to_be_measured_stays_mlxs(model: network.Mod
     other = openelm()
     other.transformer.layers[1].ffn_norm.__class__ = network.NaiveRMSNorm
     assert layers_of(other) is None
+
+
+def test_what_is_computed_later_has_the_weights_of_when_it_was_asked_for() -> None:
+    """As of MLX's own products: the model may have changed, or gone."""
+    model, ids = openelm(), mx.array([[3, 8, 13, 18, 23]])
+    expected = model(ids, make_prompt_cache(model))
+    mx.eval(expected)
+    before = model(ids, make_prompt_cache(model))
+    model.transformer.norm.weight = 2.0 * model.transformer.norm.weight
+    after = model(ids, make_prompt_cache(model))
+    mx.eval(before, after)
+    assert mx.array_equal(before, expected) and not mx.isnan(after).any()
+    other = openelm()
+    later = other(ids, make_prompt_cache(other))
+    del other
+    gc.collect()
+    assert not mx.isnan(later).any()
+
+
+def test_a_derivative_through_layers_in_c_is_none_and_harms_nothing() -> None:
+    """It had overwritten memory: a product with the same marked matrix, of other widths."""
+    model, ids = openelm(), mx.array([[3, 8, 13, 18, 23]])
+
+    def loss(model: Any) -> mx.array:
+        return model(ids, make_prompt_cache(model)).sum()
+
+    _, gradients = nn.value_and_grad(model, loss)(model)
+    assert mx.isnan(gradients["transformer"]["token_embeddings"]["weight"]).any()
+    for _ in range(20):
+        mx.eval(model(ids, make_prompt_cache(model)))

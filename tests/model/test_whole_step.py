@@ -357,3 +357,28 @@ def test_other_caches_are_stepped_by_mlx(model: Model) -> None:
     half = KVCache()
     half.update_and_fetch(*[mx.zeros((1, 1, 5, 32), mx.float16)] * 2)
     assert whole_step(few, [half], 1, 5) is None
+
+
+def test_caches_of_which_some_have_grown_get_the_same_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C as they grow, one after the other: a step writes where one of them says."""
+    model = tiny.random_model(tiny.scaled_config(320, num_gqa_groups=1, head_dim=64, model_dim=256))
+    ids = [(3 + 5 * i) % 60 for i in range(400)]
+    expected = prefill(model, ids[:220], make_prompt_cache(model))
+    caches = make_prompt_cache(model)
+    mx.eval(prefill(model, ids[:200], caches))
+    reserve, count = KVCache.reserve, 0
+
+    def interrupted(self: KVCache, length: int) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        reserve(self, length)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "reserve", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prefill(model, ids[200:300], caches)
+    assert len({cache.capacity for cache in caches}) == 2
+    assert mx.array_equal(prefill(model, ids[200:220], caches), expected)
+    assert len({cache.capacity for cache in caches}) == 1
