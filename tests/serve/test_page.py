@@ -132,7 +132,7 @@ def asked(server: ScriptedServer, number: int = -1) -> list[tuple[str, str]]:
 
 
 def test_an_answer_is_shown_as_it_is_written(page: Page, server: ScriptedServer) -> None:
-    server.script = [Writing("All is **well** " * 20, pause=0.01)]
+    server.script = [Writing("All is **well** " * 20, pause=0.03)]
     say(page, "How is it?", wait=False)
     page.wait_for_selector("article.assistant[aria-busy=true] strong")
     expect(page.locator("#send")).to_have_attribute("aria-label", "Stop")

@@ -70,18 +70,17 @@ def test_conversations_are_rendered_one_by_one():
 class TestLimits:
     def test_no_hostile_template_exceeds_them(self, limits):
         """A third of them and shorter limits than users have; `python tests/hostile_templates.py` takes all."""
+        limits.setattr(jinja, "SECONDS", 0.1)
         limits.setattr(jinja, "MEMORY", 80 << 20)
         for name, source in list(TEMPLATES.items())[::3]:
-            limits.setattr(jinja, "SECONDS", 5)
             jinja.render("", "", [], {})  # a process, whose start is not counted
-            limits.setattr(jinja, "SECONDS", 0.1)
             begin = time.perf_counter()
             try:
                 assert len(render(source)) < 150_000, name
             except ElmError as error:
                 assert re.fullmatch(r"there\.jinja: the chat template .{1,500}", str(error)), name
                 assert str(error).isprintable(), name
-            assert time.perf_counter() - begin < 5, name  # a busy machine is slow to end it
+            assert time.perf_counter() - begin < 2, name  # a busy machine is slow to end it
 
     def test_all_of_them_are_within_those_of_users(self):
         command = [sys.executable, hostile_templates.__file__, "doubled", "tojson", "lipsum", "many names", "set block"]

@@ -16,7 +16,7 @@ export class ChatView {
   #state = element("div", { className: "state" });
   #stateOf = null; // what it shows
   #following = true;
-  #scroll = { top: 0, end: 0 }; // where the view stood, and where it could at most
+  #scroll = { top: 0, end: 0 }; // its position before
 
   constructor(page) {
     this.#page = page;
@@ -322,17 +322,18 @@ export class ChatView {
   // Scrolling
 
   #scrolled() {
-    const { scrollHeight, scrollTop: top, clientHeight } = $("scroller");
-    const end = scrollHeight - clientHeight;
+    const { top, end } = position();
     const upwards = top < this.#scroll.top && end >= this.#scroll.end; // else what is shown has shrunk
-    this.#following = end - top < (upwards ? 2 : NEAR);
+    this.#following = end - top < (upwards ? 1 : NEAR);
     this.#scroll = { top, end };
     $("down").hidden = this.#following;
   }
 
   #follow(following) {
     this.#following = following;
-    if (following) $("scroller").scrollTop = $("scroller").scrollHeight;
+    if (!following) return;
+    $("scroller").scrollTop = $("scroller").scrollHeight;
+    this.#scroll = position(); // what the user scrolls from, who may be sooner than the event of it
   }
 }
 
@@ -346,6 +347,12 @@ function take(conversation, answer, replaced) {
   const { figures, finish, sources } = answer;
   if (said) Object.assign(last, { content, figures, finish, ...(sources && { sources }) });
   else if (answer.done && replaced) messages.push(replaced);
+}
+
+/** Where the view stands, and where it could at most. */
+function position() {
+  const { scrollHeight, scrollTop, clientHeight } = $("scroller");
+  return { top: scrollTop, end: scrollHeight - clientHeight };
 }
 
 const pending = () => element("p", { className: "pending" }, "Reading…");

@@ -29,7 +29,7 @@ export function iconButton(name, ariaLabel, onclick) {
   return element("button", { type: "button", className: "icon", ariaLabel, onclick }, icon(name));
 }
 
-/** Makes a button stop the answer that `page` is at, or else `start` one; not what it did not show when it was pressed. */
+/** Makes a button stop the answer that `page` is at, or else `start` one: what it showed when it was pressed. */
 export function startOrStop(node, page, start) {
   let pressed = null;
   let last = {}; // what the last click did
