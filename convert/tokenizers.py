@@ -7,10 +7,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from elm_mlx import reading
 from elm_mlx.errors import InputError
 from elm_mlx.files import new_file, write_json
-from elm_mlx.reading import expanded
+from elm_mlx.reading import expanded, json_object_if_there
 from elm_mlx.text import sentencepiece_file
 from elm_mlx.text.sentencepiece_file import (
     BPE,
@@ -47,9 +46,9 @@ def find(source: str | Path) -> Path:
 def added_beside(model_file: Path, pieces: int, rows: int) -> list[str]:
     """Returns the tokens that files beside a SentencePiece model add to its pieces, and an embedding has rows for."""
     directory = model_file.parent
-    numbers = reading.json_object_if_there(directory / "added_tokens.json")
+    numbers = json_object_if_there(directory / "added_tokens.json")
     found = {number: text for text, number in numbers.items() if type(number) is int}
-    settings = reading.json_object_if_there(directory / "tokenizer_config.json").get("added_tokens_decoder")
+    settings = json_object_if_there(directory / "tokenizer_config.json").get("added_tokens_decoder")
     for number, token in settings.items() if isinstance(settings, dict) else ():
         if number.isascii() and number.isdigit() and isinstance(token, dict):
             found[int(number)] = str(token.get("content"))

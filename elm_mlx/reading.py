@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 from collections import Counter
@@ -383,6 +384,11 @@ def listed(names: Sequence[str], most: int = 3) -> str:
     """The first few of `names`, and how many more there are."""
     shown = ", ".join(repr(name if len(name) <= 100 else name[:97] + "...") for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def quoted(path: object) -> str:
+    """Returns a path as a shell takes it, for commands that are suggested."""
+    return shlex.quote(str(path))
 
 
 def counted(count: int, noun: str) -> str:

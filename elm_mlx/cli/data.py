@@ -41,6 +41,7 @@ PANELS = {
 
 
 def data(
+    ctx: typer.Context,
     paths: Annotated[list[str] | None, typer.Argument(metavar="[PATH...]", help=_ABOUT_PATHS)] = None,
     model: Annotated[
         Path | None,
@@ -60,12 +61,7 @@ def data(
 ) -> None:
     """Check training data, and show it as the model will see it: counts, lengths, packing, examples."""
     if config is not None:
-        others = (
-            ("PATH", paths), ("--model", model), ("--format", format), ("--weight", weight), ("--columns", columns),
-            ("--template", template), ("--max-seq-length", max_seq_length), ("--truncate", truncate or None),
-            ("--train-on-prompt", train_on_prompt or None), ("--skip-bad", skip_bad or None),
-        )  # fmt: skip
-        options.refuse_given(others, "--config has all that a mixture is read by")
+        options.refuse_others(ctx, ["config"], "--config has all that a mixture is read by")
         _print_mixture(config)
         return
     if not paths or model is None:

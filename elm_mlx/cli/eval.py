@@ -26,7 +26,11 @@ PANELS = {
 }
 
 
+_FOR_TEXT = ("columns", "template", "skip_bad", "window", "stride")
+
+
 def eval(
+    ctx: typer.Context,
     paths: Annotated[
         list[Path],
         typer.Argument(
@@ -88,23 +92,15 @@ def eval(
     """Score a model on the paper's tasks as LM Evaluation Harness does, or on text; or compare such runs."""
     if plot is not None:
         directories.check_file(plot, None, directories.PNG_MARK)
-    for_text = (
-        ("--columns", columns), ("--template", template), ("--skip-bad", skip_bad or None), ("--window", window),
-        ("--stride", stride),
-    )  # fmt: skip
     if compare:
-        others = (
-            ("--tasks", tasks), ("--suite", suite), ("--text", text), *for_text, ("--data", data), ("--shots", shots),
-            ("--limit", limit), ("--out", out), ("--adapter", adapter), ("--kvp", kvp), ("--kv-bits", kv_bits),
-            ("--compute-dtype", compute_dtype), ("--harness", harness or None),
-        )  # fmt: skip
-        options.refuse_given(others, "--compare scores nothing; it takes directories of runs")
+        why = "--compare scores nothing; it takes directories of runs"
+        options.refuse_others(ctx, ["paths", "compare", "plot"], why)
         _compare(paths, plot)
         return
     if not text:
-        options.refuse_given(for_text, "is for --text, which names what to read")
+        options.refuse_given(ctx, _FOR_TEXT, "is for --text, which names what to read")
     if harness:
-        options.refuse_given((("--plot", plot),), "is for our own scores, and --harness prints its table")
+        options.refuse_given(ctx, ["plot"], "is for our own scores, and --harness prints its table")
     if len(paths) > 1:
         raise InputError("give one model directory; --compare takes several runs")
     if kvp is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +10,7 @@ import typer
 
 from elm_mlx.cli import options
 from elm_mlx.cli.screen import ProgressBar, byte_size, say, say_all
+from elm_mlx.reading import quoted
 
 if TYPE_CHECKING:
     from elm_mlx_convert import GgufExport
@@ -102,4 +102,4 @@ def _print_gguf(done: GgufExport) -> None:
     say("wrote", f"{done.path}: {done.parameters:,} parameters in {kinds}{same}, {byte_size(done.nbytes)}")
     if done.modelfile is not None:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", done.path.stem).lstrip("-.") or "model"  # as Ollama wants names
-        say("wrote", f"{done.modelfile}: ollama create {name} -f {shlex.quote(str(done.modelfile))}")
+        say("wrote", f"{done.modelfile}: ollama create {name} -f {quoted(done.modelfile)}")

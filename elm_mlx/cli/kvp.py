@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from elm_mlx.cli import options, training
-from elm_mlx.cli.screen import counted, line, quoted
+from elm_mlx.cli.screen import counted, line
 from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
+from elm_mlx.reading import quoted
 
 if TYPE_CHECKING:
     from elm_mlx.train.kvp_recipe import KVPRecipe
@@ -22,6 +23,7 @@ PANELS = {"A new recipe": ("init", "data")}
 
 
 def kvp(
+    ctx: typer.Context,
     model: Annotated[
         Path | None,
         typer.Argument(metavar="[MODEL]", help="The base: a model directory, or OWNER/NAME[@REVISION] on the hub."),
@@ -47,14 +49,10 @@ def kvp(
     """Train a smaller model to predict a model's keys and values of a prompt: the first token comes sooner, at a price
     in quality (KV Prediction)."""
     if init is not None:
-        others = (
-            ("MODEL", model), ("CONFIG", config), ("--aux", aux), ("--keep", keep), ("--out", out), ("--set", set_),
-            ("--resume", resume or None), ("--force", force or None),
-        )  # fmt: skip
-        options.refuse_given(others, "--init writes a recipe to be edited, and does not train")
+        options.refuse_others(ctx, ["init", "data"], "--init writes a recipe to be edited, and does not train")
         _init(init, data)
         return
-    options.refuse_given((("--data", data),), "needs --init; CONFIG names its own")
+    options.refuse_given(ctx, ["data"], "needs --init; CONFIG names its own")
     for value, name in ((model, "MODEL"), (config, "CONFIG"), (out, "--out")):
         if value is None:
             hint = "; --init FILE writes a first recipe" if name == "CONFIG" else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -165,11 +165,27 @@ def cache_files(model: Path, adapter: Path | None, load: Path | None, save: Path
     return CacheFiles(model, adapter, load, save)
 
 
-def refuse_given(given: Sequence[tuple[str, object]], why: str) -> None:
-    """Raises InputError for the first option, of names and values, that was given: whose value is not None."""
-    for name, value in given:
-        if value is not None:
-            raise InputError(f"{name}: {why}")
+def refuse_given(ctx: typer.Context, names: Collection[str], why: str) -> None:
+    """Raises InputError for the first of a command's parameters that the command line gives, of these names."""
+    for name, written in _given(ctx).items():
+        if name in names:
+            raise InputError(f"{written}: {why}")
+
+
+def refuse_others(ctx: typer.Context, names: Collection[str], why: str) -> None:
+    """Raises InputError for the first of a command's parameters that the command line gives, but for these names."""
+    refuse_given(ctx, _given(ctx).keys() - {*names}, why)
+
+
+def _given(ctx: typer.Context) -> dict[str, str]:
+    """Returns the parameters that the command line gives, in the command's order: by name, how they are written."""
+    given = {}
+    for each in ctx.command.params:
+        source = ctx.get_parameter_source(each.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            option = max(each.opts, key=len)
+            given[str(each.name)] = option if option.startswith("-") else str(each.metavar).strip("[.]")
+    return given
 
 
 def directory_of(model: Path) -> Path:

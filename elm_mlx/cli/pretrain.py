@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from elm_mlx.cli import options, training
-from elm_mlx.cli.screen import counted, line, quoted
+from elm_mlx.cli.screen import counted, line
 from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
+from elm_mlx.reading import quoted
 
 if TYPE_CHECKING:
     from elm_mlx.train.pretraining import Pretraining
@@ -24,15 +25,16 @@ PANELS = {"A new recipe": ("init", "preset", "data")}
 
 
 def pretrain(
+    ctx: typer.Context,
     config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="A TOML file with the recipe.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The directory of the run and its model. (no default)")
     ] = None,
     init: training.Init = None,
     preset: Annotated[
-        Literal["small", options.Preset] | None,
-        typer.Option(help="For --init: a model for small texts, or one of the paper's. (default: small)"),
-    ] = None,
+        Literal["small", options.Preset],
+        typer.Option(help="For --init: a model for small texts, or one of the paper's."),
+    ] = "small",
     data: training.InitData = None,
     set_: options.Overrides = None,
     resume: training.Resume = False,
@@ -42,17 +44,12 @@ def pretrain(
     from elm_mlx.train import sections
 
     if init is not None:
-        others = (
-            ("CONFIG", config),
-            ("--out", out),
-            ("--set", set_),
-            ("--resume", resume or None),
-            ("--force", force or None),
+        options.refuse_others(
+            ctx, ["init", "preset", "data"], "--init writes a recipe to be edited, and does not train"
         )
-        options.refuse_given(others, "--init writes a recipe to be edited, and does not train")
-        _init(init, preset or "small", data)
+        _init(init, preset, data)
         return
-    options.refuse_given((("--data", data), ("--preset", preset)), "needs --init; CONFIG names its own")
+    options.refuse_given(ctx, ["data", "preset"], "needs --init; CONFIG names its own")
     if config is None or out is None:
         hint = "--resume takes the one that the run was begun with" if resume else "--init FILE writes a first recipe"
         raise InputError(

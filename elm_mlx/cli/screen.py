@@ -7,7 +7,6 @@ line is one line, however long.
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 import textwrap
@@ -213,11 +212,6 @@ def _cells(text: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(text)
-
-
-def quoted(path: object) -> str:
-    """Returns a path as a shell takes it, for commands that are suggested."""
-    return shlex.quote(str(path))
 
 
 def name_bad(reasons: Iterable[str]) -> None:

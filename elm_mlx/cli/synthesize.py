@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from elm_mlx.cli import options
-from elm_mlx.cli.screen import ProgressBar, counted, duration, note, quoted, say, say_all, table
+from elm_mlx.cli.screen import ProgressBar, counted, duration, note, say, say_all, table
 from elm_mlx.cli.training_display import TrainingDisplay
 from elm_mlx.errors import InputError
+from elm_mlx.reading import quoted
 
 if TYPE_CHECKING:
     from elm_mlx.selfplay.answer_record import RecordedProblem

@@ -20,9 +20,10 @@ import typer
 from elm_mlx import reading
 from elm_mlx.cli import mlx_lm_settings
 from elm_mlx.cli.options import directory_of
-from elm_mlx.cli.screen import bad_records_named, byte_size, counted, duration, name_bad, quoted
+from elm_mlx.cli.screen import bad_records_named, byte_size, counted, duration, name_bad
 from elm_mlx.cli.training_display import TrainingDisplay, shown_measures
 from elm_mlx.errors import InputError
+from elm_mlx.reading import quoted
 from elm_mlx.train import sections
 from elm_mlx.train.setting_fields import Setting, made
 from elm_mlx.train.settings import DpoSettings, GrpoSettings, LoraSettings

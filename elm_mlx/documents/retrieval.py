@@ -7,7 +7,6 @@ By words alone, what scores far below the best is left out.
 from __future__ import annotations
 
 import re
-import shlex
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +76,7 @@ class DocumentIndex:
                 root, unfinished = (index_file.read_setting(self._connection, each) for each in ("root", "unfinished"))
                 embedder = index_file.read_embedder(self._connection, self.path)
             self.root = Path(str(root))
-            again = f"elm-mlx index {shlex.quote(str(root))} --out {shlex.quote(str(self.path))}"
+            again = f"elm-mlx index {reading.quoted(root)} --out {reading.quoted(self.path)}"
             self.notes = (f"{self.path}: not all documents are in it yet: {again}",) if unfinished else ()
             self._embeddings: StaticEmbeddings | None = None
             if embedder is not None:

@@ -8,7 +8,6 @@ are asked for next.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -87,7 +86,7 @@ def read_results(out: Path) -> dict[str, Any]:
     """Reads the results in a directory, or in a file of its own. Raises InputError."""
     path = out / RESULTS if out.is_dir() else out
     if not path.exists():
-        raise InputError(f"{path}: no such file; `elm-mlx eval MODEL --out {shlex.quote(str(out))}` makes it")
+        raise InputError(f"{path}: no such file; `elm-mlx eval MODEL --out {reading.quoted(out)}` makes it")
     results = reading.json_object(path, reading.TEXT_BYTES)
     if not isinstance(results.get("tasks"), dict):
         raise InputError(f"{path}: not results of `elm-mlx eval`")

@@ -201,15 +201,8 @@ def read_text(
     said = tuple(records.remarks(split))
     if name == "train" and Path(source).is_dir():
         said = (("read", "its train, for it has no test and no valid"), *said)
-    return TextWindows(
-        windows,
-        documents,
-        sizes,
-        state.hexdigest(),
-        name if len(splits) > 1 else "",
-        tuple(bad),
-        said,
-    )
+    shown = name if len(splits) > 1 else ""
+    return TextWindows(windows, documents, sizes, state.hexdigest(), shown, tuple(bad), said)
 
 
 def _windows(

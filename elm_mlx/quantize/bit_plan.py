@@ -90,16 +90,16 @@ class Weights:
         return {name: fitted for name, fitted in found.items() if fitted is not None}
 
     def stored_bytes(self, formats: Mapping[str, Format]) -> int:
+        main = main_dtype(self.tensors)
         total = 0
         for name, tensor in self.tensors.items():
             how = formats.get(name.removesuffix(".weight"))
-            total += self.left_bytes(tensor) if how is None else how.nbytes(tensor.size, self.dtype)
+            total += self.left_bytes(tensor, main) if how is None else how.nbytes(tensor.size, self.dtype)
         return total
 
-    def left_bytes(self, tensor: mx.array) -> int:
-        """Returns what a tensor takes that is not packed: in `dtype`, or in a type that it has on purpose."""
-        width = self.dtype if tensor.dtype == main_dtype(self.tensors) else tensor.dtype
-        return tensor.size * int(width.size)
+    def left_bytes(self, tensor: mx.array, main: mx.Dtype) -> int:
+        """Returns what a tensor takes that is not packed: in `dtype` if it is of the `main` type, or in its own."""
+        return tensor.size * int((self.dtype if tensor.dtype == main else tensor.dtype).size)
 
     def bits_per_weight(self, formats: Mapping[str, Format]) -> float:
         return 8 * self.stored_bytes(formats) / self.parameters
@@ -149,9 +149,9 @@ def mix(weights: Weights, group_size: int, bpw: float, divergences: Mapping[str,
     names = [name for name in weights.shapes if name in divergences]
     # The last choice is to leave a weight as it is.
     choices = [[*(fitted[bits][name] for bits in BITS), None] for name in names]
-    tensors = [weights.tensors[f"{name}.weight"] for name in names]
+    tensors, main = [weights.tensors[f"{name}.weight"] for name in names], main_dtype(weights.tensors)
     costs = [
-        [weights.left_bytes(each) if how is None else how.nbytes(each.size, weights.dtype) for how in of_module]
+        [weights.left_bytes(each, main) if how is None else how.nbytes(each.size, weights.dtype) for how in of_module]
         for each, of_module in zip(tensors, choices, strict=True)
     ]
     losses = [[*(divergences[name][bits] for bits in BITS), 0.0] for name in names]

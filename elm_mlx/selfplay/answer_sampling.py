@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -211,7 +210,7 @@ class Sampling:
                 f"none of {reading.counted(cut, 'answer')} came to an end within --max-tokens {self.asked.max_tokens}"
             )
         which = "" if self.asked.difficulty is None else f" --difficulty {self.asked.difficulty}"
-        task, model = (shlex.quote(str(each)) for each in (self.asked.task, self.asked.model))
+        task, model = map(reading.quoted, (self.asked.task, self.asked.model))
         raise ElmError(
             f"task {self.task.name}: {what}, so there is nothing to learn from; choose easier ones by --difficulty, or "
             f"teach it the task first: `elm-mlx synthesize --task {task}{which} --solutions --samples 2000 "

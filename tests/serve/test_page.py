@@ -115,6 +115,16 @@ def say(page: Page, text: str, *, wait: bool = True) -> None:
         page.wait_for_selector(ANSWERED)
 
 
+def leave_out_the_oldest(page: Page, server: ScriptedServer) -> None:
+    """Has four messages, of which the model no longer sees the first."""
+    for text in ("One", "Two", "Three"):
+        say(page, f"{text} " * 20)
+    server.script = [Refusal(400, "the prompt has 2,100 tokens", "context_length_exceeded", "messages")]
+    say(page, "Four", wait=False)
+    page.get_by_role("button", name="Leave out the oldest messages").click()
+    page.wait_for_selector(ANSWERED)
+
+
 def until(page: Page, condition: str) -> None:
     """Waits for an expression; Playwright's own way is one that the page's policy forbids."""
     deadline = time.monotonic() + PATIENCE / 1000
@@ -462,12 +472,7 @@ def test_who_asks_while_a_message_is_edited_sees_the_answer(page: Page, server: 
 
 
 def test_one_that_was_left_out_can_be_edited(page: Page, server: ScriptedServer) -> None:
-    for text in ("One", "Two", "Three"):
-        say(page, f"{text} " * 20)
-    server.script = [Refusal(400, "the prompt has 2,100 tokens", "context_length_exceeded", "messages")]
-    say(page, "Four", wait=False)
-    page.get_by_role("button", name="Leave out the oldest messages").click()
-    page.wait_for_selector(ANSWERED)
+    leave_out_the_oldest(page, server)
     first = page.locator("article.user").first
     first.hover()
     first.get_by_role("button", name="Edit").click()
@@ -697,12 +702,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session(
 
 
 def test_a_full_context_says_what_to_do(page: Page, server: ScriptedServer) -> None:
-    for text in ("One", "Two", "Three"):
-        say(page, f"{text} " * 20)
-    server.script = [Refusal(400, "the prompt has 2,100 tokens", "context_length_exceeded", "messages")]
-    say(page, "Four", wait=False)
-    page.get_by_role("button", name="Leave out the oldest messages").click()
-    page.wait_for_selector(ANSWERED)
+    leave_out_the_oldest(page, server)
     contents = [content.split(" ")[0] for role, content in asked(server) if role == "user"]
     assert contents == ["Two", "Three", "Four"]
     assert page.locator("article.user").count() == 4  # they are still there to read
